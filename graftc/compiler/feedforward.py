@@ -1,0 +1,146 @@
+"""Feed-forward projections, experts and routers: what else a residual branch is made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from graftc.compiler.columns import Through
+from graftc.compiler.findings import Sublayer, place
+from graftc.compiler.flow import Linear, Residual, op_name, tensor_nodes
+from graftc.compiler.labels import Labels
+
+
+def read_branches(labels: Labels) -> list[Sublayer]:
+    """Label what is in each residual branch beside attention, and return the branches."""
+    _read_experts(labels)
+    sublayers = []
+    for residual in labels.flow.residuals.values():
+        for node in labels.nearest_linears(residual.branch):
+            if not labels.has_role(node):
+                _feed_forward(labels, labels.flow.linears[node])
+        sublayers.append(_sublayer(labels, residual))
+    return sublayers
+
+
+def _read_experts(labels: Labels) -> None:
+    for node, linear in labels.flow.linears.items():
+        if linear.experts:
+            labels.linear("experts", linear, None, "a 3-D weight, one matrix per expert")
+    for node in labels.flow.order:
+        if op_name(node) != "topk":
+            continue
+        for source in labels.nearest_linears(node):
+            if not labels.has_role(source):
+                evidence = f"its output chooses the experts in {node.name}"
+                labels.linear("router", labels.flow.linears[source], None, evidence)
+
+
+def _feed_forward(labels: Labels, down: Linear) -> None:
+    """``down`` ends a branch: what it reads must come from one linear map, or from a gated pair or fused one."""
+    inner = labels.nearest(down.input)
+    linears = [n for n in inner if n in labels.flow.linears]
+    if not linears:
+        labels.fail(down.node, "ends a residual branch that has no other linear map")
+        return
+    if len(linears) < len(inner):
+        other = next(n for n in inner if n not in labels.flow.linears)
+        labels.fail(
+            down.node,
+            f"reads {op_name(other) or other.name} beside the output of {labels.module(linears[0])}",
+        )
+        return
+    for node in linears:
+        stages = [n for n in labels.nearest_linears(labels.flow.linears[node].input) if n not in linears]
+        if stages:
+            labels.fail(down.node, "ends a residual branch of more than two linear maps in a row")
+            for stage in (node, *stages):
+                if not labels.has_role(stage):
+                    labels.fail(stage, "one of more than two linear maps in a row in a residual branch")
+            return
+    if not _inner(labels, down, linears):
+        return
+    labels.linear("ffn.down", down, None, "ends a residual branch, reads the inner activation")
+
+
+def _inner(labels: Labels, down: Linear, linears: list[fx.Node]) -> bool:
+    """Label the projections that ``down`` reads; False where they fit no known form."""
+    product = _gated_product(labels, down.input)
+    if product is None:
+        if len(linears) > 1:
+            for node in (down.node, *linears):
+                if not labels.has_role(node):
+                    labels.fail(node, "several linear maps meet before the last one, but not as a gated product")
+            return False
+        columns = labels.linear_columns(down.input).get(linears[0])
+        if labels.has_role(linears[0], columns):
+            labels.fail(down.node, f"reads {labels.module(linears[0])}, which has another role")
+            return False
+        up = labels.flow.linears[linears[0]]
+        labels.linear("ffn.up", up, columns, f"feeds {labels.short(down.node)}{_nonlinearity(labels, down.input)}")
+        return True
+    sides = [labels.columns.through[n] & Through.NONLINEAR for n in product]
+    if bool(sides[0]) == bool(sides[1]):
+        reason = "both" if sides[0] else "neither"
+        for node in (down.node, *linears):
+            labels.fail(node, f"{reason} of the factors of {product[0].name} * {product[1].name} are nonlinear")
+        return False
+    gate, up_side = product if sides[0] else product[::-1]
+    for role, side in (("ffn.gate", gate), ("ffn.up", up_side)):
+        how = "through the nonlinearity" if side is gate else "as the factor beside the gate"
+        for node, columns in labels.linear_columns(side).items():
+            if not labels.has_role(node, columns):
+                evidence = f"feeds {labels.short(down.node)} {how}"
+                labels.linear(role, labels.flow.linears[node], columns, evidence)
+    return True
+
+
+def _nonlinearity(labels: Labels, node: fx.Node) -> str:
+    through = labels.columns.through.get(node, Through.NOTHING)
+    return " through a nonlinearity" if through & Through.NONLINEAR else ""
+
+
+def _gated_product(labels: Labels, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The product of two values made of different columns that ``node`` is computed from, nearest first."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop(0)
+        if current in labels.columns.number:
+            continue
+        if op_name(current) == "mul":
+            factors = tensor_nodes(current.args[:2])
+            if len(factors) == 2:
+                held = [labels.linear_columns(n) for n in factors]
+                if held[0] and held[1] and not _overlap(held[0], held[1]):
+                    return factors[0], factors[1]
+        for source in current.all_input_nodes:
+            if source not in seen and labels.columns.front.get(source):
+                seen.add(source)
+                pending.append(source)
+    return None
+
+
+def _overlap(first: dict[fx.Node, torch.Tensor], second: dict[fx.Node, torch.Tensor]) -> bool:
+    return any(n in second and bool(torch.isin(c, second[n]).any()) for n, c in first.items())
+
+
+def _sublayer(labels: Labels, residual: Residual) -> Sublayer:
+    module = labels.module(residual.node)
+    names = set()
+    for source in labels.nearest(residual.branch):
+        for role in labels.roles.get(source, {}):
+            names.add("attn.sublayer" if role == "attn.o" else "ffn.sublayer" if role in _INNER else "")
+        if source in labels.flow.attentions:
+            names.add("attn.sublayer")
+    crossing = next((n for n in labels.crosses if _in_branch(labels, n, residual)), None)
+    roles = tuple(labels.prefix(residual.node, crossing) + n for n in sorted(names - {""}))
+    layer, stack = place(module)
+    return Sublayer(roles, residual.stream, residual.branch, residual.node, module, layer, stack)
+
+
+_INNER = ("ffn.down", "experts")
+
+
+def _in_branch(labels: Labels, attention: fx.Node, residual: Residual) -> bool:
+    flow = labels.flow
+    return flow.is_above(attention, residual.branch) and not flow.is_above(attention, residual.stream)

@@ -1,0 +1,153 @@
+"""The report: what every adaptation adds, counted from the graph, on the meta device too.
+
+The task head is not counted (it trains anyway); a percentage is of base plus added parameters, as PEFT prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graftc.compiler.pipeline import TRAIN, Compilation
+from graftc.passes.core.program import Program, provenance
+from graftc.passes.core.shapes import Sizes
+from graftc.passes.core.store import Store
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class AdaptationReport:
+    """One adaptation.
+
+    Attributes:
+        name, method: of the adaptation.
+        sites: how many sites it adapts.
+        trainable_parameters: elements that train.
+        frozen_parameters: elements it adds that do not train.
+        bytes: of all tensors it adds.
+        flops_per_token: added to a forward pass in eval mode, two per multiply-add, over batch times sequence.
+    """
+
+    name: str
+    method: str
+    sites: int
+    trainable_parameters: int
+    frozen_parameters: int
+    bytes: int
+    flops_per_token: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A Compilation's cost.
+
+    Attributes:
+        adaptations: one entry each, the ``train:`` list last.
+        base_parameters: elements of the base's parameters, tied ones once.
+        trainable_parameters: of all adaptations, without the task head and the ``train:`` list.
+        trained_in_full: elements of the modules in ``train:``.
+        deployed_parameters: what has to ship beside the base if nothing is folded.
+        percent: ``100 t / (base + t)``.
+        flops_per_token: of the base's linear maps and attention-free products.
+        capture_seconds, rewrite_seconds: how long compiling took.
+    """
+
+    adaptations: tuple[AdaptationReport, ...]
+    base_parameters: int
+    trainable_parameters: int
+    trained_in_full: int
+    deployed_parameters: int
+    percent: float
+    flops_per_token: float
+    capture_seconds: float
+    rewrite_seconds: float
+    cached: bool
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON data."""
+        return asdict(self)
+
+
+def report(compilation: Compilation) -> Report:
+    """Count what a Compilation adds."""
+    store, family = compilation.store, compilation.main
+    base = sum(t.numel() for _, t in store.base() if isinstance(t, nn.Parameter))
+    entries = [_entry(item.name, item.spec.method, len(item.sites), family.eval, store) for item in family.resolved]
+    trainable = sum(entry.trainable_parameters for entry in entries)
+    full = 0
+    if family.trained:
+        entry = _entry(TRAIN, "full", len(family.trained), family.eval, store)
+        full = entry.trainable_parameters
+        entries.append(entry)
+    return Report(
+        tuple(entries),
+        base,
+        trainable,
+        full,
+        sum(entry.trainable_parameters + entry.frozen_parameters for entry in entries) - full,
+        100 * trainable / (base + trainable) if trainable else 0.0,
+        flops_per_token(family.base_eval, family.base_eval.graph.nodes),
+        family.capture_seconds,
+        family.rewrite_seconds(),
+        family.cached,
+        tuple(compilation.notes),
+    )
+
+
+def _entry(name: str, method: str, sites: int, program: Program, store: Store) -> AdaptationReport:
+    tensors = [t for fqn, t in store.adapters() if owner_of(fqn) == name and isinstance(t, nn.Parameter)]
+    inserted = [n for n in program.graph.nodes if (provenance(n) or {}).get("adaptation") == name]
+    return AdaptationReport(
+        name,
+        method,
+        sites,
+        sum(t.numel() for t in tensors if t.requires_grad),
+        sum(t.numel() for t in tensors if not t.requires_grad),
+        sum(t.numel() * t.element_size() for t in tensors),
+        flops_per_token(program, inserted),
+    )
+
+
+def owner_of(fqn: str) -> str:
+    """The adaptation that a tensor belongs to."""
+    segments = fqn.split(".")
+    return segments[segments.index("graftc") + 1]
+
+
+def flops_per_token(program: Program, nodes: Iterable[fx.Node]) -> float:
+    """Multiply-adds of matrix products, times two, for one token: the total over batch times sequence."""
+    batch, sequence = 2, 3
+    axes: dict[str, int] = {}
+    for spec, node in zip(program.inputs, program.placeholders(), strict=True):
+        for axis, size in zip(spec.shape, node.meta["val"].shape, strict=True):
+            if isinstance(axis, str):
+                axes[str(getattr(getattr(size, "node", None), "expr", size))] = batch if axis == "batch" else sequence
+    sizes = Sizes(lambda symbol: axes.get(symbol, sequence))
+    tokens = batch * (sequence if any("sequence" in s.shape for s in program.inputs) else 1)
+    total = 0
+    for node in nodes:
+        if node.target not in _CONTRACTED:
+            continue
+        value, operand = node.meta["val"], node.args[_CONTRACTED[node.target]]
+        if isinstance(value, Tensor) and isinstance(operand, fx.Node):
+            shape = sizes.shape(value)
+            elements = 1
+            for size in shape:
+                elements *= size
+            total += 2 * elements * sizes.size(operand.meta["val"].shape[-1])
+    return total / tokens
+
+
+_CONTRACTED = {
+    aten.linear.default: 0,
+    aten.addmm.default: 1,
+    aten.mm.default: 0,
+    aten.bmm.default: 0,
+    aten.matmul.default: 0,
+}

@@ -1,0 +1,67 @@
+"""Roles of a captured transformer, from data flow only: :func:`find_structure`.
+
+A role says what a weight does in the architecture (``attn.q``, ``ffn.down``, ...). It is read from where the columns
+of the weight's output go, never from the model's type or the names of its modules. What does not fit is reported as
+unresolved with a reason; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, fx
+
+from graftc.compiler.attention import read_attentions
+from graftc.compiler.columns import Columns
+from graftc.compiler.ends import read_ends, read_norms, read_tables
+from graftc.compiler.feedforward import read_branches
+from graftc.compiler.findings import Finding, Structure, Sublayer, Unresolved, place
+from graftc.compiler.flow import Flow
+from graftc.compiler.labels import Labels
+from graftc.passes.core.shapes import Sizes
+
+__all__ = ["Finding", "Structure", "Sublayer", "Unresolved", "find_structure", "place"]
+
+_SMALL = 2
+
+
+def find_structure(graph: fx.Graph, constants: Mapping[str, Tensor] | None = None) -> Structure:
+    """The roles in a canonical graph.
+
+    Args:
+        graph: ATen training IR; every node has ``meta["val"]`` (fake tensors, symbolic batch and sequence sizes) and
+            ``meta["module"]`` (dotted path of its owning module). It is not changed; its weights are not read, so a
+            model on ``meta`` will do.
+        constants: integer tensors that the graph mentions beyond the model's own, by name; some models pick heads
+            with them. Default none: columns picked by such a tensor are then unresolved.
+
+    Returns:
+        Findings in graph order, weights without a role with the reason, and the residual branches.
+    """
+    known = constants or {}
+    flow = Flow(graph, Sizes(lambda _: _SMALL))
+    columns = Columns(flow, known)
+    if columns.failures:
+        hints = _hints(graph)
+        if hints:
+            flow = Flow(graph, Sizes(lambda symbol: hints.get(symbol, _SMALL)))
+            exact = Columns(flow, known)
+            columns = exact if len(exact.failures) < len(columns.failures) else columns
+    labels = Labels(columns.flow, columns)
+    read_attentions(labels)
+    branches = read_branches(labels)
+    read_ends(labels)
+    read_tables(labels)
+    read_norms(labels)
+    labels.report_rest()
+    return labels.structure(branches)
+
+
+def _hints(graph: fx.Graph) -> dict[str, int]:
+    """The sizes that the graph was captured with, by symbol name."""
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        env = getattr(mode, "shape_env", None)
+        if env is not None:
+            return {str(symbol): int(value) for symbol, value in env.backed_var_to_val.items()}
+    return {}

@@ -1,0 +1,78 @@
+"""Which rows of a stored parameter the output columns of a linear map are, where the weight is an expression on it.
+
+``nn.MultiheadAttention`` reads slices of one parameter, other models multiply by ``W.T``: the shape operators in
+between are run on row and column numbers, as broadcast views that cost no memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.flow import PASSING, Flow, Linear, op_name
+from graftc.passes.core.program import map_nodes
+
+_ELEMENTWISE = PASSING | {"mul", "div", "add"}
+
+
+def parameter_rows(flow: Flow, linear: Linear) -> tuple[Tensor, int] | None:
+    """Row of the parameter for each output column, and how many rows the parameter has.
+
+    Rows are the ones of the weight seen as ``[out, in]``, however it is stored.
+
+    Returns:
+        ``int64[out]`` and the total; None where the weight is the parameter itself, or where it cannot be told.
+    """
+    if linear.weight.op == "get_attr" or linear.experts or linear.parameter is None:
+        return None
+    chain = _chain(flow, linear)
+    if chain is None:
+        return None
+    rows, columns = (int(size) for size in chain[0].meta["val"].shape)
+    held = torch.arange(rows).unsqueeze(1).expand(rows, columns), torch.arange(columns).expand(rows, columns)
+    traced = [_run(flow, chain, numbers) for numbers in held]
+    if any(t is None or t.dim() != 2 for t in traced):
+        return None
+    out_axis = 0 if op_name(linear.node) == "linear" else 1
+    by_row, by_column = (t.select(1 - out_axis, 0) for t in traced if t is not None)
+    if torch.unique(by_row).numel() == linear.out:
+        return by_row, rows
+    if torch.unique(by_column).numel() == linear.out:
+        return by_column, columns
+    return None
+
+
+def _chain(flow: Flow, linear: Linear) -> list[fx.Node] | None:
+    """Nodes from the stored parameter to the weight, or None where it is no 2-D tensor."""
+    chain = [linear.weight]
+    while chain[0].op == "call_function":
+        sources = [n for n in chain[0].all_input_nodes if _leads_to(flow, n, str(linear.parameter))]
+        if not sources:
+            return None
+        chain.insert(0, sources[0])
+    return chain if chain[0].meta["val"].dim() == 2 else None
+
+
+def _leads_to(flow: Flow, node: fx.Node, parameter: str) -> bool:
+    return any(str(n.target) == parameter for n in flow.parameters(node))
+
+
+def _run(flow: Flow, chain: list[fx.Node], numbers: Tensor) -> Tensor | None:
+    held: Any = numbers
+    for before, node in zip(chain, chain[1:], strict=False):
+        if op_name(node) in _ELEMENTWISE:
+            continue
+        current = held
+
+        def argument(source: fx.Node, before: fx.Node = before, current: Any = current) -> Any:
+            return current if source is before else flow.sizes.size(source.meta["val"])
+
+        target = node.target
+        assert callable(target)
+        try:
+            held = target(*map_nodes(node.args, argument), **map_nodes(node.kwargs, argument))
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            return None
+    return held if isinstance(held, Tensor) else None

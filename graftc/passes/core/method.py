@@ -1,0 +1,57 @@
+"""Method: the code of a PEFT method. One subclass per method, in a file of the spec's name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor
+
+from graftc.passes.core.builder import Builder
+from graftc.passes.core.folds import Fold
+from graftc.passes.core.program import Program
+from graftc.passes.core.sites import Site
+from graftc.specs.base import MethodSpec
+
+S = TypeVar("S", bound=MethodSpec)
+
+
+class Method(ABC, Generic[S]):
+    """Adapts sites as a spec says, and folds the adaptation back.
+
+    A method never knows which operator, orientation or fusion a `LinearSite` hides, and changes a graph through the
+    Builder only. What it claims stands beside its spec class.
+    """
+
+    spec_class: ClassVar[type[MethodSpec]]
+    """The spec that this class implements; its tag names the method."""
+
+    def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Any:
+        """Make what all sites of the adaptation share; called once per adaptation and Program."""
+        return None
+
+    @abstractmethod
+    def insert(self, spec: S, site: Site, shared: Any, build: Builder) -> None:
+        """Adapt one site; called once per site and Program, inside ``build.on(site)``.
+
+        Args:
+            spec: the adaptation with the site's overrides applied.
+            site: where.
+            shared: what `prepare` returned.
+            build: makes the nodes and tensors.
+        """
+
+    @abstractmethod
+    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """The adaptation of one site as a change of base tensors, or the reason why it has to stay.
+
+        Args:
+            spec: the adaptation with the site's overrides applied.
+            site: where; only its sizes and name may be used.
+            tensors: the site's own tensors by part, float64.
+        """
+
+    def finalize(self, program: Program, state: Mapping[str, Tensor]) -> Program:
+        """The deployment shape of what does not fold (collapse, truncate, eject); by default as trained."""
+        return program

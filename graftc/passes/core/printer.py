@@ -1,0 +1,163 @@
+"""The canonical text of a Program and its structural hash: stable across runs and machines.
+
+Symbols are renumbered, paths and addresses never printed. The hash numbers values by what computes them (target,
+ordered arguments, literals), in linear time, so node order and names do not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from graftc.passes.core.program import Program, provenance
+from graftc.passes.core.shapes import DTYPE_NAMES, SymbolNames
+from graftc.passes.core.store import RESERVED
+
+
+def target_name(target: Any) -> str:
+    """A call target as text: ``aten.linear``, ``aten.add.Tensor``, ``getitem``."""
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, name = target.namespace, target._schema.name.split("::")[1]
+        overload = target._overloadname
+        return f"{namespace}.{name}" if overload == "default" else f"{namespace}.{name}.{overload}"
+    if target is operator.getitem:
+        return "getitem"
+    return str(getattr(target, "__name__", target))
+
+
+def tensor_name(fqn: str) -> str:
+    """A Store name as text: ``@base.q.weight``, or ``@attention.q.A`` for a tensor of the adaptation *attention*."""
+    segments = fqn.split(".")
+    if RESERVED not in segments:
+        return f"@base.{fqn}"
+    at = segments.index(RESERVED)
+    adaptation, part = segments[at + 1], segments[at + 2 :]
+    return "@" + ".".join([adaptation, *segments[:at], *part])
+
+
+def literal(value: Any, node_text: Callable[[fx.Node], str], names: SymbolNames) -> str:
+    """An argument as text."""
+    if isinstance(value, fx.Node):
+        return node_text(value)
+    if isinstance(value, list | tuple):
+        inner = ", ".join(literal(item, node_text, names) for item in value)
+        return f"[{inner}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {literal(v, node_text, names)}" for k, v in value.items()) + "}"
+    if isinstance(value, torch.dtype):
+        return DTYPE_NAMES.get(value, str(value))
+    if isinstance(value, torch.SymInt):
+        return names.size(value)
+    if isinstance(value, torch.device | torch.layout | torch.memory_format):
+        return str(value)
+    return repr(value)
+
+
+class Printer:
+    """Prints nodes of one Program, naming values by operator and count."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.symbols = SymbolNames(program)
+        self.names: dict[fx.Node, str] = {}
+        counts: Counter[str] = Counter()
+        for node in program.graph.nodes:
+            if node.op == "get_attr":
+                self.names[node] = tensor_name(str(node.target))
+            elif node.op == "placeholder":
+                self.names[node] = f"%{node.target}"
+            else:
+                stem = target_name(node.target).split(".")
+                base = stem[1] if len(stem) > 1 else stem[0]
+                self.names[node] = f"%{base}_{counts[base]}" if counts[base] else f"%{base}"
+                counts[base] += 1
+
+    def line(self, node: fx.Node) -> str:
+        """One node as one line; `get_attr` nodes have none of their own."""
+        if node.op == "placeholder":
+            return f"{self.names[node]}: {self.symbols.type(node.meta.get('val'))} = input"
+        if node.op == "output":
+            return f"return {self.arguments(node)}"
+        call = f"{target_name(node.target)}({self.arguments(node)})"
+        text = f"{self.names[node]}: {self.symbols.type(node.meta.get('val'))} = {call}"
+        return f"{text}  # {self.comment(node)}"
+
+    def arguments(self, node: fx.Node) -> str:
+        """The arguments of a call, in order, keywords last."""
+        parts = [literal(a, self.names.__getitem__, self.symbols) for a in node.args]
+        parts += [f"{k}={literal(v, self.names.__getitem__, self.symbols)}" for k, v in node.kwargs.items()]
+        return ", ".join(parts)
+
+    @staticmethod
+    def comment(node: fx.Node) -> str:
+        """Who the node belongs to: its module, or the adaptation that inserted it."""
+        origin = provenance(node)
+        if origin is None:
+            return str(node.meta.get("module") or "(root)")
+        return f"+ {origin['adaptation']} ({origin['method']}) {origin['part']} @ {origin['site']}"
+
+    def lines(self, nodes: Iterable[fx.Node] | None = None) -> list[str]:
+        """The lines of ``nodes``, the whole graph by default."""
+        chosen = self.program.graph.nodes if nodes is None else nodes
+        return [self.line(node) for node in chosen if node.op != "get_attr"]
+
+
+def format_program(program: Program) -> str:
+    """The canonical text of a Program."""
+    header = f"program {program.entry} ({program.mode})"
+    return "\n".join([header, *Printer(program).lines()]) + "\n"
+
+
+def format_around(program: Program, node: fx.Node, context: int = 4) -> str:
+    """The lines around a node, the node marked: what an error shows."""
+    nodes = [n for n in program.graph.nodes if n.op != "get_attr"]
+    printer = Printer(program)
+    at = nodes.index(node) if node in nodes else 0
+    chosen = nodes[max(0, at - context) : at + context + 1]
+    return "\n".join(("> " if n is node else "  ") + printer.line(n) for n in chosen)
+
+
+def value_numbers(program: Program, canonical: Callable[[str], str] = str) -> dict[fx.Node, str]:
+    """A digest for every node of what it computes: target, arguments in order, literals.
+
+    Args:
+        program: the Program to number.
+        canonical: maps a tensor's name to the name that owns it, so that tied names count as one.
+    """
+    names = SymbolNames(program)
+    digests: dict[fx.Node, str] = {}
+    draws = 0
+    for node in program.graph.nodes:
+        parts = [node.op]
+        if node.op == "get_attr":
+            parts.append(canonical(str(node.target)))
+        elif node.op == "placeholder":
+            parts.append(str(node.target))
+        else:
+            parts.append(target_name(node.target))
+            parts += [literal(a, digests.__getitem__, names) for a in node.args]
+            parts += [f"{k}={literal(v, digests.__getitem__, names)}" for k, v in sorted(node.kwargs.items())]
+        if is_random(node):
+            parts.append(f"draw {draws}")
+            draws += 1
+        digests[node] = hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:32]
+    return digests
+
+
+def structural_hash(program: Program, canonical: Callable[[str], str] = str) -> str:
+    """A digest of everything that a Program's outputs depend on."""
+    interface = ",".join(sorted(f"{s.name}:{s.dtype}:{s.shape}" for s in program.inputs))
+    output = value_numbers(program, canonical)[program.output_node]
+    return hashlib.sha256(f"{interface}|{output}".encode()).hexdigest()[:32]
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers, so that no two such calls may be merged."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags

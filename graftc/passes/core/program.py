@@ -1,0 +1,160 @@
+"""Program: one graph for one (entry, mode, signature). It names tensors of the Store and owns none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from graftc.passes.core.rows import Rows
+
+Mode = Literal["train", "eval"]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a Program.
+
+    Attributes:
+        name: the model's own name for it.
+        dtype: element type, as ``torch.int64``.
+        shape: sizes; a string is a symbol shared by name with other inputs (``"batch"``, ``"sequence"``).
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """How the flat outputs are put together again: a leaf, a container, or a ``ModelOutput`` class with fields."""
+
+    kind: Literal["leaf", "none", "tuple", "list", "dict", "class"]
+    fields: tuple[str, ...] = ()
+    children: tuple[OutputSpec, ...] = ()
+    cls: type[Any] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A name for every flat output, in order: field names, numbered where a field holds several."""
+        return tuple(self._names(""))
+
+    def _names(self, prefix: str) -> Iterable[str]:
+        if self.kind == "leaf":
+            yield prefix or "output"
+        for index, child in enumerate(self.children):
+            own = self.fields[index] if self.fields else str(index)
+            yield from child._names(f"{prefix}.{own}" if prefix else own)
+
+    def build(self, leaves: Iterable[Any]) -> Any:
+        """Rebuild the model's own output object from flat values."""
+        return self._build(iter(leaves))
+
+    def _build(self, leaves: Any) -> Any:
+        if self.kind == "leaf":
+            return next(leaves)
+        if self.kind == "none":
+            return None
+        values = [child._build(leaves) for child in self.children]
+        if self.kind == "tuple":
+            return tuple(values)
+        if self.kind == "list":
+            return values
+        mapping = dict(zip(self.fields, values, strict=True))
+        if self.kind == "dict":
+            return mapping
+        assert self.cls is not None
+        return self.cls(**mapping)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One replacement that an adaptation made: every use of ``before`` now reads ``after``."""
+
+    adaptation: str
+    site: str
+    before: fx.Node
+    after: fx.Node
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """What one pass did to a Program."""
+
+    step: str
+    added: int
+    removed: int
+    seconds: float
+
+    @property
+    def modified(self) -> bool:
+        """Whether the pass changed the number of nodes either way."""
+        return bool(self.added or self.removed)
+
+
+@dataclass
+class Program:
+    """One captured graph in ATen training IR.
+
+    Nodes are ``placeholder``, ``get_attr`` (target: a name in the Store), ``call_function`` and ``output``. Each
+    carries ``meta["val"]`` (fake tensor or symbolic size) and ``meta["module"]`` (path of its owning module);
+    inserted ones also ``meta["custom"]["graftc"]`` (provenance).
+    """
+
+    graph: fx.Graph
+    inputs: tuple[InputSpec, ...]
+    outputs: OutputSpec
+    mode: Mode = "train"
+    entry: str = "forward"
+    edits: list[Edit] = field(default_factory=list)
+    history: list[HistoryEntry] = field(default_factory=list)
+    baseline: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Base nodes as they were when captured, by name: what the verifier holds later passes against."""
+
+    claims: dict[str, list[tuple[str, Rows]]] = field(default_factory=dict)
+    """Which adaptation trains which rows of a base tensor."""
+
+    @property
+    def signature(self) -> tuple[str, ...]:
+        """Names of the inputs, in the model's order."""
+        return tuple(spec.name for spec in self.inputs)
+
+    @property
+    def output_node(self) -> fx.Node:
+        """The graph's output node."""
+        return self.graph.output_node()
+
+    def placeholders(self) -> list[fx.Node]:
+        """Input nodes in order."""
+        return self.graph.find_nodes(op="placeholder")
+
+    def copy(self, **changes: Any) -> Program:
+        """A Program with its own copy of the graph; metadata values and Store tensors are shared."""
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            copied = graph.node_copy(node, lambda old: mapping[old])
+            if "custom" in copied.meta:
+                copied.meta["custom"] = dict(copied.meta["custom"])
+            mapping[node] = copied
+        edits = [replace(e, before=mapping[e.before], after=mapping[e.after]) for e in self.edits]
+        copied_fields = {"graph": graph, "edits": edits, "history": list(self.history)}
+        copied_fields["claims"] = {name: list(held) for name, held in self.claims.items()}
+        copied_fields.update(changes)
+        return replace(self, **copied_fields)
+
+
+def provenance(node: fx.Node) -> dict[str, str] | None:
+    """Who inserted a node: ``adaptation``, ``method``, ``site`` and ``part``; None for the base's own nodes."""
+    custom = node.meta.get("custom") or {}
+    found: dict[str, str] | None = custom.get("graftc")
+    return found
+
+
+def map_nodes(value: Any, fn: Callable[[fx.Node], Any]) -> Any:
+    """``value`` (arguments of a node) with ``fn`` applied to every node in it."""
+    return fx.node.map_arg(value, fn)

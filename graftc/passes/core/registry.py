@@ -1,0 +1,34 @@
+"""Methods by tag: the pass file beside each spec file, and installed plugins."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from functools import cache
+from typing import Any
+
+from graftc.passes.core.method import Method
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.registry import method_specs
+
+
+@cache
+def method_for(tag: str) -> Method[Any]:
+    """The method with this tag.
+
+    Raises:
+        GraftError: GC004 for an unknown tag; GC071 when its module holds no `Method` for its spec.
+    """
+    entries = method_specs()
+    if tag not in entries:
+        raise GraftError("GC004", f"method {tag!r} is unknown")
+    entry = entries[tag]
+    try:
+        module = importlib.import_module(entry.method_module)
+    except ImportError as error:
+        raise GraftError("GC071", f"{entry.method_module}, the code of {tag!r}, cannot be imported: {error}") from error
+    for value in vars(module).values():
+        if inspect.isclass(value) and issubclass(value, Method) and not inspect.isabstract(value):
+            if getattr(value, "spec_class", None) is entry.spec_class:
+                return value()
+    raise GraftError("GC071", f"{entry.method_module} has no Method whose spec_class is {entry.spec_class.__name__}")

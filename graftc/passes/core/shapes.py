@@ -1,0 +1,197 @@
+"""Types of values: printing symbolic shapes, evaluating them at chosen sizes, and making them anew from text."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
+
+from graftc.passes.core.program import Program
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+    torch.complex64: "c64",
+}
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+def expression(size: Any) -> Any:
+    """The sympy expression of a symbolic size, or the plain number."""
+    return size.node.expr if isinstance(size, torch.SymInt | torch.SymBool | torch.SymFloat) else size
+
+
+class SymbolNames:
+    """Stable names ``s0, s1, ...`` for the symbols of a Program, in the order in which its inputs show them."""
+
+    def __init__(self, program: Program) -> None:
+        self._names: dict[sympy.Symbol, sympy.Symbol] = {}
+        self._memo: dict[Any, str] = {}
+        for node in program.placeholders():
+            value = node.meta.get("val")
+            for size in value.shape if isinstance(value, torch.Tensor) else ():
+                self._register(expression(size))
+
+    def _register(self, expr: Any) -> None:
+        for symbol in sorted(getattr(expr, "free_symbols", ()), key=str):
+            if symbol not in self._names:
+                self._names[symbol] = sympy.Symbol(f"s{len(self._names)}", integer=True, positive=True)
+
+    @property
+    def symbols(self) -> dict[sympy.Symbol, str]:
+        """Captured symbol to stable name."""
+        return {symbol: str(name) for symbol, name in self._names.items()}
+
+    def size(self, size: Any) -> str:
+        """One size as text."""
+        expr = expression(size)
+        text = self._memo.get(expr)
+        if text is None:
+            self._register(expr)
+            renamed = expr.xreplace(self._names) if isinstance(expr, sympy.Basic) else expr
+            text = self._memo[expr] = str(renamed)
+        return text
+
+    def type(self, value: Any) -> str:
+        """A value's type as text: ``f32[s0, s1, 384]``, a symbolic size, or a tuple of those."""
+        if isinstance(value, torch.Tensor):
+            dims = ", ".join(self.size(size) for size in value.shape)
+            return f"{DTYPE_NAMES.get(value.dtype, str(value.dtype))}[{dims}]"
+        if isinstance(value, list | tuple):
+            return "(" + ", ".join(self.type(item) for item in value) + ")"
+        if value is None:
+            return "none"
+        if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
+            return f"int {self.size(value)}"
+        return type(value).__name__
+
+
+class Sizes:
+    """Evaluates symbolic sizes with numbers put in for the symbols; remembers every expression it has seen."""
+
+    def __init__(self, assign: Callable[[str], int]) -> None:
+        self._assign = assign
+        self._memo: dict[Any, int] = {}
+
+    def size(self, size: Any) -> int:
+        """One size as a number."""
+        expr = expression(size)
+        if isinstance(expr, int):
+            return expr
+        found = self._memo.get(expr)
+        if found is None:
+            values = {symbol: self._assign(str(symbol)) for symbol in expr.free_symbols}
+            found = self._memo[expr] = int(expr.subs(values))
+        return found
+
+    def shape(self, value: torch.Tensor) -> tuple[int, ...]:
+        """A tensor's shape as numbers."""
+        return tuple(self.size(size) for size in value.shape)
+
+
+_CALLS: Mapping[str, Any] = {"FloorDiv": FloorDiv, "Mod": Mod, "Max": Max, "Min": Min}
+_OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.FloorDiv: lambda a, b: FloorDiv(a, b),
+    ast.Mod: lambda a, b: Mod(a, b),
+    ast.Pow: lambda a, b: a**b,
+}
+
+
+@dataclass
+class FakeContext:
+    """Makes fake tensors and symbolic sizes anew from their text, all in one shape environment.
+
+    Text is parsed by hand: names, whole numbers, ``+ - * // % **`` and four functions, nothing else.
+    """
+
+    mode: FakeTensorMode = field(
+        default_factory=lambda: FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    )
+    _symbols: dict[str, Any] = field(default_factory=dict)
+    _sizes: dict[str, Any] = field(default_factory=dict)
+    _tensors: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+
+    def symbol(self, name: str) -> Any:
+        """The symbol called ``name``, created at its first mention with a hint of its own."""
+        if name not in self._symbols:
+            env = self.mode.shape_env
+            assert env is not None
+            hint = 3 + 4 * len(self._symbols)
+            source = ConstantSource(f"graftc_{name}")
+            self._symbols[name] = env.create_symbol(
+                hint,
+                source,
+                dynamic_dim=DimDynamic.DYNAMIC,
+                constraint_dim=None,
+                do_not_specialize_zero_one=True,
+            )
+        return self._symbols[name]
+
+    def size(self, text: str) -> Any:
+        """A size: an `int`, or a symbolic one."""
+        if text not in self._sizes:
+            expr = self._parse(ast.parse(text, mode="eval").body)
+            if isinstance(expr, int) or expr.is_number:
+                self._sizes[text] = int(expr)
+            else:
+                env = self.mode.shape_env
+                assert env is not None
+                hint = int(expr.xreplace({s: sympy.Integer(self._hint(s)) for s in expr.free_symbols}))
+                self._sizes[text] = env.create_symintnode(expr, hint=hint)
+        return self._sizes[text]
+
+    def _hint(self, symbol: Any) -> int:
+        env = self.mode.shape_env
+        assert env is not None
+        return int(env.backed_var_to_val[symbol])
+
+    def _parse(self, node: ast.expr) -> Any:
+        if isinstance(node, ast.Name):
+            return self.symbol(node.id)
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return sympy.Integer(node.value)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -self._parse(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            return _OPERATORS[type(node.op)](self._parse(node.left), self._parse(node.right))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CALLS:
+            return _CALLS[node.func.id](*(self._parse(argument) for argument in node.args))
+        raise ValueError(f"not a size: {ast.unparse(node)}")
+
+    def tensor(self, dtype: torch.dtype, shape: tuple[str, ...], device: torch.device) -> torch.Tensor:
+        """A fake tensor; the same object for the same type."""
+        key = (dtype, shape, device)
+        if key not in self._tensors:
+            sizes = [self.size(text) for text in shape]
+            with self.mode:
+                self._tensors[key] = torch.empty(sizes, dtype=dtype, device=device)
+        return self._tensors[key]
+
+
+def fake_mode_of(program: Program) -> FakeTensorMode:
+    """The fake mode that a Program's values live in."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        mode = getattr(value, "fake_mode", None)
+        if isinstance(mode, FakeTensorMode):
+            return mode
+    raise ValueError("the program has no fake values")

@@ -1,0 +1,202 @@
+"""The one place where tensors live: a module tree that mirrors the source model.
+
+Programs name tensors and own none. Base tensors share storage with the source model and are never written;
+adapter tensors live under their site's module path, ``<module path>.graftc.<adaptation>.<part>``, or at the
+root, ``graftc.<adaptation>.<part>``, when several sites share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+RESERVED = "graftc"
+"""Path segment under which every tensor that graftc added lives."""
+
+
+class Container(nn.Module):
+    """A node of the Store's tree: holds tensors and containers, computes nothing."""
+
+
+class Store:
+    """Named tensors of one Compilation.
+
+    Args:
+        root: module whose tree holds the tensors; an empty `Container` by default.
+    """
+
+    def __init__(self, root: nn.Module | None = None) -> None:
+        self.root: nn.Module = root if root is not None else Container()
+        self.aliases: dict[str, str] = {}
+        self._overlays: dict[str, str] = {}
+
+    @classmethod
+    def mirror(cls, model: nn.Module) -> Store:
+        """Mirror the parameters and buffers of ``model``, sharing their storage.
+
+        Parameters are frozen copies of the handles (``requires_grad=False``), so that freezing never reaches the
+        caller's model. Tied tensors stay one tensor: the first name owns it, the others are recorded in
+        `aliases` (alias to owner).
+        """
+        store = cls()
+        seen: dict[int, tuple[str, torch.Tensor]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            container = store._container(path)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    store._mirror(container, path, name, parameter, seen, persistent=True)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    persistent = name not in module._non_persistent_buffers_set
+                    store._mirror(container, path, name, buffer, seen, persistent=persistent)
+        return store
+
+    def _mirror(
+        self,
+        container: nn.Module,
+        path: str,
+        name: str,
+        tensor: torch.Tensor,
+        seen: dict[int, tuple[str, torch.Tensor]],
+        *,
+        persistent: bool,
+    ) -> None:
+        fqn = f"{path}.{name}" if path else name
+        if id(tensor) in seen:
+            owner, handle = seen[id(tensor)]
+            if owner != fqn:
+                self.aliases[fqn] = owner
+        else:
+            detached = tensor.detach()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            handle = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
+            seen[id(tensor)] = (fqn, handle)
+        if isinstance(handle, nn.Parameter):
+            container.register_parameter(name, handle)
+        else:
+            container.register_buffer(name, handle, persistent=persistent)
+
+    def _container(self, path: str) -> nn.Module:
+        module = self.root
+        for segment in path.split(".") if path else ():
+            child = module._modules.get(segment)
+            if child is None:
+                child = Container()
+                module.add_module(segment, child)
+            module = child
+        return module
+
+    def owner(self, path: str) -> nn.Module:
+        """The container at ``path`` (``""`` is the root); `KeyError` where there is none."""
+        module = self.root
+        for segment in path.split(".") if path else ():
+            child = module._modules.get(segment)
+            if child is None:
+                raise KeyError(path)
+            module = child
+        return module
+
+    def replace_container(self, path: str, module: nn.Module) -> None:
+        """Put ``module`` at ``path``; it adopts everything that the container there held."""
+        old = self.owner(path)
+        module._parameters.update(old._parameters)
+        module._buffers.update(old._buffers)
+        module._non_persistent_buffers_set |= old._non_persistent_buffers_set
+        module._modules.update(old._modules)
+        parent, _, name = path.rpartition(".")
+        self.owner(parent)._modules[name] = module
+
+    def rehome(self, root: nn.Module) -> None:
+        """Make ``root`` the root of the tree: it adopts the tensors and containers of the old root."""
+        old = self.root
+        root._parameters.update(old._parameters)
+        root._buffers.update(old._buffers)
+        root._non_persistent_buffers_set |= old._non_persistent_buffers_set
+        root._modules.update(old._modules)
+        self.root = root
+
+    def __contains__(self, fqn: str) -> bool:
+        path, _, name = fqn.rpartition(".")
+        try:
+            owner = self.owner(path)
+        except KeyError:
+            return False
+        return name in owner._parameters or name in owner._buffers
+
+    def get(self, fqn: str) -> torch.Tensor:
+        """The tensor called ``fqn``; `KeyError` where there is none."""
+        path, _, name = fqn.rpartition(".")
+        owner = self.owner(path)
+        tensor = owner._parameters.get(name)
+        if tensor is None:
+            tensor = owner._buffers.get(name)
+        if tensor is None:
+            raise KeyError(fqn)
+        return tensor
+
+    def add_parameter(self, fqn: str, tensor: torch.Tensor, *, trainable: bool) -> None:
+        """Add an adapter tensor. Raises `KeyError` when the name is taken."""
+        if fqn in self:
+            raise KeyError(f"{fqn} exists")
+        path, _, name = fqn.rpartition(".")
+        self._container(path).register_parameter(name, nn.Parameter(tensor, requires_grad=trainable))
+
+    def add_buffer(self, fqn: str, tensor: torch.Tensor, *, persistent: bool) -> None:
+        """Add a constant. Raises `KeyError` when the name is taken."""
+        if fqn in self:
+            raise KeyError(f"{fqn} exists")
+        path, _, name = fqn.rpartition(".")
+        self._container(path).register_buffer(name, tensor, persistent=persistent)
+
+    def alias(self, name: str, owner: str) -> None:
+        """Give the tensor called ``owner`` another name."""
+        tensor = self.get(owner)
+        path, _, last = name.rpartition(".")
+        container = self._container(path)
+        if isinstance(tensor, nn.Parameter):
+            container.register_parameter(last, tensor)
+        else:
+            container.register_buffer(last, tensor)
+        self.aliases[name] = owner
+
+    def add_overlay(self, base: str, fqn: str) -> None:
+        """Record that the trainable tensor ``fqn`` stands in for the base tensor ``base``."""
+        self._overlays[base] = fqn
+
+    def overlay(self, base: str) -> str | None:
+        """The trainable tensor that stands in for ``base``, if any."""
+        return self._overlays.get(self.canonical(base))
+
+    def canonical(self, fqn: str) -> str:
+        """The name that owns the tensor called ``fqn``: itself, or the first of its tied names."""
+        return self.aliases.get(fqn, fqn)
+
+    def tied(self, fqn: str) -> tuple[str, ...]:
+        """The other names of the tensor called ``fqn``."""
+        owner = self.canonical(fqn)
+        names = [owner, *(alias for alias, target in self.aliases.items() if target == owner)]
+        return tuple(name for name in names if name != fqn) if len(names) > 1 else ()
+
+    @staticmethod
+    def is_adapter(fqn: str) -> bool:
+        """Whether graftc added the tensor called ``fqn``."""
+        return RESERVED in fqn.split(".")
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every name with its tensor, tied names included, in the order of the source model."""
+        yield from self.root.named_parameters(remove_duplicate=False)
+        yield from self.root.named_buffers(remove_duplicate=False)
+
+    def base(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Base tensors by owning name (tied names once)."""
+        for name, tensor in self.tensors():
+            if not self.is_adapter(name) and name not in self.aliases:
+                yield name, tensor
+
+    def adapters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors that graftc added, frozen ones included."""
+        for name, tensor in self.tensors():
+            if self.is_adapter(name):
+                yield name, tensor

@@ -1,0 +1,231 @@
+"""The verifier: run at every pass boundary, on by default.
+
+It holds a Program against the base as it was captured: the graph is sound, the interface is as it was, base nodes are
+untouched, every inserted node says who inserted it, every replacement keeps its type, and every trainable tensor
+has a gradient path. Once, at the end, all types are worked out anew at two different sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.canonicalise import takes_device
+from graftc.passes.core.printer import format_around, literal, target_name
+from graftc.passes.core.program import Program, map_nodes, provenance
+from graftc.passes.core.shapes import Sizes, SymbolNames, expression
+from graftc.passes.core.store import Store
+from graftc.specs.diagnostics import GraftError
+
+aten = torch.ops.aten
+_SIZE_CHOICES = ((2, 3, 5, 7), (5, 7, 3, 2))
+
+
+def record_baseline(program: Program) -> Program:
+    """Remember the base's nodes as they are now; later passes are held against them."""
+    names = SymbolNames(program)
+    program.baseline = {n.name: _fingerprint(n, names, {}) for n in program.graph.nodes if _is_call(n)}
+    return program
+
+
+def verify(program: Program, store: Store, step: str, *, types: bool = False) -> None:
+    """Check every invariant after the pass called ``step``.
+
+    Args:
+        program: the Program as the pass left it.
+        store: where its tensors live.
+        step: named in the error.
+        types: also work out all types anew, at two sizes.
+
+    Raises:
+        GraftError: GC040 naming the pass and the node, with the graph around it; GC023 for a trainable tensor
+            that reaches no output.
+    """
+    for rule in _RULES:
+        found = rule(program, store)
+        if found is not None:
+            _fail(program, step, *found)
+    _gradient_paths(program, store)
+    if types:
+        for sizes in _SIZE_CHOICES:
+            found = _types(program, store, sizes)
+            if found is not None:
+                _fail(program, step, *found)
+
+
+Finding = tuple[fx.Node | None, str]
+
+
+def _fail(program: Program, step: str, node: fx.Node | None, message: str) -> None:
+    where = f" at {node.name}" if node is not None else ""
+    details = (format_around(program, node),) if node is not None else ()
+    raise GraftError("GC040", f"after {step}{where}: {message}", details=details)
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_function"
+
+
+def _sound(program: Program, store: Store) -> Finding | None:
+    try:
+        program.graph.lint()
+    except RuntimeError as error:
+        return None, f"the graph is not sound: {error}"
+    for node in program.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name not in store:
+            return node, f"{name} is not in the Store"
+        held, value = store.get(name), node.meta.get("val")
+        if not isinstance(value, Tensor) or value.dtype != held.dtype or tuple(value.shape) != tuple(held.shape):
+            return node, f"{name} is {held.dtype} {list(held.shape)} in the Store, the graph says otherwise"
+    return None
+
+
+def _interface(program: Program, store: Store) -> Finding | None:
+    names = tuple(str(node.target) for node in program.placeholders())
+    if names != program.signature:
+        return None, f"the inputs are {names}, they were {program.signature}"
+    leaves = program.output_node.args[0]
+    assert isinstance(leaves, tuple)
+    if len(leaves) != len(program.outputs.names):
+        return program.output_node, f"{len(leaves)} outputs, there were {len(program.outputs.names)}"
+    return None
+
+
+def _base_untouched(program: Program, store: Store) -> Finding | None:
+    names = SymbolNames(program)
+    origin = {edit.after: edit.before for edit in program.edits}
+    own = 0
+    for node in program.graph.nodes:
+        if not _is_call(node) or provenance(node) is not None:
+            continue
+        own += 1
+        expected = program.baseline.get(node.name)
+        if expected is None:
+            return node, "an inserted node says nothing of who inserted it"
+        if _fingerprint(node, names, origin) != expected:
+            return node, "a node of the base was changed"
+    if own != len(program.baseline):
+        present = {node.name for node in program.graph.nodes}
+        missing = [name for name in program.baseline if name not in present]
+        return None, f"nodes of the base are gone: {', '.join(missing[:3])}"
+    return None
+
+
+def _fingerprint(node: fx.Node, names: SymbolNames, origin: dict[fx.Node, fx.Node]) -> tuple[Any, ...]:
+    """Target and arguments, with every replacement traced back to what it replaced."""
+
+    def text(source: fx.Node) -> str:
+        while source in origin:
+            source = origin[source]
+        return source.name
+
+    arguments = literal(node.args, text, names), literal(dict(node.kwargs), text, names)
+    return (target_name(node.target), *arguments)
+
+
+def _edits_keep_types(program: Program, store: Store) -> Finding | None:
+    for edit in program.edits:
+        a, b = edit.before.meta["val"], edit.after.meta["val"]
+        same = a.dtype == b.dtype and len(a.shape) == len(b.shape)
+        if not same or any(expression(x) != expression(y) for x, y in zip(a.shape, b.shape, strict=True)):
+            return (
+                edit.after,
+                f"{edit.adaptation!r} replaced a {a.dtype} {list(a.shape)} by {b.dtype} {list(b.shape)}",
+            )
+    return None
+
+
+_RULES: tuple[Callable[[Program, Store], Finding | None], ...] = (
+    _sound,
+    _interface,
+    _base_untouched,
+    _edits_keep_types,
+)
+
+_STOPS_GRADIENT = {aten.detach.default, aten.sym_size.int, aten.argmax.default}
+
+
+def _carries_gradient(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return node.target not in _STOPS_GRADIENT and any(
+        isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()) for v in values
+    )
+
+
+def reachable(program: Program) -> set[fx.Node]:
+    """Nodes from which a gradient path leads to an output."""
+    found: set[fx.Node] = set()
+    pending = [n for n in program.output_node.all_input_nodes if _carries_gradient(n)]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += [source for source in node.all_input_nodes if _carries_gradient(source)]
+    return found
+
+
+def _gradient_paths(program: Program, store: Store) -> None:
+    reached = reachable(program)
+    for node in program.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if store.is_adapter(name) and store.get(name).requires_grad and node not in reached:
+            raise GraftError(
+                "GC023",
+                f"{name} is trainable, but no gradient path leads from it to an output",
+                hint="leave the site out of the target, or use a model head that reads it",
+            )
+
+
+def _types(program: Program, store: Store, choice: tuple[int, ...]) -> Finding | None:
+    """Run the graph on the meta device with numbers for the symbols, and compare every type."""
+    numbers, assigned = count(), {}
+
+    def assign(symbol: str) -> int:
+        if symbol not in assigned:
+            assigned[symbol] = choice[next(numbers) % len(choice)]
+        return assigned[symbol]
+
+    sizes = Sizes(assign)
+    meta = torch.device("meta")
+    values: dict[fx.Node, Any] = {}
+
+    def concrete(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty(sizes.shape(value), dtype=value.dtype, device=meta)
+        if isinstance(value, list | tuple):
+            return tuple(concrete(v) for v in value)
+        return sizes.size(value)
+
+    for node in program.graph.nodes:
+        if not _is_call(node):
+            if node.op != "output":
+                values[node] = concrete(node.meta["val"])
+            continue
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), values.__getitem__)
+        if takes_device(node.target):
+            kwargs = {**kwargs, "device": meta}
+        expected = concrete(node.meta["val"])
+        try:
+            values[node] = node.target(*args, **kwargs)
+        except (NotImplementedError, RuntimeError) as error:
+            if provenance(node) is not None:
+                return node, f"it does not run on the meta device: {error}"
+            values[node] = expected
+            continue
+        if _plain(values[node]) != _plain(expected):
+            return node, f"it gives {_plain(values[node])}, the graph says {_plain(expected)}"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (str(value.dtype), tuple(value.shape))
+    if isinstance(value, list | tuple):
+        return tuple(_plain(v) for v in value)
+    return value

@@ -1,0 +1,141 @@
+"""LoRA: a low-rank update beside a frozen linear map (Hu et al. 2021, arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.builder import Builder, Initialiser
+from graftc.passes.core.folds import Fold, Keep, WeightFold
+from graftc.passes.core.method import Method
+from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.lora import LoRA
+
+aten = torch.ops.aten
+
+
+class LoRAMethod(Method[LoRA]):
+    """``y = W x + b + s B A drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
+
+    ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732).
+    ``kaiming`` and ``gaussian`` start at ``B = 0``. ``pissa`` (Meng et al. 2024, arXiv:2404.02948) and ``olora``
+    (Buyukakyuz 2024, arXiv:2406.01775) start ``B A`` at a part of ``W``; they conventionally take that part out of
+    ``W``. Here frozen copies of the starting factors are subtracted in the branch instead: the function at the start
+    is the base's to the bit, and ``W`` stays as it was.
+
+    The branch is scaled where it is narrowest, on the ``rank`` axis. Dropout acts on the branch's input only.
+    """
+
+    spec_class = LoRA
+
+    def prepare(self, spec: LoRA, sites: Sequence[Site], build: Builder) -> None:
+        """With ``bias: all``, every bias that the Program reads trains beside the factors."""
+        if spec.bias != "all":
+            return
+        for name in build.tensors():
+            module, _, last = name.rpartition(".")
+            if last == "bias":
+                with build.on(ParameterSite(SiteKey(module, last), tensor=name)):
+                    build.overlay(name)
+
+    def insert(self, spec: LoRA, site: Site, shared: Any, build: Builder) -> None:
+        """Insert the branch.
+
+        Raises:
+            GraftError: GC020 when the rank exceeds ``min(in, out)``.
+        """
+        assert isinstance(site, LinearSite)
+        rank, limit = spec.rank, min(site.in_features, site.out_features)
+        if rank > limit:
+            raise GraftError(
+                "GC020",
+                f"rank {rank} exceeds {site.key}, which is {site.out_features} x {site.in_features}",
+                hint=f"a rank of at most {limit} fits; use overrides for single sites",
+            )
+        down, up = _factors(spec, site, build)
+        a = build.parameter("A", (rank, site.in_features), down, dtype=site.dtype)
+        b = build.parameter("B", (site.out_features, rank), up, dtype=site.dtype)
+        x = build.input(site)
+        delta = _branch(build, build.dropout(x, spec.dropout), a, b, spec.scaling)
+        if spec.init in _FROM_WEIGHT:
+            a0 = build.parameter("A0", (rank, site.in_features), down, dtype=site.dtype, trainable=False)
+            b0 = build.parameter("B0", (site.out_features, rank), up, dtype=site.dtype, trainable=False)
+            start = _branch(build, x, a0, b0, spec.scaling)
+            delta = build.call(aten.sub.Tensor, delta, start, part="minus start")
+        build.add(site, delta)
+        if spec.bias == "lora_only" and site.use.bias is not None:
+            build.overlay(site.use.bias, site.rows)
+
+    def fold(self, spec: LoRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """``W' = W + s B A``, less ``s B0 A0`` where the factors started from ``W``."""
+        if "A" not in tensors:
+            return Keep("its factors are missing")
+
+        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            delta = tensors["B"] @ tensors["A"]
+            if "A0" in tensors:
+                delta = delta - tensors["B0"] @ tensors["A0"]
+            return weight + spec.scaling * delta, bias
+
+        return WeightFold(apply)
+
+
+def _branch(build: Builder, x: fx.Node, a: fx.Node, b: fx.Node, scaling: float) -> fx.Node:
+    h = build.call(aten.linear.default, x, a, part="down")
+    if scaling != 1:
+        h = build.call(aten.mul.Tensor, h, scaling, part="scale")
+    return build.call(aten.linear.default, h, b, part="up")
+
+
+def _kaiming(tensor: Tensor, generator: torch.Generator) -> None:
+    """Uniform within ``1 / sqrt(in)``: Kaiming's bound at ``a = sqrt(5)``, the field's default."""
+    bound = 1 / math.sqrt(tensor.shape[1])
+    tensor.uniform_(-bound, bound, generator=generator)
+
+
+def _gaussian(tensor: Tensor, generator: torch.Generator) -> None:
+    """Normal with standard deviation ``1 / rank``."""
+    tensor.normal_(0, 1 / tensor.shape[0], generator=generator)
+
+
+def _zeros(tensor: Tensor, generator: torch.Generator) -> None:
+    tensor.zero_()
+
+
+def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """The first ``rank`` singular directions, ``s B A`` their part of the weight, values shared by both factors."""
+    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    root = (s[:rank] / scaling).sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root
+
+
+def _olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """The first ``rank`` columns of Q and rows of R, as they are."""
+    q, r = torch.linalg.qr(weight.double())
+    return r[:rank], q[:, :rank]
+
+
+_FROM_WEIGHT = {"pissa": _pissa, "olora": _olora}
+
+
+def _factors(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, Initialiser]:
+    """What fills A and B."""
+    if spec.init not in _FROM_WEIGHT:
+        return (_gaussian if spec.init == "gaussian" else _kaiming), _zeros
+    weight = build.read_weight(site)
+    if weight.device.type == "meta":
+        return _zeros, _zeros
+    a, b = _FROM_WEIGHT[spec.init](weight, spec.rank, spec.scaling)
+    return _copy(a), _copy(b)
+
+
+def _copy(value: Tensor) -> Initialiser:
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.copy_(value)
+
+    return fill

@@ -1,0 +1,70 @@
+"""Derive the eval Program from the train Program: what torch's ``eval()`` would have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from graftc.passes.canonicalise import remove_dead
+from graftc.passes.core.program import Program
+
+aten = torch.ops.aten
+
+
+def to_eval(program: Program) -> Program:
+    """A new Program in eval mode.
+
+    Dropout disappears, attention drops nothing, batch normalisation uses its running statistics and counts no batch.
+    A test asserts that the result hash-equals a direct capture in eval mode.
+    """
+    result = program.copy(mode="eval")
+    for node in list(result.graph.nodes):
+        rule = RULES.get(node.target) if node.op == "call_function" else None
+        if rule is not None:
+            rule(node)
+    remove_dead(result)
+    return result
+
+
+def _erase(node: fx.Node) -> None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
+
+
+def _attention(node: fx.Node) -> None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    defaults = (None, None, None, None, 0.0, False)
+    args = [*node.args, *defaults[len(node.args) :]]
+    args[names.index("dropout_p")] = 0.0
+    while len(args) > 3 and args[-1] == defaults[len(args) - 1]:
+        args.pop()
+    node.args = tuple(args)
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "dropout_p"}
+
+
+def _batch_norm(node: fx.Node) -> None:
+    args = list(node.args)
+    args[5] = False
+    node.args = tuple(args)
+
+
+def _counter(node: fx.Node) -> None:
+    """The in-place count of batches: a buffer plus one."""
+    source = node.args[0]
+    if isinstance(source, fx.Node) and str(source.target).endswith("num_batches_tracked"):
+        node.replace_all_uses_with(source)
+        node.graph.erase_node(node)
+
+
+RULES: dict[object, Callable[[fx.Node], None]] = {
+    aten.dropout.default: _erase,
+    aten.feature_dropout.default: _erase,
+    aten.alpha_dropout.default: _erase,
+    aten.scaled_dot_product_attention.default: _attention,
+    aten.batch_norm.default: _batch_norm,
+    aten.add_.Tensor: _counter,
+}

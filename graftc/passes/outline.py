@@ -1,0 +1,166 @@
+"""Outline the repeated layers of a Program: one subgraph per layer and use, called from a short root graph.
+
+A layer is the first numbered segment of a node's module path. Its subgraph names its tensors relative to the layer, and
+its values by position, so identical layers have identical code.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import fx
+
+from graftc.passes.core.program import Program, map_nodes
+
+
+@dataclass(frozen=True)
+class BlockGraph:
+    """One layer's part of one Program.
+
+    Attributes:
+        path: the layer's module path; its tensors are named relative to it.
+        use: which call of the layer this is, 0 for the first.
+        graph: inputs are what the layer reads from outside, outputs what others read from it.
+    """
+
+    path: str
+    use: int
+    graph: fx.Graph
+
+
+@dataclass(frozen=True)
+class Outlined:
+    """A root graph whose ``call_module`` nodes call the blocks, ``(use, *inputs)``."""
+
+    root: fx.Graph
+    blocks: tuple[BlockGraph, ...]
+
+
+def layer_path(module: str) -> str:
+    """The path up to and including its first numbered segment; empty where there is none."""
+    segments = module.split(".")
+    for index, segment in enumerate(segments):
+        if segment.isdigit():
+            return ".".join(segments[: index + 1])
+    return ""
+
+
+def outline(program: Program) -> Outlined:
+    """Split a Program into its layers; the Program stays as it is."""
+    groups = _group(program)
+    uses: dict[str, int] = defaultdict(int)
+    blocks: list[BlockGraph] = []
+    root = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    attributes: dict[str, fx.Node] = {}
+
+    def value(node: fx.Node) -> fx.Node:
+        if node.op == "get_attr":
+            name = str(node.target)
+            if name not in attributes:
+                attributes[name] = root.get_attr(name)
+            return attributes[name]
+        return mapping[node]
+
+    for path, nodes in groups:
+        if not path:
+            for node in nodes:
+                if node.op != "get_attr":
+                    mapping[node] = root.create_node(
+                        node.op,
+                        node.target,
+                        *map_nodes((node.args, dict(node.kwargs)), value),
+                        name=node.name,
+                    )
+            continue
+        block, inputs, outputs = _block(path, uses[path], nodes)
+        uses[path] += 1
+        blocks.append(block)
+        call = root.call_module(path, (block.use, *(value(n) for n in inputs)))
+        if len(outputs) == 1:
+            mapping[outputs[0]] = call
+        else:
+            for index, node in enumerate(outputs):
+                mapping[node] = root.call_function(operator.getitem, (call, index))
+    return Outlined(root, tuple(blocks))
+
+
+Group = tuple[str, list[fx.Node]]
+
+
+def _group(program: Program) -> list[Group]:
+    """Runs of nodes by layer. What stands between and does not need the running layer goes before it."""
+    layers = _repeated(program)
+    done: list[Group] = []
+    run: list[fx.Node] = []
+    waiting: list[fx.Node] = []
+    current = ""
+
+    def close() -> None:
+        nonlocal run, waiting
+        if run:
+            done.append((current, run))
+        if waiting:
+            done.append(("", waiting))
+        run, waiting = [], []
+
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            continue
+        path = layer_path(node.meta.get("module", "")) if node.op == "call_function" else ""
+        path = path if path in layers else ""
+        sources = set(node.all_input_nodes)
+        if path and (path != current or sources.intersection(waiting)):
+            close()
+            current = path
+        if path:
+            run.append(node)
+        elif run and sources.intersection([*run, *waiting]):
+            waiting.append(node)
+        else:
+            at = len(done)
+            if at and not done[-1][0]:
+                done[-1][1].append(node)
+            else:
+                done.append(("", [node]))
+    close()
+    return done
+
+
+def _repeated(program: Program) -> set[str]:
+    """Layer paths that have a sibling: a numbered path alone is no repeated layer."""
+    siblings: dict[str, set[str]] = defaultdict(set)
+    for node in program.graph.nodes:
+        path = layer_path(node.meta.get("module", ""))
+        if path:
+            siblings[path.rpartition(".")[0]].add(path)
+    return {path for group in siblings.values() if len(group) > 1 for path in group}
+
+
+def _block(path: str, use: int, nodes: list[fx.Node]) -> tuple[BlockGraph, list[fx.Node], list[fx.Node]]:
+    inside = set(nodes)
+    prefix = path + "."
+    inputs: dict[fx.Node, None] = {}
+    own: dict[fx.Node, None] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and str(source.target).startswith(prefix):
+                own[source] = None
+            elif source not in inside:
+                inputs[source] = None
+    outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for index, node in enumerate(inputs):
+        mapping[node] = graph.create_node("placeholder", f"x{index}", name=f"x{index}")
+    for index, node in enumerate(own):
+        target = str(node.target).removeprefix(prefix)
+        mapping[node] = graph.create_node("get_attr", target, name=f"w{index}")
+    for index, node in enumerate(nodes):
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), mapping.__getitem__)
+        mapping[node] = graph.create_node("call_function", node.target, args, kwargs, name=f"v{index}")
+    results = tuple(mapping[node] for node in outputs)
+    graph.output(results[0] if len(results) == 1 else results)
+    return BlockGraph(path, use, graph), list(inputs), outputs

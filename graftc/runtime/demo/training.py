@@ -1,0 +1,138 @@
+"""A plain training loop, prediction and the two scores that the demo prints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from graftc.runtime.demo.data import Encoded, evaluation_batches
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Scores", "TrainingRun", "predict", "score", "train_classifier"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracy and macro-F1 (the mean over classes of each one's F1), as fractions."""
+
+    accuracy: float
+    macro_f1: float
+
+    def to_json(self) -> dict[str, float]:
+        """Both, rounded to six digits."""
+        return {"accuracy": round(self.accuracy, 6), "macro_f1": round(self.macro_f1, 6)}
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The loss of every step, and how long all took."""
+
+    losses: tuple[float, ...]
+    seconds: float
+
+
+def score(predicted: Sequence[int], actual: Sequence[int], classes: int) -> Scores:
+    """Accuracy and macro-F1 over all ``classes``; a class never predicted nor present counts as 0.
+
+    Raises:
+        ValueError: the two sequences differ in length, or are empty.
+    """
+    if len(predicted) != len(actual) or not actual:
+        raise ValueError(f"{len(predicted)} predictions for {len(actual)} examples")
+    right, said, there = [0] * classes, [0] * classes, [0] * classes
+    for p, a in zip(predicted, actual, strict=True):
+        said[p] += 1
+        there[a] += 1
+        right[a] += p == a
+    f1 = [2 * r / (s + t) if s + t else 0.0 for r, s, t in zip(right, said, there, strict=True)]
+    return Scores(sum(right) / len(actual), sum(f1) / classes)
+
+
+def train_classifier(
+    model: nn.Module,
+    batches: Iterator[dict[str, torch.Tensor]],
+    steps: int,
+    lr: float,
+    *,
+    weight_decay: float = 0.01,
+    warmup: float = 0.1,
+    clip: float = 1.0,
+    on_step: Callable[[int, float], None] | None = None,
+) -> TrainingRun:
+    """Train whatever requires a gradient with AdamW, a linear warm-up and a linear decay to zero.
+
+    Args:
+        model: called as ``model(**batch)``; its output has a scalar ``loss``.
+        batches: at least ``steps`` of them, with labels.
+        steps: optimiser steps.
+        lr: the highest learning rate.
+        weight_decay: for tensors with two or more dimensions only.
+        warmup: the fraction of the steps in which the learning rate rises.
+        clip: the largest norm of all gradients together.
+        on_step: called after each step with its number, from 1, and its loss.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=lr)
+    rise = max(1, round(steps * warmup))
+
+    def pace(step: int) -> float:
+        return min((step + 1) / rise, max(0.0, (steps - step) / max(1, steps - rise)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, pace)
+    losses: list[float] = []
+    start = time.perf_counter()
+    model.train()
+    for step in range(1, steps + 1):
+        loss = model(**next(batches)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, clip)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if losses[-1] != losses[-1] or losses[-1] in (float("inf"), float("-inf")):
+            raise FloatingPointError(f"the loss of step {step} is {losses[-1]}")
+        if on_step is not None:
+            on_step(step, losses[-1])
+    return TrainingRun(tuple(losses), time.perf_counter() - start)
+
+
+def predict(
+    forward: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    data: Encoded,
+    *,
+    size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """The logits of every example, float32 ``[examples, classes]``, in the order of ``data``.
+
+    Args:
+        forward: from a batch with ``input_ids`` and ``attention_mask`` to logits ``[batch, classes]``.
+        size: examples in a batch; each is padded to its own longest text.
+        on_batch: called after each batch with its number of examples.
+    """
+    rows: list[int] = []
+    parts: list[torch.Tensor] = []
+    with torch.no_grad():
+        for some, batch in evaluation_batches(data, size):
+            parts.append(forward(batch).float().cpu())
+            rows += some
+            if on_batch is not None:
+                on_batch(len(some))
+    logits = torch.cat(parts)
+    out = torch.empty_like(logits)
+    out[torch.tensor(rows)] = logits
+    return out

@@ -1,0 +1,73 @@
+"""A plain module around one Program, for exporters: inputs by name, outputs by name, the Store's tensor names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.certify import sample_inputs
+from graftc.compiler.signature import Axis
+from graftc.passes.core.codegen import function_of
+from graftc.passes.core.program import Program
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import ModelRunner
+
+
+class ExportModule(nn.Module):
+    """One eval Program as a module.
+
+    Attributes:
+        program: what it computes.
+        axes: its inputs.
+        inputs: example inputs.
+    """
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__()
+        compilation = runner._compilation
+        signature = {name: True for name in compilation.default}
+        training = runner.training
+        runner.training = False
+        try:
+            self.program: Program = runner._program_for(signature)
+        finally:
+            runner.training = training
+        store = runner._store
+        self.inputs: Mapping[str, Tensor] = sample_inputs(compilation.main.base, store, sizes=(3, 7))
+        self.axes = [Axis(s.name, s.dtype, s.shape) for s in self.program.inputs]
+        self._parameters.update(store.root._parameters)
+        self._buffers.update(store.root._buffers)
+        self._modules.update(store.root._modules)
+        if hasattr(runner, "config"):
+            self.config = runner.config
+        self.training = False
+        self._function = function_of(self.program.graph, runner.device)
+        self.forward: Callable[..., dict[str, Any]] = self._flat()
+
+    def _flat(self) -> Callable[..., dict[str, Any]]:
+        names, outputs, axes = self.program.signature, self.program.outputs.names, self.axes
+
+        def forward(*args: Tensor, **kwargs: Tensor) -> dict[str, Any]:
+            inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+            first: dict[str, Any] = {}
+            for axis in axes:
+                for dim, size in enumerate(axis.axes):
+                    if isinstance(size, str):
+                        actual = inputs[axis.name].shape[dim]
+                        torch._check(actual == first.setdefault(size, actual))
+            values = self._function(self, *(inputs[name] for name in names))
+            return dict(zip(outputs, values, strict=True))
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
+        return forward
+
+    def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
+        """Which axes vary."""
+        auto = torch.export.Dim.AUTO
+        return {a.name: {i: auto for i, s in enumerate(a.axes) if isinstance(s, str)} for a in self.axes}

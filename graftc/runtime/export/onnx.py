@@ -1,0 +1,121 @@
+"""ONNX through transformers' exporter, which holds the graph fixes; checked by ``onnx.checker`` and ONNX Runtime."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graftc.compiler.certify import sample_inputs
+from graftc.runtime.export import reason
+from graftc.runtime.export.module import ExportModule
+from graftc.specs.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import ModelRunner
+
+TOLERANCE = 1e-4
+"""Largest difference from torch, relative to the largest output or 1, for a float32 export."""
+
+LARGE = 64 * 2**20
+"""Weights of more bytes than this go into a file of their own."""
+
+
+def write_onnx(runner: ModelRunner, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write and check an ONNX model with the model's own input and output names and named dynamic axes.
+
+    Raises:
+        GraftError: GC060 when exporting or a check fails, GC061 without the ``export`` extra.
+    """
+    onnx, ort, ir = _package("onnx"), _package("onnxruntime"), _package("onnx_ir")
+    module = ExportModule(runner)
+    try:
+        with _quiet():
+            from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+            config = OnnxConfig(dynamic=True, dynamic_shapes=module.dynamic_shapes())
+            exported = OnnxExporter().export(module, dict(module.inputs), config=config)
+    except Exception as error:
+        raise GraftError("GC060", f"the ONNX exporter failed: {reason(error)}") from error
+    model = exported.program
+    _name_axes(ir, model, module)
+    model.metadata_props.update(metadata)
+    model.producer_name = "graftc"
+    size = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    if size > LARGE:
+        ir.save(model, str(path), external_data=f"{path.name}.data")
+    else:
+        ir.save(model, str(path))
+    try:
+        onnx.checker.check_model(str(path))
+    except Exception as error:
+        raise GraftError("GC060", f"onnx.checker rejects the export: {reason(error)}") from error
+    _compare(ort, runner, module, path)
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise GraftError(
+            "GC061", f"exporting to ONNX needs the package {name}", hint="pip install 'graftc[export]'"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters print progress and warn of their own internals."""
+    import contextlib
+    import io
+
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _name_axes(ir: Any, model: Any, module: ExportModule) -> None:
+    """Call dynamic axes what they are, on inputs and outputs."""
+    names: dict[str, str] = {}
+    for value, axis in zip(model.graph.inputs, module.axes, strict=True):
+        for dim, size in zip(value.shape, axis.axes, strict=True):
+            if isinstance(size, str) and not isinstance(dim, int):
+                names[str(dim.value)] = size
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None:
+            dims = [d if isinstance(d, int) else ir.SymbolicDim(names.get(str(d.value), d.value)) for d in value.shape]
+            value.shape = ir.Shape(dims)
+
+
+def _compare(ort: Any, runner: ModelRunner, module: ExportModule, path: Path) -> None:
+    """Run the file in ONNX Runtime, which optimises it first, against torch, at sizes that were not captured."""
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = module.program.outputs.names
+    for seed, sizes in enumerate(((2, 5), (1, 4))):
+        inputs = sample_inputs(runner._compilation.main.base, runner._store, seed=seed, sizes=sizes)
+        with torch.no_grad():
+            expected = module(**inputs)
+        found = session.run(list(names), {name: value.cpu().numpy() for name, value in inputs.items()})
+        for name, value in zip(names, found, strict=True):
+            reference = expected[name].float().cpu()
+            difference = float((reference - torch.from_numpy(value).float()).abs().max())
+            bound = _bound(expected[name].dtype) * max(1.0, float(reference.abs().max()))
+            if not difference <= bound:
+                raise GraftError(
+                    "GC060",
+                    f"ONNX Runtime's {name} differs from torch by {difference:.2e}, more than {bound:.0e}",
+                )
+
+
+def _bound(dtype: torch.dtype) -> float:
+    return TOLERANCE if dtype in (torch.float32, torch.float64) else 0.05

@@ -1,0 +1,47 @@
+"""Back to transformers: a model of the source's class with folded weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from graftc.specs.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from graftc.runtime.merged import Merged
+
+
+def to_transformers(merged: Merged) -> Any:
+    """See `Merged.to_transformers`. The class is built on the meta device, then given the folded tensors."""
+    source = merged._compilation.model
+    if not hasattr(source, "config"):
+        raise GraftError("GC032", f"{type(source).__name__} has no config to build it from")
+    with torch.device("meta"):
+        model = type(source)(copy.deepcopy(source.config))
+    tensors = merged.folded_state_dict()
+    own = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+    missing = [name for name in merged._additions if name not in own]
+    if missing:
+        raise GraftError(
+            "GC052",
+            f"folding had to add {', '.join(missing[:3])}, which {type(source).__name__} has no place for",
+            hint="export to ONNX or .pt2 instead, which hold the added bias",
+        )
+    placed: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name in list(module._parameters):
+            if module._parameters[name] is not None:
+                value = tensors[prefix + name]
+                key = value.data_ptr()
+                module._parameters[name] = placed.setdefault(key, nn.Parameter(value.clone()))
+        for name in list(module._buffers):
+            if module._buffers[name] is not None:
+                module._buffers[name] = tensors[prefix + name].clone()
+    model.tie_weights()
+    if getattr(source, "generation_config", None) is not None:
+        model.generation_config = copy.deepcopy(source.generation_config)
+    return model.eval()

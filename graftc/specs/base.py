@@ -1,0 +1,140 @@
+"""The base of every method's spec, and of the overrides that change its values for some sites."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar, Self
+
+from pydantic import field_validator
+
+from graftc.specs.base_model import Items, SpecModel
+from graftc.specs.claims import Claims
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.overrides import Override
+from graftc.specs.roles import ROLES
+from graftc.specs.target import Target
+from graftc.specs.validation import reject
+
+__all__ = ["RESERVED_NAMES", "Items", "MethodSpec", "Override", "SpecModel", "check_name"]
+
+_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+
+
+class MethodSpec(SpecModel):
+    """Base of every method's spec.
+
+    A subclass sets ``method: Literal["tag"] = "tag"``, the class variables ``claims`` and ``paper``, its
+    hyper-parameters with docstrings, and, where its placement is part of its definition, a default for
+    ``target``. A field ``overrides: Items[SomeOverride] = ()`` makes its values vary by site.
+    """
+
+    claims: ClassVar[Claims]
+    """What the method claims; the contract tests check it."""
+
+    paper: ClassVar[str] = ""
+    """The paper to cite: authors, year and title."""
+
+    name: str | None = None
+    """Unique name of the adaptation; prefixes the tensors it owns. Default: the method's tag."""
+
+    method: str
+    """The method's tag."""
+
+    target: Target
+    """Which places of the model it is for."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_usable(cls, value: str | None) -> str | None:
+        if value is not None and (error := check_name(value)) is not None:
+            reject(value, ((), error))
+        return value
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _target_is_a_mapping(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            fix = (value, f"{{role: {value}}}") if value in ROLES else (value, f"{{modules: {value}}}")
+            message = f"target must be a mapping, not '{value}'"
+            reject(value, ((), GraftError("GC002", message, hint=f"did you mean {fix[1]}?", fix=fix)))
+        return value
+
+    @field_validator("target")
+    @classmethod
+    def _target_says_where(cls, value: Target) -> Target:
+        """What the user leaves open is the method's own placement, which the user's fields narrow."""
+        if value.has_selector:
+            return value
+        default = cls.model_fields["target"].default
+        if isinstance(default, Target) and default.has_selector:
+            return default.model_copy(update={f: getattr(value, f) for f in value.model_fields_set})
+        reject(value, ((), GraftError("GC002", "a target needs role, modules or regex to say where")))
+
+    def for_site(
+        self, module: str, roles: Collection[str] = (), layer: int | None = None, *, depth: int | None = None
+    ) -> Self:
+        """The spec that holds for one site: with the values of the first override that matches it.
+
+        Args:
+            module: dotted path of the site's module.
+            roles: every role it answers to, prefixed forms included.
+            layer: its layer from 0, None outside of layers.
+            depth: how many layers its stack has; needed for negative layers.
+
+        Raises:
+            GraftError: GC002 where the override's values do not fit the adaptation's others.
+        """
+        for override in self.override_list():
+            if override.matches(module, roles, layer, depth):
+                values: dict[str, Any] = {f: getattr(self, f) for f in self.model_fields_set} | override.changes()
+                return type(self).model_validate(values)
+        return self
+
+    def override_list(self) -> Sequence[Override]:
+        """The overrides in order; empty for a method that has none."""
+        overrides: Sequence[Override] = getattr(self, "overrides", ())
+        return overrides
+
+    @classmethod
+    def tag(cls) -> str | None:
+        """The method's tag; None for an abstract base."""
+        default = cls.model_fields["method"].default
+        return default if isinstance(default, str) else None
+
+
+def check_name(name: str) -> GraftError | None:
+    """What is wrong with the name of an adaptation (GC002), or None."""
+    if not re.fullmatch(_NAME, name):
+        message = f"name '{name}' must be letters, digits and underscores, not starting with a digit"
+        better = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_")
+        fix = (name, better) if re.fullmatch(_NAME, better) and not keyword.iskeyword(better) else None
+        return GraftError("GC002", message, hint=f"for example '{better}'" if fix else None, fix=fix)
+    if keyword.iskeyword(name) or name in RESERVED_NAMES or name.startswith("__"):
+        hint = f"for example '{name}_1'"
+        return GraftError("GC002", f"name '{name}' is reserved", hint=hint, fix=(name, f"{name}_1"))
+    return None
+
+
+_MODULE_ATTRIBUTES = """
+    T_destination add_module apply bfloat16 buffers call_super_init children compile cpu cuda double
+    dump_patches eval extra_repr float forward get_buffer get_extra_state get_parameter
+    get_submodule half ipu load_state_dict modules mtia named_buffers named_children named_modules
+    named_parameters parameters register_backward_hook register_buffer register_forward_hook
+    register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook
+    register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
+    register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_
+    set_extra_state set_submodule share_memory state_dict to to_empty train training type xpu
+    zero_grad _apply _backward_hooks _backward_pre_hooks _buffers _call_impl _compiled_call_impl
+    _forward_hooks _forward_hooks_always_called _forward_hooks_with_kwargs _forward_pre_hooks
+    _forward_pre_hooks_with_kwargs _get_backward_hooks _get_backward_pre_hooks _get_name
+    _is_full_backward_hook _load_from_state_dict _load_state_dict_post_hooks
+    _load_state_dict_pre_hooks _maybe_warn_non_full_backward_hook _modules _named_members
+    _non_persistent_buffers_set _parameters _register_load_state_dict_pre_hook
+    _register_state_dict_hook _replicate_for_data_parallel _save_to_state_dict _slow_forward
+    _state_dict_hooks _state_dict_pre_hooks _version _wrapped_call_impl
+"""
+
+RESERVED_NAMES: frozenset[str] = frozenset(_MODULE_ATTRIBUTES.split())
+"""Attributes of ``torch.nn.Module``, which a child module of that name would hide."""

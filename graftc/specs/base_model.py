@@ -1,0 +1,58 @@
+"""The model class of everything that a spec holds: frozen, strict, closed, and with coded errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from graftc.specs.validation import explain
+
+__all__ = ["Items", "SpecModel"]
+
+T = TypeVar("T")
+
+Items = Annotated[Sequence[T], AfterValidator(tuple)]
+"""A list in a document; a tuple in Python, so that specs stay frozen and hashable."""
+
+
+class _Coded(type(BaseModel)):  # type: ignore[misc]
+    """Turns a failed construction into a GraftError. Pydantic builds nested models without passing here."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except ValidationError as error:
+            raise explain(error, cls, kwargs) from None
+
+
+if TYPE_CHECKING:
+    _Base = BaseModel
+else:
+
+    class _Base(BaseModel, metaclass=_Coded):
+        pass
+
+
+class SpecModel(_Base):
+    """Base of all spec models.
+
+    Frozen and hashable; unknown fields and loose types (``"8"`` or ``true`` for 8) are errors. Attribute
+    docstrings are the descriptions in the JSON Schema.
+
+    Raises:
+        GraftError: GC002 to GC012, when a value is not allowed.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @classmethod
+    def model_validate(cls, obj: Any, **kwargs: Any) -> Self:
+        """As pydantic's, but failures are a GraftError."""
+        try:
+            return super().model_validate(obj, **kwargs)
+        except ValidationError as error:
+            raise explain(error, cls, obj) from None

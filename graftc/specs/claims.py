@@ -1,0 +1,58 @@
+"""What a method claims about itself. The contract tests check each claim; listing methods needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+__all__ = ["Claims", "FoldKind", "SiteKind"]
+
+
+class SiteKind(StrEnum):
+    """The kinds of site, one per typed view in ``graftc.passes``."""
+
+    LINEAR = "linear"
+    ATTENTION = "attention"
+    SUBLAYER = "sublayer"
+    EMBEDDING = "embedding"
+    NORM = "norm"
+    EXPERTS = "experts"
+    VALUE = "value"
+    PARAMETER = "parameter"
+
+
+class FoldKind(StrEnum):
+    """How an adaptation disappears into base weights: the same function, a close one, or not at all."""
+
+    EXACT = "exact"
+    APPROXIMATE = "approximate"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Claims of one method.
+
+    Attributes:
+        sites: kinds of site it can adapt; never empty.
+        identity_at_init: before training, the adapted model computes exactly what the base computes.
+        folds: whether and how it folds.
+        bankable: several adaptations of one shape can share a bank. Default False.
+        inert: names of tensor parts that legitimately get no gradient at first. Default none.
+
+    Raises:
+        ValueError: ``sites`` is empty.
+    """
+
+    sites: frozenset[SiteKind]
+    identity_at_init: bool
+    folds: FoldKind
+    bankable: bool = False
+    inert: frozenset[str] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", frozenset(SiteKind(s) for s in self.sites))
+        object.__setattr__(self, "folds", FoldKind(self.folds))
+        object.__setattr__(self, "inert", frozenset(self.inert))
+        if not self.sites:
+            raise ValueError("a method claims at least one kind of site")

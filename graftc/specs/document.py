@@ -1,0 +1,130 @@
+"""The document that a user writes: adaptations, and what holds for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PrivateAttr, field_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+from graftc.specs.base import Items, MethodSpec, SpecModel, check_name
+from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.registry import method_specs, unknown_method
+from graftc.specs.source import Source
+from graftc.specs.target import PatternList
+from graftc.specs.validation import reject
+
+__all__ = ["Budget", "FoldOptions", "Spec"]
+
+
+class _AnyMethod:
+    """The union of all methods, told apart by ``method``; looked up late, so that plugins belong to it."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(_adaptation)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        options = {tag: handler(entry.spec_class.__pydantic_core_schema__) for tag, entry in method_specs().items()}
+        mapping = {tag: option["$ref"] for tag, option in options.items() if "$ref" in option}
+        return {
+            "oneOf": list(options.values()),
+            "discriminator": {"propertyName": "method", "mapping": mapping},
+        }
+
+
+def _adaptation(value: Any) -> MethodSpec:
+    if isinstance(value, MethodSpec):
+        return value
+    if not isinstance(value, Mapping):
+        reject(value, ((), GraftError("GC002", f"an adaptation is a mapping, not {value!r}")))
+    if "method" not in value:
+        tags = ", ".join(method_specs())
+        reject(value, ((), GraftError("GC002", "an adaptation needs a method", hint=f"the methods are: {tags}")))
+    tag = value["method"]
+    entry = method_specs().get(tag) if isinstance(tag, str) else None
+    if entry is None:
+        reject(tag, (("method",), unknown_method(tag)))
+    # The validator itself, not model_validate: pydantic then keeps the paths of what it finds.
+    adaptation: MethodSpec = entry.spec_class.__pydantic_validator__.validate_python(dict(value))
+    return adaptation
+
+
+Adaptation: TypeAlias = Annotated[MethodSpec, _AnyMethod()]
+
+
+class Budget(SpecModel):
+    """How far folding may move outputs."""
+
+    logits: float | None = Field(default=None, ge=0)
+    """Largest allowed absolute difference of logits in the deployment dtype. Default: by dtype."""
+
+
+class FoldOptions(SpecModel):
+    """How adaptations are folded."""
+
+    budget: Budget = Budget()
+    """What the certificate of a fold must keep to."""
+
+
+class Spec(SpecModel):
+    """What to do to a model: the same as YAML, JSON, TOML or Python.
+
+    Raises:
+        GraftError: GC002 to GC012 with the path of what is wrong.
+    """
+
+    version: Literal[1] = 1
+    """Version of this format."""
+
+    adapt: Items[Adaptation]
+    """The adaptations, inserted in this order."""
+
+    train: PatternList = ()
+    """Globs of modules that train in full beside the adaptations."""
+
+    checkpoint: Literal["layers"] | None = None
+    """`layers`: recompute each layer's activations in the backward pass instead of keeping them."""
+
+    fold: FoldOptions = FoldOptions()
+    """How adaptations are folded."""
+
+    _source: Source = PrivateAttr(default_factory=Source)
+
+    @field_validator("adapt")
+    @classmethod
+    def _names_are_unique(cls, adapt: tuple[MethodSpec, ...]) -> tuple[MethodSpec, ...]:
+        first: dict[str, int] = {}
+        problems: list[tuple[tuple[str | int, ...], GraftError]] = []
+        for index, adaptation in enumerate(adapt):
+            if adaptation.name is None:
+                continue
+            if adaptation.name in first:
+                message = f"the name '{adaptation.name}' is taken by adapt[{first[adaptation.name]}]"
+                problems.append(((index, "name"), GraftError("GC005", message, hint="names are unique")))
+            first.setdefault(adaptation.name, index)
+        if problems:
+            reject([{"name": a.name} for a in adapt], *problems)
+        taken = set(first)
+        return tuple(_named(a, taken) for a in adapt)
+
+    def place(self, path: str) -> Place:
+        """The place of a path such as ``adapt[0].target.role``; with line and column if it was a file."""
+        return self._source.place(path)
+
+    def locate(self, error: GraftError) -> GraftError:
+        """The error with file, line, column and corrected line filled in from the path of its place."""
+        return self._source.locate(error)
+
+
+def _named(adaptation: MethodSpec, taken: set[str]) -> MethodSpec:
+    """The adaptation under its own name, or the first free of ``lora``, ``lora_2``, ``lora_3`` ..."""
+    if adaptation.name is not None:
+        return adaptation
+    name, number = adaptation.method, 1
+    while name in taken or check_name(name) is not None:
+        number += 1
+        name = f"{adaptation.method}_{number}"
+    taken.add(name)
+    return adaptation.model_copy(update={"name": name})

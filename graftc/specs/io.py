@@ -1,0 +1,129 @@
+"""Specs from files and text, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from graftc.specs.base_model import SpecModel
+from graftc.specs.diagnostics import GraftError, Place, nearest
+from graftc.specs.document import Spec
+from graftc.specs.source import Source, core_resolvers, read_json, read_toml, read_yaml
+from graftc.specs.validation import explain
+
+__all__ = ["dump_spec", "load_spec", "parse_spec"]
+
+Format = Literal["yaml", "json", "toml"]
+_FORMATS: dict[str, Format] = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".toml": "toml"}
+_READERS = {"yaml": read_yaml, "json": read_json, "toml": read_toml}
+
+
+def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str]) -> Spec:
+    """The spec in a file (``.yaml``, ``.yml``, ``.json`` or ``.toml``), a mapping, or a Spec as is.
+
+    Raises:
+        GraftError: GC006 where there is no such file, GC001 where it cannot be read, GC002 to GC012 where it
+            is wrong; with file, line and column, and the corrected line where one can be guessed.
+    """
+    if isinstance(source, Spec):
+        return source
+    if isinstance(source, Mapping):
+        return Spec.model_validate(dict(source))
+    if isinstance(source, str) and "\n" in source:
+        raise GraftError("GC006", "the spec is text where a path was expected", hint="use parse_spec(text)")
+    try:
+        path = Path(source)
+    except TypeError:
+        kind = type(source).__name__
+        raise GraftError("GC006", f"a spec is a Spec, a mapping or a path, not {kind}") from None
+    return parse_spec(_read(path), format=_format_of(path), file=str(source))
+
+
+def parse_spec(text: str, *, format: Format = "yaml", file: str | None = None) -> Spec:
+    """The spec in a text. ``file`` is named in errors.
+
+    Raises:
+        GraftError: as :func:`load_spec`.
+    """
+    data, source = _READERS[format](text, file)
+    if not isinstance(data, dict):
+        what = "is empty" if data is None else f"is a {'list' if isinstance(data, list) else 'plain value'}"
+        hint = "it starts with version: 1 and adapt: [...]"
+        place = Place(file, 1, 1) if data is not None else Place(file)
+        raise GraftError("GC001", f"a spec is a mapping, but this {what}", place=place, hint=hint)
+    return _validated(data, source)
+
+
+def _validated(data: dict[str, Any], source: Source) -> Spec:
+    try:
+        # The validator itself, not model_validate: the places are to be located, which takes the raw finding.
+        spec: Spec = Spec.__pydantic_validator__.validate_python(data)
+    except ValidationError as error:
+        raise source.locate(explain(error, Spec, data)) from None
+    spec._source = source
+    return spec
+
+
+def _format_of(path: Path) -> Format:
+    found = _FORMATS.get(path.suffix.lower())
+    if found is None:
+        hint = f"name it {path.stem}.yaml, .json or .toml"
+        raise GraftError("GC001", f"the format of '{path.name}' is not known", place=Place(str(path)), hint=hint)
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise GraftError("GC006", f"there is no file '{path}'", hint=_neighbours(path)) from None
+    except IsADirectoryError:
+        inner = path / "spec.yaml"
+        hint = f"did you mean '{inner}'?" if inner.is_file() else None
+        raise GraftError("GC006", f"'{path}' is a folder", hint=hint) from None
+    except UnicodeDecodeError as error:
+        place = Place(str(path))
+        raise GraftError("GC001", f"not UTF-8 text: byte {error.start} does not fit", place=place) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise GraftError("GC006", f"'{path}' cannot be read: {reason.lower()}") from None
+
+
+def _neighbours(path: Path) -> str | None:
+    try:
+        names = [p.name for p in path.parent.iterdir() if p.suffix.lower() in _FORMATS]
+    except OSError:
+        return f"there is no folder '{path.parent}'"
+    close = nearest(path.name, names, n=1)
+    return f"did you mean '{path.parent / close[0]}'?" if close else None
+
+
+def dump_spec(spec: Spec) -> str:
+    """The spec as YAML that :func:`parse_spec` reads back to an equal one. Defaults are left out."""
+    import yaml
+
+    body = {"yaml_implicit_resolvers": {}, "ignore_aliases": lambda self, data: True}
+    dumper: Any = type("Dumper", (yaml.SafeDumper,), body)
+    for tag, pattern, firsts in core_resolvers():
+        dumper.add_implicit_resolver(tag, pattern, firsts)
+    data: dict[str, Any] = {
+        "version": spec.version,
+        "adapt": [_plain(a, "name", "method") for a in spec.adapt],
+    }
+    rest = {k: v for k, v in _plain(spec).items() if k not in data}
+    text: str = yaml.dump(
+        data | rest, Dumper=dumper, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True
+    )
+    return text
+
+
+def _plain(model: SpecModel, *always: str) -> dict[str, Any]:
+    """The fields that differ from their defaults, and those named, as plain data with lists for tuples."""
+    kept = model.model_dump(mode="json", exclude_defaults=True)
+    return {
+        f: kept[f] if f in kept else getattr(model, f) for f in type(model).model_fields if f in kept or f in always
+    }

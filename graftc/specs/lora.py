@@ -1,0 +1,76 @@
+"""LoRA: a low-rank matrix added to a linear layer's weight."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from graftc.specs.base import Items, MethodSpec, Override
+from graftc.specs.claims import Claims, FoldKind, SiteKind
+
+__all__ = ["LoRA", "LoRAOverride"]
+
+
+class LoRAOverride(Override):
+    """Other values of LoRA for some of its sites; what is left out keeps the adaptation's value."""
+
+    rank: int | None = Field(default=None, ge=1)
+    """Rank of the update at these sites."""
+
+    alpha: float | None = Field(default=None, gt=0)
+    """Numerator of the scaling at these sites."""
+
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Probability of dropping an input of the branch at these sites."""
+
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] | None = None
+    """Initialiser at these sites."""
+
+
+class LoRA(MethodSpec):
+    """Low-rank adaptation of linear layers: `y = W x + b + s B A dropout(x)` with `s = alpha / rank`.
+
+    `A` is `[rank, in]` and `B` is `[out, rank]`, both in the weight's dtype. Before training the adapted
+    layer computes exactly what the base computes, and `s B A` folds exactly into `W`.
+    """
+
+    claims: ClassVar[Claims] = Claims(
+        sites=frozenset({SiteKind.LINEAR}), identity_at_init=True, folds=FoldKind.EXACT, bankable=True
+    )
+    paper: ClassVar[str] = (
+        "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models; "
+        "rsLoRA: Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA"
+    )
+
+    method: Literal["lora"] = "lora"
+    """The method's tag."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rank of the update; at most min(in, out) of every site."""
+
+    alpha: float = Field(default=16.0, gt=0)
+    """Numerator of the scaling."""
+
+    rslora: bool = False
+    """Scale by `alpha / sqrt(rank)`, which keeps the size of updates alike over ranks."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of dropping an input of the branch while training."""
+
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
+    """`kaiming`: A uniform in ±1/sqrt(in), B zero. `gaussian`: A normal with deviation 1/rank, B zero.
+    `pissa`: principal singular vectors of W. `olora`: its QR factors. The last two subtract their initial
+    product, so that the model is unchanged at first."""
+
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Which biases train as well: none, those of the adapted layers, or all of the model."""
+
+    overrides: Items[LoRAOverride] = ()
+    """Other values for some sites; the first that matches a site holds."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the branch: `alpha / rank`, or `alpha / sqrt(rank)` with `rslora`."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)

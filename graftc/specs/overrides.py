@@ -1,0 +1,122 @@
+"""Other values of an adaptation for some of its sites, and the check that each of them is used."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol, Self
+
+from pydantic import model_validator
+
+from graftc.specs.base_model import SpecModel
+from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.patterns import as_items, count_sites, expand_braces, glob_to_regex, layer_indices, suggest
+from graftc.specs.target import Layers, Patterns, Roles
+from graftc.specs.validation import reject
+
+__all__ = ["Override", "SiteLike", "check_used"]
+
+
+class Override(SpecModel):
+    """Other values for some of an adaptation's sites.
+
+    A subclass lists the fields that may change, each ``| None`` with default None, which keeps the
+    adaptation's value. The selection works as in a target, on the sites that the target selected.
+    """
+
+    role: Roles | None = None
+    """A role or a list of them."""
+
+    modules: Patterns | None = None
+    """Globs of module paths."""
+
+    layers: Layers | None = None
+    """Layers of each stack: an index, a slice `"0:6"` or a list of them."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.role is None and self.modules is None and self.layers is None:
+            reject(
+                self,
+                ((), GraftError("GC002", "an override needs role, modules or layers to say where it holds")),
+            )
+        if not self.changes():
+            fields = [f for f in type(self).model_fields if f not in Override.model_fields]
+            hint = f"it may set: {', '.join(fields)}" if fields else None
+            reject(self, ((), GraftError("GC002", "an override changes nothing", hint=hint)))
+        return self
+
+    def changes(self) -> dict[str, Any]:
+        """The values that this override sets, by field."""
+        names = (f for f in type(self).model_fields if f not in Override.model_fields)
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def matches(self, module: str, roles: Collection[str], layer: int | None, depth: int | None = None) -> bool:
+        """Whether a site is meant. Arguments as in :meth:`MethodSpec.for_site`."""
+        if self.role is not None and not any(b in roles for r in as_items(self.role) for b in expand_braces(r)):
+            return False
+        if self.modules is not None and not any(glob_to_regex(g).fullmatch(module) for g in as_items(self.modules)):
+            return False
+        if self.layers is None:
+            return True
+        size = depth if depth is not None else (layer or 0) + 1
+        return layer is not None and any(layer in layer_indices(e, size) for e in as_items(self.layers))
+
+
+class SiteLike(Protocol):
+    """What an override looks at."""
+
+    @property
+    def module(self) -> str: ...
+    @property
+    def roles(self) -> Collection[str]: ...
+    @property
+    def layer(self) -> int | None: ...
+    @property
+    def stack(self) -> str: ...
+
+
+def check_used(overrides: Sequence[Override], sites: Sequence[SiteLike], depth: Mapping[str, int], where: str) -> None:
+    """Make sure that every override, and every pattern in it, matches a site, and is not shadowed.
+
+    Args:
+        overrides: in order; the first that matches a site holds.
+        sites: the sites of the adaptation.
+        depth: how many layers each stack has.
+        where: path of the overrides in the spec, for errors: ``adapt[0].overrides``.
+
+    Raises:
+        GraftError: GC011 naming the override, or the pattern of it that matches nothing.
+    """
+    taken: set[int] = set()
+    for index, override in enumerate(overrides):
+        path = f"{where}[{index}]"
+        _check_parts(override, sites, depth, path)
+        hits = _hits(override, sites, depth)
+        if hits <= taken:
+            message = "the override is never used: earlier ones match all of its sites"
+            hint = "the first override that matches a site holds; put narrow ones first"
+            raise GraftError("GC011", message, place=Place(path=path), hint=hint)
+        taken |= hits
+
+
+def _hits(override: Override, sites: Sequence[SiteLike], depth: Mapping[str, int]) -> set[int]:
+    return {
+        number
+        for number, site in enumerate(sites)
+        if override.matches(site.module, site.roles, site.layer, depth.get(site.stack))
+    }
+
+
+def _check_parts(override: Override, sites: Sequence[SiteLike], depth: Mapping[str, int], path: str) -> None:
+    for field in ("role", "modules", "layers"):
+        value = getattr(override, field)
+        for index, item in enumerate(as_items(value)):
+            for branch in [item] if field == "layers" else expand_braces(item):
+                if _hits(override.model_copy(update={field: branch}), sites, depth):
+                    continue
+                spot = f"{path}.{field}" + (f"[{index}]" if isinstance(value, tuple) else "")
+                shown = f"'{branch}'" if branch == item else f"'{branch}' of '{item}'"
+                modules = [site.module for site in sites] if field == "modules" else []
+                hint, fix = suggest(branch, item, modules) if modules else (None, None)
+                message = f"the override matches none of the {count_sites(len(sites))} selected: {field} {shown}"
+                raise GraftError("GC011", message, place=Place(path=spot), hint=hint, fix=fix)

@@ -1,0 +1,128 @@
+"""Which methods there are: found in this package and in the entry-point group ``graftc.methods``. Torch-free.
+
+An entry point names a package with a module ``spec`` (the spec class and its claims, no torch) and a module
+``method`` (the code), imported only when the method is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from inspect import getdoc, isclass
+from types import MappingProxyType, ModuleType
+
+from graftc.specs.base import MethodSpec
+from graftc.specs.claims import Claims
+from graftc.specs.diagnostics import GraftError, nearest
+
+__all__ = ["GROUP", "SpecEntry", "method_specs", "reload_methods", "unknown_method"]
+
+GROUP = "graftc.methods"
+"""The entry-point group of plugins."""
+
+_TAG = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class SpecEntry:
+    """One method: its tag, its spec class, the module that defines the class, and the one with its code."""
+
+    tag: str
+    spec_class: type[MethodSpec]
+    module: str
+    method_module: str
+
+    @property
+    def claims(self) -> Claims:
+        """What the method claims."""
+        return self.spec_class.claims
+
+    @property
+    def paper(self) -> str:
+        """The paper to cite."""
+        return self.spec_class.paper
+
+    @property
+    def summary(self) -> str:
+        """The first line of the spec's docstring."""
+        return (getdoc(self.spec_class) or "").partition("\n")[0]
+
+
+def method_specs() -> MappingProxyType[str, SpecEntry]:
+    """All methods by tag, in the order of their tags. Found once; :func:`reload_methods` looks again.
+
+    Raises:
+        GraftError: GC070 where two modules claim one tag, GC071 where a plugin is broken, naming the modules.
+    """
+    return _discover()
+
+
+def reload_methods() -> None:
+    """Forget what was found, so that a plugin installed since is seen."""
+    _discover.cache_clear()
+
+
+@cache
+def _discover() -> MappingProxyType[str, SpecEntry]:
+    import graftc.specs as package
+
+    found: dict[str, SpecEntry] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for spec_class in _spec_classes(module):
+            _add(found, _entry(spec_class, f"graftc.passes.{info.name}", module.__name__))
+    for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
+        for entry in _from_plugin(point):
+            _add(found, entry)
+    return MappingProxyType(dict(sorted(found.items())))
+
+
+def _spec_classes(module: ModuleType) -> list[type[MethodSpec]]:
+    classes = [c for c in vars(module).values() if isclass(c) and issubclass(c, MethodSpec)]
+    return [c for c in dict.fromkeys(classes) if c.__module__ == module.__name__ and c.tag() is not None]
+
+
+def _entry(spec_class: type[MethodSpec], method_module: str, where: str) -> SpecEntry:
+    tag = spec_class.tag()
+    name = f"{where}.{spec_class.__qualname__}"
+    if tag is None or not _TAG.fullmatch(tag):
+        hint = "a tag is lower case: letters, digits and underscores"
+        raise GraftError("GC071", f"the tag {tag!r} of {name} is not usable", hint=hint)
+    if not isinstance(getattr(spec_class, "claims", None), Claims):
+        raise GraftError("GC071", f"{name} has no claims", hint="set the class variable claims = Claims(...)")
+    return SpecEntry(tag, spec_class, where, method_module)
+
+
+def _from_plugin(point: EntryPoint) -> list[SpecEntry]:
+    owner = f"the plugin '{point.name}' ({point.value})"
+    try:
+        module = importlib.import_module(f"{point.module}.spec")
+        classes = _spec_classes(module)
+    except Exception as error:  # a plugin's import may fail in any way, and the message must name the plugin
+        hint = f"repair or uninstall the package that provides {point.module}"
+        raise GraftError("GC071", f"{owner} cannot be imported: {type(error).__name__}: {error}", hint=hint) from error
+    if not classes:
+        hint = "define a subclass of graftc.specs.MethodSpec there, with method: Literal['tag'] = 'tag'"
+        raise GraftError("GC071", f"{owner} has no method in {module.__name__}", hint=hint)
+    return [_entry(c, f"{point.module}.method", module.__name__) for c in classes]
+
+
+def _add(found: dict[str, SpecEntry], entry: SpecEntry) -> None:
+    other = found.get(entry.tag)
+    if other is not None and other.spec_class is not entry.spec_class:
+        message = f"the method '{entry.tag}' is defined in {other.module} and in {entry.module}"
+        raise GraftError("GC070", message, hint="rename one of them or uninstall its package")
+    found[entry.tag] = entry
+
+
+def unknown_method(tag: object) -> GraftError:
+    """GC004 for a tag that no method has, with the nearest tags."""
+    tags = list(method_specs())
+    close = nearest(tag, tags) if isinstance(tag, str) else []
+    hint = f"did you mean '{close[0]}'?" if close else f"the methods are: {', '.join(tags)}"
+    fix = (str(tag), close[0]) if close else None
+    return GraftError("GC004", f"method {tag!r} is unknown", hint=hint, fix=fix)

@@ -1,0 +1,317 @@
+"""Spec text with its positions: YAML and JSON become plain data plus a line and column for every path.
+
+YAML is read with the types of YAML 1.2: ``1:6`` and ``no`` are strings, ``1e-3`` is a number, ``010`` is ten.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeAlias
+
+from graftc.specs.diagnostics import GraftError, Place
+
+__all__ = ["Source", "Span", "format_path", "parse_path", "read_json", "read_toml", "read_yaml"]
+
+Path: TypeAlias = tuple[str | int, ...]
+_STEP = re.compile(r'\.?([^.\[\]"]+)|\[(\d+)\]|\.?\["((?:[^"\\]|\\.)*)"\]')
+_PLAIN_KEY = re.compile(r'[^.\[\]"]+')
+_NODE_LIMIT = 200_000
+
+
+def format_path(path: Iterable[str | int]) -> str:
+    """``("adapt", 0, "target")`` as ``adapt[0].target``."""
+    out = ""
+    for step in path:
+        if isinstance(step, int):
+            out += f"[{step}]"
+        elif _PLAIN_KEY.fullmatch(step):
+            out += f".{step}" if out else step
+        else:
+            out += f"[{json.dumps(step)}]"
+    return out
+
+
+def parse_path(text: str) -> Path:
+    """The inverse of :func:`format_path`."""
+    steps: list[str | int] = []
+    for match in _STEP.finditer(text):
+        plain, index, quoted = match.groups()
+        if plain is not None:
+            steps.append(plain)
+        elif index is not None:
+            steps.append(int(index))
+        else:
+            steps.append(json.loads(f'"{quoted}"'))
+    return tuple(steps)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a value (or a key) stands: first line and column, last line and end column, all from 0."""
+
+    line: int
+    column: int
+    end_line: int
+    end_column: int
+
+
+@dataclass
+class Source:
+    """Where the values of a spec came from; empty for a spec written in Python. Equal to any other Source."""
+
+    file: str | None = None
+    lines: tuple[str, ...] = ()
+    values: dict[Path, Span] = field(default_factory=dict)
+    keys: dict[Path, Span] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Source)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def span(self, path: Path, *, key: bool = False) -> Span | None:
+        """The span of the value (or the key) at ``path``, or of the nearest thing around it."""
+        if key and path in self.keys:
+            return self.keys[path]
+        while path and path not in self.values:
+            path = path[:-1]
+        return self.values.get(path)
+
+    def place(self, path: str, *, key: bool = False) -> Place:
+        """The place of a path such as ``adapt[0].target.role``; with line and column where they are known."""
+        span = self.span(parse_path(path), key=key)
+        if span is None:
+            return Place(self.file, path=path)
+        text = self.lines[span.line] if span.line < len(self.lines) else None
+        return Place(self.file, span.line + 1, span.column + 1, path, text)
+
+    def locate(self, error: GraftError) -> GraftError:
+        """The error with file, line, column and corrected line filled in from its path."""
+        place = error.place
+        if place is None or place.line is not None or not (self.file or self.values):
+            return error
+        details = tuple(self.locate(d) if isinstance(d, GraftError) else d for d in error.details)
+        key = error.code == "GC003"
+        corrected = error.corrected
+        if corrected is None and error.fix is not None:
+            corrected = self._corrected(parse_path(place.path), *error.fix, key=key)
+        return GraftError(
+            error.code,
+            error.message,
+            place=self.place(place.path, key=key),
+            hint=error.hint,
+            details=details,
+            fix=error.fix,
+            corrected=corrected,
+        )
+
+    def _corrected(self, path: Path, wrong: str, right: str, *, key: bool) -> str | None:
+        span = (self.keys if key else self.values).get(path)
+        if span is None or span.line != span.end_line or span.line >= len(self.lines):
+            return None
+        line = self.lines[span.line]
+        written = line[span.column : span.end_column]
+        if written.count(wrong) != 1:
+            return None
+        return line[: span.column] + written.replace(wrong, right) + line[span.end_column :]
+
+
+def read_yaml(text: str, file: str | None = None) -> tuple[Any, Source]:
+    """YAML text as plain data with positions.
+
+    Raises:
+        GraftError: GC001 with line and column: no YAML, a key twice, an unsupported tag, several documents.
+    """
+    import yaml
+
+    source = Source(file, tuple(text.splitlines()))
+    try:
+        node = yaml.compose(text, Loader=_loader())
+        return (None if node is None else _Build(source).value(node, ())), source
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, column = (mark.line, mark.column) if mark is not None else (0, 0)
+        problem = error.problem or error.context or "it cannot be parsed"
+        _unreadable(source, f"not valid YAML: {problem}", line, column, *_yaml_advice(source, line, column, problem))
+    except yaml.YAMLError as error:
+        reason = str(getattr(error, "reason", error))
+        before = text[: getattr(error, "position", 0)]
+        column = len(before) - (before.rfind("\n") + 1)
+        _unreadable(source, f"not valid YAML: {reason}", before.count("\n"), column)
+    except RecursionError:
+        _unreadable(source, "not readable: it is nested too deeply", 0, 0)
+
+
+def read_json(text: str, file: str | None = None) -> tuple[Any, Source]:
+    """JSON text as plain data with positions.
+
+    Raises:
+        GraftError: GC001 with line and column.
+    """
+    source = Source(file, tuple(text.splitlines()))
+    try:
+        data = json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        _unreadable(source, f"not valid JSON: {error.msg}", error.lineno - 1, error.colno - 1)
+    except ValueError as error:
+        _unreadable(source, f"not valid JSON: {error}", 0, 0)
+    except RecursionError:
+        _unreadable(source, "not readable: it is nested too deeply", 0, 0)
+    # JSON is YAML once tabs are blanks, and only the YAML composer tells positions and keys written twice.
+    _, positions = read_yaml(text.replace("\t", " "), file)
+    positions.lines = source.lines
+    return data, positions
+
+
+def read_toml(text: str, file: str | None = None) -> tuple[Any, Source]:
+    """TOML text as plain data; places name the file and the path, without line and column.
+
+    Raises:
+        GraftError: GC001 with line and column.
+    """
+    source = Source(file, tuple(text.splitlines()))
+    try:
+        return tomllib.loads(text), source
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"^(.*) \(at line (\d+), column (\d+)\)$", str(error))
+        reason, line, column = found.groups() if found else (str(error), str(max(len(source.lines), 1)), "1")
+        _unreadable(source, f"not valid TOML: {reason}", int(line) - 1, int(column) - 1)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _unreadable(
+    source: Source,
+    message: str,
+    line: int,
+    column: int,
+    hint: str | None = None,
+    corrected: str | None = None,
+) -> NoReturn:
+    text = source.lines[line] if line < len(source.lines) else None
+    place = Place(source.file, line + 1, column + 1, text=text)
+    raise GraftError("GC001", message, place=place, hint=hint, corrected=corrected) from None
+
+
+def _yaml_advice(source: Source, line: int, column: int, problem: str) -> tuple[str | None, str | None]:
+    text = source.lines[line] if line < len(source.lines) else ""
+    if "'\\t'" in problem:
+        return "indent with blanks, not tabs", None
+    glob = re.search(r"(?<=[\s\[{,:-])(\*[^\s,\]}#\"']+)", text)
+    if glob and ("alias" in problem or "but found '*'" in problem or "but found '.'" in problem):
+        corrected = f'{text[: glob.start()]}"{glob.group()}"{text[glob.end() :]}'
+        return "quote a pattern that starts with '*'", corrected
+    braced = re.search(r"(?<=[\s\[{,])([^\s\[\]{},\"']*\{[^\s{}]*\}[^\s\[\]{},\"']*)", text)
+    if braced and "but got '{'" in problem:
+        corrected = f'{text[: braced.start()]}"{braced.group()}"{text[braced.end() :]}'
+        return "quote a pattern that has braces", corrected
+    return None, None
+
+
+_CORE_TYPES: tuple[tuple[str, str, str], ...] = (
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+)
+
+
+def core_resolvers() -> Iterator[tuple[str, re.Pattern[str], list[str]]]:
+    """The implicit types of YAML 1.2 as ``(tag, pattern, first characters)``, for a loader or a dumper."""
+    for name, pattern, first in _CORE_TYPES:
+        firsts = ["" if c == "\0" else c for c in first]
+        yield f"tag:yaml.org,2002:{name}", re.compile(f"^(?:{pattern})$"), firsts
+
+
+def _loader() -> Any:
+    import yaml
+
+    loader: Any = type("Loader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": {}})
+    for tag, pattern, firsts in core_resolvers():
+        loader.add_implicit_resolver(tag, pattern, firsts)
+    return loader
+
+
+class _Build:
+    """Plain data from composed nodes, noting spans on the way."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.open: set[int] = set()
+        self.count = 0
+
+    def value(self, node: Any, path: Path) -> Any:
+        import yaml
+
+        self.count += 1
+        if self.count > _NODE_LIMIT:
+            self.fail(node, "aliases unfold to too many values")
+        if id(node) in self.open:
+            self.fail(node, "an alias refers to what contains it")
+        self.source.values[path] = _span(node)
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node)
+        self.open.add(id(node))
+        try:
+            if isinstance(node, yaml.SequenceNode):
+                self.tag(node, "seq")
+                return [self.value(item, (*path, i)) for i, item in enumerate(node.value)]
+            self.tag(node, "map")
+            return self.mapping(node, path)
+        finally:
+            self.open.discard(id(node))
+
+    def mapping(self, node: Any, path: Path) -> dict[str, Any]:
+        import yaml
+
+        out: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.fail(key_node, "a key is a plain word")
+            key = str(key_node.value)
+            if key in out:
+                self.fail(key_node, f"the key '{key}' stands here twice")
+            out[key] = self.value(value_node, (*path, key))
+            self.source.keys[(*path, key)] = _span(key_node)
+        return out
+
+    def scalar(self, node: Any) -> Any:
+        text: str = node.value
+        kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
+        if kind == "str":
+            return text
+        if kind == "null":
+            return None
+        if kind == "bool" and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        try:
+            if kind == "int":
+                return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+            if kind == "float":
+                return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        except ValueError:
+            self.fail(node, f"'{text}' is no {kind}")
+        self.fail(node, f"the tag {node.tag} is not supported")
+
+    def tag(self, node: Any, kind: str) -> None:
+        if node.tag != f"tag:yaml.org,2002:{kind}":
+            self.fail(node, f"the tag {node.tag} is not supported")
+
+    def fail(self, node: Any, message: str) -> NoReturn:
+        mark = node.start_mark
+        _unreadable(self.source, f"not a readable spec: {message}", mark.line, mark.column)
+
+
+def _span(node: Any) -> Span:
+    start, end = node.start_mark, node.end_mark
+    return Span(start.line, start.column, end.line, end.column)

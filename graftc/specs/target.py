@@ -1,0 +1,143 @@
+"""Which places of a model an adaptation is for, and the small pattern languages that say so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BeforeValidator, Field
+
+from graftc.specs.base_model import SpecModel
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.patterns import as_items, expand_braces, glob_to_regex, parse_layer, smallest_fix
+from graftc.specs.roles import parse_role
+from graftc.specs.validation import reject
+
+__all__ = [
+    "Layers",
+    "PatternList",
+    "Patterns",
+    "Regexes",
+    "Roles",
+    "Target",
+    "expand_braces",
+    "glob_to_regex",
+]
+
+
+def _each(check: Callable[[Any], object], what: str) -> Callable[[Any], Any]:
+    """A validator of one item or a list of items that names the item at fault."""
+
+    def validate(value: Any) -> Any:
+        many = isinstance(value, (list, tuple))
+        if value is None:
+            return None
+        if many and not value:
+            reject(
+                value,
+                ((), GraftError("GC002", f"an empty list selects nothing; leave it out or name {what}")),
+            )
+        problems: list[tuple[tuple[str | int, ...], GraftError]] = []
+        for index, item in enumerate(as_items(value)):
+            try:
+                check(item)
+            except GraftError as error:
+                problems.append(((index,) if many else (), error))
+        if problems:
+            reject(value, *problems)
+        return tuple(value) if many else value
+
+    return validate
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise GraftError("GC002", f"expected {what}, not {value!r}")
+    if not value.strip():
+        raise GraftError("GC002", f"expected {what}, not an empty string")
+    return value
+
+
+def _check_role(value: Any) -> None:
+    text = _text(value, "a role")
+    for branch in expand_braces(text):
+        try:
+            parse_role(branch)
+        except GraftError as error:
+            raise _narrowed(error, text, branch) from None
+
+
+def _narrowed(error: GraftError, text: str, branch: str) -> GraftError:
+    """The same error, its fix cut down to what stands in ``text`` where braces wrote the branch otherwise."""
+    if error.fix is None or branch == text:
+        return error
+    return GraftError(error.code, error.message, hint=error.hint, fix=smallest_fix(text, *error.fix))
+
+
+def _check_glob(value: Any) -> None:
+    text = _text(value, "a pattern of module paths")
+    glob_to_regex(text)
+
+
+def _check_regex(value: Any) -> None:
+    text = _text(value, "a regular expression")
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise GraftError("GC002", f"'{text}' is no regular expression: {error}") from None
+
+
+def _check_layer(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise GraftError("GC002", f"expected a layer or a slice of layers, not {value!r}")
+    parse_layer(value)
+
+
+Roles: TypeAlias = Annotated[str | Sequence[str], BeforeValidator(_each(_check_role, "a role"))]
+"""A role or several; braces are allowed: ``attn.{q,v}``."""
+Patterns: TypeAlias = Annotated[str | Sequence[str], BeforeValidator(_each(_check_glob, "a pattern"))]
+"""A glob of module paths or several."""
+Regexes: TypeAlias = Annotated[str | Sequence[str], BeforeValidator(_each(_check_regex, "a regex"))]
+"""A regular expression or several, matched against the whole module path."""
+Layers: TypeAlias = Annotated[int | str | Sequence[int | str], BeforeValidator(_each(_check_layer, "a layer"))]
+"""A layer, a slice ``"0:6"``, or a list of them."""
+
+
+def _each_or_none(value: Any) -> Any:
+    return as_items(_each(_check_glob, "a pattern")(value)) if as_items(value) else ()
+
+
+PatternList: TypeAlias = Annotated[Sequence[str], BeforeValidator(_each_or_none)]
+"""Globs of module paths, possibly none; one may stand without a list."""
+
+
+class Target(SpecModel):
+    """Which places of the model an adaptation is for.
+
+    A site is selected if it meets every one of ``role``, ``modules`` and ``regex`` that is given; ``layers``
+    and ``exclude`` then narrow. Every list item and every brace branch must end up with a site.
+    """
+
+    role: Roles | None = None
+    """A role such as `attn.q`, or a list of them; `graftc roles MODEL` prints those of a model."""
+
+    modules: Patterns | None = None
+    """Globs of module paths: `*` within one segment, `**` any segments, `{a,b}` either."""
+
+    regex: Regexes | None = None
+    """Regular expressions that match whole module paths."""
+
+    layers: Layers | None = None
+    """Layers of each stack: an index, a slice `"0:6"` or a list of them; negative ones count from the end."""
+
+    exclude: Patterns | None = None
+    """Globs of module paths to leave out."""
+
+    expect: int | None = Field(default=None, ge=1)
+    """How many sites must be left after all narrowing."""
+
+    @property
+    def has_selector(self) -> bool:
+        """Whether any of role, modules and regex is given."""
+        return not (self.role is None and self.modules is None and self.regex is None)
