@@ -26,7 +26,7 @@ from torch import nn
 import graftc
 from graftc.compiler.capture import Capture
 from graftc.compiler.signature import Axis, device_of
-from graftc.passes.core.serialise import Unserialisable, program_from_json, program_to_json
+from graftc.passes.core.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES
 
 _LARGEST_CONSTANT = 65536
@@ -54,7 +54,7 @@ def key(model: nn.Module, axes: Sequence[Axis]) -> str | None:
     owners: dict[int, str] = {}
     tensors = []
     for kind, named in (("parameter", model.named_parameters), ("buffer", model.named_buffers)):
-        for name, tensor in named(remove_duplicate=False):  # type: ignore[operator]
+        for name, tensor in named(remove_duplicate=False):
             owner = owners.setdefault(id(tensor), name)
             tensors.append((kind, name, owner, str(tensor.dtype), list(tensor.shape)))
     settings = {k: v for k, v in to_dict().items() if not k.startswith("_name_or_path")}
@@ -138,7 +138,7 @@ def keep(model: nn.Module, axes: Sequence[Axis], capture: Capture) -> None:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
             json.dump(data, file, separators=(",", ":"))
         os.replace(file.name, path)
-    except (Unserialisable, OSError):
+    except (SerialisationError, OSError):
         return
 
 
@@ -150,7 +150,7 @@ def _path(model: nn.Module, axes: Sequence[Axis]) -> Path | None:
 
 def _encode(tensor: torch.Tensor) -> dict[str, Any]:
     if tensor.device.type == "meta":
-        raise Unserialisable("a constant on the meta device")
+        raise SerialisationError("a constant on the meta device")
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     shape = list(tensor.shape)
     return {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data": base64.b64encode(raw).decode()}

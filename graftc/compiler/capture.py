@@ -21,7 +21,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from graftc.compiler.signature import Axis, default_axes, device_of
+from graftc.compiler.signature import Axis, default_axes, device_of, tie_sizes
 from graftc.passes.canonicalise import canonicalise
 from graftc.passes.core.program import HistoryEntry, InputSpec, Mode, OutputSpec, Program
 from graftc.specs.diagnostics import GraftError
@@ -131,10 +131,11 @@ def _patches(model: nn.Module) -> Iterator[None]:
             from transformers.exporters import exporter_dynamo
             from transformers.exporters.utils import apply_patches
 
-            exporter_dynamo.register_cache_pytrees_for_model(model)
+            exporter: Any = exporter_dynamo
+            exporter.register_cache_pytrees_for_model(model)
             stack.enter_context(apply_patches("dynamo"))
-            stack.enter_context(exporter_dynamo.reset_model_state(model))
-            stack.enter_context(exporter_dynamo.patch_model_config(model, {"use_cache": False}))
+            stack.enter_context(exporter.reset_model_state(model))
+            stack.enter_context(exporter.patch_model_config(model, {"use_cache": False}))
         yield
 
 
@@ -147,14 +148,9 @@ def _shared_sizes(model: nn.Module, axes: Sequence[Axis]) -> Iterator[None]:
     """Give ``forward`` a flat signature of the present inputs, and tell the tracer which sizes are one."""
     original = model.forward
     owned = "forward" in vars(model)
-    by_name = {axis.name: axis.axes for axis in axes}
 
     def forward(**inputs: torch.Tensor) -> Any:
-        first: dict[str, Any] = {}
-        for name, tensor in inputs.items():
-            for dim, axis in enumerate(by_name[name]):
-                if isinstance(axis, str):
-                    torch._check(tensor.shape[dim] == first.setdefault(axis, tensor.shape[dim]))
+        tie_sizes(axes, inputs)
         return original(**inputs)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -98,7 +98,8 @@ class Certificate:
     def failures(self) -> list[str]:
         """Why it did not pass, for people."""
         found = [
-            f"{s.site}: algebra {s.algebra:.2e} (at most {ALGEBRA_BOUND:.0e}), rounding {s.rounding:.3f} ulp (at most 0.5)"
+            f"{s.site}: algebra {s.algebra:.2e} (at most {ALGEBRA_BOUND:.0e}), "
+            f"rounding {s.rounding:.3f} ulp (at most 0.5)"
             for s in self.sites
             if not s.passed
         ]

@@ -15,7 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.flow import PASSING, Flow, op_name, tensor_nodes
+from graftc.compiler.flow import Flow, tensor_nodes
+from graftc.compiler.operators import (
+    CREATING,
+    JOINING,
+    NONLINEAR,
+    NORMALISING,
+    PADDING,
+    PASSING,
+    PICKING,
+    POINTWISE,
+    ROWWISE,
+    SHAPING,
+    op_name,
+)
 from graftc.passes.core.program import map_nodes
 
 aten = torch.ops.aten
@@ -24,31 +37,6 @@ Runs = tuple[tuple[int, int], ...]
 UNTRACKED = -1
 _SHIFT = 32
 _COLUMN = (1 << _SHIFT) - 1
-
-_SHAPING = frozenset(
-    {
-        "view", "reshape", "_unsafe_view", "view_as", "transpose", "permute", "t", "numpy_T", "mT", "matrix_H",
-        "swapaxes", "movedim", "slice", "select", "narrow", "split", "split_with_sizes", "chunk", "tensor_split",
-        "unbind", "expand", "expand_as", "unsqueeze", "squeeze", "flatten", "unflatten", "roll", "flip", "repeat",
-        "repeat_interleave", "unfold", "pixel_shuffle", "pixel_unshuffle", "diagonal", "unsafe_chunk", "unsafe_split",
-    }
-)  # fmt: skip
-_JOINING = frozenset({"cat", "stack", "concat", "hstack", "vstack"})
-_PADDING = frozenset({"pad", "constant_pad_nd"})
-_NORMALISING = frozenset({"layer_norm", "rms_norm", "native_layer_norm", "group_norm", "batch_norm", "instance_norm"})
-_ROWWISE = frozenset({"index", "gather", "index_select", "sum", "mean", "amax", "masked_select"})
-_PICKING = frozenset({"index", "gather", "index_select"})
-_CREATING = frozenset(
-    {"empty", "new_empty", "empty_like", "zeros", "new_zeros", "zeros_like", "ones", "full", "empty_permuted"}
-)
-_POINTWISE = frozenset({"prelu", "rrelu", "hardswish", "hardsigmoid", "mish", "softplus", "where", "masked_fill"})
-_NONLINEAR = frozenset(
-    {
-        "gelu", "silu", "relu", "relu6", "sigmoid", "tanh", "exp", "erf", "softplus", "elu", "selu", "celu",
-        "leaky_relu", "hardswish", "hardsigmoid", "hardtanh", "mish", "log_sigmoid", "prelu", "rrelu", "square",
-        "swish", "glu",
-    }
-)  # fmt: skip
 
 
 class Through(IntFlag):
@@ -104,7 +92,7 @@ class Columns:
             for node in flow.order:
                 self._visit(node, node in sources)
 
-    # --- reading -------------------------------------------------------------------------------------------------
+    # --- reading ---------------------------------------------------------------------------------------
 
     def columns(self, node: fx.Node) -> dict[int, Tensor]:
         """Source number to the sorted columns of it that ``node`` holds."""
@@ -124,7 +112,7 @@ class Columns:
             found = self._shapes[node] = self.flow.sizes.shape(node.meta["val"])
         return found
 
-    # --- propagation ---------------------------------------------------------------------------------------------
+    # --- propagation -----------------------------------------------------------------------------------
 
     def _visit(self, node: fx.Node, is_source: bool) -> None:
         value = node.meta.get("val")
@@ -166,11 +154,11 @@ class Columns:
         return self._ranges[size]
 
     def _path(self, node: fx.Node, name: str, through: Through) -> Through:
-        if name in _NONLINEAR:
+        if name in NONLINEAR:
             through |= Through.NONLINEAR
         elif name in ("cos", "sin"):
             through |= Through.ROTARY
-        elif name in _NORMALISING:
+        elif name in NORMALISING:
             through |= Through.NORM
         elif name in ("mean", "var", "var_mean", "sum", "linalg_vector_norm", "norm"):
             through |= Through.STATISTIC
@@ -199,22 +187,22 @@ class Columns:
             return held[node.args[1]] if isinstance(held, list | tuple) else held
         if name == "copy" and self._writes:
             return self._copy(node)
-        if name in _CREATING:
+        if name in CREATING:
             return torch.full(self.shape(node), UNTRACKED) if self._writes and self._is_written(node) else None
         first = node.args[0] if node.args else None
-        if name in _JOINING:
+        if name in JOINING:
             return self._join(node)
-        if name in PASSING or name in _NORMALISING:
+        if name in PASSING or name in NORMALISING:
             return self._index.get(first) if isinstance(first, fx.Node) else None
-        if name in _SHAPING or name in _PADDING:
+        if name in SHAPING or name in PADDING:
             return self._shape(node, name)
         if name == "view_as_complex" or name == "view_as_real":
             return self._complex(node, name)
-        if name in _ROWWISE:
+        if name in ROWWISE:
             return self._rowwise(node)
         target = node.target
         tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
-        if torch.Tag.pointwise in tags or name in _POINTWISE:
+        if torch.Tag.pointwise in tags or name in POINTWISE:
             return self._pointwise(node)
         return None
 
@@ -241,7 +229,7 @@ class Columns:
             return None
         target = node.target
         assert callable(target)
-        if name in _PADDING:
+        if name in PADDING:
             index = self._index[node.args[0]]  # type: ignore[index]
             return aten.constant_pad_nd.default(index, self._argument(node.args[1]), UNTRACKED)
         return self._call(target, *node.args, **node.kwargs)
@@ -268,7 +256,7 @@ class Columns:
         index, shape = self._index.get(node.args[0]), self.shape(node)  # type: ignore[arg-type]
         if not isinstance(index, Tensor):
             return None
-        if op_name(node) in _PICKING:
+        if op_name(node) in PICKING:
             picked = self._picked(node, index)
             if picked is not None:
                 return picked
@@ -326,7 +314,7 @@ class Columns:
             for user in pending.pop().users:
                 if op_name(user) == "copy":
                     return True
-                if op_name(user) in _SHAPING and user not in seen:
+                if op_name(user) in SHAPING and user not in seen:
                     seen.add(user)
                     pending.append(user)
         return False
@@ -339,7 +327,7 @@ class Columns:
         if isinstance(held, Tensor) and isinstance(written, Tensor) and held.shape == written.expand_as(held).shape:
             held.copy_(written)
         base = target
-        while base.op == "call_function" and op_name(base) in _SHAPING and isinstance(base.args[0], fx.Node):
+        while base.op == "call_function" and op_name(base) in SHAPING and isinstance(base.args[0], fx.Node):
             self.front[base] |= self.front.get(source, 0)
             base = base.args[0]
         self.front[base] = self.front.get(base, 0) | self.front.get(source, 0)

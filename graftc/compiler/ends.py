@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from graftc.compiler.columns import Through
-from graftc.compiler.flow import PASSING, bits, op_name, tensor_nodes
+from graftc.compiler.flow import bits, tensor_nodes
 from graftc.compiler.labels import Labels
+from graftc.compiler.operators import PASSING, op_name
 from graftc.specs.claims import SiteKind
 
 _SELECTING = frozenset({"gather", "index", "index_select", "take_along_dim", "embedding"})
@@ -35,7 +36,7 @@ def _feeds_stream(labels: Labels, node: fx.Node) -> bool:
     return any(labels.flow.is_above(node, r) for r in labels.flow.residuals)
 
 
-# --- tables --------------------------------------------------------------------------------------------------------
+# --- tables --------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -136,7 +137,7 @@ def _stored_matrix(node: fx.Node) -> fx.Node | None:
     return node if len(shape) >= 2 and int(shape[-2]) > 1 else None
 
 
-# --- normalisations ------------------------------------------------------------------------------------------------
+# --- normalisations ------------------------------------------------------------------------------------
 
 
 def read_norms(labels: Labels) -> None:

@@ -7,8 +7,9 @@ from torch import fx
 
 from graftc.compiler.columns import Through
 from graftc.compiler.findings import Sublayer, place
-from graftc.compiler.flow import Linear, Residual, op_name, tensor_nodes
+from graftc.compiler.flow import Linear, Residual, tensor_nodes
 from graftc.compiler.labels import Labels
+from graftc.compiler.operators import op_name
 
 
 def read_branches(labels: Labels) -> list[Sublayer]:
@@ -24,7 +25,7 @@ def read_branches(labels: Labels) -> list[Sublayer]:
 
 
 def _read_experts(labels: Labels) -> None:
-    for node, linear in labels.flow.linears.items():
+    for linear in labels.flow.linears.values():
         if linear.experts:
             labels.linear("experts", linear, None, "a 3-D weight, one matrix per expert")
     for node in labels.flow.order:

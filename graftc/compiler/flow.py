@@ -6,7 +6,6 @@ a fused call or a softmax between two products, a residual add joins a value wit
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,49 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from graftc.compiler.operators import CONVOLUTIONS, MOVING, PASSING, PRODUCTS, RESHAPING, op_name
 from graftc.passes.core.shapes import Sizes
 
-_NAMES: dict[Any, str] = {}
-
-
-def op_name(node: fx.Node) -> str:
-    """Name of the operator without namespace, overload and in-place mark; empty for other nodes."""
-    if node.op != "call_function":
-        return ""
-    name = _NAMES.get(node.target)
-    if name is None:
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload):
-            name = target._schema.name.split("::")[1]
-            name = name if name.endswith("__") else name.removesuffix("_")
-        else:
-            name = "getitem" if target is operator.getitem else getattr(target, "__name__", str(target))
-        _NAMES[target] = name
-    return name
-
-
-CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d"})
-PASSING = frozenset(
-    {
-        "to", "_to_copy", "type_as", "dropout", "native_dropout", "feature_dropout", "contiguous", "clone", "detach",
-        "alias", "lift_fresh_copy", "set_grad_enabled",
-    }
-)  # fmt: skip
-"""Operators whose result has the values (up to precision and dropped entries) and the shape of their first operand."""
-
-_RESHAPING = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "expand", "unsqueeze", "squeeze"})
-_MOVING = _RESHAPING | {
-    "transpose",
-    "permute",
-    "slice",
-    "select",
-    "narrow",
-    "t",
-    "numpy_T",
-    "getitem",
-    "index",
-}
-_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm"})
 _SDPA = "scaled_dot_product_attention"
 
 
@@ -169,7 +128,7 @@ class Flow:
         found = [self.order[i] for i in bits(self.above[self.at[weight]])]
         return [n for n in found if n.op == "get_attr" and n.meta["val"].dim() >= 2]
 
-    # --- weights -------------------------------------------------------------------------------------------------
+    # --- weights ---------------------------------------------------------------------------------------
 
     def _recognise(self, node: fx.Node) -> None:
         name = op_name(node)
@@ -210,14 +169,14 @@ class Flow:
 
     def _selected(self, weight: fx.Node) -> fx.Node | None:
         """The stored 3-D tensor that ``weight`` is, or picks matrices from."""
-        while weight.op == "call_function" and (op_name(weight) in _MOVING or op_name(weight) in PASSING):
+        while weight.op == "call_function" and (op_name(weight) in MOVING or op_name(weight) in PASSING):
             source = weight.args[0]
             if not isinstance(source, fx.Node):
                 return None
             weight = source
         return weight if weight.op == "get_attr" and weight.meta["val"].dim() == 3 else None
 
-    # --- attentions ----------------------------------------------------------------------------------------------
+    # --- attentions ------------------------------------------------------------------------------------
 
     def _called(self, name: str) -> str:
         return f"{name}#{len(self.attentions)}"
@@ -239,11 +198,7 @@ class Flow:
             name = op_name(node)
             if name in ("softmax", "_softmax"):
                 return node
-            if (
-                name not in PASSING
-                and name not in _MOVING
-                and name not in ("mul", "where", "masked_fill", "nan_to_num")
-            ):
+            if name not in PASSING and name not in MOVING and name not in ("mul", "where", "masked_fill", "nan_to_num"):
                 return None
             sources = [n for n in tensor_nodes(node.all_input_nodes) if n.meta["val"].is_floating_point()]
             sources = [n for n in sources if self.is_data(n)]
@@ -262,7 +217,7 @@ class Flow:
                 continue
             seen.add(node)
             name = op_name(node)
-            if name in _PRODUCTS:
+            if name in PRODUCTS:
                 first = 1 if name == "baddbmm" else 0
                 query, key = node.args[first], node.args[first + 1]
                 if isinstance(query, fx.Node) and isinstance(key, fx.Node):
@@ -289,14 +244,14 @@ class Flow:
                 pending += [n for n in node.all_input_nodes if self.is_data(n)]
         return found
 
-    # --- residual adds -------------------------------------------------------------------------------------------
+    # --- residual adds ---------------------------------------------------------------------------------
 
     def _bare(self, node: fx.Node) -> fx.Node:
         """``node`` without casts, reshapes, dropout and scaling by a number on top."""
         while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
             name = op_name(node)
             scaled = name in ("mul", "div") and not isinstance(node.args[1], fx.Node)
-            if not (scaled or name in PASSING or name in _RESHAPING):
+            if not (scaled or name in PASSING or name in RESHAPING):
                 break
             node = node.args[0]
         return node

@@ -37,7 +37,7 @@ class Labels:
         self.stream = self._stream()
         self._mapped: dict[fx.Node, tuple[Tensor, int] | None] = {}
 
-    # --- asking --------------------------------------------------------------------------------------------------
+    # --- asking ----------------------------------------------------------------------------------------
 
     def nearest(self, node: fx.Node) -> list[fx.Node]:
         """The nearest sources above ``node``, in graph order."""
@@ -76,7 +76,7 @@ class Labels:
         """Whether a source is part of a residual stream, or of what it starts from."""
         return self.columns.number.get(node, -1) in self.stream
 
-    # --- telling -------------------------------------------------------------------------------------------------
+    # --- telling ---------------------------------------------------------------------------------------
 
     def prefix(self, node: fx.Node, attention: fx.Node | None = None) -> str:
         """``encoder.``, ``decoder.`` or ``decoder.cross.`` in a model of two stacks; empty in others."""
@@ -151,7 +151,7 @@ class Labels:
         if node not in self.unresolved:
             self.unresolved[node] = Unresolved(self.module(node), reason)
 
-    # --- the rest ------------------------------------------------------------------------------------------------
+    # --- the rest --------------------------------------------------------------------------------------
 
     def report_rest(self) -> None:
         """Every linear map without a role gets a reason; so do the rows of fused ones that nothing claimed."""
@@ -168,15 +168,13 @@ class Labels:
                     self.fail(node, f"rows {format_runs(runs_of(free))} reach nothing that gives them a role")
 
     def _why(self, node: fx.Node) -> str:
-        position = 1 << self.flow.at[node]
         below = [n for n in self.flow.attentions.values() if self._scores_from(node, n)]
         if below:
             return f"reaches the scores of {below[0].name} beside its queries and keys"
-        if not any(position & self.flow.above[self.flow.at[r]] for r in self.flow.residuals):
+        if self.in_stream(node):
+            return "lies on the residual stream itself (projects the embeddings, or joins two streams)"
+        if not any(self.flow.is_above(node, r) for r in self.flow.residuals):
             return "lies in no residual branch and does not feed the output projection"
-        first = next(iter(self.flow.residuals.values()))
-        if position & self.flow.above[self.flow.at[first.stream]]:
-            return "lies before the first residual branch"
         return "its place in the residual branch is none of the known ones"
 
     def _scores_from(self, node: fx.Node, attention: Attention) -> bool:

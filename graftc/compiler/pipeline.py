@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -251,9 +252,9 @@ def _insert(
         clock.step("verify", lambda: verify(program, store, "insert(train)"), program)
     for item in resolved:
         build = Builder(program, store, item.name, item.spec.method, compilation.seed)
-        clock.step(f"insert({item.name})", lambda b=build, i=item: _adapt(b, i), program)
+        clock.step(f"insert({item.name})", partial(_adapt, build, item), program)
         _collect(compilation, build)
-        clock.step("verify", lambda n=item.name: verify(program, store, f"insert({n})"), program)
+        clock.step("verify", partial(verify, program, store, f"insert({item.name})"), program)
 
 
 def _overlay(build: Builder, sites: Sequence[ParameterSite]) -> None:

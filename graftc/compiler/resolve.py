@@ -126,7 +126,8 @@ class SiteTable:
         """The sites of every adaptation.
 
         Raises:
-            GraftError: GC011 to GC016 for targets, GC021 for rows with two owners, GC023 for sites that no output needs.
+            GraftError: GC011 to GC016 for targets, GC021 for rows with two owners, GC023 for sites that no output
+                needs.
         """
         found: list[Resolved] = []
         for index, adaptation in enumerate(spec.adapt):

@@ -139,7 +139,7 @@ class _Selection:
         return self.kinds is None or candidate.kind in self.kinds
 
     def run(self) -> list[Candidate]:
-        patterns = [*self.roles(), *self.globs(), *self.regexes()]
+        patterns = [*self.roles(), *self.paths("modules", glob_to_regex), *self.paths("regex", re.compile)]
         chosen = self.conjunction(patterns)
         stages = [("matched", len(chosen))]
         kept = self.narrow_layers(chosen)
@@ -169,22 +169,18 @@ class _Selection:
                 out.append(_Pattern("role", path, text, branch, hits))
         return out
 
-    def globs(self) -> list[_Pattern]:
-        return self.by_path("modules", lambda branch: glob_to_regex(branch).fullmatch)
-
-    def regexes(self) -> list[_Pattern]:
-        return self.by_path("regex", lambda text: re.compile(text).fullmatch)
-
-    def by_path(self, field: str, matcher: Callable[[str], Callable[[str], object]]) -> list[_Pattern]:
+    def paths(self, field: str, matcher: Callable[[str], re.Pattern[str]]) -> list[_Pattern]:
         out: list[_Pattern] = []
+        modules = [c.module for c in self.pool]
         for path, text in _items(getattr(self.target, field), f"{self.where}.{field}"):
             for branch in expand_braces(text) if field == "modules" else [text]:
-                fits = matcher(branch)
+                fits = matcher(branch).fullmatch
                 hits = frozenset(c.key for c in self.pool if fits(c.module))
                 if not hits:
                     others = [c for c in self.all if fits(c.module)]
                     if others:
-                        raise self.wrong_kind(f"'{branch}'", others, path)
+                        hint, fix = suggest(branch, text, modules) if field == "modules" else (None, None)
+                        raise self.wrong_kind(f"{field} '{branch}'", others, path, hint, fix)
                     raise self.no_match(_Pattern(field, path, text, branch, hits), out)
                 out.append(_Pattern(field, path, text, branch, hits))
         return out
@@ -302,7 +298,9 @@ class _Selection:
     def no_such_role(self, branch: str, path: str) -> GraftError:
         others = [c for c in self.all if branch in c.roles]
         if others:
-            return self.wrong_kind(f"role '{branch}'", others, path)
+            inside = sorted({r for c in self.pool for r in c.roles if r.startswith(f"{branch}.")})
+            hint = f"it could take: {', '.join(inside)}" if inside else None
+            return self.wrong_kind(f"role '{branch}'", others, path, hint)
         present = {r for c in self.pool for r in c.roles}
         stem = "".join(f"{prefix}." for prefix in parse_role(branch).prefixes)
         spelled = [f"{stem}{r}" for r in ROLES if f"{stem}{r}" in present] or [r for r in ROLES if r in present]
@@ -310,18 +308,23 @@ class _Selection:
         hint = f"{known}; `graftc roles MODEL` says what was found and why"
         return _error("GC015", f"role '{branch}' is not in this model", path, hint)
 
-    def wrong_kind(self, what: str, others: list[Candidate], path: str) -> GraftError:
+    def wrong_kind(
+        self,
+        what: str,
+        others: list[Candidate],
+        path: str,
+        hint: str | None = None,
+        fix: tuple[str, str] | None = None,
+    ) -> GraftError:
         if self.kinds is None or any(self.takes(c) for c in others):
             # Only rows of fused weights match, and a target by modules alone means whole modules.
             message = f"{what} matches {count_sites(len(others))}, all of them rows of a fused weight"
-            return _error("GC011", message, path, hint="name the role as well, for example role: attn.q")
+            return _error("GC011", message, path, "name the role as well, for example role: attn.q")
         kinds = Counter(str(c.kind) for c in others)
         found = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
         wanted = " and ".join(sorted(str(k) for k in self.kinds))
         message = f"{what} matches {count_sites(len(others))} ({found}), but {self.method} takes {wanted} sites"
-        inside = sorted({r for c in self.pool for r in c.roles if r.startswith(f"{what.split(chr(39))[1]}.")})
-        hint = f"it could take: {', '.join(inside)}" if inside else None
-        return _error("GC016", message, path, hint=hint)
+        return _error("GC016", message, path, hint, fix)
 
     def no_match(self, p: _Pattern, patterns: list[_Pattern]) -> GraftError:
         message = f"{p.field} {p.shown} matches none of the {count_sites(len(self.pool))}"

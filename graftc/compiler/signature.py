@@ -34,6 +34,16 @@ class Axis:
         return torch.ones(shape, dtype=self.dtype, device=device)
 
 
+def tie_sizes(axes: Sequence[Axis], inputs: Mapping[str, torch.Tensor]) -> None:
+    """Tell a tracer that axes of one name have one size."""
+    first: dict[str, Any] = {}
+    for axis in axes:
+        for dim, size in enumerate(axis.axes):
+            if isinstance(size, str):
+                actual = inputs[axis.name].shape[dim]
+                torch._check(actual == first.setdefault(size, actual))  # type: ignore[no-untyped-call]
+
+
 def parameters(model: nn.Module) -> tuple[str, ...]:
     """Names that the model's ``forward`` takes, in order."""
     signature = inspect.signature(type(model).forward)
@@ -131,10 +141,12 @@ def _actual_sizes(present: Mapping[str, torch.Tensor], known: Mapping[str, Axis]
 def _axes(name: str, value: torch.Tensor, sizes: Mapping[str, int]) -> tuple[int | str, ...]:
     sequence = "target_sequence" if name.startswith("decoder_") else SEQUENCE
     axes: list[int | str] = []
+    # Where no input has shown the sequence yet, token ids ([batch, sequence]) and embeddings (one axis more) do.
+    may_start = value.dim() in (2, 3) and name != "labels"
     for index, size in enumerate(value.shape):
         if index == 0 and (size == sizes.get(BATCH, size) or size == 1):
             axes.append(BATCH)
-        elif (index == 1 and size == sizes.get(sequence, None)) or (index == 1 and sequence not in sizes and value.dim() in (2, 3) and name != "labels"):
+        elif index == 1 and (size == sizes.get(sequence) or (sequence not in sizes and may_start)):
             axes.append(sequence)
         else:
             axes.append(size)

@@ -6,12 +6,14 @@ between are run on row and column numbers, as broadcast views that cost no memor
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.flow import PASSING, Flow, Linear, op_name
+from graftc.compiler.flow import Flow, Linear
+from graftc.compiler.operators import PASSING, op_name
 from graftc.passes.core.program import map_nodes
 
 _ELEMENTWISE = PASSING | {"mul", "div", "add"}
@@ -61,7 +63,7 @@ def _leads_to(flow: Flow, node: fx.Node, parameter: str) -> bool:
 
 def _run(flow: Flow, chain: list[fx.Node], numbers: Tensor) -> Tensor | None:
     held: Any = numbers
-    for before, node in zip(chain, chain[1:], strict=False):
+    for before, node in pairwise(chain):
         if op_name(node) in _ELEMENTWISE:
             continue
         current = held

@@ -235,9 +235,9 @@ def _share_sizes(program: Program) -> None:
         if expr not in shared:
             source, dim = owners[expr]
             with graph.inserting_after(after):
-                size = graph.call_function(aten.sym_size.int, (source, dim))
-            size.meta = {"val": _value(node), "module": ""}
-            shared[expr] = size
+                shared_size = graph.call_function(aten.sym_size.int, (source, dim))
+            shared_size.meta = {"val": _value(node), "module": ""}
+            shared[expr] = shared_size
         node.replace_all_uses_with(shared[expr])
         graph.erase_node(node)
     for expr in owners:

@@ -61,7 +61,9 @@ class LoRAMethod(Method[LoRA]):
         a = build.parameter("A", (rank, site.in_features), down, dtype=site.dtype)
         b = build.parameter("B", (site.out_features, rank), up, dtype=site.dtype)
         x = build.input(site)
-        delta = _branch(build, build.dropout(x, spec.dropout), a, b, spec.scaling)
+        delta = _branch(
+            build, build.dropout(x, spec.dropout, recompute=spec.dropout_mask == "recomputed"), a, b, spec.scaling
+        )
         if spec.init in _FROM_WEIGHT:
             a0 = build.parameter("A0", (rank, site.in_features), down, dtype=site.dtype, trainable=False)
             b0 = build.parameter("B0", (site.out_features, rank), up, dtype=site.dtype, trainable=False)

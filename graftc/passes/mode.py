@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+import graftc.passes.core.ops  # noqa: F401, registers the operators
 from graftc.passes.canonicalise import remove_dead
 from graftc.passes.core.program import Program
 
@@ -62,6 +63,7 @@ def _counter(node: fx.Node) -> None:
 
 RULES: dict[object, Callable[[fx.Node], None]] = {
     aten.dropout.default: _erase,
+    torch.ops.graftc.seeded_dropout.default: _erase,
     aten.feature_dropout.default: _erase,
     aten.alpha_dropout.default: _erase,
     aten.scaled_dot_product_attention.default: _attention,

@@ -68,12 +68,8 @@ def outline(program: Program) -> Outlined:
         if not path:
             for node in nodes:
                 if node.op != "get_attr":
-                    mapping[node] = root.create_node(
-                        node.op,
-                        node.target,
-                        *map_nodes((node.args, dict(node.kwargs)), value),
-                        name=node.name,
-                    )
+                    args, kwargs = map_nodes((node.args, dict(node.kwargs)), value)
+                    mapping[node] = root.create_node(node.op, node.target, args, kwargs, name=node.name)
             continue
         block, inputs, outputs = _block(path, uses[path], nodes)
         uses[path] += 1

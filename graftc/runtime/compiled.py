@@ -108,7 +108,7 @@ class ModelRunner(Runner):
                 hint=f"load the base model in {moved.dtype} and compile that",
             )
         before = self.device
-        result = super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.device != before:
             self.relower()
         return result

@@ -28,10 +28,9 @@ class _AnyMethod:
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         options = {tag: handler(entry.spec_class.__pydantic_core_schema__) for tag, entry in method_specs().items()}
         mapping = {tag: option["$ref"] for tag, option in options.items() if "$ref" in option}
-        return {
-            "oneOf": list(options.values()),
-            "discriminator": {"propertyName": "method", "mapping": mapping},
-        }
+        # A spec class has its own tag as a default; in a document the tag has to be there.
+        tagged = [{**option, "required": ["method"]} for option in options.values()]
+        return {"oneOf": tagged, "discriminator": {"propertyName": "method", "mapping": mapping}}
 
 
 def _adaptation(value: Any) -> MethodSpec:

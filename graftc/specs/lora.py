@@ -59,6 +59,10 @@ class LoRA(MethodSpec):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability of dropping an input of the branch while training."""
 
+    dropout_mask: Literal["saved", "recomputed"] = "saved"
+    """What the backward pass has of the dropout mask: the mask itself, or a seed to make it anew from (less memory, more
+    time). The sites of the adaptation that read the same input share one mask."""
+
     init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
     """`kaiming`: A uniform in ±1/sqrt(in), B zero. `gaussian`: A normal with deviation 1/rank, B zero.
     `pissa`: principal singular vectors of W. `olora`: its QR factors. The last two subtract their initial

@@ -211,6 +211,10 @@ def _yaml_advice(source: Source, line: int, column: int, problem: str) -> tuple[
     if braced and "but got '{'" in problem:
         corrected = f'{text[: braced.start()]}"{braced.group()}"{text[braced.end() :]}'
         return "quote a pattern that has braces", corrected
+    # In a flow mapping a colon before a bracket or a comma starts a value, so that `-2:` needs quotes.
+    cut = re.search(r"(?<=[\s\[{,])(-?\d*:)(?=[\s,\]}])", text)
+    if cut and "but got ':'" in problem:
+        return "quote a slice", f'{text[: cut.start()]}"{cut.group()}"{text[cut.end() :]}'
     return None, None
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graftc.passes.core.ops import SEEDS
 from graftc.passes.core.program import Edit, Program, map_nodes, provenance
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.shapes import expression, fake_mode_of
-from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey
+from graftc.passes.core.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.store import RESERVED, Store
 from graftc.specs.diagnostics import GraftError
 
@@ -47,8 +48,8 @@ class Builder:
         self.overlays: list[tuple[SiteKey, str, Rows, str]] = []
         self._fake = fake_mode_of(program)
         self._values: dict[Any, Any] = {}
-        self._attributes = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
-        self._dropouts: dict[tuple[fx.Node, float, Any], fx.Node] = {}
+        self._attributes: dict[str, fx.Node] = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
+        self._dropouts: dict[tuple[fx.Node, float, bool], fx.Node] = {}
         self._site: Site | None = None
         self._emitted: set[fx.Node] = set()
 
@@ -73,10 +74,9 @@ class Builder:
             part: what the node is within the adaptation, for people (``"down"``).
         """
         graph = self.program.graph
-        sources: list[fx.Node] = []
-        map_nodes((args, kwargs), lambda n: sources.append(n) or n)  # type: ignore[func-returns-value]
+        sources = _sources((args, kwargs))
         computed = [n for n in sources if n.op != "get_attr"]
-        point = max(computed) if computed else self._first_call().prev
+        point: fx.Node = max(computed) if computed else self._first_call().prev
         with graph.inserting_after(point):
             node = graph.call_function(target, args, kwargs)
         for source in sources:
@@ -87,7 +87,8 @@ class Builder:
         return node
 
     def _first_call(self) -> fx.Node:
-        return next(n for n in self.program.graph.nodes if n.op in ("call_function", "output"))
+        first: fx.Node = next(n for n in self.program.graph.nodes if n.op in ("call_function", "output"))
+        return first
 
     def _tags(self, part: str) -> dict[str, Any]:
         site = str(self._site.key) if self._site is not None else ""
@@ -106,8 +107,9 @@ class Builder:
 
     def attribute(self, name: str, part: str = "") -> fx.Node:
         """The node that reads a tensor of the Store."""
-        if name in self._attributes:
-            return self._attributes[name]
+        known: fx.Node | None = self._attributes.get(name)
+        if known is not None:
+            return known
         graph = self.program.graph
         with graph.inserting_before(self._first_call()):
             node = graph.get_attr(name)
@@ -268,28 +270,33 @@ class Builder:
 
     def _current(self, name: str) -> fx.Node:
         """What stands for a base tensor now: its overlay, where it has one."""
-        node = self._attributes[name]
-        for edit in self.program.edits:
-            if edit.before is node:
-                node = edit.after
+        node: fx.Node = self._attributes[name]
+        after = {edit.before: edit.after for edit in self.program.edits}
+        while node in after:
+            node = after[node]
         return node
 
-    def dropout(self, node: fx.Node, p: float, target: Any = None) -> fx.Node:
-        """Dropout of an activation; sites of one adaptation that read the same input share one mask."""
-        if p == 0 or self.program.mode == "eval":
-            return node
-        key = (node, p, target)
-        if key not in self._dropouts:
-            if target is None:
-                self._dropouts[key] = self.call(aten.dropout.default, node, p, True, part="dropout")
-            else:
-                self._dropouts[key] = self.call(target, node, p, part="dropout")
-        return self._dropouts[key]
+    def dropout(self, node: fx.Node, p: float, *, recompute: bool = False) -> fx.Node:
+        """Dropout of an activation; sites of one adaptation that read the same input share one mask.
 
-    def trainable(self, site: Site) -> None:
-        """Train the tensor of a `ParameterSite` in full, on an overlay."""
-        assert isinstance(site, ParameterSite)
-        self.overlay(site.tensor)
+        Args:
+            node: what to drop from.
+            p: probability of dropping an element; 0 inserts nothing.
+            recompute: keep a seed instead of the mask for the backward pass (`graftc.passes.core.ops`).
+        """
+        if p == 0:
+            return node
+        key = (node, p, recompute)
+        if key not in self._dropouts:
+            if recompute:
+                # The seed is drawn beside the activation, so that a recomputed layer keeps its draw.
+                like = self.call(aten.new_zeros.default, node, [1], dtype=torch.int64, part="seed")
+                seed = self.call(aten.randint_like.low_dtype, like, 0, SEEDS, part="seed")
+                dropped = self.call(torch.ops.graftc.seeded_dropout.default, node, seed, p, part="dropout")
+            else:
+                dropped = self.call(aten.dropout.default, node, p, True, part="dropout")
+            self._dropouts[key] = dropped
+        return self._dropouts[key]
 
     def _emit(self, part: str) -> Callable[..., fx.Node]:
         return lambda target, *args: self.call(target, *args, part=part)
@@ -311,6 +318,17 @@ class Builder:
         )
         site = str(self._site.key) if self._site is not None else ""
         self.program.edits.append(Edit(self.adaptation, site, before, after))
+
+
+def _sources(value: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    map_nodes(value, note)
+    return found
 
 
 def _freeze(value: Any) -> Any:

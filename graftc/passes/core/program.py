@@ -142,10 +142,14 @@ class Program:
                 copied.meta["custom"] = dict(copied.meta["custom"])
             mapping[node] = copied
         edits = [replace(e, before=mapping[e.before], after=mapping[e.after]) for e in self.edits]
-        copied_fields = {"graph": graph, "edits": edits, "history": list(self.history)}
-        copied_fields["claims"] = {name: list(held) for name, held in self.claims.items()}
-        copied_fields.update(changes)
-        return replace(self, **copied_fields)
+        fields: dict[str, Any] = {
+            "graph": graph,
+            "edits": edits,
+            "history": list(self.history),
+            "claims": {name: list(held) for name, held in self.claims.items()},
+            **changes,
+        }
+        return replace(self, **fields)
 
 
 def provenance(node: fx.Node) -> dict[str, str] | None:

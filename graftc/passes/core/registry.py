@@ -28,7 +28,8 @@ def method_for(tag: str) -> Method[Any]:
     except ImportError as error:
         raise GraftError("GC071", f"{entry.method_module}, the code of {tag!r}, cannot be imported: {error}") from error
     for value in vars(module).values():
-        if inspect.isclass(value) and issubclass(value, Method) and not inspect.isabstract(value):
-            if getattr(value, "spec_class", None) is entry.spec_class:
-                return value()
+        is_method = inspect.isclass(value) and issubclass(value, Method) and not inspect.isabstract(value)
+        if is_method and getattr(value, "spec_class", None) is entry.spec_class:
+            method: Method[Any] = value()
+            return method
     raise GraftError("GC071", f"{entry.method_module} has no Method whose spec_class is {entry.spec_class.__name__}")

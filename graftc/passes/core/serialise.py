@@ -35,7 +35,7 @@ _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _FORMATS = {str(f): f for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.strided)}
 
 
-class Unserialisable(ValueError):
+class SerialisationError(ValueError):
     """A program holds something that has no place in a file."""
 
 
@@ -43,7 +43,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
     """The whole Program as JSON data.
 
     Raises:
-        Unserialisable: for an operator or argument outside the closed set.
+        SerialisationError: for an operator or argument outside the closed set.
     """
     symbols = SymbolNames(program)
     types: dict[str, int] = {}
@@ -84,10 +84,10 @@ def program_from_json(data: Mapping[str, Any], device: torch.device) -> Program:
     """The Program of `program_to_json`, with fake values on ``device``.
 
     Raises:
-        Unserialisable: when the data names anything outside the closed set.
+        SerialisationError: when the data names anything outside the closed set.
     """
     if data.get("schema") != SCHEMA:
-        raise Unserialisable(f"schema {data.get('schema')} is not {SCHEMA}")
+        raise SerialisationError(f"schema {data.get('schema')} is not {SCHEMA}")
     context = FakeContext()
     values = [_decode_value(value, context, device) for value in data["types"]]
     graph = fx.Graph()
@@ -116,7 +116,7 @@ def _encode_target(node: fx.Node) -> str:
         return f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
     if target in _FUNCTION_NAMES:
         return _FUNCTION_NAMES[target]
-    raise Unserialisable(f"operator {target} at {node.name}")
+    raise SerialisationError(f"operator {target} at {node.name}")
 
 
 def _decode_target(op: str, text: str) -> Any:
@@ -127,11 +127,11 @@ def _decode_target(op: str, text: str) -> Any:
     namespace, _, rest = text.partition(".")
     name, _, overload = rest.rpartition(".")
     if op != "call_function" or namespace not in _NAMESPACES or not name.isidentifier():
-        raise Unserialisable(f"operator {text!r}")
+        raise SerialisationError(f"operator {text!r}")
     packet = getattr(getattr(torch.ops, namespace), name, None)
     found = getattr(packet, overload, None)
     if not isinstance(found, torch._ops.OpOverload):
-        raise Unserialisable(f"operator {text!r}")
+        raise SerialisationError(f"operator {text!r}")
     return found
 
 
@@ -152,7 +152,7 @@ def _encode(value: Any, index: Mapping[fx.Node, int], symbols: SymbolNames) -> A
         return {"format": str(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise Unserialisable(f"argument {value!r}")
+    raise SerialisationError(f"argument {value!r}")
 
 
 def _decode(value: Any, nodes: list[fx.Node], context: FakeContext) -> Any:
@@ -173,14 +173,14 @@ def _decode(value: Any, nodes: list[fx.Node], context: FakeContext) -> Any:
         return float(inner)
     if kind == "format":
         return _FORMATS[inner]
-    raise Unserialisable(f"argument {value!r}")
+    raise SerialisationError(f"argument {value!r}")
 
 
 def _encode_value(value: Any, symbols: SymbolNames) -> Any:
     if isinstance(value, Tensor):
         dtype = DTYPE_NAMES.get(value.dtype)
         if dtype is None:
-            raise Unserialisable(f"element type {value.dtype}")
+            raise SerialisationError(f"element type {value.dtype}")
         return {"dtype": dtype, "shape": [symbols.size(size) for size in value.shape]}
     if isinstance(value, list | tuple):
         return [_encode_value(v, symbols) for v in value]
@@ -217,12 +217,12 @@ def _decode_output(data: Mapping[str, Any]) -> OutputSpec:
 
 
 def _output_class(text: str) -> type[Any]:
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
     module, _, name = text.partition(":")
     if not module.startswith("transformers.") or not name.isidentifier():
-        raise Unserialisable(f"output class {text!r}")
+        raise SerialisationError(f"output class {text!r}")
     cls = getattr(importlib.import_module(module), name, None)
     if not (isinstance(cls, type) and issubclass(cls, ModelOutput)):
-        raise Unserialisable(f"output class {text!r}")
+        raise SerialisationError(f"output class {text!r}")
     return cls

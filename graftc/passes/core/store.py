@@ -129,7 +129,7 @@ class Store:
         """The tensor called ``fqn``; `KeyError` where there is none."""
         path, _, name = fqn.rpartition(".")
         owner = self.owner(path)
-        tensor = owner._parameters.get(name)
+        tensor: torch.Tensor | None = owner._parameters.get(name)
         if tensor is None:
             tensor = owner._buffers.get(name)
         if tensor is None:

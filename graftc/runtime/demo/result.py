@@ -17,7 +17,7 @@ class Agreement:
     Attributes:
         same_predictions: the fraction of examples with the same predicted class.
         largest_difference: the largest absolute difference of logits.
-        tolerance: what that may be: 1e-4 times the largest logit, or 1e-4 if all are below 1.
+        tolerance: what that may be.
     """
 
     same_predictions: float

@@ -7,15 +7,24 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from graftc.compiler.certify import sample_inputs
-from graftc.compiler.signature import Axis
+from graftc.compiler.signature import Axis, tie_sizes
 from graftc.passes.core.codegen import function_of
+from graftc.passes.core.ops import DECOMPOSITIONS
 from graftc.passes.core.program import Program
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import ModelRunner
+
+
+def _decomposed(program: Program) -> fx.Graph:
+    """The graph with ``graftc::`` operators replaced by their ATen forms."""
+    graph = program.copy().graph
+    for node in graph.nodes:
+        node.target = DECOMPOSITIONS.get(node.target, node.target)
+    return graph
 
 
 class ExportModule(nn.Module):
@@ -46,7 +55,7 @@ class ExportModule(nn.Module):
         if hasattr(runner, "config"):
             self.config = runner.config
         self.training = False
-        self._function = function_of(self.program.graph, runner.device)
+        self._function = function_of(_decomposed(self.program), runner.device)
         self.forward: Callable[..., dict[str, Any]] = self._flat()
 
     def _flat(self) -> Callable[..., dict[str, Any]]:
@@ -54,12 +63,7 @@ class ExportModule(nn.Module):
 
         def forward(*args: Tensor, **kwargs: Tensor) -> dict[str, Any]:
             inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-            first: dict[str, Any] = {}
-            for axis in axes:
-                for dim, size in enumerate(axis.axes):
-                    if isinstance(size, str):
-                        actual = inputs[axis.name].shape[dim]
-                        torch._check(actual == first.setdefault(size, actual))
+            tie_sizes(axes, inputs)
             values = self._function(self, *(inputs[name] for name in names))
             return dict(zip(outputs, values, strict=True))
 

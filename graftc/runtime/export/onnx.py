@@ -37,10 +37,9 @@ def write_onnx(runner: ModelRunner, path: Path, metadata: Mapping[str, str]) -> 
     module = ExportModule(runner)
     try:
         with _quiet():
-            from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
-
-            config = OnnxConfig(dynamic=True, dynamic_shapes=module.dynamic_shapes())
-            exported = OnnxExporter().export(module, dict(module.inputs), config=config)
+            exporters: Any = importlib.import_module("transformers.exporters")
+            config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=module.dynamic_shapes())
+            exported = exporters.OnnxExporter().export(module, dict(module.inputs), config=config)
     except Exception as error:
         raise GraftError("GC060", f"the ONNX exporter failed: {reason(error)}") from error
     model = exported.program

@@ -20,7 +20,7 @@ def to_transformers(merged: Merged) -> Any:
     if not hasattr(source, "config"):
         raise GraftError("GC032", f"{type(source).__name__} has no config to build it from")
     with torch.device("meta"):
-        model = type(source)(copy.deepcopy(source.config))
+        model: Any = type(source)(copy.deepcopy(source.config))
     tensors = merged.folded_state_dict()
     own = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
     missing = [name for name in merged._additions if name not in own]

@@ -1,0 +1,109 @@
+"""Codes, errors and warnings: stable text, plain data, exit status."""
+
+from __future__ import annotations
+
+import pickle
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graftc.specs.diagnostics import CATALOGUE, GraftError, GraftWarning, Place, nearest, warn
+
+
+def test_the_catalogue_is_complete_and_ordered() -> None:
+    assert list(CATALOGUE) == sorted(CATALOGUE)
+    for code, entry in CATALOGUE.items():
+        assert code == entry.code and re.fullmatch(r"GC0\d\d", code)
+        assert entry.title and entry.explanation.endswith(".")
+        assert entry.exit_code in (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("GC001", 2), ("GC011", 2), ("GC020", 2), ("GC030", 3), ("GC040", 3), ("GC050", 1), ("GC051", 1), ("GC060", 3)],
+)
+def test_exit_codes(code: str, status: int) -> None:
+    assert GraftError(code, "x").exit_code == status
+
+
+def test_an_error_prints_place_hint_and_correction() -> None:
+    place = Place("spec.yaml", 4, 17, "adapt[0].target.role", "      role: attn.qq")
+    error = GraftError(
+        "GC012", "role 'attn.qq' is unknown", place=place, hint="did you mean 'attn.q'?", corrected="      role: attn.q"
+    )
+    assert str(error) == (
+        "GC012: role 'attn.qq' is unknown\n"
+        "  --> spec.yaml:4:17 (adapt[0].target.role)\n"
+        "  hint: did you mean 'attn.q'?\n"
+        "     4 -       role: attn.qq\n"
+        "     4 +       role: attn.q"
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        (Place("s.yaml", 1, 2, "a"), "s.yaml:1:2 (a)"),
+        (Place("s.yaml"), "s.yaml"),
+        (Place(None, 3, 4), "line 3:4"),
+        (Place(path="adapt[0]"), "adapt[0]"),
+        (Place(), ""),
+    ],
+)
+def test_places_print(place: Place, text: str) -> None:
+    assert str(place) == text
+
+
+def test_details_print_indented_and_nest() -> None:
+    inner = GraftError("GC003", "field 'x' is unknown", place=Place(path="x"))
+    error = GraftError("GC013", "counts differ", hint="one\ntwo", details=["role 'attn.q': 4 sites", inner])
+    assert str(error).splitlines() == [
+        "GC013: counts differ",
+        "  hint: one",
+        "        two",
+        "  - role 'attn.q': 4 sites",
+        "  also GC003: field 'x' is unknown",
+        "    --> x",
+    ]
+
+
+def test_plain_data_holds_everything() -> None:
+    inner = GraftError("GC003", "m")
+    data = GraftError("GC002", "n", place=Place("f", 1, 2, "p"), hint="h", details=["d", inner]).to_json()
+    assert (data["code"], data["message"], data["hint"], data["exit_code"]) == ("GC002", "n", "h", 2)
+    assert (data["file"], data["line"], data["column"], data["path"]) == ("f", 1, 2, "p")
+    assert data["details"][0] == "d" and data["details"][1]["code"] == "GC003"
+
+
+def test_a_code_outside_the_catalogue_is_a_mistake_of_the_caller() -> None:
+    with pytest.raises(KeyError):
+        GraftError("GC999", "x")
+
+
+@pytest.mark.parametrize("kind", [GraftError, GraftWarning])
+def test_errors_cross_processes(kind: type[GraftError] | type[GraftWarning]) -> None:
+    error = kind("GC002", "n", place=Place("f", 1, 2, "p"), hint="h", details=["d"], fix=("a", "b"), corrected="c")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert str(again) == str(error) and again.fix == ("a", "b")
+
+
+def test_warn_points_at_its_caller() -> None:
+    with pytest.warns(GraftWarning, match="GC024: tied") as caught:
+        warn("GC024", "tied", hint="untie it")
+    assert caught[0].filename == __file__
+    assert "hint: untie it" in str(caught[0].message)
+
+
+def test_nearest_prefers_the_closest_and_ignores_case() -> None:
+    assert nearest("attn.qq", ["attn.k", "attn.q", "ffn.up"])[0] == "attn.q"
+    assert nearest("LORA", ["lora", "dora"])[0] == "lora"
+    assert nearest("zzz", ["lora"]) == []
+
+
+@given(st.text(max_size=8), st.lists(st.text(max_size=8), max_size=8))
+def test_nearest_gives_candidates_only(word: str, candidates: list[str]) -> None:
+    found = nearest(word, candidates)
+    assert len(found) <= 3 and set(found) <= set(candidates)
