@@ -15,7 +15,7 @@ _FACADE = {
     "compile": "graftc.runtime.api",
     "check": "graftc.runtime.api",
     "roles": "graftc.runtime.api",
-    "methods": "graftc.specs.registry",
+    "methods": "graftc.specs.listing",
 }
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from graftc.specs.diagnostics import GraftError, GraftWarning
     from graftc.specs.document import Spec
     from graftc.specs.io import load_spec
-    from graftc.specs.registry import methods
+    from graftc.specs.listing import methods
 
 __all__ = [
     "GraftError",

@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import io
+import logging
 import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,8 +71,7 @@ def capture(
         stack.enter_context(_shared_sizes(model, chosen))
         dynamic = {a.name: {i: torch.export.Dim.AUTO for i in range(len(a.axes))} for a in chosen}
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with _silence():
                 exported = torch.export.export(model, (), copy.deepcopy(inputs), strict=False, dynamic_shapes=dynamic)
         except Exception as error:
             raise GraftError(
@@ -82,6 +83,20 @@ def capture(
     result.seconds = time.perf_counter() - started
     result.notes = tuple(notes)
     return result
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """torch prints the graph of a failed capture, and logs and warns besides: the error says it in one line."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

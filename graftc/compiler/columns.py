@@ -227,8 +227,10 @@ class Columns:
     def _shape(self, node: fx.Node, name: str) -> Any:
         if self._index.get(node.args[0]) is None:  # type: ignore[arg-type]
             return None
-        target = node.target
-        assert callable(target)
+        target: Any = node.target
+        if name in ("view", "_unsafe_view"):
+            # Repeated rows are stride-0 views here, where a view of the real tensor needed no copy.
+            target = aten.reshape.default
         if name in PADDING:
             index = self._index[node.args[0]]  # type: ignore[index]
             return aten.constant_pad_nd.default(index, self._argument(node.args[1]), UNTRACKED)

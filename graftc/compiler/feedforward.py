@@ -74,6 +74,10 @@ def _inner(labels: Labels, down: Linear, linears: list[fx.Node]) -> bool:
                     labels.fail(node, "several linear maps meet before the last one, but not as a gated product")
             return False
         columns = labels.linear_columns(down.input).get(linears[0])
+        if columns is None:
+            for node in (down.node, linears[0]):
+                labels.fail(node, f"columns of the input of {labels.module(down.node)} cannot be followed")
+            return False
         if labels.has_role(linears[0], columns):
             labels.fail(down.node, f"reads {labels.module(linears[0])}, which has another role")
             return False

@@ -24,7 +24,7 @@ from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey
 from graftc.passes.core.store import Store
 from graftc.passes.core.verify import record_baseline, verify
 from graftc.passes.mode import to_eval
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.document import Spec
 
 TRAIN = "trained"
@@ -250,11 +250,21 @@ def _insert(
         clock.step("insert(train)", lambda: _overlay(build, trained), program)
         _collect(compilation, build)
         clock.step("verify", lambda: verify(program, store, "insert(train)"), program)
-    for item in resolved:
+    for index, item in enumerate(resolved):
         build = Builder(program, store, item.name, item.spec.method, compilation.seed)
-        clock.step(f"insert({item.name})", partial(_adapt, build, item), program)
+        try:
+            clock.step(f"insert({item.name})", partial(_adapt, build, item), program)
+        except GraftError as error:
+            raise _placed(compilation.spec, index, error) from error
         _collect(compilation, build)
         clock.step("verify", partial(verify, program, store, f"insert({item.name})"), program)
+
+
+def _placed(spec: Spec, index: int, error: GraftError) -> GraftError:
+    """A method's error with its place in the spec; methods name a field of theirs."""
+    path = f"adapt[{index}]" + (f".{error.place.path}" if error.place is not None else "")
+    place = Place(path=path)
+    return spec.locate(GraftError(error.code, error.message, place=place, hint=error.hint, details=error.details))
 
 
 def _overlay(build: Builder, sites: Sequence[ParameterSite]) -> None:

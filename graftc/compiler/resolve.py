@@ -181,8 +181,8 @@ class SiteTable:
                         raise spec.locate(
                             GraftError(
                                 "GC021",
-                                f"{resolved.name!r} adapts rows {site.rows} of {site.key.module}, "
-                                f"{name!r} adapts rows {rows} of it",
+                                f"{resolved.name!r} adapts {_rows(site.rows)} of {site.key.module}, "
+                                f"{name!r} adapts {_rows(rows)} of it",
                                 place=Place(path=f"adapt[{index}].target"),
                                 hint="adaptations stack on exactly the same rows; leave one of them out, or name "
                                 "the same rows in both",
@@ -194,10 +194,11 @@ class SiteTable:
         for resolved in found:
             for site, _ in resolved.sites:
                 tied = self.store.tied(site.use.weight) if isinstance(site, LinearSite) else ()
-                if tied:
+                if isinstance(site, LinearSite) and tied:
+                    others = [n for n in (site.use.weight, *tied) if n != f"{site.key.module}.{site.key.name}"]
                     warn(
                         "GC024",
-                        f"{site.key} is tied to {', '.join(tied)}: {resolved.name!r} trains there but will not fold",
+                        f"{site.key} is tied to {', '.join(others)}: {resolved.name!r} trains there but will not fold",
                     )
 
     def trained(self, spec: Spec) -> list[ParameterSite]:
@@ -243,6 +244,10 @@ class SiteTable:
             key = SiteKey(module, last)
             found.append(ParameterSite(key, (), layer, stack, kind=SiteKind.PARAMETER, tensor=name))
         return found
+
+
+def _rows(rows: Rows) -> str:
+    return "all rows" if rows.whole else f"rows {rows}"
 
 
 def _place(module: str) -> tuple[int | None, str]:

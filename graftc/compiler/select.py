@@ -29,7 +29,7 @@ from graftc.specs.patterns import (
 from graftc.specs.roles import ROLES, parse_role
 from graftc.specs.target import Target
 
-__all__ = ["Candidate", "check_overrides", "depths", "effective_spec", "match_modules", "select"]
+__all__ = ["Candidate", "check_overrides", "depths", "match_modules", "select"]
 
 _LAYERED = ("attn", "ffn")
 
@@ -204,7 +204,7 @@ class _Selection:
             return chosen
         stacks = {c.stack for c in chosen if c.layer is not None}
         if not stacks:
-            message = f"none of the {count_sites(len(chosen))} is in a layer, so layers cannot narrow them"
+            message = f"the target selects {count_sites(len(chosen))}, none of them in a layer that layers could name"
             raise _error("GC011", message, f"{self.where}.layers")
         kept: set[tuple[str, int]] = set()
         for path, entry in _items(self.target.layers, f"{self.where}.layers"):
@@ -341,11 +341,6 @@ class _Selection:
 
 
 # Overrides
-
-
-def effective_spec(spec: MethodSpec, site: Candidate, depth: Mapping[str, int]) -> MethodSpec:
-    """The spec that holds for one site, overrides applied. ``depth``: what :func:`depths` gives."""
-    return spec.for_site(site.module, site.roles, site.layer, depth=depth.get(site.stack))
 
 
 def check_overrides(

@@ -133,16 +133,16 @@ def _actual_sizes(present: Mapping[str, torch.Tensor], known: Mapping[str, Axis]
     if not sizes and present:
         first = next(iter(present.values()))
         sizes[BATCH] = first.shape[0] if first.dim() else 1
-        if (first.dim() > 1 and not first.is_floating_point()) or first.dim() == 3:
-            sizes[SEQUENCE] = first.shape[1]
     return sizes
 
 
 def _axes(name: str, value: torch.Tensor, sizes: Mapping[str, int]) -> tuple[int | str, ...]:
     sequence = "target_sequence" if name.startswith("decoder_") else SEQUENCE
     axes: list[int | str] = []
-    # Where no input has shown the sequence yet, token ids ([batch, sequence]) and embeddings (one axis more) do.
-    may_start = value.dim() in (2, 3) and name != "labels"
+    # Where no input has shown the sequence yet, token ids ([batch, sequence]) and embeddings (one axis more) do. Other
+    # axes keep the size they have: capture still finds out by itself which of them may vary.
+    integers = value.dim() == 2 and not value.is_floating_point() and name != "labels"
+    may_start = integers or name.endswith("inputs_embeds")
     for index, size in enumerate(value.shape):
         if index == 0 and (size == sizes.get(BATCH, size) or size == 1):
             axes.append(BATCH)

@@ -13,7 +13,7 @@ from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.folds import Fold, Keep, WeightFold
 from graftc.passes.core.method import Method
 from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.lora import LoRA
 
 aten = torch.ops.aten
@@ -55,6 +55,7 @@ class LoRAMethod(Method[LoRA]):
             raise GraftError(
                 "GC020",
                 f"rank {rank} exceeds {site.key}, which is {site.out_features} x {site.in_features}",
+                place=Place(path="rank"),
                 hint=f"a rank of at most {limit} fits; use overrides for single sites",
             )
         down, up = _factors(spec, site, build)

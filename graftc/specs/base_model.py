@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
 
 from graftc.specs.validation import explain
 
@@ -48,6 +49,15 @@ class SpecModel(_Base):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **kwargs: Any) -> Self:
+        """As pydantic's, but failures are a GraftError; ``graftc.specs.parse_spec`` also tells line and column."""
+        try:
+            return super().model_validate_json(json_data, **kwargs)
+        except ValidationError as error:
+            unreadable = error.errors(include_url=False)[0]["type"] == "json_invalid"
+            raise explain(error, cls, None if unreadable else from_json(json_data)) from None
 
     @classmethod
     def model_validate(cls, obj: Any, **kwargs: Any) -> Self:

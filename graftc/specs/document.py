@@ -26,8 +26,12 @@ class _AnyMethod:
         return core_schema.no_info_plain_validator_function(_adaptation)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        options = {tag: handler(entry.spec_class.__pydantic_core_schema__) for tag, entry in method_specs().items()}
-        mapping = {tag: option["$ref"] for tag, option in options.items() if "$ref" in option}
+        # Wrapped, because the handler would write a bare model in place instead of under ``$defs``.
+        options = {
+            tag: handler(core_schema.definitions_schema(entry.spec_class.__pydantic_core_schema__, []))
+            for tag, entry in method_specs().items()
+        }
+        mapping = {tag: option["$ref"] for tag, option in options.items()}
         # A spec class has its own tag as a default; in a document the tag has to be there.
         tagged = [{**option, "required": ["method"]} for option in options.values()]
         return {"oneOf": tagged, "discriminator": {"propertyName": "method", "mapping": mapping}}
@@ -87,7 +91,7 @@ class Spec(SpecModel):
     """`layers`: recompute each layer's activations in the backward pass instead of keeping them."""
 
     fold: FoldOptions = FoldOptions()
-    """How adaptations are folded."""
+    """What folding has to keep to."""
 
     _source: Source = PrivateAttr(default_factory=Source)
 

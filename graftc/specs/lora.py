@@ -60,8 +60,8 @@ class LoRA(MethodSpec):
     """Probability of dropping an input of the branch while training."""
 
     dropout_mask: Literal["saved", "recomputed"] = "saved"
-    """What the backward pass has of the dropout mask: the mask itself, or a seed to make it anew from (less memory, more
-    time). The sites of the adaptation that read the same input share one mask."""
+    """What the backward pass has of the dropout mask: the mask itself, or a seed to make it anew from (less
+    memory, more time). The sites of the adaptation that read the same input share one mask."""
 
     init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
     """`kaiming`: A uniform in ±1/sqrt(in), B zero. `gaussian`: A normal with deviation 1/rank, B zero.

@@ -104,8 +104,11 @@ def parse_role(text: str, place: Place | None = None) -> Role:
     if any(mark in text for mark in "*?["):
         hint = "roles have no wildcards; list them, for example attn.{q,k,v,o}"
         raise GraftError("GC012", f"role '{text}' is unknown", place=place, hint=hint)
-    close = nearest(text, ROLES) if not prefixes else nearest(text, _spellings())
-    close = close or nearest(text, _spellings())
+    reordered = ".".join(sorted(text.split("."), key=lambda part: (*PREFIXES, part).index(part)))
+    if reordered in _spellings():
+        close = [reordered]
+    else:
+        close = (nearest(text, ROLES) if not prefixes else []) or nearest(text, _spellings())
     raise GraftError(
         "GC012",
         f"role '{text}' is unknown",

@@ -19,7 +19,7 @@ __all__ = ["Source", "Span", "format_path", "parse_path", "read_json", "read_tom
 Path: TypeAlias = tuple[str | int, ...]
 _STEP = re.compile(r'\.?([^.\[\]"]+)|\[(\d+)\]|\.?\["((?:[^"\\]|\\.)*)"\]')
 _PLAIN_KEY = re.compile(r'[^.\[\]"]+')
-_NODE_LIMIT = 200_000
+_NODE_LIMIT = 50_000
 
 
 def format_path(path: Iterable[str | int]) -> str:
@@ -136,7 +136,7 @@ def read_yaml(text: str, file: str | None = None) -> tuple[Any, Source]:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line, mark.column) if mark is not None else (0, 0)
         problem = error.problem or error.context or "it cannot be parsed"
-        _unreadable(source, f"not valid YAML: {problem}", line, column, *_yaml_advice(source, line, column, problem))
+        _unreadable(source, f"not valid YAML: {problem}", line, column, *_yaml_advice(source, line, problem))
     except yaml.YAMLError as error:
         reason = str(getattr(error, "reason", error))
         before = text[: getattr(error, "position", 0)]
@@ -199,22 +199,29 @@ def _unreadable(
     raise GraftError("GC001", message, place=place, hint=hint, corrected=corrected) from None
 
 
-def _yaml_advice(source: Source, line: int, column: int, problem: str) -> tuple[str | None, str | None]:
+# A word of a flow collection or a block value, with braces and what they hold.
+_BRACED = r"[^\s,\[\]{}#\"']*(?:\{[^\s{}]*\}[^\s,\[\]{}#\"']*)"
+_QUOTABLE: tuple[tuple[re.Pattern[str], re.Pattern[str], str], ...] = (
+    (
+        re.compile(r"alias|but found '[*.]'"),
+        re.compile(rf"(?<=[\s\[{{,])(?=\*){_BRACED}*|(?<=[\s\[{{,])\*[^\s,\[\]{{}}#\"']+"),
+        "quote a pattern that starts with '*'",
+    ),
+    (re.compile(r"but got '\{'"), re.compile(rf"(?<=[\s\[{{,])(?!\{{){_BRACED}+"), "quote a pattern that has braces"),
+    # Within braces or brackets a colon before a comma or the end starts a value.
+    (re.compile(r"(got|found) ':'"), re.compile(r"(?<=[\s\[{,])-?\d*:(?:-?\d+)?(?=[\s,\]}])"), "quote a slice"),
+)
+
+
+def _yaml_advice(source: Source, line: int, problem: str) -> tuple[str | None, str | None]:
+    """A hint and the corrected line for what people forget to quote."""
     text = source.lines[line] if line < len(source.lines) else ""
     if "'\\t'" in problem:
         return "indent with blanks, not tabs", None
-    glob = re.search(r"(?<=[\s\[{,:-])(\*[^\s,\]}#\"']+)", text)
-    if glob and ("alias" in problem or "but found '*'" in problem or "but found '.'" in problem):
-        corrected = f'{text[: glob.start()]}"{glob.group()}"{text[glob.end() :]}'
-        return "quote a pattern that starts with '*'", corrected
-    braced = re.search(r"(?<=[\s\[{,])([^\s\[\]{},\"']*\{[^\s{}]*\}[^\s\[\]{},\"']*)", text)
-    if braced and "but got '{'" in problem:
-        corrected = f'{text[: braced.start()]}"{braced.group()}"{text[braced.end() :]}'
-        return "quote a pattern that has braces", corrected
-    # In a flow mapping a colon before a bracket or a comma starts a value, so that `-2:` needs quotes.
-    cut = re.search(r"(?<=[\s\[{,])(-?\d*:)(?=[\s,\]}])", text)
-    if cut and "but got ':'" in problem:
-        return "quote a slice", f'{text[: cut.start()]}"{cut.group()}"{text[cut.end() :]}'
+    for trouble, word, hint in _QUOTABLE:
+        found = word.search(text) if trouble.search(problem) else None
+        if found:
+            return hint, f'{text[: found.start()]}"{found.group()}"{text[found.end() :]}'
     return None, None
 
 
@@ -296,9 +303,9 @@ class _Build:
             return text
         if kind == "null":
             return None
-        if kind == "bool" and text.lower() in ("true", "false"):
-            return text.lower() == "true"
         try:
+            if kind == "bool":
+                return ("false", "true").index(text.lower()) == 1
             if kind == "int":
                 return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
             if kind == "float":

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from graftc.specs.base_model import SpecModel
 from graftc.specs.diagnostics import GraftError
@@ -46,9 +46,13 @@ def _each(check: Callable[[Any], object], what: str) -> Callable[[Any], Any]:
                 problems.append(((index,) if many else (), error))
         if problems:
             reject(value, *problems)
-        return tuple(value) if many else value
+        return list(value) if many else value
 
     return validate
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _text(value: Any, what: str) -> str:
@@ -94,21 +98,29 @@ def _check_layer(value: Any) -> None:
     parse_layer(value)
 
 
-Roles: TypeAlias = Annotated[str | Sequence[str], BeforeValidator(_each(_check_role, "a role"))]
+Roles: TypeAlias = Annotated[
+    str | Sequence[str], BeforeValidator(_each(_check_role, "a role")), AfterValidator(_frozen)
+]
 """A role or several; braces are allowed: ``attn.{q,v}``."""
-Patterns: TypeAlias = Annotated[str | Sequence[str], BeforeValidator(_each(_check_glob, "a pattern"))]
+Patterns: TypeAlias = Annotated[
+    str | Sequence[str], BeforeValidator(_each(_check_glob, "a pattern")), AfterValidator(_frozen)
+]
 """A glob of module paths or several."""
-Regexes: TypeAlias = Annotated[str | Sequence[str], BeforeValidator(_each(_check_regex, "a regex"))]
+Regexes: TypeAlias = Annotated[
+    str | Sequence[str], BeforeValidator(_each(_check_regex, "a regex")), AfterValidator(_frozen)
+]
 """A regular expression or several, matched against the whole module path."""
-Layers: TypeAlias = Annotated[int | str | Sequence[int | str], BeforeValidator(_each(_check_layer, "a layer"))]
+Layers: TypeAlias = Annotated[
+    int | str | Sequence[int | str], BeforeValidator(_each(_check_layer, "a layer")), AfterValidator(_frozen)
+]
 """A layer, a slice ``"0:6"``, or a list of them."""
 
 
 def _each_or_none(value: Any) -> Any:
-    return as_items(_each(_check_glob, "a pattern")(value)) if as_items(value) else ()
+    return list(as_items(_each(_check_glob, "a pattern")(value))) if as_items(value) else []
 
 
-PatternList: TypeAlias = Annotated[Sequence[str], BeforeValidator(_each_or_none)]
+PatternList: TypeAlias = Annotated[Sequence[str], BeforeValidator(_each_or_none), AfterValidator(_frozen)]
 """Globs of module paths, possibly none; one may stand without a list."""
 
 

@@ -117,6 +117,8 @@ def _one(path: tuple[str | int, ...], items: list[ErrorDetails], root: type[Base
         return GraftError(kind, context["text"], place=place, hint=context.get("hint"), fix=context.get("fix"))
     if kind == "extra_forbidden":
         return _unknown_field(str(path[-1]), place, _fields_at(root, data, path[:-1]))
+    if kind == "json_invalid":
+        return GraftError("GC001", f"not valid JSON: {context['error']}", place=place)
     if kind == "missing":
         return GraftError("GC002", f"{name} is missing", place=place)
     if kind in _BOUNDS:

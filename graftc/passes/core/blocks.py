@@ -52,6 +52,8 @@ class Runner(nn.Module):
         self._store = store
         self._roots: dict[str, Function] = {}
         self._programs: dict[str, Program] = {}
+        self.register_state_dict_post_hook(_tied_once)
+        self.register_load_state_dict_pre_hook(_tied_again)
 
     @property
     def blocks(self) -> dict[str, Block]:
@@ -93,3 +95,18 @@ class Runner(nn.Module):
         """Make all code anew, for tensors that have moved to another device."""
         for key in self._programs:
             self._lower(key)
+
+
+def _tied_once(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A state dict has tied tensors once, by the name that owns them, as file formats want it."""
+    assert isinstance(module, Runner)
+    for alias in module._store.aliases:
+        state.pop(prefix + alias, None)
+
+
+def _tied_again(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Loading finds tied tensors under each of their names."""
+    assert isinstance(module, Runner)
+    for alias, owner in module._store.aliases.items():
+        if prefix + owner in state:
+            state.setdefault(prefix + alias, state[prefix + owner])

@@ -194,6 +194,7 @@ def _types(program: Program, store: Store, choice: tuple[int, ...]) -> Finding |
     sizes = Sizes(assign)
     meta = torch.device("meta")
     values: dict[fx.Node, Any] = {}
+    known: dict[Any, Any] = {}
 
     def concrete(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -211,8 +212,12 @@ def _types(program: Program, store: Store, choice: tuple[int, ...]) -> Finding |
         if takes_device(node.target):
             kwargs = {**kwargs, "device": meta}
         expected = concrete(node.meta["val"])
+        key = (node.target, repr(_plain(args)), repr(_plain(kwargs)))
         try:
-            values[node] = node.target(*args, **kwargs)
+            # Identical layers make identical calls, and on the meta device a call's types are all there is to it.
+            if key not in known:
+                known[key] = node.target(*args, **kwargs)
+            values[node] = known[key]
         except (NotImplementedError, RuntimeError) as error:
             if provenance(node) is not None:
                 return node, f"it does not run on the meta device: {error}"
@@ -228,4 +233,6 @@ def _plain(value: Any) -> Any:
         return (str(value.dtype), tuple(value.shape))
     if isinstance(value, list | tuple):
         return tuple(_plain(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
     return value

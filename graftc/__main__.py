@@ -1,0 +1,8 @@
+"""``python -m graftc``: the command line."""
+
+from __future__ import annotations
+
+from graftc.runtime.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,49 @@
+"""The Typer application: its commands and the options that belong to none of them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from graftc.runtime.cli.check import check
+from graftc.runtime.cli.demo import demo
+from graftc.runtime.cli.methods import methods
+from graftc.runtime.cli.roles import roles
+from graftc.runtime.cli.schema import schema
+
+__all__ = ["build_app"]
+
+_EPILOG = (
+    "MODEL is a local transformers folder, a hub id, or package.module:callable that returns an nn.Module. "
+    "Exit status: 0 done, 1 the answer is no, 2 usage or spec error, 3 the files or the model failed."
+)
+
+
+def build_app() -> typer.Typer:
+    """The application with every command."""
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(epilog=_EPILOG)(_graftc)
+    for command in (methods, schema, roles, check, demo):
+        app.command()(command)
+    return app
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import graftc
+
+        typer.echo(f"graftc {graftc.__version__}")
+        raise typer.Exit
+
+
+def _graftc(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compile declarative specs of parameter-efficient fine-tuning against PyTorch models."""

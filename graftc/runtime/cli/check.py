@@ -1,0 +1,83 @@
+"""``graftc check``: resolve and cost a spec without writing anything."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from graftc.runtime.cli.options import Json, Meta, ModelOption, SpecArgument
+
+if TYPE_CHECKING:
+    from graftc.compiler.report import Report
+
+__all__ = ["check"]
+
+
+def check(spec: SpecArgument, model: ModelOption, meta: Meta = False, json: Json = False) -> None:
+    """Resolve a spec against a model and count what it adds, without writing anything."""
+    from graftc.runtime.cli.output import print_json, working
+    from graftc.specs.io import load_spec
+
+    with working(json) as warnings:
+        # Before torch is there: a misspelt field should not take seconds to be found.
+        loaded_spec = load_spec(spec)
+
+        from graftc.runtime.api import check as check_spec
+        from graftc.runtime.models import load_model
+
+        started = time.perf_counter()
+        loaded = load_model(model, meta=meta)
+        seconds = time.perf_counter() - started
+        report = check_spec(loaded_spec, loaded)
+    if json:
+        places = {"spec": str(spec), "model": model, "class": type(loaded).__name__}
+        timings = {"load_seconds": seconds, "warnings": warnings}
+        print_json({**places, **report.to_json(), "totals": _totals(report), **timings})
+    else:
+        _print(str(spec), type(loaded).__name__, report, seconds)
+
+
+def _totals(report: Report) -> dict[str, Any]:
+    """Sums over the adaptations, the ``train:`` list included."""
+    keys = ("sites", "trainable_parameters", "frozen_parameters", "bytes", "flops_per_token")
+    return {key: sum(getattr(entry, key) for entry in report.adaptations) for key in keys}
+
+
+def _print(spec: str, name: str, report: Report, load_seconds: float) -> None:
+    from graftc.runtime.cli.output import console, number, print_table
+
+    columns = ("adaptation", "method", "sites", "trainable", "frozen", "bytes", "FLOPs per token")
+    rows: list[tuple[str, ...]] = [
+        (
+            entry.name,
+            entry.method,
+            *(number(entry.sites), number(entry.trainable_parameters), number(entry.frozen_parameters)),
+            *(number(entry.bytes), number(entry.flops_per_token)),
+        )
+        for entry in report.adaptations
+    ]
+    totals = _totals(report)
+    if len(rows) > 1:
+        rows.append(("total", "", *(number(value) for value in totals.values())))
+    to = console()
+    to.print(f"{spec} fits {name}", soft_wrap=True)
+    to.print()
+    print_table(to, columns, rows, right=columns[2:])
+    to.print()
+    facts = [
+        ("trainable parameters", f"{number(report.trainable_parameters)} ({report.percent:.3f} % of base plus added)"),
+        ("trained in full", number(report.trained_in_full)) if report.trained_in_full else None,
+        ("deployed parameters", number(report.deployed_parameters)),
+        ("base parameters", number(report.base_parameters)),
+        ("base FLOPs per token", number(report.flops_per_token)),
+        *(("note", note) for note in report.notes),
+        ("seconds", _seconds(report, load_seconds)),
+    ]
+    for fact in facts:
+        if fact is not None:
+            to.print(f"{fact[0] + ':':<22}{fact[1]}", soft_wrap=True, markup=False)
+
+
+def _seconds(report: Report, load: float) -> str:
+    captured = "cached capture" if report.cached else "capture"
+    return f"load {load:.1f}, {captured} {report.capture_seconds:.1f}, rewrite {report.rewrite_seconds:.1f}"

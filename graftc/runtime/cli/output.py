@@ -1,0 +1,118 @@
+"""How commands print: tables for people, JSON for programs, warnings beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from graftc.specs.diagnostics import GraftWarning
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["console", "error_console", "number", "print_coded", "print_json", "print_table", "working"]
+
+_PIPED_WIDTH = 120
+
+
+def console(file: TextIO | None = None) -> Console:
+    """A console on the standard output (or ``file``): colours on a terminal only, 120 columns where it is none."""
+    from rich.console import Console
+
+    stream = sys.stdout if file is None else file
+    found = Console(file=stream, highlight=False)
+    if not found.is_terminal:
+        # Rich would take 80 columns, which folds tables that nobody looks at through a window.
+        columns = os.environ.get("COLUMNS", "")
+        found = Console(file=stream, highlight=False, width=int(columns) if columns.isdigit() else _PIPED_WIDTH)
+    return found
+
+
+def error_console() -> Console:
+    """A console on the standard error."""
+    return console(sys.stderr)
+
+
+def print_json(data: Any) -> None:
+    """Print JSON on the standard output, one key a line. What JSON cannot hold is a bug, not null."""
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_table(
+    to: Console,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+    whole: Sequence[str] = (),
+) -> None:
+    """Print a table. Text is taken as it is, brackets included, and folded where it does not fit.
+
+    Args:
+        to: where.
+        columns: their names.
+        rows: one text for each column.
+        right: columns that hold numbers.
+        whole: columns that are not folded while they take at most half of the width.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    lines = list(rows)
+    for index, name in enumerate(columns):
+        longest = max((len(line[index]) for line in lines), default=0)
+        table.add_column(
+            name,
+            justify="right" if name in right else "left",
+            overflow="fold",
+            no_wrap=name in whole and longest <= to.width // 2,
+        )
+    for line in lines:
+        table.add_row(*(Text(cell) for cell in line))
+    to.print(table)
+
+
+def number(value: float) -> str:
+    """A count for people: 56,098,816; a fraction keeps one digit."""
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
+
+
+@contextlib.contextmanager
+def working(as_json: bool) -> Iterator[list[dict[str, Any]]]:
+    """Around a command's work: the standard output stays the command's own, and warnings reach people.
+
+    What libraries and the user's model print goes to the standard error. Warnings of graftc go there too, in the
+    text form of diagnostics, or, with ``as_json``, into the list that is yielded. Warnings of libraries are dropped.
+    """
+    found: list[dict[str, Any]] = []
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        if not isinstance(message, GraftWarning):
+            return
+        if as_json:
+            found.append(message.to_json())
+        else:
+            print_coded(message, "yellow", prefix="warning ")
+
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("always", GraftWarning)
+        warnings.showwarning = show
+        yield found
+
+
+def print_coded(message: object, style: str, prefix: str = "") -> None:
+    """A diagnostic on the standard error, its code in colour where there are colours."""
+    from rich.text import Text
+
+    text = Text(f"{prefix}{message}")
+    head = str(text).find(":")
+    text.stylize(f"bold {style}", 0, head + 1 if head > 0 else 0)
+    error_console().print(text, soft_wrap=True)

@@ -1,0 +1,42 @@
+"""``graftc roles``: what a model's weights do, and why that is believed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from graftc.runtime.cli.options import Json, Meta, ModelArgument
+
+if TYPE_CHECKING:
+    from graftc.compiler.structure import Structure
+
+__all__ = ["roles"]
+
+
+def roles(model: ModelArgument, meta: Meta = False, json: Json = False) -> None:
+    """Show the roles found in a model, with the evidence, and what was not resolved."""
+    from graftc.runtime.cli.output import print_json, working
+
+    with working(json) as warnings:
+        from graftc.runtime.api import roles as find_roles
+        from graftc.runtime.models import load_model
+
+        loaded = load_model(model, meta=meta)
+        structure = find_roles(loaded)
+    if json:
+        print_json({"model": model, "class": type(loaded).__name__, **structure.to_json(), "warnings": warnings})
+    else:
+        _print(type(loaded).__name__, structure)
+
+
+def _print(name: str, structure: Structure) -> None:
+    from graftc.runtime.cli.output import console, print_table
+
+    to = console()
+    kinds = len(structure.by_role())
+    to.print(f"{name}: {len(structure.findings)} sites of {kinds} roles, {len(structure.unresolved)} unresolved")
+    to.print()
+    print_table(to, ("role", "place", "rows", "layers", "evidence"), structure.rows(), whole=("place",))
+    if structure.unresolved:
+        rows = [(entry.module, entry.reason) for entry in structure.unresolved]
+        to.print()
+        print_table(to, ("unresolved", "reason"), rows)

@@ -1,0 +1,238 @@
+"""The MODEL argument of commands: a transformers folder, a hub id, or a callable that returns a module."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from graftc.specs.diagnostics import GraftError, nearest
+
+__all__ = ["load_model"]
+
+_CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FORMS = "MODEL is a transformers folder, a hub id, or package.module:callable"
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def load_model(text: str, *, meta: bool = False) -> nn.Module:
+    """The model that a MODEL argument names, in eval mode, as its source gives it otherwise.
+
+    Args:
+        text: a folder whose ``config.json`` names the class in ``architectures``; the id of such a repository on
+            the hub (only its cached files without a network); or ``package.module:callable``, called without
+            arguments, where the current folder counts as a place to import from.
+        meta: build it on the meta device. A folder then needs no weights, and a hub id only its config.
+
+    Raises:
+        GraftError: GC032 with the reason, and the nearest alternative where one can be told.
+    """
+    if _CALLABLE.fullmatch(text):
+        model = _from_callable(text, meta)
+    else:
+        with _quiet_transformers():
+            model = _from_transformers(text, meta)
+    return model.eval()
+
+
+def _fail(message: str, hint: str | None = None, *, cause: BaseException | None = None, details: Any = ()) -> NoReturn:
+    raise GraftError("GC032", message, hint=hint, details=details) from cause
+
+
+# --- transformers folders and hub ids ---------------------------------------------------------------------------
+
+
+def _from_transformers(text: str, meta: bool) -> nn.Module:
+    folder = Path(text).expanduser()
+    local = folder.is_dir()
+    if local:
+        _check_folder(folder, meta)
+    elif folder.is_file():
+        _fail(f"{text!r} is a file, not a transformers folder", f"did you mean {str(folder.parent)!r}?")
+    elif not _HUB_ID.fullmatch(text):
+        _fail(f"there is no folder {text!r}", _neighbour(folder) or _FORMS)
+    config = _config(text, folder if local else None)
+    cls = _architecture(text, config)
+    try:
+        if not meta:
+            model: nn.Module = cls.from_pretrained(folder if local else text, config=config, trust_remote_code=False)
+            return model
+        with torch.device("meta"):
+            made: nn.Module = cls._from_config(config, **_dtype(config))
+        return made.to("meta")
+    except Exception as error:
+        _fail(f"{cls.__name__} cannot be loaded from {text!r}: {_reason(error)}", cause=error)
+
+
+def _check_folder(folder: Path, meta: bool) -> None:
+    if not (folder / "config.json").is_file():
+        adapter = folder / "adapter_config.json"
+        if adapter.is_file():
+            _fail(f"{str(folder)!r} holds a PEFT adapter, not a model", _base_of(adapter))
+        inner = sorted(p.parent.name for p in folder.glob("*/config.json"))
+        hint = f"did you mean {str(folder / inner[0])!r}?" if inner else _FORMS
+        _fail(f"{str(folder)!r} has no config.json", hint)
+    if not meta and not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+        _fail(f"{str(folder)!r} has a config.json but no weights", "add --meta to work without weights")
+
+
+def _base_of(adapter: Path) -> str | None:
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return f"give its base model: {base}" if base else None
+
+
+def _config(text: str, folder: Path | None) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder or text, trust_remote_code=False)
+    except Exception as error:
+        if folder is not None:
+            _fail(f"the config.json of {text!r} cannot be read: {_reason(error)}", cause=error)
+        hint = _neighbour(Path(text)) or _cached(text) or _FORMS
+        _fail(f"{text!r} is no folder here, and the hub gives no such model: {_reason(error)}", hint, cause=error)
+
+
+def _architecture(text: str, config: Any) -> Any:
+    import transformers
+
+    names = getattr(config, "architectures", None)
+    if not names:
+        message = f"the config of {text!r} does not say which class it is for"
+        _fail(message, 'add "architectures": ["BertModel"], or the class that it is, to config.json')
+    cls = getattr(transformers, names[0], None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        known = [name for name in dir(transformers) if name[:1].isupper() and name[:3] == names[0][:3]]
+        close = nearest(names[0], known, n=1)
+        own = "a class of your own loads as package.module:callable"
+        _fail(f"transformers has no model {names[0]!r}", f"did you mean {close[0]!r}?" if close else own)
+    return cls
+
+
+def _dtype(config: Any) -> dict[str, Any]:
+    """The dtype that loading the weights would give."""
+    dtype = getattr(config, "dtype", None)
+    return {} if dtype is None else {"dtype": dtype}
+
+
+def _neighbour(path: Path) -> str | None:
+    """The nearest folder beside a path that does not exist."""
+    try:
+        names = [p.name for p in path.parent.iterdir() if (p / "config.json").is_file()]
+    except OSError:
+        return None
+    close = nearest(path.name, names, n=1)
+    return f"did you mean {str(path.parent / close[0])!r}?" if close else None
+
+
+def _cached(text: str) -> str | None:
+    """The nearest model in the hub's cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        folders = [p.name.removeprefix("models--") for p in Path(HF_HUB_CACHE).glob("models--*")]
+    except OSError:
+        return None
+    close = nearest(text, [name.replace("--", "/", 1) for name in folders], n=1)
+    return f"did you mean {close[0]!r}, which is in the cache?" if close else None
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without progress bars, and without the warning of a head that has no weights yet."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# --- callables --------------------------------------------------------------------------------------------------
+
+
+def _from_callable(text: str, meta: bool) -> nn.Module:
+    path, _, name = text.partition(":")
+    make = _attribute(_module(path), path, name)
+    if not callable(make):
+        _fail(f"{text} is not callable but {type(make).__name__}", "name a function that returns the model")
+    try:
+        with torch.device("meta") if meta else nullcontext():
+            model = make()
+    except (Exception, SystemExit) as error:
+        if isinstance(error, GraftError):
+            raise
+        _fail(f"{text} failed: {_reason(error)}", cause=error, details=_where(error))
+    if not isinstance(model, nn.Module):
+        _fail(f"{text} returned {type(model).__name__}, not an nn.Module", "return the model itself")
+    return model.to("meta") if meta else model
+
+
+def _module(path: str) -> Any:
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if path == missing or path.startswith(f"{missing}."):
+            _fail(
+                f"there is no module {missing!r}", _sibling(missing) or f"searched {here!r} and the installed packages"
+            )
+        _fail(f"{path} cannot be imported: {_reason(error)}", cause=error, details=_where(error))
+    except (Exception, SystemExit) as error:
+        _fail(f"{path} cannot be imported: {_reason(error)}", cause=error, details=_where(error))
+
+
+def _sibling(missing: str) -> str | None:
+    """The nearest module beside the one that is missing."""
+    import pkgutil
+
+    parent, _, last = missing.rpartition(".")
+    found = find_spec(parent) if parent else None
+    places = list(found.submodule_search_locations or ()) if found is not None else [os.getcwd()]
+    close = nearest(last, [info.name for info in pkgutil.iter_modules(places)], n=1)
+    return f"did you mean {'.'.join([parent, close[0]] if parent else close)!r}?" if close else None
+
+
+def _attribute(module: Any, path: str, name: str) -> Callable[[], Any]:
+    found = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            close = nearest(part, [n for n in dir(found) if callable(getattr(found, n, None))], n=1)
+            _fail(f"{path} has no {name!r}", f"did you mean '{path}:{close[0]}'?" if close else None)
+        found = getattr(found, part)
+    return found  # type: ignore[no-any-return]
+
+
+def _where(error: BaseException) -> tuple[str, ...]:
+    """The line of the user's code that failed."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and f.filename[:1] != "<"]
+    return (f"at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}",) if frames else ()
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

@@ -1,0 +1,66 @@
+"""Run models and compare what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from graftc.compiler.certify import sample_inputs
+from graftc.runtime.compiled import Compiled
+
+SHAPES: tuple[tuple[int, int], ...] = ((5, 9), (1, 4), (2, 17))
+"""Batch and sequence sizes that no capture uses."""
+
+
+def inputs_for(compiled: Compiled, sizes: tuple[int, int] = SHAPES[0], seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs of the signature that a model was compiled with.
+
+    Args:
+        compiled: the adapted model.
+        sizes: batch and sequence; a model with a batch axis only takes the first.
+        seed: of the values.
+    """
+    compilation = compiled.compilation
+    return sample_inputs(compilation.main.base, compilation.store, seed, sizes)
+
+
+def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Every floating-point output of a call in eval mode without gradients; the training flag is put back."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            leaves = pytree.tree_leaves(_plain(model(**inputs)))
+    finally:
+        if model.training != training:
+            model.train(training)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _plain(outputs: Any) -> Any:
+    """A model's output as plain containers, less the cache that only a source model returns."""
+    if not isinstance(outputs, Mapping):
+        return outputs
+    from transformers.cache_utils import Cache
+
+    return {name: value for name, value in outputs.items() if not isinstance(value, Cache)}
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether two lists of tensors are equal, element for element."""
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
+    """The largest absolute difference between two lists of tensors of the same shapes.
+
+    Raises:
+        ValueError: the lists or the shapes differ, or there is nothing to compare.
+    """
+    if not a or [t.shape for t in a] != [t.shape for t in b]:
+        raise ValueError(f"cannot compare {[list(t.shape) for t in a]} with {[list(t.shape) for t in b]}")
+    return max(float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,242 @@
+"""The contract of a method: what its claims promise, on tiny models of every contract family."""
+
+from __future__ import annotations
+
+import copy
+import unittest
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.passes.core.printer import structural_hash
+from graftc.passes.core.program import provenance
+from graftc.passes.core.sites import LinearSite
+from graftc.passes.core.store import Store
+from graftc.passes.core.verify import verify
+from graftc.runtime.compiled import Compiled
+from graftc.specs.claims import Claims, FoldKind
+from graftc.specs.diagnostics import GraftError
+from graftc.testing.compare import SHAPES, inputs_for, largest_difference, outputs_of, same_bits
+from graftc.testing.families import FAMILIES, tiny
+from graftc.testing.perturb import perturb
+
+
+class Contract:
+    """What every contract needs: an adaptation, families, and how a model is made and compiled.
+
+    Attributes:
+        adaptation: the entry of a spec's ``adapt`` list that is under test.
+        spec: other keys of the spec, as ``{"train": ["classifier"]}``.
+        families: names of the families to run on; by default all of `graftc.testing.FAMILIES`.
+        perturbation: standard deviation of the noise that stands in for training.
+    """
+
+    adaptation: ClassVar[Mapping[str, Any]]
+    spec: ClassVar[Mapping[str, Any]] = {}
+    families: ClassVar[tuple[str, ...]] = tuple(FAMILIES)
+    perturbation: ClassVar[float] = 0.05
+
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        """Run every test once for each family."""
+        if "family" in metafunc.fixturenames:
+            metafunc.parametrize("family", self.families)
+
+    def model(self, family: str) -> nn.Module:
+        """A model of ``family``, the same at every call; override it to bring another."""
+        return tiny(family)
+
+    def compiled(self, model: nn.Module, seed: int = 0) -> Compiled:
+        """``model`` adapted as ``adaptation`` says."""
+        return graftc.compile({**self.spec, "adapt": [dict(self.adaptation)]}, model, seed=seed)
+
+    def perturbed(self, model: nn.Module) -> Compiled:
+        """``model`` adapted, in eval mode, every trainable tensor perturbed."""
+        compiled = self.compiled(model)
+        perturb(compiled, self.perturbation)
+        compiled.eval()
+        return compiled
+
+    @property
+    def claims(self) -> Claims:
+        """What the method under test claims."""
+        return graftc.load_spec({"adapt": [dict(self.adaptation)]}).adapt[0].claims
+
+
+class MethodContract(Contract):
+    """Inherit it as ``class TestMyMethod(MethodContract)`` and set ``adaptation``.
+
+    Attributes:
+        fold_tolerance: largest difference of float32 outputs, folded against unfolded.
+    """
+
+    fold_tolerance: ClassVar[float] = 2e-5
+
+    def test_sites(self, family: str) -> None:
+        """The adaptation has sites of claimed kinds only; among linear ones, one that is not square."""
+        compiled = self.compiled(self.model(family))
+        sites = [site for resolved in compiled.compilation.main.resolved for site, _ in resolved.sites]
+        assert sites
+        assert {site.kind for site in sites} <= self.claims.sites
+        linear = [site for site in sites if isinstance(site, LinearSite)]
+        assert not linear or any(site.in_features != site.out_features for site in linear), (
+            "every layer of the target is square, so a transposed weight would pass: add one that is not"
+        )
+
+    def test_identity_at_init(self, family: str) -> None:
+        """Before training, the adapted model gives the base's outputs to the bit."""
+        if not self.claims.identity_at_init:
+            raise unittest.SkipTest("the method does not claim identity at init")
+        model = self.model(family)
+        compiled = self.compiled(model)
+        for sizes in SHAPES:
+            inputs = inputs_for(compiled, sizes)
+            assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
+
+    def test_initial_values_depend_on_the_seed_only(self, family: str) -> None:
+        """Compiling twice gives the same tensors."""
+        first, second = (self.compiled(self.model(family), seed=7).adapter_state_dict() for _ in range(2))
+        assert list(first) == list(second)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+    def test_only_own_tensors_train(self, family: str) -> None:
+        """Three AdamW steps: base storage stays bit-identical, every tensor that is not inert gets a gradient."""
+        model = self.model(family)
+        before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+        compiled = self.compiled(model)
+        frozen = {n: t.clone() for n, t in compiled.named_parameters() if not t.requires_grad}
+        trainable = {n: t for n, t in compiled.named_parameters() if t.requires_grad}
+        start = {name: tensor.detach().clone() for name, tensor in trainable.items()}
+        assert trainable
+        assert all(Store.is_adapter(name) for name in trainable)
+        seen = _train(compiled, inputs_for(compiled), trainable)
+        for name, total in seen.items():
+            if name.rpartition(".")[2] not in self.claims.inert:
+                assert total > 0, f"{name} never got a gradient"
+                assert not torch.equal(trainable[name], start[name]), f"{name} did not train"
+        for name, (address, value) in before.items():
+            held = model.state_dict()[name]
+            assert held.data_ptr() == address
+            assert torch.equal(held, value), f"training wrote to {name} of the base"
+        for name, parameter in compiled.named_parameters():
+            assert name in trainable or torch.equal(parameter, frozen[name]), f"{name} is frozen and changed"
+
+    def test_source_model_is_left_alone(self, family: str) -> None:
+        """Compiling changes neither the training flags nor ``requires_grad`` nor the outputs of the source model."""
+        model = self.model(family)
+        model.train()
+        flags = [parameter.requires_grad for parameter in model.parameters()]
+        reference = copy.deepcopy(model)
+        compiled = self.perturbed(model)
+        inputs = inputs_for(compiled)
+        assert model.training
+        assert [parameter.requires_grad for parameter in model.parameters()] == flags
+        assert same_bits(outputs_of(model, inputs), outputs_of(reference, inputs))
+
+    def test_disabled_is_the_base(self, family: str) -> None:
+        """Inside ``disabled()`` a perturbed model gives the base's outputs to the bit, and its own again after."""
+        model = self.model(family)
+        compiled = self.perturbed(model)
+        inputs = inputs_for(compiled)
+        adapted = outputs_of(compiled, inputs)
+        with compiled.disabled():
+            base = outputs_of(compiled, inputs)
+        assert same_bits(base, outputs_of(model, inputs))
+        assert same_bits(outputs_of(compiled, inputs), adapted)
+        assert largest_difference(adapted, base) > 1e-3, "the perturbation has no effect, so nothing is tested"
+
+    def test_verifier_passes(self, family: str) -> None:
+        """Every Program holds the verifier's invariants, and every inserted node names the adaptation."""
+        compilation = self.compiled(self.model(family)).compilation
+        name = compilation.spec.adapt[0].name
+        for program in (compilation.main.train, compilation.main.eval):
+            verify(program, compilation.store, "the contract", types=True)
+            origins = [found for node in program.graph.nodes if (found := provenance(node)) is not None]
+            assert any(origin["adaptation"] == name for origin in origins)
+
+    def test_fold(self, family: str) -> None:
+        """Folded equals unfolded; the folded graph is the base's; the certificate passes; the source stays as it is."""
+        compiled = self.perturbed(self.model(family))
+        if self.claims.folds is FoldKind.NONE:
+            _refuses_to_merge(compiled)
+            return
+        before = [outputs_of(compiled, inputs_for(compiled, sizes)) for sizes in SHAPES]
+        merged = compiled.merge()
+        certificate = merged.certificate
+        assert certificate.passed, certificate.failures()
+        assert all(site.change > 0 for site in certificate.sites)
+        assert certificate.structure == certificate.base_structure
+        for sizes, unfolded in zip(SHAPES, before, strict=True):
+            inputs = inputs_for(compiled, sizes)
+            assert same_bits(outputs_of(compiled, inputs), unfolded), "merging changed the compiled model"
+            difference = largest_difference(outputs_of(merged, inputs), unfolded)
+            assert difference <= self.fold_tolerance, f"folded and unfolded differ by {difference:.2e}"
+            with compiled.disabled():
+                base = outputs_of(compiled, inputs)
+            assert largest_difference(unfolded, base) > 1e-3, "the perturbation has no effect"
+
+    def test_folded_hash_is_the_base_s(self, family: str) -> None:
+        """The folded Program itself, biases that folding had to add aside, hashes as the base's eval Program."""
+        if self.claims.folds is FoldKind.NONE:
+            raise unittest.SkipTest("the method does not fold")
+        compiled = self.perturbed(self.model(family))
+        merged = compiled.merge()
+        if merged.certificate.additions:
+            raise unittest.SkipTest("folding adds biases, which the certificate accounts for")
+        inputs = inputs_for(compiled)
+        merged(**inputs)
+        canonical = compiled.compilation.store.canonical
+        folded = {structural_hash(program, canonical) for program in merged._programs.values()}
+        assert folded == {structural_hash(compiled.program("eval", base=True), canonical)}
+
+    def test_state_dict_round_trip(self, family: str, tmp_path: Path) -> None:
+        """Adapter tensors written to a file and read into a new model give the same outputs to the bit."""
+        from safetensors.torch import load_file, save_file
+
+        compiled = self.perturbed(self.model(family))
+        tensors = compiled.adapter_state_dict()
+        assert tensors and all(Store.is_adapter(name) for name in tensors)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "adapters.safetensors")
+        other = self.compiled(self.model(family), seed=1)
+        inputs = inputs_for(compiled)
+        assert largest_difference(outputs_of(other, inputs), outputs_of(compiled, inputs)) > 0
+        other.load_adapter_state_dict(load_file(tmp_path / "adapters.safetensors"))
+        assert same_bits(outputs_of(other, inputs), outputs_of(compiled, inputs))
+
+    def test_report_counts_what_trains(self, family: str) -> None:
+        """The report's numbers are the ones of the tensors."""
+        compiled = self.compiled(self.model(family))
+        report = compiled.report
+        trainable = sum(t.numel() for t in compiled.parameters() if t.requires_grad)
+        assert report.trainable_parameters + report.trained_in_full == trainable
+        assert report.adaptations[0].sites == sum(len(r.sites) for r in compiled.compilation.main.resolved)
+
+
+def _train(compiled: Compiled, inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Three steps on a loss that every output takes part in; the largest gradient that each tensor saw."""
+    torch.manual_seed(0)
+    optimiser = torch.optim.AdamW(tensors.values(), lr=1e-2, weight_decay=0.01)
+    seen = dict.fromkeys(tensors, 0.0)
+    compiled.train()
+    for _ in range(3):
+        optimiser.zero_grad()
+        outputs = compiled(**inputs, return_dict=False)
+        leaves = [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
+        torch.stack([(leaf.float() * torch.randn_like(leaf.float())).sum() for leaf in leaves]).sum().backward()
+        for name, tensor in tensors.items():
+            if tensor.grad is not None:
+                seen[name] = max(seen[name], float(tensor.grad.abs().max()))
+        optimiser.step()
+    return seen
+
+
+def _refuses_to_merge(compiled: Compiled) -> None:
+    try:
+        compiled.merge()
+    except GraftError as error:
+        assert error.code == "GC050", error
+    else:
+        raise AssertionError("the method claims not to fold, and merging did not say so")

@@ -1,0 +1,84 @@
+"""The heavier part of a method's contract: exports and ``torch.compile``. Seconds per test, so few families do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from graftc.runtime.compiled import Compiled, ModelRunner
+from graftc.specs.claims import FoldKind
+from graftc.testing.compare import SHAPES, inputs_for, largest_difference, outputs_of
+from graftc.testing.contract import Contract
+
+BATCHES = (2, 3, 7)
+"""Batch sizes among which a compiled graph must not be compiled anew."""
+
+
+class DeploymentContract(Contract):
+    """Inherit it beside `graftc.testing.MethodContract`, with the one family that the method is best exported on.
+
+    Attributes:
+        export_tolerance: largest difference of outputs between torch and ONNX Runtime.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("bert",)
+    export_tolerance: ClassVar[float] = 1e-4
+
+    def test_onnx(self, family: str, tmp_path: Path) -> None:
+        """ONNX Runtime agrees at three shapes that were not captured, unfolded and folded."""
+        compiled = self.perturbed(self.model(family))
+        runners: dict[str, ModelRunner] = {"unfolded": compiled}
+        if self.claims.folds is not FoldKind.NONE:
+            runners["folded"] = compiled.merge()
+        for name, runner in runners.items():
+            path = runner.export(tmp_path / f"{name}.onnx")
+            for sizes in SHAPES:
+                check_onnx(path, compiled, sizes, self.export_tolerance)
+
+    def test_compile(self, family: str) -> None:
+        """``torch.compile(fullgraph=True)`` takes the model in one graph and keeps it for every batch of 2 or more."""
+        compiled = self.perturbed(self.model(family))
+        check_compile(compiled, compiled)
+
+
+def check_onnx(path: Path, compiled: Compiled, sizes: tuple[int, int], tolerance: float) -> float:
+    """Run an exported file in ONNX Runtime beside ``compiled``; returns the largest difference.
+
+    Raises:
+        AssertionError: it is over ``tolerance``.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    inputs = inputs_for(compiled, sizes, seed=sizes[0])
+    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    difference = largest_difference([torch.from_numpy(value) for value in found], outputs_of(compiled, inputs))
+    assert difference <= tolerance, f"ONNX Runtime and torch differ by {difference:.2e} at {sizes}"
+    return difference
+
+
+def check_compile(runner: ModelRunner, reference: ModelRunner, backend: str = "inductor") -> None:
+    """Compile ``runner`` in one graph and call it at several batch sizes.
+
+    Raises:
+        AssertionError: its outputs leave ``reference``'s by more than 1e-4.
+        torch._dynamo.exc.RecompileError: a batch size made it compile again.
+    """
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    whole: Any = torch.compile(runner, fullgraph=True, dynamic=True, backend=backend)
+    compiled = reference
+    assert isinstance(compiled, Compiled)
+    calls = [inputs_for(compiled, (batch, 9), seed=batch) for batch in BATCHES]
+    expected = [outputs_of(reference, inputs) for inputs in calls]
+    try:
+        found = [outputs_of(whole, calls[0])]
+        with dynamo.config.patch(error_on_recompile=True):
+            found += [outputs_of(whole, inputs) for inputs in calls[1:]]
+    finally:
+        dynamo.reset()
+    for a, b in zip(found, expected, strict=True):
+        assert largest_difference(a, b) <= 1e-4

@@ -1,0 +1,93 @@
+"""Tiny models of the contract families, with random weights.
+
+Hidden width 48 and 80 in the feed-forward part, so that most layers are not square; two layers; 101 tokens; biases
+and gains are random too, so that leaving one out shows, and weights are large enough for attention not to be uniform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftc.testing.perturb import randomise
+
+HIDDEN, INTERMEDIATE, VOCABULARY, LABELS = 48, 80, 101, 3
+_COMMON: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": INTERMEDIATE,
+    "initializer_range": 0.1,
+}
+
+
+def bert(**changes: Any) -> nn.Module:
+    """BERT with a classification head; ``changes`` go into its config."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(**{**_COMMON, "vocab_size": VOCABULARY, "num_labels": LABELS, **changes})
+    )
+
+
+def roberta(**changes: Any) -> nn.Module:
+    """RoBERTa with a classification head."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    own = {"vocab_size": VOCABULARY, "num_labels": LABELS, "max_position_embeddings": 64}
+    return RobertaForSequenceClassification(RobertaConfig(**{**_COMMON, **own, **changes}))
+
+
+def gpt2(**changes: Any) -> nn.Module:
+    """GPT-2 with its language model head: ``Conv1D`` layers, one of them q, k and v fused; the head is tied."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    own = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_inner": INTERMEDIATE, "vocab_size": VOCABULARY}
+    own["initializer_range"] = 0.1
+    return GPT2LMHeadModel(GPT2Config(**{**own, "bos_token_id": 0, "eos_token_id": 0, **changes}))
+
+
+def llama(**changes: Any) -> nn.Module:
+    """Llama with its language model head: two key-value heads for four query heads, no biases."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(**{**_COMMON, "num_key_value_heads": 2, "vocab_size": VOCABULARY, **changes})
+    )
+
+
+def vit(**changes: Any) -> nn.Module:
+    """ViT with a classification head, for images of 32 by 32 in patches of 8."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    own = {"image_size": 32, "patch_size": 8, "num_labels": LABELS}
+    return ViTForImageClassification(ViTConfig(**{**_COMMON, **own, **changes}))
+
+
+FAMILIES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
+    {"bert": bert, "roberta": roberta, "gpt2": gpt2, "llama": llama, "vit": vit}
+)
+"""Builders by family."""
+
+
+def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    """A tiny model of a family in eval mode; the same seed gives the same weights.
+
+    Args:
+        family: a key of `FAMILIES`.
+        seed: of its weights.
+        dtype: of its weights.
+        changes: values for its config.
+
+    Raises:
+        KeyError: there is no such family.
+    """
+    build = FAMILIES[family]
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        model = build(**changes)
+    return randomise(model, seed=seed).to(dtype).eval()

@@ -1,0 +1,63 @@
+"""Running commands in this process and in another, and comparing with golden texts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graftc.runtime.cli import main
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "cli"
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> Any:
+        """The standard output as JSON: all of it, or the test fails."""
+        return json.loads(self.out)
+
+
+def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
+    """Run a command in this process."""
+    capsys.readouterr()
+    status = main(arguments)
+    captured = capsys.readouterr()
+    return Outcome(status, captured.out, captured.err)
+
+
+def run_apart(*arguments: str, cwd: Path | None = None, **environment: str) -> Outcome:
+    """Run ``python -m graftc`` in another process."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", "graftc", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, env=env, timeout=120)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def check_golden(name: str, text: str) -> None:
+    """Compare with ``tests/golden/cli/NAME.txt``; times are blanked. GRAFTC_UPDATE_GOLDEN=1 writes it instead."""
+    text = re.sub(r"(load|cached capture|capture|rewrite) \d+\.\d", r"\1 #.#", text).replace(
+        "cached capture", "capture"
+    )
+    text = "\n".join(line.rstrip() for line in text.splitlines()).strip("\n") + "\n"
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("GRAFTC_UPDATE_GOLDEN") == "1":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert path.is_file(), f"{path} is missing: run with GRAFTC_UPDATE_GOLDEN=1 and read what it writes"
+    assert text == path.read_text(encoding="utf-8")

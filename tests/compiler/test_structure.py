@@ -1,0 +1,412 @@
+"""Roles from data flow: what is claimed is checked against what the real numbers do."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from graftc.compiler.capture import capture
+from graftc.compiler.columns import runs_of
+from graftc.compiler.findings import format_layers, format_runs
+from graftc.compiler.signature import Axis
+from graftc.compiler.structure import Finding, find_structure
+from graftc.specs.claims import SiteKind
+from graftc.specs.roles import parse_role
+from tests.compiler.structure_cases import EXPECTED, HEADS, INNER, MODELS, UNRESOLVED, Captured, D, captured, family
+
+QUICK = ("bert", "roberta", "gpt2", "llama", "vit", "neox", "phi3", "opt", "t5")
+FAMILIES = [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in MODELS]
+
+
+def shown(finding: Finding) -> tuple[str | None, str]:
+    return finding.parameter, "all" if finding.rows is None else format_runs(finding.rows)
+
+
+# --- what is found ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_roles_of_family(name: str) -> None:
+    by_role = family(name).structure.by_role()
+    for role, expected in EXPECTED[name].items():
+        first = [shown(f) for f in by_role.get(role, []) if f.layer in (0, None)]
+        assert expected in first, role
+        assert len(set(first)) == 1, role
+        in_layers = {f.layer for f in by_role[role]} - {None}
+        assert not in_layers or in_layers == expected_layers(name, role)
+
+
+def expected_layers(name: str, role: str) -> set[int]:
+    if name == "albert":
+        return {0}
+    return {0, 1}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_left_is_reported_with_a_reason(name: str) -> None:
+    structure = family(name).structure
+    assert {u.module for u in structure.unresolved} == set(UNRESOLVED.get(name, {}))
+    for entry in structure.unresolved:
+        assert UNRESOLVED[name][entry.module] in entry.reason
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_findings_are_well_formed(name: str) -> None:
+    model = family(name)
+    order = {node: i for i, node in enumerate(model.graph.nodes)}
+    positions = [order[f.node] for f in model.structure.findings]
+    assert positions == sorted(positions)
+    places = [(f.role, f.module, f.parameter, f.rows, f.use) for f in model.structure.findings]
+    assert len(places) == len(set(places))
+    for finding in model.structure.findings:
+        assert parse_role(finding.role).name in finding.role
+        assert finding.evidence
+        assert finding.module == finding.node.meta["module"]
+        if finding.layer is not None:
+            assert finding.module.startswith(f"{finding.stack}.{finding.layer}")
+        if finding.rows is not None:
+            flat = [edge for run in finding.rows for edge in run]
+            assert flat == sorted(set(flat))
+    assert len(model.structure.by_role().get("attn", [])) in (0, len(model.flow.attentions))
+
+
+def test_sublayers_of_parallel_and_sequential_blocks() -> None:
+    assert [s.roles for s in family("llama").structure.sublayers] == [("attn.sublayer",), ("ffn.sublayer",)] * 2
+    assert [s.roles for s in family("neox").structure.sublayers] == [("attn.sublayer", "ffn.sublayer")] * 2
+    crossing = [s.roles for s in family("t5").structure.sublayers if s.stack == "decoder.block"]
+    assert crossing[:3] == [("decoder.attn.sublayer",), ("decoder.cross.attn.sublayer",), ("decoder.ffn.sublayer",)]
+
+
+def test_norm_scales_are_found_fused_and_written_out() -> None:
+    bert, llama = (family(n).structure.by_role()["norm"] for n in ("bert", "llama"))
+    assert [f.parameter for f in bert] == [
+        "bert.embeddings.LayerNorm.weight",
+        *(f"bert.encoder.layer.{i}.{n}.LayerNorm.weight" for i in (0, 1) for n in ("attention.output", "output")),
+    ]
+    assert [f.parameter for f in llama] == [
+        *(f"model.layers.{i}.{n}_layernorm.weight" for i in (0, 1) for n in ("input", "post_attention")),
+        "model.norm.weight",
+    ]
+    assert {f.kind for f in (*bert, *llama)} == {SiteKind.NORM}
+
+
+@pytest.mark.slow
+def test_experts_are_whole_3d_weights() -> None:
+    found = family("mixtral").structure.by_role()["experts"]
+    assert {f.kind for f in found} == {SiteKind.EXPERTS}
+    assert [f.parameter for f in found if f.layer == 1] == [
+        f"model.layers.1.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")
+    ]
+
+
+@pytest.mark.slow
+def test_a_shared_layer_is_told_apart_by_use() -> None:
+    found = family("albert").structure.by_role()["attn.q"]
+    assert [(f.layer, f.use) for f in found] == [(0, 0), (0, 1)]
+
+
+# --- the independent check: perturb what is claimed, and see what moves -----------------------------------
+
+
+def stored_transposed(finding: Finding) -> bool:
+    """Whether the parameter is stored as ``[in, out]``: read by a product, and not through a transpose."""
+    weight = finding.node.args[-1]
+    assert isinstance(weight, fx.Node)
+    return "linear" not in str(finding.node.target) and weight.op == "get_attr"
+
+
+def perturbed(model: Captured, finding: Finding, rows: Tensor, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    assert finding.parameter is not None
+    weight = model.tensors[finding.parameter].clone()
+    axis = 1 if stored_transposed(finding) else 0
+    own = weight.index_select(axis, rows)
+    return {finding.parameter: weight.index_copy(axis, rows, change(own))}
+
+
+def own_rows(model: Captured, finding: Finding) -> Tensor:
+    assert finding.parameter is not None
+    if finding.rows is None:
+        return torch.arange(model.tensors[finding.parameter].shape[1 if stored_transposed(finding) else 0])
+    return torch.cat([torch.arange(a, b) for a, b in finding.rows])
+
+
+def noise(own: Tensor) -> Tensor:
+    return own + torch.randn(own.shape, generator=torch.Generator().manual_seed(1))
+
+
+def moved(model: Captured, base: Mapping[fx.Node, Any], changed: Mapping[str, Tensor], attention: Any) -> set[str]:
+    values = model.run(changed)
+    operands = {"q": attention.query, "k": attention.key, "v": attention.value}
+    return {letter for letter, node in operands.items() if not torch.equal(base[node], values[node])}
+
+
+def attention_of(model: Captured, finding: Finding) -> Any:
+    name = finding.evidence.split("reaches ")[1].split(" through")[0].split(",")[0]
+    return next(a for a in model.flow.attentions.values() if a.name == name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_claimed_rows_move_their_operand_and_no_other(name: str) -> None:
+    model = family(name)
+    base = model.run()
+    checked = set()
+    for letter in "qkv":
+        for finding in model.structure.having(f"attn.{letter}"):
+            if finding.use:
+                continue
+            attention = attention_of(model, finding)
+            rows = own_rows(model, finding)
+            edges = [rows] if finding.rows is None else [rows, *(torch.tensor([a]) for a, _ in finding.rows)]
+            edges += [] if finding.rows is None else [torch.tensor([b - 1]) for _, b in finding.rows]
+            for some in edges if finding.layer == 0 else [rows]:
+                change = perturbed(model, finding, some, noise)
+                assert moved(model, base, change, attention) == {letter}, (finding, some)
+            checked.add(finding.role)
+    assert len(checked) >= 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_rows_of_a_fused_weight_leave_the_operand_alone(name: str) -> None:
+    model = family(name)
+    base = model.run()
+    for letter in "qkv":
+        for finding in model.structure.having(f"attn.{letter}"):
+            if finding.rows is None or finding.layer != 0 or "kv_a" in finding.module:
+                continue
+            every = torch.ones(
+                model.tensors[str(finding.parameter)].shape[stored_transposed(finding)], dtype=torch.bool
+            )
+            every[own_rows(model, finding)] = False
+            others = torch.nonzero(every).flatten()
+            change = perturbed(model, finding, others, noise)
+            assert letter not in moved(model, base, change, attention_of(model, finding)), finding
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_output_projections_move_the_stream_and_not_their_own_attention(name: str) -> None:
+    model = family(name)
+    base = model.run()
+    found = model.structure.having("attn.o")
+    assert len(found) == len(model.flow.attentions)
+    for finding in found:
+        if finding.layer != 0 or finding.use:
+            continue
+        changed = model.run(perturbed(model, finding, own_rows(model, finding), noise))
+        first = next(s for s in model.structure.sublayers if model.flow.is_above(finding.node, s.sum))
+        assert not torch.equal(base[first.sum], changed[first.sum])
+        assert torch.equal(base[first.stream], changed[first.stream])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_feed_forward_is_linear_in_up_and_not_in_gate(name: str) -> None:
+    """Twice the up rows give twice the inner activation of a gated feed-forward; twice the gate rows do not."""
+    model = family(name)
+    base = model.run()
+    found = model.structure.having("ffn.down")
+    assert len(found) == {"mixtral": 0, "deepseek": 2}.get(name, len(model.flow.attentions) - len(crosses(model)))
+    for down in found:
+        inner = model.flow.linears[down.node].input
+        unscaled = base[inner]
+        parts = [f for f in model.structure.findings if f.role.endswith((".up", ".gate")) and before(model, f, down)]
+        is_gated = any("gate" in f.role for f in parts)
+        assert parts
+        for part in parts:
+            if part.use or down.use:
+                continue
+            after = model.run(perturbed(model, part, own_rows(model, part), lambda own: own * 2))[inner]
+            assert not torch.equal(unscaled, after), part
+            if is_gated:
+                linear = torch.allclose(after, unscaled * 2, rtol=1e-4, atol=1e-7)
+                assert linear == part.role.endswith("up"), part
+
+
+def crosses(model: Captured) -> list[Finding]:
+    return model.structure.having("cross.attn")
+
+
+def before(model: Captured, part: Finding, down: Finding) -> bool:
+    same = (part.stack, part.layer) == (down.stack, down.layer)
+    return same and model.flow.is_above(part.node, model.flow.linears[down.node].input)
+
+
+# --- models of our own: names say nothing ----------------------------------------------------------------
+
+VALUES = [Axis("x", torch.float32, ("batch", "sequence", D))]
+
+
+class Misnamed(nn.Module):
+    """Attention spelled out, with names that lie and a fused, interleaved projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict(self.parts()) for _ in range(2)])
+        self.embedding = nn.Linear(D, 7)
+
+    @staticmethod
+    def parts() -> dict[str, nn.Module]:
+        return {
+            "v_proj": nn.Linear(D, D),
+            "down_proj": nn.Linear(D, 2 * D),
+            "gate": nn.Linear(D, D, bias=False),
+            "q_proj": nn.Linear(D, INNER),
+            "o_proj": nn.Linear(INNER, D),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            batch, length, _ = x.shape
+            query = layer["v_proj"](x).view(batch, length, HEADS, -1).transpose(1, 2)
+            both = layer["down_proj"](x).view(batch, length, D // HEADS, HEADS, 2)
+            key, value = (both[..., i].permute(0, 3, 1, 2) for i in (1, 0))
+            weights = torch.softmax(query @ key.transpose(-1, -2) / 3.0, -1)
+            mixed = (weights @ value).transpose(1, 2).reshape(batch, length, D)
+            x = x + layer["gate"](mixed)
+            x = x + layer["o_proj"](torch.relu(layer["q_proj"](x)))
+        logits: Tensor = self.embedding(x)
+        return logits
+
+
+def test_roles_do_not_come_from_names() -> None:
+    torch.manual_seed(0)
+    model = captured(Misnamed(), VALUES)
+    by_role = {role: shown(found[0]) for role, found in model.structure.by_role().items() if found[0].parameter}
+    odd = ",".join(f"{i}:{i + 1}" for i in (1, 3, 5, 7))
+    even = ",".join(f"{i}:{i + 1}" for i in (0, 2, 4, 6))
+    assert by_role == {
+        "attn.q": ("layers.0.v_proj.weight", "all"),
+        "attn.k": ("layers.0.down_proj.weight", f"{odd},... (48 runs)"),
+        "attn.v": ("layers.0.down_proj.weight", f"{even},... (48 runs)"),
+        "attn.o": ("layers.0.gate.weight", "all"),
+        "ffn.up": ("layers.0.q_proj.weight", "all"),
+        "ffn.down": ("layers.0.o_proj.weight", "all"),
+        "head": ("embedding.weight", "all"),
+    }
+    base = model.run()
+    for letter in "qkv":
+        for finding in model.structure.having(f"attn.{letter}"):
+            change = perturbed(model, finding, own_rows(model, finding), noise)
+            assert moved(model, base, change, attention_of(model, finding)) == {letter}
+
+
+class Packed(nn.Module):
+    """PyTorch's own layers, which read slices of one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, HEADS, INNER, batch_first=True), 2)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(D, HEADS, INNER, batch_first=True), 2)
+        self.out = nn.Linear(D, 7)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(y.shape[1])
+        logits: Tensor = self.out(self.decoder(y, self.encoder(x), tgt_mask=mask, tgt_is_causal=True))
+        return logits
+
+
+def test_slices_of_one_parameter_are_rows_of_it() -> None:
+    target = Axis("y", torch.float32, ("batch", "target_sequence", D))
+    model = Packed()
+    graph = capture(model, [*VALUES, target], mode="train").program.graph
+    by_role = find_structure(graph).by_role()
+    assert {r: shown(f[0]) for r, f in by_role.items() if "attn." in r} == {
+        "encoder.attn.q": ("encoder.layers.0.self_attn.in_proj_weight", "0:48"),
+        "encoder.attn.k": ("encoder.layers.0.self_attn.in_proj_weight", "48:96"),
+        "encoder.attn.v": ("encoder.layers.0.self_attn.in_proj_weight", "96:144"),
+        "encoder.attn.o": ("encoder.layers.0.self_attn.out_proj.weight", "all"),
+        "decoder.attn.q": ("decoder.layers.0.self_attn.in_proj_weight", "0:48"),
+        "decoder.attn.k": ("decoder.layers.0.self_attn.in_proj_weight", "48:96"),
+        "decoder.attn.v": ("decoder.layers.0.self_attn.in_proj_weight", "96:144"),
+        "decoder.attn.o": ("decoder.layers.0.self_attn.out_proj.weight", "all"),
+        "decoder.cross.attn.q": ("decoder.layers.0.multihead_attn.in_proj_weight", "0:48"),
+        "decoder.cross.attn.k": ("decoder.layers.0.multihead_attn.in_proj_weight", "48:96"),
+        "decoder.cross.attn.v": ("decoder.layers.0.multihead_attn.in_proj_weight", "96:144"),
+        "decoder.cross.attn.o": ("decoder.layers.0.multihead_attn.out_proj.weight", "all"),
+    }
+
+
+class Odd(nn.Module):
+    """Residual branches of no known form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(D, INNER), nn.Linear(INNER, INNER), nn.Linear(INNER, D)
+        self.lone = nn.Linear(D, D)
+        self.left, self.right, self.join = nn.Linear(D, INNER), nn.Linear(D, INNER), nn.Linear(INNER, D)
+        self.plain, self.other, self.last = nn.Linear(D, INNER), nn.Linear(D, INNER), nn.Linear(INNER, D)
+        self.halves, self.close = nn.Linear(D, 2 * INNER), nn.Linear(INNER, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.third(torch.relu(self.second(torch.relu(self.first(x)))))
+        x = x + self.lone(x)
+        x = x + self.join(self.left(x) + torch.relu(self.right(x)))
+        x = x + self.last(self.plain(x) * self.other(x))
+        return x + self.close(nn.functional.glu(self.halves(x)))
+
+
+def test_unknown_forms_are_unresolved_and_never_guessed() -> None:
+    structure = find_structure(capture(Odd(), VALUES).program.graph)
+    assert structure.findings == ()
+    reasons = {u.module: u.reason for u in structure.unresolved}
+    assert set(reasons) == {name for name, _ in Odd().named_children()}
+    assert "more than two linear maps in a row" in reasons["first"]
+    assert "no other linear map" in reasons["lone"]
+    assert "not as a gated product" in reasons["join"]
+    assert "neither of the factors" in reasons["plain"]
+    assert "cannot be followed" in reasons["halves"]
+
+
+# --- parts -----------------------------------------------------------------------------------------------
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_runs_are_sorted_disjoint_and_complete(columns: set[int]) -> None:
+    runs = runs_of(torch.tensor(sorted(columns), dtype=torch.int64))
+    assert {i for a, b in runs for i in range(a, b)} == columns
+    edges = [edge for run in runs for edge in run]
+    assert edges == sorted(set(edges))
+
+
+def test_runs_and_layers_as_text() -> None:
+    assert format_runs(((0, 4), (8, 12))) == "0:4,8:12"
+    assert format_runs(tuple((i, i + 1) for i in range(0, 12, 2))) == "0:1,2:3,4:5,6:7,... (6 runs)"
+    assert format_layers([3, 0, 1, 2, 5, 5]) == "0-3,5"
+
+
+def test_json_and_table_of_a_fused_model() -> None:
+    structure = family("gpt2").structure
+    plain = json.loads(json.dumps(structure.to_json()))
+    key = next(f for f in plain["findings"] if f["role"] == "attn.k")
+    assert key["rows"] == [[48, 96]] and key["layer"] == 0 and key["kind"] == "linear"
+    assert "rows 48:96 of c_attn" in key["evidence"]
+    lines = {(role, rows, layers) for role, _, rows, layers, _ in structure.rows()}
+    assert ("attn.k", "48:96", "0-1") in lines
+
+
+def test_the_graph_is_left_as_it_was() -> None:
+    graph = capture(MODELS["gpt2"]()).program.graph
+    before_text, keys = str(graph), [sorted(n.meta) for n in graph.nodes]
+    assert find_structure(graph).to_json() == find_structure(graph).to_json()
+    assert str(graph) == before_text and [sorted(n.meta) for n in graph.nodes] == keys
+
+
+@pytest.mark.slow
+def test_a_real_size_on_meta_is_quick() -> None:
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=8)
+        )
+    graph = capture(model).program.graph
+    started = time.perf_counter()
+    structure = find_structure(graph)
+    assert time.perf_counter() - started < 2.0
+    assert {f.layer for f in structure.having("attn.q")} == set(range(8))
+    assert not structure.unresolved

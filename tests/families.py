@@ -1,0 +1,7 @@
+"""The tiny models that tests run on."""
+
+from __future__ import annotations
+
+from graftc.testing.families import FAMILIES, bert, gpt2, llama, roberta, tiny, vit
+
+__all__ = ["FAMILIES", "bert", "gpt2", "llama", "roberta", "tiny", "vit"]

@@ -1,0 +1,350 @@
+"""LoRA's algebra and its options."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.compiler.capture import capture
+from graftc.passes.core.printer import structural_hash
+from graftc.passes.core.store import Store
+from graftc.passes.mode import to_eval
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import largest_difference, outputs_of, perturb, same_bits
+from graftc.testing.compare import SHAPES, inputs_for
+from tests.families import FAMILIES, tiny
+
+ROLES = ["attn.q", "attn.v", "ffn.down"]
+QUERY = {
+    "bert": "bert.encoder.layer.0.attention.self.query",
+    "llama": "model.layers.0.self_attn.q_proj",
+    "gpt2": "transformer.h.0.attn.c_attn",
+}
+
+
+def adapted(model: nn.Module, role: Any = ROLES, **fields: Any) -> Any:
+    """``model`` with LoRA of rank 4 on ``role``, in eval mode."""
+    return graftc.compile({"adapt": [{"method": "lora", "target": {"role": role}, "rank": 4, **fields}]}, model).eval()
+
+
+def trainable(compiled: Any) -> dict[str, Tensor]:
+    """Trainable tensors by name."""
+    return {name: tensor for name, tensor in compiled.named_parameters() if tensor.requires_grad}
+
+
+def folded(compiled: Any, name: str) -> Tensor:
+    """A folded base tensor in float64, before rounding."""
+    return compiled.compilation.lazy_tensors().exact(name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_derived_eval_graph_is_the_captured_one(family: str) -> None:
+    """Switching a train graph to eval gives what capturing in eval mode gives."""
+    model = tiny(family)
+    aliases = Store.mirror(model).aliases
+    direct = capture(model, mode="eval", canonical=aliases).program
+    train = capture(model, mode="train", canonical=aliases).program
+    assert structural_hash(to_eval(train)) == structural_hash(direct)
+    assert structural_hash(train) != structural_hash(direct), "the family has no dropout, so nothing is tested"
+    compiled = adapted(model)
+    assert structural_hash(compiled.program("eval", base=True)) == structural_hash(direct)
+
+
+def test_query_alone_of_a_fused_matrix() -> None:
+    """``attn.q`` of GPT-2 adapts its own rows; those of key and value stay as they are, to the bit."""
+    model = tiny("gpt2")
+    compiled = adapted(model, "attn.q")
+    shapes = {name.rpartition(".")[2]: tuple(t.shape) for name, t in trainable(compiled).items()}
+    assert shapes == {"A": (4, 48), "B": (48, 4)}
+    assert compiled.report.trainable_parameters == 2 * 4 * (48 + 48)
+    perturb(compiled)
+    weight = compiled.merge().to_transformers().transformer.h[1].attn.c_attn.weight
+    before = model.transformer.h[1].attn.c_attn.weight
+    assert torch.equal(weight[:, 48:], before[:, 48:])
+    assert bool((weight[:, :48] != before[:, :48]).all())
+
+
+def test_rows_of_a_fused_matrix_are_separate_maps() -> None:
+    """q and v of GPT-2's fused matrix with LoRA equal two separate maps beside it."""
+    model = tiny("gpt2")
+    compiled = adapted(model, ["attn.q", "attn.v"], alpha=12)
+    tensors = perturb(compiled)
+
+    def beside(layer: int) -> Any:
+        factors = {
+            part: [tensors[f"transformer.h.{layer}.attn.c_attn.graftc.lora.{part}.{f}"] for f in "AB"] for part in "qv"
+        }
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x, result = args[0], output.clone()
+            for part, start in (("q", 0), ("v", 96)):
+                a, b = factors[part]
+                result[..., start : start + 48] += 12 / 4 * (x @ a.T @ b.T)
+            return result
+
+        return hook
+
+    inputs = inputs_for(compiled)
+    found = outputs_of(compiled, inputs)
+    handles = [layer.attn.c_attn.register_forward_hook(beside(i)) for i, layer in enumerate(model.transformer.h)]
+    expected = outputs_of(model, inputs)
+    for handle in handles:
+        handle.remove()
+    assert largest_difference(found, expected) <= 1e-5
+    assert largest_difference(expected, outputs_of(model, inputs)) > 0.1
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_scaling_law(family: str) -> None:
+    """(A, B, alpha) is (A, cB, alpha / c): exactly so for a power of two."""
+    first, second = adapted(tiny(family), alpha=16), adapted(tiny(family), alpha=4)
+    tensors = perturb(first)
+    second.load_adapter_state_dict({n: t * 4 if n.endswith(".B") else t for n, t in tensors.items()})
+    inputs = inputs_for(first)
+    assert same_bits(outputs_of(first, inputs), outputs_of(second, inputs))
+    second.load_adapter_state_dict(tensors)
+    assert largest_difference(outputs_of(first, inputs), outputs_of(second, inputs)) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_update_has_at_most_the_rank(family: str) -> None:
+    """``W' - W`` in float64 has rank 4 and is ``s B A``, in whatever orientation the model keeps it."""
+    model = tiny(family)
+    compiled = adapted(model, "attn.q", alpha=6)
+    tensors = perturb(compiled)
+    name = f"{QUERY[family]}.weight"
+    base = model.get_parameter(name).detach().double()
+    update = folded(compiled, name) - base
+    values = torch.linalg.svdvals(update)
+    assert values[3] > 1e-3
+    assert values[4] < 1e-12
+    part = ".q" if family == "gpt2" else ""
+    a, b = (tensors[f"{QUERY[family]}.graftc.lora{part}.{f}"].double() for f in "AB")
+    expected = 6 / 4 * b @ a
+    own = update.T[:48] if family == "gpt2" else update
+    torch.testing.assert_close(own, expected, rtol=0, atol=1e-14)
+
+
+def test_gradients_at_the_start() -> None:
+    """With ``B = 0`` no gradient reaches A, and a gradient reaches B."""
+    compiled = adapted(tiny("bert"))
+    compiled(**inputs_for(compiled)).logits.square().sum().backward()
+    tensors = trainable(compiled)
+    assert {name.rpartition(".")[2] for name in tensors} == {"A", "B"}
+    for name, tensor in tensors.items():
+        assert tensor.grad is not None
+        assert bool(tensor.grad.any()) == name.endswith(".B"), name
+
+
+@pytest.mark.parametrize(("rslora", "expected"), [(False, 12 / 4), (True, 12 / math.sqrt(4))])
+def test_scaling(rslora: bool, expected: float) -> None:
+    """The factor is ``alpha / rank``, with ``rslora`` ``alpha / sqrt(rank)``."""
+    model = tiny("llama")
+    compiled = adapted(model, "attn.v", alpha=12, rslora=rslora)
+    tensors = perturb(compiled)
+    module = "model.layers.1.self_attn.v_proj"
+    a, b = (tensors[f"{module}.graftc.lora.{f}"].double() for f in "AB")
+    update = folded(compiled, f"{module}.weight") - model.get_parameter(f"{module}.weight").detach().double()
+    assert update.shape == (24, 48)
+    torch.testing.assert_close(update, expected * b @ a, rtol=0, atol=1e-14)
+
+
+def test_kaiming_and_gaussian_start() -> None:
+    """``A`` is uniform within ``1 / sqrt(in)``, or normal with deviation ``1 / rank``; ``B`` is zero."""
+    uniform = trainable(adapted(tiny("bert"), "ffn.down", rank=48))
+    a = torch.cat([t.flatten() for n, t in uniform.items() if n.endswith(".A")])
+    bound = 1 / math.sqrt(80)
+    assert a.numel() == 2 * 48 * 80
+    assert 0.99 * bound < a.abs().max() <= bound
+    assert abs(float(a.std()) - bound / math.sqrt(3)) < 0.02 * bound
+    normal = trainable(adapted(tiny("bert"), "ffn.down", rank=48, init="gaussian"))
+    a = torch.cat([t.flatten() for n, t in normal.items() if n.endswith(".A")])
+    assert abs(float(a.std()) * 48 - 1) < 0.03
+    assert a.abs().max() * 48 > 3
+    for tensors in (uniform, normal):
+        assert all(not t.any() for n, t in tensors.items() if n.endswith(".B"))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_pissa_takes_the_principal_part(family: str) -> None:
+    """``s B A`` is the best approximation of W by that rank; both factors carry the same singular values."""
+    model = tiny(family)
+    compiled = adapted(model, "attn.q", init="pissa", alpha=6)
+    part = ".q" if family == "gpt2" else ""
+    tensors = compiled.adapter_state_dict()
+    assert {name.rpartition(".")[2] for name in tensors} == {"A", "B", "A0", "B0"}
+    assert {name.rpartition(".")[2] for name in trainable(compiled)} == {"A", "B"}
+    a, b = (tensors[f"{QUERY[family]}.graftc.lora{part}.{f}"].double() for f in "AB")
+    held = model.get_parameter(f"{QUERY[family]}.weight").detach().double()
+    weight = held.T[:48] if family == "gpt2" else held
+    rest = torch.linalg.svdvals(weight - 6 / 4 * b @ a)
+    singular = torch.linalg.svdvals(weight)
+    torch.testing.assert_close(rest[: 48 - 4], singular[4:], rtol=0, atol=1e-5)
+    assert rest[44:].max() < 1e-5
+    torch.testing.assert_close(a @ a.T, b.T @ b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_olora_starts_orthonormal(family: str) -> None:
+    """``B`` has orthonormal columns, and ``B A`` is the part of W in their span that starts with W's columns."""
+    model = tiny(family)
+    compiled = adapted(model, "attn.q", init="olora")
+    part = ".q" if family == "gpt2" else ""
+    tensors = compiled.adapter_state_dict()
+    a, b = (tensors[f"{QUERY[family]}.graftc.lora{part}.{f}"].double() for f in "AB")
+    held = model.get_parameter(f"{QUERY[family]}.weight").detach().double()
+    weight = held.T[:48] if family == "gpt2" else held
+    torch.testing.assert_close(b.T @ b, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(b @ a, b @ (b.T @ weight), rtol=0, atol=1e-5)
+    torch.testing.assert_close((b @ a)[:, :4], weight[:, :4], rtol=0, atol=1e-5)
+
+
+def test_started_from_weight_trains_away_from_it() -> None:
+    """What folds is the distance from the start: ``W' = W + s (B A - B0 A0)``."""
+    model = tiny("bert")
+    compiled = adapted(model, "ffn.down", init="pissa", alpha=6)
+    perturb(compiled)
+    module = "bert.encoder.layer.1.output.dense"
+    tensors = compiled.adapter_state_dict()
+    a, b, a0, b0 = (tensors[f"{module}.graftc.lora.{f}"].double() for f in ("A", "B", "A0", "B0"))
+    update = folded(compiled, f"{module}.weight") - model.get_parameter(f"{module}.weight").detach().double()
+    torch.testing.assert_close(update, 6 / 4 * (b @ a - b0 @ a0), rtol=0, atol=1e-14)
+
+
+def test_bias_of_adapted_rows() -> None:
+    """``lora_only`` trains the adapted rows of the adapted layers' biases, and nothing else of them."""
+    model = tiny("gpt2")
+    compiled = adapted(model, "attn.q", bias="lora_only")
+    tensors = perturb(compiled)
+    biases = {name: t for name, t in tensors.items() if name.endswith("bias")}
+    assert [tuple(t.shape) for t in biases.values()] == [(48,), (48,)]
+    assert all(".attn.c_attn." in name for name in biases)
+    merged = compiled.merge().to_transformers()
+    for layer in (0, 1):
+        before = model.transformer.h[layer].attn.c_attn.bias
+        after = merged.transformer.h[layer].attn.c_attn.bias
+        assert torch.equal(after[48:], before[48:])
+        trained = next(t for name, t in biases.items() if f".h.{layer}." in name)
+        assert torch.equal(after[:48], trained)
+        assert bool((after[:48] != before[:48]).any())
+
+
+def test_bias_all() -> None:
+    """``all`` trains every bias that the model reads; ``none`` trains none."""
+    model = tiny("bert")
+    everything = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    compiled = adapted(model, "attn.q", bias="all")
+    tensors = perturb(compiled)
+    owners = {name.partition(".graftc.")[0] + ".bias" for name in tensors if name.endswith(".bias")}
+    assert owners == everything
+    merged = compiled.merge().to_transformers()
+    changed = {n for n, p in merged.named_parameters() if not torch.equal(p, model.get_parameter(n))}
+    queries = {f"bert.encoder.layer.{i}.attention.self.query.weight" for i in (0, 1)}
+    assert changed == everything | queries
+    assert not any(name.endswith("bias") for name in trainable(adapted(model, "attn.q")))
+
+
+def test_overrides() -> None:
+    """The first override that matches a site gives its values there only, in the graph and in the fold."""
+    model = tiny("bert")
+    overrides = [{"modules": "**.layer.0.**", "rank": 2, "alpha": 5}, {"role": "attn.q", "rank": 3}]
+    compiled = adapted(model, ["attn.q", "ffn.down"], alpha=8, overrides=overrides)
+    ranks = {name: t.shape[0] for name, t in trainable(compiled).items() if name.endswith(".A")}
+    prefix = "bert.encoder.layer"
+    assert ranks == {
+        f"{prefix}.0.attention.self.query.graftc.lora.A": 2,
+        f"{prefix}.0.output.dense.graftc.lora.A": 2,
+        f"{prefix}.1.attention.self.query.graftc.lora.A": 3,
+        f"{prefix}.1.output.dense.graftc.lora.A": 4,
+    }
+    tensors = perturb(compiled)
+    scales = {"0.output.dense": 5 / 2, "1.attention.self.query": 8 / 3, "1.output.dense": 8 / 4}
+    for module, scale in scales.items():
+        a, b = (tensors[f"{prefix}.{module}.graftc.lora.{f}"].double() for f in "AB")
+        weight = f"{prefix}.{module}.weight"
+        update = folded(compiled, weight) - model.get_parameter(weight).detach().double()
+        torch.testing.assert_close(update, scale * b @ a, rtol=0, atol=1e-14)
+    inputs = inputs_for(compiled)
+    assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) <= 2e-5
+
+
+def test_rank_over_the_layer() -> None:
+    """A rank that exceeds a site is refused, naming the site and its size."""
+    with pytest.raises(GraftError) as error:
+        adapted(tiny("llama"), "attn.v", rank=25)
+    assert error.value.code == "GC020"
+    assert "24 x 48" in error.value.message
+
+
+class Line(nn.Module):
+    """One linear map with nothing around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, 8]`` to ``[batch, 6]``."""
+        return self.map(x)
+
+
+def test_dropout_acts_on_the_input_of_the_branch() -> None:
+    """In training every input of the branch is dropped or scaled up; the base's path and eval mode see none of it."""
+    model = Line()
+    spec = {"adapt": [{"method": "lora", "target": {"modules": "map"}, "rank": 6, "alpha": 6, "dropout": 0.25}]}
+    compiled = graftc.compile(spec, model, {"x": torch.ones(2, 8)})
+    eye = torch.eye(8)[:6]
+    compiled.load_adapter_state_dict({"map.graftc.lora.A": eye, "map.graftc.lora.B": torch.eye(6)})
+    x = torch.ones(4000, 8)
+    with torch.no_grad():
+        compiled.train()
+        branch = compiled(x) - model(x)
+        compiled.eval()
+        torch.testing.assert_close(compiled(x) - model(x), torch.ones(4000, 6), rtol=0, atol=1e-6)
+    kept = branch > 0.5
+    torch.testing.assert_close(branch, kept / 0.75, rtol=0, atol=1e-6)
+    assert abs(float(kept.double().mean()) - 0.75) < 0.01
+
+
+def test_dropout_is_shared_by_sites_that_read_the_same() -> None:
+    """q, k and v of a layer read one hidden state and share one mask; it is gone in eval mode."""
+    compiled = adapted(tiny("llama"), ["attn.q", "attn.k", "attn.v"], dropout=0.5)
+    target = torch.ops.aten.dropout.default
+    assert len(compiled.program("train").graph.find_nodes(op="call_function", target=target)) == 2
+    assert not compiled.program("eval").graph.find_nodes(op="call_function", target=target)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_agrees_with_peft(family: str) -> None:
+    """The same tensors in peft's LoRA give the same logits, adapted and merged."""
+    peft = pytest.importorskip("peft")
+    target = {"bert": ["query", "value"], "gpt2": ["c_attn", "mlp.c_proj"], "llama": ["q_proj", "v_proj", "down_proj"]}
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=target[family], fan_in_fan_out=family == "gpt2", init_lora_weights=True
+    )
+    globs = [f"**.{name}" for name in target[family]]
+    spec = {"adapt": [{"method": "lora", "target": {"modules": globs}, "rank": 4, "alpha": 6}]}
+    compiled = graftc.compile(spec, tiny(family)).eval()
+    tensors = perturb(compiled)
+    other = peft.get_peft_model(tiny(family), config).eval()
+    parameters = dict(other.named_parameters())
+    theirs = {name for name in parameters if "lora_" in name}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            module, _, factor = name.partition(".graftc.lora.")
+            key = f"base_model.model.{module}.lora_{factor}.default.weight"
+            parameters[key].copy_(tensor)
+            theirs.remove(key)
+    assert not theirs
+    merged = compiled.merge().to_transformers()
+    calls = [inputs_for(compiled, sizes) for sizes in SHAPES]
+    for inputs in calls:
+        assert largest_difference(outputs_of(compiled, inputs), outputs_of(other, inputs)) <= 1e-5
+    whole = other.merge_and_unload()
+    for inputs in calls:
+        assert largest_difference(outputs_of(merged, inputs), outputs_of(whole, inputs)) <= 1e-5

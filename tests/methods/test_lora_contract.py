@@ -1,0 +1,59 @@
+"""LoRA through the contract: plain on every family, and its variants where they differ."""
+
+from __future__ import annotations
+
+import pytest
+
+from graftc.testing import DeploymentContract, MethodContract
+
+ROLES = ["attn.q", "attn.v", "ffn.down"]
+
+
+class TestLoRA(MethodContract):
+    """Plain LoRA with dropout. ``attn.q`` of GPT-2 is a range of rows of a fused matrix."""
+
+    adaptation = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "dropout": 0.1}
+
+
+class TestFromWeight(MethodContract):
+    """Factors that start from the weight: identity exact all the same."""
+
+    adaptation = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "init": "pissa"}
+    families = ("bert", "gpt2")
+
+
+class TestOrthonormal(MethodContract):
+    """The QR start, scaled by the root of the rank."""
+
+    adaptation = {"method": "lora", "target": {"role": ROLES}, "rank": 5, "alpha": 3, "init": "olora", "rslora": True}
+    families = ("gpt2", "llama")
+
+
+class TestBiasesOfAdapted(MethodContract):
+    """Biases of adapted rows train as well."""
+
+    adaptation = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "bias": "lora_only"}
+    families = ("roberta", "gpt2")
+
+
+class TestAllBiases(MethodContract):
+    """Every bias trains, those of norms too, beside a head trained in full."""
+
+    adaptation = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "bias": "all"}
+    families = ("gpt2", "vit")
+
+
+class TestWithHead(MethodContract):
+    """A head trained in full beside the adaptation."""
+
+    adaptation = {"method": "lora", "target": {"role": ROLES}, "rank": 4}
+    spec = {"train": ["classifier"]}
+    families = ("bert", "roberta", "vit")
+
+
+@pytest.mark.slow
+class TestDeployed(DeploymentContract):
+    """Exports and compilation, adapters in place and folded."""
+
+    adaptation = TestLoRA.adaptation
+    families = ("llama",)
