@@ -120,7 +120,7 @@ class Columns:
             self._source(node)
             return
         front, through = 0, Through.NOTHING
-        for source in node.all_input_nodes:
+        for source in node.all_input_nodes if not isinstance(value, torch.SymInt | int) else ():
             front |= self.front.get(source, 0)
             through |= self.through.get(source, Through.NOTHING)
         self.front[node] = front

@@ -286,3 +286,72 @@ def captured(model: nn.Module, axes: list[Axis] | None = None) -> Captured:
 def family(name: str) -> Captured:
     torch.manual_seed(0)
     return captured(MODELS[name]())
+
+
+VALUES = [Axis("x", torch.float32, ("batch", "sequence", D))]
+
+
+class Misnamed(nn.Module):
+    """Attention spelled out, with names that lie and a fused, interleaved projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict(self.parts()) for _ in range(2)])
+        self.embedding = nn.Linear(D, 7)
+
+    @staticmethod
+    def parts() -> dict[str, nn.Module]:
+        return {
+            "v_proj": nn.Linear(D, D),
+            "down_proj": nn.Linear(D, 2 * D),
+            "gate": nn.Linear(D, D, bias=False),
+            "q_proj": nn.Linear(D, INNER),
+            "o_proj": nn.Linear(INNER, D),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            batch, length, _ = x.shape
+            query = layer["v_proj"](x).view(batch, length, HEADS, -1).transpose(1, 2)
+            both = layer["down_proj"](x).view(batch, length, D // HEADS, HEADS, 2)
+            key, value = (both[..., i].permute(0, 3, 1, 2) for i in (1, 0))
+            weights = torch.softmax(query @ key.transpose(-1, -2) / 3.0, -1)
+            mixed = (weights @ value).transpose(1, 2).reshape(batch, length, D)
+            x = x + layer["gate"](mixed)
+            x = x + layer["o_proj"](torch.relu(layer["q_proj"](x)))
+        logits: Tensor = self.embedding(x)
+        return logits
+
+
+class Packed(nn.Module):
+    """PyTorch's own layers, which read slices of one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, HEADS, INNER, batch_first=True), 2)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(D, HEADS, INNER, batch_first=True), 2)
+        self.out = nn.Linear(D, 7)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(y.shape[1])
+        logits: Tensor = self.out(self.decoder(y, self.encoder(x), tgt_mask=mask, tgt_is_causal=True))
+        return logits
+
+
+class Odd(nn.Module):
+    """Residual branches of no known form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(D, INNER), nn.Linear(INNER, INNER), nn.Linear(INNER, D)
+        self.lone = nn.Linear(D, D)
+        self.left, self.right, self.join = nn.Linear(D, INNER), nn.Linear(D, INNER), nn.Linear(INNER, D)
+        self.plain, self.other, self.last = nn.Linear(D, INNER), nn.Linear(D, INNER), nn.Linear(INNER, D)
+        self.halves, self.close = nn.Linear(D, 2 * INNER), nn.Linear(INNER, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.third(torch.relu(self.second(torch.relu(self.first(x)))))
+        x = x + self.lone(x)
+        x = x + self.join(self.left(x) + torch.relu(self.right(x)))
+        x = x + self.last(self.plain(x) * self.other(x))
+        return x + self.close(nn.functional.glu(self.halves(x)))

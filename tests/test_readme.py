@@ -1,0 +1,35 @@
+"""What the README shows runs as shown."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import graftc
+from graftc.specs.io import parse_spec
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_spec_is_valid() -> None:
+    (text,) = blocks("yaml")
+    spec = parse_spec(text)
+    assert spec.adapt[0].name == "attention"
+
+
+@pytest.mark.slow
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: Any) -> None:
+    (code,) = blocks("python")
+    assert len(code.strip().splitlines()) <= 24
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert isinstance(scope["compiled"], graftc.runtime.compiled.Compiled)
+    assert {"folded", "folded.onnx"} <= {path.name for path in tmp_path.iterdir()}
