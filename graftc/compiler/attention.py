@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from graftc.compiler.columns import Through
 from graftc.compiler.flow import Attention
@@ -21,12 +22,7 @@ def read_attentions(labels: Labels) -> None:
     for attention in labels.flow.attentions.values():
         _output(labels, attention)
     for attention in labels.flow.attentions.values():
-        for role, operands in (
-            ("lowrank.q", (attention.query,)),
-            ("lowrank.kv", (attention.key, attention.value)),
-        ):
-            for operand in operands:
-                _low_rank(labels, attention, role, operand)
+        _low_rank(labels, attention)
 
 
 def _projection(labels: Labels, attention: Attention, letter: str, operand: fx.Node) -> None:
@@ -60,16 +56,29 @@ def _output(labels: Labels, attention: Attention) -> None:
             labels.linear("attn.o", linear, None, evidence, attention=attention.node)
 
 
-def _low_rank(labels: Labels, attention: Attention, role: str, operand: fx.Node) -> None:
-    """The stage before a projection: a linear map whose columns the projection reads."""
-    letter = role.removeprefix("lowrank.")
-    for node in labels.linear_columns(operand):
-        linear = labels.flow.linears[node]
-        for first, columns in labels.linear_columns(linear.input).items():
-            if labels.has_role(first, columns) or labels.in_stream(first):
+def _low_rank(labels: Labels, attention: Attention) -> None:
+    """Stages before the projections: linear maps whose columns the projections read."""
+    queries = _stages(labels, (attention.query,))
+    keys = _stages(labels, (attention.key, attention.value))
+    for role, stages in (("lowrank.q", queries), ("lowrank.kv", keys)):
+        for node, columns in stages.items():
+            if node in queries and node in keys and bool(torch.isin(queries[node], keys[node]).any()):
+                labels.fail(node, f"feeds the queries and the keys or values of {attention.name} alike")
                 continue
-            evidence = f"feeds the {letter} projection of {attention.name}{labels.journey(linear.input)}"
-            labels.linear(role, labels.flow.linears[first], columns, evidence, attention=attention.node)
+            letters = role.removeprefix("lowrank.")
+            evidence = f"feeds the {letters} projection of {attention.name}"
+            labels.linear(role, labels.flow.linears[node], columns, evidence, attention=attention.node)
+
+
+def _stages(labels: Labels, operands: tuple[fx.Node, ...]) -> dict[fx.Node, Tensor]:
+    found: dict[fx.Node, Tensor] = {}
+    for operand in operands:
+        for node in labels.linear_columns(operand):
+            for first, columns in labels.linear_columns(labels.flow.linears[node].input).items():
+                if not labels.has_role(first, columns) and not labels.in_stream(first):
+                    both = [found[first], columns] if first in found else [columns]
+                    found[first] = torch.unique(torch.cat(both))
+    return found
 
 
 def _find_crosses(labels: Labels) -> None:
@@ -103,8 +112,9 @@ class _Lines:
                 self._join(own, labels.columns.number[source])
 
     def of(self, node: fx.Node) -> set[int]:
-        """Lines that ``node`` is read from, through any number of linear maps."""
+        """Lines that ``node`` is read from, through any number of weights."""
         labels = self.labels
+        roots = {*labels.flow.embeddings, *(n for n in labels.columns.sources if n.op == "placeholder")}
         found: set[int] = set()
         pending, seen = labels.nearest(node), set()
         while pending:
@@ -113,10 +123,10 @@ class _Lines:
                 continue
             seen.add(source)
             number = labels.columns.number[source]
-            if number not in self._parent and source in labels.flow.linears:
-                pending += labels.nearest(labels.flow.linears[source].input)
-            elif number not in self._parent and source in labels.flow.attentions:
-                pending += labels.nearest(labels.flow.attentions[source].query)
+            if number not in self._parent and source not in roots:
+                attention = labels.flow.attentions.get(source)
+                above = [attention.query] if attention else source.all_input_nodes
+                pending += [n for operand in above for n in labels.nearest(operand)]
             else:
                 found.add(self._root(number))
         return found

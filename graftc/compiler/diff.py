@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections import defaultdict
 
 from torch import fx
@@ -11,8 +10,6 @@ from torch import fx
 from graftc.passes.core.printer import Printer
 from graftc.passes.core.program import Program
 from graftc.passes.outline import layer_path
-
-_NUMBERED = re.compile(r"(%[A-Za-z_]+?)_\d+\b")
 
 
 def diff_programs(before: Program, after: Program, context: int = 1) -> str:
@@ -47,7 +44,7 @@ def _title(layers: list[str]) -> str:
 
 
 def _by_layer(program: Program) -> dict[str, list[str]]:
-    printer = Printer(program)
+    printer = Printer(program, numbered=False)
     found: dict[str, list[str]] = defaultdict(list)
     for node in program.graph.nodes:
         if node.op != "get_attr":
@@ -57,8 +54,8 @@ def _by_layer(program: Program) -> dict[str, list[str]]:
 
 
 def _relative(printer: Printer, node: fx.Node, layer: str) -> str:
-    """The node's line with numbers of values left out and paths relative to the layer."""
-    line = _NUMBERED.sub(r"\1", printer.line(node))
+    """The node's line with paths relative to the layer."""
+    line = printer.line(node)
     return line.replace(f"{layer}.", "") if layer else line
 
 

@@ -28,13 +28,20 @@ def _read_experts(labels: Labels) -> None:
     for linear in labels.flow.linears.values():
         if linear.experts:
             labels.linear("experts", linear, None, "a 3-D weight, one matrix per expert")
+    counts = {_experts(labels, e): e.node for e in labels.flow.linears.values() if e.experts}
     for node in labels.flow.order:
-        if op_name(node) != "topk":
+        if op_name(node) not in _CHOOSING:
             continue
         for source in labels.nearest_linears(node):
-            if not labels.has_role(source):
-                evidence = f"its output chooses the experts in {node.name}"
-                labels.linear("router", labels.flow.linears[source], None, evidence)
+            linear = labels.flow.linears[source]
+            chooses = linear.out in counts and labels.flow.is_above(node, counts[linear.out])
+            if not labels.has_role(source) and (op_name(node) == "topk" or chooses):
+                labels.linear("router", linear, None, f"its output chooses the experts in {node.name}")
+
+
+def _experts(labels: Labels, linear: Linear) -> int:
+    """How many experts a 3-D weight has."""
+    return labels.flow.sizes.size(linear.weight.meta["val"].shape[0])
 
 
 def _feed_forward(labels: Labels, down: Linear) -> None:
@@ -52,7 +59,8 @@ def _feed_forward(labels: Labels, down: Linear) -> None:
         )
         return
     for node in linears:
-        stages = [n for n in labels.nearest_linears(labels.flow.linears[node].input) if n not in linears]
+        before = labels.nearest_linears(labels.flow.linears[node].input)
+        stages = [n for n in before if n not in linears and not labels.in_stream(n)]
         if stages:
             labels.fail(down.node, "ends a residual branch of more than two linear maps in a row")
             for stage in (node, *stages):
@@ -143,6 +151,7 @@ def _sublayer(labels: Labels, residual: Residual) -> Sublayer:
     return Sublayer(roles, residual.stream, residual.branch, residual.node, module, layer, stack)
 
 
+_CHOOSING = ("topk", "max", "argmax", "sort")
 _INNER = ("ffn.down", "experts")
 
 

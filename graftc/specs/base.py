@@ -125,7 +125,7 @@ _MODULE_ATTRIBUTES = """
     register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook
     register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
     register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_
-    set_extra_state set_submodule share_memory state_dict to to_empty train training type xpu
+    set_extra_state set_submodule share_memory smart_apply state_dict to to_empty train training type xpu
     zero_grad _apply _backward_hooks _backward_pre_hooks _buffers _call_impl _compiled_call_impl
     _forward_hooks _forward_hooks_always_called _forward_hooks_with_kwargs _forward_pre_hooks
     _forward_pre_hooks_with_kwargs _get_backward_hooks _get_backward_pre_hooks _get_name
@@ -137,4 +137,4 @@ _MODULE_ATTRIBUTES = """
 """
 
 RESERVED_NAMES: frozenset[str] = frozenset(_MODULE_ATTRIBUTES.split())
-"""Attributes of ``torch.nn.Module``, which a child module of that name would hide."""
+"""Attributes of ``torch.nn.Module`` (``smart_apply`` is what transformers adds to it), which a child module of that name would hide."""

@@ -55,9 +55,7 @@ def llama(**changes: Any) -> nn.Module:
     """Llama with its language model head: two key-value heads for four query heads, no biases."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(**{**_COMMON, "num_key_value_heads": 2, "vocab_size": VOCABULARY, **changes})
-    )
+    return LlamaForCausalLM(LlamaConfig(**{**_COMMON, "num_key_value_heads": 2, "vocab_size": VOCABULARY, **changes}))
 
 
 def vit(**changes: Any) -> nn.Module:

@@ -10,7 +10,10 @@ from tests import families
 
 
 def test_counts_bytes_and_flops_of_lora_on_bert() -> None:
-    spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "ffn.down"]}, "rank": 3}], "train": ["classifier"]}
+    spec = {
+        "adapt": [{"method": "lora", "target": {"role": ["attn.q", "ffn.down"]}, "rank": 3}],
+        "train": ["classifier"],
+    }
     report = graftc.check(spec, families.bert())
     (lora, trained) = report.adaptations
     # Per layer: q is 48 to 48, down is 80 to 48.

@@ -12,7 +12,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from graftc.compiler.capture import capture
 from graftc.compiler.columns import runs_of
@@ -21,7 +21,19 @@ from graftc.compiler.signature import Axis
 from graftc.compiler.structure import Finding, find_structure
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import parse_role
-from tests.compiler.structure_cases import EXPECTED, HEADS, INNER, MODELS, UNRESOLVED, Captured, D, captured, family
+from tests.compiler.structure_cases import (
+    EXPECTED,
+    MODELS,
+    UNRESOLVED,
+    VALUES,
+    Captured,
+    D,
+    Misnamed,
+    Odd,
+    Packed,
+    captured,
+    family,
+)
 
 QUICK = ("bert", "roberta", "gpt2", "llama", "vit", "neox", "phi3", "opt", "t5")
 FAMILIES = [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in MODELS]
@@ -240,40 +252,6 @@ def before(model: Captured, part: Finding, down: Finding) -> bool:
 
 # --- models of our own: names say nothing ----------------------------------------------------------------
 
-VALUES = [Axis("x", torch.float32, ("batch", "sequence", D))]
-
-
-class Misnamed(nn.Module):
-    """Attention spelled out, with names that lie and a fused, interleaved projection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.ModuleDict(self.parts()) for _ in range(2)])
-        self.embedding = nn.Linear(D, 7)
-
-    @staticmethod
-    def parts() -> dict[str, nn.Module]:
-        return {
-            "v_proj": nn.Linear(D, D),
-            "down_proj": nn.Linear(D, 2 * D),
-            "gate": nn.Linear(D, D, bias=False),
-            "q_proj": nn.Linear(D, INNER),
-            "o_proj": nn.Linear(INNER, D),
-        }
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            batch, length, _ = x.shape
-            query = layer["v_proj"](x).view(batch, length, HEADS, -1).transpose(1, 2)
-            both = layer["down_proj"](x).view(batch, length, D // HEADS, HEADS, 2)
-            key, value = (both[..., i].permute(0, 3, 1, 2) for i in (1, 0))
-            weights = torch.softmax(query @ key.transpose(-1, -2) / 3.0, -1)
-            mixed = (weights @ value).transpose(1, 2).reshape(batch, length, D)
-            x = x + layer["gate"](mixed)
-            x = x + layer["o_proj"](torch.relu(layer["q_proj"](x)))
-        logits: Tensor = self.embedding(x)
-        return logits
-
 
 def test_roles_do_not_come_from_names() -> None:
     torch.manual_seed(0)
@@ -297,21 +275,6 @@ def test_roles_do_not_come_from_names() -> None:
             assert moved(model, base, change, attention_of(model, finding)) == {letter}
 
 
-class Packed(nn.Module):
-    """PyTorch's own layers, which read slices of one parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, HEADS, INNER, batch_first=True), 2)
-        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(D, HEADS, INNER, batch_first=True), 2)
-        self.out = nn.Linear(D, 7)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(y.shape[1])
-        logits: Tensor = self.out(self.decoder(y, self.encoder(x), tgt_mask=mask, tgt_is_causal=True))
-        return logits
-
-
 def test_slices_of_one_parameter_are_rows_of_it() -> None:
     target = Axis("y", torch.float32, ("batch", "target_sequence", D))
     model = Packed()
@@ -331,25 +294,6 @@ def test_slices_of_one_parameter_are_rows_of_it() -> None:
         "decoder.cross.attn.v": ("decoder.layers.0.multihead_attn.in_proj_weight", "96:144"),
         "decoder.cross.attn.o": ("decoder.layers.0.multihead_attn.out_proj.weight", "all"),
     }
-
-
-class Odd(nn.Module):
-    """Residual branches of no known form."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.third = nn.Linear(D, INNER), nn.Linear(INNER, INNER), nn.Linear(INNER, D)
-        self.lone = nn.Linear(D, D)
-        self.left, self.right, self.join = nn.Linear(D, INNER), nn.Linear(D, INNER), nn.Linear(INNER, D)
-        self.plain, self.other, self.last = nn.Linear(D, INNER), nn.Linear(D, INNER), nn.Linear(INNER, D)
-        self.halves, self.close = nn.Linear(D, 2 * INNER), nn.Linear(INNER, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.third(torch.relu(self.second(torch.relu(self.first(x)))))
-        x = x + self.lone(x)
-        x = x + self.join(self.left(x) + torch.relu(self.right(x)))
-        x = x + self.last(self.plain(x) * self.other(x))
-        return x + self.close(nn.functional.glu(self.halves(x)))
 
 
 def test_unknown_forms_are_unresolved_and_never_guessed() -> None:

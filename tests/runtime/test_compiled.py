@@ -90,7 +90,9 @@ def test_positional_inputs_and_tuples() -> None:
 
 def test_unknown_input_is_a_coded_error() -> None:
     adapted = compiled(families.bert())
-    with pytest.raises(graftc.GraftError, match=r"GC031: .* no input 'atention_mask'(.|\n)*did you mean 'attention_mask'"):
+    with pytest.raises(
+        graftc.GraftError, match=r"GC031: .* no input 'atention_mask'(.|\n)*did you mean 'attention_mask'"
+    ):
         adapted(input_ids=text()["input_ids"], atention_mask=text()["attention_mask"])
 
 

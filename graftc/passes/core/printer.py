@@ -59,10 +59,40 @@ def literal(value: Any, node_text: Callable[[fx.Node], str], names: SymbolNames)
     return repr(value)
 
 
-class Printer:
-    """Prints nodes of one Program, naming values by operator and count."""
+def _stem(node: fx.Node) -> str:
+    """What a value is called: ``query`` for the result of the module *query*'s own weight, ``query.down`` for a part of
+    an adaptation there, and otherwise the operator's name."""
+    if node.op == "placeholder":
+        return str(node.target)
+    module = str(node.meta.get("module", ""))
+    leaf = module.rpartition(".")[2]
+    origin = provenance(node)
+    if origin is not None:
+        site = origin["site"]
+        rows = site[site.index("[") + 1 : site.index("]")] if "[" in site else ""
+        return ".".join(word for word in (leaf, rows, origin["part"].replace(" ", "_")) if word)
+    if leaf and any(n.op == "get_attr" and _owner(n) == module for n in node.all_input_nodes):
+        return leaf
+    words = target_name(node.target).split(".")
+    return words[1] if len(words) > 1 else words[0]
 
-    def __init__(self, program: Program) -> None:
+
+def _owner(node: fx.Node) -> str:
+    """The module whose tensor a node reads, past what an adaptation put in its place."""
+    segments = str(node.target).split(".")
+    end = segments.index(RESERVED) if RESERVED in segments else len(segments) - 1
+    return ".".join(segments[:end])
+
+
+class Printer:
+    """Prints nodes of one Program, naming values by what computes them.
+
+    Args:
+        program: whose nodes.
+        numbered: tell values of one name apart by number; without, equal layers print alike.
+    """
+
+    def __init__(self, program: Program, *, numbered: bool = True) -> None:
         self.program = program
         self.symbols = SymbolNames(program)
         self.names: dict[fx.Node, str] = {}
@@ -70,13 +100,10 @@ class Printer:
         for node in program.graph.nodes:
             if node.op == "get_attr":
                 self.names[node] = tensor_name(str(node.target))
-            elif node.op == "placeholder":
-                self.names[node] = f"%{node.target}"
-            else:
-                stem = target_name(node.target).split(".")
-                base = stem[1] if len(stem) > 1 else stem[0]
-                self.names[node] = f"%{base}_{counts[base]}" if counts[base] else f"%{base}"
-                counts[base] += 1
+                continue
+            base = _stem(node)
+            self.names[node] = f"%{base}_{counts[base]}" if counts[base] and numbered else f"%{base}"
+            counts[base] += 1
 
     def line(self, node: fx.Node) -> str:
         """One node as one line; `get_attr` nodes have none of their own."""
