@@ -137,4 +137,4 @@ _MODULE_ATTRIBUTES = """
 """
 
 RESERVED_NAMES: frozenset[str] = frozenset(_MODULE_ATTRIBUTES.split())
-"""Attributes of ``torch.nn.Module`` (``smart_apply`` is what transformers adds to it), which a child module of that name would hide."""
+"""Attributes of ``torch.nn.Module``, ``smart_apply`` of transformers included, which a child module would hide."""

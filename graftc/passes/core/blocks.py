@@ -52,8 +52,8 @@ class Runner(nn.Module):
         self._store = store
         self._roots: dict[str, Function] = {}
         self._programs: dict[str, Program] = {}
-        self.register_state_dict_post_hook(_tied_once)
-        self.register_load_state_dict_pre_hook(_tied_again)
+        self.register_state_dict_post_hook(_tied_once)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_tied_again)  # type: ignore[no-untyped-call]
 
     @property
     def blocks(self) -> dict[str, Block]:

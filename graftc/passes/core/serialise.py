@@ -1,14 +1,17 @@
 """Programs as plain JSON and back: weightless, no pickle, nothing evaluated.
 
 Operators are looked up by name in a closed set of namespaces, classes of outputs among transformers' output classes,
-and sizes are parsed by hand, so a file can name nothing else.
+and sizes are parsed by hand, so a file can name nothing else. Names become part of generated code, so they are held
+to be names.
 """
 
 from __future__ import annotations
 
 import importlib
+import keyword
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,6 +36,8 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 }
 _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _FORMATS = {str(f): f for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.strided)}
+_PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
 
 
 class SerialisationError(ValueError):
@@ -84,8 +89,17 @@ def program_from_json(data: Mapping[str, Any], device: torch.device) -> Program:
     """The Program of `program_to_json`, with fake values on ``device``.
 
     Raises:
-        SerialisationError: when the data names anything outside the closed set.
+        SerialisationError: when the data names anything outside the closed set, or is damaged.
     """
+    try:
+        return _program(data, device)
+    except SerialisationError:
+        raise
+    except _DAMAGE as error:
+        raise SerialisationError(f"this is no program: {type(error).__name__}: {error}") from error
+
+
+def _program(data: Mapping[str, Any], device: torch.device) -> Program:
     if data.get("schema") != SCHEMA:
         raise SerialisationError(f"schema {data.get('schema')} is not {SCHEMA}")
     context = FakeContext()
@@ -94,7 +108,7 @@ def program_from_json(data: Mapping[str, Any], device: torch.device) -> Program:
     nodes: list[fx.Node] = []
     for entry in data["nodes"]:
         args = _decode(entry["args"], nodes, context)
-        kwargs = {k: _decode(v, nodes, context) for k, v in entry["kwargs"].items()}
+        kwargs = {_identifier(k): _decode(v, nodes, context) for k, v in entry["kwargs"].items()}
         if entry["op"] == "output":
             node = graph.output(*args)
         else:
@@ -120,7 +134,11 @@ def _encode_target(node: fx.Node) -> str:
 
 
 def _decode_target(op: str, text: str) -> Any:
-    if op in ("placeholder", "get_attr"):
+    if op == "placeholder":
+        return _identifier(text)
+    if op == "get_attr":
+        if not _PATH.fullmatch(text) or any(word.startswith("__") for word in text.split(".")):
+            raise SerialisationError(f"tensor {text!r}")
         return text
     if text in _FUNCTIONS:
         return _FUNCTIONS[text]
@@ -133,6 +151,12 @@ def _decode_target(op: str, text: str) -> Any:
     if not isinstance(found, torch._ops.OpOverload):
         raise SerialisationError(f"operator {text!r}")
     return found
+
+
+def _identifier(text: str) -> str:
+    if not text.isidentifier() or keyword.iskeyword(text):
+        raise SerialisationError(f"name {text!r}")
+    return text
 
 
 def _encode(value: Any, index: Mapping[fx.Node, int], symbols: SymbolNames) -> Any:
@@ -162,6 +186,8 @@ def _decode(value: Any, nodes: list[fx.Node], context: FakeContext) -> Any:
         return value
     ((kind, inner),) = value.items()
     if kind == "node":
+        if inner < 0:
+            raise SerialisationError(f"argument {value!r}")
         return nodes[inner]
     if kind == "tuple":
         return tuple(_decode(v, nodes, context) for v in inner)

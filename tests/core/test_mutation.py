@@ -1,0 +1,187 @@
+"""A certificate that nothing can fail proves nothing: every way of folding wrongly must be caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftc
+from graftc.compiler import pipeline
+from graftc.passes.core import folds
+from graftc.passes.core.folds import FoldStep, WeightFold
+from graftc.passes.core.rows import Rows
+from graftc.passes.lora import LoRAMethod
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import outputs_of, perturb, same_bits
+from graftc.testing.compare import inputs_for
+from tests.families import tiny
+
+WITHOUT_LIMIT = 1e9
+"""A budget of outputs that everything keeps to, so that only the evidence at the sites is left."""
+
+
+def adapted(family: str, role: Any, *, noise: float = 0.05, **fields: Any) -> Any:
+    """A perturbed LoRA of rank 4 in eval mode."""
+    spec = {"adapt": [{"method": "lora", "target": {"role": role}, "rank": 4, **fields}]}
+    compiled = graftc.compile(spec, tiny(family)).eval()
+    perturb(compiled, noise)
+    return compiled
+
+
+def corrupt(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    """Make LoRA's fold add ``change(delta)`` where it should add ``delta``."""
+    original = LoRAMethod.fold
+
+    def fold(self: LoRAMethod, spec: Any, site: Any, tensors: Any) -> WeightFold:
+        inner = original(self, spec, site, tensors)
+        assert isinstance(inner, WeightFold)
+
+        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            folded, new_bias = inner.apply(weight, bias)
+            return weight + change(folded - weight), new_bias
+
+        return WeightFold(apply)
+
+    monkeypatch.setattr(LoRAMethod, "fold", fold)
+
+
+def refused(compiled: Any) -> tuple[str, ...]:
+    """Merging raises GC051 within any budget of outputs, and leaves everything as it was; returns the reasons."""
+    source = compiled.compilation.model
+    before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    inputs = inputs_for(compiled)
+    outputs = outputs_of(compiled, inputs)
+    with pytest.raises(GraftError) as error:
+        compiled.merge(budget=WITHOUT_LIMIT)
+    assert error.value.code == "GC051"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in source.state_dict().items())
+    assert same_bits(outputs_of(compiled, inputs), outputs)
+    return error.value.details
+
+
+def passes(compiled: Any) -> bool:
+    """Whether the fold as it should be is certified."""
+    return bool(compiled.merge().certificate.passed)
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda delta: delta.T,
+    "rescaled": lambda delta: 1.001 * delta,
+    "negated": lambda delta: -delta,
+    "left out": lambda delta: 0 * delta,
+    "rows rolled": lambda delta: delta.roll(1, 0),
+    "columns rolled": lambda delta: delta.roll(1, 1),
+    "single precision": lambda delta: delta.float().double(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_wrong_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``attn.q`` of BERT is square, so a transposed update fits: only its values tell."""
+    compiled = adapted("bert", "attn.q")
+    assert passes(compiled)
+    corrupt(monkeypatch, CHANGES[name])
+    reasons = refused(compiled)
+    assert all("attention.self.query" in reason for reason in reasons)
+    assert len(reasons) == 2
+
+
+def test_one_wrong_site_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One element wrong in one layer of one site is named, alone."""
+    compiled = adapted("llama", ["attn.q", "ffn.down"])
+    steps = pipeline.Compilation.fold_steps
+
+    def wrong(self: pipeline.Compilation, only: Any = None) -> list[FoldStep]:
+        found = steps(self, only)
+        last = found[-1]
+
+        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            folded, new_bias = last.apply(weight, bias)
+            folded[3, 5] += 1e-6
+            return folded, new_bias
+
+        return [*found[:-1], FoldStep(**{**vars(last), "apply": apply})]
+
+    monkeypatch.setattr(pipeline.Compilation, "fold_steps", wrong)
+    (reason,) = refused(compiled)
+    assert reason.startswith("model.layers.1.mlp.down_proj.weight")
+
+
+def test_small_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update far below the budget of outputs is checked as strictly as a large one."""
+    compiled = adapted("bert", "attn.q", noise=1e-3)
+    assert passes(compiled)
+    corrupt(monkeypatch, CHANGES["rescaled"])
+    assert len(refused(compiled)) == 2
+
+
+def test_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update of GPT-2's query written to the rows of the key, which is of the same shape."""
+    compiled = adapted("gpt2", "attn.q")
+    assert passes(compiled)
+
+    def shifted(*args: Any, **kwargs: Any) -> FoldStep:
+        step = FoldStep(*args, **kwargs)
+        return FoldStep(**{**vars(step), "rows": Rows(step.rows.total, ((48, 96),))})
+
+    monkeypatch.setattr(pipeline, "FoldStep", shifted)
+    assert all("c_attn" in reason for reason in refused(compiled))
+
+
+def test_rows_of_another_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing back more than the site's own rows is caught although the own rows are right."""
+    compiled = adapted("gpt2", "attn.q")
+    put = Rows.put
+
+    def spilling(self: Rows, tensor: Tensor, rows: Tensor) -> Tensor:
+        result = put(self, tensor, rows)
+        return result if self.whole else torch.cat([result[:-1], 1.0001 * result[-1:]])
+
+    monkeypatch.setattr(Rows, "put", spilling)
+    assert all("c_attn" in reason for reason in refused(compiled))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_without_bias(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trained biases of adapted layers forgotten."""
+    compiled = adapted(family, "attn.q", bias="lora_only")
+    assert passes(compiled)
+    monkeypatch.setattr(pipeline.Compilation, "_overlay_steps", lambda self, name: [])
+    assert refused(compiled)
+
+
+def test_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right algebra, cut off instead of rounded: at most one unit in the last place, and more than half of one."""
+    compiled = adapted("bert", "attn.q")
+    original = folds.round_once
+
+    def cut(value: Tensor, dtype: torch.dtype) -> Tensor:
+        nearest = original(value, dtype)
+        over = nearest.double().abs() > value.abs()
+        return torch.where(over, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
+
+    monkeypatch.setattr(folds, "round_once", cut)
+    assert all("rounding" in reason for reason in refused(compiled))
+
+
+def test_over_the_budget() -> None:
+    """A right fold over a budget that no rounding could keep is refused, naming the output."""
+    compiled = adapted("bert", "attn.q")
+    with pytest.raises(GraftError) as error:
+        compiled.merge(budget=0.0)
+    assert error.value.code == "GC051"
+    assert "logits" in error.value.message
+
+
+def test_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A chain of merging and exporting stops at the certificate, before there is a file."""
+    compiled = adapted("bert", "attn.q")
+    corrupt(monkeypatch, CHANGES["transposed"])
+    with pytest.raises(GraftError, match="GC051"):
+        compiled.merge().export(tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
