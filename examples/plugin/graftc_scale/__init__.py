@@ -1,0 +1,1 @@
+"""A graftc method: scale the outputs of linear layers by a trained vector."""

@@ -1,0 +1,45 @@
+"""A method in an installed third-party package: found, listed, and held to the contract, with no edit of graftc."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PLUGIN = ROOT / "examples" / "plugin"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process that has the plugin installed beside this graftc."""
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
+    source = tmp_path_factory.mktemp("source") / "plugin"
+    subprocess.run(["cp", "-r", str(PLUGIN), str(source)], check=True)
+    subprocess.run([*command, "--target", str(target), str(source)], check=True)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
+
+
+def run(environment: dict[str, str], cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_it_is_listed(environment: dict[str, str], tmp_path: Path) -> None:
+    found = run(environment, tmp_path, "-m", "graftc", "methods", "--json")
+    assert found.returncode == 0, found.stderr
+    assert '"scale"' in json.dumps(json.loads(found.stdout))
+
+
+def test_it_passes_the_contract(environment: dict[str, str], tmp_path: Path) -> None:
+    found = run(environment, tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PLUGIN / "tests"))
+    assert found.returncode == 0, found.stdout[-3000:]
+    assert " passed" in found.stdout
