@@ -13,7 +13,7 @@ from torch import nn
 from graftc.compiler import cache
 from graftc.compiler.capture import Capture, capture
 from graftc.compiler.resolve import Resolved, SiteTable, site_keys
-from graftc.compiler.signature import Axis, axes_of, default_axes
+from graftc.compiler.signature import Axis, axes_of, default_axes, signature_of
 from graftc.compiler.structure import Structure, find_structure
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.folds import FoldStep, Keep, LazyTensors
@@ -88,9 +88,9 @@ class Compilation:
             GraftError: GC031 for inputs that the model does not take, or a signature that resolves to other sites.
         """
         present = {name: value for name, value in inputs.items() if value is not None}
-        for signature, family in self.families.items():
-            if len(signature) == len(present) and all(name in present for name in signature):
-                return family
+        signature = signature_of(present)
+        if signature in self.families:
+            return self.families[signature]
         known = [Axis(s.name, s.dtype, s.shape) for s in self.main.base.inputs]
         return self.add(axes_of(self.model, present, known))
 
@@ -104,7 +104,7 @@ class Compilation:
                 f"with the inputs {names} the spec resolves to other sites than before",
                 hint="name modules instead of roles, or compile with these inputs from the start",
             )
-        signature = family.base.signature
+        signature = signature_of({spec.name: spec for spec in family.base.inputs})
         self.families[signature] = family
         self.default = self.default or signature
         return family

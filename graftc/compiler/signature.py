@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -32,6 +32,18 @@ class Axis:
         """A tensor of ones to capture with; sizes that share a name agree."""
         shape = [_SIZES.get(a, 11) if isinstance(a, str) else a for a in self.axes]
         return torch.ones(shape, dtype=self.dtype, device=device)
+
+
+class HasDtype(Protocol):
+    """A tensor, or what describes one."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def signature_of(inputs: Mapping[str, HasDtype]) -> tuple[str, ...]:
+    """What tells one set of inputs from another: names, and which hold floats where models branch on it (labels)."""
+    return tuple(sorted(f"{name}:float" if v.dtype.is_floating_point else name for name, v in inputs.items()))
 
 
 def tie_sizes(axes: Sequence[Axis], inputs: Mapping[str, torch.Tensor]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.report import Report, report
-from graftc.compiler.signature import dtype_of, parameters
+from graftc.compiler.signature import dtype_of, parameters, signature_of
 from graftc.passes.core.blocks import Runner
 from graftc.passes.core.printer import format_program
 from graftc.passes.core.program import Mode, Program
@@ -67,6 +67,9 @@ class ModelRunner(Runner):
             if value not in _FLAGS[name]:
                 raise GraftError("GC031", f"{name}={value!r} is not supported by a captured model")
         present = {name: value for name, value in inputs.items() if value is not None}
+        for name, value in present.items():
+            if not isinstance(value, Tensor):
+                raise GraftError("GC031", f"input {name!r} is a {type(value).__name__}, not a tensor")
         key = self._key(present)
         if key not in self._roots:
             self._prepare(key, present)
@@ -86,7 +89,7 @@ class ModelRunner(Runner):
 
     def _key(self, present: Mapping[str, Any]) -> str:
         mode = "train" if self.training else "eval"
-        return f"{mode}:{','.join(sorted(present))}"
+        return f"{mode}:{','.join(signature_of(present))}"
 
     def _prepare(self, key: str, present: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -265,7 +268,7 @@ def make_compiled(compilation: Compilation) -> Compiled:
     """The module for a Compilation, its first signature lowered in both modes."""
     compiled = compiled_class(compilation.model)(compilation, compilation.store)
     training = compiled.training
-    present = dict.fromkeys(compilation.default, True)
+    present = {spec.name: spec for spec in compilation.main.base.inputs}
     for mode in (True, False):
         compiled.training = mode
         compiled.install(compiled._key(present), compiled._program_for(present))

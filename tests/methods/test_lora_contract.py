@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from graftc.testing import DeploymentContract, MethodContract
+from graftc.testing import FAMILIES, DeploymentContract, MethodContract
 
 ROLES = ["attn.q", "attn.v", "ffn.down"]
 
@@ -53,7 +53,7 @@ class TestWithHead(MethodContract):
 
 @pytest.mark.slow
 class TestDeployed(DeploymentContract):
-    """Exports and compilation, adapters in place and folded."""
+    """Exports and compilation on every family, adapters in place and folded."""
 
     adaptation = TestLoRA.adaptation
-    families = ("llama",)
+    families = tuple(FAMILIES)

@@ -57,6 +57,16 @@ def test_causal_loss_from_labels_is_the_models_own() -> None:
         assert torch.equal(adapted(**inputs, labels=inputs["input_ids"]).loss, expected)
 
 
+def test_float_labels_are_another_loss_than_integer_ones() -> None:
+    model = families.bert().eval()
+    adapted = compiled(model).eval()
+    integers, floats = torch.tensor([0, 2, 1]), torch.rand(3, 3)
+    with torch.no_grad():
+        for labels in (integers, floats, integers):
+            fresh = copy.deepcopy(model)  # a transformers model keeps the first problem type that it saw
+            assert torch.equal(adapted(**text(), labels=labels).loss, fresh(**text(), labels=labels).loss)
+
+
 @pytest.mark.parametrize("batch, length", [(1, 1), (1, 5), (4, 1), (2, 9)])
 def test_every_size_runs(batch: int, length: int) -> None:
     model = families.gpt2().eval()

@@ -37,7 +37,17 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _FORMATS = {str(f): f for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.strided)}
 _PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
-_DAMAGE = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 
 
 class SerialisationError(ValueError):

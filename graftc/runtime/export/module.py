@@ -39,7 +39,7 @@ class ExportModule(nn.Module):
     def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
         compilation = runner._compilation
-        signature = {name: True for name in compilation.default}
+        signature = {spec.name: spec for spec in compilation.main.base.inputs}
         training = runner.training
         runner.training = False
         try:

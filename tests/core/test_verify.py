@@ -1,0 +1,226 @@
+"""Every rule of the verifier catches a violation planted for it, naming the pass and the node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+import graftc
+from graftc.passes.core.program import Edit, Program, provenance
+from graftc.passes.core.store import Store
+from graftc.passes.core.verify import verify
+from graftc.specs.diagnostics import GraftError
+from tests.families import tiny
+
+aten = torch.ops.aten
+Plant = Callable[[Program], fx.Node | None]
+
+
+@pytest.fixture(scope="module")
+def compilation() -> Any:
+    """A tiny BERT with LoRA on two roles; its Programs are copied, never changed."""
+    spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "ffn.down"]}, "rank": 4}]}
+    return graftc.compile(spec, tiny("bert")).compilation
+
+
+@pytest.fixture
+def program(compilation: Any) -> Program:
+    """A copy of the adapted train Program."""
+    return compilation.main.train.copy()
+
+
+def inserted(program: Program, part: str) -> fx.Node:
+    """The first node that is this part of an adaptation."""
+    return next(
+        n for n in program.graph.nodes if n.op == "call_function" and (provenance(n) or {}).get("part") == part
+    )
+
+
+def base_call(program: Program, target: Any) -> fx.Node:
+    """The first call of the base with this operator."""
+    return next(n for n in program.graph.nodes if n.target is target and provenance(n) is None)
+
+
+def tensor_missing(program: Program) -> fx.Node:
+    node = program.graph.find_nodes(op="get_attr")[0]
+    node.target = "bert.nowhere"
+    return node
+
+
+def tensor_of_another_shape(program: Program) -> fx.Node:
+    node = next(n for n in program.graph.find_nodes(op="get_attr") if str(n.target).endswith(".A"))
+    node.meta["val"] = node.meta["val"].t()
+    return node
+
+
+def tensor_of_another_type(program: Program) -> fx.Node:
+    node = next(n for n in program.graph.find_nodes(op="get_attr") if str(n.target).endswith(".A"))
+    node.meta["val"] = node.meta["val"].double()
+    return node
+
+
+def read_before_it_is_made(program: Program) -> None:
+    node = inserted(program, "add")
+    node.append(inserted(program, "up"))
+
+
+def input_gone(program: Program) -> None:
+    node = program.placeholders()[1]
+    ones = torch.ops.aten.ones_like.default
+    with program.graph.inserting_after(program.placeholders()[0]):
+        other = program.graph.call_function(ones, (program.placeholders()[0],))
+    other.meta = {**node.meta, "custom": inserted(program, "up").meta["custom"]}
+    node.replace_all_uses_with(other)
+    program.graph.erase_node(node)
+
+
+def input_renamed(program: Program) -> None:
+    program.placeholders()[0].target = "tokens"
+
+
+def output_twice(program: Program) -> fx.Node:
+    output = program.output_node
+    output.args = (output.args[0] * 2,)
+    return output
+
+
+def literal_changed(program: Program) -> fx.Node:
+    node = base_call(program, aten.layer_norm.default)
+    node.args = (*node.args[:4], 1e-3, *node.args[5:])
+    return node
+
+
+def wired_past(program: Program) -> fx.Node:
+    node = base_call(program, aten.tanh.default)
+    source = node.args[0]
+    node.args = (source.args[0],)
+    return node
+
+
+def rerouted_without_an_edit(program: Program) -> fx.Node:
+    node = base_call(program, aten.gelu.default)
+    scale = inserted(program, "up")
+    source = node.args[0]
+    with program.graph.inserting_before(node):
+        other = program.graph.call_function(aten.mul.Tensor, (source, 2.0))
+    other.meta = {"val": source.meta["val"], "module": "", "custom": scale.meta["custom"]}
+    node.args = (other,)
+    return node
+
+
+def base_call_gone(program: Program) -> None:
+    node = base_call(program, aten.tanh.default)
+    with program.graph.inserting_after(node):
+        other = program.graph.call_function(aten.relu.default, (node.args[0],))
+    other.meta = {**node.meta, "custom": inserted(program, "up").meta["custom"]}
+    node.replace_all_uses_with(other)
+    program.edits.append(Edit("lora", "", node, other))
+    program.graph.erase_node(node)
+
+
+def nobody_inserted_it(program: Program) -> fx.Node:
+    node = inserted(program, "scale")
+    del node.meta["custom"]
+    return node
+
+
+def replacement_of_another_type(program: Program) -> fx.Node:
+    node = inserted(program, "add")
+    node.meta["val"] = node.meta["val"].to(torch.float64)
+    return node
+
+
+def replacement_of_another_shape(program: Program) -> fx.Node:
+    node = inserted(program, "add")
+    node.meta["val"] = inserted(program, "down").meta["val"]
+    return node
+
+
+CASES: dict[str, tuple[Plant, str]] = {
+    "tensor missing": (tensor_missing, "bert.nowhere is not in the Store"),
+    "tensor of another shape": (tensor_of_another_shape, "the graph says otherwise"),
+    "tensor of another type": (tensor_of_another_type, "the graph says otherwise"),
+    "order": (read_before_it_is_made, "the graph is not sound"),
+    "input gone": (input_gone, "the inputs are"),
+    "input renamed": (input_renamed, "the inputs are ('tokens'"),
+    "output twice": (output_twice, "2 outputs, there were 1"),
+    "literal of the base changed": (literal_changed, "a node of the base was changed"),
+    "base wired past a node": (wired_past, "a node of the base was changed"),
+    "rerouted without an edit": (rerouted_without_an_edit, "a node of the base was changed"),
+    "call of the base gone": (base_call_gone, "nodes of the base are gone: tanh"),
+    "no provenance": (nobody_inserted_it, "says nothing of who inserted it"),
+    "replacement of another type": (replacement_of_another_type, "'lora' replaced a torch.float32"),
+    "replacement of another shape": (replacement_of_another_shape, "'lora' replaced a torch.float32"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_planted_violation(name: str, program: Program, compilation: Any) -> None:
+    """GC040 with the pass, the node and the graph around it."""
+    plant, message = CASES[name]
+    verify(program, compilation.store, "nothing", types=True)
+    node = plant(program)
+    with pytest.raises(GraftError) as error:
+        verify(program, compilation.store, "the pass in question")
+    assert error.value.code == "GC040"
+    assert "after the pass in question" in error.value.message
+    assert message in error.value.message
+    if node is not None:
+        assert f"at {node.name}:" in error.value.message
+        if node.op != "get_attr":
+            (around,) = error.value.details
+            assert "\n> " in f"\n{around}"
+
+
+@pytest.mark.parametrize("part", ["down", "scale", "up"])
+def test_wrong_value_of_an_inserted_node(part: str, program: Program, compilation: Any) -> None:
+    """Types worked out anew differ from what a node says: found by the full check only."""
+    node = inserted(program, part)
+    value = node.meta["val"]
+    node.meta["val"] = value.new_empty(*value.shape[:-1], value.shape[-1] + 1)
+    verify(program, compilation.store, "some pass")
+    with pytest.raises(GraftError) as error:
+        verify(program, compilation.store, "some pass", types=True)
+    assert error.value.code == "GC040"
+    assert "the graph says" in error.value.message
+
+
+def test_call_that_cannot_run(program: Program, compilation: Any) -> None:
+    """An inserted node whose arguments do not fit together is named."""
+    down, up = inserted(program, "down"), inserted(program, "up")
+    down.args, up.args = (down.args[0], up.args[1]), (up.args[0], down.args[1])
+    with pytest.raises(GraftError) as error:
+        verify(program, compilation.store, "some pass", types=True)
+    assert error.value.code == "GC040"
+    assert down.name in error.value.message
+
+
+@pytest.mark.parametrize("how", ["detached", "unread"])
+def test_no_gradient_path(how: str, program: Program, compilation: Any) -> None:
+    """A trainable tensor that reaches no output, or only past a ``detach``, is GC023 with its name."""
+    up = inserted(program, "up")
+    if how == "detached":
+        add = inserted(program, "add")
+        with program.graph.inserting_after(up):
+            cut = program.graph.call_function(aten.detach.default, (up,))
+        cut.meta = dict(up.meta)
+        add.replace_input_with(up, cut)
+    else:
+        add = inserted(program, "add")
+        add.replace_input_with(up, add.args[0])
+    with pytest.raises(GraftError) as error:
+        verify(program, compilation.store, "some pass")
+    assert error.value.code == "GC023"
+    assert "attention.self.query.graftc.lora." in error.value.message
+
+
+def test_every_program_of_the_compilation_is_held(compilation: Any) -> None:
+    """Both modes verify against their own base, and neither against a Store without its tensors."""
+    for held in (compilation.main.train, compilation.main.eval):
+        verify(held, compilation.store, "nothing", types=True)
+        with pytest.raises(GraftError, match="not in the Store"):
+            verify(held, Store(), "nothing")
