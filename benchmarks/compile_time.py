@@ -76,9 +76,7 @@ def main() -> None:
         median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         ratio = median["rewrite"] / median["capture"]
         results[case] = {**median, "ratio": ratio, "runs": runs}
-        print(
-            f"{case:10} {median['capture']:10.2f} {median['rewrite']:10.2f} {ratio:6.3f} {median['second']:13.2f}"
-        )
+        print(f"{case:10} {median['capture']:10.2f} {median['rewrite']:10.2f} {ratio:6.3f} {median['second']:13.2f}")
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(results, indent=2) + "\n")

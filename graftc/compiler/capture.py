@@ -242,7 +242,7 @@ def _constants(
             continue
         digest = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode())
         if value.device.type != "meta":
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         renamed = f"{owner}.constant_{digest.hexdigest()[:12]}" if owner else f"constant_{digest.hexdigest()[:12]}"
         constants[renamed] = value.detach()
         node.target = renamed

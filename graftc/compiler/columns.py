@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.flow import Flow, tensor_nodes
+from graftc.compiler.flow import Flow, tensor_nodes, view_chain
 from graftc.compiler.operators import (
     CREATING,
     JOINING,
@@ -106,10 +106,12 @@ class Columns:
         return isinstance(self._index.get(node), Tensor)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """The small shape of a tensor node."""
+        """The small shape of a tensor node; an empty one counts as a failure."""
         found = self._shapes.get(node)
         if found is None:
             found = self._shapes[node] = self.flow.sizes.shape(node.meta["val"])
+            if any(size < 1 for size in found):
+                self.failures.append(node)
         return found
 
     # --- propagation -----------------------------------------------------------------------------------
@@ -328,11 +330,9 @@ class Columns:
         held, written = self._index.get(target), self._index.get(source)
         if isinstance(held, Tensor) and isinstance(written, Tensor) and held.shape == written.expand_as(held).shape:
             held.copy_(written)
-        base = target
-        while base.op == "call_function" and op_name(base) in SHAPING and isinstance(base.args[0], fx.Node):
-            self.front[base] |= self.front.get(source, 0)
-            base = base.args[0]
-        self.front[base] = self.front.get(base, 0) | self.front.get(source, 0)
+        for base in view_chain(target):
+            self.front[base] = self.front.get(base, 0) | self.front.get(source, 0)
+            self.through[base] = self.through.get(base, Through.NOTHING) | self.through.get(source, Through.NOTHING)
         return held if isinstance(held, Tensor) else None
 
 

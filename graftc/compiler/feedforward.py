@@ -98,6 +98,11 @@ def _inner(labels: Labels, down: Linear, linears: list[fx.Node]) -> bool:
         for node in (down.node, *linears):
             labels.fail(node, f"{reason} of the factors of {product[0].name} * {product[1].name} are nonlinear")
         return False
+    explained = {n for side in product for n in labels.linear_columns(side)}
+    if explained != set(linears):
+        for node in (down.node, *linears):
+            labels.fail(node, "more reaches the last linear map of the branch than the two factors of a gated product")
+        return False
     gate, up_side = product if sides[0] else product[::-1]
     for role, side in (("ffn.gate", gate), ("ffn.up", up_side)):
         how = "through the nonlinearity" if side is gate else "as the factor beside the gate"

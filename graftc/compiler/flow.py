@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from graftc.compiler.operators import CONVOLUTIONS, MOVING, PASSING, PRODUCTS, RESHAPING, op_name
+from graftc.compiler.operators import (
+    CONVOLUTIONS,
+    MOVING,
+    PASSING,
+    PRODUCTS,
+    RESHAPING,
+    SOFTMAX,
+    VIEWING,
+    WRITING,
+    op_name,
+)
 from graftc.passes.core.shapes import Sizes
 
 _SDPA = "scaled_dot_product_attention"
@@ -71,6 +81,14 @@ def tensor_nodes(values: Iterable[Any]) -> list[fx.Node]:
     return [v for v in values if isinstance(v, fx.Node) and isinstance(v.meta.get("val"), torch.Tensor)]
 
 
+def view_chain(node: fx.Node) -> list[fx.Node]:
+    """A tensor and the ones that it is a view of, nearest first."""
+    chain = [node]
+    while op_name(chain[-1]) in VIEWING and isinstance(chain[-1].args[0], fx.Node):
+        chain.append(chain[-1].args[0])
+    return chain
+
+
 class Flow:
     """Facts of one graph that need no values.
 
@@ -97,18 +115,28 @@ class Flow:
             if node.op == "call_function":
                 self._recognise(node)
         working = [*self.linears, *self.attentions, *self.convolutions]
+        self._scoring: set[fx.Node] = set()
+        for node in self.order:
+            if op_name(node) in SOFTMAX:
+                self._score_nodes(node)
         self._working = sum(1 << self.at[node] for node in working)
         for node in self.order:
-            if op_name(node) == "add":
+            if op_name(node) == "add" and node not in self._scoring:
                 self._residual(node)
 
     def _ancestors(self) -> None:
+        written: dict[fx.Node, int] = {}
         for position, node in enumerate(self.order):
             mask, data = 0, node.op == "placeholder"
             for source in node.all_input_nodes:
                 at = self.at[source]
-                mask |= self.above[at] | 1 << at
+                mask |= self.above[at] | 1 << at | written.get(source, 0)
                 data = data or bool(self.data >> at & 1)
+            if op_name(node) in WRITING and isinstance(node.args[0], fx.Node):
+                for base in view_chain(node.args[0]):
+                    written[base] = written.get(base, 0) | mask | 1 << position
+                    if data:
+                        self.data |= 1 << self.at[base]
             self.above.append(mask)
             if data and not isinstance(node.meta.get("val"), torch.SymInt | int):
                 self.data |= 1 << position
@@ -136,12 +164,12 @@ class Flow:
             self._linear(node, node.args[0], node.args[1], out_axis=0)
         elif name == "addmm":
             self._linear(node, node.args[1], node.args[2], out_axis=1)
-        elif name in ("mm", "matmul", "bmm"):
-            if not self._linear(node, node.args[0], node.args[1], out_axis=1) and name != "mm":
-                self._written_out(node, node.args[0], node.args[1])
-        elif name == "baddbmm":
-            if not self._linear(node, node.args[1], node.args[2], out_axis=1):
-                self._written_out(node, node.args[1], node.args[2])
+        elif name == "mm":
+            self._linear(node, node.args[0], node.args[1], out_axis=1)
+        elif name in PRODUCTS:
+            factors = _factors(node)
+            if factors is not None and (name == "einsum" or not self._linear(node, *factors, out_axis=1)):
+                self._written_out(node, *factors)
         elif "grouped_mm" in name:
             self._linear(node, node.args[0], node.args[1], out_axis=1)
         elif name == _SDPA:
@@ -181,22 +209,24 @@ class Flow:
     def _called(self, name: str) -> str:
         return f"{name}#{len(self.attentions)}"
 
-    def _written_out(self, node: fx.Node, weights: Any, value: Any) -> None:
+    def _written_out(self, node: fx.Node, first: fx.Node, second: fx.Node) -> None:
         """``softmax(Q K^T) V``, spelled out: follow the weights back to a softmax, then on to the scores."""
-        if not (isinstance(weights, fx.Node) and isinstance(value, fx.Node)):
-            return
-        softmax = self._softmax(weights)
-        scores = self._scores(softmax) if softmax is not None else []
-        if not scores:
-            return
-        near = [s for s in scores if self._share_input(s[1], value)] or scores
-        query, key = near[0]
-        self.attentions[node] = Attention(node, query, key, value, self._called("softmax attention"))
+        for weights, value in ((first, second), (second, first)):
+            softmax = self._softmax(weights) if self.is_data(value) else None
+            scores = self._scores(softmax) if softmax is not None else []
+            if scores:
+                near = [s for s in scores if self._share_input(s[1], value)] or scores
+                query, key = near[0]
+                name = self._called("softmax attention")
+                self.attentions[node] = Attention(node, query, key, value, name)
+                return
+            if op_name(node) != "einsum":
+                return
 
     def _softmax(self, node: fx.Node) -> fx.Node | None:
         for _ in range(32):
             name = op_name(node)
-            if name in ("softmax", "_softmax"):
+            if name in SOFTMAX:
                 return node
             if name not in PASSING and name not in MOVING and name not in ("mul", "where", "masked_fill", "nan_to_num"):
                 return None
@@ -218,13 +248,24 @@ class Flow:
             seen.add(node)
             name = op_name(node)
             if name in PRODUCTS:
-                first = 1 if name == "baddbmm" else 0
-                query, key = node.args[first], node.args[first + 1]
-                if isinstance(query, fx.Node) and isinstance(key, fx.Node):
-                    found.append((query, key))
+                factors = _factors(node)
+                if factors is not None:
+                    found.append(factors)
             elif name not in ("embedding", _SDPA) and name not in CONVOLUTIONS:
                 pending += node.all_input_nodes
         return found
+
+    def _score_nodes(self, softmax: fx.Node) -> None:
+        """Sums on the way to a softmax add masks and biases to scores: no residual adds."""
+        pending = [n for n in softmax.all_input_nodes if self.is_data(n)]
+        while pending:
+            node = pending.pop()
+            name = op_name(node)
+            passing = name in PASSING or name in MOVING or name in ("add", "mul", "div", "where", "masked_fill", "sub")
+            if node in self._scoring or not passing or node in self.linears:
+                continue
+            self._scoring.add(node)
+            pending += [n for n in node.all_input_nodes if self.is_data(n)]
 
     def _share_input(self, first: fx.Node, second: fx.Node) -> bool:
         """Whether the nearest weights above two values read the same node."""
@@ -282,3 +323,19 @@ class Flow:
             return False
         later = (self.above[at] | 1 << at) & self._working & ~((1 << self.at[base] + 1) - 1)
         return any(self.above[i] >> self.at[base] & 1 for i in bits(later))
+
+
+def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two operands of a product; the second holds the last axis of the result."""
+    name = op_name(node)
+    if name == "einsum":
+        equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+        inputs, _, output = equation.partition("->")
+        if not isinstance(operands, list | tuple) or len(operands) != 2 or not output:
+            return None
+        first, second = operands
+        if output[-1] not in inputs.split(",")[1]:
+            first, second = second, first
+    else:
+        first, second = node.args[1:3] if name == "baddbmm" else node.args[:2]
+    return (first, second) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None

@@ -105,7 +105,12 @@ class Labels:
             columns = None
         held = self.roles[linear.node]
         if role in held:
-            return
+            before = held[role]
+            if before is None or (columns is not None and bool(torch.isin(columns, before).all())):
+                return
+            self.findings = [f for f in self.findings if f.node is not linear.node or not f.role.endswith(role)]
+            columns = None if columns is None else torch.unique(torch.cat([before, columns]))
+            columns = None if columns is not None and columns.numel() == linear.out else columns
         held[role] = columns
         kind = SiteKind.EXPERTS if linear.experts else SiteKind.LINEAR
         rows = self._stored_rows(linear, columns)

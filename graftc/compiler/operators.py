@@ -46,7 +46,14 @@ RESHAPING = _names("view reshape _unsafe_view flatten unflatten expand unsqueeze
 MOVING = RESHAPING | _names("transpose permute slice select narrow t numpy_T getitem index")
 """Results with some or all entries of the first operand."""
 
-PRODUCTS = _names("matmul bmm baddbmm")
+PRODUCTS = _names("matmul bmm baddbmm einsum")
+SOFTMAX = _names("softmax _softmax")
+WRITING = _names("copy index_put fill masked_scatter")
+"""In-place operators that write into (a view of) their first operand."""
+
+VIEWING = _names("view reshape transpose permute slice select narrow t expand unsqueeze squeeze getitem detach alias")
+"""Operators whose result shares memory with the first operand."""
+
 SHAPING = _names(
     """
     view reshape _unsafe_view view_as transpose permute t numpy_T mT matrix_H swapaxes movedim slice

@@ -223,7 +223,7 @@ def _compile(compilation: Compilation, axes: Sequence[Axis]) -> Family:
     record_baseline(base)
     clock.step("verify", lambda: verify(base, store, "canonicalise"), base)
     adapted = clock.step("copy", base.copy, base)
-    structure = clock.step("roles", lambda: find_structure(adapted.graph), adapted)
+    structure = clock.step("roles", lambda: find_structure(adapted.graph, found.constants), adapted)
     table = SiteTable(adapted, store, structure, dict(model.named_modules(remove_duplicate=False)))
     resolved = clock.step("resolve", lambda: table.resolve(spec), adapted)
     trained = clock.step("resolve train", lambda: table.trained(spec), adapted)

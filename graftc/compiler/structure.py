@@ -38,15 +38,7 @@ def find_structure(graph: fx.Graph, constants: Mapping[str, Tensor] | None = Non
     Returns:
         Findings in graph order, weights without a role with the reason, and the residual branches.
     """
-    known = constants or {}
-    flow = Flow(graph, Sizes(lambda _: _SMALL))
-    columns = Columns(flow, known)
-    if columns.failures:
-        hints = _hints(graph)
-        if hints:
-            flow = Flow(graph, Sizes(lambda symbol: hints.get(symbol, _SMALL)))
-            exact = Columns(flow, known)
-            columns = exact if len(exact.failures) < len(columns.failures) else columns
+    columns = _propagate(graph, constants or {})
     labels = Labels(columns.flow, columns)
     read_attentions(labels)
     branches = read_branches(labels)
@@ -55,6 +47,23 @@ def find_structure(graph: fx.Graph, constants: Mapping[str, Tensor] | None = Non
     read_norms(labels)
     labels.report_rest()
     return labels.structure(branches)
+
+
+def _propagate(graph: fx.Graph, constants: Mapping[str, Tensor]) -> Columns:
+    """Small sizes first. Where they break an operator, the sizes that the graph was captured with do not."""
+    best: Columns | None = None
+    hints = _hints(graph)
+    for sizes in (Sizes(lambda _: _SMALL), Sizes(lambda symbol: hints.get(symbol, _SMALL))):
+        try:
+            found = Columns(Flow(graph, sizes), constants)
+        except ZeroDivisionError:
+            continue
+        if best is None or len(found.failures) < len(best.failures):
+            best = found
+        if not best.failures:
+            break
+    assert best is not None
+    return best
 
 
 def _hints(graph: fx.Graph) -> dict[str, int]:

@@ -68,7 +68,8 @@ def roles(model: nn.Module, example_inputs: Mapping[str, Tensor] | None = None, 
         GraftError: GC030 when it cannot be captured.
     """
     axes = _axes(model, example_inputs) or default_axes(model)
-    return find_structure(captured(model, axes, Store.mirror(model), cache).program.graph)
+    found = captured(model, axes, Store.mirror(model), cache)
+    return find_structure(found.program.graph, found.constants)
 
 
 def _axes(model: nn.Module, example_inputs: Mapping[str, Tensor] | None) -> list[Axis] | None:

@@ -10,21 +10,21 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graftc.compiler.certify import sample_inputs
-from graftc.runtime.compiled import Compiled
+from graftc.runtime.compiled import ModelRunner
 
 SHAPES: tuple[tuple[int, int], ...] = ((5, 9), (1, 4), (2, 17))
 """Batch and sequence sizes that no capture uses."""
 
 
-def inputs_for(compiled: Compiled, sizes: tuple[int, int] = SHAPES[0], seed: int = 0) -> dict[str, Tensor]:
+def inputs_for(runner: ModelRunner, sizes: tuple[int, int] = SHAPES[0], seed: int = 0) -> dict[str, Tensor]:
     """Random inputs of the signature that a model was compiled with.
 
     Args:
-        compiled: the adapted model.
+        runner: the adapted model, or the folded one.
         sizes: batch and sequence; a model with a batch axis only takes the first.
         seed: of the values.
     """
-    compilation = compiled.compilation
+    compilation = runner._compilation
     return sample_inputs(compilation.main.base, compilation.store, seed, sizes)
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from graftc.runtime.compiled import Compiled, ModelRunner
+from graftc.runtime.compiled import ModelRunner
 from graftc.specs.claims import FoldKind
 from graftc.testing.compare import SHAPES, inputs_for, largest_difference, outputs_of
 from graftc.testing.contract import Contract
@@ -28,7 +28,7 @@ class DeploymentContract(Contract):
 
     def test_onnx(self, family: str, tmp_path: Path) -> None:
         """ONNX Runtime agrees at three shapes that were not captured, unfolded and folded."""
-        compiled = self.perturbed(self.model(family))
+        _, compiled = self.shared(family, perturbed=True)
         runners: dict[str, ModelRunner] = {"unfolded": compiled}
         if self.claims.folds is not FoldKind.NONE:
             runners["folded"] = compiled.merge()
@@ -39,12 +39,12 @@ class DeploymentContract(Contract):
 
     def test_compile(self, family: str) -> None:
         """``torch.compile(fullgraph=True)`` takes the model in one graph and keeps it for every batch of 2 or more."""
-        compiled = self.perturbed(self.model(family))
-        check_compile(compiled, compiled)
+        _, compiled = self.shared(family, perturbed=True)
+        check_compile(compiled)
 
 
-def check_onnx(path: Path, compiled: Compiled, sizes: tuple[int, int], tolerance: float) -> float:
-    """Run an exported file in ONNX Runtime beside ``compiled``; returns the largest difference.
+def check_onnx(path: Path, runner: ModelRunner, sizes: tuple[int, int], tolerance: float) -> float:
+    """Run an exported file in ONNX Runtime beside ``runner``; returns the largest difference.
 
     Raises:
         AssertionError: it is over ``tolerance``.
@@ -52,28 +52,26 @@ def check_onnx(path: Path, compiled: Compiled, sizes: tuple[int, int], tolerance
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    inputs = inputs_for(compiled, sizes, seed=sizes[0])
+    inputs = inputs_for(runner, sizes, seed=sizes[0])
     found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-    difference = largest_difference([torch.from_numpy(value) for value in found], outputs_of(compiled, inputs))
+    difference = largest_difference([torch.from_numpy(value) for value in found], outputs_of(runner, inputs))
     assert difference <= tolerance, f"ONNX Runtime and torch differ by {difference:.2e} at {sizes}"
     return difference
 
 
-def check_compile(runner: ModelRunner, reference: ModelRunner, backend: str = "inductor") -> None:
+def check_compile(runner: ModelRunner, backend: str = "inductor") -> None:
     """Compile ``runner`` in one graph and call it at several batch sizes.
 
     Raises:
-        AssertionError: its outputs leave ``reference``'s by more than 1e-4.
+        AssertionError: its outputs leave those of eager execution by more than 1e-4.
         torch._dynamo.exc.RecompileError: a batch size made it compile again.
     """
     import torch._dynamo as dynamo
 
     dynamo.reset()
     whole: Any = torch.compile(runner, fullgraph=True, dynamic=True, backend=backend)
-    compiled = reference
-    assert isinstance(compiled, Compiled)
-    calls = [inputs_for(compiled, (batch, 9), seed=batch) for batch in BATCHES]
-    expected = [outputs_of(reference, inputs) for inputs in calls]
+    calls = [inputs_for(runner, (batch, 9), seed=batch) for batch in BATCHES]
+    expected = [outputs_of(runner, inputs) for inputs in calls]
     try:
         found = [outputs_of(whole, calls[0])]
         with dynamo.config.patch(error_on_recompile=True):

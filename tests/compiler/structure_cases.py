@@ -338,6 +338,30 @@ class Packed(nn.Module):
         return logits
 
 
+class Einsum(nn.Module):
+    """Attention in index notation: keys written in place, scores plus a bias that depends on the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [nn.ModuleList([nn.Linear(D, D) for _ in range(3)] + [nn.Linear(D, D, bias=False)]) for _ in range(2)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias: Tensor | None = None
+        for first, second, third, last in self.layers:  # type: ignore[misc]
+            heads = [f(x).unflatten(-1, (HEADS, -1)) for f in (first, second, third)]
+            key = torch.zeros_like(heads[1])
+            key[..., :5] = heads[1][..., 7:]
+            key[..., 5:] = heads[2][..., 5:]
+            scores = torch.einsum("bqhd,bkhd->bhqk", heads[0], key)
+            bias = scores if bias is None else bias
+            weights = torch.softmax(scores + bias, -1)
+            mixed = torch.einsum("bhqk,bkhd->bqhd", weights, heads[2])
+            x = x + last(mixed.flatten(-2))
+        return x
+
+
 class Odd(nn.Module):
     """Residual branches of no known form."""
 

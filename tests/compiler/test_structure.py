@@ -28,6 +28,7 @@ from tests.compiler.structure_cases import (
     VALUES,
     Captured,
     D,
+    Einsum,
     Misnamed,
     Odd,
     Packed,
@@ -294,6 +295,25 @@ def test_slices_of_one_parameter_are_rows_of_it() -> None:
         "decoder.cross.attn.v": ("decoder.layers.0.multihead_attn.in_proj_weight", "96:144"),
         "decoder.cross.attn.o": ("decoder.layers.0.multihead_attn.out_proj.weight", "all"),
     }
+
+
+def test_index_notation_and_writes_in_place() -> None:
+    torch.manual_seed(0)
+    model = captured(Einsum(), VALUES)
+    second = tuple((i + 7, i + 12) for i in range(0, D, 12))
+    third = tuple((i + 5, i + 12) for i in range(0, D, 12))
+    for layer in (0, 1):
+        found = {(f.role, f.module, f.rows) for f in model.structure.findings if f.layer == layer and f.parameter}
+        assert found == {
+            ("attn.q", f"layers.{layer}.0", None),
+            ("attn.k", f"layers.{layer}.1", second),
+            ("attn.k", f"layers.{layer}.2", third),
+            ("attn.v", f"layers.{layer}.2", None),
+            ("attn.o", f"layers.{layer}.3", None),
+        }
+    assert len(model.structure.sublayers) == 2
+    assert [u.module for u in model.structure.unresolved] == ["layers.0.1", "layers.1.1"]
+    assert "rows 0:7,12:19" in model.structure.unresolved[0].reason
 
 
 def test_unknown_forms_are_unresolved_and_never_guessed() -> None:

@@ -35,9 +35,7 @@ def program(compilation: Any) -> Program:
 
 def inserted(program: Program, part: str) -> fx.Node:
     """The first node that is this part of an adaptation."""
-    return next(
-        n for n in program.graph.nodes if n.op == "call_function" and (provenance(n) or {}).get("part") == part
-    )
+    return next(n for n in program.graph.nodes if n.op == "call_function" and (provenance(n) or {}).get("part") == part)
 
 
 def base_call(program: Program, target: Any) -> fx.Node:

@@ -14,9 +14,7 @@ class Scale(MethodSpec):
     The vector has one element per output row of the site, in the weight's dtype, and folds exactly into `W` and `b`.
     """
 
-    claims: ClassVar[Claims] = Claims(
-        sites=frozenset({SiteKind.LINEAR}), identity_at_init=True, folds=FoldKind.EXACT
-    )
+    claims: ClassVar[Claims] = Claims(sites=frozenset({SiteKind.LINEAR}), identity_at_init=True, folds=FoldKind.EXACT)
     paper: ClassVar[str] = (
         "After Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning"
     )

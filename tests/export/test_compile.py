@@ -1,0 +1,41 @@
+"""``torch.compile``: one graph, and no second compilation among batch sizes of 2 and more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import graftc
+from graftc.testing import perturb
+from graftc.testing.deployment import check_compile
+from tests.families import FAMILIES, tiny
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_graph_for_all_batches(family: str) -> None:
+    """Guards do not depend on what generates the code, so the quick backend does for every family."""
+    spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v", "ffn.down"]}, "rank": 4}]}
+    compiled = graftc.compile(spec, tiny(family)).eval()
+    perturb(compiled)
+    check_compile(compiled, backend="aot_eager")
+    check_compile(compiled.merge(), backend="aot_eager")
+
+
+@pytest.mark.slow
+def test_the_check_notices_a_recompilation() -> None:
+    """A model that asks for its batch size would be caught."""
+
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.map(x) * (2 if x.shape[0] == 2 else 3)
+
+    whole = torch.compile(Counting(), fullgraph=True, dynamic=True, backend="eager")
+    whole(torch.randn(2, 4))
+    with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(Exception, match="[Rr]ecompil"):
+        whole(torch.randn(3, 4))
+    torch._dynamo.reset()

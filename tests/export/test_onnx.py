@@ -1,0 +1,137 @@
+"""ONNX of every family, folded: the model's own names, dynamic axes, metadata, and ONNX Runtime agrees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graftc
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import largest_difference, outputs_of, perturb
+from graftc.testing.compare import SHAPES, inputs_for
+from graftc.testing.deployment import check_onnx
+from tests.families import FAMILIES, tiny
+
+SPEC = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v", "ffn.down"]}, "rank": 4, "dropout": 0.1}]}
+
+
+def perturbed(family: str) -> Any:
+    """A tiny model with perturbed LoRA, in eval mode."""
+    compiled = graftc.compile(SPEC, tiny(family)).eval()
+    perturb(compiled)
+    return compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folded(family: str, tmp_path: Path) -> None:
+    """Within 1e-4 at three shapes that were not captured; checked; says what it is; holds no trace of the adapters."""
+    import onnx
+
+    compiled = perturbed(family)
+    merged = compiled.merge()
+    path = merged.export(tmp_path / "model.onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    for sizes in SHAPES:
+        check_onnx(path, merged, sizes, 1e-4)
+        assert check_onnx(path, compiled, sizes, 1e-4) < 1e-4
+
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(path)
+    program = compiled.program("eval")
+    assert tuple(value.name for value in model.graph.input) == program.signature
+    assert [value.name for value in model.graph.output] == ["logits"]
+    for value, spec in zip(model.graph.input, program.inputs, strict=True):
+        dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        assert dims == list(spec.shape)
+    assert (model.graph.output[0].type.tensor_type.shape.dim[0].dim_param) == "batch"
+
+    found = {entry.key: entry.value for entry in model.metadata_props}
+    assert set(found) >= {"graftc.spec", "graftc.fingerprint", "graftc.certificate"}
+    certificate = json.loads(found["graftc.certificate"])
+    assert certificate == json.loads(json.dumps(merged.certificate.to_json()))
+    assert certificate["passed"] is True
+    assert found["graftc.fingerprint"] == certificate["fingerprint"]
+    written = tmp_path / "spec.yaml"
+    written.write_text(found["graftc.spec"])
+    assert graftc.load_spec(written) == compiled.spec
+    assert not [node for node in model.graph.node if "graftc.lora" in str(node)]
+
+
+@pytest.mark.slow
+def test_unfolded(tmp_path: Path) -> None:
+    """Adapters in place: the same outputs, a spec, and no certificate, since nothing was folded."""
+    import onnx
+
+    compiled = perturbed("gpt2")
+    path = compiled.export(tmp_path / "model.onnx")
+    for sizes in SHAPES:
+        check_onnx(path, compiled, sizes, 1e-4)
+    keys = {entry.key for entry in onnx.load(path).metadata_props}
+    assert "graftc.spec" in keys
+    assert "graftc.certificate" not in keys
+
+
+@pytest.mark.slow
+def test_large_weights_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the limit, weights go into a file of their own, which moves together with the model."""
+    from graftc.runtime.export import onnx as writer
+
+    monkeypatch.setattr(writer, "LARGE", 1000)
+    merged = perturbed("bert").merge()
+    path = merged.export(tmp_path / "out" / "model.onnx")
+    assert sorted(file.name for file in path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+    moved = path.parent.rename(tmp_path / "moved") / "model.onnx"
+    check_onnx(moved, merged, SHAPES[0], 1e-4)
+    with pytest.raises(GraftError) as error:
+        merged.export(tmp_path / "moved" / "model.onnx")
+    assert error.value.code == "GC063"
+
+
+def test_existing_file_is_kept(tmp_path: Path) -> None:
+    """An export never replaces a file, and starts no work on one."""
+    path = tmp_path / "model.onnx"
+    path.write_text("mine")
+    with pytest.raises(GraftError) as error:
+        perturbed("bert").export(path)
+    assert error.value.code == "GC063"
+    assert path.read_text() == "mine"
+
+
+def test_unknown_format(tmp_path: Path) -> None:
+    """The formats are named."""
+    with pytest.raises(GraftError, match="onnx and pt2") as error:
+        perturbed("bert").export(tmp_path / "model.bin", format="bin")
+    assert error.value.code == "GC060"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime is asked before the file is put in place: no agreement, no file."""
+    from graftc.runtime.export import onnx as writer
+
+    monkeypatch.setattr(writer, "TOLERANCE", -1.0)
+    with pytest.raises(GraftError, match="differs from torch") as error:
+        perturbed("bert").merge().export(tmp_path / "model.onnx")
+    assert error.value.code == "GC060"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_training_goes_on_after_an_export(tmp_path: Path) -> None:
+    """Exporting leaves mode, tensors and outputs of the compiled model as they were."""
+    compiled = perturbed("llama")
+    inputs = inputs_for(compiled)
+    before = outputs_of(compiled, inputs)
+    compiled.train()
+    compiled.export(tmp_path / "model.onnx")
+    assert compiled.training
+    assert largest_difference(outputs_of(compiled, inputs), before) == 0
+    compiled(**inputs).logits.sum().backward()
+    assert all(p.grad is not None for p in compiled.parameters() if p.requires_grad)
+    assert not any(isinstance(p, torch._subclasses.FakeTensor) for p in compiled.parameters())
