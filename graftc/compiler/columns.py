@@ -185,8 +185,9 @@ class Columns:
 
     def _run(self, node: fx.Node, name: str) -> Any:
         if name == "getitem":
-            held = self._index.get(node.args[0])  # type: ignore[arg-type]
-            return held[node.args[1]] if isinstance(held, list | tuple) else held
+            held: Any = self._index.get(node.args[0])  # type: ignore[arg-type]
+            index: Any = node.args[1]
+            return held[index] if isinstance(held, list | tuple) else held
         if name == "copy" and self._writes:
             return self._copy(node)
         if name in CREATING:

@@ -101,6 +101,18 @@ class ModelRunner(Runner):
         family = self._compilation.family(present)
         return family.train if self.training else family.eval
 
+    def export(self, path: str | Path, format: Literal["onnx", "pt2"] = "onnx") -> Path:
+        """Export the model in eval mode: a compiled one with its adapters as they are, a merged one folded, with its
+        certificate in the metadata.
+
+        Raises:
+            GraftError: GC060 when the exporter or the check of its result fails, GC061 without the ``export`` extra,
+                GC063 when ``path`` exists.
+        """
+        from graftc.runtime.export import export_model
+
+        return export_model(self, Path(path), format)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves between devices retarget the graphs; another dtype needs another capture."""
         moved = fn(torch.empty(0, dtype=self._dtype, device=self.device))
@@ -220,16 +232,6 @@ class Compiled(ModelRunner):
         from graftc.runtime.merged import merge
 
         return merge(self, budget)
-
-    def export(self, path: str | Path, format: Literal["onnx", "pt2"] = "onnx") -> Path:
-        """Export the adapted model, adapters as they are; `merge` first for the folded one.
-
-        Raises:
-            GraftError: GC060 when the exporter or the check of its result fails, GC061 without the ``export`` extra.
-        """
-        from graftc.runtime.export import export_model
-
-        return export_model(self, Path(path), format)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

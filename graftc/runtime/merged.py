@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -62,16 +61,6 @@ class Merged(ModelRunner):
         from graftc.runtime.interop.transformers import to_transformers
 
         return to_transformers(self)
-
-    def export(self, path: str | Path, format: Literal["onnx", "pt2"] = "onnx") -> Path:
-        """Export the folded model with its certificate in the metadata.
-
-        Raises:
-            GraftError: GC060 when the exporter or the check of its result fails, GC061 without the ``export`` extra.
-        """
-        from graftc.runtime.export import export_model
-
-        return export_model(self, Path(path), format)
 
 
 def folded_program(compilation: Compilation, present: Mapping[str, Any], additions: tuple[str, ...]) -> Program:

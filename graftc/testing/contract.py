@@ -226,7 +226,8 @@ def _train(compiled: Compiled, inputs: Mapping[str, Tensor], tensors: Mapping[st
         optimiser.zero_grad()
         outputs = compiled(**inputs, return_dict=False)
         leaves = [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
-        torch.stack([(leaf.float() * torch.randn_like(leaf.float())).sum() for leaf in leaves]).sum().backward()
+        loss = torch.stack([(leaf.float() * torch.randn_like(leaf.float())).sum() for leaf in leaves]).sum()
+        torch.autograd.backward(loss)
         for name, tensor in tensors.items():
             if tensor.grad is not None:
                 seen[name] = max(seen[name], float(tensor.grad.abs().max()))

@@ -46,7 +46,13 @@ def gpt2(**changes: Any) -> nn.Module:
     """GPT-2 with its language model head: ``Conv1D`` layers, one of them q, k and v fused; the head is tied."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    own = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_inner": INTERMEDIATE, "vocab_size": VOCABULARY}
+    own: dict[str, Any] = {
+        "n_embd": HIDDEN,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_inner": INTERMEDIATE,
+        "vocab_size": VOCABULARY,
+    }
     own["initializer_range"] = 0.1
     return GPT2LMHeadModel(GPT2Config(**{**own, "bos_token_id": 0, "eos_token_id": 0, **changes}))
 

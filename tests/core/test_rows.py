@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def rows(draw: st.DrawFn, total: int | None = None) -> Rows:
     """Some rows, in runs that may touch."""
     size = total if total is not None else draw(st.integers(1, 24))
     cuts = sorted(draw(st.sets(st.integers(0, size), min_size=2, max_size=14)))
-    pairs = list(zip(cuts, cuts[1:], strict=False))
+    pairs = list(pairwise(cuts))
     own = draw(st.lists(st.booleans(), min_size=len(pairs), max_size=len(pairs)).filter(any))
     return Rows(size, tuple(pair for pair, mine in zip(pairs, own, strict=True) if mine))
 

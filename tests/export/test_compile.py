@@ -36,6 +36,6 @@ def test_the_check_notices_a_recompilation() -> None:
 
     whole = torch.compile(Counting(), fullgraph=True, dynamic=True, backend="eager")
     whole(torch.randn(2, 4))
-    with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(Exception, match="[Rr]ecompil"):
+    with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(Exception, match=r"[Rr]ecompil"):
         whole(torch.randn(3, 4))
     torch._dynamo.reset()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import pytest
 
 from graftc.testing import FAMILIES, DeploymentContract, MethodContract
@@ -12,42 +14,49 @@ ROLES = ["attn.q", "attn.v", "ffn.down"]
 class TestLoRA(MethodContract):
     """Plain LoRA with dropout. ``attn.q`` of GPT-2 is a range of rows of a fused matrix."""
 
-    adaptation = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "dropout": 0.1}
+    adaptation: ClassVar[dict[str, Any]] = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "dropout": 0.1}
 
 
 class TestFromWeight(MethodContract):
     """Factors that start from the weight: identity exact all the same."""
 
-    adaptation = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "init": "pissa"}
+    adaptation: ClassVar[dict[str, Any]] = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "init": "pissa"}
     families = ("gpt2",)
 
 
 class TestOrthonormal(MethodContract):
     """The QR start, scaled by the root of the rank."""
 
-    adaptation = {"method": "lora", "target": {"role": ROLES}, "rank": 5, "alpha": 3, "init": "olora", "rslora": True}
+    adaptation: ClassVar[dict[str, Any]] = {
+        "method": "lora",
+        "target": {"role": ROLES},
+        "rank": 5,
+        "alpha": 3,
+        "init": "olora",
+        "rslora": True,
+    }
     families = ("llama",)
 
 
 class TestBiasesOfAdapted(MethodContract):
     """Biases of adapted rows train as well."""
 
-    adaptation = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "bias": "lora_only"}
+    adaptation: ClassVar[dict[str, Any]] = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "bias": "lora_only"}
     families = ("gpt2",)
 
 
 class TestAllBiases(MethodContract):
     """Every bias trains, those of norms too."""
 
-    adaptation = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "bias": "all"}
+    adaptation: ClassVar[dict[str, Any]] = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "bias": "all"}
     families = ("vit",)
 
 
 class TestWithHead(MethodContract):
     """A head trained in full beside the adaptation."""
 
-    adaptation = {"method": "lora", "target": {"role": ROLES}, "rank": 4}
-    spec = {"train": ["classifier"]}
+    adaptation: ClassVar[dict[str, Any]] = {"method": "lora", "target": {"role": ROLES}, "rank": 4}
+    spec: ClassVar[dict[str, Any]] = {"train": ["classifier"]}
     families = ("roberta",)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import graftc
 import pytest
+
+import graftc
 from graftc.testing import MethodContract, largest_difference, outputs_of, perturb, tiny
 from graftc.testing.compare import inputs_for
 
