@@ -15,6 +15,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _OWN_CACHE = None if "GRAFTC_CACHE" in os.environ else tempfile.mkdtemp(prefix="graftc-test-captures-")
 if _OWN_CACHE is not None:
     os.environ["GRAFTC_CACHE"] = _OWN_CACHE
+# Two processes that compile the same kernel into one folder read each other's half-written files.
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["GRAFTC_CACHE"], f"inductor-{_WORKER}")
+# Workers of pytest-xdist inherit the width of the terminal, which tables would be fitted to.
+os.environ.pop("COLUMNS", None)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

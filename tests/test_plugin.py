@@ -39,6 +39,12 @@ def test_it_is_listed(environment: dict[str, str], tmp_path: Path) -> None:
     assert '"scale"' in json.dumps(json.loads(found.stdout))
 
 
+def test_listing_loads_no_torch(environment: dict[str, str], tmp_path: Path) -> None:
+    code = "import sys; from graftc.specs.registry import method_specs as m; print('scale' in m(), 'torch' in sys.modules)"
+    found = run(environment, tmp_path, "-c", code)
+    assert found.stdout.split() == ["True", "False"], found.stderr
+
+
 def test_it_passes_the_contract(environment: dict[str, str], tmp_path: Path) -> None:
     found = run(environment, tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PLUGIN / "tests"))
     assert found.returncode == 0, found.stdout[-3000:]

@@ -114,7 +114,15 @@ class Certificate:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON data."""
-        return {"passed": self.passed, **asdict(self), "largest_difference": self.largest_difference}
+        return {
+            "passed": self.passed,
+            **asdict(self),
+            "sites": [{**asdict(site), "adaptations": list(site.adaptations)} for site in self.sites],
+            "outputs": dict(self.outputs),
+            "additions": list(self.additions),
+            "notes": list(self.notes),
+            "largest_difference": self.largest_difference,
+        }
 
 
 def probe_sites(compilation: Compilation, lazy: LazyTensors, seed: int = 0) -> tuple[SiteEvidence, ...]:

@@ -71,7 +71,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON data."""
-        return asdict(self)
+        return {**asdict(self), "adaptations": [asdict(a) for a in self.adaptations], "notes": list(self.notes)}
 
 
 def report(compilation: Compilation) -> Report:

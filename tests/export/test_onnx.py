@@ -1,4 +1,7 @@
-"""ONNX of every family, folded: the model's own names, dynamic axes, metadata, and ONNX Runtime agrees."""
+"""What an ONNX file holds beside the numbers: the model's own names, dynamic axes, metadata; and when there is none.
+
+That ONNX Runtime agrees is checked for every family by the contract of LoRA's deployment.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from graftc.specs.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import SHAPES, inputs_for
 from graftc.testing.deployment import check_onnx
-from tests.families import FAMILIES, tiny
+from tests.families import tiny
 
 SPEC = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v", "ffn.down"]}, "rank": 4, "dropout": 0.1}]}
 
@@ -27,7 +30,7 @@ def perturbed(family: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["bert", "vit"])
 def test_folded(family: str, tmp_path: Path) -> None:
     """Within 1e-4 at three shapes that were not captured; checked; says what it is; holds no trace of the adapters."""
     import onnx
@@ -60,20 +63,6 @@ def test_folded(family: str, tmp_path: Path) -> None:
     written.write_text(found["graftc.spec"])
     assert graftc.load_spec(written) == compiled.spec
     assert not [node for node in model.graph.node if "graftc.lora" in str(node)]
-
-
-@pytest.mark.slow
-def test_unfolded(tmp_path: Path) -> None:
-    """Adapters in place: the same outputs, a spec, and no certificate, since nothing was folded."""
-    import onnx
-
-    compiled = perturbed("gpt2")
-    path = compiled.export(tmp_path / "model.onnx")
-    for sizes in SHAPES:
-        check_onnx(path, compiled, sizes, 1e-4)
-    keys = {entry.key for entry in onnx.load(path).metadata_props}
-    assert "graftc.spec" in keys
-    assert "graftc.certificate" not in keys
 
 
 @pytest.mark.slow
@@ -124,13 +113,18 @@ def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_training_goes_on_after_an_export(tmp_path: Path) -> None:
-    """Exporting leaves mode, tensors and outputs of the compiled model as they were."""
+    """Exporting leaves mode, tensors and outputs of the compiled model as they were; nothing folded, no certificate."""
+    import onnx
+
     compiled = perturbed("llama")
     inputs = inputs_for(compiled)
     before = outputs_of(compiled, inputs)
     compiled.train()
-    compiled.export(tmp_path / "model.onnx")
+    path = compiled.export(tmp_path / "model.onnx")
     assert compiled.training
+    keys = {entry.key for entry in onnx.load(path).metadata_props}
+    assert "graftc.spec" in keys
+    assert "graftc.certificate" not in keys
     assert largest_difference(outputs_of(compiled, inputs), before) == 0
     compiled(**inputs).logits.sum().backward()
     assert all(p.grad is not None for p in compiled.parameters() if p.requires_grad)

@@ -1,14 +1,18 @@
-"""Scaling through the contract that every method inherits, and stacked on LoRA in both orders."""
+"""Scaling through the contract that every method inherits, its fold, and stacked on LoRA in both orders."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 import graftc
-from graftc.testing import MethodContract, largest_difference, outputs_of, perturb, tiny
+from graftc.passes.core.folds import WeightFold
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, tiny
 from graftc.testing.compare import inputs_for
+from graftc_scale.method import ScaleMethod
 
 TARGET = {"role": ["attn.q", "attn.v", "ffn.down"]}
 SCALE: dict[str, Any] = {"method": "scale", "target": TARGET}
@@ -19,6 +23,41 @@ class TestScale(MethodContract):
     """The contract, on every family."""
 
     adaptation: ClassVar[dict[str, Any]] = SCALE
+
+
+class TestScaleDeployed(DeploymentContract):
+    """Exports and compilation, on one family."""
+
+    adaptation: ClassVar[dict[str, Any]] = SCALE
+    families = ("gpt2",)
+
+
+def test_fold_scales_rows_and_bias() -> None:
+    compiled = graftc.compile({"adapt": [SCALE]}, tiny("bert"))
+    perturb(compiled)
+    module = "bert.encoder.layer.0.output.dense"
+    scale = compiled.adapter_state_dict()[f"{module}.graftc.scale.scale"].double()
+    assert scale.unique().numel() == 48
+    lazy, store = compiled.compilation.lazy_tensors(), compiled.compilation.store
+    assert torch.equal(lazy.exact(f"{module}.weight"), scale[:, None] * store.get(f"{module}.weight").double())
+    assert torch.equal(lazy.exact(f"{module}.bias"), scale * store.get(f"{module}.bias").double())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_fold_that_forgets_the_bias_is_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = graftc.compile({"adapt": [SCALE]}, tiny(family))
+    perturb(compiled)
+    original = ScaleMethod.fold
+
+    def fold(self: ScaleMethod, spec: Any, site: Any, tensors: Any) -> WeightFold:
+        inner = original(self, spec, site, tensors)
+        assert isinstance(inner, WeightFold)
+        return WeightFold(lambda weight, bias: (inner.apply(weight, bias)[0], bias))
+
+    monkeypatch.setattr(ScaleMethod, "fold", fold)
+    with pytest.raises(GraftError) as error:
+        compiled.merge(budget=1e9)
+    assert error.value.code == "GC051"
 
 
 @pytest.mark.parametrize("order", [(LORA, SCALE), (SCALE, LORA)], ids=["lora-scale", "scale-lora"])

@@ -30,7 +30,7 @@ def dropout_mask(like: Tensor, seed: Tensor, p: float) -> Tensor:
     number = torch.arange(like.numel(), device=like.device, dtype=torch.int32)
     low = (seed & 0x7FFFFFFF).to(torch.int32)
     high = ((seed >> 31) & 0x7FFFFFFF).to(torch.int32)
-    z = number * (high | 1) + low
+    z = number * (2 * high + 1) + low
     z = (z ^ ((z >> 16) & 0xFFFF)) * 0x7FEB352D
     z = (z ^ ((z >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
     z = z ^ ((z >> 16) & 0xFFFF)
