@@ -63,4 +63,4 @@ def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
     """
     if not a or [t.shape for t in a] != [t.shape for t in b]:
         raise ValueError(f"cannot compare {[list(t.shape) for t in a]} with {[list(t.shape) for t in b]}")
-    return max(float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True))
+    return max(float((x.detach().double() - y.detach().double()).abs().max()) for x, y in zip(a, b, strict=True))

@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from graftc_scale.method import ScaleMethod
 
 import graftc
 from graftc.passes.core.folds import WeightFold
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, tiny
 from graftc.testing.compare import inputs_for
-from graftc_scale.method import ScaleMethod
 
 TARGET = {"role": ["attn.q", "attn.v", "ffn.down"]}
 SCALE: dict[str, Any] = {"method": "scale", "target": TARGET}
