@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graftc.passes.core.program import Program, map_nodes
+from graftc.passes.core.program import Program
 from graftc.passes.core.shapes import expression
 
 aten = torch.ops.aten
@@ -279,5 +279,3 @@ RULES: dict[Any, Rule] = {
     aten.dropout.default: _dropout,
     operator.getitem: _getitem,
 }
-
-__all__ = ["canonicalise", "map_nodes", "remove_dead", "takes_device"]

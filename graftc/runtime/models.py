@@ -42,7 +42,7 @@ def load_model(text: str, *, meta: bool = False) -> nn.Module:
     if _CALLABLE.fullmatch(text):
         model = _from_callable(text, meta)
     else:
-        with _quiet_transformers():
+        with quiet_transformers():
             model = _from_transformers(text, meta)
     return model.eval()
 
@@ -153,8 +153,8 @@ def _cached(text: str) -> str | None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without progress bars, and without the warning of a head that has no weights yet."""
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers shows no progress bars and does not warn of a head that has no weights yet."""
     from transformers.utils import logging as untyped
 
     logging: Any = untyped

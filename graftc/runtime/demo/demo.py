@@ -29,6 +29,7 @@ from graftc.runtime.demo.baseline import embed, logistic_regression
 from graftc.runtime.demo.data import Dataset, Encoded, Split, encode, find_model, load_r8, training_batches
 from graftc.runtime.demo.result import Agreement, DemoResult
 from graftc.runtime.demo.training import Scores, predict, score, train_classifier
+from graftc.runtime.models import quiet_transformers
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 
@@ -93,7 +94,7 @@ def run_demo(out: Path, quick: bool = False, console: Console | None = None) -> 
     folder, data = find_model(), load_r8()
     _require("onnxruntime", *(["sklearn"] if plan.baseline else []))
     _claim(out)
-    with torch.random.fork_rng(devices=[]), _quiet_transformers():
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
         return _Demo(plan, quick, console, out, folder, data).run()
 
 
@@ -352,20 +353,3 @@ def _claim(out: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise GraftError("GC063", f"'{out}' cannot be written ({reason})") from None
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without its bars and its warning of a new head, which is what the demo trains."""
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
