@@ -6,6 +6,7 @@ STAMP  := $(VENV)/.graftc-setup
 EXTRAS := dev,demo,train,export
 OUT    ?= demo-out
 QUICK  ?=
+JOBS   ?= 2
 ARGS   ?=
 
 # Two test processes with one thread each: more threads on two cores only get in each other's way.
@@ -14,7 +15,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast test-full test-gpu lint format wheel clean
+.PHONY: help setup demo test test-fast test-full test-gpu lint format wheel coverage clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +84,9 @@ wheel: setup ## build the wheel (build/wheel) and try it from another folder
 	"$$root/$(BIN)/python" -c 'import json; assert "lora" in json.dumps(json.load(open("methods.json")))'; \
 	echo "wheel: built, installed and run from another folder"
 
+coverage: setup ## examine every architecture of the installed transformers, write docs/coverage.* (JOBS=2, ARGS)
+	$(TEST_ENV) $(BIN)/python -m tools.coverage --jobs $(JOBS) $(ARGS)
+
 clean: ## remove builds, caches and the demo's output; .venv stays
 	rm -rf build dist demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find graftc tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find graftc tests tools examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from graftc.testing.families import FAMILIES, bert, gpt2, llama, roberta, tiny, vit
+from graftc.testing.families import FAMILIES, bert, gpt2, gpt_neox, llama, mixtral, roberta, t5, tiny, vit
 
-__all__ = ["FAMILIES", "bert", "gpt2", "llama", "roberta", "tiny", "vit"]
+__all__ = ["FAMILIES", "bert", "gpt2", "gpt_neox", "llama", "mixtral", "roberta", "t5", "tiny", "vit"]

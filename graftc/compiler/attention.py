@@ -29,6 +29,9 @@ def _projection(labels: Labels, attention: Attention, letter: str, operand: fx.N
     found = labels.linear_columns(operand)
     for node, columns in found.items():
         linear = labels.flow.linears[node]
+        if linear.experts:
+            labels.fail(node, f"a 3-D weight, reaches {letter} of {attention.name}")
+            continue
         evidence = f"{letter}: reaches {attention.name}{labels.journey(operand)}"
         labels.linear(f"attn.{letter}", linear, columns, evidence, attention=attention.node)
     if found:
@@ -75,19 +78,23 @@ def _stages(labels: Labels, operands: tuple[fx.Node, ...]) -> dict[fx.Node, Tens
     for operand in operands:
         for node in labels.linear_columns(operand):
             for first, columns in labels.linear_columns(labels.flow.linears[node].input).items():
-                if not labels.has_role(first, columns) and not labels.in_stream(first):
+                if labels.has_role(first, columns) or labels.in_stream(first):
+                    continue
+                if labels.flow.linears[first].mixes:
+                    labels.fail(first, f"a convolution over positions before {labels.short(node)}")
+                else:
                     both = [found[first], columns] if first in found else [columns]
                     found[first] = torch.unique(torch.cat(both))
     return found
 
 
 def _find_crosses(labels: Labels) -> None:
-    """Cross-attention: keys come from a stream that the queries' stream does not continue."""
+    """Cross-attention: keys come from a stream that is not the queries' own and that reads nothing of that one."""
     lines = _Lines(labels)
     first: Attention | None = None
     for attention in labels.flow.attentions.values():
         query, key = lines.of(attention.query), lines.of(attention.key)
-        if query and key and not query & key:
+        if query and key and not query & key and not any(lines.depends(k, q) for k in key for q in query):
             labels.crosses.add(attention.node)
             first = first or attention
     if first is not None:
@@ -130,6 +137,13 @@ class _Lines:
             else:
                 found.add(self._root(number))
         return found
+
+    def depends(self, line: int, other: int) -> bool:
+        """Whether a branch of one line reads what the other line starts from."""
+        flow, sources = self.labels.flow, self.labels.columns.sources
+        members = [(self._root(number), sources[number]) for number in self._parent]
+        starts = sum(1 << flow.at[n] for root, n in members if root == other and n not in flow.residuals)
+        return any(flow.above[flow.at[n]] & starts for root, n in members if root == line and n in flow.residuals)
 
     def _root(self, number: int) -> int:
         while self._parent.get(number, number) != number:

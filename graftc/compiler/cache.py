@@ -1,9 +1,9 @@
 """The capture cache: canonicalised, weightless graphs in the user's cache folder, as JSON.
 
 The key covers everything that a capture depends on: the model's class and its source, its config, the names, types
-and ties of its tensors, the signature, and the versions of Python, torch, transformers and graftc. A model without a
-config is not cached: what its attributes do to its forward cannot be told. Set ``GRAFTC_CACHE`` to another folder,
-or to ``off``.
+and ties of its tensors, the signature (inputs and flags), and the versions of Python, torch, transformers and graftc.
+A model without a config is not cached: what its attributes do to its forward cannot be told. Set ``GRAFTC_CACHE`` to
+another folder, or to ``off``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ import torch
 from torch import nn
 
 import graftc
-from graftc.compiler.capture import Capture
-from graftc.compiler.signature import Axis, device_of
+from graftc.compiler.capture import Capture, capture
+from graftc.compiler.interface import Flags, device_of
+from graftc.compiler.signature import Axis
+from graftc.passes.core.program import Mode
 from graftc.passes.core.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES
 
@@ -43,7 +45,7 @@ def folder() -> Path | None:
     return Path(home) / "graftc" / "captures"
 
 
-def key(model: nn.Module, axes: Sequence[Axis]) -> str | None:
+def key(model: nn.Module, axes: Sequence[Axis], flags: Flags = (), mode: Mode = "train") -> str | None:
     """The key of a capture; None for a model that cannot be told from its config."""
     config = getattr(model, "config", None)
     to_dict = getattr(config, "to_dict", None)
@@ -68,6 +70,8 @@ def key(model: nn.Module, axes: Sequence[Axis]) -> str | None:
         "modules": repr(model),
         "tensors": tensors,
         "axes": [(a.name, str(a.dtype), list(a.axes)) for a in axes],
+        "flags": [list(flag) for flag in flags],
+        "mode": mode,
         "versions": [
             platform.python_version(),
             torch.__version__,
@@ -104,9 +108,9 @@ def _own_digest() -> str:
     return digest.hexdigest()
 
 
-def lookup(model: nn.Module, axes: Sequence[Axis]) -> Capture | None:
+def lookup(model: nn.Module, axes: Sequence[Axis], flags: Flags = (), mode: Mode = "train") -> Capture | None:
     """The kept capture, with fake values on the model's device, or None."""
-    path = _path(model, axes)
+    path = _path(model, axes, flags, mode)
     if path is None:
         return None
     started = time.perf_counter()
@@ -120,19 +124,19 @@ def lookup(model: nn.Module, axes: Sequence[Axis]) -> Capture | None:
     return Capture(program, constants, seconds, cached=True, notes=tuple(data.get("notes", ())))
 
 
-def keep(model: nn.Module, axes: Sequence[Axis], capture: Capture) -> None:
+def keep(model: nn.Module, axes: Sequence[Axis], found: Capture) -> None:
     """Keep a capture; written beside and renamed. What cannot be kept is passed over silently."""
-    path = _path(model, axes)
+    path = _path(model, axes, found.program.flags, found.program.mode)
     if path is None:
         return
-    if any(t.numel() * t.element_size() > _LARGEST_CONSTANT for t in capture.constants.values()):
+    if any(t.numel() * t.element_size() > _LARGEST_CONSTANT for t in found.constants.values()):
         return
     try:
-        constants = {name: _encode(tensor) for name, tensor in capture.constants.items()}
+        constants = {name: _encode(tensor) for name, tensor in found.constants.items()}
         data = {
-            "program": program_to_json(capture.program),
+            "program": program_to_json(found.program),
             "constants": constants,
-            "notes": list(capture.notes),
+            "notes": list(found.notes),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
@@ -142,9 +146,28 @@ def keep(model: nn.Module, axes: Sequence[Axis], capture: Capture) -> None:
         return
 
 
-def _path(model: nn.Module, axes: Sequence[Axis]) -> Path | None:
+def captured(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    flags: Flags = (),
+    *,
+    mode: Mode = "train",
+    canonical: Mapping[str, str],
+    use_cache: bool = True,
+) -> Capture:
+    """A capture from the cache, or a new one that goes there. See `graftc.compiler.capture.capture`."""
+    entry = lookup(model, axes, flags, mode) if use_cache else None
+    if entry is not None:
+        return entry
+    found = capture(model, axes, flags=flags, mode=mode, canonical=canonical)
+    if use_cache:
+        keep(model, axes, found)
+    return found
+
+
+def _path(model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode) -> Path | None:
     base = folder()
-    found = key(model, axes) if base is not None else None
+    found = key(model, axes, flags, mode) if base is not None else None
     return base / f"{found}.json" if base is not None and found is not None else None
 
 

@@ -23,12 +23,16 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from graftc.compiler.signature import Axis, default_axes, device_of, tie_sizes
+from graftc.compiler.defaults import default_axes
+from graftc.compiler.interface import Flags, device_of, is_transformers
+from graftc.compiler.ranges import InputSizes, fixed_notes
+from graftc.compiler.signature import Axis, described, tie_sizes
 from graftc.passes.canonicalise import canonicalise
 from graftc.passes.core.program import HistoryEntry, InputSpec, Mode, OutputSpec, Program
 from graftc.specs.diagnostics import GraftError
 
 _REPEAT = re.compile(r"@\d+")
+_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
 @dataclass
@@ -46,6 +50,7 @@ def capture(
     model: nn.Module,
     axes: Sequence[Axis] | None = None,
     *,
+    flags: Flags = (),
     mode: Mode = "train",
     canonical: Mapping[str, str] | None = None,
 ) -> Capture:
@@ -54,6 +59,7 @@ def capture(
     Args:
         model: any module; its training flags, config and parameters are as before afterwards.
         axes: the inputs; for a transformers model the default is its main input and attention mask.
+        flags: other keyword arguments; they become constants of the graph.
         mode: capture in train mode (the default) or in eval mode.
         canonical: tied tensor names to the name that owns the tensor.
 
@@ -65,24 +71,56 @@ def capture(
     inputs = {axis.name: axis.example(device) for axis in chosen}
     started = time.perf_counter()
     with ExitStack() as stack:
-        stack.enter_context(_mode(model, mode))
-        notes = stack.enter_context(_no_layerdrop(model))
+        stack.enter_context(_as_before(model))
+        model.train(mode == "train")
+        notes = _without_random_structure(model)
         stack.enter_context(_patches(model))
-        stack.enter_context(_shared_sizes(model, chosen))
-        dynamic = {a.name: {i: torch.export.Dim.AUTO for i in range(len(a.axes))} for a in chosen}
+        stack.enter_context(_flat_forward(model, chosen, flags))
         try:
-            with _silence():
-                exported = torch.export.export(model, (), copy.deepcopy(inputs), strict=False, dynamic_shapes=dynamic)
+            exported, sizes = _export(model, chosen, inputs)
         except Exception as error:
             raise GraftError(
                 "GC030",
-                f"{type(model).__name__} cannot be captured: {_first_line(error)}",
+                f"{type(model).__name__} cannot be captured with {described(chosen, flags)}: {_first_line(error)}",
                 hint="torch.export must be able to trace the model; value-dependent Python control flow cannot be",
             ) from error
-    result = _program(exported, chosen, mode, canonical or {})
+    result = _program(exported, sizes.specs(), canonical or {})
+    result.program.mode, result.program.flags = mode, flags
+    notes += fixed_notes(chosen, result.program.inputs)
     result.seconds = time.perf_counter() - started
     result.notes = tuple(notes)
     return result
+
+
+def _export(
+    model: nn.Module, axes: Sequence[Axis], inputs: Mapping[str, torch.Tensor]
+) -> tuple[torch.export.ExportedProgram, InputSizes]:
+    """Export with every axis as dynamic as it can be, and again with those fixed that turned out to be bound."""
+    auto = torch.export.Dim.AUTO
+    dynamic = {a.name: {i: auto for i in range(len(a.axes)) if _may_vary(a, i)} for a in axes}
+    while True:
+        with _silence():
+            found = torch.export.export(
+                model, (), copy.deepcopy(dict(inputs)), strict=False, dynamic_shapes=copy.deepcopy(dynamic)
+            )
+        names = set(found.graph_signature.user_inputs)
+        sizes = InputSizes(axes, [n for n in found.graph.find_nodes(op="placeholder") if n.name in names])
+        undecided = sizes.undecided()
+        if not undecided:
+            return found, sizes
+        for name, dims in undecided.items():
+            for dim in dims:
+                del dynamic[name][dim]
+
+
+def _may_vary(axis: Axis, dim: int) -> bool:
+    """Whether to ask for an axis that varies.
+
+    A size of 0 or 1 is special to the tracer. Patches, windows and strides bind the sizes of images, and finding that
+    out takes the tracer a minute, so only a named axis of an image varies.
+    """
+    image = axis.dtype.is_floating_point and len(axis.axes) >= 4
+    return axis.sizes[dim] > 1 and (isinstance(axis.axes[dim], str) or not image)
 
 
 @contextmanager
@@ -105,44 +143,61 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _mode(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Set the training flag of every module, and put each one back; configs too, since losses write to them."""
-    flags = [(module, module.training) for module in model.modules()]
-    config = getattr(model, "config", None)
-    saved = dict(vars(config)) if config is not None else {}
-    model.train(mode == "train")
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Put back, afterwards, whatever a forward pass or this module changes on the model: attributes (training flags,
+    values that layers remember), hooks (transformers installs some to record outputs), the config (losses write to it).
+    """
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    tables = [{name: dict(vars(module)[name]) for name in _TABLES} for module in modules]
+    configs = _configs(model)
+    settings = [dict(vars(config)) for config in configs]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    # Eager attention of torch.nn takes another path in eval mode, which zeroes padded rows.
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        for module, flag in flags:
-            module.training = flag
-        if config is not None:
-            vars(config).clear()
-            vars(config).update(saved)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, held, kept in zip(modules, attributes, tables, strict=True):
+            _restore(vars(module), held)
+            for name in _TABLES:
+                _restore(vars(module)[name], kept[name])
+        for config, before in zip(configs, settings, strict=True):
+            _restore(vars(config), before)
 
 
-@contextmanager
-def _no_layerdrop(model: nn.Module) -> Iterator[list[str]]:
-    """Random skipping of whole layers cannot be captured: it is off while capturing, and reported."""
-    touched = [
-        (name, module, module.layerdrop)
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "layerdrop", None), float) and module.layerdrop > 0
-    ]
-    for _, module, _ in touched:
-        module.layerdrop = 0.0
-    try:
-        yield [f"layerdrop of {name or 'the model'} is {value} and was captured as 0" for name, _, value in touched]
-    finally:
-        for _, module, value in touched:
-            module.layerdrop = value
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs of a model and of the models in it; parts of a model may hold a copy of their own."""
+    found = {id(config): config for m in model.modules() if hasattr(config := getattr(m, "config", None), "to_dict")}
+    return list(found.values())
+
+
+def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
+    if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
+        now.clear()
+        now.update(before)
+
+
+def _without_random_structure(model: nn.Module) -> list[str]:
+    """Switch off what decides in Python, while training, which layers run or which inputs are masked; report it."""
+    found: dict[str, Any] = {}
+    for where, owner in [*model.named_modules(), *(("config", config) for config in _configs(model))]:
+        for name, value in list(vars(owner).items()):
+            if name.endswith("layerdrop") and isinstance(value, float) and value > 0:
+                setattr(owner, name, 0.0)
+                found[f"{name} of {where or 'the model'} is {value} and was captured as 0"] = None
+            elif name == "apply_spec_augment" and value is True:
+                setattr(owner, name, False)
+                found[f"{name} is on and was captured as off: which inputs it masks is drawn outside the graph"] = None
+    return list(found)
 
 
 @contextmanager
 def _patches(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if _is_transformers(model):
+        if is_transformers(model):
             from transformers.exporters import exporter_dynamo
             from transformers.exporters.utils import apply_patches
 
@@ -150,23 +205,25 @@ def _patches(model: nn.Module) -> Iterator[None]:
             exporter.register_cache_pytrees_for_model(model)
             stack.enter_context(apply_patches("dynamo"))
             stack.enter_context(exporter.reset_model_state(model))
-            stack.enter_context(exporter.patch_model_config(model, {"use_cache": False}))
+            for config in _configs(model):
+                if getattr(config, "use_cache", False):
+                    config.use_cache = False
         yield
 
 
-def _is_transformers(model: nn.Module) -> bool:
-    return any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
-
-
 @contextmanager
-def _shared_sizes(model: nn.Module, axes: Sequence[Axis]) -> Iterator[None]:
+def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Iterator[None]:
     """Give ``forward`` a flat signature of the present inputs, and tell the tracer which sizes are one."""
     original = model.forward
     owned = "forward" in vars(model)
+    declared = inspect.signature(type(model).forward).parameters
+    positional = [n for n, p in declared.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY and n != "self"]
 
     def forward(**inputs: torch.Tensor) -> Any:
         tie_sizes(axes, inputs)
-        return original(**inputs)
+        given: dict[str, Any] = {**inputs, **dict(flags)}
+        first = [given.pop(name) for name in positional if name in given]
+        return original(*first, **given)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -183,7 +240,7 @@ def _shared_sizes(model: nn.Module, axes: Sequence[Axis]) -> Iterator[None]:
 
 
 def _program(
-    exported: torch.export.ExportedProgram, axes: Sequence[Axis], mode: Mode, canonical: Mapping[str, str]
+    exported: torch.export.ExportedProgram, inputs: tuple[InputSpec, ...], canonical: Mapping[str, str]
 ) -> Capture:
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
@@ -206,10 +263,9 @@ def _program(
             copied.target = target
             attributes[target] = copied
         copied.meta = {"val": node.meta.get("val"), "module": _module_path(node)}
-    inputs = tuple(InputSpec(axis.name, axis.dtype, axis.axes) for axis in axes)
     spec = exported.call_spec.out_spec
     assert spec is not None
-    program = Program(graph, inputs, _output_spec(spec), mode=mode)
+    program = Program(graph, inputs, _output_spec(spec))
     before = len(graph.nodes)
     started = time.perf_counter()
     canonicalise(program)

@@ -7,22 +7,23 @@ hash equals the base's, up to declared additions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.pipeline import Compilation, Family
+from graftc.compiler.family import Family
+from graftc.compiler.pipeline import Compilation
 from graftc.passes.core.folds import LazyTensors
-from graftc.passes.core.program import Program, map_nodes
+from graftc.passes.core.program import map_nodes
 from graftc.passes.core.rows import Rows
-from graftc.passes.core.sites import linear_use
+from graftc.passes.core.sites import Use, linear_use
 from graftc.passes.core.store import Store
+from graftc.passes.core.uses import Layout
 
 aten = torch.ops.aten
-PROBES = 16
 ALGEBRA_BOUND = 1e-9
 """Largest relative difference of float64 results; sums of some thousand float64 products stay far below."""
 
@@ -126,112 +127,130 @@ class Certificate:
 
 
 def probe_sites(compilation: Compilation, lazy: LazyTensors, seed: int = 0) -> tuple[SiteEvidence, ...]:
-    """Probe every linear map that folding changes, and compare every other folded tensor to what was trained."""
-    family, store = compilation.main, compilation.store
+    """Probe every map that folding changes, and compare every other folded tensor to what was trained."""
+    family = compilation.main
     touched = set(lazy.names) | {s.bias for s in lazy.steps if s.bias is not None}
     evidence: list[SiteEvidence] = []
     probed: set[str] = set()
-    nodes = {node.name: node for node in family.eval.graph.nodes}
-    for base_node in family.base_eval.graph.nodes:
-        use = linear_use(base_node)
-        if use is None or touched.isdisjoint({use.weight, use.bias or f"{base_node.meta['module']}.bias"}):
+    for node in family.base_eval.graph.nodes:
+        use = linear_use(node)
+        if use is None or touched.isdisjoint({use.weight, use.bias or added_bias(node)}):
             continue
-        steps = [s for s in lazy.steps if s.weight in (use.weight, use.bias)]
-        spans = {(s.site, s.rows): None for s in steps}
-        runner = _Isolated(family, nodes[base_node.name], use.input_index, store)
-        evidence += _probe(runner, lazy, use, spans, seed)
+        evidence += _Probe(family, use, lazy, seed).evidence()
         probed |= {use.weight, use.bias or ""}
     for name in lazy.names:
         if name not in probed:
-            evidence.append(_compare_tensor(lazy, name, store))
+            evidence.append(_compare_tensor(lazy, name, compilation.store))
     return tuple(evidence)
 
 
-class _Isolated:
-    """The unfolded computation of one linear map, from its first input to its last result, in float64."""
+def added_bias(node: fx.Node) -> str:
+    """Name of the bias that folding adds to a map that has none."""
+    return f"{node.meta['module']}.bias".lstrip(".")
 
-    def __init__(self, family: Family, node: fx.Node, input_index: int, store: Store) -> None:
-        program = family.eval
-        self.store = store
+
+class _Probe:
+    """One map, unfolded and folded, on the same random inputs in float64.
+
+    Unfolded, the adapted graph between the map's input and its last result runs over the base's tensors and the
+    adapters. Folded, the base's own call runs over the folded ones.
+    """
+
+    def __init__(self, family: Family, use: Use, lazy: LazyTensors, seed: int) -> None:
+        self.family, self.use, self.lazy, self.store = family, use, lazy, lazy.store
+        generator = torch.Generator().manual_seed(seed)
+        device = self.store.get(use.weight).device
+        self.inputs = {node: value.to(device) for node, value in use.probe(generator).items()}
+
+    def evidence(self) -> list[SiteEvidence]:
+        """What the probes show for each site of the map."""
+        use, lazy = self.use, self.lazy
+        unfolded, base = self._unfolded(), _run(use.node, self.inputs, self._base)
+        folded = self._with_added_bias(_run(use.node, self.inputs, self._folded))
+        scale = max(float(unfolded.abs().max()), 1e-30)
+        rounding = max(_ulps(lazy, name) for name in (use.weight, use.bias) if name is not None)
+        steps = [s for s in lazy.steps if s.weight in (use.weight, use.bias)]
+        spans = {(s.site, s.rows, s.layout): None for s in steps} or {(use.weight, use.stored, use.layout): None}
+        found: list[SiteEvidence] = []
+        for site, rows, layout in spans:
+            columns = self._columns(rows, layout)
+            if columns is None:
+                continue
+            difference = (unfolded - folded).index_select(use.axis, columns).abs().max()
+            change = (unfolded - base).index_select(use.axis, columns).abs().max()
+            names = tuple(dict.fromkeys(s.adaptation for s in lazy.steps if s.site == site))
+            found.append(SiteEvidence(site, names, float(change), float(difference) / scale, rounding))
+        # Rows that no site owns must not have moved: a fold that writes to the wrong rows shows here as well.
+        worst = float((unfolded - folded).abs().max()) / scale
+        if not found:
+            found.append(SiteEvidence(use.weight, (), float((unfolded - base).abs().max()), worst, rounding))
+        elif worst > max(item.algebra for item in found):
+            found[0] = replace(found[0], algebra=worst)
+        return found
+
+    def _columns(self, rows: Rows, layout: Layout) -> Tensor | None:
+        """Columns of the result that these stored rows are; None where this use does not read them."""
+        device = next(iter(self.inputs.values())).device
+        if layout is Layout.PLAIN and self.use.layout is Layout.COLUMNS:  # inputs of the map: any column may change
+            return Rows(self.use.out_features).index(device)
+        return rows.within(self.use.stored).index(device) if self.use.stored.covers(rows) else None
+
+    def _unfolded(self) -> Tensor:
+        program = self.family.eval
         forward = {edit.before: edit.after for edit in program.edits}
         backward = {edit.after: edit.before for edit in program.edits}
-        self.output = node
-        while self.output in forward:
-            self.output = forward[self.output]
-        source = node.args[input_index]
-        assert isinstance(source, fx.Node)
-        while source in backward:
-            source = backward[source]
-        self.input = source
+        nodes = {node.name: node for node in program.graph.nodes}
+        output = nodes[self.use.node.name]
+        while output in forward:
+            output = forward[output]
+        values: dict[fx.Node, Any] = {}
+        for node, value in self.inputs.items():
+            source = nodes[node.name]
+            while source in backward:
+                source = backward[source]
+            values[source] = value
+        return _run(output, values, self._base)
 
-    def run(self, probe: Tensor) -> Tensor:
-        """The map's result for ``probe``."""
-        values: dict[fx.Node, Any] = {self.input: probe}
-        for node in self._needed():
-            if node.op == "get_attr":
-                held = self.store.get(str(node.target)).detach()
-                values[node] = held.double() if held.is_floating_point() else held
-                continue
-            args, kwargs = map_nodes((node.args, dict(node.kwargs)), values.__getitem__)
-            widened = tuple(torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a for a in args)
-            values[node] = node.target(*widened, **kwargs)  # type: ignore[operator]
-        result: Tensor = values[self.output]
-        return result
+    def _base(self, name: str) -> Tensor:
+        return self.store.get(name).detach()
 
-    def _needed(self) -> list[fx.Node]:
-        found: set[fx.Node] = set()
-        pending = [self.output]
-        while pending:
-            node = pending.pop()
-            if node in found or node is self.input:
-                continue
-            if node.op == "placeholder":
-                raise ValueError(f"the adaptation at {self.output} reads {node} besides the site's input")
-            found.add(node)
-            pending += node.all_input_nodes
-        return sorted(found)
+    def _folded(self, name: str) -> Tensor:
+        return self.lazy.exact(name) if self.lazy.chain(name) else self._base(name)
+
+    def _with_added_bias(self, folded: Tensor) -> Tensor:
+        name = added_bias(self.use.node)
+        if self.use.bias is not None or name not in self.lazy.additions():
+            return folded
+        return folded.movedim(self.use.axis, -1).add(self.lazy.exact(name)).movedim(-1, self.use.axis)
 
 
-def _probe(
-    runner: _Isolated, lazy: LazyTensors, use: Any, spans: Mapping[tuple[str, Rows], None], seed: int
-) -> list[SiteEvidence]:
-    store = lazy.store
-    generator = torch.Generator().manual_seed(seed)
-    leading = (1,) * (runner.input.meta["val"].dim() - 2)
-    probe = torch.randn(*leading, PROBES, use.in_features, generator=generator, dtype=torch.float64)
-    probe = probe.to(store.get(use.weight).device)
-    unfolded = runner.run(probe)
-    weight, bias = _exact(lazy, use.weight), _exact(lazy, use.bias)
-    if bias is None and f"{use.node.meta['module']}.bias" in lazy.additions():
-        bias = lazy.exact(f"{use.node.meta['module']}.bias")
-    folded = _linear(probe, weight, bias, use.transposed)
-    base_bias = None if use.bias is None else store.get(use.bias).detach().double()
-    base = _linear(probe, store.get(use.weight).detach().double(), base_bias, use.transposed)
-    scale = max(float(unfolded.abs().max()), 1e-30)
-    rounding = max(_ulps(lazy, name) for name in (use.weight, use.bias) if name is not None)
-    found: list[SiteEvidence] = []
-    for site, rows in spans or {(use.weight, Rows(use.out_features)): None}:
-        columns = rows.index(unfolded.device)
-        difference = (unfolded - folded).index_select(-1, columns).abs().max()
-        change = (unfolded - base).index_select(-1, columns).abs().max()
-        names = tuple(dict.fromkeys(s.adaptation for s in lazy.steps if s.site == site))
-        found.append(SiteEvidence(site, names, float(change), float(difference) / scale, rounding))
-    # Rows that no site owns must not have moved: a fold that writes to the wrong rows shows here as well.
-    worst = float((unfolded - folded).abs().max()) / scale
-    if worst > max(item.algebra for item in found):
-        found[0] = replace(found[0], algebra=worst)
-    return found
+def _run(output: fx.Node, inputs: Mapping[fx.Node, Tensor], tensor: Callable[[str], Tensor]) -> Tensor:
+    """The value of ``output`` in float64, from the values of other nodes and the tensors that are read."""
+    values: dict[fx.Node, Any] = dict(inputs)
+    for node in _needed(output, inputs):
+        if node.op == "get_attr":
+            held = tensor(str(node.target))
+            values[node] = held.double() if held.is_floating_point() else held
+            continue
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), values.__getitem__)
+        widened = tuple(torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a for a in args)
+        values[node] = node.target(*widened, **kwargs)  # type: ignore[operator]
+    result: Tensor = values[output]
+    return result
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    result = x @ (weight if transposed else weight.t())
-    return result if bias is None else result + bias
-
-
-def _exact(lazy: LazyTensors, name: str | None) -> Any:
-    if name is None:
-        return None
-    return lazy.exact(name) if lazy.chain(name) else lazy.store.get(name).detach().double()
+def _needed(output: fx.Node, inputs: Mapping[fx.Node, Tensor]) -> list[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = [output]
+    while pending:
+        node = pending.pop()
+        if node in found or node in inputs:
+            continue
+        if node.op == "placeholder":
+            raise ValueError(f"the adaptation at {output} reads {node} besides the site's input")
+        found.add(node)
+        pending += node.all_input_nodes
+    return sorted(found)
 
 
 def _ulps(lazy: LazyTensors, name: str) -> float:
@@ -260,37 +279,3 @@ def _compare_tensor(lazy: LazyTensors, name: str, store: Store) -> SiteEvidence:
     algebra = float((folded.double() - expected.double()).abs().max())
     change = float((folded.double() - base.double()).abs().max())
     return SiteEvidence(name, tuple(dict.fromkeys(s.adaptation for s in steps)), change, algebra, 0.0)
-
-
-def sample_inputs(program: Program, store: Store, seed: int = 0, sizes: Sequence[int] = (2, 9)) -> dict[str, Tensor]:
-    """Random inputs for a Program: indices within their table, masks with padding at the end, normal floats."""
-    generator = torch.Generator().manual_seed(seed)
-    device = next((t.device for _, t in store.base()), torch.device("cpu"))
-    axes: dict[str, int] = {}
-    inputs: dict[str, Tensor] = {}
-    for spec, node in zip(program.inputs, program.placeholders(), strict=True):
-        shape = []
-        for size in spec.shape:
-            if isinstance(size, str):
-                axes.setdefault(size, sizes[min(len(axes), len(sizes) - 1)])
-            shape.append(axes[size] if isinstance(size, str) else size)
-        if spec.dtype.is_floating_point:
-            value = torch.randn(shape, generator=generator).to(spec.dtype)
-        elif (rows := _table_rows(node)) is not None:
-            value = torch.randint(0, rows, shape, generator=generator, dtype=spec.dtype)
-        else:
-            value = torch.ones(shape, dtype=spec.dtype)
-            if len(shape) == 2 and shape[1] > 2:
-                value[-1, -2:] = 0
-        inputs[spec.name] = value.to(device)
-    return inputs
-
-
-def _table_rows(node: fx.Node) -> int | None:
-    """Rows of the table that an input indexes."""
-    for user in node.users:
-        if user.target is aten.embedding.default and isinstance(user.args[0], fx.Node):
-            return int(user.args[0].meta["val"].shape[0])
-        if user.target in (aten.view.default, aten.reshape.default) and (found := _table_rows(user)) is not None:
-            return found
-    return None

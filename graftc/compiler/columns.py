@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compiler.flow import Flow, tensor_nodes, view_chain
+from graftc.compiler.indices import SHIFT, distinct, varying
+from graftc.compiler.maps import columns_along
 from graftc.compiler.operators import (
     CREATING,
+    FILLING,
     JOINING,
     NONLINEAR,
     NORMALISING,
@@ -25,7 +28,8 @@ from graftc.compiler.operators import (
     PASSING,
     PICKING,
     POINTWISE,
-    ROWWISE,
+    POOLING,
+    RESIZING,
     SHAPING,
     op_name,
 )
@@ -33,10 +37,7 @@ from graftc.passes.core.program import map_nodes
 
 aten = torch.ops.aten
 
-Runs = tuple[tuple[int, int], ...]
 UNTRACKED = -1
-_SHIFT = 32
-_COLUMN = (1 << _SHIFT) - 1
 
 
 class Through(IntFlag):
@@ -49,17 +50,6 @@ class Through(IntFlag):
     STATISTIC = 8
     ROOT = 16
     NORMALISED = 32
-
-
-def runs_of(columns: Tensor) -> Runs:
-    """Sorted column numbers as half-open runs."""
-    if not columns.numel():
-        return ()
-    breaks = torch.nonzero(columns[1:] - columns[:-1] != 1).flatten() + 1
-    starts = [0, *breaks.tolist()]
-    ends = [*breaks.tolist(), columns.numel()]
-    values = columns.tolist()
-    return tuple((values[a], values[b - 1] + 1) for a, b in zip(starts, ends, strict=True))
 
 
 class Columns:
@@ -81,13 +71,11 @@ class Columns:
         self.through: dict[fx.Node, Through] = {}
         self.failures: list[fx.Node] = []
         self._index: dict[fx.Node, Any] = {}
-        self._ranges: dict[int, Tensor] = {}
         self._shapes: dict[fx.Node, tuple[int, ...]] = {}
         self._columns: dict[fx.Node, dict[int, Tensor]] = {}
         self._known: dict[fx.Node, Tensor | None] = {}
         self._writes = any(op_name(n) in ("copy", "index_put", "slice_scatter") for n in flow.order)
-        sources = {*flow.linears, *flow.attentions, *flow.residuals, *flow.convolutions}
-        sources.update(n for n in flow.embeddings)
+        sources = {*flow.linears, *flow.attentions, *flow.residuals, *flow.convolutions, *flow.embeddings}
         with torch.no_grad():
             for node in flow.order:
                 self._visit(node, node in sources)
@@ -98,12 +86,17 @@ class Columns:
         """Source number to the sorted columns of it that ``node`` holds."""
         if node not in self._columns:
             index = self._index.get(node)
-            self._columns[node] = _distinct(index) if isinstance(index, Tensor) else {}
+            self._columns[node] = distinct(index) if isinstance(index, Tensor) else {}
         return self._columns[node]
 
     def tracked(self, node: fx.Node) -> bool:
         """Whether column indices of ``node`` are known."""
         return isinstance(self._index.get(node), Tensor)
+
+    def index(self, node: fx.Node) -> Tensor | None:
+        """The column indices of ``node``, None where they are not known."""
+        held = self._index.get(node)
+        return held if isinstance(held, Tensor) else None
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The small shape of a tensor node; an empty one counts as a failure."""
@@ -148,12 +141,19 @@ class Columns:
         if isinstance(node.meta.get("val"), Tensor):
             shape = self.shape(node)
             if shape:
-                self._index[node] = (self._range(shape[-1]) + (number << _SHIFT)).expand(shape)
+                self._index[node] = columns_along(shape, self._axes(node, shape)) + (number << SHIFT)
 
-    def _range(self, size: int) -> Tensor:
-        if size not in self._ranges:
-            self._ranges[size] = torch.arange(size)
-        return self._ranges[size]
+    def _axes(self, node: fx.Node, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes that count a source's columns: the weight says so, an add keeps those of what it adds."""
+        if node in self.flow.linears:
+            return self.flow.linears[node].axes
+        if node in self.flow.residuals:
+            for operand in (self.flow.residuals[node].stream, self.flow.residuals[node].branch):
+                index = self._index.get(operand)
+                axes = varying(index) if isinstance(index, Tensor) and index.shape == shape else ()
+                if len(axes) == 1:
+                    return axes
+        return (-1,)
 
     def _path(self, node: fx.Node, name: str, through: Through) -> Through:
         if name in NONLINEAR:
@@ -193,7 +193,7 @@ class Columns:
         if name in CREATING:
             return torch.full(self.shape(node), UNTRACKED) if self._writes and self._is_written(node) else None
         first = node.args[0] if node.args else None
-        if name in JOINING:
+        if name in JOINING or name in FILLING:
             return self._join(node)
         if name in PASSING or name in NORMALISING:
             return self._index.get(first) if isinstance(first, fx.Node) else None
@@ -201,7 +201,11 @@ class Columns:
             return self._shape(node, name)
         if name == "view_as_complex" or name == "view_as_real":
             return self._complex(node, name)
-        if name in ROWWISE:
+        if name in POOLING:
+            return self._pooled(node)
+        if name in RESIZING or node in self.flow.depthwise:
+            return self._resized(node)
+        if name in PICKING:
             return self._rowwise(node)
         target = node.target
         tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
@@ -240,9 +244,7 @@ class Columns:
         return self._call(target, *node.args, **node.kwargs)
 
     def _join(self, node: fx.Node) -> Tensor | None:
-        operands = node.args[0]
-        assert isinstance(operands, list | tuple)
-        if all(self._index.get(n) is None for n in operands):  # type: ignore[arg-type]
+        if all(self._index.get(n) is None for n in node.all_input_nodes):
             return None
         assert callable(node.target)
         joined: Tensor = self._call(node.target, *node.args, **node.kwargs)
@@ -256,18 +258,49 @@ class Columns:
                 return index if index.shape == shape else index.expand(shape)
         return None
 
+    def _pooled(self, node: fx.Node) -> Any:
+        """Pooling keeps columns, where all that is pooled has the same ones."""
+        index = self._index.get(node.args[0])  # type: ignore[arg-type]
+        if not isinstance(index, Tensor) or len(node.args) < 2:
+            return None
+        dims = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
+        places = {d % index.dim() for d in dims if isinstance(d, int)}
+        if len(places) < len(dims) or not places or places & set(varying(index)):
+            return None
+        value = node.meta["val"]
+        pair = isinstance(value, list | tuple)
+        shape = self.flow.sizes.shape(value[0]) if pair else self.shape(node)
+        for place in sorted(places, reverse=True):
+            index = index.narrow(place, 0, 1) if len(shape) == index.dim() else index.select(place, 0)
+        index = index.expand(shape)
+        return (index, None) if pair else index
+
+    def _resized(self, node: fx.Node) -> Tensor | None:
+        """What changes sizes along other axes than the columns' own keeps columns."""
+        index, shape = self._index.get(node.args[0]), self.shape(node)  # type: ignore[arg-type]
+        if not isinstance(index, Tensor) or len(shape) != index.dim() or not index.numel():
+            return None
+        axes = varying(index)
+        if len(axes) > 1 or any(shape[a] != index.shape[a] for a in axes):
+            return None
+        for axis in set(range(len(shape))) - set(axes):
+            index = index.narrow(axis, 0, 1)
+        return index.expand(shape)
+
     def _rowwise(self, node: fx.Node) -> Tensor | None:
-        """Picking or pooling rows keeps columns, where all rows have the same ones."""
+        """Picking rows keeps columns, where all rows have the same ones."""
         index, shape = self._index.get(node.args[0]), self.shape(node)  # type: ignore[arg-type]
         if not isinstance(index, Tensor):
             return None
-        if op_name(node) in PICKING:
-            picked = self._picked(node, index)
-            if picked is not None:
-                return picked
-        if not shape or not index.numel() or index.shape[-1] != shape[-1]:
+        picked = self._picked(node, index)
+        if picked is not None:
+            return picked
+        if not shape or not index.numel():
             return None
-        if _touches_last(node, index.dim()):
+        if op_name(node) in ("gather", "index_select") and isinstance(node.args[1], int):
+            touched = node.args[1] % index.dim()
+            return None if touched in varying(index) else self._resized(node)
+        if index.shape[-1] != shape[-1] or _touches_last(node, index.dim()):
             return None
         row = index.reshape(-1, index.shape[-1])[0]
         return row.expand(shape) if torch.equal(index, row.expand_as(index)) else None
@@ -342,34 +375,8 @@ def _flat(args: Any) -> list[Any]:
 
 
 def _touches_last(node: fx.Node, rank: int) -> bool:
-    """Whether picking or pooling works on the last axis of an operand of this rank."""
+    """Whether an indexing picks along the last axis of an operand of this rank."""
     if len(node.args) < 2:
         return True
     dims = node.args[1]
-    if op_name(node) == "index":
-        return isinstance(dims, list | tuple) and len(dims) == rank and dims[-1] is not None
-    chosen = dims if isinstance(dims, list | tuple) else [dims]
-    return not chosen or any(not isinstance(d, int) or d in (-1, rank - 1) for d in chosen)
-
-
-def _distinct(index: Tensor) -> dict[int, Tensor]:
-    """Columns by source. Repeated rows are views with stride 0, so they cost nothing."""
-    if index.is_complex():
-        index = torch.view_as_real(index.resolve_conj()).round().long()
-    for dim, stride in enumerate(index.stride()):
-        if stride == 0 and index.shape[dim]:
-            index = index.narrow(dim, 0, 1)
-    flat = index.reshape(-1)
-    flat = flat[flat >= 0]
-    if not flat.numel():
-        return {}
-    numbers = flat >> _SHIFT
-    low, high = int(numbers.min()), int(numbers.max())
-    sources = [low] if low == high else torch.unique(numbers).tolist()
-    found: dict[int, Tensor] = {}
-    for number in sources:
-        columns = (flat if low == high else flat[numbers == number]) & _COLUMN
-        present = torch.zeros(int(columns.max()) + 1, dtype=torch.bool)
-        present[columns] = True
-        found[number] = torch.nonzero(present).flatten()
-    return found
+    return not isinstance(dims, list | tuple) or (len(dims) == rank and dims[-1] is not None)

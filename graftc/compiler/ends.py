@@ -13,6 +13,7 @@ from graftc.compiler.operators import PASSING, op_name
 from graftc.specs.claims import SiteKind
 
 _SELECTING = frozenset({"gather", "index", "index_select", "take_along_dim", "embedding"})
+_SLICING = frozenset({"slice", "view", "unsqueeze", "expand", "reshape", "index", "index_select"})
 _COUNTING = frozenset({"arange", "cumsum", "linspace"})
 
 
@@ -20,16 +21,18 @@ def read_ends(labels: Labels) -> None:
     """Label the last linear maps before the outputs, and the ones that feed only those."""
     output = labels.flow.order[-1]
     heads = [n for n in labels.nearest_linears(output) if not labels.has_role(n)]
-    for node in heads:
-        labels.linear("head", labels.flow.linears[node], None, "the last linear map before the output", bare=True)
+    for head in heads:
+        labels.linear("head", labels.flow.linears[head], None, "the last linear map before the output", bare=True)
     pending = heads
     while pending:
         reader = pending.pop(0)
-        for node in labels.nearest_linears(labels.flow.linears[reader].input):
-            if not labels.has_role(node) and not _feeds_stream(labels, node):
-                evidence = f"feeds {labels.short(reader)} outside the residual branches"
-                labels.linear("head.transform", labels.flow.linears[node], None, evidence, bare=True)
-                pending.append(node)
+        above = labels.nearest(labels.flow.linears[reader].input)
+        linear = labels.flow.linears.get(above[0]) if len(above) == 1 else None
+        if linear is None or linear.mixes or labels.has_role(linear.node) or _feeds_stream(labels, linear.node):
+            continue
+        evidence = f"feeds {labels.short(reader)} outside the residual branches"
+        labels.linear("head.transform", linear, None, evidence, bare=True)
+        pending.append(linear.node)
 
 
 def _feeds_stream(labels: Labels, node: fx.Node) -> bool:
@@ -109,24 +112,27 @@ def _origin(index: object) -> _Origin:
 
 
 def _added_positions(labels: Labels) -> None:
-    """A stored matrix added to the stream before its first branch, one row per position."""
-    first = next(iter(labels.flow.residuals.values()), None)
-    if first is None:
-        return
-    before = labels.flow.above[labels.flow.at[first.stream]] | 1 << labels.flow.at[first.stream]
-    for node in (labels.flow.order[i] for i in bits(before)):
-        if op_name(node) != "add":
+    """A stored matrix added to a stream before its first branch, one row per position."""
+    flow, seen = labels.flow, 0
+    adds = sum(1 << flow.at[r] for r in flow.residuals)
+    for residual in flow.residuals.values():
+        before = flow.above[flow.at[residual.stream]] | 1 << flow.at[residual.stream]
+        if before & adds:
             continue
-        operands = tensor_nodes(node.args[:2])
-        for stored, value in (operands, operands[::-1]) if len(operands) == 2 else ():
-            matrix = _stored_matrix(stored)
-            if matrix is not None and labels.flow.is_data(value):
-                why = "a stored matrix, added to the stream before the first residual branch"
-                labels.add("embed.position", SiteKind.PARAMETER, node, str(matrix.target), why)
+        for node in (flow.order[i] for i in bits(before & ~seen)):
+            if op_name(node) != "add" or node in flow.residuals:
+                continue
+            operands = tensor_nodes(node.args[:2])
+            for stored, value in (operands, operands[::-1]) if len(operands) == 2 else ():
+                matrix = _stored_matrix(stored)
+                if matrix is not None and flow.is_data(value):
+                    why = "a stored matrix, added to the stream before the first residual branch"
+                    labels.add("embed.position", SiteKind.PARAMETER, node, str(matrix.target), why)
+        seen |= before
 
 
 def _stored_matrix(node: fx.Node) -> fx.Node | None:
-    while op_name(node) in PASSING or op_name(node) in ("slice", "view", "unsqueeze", "expand", "reshape"):
+    while op_name(node) in PASSING or op_name(node) in _SLICING:
         source = node.args[0]
         if not isinstance(source, fx.Node):
             return None

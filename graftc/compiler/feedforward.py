@@ -1,4 +1,4 @@
-"""Feed-forward projections, experts and routers: what else a residual branch is made of."""
+"""Feed-forward projections: what else a residual branch is made of beside attention, experts and mixers."""
 
 from __future__ import annotations
 
@@ -6,42 +6,22 @@ import torch
 from torch import fx
 
 from graftc.compiler.columns import Through
-from graftc.compiler.findings import Sublayer, place
-from graftc.compiler.flow import Linear, Residual, tensor_nodes
+from graftc.compiler.experts import read_experts
+from graftc.compiler.flow import bits, tensor_nodes
 from graftc.compiler.labels import Labels
+from graftc.compiler.maps import Linear
+from graftc.compiler.mixers import mixing, read_mixers
 from graftc.compiler.operators import op_name
 
 
-def read_branches(labels: Labels) -> list[Sublayer]:
-    """Label what is in each residual branch beside attention, and return the branches."""
-    _read_experts(labels)
-    sublayers = []
+def read_branches(labels: Labels) -> None:
+    """Label what is in each residual branch beside attention, inner branches first."""
+    read_experts(labels)
     for residual in labels.flow.residuals.values():
+        read_mixers(labels, residual)
         for node in labels.nearest_linears(residual.branch):
             if not labels.has_role(node):
                 _feed_forward(labels, labels.flow.linears[node])
-        sublayers.append(_sublayer(labels, residual))
-    return sublayers
-
-
-def _read_experts(labels: Labels) -> None:
-    for linear in labels.flow.linears.values():
-        if linear.experts:
-            labels.linear("experts", linear, None, "a 3-D weight, one matrix per expert")
-    counts = {_experts(labels, e): e.node for e in labels.flow.linears.values() if e.experts}
-    for node in labels.flow.order:
-        if op_name(node) not in _CHOOSING:
-            continue
-        for source in labels.nearest_linears(node):
-            linear = labels.flow.linears[source]
-            chooses = linear.out in counts and labels.flow.is_above(node, counts[linear.out])
-            if not labels.has_role(source) and (op_name(node) == "topk" or chooses):
-                labels.linear("router", linear, None, f"its output chooses the experts in {node.name}")
-
-
-def _experts(labels: Labels, linear: Linear) -> int:
-    """How many experts a 3-D weight has."""
-    return labels.flow.sizes.size(linear.weight.meta["val"].shape[0])
 
 
 def _feed_forward(labels: Labels, down: Linear) -> None:
@@ -49,7 +29,12 @@ def _feed_forward(labels: Labels, down: Linear) -> None:
     inner = labels.nearest(down.input)
     linears = [n for n in inner if n in labels.flow.linears]
     if not linears:
-        labels.fail(down.node, "ends a residual branch that has no other linear map")
+        labels.fail(down.node, "is a gate on its residual branch, or the branch has no other linear map")
+        return
+    odd = _unfit(labels, down, linears)
+    if odd:
+        for node in (down.node, *(n for n in linears if not labels.has_role(n))):
+            labels.fail(node, odd)
         return
     if len(linears) < len(inner):
         other = next(n for n in inner if n not in labels.flow.linears)
@@ -70,6 +55,21 @@ def _feed_forward(labels: Labels, down: Linear) -> None:
     if not _inner(labels, down, linears):
         return
     labels.linear("ffn.down", down, None, "ends a residual branch, reads the inner activation")
+
+
+def _unfit(labels: Labels, down: Linear, linears: list[fx.Node]) -> str:
+    """Why these cannot be a feed-forward at any one position, or nothing."""
+    flow = labels.flow
+    maps = [down, *(flow.linears[n] for n in linears)]
+    if any(m.experts for m in maps):
+        return "meets a 3-D weight that no router chooses from"
+    if any(m.mixes for m in maps):
+        return "a convolution over positions stands in its residual branch"
+    between = flow.above[flow.at[down.node]] & mixing(labels)
+    for at in bits(between):
+        if any(flow.above[at] >> flow.at[n] & 1 for n in linears):
+            return f"{flow.order[at].name} mixes positions between it and the other linear map"
+    return ""
 
 
 def _inner(labels: Labels, down: Linear, linears: list[fx.Node]) -> bool:
@@ -140,26 +140,3 @@ def _gated_product(labels: Labels, node: fx.Node) -> tuple[fx.Node, fx.Node] | N
 
 def _overlap(first: dict[fx.Node, torch.Tensor], second: dict[fx.Node, torch.Tensor]) -> bool:
     return any(n in second and bool(torch.isin(c, second[n]).any()) for n, c in first.items())
-
-
-def _sublayer(labels: Labels, residual: Residual) -> Sublayer:
-    module = labels.module(residual.node)
-    names = set()
-    for source in labels.nearest(residual.branch):
-        for role in labels.roles.get(source, {}):
-            names.add("attn.sublayer" if role == "attn.o" else "ffn.sublayer" if role in _INNER else "")
-        if source in labels.flow.attentions:
-            names.add("attn.sublayer")
-    crossing = next((n for n in labels.crosses if _in_branch(labels, n, residual)), None)
-    roles = tuple(labels.prefix(residual.node, crossing) + n for n in sorted(names - {""}))
-    layer, stack = place(module)
-    return Sublayer(roles, residual.stream, residual.branch, residual.node, module, layer, stack)
-
-
-_CHOOSING = ("topk", "max", "argmax", "sort")
-_INNER = ("ffn.down", "experts")
-
-
-def _in_branch(labels: Labels, attention: fx.Node, residual: Residual) -> bool:
-    flow = labels.flow
-    return flow.is_above(attention, residual.branch) and not flow.is_above(attention, residual.stream)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
-from graftc.compiler.columns import Runs
+from graftc.compiler.indices import Runs
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import widen
 
@@ -63,14 +64,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class Unresolved:
-    """A weight or table without a role, and why it has none."""
+    """A weight or table without a role, or an operand that no weight could be found for, and why.
+
+    Attributes:
+        module: path of the module that owns the node.
+        reason: why, for people.
+        layer, stack: index of the layer and path of the list it is in; None and empty outside the layers.
+    """
 
     module: str
     reason: str
+    layer: int | None = None
+    stack: str = ""
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"module": self.module, "reason": self.reason}
+        return {"module": self.module, "layer": self.layer, "stack": self.stack, "reason": self.reason}
 
 
 @dataclass(frozen=True)
@@ -78,18 +87,48 @@ class Sublayer:
     """A branch of the residual stream, as nodes.
 
     Attributes:
-        role: ``attn.sublayer`` or ``ffn.sublayer``, with prefixes; both where attention and feed-forward run side
-            by side in one branch.
-        stream: what the branch is added to; ``branch``: what is added; ``sum``: the add.
+        roles: ``attn.sublayer`` or ``ffn.sublayer``, with prefixes; both where one projection ends an attention and
+            a feed-forward together; none for other branches.
+        stream: what the branch is added to.
+        normed: what the branch reads: the norm's output, or the stream where no norm stands before.
+        projection: output of the last linear map, before dropout and norms; where several meet, what joins them.
+        branch: what is added.
+        sum: the add. Parallel sublayers share it: it is the stream plus all their branches. Where the model weighs
+            the operands in the same call (``lerp``, ``addcmul``), it is that call.
+        post_norm: the norm behind the sum, where the stream goes on from that.
+        module: path of the module that adds.
+        layer, stack: index of the layer and path of the list it is in; None and empty outside the layers.
+        use: which sublayer of these roles in its `owner` this is.
     """
 
     roles: tuple[str, ...]
     stream: fx.Node
+    normed: fx.Node
+    projection: fx.Node
     branch: fx.Node
     sum: fx.Node
+    post_norm: fx.Node | None
     module: str
     layer: int | None
     stack: str
+    use: int = 0
+
+    @property
+    def output(self) -> fx.Node:
+        """What the stream goes on from."""
+        return self.post_norm or self.sum
+
+    @property
+    def owner(self) -> str:
+        """Path of the layer, or of the module that adds where there is none."""
+        return self.module if self.layer is None else f"{self.stack}.{self.layer}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; nodes by name."""
+        parts = ("stream", "normed", "projection", "branch", "sum", "post_norm", "output")
+        names = {part: getattr(getattr(self, part), "name", None) for part in parts}
+        where = {"module": self.module, "layer": self.layer, "stack": self.stack, "use": self.use}
+        return {"roles": list(self.roles), **names, **where}
 
 
 @dataclass(frozen=True)
@@ -122,6 +161,7 @@ class Structure:
         return {
             "findings": [f.to_json() for f in self.findings],
             "unresolved": [u.to_json() for u in self.unresolved],
+            "sublayers": [s.to_json() for s in self.sublayers],
         }
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
@@ -129,15 +169,32 @@ class Structure:
         grouped: dict[tuple[str, str, str], list[Finding]] = {}
         for f in self.findings:
             shape = "all" if f.rows is None else format_runs(f.rows)
-            place = f.parameter or f.module
-            if f.layer is not None:
-                place = place.replace(f"{f.stack}.{f.layer}", f"{f.stack}.*", 1)
-            grouped.setdefault((f.role, place, shape), []).append(f)
+            grouped.setdefault((f.role, _starred(f.parameter or f.module, f), shape), []).append(f)
         lines = []
         for (role, place, shape), found in grouped.items():
             layers = format_layers(f.layer for f in found if f.layer is not None)
             lines.append((role, place, shape, layers, found[0].evidence))
         return lines
+
+    def unresolved_rows(self) -> list[tuple[str, str, str]]:
+        """Lines of a table: module, layers and reason. Equal layers of a stack share a line, with the first reason."""
+        grouped: dict[tuple[str, str], list[Unresolved]] = {}
+        for u in self.unresolved:
+            grouped.setdefault((_starred(u.module, u), _NUMBER.sub("#", u.reason)), []).append(u)
+        return [
+            (module, format_layers(u.layer for u in found if u.layer is not None), found[0].reason)
+            for (module, _), found in grouped.items()
+        ]
+
+
+_NUMBER = re.compile(r"\d+")
+
+
+def _starred(path: str, found: Finding | Unresolved) -> str:
+    """A path with a star for the layer."""
+    if found.layer is None:
+        return path
+    return path.replace(f"{found.stack}.{found.layer}", f"{found.stack}.*", 1)
 
 
 def format_runs(runs: Runs, limit: int = 4) -> str:

@@ -26,7 +26,7 @@ def fingerprint(store: Store, config: Any = None, *, full: bool = False) -> str:
     if to_dict is not None:
         settings = {k: v for k, v in to_dict().items() if not k.startswith("_") and k != "transformers_version"}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(store.base()):
+    for name, tensor in sorted(item for item in store.base() if item[0] not in store.constants):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
         if tensor.device.type != "meta" and tensor.numel():
             flat = tensor.detach().reshape(-1)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from graftc.compiler.maps import Linear, read_map
 from graftc.compiler.operators import (
+    ADDING,
     CONVOLUTIONS,
     MOVING,
     PASSING,
@@ -24,28 +26,10 @@ from graftc.compiler.operators import (
     WRITING,
     op_name,
 )
+from graftc.compiler.scores import keys_are_second
 from graftc.passes.core.shapes import Sizes
 
 _SDPA = "scaled_dot_product_attention"
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One use of a weight: ``y = x W^T``.
-
-    Attributes:
-        node, input, weight: the call, what it reads, and the weight's node (a parameter, or shape operators on one).
-        parameter: name of the parameter in it, None where none can be told.
-        out: how many output columns.
-        experts: whether the weight is 3-D, one matrix per expert.
-    """
-
-    node: fx.Node
-    input: fx.Node
-    weight: fx.Node
-    parameter: str | None
-    out: int
-    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,11 +45,18 @@ class Attention:
 
 @dataclass(frozen=True)
 class Residual:
-    """One residual add: ``node = stream + branch``, where the branch is computed from the stream."""
+    """One residual add: ``node = stream + branch``.
+
+    Attributes:
+        node: the add, or another call that joins the two with fixed weights.
+        stream, branch: the operands.
+        base: what the branch is computed from: the stream, up to scaling, or the stream of an add before it.
+    """
 
     node: fx.Node
     stream: fx.Node
     branch: fx.Node
+    base: fx.Node
 
 
 def bits(mask: int) -> Iterator[int]:
@@ -96,7 +87,13 @@ class Flow:
         order, at: nodes in graph order, and each one's position; bit sets count positions.
         above: per node, all its ancestors, as a bit set.
         data: nodes that depend on the values (not only the sizes) of an input, as a bit set.
-        linears, attentions, residuals, convolutions, embeddings: what was recognised, by node in graph order.
+        linears: linear maps, convolutions with a stored kernel among them, by node in graph order.
+        depthwise: convolutions of each channel with itself: they pass columns on.
+        convolutions: those whose kernel is computed.
+        attentions, residuals, embeddings: the others that were recognised.
+        working: linear maps, convolutions and attentions, as a bit set.
+        products: products of two values that both depend on data.
+        scores: those that the softmax of an attention is taken of.
     """
 
     def __init__(self, graph: fx.Graph, sizes: Sizes) -> None:
@@ -106,22 +103,26 @@ class Flow:
         self.above: list[int] = []
         self.data = 0
         self.linears: dict[fx.Node, Linear] = {}
+        self.depthwise: dict[fx.Node, Linear] = {}
         self.attentions: dict[fx.Node, Attention] = {}
         self.residuals: dict[fx.Node, Residual] = {}
         self.convolutions: list[fx.Node] = []
         self.embeddings: list[fx.Node] = []
+        self.products: list[fx.Node] = []
+        self.scores: set[fx.Node] = set()
+        self._scoring: set[fx.Node] = set()
         self._ancestors()
         for node in self.order:
             if node.op == "call_function":
                 self._recognise(node)
-        working = [*self.linears, *self.attentions, *self.convolutions]
-        self._scoring: set[fx.Node] = set()
         for node in self.order:
             if op_name(node) in SOFTMAX:
                 self._score_nodes(node)
-        self._working = sum(1 << self.at[node] for node in working)
+        # A channel's convolution with itself, with a skip, is no branch of a stream: the channel passes on.
+        self._weighty = sum(1 << self.at[node] for node in (*self.linears, *self.attentions, *self.convolutions))
+        self.working = self._weighty | sum(1 << self.at[node] for node in self.depthwise)
         for node in self.order:
-            if op_name(node) == "add" and node not in self._scoring:
+            if op_name(node) in ADDING and node not in self._scoring:
                 self._residual(node)
 
     def _ancestors(self) -> None:
@@ -156,22 +157,23 @@ class Flow:
         found = [self.order[i] for i in bits(self.above[self.at[weight]])]
         return [n for n in found if n.op == "get_attr" and n.meta["val"].dim() >= 2]
 
-    # --- weights ---------------------------------------------------------------------------------------
+    def weights(self, value: Any) -> list[fx.Node]:
+        """Stored matrices that a value is made of; none where it depends on data."""
+        if not isinstance(value, fx.Node) or self.is_data(value):
+            return []
+        return self.parameters(value)
 
     def _recognise(self, node: fx.Node) -> None:
         name = op_name(node)
-        if name == "linear":
-            self._linear(node, node.args[0], node.args[1], out_axis=0)
-        elif name == "addmm":
-            self._linear(node, node.args[1], node.args[2], out_axis=1)
-        elif name == "mm":
-            self._linear(node, node.args[0], node.args[1], out_axis=1)
+        linear = read_map(node, self.weights, self.sizes.size)
+        if linear is not None:
+            (self.depthwise if linear.own else self.linears)[node] = linear
         elif name in PRODUCTS:
             factors = _factors(node)
-            if factors is not None and (name == "einsum" or not self._linear(node, *factors, out_axis=1)):
+            if factors is not None:
+                if all(self.is_data(n) for n in factors):
+                    self.products.append(node)
                 self._written_out(node, *factors)
-        elif "grouped_mm" in name:
-            self._linear(node, node.args[0], node.args[1], out_axis=1)
         elif name == _SDPA:
             query, key, value = tensor_nodes(node.args[:3])
             self.attentions[node] = Attention(node, query, key, value, self._called(_SDPA))
@@ -179,30 +181,6 @@ class Flow:
             self.convolutions.append(node)
         elif name == "embedding":
             self.embeddings.append(node)
-
-    def _linear(self, node: fx.Node, data: Any, weight: Any, *, out_axis: int) -> bool:
-        if not (isinstance(data, fx.Node) and isinstance(weight, fx.Node)):
-            return False
-        dims = weight.meta["val"].dim()
-        stored = [] if self.is_data(weight) else self.parameters(weight)
-        if dims == 3:
-            selected = self._selected(weight)
-            stored = [selected] if selected is not None else []
-        if dims not in (2, 3) or not stored:
-            return False
-        parameter = str(stored[0].target) if len(stored) == 1 else None
-        out = self.sizes.size(weight.meta["val"].shape[-1 if dims == 3 else out_axis])
-        self.linears[node] = Linear(node, data, weight, parameter, out, experts=dims == 3)
-        return True
-
-    def _selected(self, weight: fx.Node) -> fx.Node | None:
-        """The stored 3-D tensor that ``weight`` is, or picks matrices from."""
-        while weight.op == "call_function" and (op_name(weight) in MOVING or op_name(weight) in PASSING):
-            source = weight.args[0]
-            if not isinstance(source, fx.Node):
-                return None
-            weight = source
-        return weight if weight.op == "get_attr" and weight.meta["val"].dim() == 3 else None
 
     # --- attentions ------------------------------------------------------------------------------------
 
@@ -214,13 +192,11 @@ class Flow:
         for weights, value in ((first, second), (second, first)):
             softmax = self._softmax(weights) if self.is_data(value) else None
             scores = self._scores(softmax) if softmax is not None else []
-            if scores:
+            if softmax is not None and scores:
                 near = [s for s in scores if self._share_input(s[1], value)] or scores
                 query, key = near[0]
                 name = self._called("softmax attention")
                 self.attentions[node] = Attention(node, query, key, value, name)
-                return
-            if op_name(node) != "einsum":
                 return
 
     def _softmax(self, node: fx.Node) -> fx.Node | None:
@@ -250,10 +226,19 @@ class Flow:
             if name in PRODUCTS:
                 factors = _factors(node)
                 if factors is not None:
-                    found.append(factors)
+                    second = keys_are_second(node, self._between(node, softmax.args[0]), softmax, self.sizes)
+                    self.scores.add(node)
+                    if second is not None:
+                        found.append(factors if second else factors[::-1])
             elif name not in ("embedding", _SDPA) and name not in CONVOLUTIONS:
                 pending += node.all_input_nodes
         return found
+
+    def _between(self, first: fx.Node, last: Any) -> list[fx.Node]:
+        """Nodes that are computed from ``first`` and lead to ``last`` or are it, in graph order."""
+        above = self.above[self.at[last]] | 1 << self.at[last]
+        after = above & ~((1 << self.at[first] + 1) - 1)
+        return [self.order[i] for i in bits(after) if self.above[i] >> self.at[first] & 1]
 
     def _score_nodes(self, softmax: fx.Node) -> None:
         """Sums on the way to a softmax add masks and biases to scores: no residual adds."""
@@ -288,26 +273,45 @@ class Flow:
     # --- residual adds ---------------------------------------------------------------------------------
 
     def _bare(self, node: fx.Node) -> fx.Node:
-        """``node`` without casts, reshapes, dropout and scaling by a number on top."""
-        while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        """``node`` without casts, reshapes, dropout and scaling by what no input decides on top."""
+        while node.op == "call_function":
             name = op_name(node)
-            scaled = name in ("mul", "div") and not isinstance(node.args[1], fx.Node)
-            if not (scaled or name in PASSING or name in RESHAPING):
+            sources = tensor_nodes(node.args[:1])
+            if name in ("mul", "div"):
+                sources = [n for n in tensor_nodes(node.args[:2]) if self.is_data(n)]
+            elif name not in PASSING and name not in RESHAPING:
                 break
-            node = node.args[0]
+            if len(sources) != 1:
+                break
+            node = sources[0]
         return node
 
     def _residual(self, node: fx.Node) -> None:
-        operands = tensor_nodes(node.args[:2])
-        if len(operands) != 2:
+        if not isinstance(node.meta["val"], torch.Tensor):  # sizes are added as well
+            return
+        operands = self._joined(node)
+        if not operands:
             return
         shape = self.sizes.shape(node.meta["val"])
         if not shape or any(self.sizes.shape(n.meta["val"]) != shape or not self.is_data(n) for n in operands):
             return
         for stream, branch in (operands, operands[::-1]):
-            if any(self._computed_from(base, branch) for base in self._bases(stream)):
-                self.residuals[node] = Residual(node, stream, branch)
+            base = next((b for b in self._bases(stream) if self._computed_from(b, branch)), None)
+            if base is not None:
+                self.residuals[node] = Residual(node, stream, branch, base)
                 return
+
+    def _joined(self, node: fx.Node) -> list[fx.Node]:
+        """The two values that a call adds, each with a weight that no input decides."""
+        name = op_name(node)
+        if name == "addcmul":
+            terms = tensor_nodes(node.args[:3])
+            operands = [*terms[:1], *(n for n in terms[1:] if self.is_data(n))]
+        else:
+            operands = tensor_nodes(node.args[:2])
+        if name == "lerp" and isinstance(node.args[2], fx.Node) and self.is_data(node.args[2]):
+            return []
+        return operands if len(operands) == 2 else []
 
     def _bases(self, stream: fx.Node) -> list[fx.Node]:
         """What a branch on ``stream`` may start from: the stream here, and before its last adds (parallel branches)."""
@@ -321,7 +325,7 @@ class Flow:
         at = self.at[branch]
         if not self.is_above(base, branch):
             return False
-        later = (self.above[at] | 1 << at) & self._working & ~((1 << self.at[base] + 1) - 1)
+        later = (self.above[at] | 1 << at) & self._weighty & ~((1 << self.at[base] + 1) - 1)
         return any(self.above[i] >> self.at[base] & 1 for i in bits(later))
 
 

@@ -2,52 +2,35 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from graftc.compiler import cache
-from graftc.compiler.capture import Capture, capture
-from graftc.compiler.resolve import Resolved, SiteTable, site_keys
-from graftc.compiler.signature import Axis, axes_of, default_axes, signature_of
-from graftc.compiler.structure import Structure, find_structure
-from graftc.passes.core.builder import Builder
+from graftc.compiler.defaults import default_signatures
+from graftc.compiler.family import Family, compile_family
+from graftc.compiler.interface import Flags
+from graftc.compiler.resolve import TRAIN, Resolved
+from graftc.compiler.signature import (
+    Axis,
+    axes_of,
+    described,
+    fits,
+    less_dynamic,
+    signature_of,
+    signature_of_program,
+    split,
+)
+from graftc.compiler.tokens import TOKENS, with_room
 from graftc.passes.core.folds import FoldStep, Keep, LazyTensors
-from graftc.passes.core.program import HistoryEntry, Program
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.rows import Rows
-from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey
+from graftc.passes.core.sites import LinearSite, SiteKey
 from graftc.passes.core.store import Store
-from graftc.passes.core.verify import record_baseline, verify
-from graftc.passes.mode import to_eval
-from graftc.specs.diagnostics import GraftError, Place
+from graftc.passes.core.uses import Dense, Layout
+from graftc.specs.diagnostics import GraftError
 from graftc.specs.document import Spec
-
-TRAIN = "trained"
-"""Name under which the spec's ``train:`` list owns its overlays."""
-
-
-@dataclass
-class Family:
-    """The Programs of one signature: the base and the adapted model, in train and eval mode."""
-
-    base: Program
-    base_eval: Program
-    train: Program
-    eval: Program
-    structure: Structure
-    resolved: list[Resolved]
-    trained: list[ParameterSite]
-    capture_seconds: float
-    cached: bool
-
-    def rewrite_seconds(self) -> float:
-        """What everything after capture took."""
-        return sum(entry.seconds for entry in self.train.history)
 
 
 @dataclass
@@ -59,7 +42,8 @@ class Compilation:
         model: the source model; read when a new signature has to be captured, never changed.
         store: every tensor.
         seed: what initial values were drawn from.
-        families: Programs by signature.
+        families: Programs by signature and fixed sizes.
+        variants: keys of `families` by signature: a graph that holds for some sizes only has others beside it.
         parts: adaptation, then site, to Store names by part.
         overlays: base tensors that are trained in place: adaptation, site, base name, rows, trained name.
         notes: what capturing had to change, for people.
@@ -70,6 +54,7 @@ class Compilation:
     store: Store
     seed: int = 0
     families: dict[tuple[str, ...], Family] = field(default_factory=dict)
+    variants: dict[tuple[str, ...], list[tuple[str, ...]]] = field(default_factory=dict)
     parts: dict[str, dict[SiteKey | None, dict[str, str]]] = field(default_factory=dict)
     overlays: list[tuple[str, SiteKey, str, Rows, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -81,32 +66,60 @@ class Compilation:
         """The Programs of the signature that was compiled first."""
         return self.families[self.default]
 
+    def find(self, inputs: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """The key in `families` of the Programs for a call's tensors and flags; None where there are none yet."""
+        for key in self.variants.get(signature_of(inputs), ()):
+            if fits(self.families[key].base.inputs, inputs):
+                return key
+        return None
+
     def family(self, inputs: Mapping[str, Any]) -> Family:
-        """The Programs for a call's inputs, captured when they are first seen.
+        """The Programs for a call's tensors and flags, captured when they are first seen.
 
         Raises:
-            GraftError: GC031 for inputs that the model does not take, or a signature that resolves to other sites.
+            GraftError: GC031 for a signature that cannot be captured, or that does not read a place that is adapted.
         """
-        present = {name: value for name, value in inputs.items() if value is not None}
-        signature = signature_of(present)
-        if signature in self.families:
-            return self.families[signature]
+        found = self.find(inputs)
+        if found is not None:
+            return self.families[found]
+        tensors, flags = split(inputs)
         known = [Axis(s.name, s.dtype, s.shape) for s in self.main.base.inputs]
-        return self.add(axes_of(self.model, present, known))
+        axes = axes_of(self.model, tensors, known)
+        failure: GraftError | None = None
+        for attempt in less_dynamic(axes, tensors):
+            try:
+                family = self.add(attempt, flags)
+            except GraftError as error:
+                if error.code != "GC030":
+                    raise
+                failure = failure or error
+            else:
+                if fits(family.base.inputs, inputs):
+                    return family
+        raise self._not_captured(axes, flags, failure)
 
-    def add(self, axes: Sequence[Axis]) -> Family:
-        """Capture one more signature and adapt it like the others."""
-        family = _compile(self, axes)
-        if self.families and site_keys(family.resolved) != site_keys(self.main.resolved):
-            names = ", ".join(axis.name for axis in axes)
-            raise GraftError(
-                "GC031",
-                f"with the inputs {names} the spec resolves to other sites than before",
-                hint="name modules instead of roles, or compile with these inputs from the start",
-            )
-        signature = signature_of({spec.name: spec for spec in family.base.inputs})
-        self.families[signature] = family
-        self.default = self.default or signature
+    def _not_captured(self, axes: Sequence[Axis], flags: Flags, failure: GraftError | None) -> GraftError:
+        usual = {s.name for s in self.main.base.inputs} | set(self.main.base.flags)
+        new = [axis for axis in axes if axis.name not in usual], tuple(f for f in flags if f not in usual)
+        reason = failure.message if failure is not None else f"{type(self.model).__name__} has none for these sizes"
+        hint = f"leave out {described(*new)}" if any(new) else "the model may not take inputs of these sizes"
+        return GraftError("GC031", f"no graph can be made: {reason}", hint=hint)
+
+    def add(self, axes: Sequence[Axis], flags: Flags = ()) -> Family:
+        """Capture one more signature and adapt the same places there.
+
+        Raises:
+            GraftError: GC031 where the new graph does not read a place that is adapted.
+        """
+        family = compile_family(self, axes, flags)
+        signature = signature_of_program(family.base.inputs, family.base.flags)
+        sizes = (
+            f"{s.name}.{i}={low}" for s in family.base.inputs for i, (low, high) in enumerate(s.ranges) if low == high
+        )
+        family.key = key = (*signature, *sizes)
+        self.families[key] = family
+        self.variants.setdefault(signature, []).append(key)
+        self.default = self.default or key
         return family
 
     def fold_steps(self, only: Sequence[str] | None = None) -> list[FoldStep]:
@@ -117,7 +130,7 @@ class Compilation:
         """
         steps: list[FoldStep] = []
         resolved = {r.name: r for r in self.main.resolved}
-        for name in only if only is not None else [TRAIN, *resolved]:
+        for name in only if only is not None else [TOKENS, TRAIN, *resolved]:
             if name in resolved:
                 steps += self._site_steps(resolved[name])
             steps += self._overlay_steps(name)
@@ -126,29 +139,40 @@ class Compilation:
     def _site_steps(self, resolved: Resolved) -> list[FoldStep]:
         method = method_for(resolved.spec.method)
         steps: list[FoldStep] = []
-        for site, spec in resolved.sites:
+        for site, spec in resolved.places:
             parts = self.parts[resolved.name].get(site.key, {})
             tensors = {part: self.store.get(name).detach().double() for part, name in parts.items()}
             fold = method.fold(spec, site, tensors)
             if isinstance(fold, Keep):
                 raise GraftError("GC050", f"{resolved.name!r} cannot fold at {site.key}: {fold.reason}")
             assert isinstance(site, LinearSite)
+            if site.key in resolved.shared:
+                raise GraftError(
+                    "GC022",
+                    f"{resolved.name!r} would fold into {site.key}, which is also read by {resolved.shared[site.key]}",
+                    hint="folding would change both; leave this site out",
+                )
             steps.append(
                 FoldStep(
                     resolved.name,
                     str(site.key),
                     site.use.weight,
-                    site.use.bias or f"{site.key.module}.bias",
+                    site.use.bias or self._new_bias(site),
                     site.rows,
-                    site.use.transposed,
+                    site.use.layout,
                     fold.apply,
                 )
             )
         return steps
 
+    def _new_bias(self, site: LinearSite) -> str | None:
+        """Name of a bias that folding may add; None where the call takes none, or the module has another use of it."""
+        name = f"{site.key.module}.bias".lstrip(".")
+        return None if not isinstance(site.use, Dense) or name in self.store else name
+
     def _overlay_steps(self, name: str) -> list[FoldStep]:
         return [
-            FoldStep(name, str(key), base, None, rows, False, _replace(self.store, trained))
+            FoldStep(name, str(key), base, None, rows, Layout.PLAIN, _replace(self.store, trained), everywhere=True)
             for owner, key, base, rows, trained in self.overlays
             if owner == name
         ]
@@ -163,7 +187,13 @@ def _replace(store: Store, trained: str) -> Callable[..., Any]:
 
 
 def compile_model(
-    spec: Spec, model: nn.Module, axes: Sequence[Axis] | None = None, *, seed: int = 0, use_cache: bool = True
+    spec: Spec,
+    model: nn.Module,
+    axes: Sequence[Axis] | None = None,
+    *,
+    flags: Flags = (),
+    seed: int = 0,
+    use_cache: bool = True,
 ) -> Compilation:
     """Compile a spec against a model. The model is never changed.
 
@@ -171,120 +201,42 @@ def compile_model(
         spec: what to adapt.
         model: any module that torch.export captures.
         axes: its inputs; the model's usual ones by default.
+        flags: other keyword arguments of its calls.
         seed: initial values are drawn from it.
         use_cache: look up and keep the captured graph in the user's cache folder.
 
     Raises:
         GraftError: with a code for whatever is wrong with the spec, the model or their fit.
     """
+    if spec.tokens is not None:
+        try:
+            model = with_room(model, spec.tokens)
+        except GraftError as error:
+            raise spec.locate(error) from error
     compilation = Compilation(spec, model, Store.mirror(model), seed, use_cache=use_cache)
-    compilation.add(list(axes) if axes is not None else default_axes(model))
+    first_capture(model, axes, lambda attempt: compilation.add(attempt, flags))
     return compilation
 
 
-def captured(model: nn.Module, axes: Sequence[Axis], store: Store, use_cache: bool = True) -> Capture:
-    """A capture from the cache, or a new one that goes there."""
-    entry = cache.lookup(model, axes) if use_cache else None
-    if entry is not None:
-        return entry
-    found = capture(model, axes, canonical=store.aliases)
-    if use_cache:
-        cache.keep(model, axes, found)
-    return found
+T = TypeVar("T")
 
 
-class _Clock:
-    """Times the steps of one Program's compilation and writes its history."""
+def first_capture(model: nn.Module, axes: Sequence[Axis] | None, run: Callable[[Sequence[Axis]], T]) -> T:
+    """What ``run`` gives for the first inputs that can be captured: those shown or the model's usual ones, then the
+    same with fixed sizes.
 
-    def __init__(self) -> None:
-        self.entries: list[HistoryEntry] = []
-
-    def step(self, name: str, run: Callable[[], Any], program: Program) -> Any:
-        before = {node.name for node in program.graph.nodes}
-        started = time.perf_counter()
-        result = run()
-        after_program = result if isinstance(result, Program) else program
-        seconds = time.perf_counter() - started
-        after = {node.name for node in after_program.graph.nodes}
-        self.entries.append(HistoryEntry(name, len(after - before), len(before - after), seconds))
-        return result
-
-
-def _compile(compilation: Compilation, axes: Sequence[Axis]) -> Family:
-    spec, store, model = compilation.spec, compilation.store, compilation.model
-    found = captured(model, axes, store, compilation.use_cache)
-    compilation.notes += [note for note in found.notes if note not in compilation.notes]
-    for name, value in found.constants.items():
-        if name not in store:
-            store.add_buffer(name, value, persistent=False)
-    base = found.program
-    clock = _Clock()
-    clock.entries += base.history
-    record_baseline(base)
-    clock.step("verify", lambda: verify(base, store, "canonicalise"), base)
-    adapted = clock.step("copy", base.copy, base)
-    structure = clock.step("roles", lambda: find_structure(adapted.graph, found.constants), adapted)
-    table = SiteTable(adapted, store, structure, dict(model.named_modules(remove_duplicate=False)))
-    resolved = clock.step("resolve", lambda: table.resolve(spec), adapted)
-    trained = clock.step("resolve train", lambda: table.trained(spec), adapted)
-    _insert(compilation, adapted, trained, resolved, clock)
-    eval_base = record_baseline(to_eval(base))
-    adapted_eval = clock.step("mode(eval)", lambda: to_eval(adapted), adapted)
-    adapted_eval.baseline = eval_base.baseline
-    clock.step("verify", lambda: verify(adapted_eval, store, "mode(eval)", types=True), adapted_eval)
-    adapted.history = list(clock.entries)
-    adapted_eval.history = list(clock.entries)
-    return Family(base, eval_base, adapted, adapted_eval, structure, resolved, trained, found.seconds, found.cached)
-
-
-def _insert(
-    compilation: Compilation,
-    program: Program,
-    trained: Sequence[ParameterSite],
-    resolved: Sequence[Resolved],
-    clock: _Clock,
-) -> None:
-    store = compilation.store
-    if trained:
-        build = Builder(program, store, TRAIN, TRAIN, compilation.seed)
-        clock.step("insert(train)", lambda: _overlay(build, trained), program)
-        _collect(compilation, build)
-        clock.step("verify", lambda: verify(program, store, "insert(train)"), program)
-    for index, item in enumerate(resolved):
-        build = Builder(program, store, item.name, item.spec.method, compilation.seed)
+    Raises:
+        GraftError: GC030, the first of its kind, when none can be.
+    """
+    choices = [list(axes)] if axes is not None else list(default_signatures(model))
+    attempts = [list(less_dynamic(choice)) for choice in choices]
+    failure: GraftError | None = None
+    for attempt in [first for first, *_ in attempts] + [other for _, *others in attempts for other in others]:
         try:
-            clock.step(f"insert({item.name})", partial(_adapt, build, item), program)
+            return run(attempt)
         except GraftError as error:
-            raise _placed(compilation.spec, index, error) from error
-        _collect(compilation, build)
-        clock.step("verify", partial(verify, program, store, f"insert({item.name})"), program)
-
-
-def _placed(spec: Spec, index: int, error: GraftError) -> GraftError:
-    """A method's error with its place in the spec; methods name a field of theirs."""
-    path = f"adapt[{index}]" + (f".{error.place.path}" if error.place is not None else "")
-    place = Place(path=path)
-    return spec.locate(GraftError(error.code, error.message, place=place, hint=error.hint, details=error.details))
-
-
-def _overlay(build: Builder, sites: Sequence[ParameterSite]) -> None:
-    for site in sites:
-        with build.on(site):
-            build.overlay(site.tensor)
-
-
-def _adapt(build: Builder, item: Resolved) -> None:
-    method = method_for(item.spec.method)
-    sites: list[Site] = [site for site, _ in item.sites]
-    shared = method.prepare(item.spec, sites, build)
-    for site, spec in item.sites:
-        with build.on(site):
-            method.insert(spec, site, shared, build)
-
-
-def _collect(compilation: Compilation, build: Builder) -> None:
-    compilation.parts.setdefault(build.adaptation, {}).update(build.parts)
-    known = {(owner, key, base) for owner, key, base, _, _ in compilation.overlays}
-    for key, base, rows, name in build.overlays:
-        if (build.adaptation, key, base) not in known:
-            compilation.overlays.append((build.adaptation, key, base, rows, name))
+            if error.code != "GC030":
+                raise
+            failure = failure or error
+    assert failure is not None
+    raise failure

@@ -5,17 +5,22 @@ The task head is not counted (it trains anyway); a percentage is of base plus ad
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from graftc.compiler.pipeline import TRAIN, Compilation
+from graftc.compiler.pipeline import Compilation
+from graftc.compiler.resolve import TRAIN
+from graftc.compiler.tokens import TOKENS
 from graftc.passes.core.program import Program, provenance
 from graftc.passes.core.shapes import Sizes
+from graftc.passes.core.sites import linear_use
 from graftc.passes.core.store import Store
+from graftc.passes.core.uses import Lookup
 
 aten = torch.ops.aten
 
@@ -78,7 +83,10 @@ def report(compilation: Compilation) -> Report:
     """Count what a Compilation adds."""
     store, family = compilation.store, compilation.main
     base = sum(t.numel() for _, t in store.base() if isinstance(t, nn.Parameter))
-    entries = [_entry(item.name, item.spec.method, len(item.sites), family.eval, store) for item in family.resolved]
+    entries = [_entry(item.name, item.spec.method, len(item.places), family.eval, store) for item in family.resolved]
+    if compilation.spec.tokens is not None:
+        tables = {base for owner, _, base, _, _ in compilation.overlays if owner == TOKENS}
+        entries.insert(0, _entry(TOKENS, TOKENS, len(tables), family.eval, store))
     trainable = sum(entry.trainable_parameters for entry in entries)
     full = 0
     if family.trained:
@@ -132,19 +140,23 @@ def flops_per_token(program: Program, nodes: Iterable[fx.Node]) -> float:
     tokens = batch * (sequence if any("sequence" in s.shape for s in program.inputs) else 1)
     total = 0
     for node in nodes:
-        if node.target not in _CONTRACTED:
-            continue
-        value, operand = node.meta["val"], node.args[_CONTRACTED[node.target]]
-        if isinstance(value, Tensor) and isinstance(operand, fx.Node):
-            shape = sizes.shape(value)
-            elements = 1
-            for size in shape:
-                elements *= size
-            total += 2 * elements * sizes.size(operand.meta["val"].shape[-1])
+        summed = _summed(node)
+        value = node.meta.get("val")
+        if summed and isinstance(value, Tensor):
+            total += 2 * math.prod(sizes.shape(value)) * math.prod(sizes.size(size) for size in summed)
     return total / tokens
 
 
-_CONTRACTED = {
+def _summed(node: fx.Node) -> Sequence[Any]:
+    """Sizes of the axes that a product sums over; empty for other nodes."""
+    use = linear_use(node) if node.op == "call_function" else None
+    if use is not None:
+        return () if isinstance(use, Lookup) else (use.in_features,)
+    operand = node.args[_CONTRACTED[node.target]] if node.target in _CONTRACTED else None
+    return operand.meta["val"].shape[-1:] if isinstance(operand, fx.Node) else ()
+
+
+_CONTRACTED: Mapping[Any, int] = {
     aten.linear.default: 0,
     aten.addmm.default: 1,
     aten.mm.default: 0,

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from torch import fx, nn
-
-from graftc.compiler.select import Candidate, check_overrides, depths, match_modules, select
-from graftc.compiler.structure import Finding, Structure
+from graftc.compiler.findings import place
+from graftc.compiler.select import check_overrides, depths, match_modules, select
+from graftc.compiler.sitetable import BlockedSite, SiteTable
 from graftc.passes.core.program import Program
 from graftc.passes.core.rows import Rows
-from graftc.passes.core.sites import (
-    AttentionSite,
-    LinearSite,
-    LinearUse,
-    ParameterSite,
-    Site,
-    SiteKey,
-    linear_use,
-)
-from graftc.passes.core.store import Store
+from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
 from graftc.specs.diagnostics import GraftError, Place, warn
 from graftc.specs.document import Spec
-from graftc.specs.roles import widen
+
+TRAIN = "trained"
+"""Name under which the spec's ``train:`` list owns its overlays."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """One adaptation with its sites in one Program, each with the spec that holds for it."""
+    """One adaptation with its sites in one Program.
+
+    Attributes:
+        spec: the adaptation.
+        sites: every use of every place, each with the spec that holds for it.
+        shared: places whose tensor something else reads too, which therefore cannot fold, with what that is.
+    """
 
     spec: MethodSpec
     sites: tuple[tuple[Site, MethodSpec], ...]
+    shared: Mapping[SiteKey, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -42,91 +41,35 @@ class Resolved:
         assert self.spec.name is not None
         return self.spec.name
 
+    @property
+    def places(self) -> tuple[tuple[Site, MethodSpec], ...]:
+        """The first use of every place: what tensors, folds and counts go by."""
+        found: dict[SiteKey, tuple[Site, MethodSpec]] = {}
+        for site, spec in self.sites:
+            found.setdefault(_place(site), (site, spec))
+        return tuple(found.values())
 
-class SiteTable:
-    """All sites of one Program, as candidates for targets.
+
+def _place(site: Site) -> SiteKey:
+    """Uses of one tensor are one place; each use of anything else is its own."""
+    return site.key.place if isinstance(site, LinearSite) else site.key
+
+
+class Resolver:
+    """Resolves a spec on one Program.
 
     Args:
-        program: the base as captured, canonicalised.
-        store: its tensors.
-        structure: the roles found in it.
-        modules: the source model's module types by path, to tell a wrong name from a module that no output needs.
+        table: its sites.
     """
 
-    def __init__(self, program: Program, store: Store, structure: Structure, modules: Mapping[str, nn.Module]) -> None:
-        self.program, self.store, self.structure, self.modules = program, store, structure, modules
-        self.sites: list[Site] = []
-        self.candidates: list[Candidate] = []
-        by_node: dict[fx.Node, list[Finding]] = defaultdict(list)
-        for finding in structure.findings:
-            by_node[finding.node].append(finding)
-        uses: dict[str, int] = defaultdict(int)
-        for node in program.graph.nodes:
-            use = linear_use(node)
-            if use is not None:
-                self._linear(use, by_node.get(node, []), uses)
-            for finding in by_node.get(node, ()):
-                if finding.kind == SiteKind.ATTENTION:
-                    self._attention(finding)
-        self._unused()
-
-    def _linear(self, use: LinearUse, findings: Sequence[Finding], uses: dict[str, int]) -> None:
-        module = str(use.node.meta["module"])
-        index, uses[module] = uses[module], uses[module] + 1
-        parameter = use.weight.rpartition(".")[2]
-        whole = [f for f in findings if f.rows is None]
-        layer, stack = (findings[0].layer, findings[0].stack) if findings else _place(module)
-        roles = tuple(f.role for f in whole)
-        rows = Rows(use.out_features)
-        key = SiteKey(module, parameter, use=index)
-        self._add(LinearSite(key, roles, layer, stack, kind=SiteKind.LINEAR, use=use, rows=rows))
-        for finding in findings:
-            if finding.rows is None:
-                continue
-            part = finding.role.rpartition(".")[2]
-            self._add(
-                LinearSite(
-                    SiteKey(module, parameter, part, index),
-                    (finding.role,),
-                    finding.layer,
-                    finding.stack,
-                    kind=SiteKind.LINEAR,
-                    use=use,
-                    rows=Rows(use.out_features, finding.rows),
-                ),
-                part=True,
-            )
-
-    def _attention(self, finding: Finding) -> None:
-        key = SiteKey(finding.module, finding.role, use=finding.use)
-        site = AttentionSite(
-            key, (finding.role,), finding.layer, finding.stack, kind=SiteKind.ATTENTION, node=finding.node
-        )
-        self._add(site)
-
-    def _unused(self) -> None:
-        """Linear modules whose result no output needs are candidates too, so that naming one says what is wrong."""
-        present = {site.key.module for site in self.sites}
-        for path, module in self.modules.items():
-            weight = getattr(module, "weight", None)
-            is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-            if is_linear and path not in present and isinstance(weight, nn.Parameter) and weight.dim() == 2:
-                layer, stack = _place(path)
-                key = SiteKey(path, "weight")
-                self._add(Site(key, (), layer, stack, kind=SiteKind.LINEAR))
-
-    def _add(self, site: Site, part: bool = False) -> None:
-        roles = frozenset(r for role in site.roles for r in widen(role))
-        index = len(self.sites)
-        self.sites.append(site)
-        label = site.key.module + (f"[{site.key.part}]" if site.key.part else "")
-        self.candidates.append(Candidate(index, site.key.module, roles, site.kind, site.layer, site.stack, label, part))
+    def __init__(self, table: SiteTable) -> None:
+        self.table = table
 
     def resolve(self, spec: Spec) -> list[Resolved]:
         """The sites of every adaptation.
 
         Raises:
-            GraftError: GC011 to GC016 for targets, GC021 for rows with two owners, GC023 for sites that no output
+            GraftError: GC011 to GC017 for targets, GC021 for rows with two owners, GC023 for sites that no output
                 needs.
         """
         found: list[Resolved] = []
@@ -137,45 +80,66 @@ class SiteTable:
             except GraftError as error:
                 raise spec.locate(error) from error
         self._conflicts(spec, found)
-        self._tied(found)
+        self._warn(found)
         return found
 
     def _one(self, adaptation: MethodSpec, where: str) -> Resolved:
         chosen = select(
             adaptation.target,
-            self.candidates,
+            self.table.candidates,
             f"{where}.target",
             kinds=adaptation.claims.sites,
             method=adaptation.method,
+            missing=self.table.missing,
         )
-        stack_depths = depths(self.candidates)
+        stack_depths = depths(self.table.candidates)
         check_overrides(adaptation, chosen, where, depth=stack_depths)
         sites: list[tuple[Site, MethodSpec]] = []
         for candidate in chosen:
             index = candidate.key
             assert isinstance(index, int)
-            site = self.sites[index]
-            if type(site) is Site:
-                raise GraftError(
-                    "GC023",
-                    f"{site.key.module} is not needed for any output of the model, so it would never learn",
-                    place=Place(path=f"{where}.target"),
-                    hint="exclude it, or use a model head that reads it",
-                )
+            entry = self.table.entries[index]
+            if isinstance(entry[0], BlockedSite):
+                raise _blocked(entry[0], f"{where}.target")
             depth = stack_depths.get(candidate.stack)
             own = adaptation.for_site(candidate.module, candidate.roles, candidate.layer, depth=depth)
-            sites.append((site, own))
-        return Resolved(adaptation, tuple(sites))
+            sites += [(site, own) for site in entry]
+        return self._resolved(adaptation, sites)
+
+    def _resolved(self, adaptation: MethodSpec, sites: Sequence[tuple[Site, MethodSpec]]) -> Resolved:
+        groups: dict[SiteKey, list[LinearSite]] = defaultdict(list)
+        for site, _ in sites:
+            if isinstance(site, LinearSite) and not self.table.store.tied(site.use.weight):
+                groups[_place(site)].append(site)
+        shared = {key: found for key, group in groups.items() if (found := self.table.read_elsewhere(group))}
+        return Resolved(adaptation, tuple(sites), shared)
+
+    def again(self, main: Iterable[Resolved]) -> list[Resolved]:
+        """The places that another Program's adaptations have, in this one.
+
+        Raises:
+            GraftError: GC031 naming an adaptation and a place that this Program does not read.
+        """
+        found: list[Resolved] = []
+        for resolved in main:
+            sites: list[tuple[Site, MethodSpec]] = []
+            for site, spec in resolved.places:
+                here = self.table.same(site)
+                if not here:
+                    raise not_read(self.table.program, str(site.key), resolved.name)
+                sites += [(other, spec) for other in here]
+            found.append(self._resolved(resolved.spec, sites))
+        return found
 
     def _conflicts(self, spec: Spec, found: Sequence[Resolved]) -> None:
-        """Rows of one linear belong to one adaptation, or to several that name exactly the same rows."""
-        owners: dict[tuple[fx.Node, str], list[tuple[Rows, str, int]]] = defaultdict(list)
+        """Rows of one weight belong to one adaptation, or to several that name exactly the same rows."""
+        owners: dict[tuple[str, str], list[tuple[Rows, str]]] = defaultdict(list)
         for index, resolved in enumerate(found):
-            for site, _ in resolved.sites:
+            for site, _ in resolved.places:
                 if not isinstance(site, LinearSite):
                     continue
-                held = owners[site.use.node, site.use.weight]
-                for rows, name, _ in held:
+                held = owners[site.key.module, site.key.name]
+                for rows, name in held:
                     same = rows == site.rows and name != resolved.name
                     if rows.overlaps(site.rows) and not same:
                         raise spec.locate(
@@ -188,17 +152,22 @@ class SiteTable:
                                 "the same rows in both",
                             )
                         )
-                held.append((site.rows, resolved.name, index))
+                held.append((site.rows, resolved.name))
 
-    def _tied(self, found: Sequence[Resolved]) -> None:
+    def _warn(self, found: Sequence[Resolved]) -> None:
         for resolved in found:
-            for site, _ in resolved.sites:
-                tied = self.store.tied(site.use.weight) if isinstance(site, LinearSite) else ()
+            for site, _ in resolved.places:
+                tied = self.table.store.tied(site.use.weight) if isinstance(site, LinearSite) else ()
                 if isinstance(site, LinearSite) and tied:
                     others = [n for n in (site.use.weight, *tied) if n != f"{site.key.module}.{site.key.name}"]
                     warn(
                         "GC024",
                         f"{site.key} is tied to {', '.join(others)}: {resolved.name!r} trains there but will not fold",
+                    )
+                elif (reader := resolved.shared.get(_place(site))) is not None:
+                    warn(
+                        "GC024",
+                        f"{site.key} is also read by {reader}: {resolved.name!r} trains there but will not fold",
                     )
 
     def trained(self, spec: Spec) -> list[ParameterSite]:
@@ -210,55 +179,71 @@ class SiteTable:
         """
         if not spec.train:
             return []
-        used = {str(n.target) for n in self.program.graph.find_nodes(op="get_attr")}
+        used = {str(n.target) for n in self.table.program.graph.find_nodes(op="get_attr")}
         sites: dict[str, ParameterSite] = {}
         try:
-            for path in match_modules(spec.train, [m for m in self.modules if m]):
+            for path in match_modules(spec.train, [m for m in self.table.modules if m]):
                 for site in self._parameters(path, used):
                     sites.setdefault(site.tensor, site)
         except GraftError as error:
             raise spec.locate(error) from error
         return list(sites.values())
 
+    def trained_again(self, main: Sequence[ParameterSite]) -> list[ParameterSite]:
+        """The parameters that another Program trains, in this one.
+
+        Raises:
+            GraftError: GC031 naming a parameter that this Program does not read.
+        """
+        used = {str(n.target) for n in self.table.program.graph.find_nodes(op="get_attr")}
+        for site in main:
+            if site.tensor not in used:
+                raise not_read(self.table.program, site.tensor, TRAIN)
+        return list(main)
+
     def _parameters(self, path: str, used: set[str]) -> list[ParameterSite]:
         found: list[ParameterSite] = []
-        place = Place(path="train")
-        for name, _ in self.modules[path].named_parameters(path, remove_duplicate=False):
-            if self.store.tied(name):
-                others = ", ".join(self.store.tied(name))
+        where = Place(path="train")
+        for name, _ in self.table.modules[path].named_parameters(path, remove_duplicate=False):
+            if self.table.store.tied(name):
+                others = ", ".join(self.table.store.tied(name))
                 raise GraftError(
                     "GC022",
                     f"{path} would train {name}, which is tied to {others}",
-                    place=place,
+                    place=where,
                     hint="training one use of a tied tensor changes the other; break the tie in the model first",
                 )
             if name not in used:
                 raise GraftError(
                     "GC023",
                     f"{name} is not needed for any output of the model, so it would never learn",
-                    place=place,
+                    place=where,
                     hint="leave its module out of train",
                 )
             module, _, last = name.rpartition(".")
-            layer, stack = _place(module)
+            layer, stack = place(module)
             key = SiteKey(module, last)
             found.append(ParameterSite(key, (), layer, stack, kind=SiteKind.PARAMETER, tensor=name))
         return found
+
+
+def not_read(program: Program, place: str, owner: str) -> GraftError:
+    """The error for a signature whose graph does not read a place that is adapted."""
+    return GraftError(
+        "GC031",
+        f"with the inputs {', '.join(program.signature)} the model does not read {place}, which {owner!r} adapts",
+        hint="leave that place out of the spec, or call the model with the inputs it was compiled with",
+    )
 
 
 def _rows(rows: Rows) -> str:
     return "all rows" if rows.whole else f"rows {rows}"
 
 
-def _place(module: str) -> tuple[int | None, str]:
-    """Layer and stack from a module path."""
-    segments = module.split(".")
-    for index, segment in enumerate(segments):
-        if segment.isdigit():
-            return int(segment), ".".join(segments[:index])
-    return None, ""
-
-
-def site_keys(resolved: Sequence[Resolved]) -> dict[str, list[str]]:
-    """Adaptation name to its SiteKeys as text: what every Program of a Compilation must agree on."""
-    return {r.name: [str(site.key) for site, _ in r.sites] for r in resolved}
+def _blocked(site: BlockedSite, path: str) -> GraftError:
+    if site.unused:
+        hint = "exclude it, or use a model head that reads it"
+        return GraftError("GC023", f"{site.key.module} {site.reason}", place=Place(path=path), hint=hint)
+    return GraftError(
+        "GC017", f"{site.key.module} {site.reason}", place=Place(path=path), hint="leave it out with exclude"
+    )

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graftc.compiler.candidates import Candidate, depths
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
 from graftc.specs.diagnostics import GraftError, Place
@@ -32,37 +33,10 @@ from graftc.specs.target import Target
 __all__ = ["Candidate", "check_overrides", "depths", "match_modules", "select"]
 
 _LAYERED = ("attn", "ffn")
+_DETAILS = 8
+"""How many reasons a near miss is explained with."""
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """One place that a target may select.
-
-    Attributes:
-        key: what the caller knows the place by.
-        module: dotted path of its module.
-        roles: every role that it answers to, prefixed forms included (``graftc.specs.roles.widen``).
-        kind: its kind of site.
-        layer: its layer from 0 within its stack; None outside of layers.
-        stack: the stack of layers it belongs to.
-        label: how messages name it; default the module path.
-        part: it is some output rows of a fused weight. A target without ``role`` means modules as a whole,
-            and then passes over parts whose whole is a candidate too.
-    """
-
-    key: Hashable
-    module: str
-    roles: frozenset[str]
-    kind: SiteKind
-    layer: int | None = None
-    stack: str = ""
-    label: str = ""
-    part: bool = False
-
-    @property
-    def name(self) -> str:
-        """The label, or the module path."""
-        return self.label or self.module
+Missing = Callable[[tuple[str, int] | None], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -84,15 +58,6 @@ class _Pattern:
         return f"{self.field} {self.shown} matches {count_sites(len(self.hits))}"
 
 
-def depths(candidates: Iterable[Candidate]) -> dict[str, int]:
-    """How many layers each stack has."""
-    out: dict[str, int] = {}
-    for c in candidates:
-        if c.layer is not None:
-            out[c.stack] = max(out.get(c.stack, 0), c.layer + 1)
-    return out
-
-
 def select(
     target: Target,
     candidates: Sequence[Candidate],
@@ -100,6 +65,7 @@ def select(
     *,
     kinds: Collection[SiteKind] | None = None,
     method: str = "the method",
+    missing: Missing = lambda spot: (),
 ) -> list[Candidate]:
     """The candidates that a target means, in their order.
 
@@ -109,6 +75,8 @@ def select(
         where: path of the target in the spec, for errors: ``adapt[0].target``.
         kinds: the kinds of site that the method takes; None for all.
         method: the method's tag, for errors.
+        missing: what has no role in a layer (stack and number; None for the whole model) and why: what a near miss is
+            explained with.
 
     Raises:
         GraftError: GC011 where a glob, regex, list item, brace branch, layer or exclusion matches nothing,
@@ -116,7 +84,7 @@ def select(
             left; GC015 where the model, or some layers of a stack, have no such role; GC016 where the method
             does not take what matches. Places hold paths; ``Spec.locate`` adds line and column.
     """
-    return _Selection(target, candidates, where, kinds, method).run()
+    return _Selection(target, candidates, where, kinds, method, missing).run()
 
 
 class _Selection:
@@ -127,8 +95,10 @@ class _Selection:
         where: str,
         kinds: Collection[SiteKind] | None,
         method: str,
+        missing: Missing,
     ) -> None:
         self.target, self.all, self.where, self.method = target, list(candidates), where, method
+        self.missing = missing
         self.kinds = None if kinds is None else frozenset(kinds)
         whole = {c.module for c in self.all if not c.part}
         by_module = target.role is None
@@ -287,7 +257,8 @@ class _Selection:
         message = f"{matched}; {these} none: {_some(names, 40)}"
         layers = f"layers: {write_layers([layer for _, layer in present])}, or " if one else ""
         hint = f"if that is meant, say so with {layers}expect: {count}"
-        return _error("GC015", message, p.path, hint=hint)
+        reasons = dict.fromkeys(reason for spot in missing for reason in self.missing(spot))
+        return _error("GC015", message, p.path, hint=hint, details=list(reasons)[:_DETAILS])
 
     def asked(self, spot: tuple[str, int]) -> bool:
         entries = as_items(self.target.layers)
@@ -306,7 +277,8 @@ class _Selection:
         spelled = [f"{stem}{r}" for r in ROLES if f"{stem}{r}" in present] or [r for r in ROLES if r in present]
         known = f"it has: {', '.join(spelled)}" if spelled else "it has none at all"
         hint = f"{known}; `graftc roles MODEL` says what was found and why"
-        return _error("GC015", f"role '{branch}' is not in this model", path, hint)
+        reasons = list(dict.fromkeys(self.missing(None)))[:_DETAILS]
+        return _error("GC015", f"role '{branch}' is not in this model", path, hint, details=reasons)
 
     def wrong_kind(
         self,
@@ -322,7 +294,8 @@ class _Selection:
             return _error("GC011", message, path, "name the role as well, for example role: attn.q")
         kinds = Counter(str(c.kind) for c in others)
         found = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
-        wanted = " and ".join(sorted(str(k) for k in self.kinds))
+        *most, last = sorted(str(k) for k in self.kinds)
+        wanted = f"{', '.join(most)} and {last}" if most else last
         message = f"{what} matches {count_sites(len(others))} ({found}), but {self.method} takes {wanted} sites"
         return _error("GC016", message, path, hint, fix)
 

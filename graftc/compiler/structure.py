@@ -18,6 +18,7 @@ from graftc.compiler.feedforward import read_branches
 from graftc.compiler.findings import Finding, Structure, Sublayer, Unresolved, place
 from graftc.compiler.flow import Flow
 from graftc.compiler.labels import Labels
+from graftc.compiler.sublayers import read_sublayers
 from graftc.passes.core.shapes import Sizes
 
 __all__ = ["Finding", "Structure", "Sublayer", "Unresolved", "find_structure", "place"]
@@ -41,18 +42,18 @@ def find_structure(graph: fx.Graph, constants: Mapping[str, Tensor] | None = Non
     columns = _propagate(graph, constants or {})
     labels = Labels(columns.flow, columns)
     read_attentions(labels)
-    branches = read_branches(labels)
+    read_branches(labels)
     read_ends(labels)
     read_tables(labels)
     read_norms(labels)
     labels.report_rest()
-    return labels.structure(branches)
+    return labels.structure(read_sublayers(labels))
 
 
 def _propagate(graph: fx.Graph, constants: Mapping[str, Tensor]) -> Columns:
     """Small sizes first. Where they break an operator, the sizes that the graph was captured with do not."""
     best: Columns | None = None
-    hints = _hints(graph)
+    hints = captured_sizes(graph)
     for sizes in (Sizes(lambda _: _SMALL), Sizes(lambda symbol: hints.get(symbol, _SMALL))):
         try:
             found = Columns(Flow(graph, sizes), constants)
@@ -66,7 +67,7 @@ def _propagate(graph: fx.Graph, constants: Mapping[str, Tensor]) -> Columns:
     return best
 
 
-def _hints(graph: fx.Graph) -> dict[str, int]:
+def captured_sizes(graph: fx.Graph) -> dict[str, int]:
     """The sizes that the graph was captured with, by symbol name."""
     for node in graph.nodes:
         mode = getattr(node.meta.get("val"), "fake_mode", None)

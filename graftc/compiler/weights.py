@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.flow import Flow, Linear
+from graftc.compiler.flow import Flow
+from graftc.compiler.maps import Linear, columns_along
 from graftc.compiler.operators import PASSING, op_name
 from graftc.passes.core.program import map_nodes
 
@@ -32,29 +33,30 @@ def parameter_rows(flow: Flow, linear: Linear) -> tuple[Tensor, int] | None:
     chain = _chain(flow, linear)
     if chain is None:
         return None
-    rows, columns = (int(size) for size in chain[0].meta["val"].shape)
-    held = torch.arange(rows).unsqueeze(1).expand(rows, columns), torch.arange(columns).expand(rows, columns)
-    traced = [_run(flow, chain, numbers) for numbers in held]
-    if any(t is None or t.dim() != 2 for t in traced):
-        return None
-    out_axis = 0 if op_name(linear.node) == "linear" else 1
-    by_row, by_column = (t.select(1 - out_axis, 0) for t in traced if t is not None)
-    if torch.unique(by_row).numel() == linear.out:
-        return by_row, rows
-    if torch.unique(by_column).numel() == linear.out:
-        return by_column, columns
+    shape = tuple(int(size) for size in chain[0].meta["val"].shape)
+    # A matrix may be stored either way round; the first axis of a kernel is its rows.
+    for axis in range(2 if len(shape) == 2 else 1):
+        total = shape[axis]
+        numbers = _run(flow, chain, columns_along(shape, (axis,)))
+        if numbers is None or numbers.dim() <= max(linear.out_axes):
+            continue
+        others = [axis for axis in range(numbers.dim()) if axis not in linear.out_axes]
+        oriented = numbers.permute(*linear.out_axes, *others).reshape(linear.out, -1)
+        own = oriented[:, 0]
+        if torch.equal(oriented, own[:, None].expand_as(oriented)) and torch.unique(own).numel() == linear.out:
+            return own, total
     return None
 
 
 def _chain(flow: Flow, linear: Linear) -> list[fx.Node] | None:
-    """Nodes from the stored parameter to the weight, or None where it is no 2-D tensor."""
+    """Nodes from the stored parameter to the weight."""
     chain = [linear.weight]
     while chain[0].op == "call_function":
         sources = [n for n in chain[0].all_input_nodes if _leads_to(flow, n, str(linear.parameter))]
         if not sources:
             return None
         chain.insert(0, sources[0])
-    return chain if chain[0].meta["val"].dim() == 2 else None
+    return chain
 
 
 def _leads_to(flow: Flow, node: fx.Node, parameter: str) -> bool:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.folds import Fold, Keep, WeightFold
 from graftc.passes.core.method import Method
-from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey
+from graftc.passes.core.sites import EmbeddingSite, LinearSite, ParameterSite, Site, SiteKey
 from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.lora import LoRA
 
@@ -29,6 +30,9 @@ class LoRAMethod(Method[LoRA]):
     is the base's to the bit, and ``W`` stays as it was.
 
     The branch is scaled where it is narrowest, on the ``rank`` axis. Dropout acts on the branch's input only.
+
+    Experts have one pair of factors each, ``A: [experts, rank, in]`` and ``B: [experts, out, rank]``. In a
+    convolution ``in`` counts the entries of a patch. A table of embeddings starts at ``A = 0`` instead of ``B = 0``.
     """
 
     spec_class = LoRA
@@ -59,16 +63,20 @@ class LoRAMethod(Method[LoRA]):
                 hint=f"a rank of at most {limit} fits; use overrides for single sites",
             )
         down, up = _factors(spec, site, build)
-        a = build.parameter("A", (rank, site.in_features), down, dtype=site.dtype)
-        b = build.parameter("B", (site.out_features, rank), up, dtype=site.dtype)
+        a_shape, b_shape = (*site.leading, rank, site.in_features), (*site.leading, site.out_features, rank)
+        a = build.parameter("A", a_shape, down, dtype=site.dtype)
+        b = build.parameter("B", b_shape, up, dtype=site.dtype)
         x = build.input(site)
-        delta = _branch(
-            build, build.dropout(x, spec.dropout, recompute=spec.dropout_mask == "recomputed"), a, b, spec.scaling
-        )
         if spec.init in _FROM_WEIGHT:
-            a0 = build.parameter("A0", (rank, site.in_features), down, dtype=site.dtype, trainable=False)
-            b0 = build.parameter("B0", (site.out_features, rank), up, dtype=site.dtype, trainable=False)
-            start = _branch(build, x, a0, b0, spec.scaling)
+            # torch picks another product for a weight that wants a gradient where the input is not contiguous, and the
+            # start would not cancel to the bit.
+            x = build.call(aten.contiguous.default, x, part="contiguous")
+        dropped = build.dropout(x, spec.dropout, recompute=spec.dropout_mask == "recomputed")
+        delta = build.low_rank(site, dropped, a, b, spec.scaling)
+        if spec.init in _FROM_WEIGHT:
+            a0 = build.parameter("A0", a_shape, down, dtype=site.dtype, trainable=False)
+            b0 = build.parameter("B0", b_shape, up, dtype=site.dtype, trainable=False)
+            start = build.low_rank(site, x, a0, b0, spec.scaling)
             delta = build.call(aten.sub.Tensor, delta, start, part="minus start")
         build.add(site, delta)
         if spec.bias == "lora_only" and site.use.bias is not None:
@@ -88,22 +96,20 @@ class LoRAMethod(Method[LoRA]):
         return WeightFold(apply)
 
 
-def _branch(build: Builder, x: fx.Node, a: fx.Node, b: fx.Node, scaling: float) -> fx.Node:
-    h = build.call(aten.linear.default, x, a, part="down")
-    if scaling != 1:
-        h = build.call(aten.mul.Tensor, h, scaling, part="scale")
-    return build.call(aten.linear.default, h, b, part="up")
-
-
 def _kaiming(tensor: Tensor, generator: torch.Generator) -> None:
     """Uniform within ``1 / sqrt(in)``: Kaiming's bound at ``a = sqrt(5)``, the field's default."""
-    bound = 1 / math.sqrt(tensor.shape[1])
+    bound = 1 / math.sqrt(tensor.shape[-1])
     tensor.uniform_(-bound, bound, generator=generator)
 
 
 def _gaussian(tensor: Tensor, generator: torch.Generator) -> None:
     """Normal with standard deviation ``1 / rank``."""
-    tensor.normal_(0, 1 / tensor.shape[0], generator=generator)
+    tensor.normal_(0, 1 / tensor.shape[-2], generator=generator)
+
+
+def _unit(tensor: Tensor, generator: torch.Generator) -> None:
+    """Standard normal, as loralib does for tables: a row is looked up alone, so its fan-in is one."""
+    tensor.normal_(generator=generator)
 
 
 def _zeros(tensor: Tensor, generator: torch.Generator) -> None:
@@ -113,14 +119,14 @@ def _zeros(tensor: Tensor, generator: torch.Generator) -> None:
 def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """The first ``rank`` singular directions, ``s B A`` their part of the weight, values shared by both factors."""
     u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
-    root = (s[:rank] / scaling).sqrt()
-    return root[:, None] * v[:rank], u[:, :rank] * root
+    root = (s[..., :rank] / scaling).sqrt()
+    return root[..., :, None] * v[..., :rank, :], u[..., :rank] * root[..., None, :]
 
 
 def _olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """The first ``rank`` columns of Q and rows of R, as they are."""
     q, r = torch.linalg.qr(weight.double())
-    return r[:rank], q[:, :rank]
+    return r[..., :rank, :], q[..., :rank]
 
 
 _FROM_WEIGHT = {"pissa": _pissa, "olora": _olora}
@@ -129,16 +135,19 @@ _FROM_WEIGHT = {"pissa": _pissa, "olora": _olora}
 def _factors(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, Initialiser]:
     """What fills A and B."""
     if spec.init not in _FROM_WEIGHT:
+        if isinstance(site, EmbeddingSite):
+            return _zeros, _unit
         return (_gaussian if spec.init == "gaussian" else _kaiming), _zeros
     weight = build.read_weight(site)
     if weight.device.type == "meta":
         return _zeros, _zeros
-    a, b = _FROM_WEIGHT[spec.init](weight, spec.rank, spec.scaling)
-    return _copy(a), _copy(b)
+
+    @cache
+    def factors() -> tuple[Tensor, Tensor]:
+        return _FROM_WEIGHT[spec.init](weight, spec.rank, spec.scaling)
+
+    return (lambda tensor, _: _copy(tensor, factors()[0])), (lambda tensor, _: _copy(tensor, factors()[1]))
 
 
-def _copy(value: Tensor) -> Initialiser:
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.copy_(value)
-
-    return fill
+def _copy(tensor: Tensor, value: Tensor) -> None:
+    tensor.copy_(value)

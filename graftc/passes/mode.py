@@ -17,8 +17,8 @@ aten = torch.ops.aten
 def to_eval(program: Program) -> Program:
     """A new Program in eval mode.
 
-    Dropout disappears, attention drops nothing, batch normalisation uses its running statistics and counts no batch.
-    A test asserts that the result hash-equals a direct capture in eval mode.
+    Dropout and stochastic depth disappear, attention drops nothing, batch normalisation uses its running statistics and
+    counts no batch. A test asserts that the result hash-equals a direct capture in eval mode.
     """
     result = program.copy(mode="eval")
     for node in list(result.graph.nodes):
@@ -61,6 +61,21 @@ def _counter(node: fx.Node) -> None:
         node.graph.erase_node(node)
 
 
+def _drop_path(node: fx.Node) -> None:
+    """Stochastic depth: ``(x / keep) * floor(uniform + keep)`` is ``x``."""
+    source = node.args[0]
+    operands = source.args if isinstance(source, fx.Node) and source.target is aten.add.Tensor else ()
+    if not any(isinstance(x, fx.Node) and x.target is aten.rand.default for x in operands):
+        return
+    for user in list(node.users):
+        scaled = next((x for x in user.args if x is not node), None)
+        if user.target is aten.mul.Tensor and isinstance(scaled, fx.Node) and scaled.target is aten.div.Tensor:
+            value = scaled.args[0]
+            assert isinstance(value, fx.Node)
+            user.replace_all_uses_with(value)
+            node.graph.erase_node(user)
+
+
 RULES: dict[object, Callable[[fx.Node], None]] = {
     aten.dropout.default: _erase,
     torch.ops.graftc.seeded_dropout.default: _erase,
@@ -69,4 +84,5 @@ RULES: dict[object, Callable[[fx.Node], None]] = {
     aten.scaled_dot_product_attention.default: _attention,
     aten.batch_norm.default: _batch_norm,
     aten.add_.Tensor: _counter,
+    aten.floor.default: _drop_path,
 }

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from graftc.compiler.pipeline import captured, compile_model
+from graftc.compiler.cache import captured
+from graftc.compiler.interface import ExampleInputs, Flags, Interface
+from graftc.compiler.pipeline import compile_model, first_capture
 from graftc.compiler.report import Report, report
-from graftc.compiler.signature import Axis, axes_of, default_axes
+from graftc.compiler.signature import Axis, request
 from graftc.compiler.structure import Structure, find_structure
 from graftc.passes.core.store import Store
 from graftc.runtime.compiled import Compiled, make_compiled
@@ -23,7 +25,7 @@ SpecLike = Spec | Mapping[str, Any] | str | Path
 def compile(
     spec: SpecLike,
     model: nn.Module,
-    example_inputs: Mapping[str, Tensor] | None = None,
+    example_inputs: ExampleInputs | None = None,
     *,
     seed: int = 0,
     cache: bool = True,
@@ -34,8 +36,9 @@ def compile(
         spec: a `Spec`, a mapping, or the path of a YAML, JSON or TOML file.
         model: a transformers model, or any `nn.Module` that torch.export captures. It is never changed; its base
             tensors are shared, not copied.
-        example_inputs: the inputs by name, for models whose inputs cannot be told from their interface. Values do not
-            matter, only dtypes, ranks and fixed sizes; the first axis is the batch.
+        example_inputs: the inputs by name or in order, for models whose inputs cannot be told from their interface.
+            Values of tensors do not matter, only dtypes, ranks and fixed sizes; the first axis is the batch. Flags
+            (``output_hidden_states=True``) may be among them.
         seed: initial values of adapter tensors depend on it and their names only.
         cache: keep captured graphs in the user's cache folder.
 
@@ -43,13 +46,14 @@ def compile(
         GraftError: coded, for everything that is wrong with the spec, the model or their fit.
     """
     loaded = load_spec(spec)
-    return make_compiled(compile_model(loaded, model, _axes(model, example_inputs), seed=seed, use_cache=cache))
+    axes, flags = _request(model, example_inputs)
+    return make_compiled(compile_model(loaded, model, axes, flags=flags, seed=seed, use_cache=cache))
 
 
 def check(
     spec: SpecLike,
     model: nn.Module,
-    example_inputs: Mapping[str, Tensor] | None = None,
+    example_inputs: ExampleInputs | None = None,
     *,
     cache: bool = True,
 ) -> Report:
@@ -58,19 +62,27 @@ def check(
     Raises:
         GraftError: as `compile`.
     """
-    return report(compile_model(load_spec(spec), model, _axes(model, example_inputs), use_cache=cache))
+    axes, flags = _request(model, example_inputs)
+    return report(compile_model(load_spec(spec), model, axes, flags=flags, use_cache=cache))
 
 
-def roles(model: nn.Module, example_inputs: Mapping[str, Tensor] | None = None, *, cache: bool = True) -> Structure:
+def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True) -> Structure:
     """The roles found in a model, with the evidence for each.
 
     Raises:
         GraftError: GC030 when it cannot be captured.
     """
-    axes = _axes(model, example_inputs) or default_axes(model)
-    found = captured(model, axes, Store.mirror(model), cache)
+    axes, flags = _request(model, example_inputs)
+    store = Store.mirror(model)
+    found = first_capture(
+        model, axes, lambda attempt: captured(model, attempt, flags, canonical=store.aliases, use_cache=cache)
+    )
     return find_structure(found.program.graph, found.constants)
 
 
-def _axes(model: nn.Module, example_inputs: Mapping[str, Tensor] | None) -> list[Axis] | None:
-    return None if example_inputs is None else axes_of(model, example_inputs)
+def _request(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[list[Axis] | None, Flags]:
+    if example_inputs is None:
+        return None, ()
+    if isinstance(example_inputs, Mapping):
+        return request(model, example_inputs)
+    return request(model, Interface(model).named(tuple(example_inputs), {}))

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from graftc.compiler.family import Family
+from graftc.compiler.interface import ExampleInputs, Interface, dtype_of
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.report import Report, report
-from graftc.compiler.signature import dtype_of, parameters, signature_of
+from graftc.compiler.signature import split
 from graftc.passes.core.blocks import Runner
 from graftc.passes.core.printer import format_program
 from graftc.passes.core.program import Mode, Program
@@ -24,9 +26,6 @@ from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
     from graftc.runtime.merged import Merged
-
-_FLAGS: Mapping[str, tuple[Any, ...]] = {"return_dict": (None, True, False), "use_cache": (None, False)}
-"""Flags of transformers models that need no graph of their own, with the values that are understood."""
 
 
 class ModelRunner(Runner):
@@ -43,9 +42,10 @@ class ModelRunner(Runner):
         super().__init__(store)
         model = compilation.model
         self._compilation = compilation
-        self._inputs = parameters(model)
+        self._interface = Interface(model)
         self._dtype = dtype_of(model)
-        self.main_input_name = getattr(model, "main_input_name", self._inputs[0] if self._inputs else "")
+        names = self._interface.parameters
+        self.main_input_name = getattr(model, "main_input_name", names[0] if names else "")
         if hasattr(model, "config"):
             self.config = copy.deepcopy(model.config)
         self.train(model.training)
@@ -61,57 +61,63 @@ class ModelRunner(Runner):
         return self._dtype
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = self._named(args, kwargs)
-        flags = {name: inputs.pop(name, None) for name in _FLAGS}
-        for name, value in flags.items():
-            if value not in _FLAGS[name]:
-                raise GraftError("GC031", f"{name}={value!r} is not supported by a captured model")
-        present = {name: value for name, value in inputs.items() if value is not None}
-        for name, value in present.items():
-            if not isinstance(value, Tensor):
-                raise GraftError("GC031", f"input {name!r} is a {type(value).__name__}, not a tensor")
-        key = self._key(present)
-        if key not in self._roots:
-            self._prepare(key, present)
+        present, plain = self._interface.read(self._interface.named(args, kwargs))
+        key = self.ready(present)
         outputs = self._programs[key].outputs.build(self.run(key, present))
-        if flags["return_dict"] is False and hasattr(outputs, "to_tuple"):
-            return outputs.to_tuple()
-        return outputs
+        return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        if len(args) > len(self._inputs):
-            raise GraftError("GC031", f"{len(args)} positional inputs; the model takes {len(self._inputs)}")
-        named = dict(zip(self._inputs, args, strict=False))
-        twice = named.keys() & kwargs.keys()
-        if twice:
-            raise GraftError("GC031", f"input {min(twice)!r} is given twice")
-        return {**named, **kwargs}
+    def ready(self, present: Mapping[str, Any]) -> str:
+        """The key under which `run` has code for a call's tensors and flags; it is captured where it is missing.
 
-    def _key(self, present: Mapping[str, Any]) -> str:
-        mode = "train" if self.training else "eval"
-        return f"{mode}:{','.join(signature_of(present))}"
+        Raises:
+            GraftError: GC031 where it cannot be.
+        """
+        found = self._compilation.find(present)
+        key = self._key(found) if found is not None else None
+        if key is None or key not in self._roots:
+            if torch.compiler.is_compiling():
+                tensors, flags = split(present)
+                names = ", ".join([*tensors, *(name for name, _ in flags)])
+                raise GraftError("GC031", f"{names} have no graph yet; call the model once before compiling it")
+            family = self._compilation.family(present)
+            key = self._key(family.key)
+            self.install(key, self._program_of(family))
+        return key
 
-    def _prepare(self, key: str, present: Mapping[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            names = ", ".join(present)
-            raise GraftError("GC031", f"the inputs {names} have no graph yet; call the model once before compiling it")
-        self.install(key, self._program_for(present))
+    def _key(self, family: tuple[str, ...]) -> str:
+        return f"{'train' if self.training else 'eval'}:{','.join(family)}"
 
-    def _program_for(self, present: Mapping[str, Any]) -> Program:
-        family = self._compilation.family(present)
+    def _program_of(self, family: Family) -> Program:
         return family.train if self.training else family.eval
 
-    def export(self, path: str | Path, format: Literal["onnx", "pt2"] = "onnx") -> Path:
+    def export(
+        self,
+        path: str | Path,
+        format: Literal["onnx", "pt2"] = "onnx",
+        example_inputs: ExampleInputs | None = None,
+    ) -> Path:
         """Export the model in eval mode: a compiled one with its adapters as they are, a merged one folded, with its
         certificate in the metadata.
 
+        Args:
+            path: the file to write.
+            format: ``"onnx"`` or ``"pt2"``.
+            example_inputs: a call whose signature is exported, by name or in order; by default the one that the model
+                was compiled with. Values of tensors do not matter.
+
         Raises:
+            GraftError: GC031 for example inputs that have no graph,
             GraftError: GC060 when the exporter or the check of its result fails, GC061 without the ``export`` extra,
                 GC063 when ``path`` exists.
         """
         from graftc.runtime.export import export_model
 
-        return export_model(self, Path(path), format)
+        family = self._compilation.main
+        if example_inputs is not None:
+            if not isinstance(example_inputs, Mapping):
+                example_inputs = self._interface.named(tuple(example_inputs), {})
+            family = self._compilation.family(self._interface.read(example_inputs)[0])
+        return export_model(self, Path(path), format, family)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves between devices retarget the graphs; another dtype needs another capture."""
@@ -244,14 +250,13 @@ class Compiled(ModelRunner):
 
     _base_only = False
 
-    def _key(self, present: Mapping[str, Any]) -> str:
-        return ("base " if self._base_only else "") + super()._key(present)
+    def _key(self, family: tuple[str, ...]) -> str:
+        return ("base " if self._base_only else "") + super()._key(family)
 
-    def _program_for(self, present: Mapping[str, Any]) -> Program:
-        family = self._compilation.family(present)
+    def _program_of(self, family: Family) -> Program:
         if self._base_only:
             return family.base if self.training else family.base_eval
-        return family.train if self.training else family.eval
+        return super()._program_of(family)
 
 
 def compiled_class(model: nn.Module) -> type[Compiled]:
@@ -270,10 +275,9 @@ def make_compiled(compilation: Compilation) -> Compiled:
     """The module for a Compilation, its first signature lowered in both modes."""
     compiled = compiled_class(compilation.model)(compilation, compilation.store)
     training = compiled.training
-    present = {spec.name: spec for spec in compilation.main.base.inputs}
     for mode in (True, False):
         compiled.training = mode
-        compiled.install(compiled._key(present), compiled._program_for(present))
+        compiled.install(compiled._key(compilation.default), compiled._program_of(compilation.main))
     compiled.train(training)
     if compilation.spec.checkpoint == "layers":
         compiled.gradient_checkpointing_enable()

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from graftc.compiler.certify import DEFAULT_BUDGET, Certificate, probe_sites, sample_inputs
+from graftc.compiler.certify import DEFAULT_BUDGET, Certificate, probe_sites
+from graftc.compiler.family import Family
 from graftc.compiler.fingerprint import fingerprint
 from graftc.compiler.pipeline import Compilation
+from graftc.compiler.samples import sample_inputs
 from graftc.passes.core.folds import LazyTensors
 from graftc.passes.core.printer import structural_hash
 from graftc.passes.core.program import Program
@@ -39,8 +41,8 @@ class Merged(ModelRunner):
         """The model's own outputs, as its class would give them."""
         return self._call(args, kwargs)
 
-    def _program_for(self, present: Mapping[str, Any]) -> Program:
-        return folded_program(self._compilation, present, self._additions)
+    def _program_of(self, family: Family) -> Program:
+        return folded_program(self._compilation, family, self._additions)
 
     def train(self, mode: bool = True) -> Any:
         """Folded models are for deployment: only eval mode exists."""
@@ -50,7 +52,8 @@ class Merged(ModelRunner):
 
     def folded_state_dict(self) -> dict[str, Tensor]:
         """The base's tensors with the folded ones in place, by the source model's names (tied names included)."""
-        return {name: tensor.detach() for name, tensor in self._store.tensors()}
+        own = ((name, t) for name, t in self._store.tensors() if name not in self._store.constants)
+        return {name: tensor.detach() for name, tensor in own}
 
     def to_transformers(self) -> Any:
         """A model of the source's own class with folded weights, which plain transformers saves and loads.
@@ -63,9 +66,9 @@ class Merged(ModelRunner):
         return to_transformers(self)
 
 
-def folded_program(compilation: Compilation, present: Mapping[str, Any], additions: tuple[str, ...]) -> Program:
+def folded_program(compilation: Compilation, family: Family, additions: tuple[str, ...]) -> Program:
     """The eval Program of a signature with every adaptation taken out, reading added biases where there are any."""
-    program = compilation.family(present).eval
+    program = family.eval
     folded = take_out(program, {edit.adaptation for edit in program.edits})
     for name in additions:
         _add_bias(folded, compilation.store, name)
@@ -113,6 +116,7 @@ def _folded_store(store: Store, lazy: LazyTensors, additions: tuple[str, ...]) -
             folded.add_buffer(name, value, persistent=last not in store.owner(path)._non_persistent_buffers_set)
     for name in additions:
         folded.add_parameter(name, lazy.folded(name), trainable=False)
+    folded.constants = set(store.constants)
     for alias, owner in store.aliases.items():
         folded.alias(alias, owner)
     return folded
@@ -124,7 +128,7 @@ def _certify(
 ) -> Certificate:
     compilation = compiled.compilation
     family = compilation.main
-    inputs = sample_inputs(family.base, compilation.store)
+    inputs = sample_inputs(family.base, compilation.store, config=getattr(compiled, "config", None))
     training = compiled.training
     compiled.eval()
     try:
@@ -143,7 +147,7 @@ def _certify(
     if budget is None:
         largest = max((float(a.abs().max()) for a in unfolded if isinstance(a, Tensor)), default=1.0)
         budget = DEFAULT_BUDGET.get(compiled.dtype, 1e-4) * max(1.0, largest)
-    program = merged._programs[merged._key(inputs)]
+    program = merged._programs[merged._key(compilation.default)]
     return Certificate(
         sites=probe_sites(compilation, lazy),
         outputs=differences,
@@ -169,7 +173,5 @@ def _without(program: Program, additions: tuple[str, ...]) -> Program:
 
 
 def _flat(runner: ModelRunner, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    key = runner._key(inputs)
-    if key not in runner._programs:
-        runner._prepare(key, inputs)
-    return runner.run(key, inputs)
+    present = {**inputs, **dict(runner._compilation.main.base.flags)}
+    return runner.run(runner.ready(present), present)

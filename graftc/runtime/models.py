@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from graftc.compiler.interface import ExampleInputs
 from graftc.specs.diagnostics import GraftError, nearest
 
-__all__ = ["load_model"]
+__all__ = ["load_model", "load_model_and_inputs"]
 
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -39,12 +40,24 @@ def load_model(text: str, *, meta: bool = False) -> nn.Module:
     Raises:
         GraftError: GC032 with the reason, and the nearest alternative where one can be told.
     """
+    return load_model_and_inputs(text, meta=meta)[0]
+
+
+def load_model_and_inputs(text: str, *, meta: bool = False) -> tuple[nn.Module, ExampleInputs | None]:
+    """`load_model`, with the example inputs where a callable returns ``(model, example_inputs)``.
+
+    Models whose inputs cannot be told from their interface need them: tensors by name or in order, or one tensor.
+
+    Raises:
+        GraftError: as `load_model`.
+    """
+    inputs: ExampleInputs | None = None
     if _CALLABLE.fullmatch(text):
-        model = _from_callable(text, meta)
+        model, inputs = _from_callable(text, meta)
     else:
         with quiet_transformers():
             model = _from_transformers(text, meta)
-    return model.eval()
+    return model.eval(), inputs
 
 
 def _fail(message: str, hint: str | None = None, *, cause: BaseException | None = None, details: Any = ()) -> NoReturn:
@@ -117,7 +130,8 @@ def _architecture(text: str, config: Any) -> Any:
         _fail(message, 'add "architectures": ["BertModel"], or the class that it is, to config.json')
     cls = getattr(transformers, names[0], None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        known = [name for name in dir(transformers) if name[:1].isupper() and name[:3] == names[0][:3]]
+        shared = os.path.commonprefix
+        known = [n for n in dir(transformers) if n[:1].isupper() and len(shared([n, names[0]])) > 2]
         close = nearest(names[0], known, n=1)
         own = "a class of your own loads as package.module:callable"
         _fail(f"transformers has no model {names[0]!r}", f"did you mean {close[0]!r}?" if close else own)
@@ -172,21 +186,28 @@ def quiet_transformers() -> Iterator[None]:
 # --- callables --------------------------------------------------------------------------------------------------
 
 
-def _from_callable(text: str, meta: bool) -> nn.Module:
+def _from_callable(text: str, meta: bool) -> tuple[nn.Module, ExampleInputs | None]:
     path, _, name = text.partition(":")
     make = _attribute(_module(path), path, name)
     if not callable(make):
         _fail(f"{text} is not callable but {type(make).__name__}", "name a function that returns the model")
     try:
         with torch.device("meta") if meta else nullcontext():
-            model = make()
+            made = make()
     except (Exception, SystemExit) as error:
         if isinstance(error, GraftError):
             raise
         _fail(f"{text} failed: {_reason(error)}", cause=error, details=_where(error))
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        _fail(f"{text} returned {type(model).__name__}, not an nn.Module", "return the model itself")
-    return model.to("meta") if meta else model
+        given = type(made).__name__
+        _fail(f"{text} returned {given}, not an nn.Module", "return the model itself, or (model, example_inputs)")
+    if isinstance(inputs, torch.Tensor):
+        inputs = (inputs,)
+    if inputs is not None and not isinstance(inputs, Mapping | tuple | list):
+        given = type(inputs).__name__
+        _fail(f"{text} returned example inputs that are a {given}", "return tensors by name, or in order")
+    return (model.to("meta") if meta else model), inputs
 
 
 def _module(path: str) -> Any:

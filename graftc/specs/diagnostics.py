@@ -77,6 +77,18 @@ _TABLE: tuple[tuple[str, int, str, str], ...] = (
         "A method's claims list the kinds of site it can adapt.",
     ),
     (
+        "GC017",
+        _SPEC,
+        "the site cannot be adapted",
+        "Its weight is no linear map's, or the model reads it as more than some rows of one stored tensor.",
+    ),
+    (
+        "GC018",
+        _SPEC,
+        "tokens cannot be added",
+        "The model must say which table holds its tokens, and read it in ways that new rows can be put into.",
+    ),
+    (
         "GC020",
         _SPEC,
         "the rank exceeds the layer",

@@ -16,7 +16,7 @@ from graftc.specs.source import Source
 from graftc.specs.target import PatternList
 from graftc.specs.validation import reject
 
-__all__ = ["Budget", "FoldOptions", "Spec"]
+__all__ = ["Budget", "FoldOptions", "Spec", "Tokens"]
 
 
 class _AnyMethod:
@@ -57,6 +57,28 @@ def _adaptation(value: Any) -> MethodSpec:
 Adaptation: TypeAlias = Annotated[MethodSpec, _AnyMethod()]
 
 
+class Tokens(SpecModel):
+    """New tokens: trainable rows in the table of embeddings and in the head, which may be tied."""
+
+    add: Items[str]
+    """The tokens, in the order of their ids. Give the tokenizer the same ones, in the same order."""
+
+    first: int | None = Field(default=None, ge=0)
+    """Id of the first one. Default: the first id behind the table. A smaller one uses rows that the table has to
+    spare, as tables padded to a round number do."""
+
+    @field_validator("add")
+    @classmethod
+    def _told_apart(cls, add: tuple[str, ...]) -> tuple[str, ...]:
+        for index, token in enumerate(add):
+            if not token or token in add[:index]:
+                what = "is empty" if not token else f"'{token}' is there already"
+                reject(list(add), ((index,), GraftError("GC002", f"a token {what}")))
+        if not add:
+            reject(list(add), ((), GraftError("GC002", "an empty list adds nothing; leave tokens out")))
+        return add
+
+
 class Budget(SpecModel):
     """How far folding may move outputs."""
 
@@ -86,6 +108,9 @@ class Spec(SpecModel):
 
     train: PatternList = ()
     """Globs of modules that train in full beside the adaptations."""
+
+    tokens: Tokens | None = None
+    """Tokens to add, with trainable embeddings."""
 
     checkpoint: Literal["layers"] | None = None
     """`layers`: recompute each layer's activations in the backward pass instead of keeping them."""

@@ -30,14 +30,18 @@ class LoRAOverride(Override):
 
 
 class LoRA(MethodSpec):
-    """Low-rank adaptation of linear layers: `y = W x + b + s B A dropout(x)` with `s = alpha / rank`.
+    """Low-rank adaptation of linear maps: `y = W x + b + s B A dropout(x)` with `s = alpha / rank`.
 
-    `A` is `[rank, in]` and `B` is `[out, rank]`, both in the weight's dtype. Before training the adapted
-    layer computes exactly what the base computes, and `s B A` folds exactly into `W`.
+    Linear maps are layers, convolutions, tables of embeddings, and experts (one pair of factors each). `A` is
+    `[rank, in]` and `B` is `[out, rank]`, both in the weight's dtype. Before training the adapted layer computes
+    exactly what the base computes, and `s B A` folds exactly into `W`.
     """
 
     claims: ClassVar[Claims] = Claims(
-        sites=frozenset({SiteKind.LINEAR}), identity_at_init=True, folds=FoldKind.EXACT, bankable=True
+        sites=frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS}),
+        identity_at_init=True,
+        folds=FoldKind.EXACT,
+        bankable=True,
     )
     paper: ClassVar[str] = (
         "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models; "
@@ -64,9 +68,9 @@ class LoRA(MethodSpec):
     memory, more time). The sites of the adaptation that read the same input share one mask."""
 
     init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
-    """`kaiming`: A uniform in ±1/sqrt(in), B zero. `gaussian`: A normal with deviation 1/rank, B zero.
-    `pissa`: principal singular vectors of W. `olora`: its QR factors. The last two subtract their initial
-    product, so that the model is unchanged at first."""
+    """`kaiming`: A uniform in ±1/sqrt(in), B zero. `gaussian`: A normal with deviation 1/rank, B zero. In a table of
+    embeddings both make A zero and B standard normal. `pissa`: principal singular vectors of W. `olora`: its QR
+    factors. The last two subtract their initial product, so that the model is unchanged at first."""
 
     bias: Literal["none", "lora_only", "all"] = "none"
     """Which biases train as well: none, those of the adapted layers, or all of the model."""

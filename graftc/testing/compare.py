@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from graftc.compiler.certify import sample_inputs
+from graftc.compiler.samples import sample_inputs
 from graftc.runtime.compiled import ModelRunner
 
 SHAPES: tuple[tuple[int, int], ...] = ((5, 9), (1, 4), (2, 17))
@@ -21,11 +21,13 @@ def inputs_for(runner: ModelRunner, sizes: tuple[int, int] = SHAPES[0], seed: in
 
     Args:
         runner: the adapted model, or the folded one.
-        sizes: batch and sequence; a model with a batch axis only takes the first.
+        sizes: batch and sequence; a model with a batch axis only takes the first. A target sequence, where there is
+            one, is two shorter.
         seed: of the values.
     """
     compilation = runner._compilation
-    return sample_inputs(compilation.main.base, compilation.store, seed, sizes)
+    every = (*sizes, max(1, sizes[-1] - 2))
+    return sample_inputs(compilation.main.base, compilation.store, seed, every, getattr(runner, "config", None))
 
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
@@ -34,11 +36,16 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     model.eval()
     try:
         with torch.no_grad():
-            leaves = pytree.tree_leaves(_plain(model(**inputs)))
+            leaves = flat(model(**inputs))
     finally:
         if model.training != training:
             model.train(training)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf for leaf in leaves if leaf.is_floating_point()]
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    """Every tensor of a model's output, in order."""
+    return [leaf for leaf in pytree.tree_leaves(_plain(outputs)) if isinstance(leaf, Tensor)]
 
 
 def _plain(outputs: Any) -> Any:

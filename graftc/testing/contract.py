@@ -20,7 +20,7 @@ from graftc.passes.core.verify import verify
 from graftc.runtime.compiled import Compiled
 from graftc.specs.claims import Claims, FoldKind
 from graftc.specs.diagnostics import GraftError
-from graftc.testing.compare import SHAPES, inputs_for, largest_difference, outputs_of, same_bits
+from graftc.testing.compare import SHAPES, flat, inputs_for, largest_difference, outputs_of, same_bits
 from graftc.testing.families import FAMILIES, tiny
 from graftc.testing.perturb import perturb
 
@@ -49,13 +49,13 @@ class Contract:
         """A model of ``family``, the same at every call; override it to bring another."""
         return tiny(family)
 
-    def compiled(self, model: nn.Module, seed: int = 0) -> Compiled:
-        """``model`` adapted as ``adaptation`` says."""
+    def compiled(self, family: str, model: nn.Module, seed: int = 0) -> Compiled:
+        """``model``, which is of ``family``, adapted as ``adaptation`` says."""
         return graftc.compile({**self.spec, "adapt": [dict(self.adaptation)]}, model, seed=seed)
 
-    def perturbed(self, model: nn.Module) -> Compiled:
+    def perturbed(self, family: str, model: nn.Module) -> Compiled:
         """``model`` adapted, in eval mode, every trainable tensor perturbed."""
-        compiled = self.compiled(model)
+        compiled = self.compiled(family, model)
         perturb(compiled, self.perturbation)
         compiled.eval()
         return compiled
@@ -65,7 +65,7 @@ class Contract:
         key = (type(self), family, perturbed)
         if key not in _SHARED:
             model = self.model(family)
-            _SHARED[key] = model, self.perturbed(model) if perturbed else self.compiled(model)
+            _SHARED[key] = model, self.perturbed(family, model) if perturbed else self.compiled(family, model)
         return _SHARED[key]
 
     @property
@@ -109,7 +109,8 @@ class MethodContract(Contract):
     def test_initial_values_depend_on_the_seed_only(self, family: str) -> None:
         """Compiling twice gives the same tensors."""
         _, compiled = self.shared(family)
-        first, second = compiled.adapter_state_dict(), self.compiled(self.model(family)).adapter_state_dict()
+        second = self.compiled(family, self.model(family)).adapter_state_dict()
+        first = compiled.adapter_state_dict()
         assert list(first) == list(second)
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -117,7 +118,7 @@ class MethodContract(Contract):
         """Three AdamW steps: base storage stays bit-identical, every tensor that is not inert gets a gradient."""
         model = self.model(family)
         before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
-        compiled = self.compiled(model)
+        compiled = self.compiled(family, model)
         frozen = {n: t.clone() for n, t in compiled.named_parameters() if not t.requires_grad}
         trainable = {n: t for n, t in compiled.named_parameters() if t.requires_grad}
         start = {name: tensor.detach().clone() for name, tensor in trainable.items()}
@@ -141,7 +142,7 @@ class MethodContract(Contract):
         model.train()
         flags = [parameter.requires_grad for parameter in model.parameters()]
         reference = copy.deepcopy(model)
-        compiled = self.perturbed(model)
+        compiled = self.perturbed(family, model)
         inputs = inputs_for(compiled)
         assert model.training
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
@@ -201,7 +202,7 @@ class MethodContract(Contract):
         tensors = compiled.adapter_state_dict()
         assert tensors and all(Store.is_adapter(name) for name in tensors)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "adapters.safetensors")
-        other = self.compiled(self.model(family), seed=1)
+        other = self.compiled(family, self.model(family), seed=1)
         inputs = inputs_for(compiled)
         assert largest_difference(outputs_of(other, inputs), outputs_of(compiled, inputs)) > 0
         other.load_adapter_state_dict(load_file(tmp_path / "adapters.safetensors"))
@@ -213,7 +214,7 @@ class MethodContract(Contract):
         report = compiled.report
         trainable = sum(t.numel() for t in compiled.parameters() if t.requires_grad)
         assert report.trainable_parameters + report.trained_in_full == trainable
-        assert report.adaptations[0].sites == sum(len(r.sites) for r in compiled.compilation.main.resolved)
+        assert report.adaptations[0].sites == sum(len(r.places) for r in compiled.compilation.main.resolved)
 
 
 def _train(compiled: Compiled, inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, float]:
@@ -224,8 +225,7 @@ def _train(compiled: Compiled, inputs: Mapping[str, Tensor], tensors: Mapping[st
     compiled.train()
     for _ in range(3):
         optimiser.zero_grad()
-        outputs = compiled(**inputs, return_dict=False)
-        leaves = [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
+        leaves = [t for t in flat(compiled(**inputs)) if t.is_floating_point()]
         loss = torch.stack([(leaf.float() * torch.randn_like(leaf.float())).sum() for leaf in leaves]).sum()
         torch.autograd.backward(loss)
         for name, tensor in tensors.items():

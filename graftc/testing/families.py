@@ -64,6 +64,31 @@ def llama(**changes: Any) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**{**_COMMON, "num_key_value_heads": 2, "vocab_size": VOCABULARY, **changes}))
 
 
+def gpt_neox(**changes: Any) -> nn.Module:
+    """GPT-NeoX with its language model head: q, k and v interleaved in one weight, attention and feed-forward side by
+    side."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**{**_COMMON, "vocab_size": VOCABULARY, **changes}))
+
+
+def mixtral(**changes: Any) -> nn.Module:
+    """Mixtral with its language model head: every feed-forward part is four experts, two of them for each token."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    own = {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": VOCABULARY}
+    return MixtralForCausalLM(MixtralConfig(**{**_COMMON, **own, **changes}))
+
+
+def t5(**changes: Any) -> nn.Module:
+    """T5, an encoder and a decoder with cross-attention, relative positions and a tied head."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    own: dict[str, Any] = {"d_model": HIDDEN, "d_kv": 12, "d_ff": INTERMEDIATE, "num_layers": 2, "num_heads": 4}
+    own |= {"vocab_size": VOCABULARY, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(**{**own, **changes}))
+
+
 def vit(**changes: Any) -> nn.Module:
     """ViT with a classification head, for images of 32 by 32 in patches of 8."""
     from transformers import ViTConfig, ViTForImageClassification
@@ -73,7 +98,16 @@ def vit(**changes: Any) -> nn.Module:
 
 
 FAMILIES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
-    {"bert": bert, "roberta": roberta, "gpt2": gpt2, "llama": llama, "vit": vit}
+    {
+        "bert": bert,
+        "roberta": roberta,
+        "gpt2": gpt2,
+        "gpt_neox": gpt_neox,
+        "llama": llama,
+        "mixtral": mixtral,
+        "t5": t5,
+        "vit": vit,
+    }
 )
 """Builders by family."""
 

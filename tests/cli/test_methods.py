@@ -40,7 +40,7 @@ def test_the_list_as_json_is_what_python_gives(capsys: pytest.CaptureFixture[str
     assert outcome.data == {"methods": [info.to_json() for info in graftc.methods()]}
     lora = next(info for info in outcome.data["methods"] if info["tag"] == "lora")
     assert lora["claims"] == {
-        "sites": ["linear"],
+        "sites": ["embedding", "experts", "linear"],
         "identity_at_init": True,
         "folds": "exact",
         "bankable": True,

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 import graftc
 from graftc.compiler import cache
 from graftc.compiler.capture import capture
-from graftc.compiler.signature import Axis, default_axes
+from graftc.compiler.defaults import default_axes
+from graftc.compiler.signature import Axis
 from graftc.passes.core.printer import format_program, structural_hash
 from graftc.passes.core.store import Store
 from graftc.passes.core.verify import record_baseline, verify
 from graftc.passes.mode import to_eval
 from tests import families
 
-FAMILIES = ["bert", "roberta", "gpt2", "llama", "vit"]
+FAMILIES = list(families.FAMILIES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -95,7 +96,7 @@ def test_a_broken_cache_entry_is_captured_again(tmp_path: Path, monkeypatch: Any
     (entry,) = tmp_path.glob("*.json")
     entry.write_text(entry.read_text()[:-100])
     assert cache.lookup(model, axes) is None
-    data = {"program": {"schema": 1, "types": [], "nodes": [{"op": "call_function"}]}, "constants": {}}
+    data = {"program": {"schema": 2, "types": [], "nodes": [{"op": "call_function"}]}, "constants": {}}
     entry.write_text(json.dumps(data))
     assert cache.lookup(model, axes) is None
 
@@ -128,3 +129,17 @@ def test_layerdrop_is_off_while_capturing_and_reported() -> None:
     adapted = graftc.compile(spec, model, {"x": torch.zeros(2, 4)})
     assert model.layerdrop == 0.5
     assert any("layerdrop" in note for note in adapted.report.notes)
+
+
+def test_stochastic_depth_is_gone_in_eval_mode() -> None:
+    from transformers import SwinConfig, SwinForImageClassification
+
+    config = SwinConfig(
+        image_size=16, patch_size=4, embed_dim=8, depths=[2], num_heads=[2], window_size=2, drop_path_rate=0.5
+    )
+    model = SwinForImageClassification(config).eval()
+    program = capture(model).program
+    assert "aten.rand(" in format_program(program)
+    derived = to_eval(program)
+    assert "aten.rand(" not in format_program(derived)
+    assert structural_hash(derived) == structural_hash(capture(model, mode="eval").program)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftc.compiler.select import Candidate, check_overrides, depths, select
+from graftc.compiler.candidates import Candidate, depths
+from graftc.compiler.select import check_overrides, select
 from graftc.specs import LoRA, SiteKind, Target, widen
 from graftc.specs.diagnostics import GraftError
 

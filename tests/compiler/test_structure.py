@@ -4,39 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, fx
 
 from graftc.compiler.capture import capture
-from graftc.compiler.columns import runs_of
 from graftc.compiler.findings import format_layers, format_runs
+from graftc.compiler.indices import runs_of
 from graftc.compiler.signature import Axis
 from graftc.compiler.structure import Finding, find_structure
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import parse_role
-from tests.compiler.structure_cases import (
-    EXPECTED,
-    MODELS,
-    UNRESOLVED,
-    VALUES,
-    Captured,
-    D,
-    Einsum,
-    Misnamed,
-    Odd,
-    Packed,
-    captured,
-    family,
-)
+from tests.compiler.perturbation import attention_of, moved, noise, own_rows, perturbed, stored_rows
+from tests.compiler.structure_cases import VALUES, Captured, Einsum, Misnamed, Odd, Packed, captured, family
+from tests.compiler.structure_expected import EXPECTED, EXPERTS, LAYERS, MIXERS, UNRESOLVED
+from tests.compiler.structure_models import MODELS, D
 
 QUICK = ("bert", "roberta", "gpt2", "llama", "vit", "neox", "phi3", "opt", "t5")
+WITHOUT_FEED_FORWARD = dict.fromkeys(("mixtral", "qwen3_moe", "gpt_oss", "segformer"), 0)
 FAMILIES = [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in MODELS]
 
 
@@ -51,7 +39,8 @@ def shown(finding: Finding) -> tuple[str | None, str]:
 def test_roles_of_family(name: str) -> None:
     by_role = family(name).structure.by_role()
     for role, expected in EXPECTED[name].items():
-        first = [shown(f) for f in by_role.get(role, []) if f.layer in (0, None)]
+        lowest = min(expected_layers(name, role))
+        first = [shown(f) for f in by_role.get(role, []) if f.layer in (lowest, None)]
         assert expected in first, role
         assert len(set(first)) == 1, role
         in_layers = {f.layer for f in by_role[role]} - {None}
@@ -61,7 +50,7 @@ def test_roles_of_family(name: str) -> None:
 def expected_layers(name: str, role: str) -> set[int]:
     if name == "albert":
         return {0}
-    return {0, 1}
+    return LAYERS.get((name, role), {0, 1})
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -92,13 +81,6 @@ def test_findings_are_well_formed(name: str) -> None:
     assert len(model.structure.by_role().get("attn", [])) in (0, len(model.flow.attentions))
 
 
-def test_sublayers_of_parallel_and_sequential_blocks() -> None:
-    assert [s.roles for s in family("llama").structure.sublayers] == [("attn.sublayer",), ("ffn.sublayer",)] * 2
-    assert [s.roles for s in family("neox").structure.sublayers] == [("attn.sublayer", "ffn.sublayer")] * 2
-    crossing = [s.roles for s in family("t5").structure.sublayers if s.stack == "decoder.block"]
-    assert crossing[:3] == [("decoder.attn.sublayer",), ("decoder.cross.attn.sublayer",), ("decoder.ffn.sublayer",)]
-
-
 def test_norm_scales_are_found_fused_and_written_out() -> None:
     bert, llama = (family(n).structure.by_role()["norm"] for n in ("bert", "llama"))
     assert [f.parameter for f in bert] == [
@@ -113,12 +95,31 @@ def test_norm_scales_are_found_fused_and_written_out() -> None:
 
 
 @pytest.mark.slow
-def test_experts_are_whole_3d_weights() -> None:
-    found = family("mixtral").structure.by_role()["experts"]
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_whole_3d_weights(name: str) -> None:
+    found = family(name).structure.by_role()["experts"]
     assert {f.kind for f in found} == {SiteKind.EXPERTS}
-    assert [f.parameter for f in found if f.layer == 1] == [
-        f"model.layers.1.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")
-    ]
+    by_layer = {layer: tuple(f.parameter for f in found if f.layer == layer) for layer in {f.layer for f in found}}
+    assert by_layer == EXPERTS[name]
+    assert all(f.rows is None and f.use == 0 for f in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXERS)
+def test_projections_of_a_branch_that_mixes_positions_without_attention(name: str) -> None:
+    found = family(name).structure.by_role()["mixer"]
+    assert [f.parameter for f in found] == [f"{module}.weight" for module in MIXERS[name]]
+
+
+@pytest.mark.slow
+def test_keys_of_two_projections() -> None:
+    """Keys are put together from a low-rank projection, and from rows of the first stage that the heads share."""
+    found = {(f.parameter, f.rows) for f in family("deepseek").structure.having("attn.k") if f.layer == 0}
+    attention = "model.layers.0.self_attn"
+    assert found == {
+        (f"{attention}.kv_a_proj_with_mqa.weight", ((16, 24),)),
+        (f"{attention}.kv_b_proj.weight", ((0, 8), (20, 28), (40, 48), (60, 68))),
+    }
 
 
 @pytest.mark.slow
@@ -128,43 +129,6 @@ def test_a_shared_layer_is_told_apart_by_use() -> None:
 
 
 # --- the independent check: perturb what is claimed, and see what moves -----------------------------------
-
-
-def stored_transposed(finding: Finding) -> bool:
-    """Whether the parameter is stored as ``[in, out]``: read by a product, and not through a transpose."""
-    weight = finding.node.args[-1]
-    assert isinstance(weight, fx.Node)
-    return "linear" not in str(finding.node.target) and weight.op == "get_attr"
-
-
-def perturbed(model: Captured, finding: Finding, rows: Tensor, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    assert finding.parameter is not None
-    weight = model.tensors[finding.parameter].clone()
-    axis = 1 if stored_transposed(finding) else 0
-    own = weight.index_select(axis, rows)
-    return {finding.parameter: weight.index_copy(axis, rows, change(own))}
-
-
-def own_rows(model: Captured, finding: Finding) -> Tensor:
-    assert finding.parameter is not None
-    if finding.rows is None:
-        return torch.arange(model.tensors[finding.parameter].shape[1 if stored_transposed(finding) else 0])
-    return torch.cat([torch.arange(a, b) for a, b in finding.rows])
-
-
-def noise(own: Tensor) -> Tensor:
-    return own + torch.randn(own.shape, generator=torch.Generator().manual_seed(1))
-
-
-def moved(model: Captured, base: Mapping[fx.Node, Any], changed: Mapping[str, Tensor], attention: Any) -> set[str]:
-    values = model.run(changed)
-    operands = {"q": attention.query, "k": attention.key, "v": attention.value}
-    return {letter for letter, node in operands.items() if not torch.equal(base[node], values[node])}
-
-
-def attention_of(model: Captured, finding: Finding) -> Any:
-    name = finding.evidence.split("reaches ")[1].split(" through")[0].split(",")[0]
-    return next(a for a in model.flow.attentions.values() if a.name == name)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -195,9 +159,7 @@ def test_other_rows_of_a_fused_weight_leave_the_operand_alone(name: str) -> None
         for finding in model.structure.having(f"attn.{letter}"):
             if finding.rows is None or finding.layer != 0 or "kv_a" in finding.module:
                 continue
-            every = torch.ones(
-                model.tensors[str(finding.parameter)].shape[stored_transposed(finding)], dtype=torch.bool
-            )
+            every = torch.ones(stored_rows(model, finding), dtype=torch.bool)
             every[own_rows(model, finding)] = False
             others = torch.nonzero(every).flatten()
             change = perturbed(model, finding, others, noise)
@@ -225,7 +187,7 @@ def test_feed_forward_is_linear_in_up_and_not_in_gate(name: str) -> None:
     model = family(name)
     base = model.run()
     found = model.structure.having("ffn.down")
-    assert len(found) == {"mixtral": 0, "deepseek": 2}.get(name, len(model.flow.attentions) - len(crosses(model)))
+    assert len(found) == WITHOUT_FEED_FORWARD.get(name, len(model.flow.attentions) - len(crosses(model)))
     for down in found:
         inner = model.flow.linears[down.node].input
         unscaled = base[inner]

@@ -12,6 +12,7 @@ import graftc
 from graftc.passes.core.folds import FoldStep, Keep, LazyTensors
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.store import Store
+from graftc.passes.core.uses import Layout
 from graftc.passes.lora import LoRAMethod
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
@@ -28,9 +29,9 @@ def store(bias: bool = True) -> Store:
     return made
 
 
-def step(apply: Any, rows: Rows | None = None, transposed: bool = False) -> FoldStep:
+def step(apply: Any, rows: Rows | None = None, layout: Layout = Layout.ROWS) -> FoldStep:
     """A step on that map."""
-    return FoldStep("some", "map.weight", "map.weight", "map.bias", rows or Rows(6), transposed, apply)
+    return FoldStep("some", "map.weight", "map.weight", "map.bias", rows or Rows(6), layout, apply)
 
 
 def plus(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -90,7 +91,7 @@ def test_rows_and_orientation() -> None:
         seen.append(tuple(weight.shape))
         return weight + torch.arange(3.0, dtype=torch.float64)[:, None] + 1, bias
 
-    change = LazyTensors(held, [step(apply, rows, transposed=True)]).exact("map.weight") - held.get("map.weight")
+    change = LazyTensors(held, [step(apply, rows, layout=Layout.COLUMNS)]).exact("map.weight") - held.get("map.weight")
     assert seen[0] == (3, 4)
     expected = torch.tensor([0.0, 1, 2, 0, 0, 3], dtype=torch.float64).expand(4, 6)
     torch.testing.assert_close(change, expected, rtol=0, atol=1e-12)

@@ -138,8 +138,8 @@ def test_rows_of_another_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = adapted("gpt2", "attn.q")
     put = Rows.put
 
-    def spilling(self: Rows, tensor: Tensor, rows: Tensor) -> Tensor:
-        result = put(self, tensor, rows)
+    def spilling(self: Rows, tensor: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
+        result = put(self, tensor, rows, dim)
         return result if self.whole else torch.cat([result[:-1], 1.0001 * result[-1:]])
 
     monkeypatch.setattr(Rows, "put", spilling)

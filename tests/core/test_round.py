@@ -17,6 +17,7 @@ import graftc
 from graftc.passes.core.folds import FoldStep, LazyTensors, round_once
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.store import Store
+from graftc.passes.core.uses import Layout
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from tests.families import tiny
@@ -129,7 +130,7 @@ def test_bf16_fold_is_correctly_rounded() -> None:
     def apply(w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return w + 2.0 * (b.double() @ a.double()), bias
 
-    step = FoldStep("lora", "map.weight", "map.weight", "map.bias", Rows(512), False, apply)
+    step = FoldStep("lora", "map.weight", "map.weight", "map.bias", Rows(512), Layout.ROWS, apply)
     found = held_bits(LazyTensors(store, [step]).folded("map.weight"))
     # Products of two 8-bit significands and sums of 8 of them are exact in float64: this is the true value.
     exact = weight.double() + 2.0 * torch.einsum("or,ri->oi", b.double(), a.double())
@@ -156,7 +157,7 @@ def test_bf16_model(family: str) -> None:
             held = compiled.compilation.store.get(site.use.weight).double()
             after = merged.folded_state_dict()[site.use.weight]
             assert after.dtype is torch.bfloat16
-            if site.use.transposed:
+            if site.use.layout is Layout.COLUMNS:
                 held, after = held.T, after.T
             name = ".".join(p for p in (site.key.module, "graftc.lora", site.key.part) if p)
             a, b = (tensors[f"{name}.{factor}"].double() for factor in "AB")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import graftc
+from graftc.compiler.capture import capture
 from graftc.passes.core.codegen import function_of
 from graftc.passes.core.printer import format_program, structural_hash
 from graftc.passes.core.serialise import SerialisationError, program_from_json, program_to_json
@@ -23,7 +24,8 @@ CPU = torch.device("cpu")
 
 def compiled_tiny(family: str) -> Any:
     """A tiny model with LoRA and dropout."""
-    spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "ffn.down"]}, "rank": 4, "dropout": 0.1}]}
+    roles, dropout = (["attn.q", "experts"], 0.0) if family == "mixtral" else (["attn.q", "ffn.down"], 0.1)
+    spec = {"adapt": [{"method": "lora", "target": {"role": roles}, "rank": 4, "dropout": dropout}]}
     return graftc.compile(spec, tiny(family))
 
 
@@ -44,6 +46,18 @@ def test_round_trip(family: str) -> None:
             program.entry,
         )
         assert json.dumps(program_to_json(again)) == text
+
+
+def test_flags_and_ranges_come_back() -> None:
+    """What else a signature is: constants of the graph, and the sizes that it holds for."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=50))
+    program = capture(model, flags=(("logits_to_keep", 2), ("output_hidden_states", True))).program
+    again = program_from_json(json.loads(json.dumps(program_to_json(program))), CPU)
+    assert again.flags == program.flags == (("logits_to_keep", 2), ("output_hidden_states", True))
+    assert again.inputs == program.inputs
+    assert program.inputs[0].shape == ("batch", 7) and program.inputs[0].ranges == ((0, None), (7, 7))
 
 
 def test_what_comes_back_runs() -> None:

@@ -17,6 +17,7 @@ pytestmark = [
 ]
 
 SPEC = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v", "ffn.down"]}, "rank": 4, "dropout": 0.1}]}
+EXPERTS = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v", "experts"]}, "rank": 4}]}
 
 
 def on_cuda(inputs: Any) -> dict[str, torch.Tensor]:
@@ -25,7 +26,7 @@ def on_cuda(inputs: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_model_compiled_on_the_device_trains_and_folds(family: str) -> None:
-    compiled = graftc.compile(SPEC, tiny(family).cuda())
+    compiled = graftc.compile(EXPERTS if family == "mixtral" else SPEC, tiny(family).cuda())
     inputs = on_cuda(inputs_for(compiled))
     compiled.train()
     outputs = compiled(**inputs, return_dict=False)
@@ -40,7 +41,7 @@ def test_a_model_compiled_on_the_device_trains_and_folds(family: str) -> None:
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_moving_from_the_cpu_keeps_the_function(family: str) -> None:
-    compiled = graftc.compile(SPEC, tiny(family))
+    compiled = graftc.compile(EXPERTS if family == "mixtral" else SPEC, tiny(family))
     perturb(compiled, 0.05)
     compiled.eval()
     inputs = inputs_for(compiled)

@@ -11,10 +11,26 @@ from graftc.testing import FAMILIES, DeploymentContract, MethodContract
 ROLES = ["attn.q", "attn.v", "ffn.down"]
 
 
+DENSE = tuple(family for family in FAMILIES if family != "mixtral")
+"""Families with feed-forward layers; every one of Mixtral's is made of experts."""
+
+
 class TestLoRA(MethodContract):
     """Plain LoRA with dropout. ``attn.q`` of GPT-2 is a range of rows of a fused matrix."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "dropout": 0.1}
+    families = DENSE
+
+
+class TestExperts(MethodContract):
+    """One pair of factors for each expert of each 3-D weight, beside attention."""
+
+    adaptation: ClassVar[dict[str, Any]] = {
+        "method": "lora",
+        "target": {"role": ["attn.q", "attn.v", "experts"]},
+        "rank": 4,
+    }
+    families = ("mixtral",)
 
 
 class TestFromWeight(MethodContract):
@@ -65,4 +81,12 @@ class TestDeployed(DeploymentContract):
     """Exports and compilation on every family, adapters in place and folded."""
 
     adaptation = TestLoRA.adaptation
-    families = tuple(FAMILIES)
+    families = DENSE
+
+
+@pytest.mark.slow
+class TestExpertsDeployed(DeploymentContract):
+    """The same with experts."""
+
+    adaptation = TestExperts.adaptation
+    families = ("mixtral",)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from graftc.compiler.select import Candidate, check_overrides, depths, select
+from graftc.compiler.candidates import Candidate, depths
+from graftc.compiler.select import check_overrides, select
 from graftc.specs import GraftError, SiteKind, parse_spec
 from graftc.specs.diagnostics import CATALOGUE
 

@@ -23,7 +23,7 @@ def test_defaults() -> None:
 
 
 def test_claims() -> None:
-    assert LoRA.claims.sites == {SiteKind.LINEAR}
+    assert LoRA.claims.sites == {SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS}
     assert LoRA.claims.identity_at_init and LoRA.claims.folds is FoldKind.EXACT and LoRA.claims.bankable
     assert "Hu et al. 2021" in LoRA.paper and LoRA.tag() == "lora"
 

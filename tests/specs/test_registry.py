@@ -68,7 +68,7 @@ def test_built_in_methods_are_found_with_their_code_beside_them() -> None:
     assert entry.spec_class is LoRA
     assert (entry.module, entry.method_module) == ("graftc.specs.lora", "graftc.passes.lora")
     assert entry.claims is LoRA.claims and entry.paper == LoRA.paper
-    assert entry.summary.startswith("Low-rank adaptation of linear layers")
+    assert entry.summary.startswith("Low-rank adaptation of linear maps")
 
 
 def test_every_method_has_what_the_lists_show() -> None:

@@ -70,7 +70,7 @@ class Runner(nn.Module):
         outlined = outline(program)
         device = self._store_device()
         for block in outlined.blocks:
-            owner = self._store.owner(block.path)
+            owner = self._store.container(block.path)
             if not isinstance(owner, Block):
                 made = Block()
                 made.training = self.training

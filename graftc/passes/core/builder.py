@@ -20,6 +20,7 @@ from graftc.passes.core.rows import Rows
 from graftc.passes.core.shapes import expression, fake_mode_of
 from graftc.passes.core.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.store import RESERVED, Store
+from graftc.passes.core.uses import Layout
 from graftc.specs.diagnostics import GraftError
 
 aten = torch.ops.aten
@@ -50,6 +51,7 @@ class Builder:
         self._values: dict[Any, Any] = {}
         self._attributes: dict[str, fx.Node] = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
         self._dropouts: dict[tuple[fx.Node, float, bool], fx.Node] = {}
+        self._overlaid: dict[tuple[str, Rows], str] = {}
         self._site: Site | None = None
         self._emitted: set[fx.Node] = set()
 
@@ -161,15 +163,17 @@ class Builder:
         return tuple(name for name in self._attributes if not self.store.is_adapter(name))
 
     def read_weight(self, site: LinearSite) -> Tensor:
-        """The values of the site's own rows of the base weight, ``[rows, in]``: for initialisers."""
+        """The values of the site's own rows of the base weight, ``[..., rows, in]``: for initialisers."""
         held = self.store.get(site.use.weight).detach()
-        return site.rows.take(held.t() if site.use.transposed else held)
+        return site.rows.take(site.use.layout.orient(held), -2)
 
     def _name(self, part: str) -> str:
         if self._site is None:
             return f"{RESERVED}.{self.adaptation}.{part}"
         key = self._site.key
-        segments = [key.module, RESERVED, self.adaptation, key.part, part]
+        # A module may hold several weights (experts, nn.MultiheadAttention): theirs are told apart by name.
+        tensor = key.name if isinstance(self._site, LinearSite) and key.name != "weight" else ""
+        segments = [key.module, RESERVED, self.adaptation, tensor, key.part, part]
         return ".".join(s for s in segments if s)
 
     def _device(self) -> torch.device:
@@ -186,11 +190,24 @@ class Builder:
 
         Returns the node of the trained tensor. It folds by standing in for the base's rows.
         """
-        assert self._site is not None
         tensor = self.store.get(base)
         own = rows or Rows(tensor.shape[0] if tensor.dim() else 1)
+        known = len(self._overlaid)
+        trained = self.trained_rows(base, own)
+        current = self._attributes.get(base)
+        if len(self._overlaid) > known and current is not None:
+            after = own.write(self._emit("overlay"), current, trained, 0, lambda: self._index(own))
+            self._redirect(current, after, lambda user: True)
+        return trained
+
+    def trained_rows(self, base: str, own: Rows) -> fx.Node:
+        """The node of a trained copy of rows of a base tensor. The caller puts it in place wherever they are read."""
+        assert self._site is not None
+        tensor = self.store.get(base)
         part = base.rpartition(".")[2]
-        name = self._name(part)
+        if (base, own) in self._overlaid:
+            return self.attribute(self._overlaid[base, own], part)
+        name = self._overlaid[base, own] = self._name(part)
         if name not in self.store:
             value = own.take(tensor.detach()).clone()
             self.store.add_parameter(name, value, trainable=True)
@@ -199,12 +216,7 @@ class Builder:
         self.parts.setdefault(self._site.key, {})[part] = name
         self._claim(base, own)
         self.overlays.append((self._site.key, base, own, name))
-        trained = self.attribute(name, part)
-        current = self._attributes.get(base)
-        if current is not None:
-            after = own.write(self._emit("overlay"), current, trained, 0, lambda: self._index(own))
-            self._redirect(current, after, lambda user: True)
-        return trained
+        return self.attribute(name, part)
 
     def _claim(self, base: str, rows: Rows) -> None:
         """Rows of a base tensor are trained by one adaptation only."""
@@ -221,23 +233,42 @@ class Builder:
     # ----- linear sites
 
     def input(self, site: LinearSite) -> fx.Node:
-        """What the site reads, ``[..., in]``."""
+        """What the site reads now, in the base's own layout: `map` and `low_rank` know what to make of it."""
         return site.use.input
+
+    def map(self, site: LinearSite, x: fx.Node, weight: fx.Node, part: str = "map") -> fx.Node:
+        """``weight: [..., k, in]`` applied to ``x`` as the site applies its own weight: ``[..., k]``."""
+        return site.use.map(self.call, x, weight, part)
+
+    def low_rank(self, site: LinearSite, x: fx.Node, a: fx.Node, b: fx.Node, scale: float = 1) -> fx.Node:
+        """``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., rows, rank]``, as ``[..., rows]``."""
+        return site.use.low_rank(self.call, x, a, b, scale)
 
     def output(self, site: LinearSite) -> fx.Node:
         """The site's own rows of the result so far, ``[..., rows]``."""
-        return site.rows.read(self._emit("own rows"), site.use.output, -1, lambda: self._index(site.rows))
+        return site.use.columns_last(self.call, self._own(site))
+
+    def _own(self, site: LinearSite) -> fx.Node:
+        """The own part of the result, in the base's layout."""
+        columns = site.columns
+        return columns.read(self._emit("own rows"), site.use.output, site.use.axis, lambda: self._index(columns))
 
     def set_output(self, site: LinearSite, own: fx.Node, part: str = "") -> None:
         """Make ``own`` (``[..., rows]``) the site's result for everything that read it."""
-        before = site.use.output
-        after = site.rows.write(self._emit(part or "write rows"), before, own, -1, lambda: self._index(site.rows))
+        self._put(site, site.use.columns_home(self.call, own), part)
+
+    def _put(self, site: LinearSite, own: fx.Node, part: str = "") -> None:
+        before, columns, axis = site.use.output, site.columns, site.use.axis
+        after = columns.write(self._emit(part or "write rows"), before, own, axis, lambda: self._index(columns))
         self._finish(site, before, after)
 
     def add(self, site: LinearSite, delta: fx.Node, part: str = "add") -> None:
         """Add ``delta`` (``[..., rows]``, or ``[rows]``) to the site's result."""
-        own = self.call(aten.add.Tensor, self.output(site), delta, part=part)
-        self.set_output(site, own)
+        if delta.meta["val"].dim() > 1:
+            delta = site.use.columns_home(self.call, delta)
+            self._put(site, self.call(aten.add.Tensor, self._own(site), delta, part=part))
+        else:
+            self.set_output(site, self.call(aten.add.Tensor, self.output(site), delta, part=part))
 
     def _finish(self, site: LinearSite, before: fx.Node, after: fx.Node) -> None:
         mine = str(site.key)
@@ -245,21 +276,26 @@ class Builder:
         site.use.output = after
 
     def set_input(self, site: LinearSite, node: fx.Node) -> None:
-        """Make the site, with what is inserted on it so far, read ``node`` (``[..., in]``)."""
+        """Make the site, with what is inserted on it so far, read ``node``, which has the input's own layout."""
         before = site.use.input
         mine = str(site.key)
-        if site.rows.whole:
+        if site.columns.whole:
             self._redirect(before, node, lambda u: u is site.use.node or (provenance(u) or {}).get("site") == mine)
             return
-        own = self.call(aten.linear.default, node, self.weight(site), self.bias(site), part="own rows")
+        own = self.map(site, node, self.weight(site), part="own rows")
+        bias = self.bias(site)
+        if bias is not None:
+            own = self.call(aten.add.Tensor, own, bias, part="own rows")
         self.set_output(site, own)
 
     def weight(self, site: LinearSite) -> fx.Node:
-        """The site's own rows of the weight, ``[rows, in]``."""
+        """The site's own rows of the weight, ``[..., rows, in]``."""
         node = self._current(site.use.weight)
-        if site.use.transposed:
-            node = self.call(aten.t.default, node, part="weight")
-        return site.rows.read(self._emit("weight rows"), node, 0, lambda: self._index(site.rows))
+        if site.use.layout is Layout.COLUMNS:
+            node = self.call(aten.transpose.int, node, -2, -1, part="weight")
+        elif site.use.layout is Layout.KERNEL:
+            node = self.call(aten.flatten.using_ints, node, 1, part="weight")
+        return site.rows.read(self._emit("weight rows"), node, -2, lambda: self._index(site.rows))
 
     def bias(self, site: LinearSite) -> fx.Node | None:
         """The site's own rows of the bias, ``[rows]``; None where there is none."""
@@ -281,10 +317,10 @@ class Builder:
 
         Args:
             node: what to drop from.
-            p: probability of dropping an element; 0 inserts nothing.
+            p: probability of dropping an element; 0 inserts nothing. Indices of a table have nothing to drop.
             recompute: keep a seed instead of the mask for the backward pass (`graftc.passes.core.ops`).
         """
-        if p == 0:
+        if p == 0 or not node.meta["val"].is_floating_point():
             return node
         key = (node, p, recompute)
         if key not in self._dropouts:

@@ -1,6 +1,6 @@
 """Folds: what an adaptation does to base weights, as algebra on lazy tensors.
 
-A fold step is a pure function of the oriented rows of a site, ``(W, b) -> (W', b')`` with ``W: [rows, in]`` in
+A fold step is a pure function of the oriented rows of a site, ``(W, b) -> (W', b')`` with ``W: [..., rows, in]`` in
 float64. Steps compose in insertion order (LoRA then a scaling is not a scaling then LoRA) and round once, at the end.
 """
 
@@ -13,6 +13,7 @@ import torch
 
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.store import Store
+from graftc.passes.core.uses import Layout
 from graftc.specs.diagnostics import GraftError
 
 Tensor = torch.Tensor
@@ -24,8 +25,8 @@ class WeightFold:
     """Fold by changing the site's weight and bias.
 
     Attributes:
-        apply: ``(W, b) -> (W', b')``; ``W`` is ``[rows, in]`` and ``b`` is ``[rows]`` or None, both float64. A bias
-            may be made where there was none: it is then a declared addition of the folded model.
+        apply: ``(W, b) -> (W', b')``; ``W`` is ``[..., rows, in]`` (experts lead) and ``b`` is ``[rows]`` or None,
+            both float64. A bias may be made where there was none: it is then a declared addition of the folded model.
     """
 
     apply: WeightFunction
@@ -51,8 +52,9 @@ class FoldStep:
         weight: Store name of the weight, or of the single tensor that is replaced.
         bias: Store name of the bias, also where a fold would have to add it; None for a single tensor.
         rows: the site's own rows of the fused tensor.
-        transposed: whether the Store holds the weight as ``[in, out]``.
+        layout: how the Store holds the weight.
         apply: the function on oriented rows.
+        everywhere: the step changes every use of the tensor alike, tied names included.
     """
 
     adaptation: str
@@ -60,8 +62,9 @@ class FoldStep:
     weight: str
     bias: str | None
     rows: Rows
-    transposed: bool
+    layout: Layout
     apply: WeightFunction
+    everywhere: bool = False
 
 
 class LazyTensors:
@@ -79,7 +82,7 @@ class LazyTensors:
         self.store = store
         self.steps = tuple(steps)
         for step in self.steps:
-            for name in filter(None, (step.weight, step.bias)):
+            for name in () if step.everywhere else filter(None, (step.weight, step.bias)):
                 others = store.tied(name)
                 if others:
                     raise GraftError(
@@ -118,20 +121,24 @@ class LazyTensors:
 
     @staticmethod
     def _apply(step: FoldStep, values: dict[str, Tensor]) -> None:
-        full = values[step.weight]
-        oriented = full.t() if step.transposed else full
+        stored = values[step.weight]
+        oriented = step.layout.orient(stored)
+        plain = step.layout is Layout.PLAIN
+        axis = 0 if plain else -2
         bias = values.get(step.bias) if step.bias is not None else None
-        own_bias = None if bias is None else step.rows.take(bias)
-        weight, new_bias = step.apply(step.rows.take(oriented), own_bias)
-        merged = step.rows.put(oriented, weight)
-        values[step.weight] = merged.t() if step.transposed else merged
+        own_bias = None if bias is None else step.rows.take(bias, -1)
+        weight, new_bias = step.apply(step.rows.take(oriented, axis), own_bias)
+        values[step.weight] = step.layout.restore(step.rows.put(oriented, weight, axis), stored.shape)
         if step.bias is None:
+            if new_bias is not None:
+                raise GraftError("GC050", f"{step.adaptation!r} needs a bias, and {step.site} has no place for one")
             return
+        total = oriented.shape[:-1]
         if new_bias is None:
-            new_bias = oriented.new_zeros(step.rows.count)
+            new_bias = oriented.new_zeros(*total[:-1], step.rows.count)
         if bias is not None or bool(new_bias.any()):
-            start = bias if bias is not None else oriented.new_zeros(oriented.shape[0])
-            values[step.bias] = step.rows.put(start, new_bias)
+            start = bias if bias is not None else oriented.new_zeros(total)
+            values[step.bias] = step.rows.put(start, new_bias, -1)
 
     def folded(self, name: str) -> Tensor:
         """The folded tensor in its base's dtype and layout, rounded once."""

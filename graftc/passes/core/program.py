@@ -22,11 +22,13 @@ class InputSpec:
         name: the model's own name for it.
         dtype: element type, as ``torch.int64``.
         shape: sizes; a string is a symbol shared by name with other inputs (``"batch"``, ``"sequence"``).
+        ranges: the sizes that the graph holds for, least and greatest, per axis; empty where nothing was recorded.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int | str, ...]
+    ranges: tuple[tuple[int, int | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,9 @@ class Program:
     outputs: OutputSpec
     mode: Mode = "train"
     entry: str = "forward"
+    flags: tuple[tuple[str, bool | int | float | str | None], ...] = ()
+    """Keyword arguments that are constants of the graph."""
+
     edits: list[Edit] = field(default_factory=list)
     history: list[HistoryEntry] = field(default_factory=list)
     baseline: dict[str, tuple[Any, ...]] = field(default_factory=dict)

@@ -56,13 +56,34 @@ class Rows:
         """Row numbers, ``int64[count]``."""
         return torch.cat([torch.arange(a, b, device=device) for a, b in self.spans])
 
-    def take(self, tensor: Tensor) -> Tensor:
-        """The own rows of ``[total, ...]``."""
-        return tensor if self.whole else tensor.index_select(0, self.index(tensor.device))
+    def covers(self, other: Rows) -> bool:
+        """Whether all rows of ``other`` are among these."""
+        return all(any(c <= a and b <= d for c, d in self.spans) for a, b in other.spans)
 
-    def put(self, tensor: Tensor, rows: Tensor) -> Tensor:
-        """A copy of ``[total, ...]`` with the own rows replaced."""
-        return rows if self.whole else tensor.index_copy(0, self.index(tensor.device), rows)
+    def within(self, other: Rows) -> Rows:
+        """Where these rows lie among the rows of ``other``, which covers them: rows of a ``[other.count, in]``."""
+        runs: list[tuple[int, int]] = []
+        for a, b in self.spans:
+            at = 0
+            for c, d in other.spans:
+                if c <= a < d:
+                    runs.append((at + a - c, at + b - c))
+                at += d - c
+        joined: list[tuple[int, int]] = []
+        for run in runs:
+            if joined and joined[-1][1] == run[0]:
+                joined[-1] = (joined[-1][0], run[1])
+            else:
+                joined.append(run)
+        return Rows(other.count, tuple(joined))
+
+    def take(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """The own rows of a tensor that has ``total`` along ``dim``."""
+        return tensor if self.whole else tensor.index_select(dim, self.index(tensor.device))
+
+    def put(self, tensor: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
+        """A copy of a tensor that has ``total`` along ``dim``, with the own rows replaced."""
+        return rows if self.whole else tensor.index_copy(dim, self.index(tensor.device), rows)
 
     def read(self, emit: Emit, node: fx.Node, dim: int, index: Callable[[], fx.Node]) -> fx.Node:
         """The node for the own part of ``node`` along ``dim``; ``index`` makes the row numbers a constant."""

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from graftc.passes.core.program import InputSpec, OutputSpec, Program
 from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES, FakeContext, SymbolNames
 
-SCHEMA = 1
+SCHEMA = 2
 _NAMESPACES = frozenset({"aten", "graftc", "prims", "transformers"})
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     f"{module.__name__.lstrip('_')}.{name}": getattr(module, name)
@@ -83,11 +83,15 @@ def program_to_json(program: Program) -> dict[str, Any]:
         if "custom" in node.meta:
             entry["custom"] = node.meta["custom"]
         nodes.append(entry)
-    inputs = [{"name": s.name, "dtype": DTYPE_NAMES[s.dtype], "shape": list(s.shape)} for s in program.inputs]
+    inputs = [
+        {"name": s.name, "dtype": DTYPE_NAMES[s.dtype], "shape": list(s.shape), "ranges": [list(r) for r in s.ranges]}
+        for s in program.inputs
+    ]
     return {
         "schema": SCHEMA,
         "entry": program.entry,
         "mode": program.mode,
+        "flags": [list(flag) for flag in program.flags],
         "inputs": inputs,
         "outputs": _encode_output(program.outputs),
         "types": table,
@@ -128,8 +132,14 @@ def _program(data: Mapping[str, Any], device: torch.device) -> Program:
         if "custom" in entry:
             node.meta["custom"] = entry["custom"]
         nodes.append(node)
-    inputs = tuple(InputSpec(s["name"], DTYPES[s["dtype"]], tuple(s["shape"])) for s in data["inputs"])
-    return Program(graph, inputs, _decode_output(data["outputs"]), mode=data["mode"], entry=data["entry"])
+    inputs = tuple(_decode_input(entry) for entry in data["inputs"])
+    outputs, flags = _decode_output(data["outputs"]), tuple((str(name), value) for name, value in data["flags"])
+    return Program(graph, inputs, outputs, mode=data["mode"], entry=data["entry"], flags=flags)
+
+
+def _decode_input(data: Mapping[str, Any]) -> InputSpec:
+    ranges = tuple((int(low), None if high is None else int(high)) for low, high in data["ranges"])
+    return InputSpec(data["name"], DTYPES[data["dtype"]], tuple(data["shape"]), ranges)
 
 
 def _encode_target(node: fx.Node) -> str:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
 from graftc.passes.core.rows import Rows
+from graftc.passes.core.uses import Use, linear_use
 from graftc.specs.claims import SiteKind
 
-aten = torch.ops.aten
+__all__ = [
+    "AttentionSite",
+    "EmbeddingSite",
+    "ExpertsSite",
+    "LinearSite",
+    "NormSite",
+    "ParameterSite",
+    "Site",
+    "SiteKey",
+    "SublayerSite",
+    "Use",
+    "linear_use",
+]
 
 
 @dataclass(frozen=True, order=True)
@@ -29,6 +41,11 @@ class SiteKey:
     name: str
     part: str = ""
     use: int = 0
+
+    @property
+    def place(self) -> SiteKey:
+        """The key without its use: all uses of one tensor share what is adapted there."""
+        return replace(self, use=0)
 
     def __str__(self) -> str:
         text = f"{self.module}.{self.name}" if self.module else self.name
@@ -55,45 +72,31 @@ class Site:
 
 
 @dataclass(eq=False)
-class LinearUse:
-    """One linear map in one Program: ``y = x W^T + b``, whatever operator computes it.
+class LinearSite(Site):
+    """Rows of a linear map. Orientation, fusion, convolution and bias are hidden: the weight is always the site's own
+    rows of ``[out, in]``.
 
     Attributes:
-        node: the base's own call.
-        weight, bias: Store names; bias is None where there is none.
-        transposed: whether the Store holds the weight as ``[in, out]``.
-        in_features, out_features: of the whole weight.
-        output: the node that stands for the result now, after the edits so far.
+        use: the map in this Program.
+        rows: the own rows of the stored weight, seen as ``[out, in]``.
     """
 
-    node: fx.Node
-    weight: str
-    bias: str | None
-    transposed: bool
-    in_features: int
-    out_features: int
-    output: fx.Node
-    input_index: int
-
-    @property
-    def input(self) -> fx.Node:
-        """What the map reads now."""
-        source = self.node.args[self.input_index]
-        assert isinstance(source, fx.Node)
-        return source
-
-
-@dataclass(eq=False)
-class LinearSite(Site):
-    """Rows of a linear map. Orientation, fusion and bias are hidden: the weight is always the site's own rows of
-    ``[out, in]``."""
-
-    use: LinearUse = field(kw_only=True)
+    use: Use = field(kw_only=True)
     rows: Rows = field(kw_only=True)
 
     @property
+    def columns(self) -> Rows:
+        """The own columns of the use's output."""
+        return self.rows.within(self.use.stored)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Sizes of the axes before ``out`` and ``in``; empty but for experts."""
+        return self.use.leading
+
+    @property
     def in_features(self) -> int:
-        """Width of the input."""
+        """Width of the input; for a convolution the entries of a patch, for a table its entries."""
         return self.use.in_features
 
     @property
@@ -103,9 +106,24 @@ class LinearSite(Site):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type of the weight."""
+        """Element type of the result."""
         dtype: torch.dtype = self.use.node.meta["val"].dtype
         return dtype
+
+
+@dataclass(eq=False)
+class ExpertsSite(LinearSite):
+    """The matrices of all experts, ``[experts, out, in]``: one linear map for each along a leading axis."""
+
+    @property
+    def experts(self) -> int:
+        """How many."""
+        return self.use.leading[0]
+
+
+@dataclass(eq=False)
+class EmbeddingSite(LinearSite):
+    """A table of embeddings, as the linear map of one-hot vectors: ``in`` counts its entries, ``out`` its width."""
 
 
 @dataclass(eq=False)
@@ -113,6 +131,43 @@ class AttentionSite(Site):
     """An attention node."""
 
     node: fx.Node = field(kw_only=True)
+
+
+@dataclass(eq=False)
+class NormSite(Site):
+    """A normalisation's scale and shift.
+
+    Attributes:
+        node: the call that applies the scale.
+        weight, bias: Store names; bias is None where there is no shift.
+    """
+
+    node: fx.Node = field(kw_only=True)
+    weight: str = field(kw_only=True)
+    bias: str | None = field(default=None, kw_only=True)
+
+
+@dataclass(eq=False)
+class SublayerSite(Site):
+    """A residual branch with its add: an attention, a feed-forward, or both side by side.
+
+    Attributes:
+        stream: the residual input.
+        normed: what the sublayer reads: the norm's output before it, or the stream itself.
+        projection: the last linear map's result, before dropout.
+        branch: what is added, after dropout, scaling and a norm within the branch.
+        sum: the add.
+        post_norm: the norm of the sum, where there is one.
+        output: what the next sublayer starts from: `post_norm` or `sum`.
+    """
+
+    stream: fx.Node = field(kw_only=True)
+    normed: fx.Node = field(kw_only=True)
+    projection: fx.Node = field(kw_only=True)
+    branch: fx.Node = field(kw_only=True)
+    sum: fx.Node = field(kw_only=True)
+    post_norm: fx.Node | None = field(default=None, kw_only=True)
+    output: fx.Node = field(kw_only=True)
 
 
 @dataclass(eq=False)
@@ -124,48 +179,3 @@ class ParameterSite(Site):
     """
 
     tensor: str = field(kw_only=True)
-
-
-def linear_use(node: fx.Node) -> LinearUse | None:
-    """The linear map that ``node`` computes from a stored weight, or None."""
-    read = _READERS.get(node.target) if node.op == "call_function" else None
-    return read(node) if read is not None else None
-
-
-def _stored(value: Any) -> str | None:
-    return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
-
-
-def _make(node: fx.Node, x: int, weight: Any, bias: Any, *, transposed: bool) -> LinearUse | None:
-    name = _stored(weight)
-    if name is None or weight.meta["val"].dim() != 2 or (bias is not None and _stored(bias) is None):
-        return None
-    if _stored(node.args[x]) is not None:
-        return None
-    rows, columns = (int(size) for size in weight.meta["val"].shape)
-    width = (rows, columns) if transposed else (columns, rows)
-    bias_name = None if bias is None else _stored(bias)
-    return LinearUse(node, name, bias_name, transposed, *width, output=node, input_index=x)
-
-
-def _linear(node: fx.Node) -> LinearUse | None:
-    bias = node.args[2] if len(node.args) > 2 else None
-    return _make(node, 0, node.args[1], bias, transposed=False)
-
-
-def _addmm(node: fx.Node) -> LinearUse | None:
-    if node.kwargs:
-        return None
-    return _make(node, 1, node.args[2], node.args[0], transposed=True)
-
-
-def _matmul(node: fx.Node) -> LinearUse | None:
-    return _make(node, 0, node.args[1], None, transposed=True)
-
-
-_READERS: dict[Any, Any] = {
-    aten.linear.default: _linear,
-    aten.addmm.default: _addmm,
-    aten.mm.default: _matmul,
-    aten.matmul.default: _matmul,
-}

@@ -25,11 +25,16 @@ class Store:
 
     Args:
         root: module whose tree holds the tensors; an empty `Container` by default.
+
+    Attributes:
+        aliases: tied names, each to the name that owns the tensor.
+        constants: names of tensors that graphs mention beside the source model's own.
     """
 
     def __init__(self, root: nn.Module | None = None) -> None:
         self.root: nn.Module = root if root is not None else Container()
         self.aliases: dict[str, str] = {}
+        self.constants: set[str] = set()
         self._overlays: dict[str, str] = {}
 
     @classmethod
@@ -43,7 +48,7 @@ class Store:
         store = cls()
         seen: dict[int, tuple[str, torch.Tensor]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
-            container = store._container(path)
+            container = store.container(path)
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     store._mirror(container, path, name, parameter, seen, persistent=True)
@@ -78,7 +83,8 @@ class Store:
         else:
             container.register_buffer(name, handle, persistent=persistent)
 
-    def _container(self, path: str) -> nn.Module:
+    def container(self, path: str) -> nn.Module:
+        """The container at ``path``, made where there is none: some layers hold no tensor."""
         module = self.root
         for segment in path.split(".") if path else ():
             child = module._modules.get(segment)
@@ -141,20 +147,26 @@ class Store:
         if fqn in self:
             raise KeyError(f"{fqn} exists")
         path, _, name = fqn.rpartition(".")
-        self._container(path).register_parameter(name, nn.Parameter(tensor, requires_grad=trainable))
+        self.container(path).register_parameter(name, nn.Parameter(tensor, requires_grad=trainable))
 
     def add_buffer(self, fqn: str, tensor: torch.Tensor, *, persistent: bool) -> None:
         """Add a constant. Raises `KeyError` when the name is taken."""
         if fqn in self:
             raise KeyError(f"{fqn} exists")
         path, _, name = fqn.rpartition(".")
-        self._container(path).register_buffer(name, tensor, persistent=persistent)
+        self.container(path).register_buffer(name, tensor, persistent=persistent)
+
+    def add_constant(self, fqn: str, tensor: torch.Tensor) -> None:
+        """Add a tensor that the source model made while it was captured; a known name is passed over."""
+        if fqn not in self:
+            self.add_buffer(fqn, tensor, persistent=False)
+            self.constants.add(fqn)
 
     def alias(self, name: str, owner: str) -> None:
         """Give the tensor called ``owner`` another name."""
         tensor = self.get(owner)
         path, _, last = name.rpartition(".")
-        container = self._container(path)
+        container = self.container(path)
         if isinstance(tensor, nn.Parameter):
             container.register_parameter(last, tensor)
         else:

@@ -7,6 +7,7 @@ has a gradient path. Once, at the end, all types are worked out anew at two diff
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -188,7 +189,8 @@ def _types(program: Program, store: Store, choice: tuple[int, ...]) -> Finding |
 
     def assign(symbol: str) -> int:
         if symbol not in assigned:
-            assigned[symbol] = choice[next(numbers) % len(choice)]
+            # How many rows the data select is free, but graphs divide it by other sizes.
+            assigned[symbol] = math.prod(choice) if symbol.startswith("u") else choice[next(numbers) % len(choice)]
         return assigned[symbol]
 
     sizes = Sizes(assign)
@@ -218,7 +220,7 @@ def _types(program: Program, store: Store, choice: tuple[int, ...]) -> Finding |
             if key not in known:
                 known[key] = node.target(*args, **kwargs)
             values[node] = known[key]
-        except (NotImplementedError, RuntimeError) as error:
+        except (NotImplementedError, RuntimeError, IndexError) as error:
             if provenance(node) is not None:
                 return node, f"it does not run on the meta device: {error}"
             values[node] = expected

@@ -15,7 +15,8 @@ from graftc.runtime.cli.schema import schema
 __all__ = ["build_app"]
 
 _EPILOG = (
-    "MODEL is a local transformers folder, a hub id, or package.module:callable that returns an nn.Module. "
+    "MODEL is a local transformers folder, a hub id, or package.module:callable that returns an nn.Module, "
+    "or (model, example_inputs). "
     "Exit status: 0 done, 1 the answer is no, 2 usage or spec error, 3 the files or the model failed."
 )
 

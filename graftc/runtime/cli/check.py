@@ -23,12 +23,12 @@ def check(spec: SpecArgument, model: ModelOption, meta: Meta = False, json: Json
         loaded_spec = load_spec(spec)
 
         from graftc.runtime.api import check as check_spec
-        from graftc.runtime.models import load_model
+        from graftc.runtime.models import load_model_and_inputs
 
         started = time.perf_counter()
-        loaded = load_model(model, meta=meta)
+        loaded, inputs = load_model_and_inputs(model, meta=meta)
         seconds = time.perf_counter() - started
-        report = check_spec(loaded_spec, loaded)
+        report = check_spec(loaded_spec, loaded, inputs)
     if json:
         places = {"spec": str(spec), "model": model, "class": type(loaded).__name__}
         timings = {"load_seconds": seconds, "warnings": warnings}

@@ -146,6 +146,7 @@ def _example(entry: SpecEntry) -> str:
     if isinstance(placed, Target):
         return f"adapt:\n  - method: {entry.tag}"
     fits = [role.name for role in ROLES.values() if role.kind in entry.claims.sites and role.name != "head"]
+    fits.sort(key=lambda name: not name.startswith("attn"))
     roles = ", ".join(fits[:2]) if fits else "..."
     return f"adapt:\n  - method: {entry.tag}\n    target: {{role: [{roles}]}}"
 

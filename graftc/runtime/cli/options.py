@@ -9,7 +9,10 @@ import typer
 
 __all__ = ["Json", "Meta", "ModelArgument", "ModelOption", "SpecArgument"]
 
-_MODEL_HELP = "A transformers folder, a hub id, or package.module:callable."
+_MODEL_HELP = (
+    "A transformers folder, a hub id, or package.module:callable; the callable returns the model, or (model, "
+    "example_inputs) where graftc cannot tell its inputs: tensors by name, or in the order of forward's parameters."
+)
 
 Json: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print JSON on the standard output, errors included, and nothing else there.")

@@ -18,10 +18,10 @@ def roles(model: ModelArgument, meta: Meta = False, json: Json = False) -> None:
 
     with working(json) as warnings:
         from graftc.runtime.api import roles as find_roles
-        from graftc.runtime.models import load_model
+        from graftc.runtime.models import load_model_and_inputs
 
-        loaded = load_model(model, meta=meta)
-        structure = find_roles(loaded)
+        loaded, inputs = load_model_and_inputs(model, meta=meta)
+        structure = find_roles(loaded, inputs)
     if json:
         print_json({"model": model, "class": type(loaded).__name__, **structure.to_json(), "warnings": warnings})
     else:
@@ -37,6 +37,5 @@ def _print(name: str, structure: Structure) -> None:
     to.print()
     print_table(to, ("role", "place", "rows", "layers", "evidence"), structure.rows(), whole=("place",))
     if structure.unresolved:
-        rows = [(entry.module, entry.reason) for entry in structure.unresolved]
         to.print()
-        print_table(to, ("unresolved", "reason"), rows)
+        print_table(to, ("unresolved", "layers", "reason"), structure.unresolved_rows())

@@ -16,18 +16,20 @@ from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
 if TYPE_CHECKING:
+    from graftc.compiler.family import Family
     from graftc.runtime.compiled import ModelRunner
 
 Format = Literal["onnx", "pt2"]
 
 
-def export_model(runner: ModelRunner, path: Path, format: Format) -> Path:
+def export_model(runner: ModelRunner, path: Path, format: Format, family: Family) -> Path:
     """Export a compiled or merged model.
 
     Args:
         runner: what to export, in eval mode.
         path: the file to write; nothing is there until it is complete and checked.
         format: ``"onnx"`` (weights in ``<name>.data`` beside it where they are large) or ``"pt2"``.
+        family: the signature to export.
 
     Raises:
         GraftError: GC060 when exporting or checking fails, GC061 when a package is missing, GC063 when ``path``
@@ -38,12 +40,14 @@ def export_model(runner: ModelRunner, path: Path, format: Format) -> Path:
     for taken in (path, path.with_name(f"{path.name}.data")):
         if taken.exists():
             raise GraftError("GC063", f"{taken} exists", hint="choose another path or remove it")
+    from graftc.runtime.export.module import ExportModule
+
     if format == "onnx":
         from graftc.runtime.export.onnx import write_onnx as write
     else:
         from graftc.runtime.export.pt2 import write_pt2 as write
     with _staged(path) as staged:
-        write(runner, staged, metadata(runner))
+        write(ExportModule(runner, family), staged, metadata(runner))
     return path
 
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from graftc.compiler.certify import sample_inputs
+from graftc.compiler.samples import sample_inputs
 from graftc.compiler.signature import Axis, tie_sizes
 from graftc.passes.core.codegen import function_of
 from graftc.passes.core.ops import DECOMPOSITIONS
 from graftc.passes.core.program import Program
 
 if TYPE_CHECKING:
+    from graftc.compiler.family import Family
     from graftc.runtime.compiled import ModelRunner
 
 
@@ -30,24 +31,27 @@ def _decomposed(program: Program) -> fx.Graph:
 class ExportModule(nn.Module):
     """One eval Program as a module.
 
+    Args:
+        runner: the compiled or merged model.
+        family: the signature.
+
     Attributes:
         program: what it computes.
         axes: its inputs.
         inputs: example inputs.
     """
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, family: Family) -> None:
         super().__init__()
-        compilation = runner._compilation
-        signature = {spec.name: spec for spec in compilation.main.base.inputs}
         training = runner.training
         runner.training = False
         try:
-            self.program: Program = runner._program_for(signature)
+            self.program: Program = runner._program_of(family)
         finally:
             runner.training = training
         store = runner._store
-        self.inputs: Mapping[str, Tensor] = sample_inputs(compilation.main.base, store, sizes=(3, 7))
+        self._base, self._tensors = family.base, store
+        self.inputs: Mapping[str, Tensor] = self.sample(sizes=(3, 7))
         self.axes = [Axis(s.name, s.dtype, s.shape) for s in self.program.inputs]
         self._parameters.update(store.root._parameters)
         self._buffers.update(store.root._buffers)
@@ -70,6 +74,10 @@ class ExportModule(nn.Module):
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
         return forward
+
+    def sample(self, seed: int = 0, sizes: tuple[int, int] = (2, 9)) -> dict[str, Tensor]:
+        """Random inputs of batch and sequence ``sizes``."""
+        return sample_inputs(self._base, self._tensors, seed, sizes, getattr(self, "config", None))
 
     def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
         """Which axes vary."""

@@ -8,17 +8,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from graftc.compiler.certify import sample_inputs
 from graftc.runtime.export import reason
 from graftc.runtime.export.module import ExportModule
 from graftc.specs.diagnostics import GraftError
-
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import ModelRunner
 
 TOLERANCE = 1e-4
 """Largest difference from torch, relative to the largest output or 1, for a float32 export."""
@@ -27,14 +23,13 @@ LARGE = 64 * 2**20
 """Weights of more bytes than this go into a file of their own."""
 
 
-def write_onnx(runner: ModelRunner, path: Path, metadata: Mapping[str, str]) -> None:
+def write_onnx(module: ExportModule, path: Path, metadata: Mapping[str, str]) -> None:
     """Write and check an ONNX model with the model's own input and output names and named dynamic axes.
 
     Raises:
         GraftError: GC060 when exporting or a check fails, GC061 without the ``export`` extra.
     """
     onnx, ort, ir = _package("onnx"), _package("onnxruntime"), _package("onnx_ir")
-    module = ExportModule(runner)
     try:
         with _quiet():
             exporters: Any = importlib.import_module("transformers.exporters")
@@ -55,7 +50,7 @@ def write_onnx(runner: ModelRunner, path: Path, metadata: Mapping[str, str]) -> 
         onnx.checker.check_model(str(path))
     except Exception as error:
         raise GraftError("GC060", f"onnx.checker rejects the export: {reason(error)}") from error
-    _compare(ort, runner, module, path)
+    _compare(ort, module, path)
 
 
 def _package(name: str) -> Any:
@@ -96,12 +91,12 @@ def _name_axes(ir: Any, model: Any, module: ExportModule) -> None:
             value.shape = ir.Shape(dims)
 
 
-def _compare(ort: Any, runner: ModelRunner, module: ExportModule, path: Path) -> None:
+def _compare(ort: Any, module: ExportModule, path: Path) -> None:
     """Run the file in ONNX Runtime, which optimises it first, against torch, at sizes that were not captured."""
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = module.program.outputs.names
     for seed, sizes in enumerate(((2, 5), (1, 4))):
-        inputs = sample_inputs(runner._compilation.main.base, runner._store, seed=seed, sizes=sizes)
+        inputs = module.sample(seed, sizes)
         with torch.no_grad():
             expected = module(**inputs)
         found = session.run(list(names), {name: value.cpu().numpy() for name, value in inputs.items()})

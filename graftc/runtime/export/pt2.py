@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,11 +12,8 @@ from graftc.runtime.export import reason
 from graftc.runtime.export.module import ExportModule
 from graftc.specs.diagnostics import GraftError
 
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import ModelRunner
 
-
-def write_pt2(runner: ModelRunner, path: Path, metadata: Mapping[str, str]) -> None:
+def write_pt2(module: ExportModule, path: Path, metadata: Mapping[str, str]) -> None:
     """Write a ``.pt2`` archive; spec, fingerprint and certificate are extra files in it.
 
     Load it with ``torch.export.load``, which runs code from the file: only load what you trust.
@@ -25,7 +21,6 @@ def write_pt2(runner: ModelRunner, path: Path, metadata: Mapping[str, str]) -> N
     Raises:
         GraftError: GC060 when torch cannot export or save the program.
     """
-    module = ExportModule(runner)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")

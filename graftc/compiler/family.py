@@ -1,0 +1,222 @@
+"""One signature's Programs: captured, rewritten and verified, step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from graftc.compiler.cache import captured
+from graftc.compiler.capture import Capture
+from graftc.compiler.interface import Flags
+from graftc.compiler.resolve import TRAIN, Resolved, Resolver
+from graftc.compiler.signature import Axis
+from graftc.compiler.sitetable import SiteTable
+from graftc.compiler.structure import Structure, find_structure
+from graftc.compiler.tokens import TOKENS, token_sites
+from graftc.passes.core.builder import Builder
+from graftc.passes.core.program import HistoryEntry, Mode, Program
+from graftc.passes.core.registry import method_for
+from graftc.passes.core.sites import ParameterSite, Site
+from graftc.passes.core.verify import record_baseline, verify
+from graftc.passes.mode import to_eval
+from graftc.passes.tokens import insert_tokens
+from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.document import Spec
+
+if TYPE_CHECKING:
+    from graftc.compiler.pipeline import Compilation
+
+
+@dataclass
+class Family:
+    """The Programs of one signature: the base and the adapted model, in train and eval mode."""
+
+    base: Program
+    base_eval: Program
+    train: Program
+    eval: Program
+    structure: Structure
+    resolved: list[Resolved]
+    trained: list[ParameterSite]
+    capture_seconds: float
+    cached: bool
+    key: tuple[str, ...] = ()
+
+    def rewrite_seconds(self) -> float:
+        """What everything after capture took."""
+        return sum(entry.seconds for entry in self.train.history)
+
+
+class _Clock:
+    """Times the steps of one Program's compilation and writes its history."""
+
+    def __init__(self) -> None:
+        self.entries: list[HistoryEntry] = []
+
+    def step(self, name: str, run: Callable[[], Any], program: Program) -> Any:
+        before = {node.name for node in program.graph.nodes}
+        started = time.perf_counter()
+        result = run()
+        after_program = result if isinstance(result, Program) else program
+        seconds = time.perf_counter() - started
+        after = {node.name for node in after_program.graph.nodes}
+        self.entries.append(HistoryEntry(name, len(after - before), len(before - after), seconds))
+        return result
+
+
+def compile_family(compilation: Compilation, axes: Sequence[Axis], flags: Flags) -> Family:
+    """Capture one signature and adapt it; the first one says which places are adapted, others adapt the same ones."""
+    found = _capture(compilation, axes, flags, "train")
+    base, clock = found.program, _Clock()
+    clock.entries += base.history
+    main = compilation.main if compilation.families else None
+    train = _adapted(compilation, found, clock, main)
+    eval_base = record_baseline(to_eval(base))
+    if any(_draws(node) for node in eval_base.graph.nodes):
+        # Random depth and the like leave more behind than dropout: what eval mode computes has to be looked at.
+        direct = _capture(compilation, axes, flags, "eval")
+        eval_base = direct.program
+        own = _adapted(compilation, direct, _Clock(), train).program
+        adapted_eval = clock.step("mode(eval)", lambda: to_eval(own), train.program)
+    else:
+        adapted_eval = clock.step("mode(eval)", lambda: to_eval(train.program), train.program)
+    adapted_eval.baseline = eval_base.baseline
+    clock.step("verify", lambda: verify(adapted_eval, compilation.store, "mode(eval)", types=True), adapted_eval)
+    train.program.history = list(clock.entries)
+    adapted_eval.history = list(clock.entries)
+    return Family(
+        base,
+        eval_base,
+        train.program,
+        adapted_eval,
+        train.structure,
+        train.resolved,
+        train.trained,
+        found.seconds,
+        found.cached,
+    )
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a node of an eval graph draws random numbers; attention there drops nothing."""
+    target = node.target
+    if target is torch.ops.aten.scaled_dot_product_attention.default:
+        return False
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _capture(compilation: Compilation, axes: Sequence[Axis], flags: Flags, mode: Mode) -> Capture:
+    store = compilation.store
+    found = captured(
+        compilation.model, axes, flags, mode=mode, canonical=store.aliases, use_cache=compilation.use_cache
+    )
+    compilation.notes += [note for note in found.notes if note not in compilation.notes]
+    for name, value in found.constants.items():
+        store.add_constant(name, value)
+    return found
+
+
+@dataclass
+class _Adapted:
+    """An adapted Program and what was found in it."""
+
+    program: Program
+    structure: Structure
+    resolved: list[Resolved]
+    trained: list[ParameterSite]
+
+
+def _adapted(compilation: Compilation, found: Capture, clock: _Clock, main: Family | _Adapted | None) -> _Adapted:
+    """A capture's Program, adapted as the spec says, or at the places of ``main``."""
+    spec, store, base = compilation.spec, compilation.store, found.program
+    record_baseline(base)
+    clock.step("verify", lambda: verify(base, store, "canonicalise"), base)
+    program = clock.step("copy", base.copy, base)
+    structure = clock.step("roles", lambda: find_structure(program.graph, found.constants), program)
+    table = SiteTable(program, store, structure, dict(compilation.model.named_modules(remove_duplicate=False)))
+    resolver = Resolver(table)
+    resolved = clock.step(
+        "resolve", lambda: resolver.resolve(spec) if main is None else resolver.again(main.resolved), program
+    )
+    trained = clock.step(
+        "resolve train",
+        lambda: resolver.trained(spec) if main is None else resolver.trained_again(main.trained),
+        program,
+    )
+    if spec.tokens is not None:
+        _insert_tokens(compilation, program, table, clock)
+    _insert(compilation, program, trained, resolved, clock)
+    return _Adapted(program, structure, resolved, trained)
+
+
+def _insert_tokens(compilation: Compilation, program: Program, table: SiteTable, clock: _Clock) -> None:
+    spec, store = compilation.spec, compilation.store
+    assert spec.tokens is not None
+    build = Builder(program, store, TOKENS, TOKENS, compilation.seed)
+    try:
+        found = token_sites(compilation.model, store, table, spec.tokens)
+    except GraftError as error:
+        raise spec.locate(error) from error
+    for tensor, rows, sites in found:
+        clock.step("insert(tokens)", partial(insert_tokens, build, sites, tensor, rows), program)
+    _collect(compilation, build)
+    clock.step("verify", lambda: verify(program, store, "insert(tokens)"), program)
+
+
+def _insert(
+    compilation: Compilation,
+    program: Program,
+    trained: Sequence[ParameterSite],
+    resolved: Sequence[Resolved],
+    clock: _Clock,
+) -> None:
+    store = compilation.store
+    if trained:
+        build = Builder(program, store, TRAIN, TRAIN, compilation.seed)
+        clock.step("insert(train)", lambda: _overlay(build, trained), program)
+        _collect(compilation, build)
+        clock.step("verify", lambda: verify(program, store, "insert(train)"), program)
+    for index, item in enumerate(resolved):
+        build = Builder(program, store, item.name, item.spec.method, compilation.seed)
+        try:
+            clock.step(f"insert({item.name})", partial(_adapt, build, item), program)
+        except GraftError as error:
+            raise _placed(compilation.spec, index, error) from error
+        _collect(compilation, build)
+        clock.step("verify", partial(verify, program, store, f"insert({item.name})"), program)
+
+
+def _placed(spec: Spec, index: int, error: GraftError) -> GraftError:
+    """A method's error with its place in the spec; methods name a field of theirs."""
+    path = f"adapt[{index}]" + (f".{error.place.path}" if error.place is not None else "")
+    place = Place(path=path)
+    return spec.locate(GraftError(error.code, error.message, place=place, hint=error.hint, details=error.details))
+
+
+def _overlay(build: Builder, sites: Sequence[ParameterSite]) -> None:
+    for site in sites:
+        with build.on(site):
+            build.overlay(site.tensor)
+
+
+def _adapt(build: Builder, item: Resolved) -> None:
+    method = method_for(item.spec.method)
+    sites: list[Site] = [site for site, _ in item.sites]
+    shared = method.prepare(item.spec, sites, build)
+    for site, spec in item.sites:
+        with build.on(site):
+            method.insert(spec, site, shared, build)
+
+
+def _collect(compilation: Compilation, build: Builder) -> None:
+    compilation.parts.setdefault(build.adaptation, {}).update(build.parts)
+    known = {(owner, key, base) for owner, key, base, _, _ in compilation.overlays}
+    for key, base, rows, name in build.overlays:
+        if (build.adaptation, key, base) not in known:
+            compilation.overlays.append((build.adaptation, key, base, rows, name))

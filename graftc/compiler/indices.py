@@ -1,0 +1,53 @@
+"""Tensors of column indices: ``source << 32 | column``, -1 where nothing is known."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Runs = tuple[tuple[int, int], ...]
+SHIFT = 32
+_COLUMN = (1 << SHIFT) - 1
+
+
+def runs_of(columns: Tensor) -> Runs:
+    """Sorted column numbers as half-open runs."""
+    if not columns.numel():
+        return ()
+    breaks = torch.nonzero(columns[1:] - columns[:-1] != 1).flatten() + 1
+    starts = [0, *breaks.tolist()]
+    ends = [*breaks.tolist(), columns.numel()]
+    values = columns.tolist()
+    return tuple((values[a], values[b - 1] + 1) for a, b in zip(starts, ends, strict=True))
+
+
+def varying(index: Tensor) -> tuple[int, ...]:
+    """Axes along which columns differ."""
+    axes = []
+    for axis, (size, stride) in enumerate(zip(index.shape, index.stride(), strict=True)):
+        if size > 1 and stride and not torch.equal(index.narrow(axis, 1, size - 1), index.narrow(axis, 0, size - 1)):
+            axes.append(axis)
+    return tuple(axes)
+
+
+def distinct(index: Tensor) -> dict[int, Tensor]:
+    """Columns by source. Repeated rows are views with stride 0, so they cost nothing."""
+    if index.is_complex():
+        index = torch.view_as_real(index.resolve_conj()).round().long()
+    for dim, stride in enumerate(index.stride()):
+        if stride == 0 and index.shape[dim]:
+            index = index.narrow(dim, 0, 1)
+    flat = index.reshape(-1)
+    flat = flat[flat >= 0]
+    if not flat.numel():
+        return {}
+    numbers = flat >> SHIFT
+    low, high = int(numbers.min()), int(numbers.max())
+    sources = [low] if low == high else torch.unique(numbers).tolist()
+    found: dict[int, Tensor] = {}
+    for number in sources:
+        columns = (flat if low == high else flat[numbers == number]) & _COLUMN
+        present = torch.zeros(int(columns.max()) + 1, dtype=torch.bool)
+        present[columns] = True
+        found[number] = torch.nonzero(present).flatten()
+    return found

@@ -1,0 +1,172 @@
+"""What a model's ``forward`` takes: tensors and flags by name, and which values say nothing new.
+
+A flag is any keyword whose value is no tensor: it becomes a constant of the captured graph. A flag at the value that
+the model would use anyway needs no graph of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.specs.diagnostics import GraftError, nearest
+
+Flag = bool | int | float | str | None
+Flags = tuple[tuple[str, Flag], ...]
+ExampleInputs = Mapping[str, Any] | Sequence[Any]
+"""Inputs by name, or in the order of ``forward``'s parameters."""
+_NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_CACHES = ("cache", "past_key_values")
+
+
+def parameters(model: nn.Module) -> tuple[str, ...]:
+    """Names that the model's ``forward`` takes, in order."""
+    signature = inspect.signature(type(model).forward)
+    return tuple(n for n, p in signature.parameters.items() if n != "self" and p.kind in _NAMED)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU where it has none."""
+    for tensor in [*model.parameters(), *model.buffers()][:1]:
+        return tensor.device
+    return torch.device("cpu")
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's first floating-point parameter; float32 where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether the model is one of transformers' or derives from one, so that its conventions hold."""
+    return any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
+
+
+class Interface:
+    """Reads the arguments of calls as a model would.
+
+    Args:
+        model: its ``forward`` and its config as they are now.
+
+    Attributes:
+        parameters: names in the order in which positional arguments fill them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        declared = {n: p for n, p in _signature(model).parameters.items() if n != "self"}
+        self.model = type(model).__name__
+        self.parameters = parameters(model)
+        self._defaults = {n: p.default for n, p in declared.items() if p.default is not inspect.Parameter.empty}
+        self._conventional = is_transformers(model)
+        rest = next((p for p in declared.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+        extra = _keywords(rest, self._conventional) if rest is not None else frozenset()
+        if extra and "labels" in declared:  # the rest of the keywords goes to the loss as well
+            extra |= _loss_keywords(model)
+        if self._conventional:  # the same sentence for every model, whether it has a cache or not
+            extra = frozenset([*(extra or ()), "use_cache"])
+        self._accepted = None if extra is None else frozenset(self.parameters) | extra
+        config = getattr(model, "config", None) if self._conventional else None
+        self._usual = {
+            name: bool(getattr(config, name, False))
+            for name in [*(self._accepted or ()), "return_dict"]
+            if config is not None and (name.startswith("output_") or name == "return_dict")
+        }
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name.
+
+        Raises:
+            GraftError: GC031 for too many positional arguments, or one that is given twice.
+        """
+        if len(args) > len(self.parameters):
+            raise GraftError("GC031", f"{len(args)} positional inputs; the model takes {len(self.parameters)}")
+        named = dict(zip(self.parameters, args, strict=False))
+        twice = named.keys() & kwargs.keys()
+        if twice:
+            raise GraftError("GC031", f"input {min(twice)!r} is given twice")
+        return {**named, **kwargs}
+
+    def read(self, named: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Tensors and flags that make a difference, by name, and whether the outputs are wanted as a plain tuple.
+
+        Usual values count as absent, and so does None. ``return_dict=False`` needs no graph of its own: only the
+        container differs.
+
+        Raises:
+            GraftError: GC031 for a name that ``forward`` does not take, a cache, or a value that is neither a tensor
+                nor a flag.
+        """
+        present: dict[str, Any] = {}
+        for name, value in named.items():
+            if value is None and self._defaults.get(name) is None:
+                continue
+            if self._accepted is not None and name not in self._accepted:
+                close = nearest(name, sorted(self._accepted))
+                hint = f"did you mean {close[0]!r}?" if close else None
+                raise GraftError("GC031", f"{self.model} takes no input {name!r}", hint=hint)
+            if isinstance(value, Tensor):
+                present[name] = value
+            elif value is None or isinstance(value, bool | int | float | str):
+                if not self._says_nothing(name, value):
+                    present[name] = value
+            else:
+                self._refuse(name, value)
+        if self._conventional and present.get("return_dict") is False:
+            del present["return_dict"]
+            return present, True
+        return present, False
+
+    def _says_nothing(self, name: str, value: Any) -> bool:
+        if self._conventional and name == "use_cache":
+            if value:
+                self._refuse(name, value)
+            return True
+        usual = self._defaults.get(name)
+        usual = self._usual.get(name) if usual is None else usual
+        return type(value) is type(usual) and bool(value == usual)
+
+    def _refuse(self, name: str, value: Any) -> None:
+        if self._conventional and (name == "use_cache" or name in _CACHES):
+            given = f"{name}={value!r}" if name == "use_cache" else f"{name}, a {type(value).__name__},"
+            raise GraftError(
+                "GC031",
+                f"{given} is not supported by a captured model",
+                hint="the graph of a forward pass keeps no cache; leave it out, or merge and generate with the result",
+            )
+        raise GraftError(
+            "GC031",
+            f"input {name!r} is a {type(value).__name__}, not a tensor",
+            hint="a graph takes tensors, and flags that are bool, int, float or str",
+        )
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    try:
+        return inspect.signature(type(model).forward, eval_str=True)
+    except (NameError, SyntaxError, TypeError):  # an annotation names what is imported for type checkers only
+        return inspect.signature(type(model).forward)
+
+
+def _keywords(rest: inspect.Parameter, conventional: bool) -> frozenset[str] | None:
+    """Names that ``**kwargs`` takes: those of its typed dictionary, transformers' usual ones, or any (None)."""
+    if not conventional:
+        return None
+    from transformers.utils.generic import TransformersKwargs
+
+    found: set[str] = {"return_dict", *TransformersKwargs.__annotations__}
+    for described in typing.get_args(rest.annotation):
+        found.update(getattr(described, "__annotations__", {}))
+    return frozenset(found)
+
+
+def _loss_keywords(model: nn.Module) -> frozenset[str]:
+    loss = getattr(model, "loss_function", None)
+    if loss is None:
+        return frozenset()
+    declared = inspect.signature(loss).parameters.values()
+    return frozenset(p.name for p in declared if p.kind in _NAMED and p.default is not inspect.Parameter.empty)

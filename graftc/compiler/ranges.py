@@ -1,0 +1,131 @@
+"""Which sizes a captured graph holds for.
+
+torch.export makes every axis as dynamic as it can. Where the model's code took a decision that depends on a size, the
+export records a guard; graphs here run without guards, so an axis that one of them binds is held to its captured size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch import fx
+
+from graftc.compiler.signature import Axis
+from graftc.passes.core.program import InputSpec
+
+_UNBOUNDED = 2**31
+_PROBES = (5, 17, 101)
+_LEAST = 2
+"""Symbols start here because 0 and 1 are special to torch's tracer; the operators themselves take those as well."""
+
+
+class InputSizes:
+    """The sizes of a captured graph's inputs.
+
+    Args:
+        axes: what was asked for.
+        placeholders: the graph's inputs, with their types.
+    """
+
+    def __init__(self, axes: Sequence[Axis], placeholders: Sequence[fx.Node]) -> None:
+        self.axes = axes
+        self.values = [node.meta["val"] for node in placeholders]
+        self.environment = next(
+            (size.node.shape_env for value in self.values for size in value.shape if isinstance(size, torch.SymInt)),
+            None,
+        )
+        self.places: dict[Any, list[tuple[Axis, int]]] = {}
+        for axis, value in zip(axes, self.values, strict=True):
+            for dim, size in enumerate(value.shape):
+                if (expr := _expression(size)) is not None:
+                    self.places.setdefault(expr, []).append((axis, dim))
+
+    def undecided(self) -> dict[str, set[int]]:
+        """Axes that vary in the graph although it holds for their captured size only: to be captured fixed."""
+        found: dict[str, set[int]] = {}
+        bound = _bound(self.environment, self.places) if self.places else set()
+        for expr, places in self.places.items():
+            repeated = len(places) > 1 and self._name(expr) is None
+            if not expr.is_symbol or expr in bound or repeated:
+                for axis, dim in places:
+                    found.setdefault(axis.name, set()).add(dim)
+        return found
+
+    def specs(self) -> tuple[InputSpec, ...]:
+        """The inputs, with the sizes that each axis may have. A named axis that has one size only loses its name."""
+        found = []
+        for axis, value in zip(self.axes, self.values, strict=True):
+            shape: list[int | str] = []
+            ranges: list[tuple[int, int | None]] = []
+            for captured, size in zip(axis.sizes, value.shape, strict=True):
+                symbol = _expression(size)
+                shape.append((self._name(symbol) if symbol is not None else None) or captured)
+                ranges.append(_range(self.environment, symbol) if symbol is not None else (captured, captured))
+            found.append(InputSpec(axis.name, axis.dtype, tuple(shape), tuple(ranges)))
+        return tuple(found)
+
+    def _name(self, symbol: Any) -> str | None:
+        """The name of any axis that has this size: equal sizes have one name."""
+        names = (axis.axes[dim] for axis, dim in self.places[symbol])
+        return next((name for name in names if isinstance(name, str)), None)
+
+
+def fixed_notes(axes: Sequence[Axis], inputs: Iterable[InputSpec]) -> list[str]:
+    """What to tell people of axes that should vary and do not."""
+    named = {
+        name: spec.shape[dim]
+        for axis, spec in zip(axes, inputs, strict=True)
+        for dim, name in enumerate(axis.axes)
+        if isinstance(name, str) and isinstance(spec.shape[dim], int)
+    }
+    return [
+        f"the graph holds for one {name} size only, here {size}: each other size is captured when it comes"
+        for name, size in named.items()
+    ]
+
+
+def _expression(size: Any) -> Any:
+    """What a size depends on; None where it is a number."""
+    return None if not isinstance(size, torch.SymInt) or size.node.expr.is_number else size.node.expr
+
+
+def _range(environment: Any, symbol: Any) -> tuple[int, int | None]:
+    bounds = environment.var_to_range[symbol]
+    low, high = int(bounds.lower), bounds.upper
+    finite = isinstance(high, int | sympy.Integer) and int(high) < _UNBOUNDED
+    return low if low > _LEAST else 0, int(high) if finite else None
+
+
+def _bound(environment: Any, places: dict[Any, list[tuple[Axis, int]]]) -> set[Any]:
+    """Symbols that a guard holds to their captured sizes.
+
+    Unnamed axes: by any guard but a plain range. Named ones: by what remains, once those have their numbers, of an
+    equation (divisibility, a product that must be another); inequalities there only tell sizes from 0 and 1.
+    """
+    captured = {symbol: axis.sizes[dim] for symbol, ((axis, dim), *_) in places.items() if symbol.is_symbol}
+    named = {s for s in captured if any(isinstance(axis.axes[dim], str) for axis, dim in places[s])}
+    guards = [environment.replace(guard.expr) for guard in environment.guards]
+    guards = [guard for guard in guards if not (guard == sympy.true or _is_range(guard))]
+    bound = {symbol for guard in guards for symbol in guard.free_symbols & (captured.keys() - named)}
+    numbers = {symbol: sympy.Integer(captured[symbol]) for symbol in bound}
+    for guard in guards:
+        rest = guard.xreplace(numbers)
+        if isinstance(rest, sympy.Eq) and not all(_holds(rest, number) for number in _PROBES):
+            bound |= rest.free_symbols & captured.keys()
+    return bound
+
+
+def _holds(equation: sympy.Eq, number: int) -> bool:
+    """Whether an equation holds with every symbol at about ``number``, no two the same."""
+    values = {s: sympy.Integer(number + 2 * i) for i, s in enumerate(sorted(equation.free_symbols, key=str))}
+    return bool(equation.xreplace(values) == sympy.true)
+
+
+def _is_range(guard: Any) -> bool:
+    if not isinstance(guard, sympy.core.relational.Relational) or isinstance(guard, sympy.Eq):
+        return False
+    sides = guard.lhs, guard.rhs
+    return any(s.is_symbol for s in sides) and any(s.is_number for s in sides)

@@ -1,0 +1,300 @@
+"""Every site of one Program, as candidates for targets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx, nn
+
+from graftc.compiler.candidates import Candidate
+from graftc.compiler.findings import Finding, Structure, Sublayer, place
+from graftc.passes.core.program import Program
+from graftc.passes.core.rows import Rows
+from graftc.passes.core.sites import (
+    AttentionSite,
+    EmbeddingSite,
+    ExpertsSite,
+    LinearSite,
+    NormSite,
+    ParameterSite,
+    Site,
+    SiteKey,
+    SublayerSite,
+    Use,
+    linear_use,
+)
+from graftc.passes.core.store import Store
+from graftc.passes.core.uses import Experts, Lookup
+from graftc.passes.core.views import only_moves
+from graftc.specs.claims import SiteKind
+from graftc.specs.roles import widen
+
+
+@dataclass(eq=False)
+class BlockedSite(Site):
+    """A place that a target may name and no method can adapt.
+
+    Attributes:
+        reason: why.
+        unused: no output needs it.
+    """
+
+    reason: str = ""
+    unused: bool = False
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One stored weight under the name that its module has for it, and all its uses there."""
+
+    module: str
+    name: str
+    uses: list[Use]
+
+
+class SiteTable:
+    """All sites of one Program.
+
+    A stored weight is one candidate however often it is used, or one per role where roles own some of its rows only.
+
+    Args:
+        program: the base as captured, canonicalised.
+        store: its tensors.
+        structure: the roles found in it.
+        modules: the source model's modules by path, to tell a wrong name from a module that no output needs.
+
+    Attributes:
+        entries: the sites of each candidate: one per use of its tensor.
+        candidates: what targets select from; a candidate's key is its position in `entries`.
+        weights: stored weights with their uses, by module and parameter name.
+    """
+
+    def __init__(self, program: Program, store: Store, structure: Structure, modules: Mapping[str, nn.Module]) -> None:
+        self.program, self.store, self.structure, self.modules = program, store, structure, modules
+        self.entries: list[list[Site]] = []
+        self.candidates: list[Candidate] = []
+        self.weights: dict[tuple[str, str], _Weight] = {}
+        self._attributes = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
+        self._by_node: dict[fx.Node, list[Finding]] = defaultdict(list)
+        for finding in structure.findings:
+            self._by_node[finding.node].append(finding)
+        read = self._read_uses()
+        for weight in self.weights.values():
+            self._weight(weight)
+        for finding in structure.findings:
+            if finding.kind == SiteKind.ATTENTION:
+                self._attention(finding)
+            elif finding.kind == SiteKind.PARAMETER:
+                self._parameter(finding)
+            elif finding.kind in _MAPS and finding.node not in read:
+                self._blocked(finding)
+        self._norms()
+        for sublayer in structure.sublayers:
+            self._sublayer(sublayer)
+        self._other_modules()
+
+    # --- weights ---------------------------------------------------------------------------------------
+
+    def _read_uses(self) -> set[fx.Node]:
+        read: set[fx.Node] = set()
+        for node in self.program.graph.nodes:
+            use = linear_use(node)
+            if use is not None:
+                read.add(node)
+                key = self._owner(use)
+                self.weights.setdefault(key, _Weight(*key, [])).uses.append(use)
+        return read
+
+    def _owner(self, use: Use) -> tuple[str, str]:
+        """Module and parameter name: the calling module's own name for the tensor, or the first one of all."""
+        calling = str(use.node.meta["module"])
+        names = [use.weight, *self.store.tied(use.weight)]
+        chosen = next((n for n in names if n.rpartition(".")[0] == calling), names[0])
+        module, _, name = chosen.rpartition(".")
+        return module, name
+
+    def _weight(self, weight: _Weight) -> None:
+        """The whole weight, where a use reads all of it, and the rows that roles own."""
+        findings = [f for use in weight.uses for f in self._by_node.get(use.node, ())]
+        spans: dict[Rows, list[Finding]] = {}
+        whole = Rows(weight.uses[0].stored.total)
+        if any(use.stored.whole for use in weight.uses):
+            spans[whole] = []
+        for finding in findings:
+            rows = whole if finding.rows is None else Rows(whole.total, finding.rows)
+            spans.setdefault(rows, []).append(finding)
+        for use in weight.uses:  # rows that no role owns and no whole covers are reached by name
+            if whole not in spans and not any(rows.overlaps(use.stored) for rows in spans):
+                spans.setdefault(use.stored, [])
+        parts: set[str] = set()
+        for rows, found in spans.items():
+            part = "" if rows.whole else _unique(found[0].role.rpartition(".")[2] if found else "rows", parts)
+            sites = self.linear_sites(SiteKey(weight.module, weight.name, part), rows, found)
+            if sites:
+                self._add(sites, part=not rows.whole and whole in spans)
+
+    def linear_sites(
+        self, key: SiteKey, rows: Rows, found: Sequence[Finding] = (), like: Site | None = None
+    ) -> list[Site]:
+        """The sites of some rows of a weight, one per use that reads all of those rows."""
+        weight = self.weights.get((key.module, key.name))
+        uses = [u for u in weight.uses if u.stored.total == rows.total and u.stored.covers(rows)] if weight else []
+        if like is not None:
+            roles, layer, stack = like.roles, like.layer, like.stack
+        else:
+            roles = tuple(dict.fromkeys(f.role for f in found))
+            layer, stack = (found[0].layer, found[0].stack) if found else place(key.module)
+        return [site_of(use, replace(key, use=index), rows, roles, layer, stack) for index, use in enumerate(uses)]
+
+    def read_elsewhere(self, sites: Sequence[LinearSite]) -> str | None:
+        """What else reads the rows of these sites of one weight, so that folding into it would change that too."""
+        adapted = {site.use.node for site in sites}
+        name, rows = sites[0].use.weight, sites[0].rows
+        mine = {use.node: use for w in self.weights.values() for use in w.uses if use.weight == name}
+        for reader in _readers(self._attributes.get(name)):
+            use = mine.get(reader)
+            if reader in adapted or (use is not None and not use.stored.overlaps(rows)):
+                continue
+            return f"{reader.name} in {reader.meta['module'] or 'the model'}"
+        return None
+
+    # --- other sites -----------------------------------------------------------------------------------
+
+    def _attention(self, finding: Finding) -> None:
+        key = SiteKey(finding.module, finding.role, use=finding.use)
+        self._add([AttentionSite(key, *_where(finding), kind=SiteKind.ATTENTION, node=finding.node)])
+
+    def _parameter(self, finding: Finding) -> None:
+        assert finding.parameter is not None
+        module, _, name = finding.parameter.rpartition(".")
+        key = SiteKey(module, name)
+        self._add([ParameterSite(key, *_where(finding), kind=SiteKind.PARAMETER, tensor=finding.parameter)])
+
+    def _norms(self) -> None:
+        norms: dict[str, list[Finding]] = defaultdict(list)
+        for finding in self.structure.findings:
+            if finding.kind == SiteKind.NORM and finding.parameter is not None:
+                norms[finding.parameter].append(finding)
+        for tensor, found in norms.items():
+            module, _, name = tensor.rpartition(".")
+            bias = f"{module}.bias".lstrip(".")
+            shift = bias if bias != tensor and bias in self._attributes else None
+            self._add(
+                [
+                    NormSite(
+                        SiteKey(module, name, use=index),
+                        *_where(finding),
+                        kind=SiteKind.NORM,
+                        node=finding.node,
+                        weight=tensor,
+                        bias=shift,
+                    )
+                    for index, finding in enumerate(found)
+                ]
+            )
+
+    def _sublayer(self, sublayer: Sublayer) -> None:
+        if not sublayer.roles:
+            return
+        role = " ".join(sublayer.roles)
+        site = SublayerSite(
+            SiteKey(sublayer.owner, role, use=sublayer.use),
+            sublayer.roles,
+            sublayer.layer,
+            sublayer.stack,
+            kind=SiteKind.SUBLAYER,
+            stream=sublayer.stream,
+            normed=sublayer.normed,
+            projection=sublayer.projection,
+            branch=sublayer.branch,
+            sum=sublayer.sum,
+            post_norm=sublayer.post_norm,
+            output=sublayer.output,
+        )
+        self._add([site])
+
+    def _blocked(self, finding: Finding) -> None:
+        name = (finding.parameter or finding.role).rpartition(".")[2]
+        reason = "has a weight that is more than rows of one stored tensor, in order"
+        site = BlockedSite(SiteKey(finding.module, name), *_where(finding), kind=finding.kind, reason=reason)
+        self._add([site])
+
+    def _other_modules(self) -> None:
+        """Weights without a site are candidates too, so that naming one says what is wrong."""
+        present = {candidate.module for candidate in self.candidates}
+        for path, module in self.modules.items():
+            weight = module._parameters.get("weight")
+            if weight is None or weight.dim() < 2 or path in present:
+                continue
+            layer, stack = place(path)
+            unused = self.store.canonical(f"{path}.weight") not in self._attributes
+            reason = (
+                "is not needed for any output of the model, so it would never learn"
+                if unused
+                else "has a weight that is no linear map's, or is read as more than rows of the stored tensor"
+            )
+            key = SiteKey(path, "weight")
+            self._add([BlockedSite(key, (), layer, stack, kind=SiteKind.LINEAR, reason=reason, unused=unused)])
+
+    def _add(self, sites: Sequence[Site], part: bool = False) -> None:
+        first = sites[0]
+        roles = frozenset(r for site in sites for role in site.roles for r in widen(role))
+        label = first.key.module + (f"[{first.key.part}]" if first.key.part else "")
+        index = len(self.entries)
+        self.entries.append(list(sites))
+        self.candidates.append(
+            Candidate(index, first.key.module, roles, first.kind, first.layer, first.stack, label, part)
+        )
+
+    def missing(self, spot: tuple[str, int] | None) -> list[str]:
+        """What was left without a role in a layer (its stack and number), or in the whole model, and why."""
+        return [
+            f"{entry.module}: {entry.reason}"
+            for entry in self.structure.unresolved
+            if spot is None or place(entry.module) == spot[::-1]
+        ]
+
+    def same(self, site: Site) -> list[Site]:
+        """The sites here at the place of a site of another Program; empty where the place is not read here."""
+        if isinstance(site, LinearSite):
+            return self.linear_sites(site.key.place, site.rows, like=site)
+        return [s for sites in self.entries for s in sites if s.key == site.key and type(s) is type(site)]
+
+
+def site_of(
+    use: Use, key: SiteKey, rows: Rows, roles: tuple[str, ...] = (), layer: int | None = None, stack: str = ""
+) -> LinearSite:
+    """The typed site of some rows of a use."""
+    cls, kind = LinearSite, SiteKind.LINEAR
+    if isinstance(use, Experts):
+        cls, kind = ExpertsSite, SiteKind.EXPERTS
+    elif isinstance(use, Lookup):
+        cls, kind = EmbeddingSite, SiteKind.EMBEDDING
+    return cls(key, roles, layer, stack, kind=kind, use=use, rows=rows)
+
+
+_MAPS = (SiteKind.LINEAR, SiteKind.EXPERTS, SiteKind.EMBEDDING)
+
+
+def _where(finding: Finding) -> tuple[tuple[str, ...], int | None, str]:
+    return (finding.role,), finding.layer, finding.stack
+
+
+def _unique(word: str, taken: set[str]) -> str:
+    name, number = word, 1
+    while name in taken:
+        number += 1
+        name = f"{word}{number}"
+    taken.add(name)
+    return name
+
+
+def _readers(node: fx.Node | None) -> Iterator[fx.Node]:
+    """What reads a stored tensor, through views of it."""
+    for user in node.users if node is not None else ():
+        if only_moves(user) and user.args[0] is node:
+            yield from _readers(user)
+        else:
+            yield user

@@ -1,0 +1,398 @@
+"""Uses: what one call computes from a stored weight, and how another weight of the same inputs is applied there.
+
+Every use is a linear map ``y = W x + b`` over the rows and columns of its *oriented* weight ``[..., out, in]``,
+whatever operator computes it and however the tensor is stored: a product, a convolution (``in`` counts the entries
+of a patch), one matrix per expert (a leading axis), a look-up in a table (the map of a one-hot vector).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.rows import Rows
+from graftc.passes.core.shapes import Sizes
+from graftc.passes.core.views import View, view_of
+
+aten = torch.ops.aten
+Call = Callable[..., fx.Node]
+"""Inserts a call: `Builder.call`."""
+
+PROBES = 16
+"""How many random inputs probe a map."""
+
+
+class Layout(StrEnum):
+    """How the Store holds a weight that is seen as ``[..., out, in]``."""
+
+    ROWS = "rows"
+    """As it is seen."""
+    COLUMNS = "columns"
+    """The last two axes swapped: ``[..., in, out]``."""
+    KERNEL = "kernel"
+    """A convolution's ``[out, in, *kernel]``; its columns are the entries of a patch."""
+    PLAIN = "plain"
+    """No matrix: a tensor that is replaced as it is, along its first axis."""
+
+    def orient(self, stored: Tensor) -> Tensor:
+        """The weight as ``[..., out, in]``, a view."""
+        if self is Layout.COLUMNS:
+            return stored.transpose(-1, -2)
+        return stored.flatten(1) if self is Layout.KERNEL else stored
+
+    def restore(self, oriented: Tensor, shape: torch.Size) -> Tensor:
+        """The stored form of an oriented weight."""
+        if self is Layout.COLUMNS:
+            return oriented.transpose(-1, -2)
+        return oriented.reshape(shape) if self is Layout.KERNEL else oriented
+
+
+@dataclass(eq=False)
+class Use(ABC):
+    """One use of a weight in one Program.
+
+    Attributes:
+        node: the base's own call.
+        weight, bias: Store names; bias is None where there is none.
+        layout: how the Store holds the weight.
+        leading: sizes of the axes before ``out`` and ``in``: the number of experts, or nothing.
+        in_features: columns of the oriented weight.
+        stored: which rows of the oriented weight the output's columns are, in order.
+        input_index: which argument of `node` is the input.
+        weight_index: which argument of `node` the weight arrives at.
+        output: the node that stands for the result now, after the edits so far.
+    """
+
+    node: fx.Node
+    weight: str
+    bias: str | None
+    layout: Layout
+    in_features: int
+    stored: Rows
+    input_index: int
+    weight_index: int
+    output: fx.Node
+    leading: tuple[int, ...] = ()
+
+    axis = -1
+    """Which axis of the output counts its columns."""
+
+    @property
+    def input(self) -> fx.Node:
+        """What the map reads now."""
+        source = self.node.args[self.input_index]
+        assert isinstance(source, fx.Node)
+        return source
+
+    @property
+    def out_features(self) -> int:
+        """Columns of the output."""
+        return self.stored.count
+
+    @abstractmethod
+    def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
+        """``weight: [..., k, in]`` applied to ``x`` as the use applies its own: ``[..., k]``, columns last."""
+
+    def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
+        """``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., k, rank]``, as ``[..., k]``."""
+        hidden = _scaled(call, self.map(call, x, a, "down"), scale)
+        return self.widen(call, hidden, b)
+
+    def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
+        """``b`` applied to what `map` gave."""
+        return call(aten.linear.default, hidden, b, part="up")
+
+    def columns_last(self, call: Call, value: fx.Node) -> fx.Node:
+        """A value in the output's layout as ``[..., columns]``."""
+        return value
+
+    def columns_home(self, call: Call, value: fx.Node) -> fx.Node:
+        """The way back from `columns_last`."""
+        return value
+
+    @abstractmethod
+    def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+        """Random values, float64, for everything that the call reads from the data."""
+
+
+class Dense(Use):
+    """A product with a matrix."""
+
+    def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
+        """See `Use.map`."""
+        return call(aten.linear.default, x, weight, part=part)
+
+    def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+        """See `Use.probe`."""
+        leading = (1,) * (self.input.meta["val"].dim() - 2)
+        return {self.input: torch.randn(*leading, PROBES, self.in_features, generator=generator, dtype=torch.float64)}
+
+
+class Left(Use):
+    """A product with a matrix that stands before its input: the columns of the result are its rows."""
+
+    axis = -2
+
+    def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
+        """See `Use.map`. What product torch picks for other strides depends on whether the weight wants a gradient."""
+        rows = call(aten.contiguous.default, self.columns_last(call, x), part=part)
+        return call(aten.linear.default, rows, weight, part=part)
+
+    def columns_last(self, call: Call, value: fx.Node) -> fx.Node:
+        """See `Use.columns_last`."""
+        return call(aten.transpose.int, value, -1, -2, part="columns last")
+
+    def columns_home(self, call: Call, value: fx.Node) -> fx.Node:
+        """See `Use.columns_home`."""
+        return call(aten.transpose.int, value, -1, -2, part="columns home")
+
+    def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+        """See `Use.probe`."""
+        leading = (1,) * (self.input.meta["val"].dim() - 2)
+        return {self.input: torch.randn(*leading, self.in_features, PROBES, generator=generator, dtype=torch.float64)}
+
+
+class Kernel(Use):
+    """A convolution: the map of a patch, at every place."""
+
+    axis = 1
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels that do not meet."""
+        return int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[arg-type]
+
+    @property
+    def _kernel(self) -> tuple[int, ...]:
+        weight = self.node.args[self.weight_index]
+        assert isinstance(weight, fx.Node)
+        return tuple(int(size) for size in weight.meta["val"].shape[1:])
+
+    def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
+        """See `Use.map`."""
+        rows = int(weight.meta["val"].shape[0])
+        kernel = call(aten.view.default, weight, [rows, *self._kernel], part=part)
+        found = call(self.node.target, x, kernel, None, *self.node.args[3:], part=part)
+        return self.columns_last(call, found)
+
+    def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
+        """See `Use.low_rank`. With groups the factors are multiplied first: they meet every group alike."""
+        if self.groups == 1:
+            return super().low_rank(call, x, a, b, scale)
+        product = _scaled(call, call(aten.matmul.default, b, a, part="product"), scale)
+        return self.map(call, x, product, "up")
+
+    def columns_last(self, call: Call, value: fx.Node) -> fx.Node:
+        """See `Use.columns_last`."""
+        return call(aten.movedim.int, value, 1, -1, part="channels last")
+
+    def columns_home(self, call: Call, value: fx.Node) -> fx.Node:
+        """See `Use.columns_home`."""
+        return call(aten.movedim.int, value, -1, 1, part="channels first")
+
+    def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+        """See `Use.probe`."""
+        dims = len(self._kernel) - 1
+        stride, dilation = (_spread(self._setting(i, 1), dims) for i in (3, 5))
+        sizes = [d * (k - 1) + 1 + 3 * s for k, s, d in zip(self._kernel[1:], stride, dilation, strict=True)]
+        channels = self._kernel[0] * self.groups
+        return {self.input: torch.randn(2, channels, *sizes, generator=generator, dtype=torch.float64)}
+
+    def _setting(self, index: int, default: Any) -> Any:
+        return self.node.args[index] if len(self.node.args) > index else default
+
+
+@dataclass(eq=False)
+class Experts(Use):
+    """A product with one matrix per expert.
+
+    Attributes:
+        view: how the operand is made from the stored tensor: which experts are picked, in which order of axes.
+    """
+
+    view: View | None = None
+
+    def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
+        """See `Use.map`."""
+        if self.layout is Layout.COLUMNS:
+            weight = call(aten.transpose.int, weight, -1, -2, part=part)
+        assert self.view is not None
+        operand = self.view.replay(lambda target, *args: call(target, *args, part=part), weight)
+        if self.node.target is aten.baddbmm.default:
+            return call(aten.bmm.default, x, operand, part=part)
+        if self.node.target is aten.linear.default:
+            return call(aten.linear.default, x, operand, part=part)
+        rest = self.node.args[self.weight_index + 1 :]
+        return call(self.node.target, x, operand, *rest, part=part)
+
+    def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
+        """See `Use.widen`."""
+        return self.map(call, hidden, b, "up")
+
+    def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+        """See `Use.probe`. Rows are shared out evenly among the experts where the call counts them."""
+        sizes = Sizes(lambda symbol: PROBES)
+        values: dict[fx.Node, Tensor] = {}
+        for node in self._data():
+            value = node.meta["val"]
+            shape = sizes.shape(value)
+            if value.is_floating_point():
+                values[node] = torch.randn(shape, generator=generator, dtype=torch.float64)
+            elif node in self.node.args:
+                rows = sizes.size(self.input.meta["val"].shape[0])
+                ends = torch.arange(1, shape[0] + 1) * rows // shape[0]
+                values[node] = ends.to(value.dtype)
+            else:
+                values[node] = torch.randint(0, self.leading[0], shape, generator=generator, dtype=value.dtype)
+        return values
+
+    def _data(self) -> list[fx.Node]:
+        picked = self.view.others if self.view is not None else ()
+        own = [n for i, n in enumerate(self.node.args) if isinstance(n, fx.Node) and i != self.weight_index]
+        return [n for n in (*own, *picked) if isinstance(n.meta["val"], Tensor)]
+
+
+class Lookup(Use):
+    """Rows of a table: the map of a one-hot vector, whose columns are the table's rows."""
+
+    def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
+        """See `Use.map`."""
+        table = call(aten.t.default, weight, part=part)
+        return call(aten.embedding.default, table, x, *self.node.args[2:3], part=part)
+
+    def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+        """See `Use.probe`."""
+        shape = (1,) * (self.input.meta["val"].dim() - 1)
+        count = self.in_features if self.in_features * self.out_features <= 2**26 else 2**12
+        return {self.input: torch.randperm(self.in_features, generator=generator)[:count].reshape(*shape, -1)}
+
+
+def linear_use(node: fx.Node) -> Use | None:
+    """What ``node`` computes from a stored weight, or None where it is no linear map or its weight is more than a
+    view of a stored tensor."""
+    read = _READERS.get(node.target) if node.op == "call_function" else None
+    if read is None and node.op == "call_function" and "grouped_mm" in getattr(node.target, "__name__", ""):
+        read = _grouped
+    return read(node) if read is not None else None
+
+
+def _scaled(call: Call, node: fx.Node, scale: float) -> fx.Node:
+    return node if scale == 1 else call(aten.mul.Tensor, node, scale, part="scale")
+
+
+def _spread(setting: Any, dims: int) -> list[int]:
+    values = list(setting) if isinstance(setting, list | tuple) else [setting]
+    return values * dims if len(values) == 1 else values
+
+
+def _product(node: fx.Node, x: int, w: int, b: int | None, *, out_first: bool) -> Use | None:
+    """A product of argument ``x`` with the weight at ``w``, whose ``out`` axis is the first of its last two or not."""
+    if len(node.args) <= max(x, w) or not isinstance(node.args[x], fx.Node) or not isinstance(node.args[w], fx.Node):
+        return None
+    view = view_of(node.args[w])
+    if view is None or view_of(node.args[x]) is not None:
+        return None
+    if view.source.meta["val"].dim() == 3:
+        return _experts(node, x, w, view, out_first=out_first)
+    bias = node.args[b] if b is not None and len(node.args) > b else None
+    traced = view.rows(out_axis=0 if out_first else 1)
+    if traced is None or (bias is not None and not isinstance(bias, fx.Node)):
+        return None
+    rows, flipped, in_features = traced
+    name = None
+    if isinstance(bias, fx.Node):
+        held = view_of(bias)
+        if held is None or held.vector_rows() != rows:
+            return None
+        name = str(held.source.target)
+    layout = Layout.COLUMNS if flipped else Layout.ROWS
+    data = node.args[x]
+    if x > w and isinstance(data, fx.Node) and data.meta["val"].dim() < 2:
+        return None
+    made = Left if x > w else Dense
+    return made(node, str(view.source.target), name, layout, in_features, rows, x, w, output=node)
+
+
+def _experts(node: fx.Node, x: int, w: int, view: View, *, out_first: bool) -> Use | None:
+    """One matrix per expert: the operand picks experts and swaps the matrix axes, nothing else."""
+    swapped = view.swaps_matrix()
+    if swapped is None:
+        return None
+    leading, *sizes = (int(size) for size in view.source.meta["val"].shape)
+    out_in = out_first != swapped
+    out, into = sizes if out_in else sizes[::-1]
+    layout = Layout.ROWS if out_in else Layout.COLUMNS
+    name = str(view.source.target)
+    return Experts(node, name, None, layout, into, Rows(out), x, w, output=node, leading=(leading,), view=view)
+
+
+def _linear(node: fx.Node) -> Use | None:
+    return _product(node, 0, 1, 2, out_first=True)
+
+
+def _addmm(node: fx.Node) -> Use | None:
+    return None if node.kwargs else _product(node, 1, 2, 0, out_first=False)
+
+
+def _matmul(node: fx.Node) -> Use | None:
+    return _product(node, 0, 1, None, out_first=False) or _left(node)
+
+
+def _left(node: fx.Node) -> Use | None:
+    found = _product(node, 1, 0, None, out_first=True)
+    return None if isinstance(found, Experts) else found
+
+
+def _baddbmm(node: fx.Node) -> Use | None:
+    return None if node.kwargs else _product(node, 1, 2, None, out_first=False)
+
+
+def _grouped(node: fx.Node) -> Use | None:
+    found = None if node.kwargs else _product(node, 0, 1, None, out_first=False)
+    return found if isinstance(found, Experts) else None
+
+
+def _conv(node: fx.Node) -> Use | None:
+    x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
+    view = view_of(weight)
+    if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)) or view is None or not view.is_whole():
+        return None
+    shape = [int(size) for size in weight.meta["val"].shape]
+    if x.meta["val"].dim() != len(shape) or not (bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")):
+        return None
+    name = None if bias is None else str(bias.target)
+    rows = Rows(shape[0])
+    return Kernel(node, str(view.source.target), name, Layout.KERNEL, math.prod(shape[1:]), rows, 0, 1, output=node)
+
+
+def _embedding(node: fx.Node) -> Use | None:
+    table, indices = node.args[:2]
+    if not (isinstance(table, fx.Node) and table.op == "get_attr" and isinstance(indices, fx.Node)):
+        return None
+    entries, width = (int(size) for size in table.meta["val"].shape)
+    name = str(table.target)
+    return Lookup(node, name, None, Layout.COLUMNS, entries, Rows(width), 1, 0, output=node)
+
+
+_READERS: Mapping[Any, Callable[[fx.Node], Use | None]] = {
+    aten.linear.default: _linear,
+    aten.addmm.default: _addmm,
+    aten.mm.default: _matmul,
+    aten.bmm.default: _matmul,
+    aten.matmul.default: _matmul,
+    aten.baddbmm.default: _baddbmm,
+    aten.conv1d.default: _conv,
+    aten.conv2d.default: _conv,
+    aten.conv3d.default: _conv,
+    aten.conv1d.padding: _conv,
+    aten.conv2d.padding: _conv,
+    aten.conv3d.padding: _conv,
+    aten.embedding.default: _embedding,
+}

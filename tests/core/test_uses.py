@@ -1,0 +1,254 @@
+"""LoRA on every way in which a model reads a weight: identity, fold, and what only looks like a linear map."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graftc
+from graftc.passes.core.sites import EmbeddingSite, ExpertsSite, LinearSite
+from graftc.runtime.compiled import Compiled
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import largest_difference, outputs_of, perturb, same_bits
+
+WIDTH = 12
+
+
+def functional(read: Callable[[Tensor, Any], Tensor], **shapes: tuple[int, ...]) -> nn.Module:
+    """A module ``part`` with parameters of these shapes, whose forward is ``read(x, part)``."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, shape in shapes.items():
+                self.register_parameter(name, nn.Parameter(0.3 * torch.randn(shape)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return read(x, self)
+
+    return Model(Part())
+
+
+class Model(nn.Module):
+    """One part."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)
+
+
+class Experts(nn.Module):
+    """Four experts, picked per row by a number that the input holds."""
+
+    def __init__(self, picked: bool) -> None:
+        super().__init__()
+        self.picked = picked
+        self.weight = nn.Parameter(0.3 * torch.randn(4, WIDTH, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.picked:
+            return torch.bmm(x.unsqueeze(0).expand(4, -1, -1), self.weight).sum(0)
+        which = (x[:, 0] * 10).long().abs() % 4
+        return torch.bmm(x.unsqueeze(1), self.weight[which]).squeeze(1)
+
+
+ROWS = torch.randn(5, WIDTH)
+IMAGES = torch.randn(3, 6, 9, 10)
+SERIES = torch.randn(3, 6, 11)
+IDS = torch.randint(0, 31, (3, 7))
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "linear": (lambda: functional(lambda x, p: F.linear(x, p.weight), weight=(8, WIDTH)), ROWS),
+    "transposed": (lambda: functional(lambda x, p: x @ p.weight.T, weight=(8, WIDTH)), ROWS),
+    "in_out": (lambda: functional(lambda x, p: x @ p.weight, weight=(WIDTH, 8)), ROWS),
+    "addmm": (
+        lambda: functional(lambda x, p: torch.addmm(p.bias, x, p.weight), weight=(WIDTH, 8), bias=(8,)),
+        ROWS,
+    ),
+    "weight_first": (
+        lambda: functional(lambda x, p: (p.weight @ x.transpose(1, 2)).relu(), weight=(8, WIDTH)),
+        torch.randn(2, 5, WIDTH),
+    ),
+    "kernel_squeezed": (
+        lambda: functional(lambda x, p: F.conv1d(x, p.weight.squeeze(1).unsqueeze(1), groups=6), weight=(6, 1, 3)),
+        SERIES,
+    ),
+    "first_rows": (lambda: functional(lambda x, p: F.linear(x, p.weight[:5]), weight=(8, WIDTH)), ROWS),
+    "rows_with_bias": (
+        lambda: functional(lambda x, p: F.linear(x, p.weight[2:7], p.bias[2:7]), weight=(8, WIDTH), bias=(8,)),
+        ROWS,
+    ),
+    "conv1d": (lambda: Model(nn.Conv1d(6, 8, 3, stride=2, padding=1)), SERIES),
+    "conv2d": (lambda: Model(nn.Conv2d(6, 8, (3, 2), stride=2, dilation=(1, 2))), IMAGES),
+    "conv2d_same": (lambda: Model(nn.Conv2d(6, 8, 3, padding="same", bias=False)), IMAGES),
+    "conv2d_1x1": (lambda: Model(nn.Conv2d(6, 8, 1)), IMAGES),
+    "conv2d_groups": (lambda: Model(nn.Conv2d(6, 8, 3, groups=2)), IMAGES),
+    "conv2d_depthwise": (lambda: Model(nn.Conv2d(6, 12, 3, groups=6)), IMAGES),
+    "embedding": (lambda: Model(nn.Embedding(31, WIDTH, padding_idx=3)), IDS),
+    "experts": (lambda: Model(Experts(picked=False)), ROWS),
+    "experts_picked": (lambda: Model(Experts(picked=True)), ROWS),
+    "one_expert_at_a_time": (
+        lambda: functional(
+            lambda x, p: torch.stack([F.linear(x, p.weight[i]) for i in range(3)]).sum(0), weight=(3, 8, WIDTH)
+        ),
+        ROWS,
+    ),
+    "in_projection": (lambda: Model(SelfAttention()), torch.randn(2, 5, WIDTH)),
+    "twice": (lambda: functional(lambda x, p: F.linear(F.linear(x, p.weight).relu(), p.weight), weight=(12, 12)), ROWS),
+}
+
+
+class SelfAttention(nn.Module):
+    """`nn.MultiheadAttention` on one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def adapted(case: str, **lora: Any) -> tuple[nn.Module, Compiled, Mapping[str, Tensor]]:
+    """The case's model in eval mode, frozen; the same with LoRA on everything; and its inputs."""
+    build, x = CASES[case]
+    torch.manual_seed(0)
+    model = build().eval().requires_grad_(False)
+    spec = {"adapt": [{"method": "lora", "target": {"modules": "**"}, "rank": 2, **lora}]}
+    return model, graftc.compile(spec, model, {"x": x}).eval(), {"x": x}
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "pissa", "olora"])
+@pytest.mark.parametrize("case", CASES)
+def test_identity_and_fold(case: str, init: str) -> None:
+    """Nothing changes at first; folded equals unfolded, and a copy of the source with the folded tensors agrees."""
+    model, compiled, inputs = adapted(case, init=init)
+    assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
+    perturb(compiled, 0.1)
+    unfolded = outputs_of(compiled, inputs)
+    assert largest_difference(unfolded, outputs_of(model, inputs)) > 1e-2
+    merged = compiled.merge()
+    assert merged.certificate.passed
+    assert all(site.change > 0 for site in merged.certificate.sites)
+    source = copy.deepcopy(model)
+    source.load_state_dict(merged.folded_state_dict())
+    for folded in (merged, source):
+        assert largest_difference(outputs_of(folded, inputs), unfolded) <= 2e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_factor_gets_a_gradient(case: str) -> None:
+    """One backward pass from random factors reaches all of them."""
+    _, compiled, inputs = adapted(case)
+    tensors = perturb(compiled, 0.1)
+    compiled.train()
+    compiled(**inputs).square().sum().backward()
+    grads = {name: p.grad for name, p in compiled.named_parameters() if p.requires_grad}
+    assert grads.keys() == tensors.keys()
+    assert all(grad is not None and bool(grad.abs().max() > 0) for grad in grads.values())
+
+
+SHAPES: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {
+    "transposed": [((2, WIDTH), (8, 2))],
+    "in_out": [((2, WIDTH), (8, 2))],
+    "first_rows": [((2, WIDTH), (5, 2))],
+    "conv2d": [((2, 6 * 3 * 2), (8, 2))],
+    "conv2d_groups": [((2, 3 * 9), (8, 2))],
+    "embedding": [((2, 31), (WIDTH, 2))],
+    "experts": [((4, 2, WIDTH), (4, 7, 2))],
+    "one_expert_at_a_time": [((3, 2, WIDTH), (3, 8, 2))],
+    "twice": [((2, 12), (12, 2))],
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_shapes(case: str) -> None:
+    """Factors have the sizes of the oriented rows, one pair for all uses of a tensor."""
+    _, compiled, _ = adapted(case)
+    shapes = [tuple(t.shape) for t in compiled.adapter_state_dict().values()]
+    assert [(a, b) for a, b in zip(shapes[::2], shapes[1::2], strict=True)] == SHAPES[case]
+
+
+def test_kinds() -> None:
+    """Tables and experts have kinds of their own."""
+    kinds = {"embedding": EmbeddingSite, "experts": ExpertsSite, "conv2d": LinearSite}
+    for case, kind in kinds.items():
+        _, compiled, _ = adapted(case)
+        ((site, _),) = compiled.compilation.main.resolved[0].sites
+        assert type(site) is kind
+
+
+def test_no_dropout_of_token_numbers() -> None:
+    """Dropout of a table's input has nothing to drop; it is left out."""
+    _, compiled, _ = adapted("embedding", dropout=0.5)
+    assert "dropout" not in compiled.print_graph("train")
+
+
+BLOCKED: dict[str, Callable[[], nn.Module]] = {
+    "scaled": lambda: functional(lambda x, p: F.linear(x, 2 * p.weight), weight=(8, WIDTH)),
+    "permuted": lambda: functional(lambda x, p: F.linear(x, p.weight.flip(0)), weight=(8, WIDTH)),
+    "some_columns": lambda: functional(lambda x, p: F.linear(x[:, :6], p.weight[:, :6]), weight=(8, WIDTH)),
+    "regrouped": lambda: functional(lambda x, p: F.linear(x, p.weight.reshape(WIDTH, 8).T), weight=(8, WIDTH)),
+    "other_bias_rows": lambda: functional(
+        lambda x, p: F.linear(x, p.weight[:4], p.bias[4:]), weight=(8, WIDTH), bias=(8,)
+    ),
+    "normed": lambda: Model(nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, 8))),
+}
+
+
+@pytest.mark.parametrize("case", BLOCKED)
+def test_more_than_rows_of_a_tensor(case: str) -> None:
+    """A weight that is computed from its tensor, or from parts that are no rows, is refused by name."""
+    model = BLOCKED[case]().eval()
+    spec = {"adapt": [{"method": "lora", "target": {"modules": "part**"}, "rank": 2}]}
+    with pytest.raises(GraftError) as caught:
+        graftc.compile(spec, model, {"x": ROWS})
+    assert caught.value.code in ("GC011", "GC017")
+
+
+def test_read_elsewhere_too() -> None:
+    """A weight that something else reads trains, with a warning; folding it would change the other as well."""
+    model = functional(lambda x, p: F.linear(x, p.weight) + p.weight.square().sum(), weight=(8, WIDTH)).eval()
+    spec = {"adapt": [{"method": "lora", "target": {"modules": "part"}, "rank": 2}]}
+    with pytest.warns(UserWarning, match="GC024.*also read by"):
+        compiled = graftc.compile(spec, model, {"x": ROWS})
+    perturb(compiled)
+    with pytest.raises(GraftError) as caught:
+        compiled.merge()
+    assert caught.value.code == "GC022"
+    assert "part" in caught.value.message
+
+
+def test_read_outside_its_module() -> None:
+    """A weight that another module reads is one place: both readings are adapted, and it folds."""
+
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.first(x).relu(), self.first.weight)
+
+    torch.manual_seed(0)
+    model = Outside().eval().requires_grad_(False)
+    spec = {"adapt": [{"method": "lora", "target": {"modules": "first", "expect": 1}, "rank": 2}]}
+    compiled = graftc.compile(spec, model, {"x": ROWS}).eval()
+    assert [str(site.key) for site, _ in compiled.compilation.main.resolved[0].sites] == [
+        "first.weight",
+        "first.weight#1",
+    ]
+    perturb(compiled, 0.1)
+    merged = compiled.merge()
+    source = copy.deepcopy(model)
+    source.load_state_dict(merged.folded_state_dict())
+    assert largest_difference(outputs_of(source, {"x": ROWS}), outputs_of(compiled, {"x": ROWS})) <= 2e-5

@@ -1,0 +1,60 @@
+"""Exports of another signature than the one that a model was compiled with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graftc
+from graftc.testing import perturb
+from tests.families import tiny
+
+LORA = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 2}]}
+
+
+@pytest.fixture(scope="module")
+def adapted() -> Any:
+    compiled = graftc.compile(LORA, tiny("llama")).eval()
+    perturb(compiled)
+    return compiled
+
+
+def text(batch: int, length: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "input_ids": torch.randint(0, 101, (batch, length), generator=generator),
+        "position_ids": torch.arange(length).expand(batch, length).contiguous(),
+    }
+
+
+def test_onnx_by_example_inputs(adapted: Any, tmp_path: Path) -> None:
+    import onnxruntime
+
+    path = adapted.export(tmp_path / "m.onnx", example_inputs=text(2, 4))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_inputs()] == ["input_ids", "position_ids"]
+    for sizes in ((3, 9), (1, 5)):
+        inputs = text(*sizes)
+        (found,) = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), adapted(**inputs).logits, atol=1e-4, rtol=0)
+
+
+def test_pt2_with_a_flag(adapted: Any, tmp_path: Path) -> None:
+    inputs = text(3, 6)
+    path = adapted.merge().export(tmp_path / "m.pt2", "pt2", {**inputs, "output_hidden_states": True})
+    program = torch.export.load(path).module()
+    with torch.no_grad():
+        found, expected = program(**inputs), adapted(**inputs, output_hidden_states=True)
+    assert list(found) == ["logits", *(f"hidden_states.{i}" for i in range(3))]
+    for i, states in enumerate(expected.hidden_states):
+        torch.testing.assert_close(found[f"hidden_states.{i}"], states, atol=2e-5, rtol=0)
+
+
+def test_example_inputs_without_a_graph(adapted: Any, tmp_path: Path) -> None:
+    with pytest.raises(graftc.GraftError, match="GC031"):
+        adapted.export(tmp_path / "m.onnx", example_inputs={**text(2, 4), "use_cache": True})
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,87 @@
+"""LoRA by role on every architecture of `tests.wide`: the right tensors and rows, and the whole method contract."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import graftc
+from graftc.passes.core.sites import LinearSite
+from graftc.runtime.compiled import Compiled
+from graftc.testing.compare import inputs_for, largest_difference, outputs_of
+from graftc.testing.contract import MethodContract
+from graftc.testing.perturb import perturb
+from tests.wide import FAMILIES, USUAL
+
+
+@pytest.fixture(autouse=True)
+def _slow_path() -> Iterator[None]:
+    """Eager `nn.MultiheadAttention` has a path of its own in eval mode, which rounds in another way."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+def adapted(family: str, model: nn.Module, seed: int = 0) -> Compiled:
+    """LoRA on what the architecture has of the usual roles."""
+    wide = FAMILIES[family]
+    spec = {"adapt": [{"method": "lora", "target": {"role": list(wide.roles)}, "rank": 2}]}
+    return graftc.compile(spec, model, wide.inputs() if wide.inputs else None, seed=seed)
+
+
+@pytest.mark.slow
+class TestLoRAByRole(MethodContract):
+    """The method contract on every architecture."""
+
+    adaptation: ClassVar[Mapping[str, Any]] = {"method": "lora", "target": {"role": list(USUAL)}}
+    families: ClassVar[tuple[str, ...]] = tuple(FAMILIES)
+
+    def model(self, family: str) -> nn.Module:
+        """See `Contract.model`. Frozen, as the adapted model's base is: whether a weight wants a gradient decides which
+        product torch calls for inputs that are not contiguous, even where no gradient is taken."""
+        return FAMILIES[family].model().requires_grad_(False)
+
+    def compiled(self, family: str, model: nn.Module, seed: int = 0) -> Compiled:
+        """See `Contract.compiled`."""
+        return adapted(family, model, seed)
+
+    def perturbed(self, family: str, model: nn.Module) -> Compiled:
+        """See `Contract.perturbed`."""
+        compiled = self.compiled(family, model)
+        perturb(compiled, FAMILIES[family].noise)
+        return compiled.eval()
+
+    def test_places(self, family: str) -> None:
+        """The tensors and rows that were written down by hand, no other ones, once each."""
+        _, compiled = self.shared(family)
+        (resolved,) = compiled.compilation.main.resolved
+        sites = [site for site, _ in resolved.places if isinstance(site, LinearSite)]
+        found = sorted(f"{site.key.module}.{site.key.name} {site.rows}" for site in sites)
+        assert found == FAMILIES[family].expected()
+
+    def test_one_pair_of_factors_for_each_place(self, family: str) -> None:
+        """A place has one A and one B, however often its tensor is used."""
+        _, compiled = self.shared(family)
+        (resolved,) = compiled.compilation.main.resolved
+        assert len(compiled.adapter_state_dict()) == 2 * len(resolved.places)
+
+    def test_back_to_the_source(self, family: str) -> None:
+        """The folded tensors in a model of the source's class give the adapted model's outputs."""
+        model, compiled = self.shared(family, perturbed=True)
+        inputs = inputs_for(compiled)
+        folded = copy.deepcopy(model)
+        found = folded.load_state_dict(compiled.merge().folded_state_dict(), strict=False)
+        assert not found.missing_keys
+        assert set(found.unexpected_keys) <= {name for name, _ in folded.named_buffers()} - folded.state_dict().keys()
+        assert largest_difference(outputs_of(folded, inputs), outputs_of(compiled, inputs)) <= self.fold_tolerance
+
+
+def test_every_family_is_here() -> None:
+    """The architectures that the documentation names."""
+    assert len(FAMILIES) == 31

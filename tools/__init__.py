@@ -1,0 +1,1 @@
+"""Tools for working on graftc; no part of the package."""

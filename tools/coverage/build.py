@@ -1,0 +1,88 @@
+"""A small model of a class, with random weights, and inputs that it runs on."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tools.coverage.catalogue import Entry
+from tools.coverage.inputs import running
+from tools.coverage.shrink import PLANS, Plan, shrink
+
+PARAMETERS = 60_000_000
+"""Larger models are not built."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model that runs eagerly, in eval mode."""
+
+    model: nn.Module
+    inputs: dict[str, Tensor]
+    plan: int
+
+
+class NotBuiltError(Exception):
+    """No plan gave a model that runs."""
+
+
+def build(entry: Entry) -> Built:
+    """Try the plans in turn.
+
+    Raises:
+        NotBuiltError: with the reason of the first plan, which is the likeliest to say what is wrong.
+    """
+    reasons: list[str] = []
+    for index, plan in enumerate(PLANS):
+        try:
+            model = _model(entry, plan)
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {error}")
+            continue
+        inputs, reason = running(model)
+        if inputs is not None:
+            return Built(model, inputs, index)
+        reasons.append(reason)
+    raise NotBuiltError(reasons[0])
+
+
+def _model(entry: Entry, plan: Plan) -> nn.Module:
+    auto: Any = importlib.import_module("transformers.models.auto.configuration_auto")
+    transformers: Any = importlib.import_module("transformers")
+    cls = getattr(transformers, entry.name)
+    config = shrink((getattr(cls, "config_class", None) or auto.CONFIG_MAPPING[entry.model_type])(), plan)
+    if entry.tables == ("causal LM",) and getattr(config, "is_decoder", None) is False:
+        config.is_decoder = not config.is_encoder_decoder
+    _set(config, "use_cache", False)
+    if getattr(config, "default_language", "") is None:
+        config.default_language = config.languages[0]
+    with torch.device("meta"):
+        count = sum(p.numel() for p in cls(config).parameters())
+    if count > PARAMETERS:
+        raise ValueError(f"{count / 1e6:.0f} million parameters even when shrunken")
+    torch.manual_seed(0)
+    model: nn.Module = cls(config)
+    return randomise(model).eval()
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    """Set an attribute that exists, in sub-configs too."""
+    if name in vars(config):
+        setattr(config, name, value)
+    for part in vars(config).values():
+        if hasattr(part, "model_type") and hasattr(part, "to_dict"):
+            _set(part, name, value)
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, scale: float = 0.05) -> nn.Module:
+    """Add seeded noise to every parameter in place: no bias is zero and no norm's gain is one."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
+    return model

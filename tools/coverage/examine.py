@@ -1,0 +1,287 @@
+"""Examine one entry: build, capture, roles, LoRA by role, identity, fold. One record of plain values comes out."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from torch import Tensor, fx, nn
+
+import graftc
+from graftc.compiler import capture as capturing
+from graftc.compiler.structure import Structure, place
+from graftc.runtime.compiled import Compiled
+from graftc.specs.diagnostics import GraftError
+from graftc.testing.compare import inputs_for, largest_difference, outputs_of, same_bits
+from graftc.testing.perturb import perturb
+from tools.coverage.build import Built, NotBuiltError, build
+from tools.coverage.catalogue import Entry
+
+ROLES = ("attn.q", "attn.v", "ffn.down", "experts", "mixer")
+"""LoRA goes on those of these roles that a model has."""
+
+SIZES = (2, 9)
+"""Batch and sequence of the comparisons: none that anything was captured with."""
+
+EAGER = 1e-4
+"""Largest difference of the captured graph from the eager model, relative to the largest output or 1."""
+
+ALONE = 20
+"""CPU seconds after which a failed entry is not tried role by role."""
+
+Record = dict[str, Any]
+
+
+class DifferentError(Exception):
+    """Outputs that had to be equal are not."""
+
+
+def examine(entry: Entry, detail: bool = True, progress: Callable[[Record], object] = lambda record: None) -> Record:
+    """The record of one entry.
+
+    Args:
+        entry: what to examine.
+        detail: add a traceback and whether fewer roles work, for people who look into a failure.
+        progress: gets the record as far as it is before every step that may take long; ``_step`` names the step.
+
+    Returns:
+        Plain values. `built`, `captured`, `attention`, `roles`, `folds` say how far it came, each with the reason
+        beside it where it came no further; what begins with an underscore is no part of the committed record.
+    """
+    started = time.process_time()
+
+    def step(name: str) -> None:
+        progress(record | {"_step": name})
+
+    warnings.simplefilter("ignore")
+    record: Record = {"class": entry.name, "model_type": entry.model_type, "tables": list(entry.tables), "built": False}
+    try:
+        built = build(entry)
+    except NotBuiltError as error:
+        record["reason"] = clean(str(error))
+    else:
+        record |= {
+            "built": True,
+            "inputs": list(built.inputs),
+            "captured": False,
+            "_plan": built.plan,
+            "_shapes": {name: list(value.shape) for name, value in built.inputs.items()},
+        }
+        try:
+            _compile(built, record, detail, step)
+        except Exception as error:
+            record |= {"reason": f"examining it: {describe(error)}", "_traceback": _traceback(detail)}
+            if record["captured"]:
+                record["folds"] = False
+    record["_seconds"] = round(time.process_time() - started, 1)
+    return record
+
+
+def _compile(built: Built, record: Record, detail: bool, step: Callable[[str], None]) -> None:
+    step("capturing it")
+    with _one_capture() as captures:
+        try:
+            structure = graftc.roles(built.model, built.inputs, cache=False)
+        except Exception as error:
+            if not captures:
+                record |= {"reason": describe(error), "_traceback": _traceback(detail)}
+                return
+            structure = None
+            record |= {
+                "roles": False,
+                "folds": False,
+                "reason": f"roles: {describe(error)}",
+                "_traceback": _traceback(detail),
+            }
+        graph = captures[0].program.graph
+        record["captured"] = True
+        found = structure.by_role() if structure is not None else {}
+        record["attention"] = _attention(graph, structure)
+        if structure is None:
+            return
+        _roles(built.model, structure, record)
+        target = [r for r in ROLES if structure.having(r)]
+        record["target"] = target
+        record["_roles"] = {role: len(items) for role, items in found.items()}
+        missing = [r for r in ("attn.q", "attn.v") if record["attention"] and r not in target]
+        if missing or not target:
+            if missing:
+                record |= {"folds": False, "reason": f"no {' and no '.join(missing)} found"}
+            return
+        step("compiling and folding it")
+        try:
+            record["sites"] = _adapt(built, target, record)
+            record["folds"] = True
+        except Exception as error:
+            record |= {"folds": False, "reason": describe(error), "_traceback": _traceback(detail)}
+            if detail and time.process_time() < ALONE:
+                record["_alone"] = {role: _alone(built, role) for role in target}
+
+
+def _adapt(built: Built, target: list[str], record: Record) -> int:
+    """Compile, compare with the base before training, stand in for training, fold; how many sites were adapted."""
+    compiled = _compiled(built, {"role": target})
+    expect = compiled.spec.adapt[0].target.expect
+    if expect is not None:
+        record["expect"] = expect
+    inputs, base = _inputs(compiled, built)
+    adapted = outputs_of(compiled, inputs)
+    with compiled.disabled():
+        captured = outputs_of(compiled, inputs)
+    if not same_bits(adapted, captured):
+        raise DifferentError(f"no identity at init: {largest_difference(adapted, captured):.1e}")
+    if not same_bits(adapted, base):
+        scale = max(1.0, *(float(t.abs().max()) for t in base if t.numel()))
+        apart = largest_difference(adapted, base) / scale
+        if not apart <= EAGER:
+            raise DifferentError(f"the captured graph differs from the eager model by {apart:.1e}")
+        record["rounding"] = True
+    perturb(compiled)
+    certificate = compiled.merge().certificate
+    if not all(site.change > 0 for site in certificate.sites):
+        raise DifferentError("a site does not change its output when its adapter is perturbed")
+    return sum(len(resolved.sites) for resolved in compiled.compilation.main.resolved)
+
+
+def _compiled(built: Built, target: dict[str, Any]) -> Compiled:
+    """Models of several kinds of layer have some roles in some layers only: then the target says how many it means."""
+    spec = {"adapt": [{"name": "coverage", "method": "lora", "rank": 2, "target": target}]}
+    try:
+        return graftc.compile(spec, built.model, built.inputs, cache=False)
+    except GraftError as error:
+        number = re.search(r"expect: (\d+)", error.hint or "")
+        structure = graftc.roles(built.model, built.inputs, cache=False)
+        if error.code != "GC015" or number is None or "expect" in target or not _every_attention(structure):
+            raise
+    return _compiled(built, {**target, "expect": int(number[1])})
+
+
+def _every_attention(structure: Structure) -> bool:
+    """Whether each layer that has an attention has its queries and values."""
+    layers = {role: {(f.stack, f.layer) for f in structure.having(role)} for role in ("attn", "attn.q", "attn.v")}
+    return layers["attn"] <= layers["attn.q"] & layers["attn.v"]
+
+
+def _inputs(compiled: Compiled, built: Built) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Random inputs of other sizes than captured, or the example inputs where the eager model refuses those."""
+    inputs = inputs_for(compiled, SIZES)
+    try:
+        return inputs, outputs_of(built.model, inputs)
+    except Exception:
+        inputs = {name: value[: SIZES[0]] for name, value in built.inputs.items()}
+        return inputs, outputs_of(built.model, inputs)
+
+
+def _alone(built: Built, role: str) -> str:
+    try:
+        _adapt(built, [role], {})
+    except Exception as error:
+        return describe(error)
+    return "folds"
+
+
+def _roles(model: nn.Module, structure: Structure, record: Record) -> None:
+    """Complete: no linear map of a layer is unresolved, and every attention has its q, k and v."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    attentions = {finding.module for finding in structure.having("attn")}
+    lacking = [
+        f"{item.module or 'the model'}: {item.reason}"
+        for item in structure.unresolved
+        if (place(item.module)[0] is not None or item.module in attentions)
+        and not isinstance(modules.get(item.module), nn.Embedding)
+    ]
+    record["roles"] = not lacking
+    if lacking:
+        record["unresolved"] = clean(_summary(lacking))
+        record["_unresolved"] = lacking
+
+
+def _summary(lacking: list[str]) -> str:
+    """One line for what is lacking: layers count as one place."""
+    counts = Counter(re.sub(r"#\d+", "#n", re.sub(r"(?<=\.)\d+(?=[.:])", "*", line)) for line in lacking)
+    first = next(iter(counts))
+    return first if len(counts) == 1 else f"{first} (and {len(counts) - 1} more)"
+
+
+def _attention(graph: fx.Graph, structure: Structure | None) -> str:
+    """How attention shows: as a role, or only as a softmax that is no router's; empty where there is none."""
+    if structure is not None and structure.having("attn"):
+        return "role"
+    if any(_named(node, "scaled_dot_product") for node in graph.nodes):
+        return "softmax"
+    return "softmax" if any(_named(n, "softmax") and not _routes(n) for n in graph.nodes) else ""
+
+
+def _routes(softmax: fx.Node) -> bool:
+    """Whether a softmax is next to a choice of the largest: routers pick experts so, before it or after."""
+    for above in (False, True):
+        pending, seen = [softmax], {softmax}
+        while pending:
+            node = pending.pop()
+            if node is softmax or any(_named(node, name) for name in ("to.", "view", "reshape", "getitem", "slice")):
+                near = node.all_input_nodes if above else list(node.users)
+                if any(_named(other, "topk") or _named(other, "argmax") for other in near):
+                    return True
+                pending += [other for other in near if other not in seen]
+                seen |= set(near)
+    return False
+
+
+def _named(node: fx.Node, name: str) -> bool:
+    return node.op == "call_function" and name in str(node.target)
+
+
+@contextmanager
+def _one_capture() -> Iterator[list[Any]]:
+    """Let graftc capture each signature once, since what it captures is the same every time; gives what it captured."""
+    original: Any = capturing.capture
+    kept: dict[str, Any] = {}
+    found: list[Any] = []
+
+    def capture(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        key = repr((args, {name: value for name, value in kwargs.items() if name != "canonical"}))
+        if key not in kept:
+            kept[key] = original(model, *args, **kwargs)
+            found.append(kept[key])
+        return kept[key]
+
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("graftc.") and vars(module).get("capture") is original:
+                stack.enter_context(mock.patch.object(module, "capture", capture))
+        yield found
+
+
+def describe(error: BaseException) -> str:
+    """One line that is the same on every run."""
+    if isinstance(error, GraftError):
+        return clean(f"{error.code}: {error.message}")
+    return clean(f"{type(error).__name__}: {error}")
+
+
+def clean(text: str, limit: int = 240) -> str:
+    """A line without addresses, paths and numbered symbols, cut at ``limit``."""
+    line = next((part.strip() for part in text.splitlines() if part.strip()), "")
+    more = " ".join(part.strip() for part in text.splitlines()[1:3]) if line.endswith(":") else ""
+    line = f"{line} {more}".strip()
+    line = re.sub(r"0x[0-9a-f]+", "0x", line)
+    line = re.sub(r"\b([su])\d+\b", r"\1", line)
+    line = re.sub(r"(?<![\w:/])(/[\w.+-]+){2,}/", "", line)
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def _traceback(detail: bool) -> str:
+    return traceback.format_exc(limit=-6) if detail else ""
+
+
+def committed(record: Mapping[str, Any]) -> Record:
+    """The part of a record that is the same on every run of the same versions."""
+    return {name: value for name, value in record.items() if not name.startswith("_")}

@@ -1,0 +1,159 @@
+"""The committed list: docs/coverage.json, and docs/coverage.md, which is a pure function of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.coverage.catalogue import TABLES
+
+COMMAND = "make coverage"
+FIELDS = (
+    "class", "model_type", "tables", "built", "inputs", "captured", "attention", "roles", "unresolved", "target",
+    "expect", "sites", "folds", "rounding", "reason",
+)  # fmt: skip
+"""What a record of the list may hold, in its order."""
+Record = Mapping[str, Any]
+
+
+def to_json(records: Iterable[Record], versions: Mapping[str, str]) -> str:
+    """The text of docs/coverage.json: versions, then one line per record, sorted by class.
+
+    Args:
+        records: as `examine` gives them; what is not among `FIELDS` is left out.
+        versions: of what the records depend on, by name.
+    """
+    kept = [{name: record[name] for name in FIELDS if name in record} for record in records]
+    lines = [json.dumps(record, ensure_ascii=False) for record in sorted(kept, key=lambda r: r["class"])]
+    made = json.dumps({"command": COMMAND, "versions": dict(sorted(versions.items()))})
+    return f'{{"made": {made},\n"records": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def totals(records: Iterable[Record]) -> dict[str, int]:
+    """How many records came how far; ``exceptions`` are captured, have attention, and do not compile and fold."""
+    held = list(records)
+    captured = [r for r in held if r.get("captured")]
+    attention = [r for r in captured if r.get("attention")]
+    return {
+        "entries": len(held),
+        "built": sum(r["built"] for r in held),
+        "captured": len(captured),
+        "complete": sum(bool(r.get("roles")) for r in captured),
+        "attention": len(attention),
+        "folds": sum(bool(r.get("folds")) for r in attention),
+        "exceptions": len(exceptions(held)),
+    }
+
+
+def exceptions(records: Iterable[Record]) -> list[Record]:
+    """Records that were captured and have attention, but on which LoRA by role does not compile and fold."""
+    return [r for r in records if r.get("captured") and r.get("attention") and not r.get("folds")]
+
+
+def render(text: str) -> str:
+    """The Markdown page for the text of docs/coverage.json."""
+    data = json.loads(text)
+    records: list[Record] = data["records"]
+    parts = [_head(data["made"], records), _totals(records), _exceptions(records)]
+    parts += [_reasons("Not captured", "Built, and torch.export refuses them.", [r for r in records if _uncaptured(r)])]
+    parts += [
+        _reasons("Not built", "No small model of these could be made here.", [r for r in records if not r["built"]])
+    ]
+    parts += [_table(name, [r for r in records if name in r["tables"] and r.get("captured")]) for name in TABLES]
+    return "\n".join(part for part in parts if part)
+
+
+def write_page(records: Iterable[Record], versions: Mapping[str, str], folder: Path) -> str:
+    """Write both files; a line that says what is in them."""
+    text = to_json(records, versions)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "coverage.json").write_text(text, encoding="utf-8")
+    (folder / "coverage.md").write_text(render(text), encoding="utf-8")
+    count = totals(json.loads(text)["records"])
+    return f"{folder / 'coverage.md'}: " + ", ".join(f"{number} {name}" for name, number in count.items())
+
+
+def _uncaptured(record: Record) -> bool:
+    return bool(record["built"]) and not record["captured"]
+
+
+def _head(made: Mapping[str, Any], records: Sequence[Record]) -> str:
+    count = totals(records)
+    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    return f"""# Coverage
+
+Every class in the auto tables of the installed transformers, made small and random from its default config by the
+rules of `tools/coverage`, captured, and adapted with LoRA by role. Of the {count["attention"]} that are captured and
+contain attention, {count["folds"]} compile and fold ({_percent(count["folds"], count["attention"])}).
+
+Made by `{made["command"]}` with {versions}.
+This page is generated from `coverage.json`; do not edit it.
+
+- **attention**: the roles hold an attention; `softmax` means that only a softmax in the graph speaks for one.
+- **roles**: `complete` when every linear map of the layers has a role, and every attention its q, k and v.
+- **LoRA on**: those of `attn.q`, `attn.v`, `ffn.down`, `experts`, `mixer` that the model has, rank 2;
+  `expect` where some layers lack one of these roles, so that the target has to say how many places it means.
+- **folds**: compiled, the base's outputs to the bit before training, then with perturbed adapters merged and
+  certified.
+"""
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "none"
+
+
+def _totals(records: Sequence[Record]) -> str:
+    lines = [
+        "| table | classes | built | captured | with attention | of these fold | |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    rows = [(name, [r for r in records if name in r["tables"]]) for name in TABLES]
+    for name, own in [*rows, ("all, each class once", list(records))]:
+        c = totals(own)
+        share = _percent(c["folds"], c["attention"])
+        lines.append(
+            f"| {name} | {c['entries']} | {c['built']} | {c['captured']} | {c['attention']} | {c['folds']} | {share} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _exceptions(records: Sequence[Record]) -> str:
+    lines = ["## Exceptions", "", "Captured, with attention, and LoRA by role does not compile and fold.", ""]
+    found = exceptions(records)
+    if not found:
+        return "\n".join([*lines[:2], "None.", ""])
+    lines += ["| class | reason |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {r['class']} | {_cell(r['reason'])} |" for r in found), ""])
+
+
+def _reasons(title: str, text: str, records: Sequence[Record]) -> str:
+    if not records:
+        return ""
+    grouped: dict[str, list[str]] = {}
+    for record in records:
+        grouped.setdefault(record["reason"].replace(record["class"], "it"), []).append(record["class"])
+    lines = [f"- {', '.join(names)}: {_cell(reason)}" for reason, names in grouped.items()]
+    return "\n".join([f"## {title}", "", text, "", *lines, ""])
+
+
+def _table(name: str, records: Sequence[Record]) -> str:
+    lines = [f"## {name[0].upper()}{name[1:]}", "", "| class | attention | roles | LoRA on | sites | folds |"]
+    lines += ["| --- | --- | --- | --- | ---: | --- |"]
+    return "\n".join([*lines, *(_row(record) for record in records), ""])
+
+
+def _row(record: Record) -> str:
+    attention = {"role": "yes", "softmax": "softmax", "": "none"}[record.get("attention", "")]
+    roles = "complete" if record.get("roles") else _cell(record.get("unresolved", "not read"))
+    target = ", ".join(f"`{role}`" for role in record.get("target", [])) or "nothing"
+    target += f" (`expect: {record['expect']}`)" if "expect" in record else ""
+    failed = f"no: {_cell(record['reason'])}" if record.get("reason") else "no site"
+    folds = "yes" if record.get("folds") else failed
+    return f"| {record['class']} | {attention} | {roles} | {target} | {record.get('sites', '')} | {folds} |"
+
+
+def _cell(text: str) -> str:
+    """Text that is safe in a table's cell and shows as it is."""
+    return "".join(f"\\{c}" if c in "|<>*_`[]" else c for c in text)

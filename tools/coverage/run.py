@@ -1,0 +1,222 @@
+"""Examine many entries in parallel, each in its own process; a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from tools.coverage.catalogue import Entry
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = ROOT / "build" / "coverage"
+MEMORY = 6 << 30
+SECONDS = 180
+SOURCES = ("build", "catalogue", "examine", "fields", "inputs", "shrink")
+"""Modules of this package that a record depends on."""
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one entry may take: bytes of memory, seconds of CPU, and seconds by the clock."""
+
+    memory: int = MEMORY
+    seconds: int = SECONDS
+    patience: int = 10 * SECONDS
+
+
+def versions() -> dict[str, str]:
+    """Versions that a record depends on."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {name: version(name) for name in ("graftc", "torch", "transformers")} | {"python": python}
+
+
+def digest() -> str:
+    """A short hash of graftc's sources and of the code that examines."""
+    total = hashlib.sha256()
+    own = [ROOT / "tools" / "coverage" / f"{name}.py" for name in SOURCES]
+    for path in [*sorted((ROOT / "graftc").rglob("*.py")), *own]:
+        total.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()[:16]
+
+
+@dataclass
+class Kept:
+    """Records on disk, one file per entry, each with the key of the state that it was made in.
+
+    Attributes:
+        folder: where they are.
+        key: of the current state; records of other keys are not used.
+        any_key: use records whatever their key, to look at an earlier run.
+    """
+
+    folder: Path
+    key: str
+    any_key: bool = False
+
+    def read(self, entry: Entry) -> Record | None:
+        """The record of an entry; None when there is none, or one of another state, or half a file."""
+        try:
+            held = json.loads(self._path(entry).read_text())
+        except (OSError, ValueError):
+            return None
+        same = held.get("key") == self.key or self.any_key
+        return held["record"] if same and held.get("entry") == json.loads(json.dumps(asdict(entry))) else None
+
+    def write(self, entry: Entry, record: Record) -> None:
+        """Keep a record; a reader sees the old file or the new one, never a part."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"key": self.key, "entry": asdict(entry), "record": record}, indent=1)
+        part = self._path(entry).with_suffix(f".{os.getpid()}.part")
+        part.write_text(text)
+        part.replace(self._path(entry))
+
+    def forget(self, whether: Callable[[Record], bool], entries: Sequence[Entry]) -> None:
+        """Delete the records for which ``whether`` holds."""
+        for entry in entries:
+            held = self.read(entry)
+            if held is not None and whether(held):
+                self._path(entry).unlink()
+
+    def _path(self, entry: Entry) -> Path:
+        return self.folder / f"{entry.name}.json"
+
+
+def state() -> str:
+    """The key of what is installed and of the sources as they are now."""
+    return f"{digest()} " + " ".join(f"{name} {number}" for name, number in sorted(versions().items()))
+
+
+@dataclass
+class _Running:
+    entry: Entry
+    process: BaseProcess
+    receiver: Connection
+    started: float
+    record: Record
+
+
+def examine_all(
+    entries: Sequence[Entry],
+    kept: Kept,
+    *,
+    jobs: int = 1,
+    limits: Limits | None = None,
+    tell: Callable[[str], None] = print,
+) -> dict[str, Record]:
+    """The records of all entries by class name: kept ones as they are, the others made now.
+
+    Args:
+        entries: what to examine.
+        kept: where records are kept; every new one goes there as soon as it is made.
+        jobs: processes at a time.
+        limits: of each entry.
+        tell: takes one line per entry.
+    """
+    found = {e.name: record for e in entries if (record := kept.read(e)) is not None}
+    todo = [e for e in reversed(entries) if e.name not in found]
+    if found:
+        tell(f"{len(found)} of {len(entries)} kept from before")
+    total, limits = len(todo), limits or Limits()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tools.coverage.run", "tools.coverage.worker"])
+    running: list[_Running] = []
+    try:
+        while todo or running:
+            while todo and len(running) < jobs:
+                running.append(_start(context, todo.pop(), limits))
+            wait([r.receiver for r in running], timeout=1.0)
+            for item in list(running):
+                record = _outcome(item, limits)
+                if record is not None:
+                    running.remove(item)
+                    kept.write(item.entry, record)
+                    found[item.entry.name] = record
+                    done = total - len(todo) - len(running)
+                    tell(f"[{done}/{total}] {line(record)}")
+    finally:
+        for item in running:
+            _stop(item.process)
+    return {e.name: found[e.name] for e in entries}
+
+
+def line(record: Record) -> str:
+    """One record in one line."""
+    if record.get("folds"):
+        outcome = "folds"
+    elif not record["built"]:
+        outcome = "not built"
+    elif not record["captured"]:
+        outcome = "not captured"
+    else:
+        outcome = "FAILS" if record.get("attention") else "no attention"
+    reason = f": {record['reason']}" if record.get("reason") else ""
+    return f"{record['class']} ({record.get('_seconds', '?')} s) {outcome}{reason}"
+
+
+def _work(sender: Connection, entry: Entry, limits: Limits) -> None:
+    """What the server's forks call; this process never imports torch."""
+    from tools.coverage.worker import work
+
+    work(sender, entry, limits.memory, limits.seconds)
+
+
+def _start(context: Any, entry: Entry, limits: Limits) -> _Running:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(sender, entry, limits), daemon=True)
+    process.start()
+    sender.close()
+    record = {"class": entry.name, "model_type": entry.model_type, "tables": list(entry.tables), "built": False}
+    return _Running(entry, process, receiver, time.monotonic(), record)
+
+
+def _outcome(item: _Running, limits: Limits) -> Record | None:
+    """The record of an entry that is done, or how far it came when its process died; None while it runs."""
+    try:
+        while item.receiver.poll():
+            item.record = item.receiver.recv()
+            if item.record.pop("_done", False):
+                _stop(item.process)
+                return item.record
+    except (EOFError, OSError):
+        item.process.join(timeout=30)
+        return _died(item, _death(item.process, limits))
+    if time.monotonic() - item.started > limits.patience:
+        _stop(item.process)
+        return _died(item, f"takes longer than {limits.patience} s")
+    return None
+
+
+def _death(process: BaseProcess, limits: Limits) -> str:
+    code = process.exitcode
+    if code in (-signal.SIGXCPU, -signal.SIGKILL):
+        return f"takes longer than {limits.seconds} s of CPU time"
+    return f"the process dies ({signal.Signals(-code).name if code is not None and code < 0 else f'exit {code}'})"
+
+
+def _died(item: _Running, reason: str) -> Record:
+    record = dict(item.record)
+    step = record.pop("_step", "building it")
+    if record.get("captured"):
+        record["folds"] = False
+    return record | {"reason": f"{step} {reason}", "_died": True}
+
+
+def _stop(process: BaseProcess) -> None:
+    process.join(timeout=2)
+    if process.is_alive():
+        process.kill()
+        process.join()

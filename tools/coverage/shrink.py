@@ -1,0 +1,288 @@
+"""Shrink a default config by the names and values of its fields, whatever model it is for.
+
+Counts of layers, heads and experts, widths, vocabularies, positions and image sizes become small; what was equal
+stays equal, what was a multiple stays a multiple where a model needs it (heads times head size). Sub-configs are
+shrunken with the same plan, so that widths which have to agree between them do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tools.coverage import fields
+
+VOCABULARY = 128
+POSITIONS = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How far to shrink.
+
+    Attributes:
+        width: the hidden size; 0 leaves all widths and heads as they are.
+        heads: attention heads of the hidden size.
+        layers: layers of a stack; more where that many different kinds of layers exist.
+        image: height and width of images; 0 leaves them.
+        fraction: by how much lists of widths (one per stage) are divided.
+        repeats: how many layers of every kind are kept.
+    """
+
+    width: int = 64
+    heads: int = 4
+    layers: int = 2
+    image: int = 32
+    fraction: int = 4
+    repeats: int = 1
+
+
+PLANS = (
+    Plan(),
+    Plan(image=64),
+    Plan(width=128, heads=8),
+    Plan(fraction=1, image=64),
+    Plan(fraction=1, image=0),
+    Plan(width=0, fraction=1),
+    Plan(width=0, fraction=1, image=0),
+    Plan(layers=4, image=64, repeats=2),
+    Plan(heads=1, image=64),
+)
+"""Tried in this order until a model builds and runs."""
+
+
+def shrink(config: Any, plan: Plan = PLANS[0]) -> Any:
+    """A small config of the same class.
+
+    Args:
+        config: a transformers config; it is not changed.
+        plan: how far to shrink.
+
+    Raises:
+        Exception: whatever the config's class raises for values that it refuses.
+    """
+    return _shrink(config, plan, _widths(config))
+
+
+def _is_config(value: Any) -> bool:
+    return hasattr(value, "model_type") and hasattr(value, "to_dict")
+
+
+def _shrink(config: Any, plan: Plan, widths: frozenset[int]) -> Any:
+    values = {name: value for name, value in vars(config).items() if name in _accepted(config)}
+    changes: dict[str, Any] = {n: _shrink(v, plan, widths) for n, v in values.items() if _is_config(v)}
+    scale = _Scale(config, plan, widths)
+    for name, value in values.items():
+        if not _is_config(value):
+            new = scale.value(name, value)
+            if new is not value:
+                changes[name] = new
+    changes |= scale.heads_fit(values, changes) | scale.missing(values)
+    result = type(config)(**changes)
+    for name in vars(config).keys() - vars(result).keys():
+        # What the config that this one is part of has set on it.
+        setattr(result, name, scale.value(name, vars(config)[name]))
+    return result
+
+
+def _accepted(config: Any) -> set[str]:
+    """Fields that the config's class takes; what it computes from them is left to it."""
+    known = getattr(type(config), "__dataclass_fields__", {})
+    return {name for name, field in known.items() if field.init}
+
+
+def _widths(config: Any) -> frozenset[int]:
+    """The hidden sizes of a config and its sub-configs."""
+    found = {_first_int(config, "hidden_size"), _first_int(config, "d_model")} - {0}
+    for value in vars(config).values():
+        if _is_config(value):
+            found |= _widths(value)
+    return frozenset(found)
+
+
+class _Scale:
+    """New values for the fields of one config."""
+
+    def __init__(self, config: Any, plan: Plan, widths: frozenset[int]) -> None:
+        self.plan, self.widths = plan, widths
+        self.width = _first_int(config, "hidden_size", "d_model", "n_embd", "embed_dim", "dim")
+        self.heads = _first_int(config, "num_attention_heads", "n_head", "encoder_attention_heads", "num_heads")
+        self.ratio = plan.width / self.width if plan.width and self.width else 1.0
+        size = _first_int(config, "head_dim") or (self.width // self.heads if self.width and self.heads else 0)
+        self.head_divisor = max(1, min(8, size // (plan.width // plan.heads))) if plan.width else 1
+        layers = _first_int(config, "num_hidden_layers", "n_layer", "num_layers", "encoder_layers")
+        self.old_layers = layers
+        self.kept = _kept_layers(config, layers, max(plan.layers, _pattern(config, layers)), plan.repeats)
+        self._ids = iter(range(VOCABULARY - 1, 8, -1))
+
+    def value(self, name: str, value: Any) -> Any:
+        """The new value of a field; the same object where it stays."""
+        if isinstance(value, bool) or value is None:
+            return value
+        if isinstance(value, int):
+            return self._integer(name, value)
+        if isinstance(value, list | tuple):
+            return self._sequence(name, value)
+        if isinstance(value, Mapping) and name == "rope_parameters":
+            return self._rope(value)
+        return value
+
+    def _integer(self, name: str, value: int) -> int:
+        for pattern, rule in self._rules():
+            if pattern.search(name):
+                return rule(name, value)
+        if self.plan.width and fields.WIDTHS.search(name) and not fields.NOT_WIDTHS.search(name):
+            return self._scaled(value)
+        return value
+
+    def _rules(self) -> tuple[tuple[re.Pattern[str], Callable[[str, int], int]], ...]:
+        plan = self.plan
+        return (
+            (fields.TOKENS, lambda n, v: v if v < VOCABULARY - 100 else next(self._ids)),
+            (fields.VOCABULARIES, lambda n, v: VOCABULARY if v > VOCABULARY else v),
+            (fields.INTERVALS, lambda n, v: min(v, plan.layers)),
+            (re.compile(r"^(first_k_dense_replace|num_dense_layers)$"), lambda n, v: min(v, 1)),
+            (re.compile(r"^num_kv_shared_layers$|nextn_predict"), lambda n, v: 0),
+            (re.compile(r"_period$"), lambda n, v: min(v, 2)),
+            (re.compile(r"_(layer_)?offset$"), lambda n, v: v if "vocab" in n else min(v, 1)),
+            (fields.LAYERS, lambda n, v: min(v, len(self.kept))),
+            (fields.EXPERTS, lambda n, v: min(v, 4)),
+            (fields.TOP_EXPERTS, lambda n, v: min(v, 2)),
+            (re.compile(r"^n_group$|^num_expert_group$"), lambda n, v: min(v, 2)),
+            (re.compile(r"^topk_group$"), lambda n, v: 1),
+            (fields.HEADS, lambda n, v: self._head_count(v)),
+            (fields.HEAD_SIZES, lambda n, v: max(8, v // self.head_divisor // 4 * 4) if v >= 16 else v),
+            (fields.POSITION_COUNTS, lambda n, v: min(v, POSITIONS)),
+            (fields.WINDOWS, lambda n, v: min(v, 8)),
+            (re.compile(r"^(image|crop)_size$"), lambda n, v: plan.image or v),
+            (re.compile(r"^num_conv_pos_embeddings$"), lambda n, v: min(v, 16)),
+            (re.compile(r"^context_size$"), lambda n, v: min(v, POSITIONS)),
+            (re.compile(r"_per_block$"), lambda n, v: min(v, plan.layers)),
+            (re.compile(r"^num_filters$"), lambda n, v: min(v, 4)),
+            (re.compile(r"^upsample_groups$"), lambda n, v: min(v, plan.width or v)),
+        )  # fmt: skip
+
+    def _head_count(self, value: int) -> int:
+        if not self.plan.width or value <= 2:
+            return value
+        if value < self.heads:
+            return max(1, self.plan.heads // 2)
+        return self.plan.heads
+
+    def _scaled(self, value: int) -> int:
+        if value in self.widths or value == self.width:
+            return self.plan.width
+        return max(8, round(value * self.ratio / 8) * 8) if value >= 16 else value
+
+    def _sequence(self, name: str, value: Sequence[Any]) -> Any:
+        length = len(value)
+        if name == "attention_types":
+            return [[kinds, max(1, len(self.kept) // len(kinds))] for kinds, _ in value]
+        if self.old_layers and length == self.old_layers and length > len(self.kept):
+            return [self._item(name, value[i]) for i in self.kept]
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in value) or not value:
+            return value
+        if re.search(r"(indices|indexes|idxs|ids|_layers)$", name) and self.old_layers and "token" not in name:
+            inside = [i for i in value if i < len(self.kept)]
+            return inside or [len(self.kept) - 1]
+        if fields.TOKENS.search(name):
+            return [self._integer(name, item) for item in value]
+        if re.search(r"^(depths?|num_block_repeats|stage_num_blocks|stage_numb_of_layers)$", name):
+            return [min(item, self.plan.layers) for item in value]
+        if name in ("image_size", "crop_size") and self.plan.image:
+            return [self.plan.image] * length
+        if self.plan.fraction > 1 and fields.WIDTHS.search(name) and not fields.NOT_WIDTHS.search(name):
+            return [max(8, item // self.plan.fraction) for item in value]
+        return value
+
+    def _item(self, name: str, item: Any) -> Any:
+        return self._integer(name, item) if isinstance(item, int) and not isinstance(item, bool) else item
+
+    def _rope(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        changed: dict[str, Any] = {}
+        for key, item in value.items():
+            if isinstance(item, Mapping):
+                changed[key] = self._rope(item)
+            elif key == "mrope_section":
+                changed[key] = [max(1, part // self.head_divisor) for part in item]
+            elif key == "original_max_position_embeddings" and isinstance(item, int):
+                changed[key] = min(item, POSITIONS // 2)
+            else:
+                changed[key] = item
+        return changed
+
+    def heads_fit(self, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, int]:
+        """Head sizes whose product with their number of heads was a multiple of the width: it is the same one again."""
+        found: dict[str, int] = {}
+        if not self.plan.width or not self.width:
+            return found
+        for count, size in _pairs(values):
+            product, new_count = values[count] * values[size], changes.get(count, values[count])
+            if product % self.width == 0:
+                total = product // self.width * self.plan.width
+                if total % new_count == 0:
+                    found[size] = total // new_count
+        return found
+
+    def missing(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values for fields without a default that models need all the same."""
+        heads = self._head_count(self.heads) if self.heads else 0
+        defaults = {
+            "vocab_size": VOCABULARY,
+            "pad_token_id": 0,
+            "head_dim": (self.plan.width or self.width) // heads if heads else 0,
+            "num_key_value_heads": heads,
+            "num_experts_per_tok": 2,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+        }
+        found: dict[str, Any] = {n: v for n, v in defaults.items() if n in values and values[n] is None}
+        if not heads:
+            found = {n: v for n, v in found.items() if n not in ("head_dim", "num_key_value_heads")}
+        if "layer_types" in values and values["layer_types"] is None:
+            found["layer_types"] = ["full_attention"] * len(self.kept)
+        elif values.get("layer_types") and values.get("rope_parameters") == {}:
+            found["rope_parameters"] = {
+                kind: {"rope_type": "default", "rope_theta": 1e4} for kind in dict.fromkeys(values["layer_types"])
+            }
+        return found
+
+
+def _pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names of head counts and head sizes that belong together."""
+    candidates = (
+        ("num_attention_heads", "head_dim"), ("num_attention_heads", "kv_channels"), ("num_heads", "d_kv"),
+        ("n_head", "d_head"), ("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim"),
+        ("num_heads", "head_dim"), ("n_mamba_heads", "mamba_headdim"),
+    )  # fmt: skip
+    return [(a, b) for a, b in candidates if isinstance(values.get(a), int) and isinstance(values.get(b), int)]
+
+
+def _pattern(config: Any, layers: int) -> int:
+    """Length of a pattern of kinds of layers that repeats over the stack; 0 where there is none."""
+    patterns = [v for v in vars(config).values() if isinstance(v, list | tuple) and 1 < len(v) < min(layers, 7)]
+    return max((len(v) for v in patterns if all(isinstance(i, str) for i in v) and len(set(v)) > 1), default=0)
+
+
+def _kept_layers(config: Any, layers: int, least: int, repeats: int) -> list[int]:
+    """Layers to keep: the first ``repeats`` of every kind, and the first ones up to ``least``."""
+    if layers <= least:
+        return list(range(max(layers, 1)))
+    per_layer = [v for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == layers]
+    kinds: dict[str, list[int]] = {}
+    for index in range(layers):
+        kinds.setdefault(repr([value[index] for value in per_layer]), []).append(index)
+    kept = sorted(index for found in list(kinds.values())[:6] for index in found[:repeats])
+    kept += [i for i in range(layers) if i not in kept][: max(0, least - len(kept))]
+    return sorted(kept)
+
+
+def _first_int(config: Any, *names: str) -> int:
+    """The first of these that is a number; an alias counts as what it stands for."""
+    for name in names:
+        value = vars(config).get(getattr(config, "attribute_map", {}).get(name, name))
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return 0
