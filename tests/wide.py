@@ -14,31 +14,9 @@ import transformers as tf
 from torch import Tensor, nn
 
 from graftc.testing.perturb import randomise
+from tests.compiler.structure_models import BASE, HEADS, INNER, MODELS, D
 
-WIDTH, INNER, HEADS, VOCABULARY = 48, 80, 4, 99
-HEAD = WIDTH // HEADS
-_BASE = {
-    "hidden_size": WIDTH,
-    "intermediate_size": INNER,
-    "num_attention_heads": HEADS,
-    "num_hidden_layers": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-}
-_GROUPED = {**_BASE, "num_key_value_heads": 2, "pad_token_id": 0}
-_SEQ2SEQ = {
-    "d_model": WIDTH,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": HEADS,
-    "decoder_attention_heads": HEADS,
-    "encoder_ffn_dim": INNER,
-    "decoder_ffn_dim": 64,
-    "vocab_size": VOCABULARY,
-}
-_IMAGE = {"image_size": 32, "patch_size": 8, "num_labels": 5}
-_SPARSE = {"moe_intermediate_size": 40, "num_experts_per_tok": 2}
+HEAD = D // HEADS
 
 Places = Mapping[str, str]
 Q, V, DOWN, EXPERTS = "attn.q", "attn.v", "ffn.down", "experts"
@@ -122,11 +100,11 @@ class AttentionModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-        self.up = nn.Linear(WIDTH, INNER)
-        self.down = nn.Linear(INNER, WIDTH)
-        self.head = nn.Linear(WIDTH, 5)
+        self.norm = nn.LayerNorm(D)
+        self.attention = nn.MultiheadAttention(D, HEADS, batch_first=True)
+        self.up = nn.Linear(D, INNER)
+        self.down = nn.Linear(INNER, D)
+        self.head = nn.Linear(D, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of five classes at every place of ``x``, ``[batch, sequence, width]``."""
@@ -136,23 +114,23 @@ class AttentionModel(nn.Module):
 
 
 def _encoder(norm_first: bool) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, INNER, batch_first=True, norm_first=norm_first)
+    layer = nn.TransformerEncoderLayer(D, HEADS, INNER, batch_first=True, norm_first=norm_first)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
 def _floats(name: str) -> Callable[[], dict[str, Tensor]]:
-    return lambda: {name: torch.zeros(2, 3, WIDTH)}
+    return lambda: {name: torch.zeros(2, 3, D)}
 
 
 _TORCH = {
-    "layers.*.self_attn.in_proj_weight": f"0:{WIDTH}",
-    "layers.*.self_attn.in_proj_weight ": f"{2 * WIDTH}:{3 * WIDTH}",
+    "layers.*.self_attn.in_proj_weight": f"0:{D}",
+    "layers.*.self_attn.in_proj_weight ": f"{2 * D}:{3 * D}",
     "layers.*.linear2.weight": "all",
 }
 
 FAMILIES: dict[str, Wide] = {
     "gpt_neox": Wide(
-        lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**_BASE)),
+        MODELS["neox"],
         {
             "gpt_neox.layers.*.attention.query_key_value.weight": _heads(0),
             "gpt_neox.layers.*.attention.query_key_value.weight ": _heads(2 * HEAD),
@@ -160,9 +138,7 @@ FAMILIES: dict[str, Wide] = {
         },
     ),
     "gptj": Wide(
-        lambda: tf.GPTJForCausalLM(
-            tf.GPTJConfig(n_embd=WIDTH, n_layer=2, n_head=HEADS, n_inner=INNER, vocab_size=VOCABULARY, rotary_dim=8)
-        ),
+        MODELS["gptj"],
         _all(
             "transformer.h.*.attn.q_proj.weight",
             "transformer.h.*.attn.v_proj.weight",
@@ -170,17 +146,7 @@ FAMILIES: dict[str, Wide] = {
         ),
     ),
     "opt": Wide(
-        lambda: tf.OPTForCausalLM(
-            tf.OPTConfig(
-                hidden_size=WIDTH,
-                ffn_dim=INNER,
-                num_attention_heads=HEADS,
-                num_hidden_layers=2,
-                vocab_size=VOCABULARY,
-                max_position_embeddings=64,
-                word_embed_proj_dim=40,
-            )
-        ),
+        MODELS["opt"],
         _all(
             "model.decoder.layers.*.self_attn.q_proj.weight",
             "model.decoder.layers.*.self_attn.v_proj.weight",
@@ -188,7 +154,7 @@ FAMILIES: dict[str, Wide] = {
         ),
     ),
     "bloom": Wide(
-        lambda: tf.BloomForCausalLM(tf.BloomConfig(hidden_size=WIDTH, n_layer=2, n_head=HEADS, vocab_size=VOCABULARY)),
+        MODELS["bloom"],
         {
             "transformer.h.*.self_attention.query_key_value.weight": _heads(0),
             "transformer.h.*.self_attention.query_key_value.weight ": _heads(2 * HEAD),
@@ -196,72 +162,46 @@ FAMILIES: dict[str, Wide] = {
         },
     ),
     "falcon": Wide(
-        lambda: tf.FalconForCausalLM(
-            tf.FalconConfig(
-                hidden_size=WIDTH,
-                num_hidden_layers=2,
-                num_attention_heads=HEADS,
-                ffn_hidden_size=INNER,
-                vocab_size=VOCABULARY,
-            )
-        ),
+        MODELS["falcon"],
         {
-            "transformer.h.*.self_attention.query_key_value.weight": f"0:{WIDTH}",
-            "transformer.h.*.self_attention.query_key_value.weight ": f"{WIDTH + HEAD}:{WIDTH + 2 * HEAD}",
+            "transformer.h.*.self_attention.query_key_value.weight": f"0:{D}",
+            "transformer.h.*.self_attention.query_key_value.weight ": f"{D + HEAD}:{D + 2 * HEAD}",
             "transformer.h.*.mlp.dense_4h_to_h.weight": "all",
         },
     ),
     "phi3": Wide(
-        lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**_GROUPED)),
+        MODELS["phi3"],
         {
-            "model.layers.*.self_attn.qkv_proj.weight": f"0:{WIDTH}",
-            "model.layers.*.self_attn.qkv_proj.weight ": f"{WIDTH + 2 * HEAD}:{WIDTH + 4 * HEAD}",
+            "model.layers.*.self_attn.qkv_proj.weight": f"0:{D}",
+            "model.layers.*.self_attn.qkv_proj.weight ": f"{D + 2 * HEAD}:{D + 4 * HEAD}",
             "model.layers.*.mlp.down_proj.weight": "all",
         },
     ),
-    "mistral": Wide(lambda: tf.MistralForCausalLM(tf.MistralConfig(**_GROUPED)), _llama_like()),
-    "qwen2": Wide(lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_GROUPED)), _llama_like()),
-    "qwen3": Wide(lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_GROUPED, head_dim=16)), _llama_like()),
-    "gemma2": Wide(lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**_GROUPED, head_dim=12)), _llama_like()),
+    "mistral": Wide(MODELS["mistral"], _llama_like()),
+    "qwen2": Wide(MODELS["qwen2"], _llama_like()),
+    "qwen3": Wide(MODELS["qwen3"], _llama_like()),
+    "gemma2": Wide(MODELS["gemma2"], _llama_like()),
     "gemma3": Wide(
-        lambda: tf.Gemma3ForCausalLM(
-            tf.Gemma3TextConfig(**_GROUPED, head_dim=12, layer_types=["sliding_attention", "full_attention"])
-        ),
+        MODELS["gemma3"],
         _llama_like(),
     ),
     "mixtral": Wide(
-        lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**_GROUPED, num_local_experts=4)),
+        MODELS["mixtral"],
         _experts("model.layers.*"),
         (Q, V, EXPERTS),
     ),
     "qwen2_moe": Wide(
-        lambda: tf.Qwen2MoeForCausalLM(
-            tf.Qwen2MoeConfig(**_GROUPED, **_SPARSE, num_experts=4, shared_expert_intermediate_size=56)
-        ),
+        MODELS["qwen2_moe"],
         {**_experts("model.layers.*"), "model.layers.*.mlp.shared_expert.down_proj.weight": "all"},
         (Q, V, DOWN, EXPERTS),
     ),
     "qwen3_moe": Wide(
-        lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**_GROUPED, **_SPARSE, num_experts=4)),
+        MODELS["qwen3_moe"],
         _experts("model.layers.*"),
         (Q, V, EXPERTS),
     ),
     "deepseek_v3": Wide(
-        lambda: tf.DeepseekV3ForCausalLM(
-            tf.DeepseekV3Config(
-                **{**_BASE, "num_key_value_heads": 4},
-                **_SPARSE,
-                q_lora_rank=20,
-                kv_lora_rank=16,
-                qk_rope_head_dim=8,
-                qk_nope_head_dim=8,
-                v_head_dim=12,
-                n_routed_experts=4,
-                n_group=2,
-                topk_group=1,
-                first_k_dense_replace=1,
-            )
-        ),
+        MODELS["deepseek"],
         {
             "model.layers.*.self_attn.q_b_proj.weight": "all",
             "model.layers.*.self_attn.kv_b_proj.weight": _heads(8, 12, 20),
@@ -273,9 +213,7 @@ FAMILIES: dict[str, Wide] = {
         (Q, V, DOWN, EXPERTS),
     ),
     "distilbert": Wide(
-        lambda: tf.DistilBertForSequenceClassification(
-            tf.DistilBertConfig(dim=WIDTH, hidden_dim=INNER, n_heads=HEADS, n_layers=2, vocab_size=VOCABULARY)
-        ),
+        MODELS["distilbert"],
         _all(
             "distilbert.transformer.layer.*.attention.q_lin.weight",
             "distilbert.transformer.layer.*.attention.v_lin.weight",
@@ -283,7 +221,7 @@ FAMILIES: dict[str, Wide] = {
         ),
     ),
     "albert": Wide(
-        lambda: tf.AlbertForSequenceClassification(tf.AlbertConfig(**_BASE, embedding_size=20)),
+        MODELS["albert"],
         _all(
             "albert.encoder.albert_layer_groups.0.albert_layers.0.attention.query.weight",
             "albert.encoder.albert_layer_groups.0.albert_layers.0.attention.value.weight",
@@ -291,13 +229,11 @@ FAMILIES: dict[str, Wide] = {
         ),
     ),
     "electra": Wide(
-        lambda: tf.ElectraForSequenceClassification(tf.ElectraConfig(**_BASE, embedding_size=20)),
+        MODELS["electra"],
         _bert_like("electra"),
     ),
     "deberta_v2": Wide(
-        lambda: tf.DebertaV2ForSequenceClassification(
-            tf.DebertaV2Config(**_BASE, relative_attention=True, pos_att_type="p2c|c2p", position_biased_input=False)
-        ),
+        MODELS["deberta_v2"],
         _all(
             "deberta.encoder.layer.*.attention.self.query_proj.weight",
             "deberta.encoder.layer.*.attention.self.value_proj.weight",
@@ -305,7 +241,7 @@ FAMILIES: dict[str, Wide] = {
         ),
     ),
     "mpnet": Wide(
-        lambda: tf.MPNetForSequenceClassification(tf.MPNetConfig(**_BASE)),
+        MODELS["mpnet"],
         _all(
             "mpnet.encoder.layer.*.attention.attn.q.weight",
             "mpnet.encoder.layer.*.attention.attn.v.weight",
@@ -313,12 +249,7 @@ FAMILIES: dict[str, Wide] = {
         ),
     ),
     "t5": Wide(
-        lambda: tf.T5ForConditionalGeneration(
-            tf.T5Config(
-                d_model=WIDTH, d_kv=HEAD, d_ff=INNER, num_heads=HEADS, num_layers=2, vocab_size=VOCABULARY,
-                feed_forward_proj="gated-gelu", decoder_start_token_id=0,
-            )
-        ),
+        MODELS["t5"],
         _all(
             *(f"{stack}.block.*.layer.0.SelfAttention.{p}.weight" for stack in ("encoder", "decoder") for p in "qv"),
             *(f"decoder.block.*.layer.1.EncDecAttention.{p}.weight" for p in "qv"),
@@ -328,39 +259,25 @@ FAMILIES: dict[str, Wide] = {
         noise=0.05,  # scores of T5 are not scaled, so it magnifies whatever enters them
     ),
     "bart": Wide(
-        lambda: tf.BartForConditionalGeneration(tf.BartConfig(**_SEQ2SEQ, max_position_embeddings=64)),
+        MODELS["bart"],
         _bart_like("model.encoder", "model.decoder"),
     ),
     "pegasus": Wide(
-        lambda: tf.PegasusForConditionalGeneration(tf.PegasusConfig(**_SEQ2SEQ, max_position_embeddings=64)),
+        MODELS["pegasus"],
         _bart_like("model.encoder", "model.decoder"),
     ),
     "whisper": Wide(
-        lambda: tf.WhisperForConditionalGeneration(
-            tf.WhisperConfig(
-                **_SEQ2SEQ, num_mel_bins=8, max_source_positions=16, max_target_positions=64, pad_token_id=0,
-                bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-            )
-        ),
+        MODELS["whisper"],
         _bart_like("model.encoder", "model.decoder"),
     ),
     "vit": Wide(
-        lambda: tf.ViTForImageClassification(
-            tf.ViTConfig(
-                **{k: v for k, v in _BASE.items() if k not in ("vocab_size", "max_position_embeddings")}, **_IMAGE
-            )
-        ),
+        MODELS["vit"],
         _all(
             *(f"vit.layers.*.{part}.weight" for part in ("attention.q_proj", "attention.v_proj", "mlp.fc2"))
         ),
     ),
     "dinov2": Wide(
-        lambda: tf.Dinov2ForImageClassification(
-            tf.Dinov2Config(
-                hidden_size=WIDTH, num_attention_heads=HEADS, num_hidden_layers=2, mlp_ratio=2, layerscale_value=0.5,
-                **_IMAGE,
-            )
-        ),
+        MODELS["dinov2"],
         _all(
             "dinov2.encoder.layer.*.attention.q_proj.weight",
             "dinov2.encoder.layer.*.attention.v_proj.weight",
@@ -368,15 +285,11 @@ FAMILIES: dict[str, Wide] = {
         ),
     ),
     "swin": Wide(
-        lambda: tf.SwinForImageClassification(
-            tf.SwinConfig(
-                image_size=32, patch_size=2, embed_dim=24, depths=[2, 1], num_heads=[2, 4], window_size=4, num_labels=5
-            )
-        ),
+        MODELS["swin"],
         _all(
             *(
                 f"swin.encoder.layers.{stage}.blocks.{block}.{part}.weight"
-                for stage, block in ((0, 0), (0, 1), (1, 0))
+                for stage, block in ((0, 0), (1, 0), (1, 1))
                 for part in ("attention.q_proj", "attention.v_proj", "mlp.fc2")
             )
         ),
@@ -384,7 +297,7 @@ FAMILIES: dict[str, Wide] = {
     "clip": Wide(
         lambda: tf.CLIPModel(
             tf.CLIPConfig(
-                text_config={**_BASE, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0},
+                text_config={**BASE, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0},
                 vision_config={
                     "hidden_size": 40, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
                     "image_size": 32, "patch_size": 8,
@@ -403,8 +316,8 @@ FAMILIES: dict[str, Wide] = {
     "multihead_attention": Wide(
         AttentionModel,
         {
-            "attention.in_proj_weight": f"0:{WIDTH}",
-            "attention.in_proj_weight ": f"{2 * WIDTH}:{3 * WIDTH}",
+            "attention.in_proj_weight": f"0:{D}",
+            "attention.in_proj_weight ": f"{2 * D}:{3 * D}",
             "down.weight": "all",
         },
         inputs=_floats("x"),

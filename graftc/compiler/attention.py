@@ -14,15 +14,28 @@ from graftc.specs.claims import SiteKind
 def read_attentions(labels: Labels) -> None:
     """Label attentions with their query, key, value and output projections, and low-rank stages before those."""
     _find_crosses(labels)
-    for attention in labels.flow.attentions.values():
+    attentions = [a for a in labels.flow.attentions.values() if not _pools_stream(labels, a)]
+    for attention in attentions:
         name = attention.name
         labels.add("attn", SiteKind.ATTENTION, attention.node, None, f"is {name}", attention=attention.node)
         for letter, operand in (("q", attention.query), ("k", attention.key), ("v", attention.value)):
             _projection(labels, attention, letter, operand)
-    for attention in labels.flow.attentions.values():
+    for attention in attentions:
         _output(labels, attention)
-    for attention in labels.flow.attentions.values():
+    for attention in attentions:
         _low_rank(labels, attention)
+
+
+def _pools_stream(labels: Labels, attention: Attention) -> bool:
+    """A constant query without a projection over values of the stream itself weighs layers, not projections."""
+    if labels.flow.is_data(attention.query) or labels.linear_columns(attention.query):
+        return False
+    if all(n in labels.flow.linears for n in labels.nearest(attention.key)):
+        return False
+    labels.fail(
+        attention.node, f"{attention.name} weighs values of the stream by a constant query, without projections"
+    )
+    return True
 
 
 def _projection(labels: Labels, attention: Attention, letter: str, operand: fx.Node) -> None:

@@ -238,7 +238,8 @@ class _Selection:
             return None
         found = {spot for c in self.pool if c.key in p.hits and (spot := _spot(c))}
         stacks = {stack for stack, _ in found}
-        wanted = {spot for c in self.all if (spot := _spot(c)) and spot[0] in stacks and self.asked(spot)}
+        layers = {spot for c in self.all if (spot := _spot(c)) and spot[0] in stacks and self.asked(spot)}
+        wanted = {spot for spot in layers if spot in found or self.may_have(family, spot)}
         if "cross" in role.prefixes:  # a decoder may have cross-attention in some layers only
             stem = ".".join((*role.prefixes, family))
             has_it = (c for c in self.all if any(r == stem or r.startswith(f"{stem}.") for r in c.roles))
@@ -259,6 +260,13 @@ class _Selection:
         hint = f"if that is meant, say so with {layers}expect: {count}"
         reasons = dict.fromkeys(reason for spot in missing for reason in self.missing(spot))
         return _error("GC015", message, p.path, hint=hint, details=list(reasons)[:_DETAILS])
+
+    def may_have(self, family: str, spot: tuple[str, int]) -> bool:
+        """Whether a layer has something of a family of roles, or a place of which nobody knows what it is. One that is
+        all understood and has none, as the state-space layers of a hybrid model, misses nothing."""
+        stems = (family, "experts") if family == "ffn" else (family,)
+        here = (role for c in self.all if _spot(c) == spot for role in c.roles)
+        return any(role.split(".")[0] in stems for role in here) or bool(self.missing(spot))
 
     def asked(self, spot: tuple[str, int]) -> bool:
         entries = as_items(self.target.layers)

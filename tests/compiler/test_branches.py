@@ -168,6 +168,28 @@ def test_a_fused_convolution_is_split_by_rows() -> None:
     assert [f.parameter for f in model.structure.having("attn.o")] == ["out.weight"]
 
 
+class Deep(nn.Module):
+    """A stored query weighs the outputs of the layers so far: no attention that projections belong to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, D))
+        self.up, self.down, self.head = nn.Linear(D, INNER), nn.Linear(INNER, D), nn.Linear(D, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.down(F.relu(self.up(x)))
+        layers = torch.stack([x, x + branch, branch], 2)
+        weights = (layers @ self.query.t()).transpose(-1, -2).softmax(-1)
+        found: Tensor = self.head((weights @ layers).squeeze(2))
+        return found
+
+
+def test_a_weighted_mean_of_layers_gives_no_projections() -> None:
+    model = captured(Deep(), VALUES)
+    assert not any(model.structure.having(f"attn.{letter}") for letter in "qkvo")
+    assert roles(model)["ffn.up"] == weights("up") and roles(model)["ffn.down"] == weights("down")
+
+
 class Filled(nn.Module):
     """Keys are put together in copies: half of them from one map, half from another; values are broadcast."""
 

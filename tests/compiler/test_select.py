@@ -256,10 +256,19 @@ def test_a_role_that_some_layers_lack_passes_where_that_is_said(more: dict[str, 
     assert len(found) == (2 if more == {"layers": "2:4"} else 4)
 
 
-def test_layers_without_attention_count_as_lacking_it() -> None:
+def test_layers_of_another_kind_lack_no_attention() -> None:
+    """A layer that is all understood and has no attention misses none; one with something unresolved may have it."""
     hybrid = [*encoder(2), site("bert.encoder.layer.2.mixer", "mixer", 2)]
-    assert "matched 2 of 3 layers; this one has none: 2" in failure(hybrid, role="attn.q").message
-    assert len(select(Target(role=["attn.q"], layers="0:2"), hybrid)) == 2
+    target = Target(role="attn.q")
+    assert [c.layer for c in select(target, hybrid, kinds=LINEAR)] == [0, 1]
+
+    def unresolved(spot: tuple[str, int] | None) -> list[str]:
+        return ["bert.encoder.layer.2.odd: several linear maps meet"] if spot in (None, ("", 2)) else []
+
+    with pytest.raises(GraftError) as caught:
+        select(target, hybrid, kinds=LINEAR, missing=unresolved)
+    assert "matched 2 of 3 layers; this one has none: 2" in caught.value.message
+    assert caught.value.details == ("bert.encoder.layer.2.odd: several linear maps meet",)
 
 
 def test_missing_layers_are_told_by_stack() -> None:

@@ -12,7 +12,7 @@ from tools.coverage.catalogue import TABLES
 COMMAND = "make coverage"
 FIELDS = (
     "class", "model_type", "tables", "built", "inputs", "captured", "attention", "roles", "unresolved", "target",
-    "expect", "sites", "folds", "rounding", "reason",
+    "sites", "folds", "rounding", "reason",
 )  # fmt: skip
 """What a record of the list may hold, in its order."""
 Record = Mapping[str, Any]
@@ -93,8 +93,8 @@ This page is generated from `coverage.json`; do not edit it.
 
 - **attention**: the roles hold an attention; `softmax` means that only a softmax in the graph speaks for one.
 - **roles**: `complete` when every linear map of the layers has a role, and every attention its q, k and v.
-- **LoRA on**: those of `attn.q`, `attn.v`, `ffn.down`, `experts`, `mixer` that the model has, rank 2;
-  `expect` where some layers lack one of these roles, so that the target has to say how many places it means.
+- **LoRA on**: those of `attn.q`, `attn.v`, `ffn.down`, `experts` that the model has, rank 2
+  (`mixer` too where it has no attention).
 - **folds**: compiled, the base's outputs to the bit before training, then with perturbed adapters merged and
   certified.
 """
@@ -148,7 +148,6 @@ def _row(record: Record) -> str:
     attention = {"role": "yes", "softmax": "softmax", "": "none"}[record.get("attention", "")]
     roles = "complete" if record.get("roles") else _cell(record.get("unresolved", "not read"))
     target = ", ".join(f"`{role}`" for role in record.get("target", [])) or "nothing"
-    target += f" (`expect: {record['expect']}`)" if "expect" in record else ""
     failed = f"no: {_cell(record['reason'])}" if record.get("reason") else "no site"
     folds = "yes" if record.get("folds") else failed
     return f"| {record['class']} | {attention} | {roles} | {target} | {record.get('sites', '')} | {folds} |"
