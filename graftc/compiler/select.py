@@ -238,8 +238,8 @@ class _Selection:
             return None
         found = {spot for c in self.pool if c.key in p.hits and (spot := _spot(c))}
         stacks = {stack for stack, _ in found}
-        layers = {spot for c in self.all if (spot := _spot(c)) and spot[0] in stacks and self.asked(spot)}
-        wanted = {spot for spot in layers if spot in found or self.may_have(family, spot)}
+        every = {spot for c in self.all if (spot := _spot(c)) and spot[0] in stacks and self.asked(spot)}
+        wanted = {spot for spot in every if spot in found or self.may_have(family, spot)}
         if "cross" in role.prefixes:  # a decoder may have cross-attention in some layers only
             stem = ".".join((*role.prefixes, family))
             has_it = (c for c in self.all if any(r == stem or r.startswith(f"{stem}.") for r in c.roles))
