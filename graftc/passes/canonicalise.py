@@ -249,12 +249,31 @@ def _share_sizes(program: Program) -> None:
 
 def _getitem(node: fx.Node) -> fx.Node | None:
     source, index = node.args
-    if isinstance(source, fx.Node) and source.op == "call_function" and source.target is aten.split.Tensor:
-        return None
+    if isinstance(source, fx.Node) and source.target in _CUTTING:
+        return _rejoined(source, index)
     if isinstance(source, list | tuple) and isinstance(index, int):
         item = source[index]
         return item if isinstance(item, fx.Node) else None
     return None
+
+
+_CUTTING = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+
+
+def _rejoined(cut: fx.Node, index: Any) -> fx.Node | None:
+    """One of the parts that were concatenated and cut at the same places again."""
+    whole = cut.args[0]
+    if not (isinstance(whole, fx.Node) and whole.target is aten.cat.default and isinstance(index, int)):
+        return None
+    (operands, dim), (_, _, cut_dim) = _padded(whole.args, (None, 0)), _padded(cut.args, (None, None, 0))
+    parts = _value(cut)
+    if dim != cut_dim or len(parts) != len(operands):
+        return None
+    same = all(
+        list(map(expression, a.shape)) == list(map(expression, _value(b).shape))
+        for a, b in zip(parts, operands, strict=True)
+    )
+    return operands[index] if same else None
 
 
 RULES: dict[Any, Rule] = {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import graftc
 from graftc.compiler import cache
@@ -16,6 +17,7 @@ from graftc.compiler.capture import capture
 from graftc.compiler.defaults import default_axes
 from graftc.compiler.signature import Axis
 from graftc.passes.core.printer import format_program, structural_hash
+from graftc.passes.core.sites import linear_use
 from graftc.passes.core.store import Store
 from graftc.passes.core.verify import record_baseline, verify
 from graftc.passes.mode import to_eval
@@ -143,3 +145,23 @@ def test_stochastic_depth_is_gone_in_eval_mode() -> None:
     derived = to_eval(program)
     assert "aten.rand(" not in format_program(derived)
     assert structural_hash(derived) == structural_hash(capture(model, mode="eval").program)
+
+
+def test_what_is_joined_and_cut_again_is_its_parts() -> None:
+    """Biases that are concatenated only to be cut at the same places belong to their linear maps."""
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a, b = torch.cat((self.first.bias, self.second.bias)).chunk(2)
+            return F.linear(x, self.first.weight, a) * F.linear(x, self.second.weight, b)
+
+    found = capture(Joined(), [Axis("x", torch.float32, ("batch", 6))]).program
+    uses = [
+        linear_use(node) for node in found.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    ]
+    assert [use.bias for use in uses if use is not None] == ["first.bias", "second.bias"]
+    assert not found.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
