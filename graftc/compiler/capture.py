@@ -78,13 +78,13 @@ def capture(
         stack.enter_context(_flat_forward(model, chosen, flags))
         try:
             exported, sizes = _export(model, chosen, inputs)
+            result = _program(exported, sizes.specs(), canonical or {})
         except Exception as error:
             raise GraftError(
                 "GC030",
                 f"{type(model).__name__} cannot be captured with {described(chosen, flags)}: {_first_line(error)}",
                 hint="torch.export must be able to trace the model; value-dependent Python control flow cannot be",
             ) from error
-    result = _program(exported, sizes.specs(), canonical or {})
     result.program.mode, result.program.flags = mode, flags
     notes += fixed_notes(chosen, result.program.inputs)
     result.seconds = time.perf_counter() - started

@@ -17,11 +17,11 @@ from torch import Tensor, fx
 from graftc.compiler.family import Family
 from graftc.compiler.pipeline import Compilation
 from graftc.passes.core.folds import LazyTensors
+from graftc.passes.core.layout import Layout
 from graftc.passes.core.program import map_nodes
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import Use, linear_use
 from graftc.passes.core.store import Store
-from graftc.passes.core.uses import Layout
 
 aten = torch.ops.aten
 ALGEBRA_BOUND = 1e-9

@@ -24,11 +24,12 @@ from graftc.compiler.signature import (
 )
 from graftc.compiler.tokens import TOKENS, with_room
 from graftc.passes.core.folds import FoldStep, Keep, LazyTensors
+from graftc.passes.core.layout import Layout
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite, SiteKey
 from graftc.passes.core.store import Store
-from graftc.passes.core.uses import Dense, Layout
+from graftc.passes.core.uses import Dense
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.document import Spec
 
@@ -149,8 +150,8 @@ class Compilation:
             if site.key in resolved.shared:
                 raise GraftError(
                     "GC022",
-                    f"{resolved.name!r} would fold into {site.key}, which is also read by {resolved.shared[site.key]}",
-                    hint="folding would change both; leave this site out",
+                    f"{resolved.name!r} would fold into {site.key}, which {resolved.shared[site.key]}",
+                    hint="folding would change both; break the tie in the model first, or leave this site out",
                 )
             steps.append(
                 FoldStep(
@@ -161,6 +162,7 @@ class Compilation:
                     site.rows,
                     site.use.layout,
                     fold.apply,
+                    everywhere=True,
                 )
             )
         return steps

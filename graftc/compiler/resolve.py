@@ -109,10 +109,20 @@ class Resolver:
     def _resolved(self, adaptation: MethodSpec, sites: Sequence[tuple[Site, MethodSpec]]) -> Resolved:
         groups: dict[SiteKey, list[LinearSite]] = defaultdict(list)
         for site, _ in sites:
-            if isinstance(site, LinearSite) and not self.table.store.tied(site.use.weight):
+            if isinstance(site, LinearSite):
                 groups[_place(site)].append(site)
-        shared = {key: found for key, group in groups.items() if (found := self.table.read_elsewhere(group))}
+        shared = {key: found for key, group in groups.items() if (found := self._shared(group))}
         return Resolved(adaptation, tuple(sites), shared)
+
+    def _shared(self, sites: Sequence[LinearSite]) -> str | None:
+        """What shares the tensor of a place and is not adapted with it, in words."""
+        reader = self.table.read_elsewhere(sites)
+        if reader is None:
+            return None
+        first = sites[0]
+        own = f"{first.key.module}.{first.key.name}"
+        others = [n for n in (first.use.weight, *self.table.store.tied(first.use.weight)) if n != own]
+        return f"is tied to {', '.join(others)}" if others else f"is also read by {reader}"
 
     def again(self, main: Iterable[Resolved]) -> list[Resolved]:
         """The places that another Program's adaptations have, in this one.
@@ -157,18 +167,9 @@ class Resolver:
     def _warn(self, found: Sequence[Resolved]) -> None:
         for resolved in found:
             for site, _ in resolved.places:
-                tied = self.table.store.tied(site.use.weight) if isinstance(site, LinearSite) else ()
-                if isinstance(site, LinearSite) and tied:
-                    others = [n for n in (site.use.weight, *tied) if n != f"{site.key.module}.{site.key.name}"]
-                    warn(
-                        "GC024",
-                        f"{site.key} is tied to {', '.join(others)}: {resolved.name!r} trains there but will not fold",
-                    )
-                elif (reader := resolved.shared.get(_place(site))) is not None:
-                    warn(
-                        "GC024",
-                        f"{site.key} is also read by {reader}: {resolved.name!r} trains there but will not fold",
-                    )
+                reader = resolved.shared.get(_place(site))
+                if reader is not None:
+                    warn("GC024", f"{site.key} {reader}: {resolved.name!r} trains there but will not fold")
 
     def trained(self, spec: Spec) -> list[ParameterSite]:
         """The parameters of the modules that ``train:`` names, as sites.

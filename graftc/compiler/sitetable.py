@@ -108,11 +108,14 @@ class SiteTable:
         return read
 
     def _owner(self, use: Use) -> tuple[str, str]:
-        """Module and parameter name: the calling module's own name for the tensor, or the first one of all."""
+        """Module and parameter name: the calling module's own name for the tensor, or the first one of all. A module
+        that is registered under several paths goes by the first."""
         calling = str(use.node.meta["module"])
         names = [use.weight, *self.store.tied(use.weight)]
         chosen = next((n for n in names if n.rpartition(".")[0] == calling), names[0])
-        module, _, name = chosen.rpartition(".")
+        owner = self.modules.get(chosen.rpartition(".")[0])
+        same = (n for n in names if owner is not None and self.modules.get(n.rpartition(".")[0]) is owner)
+        module, _, name = next(same, chosen).rpartition(".")
         return module, name
 
     def _weight(self, weight: _Weight) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import graftc
 from graftc.passes.core.folds import FoldStep, Keep, LazyTensors
+from graftc.passes.core.layout import Layout
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.store import Store
-from graftc.passes.core.uses import Layout
 from graftc.passes.lora import LoRAMethod
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import graftc
 from graftc.passes.core.folds import FoldStep, LazyTensors, round_once
+from graftc.passes.core.layout import Layout
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.store import Store
-from graftc.passes.core.uses import Layout
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

@@ -228,6 +228,55 @@ def test_read_elsewhere_too() -> None:
     assert "part" in caught.value.message
 
 
+def test_a_module_under_two_names() -> None:
+    """A module that is registered twice is one place with two uses, and folds: all its readers are adapted."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(WIDTH, WIDTH)
+            self.second = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu())
+
+    torch.manual_seed(0)
+    model = Twice().eval().requires_grad_(False)
+    spec = {"adapt": [{"method": "lora", "target": {"modules": "first", "expect": 1}, "rank": 2}]}
+    compiled = graftc.compile(spec, model, {"x": ROWS}).eval()
+    assert len(compiled.compilation.main.resolved[0].sites) == 2
+    perturb(compiled, 0.1)
+    folded = compiled.merge().folded_state_dict()
+    assert torch.equal(folded["first.weight"], folded["second.weight"])
+    source = copy.deepcopy(model)
+    source.load_state_dict(folded)
+    assert largest_difference(outputs_of(source, {"x": ROWS}), outputs_of(compiled, {"x": ROWS})) <= 2e-5
+
+
+def test_some_rows_of_a_grouped_convolution() -> None:
+    """Queries and values as rows of one grouped convolution: rows cannot be computed without their group."""
+
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Conv1d(WIDTH, 3 * WIDTH, 1, groups=3)
+            self.out = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x.transpose(1, 2)).transpose(1, 2).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 1, 4)
+            return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+    torch.manual_seed(0)
+    model, x = Grouped().eval().requires_grad_(False), torch.randn(2, 5, WIDTH)
+    spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 2}]}
+    compiled = graftc.compile(spec, model, {"x": x}).eval()
+    assert [str(s.rows) for s, _ in compiled.compilation.main.resolved[0].sites] == ["0:12", "24:36"]
+    assert same_bits(outputs_of(compiled, {"x": x}), outputs_of(model, {"x": x}))
+    perturb(compiled, 0.1)
+    merged = compiled.merge()
+    assert largest_difference(outputs_of(merged, {"x": x}), outputs_of(compiled, {"x": x})) <= 2e-5
+
+
 def test_read_outside_its_module() -> None:
     """A weight that another module reads is one place: both readings are adapted, and it folds."""
 

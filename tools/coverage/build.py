@@ -60,6 +60,8 @@ def _model(entry: Entry, plan: Plan) -> nn.Module:
     _set(config, "use_cache", False)
     if getattr(config, "default_language", "") is None:
         config.default_language = config.languages[0]
+    if getattr(config, "is_encoder_decoder", False) and not hasattr(config, "decoder_start_token_id"):
+        config.decoder_start_token_id = 0
     with torch.device("meta"):
         count = sum(p.numel() for p in cls(config).parameters())
     if count > PARAMETERS:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graftc.passes.core.layout import Layout
 from graftc.passes.core.ops import SEEDS
 from graftc.passes.core.program import Edit, Program, map_nodes, provenance
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.shapes import expression, fake_mode_of
 from graftc.passes.core.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.store import RESERVED, Store
-from graftc.passes.core.uses import Layout
 from graftc.specs.diagnostics import GraftError
 
 aten = torch.ops.aten
@@ -242,7 +242,15 @@ class Builder:
 
     def low_rank(self, site: LinearSite, x: fx.Node, a: fx.Node, b: fx.Node, scale: float = 1) -> fx.Node:
         """``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., rows, rank]``, as ``[..., rows]``."""
-        return site.use.low_rank(self.call, x, a, b, scale)
+        columns = site.columns
+        if columns.whole or not site.use.grouped:
+            return site.use.low_rank(self.call, x, a, b, scale)
+        # Groups are counted over all rows: the others get zeros.
+        rank = int(b.meta["val"].shape[-1])
+        zeros = self.call(aten.new_zeros.default, b, [columns.total, rank], part="all rows")
+        every = columns.write(self._emit("all rows"), zeros, b, 0, lambda: self._index(columns))
+        delta = site.use.low_rank(self.call, x, a, every, scale)
+        return columns.read(self._emit("own rows"), delta, -1, lambda: self._index(columns))
 
     def output(self, site: LinearSite) -> fx.Node:
         """The site's own rows of the result so far, ``[..., rows]``."""

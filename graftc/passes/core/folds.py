@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from graftc.passes.core.layout import Layout
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.store import Store
-from graftc.passes.core.uses import Layout
 from graftc.specs.diagnostics import GraftError
 
 Tensor = torch.Tensor

@@ -11,12 +11,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graftc.passes.core.layout import Layout
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.shapes import Sizes
 from graftc.passes.core.views import View, view_of
@@ -27,31 +27,6 @@ Call = Callable[..., fx.Node]
 
 PROBES = 16
 """How many random inputs probe a map."""
-
-
-class Layout(StrEnum):
-    """How the Store holds a weight that is seen as ``[..., out, in]``."""
-
-    ROWS = "rows"
-    """As it is seen."""
-    COLUMNS = "columns"
-    """The last two axes swapped: ``[..., in, out]``."""
-    KERNEL = "kernel"
-    """A convolution's ``[out, in, *kernel]``; its columns are the entries of a patch."""
-    PLAIN = "plain"
-    """No matrix: a tensor that is replaced as it is, along its first axis."""
-
-    def orient(self, stored: Tensor) -> Tensor:
-        """The weight as ``[..., out, in]``, a view."""
-        if self is Layout.COLUMNS:
-            return stored.transpose(-1, -2)
-        return stored.flatten(1) if self is Layout.KERNEL else stored
-
-    def restore(self, oriented: Tensor, shape: torch.Size) -> Tensor:
-        """The stored form of an oriented weight."""
-        if self is Layout.COLUMNS:
-            return oriented.transpose(-1, -2)
-        return oriented.reshape(shape) if self is Layout.KERNEL else oriented
 
 
 @dataclass(eq=False)
@@ -83,6 +58,11 @@ class Use(ABC):
 
     axis = -1
     """Which axis of the output counts its columns."""
+
+    @property
+    def grouped(self) -> bool:
+        """Whether each column sees a group of inputs only, so that columns cannot be computed a few at a time."""
+        return False
 
     @property
     def input(self) -> fx.Node:
@@ -168,6 +148,11 @@ class Kernel(Use):
     def groups(self) -> int:
         """Groups of channels that do not meet."""
         return int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[arg-type]
+
+    @property
+    def grouped(self) -> bool:
+        """See `Use.grouped`."""
+        return self.groups > 1
 
     @property
     def _kernel(self) -> tuple[int, ...]:
