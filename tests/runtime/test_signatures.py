@@ -121,6 +121,7 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CALLS)
 def test_every_signature_gives_the_source_models_outputs(family: str) -> None:
     model = frozen(families.tiny(family))
@@ -198,6 +199,7 @@ def switching(family: str) -> tuple[nn.Module, Any, dict[str, dict[str, Any]]]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_no_signature_forgets_an_adaptation(family: str) -> None:
     model, adapted, calls = switching(family)
@@ -237,6 +239,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.slow
 def test_switching_never_copies_a_tensor() -> None:
     import gc
 
