@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.family import Family
 from graftc.compiler.pipeline import Compilation
 from graftc.passes.core.folds import LazyTensors
 from graftc.passes.core.layout import Layout
-from graftc.passes.core.program import map_nodes
+from graftc.passes.core.program import Program, follow, map_nodes
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import Use, linear_use
 from graftc.passes.core.store import Store
@@ -132,11 +131,12 @@ def probe_sites(compilation: Compilation, lazy: LazyTensors, seed: int = 0) -> t
     touched = set(lazy.names) | {s.bias for s in lazy.steps if s.bias is not None}
     evidence: list[SiteEvidence] = []
     probed: set[str] = set()
+    adapted = _Adapted(family.eval)
     for node in family.base_eval.graph.nodes:
         use = linear_use(node)
         if use is None or touched.isdisjoint({use.weight, use.bias or added_bias(node)}):
             continue
-        evidence += _Probe(family, use, lazy, seed).evidence()
+        evidence += _Probe(adapted, use, lazy, seed).evidence()
         probed |= {use.weight, use.bias or ""}
     for name in lazy.names:
         if name not in probed:
@@ -149,6 +149,23 @@ def added_bias(node: fx.Node) -> str:
     return f"{node.meta['module']}.bias".lstrip(".")
 
 
+class _Adapted:
+    """Where nodes of the base are in the adapted graph."""
+
+    def __init__(self, program: Program) -> None:
+        self._nodes = {node.name: node for node in program.graph.nodes}
+        self._forward = {edit.before: edit.after for edit in program.edits}
+        self._backward = {edit.after: edit.before for edit in program.edits}
+
+    def first(self, node: fx.Node) -> fx.Node:
+        """What a base node's value is before any edit."""
+        return follow(self._nodes[node.name], self._backward)
+
+    def last(self, node: fx.Node) -> fx.Node:
+        """What stands for a base node after every edit."""
+        return follow(self._nodes[node.name], self._forward)
+
+
 class _Probe:
     """One map, unfolded and folded, on the same random inputs in float64.
 
@@ -156,8 +173,8 @@ class _Probe:
     adapters. Folded, the base's own call runs over the folded ones.
     """
 
-    def __init__(self, family: Family, use: Use, lazy: LazyTensors, seed: int) -> None:
-        self.family, self.use, self.lazy, self.store = family, use, lazy, lazy.store
+    def __init__(self, adapted: _Adapted, use: Use, lazy: LazyTensors, seed: int) -> None:
+        self.adapted, self.use, self.lazy, self.store = adapted, use, lazy, lazy.store
         generator = torch.Generator().manual_seed(seed)
         device = self.store.get(use.weight).device
         self.inputs = {node: value.to(device) for node, value in use.probe(generator).items()}
@@ -196,20 +213,8 @@ class _Probe:
         return rows.within(self.use.stored).index(device) if self.use.stored.covers(rows) else None
 
     def _unfolded(self) -> Tensor:
-        program = self.family.eval
-        forward = {edit.before: edit.after for edit in program.edits}
-        backward = {edit.after: edit.before for edit in program.edits}
-        nodes = {node.name: node for node in program.graph.nodes}
-        output = nodes[self.use.node.name]
-        while output in forward:
-            output = forward[output]
-        values: dict[fx.Node, Any] = {}
-        for node, value in self.inputs.items():
-            source = nodes[node.name]
-            while source in backward:
-                source = backward[source]
-            values[source] = value
-        return _run(output, values, self._base)
+        values = {self.adapted.first(node): value for node, value in self.inputs.items()}
+        return _run(self.adapted.last(self.use.node), values, self._base)
 
     def _base(self, name: str) -> Tensor:
         return self.store.get(name).detach()

@@ -10,17 +10,6 @@ SHIFT = 32
 _COLUMN = (1 << SHIFT) - 1
 
 
-def runs_of(columns: Tensor) -> Runs:
-    """Sorted column numbers as half-open runs."""
-    if not columns.numel():
-        return ()
-    breaks = torch.nonzero(columns[1:] - columns[:-1] != 1).flatten() + 1
-    starts = [0, *breaks.tolist()]
-    ends = [*breaks.tolist(), columns.numel()]
-    values = columns.tolist()
-    return tuple((values[a], values[b - 1] + 1) for a, b in zip(starts, ends, strict=True))
-
-
 def varying(index: Tensor) -> tuple[int, ...]:
     """Axes along which columns differ."""
     axes = []

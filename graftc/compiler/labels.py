@@ -12,9 +12,10 @@ from torch import Tensor, fx
 from graftc.compiler.columns import Columns, Through
 from graftc.compiler.findings import Finding, Structure, Sublayer, Unresolved, format_runs, place
 from graftc.compiler.flow import Attention, Flow, bits
-from graftc.compiler.indices import Runs, runs_of
+from graftc.compiler.indices import Runs
 from graftc.compiler.maps import Linear
 from graftc.compiler.weights import parameter_rows
+from graftc.passes.core.rows import runs_of
 from graftc.specs.claims import SiteKind
 
 

@@ -180,11 +180,10 @@ class Resolver:
         """
         if not spec.train:
             return []
-        used = {str(n.target) for n in self.table.program.graph.find_nodes(op="get_attr")}
         sites: dict[str, ParameterSite] = {}
         try:
             for path in match_modules(spec.train, [m for m in self.table.modules if m]):
-                for site in self._parameters(path, used):
+                for site in self._parameters(path):
                     sites.setdefault(site.tensor, site)
         except GraftError as error:
             raise spec.locate(error) from error
@@ -196,13 +195,12 @@ class Resolver:
         Raises:
             GraftError: GC031 naming a parameter that this Program does not read.
         """
-        used = {str(n.target) for n in self.table.program.graph.find_nodes(op="get_attr")}
         for site in main:
-            if site.tensor not in used:
+            if not self.table.reads(site.tensor):
                 raise not_read(self.table.program, site.tensor, TRAIN)
         return list(main)
 
-    def _parameters(self, path: str, used: set[str]) -> list[ParameterSite]:
+    def _parameters(self, path: str) -> list[ParameterSite]:
         found: list[ParameterSite] = []
         where = Place(path="train")
         for name, _ in self.table.modules[path].named_parameters(path, remove_duplicate=False):
@@ -214,7 +212,7 @@ class Resolver:
                     place=where,
                     hint="training one use of a tied tensor changes the other; break the tie in the model first",
                 )
-            if name not in used:
+            if not self.table.reads(name):
                 raise GraftError(
                     "GC023",
                     f"{name} is not needed for any output of the model, so it would never learn",

@@ -151,6 +151,10 @@ class SiteTable:
             layer, stack = (found[0].layer, found[0].stack) if found else place(key.module)
         return [site_of(use, replace(key, use=index), rows, roles, layer, stack) for index, use in enumerate(uses)]
 
+    def reads(self, tensor: str) -> bool:
+        """Whether the Program reads a tensor of the Store."""
+        return tensor in self._attributes
+
     def read_elsewhere(self, sites: Sequence[LinearSite]) -> str | None:
         """What else reads the rows of these sites of one weight, so that folding into it would change that too."""
         adapted = {site.use.node for site in sites}
@@ -256,7 +260,7 @@ class SiteTable:
         return [
             f"{entry.module}: {entry.reason}"
             for entry in self.structure.unresolved
-            if spot is None or place(entry.module) == spot[::-1]
+            if spot is None or (entry.stack, entry.layer) == spot
         ]
 
     def same(self, site: Site) -> list[Site]:

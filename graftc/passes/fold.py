@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import fx
 
 from graftc.passes.canonicalise import remove_dead
-from graftc.passes.core.program import Edit, Program
+from graftc.passes.core.program import Edit, Program, follow
 
 
 def take_out(program: Program, adaptations: Collection[str]) -> Program:
@@ -29,12 +29,6 @@ def _take_out(program: Program, folded: Callable[[Edit], bool]) -> Program:
             stands_for[edit.after] = edit.before
         else:
             kept.append(edit)
-    result.edits = [replace(e, before=_resolve(e.before, stands_for)) for e in reversed(kept)]
+    result.edits = [replace(e, before=follow(e.before, stands_for)) for e in reversed(kept)]
     remove_dead(result)
     return result
-
-
-def _resolve(node: fx.Node, stands_for: dict[fx.Node, fx.Node]) -> fx.Node:
-    while node in stands_for:
-        node = stands_for[node]
-    return node

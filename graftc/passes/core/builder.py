@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.layout import Layout
 from graftc.passes.core.ops import SEEDS
-from graftc.passes.core.program import Edit, Program, map_nodes, provenance
+from graftc.passes.core.program import Edit, Program, follow, map_nodes, provenance
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.shapes import expression, fake_mode_of
 from graftc.passes.core.sites import LinearSite, Site, SiteKey
@@ -314,11 +314,7 @@ class Builder:
 
     def _current(self, name: str) -> fx.Node:
         """What stands for a base tensor now: its overlay, where it has one."""
-        node: fx.Node = self._attributes[name]
-        after = {edit.before: edit.after for edit in self.program.edits}
-        while node in after:
-            node = after[node]
-        return node
+        return follow(self._attributes[name], {edit.before: edit.after for edit in self.program.edits})
 
     def dropout(self, node: fx.Node, p: float, *, recompute: bool = False) -> fx.Node:
         """Dropout of an activation; sites of one adaptation that read the same input share one mask.

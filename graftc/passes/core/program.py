@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -162,6 +162,13 @@ def provenance(node: fx.Node) -> dict[str, str] | None:
     custom = node.meta.get("custom") or {}
     found: dict[str, str] | None = custom.get("graftc")
     return found
+
+
+def follow(node: fx.Node, links: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """The end of a chain of replacements, for example from *before* to *after* of edits."""
+    while node in links:
+        node = links[node]
+    return node
 
 
 def map_nodes(value: Any, fn: Callable[[fx.Node], Any]) -> Any:

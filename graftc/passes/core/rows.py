@@ -14,6 +14,15 @@ MAX_SLICES = 4
 """Up to this many runs are cut with slices; beyond, one index selects them."""
 
 
+def runs_of(numbers: Tensor) -> tuple[tuple[int, int], ...]:
+    """Sorted numbers as half-open runs."""
+    if not numbers.numel():
+        return ()
+    breaks = (torch.nonzero(numbers[1:] - numbers[:-1] != 1).flatten() + 1).tolist()
+    values = numbers.tolist()
+    return tuple((values[a], values[b - 1] + 1) for a, b in zip([0, *breaks], [*breaks, len(values)], strict=True))
+
+
 @dataclass(frozen=True)
 class Rows:
     """Output rows of a ``[total, in]`` weight: everything, or sorted disjoint half-open runs.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.program import map_nodes
-from graftc.passes.core.rows import Rows
+from graftc.passes.core.rows import Rows, runs_of
 
 
 def _names(text: str) -> frozenset[str]:
@@ -89,7 +89,7 @@ class View:
             (True, outs[1], ins[0], second, first),
         ):
             if torch.equal(into, torch.arange(width)) and bool((out[1:] > out[:-1]).all()):
-                return Rows(total, _runs(out)), flipped, width
+                return Rows(total, runs_of(out)), flipped, width
         return None
 
     def vector_rows(self) -> Rows | None:
@@ -101,7 +101,7 @@ class View:
         held = self._run(torch.arange(total))
         if held is None or held.dim() != 1 or not bool((held[1:] > held[:-1]).all()):
             return None
-        return Rows(total, _runs(held))
+        return Rows(total, runs_of(held))
 
     def swaps_matrix(self) -> bool | None:
         """For one matrix per expert: whether the last two axes are swapped. None where the chain does more than that
@@ -181,11 +181,3 @@ def _picks_first(node: fx.Node) -> bool:
     if _name(node) == "index":
         return isinstance(where, list | tuple) and len(where) == 1 and isinstance(where[0], fx.Node)
     return isinstance(where, int) and where == 0
-
-
-def _runs(numbers: Tensor) -> tuple[tuple[int, int], ...]:
-    if not numbers.numel():
-        return ()
-    breaks = (torch.nonzero(numbers[1:] - numbers[:-1] != 1).flatten() + 1).tolist()
-    values = numbers.tolist()
-    return tuple((values[a], values[b - 1] + 1) for a, b in zip([0, *breaks], [*breaks, len(values)], strict=True))
