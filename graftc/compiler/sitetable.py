@@ -141,9 +141,11 @@ class SiteTable:
     def linear_sites(
         self, key: SiteKey, rows: Rows, found: Sequence[Finding] = (), like: Site | None = None
     ) -> list[Site]:
-        """The sites of some rows of a weight, one per use that reads all of those rows."""
+        """The sites of some rows of a weight, one per use that reads all of those rows. A use that reads the tensor the
+        other way round than the first has other rows, and is another reader."""
         weight = self.weights.get((key.module, key.name))
-        uses = [u for u in weight.uses if u.stored.total == rows.total and u.stored.covers(rows)] if weight else []
+        alike = [u for u in weight.uses if u.layout is weight.uses[0].layout] if weight else []
+        uses = [u for u in alike if u.stored.covers(rows)]
         if like is not None:
             roles, layer, stack = like.roles, like.layer, like.stack
         else:
@@ -162,7 +164,8 @@ class SiteTable:
         mine = {use.node: use for w in self.weights.values() for use in w.uses if use.weight == name}
         for reader in _readers(self._attributes.get(name)):
             use = mine.get(reader)
-            if reader in adapted or (use is not None and not use.stored.overlaps(rows)):
+            apart = use is not None and use.layout is sites[0].use.layout and not use.stored.overlaps(rows)
+            if reader in adapted or apart:
                 continue
             return f"{reader.name} in {reader.meta['module'] or 'the model'}"
         return None

@@ -277,6 +277,18 @@ def test_some_rows_of_a_grouped_convolution() -> None:
     assert largest_difference(outputs_of(merged, {"x": x}), outputs_of(compiled, {"x": x})) <= 2e-5
 
 
+def test_both_ways_round() -> None:
+    """A square weight and its transpose: the second reading has other rows, so the place does not fold, and says so."""
+    model = functional(lambda x, p: F.linear(F.linear(x, p.weight).relu(), p.weight.T), weight=(WIDTH, WIDTH)).eval()
+    spec = {"adapt": [{"method": "lora", "target": {"modules": "part"}, "rank": 2}]}
+    with pytest.warns(UserWarning, match="GC024.*also read by"):
+        compiled = graftc.compile(spec, model, {"x": ROWS})
+    perturb(compiled)
+    with pytest.raises(GraftError) as caught:
+        compiled.merge()
+    assert caught.value.code == "GC022"
+
+
 def test_read_outside_its_module() -> None:
     """A weight that another module reads is one place: both readings are adapted, and it folds."""
 
