@@ -48,6 +48,12 @@ class Family:
     cached: bool
     key: tuple[str, ...] = ()
 
+    def program(self, mode: Mode, base: bool = False) -> Program:
+        """The adapted Program of a mode, or the base's own."""
+        if base:
+            return self.base if mode == "train" else self.base_eval
+        return self.train if mode == "train" else self.eval
+
     def rewrite_seconds(self) -> float:
         """What everything after capture took."""
         return sum(entry.seconds for entry in self.train.history)

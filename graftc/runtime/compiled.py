@@ -18,6 +18,7 @@ from graftc.compiler.interface import ExampleInputs, Interface, dtype_of
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.report import Report, report
 from graftc.compiler.signature import split
+from graftc.compiler.snapshot import Snapshot, snapshot
 from graftc.passes.core.blocks import Runner
 from graftc.passes.core.printer import format_program
 from graftc.passes.core.program import Mode, Program
@@ -88,7 +89,7 @@ class ModelRunner(Runner):
         return f"{'train' if self.training else 'eval'}:{','.join(family)}"
 
     def _program_of(self, family: Family) -> Program:
-        return family.train if self.training else family.eval
+        return family.program("train" if self.training else "eval")
 
     def export(
         self,
@@ -170,10 +171,12 @@ class Compiled(ModelRunner):
 
     def program(self, mode: Mode = "eval", *, base: bool = False) -> Program:
         """The Program of the first signature: adapted, or the base's own."""
-        family = self._compilation.main
-        if base:
-            return family.base if mode == "train" else family.base_eval
-        return family.train if mode == "train" else family.eval
+        return self._compilation.main.program(mode, base)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """Places, tensors and Programs as data: what inspecting looks at."""
+        return snapshot(self._compilation)
 
     def print_graph(self, mode: Mode = "eval") -> str:
         """The canonical text of the adapted graph."""
@@ -254,9 +257,7 @@ class Compiled(ModelRunner):
         return ("base " if self._base_only else "") + super()._key(family)
 
     def _program_of(self, family: Family) -> Program:
-        if self._base_only:
-            return family.base if self.training else family.base_eval
-        return super()._program_of(family)
+        return family.program("train" if self.training else "eval", base=self._base_only)
 
 
 def compiled_class(model: nn.Module) -> type[Compiled]:

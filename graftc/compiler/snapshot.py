@@ -1,0 +1,200 @@
+"""What a Compilation is, as data: places, tensors and Programs. A live model and an artifact on disk give the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.family import Family
+from graftc.compiler.findings import Finding, Structure
+from graftc.compiler.pipeline import Compilation
+from graftc.passes.core.program import Mode, Program
+from graftc.passes.core.rows import Rows
+from graftc.passes.core.shapes import DTYPE_NAMES
+from graftc.passes.core.sites import LinearSite, Site, SiteKey
+from graftc.passes.core.store import Store
+from graftc.specs.document import Spec
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A tensor without its values.
+
+    Attributes:
+        dtype: its element type, as ``"f32"``.
+        shape: its sizes.
+        trainable: whether it trains.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    trainable: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorRecord:
+        """The record of a tensor."""
+        dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+        return cls(dtype, tuple(tensor.shape), isinstance(tensor, nn.Parameter) and tensor.requires_grad)
+
+    @property
+    def numel(self) -> int:
+        """How many elements."""
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One adapted place.
+
+    Attributes:
+        adaptation, method: whose.
+        key: the place; its use is 0.
+        kind: what kind of site it is.
+        roles: what it does in the architecture, most specific first.
+        layer, stack: index of its layer and path of the layer list; None and empty outside the layers.
+        rows: the own rows of the stored weight, as half-open runs; None is all of them.
+        uses: how often the graph reads it.
+        evidence: why it has its role, for people; empty where a target named it by path.
+        tensors: the adaptation's tensors there, part to Store name.
+    """
+
+    adaptation: str
+    method: str
+    key: SiteKey
+    kind: str
+    roles: tuple[str, ...]
+    layer: int | None
+    stack: str
+    rows: tuple[tuple[int, int], ...] | None
+    uses: int
+    evidence: str
+    tensors: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TrainedRecord:
+    """A base tensor, or rows of one, that a trained copy stands in for.
+
+    Attributes:
+        owner: the adaptation, ``trained`` for the spec's ``train`` list, ``tokens`` for new tokens.
+        base: Store name of the base tensor.
+        rows: which rows, as half-open runs; None is all of them.
+        tensor: Store name of the trained copy.
+    """
+
+    owner: str
+    base: str
+    rows: tuple[tuple[int, int], ...] | None
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A Compilation as data.
+
+    Attributes:
+        model: name of the source model's class.
+        spec: what it was compiled from.
+        sites: every adapted place, in the order of the spec's adaptations.
+        trained: base tensors that train.
+        base: the base's tensors, in the source model's order; tied ones under the name that owns them.
+        aliases: tied names to the name that owns the tensor.
+        adapters: what graftc added.
+        read: gives the Program of the first signature for a mode, adapted or the base's own.
+    """
+
+    model: str
+    spec: Spec
+    sites: tuple[SiteRecord, ...]
+    trained: tuple[TrainedRecord, ...]
+    base: Mapping[str, TensorRecord]
+    aliases: Mapping[str, str]
+    adapters: Mapping[str, TensorRecord]
+    read: Callable[[Mode, bool], Program]
+
+    def program(self, mode: Mode = "eval", *, base: bool = False) -> Program:
+        """The Program of the first signature: adapted, or the base's own."""
+        return self.read(mode, base)
+
+
+def snapshot(compilation: Compilation) -> Snapshot:
+    """The live Compilation as data."""
+    store, family = compilation.store, compilation.main
+    return Snapshot(
+        type(compilation.model).__name__,
+        compilation.spec,
+        tuple(site_records(compilation)),
+        tuple(TrainedRecord(owner, base, rows.runs, name) for owner, _, base, rows, name in compilation.overlays),
+        {name: TensorRecord.of(t) for name, t in store.base() if name not in store.constants},
+        dict(store.aliases),
+        {name: TensorRecord.of(t) for name, t in adapter_tensors(store)},
+        family.program,
+    )
+
+
+def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:
+    """What graftc added and has to be kept: parameters, frozen ones too, and persistent buffers."""
+    for name, tensor in store.adapters():
+        path, _, last = name.rpartition(".")
+        if isinstance(tensor, nn.Parameter) or last not in store.owner(path)._non_persistent_buffers_set:
+            yield name, tensor
+
+
+def site_records(compilation: Compilation) -> Iterator[SiteRecord]:
+    """The adapted places."""
+    family: Family = compilation.main
+    for resolved in family.resolved:
+        uses: dict[SiteKey, int] = {}
+        for site, _ in resolved.sites:
+            uses[site.key.place] = uses.get(site.key.place, 0) + 1
+        for site, _ in resolved.places:
+            yield SiteRecord(
+                resolved.name,
+                resolved.spec.method,
+                site.key,
+                str(site.kind),
+                site.roles,
+                site.layer,
+                site.stack,
+                site.rows.runs if isinstance(site, LinearSite) else None,
+                uses[site.key.place] if isinstance(site, LinearSite) else 1,
+                _evidence(family.structure, site),
+                dict(compilation.parts.get(resolved.name, {}).get(site.key, {})),
+            )
+
+
+def _evidence(structure: Structure, site: Site) -> str:
+    node = site.use.node if isinstance(site, LinearSite) else getattr(site, "node", None)
+    found = (f for f in structure.findings if f.role in site.roles and f.node is node and _same_rows(f, site))
+    return next((f.evidence for f in found), "")
+
+
+def _same_rows(finding: Finding, site: Site) -> bool:
+    if not isinstance(site, LinearSite) or finding.rows is None:
+        return True
+    return Rows(site.rows.total, finding.rows) == site.rows
+
+
+def as_plain(record: SiteRecord) -> dict[str, Any]:
+    """A site record as JSON data."""
+    key = record.key
+    return {
+        "adaptation": record.adaptation,
+        "method": record.method,
+        "module": key.module,
+        "name": key.name,
+        "part": key.part,
+        "use": key.use,
+        "kind": record.kind,
+        "roles": list(record.roles),
+        "layer": record.layer,
+        "stack": record.stack,
+        "rows": None if record.rows is None else [list(run) for run in record.rows],
+        "uses": record.uses,
+        "evidence": record.evidence,
+        "tensors": dict(record.tensors),
+    }
