@@ -16,8 +16,10 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -110,26 +112,58 @@ def _own_digest() -> str:
 
 def lookup(model: nn.Module, axes: Sequence[Axis], flags: Flags = (), mode: Mode = "train") -> Capture | None:
     """The kept capture, with fake values on the model's device, or None."""
-    path = _path(model, axes, flags, mode)
+    return _read(key(model, axes, flags, mode), device_of(model))
+
+
+def keep(model: nn.Module, axes: Sequence[Axis], found: Capture) -> None:
+    """Keep a capture; written beside and renamed. What cannot be kept is passed over silently."""
+    _write(key(model, axes, found.program.flags, found.program.mode), found)
+
+
+def captured(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    flags: Flags = (),
+    *,
+    mode: Mode = "train",
+    canonical: Mapping[str, str],
+    use_cache: bool = True,
+    known: Mapping[str, Callable[[], Capture]] = MappingProxyType({}),
+) -> Capture:
+    """A capture that is known under its key, one from the cache, or a new one that goes there.
+
+    See `graftc.compiler.capture.capture`.
+    """
+    wanted = key(model, axes, flags, mode)
+    if wanted is not None and wanted in known:
+        return replace(known[wanted](), key=wanted)
+    entry = _read(wanted, device_of(model)) if use_cache else None
+    if entry is not None:
+        return entry
+    found = replace(capture(model, axes, flags=flags, mode=mode, canonical=canonical), key=wanted)
+    if use_cache:
+        _write(wanted, found)
+    return found
+
+
+def _read(wanted: str | None, device: torch.device) -> Capture | None:
+    path = _path(wanted)
     if path is None:
         return None
     started = time.perf_counter()
     try:
         data = json.loads(path.read_text())
-        program = program_from_json(data["program"], device_of(model))
-        constants = {name: _tensor(value, device_of(model)) for name, value in data["constants"].items()}
+        program = program_from_json(data["program"], device)
+        constants = {name: _tensor(value, device) for name, value in data["constants"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     seconds = time.perf_counter() - started
-    return Capture(program, constants, seconds, cached=True, notes=tuple(data.get("notes", ())))
+    return Capture(program, constants, seconds, cached=True, notes=tuple(data.get("notes", ())), key=wanted)
 
 
-def keep(model: nn.Module, axes: Sequence[Axis], found: Capture) -> None:
-    """Keep a capture; written beside and renamed. What cannot be kept is passed over silently."""
-    path = _path(model, axes, found.program.flags, found.program.mode)
-    if path is None:
-        return
-    if any(t.numel() * t.element_size() > _LARGEST_CONSTANT for t in found.constants.values()):
+def _write(wanted: str | None, found: Capture) -> None:
+    path = _path(wanted)
+    if path is None or any(t.numel() * t.element_size() > _LARGEST_CONSTANT for t in found.constants.values()):
         return
     try:
         constants = {name: _encode(tensor) for name, tensor in found.constants.items()}
@@ -146,29 +180,9 @@ def keep(model: nn.Module, axes: Sequence[Axis], found: Capture) -> None:
         return
 
 
-def captured(
-    model: nn.Module,
-    axes: Sequence[Axis],
-    flags: Flags = (),
-    *,
-    mode: Mode = "train",
-    canonical: Mapping[str, str],
-    use_cache: bool = True,
-) -> Capture:
-    """A capture from the cache, or a new one that goes there. See `graftc.compiler.capture.capture`."""
-    entry = lookup(model, axes, flags, mode) if use_cache else None
-    if entry is not None:
-        return entry
-    found = capture(model, axes, flags=flags, mode=mode, canonical=canonical)
-    if use_cache:
-        keep(model, axes, found)
-    return found
-
-
-def _path(model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode) -> Path | None:
+def _path(wanted: str | None) -> Path | None:
     base = folder()
-    found = key(model, axes, flags, mode) if base is not None else None
-    return base / f"{found}.json" if base is not None and found is not None else None
+    return base / f"{wanted}.json" if base is not None and wanted is not None else None
 
 
 def _encode(tensor: torch.Tensor) -> dict[str, Any]:

@@ -37,13 +37,23 @@ _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pr
 
 @dataclass
 class Capture:
-    """A captured Program with the constants it mentions beyond the model's own tensors."""
+    """A captured Program.
+
+    Attributes:
+        program: the base's graph.
+        constants: tensors that it mentions beyond the model's own, by name.
+        seconds: how long it took.
+        cached: whether it came from a file.
+        notes: what capturing had to change, for people.
+        key: what identifies the model and the request (`graftc.compiler.cache.key`); None where nothing does.
+    """
 
     program: Program
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     cached: bool = False
     notes: tuple[str, ...] = ()
+    key: str | None = None
 
 
 def capture(

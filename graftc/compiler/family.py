@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Family:
-    """The Programs of one signature: the base and the adapted model, in train and eval mode."""
+    """The Programs of one signature: the base and the adapted model, in train and eval mode.
+
+    Attributes:
+        axes: the inputs that capturing was asked for.
+        captures: what was captured: train mode, and eval mode where it could not be derived.
+    """
 
     base: Program
     base_eval: Program
@@ -44,9 +49,19 @@ class Family:
     structure: Structure
     resolved: list[Resolved]
     trained: list[ParameterSite]
-    capture_seconds: float
-    cached: bool
+    axes: tuple[Axis, ...]
+    captures: tuple[Capture, ...]
     key: tuple[str, ...] = ()
+
+    @property
+    def capture_seconds(self) -> float:
+        """What capturing train mode took."""
+        return self.captures[0].seconds
+
+    @property
+    def cached(self) -> bool:
+        """Whether the capture came from a file."""
+        return self.captures[0].cached
 
     def program(self, mode: Mode, base: bool = False) -> Program:
         """The adapted Program of a mode, or the base's own."""
@@ -56,7 +71,7 @@ class Family:
 
     def rewrite_seconds(self) -> float:
         """What everything after capture took."""
-        return sum(entry.seconds for entry in self.train.history)
+        return sum(entry.seconds for entry in self.eval.history)
 
 
 class _Clock:
@@ -83,10 +98,13 @@ def compile_family(compilation: Compilation, axes: Sequence[Axis], flags: Flags)
     clock.entries += base.history
     main = compilation.main if compilation.families else None
     train = _adapted(compilation, found, clock, main)
+    train.program.history = list(clock.entries)
+    captures = [found]
     eval_base = record_baseline(to_eval(base))
     if any(_draws(node) for node in eval_base.graph.nodes):
         # Random depth and the like leave more behind than dropout: what eval mode computes has to be looked at.
         direct = _capture(compilation, axes, flags, "eval")
+        captures.append(direct)
         eval_base = direct.program
         own = _adapted(compilation, direct, _Clock(), train).program
         adapted_eval = clock.step("mode(eval)", lambda: to_eval(own), train.program)
@@ -94,7 +112,6 @@ def compile_family(compilation: Compilation, axes: Sequence[Axis], flags: Flags)
         adapted_eval = clock.step("mode(eval)", lambda: to_eval(train.program), train.program)
     adapted_eval.baseline = eval_base.baseline
     clock.step("verify", lambda: verify(adapted_eval, compilation.store, "mode(eval)", types=True), adapted_eval)
-    train.program.history = list(clock.entries)
     adapted_eval.history = list(clock.entries)
     return Family(
         base,
@@ -104,8 +121,8 @@ def compile_family(compilation: Compilation, axes: Sequence[Axis], flags: Flags)
         train.structure,
         train.resolved,
         train.trained,
-        found.seconds,
-        found.cached,
+        tuple(axes),
+        tuple(captures),
     )
 
 
@@ -120,7 +137,13 @@ def _draws(node: fx.Node) -> bool:
 def _capture(compilation: Compilation, axes: Sequence[Axis], flags: Flags, mode: Mode) -> Capture:
     store = compilation.store
     found = captured(
-        compilation.model, axes, flags, mode=mode, canonical=store.aliases, use_cache=compilation.use_cache
+        compilation.model,
+        axes,
+        flags,
+        mode=mode,
+        canonical=store.aliases,
+        use_cache=compilation.use_cache,
+        known=compilation.known,
     )
     compilation.notes += [note for note in found.notes if note not in compilation.notes]
     for name, value in found.constants.items():
@@ -164,7 +187,7 @@ def _adapted(compilation: Compilation, found: Capture, clock: _Clock, main: Fami
 def _insert_tokens(compilation: Compilation, program: Program, table: SiteTable, clock: _Clock) -> None:
     spec, store = compilation.spec, compilation.store
     assert spec.tokens is not None
-    build = Builder(program, store, TOKENS, TOKENS, compilation.seed)
+    build = Builder(program, store, TOKENS, TOKENS, compilation.seed, compilation.values)
     try:
         found = token_sites(compilation.model, store, table, spec.tokens)
     except GraftError as error:
@@ -184,12 +207,12 @@ def _insert(
 ) -> None:
     store = compilation.store
     if trained:
-        build = Builder(program, store, TRAIN, TRAIN, compilation.seed)
+        build = Builder(program, store, TRAIN, TRAIN, compilation.seed, compilation.values)
         clock.step("insert(train)", lambda: _overlay(build, trained), program)
         _collect(compilation, build)
         clock.step("verify", lambda: verify(program, store, "insert(train)"), program)
     for index, item in enumerate(resolved):
-        build = Builder(program, store, item.name, item.spec.method, compilation.seed)
+        build = Builder(program, store, item.name, item.spec.method, compilation.seed, compilation.values)
         try:
             clock.step(f"insert({item.name})", partial(_adapt, build, item), program)
         except GraftError as error:

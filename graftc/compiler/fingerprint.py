@@ -1,37 +1,128 @@
-"""The fingerprint of a base: its config, and names, shapes, dtypes and sampled values of its tensors."""
+"""What identifies a base: its config, and names, types and values of its tensors, all or a sample of each."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from graftc.passes.core.shapes import DTYPE_NAMES
 from graftc.passes.core.store import Store
 
 SAMPLES = 64
+_PASSING = frozenset({"transformers_version", "architectures", "dtype", "torch_dtype"})
+"""What a config says or not depending on how the model was made; dtypes are told from the tensors."""
 
 
-def fingerprint(store: Store, config: Any = None, *, full: bool = False) -> str:
-    """A digest of the base.
+@dataclass(frozen=True)
+class TensorIdentity:
+    """One base tensor.
+
+    Attributes:
+        dtype: its element type, as ``"f32"``.
+        shape: its sizes.
+        digest: SHA-256 of its values, or of a sample; empty on the meta device.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A base.
+
+    Attributes:
+        config: SHA-256 of the model's config without what passes; empty where there is none.
+        tensors: each by the name that owns it.
+        full: whether digests are of every value instead of `SAMPLES` evenly spaced ones.
+    """
+
+    config: str
+    tensors: Mapping[str, TensorIdentity]
+    full: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """One digest of it all."""
+        digest = hashlib.sha256(self.config.encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"|{name}|{tensor.dtype}|{tensor.shape}|{tensor.digest}".encode())
+        return digest.hexdigest()
+
+    def differences(self, other: Identity) -> list[str]:
+        """In which ways ``other`` is another base, for people; empty where it is the same."""
+        found = [] if self.config == other.config else ["its config is another"]
+        found += [f"it has no {name}" for name in self.tensors if name not in other.tensors]
+        found += [f"it has a {name}, which was not there" for name in other.tensors if name not in self.tensors]
+        for name, mine in self.tensors.items():
+            theirs = other.tensors.get(name)
+            if theirs is None or theirs == mine:
+                continue
+            if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
+                found.append(f"{name} is {_type(theirs)}, not {_type(mine)}")
+            else:
+                found.append(f"{name} has other values")
+        return found
+
+
+def _type(tensor: TensorIdentity) -> str:
+    return f"{tensor.dtype}[{', '.join(map(str, tensor.shape))}]"
+
+
+def identify(store: Store, config: Any = None, *, full: bool = False) -> Identity:
+    """The identity of a base.
 
     Args:
         store: its tensors.
         config: the model's config, if it has one.
-        full: digest every value instead of `SAMPLES` evenly spaced ones per tensor.
+        full: digest every value.
     """
-    digest = hashlib.sha256()
+    tensors = {
+        name: TensorIdentity(
+            DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), tensor_digest(tensor, full=full)
+        )
+        for name, tensor in store.base()
+        if name not in store.constants
+    }
+    return Identity(_config_digest(config), tensors, full)
+
+
+def fingerprint(store: Store, config: Any = None, *, full: bool = False) -> str:
+    """The digest of a base. See `identify`."""
+    return identify(store, config, full=full).fingerprint
+
+
+def tensor_digest(tensor: Tensor, *, full: bool = True) -> str:
+    """SHA-256 of a tensor's bytes in row-major order, or of `SAMPLES` evenly spaced elements; empty on meta."""
+    if tensor.device.type == "meta":
+        return ""
+    flat = tensor.detach().reshape(-1)
+    if not full:
+        flat = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+    if not flat.numel():
+        return hashlib.sha256().hexdigest()
+    return hashlib.sha256(memoryview(flat.cpu().contiguous().view(torch.uint8).numpy())).hexdigest()
+
+
+def _config_digest(config: Any) -> str:
     to_dict = getattr(config, "to_dict", None)
-    if to_dict is not None:
-        settings = {k: v for k, v in to_dict().items() if not k.startswith("_") and k != "transformers_version"}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(item for item in store.base() if item[0] not in store.constants):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-        if tensor.device.type != "meta" and tensor.numel():
-            flat = tensor.detach().reshape(-1)
-            if not full:
-                step = max(1, flat.numel() // SAMPLES)
-                flat = flat[::step][:SAMPLES]
-            digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    if to_dict is None:
+        return ""
+    # Through JSON first: a config that was read from a file has text where one made in Python may have numbers.
+    settings = _without_passing(json.loads(json.dumps(to_dict(), default=str)))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _without_passing(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_passing(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: _without_passing(v) for k, v in value.items() if not k.startswith("_") and k not in _PASSING}

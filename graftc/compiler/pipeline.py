@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from graftc.compiler.capture import Capture
 from graftc.compiler.defaults import default_signatures
 from graftc.compiler.family import Family, compile_family
 from graftc.compiler.interface import Flags
@@ -48,6 +50,9 @@ class Compilation:
         parts: adaptation, then site, to Store names by part.
         overlays: base tensors that are trained in place: adaptation, site, base name, rows, trained name.
         notes: what capturing had to change, for people.
+        source: the model as it was given; `model` has room for new tokens where the spec adds some.
+        values: adapter tensors that are there already, by name: those of an artifact.
+        known: captures that are there already, by their key.
     """
 
     spec: Spec
@@ -61,6 +66,9 @@ class Compilation:
     notes: list[str] = field(default_factory=list)
     default: tuple[str, ...] = ()
     use_cache: bool = True
+    source: nn.Module = field(kw_only=True)
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    known: Mapping[str, Callable[[], Capture]] = field(default_factory=dict)
 
     @property
     def main(self) -> Family:
@@ -196,6 +204,8 @@ def compile_model(
     flags: Flags = (),
     seed: int = 0,
     use_cache: bool = True,
+    values: Mapping[str, Tensor] = MappingProxyType({}),
+    known: Mapping[str, Callable[[], Capture]] = MappingProxyType({}),
 ) -> Compilation:
     """Compile a spec against a model. The model is never changed.
 
@@ -206,16 +216,21 @@ def compile_model(
         flags: other keyword arguments of its calls.
         seed: initial values are drawn from it.
         use_cache: look up and keep the captured graph in the user's cache folder.
+        values: adapter tensors to start from instead of initial values, by name.
+        known: captures to use instead of capturing, by their key.
 
     Raises:
         GraftError: with a code for whatever is wrong with the spec, the model or their fit.
     """
+    source = model
     if spec.tokens is not None:
         try:
             model = with_room(model, spec.tokens)
         except GraftError as error:
             raise spec.locate(error) from error
-    compilation = Compilation(spec, model, Store.mirror(model), seed, use_cache=use_cache)
+    compilation = Compilation(
+        spec, model, Store.mirror(model), seed, use_cache=use_cache, source=source, values=values, known=known
+    )
     first_capture(model, axes, lambda attempt: compilation.add(attempt, flags))
     return compilation
 

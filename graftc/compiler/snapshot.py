@@ -28,17 +28,23 @@ class TensorRecord:
         dtype: its element type, as ``"f32"``.
         shape: its sizes.
         trainable: whether it trains.
+        parameter: whether it is a parameter, trainable or not, and no buffer.
     """
 
     dtype: str
     shape: tuple[int, ...]
     trainable: bool = False
+    parameter: bool = True
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorRecord:
         """The record of a tensor."""
         dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
-        return cls(dtype, tuple(tensor.shape), isinstance(tensor, nn.Parameter) and tensor.requires_grad)
+        parameter = isinstance(tensor, nn.Parameter)
+        return cls(dtype, tuple(tensor.shape), parameter and tensor.requires_grad, parameter)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
     @property
     def numel(self) -> int:

@@ -7,8 +7,9 @@ tags every node with its provenance, and records each replacement so that foldin
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor, fx
 
 from graftc.passes.core.layout import Layout
 from graftc.passes.core.ops import SEEDS
-from graftc.passes.core.program import Edit, Program, follow, map_nodes, provenance
+from graftc.passes.core.program import Edit, Program, follow, map_nodes, nodes_in, provenance
 from graftc.passes.core.rows import Rows
-from graftc.passes.core.shapes import expression, fake_mode_of
+from graftc.passes.core.shapes import fake_mode_of, types_of
 from graftc.passes.core.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.store import RESERVED, Store
 from graftc.specs.diagnostics import GraftError
@@ -37,14 +38,24 @@ class Builder:
         adaptation: the adaptation's name.
         method: its method's tag.
         seed: initial values depend on it and on a tensor's name, never on the order of creation.
+        values: tensors that are there already, by name: they take the place of initial values.
     """
 
-    def __init__(self, program: Program, store: Store, adaptation: str, method: str, seed: int = 0) -> None:
+    def __init__(
+        self,
+        program: Program,
+        store: Store,
+        adaptation: str,
+        method: str,
+        seed: int = 0,
+        values: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         self.program = program
         self.store = store
         self.adaptation = adaptation
         self.method = method
         self.seed = seed
+        self.values = values
         self.parts: dict[SiteKey | None, dict[str, str]] = {}
         self.overlays: list[tuple[SiteKey, str, Rows, str]] = []
         self._fake = fake_mode_of(program)
@@ -76,7 +87,7 @@ class Builder:
             part: what the node is within the adaptation, for people (``"down"``).
         """
         graph = self.program.graph
-        sources = _sources((args, kwargs))
+        sources = nodes_in((args, kwargs))
         computed = [n for n in sources if n.op != "get_attr"]
         point: fx.Node = max(computed) if computed else self._first_call().prev
         with graph.inserting_after(point):
@@ -100,7 +111,7 @@ class Builder:
 
     def _infer(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The call's value from its arguments' types; equal types are worked out once."""
-        key = (target, _freeze(args), _freeze(kwargs))
+        key = (target, types_of(args), types_of(kwargs))
         if key not in self._values:
             with self._fake:
                 inputs = map_nodes((args, kwargs), lambda n: n.meta["val"])
@@ -147,16 +158,26 @@ class Builder:
         key = self._site.key if self._site is not None else None
         name = self._name(part)
         if name not in self.store:
-            device = self._device()
-            if device.type == "meta":
-                value = torch.empty(shape, dtype=dtype, device=device)
-            else:
-                value = torch.empty(shape)
-                init(value, self._generator(name))
-                value = value.to(device=device, dtype=dtype)
-            self.store.add_parameter(name, value, trainable=trainable)
+            self.store.add_parameter(name, self._initial(name, shape, init, dtype), trainable=trainable)
         self.parts.setdefault(key, {})[part] = name
         return self.attribute(name, part)
+
+    def _initial(self, name: str, shape: tuple[int, ...], init: Initialiser, dtype: torch.dtype) -> Tensor:
+        device = self._device()
+        if name in self.values:
+            return self._given(name, shape, dtype, device)
+        if device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device=device)
+        value = torch.empty(shape)
+        init(value, self._generator(name))
+        return value.to(device=device, dtype=dtype)
+
+    def _given(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        value = self.values[name]
+        if (tuple(value.shape), value.dtype) != (shape, dtype):
+            found, wanted = f"{value.dtype}{list(value.shape)}", f"{dtype}{list(shape)}"
+            raise GraftError("GC053", f"{name} is {found}, it must be {wanted}")
+        return value.detach().to(device, copy=True)
 
     def tensors(self) -> tuple[str, ...]:
         """Base tensors that the Program reads, in the order of the graph."""
@@ -209,7 +230,11 @@ class Builder:
             return self.attribute(self._overlaid[base, own], part)
         name = self._overlaid[base, own] = self._name(part)
         if name not in self.store:
-            value = own.take(tensor.detach()).clone()
+            value = own.take(tensor.detach())
+            if name in self.values:
+                value = self._given(name, tuple(value.shape), value.dtype, value.device)
+            else:
+                value = value.clone()
             self.store.add_parameter(name, value, trainable=True)
             if own.whole:
                 self.store.add_overlay(base, name)
@@ -358,32 +383,3 @@ class Builder:
         )
         site = str(self._site.key) if self._site is not None else ""
         self.program.edits.append(Edit(self.adaptation, site, before, after))
-
-
-def _sources(value: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-
-    def note(node: fx.Node) -> fx.Node:
-        found.append(node)
-        return node
-
-    map_nodes(value, note)
-    return found
-
-
-def _freeze(value: Any) -> Any:
-    if isinstance(value, fx.Node):
-        return _type_key(value.meta["val"])
-    if isinstance(value, list | tuple):
-        return tuple(_freeze(v) for v in value)
-    if isinstance(value, dict):
-        return tuple((k, _freeze(v)) for k, v in value.items())
-    return (type(value), value)
-
-
-def _type_key(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return (value.dtype, value.device, tuple(expression(size) for size in value.shape))
-    if isinstance(value, list | tuple):
-        return tuple(_type_key(v) for v in value)
-    return expression(value)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx
 
 from graftc.passes.core.rows import Rows
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 Mode = Literal["train", "eval"]
 
@@ -85,7 +88,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """What one pass did to a Program."""
+    """What one pass did to a Program; ``seconds`` are 0 where it came from a file."""
 
     step: str
     added: int
@@ -137,6 +140,12 @@ class Program:
         """Input nodes in order."""
         return self.graph.find_nodes(op="placeholder")
 
+    def to_networkx(self) -> nx.MultiDiGraph[str]:
+        """The graph for networkx, nodes by their printed names. See `graftc.passes.core.graphs.to_networkx`."""
+        from graftc.passes.core.graphs import to_networkx
+
+        return to_networkx(self)
+
     def copy(self, **changes: Any) -> Program:
         """A Program with its own copy of the graph; metadata values and Store tensors are shared."""
         graph = fx.Graph()
@@ -174,3 +183,15 @@ def follow(node: fx.Node, links: Mapping[fx.Node, fx.Node]) -> fx.Node:
 def map_nodes(value: Any, fn: Callable[[fx.Node], Any]) -> Any:
     """``value`` (arguments of a node) with ``fn`` applied to every node in it."""
     return fx.node.map_arg(value, fn)
+
+
+def nodes_in(value: Any) -> list[fx.Node]:
+    """Every node in ``value`` (arguments of a node), in order, as often as it stands there."""
+    found: list[fx.Node] = []
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    map_nodes(value, note)
+    return found

@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.program import InputSpec, OutputSpec, Program
+from graftc.passes.core.program import HistoryEntry, InputSpec, OutputSpec, Program
 from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES, FakeContext, SymbolNames
 
-SCHEMA = 2
+SCHEMA = 3
 _NAMESPACES = frozenset({"aten", "graftc", "prims", "transformers"})
+_HOMES = {"graftc": "graftc.passes.core.ops", "transformers": "transformers.integrations.moe"}
+"""Modules that register the operators of a namespace."""
+
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     f"{module.__name__.lstrip('_')}.{name}": getattr(module, name)
     for module, names in (
@@ -94,6 +97,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "flags": [list(flag) for flag in program.flags],
         "inputs": inputs,
         "outputs": _encode_output(program.outputs),
+        "history": [[entry.step, entry.added, entry.removed] for entry in program.history],
         "types": table,
         "nodes": nodes,
     }
@@ -134,7 +138,8 @@ def _program(data: Mapping[str, Any], device: torch.device) -> Program:
         nodes.append(node)
     inputs = tuple(_decode_input(entry) for entry in data["inputs"])
     outputs, flags = _decode_output(data["outputs"]), tuple((str(name), value) for name, value in data["flags"])
-    return Program(graph, inputs, outputs, mode=data["mode"], entry=data["entry"], flags=flags)
+    history = [HistoryEntry(str(step), int(added), int(removed), 0.0) for step, added, removed in data["history"]]
+    return Program(graph, inputs, outputs, mode=data["mode"], entry=data["entry"], flags=flags, history=history)
 
 
 def _decode_input(data: Mapping[str, Any]) -> InputSpec:
@@ -164,6 +169,8 @@ def _decode_target(op: str, text: str) -> Any:
         return _FUNCTIONS[text]
     namespace, _, rest = text.partition(".")
     name, _, overload = rest.rpartition(".")
+    if namespace in _HOMES:
+        importlib.import_module(_HOMES[namespace])
     if op != "call_function" or namespace not in _NAMESPACES or not name.isidentifier():
         raise SerialisationError(f"operator {text!r}")
     packet = getattr(getattr(torch.ops, namespace), name, None)
@@ -253,6 +260,8 @@ def _encode_output(spec: OutputSpec) -> dict[str, Any]:
         data["children"] = [_encode_output(child) for child in spec.children]
     if spec.cls is not None:
         data["class"] = f"{spec.cls.__module__}:{spec.cls.__qualname__}"
+        if not spec.cls.__module__.startswith("transformers."):
+            raise SerialisationError(f"output class {data['class']}")
     return data
 
 

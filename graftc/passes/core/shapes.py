@@ -197,6 +197,25 @@ class FakeContext:
         return self._tensors[key]
 
 
+def types_of(value: Any) -> Any:
+    """Arguments of a call with types for values, as something to look results up by."""
+    if isinstance(value, torch.fx.Node):
+        return _type(value.meta["val"])
+    if isinstance(value, list | tuple):
+        return tuple(types_of(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, types_of(v)) for k, v in value.items())
+    return (type(value), value)
+
+
+def _type(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, value.device, tuple(expression(size) for size in value.shape))
+    if isinstance(value, list | tuple):
+        return tuple(_type(v) for v in value)
+    return expression(value)
+
+
 def fake_mode_of(program: Program) -> FakeTensorMode:
     """The fake mode that a Program's values live in."""
     for node in program.graph.nodes:

@@ -174,6 +174,11 @@ class Kernel(Use):
         product = _scaled(call, call(aten.matmul.default, b, a, part="product"), scale)
         return self.map(call, x, product, "up")
 
+    def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
+        """See `Use.widen`. Where the hidden values are not contiguous, torch multiplies a factor that wants a gradient
+        another way than one that does not, and equal factors would not cancel to the bit."""
+        return super().widen(call, call(aten.contiguous.default, hidden, part="contiguous"), b)
+
     def columns_last(self, call: Call, value: fx.Node) -> fx.Node:
         """See `Use.columns_last`."""
         return call(aten.movedim.int, value, 1, -1, part="channels last")

@@ -1,0 +1,338 @@
+"""Writing files and folders so that a destination is absent or complete, whatever happens on the way.
+
+What is written goes into a *staging folder* beside the destination, ``.NAME.graftc-RANDOM``: first ``new/NAME`` (and
+files that belong to it), then, when all of it is on the disk, a journal ``commit.json``. From there on the write
+counts as done: what is left is renaming, which the next run finishes if this one is killed. A staging folder without a
+journal is thrown away by the next run. The process that owns one holds a lock on it, which ends with the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from graftc.specs.diagnostics import GraftError
+
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["recover", "staged", "write_text"]
+
+_STAGING = re.compile(r"\..+\.graftc-[0-9a-f]{12}")
+_NEW, _OLD, _JOURNAL = "new", "old", "commit.json"
+
+
+@contextlib.contextmanager
+def staged(
+    path: Path,
+    *,
+    force: bool = False,
+    companions: Sequence[str] = (),
+    replaceable: Callable[[Path], bool] = lambda path: path.is_file(),
+) -> Iterator[Path]:
+    """A path of the same name to write a file or a folder to; it is put in place when the block ends well.
+
+    Args:
+        path: the destination. Folders above it are made where they are missing.
+        force: replace what is there. A link is replaced itself, never what it points to.
+        companions: names of files that may be written beside the destination and belong to it.
+        replaceable: whether ``force`` may replace what is there; by default files only.
+
+    Raises:
+        GraftError: GC063 when something is there and may not be replaced, GC064 when writing fails. The destination is
+            as it was before then.
+    """
+    path = Path(os.path.abspath(path))
+    _refuse_existing(path, companions, force, replaceable)
+    made: list[Path] = []
+    try:
+        made = _make_parents(path.parent)
+        recover(path.parent)
+        _refuse_existing(path, companions, force, replaceable)
+        with _staging(path) as staging:
+            yield staging / _NEW / path.name
+            _commit(staging, path, companions, force)
+        made = []
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def write_text(path: Path, text: str, *, force: bool = False) -> Path:
+    """Write a UTF-8 text file, whole or not at all.
+
+    Raises:
+        GraftError: as `staged`.
+    """
+    with staged(path, force=force) as file:
+        file.write_text(text, encoding="utf-8")
+    return path
+
+
+def _refuse_existing(path: Path, companions: Sequence[str], force: bool, replaceable: Callable[[Path], bool]) -> None:
+    for taken in (path, *(path.with_name(name) for name in companions)):
+        if not os.path.lexists(taken):
+            continue
+        if not force:
+            raise GraftError("GC063", f"{taken} exists", hint="choose another path, or replace it with --force")
+        if taken.is_symlink() or (replaceable(taken) if taken == path else taken.is_file()):
+            continue
+        what = "a folder that graftc did not write" if taken.is_dir() else "no folder that graftc wrote"
+        raise GraftError("GC063", f"{taken} is {what}, so it is not replaced", hint="choose another path or remove it")
+
+
+def _cannot_write(path: Path, error: OSError) -> GraftError:
+    hints = {
+        errno.ENOSPC: "the disk is full: make room or choose another disk",
+        errno.EDQUOT: "the quota is used up: make room or choose another disk",
+        errno.EACCES: "choose a folder that you may write to",
+        errno.EROFS: "the file system is read-only: choose another folder",
+        errno.ENOTDIR: "something in the path is a file",
+    }
+    reason = error.strerror or str(error)
+    return GraftError("GC064", f"{path} cannot be written: {reason}", hint=hints.get(error.errno or 0))
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Make the folders that are missing; they are returned, the innermost first."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    made: list[Path] = []
+    for step in reversed(missing):
+        step.mkdir(exist_ok=True)
+        made.insert(0, step)
+    return made
+
+
+# --- staging folders ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    """A locked staging folder; at the end it is gone with all that is left in it."""
+    staging, lock = _locked_folder(path)
+    try:
+        (staging / _NEW).mkdir()
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        _unlock(lock)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int | None]:
+    while True:
+        staging = path.with_name(f".{path.name}.graftc-{secrets.token_hex(6)}")
+        staging.mkdir(mode=0o700)
+        try:
+            lock = _lock(staging)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # a run that sweeps this folder has found it before it was locked
+        except OSError:
+            return staging, None  # a file system without locks: nobody sweeps there either
+        if staging.exists():
+            return staging, lock
+        _unlock(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """An open, locked descriptor of a folder; None on systems without such locks.
+
+    Raises:
+        BlockingIOError: another process holds it; OSError: the folder has gone, or cannot be locked.
+    """
+    if sys.platform == "win32":
+        return None
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def recover(folder: Path) -> None:
+    """Finish or throw away what killed runs of this user left in ``folder``. What cannot be mended stays as it is."""
+    if sys.platform == "win32":
+        return
+    try:
+        found = [e.name for e in os.scandir(folder) if _STAGING.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    except OSError:
+        return
+    for name in found:
+        staging = folder / name
+        try:
+            lock = _lock(staging)
+        except OSError:
+            continue
+        try:
+            if os.stat(staging, follow_symlinks=False).st_uid == os.getuid():
+                with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+                    _finish(staging)
+                shutil.rmtree(staging, ignore_errors=True)
+        except OSError:
+            continue
+        finally:
+            _unlock(lock)
+
+
+# --- putting in place --------------------------------------------------------------------------------------------
+
+
+def _commit(staging: Path, path: Path, companions: Sequence[str], force: bool) -> None:
+    """Make sure that everything is on the disk, write the journal, and put everything in place."""
+    new = staging / _NEW
+    names = sorted(entry.name for entry in new.iterdir())
+    if path.name not in names:
+        raise FileNotFoundError(errno.ENOENT, "nothing was written", str(path))
+    _flush(new)
+    # What names the others comes last when things appear and first when they go, so that it never points at nothing.
+    names.remove(path.name)
+    place = [*names, path.name]
+    journal = {
+        "place": {name: (new / name).lstat().st_ino for name in place},
+        "companions": list(companions),
+        "replace": force,
+    }
+    draft = staging / f"{_JOURNAL}.draft"
+    draft.write_text(json.dumps(journal), encoding="utf-8")
+    _flush(draft)
+    os.rename(draft, staging / _JOURNAL)
+    _sync(staging)
+    _finish(staging)
+
+
+def _finish(staging: Path) -> None:
+    """Put in place what the journal lists; nothing without one. Done again after a kill, it goes on where it was.
+
+    Raises:
+        OSError: something is in the way; ValueError: the journal is not one.
+    """
+    try:
+        journal: dict[str, Any] = json.loads((staging / _JOURNAL).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    parent, new, old = staging.parent, staging / _NEW, staging / _OLD
+    inodes: dict[str, int] = journal["place"]
+    place, companions = list(inodes), journal["companions"]
+    if any(name != os.path.basename(name) or name in ("", ".", "..") for name in [*place, *companions]):
+        raise ValueError("not a journal")
+    # After an exchange the old one is there under the name of the new one.
+    pending = [n for n in place if os.path.lexists(new / n) and (new / n).lstat().st_ino == inodes[n]]
+    main = place[-1]
+    if journal["replace"] and main in pending:
+        alone = len(place) == 1 and not any(os.path.lexists(parent / name) for name in companions)
+        if alone and _exchange(new / main, parent / main):
+            _sync(parent)
+            return
+        old.mkdir(exist_ok=True)
+        for name in [main, *companions]:
+            # A companion that has been put in place already is a new one.
+            if os.path.lexists(parent / name) and (name not in place or name in pending):
+                _aside(parent / name, old / name)
+    try:
+        for name in pending:
+            _place(new / name, parent / name)
+    except OSError:
+        for name in os.listdir(old) if old.exists() else ():
+            if not os.path.lexists(parent / name):
+                os.rename(old / name, parent / name)
+        raise
+    _sync(parent)
+
+
+def _aside(path: Path, old: Path) -> None:
+    if os.path.lexists(old):
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    os.rename(path, old)
+
+
+def _place(new: Path, path: Path) -> None:
+    """Rename, unless something has come to be there."""
+    if _rename_with(new, path, _NO_REPLACE):
+        return
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    os.rename(new, path)
+
+
+def _exchange(new: Path, path: Path) -> bool:
+    """Swap two paths in one step, or put the first in place of nothing; False where the system cannot."""
+    if not os.path.lexists(path):
+        os.rename(new, path)
+        return True
+    if not new.is_dir() and not path.is_dir():
+        os.replace(new, path)
+        return True
+    return _rename_with(new, path, _EXCHANGE)
+
+
+_NO_REPLACE, _EXCHANGE = 1, 2
+_AT_FDCWD = -100
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+def _rename_with(old: Path, new: Path, flag: int) -> bool:
+    """Linux's ``renameat2``; False where there is no such thing.
+
+    Raises:
+        OSError: it is there and refuses.
+    """
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flag) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(new))
+
+
+def _flush(path: Path) -> None:
+    """Everything under ``path`` onto the disk, with the permissions that new files have."""
+    if path.is_symlink():
+        return
+    if path.is_dir():
+        for entry in path.iterdir():
+            _flush(entry)
+    elif path.is_file():
+        mode = stat.S_IMODE(path.stat().st_mode)
+        # Some writers make files that only their owner may read.
+        path.chmod(mode | (0o666 & ~_umask()))
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
