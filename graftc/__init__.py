@@ -14,12 +14,13 @@ _FACADE = {
     "load_spec": "graftc.specs.io",
     "compile": "graftc.runtime.api",
     "check": "graftc.runtime.api",
+    "load": "graftc.runtime.api",
     "roles": "graftc.runtime.api",
     "methods": "graftc.specs.listing",
 }
 
 if TYPE_CHECKING:
-    from graftc.runtime.api import check, compile, roles
+    from graftc.runtime.api import check, compile, load, roles
     from graftc.specs.diagnostics import GraftError, GraftWarning
     from graftc.specs.document import Spec
     from graftc.specs.io import load_spec
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "check",
     "compile",
+    "load",
     "load_spec",
     "methods",
     "roles",

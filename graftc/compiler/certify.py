@@ -125,13 +125,22 @@ class Certificate:
         }
 
 
-def probe_sites(compilation: Compilation, lazy: LazyTensors, seed: int = 0) -> tuple[SiteEvidence, ...]:
-    """Probe every map that folding changes, and compare every other folded tensor to what was trained."""
+def probe_sites(
+    compilation: Compilation, lazy: LazyTensors, unfolded: Program | None = None, seed: int = 0
+) -> tuple[SiteEvidence, ...]:
+    """Probe every map that folding changes, and compare every other folded tensor to what was trained.
+
+    Args:
+        compilation: what was folded.
+        lazy: the folded tensors.
+        unfolded: the graph with just the adaptations that fold; that of the Compilation by default.
+        seed: of the probes.
+    """
     family = compilation.main
     touched = set(lazy.names) | {s.bias for s in lazy.steps if s.bias is not None}
     evidence: list[SiteEvidence] = []
     probed: set[str] = set()
-    adapted = _Adapted(family.eval)
+    adapted = _Adapted(unfolded or family.eval)
     for node in family.base_eval.graph.nodes:
         use = linear_use(node)
         if use is None or touched.isdisjoint({use.weight, use.bias or added_bias(node)}):

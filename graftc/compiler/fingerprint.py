@@ -108,7 +108,7 @@ def tensor_digest(tensor: Tensor, *, full: bool = True) -> str:
         flat = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
     if not flat.numel():
         return hashlib.sha256().hexdigest()
-    return hashlib.sha256(memoryview(flat.cpu().contiguous().view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(flat.cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _config_digest(config: Any) -> str:

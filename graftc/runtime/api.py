@@ -1,4 +1,4 @@
-"""The Python interface: compile, check, roles."""
+"""The Python interface: compile, load, check, roles."""
 
 from __future__ import annotations
 
@@ -48,6 +48,27 @@ def compile(
     loaded = load_spec(spec)
     axes, flags = _request(model, example_inputs)
     return make_compiled(compile_model(loaded, model, axes, flags=flags, seed=seed, use_cache=cache))
+
+
+def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
+    """A compiled model from an artifact.
+
+    Every file is checked before anything of it is used. The spec is compiled again and must adapt the same places; the
+    artifact's own graphs are taken where model, code and versions are those that they were captured with.
+
+    Args:
+        path: the artifact's folder.
+        model: its base, or where that is, as the command line takes it. By default where the artifact says, or, for a
+            folder that moved together with it, at the same place beside it.
+        cache: keep captured graphs in the user's cache folder.
+
+    Raises:
+        GraftError: GC080 to GC085 for an artifact that is missing, of a newer format, damaged or not safe; GC086 when
+            the base is not there; GC087 when it is another model; GC088 when the spec adapts other places now.
+    """
+    from graftc.runtime.artifact.load import load as load_from
+
+    return load_from(path, model, cache=cache)
 
 
 def check(

@@ -26,6 +26,8 @@ from graftc.passes.core.store import Store
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
+    from graftc.compiler.explanation import Explanation
+    from graftc.compiler.tree import TreeNode
     from graftc.runtime.merged import Merged
 
 
@@ -188,6 +190,22 @@ class Compiled(ModelRunner):
 
         return diff_programs(self.program(mode, base=True), self.program(mode))
 
+    def explain(self, name: str, mode: Mode = "eval") -> Explanation:
+        """Why something is in the adapted graph: a printed value, a node, a place or a tensor; print it to read it.
+
+        Raises:
+            GraftError: GC091 where nothing is called so, or several things are.
+        """
+        from graftc.compiler.explain import explain
+
+        return explain(self.snapshot, name, mode)
+
+    def tree(self) -> TreeNode:
+        """The source model's modules with what was added to them, layers that are alike once; print it to read it."""
+        from graftc.compiler.tree import model_tree
+
+        return model_tree(self.snapshot)
+
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Every tensor that graftc added, by its full name, detached."""
         return {name: tensor.detach() for name, tensor in self._store.adapters() if isinstance(tensor, nn.Parameter)}
@@ -207,6 +225,34 @@ class Compiled(ModelRunner):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        force: bool = False,
+        base: str | None = None,
+        certify: bool = True,
+        full: bool = False,
+    ) -> Path:
+        """Write an artifact: spec, places, graphs without weights, adapter tensors, and where the base is.
+
+        The base's own weights are not in it. `graftc.load` reads it back.
+
+        Args:
+            path: the folder to make; it is complete when it appears.
+            force: replace an artifact that is there, in one step.
+            base: where the base is, as the command line takes it; by default what transformers knows of the model.
+            certify: fold what folds, and put the certificate in.
+            full: recognise the base by all its values, not by a sample of each tensor.
+
+        Raises:
+            GraftError: GC063 when something else is there, GC064 when it cannot be written.
+        """
+        from graftc.runtime.artifact.write import save
+
+        save(self, path, force=force, base=base, certify=certify, full=full)
+        return Path(path)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
         """Recompute each Block's activations in the backward pass instead of keeping them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from graftc.compiler.certify import DEFAULT_BUDGET, Certificate, probe_sites
 from graftc.compiler.family import Family
 from graftc.compiler.fingerprint import fingerprint
+from graftc.compiler.foldable import Foldable, foldable
 from graftc.compiler.pipeline import Compilation
+from graftc.compiler.report import owner_of
 from graftc.compiler.samples import sample_inputs
-from graftc.passes.core.folds import LazyTensors
 from graftc.passes.core.printer import structural_hash
 from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
@@ -29,20 +30,26 @@ class Merged(ModelRunner):
     """The folded model, in eval mode: the base's graph over folded tensors.
 
     Tensors that folding does not change are shared with the compiled model and the source.
+
+    Attributes:
+        certificate: the evidence for the fold.
+        folded: whose adaptations have gone into the weights.
+        kept: whose have not, with the reason; only folding what folds leaves any.
     """
 
     certificate: Certificate
 
-    def __init__(self, compilation: Compilation, store: Store, additions: tuple[str, ...]) -> None:
-        super().__init__(compilation, store)
-        self._additions = additions
+    def __init__(self, compilation: Compilation, fold: Foldable) -> None:
+        self._additions = fold.lazy.additions()
+        self.folded, self.kept = fold.names, fold.reasons()
+        super().__init__(compilation, _folded_store(compilation.store, fold, self._additions))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own outputs, as its class would give them."""
         return self._call(args, kwargs)
 
     def _program_of(self, family: Family) -> Program:
-        return folded_program(self._compilation, family, self._additions)
+        return _folded_program(self._compilation, family, self.folded, self._additions)
 
     def train(self, mode: bool = True) -> Any:
         """Folded models are for deployment: only eval mode exists."""
@@ -66,10 +73,11 @@ class Merged(ModelRunner):
         return to_transformers(self)
 
 
-def folded_program(compilation: Compilation, family: Family, additions: tuple[str, ...]) -> Program:
-    """The eval Program of a signature with every adaptation taken out, reading added biases where there are any."""
-    program = family.eval
-    folded = take_out(program, {edit.adaptation for edit in program.edits})
+def _folded_program(
+    compilation: Compilation, family: Family, names: Collection[str], additions: tuple[str, ...]
+) -> Program:
+    """The eval Program of a signature without what has folded, reading added biases where there are any."""
+    folded = take_out(family.eval, names)
     for name in additions:
         _add_bias(folded, compilation.store, name)
     return folded
@@ -88,32 +96,44 @@ def _add_bias(program: Program, store: Store, name: str) -> None:
 
 def merge(compiled: Compiled, budget: float | None = None) -> Merged:
     """Fold and certify. See `Compiled.merge`."""
-    compilation = compiled.compilation
-    if compiled.device.type == "meta":
-        raise GraftError("GC050", "there is nothing to fold on the meta device", hint="compile a model with weights")
-    lazy = compilation.lazy_tensors()
-    additions = lazy.additions()
-    merged = Merged(compilation, _folded_store(compilation.store, lazy, additions), additions)
-    merged.certificate = _certify(compiled, merged, lazy, additions, budget)
-    if not merged.certificate.passed:
-        raise GraftError(
-            "GC051",
-            "the fold is not certified: " + "; ".join(merged.certificate.failures()[:3]),
-            details=tuple(merged.certificate.failures()),
-        )
+    merged = fold(compiled, budget, every=True)
+    failures = tuple(merged.certificate.failures())
+    if failures:
+        message = "the fold is not certified: " + "; ".join(failures[:3])
+        raise GraftError("GC051", message, details=failures)
     return merged
 
 
-def _folded_store(store: Store, lazy: LazyTensors, additions: tuple[str, ...]) -> Store:
-    folded = Store()
+def fold(compiled: Compiled, budget: float | None = None, *, every: bool = False) -> Merged:
+    """Fold what folds. The certificate may say that it did not pass.
+
+    Args:
+        compiled: what to fold; it stays as it is.
+        budget: as for `Compiled.merge`.
+        every: all adaptations have to fold.
+
+    Raises:
+        GraftError: GC050 on the meta device; with ``every``, GC050 or GC022 naming what does not fold.
+    """
+    compilation = compiled.compilation
+    if compiled.device.type == "meta":
+        raise GraftError("GC050", "there is nothing to fold on the meta device", hint="compile a model with weights")
+    found = foldable(compilation)
+    if every and found.kept:
+        raise next(iter(found.kept.values()))
+    merged = Merged(compilation, found)
+    merged.certificate = _certify(compiled, merged, found, budget)
+    return merged
+
+
+def _folded_store(store: Store, fold: Foldable, additions: tuple[str, ...]) -> Store:
+    folded, lazy = Store(), fold.lazy
     changed = set(lazy.names)
     for name, tensor in store.base():
-        value = lazy.folded(name) if name in changed else tensor.detach()
-        if isinstance(tensor, nn.Parameter):
-            folded.add_parameter(name, value, trainable=False)
-        else:
-            path, _, last = name.rpartition(".")
-            folded.add_buffer(name, value, persistent=last not in store.owner(path)._non_persistent_buffers_set)
+        _add(folded, store, name, lazy.folded(name) if name in changed else tensor.detach())
+    for name, tensor in store.adapters():
+        if owner_of(name) in fold.kept:
+            _add(folded, store, name, tensor.detach())
     for name in additions:
         folded.add_parameter(name, lazy.folded(name), trainable=False)
     folded.constants = set(store.constants)
@@ -122,11 +142,18 @@ def _folded_store(store: Store, lazy: LazyTensors, additions: tuple[str, ...]) -
     return folded
 
 
+def _add(folded: Store, store: Store, name: str, value: Tensor) -> None:
+    """Add a tensor as what it is in the other Store."""
+    if isinstance(store.get(name), nn.Parameter):
+        folded.add_parameter(name, value, trainable=False)
+    else:
+        path, _, last = name.rpartition(".")
+        folded.add_buffer(name, value, persistent=last not in store.owner(path)._non_persistent_buffers_set)
+
+
 @torch.no_grad()
-def _certify(
-    compiled: Compiled, merged: Merged, lazy: LazyTensors, additions: tuple[str, ...], budget: float | None
-) -> Certificate:
-    compilation = compiled.compilation
+def _certify(compiled: Compiled, merged: Merged, found: Foldable, budget: float | None) -> Certificate:
+    compilation, additions = compiled.compilation, merged._additions
     family = compilation.main
     inputs = sample_inputs(family.base, compilation.store, config=getattr(compiled, "config", None))
     training = compiled.training
@@ -147,9 +174,10 @@ def _certify(
     if budget is None:
         largest = max((float(a.abs().max()) for a in unfolded if isinstance(a, Tensor)), default=1.0)
         budget = DEFAULT_BUDGET.get(compiled.dtype, 1e-4) * max(1.0, largest)
-    program = merged._programs[merged._key(compilation.default)]
+    # What stays in the graph is not the fold's: it is left out where the fold is looked at by itself.
+    program = take_out(merged._programs[merged._key(compilation.default)], found.kept)
     return Certificate(
-        sites=probe_sites(compilation, lazy),
+        sites=probe_sites(compilation, found.lazy, take_out(family.eval, found.kept)),
         outputs=differences,
         budget=budget,
         structure=structural_hash(_without(program, additions), compilation.store.canonical),

@@ -20,7 +20,7 @@ from torch import nn
 from graftc.compiler.interface import ExampleInputs
 from graftc.specs.diagnostics import GraftError, nearest
 
-__all__ = ["load_model", "load_model_and_inputs"]
+__all__ = ["is_callable", "load_model", "load_model_and_inputs"]
 
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -28,7 +28,12 @@ _FORMS = "MODEL is a transformers folder, a hub id, or package.module:callable"
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
-def load_model(text: str, *, meta: bool = False) -> nn.Module:
+def is_callable(text: str) -> bool:
+    """Whether a MODEL argument has the form ``package.module:callable``."""
+    return _CALLABLE.fullmatch(text) is not None
+
+
+def load_model(text: str, *, meta: bool = False, revision: str | None = None) -> nn.Module:
     """The model that a MODEL argument names, in eval mode, as its source gives it otherwise.
 
     Args:
@@ -36,14 +41,17 @@ def load_model(text: str, *, meta: bool = False) -> nn.Module:
             the hub (only its cached files without a network); or ``package.module:callable``, called without
             arguments, where the current folder counts as a place to import from.
         meta: build it on the meta device. A folder then needs no weights, and a hub id only its config.
+        revision: commit of a hub's repository; its newest by default.
 
     Raises:
         GraftError: GC032 with the reason, and the nearest alternative where one can be told.
     """
-    return load_model_and_inputs(text, meta=meta)[0]
+    return load_model_and_inputs(text, meta=meta, revision=revision)[0]
 
 
-def load_model_and_inputs(text: str, *, meta: bool = False) -> tuple[nn.Module, ExampleInputs | None]:
+def load_model_and_inputs(
+    text: str, *, meta: bool = False, revision: str | None = None
+) -> tuple[nn.Module, ExampleInputs | None]:
     """`load_model`, with the example inputs where a callable returns ``(model, example_inputs)``.
 
     Models whose inputs cannot be told from their interface need them: tensors by name or in order, or one tensor.
@@ -52,11 +60,11 @@ def load_model_and_inputs(text: str, *, meta: bool = False) -> tuple[nn.Module, 
         GraftError: as `load_model`.
     """
     inputs: ExampleInputs | None = None
-    if _CALLABLE.fullmatch(text):
+    if is_callable(text):
         model, inputs = _from_callable(text, meta)
     else:
         with quiet_transformers():
-            model = _from_transformers(text, meta)
+            model = _from_transformers(text, meta, revision)
     return model.eval(), inputs
 
 
@@ -67,7 +75,7 @@ def _fail(message: str, hint: str | None = None, *, cause: BaseException | None 
 # --- transformers folders and hub ids ---------------------------------------------------------------------------
 
 
-def _from_transformers(text: str, meta: bool) -> nn.Module:
+def _from_transformers(text: str, meta: bool, revision: str | None) -> nn.Module:
     folder = Path(text).expanduser()
     local = folder.is_dir()
     if local:
@@ -76,11 +84,12 @@ def _from_transformers(text: str, meta: bool) -> nn.Module:
         _fail(f"{text!r} is a file, not a transformers folder", f"did you mean {str(folder.parent)!r}?")
     elif not _HUB_ID.fullmatch(text):
         _fail(f"there is no folder {text!r}", _neighbour(folder) or _FORMS)
-    config = _config(text, folder if local else None)
+    config = _config(text, folder if local else None, revision)
     cls = _architecture(text, config)
     try:
         if not meta:
-            model: nn.Module = cls.from_pretrained(folder if local else text, config=config, trust_remote_code=False)
+            source = {"config": config, "trust_remote_code": False, **_revision(revision)}
+            model: nn.Module = cls.from_pretrained(folder if local else text, **source)
             return model
         with torch.device("meta"):
             made: nn.Module = cls._from_config(config, **_dtype(config))
@@ -109,11 +118,15 @@ def _base_of(adapter: Path) -> str | None:
     return f"give its base model: {base}" if base else None
 
 
-def _config(text: str, folder: Path | None) -> Any:
+def _revision(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"revision": revision}
+
+
+def _config(text: str, folder: Path | None, revision: str | None) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder or text, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder or text, trust_remote_code=False, **_revision(revision))
     except Exception as error:
         if folder is not None:
             _fail(f"the config.json of {text!r} cannot be read: {_reason(error)}", cause=error)

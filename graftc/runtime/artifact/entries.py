@@ -1,0 +1,141 @@
+"""From a compiled model to the data of its manifest, and the texts of its graphs."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import graftc
+from graftc.compiler.capture import Capture
+from graftc.compiler.family import Family
+from graftc.compiler.fingerprint import Identity, tensor_digest
+from graftc.compiler.snapshot import TensorRecord, as_plain
+from graftc.passes.core.printer import structural_hash
+from graftc.passes.core.program import Program
+from graftc.passes.core.serialise import SerialisationError, program_to_json
+from graftc.passes.core.shapes import DTYPE_NAMES
+from graftc.passes.core.store import Store
+from graftc.runtime.artifact.manifest import canonical_json
+from graftc.runtime.reference import Reference
+from graftc.specs.diagnostics import warn
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import Compiled
+
+
+def versions() -> dict[str, str]:
+    """What is writing."""
+    import transformers
+
+    return {
+        "graftc": graftc.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def base(compiled: Compiled, reference: Reference, relative: str | None, identity: Identity) -> dict[str, Any]:
+    """The entry for the base."""
+    source, store = compiled.compilation.source, Store.mirror(compiled.compilation.source)
+    return {
+        "kind": reference.kind,
+        "reference": reference.text,
+        "relative": relative,
+        "revision": reference.revision,
+        "model": f"{type(source).__module__}.{type(source).__qualname__}",
+        "dtype": str(compiled.dtype).removeprefix("torch."),
+        "config": identity.config,
+        "fingerprint": identity.fingerprint,
+        "full": identity.full,
+        "tensors": {
+            name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "sha256": tensor.digest}
+            for name, tensor in identity.tensors.items()
+        },
+        "aliases": dict(store.aliases),
+    }
+
+
+def tensors(found: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The table of tensors of one file."""
+    return {
+        name: {
+            "dtype": record.dtype,
+            "shape": list(record.shape),
+            "trainable": record.trainable,
+            "sha256": tensor_digest(tensor),
+        }
+        for name, tensor in found.items()
+        for record in (TensorRecord.of(tensor),)
+    }
+
+
+def places(compiled: Compiled) -> dict[str, Any]:
+    """Adapted places and trained base tensors."""
+    shot = compiled.snapshot
+    trained = [
+        {
+            "owner": record.owner,
+            "base": record.base,
+            "rows": None if record.rows is None else [list(run) for run in record.rows],
+            "tensor": record.tensor,
+        }
+        for record in shot.trained
+    ]
+    return {"sites": [as_plain(record) for record in shot.sites], "trained": trained}
+
+
+def signatures(compiled: Compiled) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The entries of all signatures, and the texts of their graphs by file."""
+    texts: dict[str, str] = {}
+    store = compiled.compilation.store
+    entries = []
+    for number, family in enumerate(compiled.compilation.families.values()):
+        graphs: dict[str, Any] = {}
+        try:
+            own = {f"programs/{number}.{kind}.json": (kind, program) for kind, program in _graphs(family)}
+            texts |= {file: canonical_json(program_to_json(program)) for file, (_, program) in own.items()}
+            graphs = {
+                kind: {"file": file, "structure": structural_hash(program, store.canonical)}
+                for file, (kind, program) in own.items()
+            }
+        except SerialisationError as error:
+            warn("GC092", f"the artifact has no graphs to inspect: {error} has no place in a file")
+        entries.append(
+            {
+                "inputs": [
+                    {"name": axis.name, "dtype": DTYPE_NAMES[axis.dtype], "axes": list(axis.axes)}
+                    for axis in family.axes
+                ],
+                "flags": [list(flag) for flag in family.base.flags],
+                "captures": [_capture(capture) for capture in family.captures],
+                "graphs": graphs,
+            }
+        )
+    return entries, texts
+
+
+def _graphs(family: Family) -> Iterator[tuple[str, Program]]:
+    yield "base.train", family.base
+    yield "base.eval", family.base_eval
+    yield "train", family.train
+    yield "eval", family.eval
+
+
+def _capture(capture: Capture) -> dict[str, Any]:
+    return {
+        "mode": capture.program.mode,
+        "key": capture.key,
+        "notes": list(capture.notes),
+        "constants": sorted(capture.constants),
+    }
+
+
+def constants(compiled: Compiled) -> dict[str, Tensor]:
+    """Tensors that graphs mention beside the model's and graftc's own."""
+    captures = [c for family in compiled.compilation.families.values() for c in family.captures]
+    return {name: tensor for c in captures for name, tensor in sorted(c.constants.items())}

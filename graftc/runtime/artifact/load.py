@@ -1,0 +1,172 @@
+"""From an artifact back to a compiled model: the spec compiled again, at the same places, with the kept tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from graftc.compiler.fingerprint import identify
+from graftc.compiler.interface import device_of
+from graftc.compiler.pipeline import Compilation, compile_model
+from graftc.compiler.snapshot import SiteRecord, adapter_tensors, site_records
+from graftc.passes.core.printer import structural_hash
+from graftc.passes.core.store import Store
+from graftc.runtime.artifact.manifest import Signature
+from graftc.runtime.artifact.read import Artifact, open_artifact
+from graftc.runtime.compiled import make_compiled
+from graftc.runtime.models import load_model
+from graftc.runtime.reference import Reference, find_base
+from graftc.specs.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import Compiled
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
+    """A compiled model from an artifact, its base and its adapter tensors. See `graftc.load`."""
+    artifact = open_artifact(path)
+    return load_artifact(artifact, base_of(artifact, model), cache=cache)
+
+
+def base_of(artifact: Artifact, model: nn.Module | str | None = None) -> nn.Module:
+    """The base of an artifact: what is given, or where the artifact says that it is.
+
+    Raises:
+        GraftError: GC086 where it is not there, GC087 where it is another model.
+    """
+    if model is None:
+        base = artifact.manifest.base
+        reference = Reference(base.kind, base.reference, base.revision)
+        model = find_base(reference, base.relative, artifact.path)
+    elif isinstance(model, str):
+        model = load_model(model)
+    check_base(artifact, model)
+    return model
+
+
+def check_base(artifact: Artifact, model: nn.Module) -> None:
+    """Hold a model against the base that an artifact was made from.
+
+    Raises:
+        GraftError: GC087 with what differs.
+    """
+    expected = artifact.identity
+    if device_of(model).type == "meta":
+        raise GraftError("GC087", "the base is on the meta device, so that its weights cannot be told")
+    found = identify(Store.mirror(model), getattr(model, "config", None), full=expected.full)
+    differences = expected.differences(found)
+    if differences:
+        name = type(model).__name__
+        message = f"{artifact.path} adapts another model than this {name}: {differences[0]}"
+        more = [f"... and {len(differences) - 5} more"] if len(differences) > 5 else []
+        raise GraftError("GC087", message, hint="name the base: --model MODEL", details=[*differences[1:5], *more])
+
+
+def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, recapture: bool = False) -> Compiled:
+    """Compile the artifact's spec again.
+
+    Args:
+        artifact: what to load.
+        model: its base, checked.
+        cache: look up and keep captured graphs in the user's cache folder.
+        recapture: capture the model anew even where the artifact's own graphs would do.
+
+    Raises:
+        GraftError: GC084 for tensors that the spec has no place for, GC088 where it adapts other places now.
+    """
+    values = artifact.tensors()
+    known = {} if recapture else artifact.captures(device_of(model))
+    first, *others = range(len(artifact.manifest.signatures))
+    flags = [signature.flags for signature in artifact.manifest.signatures]
+    compilation = compile_model(
+        artifact.spec,
+        model,
+        artifact.axes(first),
+        flags=flags[first],
+        seed=artifact.manifest.seed,
+        use_cache=cache,
+        values=values,
+        known=known,
+    )
+    for number in others:
+        compilation.add(artifact.axes(number), flags[number])
+    check_places(artifact, compilation)
+    _take_values(artifact, compilation)
+    compilation.values = {}
+    check_graphs(artifact, compilation)
+    return make_compiled(compilation)
+
+
+def check_places(artifact: Artifact, compilation: Compilation) -> None:
+    """Hold the places that a spec adapts now against those of an artifact.
+
+    Raises:
+        GraftError: GC088 with what is new and what has gone.
+    """
+    before, now = _places(artifact.sites()), _places(site_records(compilation))
+    gone, new = [p for p in before if p not in now], [p for p in now if p not in before]
+    if gone or new or before != now:
+        details = [*(f"no more: {p}" for p in gone[:3]), *(f"new: {p}" for p in new[:3])] or ["in another order"]
+        raise GraftError(
+            "GC088",
+            f"{artifact.path} adapts {len(before)} places, and its spec selects others here",
+            hint=f"it was written with {_written_with(artifact)}",
+            details=details,
+        )
+
+
+def _places(records: Iterable[SiteRecord]) -> list[str]:
+    return [f"{r.adaptation}: {r.key} {r.rows or ''}".strip() for r in records]
+
+
+def _written_with(artifact: Artifact) -> str:
+    versions = artifact.manifest.versions
+    return f"graftc {versions.graftc}, torch {versions.torch}, transformers {versions.transformers}"
+
+
+def _take_values(artifact: Artifact, compilation: Compilation) -> None:
+    """Constants that methods keep beside parameters, and a check that nothing is left over or missing."""
+    own = dict(adapter_tensors(compilation.store))
+    other = sorted(own.keys() ^ compilation.values.keys())
+    if other:
+        what = "has no" if other[0] in own else "has a tensor without a place,"
+        raise GraftError("GC084", f"{artifact.path} {what} {other[0]}", details=other[1:5])
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if not isinstance(tensor, nn.Parameter):
+                tensor.copy_(compilation.values[name])
+
+
+def check_graphs(artifact: Artifact, compilation: Compilation) -> None:
+    """The graphs that the artifact's own captures give now are those that it holds.
+
+    Raises:
+        GraftError: GC088 naming the first that is another.
+    """
+    families = list(compilation.families.values())
+    for signature, family in zip(artifact.manifest.signatures, families, strict=True):
+        if [c.key for c in family.captures] != [c.key for c in signature.captures] or not family.captures[0].key:
+            continue  # other versions of the libraries: only the places have to be the same
+        other = different_graph(signature, compilation, family.key)
+        if other is not None:
+            message = f"{artifact.path} has another {other} graph than its spec gives"
+            raise GraftError("GC088", message, hint="compile the spec again")
+
+
+def different_graph(signature: Signature, compilation: Compilation, key: tuple[str, ...]) -> str | None:
+    """The first graph of a signature that is another than a Compilation's; None where all are the same."""
+    family, canonical = compilation.families[key], compilation.store.canonical
+    programs = {
+        "base.train": family.base,
+        "base.eval": family.base_eval,
+        "train": family.train,
+        "eval": family.eval,
+    }
+    for kind, graph in signature.graphs.items():
+        if structural_hash(programs[kind], canonical) != graph.structure:
+            return kind
+    return None

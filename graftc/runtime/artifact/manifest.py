@@ -1,0 +1,375 @@
+"""The manifest of an artifact: what is in the folder, and what it was made from. No torch.
+
+It is canonical JSON (sorted keys, one form of every value) that ends with a digest of itself, so that any change of it
+shows. Digests tell damage, not intent: whoever may rewrite the folder may rewrite the manifest too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from graftc.specs.diagnostics import GraftError
+
+__all__ = ["SCHEMA_VERSION", "Manifest", "canonical_json", "read_manifest"]
+
+SCHEMA_VERSION = 1
+MANIFEST, SPEC, ADAPTERS, CONSTANTS = "manifest.json", "spec.yaml", "adapters.safetensors", "constants.safetensors"
+CERTIFICATE = "certificates/fold.json"
+
+_FILE = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
+_TENSOR = re.compile(r"[\w-]+(\.[\w-]+)*")
+
+Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Shape: TypeAlias = tuple[Annotated[int, Field(ge=0)], ...]
+Runs: TypeAlias = tuple[tuple[int, int], ...]
+Flag: TypeAlias = bool | int | float | str | None
+
+
+class Record(BaseModel):
+    """Base of everything in a manifest: frozen, closed, nothing converted."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Versions(Record):
+    """What wrote the artifact."""
+
+    graftc: str
+    """Of graftc."""
+
+    python: str
+    """Of Python."""
+
+    torch: str
+    """Of torch."""
+
+    transformers: str
+    """Of transformers."""
+
+
+class BaseTensor(Record):
+    """One tensor of the base."""
+
+    dtype: str
+    """Its element type, as `f32`."""
+
+    shape: Shape
+    """Its sizes."""
+
+    sha256: Digest
+    """Of its values, or of evenly spaced ones."""
+
+
+class Base(Record):
+    """The model that the artifact adapts: where it was, and how to tell it."""
+
+    kind: Literal["folder", "hub", "callable"] | None
+    """What `reference` is; null where the model came from Python."""
+
+    reference: str | None
+    """A folder, a hub id, or `package.module:callable`."""
+
+    relative: str | None
+    """The folder as seen from the artifact."""
+
+    revision: str | None
+    """Commit of the hub's repository."""
+
+    model: str
+    """The class, with its module."""
+
+    dtype: str
+    """The element type that the graphs are for."""
+
+    config: str
+    """SHA-256 of the config; empty where there is none."""
+
+    fingerprint: Digest
+    """Of the config and all tensors."""
+
+    full: bool
+    """Whether digests are of every value."""
+
+    tensors: dict[str, BaseTensor]
+    """Every tensor by the name that owns it."""
+
+    aliases: dict[str, str]
+    """Tied names to the name that owns the tensor."""
+
+
+class AdapterTensor(Record):
+    """One tensor that graftc added."""
+
+    dtype: str
+    """Its element type, as `f32`."""
+
+    shape: Shape
+    """Its sizes."""
+
+    trainable: bool
+    """Whether it trains."""
+
+    sha256: Digest
+    """Of its values."""
+
+
+class Place(Record):
+    """One adapted place."""
+
+    adaptation: str
+    """Name of the adaptation."""
+
+    method: str
+    """Its method's tag."""
+
+    module: str
+    """Path of the module."""
+
+    name: str
+    """Name of the parameter, or role of the value."""
+
+    part: str
+    """Which rows of a fused tensor, by the last word of their role; empty for all."""
+
+    use: int
+    """Which use, for what is no tensor."""
+
+    kind: str
+    """Kind of site."""
+
+    roles: tuple[str, ...]
+    """What it does in the architecture."""
+
+    layer: int | None
+    """Index of its layer."""
+
+    stack: str
+    """Path of the list of layers."""
+
+    rows: Runs | None
+    """The own rows of the stored weight as half-open runs; null is all."""
+
+    uses: int
+    """How often the graph reads it."""
+
+    evidence: str
+    """Why it has its role."""
+
+    tensors: dict[str, str]
+    """The adaptation's tensors there, by part."""
+
+
+class Trained(Record):
+    """A base tensor that a trained copy stands in for."""
+
+    owner: str
+    """The adaptation; `trained` for the spec's train list, `tokens` for new tokens."""
+
+    base: str
+    """The base tensor."""
+
+    rows: Runs | None
+    """Its trained rows; null is all."""
+
+    tensor: str
+    """The trained copy."""
+
+
+class Input(Record):
+    """One input that the graphs were asked for."""
+
+    name: str
+    """Its name."""
+
+    dtype: str
+    """Its element type."""
+
+    axes: tuple[int | str, ...]
+    """Its axes; a name is a size that varies, the same wherever the name stands."""
+
+
+class Captured(Record):
+    """One captured graph of the base."""
+
+    mode: Literal["train", "eval"]
+    """The mode it was captured in."""
+
+    key: str | None
+    """Identifies model, code and versions; null where nothing does. The graph is used again for the same key only."""
+
+    notes: tuple[str, ...]
+    """What capturing had to change."""
+
+    constants: tuple[str, ...]
+    """Tensors that it mentions beside the model's own."""
+
+
+class Graph(Record):
+    """One graph of a signature."""
+
+    file: str
+    """Its file."""
+
+    structure: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    """Digest of everything its outputs depend on."""
+
+
+class Signature(Record):
+    """One set of inputs with its graphs."""
+
+    inputs: tuple[Input, ...]
+    """The tensors of a call."""
+
+    flags: tuple[tuple[str, Flag], ...]
+    """Other keyword arguments, which are constants of the graphs."""
+
+    captures: tuple[Captured, ...]
+    """What was captured: train mode, and eval mode where it could not be derived."""
+
+    graphs: dict[Literal["base.train", "base.eval", "train", "eval"], Graph]
+    """Adapted graphs and those of the base; none where one holds an operator that no file can name."""
+
+
+class Kept(Record):
+    """An adaptation that does not fold."""
+
+    name: str
+    """The adaptation."""
+
+    reason: str
+    """Why."""
+
+
+class File(Record):
+    """One file of the folder."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    """Its size."""
+
+    sha256: Digest
+    """Of its content."""
+
+
+class Manifest(Record):
+    """Everything that an artifact says of itself."""
+
+    artifact: Literal["graftc"] = "graftc"
+    """What this is."""
+
+    schema_version: Literal[1] = 1
+    """Version of this format."""
+
+    versions: Versions
+    """What wrote it."""
+
+    seed: int
+    """What initial values were drawn from."""
+
+    base: Base
+    """The model that it adapts."""
+
+    signatures: tuple[Signature, ...]
+    """Sets of inputs; the first is the one that the spec was resolved on."""
+
+    sites: tuple[Place, ...]
+    """Every adapted place."""
+
+    trained: tuple[Trained, ...]
+    """Base tensors that train."""
+
+    adapters: dict[str, AdapterTensor]
+    """What graftc added."""
+
+    constants: dict[str, AdapterTensor]
+    """Tensors that graphs mention beside the model's and graftc's own."""
+
+    certificate: str | None
+    """File of the fold's certificate; null where none was made."""
+
+    kept: tuple[Kept, ...]
+    """Adaptations that do not fold."""
+
+    files: dict[str, File]
+    """Every other file of the folder."""
+
+    digest: Digest
+    """SHA-256 of this manifest without its digest."""
+
+
+def canonical_json(data: Any) -> str:
+    """The one text of JSON data that graftc writes."""
+    return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def sealed(data: dict[str, Any]) -> str:
+    """The text of a manifest: canonical, with its digest."""
+    digest = hashlib.sha256(canonical_json(data).encode()).hexdigest()
+    return canonical_json({**data, "digest": digest})
+
+
+def read_manifest(text: bytes, where: str) -> Manifest:
+    """The manifest in a text.
+
+    Raises:
+        GraftError: GC080 where it is none, GC081 where a newer release wrote it, GC082 where it is damaged, GC085 where
+            it names what it must not.
+    """
+    data = unsealed(text, where, "artifact", SCHEMA_VERSION)
+    _check_names(data, where)
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(step) for step in first["loc"])
+        raise damaged(where, MANIFEST, f"{place}: {first['msg'].lower()}") from error
+
+
+def unsealed(text: bytes, where: str, kind: str, version: int) -> dict[str, Any]:
+    """The data of a canonical text that ends with its digest.
+
+    Raises:
+        GraftError: GC080 where it is not of this kind, GC081 of a newer version, GC082 where it was changed.
+    """
+    try:
+        data = json.loads(text)
+        canonical = canonical_json(data).encode()
+    except (ValueError, RecursionError) as error:
+        raise damaged(where, MANIFEST, "is no JSON") from error
+    if not isinstance(data, dict) or data.get(kind) != "graftc":
+        raise GraftError("GC080", f"{where} is no {kind} of graftc", hint="graftc compile writes artifacts")
+    found = data.get("schema_version")
+    if isinstance(found, int) and found > version:
+        message = f"{where} is of format {found}, and this release reads up to {version}"
+        raise GraftError("GC081", message, hint="upgrade graftc: pip install -U graftc")
+    digest = data.pop("digest", None)
+    if canonical != text or hashlib.sha256(canonical_json(data).encode()).hexdigest() != digest:
+        raise damaged(where, MANIFEST, "has changed since it was written")
+    return data
+
+
+def damaged(where: str, file: str, what: str) -> GraftError:
+    """The error for a file whose content is not what was written."""
+    return GraftError("GC082", f"{where} is damaged: {file} {what}", hint="copy it again from where it was made")
+
+
+def _check_names(data: dict[str, Any], where: str) -> None:
+    for name in data.get("files", ()):
+        if not _FILE.fullmatch(name):
+            raise unsafe(where, f"the file name {name!r}")
+    for table in (data.get("adapters", ()), data.get("constants", ())):
+        for name in table:
+            if not _TENSOR.fullmatch(name):
+                raise unsafe(where, f"the tensor name {name!r}")
+
+
+def unsafe(where: str, what: str) -> GraftError:
+    """The error for what graftc would never have written."""
+    hint = "graftc writes no such thing: do not use this artifact"
+    return GraftError("GC085", f"{where} is not safe to read: {what}", hint=hint)

@@ -1,0 +1,233 @@
+"""Reading an artifact. Everything is checked before anything of it is used."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from graftc.compiler.capture import Capture
+from graftc.compiler.fingerprint import Identity, TensorIdentity, tensor_digest
+from graftc.compiler.signature import Axis
+from graftc.compiler.snapshot import SiteRecord, Snapshot, TensorRecord, TrainedRecord
+from graftc.passes.core.program import Mode, Program
+from graftc.passes.core.serialise import SerialisationError, program_from_json
+from graftc.passes.core.shapes import DTYPES
+from graftc.passes.core.sites import SiteKey
+from graftc.runtime.artifact.manifest import (
+    ADAPTERS,
+    CONSTANTS,
+    MANIFEST,
+    SPEC,
+    AdapterTensor,
+    Captured,
+    Manifest,
+    damaged,
+    read_manifest,
+    unsafe,
+)
+from graftc.runtime.artifact.write import file_digest
+from graftc.runtime.files import recover
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.document import Spec
+from graftc.specs.io import parse_spec
+
+__all__ = ["Artifact", "open_artifact"]
+
+
+class Artifact:
+    """A compiled model on disk.
+
+    Attributes:
+        path: its folder.
+        manifest: what it says of itself.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+
+    @cached_property
+    def spec(self) -> Spec:
+        """What it was compiled from."""
+        file = self.path / SPEC
+        return parse_spec(file.read_text(encoding="utf-8"), file=str(file))
+
+    @property
+    def identity(self) -> Identity:
+        """Which base it is for."""
+        base = self.manifest.base
+        tensors = {name: TensorIdentity(t.dtype, t.shape, t.sha256) for name, t in base.tensors.items()}
+        return Identity(base.config, tensors, base.full)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """Places, tensors and Programs as data; no base is needed."""
+        manifest = self.manifest
+        return Snapshot(
+            manifest.base.model.rpartition(".")[2],
+            self.spec,
+            tuple(self.sites()),
+            tuple(TrainedRecord(t.owner, t.base, t.rows, t.tensor) for t in manifest.trained),
+            {name: TensorRecord(t.dtype, t.shape) for name, t in manifest.base.tensors.items()},
+            manifest.base.aliases,
+            {name: TensorRecord(t.dtype, t.shape, t.trainable) for name, t in manifest.adapters.items()},
+            lambda mode, base: self.program(mode, base=base),
+        )
+
+    def sites(self) -> Iterator[SiteRecord]:
+        """Every adapted place."""
+        for place in self.manifest.sites:
+            yield SiteRecord(
+                place.adaptation,
+                place.method,
+                SiteKey(place.module, place.name, place.part, place.use),
+                place.kind,
+                place.roles,
+                place.layer,
+                place.stack,
+                place.rows,
+                place.uses,
+                place.evidence,
+                place.tensors,
+            )
+
+    def program(self, mode: Mode = "eval", *, base: bool = False, signature: int = 0) -> Program:
+        """A graph: adapted, or the base's own.
+
+        Raises:
+            GraftError: GC082 where its file holds none, GC091 where the artifact has none.
+        """
+        graphs = self.manifest.signatures[signature].graphs
+        graph = graphs.get("base.eval" if mode == "eval" else "base.train") if base else graphs.get(mode)
+        if graph is None:
+            raise GraftError("GC091", f"{self.path} has no graphs", hint="graftc.load(path) captures the model anew")
+        try:
+            return program_from_json(json.loads((self.path / graph.file).read_bytes()), torch.device("cpu"))
+        except (SerialisationError, ValueError) as error:
+            raise damaged(str(self.path), graph.file, f"holds no graph: {error}") from error
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Adapter tensors by name, each checked.
+
+        Raises:
+            GraftError: GC084 for a tensor that is not what the manifest says.
+        """
+        return self._checked(ADAPTERS, self.manifest.adapters)
+
+    def axes(self, signature: int = 0) -> list[Axis]:
+        """The inputs that a signature's graphs were asked for."""
+        return [Axis(i.name, DTYPES[i.dtype], i.axes) for i in self.manifest.signatures[signature].inputs]
+
+    def captures(self, device: torch.device) -> dict[str, Any]:
+        """The base's graphs by their key, each read when asked for."""
+        constants = self._checked(CONSTANTS, self.manifest.constants) if self.manifest.constants else {}
+        found: dict[str, Any] = {}
+        for entry in self.manifest.signatures:
+            for captured in entry.captures:
+                graph = entry.graphs.get("base.train" if captured.mode == "train" else "base.eval")
+                if captured.key is not None and graph is not None:
+                    found[captured.key] = lambda c=captured, f=graph.file: self._capture(c, f, constants, device)
+        return found
+
+    def _capture(self, captured: Captured, file: str, constants: Mapping[str, Tensor], device: torch.device) -> Capture:
+        try:
+            program = program_from_json(json.loads((self.path / file).read_bytes()), device)
+        except (SerialisationError, ValueError) as error:
+            raise damaged(str(self.path), file, f"holds no graph: {error}") from error
+        # What comes after capturing writes its own history.
+        program.history = [entry for entry in program.history if entry.step == "canonicalise"]
+        own = {name: constants[name].to(device) for name in captured.constants}
+        return Capture(program, own, 0.0, cached=True, notes=captured.notes)
+
+    def _checked(self, file: str, table: Mapping[str, AdapterTensor]) -> dict[str, Tensor]:
+        where, found = str(self.path), {}
+        try:
+            with safe_open(self.path / file, framework="pt") as opened:
+                names = list(opened.keys())
+                if sorted(names) != sorted(table):
+                    other = sorted(set(names) ^ set(table))
+                    raise _foreign(where, file, f"its tensors are others than listed: {', '.join(other[:3])}")
+                for name in names:
+                    found[name] = opened.get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise damaged(where, file, f"cannot be read: {error}") from error
+        for name, tensor in found.items():
+            listed, record = table[name], TensorRecord.of(tensor)
+            if (record.dtype, record.shape) != (listed.dtype, listed.shape):
+                raise _foreign(where, file, f"{name} is another type or size than listed")
+            if tensor_digest(tensor) != listed.sha256:
+                raise _foreign(where, file, f"{name} has other values than listed")
+        return found
+
+
+def _foreign(where: str, file: str, what: str) -> GraftError:
+    return GraftError("GC084", f"{where} is not as it was written: {file}: {what}", hint="copy it again")
+
+
+def open_artifact(path: str | os.PathLike[str]) -> Artifact:
+    """Open an artifact, and check every file of it but the values of tensors, which are checked when they are read.
+
+    Raises:
+        GraftError: GC080 where there is none, GC081 for a newer format, GC082 for changed content, GC083 for a missing
+            file, GC085 for links, unlisted files and names that lead elsewhere.
+    """
+    folder = Path(os.path.abspath(path))
+    recover(folder.parent)
+    if not (folder / MANIFEST).is_file():
+        what = "is no folder" if not folder.is_dir() else f"has no {MANIFEST}"
+        raise GraftError("GC080", f"{path} {what}", hint="graftc compile SPEC --model MODEL --out DIR writes artifacts")
+    present = set(_files(folder, str(path)))
+    manifest = read_manifest((folder / MANIFEST).read_bytes(), str(path))
+    check_files(
+        folder, present - {MANIFEST}, {name: (f.bytes, f.sha256) for name, f in manifest.files.items()}, str(path)
+    )
+    for required in (SPEC, ADAPTERS):
+        if required not in manifest.files:
+            raise _missing(str(path), required)
+    return Artifact(folder, manifest)
+
+
+def _files(folder: Path, where: str) -> Iterator[str]:
+    """Paths of all files under a folder.
+
+    Raises:
+        GraftError: GC085 for anything that is neither a plain file nor a folder.
+    """
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        path = Path(entry.path)
+        if entry.is_dir(follow_symlinks=False):
+            yield from (f"{entry.name}/{name}" for name in _files(path, where))
+        elif entry.is_file(follow_symlinks=False):
+            yield entry.name
+        else:
+            raise unsafe(where, f"{path} is a {'link' if entry.is_symlink() else 'special file'}")
+
+
+def check_files(folder: Path, present: set[str], listed: Mapping[str, tuple[int, str]], where: str) -> None:
+    """Hold the files of a folder against a table of sizes and digests.
+
+    Raises:
+        GraftError: GC082, GC083 or GC085.
+    """
+    for name in listed:
+        if name not in present:
+            raise _missing(where, name)
+    for name in sorted(present - listed.keys()):
+        raise unsafe(where, f"the file {name!r} is not listed")
+    for name, (size, digest) in listed.items():
+        actual = (folder / name).stat().st_size
+        if actual != size:
+            raise damaged(where, name, f"has {actual} bytes, not {size}")
+        if file_digest(folder / name) != digest:
+            raise damaged(where, name, "has changed since it was written")
+
+
+def _missing(where: str, name: str) -> GraftError:
+    return GraftError("GC083", f"{where} lacks {name}", hint="copy it again from where it was made")

@@ -1,0 +1,179 @@
+"""Writing an artifact: see `graftc.runtime.artifact.manifest` for what is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from graftc.compiler.certify import Certificate
+from graftc.compiler.fingerprint import identify
+from graftc.compiler.snapshot import adapter_tensors
+from graftc.passes.core.store import Store
+from graftc.runtime.artifact import entries
+from graftc.runtime.artifact.manifest import (
+    ADAPTERS,
+    CERTIFICATE,
+    CONSTANTS,
+    MANIFEST,
+    SCHEMA_VERSION,
+    SPEC,
+    Manifest,
+    canonical_json,
+    read_manifest,
+    sealed,
+)
+from graftc.runtime.files import staged
+from graftc.runtime.merged import fold
+from graftc.runtime.reference import Reference
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.io import dump_spec
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import Compiled
+
+BUNDLED = "base"
+"""Folder of a base that travels inside its artifact."""
+
+
+def save(
+    compiled: Compiled,
+    path: str | Path,
+    *,
+    force: bool = False,
+    base: str | None = None,
+    certify: bool = True,
+    full: bool = False,
+    bundle: Callable[[Path], object] | None = None,
+) -> Manifest:
+    """Write an artifact. See `Compiled.save`.
+
+    Args:
+        compiled: what to save.
+        path: the folder to make.
+        force: replace an artifact that is there.
+        base: the MODEL argument that the base was loaded by; by default what transformers knows.
+        certify: fold, and put the certificate in.
+        full: digest every value of the base.
+        bundle: writes the base itself into a folder, which then travels inside the artifact.
+    """
+    if compiled.device.type == "meta":
+        raise GraftError("GC053", "there is nothing to save on the meta device", hint="compile a model with weights")
+    path = Path(os.path.abspath(path))
+    certificate, kept = certificate_of(compiled) if certify else (None, {})
+    with staged(path, force=force, replaceable=is_artifact) as folder:
+        folder.mkdir()
+        if bundle is not None:
+            bundle(folder / BUNDLED)
+        return _write(compiled, folder, path, base, certificate, kept, full=full, bundled=bundle is not None)
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether ``force`` may replace what is there: an artifact, or an empty folder."""
+    return path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir()))
+
+
+def certificate_of(compiled: Compiled) -> tuple[Certificate | None, dict[str, str]]:
+    """The certificate of folding what folds, whether it passes or not, and what does not fold with the reason."""
+    merged = fold(compiled)
+    return (merged.certificate if merged.folded else None), dict(merged.kept)
+
+
+def _write(
+    compiled: Compiled,
+    folder: Path,
+    path: Path,
+    base: str | None,
+    certificate: Certificate | None,
+    kept: Mapping[str, str],
+    *,
+    full: bool,
+    bundled: bool,
+) -> Manifest:
+    compilation = compiled.compilation
+    source = compilation.source
+    identity = identify(Store.mirror(source), getattr(source, "config", None), full=full)
+    reference = Reference() if bundled else Reference.of(source, base)
+    relative = BUNDLED if bundled else reference.seen_from(path)
+    signatures, graphs = entries.signatures(compiled)
+    adapters, constants = dict(adapter_tensors(compilation.store)), entries.constants(compiled)
+    texts = {SPEC: dump_spec(compilation.spec), **graphs}
+    if certificate is not None:
+        texts[CERTIFICATE] = canonical_json(certificate.to_json())
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    save_tensors(adapters, folder / ADAPTERS)
+    if constants:
+        save_tensors(constants, folder / CONSTANTS)
+    data = {
+        "artifact": "graftc",
+        "schema_version": SCHEMA_VERSION,
+        "versions": entries.versions(),
+        "seed": compilation.seed,
+        "base": entries.base(compiled, reference, relative, identity),
+        "signatures": signatures,
+        **entries.places(compiled),
+        "adapters": entries.tensors(adapters),
+        "constants": entries.tensors(constants),
+        "certificate": CERTIFICATE if certificate is not None else None,
+        "kept": [{"name": name, "reason": reason} for name, reason in kept.items()],
+        "files": dict(listed(folder)),
+    }
+    text = sealed(data)
+    (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
+    return read_manifest(text.encode(), str(path))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Tensors that share storage are written each by itself.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    shared: set[int] = set()
+    for name, tensor in plain.items():
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in shared:
+            plain[name] = tensor.clone()
+        shared.add(tensor.untyped_storage().data_ptr())
+    with writing(path):
+        save_file(plain, path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around writers of other libraries: their errors of input and output become `OSError`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(_number(str(error)), str(error), str(path)) from error
+
+
+def _number(text: str) -> int:
+    """The system's number of an error, from the text that Rust gives it: ``... (os error 28)``."""
+    _, found, rest = text.partition("(os error ")
+    number = rest.partition(")")[0]
+    return int(number) if found and number.isdigit() else errno.EIO
+
+
+def listed(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every file under a folder with its size and digest, but the manifest."""
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if name != MANIFEST:
+            yield name, {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
