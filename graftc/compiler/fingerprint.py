@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftc.passes.core.shapes import DTYPE_NAMES
 from graftc.passes.core.store import Store
@@ -76,27 +76,20 @@ def _type(tensor: TensorIdentity) -> str:
     return f"{tensor.dtype}[{', '.join(map(str, tensor.shape))}]"
 
 
-def identify(store: Store, config: Any = None, *, full: bool = False) -> Identity:
+def identify(model: nn.Module, *, full: bool = False) -> Identity:
     """The identity of a base.
 
     Args:
-        store: its tensors.
-        config: the model's config, if it has one.
-        full: digest every value.
+        model: the source model.
+        full: digest every value instead of `SAMPLES` of each tensor.
     """
     tensors = {
         name: TensorIdentity(
             DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), tensor_digest(tensor, full=full)
         )
-        for name, tensor in store.base()
-        if name not in store.constants
+        for name, tensor in Store.mirror(model).base()
     }
-    return Identity(_config_digest(config), tensors, full)
-
-
-def fingerprint(store: Store, config: Any = None, *, full: bool = False) -> str:
-    """The digest of a base. See `identify`."""
-    return identify(store, config, full=full).fingerprint
+    return Identity(_config_digest(getattr(model, "config", None)), tensors, full)
 
 
 def tensor_digest(tensor: Tensor, *, full: bool = True) -> str:

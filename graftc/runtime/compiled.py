@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from graftc.compiler.explanation import Explanation
     from graftc.compiler.tree import TreeNode
     from graftc.runtime.merged import Merged
+    from graftc.runtime.partial import Partial
 
 
 class ModelRunner(Runner):
@@ -87,6 +88,16 @@ class ModelRunner(Runner):
             self.install(key, self._program_of(family))
         return key
 
+    def in_eval(self, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        """Flat outputs of the first signature in eval mode, whatever mode the model is in."""
+        present = {**inputs, **dict(self._compilation.main.base.flags)}
+        training = self.training
+        self.train(False)
+        try:
+            return self.run(self.ready(present), present)
+        finally:
+            self.train(training)
+
     def _key(self, family: tuple[str, ...]) -> str:
         return f"{'train' if self.training else 'eval'}:{','.join(family)}"
 
@@ -98,6 +109,8 @@ class ModelRunner(Runner):
         path: str | Path,
         format: Literal["onnx", "pt2"] = "onnx",
         example_inputs: ExampleInputs | None = None,
+        *,
+        force: bool = False,
     ) -> Path:
         """Export the model in eval mode: a compiled one with its adapters as they are, a merged one folded, with its
         certificate in the metadata.
@@ -107,11 +120,11 @@ class ModelRunner(Runner):
             format: ``"onnx"`` or ``"pt2"``.
             example_inputs: a call whose signature is exported, by name or in order; by default the one that the model
                 was compiled with. Values of tensors do not matter.
+            force: replace what is there.
 
         Raises:
-            GraftError: GC031 for example inputs that have no graph,
-            GraftError: GC060 when the exporter or the check of its result fails, GC061 without the ``export`` extra,
-                GC063 when ``path`` exists.
+            GraftError: GC031 for example inputs that have no graph, GC060 when the exporter or the check of its result
+                fails, GC061 without the ``export`` extra, GC063 when ``path`` exists, GC064 when it cannot be written.
         """
         from graftc.runtime.export import export_model
 
@@ -120,7 +133,7 @@ class ModelRunner(Runner):
             if not isinstance(example_inputs, Mapping):
                 example_inputs = self._interface.named(tuple(example_inputs), {})
             family = self._compilation.family(self._interface.read(example_inputs)[0])
-        return export_model(self, Path(path), format, family)
+        return export_model(self, Path(path), format, family, force=force)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves between devices retarget the graphs; another dtype needs another capture."""
@@ -249,9 +262,13 @@ class Compiled(ModelRunner):
         Raises:
             GraftError: GC063 when something else is there, GC064 when it cannot be written.
         """
-        from graftc.runtime.artifact.write import save
+        from graftc.runtime.artifact.places import is_ours
+        from graftc.runtime.artifact.write import certificate_of, save
+        from graftc.runtime.files import check_destination
 
-        save(self, path, force=force, base=base, certify=certify, full=full)
+        check_destination(Path(path), force=force, replaceable=is_ours)
+        certificate, kept = certificate_of(self) if certify else (None, {})
+        save(self, path, force=force, base=base, certificate=certificate, kept=kept, full=full)
         return Path(path)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
@@ -287,6 +304,19 @@ class Compiled(ModelRunner):
         from graftc.runtime.merged import merge
 
         return merge(self, budget)
+
+    def merge_partially(self, budget: float | None = None) -> Partial:
+        """Fold what folds, certify that, and compile the rest on a base that has the folded weights.
+
+        Args:
+            budget: as for `merge`.
+
+        Raises:
+            GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor.
+        """
+        from graftc.runtime.partial import merge_partially
+
+        return merge_partially(self, budget)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -27,10 +27,15 @@ from graftc.specs.diagnostics import GraftError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["recover", "staged", "write_text"]
+__all__ = ["check_destination", "recover", "staged", "write_text"]
 
 _STAGING = re.compile(r"\..+\.graftc-[0-9a-f]{12}")
 _NEW, _OLD, _JOURNAL = "new", "old", "commit.json"
+
+
+def only_files(path: Path) -> bool:
+    """What ``force`` may replace unless it is told otherwise."""
+    return path.is_file()
 
 
 @contextlib.contextmanager
@@ -39,7 +44,7 @@ def staged(
     *,
     force: bool = False,
     companions: Sequence[str] = (),
-    replaceable: Callable[[Path], bool] = lambda path: path.is_file(),
+    replaceable: Callable[[Path], bool] = only_files,
 ) -> Iterator[Path]:
     """A path of the same name to write a file or a folder to; it is put in place when the block ends well.
 
@@ -54,12 +59,12 @@ def staged(
             as it was before then.
     """
     path = Path(os.path.abspath(path))
-    _refuse_existing(path, companions, force, replaceable)
+    check_destination(path, force=force, companions=companions, replaceable=replaceable)
     made: list[Path] = []
     try:
         made = _make_parents(path.parent)
         recover(path.parent)
-        _refuse_existing(path, companions, force, replaceable)
+        check_destination(path, force=force, companions=companions, replaceable=replaceable)
         with _staging(path) as staging:
             yield staging / _NEW / path.name
             _commit(staging, path, companions, force)
@@ -83,7 +88,18 @@ def write_text(path: Path, text: str, *, force: bool = False) -> Path:
     return path
 
 
-def _refuse_existing(path: Path, companions: Sequence[str], force: bool, replaceable: Callable[[Path], bool]) -> None:
+def check_destination(
+    path: Path,
+    *,
+    force: bool = False,
+    companions: Sequence[str] = (),
+    replaceable: Callable[[Path], bool] = only_files,
+) -> None:
+    """Refuse early what `staged` would refuse after the work is done.
+
+    Raises:
+        GraftError: GC063.
+    """
     for taken in (path, *(path.with_name(name) for name in companions)):
         if not os.path.lexists(taken):
             continue

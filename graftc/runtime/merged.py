@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from graftc.compiler.certify import DEFAULT_BUDGET, Certificate, probe_sites
 from graftc.compiler.family import Family
-from graftc.compiler.fingerprint import fingerprint
+from graftc.compiler.fingerprint import identify
 from graftc.compiler.foldable import Foldable, foldable
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.report import owner_of
@@ -62,6 +63,22 @@ class Merged(ModelRunner):
         own = ((name, t) for name, t in self._store.tensors() if name not in self._store.constants)
         return {name: tensor.detach() for name, tensor in own}
 
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write a folder that transformers loads, with the base's tokenizer, and ``graftc.json``: the certificate, the
+        spec and what the folder holds. Of a model without a config only the weights are written.
+
+        Args:
+            path: the folder to make; it is complete when it appears.
+            force: replace a merged model that is there, in one step.
+
+        Raises:
+            GraftError: GC050 where something is left in the graph, GC052 when the class has no place for a folded
+                tensor, GC063 when something else is there, GC064 when it cannot be written.
+        """
+        from graftc.runtime.folder import save_merged
+
+        return save_merged(self, Path(path), force=force)
+
     def to_transformers(self) -> Any:
         """A model of the source's own class with folded weights, which plain transformers saves and loads.
 
@@ -97,11 +114,19 @@ def _add_bias(program: Program, store: Store, name: str) -> None:
 def merge(compiled: Compiled, budget: float | None = None) -> Merged:
     """Fold and certify. See `Compiled.merge`."""
     merged = fold(compiled, budget, every=True)
-    failures = tuple(merged.certificate.failures())
-    if failures:
-        message = "the fold is not certified: " + "; ".join(failures[:3])
-        raise GraftError("GC051", message, details=failures)
+    require_passed(merged.certificate)
     return merged
+
+
+def require_passed(certificate: Certificate) -> None:
+    """Refuse a fold whose certificate does not pass.
+
+    Raises:
+        GraftError: GC051 with what failed.
+    """
+    failures = tuple(certificate.failures())
+    if failures:
+        raise GraftError("GC051", "the fold is not certified: " + "; ".join(failures[:3]), details=failures)
 
 
 def fold(compiled: Compiled, budget: float | None = None, *, every: bool = False) -> Merged:
@@ -156,13 +181,7 @@ def _certify(compiled: Compiled, merged: Merged, found: Foldable, budget: float 
     compilation, additions = compiled.compilation, merged._additions
     family = compilation.main
     inputs = sample_inputs(family.base, compilation.store, config=getattr(compiled, "config", None))
-    training = compiled.training
-    compiled.eval()
-    try:
-        unfolded = _flat(compiled, inputs)
-    finally:
-        compiled.train(training)
-    folded = _flat(merged, inputs)
+    unfolded, folded = compiled.in_eval(inputs), merged.in_eval(inputs)
     names = family.base.outputs.names
     differences = {
         name: float((a.double() - b.double()).abs().max())
@@ -183,7 +202,7 @@ def _certify(compiled: Compiled, merged: Merged, found: Foldable, budget: float 
         structure=structural_hash(_without(program, additions), compilation.store.canonical),
         base_structure=structural_hash(family.base_eval, compilation.store.canonical),
         additions=additions,
-        fingerprint=fingerprint(compilation.store, getattr(compiled, "config", None)),
+        fingerprint=identify(compilation.source).fingerprint,
         dtype=str(compiled.dtype).removeprefix("torch."),
     )
 
@@ -198,8 +217,3 @@ def _without(program: Program, additions: tuple[str, ...]) -> Program:
         if isinstance(bias, fx.Node) and bias.target in additions:
             node.args = node.args[:2]
     return result
-
-
-def _flat(runner: ModelRunner, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    present = {**inputs, **dict(runner._compilation.main.base.flags)}
-    return runner.run(runner.ready(present), present)

@@ -20,12 +20,29 @@ from torch import nn
 from graftc.compiler.interface import ExampleInputs
 from graftc.specs.diagnostics import GraftError, nearest
 
-__all__ = ["is_callable", "load_model", "load_model_and_inputs"]
+__all__ = ["is_callable", "load_model", "load_model_and_inputs", "local_folder"]
 
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FORMS = "MODEL is a transformers folder, a hub id, or package.module:callable"
 _WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def local_folder(model: nn.Module) -> Path | None:
+    """The folder on this machine that transformers loaded a model from, the hub's cache included; None for others."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=getattr(model.config, "_commit_hash", None))
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def is_callable(text: str) -> bool:

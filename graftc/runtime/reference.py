@@ -20,12 +20,13 @@ class Reference:
     """Where a model came from.
 
     Attributes:
-        kind: a transformers folder, a hub id, or ``package.module:callable``; None for a model made in Python.
+        kind: a transformers folder, a hub id, ``package.module:callable``, or a folder inside of the artifact; None for
+            a model made in Python.
         text: its path, id or name.
         revision: commit of a hub's repository.
     """
 
-    kind: Literal["folder", "hub", "callable"] | None = None
+    kind: Literal["folder", "hub", "callable", "inside"] | None = None
     text: str | None = None
     revision: str | None = None
 
@@ -50,6 +51,8 @@ class Reference:
 
     def seen_from(self, folder: Path) -> str | None:
         """The path of a folder relative to another one; None for other kinds, or where there is none."""
+        if self.kind == "inside":
+            return self.text
         if self.kind != "folder" or self.text is None:
             return None
         try:
@@ -73,7 +76,8 @@ def find_base(reference: Reference, relative: str | None, artifact: Path) -> nn.
         raise GraftError("GC086", message, hint=f"say so yourself: --model {reference.text}")
     if reference.kind == "hub":
         return load_model(reference.text, revision=reference.revision)
-    for place in (Path(reference.text), artifact / relative if relative is not None else None):
+    stated = Path(reference.text) if reference.kind == "folder" else None
+    for place in (stated, artifact / relative if relative is not None else None):
         if place is not None and (place / "config.json").is_file():
             return load_model(os.path.normpath(place))
     raise GraftError("GC086", f"the base of {artifact} is not at {reference.text}", hint=hint)

@@ -14,7 +14,6 @@ from graftc.compiler.interface import device_of
 from graftc.compiler.pipeline import Compilation, compile_model
 from graftc.compiler.snapshot import SiteRecord, adapter_tensors, site_records
 from graftc.passes.core.printer import structural_hash
-from graftc.passes.core.store import Store
 from graftc.runtime.artifact.manifest import Signature
 from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.compiled import make_compiled
@@ -57,7 +56,7 @@ def check_base(artifact: Artifact, model: nn.Module) -> None:
     expected = artifact.identity
     if device_of(model).type == "meta":
         raise GraftError("GC087", "the base is on the meta device, so that its weights cannot be told")
-    found = identify(Store.mirror(model), getattr(model, "config", None), full=expected.full)
+    found = identify(model, full=expected.full)
     differences = expected.differences(found)
     if differences:
         name = type(model).__name__

@@ -70,11 +70,11 @@ class BaseTensor(Record):
 class Base(Record):
     """The model that the artifact adapts: where it was, and how to tell it."""
 
-    kind: Literal["folder", "hub", "callable"] | None
+    kind: Literal["folder", "hub", "callable", "inside"] | None
     """What `reference` is; null where the model came from Python."""
 
     reference: str | None
-    """A folder, a hub id, or `package.module:callable`."""
+    """A folder, a hub id, `package.module:callable`, or a folder inside of the artifact."""
 
     relative: str | None
     """The folder as seen from the artifact."""

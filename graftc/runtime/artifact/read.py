@@ -183,7 +183,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     if not (folder / MANIFEST).is_file():
         what = "is no folder" if not folder.is_dir() else f"has no {MANIFEST}"
         raise GraftError("GC080", f"{path} {what}", hint="graftc compile SPEC --model MODEL --out DIR writes artifacts")
-    present = set(_files(folder, str(path)))
+    present = set(files_of(folder, str(path)))
     manifest = read_manifest((folder / MANIFEST).read_bytes(), str(path))
     check_files(
         folder, present - {MANIFEST}, {name: (f.bytes, f.sha256) for name, f in manifest.files.items()}, str(path)
@@ -194,7 +194,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     return Artifact(folder, manifest)
 
 
-def _files(folder: Path, where: str) -> Iterator[str]:
+def files_of(folder: Path, where: str) -> Iterator[str]:
     """Paths of all files under a folder.
 
     Raises:
@@ -203,7 +203,7 @@ def _files(folder: Path, where: str) -> Iterator[str]:
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         path = Path(entry.path)
         if entry.is_dir(follow_symlinks=False):
-            yield from (f"{entry.name}/{name}" for name in _files(path, where))
+            yield from (f"{entry.name}/{name}" for name in files_of(path, where))
         elif entry.is_file(follow_symlinks=False):
             yield entry.name
         else:

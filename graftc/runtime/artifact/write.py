@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -17,7 +18,6 @@ from torch import Tensor
 from graftc.compiler.certify import Certificate
 from graftc.compiler.fingerprint import identify
 from graftc.compiler.snapshot import adapter_tensors
-from graftc.passes.core.store import Store
 from graftc.runtime.artifact import entries
 from graftc.runtime.artifact.manifest import (
     ADAPTERS,
@@ -31,6 +31,7 @@ from graftc.runtime.artifact.manifest import (
     read_manifest,
     sealed,
 )
+from graftc.runtime.artifact.places import is_ours
 from graftc.runtime.files import staged
 from graftc.runtime.merged import fold
 from graftc.runtime.reference import Reference
@@ -50,35 +51,31 @@ def save(
     *,
     force: bool = False,
     base: str | None = None,
-    certify: bool = True,
+    certificate: Certificate | None = None,
+    kept: Mapping[str, str] = MappingProxyType({}),
     full: bool = False,
     bundle: Callable[[Path], object] | None = None,
 ) -> Manifest:
-    """Write an artifact. See `Compiled.save`.
+    """Write an artifact, whose fold has been certified or not. See `Compiled.save`.
 
     Args:
         compiled: what to save.
         path: the folder to make.
         force: replace an artifact that is there.
         base: the MODEL argument that the base was loaded by; by default what transformers knows.
-        certify: fold, and put the certificate in.
+        certificate: of folding what folds.
+        kept: what does not fold, with the reason.
         full: digest every value of the base.
         bundle: writes the base itself into a folder, which then travels inside the artifact.
     """
     if compiled.device.type == "meta":
         raise GraftError("GC053", "there is nothing to save on the meta device", hint="compile a model with weights")
     path = Path(os.path.abspath(path))
-    certificate, kept = certificate_of(compiled) if certify else (None, {})
-    with staged(path, force=force, replaceable=is_artifact) as folder:
+    with staged(path, force=force, replaceable=is_ours) as folder:
         folder.mkdir()
         if bundle is not None:
             bundle(folder / BUNDLED)
         return _write(compiled, folder, path, base, certificate, kept, full=full, bundled=bundle is not None)
-
-
-def is_artifact(path: Path) -> bool:
-    """Whether ``force`` may replace what is there: an artifact, or an empty folder."""
-    return path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir()))
 
 
 def certificate_of(compiled: Compiled) -> tuple[Certificate | None, dict[str, str]]:
@@ -100,9 +97,8 @@ def _write(
 ) -> Manifest:
     compilation = compiled.compilation
     source = compilation.source
-    identity = identify(Store.mirror(source), getattr(source, "config", None), full=full)
-    reference = Reference() if bundled else Reference.of(source, base)
-    relative = BUNDLED if bundled else reference.seen_from(path)
+    identity = identify(source, full=full)
+    reference = Reference("inside", BUNDLED) if bundled else Reference.of(source, base)
     signatures, graphs = entries.signatures(compiled)
     adapters, constants = dict(adapter_tensors(compilation.store)), entries.constants(compiled)
     texts = {SPEC: dump_spec(compilation.spec), **graphs}
@@ -119,7 +115,7 @@ def _write(
         "schema_version": SCHEMA_VERSION,
         "versions": entries.versions(),
         "seed": compilation.seed,
-        "base": entries.base(compiled, reference, relative, identity),
+        "base": entries.base(compiled, reference, reference.seen_from(path), identity),
         "signatures": signatures,
         **entries.places(compiled),
         "adapters": entries.tensors(adapters),

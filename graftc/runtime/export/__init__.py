@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from graftc.compiler.fingerprint import fingerprint
+from graftc.compiler.fingerprint import identify
+from graftc.runtime.files import staged
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
@@ -22,7 +18,7 @@ if TYPE_CHECKING:
 Format = Literal["onnx", "pt2"]
 
 
-def export_model(runner: ModelRunner, path: Path, format: Format, family: Family) -> Path:
+def export_model(runner: ModelRunner, path: Path, format: Format, family: Family, *, force: bool = False) -> Path:
     """Export a compiled or merged model.
 
     Args:
@@ -30,24 +26,22 @@ def export_model(runner: ModelRunner, path: Path, format: Format, family: Family
         path: the file to write; nothing is there until it is complete and checked.
         format: ``"onnx"`` (weights in ``<name>.data`` beside it where they are large) or ``"pt2"``.
         family: the signature to export.
+        force: replace what is there.
 
     Raises:
         GraftError: GC060 when exporting or checking fails, GC061 when a package is missing, GC063 when ``path``
-            exists.
+            exists, GC064 when it cannot be written.
     """
     if format not in ("onnx", "pt2"):
         raise GraftError("GC060", f"format {format!r} is unknown", hint="the formats are onnx and pt2")
-    for taken in (path, path.with_name(f"{path.name}.data")):
-        if taken.exists():
-            raise GraftError("GC063", f"{taken} exists", hint="choose another path or remove it")
     from graftc.runtime.export.module import ExportModule
 
     if format == "onnx":
         from graftc.runtime.export.onnx import write_onnx as write
     else:
         from graftc.runtime.export.pt2 import write_pt2 as write
-    with _staged(path) as staged:
-        write(ExportModule(runner, family), staged, metadata(runner))
+    with staged(path, force=force, companions=(f"{path.name}.data",)) as file:
+        write(ExportModule(runner, family), file, metadata(runner))
     return path
 
 
@@ -57,25 +51,11 @@ def metadata(runner: ModelRunner) -> dict[str, str]:
     certificate = getattr(runner, "certificate", None)
     found = {
         "graftc.spec": dump_spec(compilation.spec),
-        "graftc.fingerprint": fingerprint(compilation.store, getattr(runner, "config", None)),
+        "graftc.fingerprint": identify(compilation.source).fingerprint,
     }
     if certificate is not None:
         found["graftc.certificate"] = json.dumps(certificate.to_json(), sort_keys=True)
     return found
-
-
-@contextmanager
-def _staged(path: Path) -> Iterator[Path]:
-    """A path of the same name in a temporary folder beside ``path``; what was written there is moved at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield folder / path.name
-        # The file that names the others comes last, so that it never points at something missing.
-        for file in sorted(folder.iterdir(), key=lambda f: f.name == path.name):
-            os.replace(file, path.parent / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def reason(error: BaseException) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,33 @@ def write_pt2(module: ExportModule, path: Path, metadata: Mapping[str, str]) -> 
             program = torch.export.export(
                 module, (), dict(module.inputs), strict=False, dynamic_shapes=module.dynamic_shapes()
             )
-            torch.export.save(program, path, extra_files=dict(metadata))
     except Exception as error:
         raise GraftError("GC060", f"torch.export failed: {reason(error)}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _Enduring(path) as file:
+            torch.export.save(program, file, extra_files=dict(metadata))
+
+
+class _Enduring(io.FileIO):
+    """A file that keeps its first error for the end: torch's writer ends the process when a write fails."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self._error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data``, or nothing more once the system has refused some."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while self._error is None and rest:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self._error = error
+        return size
+
+    def __exit__(self, *failure: Any) -> None:
+        super().__exit__(*failure)
+        if self._error is not None:
+            raise self._error

@@ -1,0 +1,118 @@
+"""What differs between two artifacts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from graftc.compiler.diff import diff_programs
+from graftc.compiler.findings import format_runs
+from graftc.compiler.snapshot import SiteRecord
+from graftc.runtime.artifact.manifest import SPEC
+from graftc.runtime.artifact.read import Artifact
+from graftc.specs.io import dump_spec
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One adapter tensor that is not the same in both.
+
+    Attributes:
+        name: its name; ``old -> new`` where it has moved.
+        status: what became of it.
+        largest: largest absolute difference of its values; None where there are no two to compare.
+    """
+
+    name: str
+    status: Literal["added", "removed", "changed", "moved"]
+    largest: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What differs. All of it is empty where the artifacts do the same to the same model.
+
+    Attributes:
+        base: in which ways they adapt other models.
+        spec: a unified diff of the specs.
+        added, removed, changed: adapted places, as text.
+        tensors: adapter tensors.
+        graph: a diff of the eval graphs, equal layers collapsed.
+    """
+
+    base: tuple[str, ...]
+    spec: str
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[str, ...]
+    tensors: tuple[TensorDifference, ...]
+    graph: str
+
+    @property
+    def same(self) -> bool:
+        """Nothing differs."""
+        places = self.added or self.removed or self.changed
+        return not (self.base or self.spec or places or self.tensors or self.graph)
+
+
+def compare(a: Artifact, b: Artifact) -> Comparison:
+    """Compare two artifacts, the second with the first. No base is needed.
+
+    Raises:
+        GraftError: GC084 for tensors that are not what their manifest says, GC091 where an artifact has no graphs.
+    """
+    before, after = _places(a), _places(b)
+    old, new = dump_spec(a.spec).splitlines(), dump_spec(b.spec).splitlines()
+    return Comparison(
+        tuple(a.identity.differences(b.identity)),
+        "\n".join(difflib.unified_diff(old, new, str(a.path / SPEC), str(b.path / SPEC), lineterm="")),
+        tuple(place for place in after if place not in before),
+        tuple(place for place in before if place not in after),
+        tuple(
+            f"{place}: {before[place]} -> {after[place]}"
+            for place in before
+            if place in after and before[place] != after[place]
+        ),
+        tuple(_tensors(a, b)),
+        diff_programs(a.program(), b.program()),
+    )
+
+
+def _places(artifact: Artifact) -> dict[str, str]:
+    """Every adapted place with what can differ there."""
+    return {
+        f"{record.adaptation} at {record.key}": ", ".join([record.method, _rows(record), *record.roles])
+        for record in artifact.sites()
+    }
+
+
+def _rows(record: SiteRecord) -> str:
+    return "all rows" if record.rows is None else f"rows {format_runs(record.rows)}"
+
+
+def _tensors(a: Artifact, b: Artifact) -> Iterator[TensorDifference]:
+    old, new = a.manifest.adapters, b.manifest.adapters
+    gone = {entry.sha256: name for name, entry in old.items() if name not in new}
+    come = {entry.sha256: name for name, entry in new.items() if name not in old}
+    moved = {gone[digest]: come[digest] for digest in gone if digest in come}
+    values = (a.tensors(), b.tensors()) if any(new.get(n) not in (None, e) for n, e in old.items()) else ({}, {})
+    for name, entry in old.items():
+        if name in moved:
+            yield TensorDifference(f"{name} -> {moved[name]}", "moved")
+        elif name not in new:
+            yield TensorDifference(name, "removed")
+        elif new[name] != entry:
+            yield TensorDifference(name, "changed", _largest(values[0][name], values[1][name]))
+    for name in new:
+        if name not in old and name not in moved.values():
+            yield TensorDifference(name, "added")
+
+
+def _largest(a: Tensor, b: Tensor) -> float | None:
+    if a.shape != b.shape:
+        return None
+    return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0

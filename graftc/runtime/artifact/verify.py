@@ -1,0 +1,214 @@
+"""Verifying what graftc wrote: hashes, base, places, graphs and certificate, each worked out anew."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from graftc.compiler.certify import Certificate
+from graftc.passes.core.printer import structural_hash
+from graftc.runtime.artifact.entries import versions
+from graftc.runtime.artifact.load import base_of, different_graph, load_artifact
+from graftc.runtime.artifact.manifest import MANIFEST, SCHEMA_VERSION, unsealed
+from graftc.runtime.artifact.places import RECORD
+from graftc.runtime.artifact.read import Artifact, check_files, files_of, open_artifact
+from graftc.runtime.artifact.write import certificate_of
+from graftc.specs.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import Compiled
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        passed: whether it is as it should be; None where it was not looked at.
+        detail: what was found, or why it was not looked at.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+@dataclass
+class Verification:
+    """What verifying found, in order."""
+
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Nothing failed."""
+        return all(check.passed is not False for check in self.checks)
+
+    def add(self, name: str, look: Callable[[], tuple[bool | None, str]]) -> bool:
+        """Look at something, unless something before it failed; a coded error is a no."""
+        if not self.passed:
+            self.checks.append(Check(name, None, "not looked at: something before it failed"))
+            return False
+        try:
+            passed, detail = look()
+        except GraftError as error:
+            passed, detail = False, "; ".join([f"{error.code}: {error.message}", *map(str, error.details)])
+        self.checks.append(Check(name, passed, detail))
+        return passed is not False
+
+
+def verify(
+    path: str | os.PathLike[str],
+    model: nn.Module | str | None = None,
+    *,
+    files_only: bool = False,
+    step: Callable[[str], object] = lambda _: None,
+) -> Verification:
+    """Work out anew what an artifact, or a folder of a merged model, says of itself.
+
+    Args:
+        path: the folder.
+        model: the base, or where it is; by default where the artifact says.
+        files_only: look at the files only, without the base.
+        step: told what is being looked at.
+
+    Raises:
+        GraftError: GC080 where there is neither, GC081 for a newer format.
+    """
+    folder = Path(os.path.abspath(path))
+    if (folder / RECORD).is_file() and not (folder / MANIFEST).is_file():
+        return _verify_merged(folder, str(path))
+    found = Verification()
+    state: dict[str, Any] = {}
+    step("hashing files")
+    opened = _opened(path)
+
+    def files() -> tuple[bool, str]:
+        if isinstance(opened, GraftError):
+            raise opened
+        state["artifact"] = opened
+        return True, f"{len(opened.manifest.files)} files are as they were written"
+
+    found.add("files", files)
+    found.add("tensors", lambda: (True, f"{len(state['artifact'].tensors())} tensors are as listed"))
+    found.add("graph files", lambda: _graph_files(state["artifact"]))
+    if files_only:
+        return found
+    step("loading the base")
+
+    def base() -> tuple[bool, str]:
+        artifact: Artifact = state["artifact"]
+        state["base"] = base_of(artifact, model)
+        count, how = len(artifact.manifest.base.tensors), "all" if artifact.manifest.base.full else "sampled"
+        return True, f"{type(state['base']).__name__}, {count} tensors, {how} values compared"
+
+    found.add("base", base)
+    step("capturing")
+
+    def places() -> tuple[bool, str]:
+        state["compiled"] = load_artifact(state["artifact"], state["base"], cache=False, recapture=True)
+        return True, f"the spec adapts the same {len(state['artifact'].manifest.sites)} places"
+
+    found.add("places", places)
+    found.add("graphs", lambda: _graphs(state["artifact"], state["compiled"]))
+    step("certifying")
+    found.add("certificate", lambda: _certificate(state["artifact"], state["compiled"]))
+    return found
+
+
+def _opened(path: str | os.PathLike[str]) -> Artifact | GraftError:
+    """The artifact, or what is wrong with it.
+
+    Raises:
+        GraftError: GC080 or GC081, which leave nothing to verify.
+    """
+    try:
+        return open_artifact(path)
+    except GraftError as error:
+        if error.code in ("GC080", "GC081"):
+            raise
+        return error
+
+
+def _graph_files(artifact: Artifact) -> tuple[bool | None, str]:
+    """The graphs in files are the ones whose digests the manifest has."""
+    canonical = artifact.manifest.base.aliases
+    count = 0
+    for number, signature in enumerate(artifact.manifest.signatures):
+        for kind, graph in signature.graphs.items():
+            mode, base = ("train" if kind.endswith("train") else "eval"), kind.startswith("base.")
+            program = artifact.program(mode, base=base, signature=number)  # type: ignore[arg-type]
+            if structural_hash(program, lambda name: canonical.get(name, name)) != graph.structure:
+                return False, f"{graph.file} holds another graph than listed"
+            count += 1
+    return (True, f"{count} graphs are as listed") if count else (None, "the artifact has no graphs")
+
+
+def _graphs(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
+    """Captured and rewritten anew, the graphs are the artifact's."""
+    families = list(compiled.compilation.families.values())
+    for number, (signature, family) in enumerate(zip(artifact.manifest.signatures, families, strict=True)):
+        other = different_graph(signature, compiled.compilation, family.key)
+        if other is not None:
+            if artifact.manifest.versions.model_dump() != versions():
+                return None, "other versions of the libraries give other graphs for the same places"
+            return False, f"the {other} graph of signature {number} is another when it is captured anew"
+    return True, f"{len(families)} signatures captured and rewritten anew give the same graphs"
+
+
+def _certificate(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
+    """Folding anew passes as the kept certificate does."""
+    if artifact.manifest.certificate is None:
+        return None, "the artifact has none"
+    kept = json.loads((artifact.path / artifact.manifest.certificate).read_bytes())
+    found, _ = certificate_of(compiled)
+    if found is None:
+        return False, "nothing folds any more"
+    other = _disagreement(kept, found)
+    if other is not None:
+        return False, other
+    if not found.passed:
+        return False, "; ".join(found.failures()[:3])
+    worst = max((site.algebra for site in found.sites), default=0.0)
+    return True, (
+        f"{len(found.sites)} sites fold to within {worst:.1e} in float64, outputs to within "
+        f"{found.largest_difference:.1e} (budget {found.budget:.1e})"
+    )
+
+
+def _disagreement(kept: dict[str, Any], found: Certificate) -> str | None:
+    """What a kept certificate says otherwise, numbers apart: those depend on the machine."""
+    now = found.to_json()
+    for key in ("passed", "base_structure", "structure", "additions", "dtype", "fingerprint"):
+        if kept.get(key) != now[key]:
+            return f"the kept certificate's {key} is another: {kept.get(key)}, not {now[key]}"
+    if [s["site"] for s in kept.get("sites", [])] != [s.site for s in found.sites]:
+        return "the kept certificate is of other sites"
+    return None
+
+
+def _verify_merged(folder: Path, where: str) -> Verification:
+    """Hold the files of a merged model against its record."""
+    found = Verification()
+
+    def files() -> tuple[bool, str]:
+        data = unsealed((folder / RECORD).read_bytes(), where, "merged", SCHEMA_VERSION)
+        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in data["files"].items()}
+        check_files(folder, set(files_of(folder, where)) - {RECORD}, listed, where)
+        return True, f"{len(listed)} files are as they were written"
+
+    def certificate() -> tuple[bool, str]:
+        kept = json.loads((folder / RECORD).read_bytes())["certificate"]
+        outputs = ", ".join(f"{name} {value:.1e}" for name, value in kept["outputs"].items())
+        return bool(kept["passed"]), f"kept from merging: outputs differ by at most {outputs}"
+
+    found.add("files", files)
+    found.add("certificate", certificate)
+    return found

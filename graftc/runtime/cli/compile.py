@@ -1,0 +1,81 @@
+"""``graftc compile``: compile a spec against a model and write an artifact."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from graftc.runtime.cli.options import DryRun, Force, Json, ModelOption, Out, Seed, SpecArgument, destination
+
+__all__ = ["compile"]
+
+
+def compile(
+    spec: SpecArgument,
+    model: ModelOption,
+    out: Out = None,
+    seed: Seed = 0,
+    certify: Annotated[
+        bool, typer.Option("--certify/--no-certify", help="Fold, and put the certificate into the artifact.")
+    ] = True,
+    full: Annotated[
+        bool, typer.Option("--full", help="Recognise the base by all its values, not by a sample of each tensor.")
+    ] = False,
+    dry_run: DryRun = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Compile a spec against a model and write an artifact: adapters, graphs, places, and where the base is."""
+    from graftc.runtime.cli.output import print_json, steps, working
+    from graftc.specs.io import load_spec
+
+    to = destination(out, dry_run=dry_run)
+    with working(json) as warnings, steps(json) as step:
+        # Before torch is there: a misspelt field should not take seconds to be found.
+        loaded_spec = load_spec(spec)
+        if to is not None:
+            from graftc.runtime.artifact.places import is_artifact
+            from graftc.runtime.files import check_destination
+
+            check_destination(to, force=force, replaceable=is_artifact)
+        step("loading the model")
+
+        from graftc.compiler.fingerprint import identify
+        from graftc.runtime.api import compile as compile_spec
+        from graftc.runtime.artifact.write import certificate_of, save
+        from graftc.runtime.models import load_model_and_inputs
+
+        started = time.perf_counter()
+        loaded, inputs = load_model_and_inputs(model)
+        seconds = time.perf_counter() - started
+        step("compiling")
+        compiled = compile_spec(loaded_spec, loaded, inputs, seed=seed)
+        step("certifying")
+        certificate, kept = certificate_of(compiled) if certify else (None, {})
+        if to is not None:
+            step("writing")
+            save(compiled, to, force=force, base=model, certificate=certificate, kept=kept, full=full)
+        fingerprint = identify(loaded, full=full).fingerprint
+        report = compiled.report
+
+    from graftc.runtime.cli.check import print_report, totals
+    from graftc.runtime.cli.deployed import files_in, print_certificate, print_files
+
+    files = files_in(to)
+    if json:
+        from graftc.runtime.cli.results import CompileResult
+
+        result = {
+            **{"spec": str(spec), "model": model, "class": type(loaded).__name__},
+            **{"out": None if to is None else str(to), "dry_run": dry_run, "files": files},
+            **{**report.to_json(), "totals": totals(report), "load_seconds": seconds},
+            **{"fingerprint": fingerprint, "certificate": certificate.to_json() if certificate else None},
+            "warnings": warnings,
+        }
+        print_json(CompileResult.model_validate(result))
+        return
+    print_report(str(spec), type(loaded).__name__, report, seconds)
+    print_certificate(certificate, kept)
+    print_files(to, files)

@@ -1,0 +1,53 @@
+"""What the commands that fold and write have to say: certificates, what stays, files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graftc.compiler.certify import Certificate
+
+__all__ = ["files_in", "print_certificate", "print_files"]
+
+
+def files_in(path: Path | None, companions: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The files of a folder, or a file and those beside it, with their sizes; none where nothing was written."""
+    if path is None:
+        return []
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files += [beside for name in companions if (beside := path.with_name(name)).is_file()]
+    return [{"path": file.as_posix(), "bytes": file.stat().st_size} for file in files]
+
+
+def print_certificate(certificate: Certificate | None, kept: Mapping[str, str]) -> None:
+    """Say in a line what the certificate is worth, and what does not fold."""
+    from graftc.runtime.cli.output import console
+
+    to = console()
+    if certificate is not None:
+        algebra = max((site.algebra for site in certificate.sites), default=0.0)
+        to.print(
+            f"{'certificate:':<22}{'passed' if certificate.passed else 'NOT PASSED'}: {len(certificate.sites)} sites "
+            f"within {algebra:.1e} in float64, outputs within {certificate.largest_difference:.1e} "
+            f"(budget {certificate.budget:.1e}), the base's graph",
+            soft_wrap=True,
+            markup=False,
+        )
+        for failure in certificate.failures():
+            to.print(f"{'':<22}{failure}", soft_wrap=True, markup=False)
+    for name, reason in kept.items():
+        to.print(f"{'does not fold:':<22}{name}: {reason}", soft_wrap=True, markup=False)
+
+
+def print_files(path: Path | None, files: Sequence[Mapping[str, Any]]) -> None:
+    """Say what was written."""
+    from graftc.runtime.cli.output import console, number
+
+    if path is None:
+        console().print("nothing was written (--dry-run)")
+        return
+    size = number(sum(file["bytes"] for file in files))
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    console().print(f"{'wrote:':<22}{path}, {count}, {size} bytes", soft_wrap=True, markup=False)

@@ -1,0 +1,72 @@
+"""``graftc merge``: fold an artifact's adaptations into its base and write the result."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from graftc.runtime.cli.options import (
+    ArtifactArgument,
+    BaseOption,
+    Budget,
+    DryRun,
+    Force,
+    Json,
+    Out,
+    destination,
+)
+
+__all__ = ["merge"]
+
+
+def merge(
+    directory: ArtifactArgument,
+    out: Out = None,
+    model: BaseOption = None,
+    budget: Budget = None,
+    partial: Annotated[
+        bool,
+        typer.Option("--partial", help="Fold what folds; where something does not, write an artifact with its base."),
+    ] = False,
+    dry_run: DryRun = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Fold, certify, and write a folder that transformers loads. What cannot fold is refused by name."""
+    from graftc.runtime.cli.output import print_json, steps, working
+
+    to = destination(out, dry_run=dry_run)
+    with working(json) as warnings, steps(json) as step:
+        from graftc.runtime.artifact.places import is_ours
+        from graftc.runtime.files import check_destination
+
+        if to is not None:
+            check_destination(to, force=force, replaceable=is_ours)
+        step("loading")
+        from graftc.runtime.api import load
+        from graftc.runtime.partial import merge_what_folds
+
+        compiled = load(directory, model)
+        step("folding and certifying")
+        made = merge_what_folds(compiled, budget) if partial else compiled.merge(budget)
+        if to is not None:
+            step("writing")
+            made.save(to, force=force)
+
+    from graftc.runtime.cli.deployed import files_in, print_certificate, print_files
+
+    files = files_in(to)
+    if json:
+        from graftc.runtime.cli.results import MergeResult
+
+        result = {
+            **{"artifact": str(directory), "out": None if to is None else str(to), "dry_run": dry_run},
+            **{"partial": bool(made.kept), "folded": list(made.folded), "files": files},
+            "kept": [{"name": name, "reason": reason} for name, reason in made.kept.items()],
+            **{"certificate": made.certificate.to_json(), "warnings": warnings},
+        }
+        print_json(MergeResult.model_validate(result))
+        return
+    print_certificate(made.certificate, made.kept)
+    print_files(to, files)

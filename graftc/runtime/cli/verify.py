@@ -1,0 +1,44 @@
+"""``graftc verify``: work out anew what an artifact says of itself."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from graftc.runtime.cli.options import ArtifactArgument, BaseOption, Json
+
+__all__ = ["verify"]
+
+
+def verify(
+    directory: ArtifactArgument,
+    model: BaseOption = None,
+    files_only: Annotated[
+        bool, typer.Option("--files-only", help="Look at the files only; the base is not needed.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Recompute an artifact's hashes, base, places, graphs and certificate, or the hashes of a merged folder."""
+    from graftc.runtime.cli.output import console, print_json, print_table, steps, working
+
+    with working(json) as warnings, steps(json) as step:
+        from graftc.runtime.artifact.verify import verify as verify_folder
+
+        found = verify_folder(directory, model, files_only=files_only, step=step)
+    if json:
+        from graftc.runtime.cli.results import VerifyResult
+
+        checks = [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in found.checks]
+        result = {"artifact": str(directory), "passed": found.passed, "checks": checks, "warnings": warnings}
+        print_json(VerifyResult.model_validate(result))
+    else:
+        to = console()
+        words = {True: "passed", False: "FAILED", None: "-"}
+        print_table(to, ("check", "", "found"), [(c.name, words[c.passed], c.detail) for c in found.checks])
+        to.print()
+        to.print(
+            f"{directory}: {'verified' if found.passed else 'NOT as it was written'}", soft_wrap=True, markup=False
+        )
+    if not found.passed:
+        raise typer.Exit(1)

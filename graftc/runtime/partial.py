@@ -1,0 +1,121 @@
+"""Folding what folds where something does not: a base with folded weights, and the rest compiled on top of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.certify import Certificate
+from graftc.compiler.pipeline import compile_model
+from graftc.compiler.report import owner_of
+from graftc.compiler.resolve import TRAIN
+from graftc.compiler.samples import sample_inputs
+from graftc.compiler.snapshot import adapter_tensors
+from graftc.compiler.tokens import TOKENS
+from graftc.runtime.artifact.manifest import Manifest
+from graftc.runtime.artifact.write import save
+from graftc.runtime.compiled import make_compiled
+from graftc.runtime.folder import write_merged
+from graftc.runtime.merged import Merged, fold, require_passed
+from graftc.specs.document import Spec
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import Compiled
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What folding some adaptations gives; saved, an artifact that holds its own base.
+
+    Attributes:
+        merged: the model with what folds in its weights, and the rest in its graph.
+        compiled: the rest, compiled on a base that has the folded weights.
+        certificate: of the fold; its outputs are those of `compiled` too.
+    """
+
+    merged: Merged
+    compiled: Compiled
+    certificate: Certificate
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """Whose adaptations have gone into the base's weights."""
+        return self.merged.folded
+
+    @property
+    def kept(self) -> Mapping[str, str]:
+        """Whose have not, with the reason."""
+        return self.merged.kept
+
+    def save(self, path: Path, *, force: bool = False) -> Manifest:
+        """Write the artifact.
+
+        Raises:
+            GraftError: as `Compiled.save`.
+        """
+        return save(self.compiled, path, force=force, bundle=lambda folder: write_merged(self.merged, folder))
+
+
+def merge_partially(compiled: Compiled, budget: float | None = None) -> Partial:
+    """Fold what folds, and compile what does not on the result. See `Compiled.merge_partially`."""
+    merged = fold(compiled, budget)
+    require_passed(merged.certificate)
+    return _partial(compiled, merged)
+
+
+def _partial(compiled: Compiled, merged: Merged) -> Partial:
+    compilation = compiled.compilation
+    values = {n: t for n, t in adapter_tensors(compilation.store) if owner_of(n) in merged.kept}
+    rest = compile_model(
+        _rest(compilation.spec, merged),
+        merged.to_transformers(),
+        compilation.main.axes,
+        flags=compilation.main.base.flags,
+        seed=compilation.seed,
+        use_cache=compilation.use_cache,
+        values=values,
+    )
+    rest.values = {}
+    made = make_compiled(rest)
+    certificate = _with_outputs(merged.certificate, compiled, made)
+    require_passed(certificate)
+    return Partial(merged, made, certificate)
+
+
+def merge_what_folds(compiled: Compiled, budget: float | None = None) -> Merged | Partial:
+    """A merged model where everything folds, and otherwise what `merge_partially` gives.
+
+    Raises:
+        GraftError: as `merge_partially`.
+    """
+    merged = fold(compiled, budget)
+    require_passed(merged.certificate)
+    return _partial(compiled, merged) if merged.kept else merged
+
+
+def _rest(spec: Spec, merged: Merged) -> Spec:
+    """The spec without what has folded."""
+    changes: dict[str, Any] = {"adapt": tuple(a for a in spec.adapt if a.name in merged.kept)}
+    if TRAIN not in merged.kept:
+        changes["train"] = ()
+    if TOKENS not in merged.kept:
+        changes["tokens"] = None
+    return spec.model_copy(update=changes)
+
+
+@torch.no_grad()
+def _with_outputs(certificate: Certificate, before: Compiled, after: Compiled) -> Certificate:
+    """The certificate with the largest difference of either: of folding, and of compiling anew on the result."""
+    family = before.compilation.main
+    inputs = sample_inputs(family.base, before.compilation.store, config=getattr(before, "config", None))
+    found = [model.in_eval(inputs) for model in (before, after)]
+    outputs = dict(certificate.outputs)
+    for name, a, b in zip(family.base.outputs.names, *found, strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            outputs[name] = max(outputs[name], float((a.double() - b.double()).abs().max()))
+    return replace(certificate, outputs=outputs)
