@@ -256,26 +256,34 @@ def _finish(staging: Path) -> None:
         raise ValueError("not a journal")
     # After an exchange the old one is there under the name of the new one.
     pending = [n for n in place if os.path.lexists(new / n) and (new / n).lstat().st_ino == inodes[n]]
-    main = place[-1]
-    if journal["replace"] and main in pending:
-        alone = len(place) == 1 and not any(os.path.lexists(parent / name) for name in companions)
-        if alone and _exchange(new / main, parent / main):
-            _sync(parent)
-            return
-        old.mkdir(exist_ok=True)
-        for name in [main, *companions]:
-            # A companion that has been put in place already is a new one.
-            if os.path.lexists(parent / name) and (name not in place or name in pending):
-                _aside(parent / name, old / name)
     try:
+        if journal["replace"] and place[-1] in pending:
+            alone = len(place) == 1 and not any(os.path.lexists(parent / name) for name in companions)
+            if alone and _exchange(new / place[-1], parent / place[-1]):
+                return
+            old.mkdir(exist_ok=True)
+            for name in [place[-1], *companions]:
+                # A companion that has been put in place already is a new one.
+                if os.path.lexists(parent / name) and (name not in place or name in pending):
+                    _aside(parent / name, old / name)
         for name in pending:
             _place(new / name, parent / name)
     except OSError:
-        for name in os.listdir(old) if old.exists() else ():
-            if not os.path.lexists(parent / name):
-                os.rename(old / name, parent / name)
+        _take_back(parent, new, old, pending)
         raise
-    _sync(parent)
+    finally:
+        with contextlib.suppress(OSError):
+            _sync(parent)
+
+
+def _take_back(parent: Path, new: Path, old: Path, placed: Sequence[str]) -> None:
+    """Everything as it was before putting in place began."""
+    for name in reversed(placed):
+        if not os.path.lexists(new / name):
+            os.rename(parent / name, new / name)
+    for name in os.listdir(old) if old.exists() else ():
+        if not os.path.lexists(parent / name):
+            os.rename(old / name, parent / name)
 
 
 def _aside(path: Path, old: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from graftc.compiler.fingerprint import identify
-from graftc.runtime.files import staged
+from graftc.runtime.files import check_destination, staged
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
@@ -37,11 +37,14 @@ def export_model(runner: ModelRunner, path: Path, format: Format, family: Family
     from graftc.runtime.export.module import ExportModule
 
     if format == "onnx":
-        from graftc.runtime.export.onnx import write_onnx as write
+        from graftc.runtime.export.onnx import prepare_onnx as prepare
     else:
-        from graftc.runtime.export.pt2 import write_pt2 as write
-    with staged(path, force=force, companions=(f"{path.name}.data",)) as file:
-        write(ExportModule(runner, family), file, metadata(runner))
+        from graftc.runtime.export.pt2 import prepare_pt2 as prepare
+    companions = (f"{path.name}.data",)
+    check_destination(path, force=force, companions=companions)
+    write = prepare(ExportModule(runner, family), metadata(runner))
+    with staged(path, force=force, companions=companions) as file:
+        write(file)
     return path
 
 

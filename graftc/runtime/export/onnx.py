@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ LARGE = 64 * 2**20
 """Weights of more bytes than this go into a file of their own."""
 
 
-def write_onnx(module: ExportModule, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write and check an ONNX model with the model's own input and output names and named dynamic axes.
+def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[Path], None]:
+    """Export to an ONNX model with the model's own input and output names and named dynamic axes.
+
+    Returns:
+        What writes the model to a path and checks it there, with GC060 where a check fails.
 
     Raises:
-        GraftError: GC060 when exporting or a check fails, GC061 without the ``export`` extra.
+        GraftError: GC060 when exporting fails, GC061 without the ``export`` extra.
     """
     onnx, ort, ir = _package("onnx"), _package("onnxruntime"), _package("onnx_ir")
     try:
@@ -41,16 +44,18 @@ def write_onnx(module: ExportModule, path: Path, metadata: Mapping[str, str]) ->
     _name_axes(ir, model, module)
     model.metadata_props.update(metadata)
     model.producer_name = "graftc"
-    size = sum(t.numel() * t.element_size() for t in module.state_dict().values())
-    if size > LARGE:
-        ir.save(model, str(path), external_data=f"{path.name}.data")
-    else:
-        ir.save(model, str(path))
-    try:
-        onnx.checker.check_model(str(path))
-    except Exception as error:
-        raise GraftError("GC060", f"onnx.checker rejects the export: {reason(error)}") from error
-    _compare(ort, module, path)
+
+    def write(path: Path) -> None:
+        size = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+        beside = {"external_data": f"{path.name}.data"} if size > LARGE else {}
+        ir.save(model, str(path), **beside)
+        try:
+            onnx.checker.check_model(str(path))
+        except Exception as error:
+            raise GraftError("GC060", f"onnx.checker rejects the export: {reason(error)}") from error
+        _compare(ort, module, path)
+
+    return write
 
 
 def _package(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ from graftc.runtime.export.module import ExportModule
 from graftc.specs.diagnostics import GraftError
 
 
-def write_pt2(module: ExportModule, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a ``.pt2`` archive; spec, fingerprint and certificate are extra files in it.
+def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[Path], None]:
+    """Export to a ``.pt2`` archive; spec, fingerprint and certificate are extra files in it.
 
     Load it with ``torch.export.load``, which runs code from the file: only load what you trust.
 
+    Returns:
+        What writes the archive to a path.
+
     Raises:
-        GraftError: GC060 when torch cannot export or save the program.
+        GraftError: GC060 when torch cannot export the program.
     """
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -31,10 +34,13 @@ def write_pt2(module: ExportModule, path: Path, metadata: Mapping[str, str]) -> 
             )
     except Exception as error:
         raise GraftError("GC060", f"torch.export failed: {reason(error)}") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with _Enduring(path) as file:
+
+    def write(path: Path) -> None:
+        with warnings.catch_warnings(), _Enduring(path) as file:
+            warnings.simplefilter("ignore")
             torch.export.save(program, file, extra_files=dict(metadata))
+
+    return write
 
 
 class _Enduring(io.FileIO):
