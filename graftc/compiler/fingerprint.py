@@ -27,11 +27,13 @@ class TensorIdentity:
         dtype: its element type, as ``"f32"``.
         shape: its sizes.
         digest: SHA-256 of its values, or of a sample; empty on the meta device.
+        parameter: a parameter, or else a buffer.
     """
 
     dtype: str
     shape: tuple[int, ...]
     digest: str
+    parameter: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,10 @@ def identify(model: nn.Module, *, full: bool = False) -> Identity:
     """
     tensors = {
         name: TensorIdentity(
-            DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), tensor_digest(tensor, full=full)
+            DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)),
+            tuple(tensor.shape),
+            tensor_digest(tensor, full=full),
+            isinstance(tensor, nn.Parameter),
         )
         for name, tensor in Store.mirror(model).base()
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from graftc.passes.core.layers import layer_path, repeated_layers
 from graftc.passes.core.program import Program, map_nodes
 
 
@@ -36,15 +37,6 @@ class Outlined:
 
     root: fx.Graph
     blocks: tuple[BlockGraph, ...]
-
-
-def layer_path(module: str) -> str:
-    """The path up to and including its first numbered segment; empty where there is none."""
-    segments = module.split(".")
-    for index, segment in enumerate(segments):
-        if segment.isdigit():
-            return ".".join(segments[: index + 1])
-    return ""
 
 
 def outline(program: Program) -> Outlined:
@@ -88,7 +80,7 @@ Group = tuple[str, list[fx.Node]]
 
 def _group(program: Program) -> list[Group]:
     """Runs of nodes by layer. What stands between and does not need the running layer goes before it."""
-    layers = _repeated(program)
+    layers = repeated_layers(program)
     done: list[Group] = []
     run: list[fx.Node] = []
     waiting: list[fx.Node] = []
@@ -123,16 +115,6 @@ def _group(program: Program) -> list[Group]:
                 done.append(("", [node]))
     close()
     return done
-
-
-def _repeated(program: Program) -> set[str]:
-    """Layer paths that have a sibling: a numbered path alone is no repeated layer."""
-    siblings: dict[str, set[str]] = defaultdict(set)
-    for node in program.graph.nodes:
-        path = layer_path(node.meta.get("module", ""))
-        if path:
-            siblings[path.rpartition(".")[0]].add(path)
-    return {path for group in siblings.values() if len(group) > 1 for path in group}
 
 
 def _block(path: str, use: int, nodes: list[fx.Node]) -> tuple[BlockGraph, list[fx.Node], list[fx.Node]]:

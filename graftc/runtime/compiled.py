@@ -263,9 +263,10 @@ class Compiled(ModelRunner):
             GraftError: GC063 when something else is there, GC064 when it cannot be written.
         """
         from graftc.runtime.artifact.places import is_ours
-        from graftc.runtime.artifact.write import certificate_of, save
+        from graftc.runtime.artifact.write import certificate_of, require_values, save
         from graftc.runtime.files import check_destination
 
+        require_values(self)
         check_destination(Path(path), force=force, replaceable=is_ours)
         certificate, kept = certificate_of(self) if certify else (None, {})
         save(self, path, force=force, base=base, certificate=certificate, kept=kept, full=full)

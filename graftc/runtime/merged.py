@@ -54,7 +54,7 @@ class Merged(ModelRunner):
 
     def train(self, mode: bool = True) -> Any:
         """Folded models are for deployment: only eval mode exists."""
-        if mode and hasattr(self, "_additions"):
+        if mode and hasattr(self, "certificate"):  # not yet while it is made, in the mode of the source
             raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
         return super().train(False)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.cli.samples import DEMO
 from tests.cli.support import run_here
 
 
@@ -22,12 +23,12 @@ def test_options_status_and_json(
         seen.append((out, quick))
         assert console is not None
         console.print("working")
-        return SimpleNamespace(passed=passed, to_json=lambda: {"passed": passed})
+        return SimpleNamespace(passed=passed, to_json=lambda: {**DEMO, "passed": passed})
 
     monkeypatch.setattr("graftc.runtime.demo.demo.run_demo", fake)
     plain = run_here(capsys, "demo", "--out", "there", "--quick")
     assert (plain.status, plain.out, plain.err) == (status, "working\n", "")
     data = run_here(capsys, "demo", "--json")
     assert data.status == status and data.err == "working\n"
-    assert data.data == {"passed": passed, "out": "demo-out", "warnings": []}
+    assert data.data == {**DEMO, "passed": passed, "out": "demo-out", "warnings": []}
     assert seen == [(Path("there"), True), (Path("demo-out"), False)]

@@ -8,11 +8,16 @@ import pytest
 
 from tests.cli.support import run_apart, run_here
 
+COMMANDS = (
+    *("compile", "inspect", "merge", "export", "verify", "diff"),
+    *("methods", "schema", "roles", "check", "demo"),
+)
+
 
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_here(capsys)
     assert outcome.status == 0 and "Usage: graftc" in outcome.out
-    for command in ("methods", "schema", "roles", "check", "demo"):
+    for command in COMMANDS:
         assert command in outcome.out
 
 
@@ -23,7 +28,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_command_takes_json(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("methods", "schema", "roles", "check", "demo"):
+    for command in COMMANDS:
         outcome = run_here(capsys, command, "--help")
         assert outcome.status == 0 and "--json" in outcome.out
 
@@ -40,11 +45,25 @@ def test_every_command_takes_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_usage_errors(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str) -> None:
     outcome = run_here(capsys, *arguments)
     assert (outcome.status, outcome.out) == (2, "")
-    assert outcome.err.startswith("usage: ") and message in outcome.err
-    assert outcome.err.splitlines()[1].startswith("  hint: graftc") and "Traceback" not in outcome.err
+    assert outcome.err.startswith("GC090: ") and message in outcome.err.splitlines()[0]
+    assert outcome.err.splitlines()[1].startswith("  hint: ") and "Traceback" not in outcome.err
+    assert "graftc" in outcome.err and "--help" in outcome.err
     error = run_here(capsys, *arguments, "--json").data["error"]
-    assert (error["code"], error["title"], error["exit_code"]) == (None, "usage", 2)
+    assert (error["code"], error["title"], error["exit_code"]) == ("GC090", "the command line is misused", 2)
     assert message in error["message"]
+
+
+def test_what_was_meant_is_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(capsys, "chek").err.splitlines() == [
+        "GC090: no such command 'chek'",
+        "  hint: did you mean 'check', 'schema'?",
+        "        graftc --help",
+    ]
+    assert run_here(capsys, "roles", "m", "--mata").err.splitlines() == [
+        "GC090: no such option: --mata",
+        "  hint: did you mean --meta?",
+        "        graftc roles --help",
+    ]
 
 
 def test_an_unexpected_failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,10 +74,10 @@ def test_an_unexpected_failure(capsys: pytest.CaptureFixture[str], monkeypatch: 
     outcome = run_here(capsys, "methods")
     assert (outcome.status, outcome.out) == (3, "")
     assert outcome.err == (
-        "unexpected RuntimeError: first line\n  hint: GRAFTC_DEBUG=1 shows where; please report it\n"
+        "GC099: unexpected RuntimeError: first line\n  hint: GRAFTC_DEBUG=1 shows where; please report it\n"
     )
     data = run_here(capsys, "methods", "--json").data["error"]
-    assert (data["code"], data["title"], data["exit_code"]) == (None, "unexpected", 3)
+    assert (data["code"], data["title"], data["exit_code"]) == ("GC099", "an unexpected failure", 3)
     monkeypatch.setenv("GRAFTC_DEBUG", "1")
     assert "Traceback" in run_here(capsys, "methods").err
 

@@ -45,6 +45,7 @@ _WITNESS = (
         (["methods", "lora"], 0),
         (["schema"], 0),
         (["check", "--help"], 0),
+        (["inspect", "--help"], 0),
         (["check", "missing.yaml", "--model", "m"], 2),  # a wrong spec is told without waiting for torch
     ],
 )

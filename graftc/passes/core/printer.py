@@ -97,13 +97,18 @@ class Printer:
         self.symbols = SymbolNames(program)
         self.names: dict[fx.Node, str] = {}
         counts: Counter[str] = Counter()
+        taken: set[str] = set()
         for node in program.graph.nodes:
             if node.op == "get_attr":
                 self.names[node] = tensor_name(str(node.target))
                 continue
-            base = _stem(node)
-            self.names[node] = f"%{base}_{counts[base]}" if counts[base] and numbered else f"%{base}"
-            counts[base] += 1
+            name = base = f"%{_stem(node)}"
+            # A module may be called like a numbered value: ln and ln_1.
+            while numbered and name in taken:
+                counts[base] += 1
+                name = f"{base}_{counts[base]}"
+            taken.add(name)
+            self.names[node] = name
 
     def line(self, node: fx.Node) -> str:
         """One node as one line; `get_attr` nodes have none of their own."""

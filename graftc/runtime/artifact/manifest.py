@@ -1,6 +1,6 @@
 """The manifest of an artifact: what is in the folder, and what it was made from. No torch.
 
-It is canonical JSON (sorted keys, one form of every value) that ends with a digest of itself, so that any change of it
+It is canonical JSON (one form of every value) that ends with a digest of itself, so that any change of it
 shows. Digests tell damage, not intent: whoever may rewrite the folder may rewrite the manifest too.
 """
 
@@ -65,6 +65,9 @@ class BaseTensor(Record):
 
     sha256: Digest
     """Of its values, or of evenly spaced ones."""
+
+    parameter: bool
+    """A parameter, or else a buffer."""
 
 
 class Base(Record):
@@ -304,8 +307,8 @@ class Manifest(Record):
 
 
 def canonical_json(data: Any) -> str:
-    """The one text of JSON data that graftc writes."""
-    return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """The one text of JSON data that graftc writes; keys stay in their order, which is that of the model."""
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def sealed(data: dict[str, Any]) -> str:

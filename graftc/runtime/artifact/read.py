@@ -63,7 +63,7 @@ class Artifact:
     def identity(self) -> Identity:
         """Which base it is for."""
         base = self.manifest.base
-        tensors = {name: TensorIdentity(t.dtype, t.shape, t.sha256) for name, t in base.tensors.items()}
+        tensors = {name: TensorIdentity(t.dtype, t.shape, t.sha256, t.parameter) for name, t in base.tensors.items()}
         return Identity(base.config, tensors, base.full)
 
     @property
@@ -75,7 +75,7 @@ class Artifact:
             self.spec,
             tuple(self.sites()),
             tuple(TrainedRecord(t.owner, t.base, t.rows, t.tensor) for t in manifest.trained),
-            {name: TensorRecord(t.dtype, t.shape) for name, t in manifest.base.tensors.items()},
+            {name: TensorRecord(t.dtype, t.shape, parameter=t.parameter) for name, t in manifest.base.tensors.items()},
             manifest.base.aliases,
             {name: TensorRecord(t.dtype, t.shape, t.trainable) for name, t in manifest.adapters.items()},
             lambda mode, base: self.program(mode, base=base),

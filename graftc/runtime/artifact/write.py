@@ -68,14 +68,23 @@ def save(
         full: digest every value of the base.
         bundle: writes the base itself into a folder, which then travels inside the artifact.
     """
-    if compiled.device.type == "meta":
-        raise GraftError("GC053", "there is nothing to save on the meta device", hint="compile a model with weights")
+    require_values(compiled)
     path = Path(os.path.abspath(path))
     with staged(path, force=force, replaceable=is_ours) as folder:
         folder.mkdir()
         if bundle is not None:
             bundle(folder / BUNDLED)
         return _write(compiled, folder, path, base, certificate, kept, full=full, bundled=bundle is not None)
+
+
+def require_values(compiled: Compiled) -> None:
+    """Refuse a model without weights.
+
+    Raises:
+        GraftError: GC053.
+    """
+    if compiled.device.type == "meta":
+        raise GraftError("GC053", "there is nothing to save on the meta device", hint="compile a model with weights")
 
 
 def certificate_of(compiled: Compiled) -> tuple[Certificate | None, dict[str, str]]:

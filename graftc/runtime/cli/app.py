@@ -7,10 +7,17 @@ from typing import Annotated
 import typer
 
 from graftc.runtime.cli.check import check
+from graftc.runtime.cli.compile import compile
 from graftc.runtime.cli.demo import demo
+from graftc.runtime.cli.diff import diff
+from graftc.runtime.cli.export import export
+from graftc.runtime.cli.inspect import inspect
+from graftc.runtime.cli.merge import merge
 from graftc.runtime.cli.methods import methods
+from graftc.runtime.cli.output import without_colours
 from graftc.runtime.cli.roles import roles
 from graftc.runtime.cli.schema import schema
+from graftc.runtime.cli.verify import verify
 
 __all__ = ["build_app"]
 
@@ -24,12 +31,13 @@ _EPILOG = (
 def build_app() -> typer.Typer:
     """The application with every command."""
     app = typer.Typer(
-        add_completion=False,
+        add_completion=True,
+        rich_markup_mode=None if without_colours() else "rich",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog=_EPILOG)(_graftc)
-    for command in (methods, schema, roles, check, demo):
+    for command in (compile, inspect, merge, export, verify, diff, check, roles, methods, schema, demo):
         app.command()(command)
     return app
 

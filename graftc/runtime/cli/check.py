@@ -10,15 +10,15 @@ from graftc.runtime.cli.options import Json, Meta, ModelOption, SpecArgument
 if TYPE_CHECKING:
     from graftc.compiler.report import Report
 
-__all__ = ["check"]
+__all__ = ["check", "print_report", "totals"]
 
 
 def check(spec: SpecArgument, model: ModelOption, meta: Meta = False, json: Json = False) -> None:
     """Resolve a spec against a model and count what it adds, without writing anything."""
-    from graftc.runtime.cli.output import print_json, working
+    from graftc.runtime.cli.output import print_json, steps, working
     from graftc.specs.io import load_spec
 
-    with working(json) as warnings:
+    with working(json) as warnings, steps(json) as step:
         # Before torch is there: a misspelt field should not take seconds to be found.
         loaded_spec = load_spec(spec)
 
@@ -26,24 +26,29 @@ def check(spec: SpecArgument, model: ModelOption, meta: Meta = False, json: Json
         from graftc.runtime.models import load_model_and_inputs
 
         started = time.perf_counter()
+        step("loading the model")
         loaded, inputs = load_model_and_inputs(model, meta=meta)
         seconds = time.perf_counter() - started
+        step("compiling")
         report = check_spec(loaded_spec, loaded, inputs)
     if json:
+        from graftc.runtime.cli.results import CheckResult
+
         places = {"spec": str(spec), "model": model, "class": type(loaded).__name__}
-        timings = {"load_seconds": seconds, "warnings": warnings}
-        print_json({**places, **report.to_json(), "totals": _totals(report), **timings})
+        found = {**report.to_json(), "totals": totals(report), "load_seconds": seconds, "warnings": warnings}
+        print_json(CheckResult.model_validate({**places, **found}))
     else:
-        _print(str(spec), type(loaded).__name__, report, seconds)
+        print_report(str(spec), type(loaded).__name__, report, seconds)
 
 
-def _totals(report: Report) -> dict[str, Any]:
+def totals(report: Report) -> dict[str, Any]:
     """Sums over the adaptations, the ``train:`` list included."""
     keys = ("sites", "trainable_parameters", "frozen_parameters", "bytes", "flops_per_token")
     return {key: sum(getattr(entry, key) for entry in report.adaptations) for key in keys}
 
 
-def _print(spec: str, name: str, report: Report, load_seconds: float) -> None:
+def print_report(spec: str, name: str, report: Report, load_seconds: float) -> None:
+    """Print what a spec adds to a model."""
     from graftc.runtime.cli.output import console, number, print_table
 
     columns = ("adaptation", "method", "sites", "trainable", "frozen", "bytes", "FLOPs per token")
@@ -56,9 +61,9 @@ def _print(spec: str, name: str, report: Report, load_seconds: float) -> None:
         )
         for entry in report.adaptations
     ]
-    totals = _totals(report)
+    sums = totals(report)
     if len(rows) > 1:
-        rows.append(("total", "", *(number(value) for value in totals.values())))
+        rows.append(("total", "", *(number(value) for value in sums.values())))
     to = console()
     to.print(f"{spec} fits {name}", soft_wrap=True)
     to.print()

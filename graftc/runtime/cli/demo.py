@@ -30,6 +30,8 @@ def demo(
 
         result = run_demo(out, quick=quick, console=to)
     if json:
-        print_json({**result.to_json(), "out": str(out), "warnings": warnings})
+        from graftc.runtime.cli.results import DemoResult
+
+        print_json(DemoResult.model_validate({**result.to_json(), "out": str(out), "warnings": warnings}))
     if not result.passed:
         raise typer.Exit(1)

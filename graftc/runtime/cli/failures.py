@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from typing import Any
@@ -11,14 +12,15 @@ from graftc.specs.diagnostics import GraftError
 
 __all__ = ["show_failure"]
 
-_USAGE, _UNEXPECTED, _INTERRUPTED = 2, 3, 130
+_INTERRUPTED = 130
+_SUGGESTION = re.compile(r"\.? (?:Did you mean:?|\(Possible options:) (.*?)[?)]*$")
 
 
 def show_failure(error: Exception, *, as_json: bool) -> int:
     """Print a failure and return the exit status.
 
-    Coded errors go to the standard error in the text form of diagnostics. With ``as_json`` the standard output gets
-    ``{"error": {...}}`` instead; what has no code of the catalogue (a misused command line, a bug) has code null.
+    It goes to the standard error in the text form of diagnostics; with ``as_json`` the standard output gets
+    ``{"error": {...}}`` instead. A misused command line is GC090, what graftc does not expect GC099.
     """
     if isinstance(error, BrokenPipeError):
         # The reader has gone: what is left in the buffer must not fail again at exit.
@@ -28,38 +30,37 @@ def show_failure(error: Exception, *, as_json: bool) -> int:
         return _INTERRUPTED
     if os.environ.get("GRAFTC_DEBUG") == "1":
         traceback.print_exception(error)
-    if isinstance(error, GraftError):
-        data, text = error.to_json(), str(error)
-    elif hasattr(error, "format_message"):
-        data, text = _usage(error)
-    else:
-        data, text = _unexpected(error)
+    coded = _coded(error)
     from graftc.runtime.cli.output import print_coded, print_json
 
     if as_json:
-        print_json({"error": data})
+        from graftc.runtime.cli.results.base import ErrorResult
+
+        print_json(ErrorResult.model_validate({"error": coded.to_json()}))
     else:
-        print_coded(text, "red")
-    return int(data["exit_code"])
+        print_coded(coded, "red")
+    return coded.exit_code
 
 
-def _usage(error: Any) -> tuple[dict[str, Any], str]:
+def _coded(error: Exception) -> GraftError:
+    if isinstance(error, GraftError):
+        return error
+    return _usage(error) if hasattr(error, "format_message") else _unexpected(error)
+
+
+def _usage(error: Any) -> GraftError:
     """A command line that Typer refuses."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "graftc"
-    message = str(error.format_message()).strip()
-    message = (message[:1].lower() + message[1:]).rstrip(".")
-    return _plain("usage", f"usage: {message}", f"{command} --help", _USAGE)
+    message = " ".join(str(error.format_message()).split())
+    suggestion = _SUGGESTION.search(message)
+    if suggestion is not None:
+        message = message[: suggestion.start()]
+    hints = ([f"did you mean {suggestion[1]}?"] if suggestion is not None else []) + [f"{command} --help"]
+    return GraftError("GC090", (message[:1].lower() + message[1:]).rstrip("."), hint="\n".join(hints))
 
 
-def _unexpected(error: Exception) -> tuple[dict[str, Any], str]:
+def _unexpected(error: Exception) -> GraftError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = f"unexpected {type(error).__name__}" + (f": {lines[0]}" if lines else "")
-    return _plain("unexpected", message, "GRAFTC_DEBUG=1 shows where; please report it", _UNEXPECTED)
-
-
-def _plain(title: str, message: str, hint: str, status: int) -> tuple[dict[str, Any], str]:
-    """In the form of coded errors, without a code."""
-    places = dict.fromkeys(("file", "line", "column"))
-    data = {"code": None, "title": title, "message": message, **places, "path": "", "hint": hint}
-    return {**data, "corrected": None, "details": [], "exit_code": status}, f"{message}\n  hint: {hint}"
+    return GraftError("GC099", message, hint="GRAFTC_DEBUG=1 shows where; please report it")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graftc.runtime.cli import completion
 from graftc.runtime.cli.options import Json
 
 if TYPE_CHECKING:
@@ -21,7 +22,13 @@ _BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("ex
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Show this method's page.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="Show this method's page.",
+            show_default=False,
+            autocompletion=completion.methods,
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -32,7 +39,9 @@ def methods(
 
     if name is None:
         if json:
-            print_json({"methods": [info.to_json() for info in listing()]})
+            from graftc.runtime.cli.results import MethodsResult
+
+            print_json(MethodsResult.model_validate({"methods": [info.to_json() for info in listing()]}))
         else:
             _print_list(console())
         return
@@ -40,7 +49,9 @@ def methods(
     if entry is None:
         raise unknown_method(name)
     if json:
-        print_json(_page_data(entry))
+        from graftc.runtime.cli.results import MethodPage
+
+        print_json(MethodPage.model_validate(_page_data(entry)))
     else:
         _print_page(console(), entry)
 

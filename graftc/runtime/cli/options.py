@@ -2,28 +2,123 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
 
-__all__ = ["Json", "Meta", "ModelArgument", "ModelOption", "SpecArgument"]
+from graftc.runtime.cli import completion
+from graftc.specs.diagnostics import GraftError
+
+__all__ = [
+    "ArtifactArgument",
+    "BaseOption",
+    "Budget",
+    "DryRun",
+    "ExportFormat",
+    "Force",
+    "FormatOption",
+    "Json",
+    "Meta",
+    "ModelArgument",
+    "ModelOption",
+    "Out",
+    "Seed",
+    "SpecArgument",
+    "destination",
+]
 
 _MODEL_HELP = (
     "A transformers folder, a hub id, or package.module:callable; the callable returns the model, or (model, "
     "example_inputs) where graftc cannot tell its inputs: tensors by name, or in the order of forward's parameters."
 )
 
+
+class ExportFormat(StrEnum):
+    """What ``graftc export`` can write."""
+
+    ONNX = "onnx"
+    PT2 = "pt2"
+
+
+ArtifactArgument: TypeAlias = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="An artifact: a folder that graftc compile wrote.",
+        show_default=False,
+        autocompletion=completion.artifacts,
+    ),
+]
+BaseOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="The base, where it is not the one that the artifact names. " + _MODEL_HELP,
+        show_default=False,
+        autocompletion=completion.models,
+    ),
+]
+Budget: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        metavar="X",
+        min=0,
+        help="Largest allowed absolute difference of outputs. Default: the spec's, or a bound by dtype.",
+        show_default=False,
+    ),
+]
+DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Do all of it but write nothing.")]
+Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
+FormatOption: TypeAlias = Annotated[
+    ExportFormat, typer.Option("--format", "-f", help="What to write.", show_default=False)
+]
 Json: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print JSON on the standard output, errors included, and nothing else there.")
 ]
 Meta: TypeAlias = Annotated[
     bool, typer.Option("--meta", help="Build the model without weights; a folder needs only its config.json.")
 ]
-ModelArgument: TypeAlias = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
+ModelArgument: TypeAlias = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False, autocompletion=completion.models),
+]
 ModelOption: TypeAlias = Annotated[
-    str, typer.Option("--model", "-m", metavar="MODEL", help=_MODEL_HELP, show_default=False)
+    str,
+    typer.Option(
+        "--model", "-m", metavar="MODEL", help=_MODEL_HELP, show_default=False, autocompletion=completion.models
+    ),
+]
+Out: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="PATH", help="Where to write; not needed with --dry-run.", show_default=False),
+]
+Seed: TypeAlias = Annotated[
+    int, typer.Option("--seed", metavar="N", min=0, help="Seed of the adapters' initial values.")
 ]
 SpecArgument: TypeAlias = Annotated[
-    Path, typer.Argument(metavar="SPEC", help="A spec: a .yaml, .json or .toml file.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="SPEC",
+        help="A spec: a .yaml, .json or .toml file.",
+        show_default=False,
+        autocompletion=completion.specs,
+    ),
 ]
+
+
+def destination(out: Path | None, *, dry_run: bool) -> Path | None:
+    """Where to write; None with ``--dry-run``.
+
+    Raises:
+        GraftError: GC090 where ``--out`` is missing.
+    """
+    if dry_run:
+        return None
+    if out is None:
+        raise GraftError("GC090", "missing option '--out'", hint="--out PATH says where to write, --dry-run needs none")
+    return out

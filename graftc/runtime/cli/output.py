@@ -7,15 +7,28 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from graftc.specs.diagnostics import GraftWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "error_console", "number", "print_coded", "print_json", "print_table", "working"]
+    from graftc.runtime.cli.results.base import Result
+
+__all__ = [
+    "console",
+    "error_console",
+    "number",
+    "print_coded",
+    "print_json",
+    "print_lines",
+    "print_table",
+    "steps",
+    "without_colours",
+    "working",
+]
 
 _PIPED_WIDTH = 120
 
@@ -25,12 +38,20 @@ def console(file: TextIO | None = None) -> Console:
     from rich.console import Console
 
     stream = sys.stdout if file is None else file
-    found = Console(file=stream, highlight=False)
+    # Rich keeps bold face without colours; whoever sets NO_COLOR wants no escape codes at all.
+    system: Literal["auto"] | None = None if without_colours() else "auto"
+    found = Console(file=stream, highlight=False, color_system=system)
     if not found.is_terminal:
         # Rich would take 80 columns, which folds tables that nobody looks at through a window.
         columns = os.environ.get("COLUMNS", "")
-        found = Console(file=stream, highlight=False, width=int(columns) if columns.isdigit() else _PIPED_WIDTH)
+        width = int(columns) if columns.isdigit() else _PIPED_WIDTH
+        found = Console(file=stream, highlight=False, color_system=system, width=width)
     return found
+
+
+def without_colours() -> bool:
+    """Whether the user wants no escape codes: NO_COLOR is set."""
+    return bool(os.environ.get("NO_COLOR"))
 
 
 def error_console() -> Console:
@@ -38,8 +59,9 @@ def error_console() -> Console:
     return console(sys.stderr)
 
 
-def print_json(data: Any) -> None:
+def print_json(result: Result | Mapping[str, Any]) -> None:
     """Print JSON on the standard output, one key a line. What JSON cannot hold is a bug, not null."""
+    data = result if isinstance(result, Mapping) else result.to_json()
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
 
@@ -80,6 +102,14 @@ def print_table(
     to.print(table)
 
 
+def print_lines(to: Console, lines: Iterable[str], style: Callable[[str], str]) -> None:
+    """Print lines as they are, however long, each in its style."""
+    from rich.text import Text
+
+    for line in lines:
+        to.print(Text(line, style(line)), soft_wrap=True)
+
+
 def number(value: float) -> str:
     """A count for people: 56,098,816; a fraction keeps one digit."""
     return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
@@ -106,6 +136,31 @@ def working(as_json: bool) -> Iterator[list[dict[str, Any]]]:
         warnings.simplefilter("always", GraftWarning)
         warnings.showwarning = show
         yield found
+
+
+@contextlib.contextmanager
+def steps(as_json: bool) -> Iterator[Callable[[str], None]]:
+    """Around long work: yields what is called with the name of each step, in lower case, as it begins.
+
+    A terminal shows the step on the standard error, beside something that turns, until the next one or the end.
+    With ``as_json``, NO_COLOR or no terminal nothing is shown.
+    """
+    if as_json or without_colours() or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield lambda _: None
+        return
+    from rich.status import Status
+    from rich.text import Text
+
+    status = Status("", console=error_console(), spinner="dots")
+
+    def step(text: str) -> None:
+        status.update(Text(f"{text} ..."))
+        status.start()
+
+    try:
+        yield step
+    finally:
+        status.stop()
 
 
 def print_coded(message: object, style: str, prefix: str = "") -> None:

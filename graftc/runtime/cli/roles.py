@@ -14,16 +14,21 @@ __all__ = ["roles"]
 
 def roles(model: ModelArgument, meta: Meta = False, json: Json = False) -> None:
     """Show the roles found in a model, with the evidence, and what was not resolved."""
-    from graftc.runtime.cli.output import print_json, working
+    from graftc.runtime.cli.output import print_json, steps, working
 
-    with working(json) as warnings:
+    with working(json) as warnings, steps(json) as step:
+        step("loading the model")
         from graftc.runtime.api import roles as find_roles
         from graftc.runtime.models import load_model_and_inputs
 
         loaded, inputs = load_model_and_inputs(model, meta=meta)
+        step("finding roles")
         structure = find_roles(loaded, inputs)
     if json:
-        print_json({"model": model, "class": type(loaded).__name__, **structure.to_json(), "warnings": warnings})
+        from graftc.runtime.cli.results import RolesResult
+
+        places = {"model": model, "class": type(loaded).__name__}
+        print_json(RolesResult.model_validate({**places, **structure.to_json(), "warnings": warnings}))
     else:
         _print(type(loaded).__name__, structure)
 

@@ -1,15 +1,30 @@
-"""``graftc schema``: the JSON Schema of a spec."""
+"""``graftc schema``: the published JSON Schemas."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
+from graftc.runtime.cli import completion
 from graftc.runtime.cli.options import Json
 
 __all__ = ["schema"]
 
 
-def schema(json: Json = True) -> None:
-    """Print the JSON Schema of a spec, for editors and validators."""
+def schema(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="[NAME]",
+            help="spec, manifest, error, or a command: what it prints with --json.",
+            autocompletion=completion.schemas,
+        ),
+    ] = "spec",
+    json: Json = True,
+) -> None:
+    """Print a JSON Schema, for editors and validators: of a spec, or of what a command prints."""
     from graftc.runtime.cli.output import print_json
-    from graftc.specs.document import Spec
+    from graftc.runtime.cli.results.publish import published_schema
 
-    print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **Spec.model_json_schema()})
+    print_json(published_schema(name))

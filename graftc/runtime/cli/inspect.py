@@ -1,0 +1,212 @@
+"""``graftc inspect``: look at a rewritten graph. The base is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graftc.runtime.cli.options import ArtifactArgument, Json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graftc.compiler.snapshot import Snapshot
+    from graftc.compiler.summary import Summary
+
+__all__ = ["inspect"]
+
+
+class GraphMode(StrEnum):
+    """Which of the two graphs."""
+
+    TRAIN = "train"
+    EVAL = "eval"
+
+
+def inspect(
+    directory: ArtifactArgument,
+    graph: Annotated[bool, typer.Option("--graph", help="Print the rewritten graph.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Print what changed, layers that changed alike once.")] = False,
+    history: Annotated[bool, typer.Option("--history", help="Print what every pass did.")] = False,
+    tree: Annotated[
+        bool, typer.Option("--tree", help="Print the model's modules with what was added to them.")
+    ] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            "--explain",
+            metavar="NAME",
+            help="Say why something is there: a printed value, an fx node, a module, a place or a tensor.",
+            show_default=False,
+        ),
+    ] = None,
+    mode: Annotated[GraphMode, typer.Option("--mode", help="Which graph.")] = GraphMode.EVAL,
+    graphml: Annotated[
+        Path | None,
+        typer.Option("--graphml", metavar="FILE", help="Write the graph as GraphML.", show_default=False),
+    ] = None,
+    dot: Annotated[
+        Path | None,
+        typer.Option("--dot", metavar="FILE", help="Write the graph for Graphviz.", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the files of --graphml and --dot.")] = False,
+    json: Json = False,
+) -> None:
+    """Look at a rewritten graph: a summary, or what the options ask for. Needs no base model."""
+    from graftc.runtime.cli.output import console, print_json, working
+
+    with working(json) as warnings:
+        from graftc.runtime.artifact import open_artifact
+
+        snapshot = open_artifact(directory).snapshot
+        wanted = {"graph": graph, "diff": diff, "history": history, "tree": tree, "explanation": explain is not None}
+        views = {name: view for name, view in _views(snapshot, mode.value, explain).items() if wanted[name]}
+        made = {name: make() for name, make in views.items()}
+        files = _write(snapshot, mode.value, {"graphml": graphml, "dot": dot}, force)
+        if json or not (made or files):
+            from graftc.compiler.summary import summary
+
+            made["summary"] = _summary_view(str(directory), summary(snapshot))
+    if json:
+        from graftc.runtime.cli.results import InspectResult
+
+        data = {name: made[name].data if name in made else None for name in ("summary", *wanted)}
+        found = {"artifact": str(directory), "mode": mode.value, **data, "files": files, "warnings": warnings}
+        print_json(InspectResult.model_validate(found))
+        return
+    to = console()
+    for index, view in enumerate(made.values()):
+        if index:
+            to.print()
+        view.show(to)
+    for file in files:
+        to.print(f"wrote {file}", soft_wrap=True, markup=False)
+
+
+@dataclass(frozen=True)
+class _View:
+    """One thing to look at, as JSON data and for people."""
+
+    data: Any
+    show: Callable[[Console], None]
+
+
+def _views(snapshot: Snapshot, mode: Any, name: str | None) -> dict[str, Callable[[], _View]]:
+    """How to make each view; none is made yet."""
+    return {
+        "graph": lambda: _graph_view(snapshot, mode),
+        "diff": lambda: _diff_view(snapshot, mode),
+        "history": lambda: _history_view(snapshot, mode),
+        "tree": lambda: _tree_view(snapshot),
+        "explanation": lambda: _explanation_view(snapshot, name or "", mode),
+    }
+
+
+def _graph_view(snapshot: Snapshot, mode: Any) -> _View:
+    from graftc.passes.core.graphs import graph_data
+    from graftc.passes.core.printer import format_program
+
+    program = snapshot.program(mode)
+    text = format_program(program)
+    data = {"text": text, **graph_data(program)}
+    return _View(data, lambda to: _lines(to, text, lambda line: "green" if "  # + " in line else ""))
+
+
+def _diff_view(snapshot: Snapshot, mode: Any) -> _View:
+    from graftc.compiler.diff import diff
+
+    found = diff(snapshot.program(mode, base=True), snapshot.program(mode))
+    text = found.text() or f"{mode}: nothing changed\n"
+    colours = {"+": "green", "-": "red", "@": "cyan"}
+    return _View(found.to_json(), lambda to: _lines(to, text, lambda line: colours.get(line[:1], "")))
+
+
+def _history_view(snapshot: Snapshot, mode: Any) -> _View:
+    from graftc.compiler.history import history, history_columns
+
+    rows = history(snapshot, mode)
+
+    def show(to: Console) -> None:
+        from graftc.runtime.cli.output import print_table
+
+        columns, lines = history_columns(rows)
+        print_table(to, columns, lines, right=("added", "removed", "nodes", "inserted", "seconds"))
+
+    return _View([row.to_json() for row in rows], show)
+
+
+def _tree_view(snapshot: Snapshot) -> _View:
+    from graftc.compiler.tree import model_tree
+
+    found = model_tree(snapshot)
+    mark = "  + "
+    return _View(found.to_json(), lambda to: _lines(to, found.text(), lambda line: "green" if mark in line else ""))
+
+
+def _explanation_view(snapshot: Snapshot, name: str, mode: Any) -> _View:
+    from graftc.compiler.explain import explain
+
+    found = explain(snapshot, name, mode)
+    first = found.title
+    return _View(found.to_json(), lambda to: _lines(to, found.text(), lambda line: "bold" if line == first else ""))
+
+
+def _summary_view(directory: str, found: Summary) -> _View:
+    return _View(found.to_json(), lambda to: _print_summary(to, directory, found))
+
+
+def _print_summary(to: Console, directory: str, found: Summary) -> None:
+    from graftc.runtime.cli.output import number, print_table
+
+    to.print(f"{directory}: {found.model}, adapted", soft_wrap=True, markup=False)
+    to.print()
+    columns = ("adaptation", "method", "roles", "layers", "places", "trainable", "frozen", "tensors", "nodes")
+    rows = [
+        (
+            a.name,
+            a.method,
+            ", ".join(a.roles),
+            a.layers,
+            *(number(n) for n in (a.places, a.trainable_parameters, a.frozen_parameters, a.tensors, a.nodes)),
+        )
+        for a in found.adaptations
+    ]
+    print_table(to, columns, rows, right=columns[4:])
+    to.print()
+    facts = [
+        ("trainable parameters", f"{number(found.trainable_parameters)} ({found.percent:.3f} % of base plus added)"),
+        *([("trained in full", number(found.trained_in_full))] if found.trained_in_full else []),
+        ("base parameters", f"{number(found.base_parameters)} in {number(found.base_tensors)} tensors"),
+        ("nodes of the eval graph", f"{number(found.nodes)}, {number(found.inserted)} of them inserted"),
+    ]
+    for label, fact in facts:
+        to.print(f"{label + ':':<25}{fact}", soft_wrap=True, markup=False)
+
+
+def _lines(to: Console, text: str, style: Callable[[str], str]) -> None:
+    from graftc.runtime.cli.output import print_lines
+
+    print_lines(to, text.splitlines(), style)
+
+
+def _write(snapshot: Snapshot, mode: Any, paths: dict[str, Path | None], force: bool) -> list[str]:
+    """Write the graph to files and return their paths."""
+    if not any(paths.values()):
+        return []
+    from graftc.passes.core.graphs import dot_text, graphml_text
+    from graftc.runtime.files import check_destination, write_text
+
+    for path in filter(None, paths.values()):
+        check_destination(path, force=force)
+
+    texts = {"graphml": graphml_text, "dot": dot_text}
+    program = snapshot.program(mode)
+    wanted: Iterable[tuple[Path, str]] = [(path, texts[kind](program)) for kind, path in paths.items() if path]
+    for path, text in wanted:
+        write_text(path, text, force=force)
+    return [str(path) for path, _ in wanted]

@@ -1,0 +1,59 @@
+"""What commands print with ``--json``: one pydantic model for each, and the JSON Schemas made of them. No torch.
+
+Names load when first used, so that a command makes the models of its own output only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graftc.runtime.cli.results.base import DiagnosticData as DiagnosticData
+    from graftc.runtime.cli.results.base import ErrorResult as ErrorResult
+    from graftc.runtime.cli.results.base import FileData as FileData
+    from graftc.runtime.cli.results.base import Result as Result
+    from graftc.runtime.cli.results.demo import DemoResult as DemoResult
+    from graftc.runtime.cli.results.listing import MethodPage as MethodPage
+    from graftc.runtime.cli.results.listing import MethodsResult as MethodsResult
+    from graftc.runtime.cli.results.listing import RolesResult as RolesResult
+    from graftc.runtime.cli.results.publish import DIALECT as DIALECT
+    from graftc.runtime.cli.results.publish import SCHEMA_NAMES as SCHEMA_NAMES
+    from graftc.runtime.cli.results.publish import published_schema as published_schema
+    from graftc.runtime.cli.results.publish import published_schemas as published_schemas
+    from graftc.runtime.cli.results.views import InspectResult as InspectResult
+    from graftc.runtime.cli.results.work import CheckData as CheckData
+    from graftc.runtime.cli.results.work import CheckResult as CheckResult
+    from graftc.runtime.cli.results.work import CompileResult as CompileResult
+    from graftc.runtime.cli.results.work import DiffResult as DiffResult
+    from graftc.runtime.cli.results.work import ExportResult as ExportResult
+    from graftc.runtime.cli.results.work import KeptData as KeptData
+    from graftc.runtime.cli.results.work import MergeResult as MergeResult
+    from graftc.runtime.cli.results.work import SiteChanges as SiteChanges
+    from graftc.runtime.cli.results.work import TensorChange as TensorChange
+    from graftc.runtime.cli.results.work import VerifyResult as VerifyResult
+
+_HOME = {
+    "base": ("DiagnosticData", "ErrorResult", "FileData", "Result"),
+    "demo": ("DemoResult",),
+    "listing": ("MethodPage", "MethodsResult", "RolesResult"),
+    "publish": ("DIALECT", "SCHEMA_NAMES", "published_schema", "published_schemas"),
+    "views": ("InspectResult",),
+    "work": (
+        *("CheckData", "CheckResult", "CompileResult", "DiffResult", "ExportResult", "KeptData", "MergeResult"),
+        *("SiteChanges", "TensorChange", "VerifyResult"),
+    ),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [*_MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE_OF])

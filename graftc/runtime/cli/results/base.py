@@ -1,0 +1,228 @@
+"""What the results of commands are made of: the model class, and what several of them hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from graftc.specs.base_model import Items
+
+__all__ = [
+    "AdaptationData",
+    "CertificateData",
+    "CostData",
+    "DiagnosticData",
+    "ErrorResult",
+    "FileData",
+    "ReportData",
+    "Result",
+    "Runs",
+    "SiteEvidenceData",
+    "TotalsData",
+]
+
+Runs = Sequence[Annotated[Sequence[int], Field(min_length=2, max_length=2), AfterValidator(tuple)]]
+"""Half-open runs of rows, each a first row and the row behind the last one."""
+
+
+class Result(BaseModel):
+    """Base of what commands print with ``--json``: closed and strict, so that the output keeps to its schema.
+
+    Raises:
+        ValidationError: a value is not what the schema promises, which is a bug of the command.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        populate_by_name=True,
+    )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, in the order of the fields."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+class DiagnosticData(Result):
+    """A failure, or a warning: what works but deserves a look."""
+
+    code: str = Field(pattern="^GC[0-9]{3}$")
+    """The stable code."""
+
+    title: str
+    """What the code stands for."""
+
+    message: str
+    """What is wrong, in one sentence."""
+
+    file: str | None
+    """The file that is wrong; null where none is."""
+
+    line: int | None = Field(ge=1)
+    """Its line, from 1."""
+
+    column: int | None = Field(ge=1)
+    """The column in it, from 1."""
+
+    path: str
+    """The place in the spec, such as `adapt[0].target.role`; empty where there is none."""
+
+    hint: str | None
+    """What to try."""
+
+    corrected: str | None
+    """The whole line, corrected, where that can be guessed."""
+
+    details: Items[str | DiagnosticData]
+    """Further facts as text, and further failures found in the same go."""
+
+    exit_code: int = Field(ge=0, le=3)
+    """The exit status: 1 the answer is no, 2 a usage or spec error, 3 the files or the model failed; 0 for warnings."""
+
+
+class ErrorResult(Result):
+    """What every command prints when it fails."""
+
+    error: DiagnosticData
+    """The failure."""
+
+
+class FileData(Result):
+    """A file that was written, or would be."""
+
+    path: str
+    """Where it is, `out` included."""
+
+    bytes: int = Field(ge=0)
+    """Its size."""
+
+
+class CostData(Result):
+    """What an adaptation adds."""
+
+    sites: int = Field(ge=0)
+    """How many sites are adapted."""
+
+    trainable_parameters: int = Field(ge=0)
+    """Elements that train."""
+
+    frozen_parameters: int = Field(ge=0)
+    """Elements that are added and do not train."""
+
+    bytes: int = Field(ge=0)
+    """Size of all tensors that are added."""
+
+    flops_per_token: float = Field(ge=0)
+    """What a forward pass in eval mode costs more for one token, two per multiply-add."""
+
+
+class AdaptationData(CostData):
+    """One adaptation's cost; the `train:` list and new tokens are entries too."""
+
+    name: str
+    """Its name."""
+
+    method: str
+    """Its method's tag; `full` for the `train:` list, `tokens` for new tokens."""
+
+
+class TotalsData(CostData):
+    """Sums over all adaptations, the `train:` list included."""
+
+
+class ReportData(Result):
+    """What a spec adds to a model."""
+
+    adaptations: Items[AdaptationData]
+    """One entry for each adaptation, the `train:` list last."""
+
+    base_parameters: int = Field(ge=0)
+    """Elements of the base's parameters, tied ones once."""
+
+    trainable_parameters: int = Field(ge=0)
+    """Elements that train in all adaptations, without the `train:` list."""
+
+    trained_in_full: int = Field(ge=0)
+    """Elements of the modules in the `train:` list."""
+
+    deployed_parameters: int = Field(ge=0)
+    """What has to ship beside the base if nothing is folded."""
+
+    percent: float = Field(ge=0, le=100)
+    """`trainable_parameters` as a percentage of base plus trainable parameters."""
+
+    flops_per_token: float = Field(ge=0)
+    """What a forward pass of the base costs for one token, two per multiply-add."""
+
+    capture_seconds: float = Field(ge=0)
+    """How long capturing the model took."""
+
+    rewrite_seconds: float = Field(ge=0)
+    """How long rewriting its graphs took."""
+
+    cached: bool
+    """Whether the captured graphs came from the cache."""
+
+    notes: Items[str]
+    """What was done to the model so that it could be captured, for people."""
+
+
+class SiteEvidenceData(Result):
+    """What probing showed at one site."""
+
+    site: str
+    """The site, or the tensor's name."""
+
+    adaptations: Items[str]
+    """Names of the adaptations that fold there."""
+
+    change: float = Field(ge=0)
+    """Largest change of the site's output by the adaptations: 0 would make the comparison vacuous."""
+
+    algebra: float = Field(ge=0)
+    """Largest difference of unfolded and folded output in float64, over the largest output."""
+
+    rounding: float = Field(ge=0)
+    """Largest distance of a folded element from its float64 value, in units in the last place."""
+
+
+class CertificateData(Result):
+    """The evidence for a fold."""
+
+    passed: bool
+    """Whether all of it holds."""
+
+    sites: Items[SiteEvidenceData]
+    """Evidence for each site."""
+
+    outputs: Mapping[str, float]
+    """Largest absolute difference of each output, folded against unfolded, in the model's dtype."""
+
+    budget: float = Field(ge=0)
+    """What outputs may differ by."""
+
+    structure: str
+    """Hash of the folded graph."""
+
+    base_structure: str
+    """Hash of the base's graph; the two are equal where folding left nothing behind."""
+
+    additions: Items[str]
+    """Biases that folding had to add."""
+
+    fingerprint: str
+    """Fingerprint of the base."""
+
+    dtype: str
+    """The model's dtype, such as `float32`."""
+
+    notes: Items[str]
+    """What else there is to know, for people."""
+
+    largest_difference: float = Field(ge=0)
+    """The largest of `outputs`."""

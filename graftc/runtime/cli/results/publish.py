@@ -1,0 +1,110 @@
+"""The published JSON Schemas: of a spec, of an artifact's manifest, and of what each command prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
+
+from graftc.specs.diagnostics import GraftError, nearest
+from graftc.specs.schema import SchemaWriter
+
+__all__ = ["DIALECT", "SCHEMA_NAMES", "published_schema", "published_schemas"]
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+"""What the schemas are written in."""
+
+
+def _model(kind: Any, *, mode: JsonSchemaMode = "serialization") -> dict[str, Any]:
+    return TypeAdapter(kind).json_schema(mode=mode, by_alias=True, schema_generator=SchemaWriter)
+
+
+def _spec() -> dict[str, Any]:
+    from graftc.specs.document import Spec
+
+    return Spec.model_json_schema()
+
+
+def _manifest() -> dict[str, Any]:
+    from graftc.runtime.artifact.manifest import Manifest
+
+    return _model(Manifest, mode="validation")
+
+
+def _methods() -> dict[str, Any]:
+    from graftc.runtime.cli.results.listing import MethodPage, MethodsResult
+
+    schema = _model(MethodsResult | MethodPage)
+    return {"title": "Methods", "description": "`graftc methods [NAME] --json`: the list, or one page.", **schema}
+
+
+def _work(name: str) -> dict[str, Any]:
+    from graftc.runtime.cli.results import work
+
+    return _model(getattr(work, name))
+
+
+def _roles() -> dict[str, Any]:
+    from graftc.runtime.cli.results.listing import RolesResult
+
+    return _model(RolesResult)
+
+
+def _inspect() -> dict[str, Any]:
+    from graftc.runtime.cli.results.views import InspectResult
+
+    return _model(InspectResult)
+
+
+def _demo() -> dict[str, Any]:
+    from graftc.runtime.cli.results.demo import DemoResult
+
+    return _model(DemoResult)
+
+
+def _error() -> dict[str, Any]:
+    from graftc.runtime.cli.results.base import ErrorResult
+
+    return _model(ErrorResult)
+
+
+_BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "spec": _spec,
+    "manifest": _manifest,
+    "error": _error,
+    "methods": _methods,
+    "roles": _roles,
+    "check": partial(_work, "CheckResult"),
+    "compile": partial(_work, "CompileResult"),
+    "merge": partial(_work, "MergeResult"),
+    "export": partial(_work, "ExportResult"),
+    "verify": partial(_work, "VerifyResult"),
+    "diff": partial(_work, "DiffResult"),
+    "inspect": _inspect,
+    "demo": _demo,
+}
+
+SCHEMA_NAMES: tuple[str, ...] = tuple(_BUILDERS)
+"""The names of the published schemas."""
+
+
+def published_schema(name: str) -> dict[str, Any]:
+    """One published JSON Schema.
+
+    Raises:
+        GraftError: GC090 with the nearest name, where there is none of this name.
+    """
+    build = _BUILDERS.get(name)
+    if build is None:
+        close = nearest(name, SCHEMA_NAMES, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"the schemas are: {', '.join(SCHEMA_NAMES)}"
+        raise GraftError("GC090", f"there is no schema '{name}'", hint=hint)
+    return {"$schema": DIALECT, **build()}
+
+
+def published_schemas() -> dict[str, dict[str, Any]]:
+    """Every published JSON Schema by name: what ``docs/schemas`` holds."""
+    return {name: published_schema(name) for name in SCHEMA_NAMES}

@@ -1,0 +1,219 @@
+"""Results of the commands that compile, deploy and compare."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from graftc.runtime.cli.results.base import CertificateData, DiagnosticData, FileData, ReportData, Result, TotalsData
+from graftc.specs.base_model import Items
+
+__all__ = [
+    "CheckData",
+    "CheckResult",
+    "CompileResult",
+    "DiffResult",
+    "ExportResult",
+    "KeptData",
+    "MergeResult",
+    "SiteChanges",
+    "TensorChange",
+    "VerifyResult",
+]
+
+
+class CheckResult(ReportData):
+    """`graftc check SPEC --model MODEL --json`."""
+
+    spec: str
+    """The SPEC argument."""
+
+    model: str
+    """The `--model` option."""
+
+    class_name: str = Field(alias="class")
+    """Name of the model's class."""
+
+    totals: TotalsData
+    """Sums over all adaptations, the `train:` list included."""
+
+    load_seconds: float = Field(ge=0)
+    """How long loading the model took."""
+
+    warnings: Items[DiagnosticData]
+    """Warnings."""
+
+
+class CompileResult(CheckResult):
+    """`graftc compile SPEC --model MODEL --out DIR --json`."""
+
+    out: str | None
+    """The artifact's folder; null with `--dry-run`."""
+
+    dry_run: bool
+    """Whether nothing was written."""
+
+    files: Items[FileData]
+    """The artifact's files; with `--dry-run`, none."""
+
+    fingerprint: str
+    """Fingerprint of the base."""
+
+    certificate: CertificateData | None
+    """Evidence that the adaptations fold; null where that was not asked for or they do not."""
+
+
+class KeptData(Result):
+    """An adaptation that stays beside the base."""
+
+    name: str
+    """Its name."""
+
+    reason: str
+    """Why it does not fold."""
+
+
+class MergeResult(Result):
+    """`graftc merge DIR --out DIR2 --json`."""
+
+    artifact: str
+    """The artifact's folder."""
+
+    out: str | None
+    """What was written: a transformers folder, or an artifact where it is partial; null with `--dry-run`."""
+
+    dry_run: bool
+    """Whether nothing was written."""
+
+    partial: bool
+    """Whether some adaptations stay beside the base."""
+
+    folded: Items[str]
+    """Names of the adaptations that were folded into the base."""
+
+    kept: Items[KeptData]
+    """The adaptations that stay, with the reason."""
+
+    certificate: CertificateData | None
+    """The evidence for the fold; null where nothing folds."""
+
+    files: Items[FileData]
+    """The files that were written."""
+
+    warnings: Items[DiagnosticData]
+    """Warnings."""
+
+
+class ExportResult(Result):
+    """`graftc export DIR --format FORMAT --out PATH --json`."""
+
+    artifact: str
+    """The artifact's folder."""
+
+    format: str
+    """The format."""
+
+    out: str | None
+    """The file that was written; null with `--dry-run`."""
+
+    dry_run: bool
+    """Whether nothing was written."""
+
+    merged: bool
+    """Whether the adaptations were folded first."""
+
+    files: Items[FileData]
+    """The files that were written."""
+
+    certificate: CertificateData | None
+    """The evidence for the fold; null where nothing was folded."""
+
+    warnings: Items[DiagnosticData]
+    """Warnings."""
+
+
+class CheckData(Result):
+    """One check of an artifact."""
+
+    name: str
+    """What was checked."""
+
+    passed: bool | None
+    """Whether it holds; null where it was not done."""
+
+    detail: str
+    """What was found, or why it was not done, for people."""
+
+
+class VerifyResult(Result):
+    """`graftc verify DIR --json`. The exit status is 1 where it did not pass."""
+
+    artifact: str
+    """The artifact's folder."""
+
+    passed: bool
+    """Whether every check that was done holds."""
+
+    checks: Items[CheckData]
+    """The checks, in the order they were done."""
+
+    warnings: Items[DiagnosticData]
+    """Warnings."""
+
+
+class SiteChanges(Result):
+    """Adapted places that differ, as text."""
+
+    added: Items[str]
+    """Those that only the second artifact has."""
+
+    removed: Items[str]
+    """Those that only the first artifact has."""
+
+    changed: Items[str]
+    """Those that both have and adapt differently."""
+
+
+class TensorChange(Result):
+    """A tensor that differs."""
+
+    name: str
+    """Its name."""
+
+    status: Literal["added", "removed", "changed", "moved"]
+    """How it differs; `moved`: the same values under another name."""
+
+    largest_difference: float | None = Field(ge=0)
+    """Largest absolute difference of its elements; null where they cannot be compared."""
+
+
+class DiffResult(Result):
+    """`graftc diff A B --json`. The exit status is 1 where they differ."""
+
+    a: str
+    """The first artifact's folder."""
+
+    b: str
+    """The second artifact's folder."""
+
+    base: Items[str]
+    """In which ways they adapt other models."""
+
+    same: bool
+    """Whether nothing differs."""
+
+    spec: str
+    """The specs as a unified diff; empty where they are equal."""
+
+    sites: SiteChanges
+    """Adapted places that differ."""
+
+    tensors: Items[TensorChange]
+    """Tensors that differ."""
+
+    graph: str
+    """The adapted graphs as a diff; empty where they are equal."""
+
+    warnings: Items[DiagnosticData]
+    """Warnings."""

@@ -1,0 +1,69 @@
+"""A small base on disk, and artifacts made from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import graftc
+from graftc.runtime.artifact.manifest import sealed
+from graftc.runtime.models import load_model, quiet_transformers
+from graftc.testing import perturb
+from tests.families import tiny
+
+SPEC: dict[str, Any] = {
+    "adapt": [
+        {"name": "attention", "method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4, "dropout": 0.1},
+        {"name": "inner", "method": "lora", "target": {"role": "ffn.down"}, "rank": 2},
+    ]
+}
+
+
+def saved_base(folder: Path, family: str = "bert", seed: int = 0, **changes: Any) -> Path:
+    """A tiny model as a transformers folder."""
+    with quiet_transformers():
+        tiny(family, seed=seed, **changes).save_pretrained(folder)
+    return folder
+
+
+def adapted(base: Path, spec: Any = None, **options: Any) -> Any:
+    """The compiled model of a folder, its adapters perturbed."""
+    compiled = graftc.compile(spec or SPEC, load_model(str(base)), **options)
+    perturb(compiled)
+    return compiled
+
+
+def tree_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def edit_manifest(artifact: Path, **changes: Any) -> None:
+    """Change fields of a manifest and seal it again, as somebody would who means to deceive."""
+    data = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
+    data.pop("digest")
+    for name, change in changes.items():
+        data[name] = change(data[name]) if callable(change) else change
+    (artifact / "manifest.json").write_text(sealed(data), encoding="utf-8")
+
+
+class Own(nn.Module):
+    """A model that is not from transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 10), nn.Linear(10, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Three scores."""
+        return self.outer(torch.relu(self.inner(x)))
+
+
+def own() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """It, with example inputs; the same weights each time."""
+    torch.manual_seed(7)
+    return Own().eval(), {"x": torch.zeros(2, 6)}

@@ -1,0 +1,24 @@
+"""Data such as commands print, where running them would take long."""
+
+from __future__ import annotations
+
+from typing import Any
+
+EVIDENCE = {"site": "a", "adaptations": ["x"], "change": 0.5, "algebra": 0.0, "rounding": 0.5}
+CERTIFICATE: dict[str, Any] = {
+    **{"passed": True, "sites": [EVIDENCE], "outputs": {"logits": 1e-6}, "budget": 1e-4, "structure": "1"},
+    **{"base_structure": "1", "additions": [], "fingerprint": "2", "dtype": "float32", "notes": []},
+    "largest_difference": 1e-6,
+}
+REPORT: dict[str, Any] = {
+    **{"adaptations": [], "base_parameters": 9, "trainable_parameters": 1, "trained_in_full": 0, "percent": 10.0},
+    **{"deployed_parameters": 1, "flops_per_token": 2, "capture_seconds": 0.1, "rewrite_seconds": 0.1},
+    **{"cached": False, "notes": []},
+}
+AGREEMENT = {"passed": True, "same_predictions": 1.0, "largest_difference": 1e-6, "tolerance": 1e-4}
+DEMO: dict[str, Any] = {
+    **{"passed": True, "failures": [], "quick": True, "examples": {"train": 9, "test": 3}},
+    "scores": {side: {"accuracy": 0.5, "macro_f1": 0.5} for side in ("before", "after")} | {"baseline": None},
+    **{"report": REPORT, "certificate": CERTIFICATE, "transformers": AGREEMENT, "onnx": AGREEMENT},
+    **{"seconds": {"training": 0.5}, "files": {"model": "folded"}},
+}

@@ -1,0 +1,328 @@
+"""What commands print with ``--json`` keeps to the published schemas, and the published files are those of the code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from pydantic import ValidationError
+
+from graftc.runtime.cli.results import (
+    DIALECT,
+    SCHEMA_NAMES,
+    CheckResult,
+    CompileResult,
+    DiffResult,
+    ErrorResult,
+    ExportResult,
+    MergeResult,
+    VerifyResult,
+    published_schema,
+    published_schemas,
+)
+from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.registry import method_specs
+from tests.cli.samples import CERTIFICATE, DEMO, REPORT
+from tests.cli.support import ROOT, Outcome, run_here
+
+PUBLISHED = ROOT / "docs" / "schemas"
+SPEC = "adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]\ntrain: [classifier]\n"
+COMMANDS = ("methods", "roles", "check", "compile", "merge", "export", "verify", "diff", "inspect", "demo")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_with_a_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "spec.yaml").write_text(SPEC, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+
+def valid(name: str, outcome: Outcome) -> Any:
+    """The data that a command printed, which is all of the standard output and keeps to its schema."""
+    errors = Draft202012Validator(published_schema(name)).iter_errors(outcome.data)
+    found = [f"{error.json_path}: {error.message[:200]}" for error in errors]
+    assert not found
+    return outcome.data
+
+
+# --- the schemas -------------------------------------------------------------------------------------------------
+
+
+def test_every_command_and_file_has_one() -> None:
+    assert set(SCHEMA_NAMES) == {"spec", "manifest", "error", *COMMANDS}
+
+
+@pytest.mark.parametrize("name", SCHEMA_NAMES)
+def test_a_schema_is_one_and_describes_every_field(name: str) -> None:
+    schema = published_schema(name)
+    assert schema["$schema"] == DIALECT and schema["description"]
+    Draft202012Validator.check_schema(schema)
+    for model in (schema, *schema["$defs"].values()):
+        assert not model.get("properties") or model["additionalProperties"] is False
+        for field, value in model.get("properties", {}).items():
+            # Pydantic leaves a field's description out where its model says the same.
+            held = schema["$defs"].get(value.get("$ref", "").rpartition("/")[2], {})
+            assert value.get("description") or held.get("description"), f"{model['title']}.{field}"
+
+
+@pytest.mark.parametrize("name", SCHEMA_NAMES)
+def test_the_published_file_is_not_stale(name: str) -> None:
+    path = PUBLISHED / f"{name}.json"
+    if os.environ.get("GRAFTC_UPDATE_GOLDEN") == "1":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(published_schema(name), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert json.loads(path.read_text(encoding="utf-8")) == published_schemas()[name], "run `make docs`"
+
+
+def test_no_published_file_is_left_over() -> None:
+    assert {path.stem for path in PUBLISHED.iterdir()} == set(SCHEMA_NAMES)
+
+
+@pytest.mark.parametrize("name", ["", *SCHEMA_NAMES])
+def test_the_command_prints_it(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    outcome = run_here(capsys, "schema", *([name] if name else []))
+    assert outcome.status == 0 and outcome.data == published_schema(name or "spec")
+
+
+def test_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_here(capsys, "schema", "chek")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err == "GC090: there is no schema 'chek'\n  hint: did you mean 'check'?\n"
+    assert run_here(capsys, "schema", "zzz").err.splitlines()[1].startswith("  hint: the schemas are: spec, manifest")
+
+
+# --- what commands print -----------------------------------------------------------------------------------------
+
+
+def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    valid("methods", run_here(capsys, "methods", "--json"))
+    for tag in method_specs():
+        page = valid("methods", run_here(capsys, "methods", tag, "--json"))
+        Draft202012Validator.check_schema(page["schema"])
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral", "t5", "vit"])
+def test_roles(capsys: pytest.CaptureFixture[str], family: str) -> None:
+    meta = ["--meta"] if family in ("llama", "t5") else []
+    data = valid("roles", run_here(capsys, "roles", f"tests.families:{family}", "--json", *meta))
+    assert data["findings"] and data["sublayers"]
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_check(capsys: pytest.CaptureFixture[str], meta: bool) -> None:
+    arguments = ["check", "spec.yaml", "-m", "tests.families:bert", "--json", *(["--meta"] if meta else [])]
+    assert valid("check", run_here(capsys, *arguments))["warnings"] == []
+
+
+def test_check_with_a_warning_and_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "adapt: [{method: lora, target: {modules: lm_head}}]\ntokens: {add: [<a>]}\n"
+    Path("spec.yaml").write_text(text, encoding="utf-8")
+    data = valid("check", run_here(capsys, "check", "spec.yaml", "-m", "tests.families:gpt2", "--json"))
+    assert data["warnings"] and data["warnings"][0]["exit_code"] == 0
+    assert data["adaptations"][0]["method"] == "tokens"
+
+
+def test_compile_to_diff(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command that writes or reads artifacts, one after another."""
+    made = ["compile", "spec.yaml", "-m", "tests.families:bert", "--json"]
+    dry = valid("compile", run_here(capsys, *made, "--dry-run"))
+    assert (dry["out"], dry["dry_run"], dry["files"]) == (None, True, []) and dry["certificate"]["passed"]
+    data = valid("compile", run_here(capsys, *made, "--out", "a", "--no-certify"))
+    assert data["certificate"] is None and "a/manifest.json" in [file["path"] for file in data["files"]]
+    manifest = json.loads(Path("a/manifest.json").read_text(encoding="utf-8"))
+    assert not list(Draft202012Validator(published_schema("manifest")).iter_errors(manifest))
+
+    assert valid("inspect", run_here(capsys, "inspect", "a", "--json"))["summary"]["adaptations"]
+    assert valid("diff", run_here(capsys, "diff", "a", "a", "--json"))["same"] is True
+    Path("spec.yaml").write_text(SPEC.replace("lora,", "lora, rank: 4,"), encoding="utf-8")
+    valid("compile", run_here(capsys, *made, "--out", "b", "--seed", "1"))
+    changed = valid("diff", run_here(capsys, "diff", "a", "b", "--json"))
+    assert changed["spec"] and changed["tensors"] and not changed["same"]
+    assert valid("verify", run_here(capsys, "verify", "a", "--files-only", "--json"))["passed"] is True
+    (Path("b") / "spec.yaml").write_text(SPEC, encoding="utf-8")
+    assert valid("error", run_here(capsys, "inspect", "b", "--json"))["error"]["code"].startswith("GC08")
+
+
+@pytest.mark.slow
+def test_deploying(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    import graftc
+    from tests.families import tiny
+
+    tiny("bert").save_pretrained(tmp_path / "base")
+    run_here(capsys, "compile", "spec.yaml", "-m", "base", "--out", "a", "--json")
+    assert valid("merge", run_here(capsys, "merge", "a", "--dry-run", "--json"))["folded"] == ["trained", "lora"]
+    merged = valid("merge", run_here(capsys, "merge", "a", "--out", "merged", "--json"))
+    assert merged["certificate"]["passed"] and "merged/model.safetensors" in [file["path"] for file in merged["files"]]
+    exported = valid("export", run_here(capsys, "export", "a", "-f", "onnx", "--out", "m.onnx", "--json"))
+    assert [file["path"] for file in exported["files"]] == ["m.onnx"]
+    assert valid("verify", run_here(capsys, "verify", "a", "--json"))["passed"] is True
+    assert graftc.load("a").report.trainable_parameters > 0
+
+
+def test_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(passed=True, to_json=lambda: DEMO)
+    monkeypatch.setattr("graftc.runtime.demo.demo.run_demo", lambda *_, **__: found)
+    assert valid("demo", run_here(capsys, "demo", "--json")) == {**DEMO, "out": "demo-out", "warnings": []}
+
+
+def test_the_demo_gives_what_its_schema_says() -> None:
+    from graftc.runtime.cli.results import DemoResult
+    from graftc.runtime.demo import result as demo
+    from graftc.runtime.demo.training import Scores
+
+    agreement = demo.Agreement(1.0, 1e-6, 1e-4)
+    scores = (Scores(0.5, 0.5), Scores(0.9, 0.9), Scores(0.7, 0.7))
+    made = demo.DemoResult(False, (9, 3), *scores, REPORT, CERTIFICATE, agreement, agreement, {"a": 1.0}, {"b": "c"})
+    DemoResult.model_validate({**made.to_json(), "out": "demo-out", "warnings": []})
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact with two adaptations, tokens and a module that trains in full."""
+    import graftc
+    from tests.families import tiny
+
+    lora = {"method": "lora", "target": {"role": ["attn.q", "ffn.up"]}, "rank": 2}
+    spec = {"adapt": [lora, {**lora, "name": "other"}], "tokens": {"add": ["<a>"]}, "train": ["transformer.ln_f"]}
+    folder = tmp_path_factory.mktemp("artifact") / "saved"
+    graftc.compile(spec, tiny("gpt2")).save(folder)
+    return folder
+
+
+VIEWS = (
+    ("--graph",),
+    ("--diff", "--mode", "train"),
+    ("--history",),
+    ("--tree",),
+    ("--explain", "transformer.h.0.attn.c_attn"),
+    ("--explain", "transformer.ln_f"),
+    ("--explain", "@base.transformer.wte.weight"),
+    ("--explain", "return"),
+)
+
+
+@pytest.mark.parametrize("view", [(), *VIEWS, tuple(word for view in VIEWS[:5] for word in view)], ids=" ".join)
+def test_inspect(capsys: pytest.CaptureFixture[str], artifact: Path, view: tuple[str, ...]) -> None:
+    data = valid("inspect", run_here(capsys, "inspect", str(artifact), *view, "--json"))
+    shown = {name for name in ("graph", "diff", "history", "tree", "explanation") if data[name] is not None}
+    asked = {word.removeprefix("--") for word in view if word.startswith("--")} - {"mode"}
+    assert shown == {"explanation" if name == "explain" else name for name in asked}
+
+
+def test_inspect_writes_files(capsys: pytest.CaptureFixture[str], artifact: Path) -> None:
+    data = valid("inspect", run_here(capsys, "inspect", str(artifact), "--dot", "g.dot", "--json"))
+    assert data["files"] == ["g.dot"] and Path("g.dot").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("chek",),
+        ("check", "spec.yaml"),
+        ("roles", "m", "--mata"),
+        ("schema", "specs"),
+        ("methods", "lorra"),
+        ("check", "missing.yaml", "-m", "tests.families:bert"),
+        ("check", "wrong.yaml", "-m", "tests.families:bert"),
+        ("check", "spec.yaml", "-m", "tests.families:brt"),
+        ("roles", "nowhere"),
+    ],
+    ids=" ".join,
+)
+def test_errors(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> None:
+    wrong = "adapt:\n  - {method: lora, rank: 0, target: {role: attn.qq}}\n  - {method: lorra}\ntrian: 3\n"
+    Path("wrong.yaml").write_text(wrong, encoding="utf-8")
+    outcome = run_here(capsys, *arguments, "--json")
+    error = valid("error", outcome)["error"]
+    assert outcome.status == error["exit_code"] != 0 and outcome.err == ""
+    if "wrong.yaml" in arguments:
+        assert len(error["details"]) == 3 and error["details"][0]["line"] == 2
+
+
+def test_an_unexpected_failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("graftc.specs.listing.methods", broken)
+    assert valid("error", run_here(capsys, "methods", "--json"))["error"]["code"] == "GC099"
+
+
+# --- results of commands that write ------------------------------------------------------------------------------
+
+FILES = [{"path": "manifest.json", "bytes": 3}]
+COST = {"sites": 1, "trainable_parameters": 2, "frozen_parameters": 0, "bytes": 8, "flops_per_token": 4.0}
+WARNING = GraftError("GC024", "a", place=Place("f", 1, 2, "p"), details=["b", GraftError("GC002", "c")]).to_json()
+CHECK: dict[str, Any] = {
+    **{"spec": "s.yaml", "model": "m", "class": "Bert", **REPORT, "totals": COST, "load_seconds": 1.0},
+    "adaptations": [{"name": "a", "method": "lora", **COST}],
+    "warnings": [WARNING],
+}
+EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "check": (CheckResult, CHECK),
+    "compile": (
+        CompileResult,
+        {**CHECK, "out": None, "dry_run": True, "files": [], "fingerprint": "f", "certificate": CERTIFICATE},
+    ),
+    "merge": (
+        MergeResult,
+        {
+            **{"artifact": "a", "out": "b", "dry_run": False, "partial": True, "folded": ["x"], "files": FILES},
+            **{"kept": [{"name": "y", "reason": "z"}], "certificate": None, "warnings": []},
+        },
+    ),
+    "export": (
+        ExportResult,
+        {
+            **{"artifact": "a", "format": "onnx", "out": "b.onnx", "dry_run": False, "merged": True},
+            **{"files": FILES, "certificate": CERTIFICATE, "warnings": []},
+        },
+    ),
+    "verify": (
+        VerifyResult,
+        {"artifact": "a", "passed": False, "checks": [{"name": "n", "passed": None, "detail": ""}], "warnings": []},
+    ),
+    "diff": (
+        DiffResult,
+        {
+            **{
+                "a": "x",
+                "b": "y",
+                "base": ["dtype"],
+                "same": False,
+                "spec": "",
+                "sites": {"added": [], "removed": ["q"], "changed": []},
+            },
+            **{"tensors": [{"name": "t", "status": "moved", "largest_difference": None}], "graph": "", "warnings": []},
+        },
+    ),
+    "error": (ErrorResult, {"error": WARNING}),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_models_give_back_what_they_were_made_of(name: str) -> None:
+    model, data = EXAMPLES[name]
+    assert model.model_validate(data).to_json() == data
+    Draft202012Validator(published_schema(name)).validate(data)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_models_and_schemas_want_every_field_and_no_other(name: str) -> None:
+    model, data = EXAMPLES[name]
+    validator = Draft202012Validator(published_schema(name))
+    for wrong in ({**data, "other": 1}, *({k: v for k, v in data.items() if k != left} for left in data)):
+        with pytest.raises(ValidationError):
+            model.model_validate(wrong)
+        assert not validator.is_valid(wrong)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, True])
+def test_numbers_are_numbers(value: Any) -> None:
+    with pytest.raises(ValidationError):
+        CheckResult.model_validate({**CHECK, "percent": value})

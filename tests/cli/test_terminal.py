@@ -1,0 +1,87 @@
+"""Terminals see colours and steps; whoever is none, or sets NO_COLOR, sees no escape codes."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from graftc.runtime.cli import output
+from tests.cli.support import ROOT, run_apart
+
+ESCAPE = "\x1b"
+CHECK = ("check", "spec.yaml", "--model", "tests.families:bert")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "spec.yaml").write_text("adapt: [{method: lora, target: {role: attn.q}}]\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def on_a_terminal(*arguments: str, **environment: str) -> tuple[str, str]:
+    """What a command shows where the standard output and the standard error are two terminals."""
+    ends = [pty.openpty(), pty.openpty()]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", "graftc", *arguments]
+    (out, out_slave), (err, err_slave) = ends
+    done = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out_slave, stderr=err_slave, env=env)
+    for slave in (out_slave, err_slave):
+        os.close(slave)
+    # Both at once: a terminal that nobody reads blocks the command.
+    with ThreadPoolExecutor(2) as pool:
+        shown, told = pool.map(_drained, (out, err))
+    done.wait(timeout=120)
+    return shown, told
+
+
+def _drained(end: int) -> str:
+    found = b""
+    while True:
+        try:
+            part = os.read(end, 4096)
+        except OSError:  # the other end is closed
+            part = b""
+        if not part:
+            os.close(end)
+            return found.decode()
+        found += part
+
+
+def test_a_terminal_sees_colours_and_steps() -> None:
+    assert ESCAPE in on_a_terminal("methods")[0]
+    assert f"{ESCAPE}[1;31mGC004:" in on_a_terminal("methods", "lorra")[1]
+    out, err = on_a_terminal(*CHECK)
+    assert "spec.yaml fits BertForSequenceClassification" in out and "loading" not in out
+    assert "loading the model ..." in err and "compiling ..." in err
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("methods",), ("methods", "lorra"), ("methods", "lora"), CHECK])
+def test_no_color_is_without_escape_codes(arguments: tuple[str, ...]) -> None:
+    assert ESCAPE not in "".join(on_a_terminal(*arguments, NO_COLOR="1"))
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("methods",), ("methods", "lorra"), ("check", "--help"), CHECK])
+def test_what_is_no_terminal_sees_no_escape_codes(arguments: tuple[str, ...]) -> None:
+    outcome = run_apart(*arguments, cwd=Path.cwd())
+    assert ESCAPE not in outcome.out + outcome.err
+    assert "loading" not in outcome.err
+
+
+def test_json_shows_no_steps() -> None:
+    out, err = on_a_terminal(*CHECK, "--json")
+    assert err == "" and out.startswith("{")
+
+
+def test_steps_are_silent_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:
+    with output.steps(False) as step:
+        step("capturing")
+    assert capsys.readouterr() == ("", "")
