@@ -53,7 +53,12 @@ def base(compiled: Compiled, reference: Reference, relative: str | None, identit
         "fingerprint": identity.fingerprint,
         "full": identity.full,
         "tensors": {
-            name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "sha256": tensor.digest, "parameter": tensor.parameter}
+            name: {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "sha256": tensor.digest,
+                "parameter": tensor.parameter,
+            }
             for name, tensor in identity.tensors.items()
         },
         "aliases": dict(store.aliases),
