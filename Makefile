@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.graftc-setup
-EXTRAS := dev,demo,train,export
+EXTRAS := dev,demo,docs,train,export
 OUT    ?= demo-out
 QUICK  ?=
 JOBS   ?= 2
@@ -15,7 +15,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast test-full test-gpu lint format wheel coverage clean
+.PHONY: help setup demo test test-fast test-full test-gpu lint format wheel coverage docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +87,12 @@ wheel: setup ## build the wheel (build/wheel) and try it from another folder
 coverage: setup ## examine every architecture of the installed transformers, write docs/coverage.* (JOBS=2, ARGS)
 	$(TEST_ENV) $(BIN)/python -m tools.coverage --jobs $(JOBS) $(ARGS)
 
+# Material for MkDocs prints a notice about MkDocs 2 at every build unless it is told not to.
+docs: setup ## write the generated pages of docs/ and build the site (site/, no network needed)
+	$(TEST_ENV) $(BIN)/python -m tools.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "docs: site/index.html"
+
 clean: ## remove builds, caches and the demo's output; .venv stays
-	rm -rf build dist demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist site demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find graftc tests tools examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

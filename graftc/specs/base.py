@@ -7,13 +7,16 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Self
 
-from pydantic import field_validator
+from pydantic import GetJsonSchemaHandler, field_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from graftc.specs.base_model import Items, SpecModel
 from graftc.specs.claims import Claims
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.overrides import Override
 from graftc.specs.roles import ROLES
+from graftc.specs.schema import AdaptationName, needs_one_of
 from graftc.specs.target import Target
 from graftc.specs.validation import reject
 
@@ -36,7 +39,7 @@ class MethodSpec(SpecModel):
     paper: ClassVar[str] = ""
     """The paper to cite: authors, year and title."""
 
-    name: str | None = None
+    name: AdaptationName | None = None
     """Unique name of the adaptation; prefixes the tensors it owns. Default: the method's tag."""
 
     method: str
@@ -96,6 +99,15 @@ class MethodSpec(SpecModel):
         """The overrides in order; empty for a method that has none."""
         overrides: Sequence[Override] = getattr(self, "overrides", ())
         return overrides
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        written = handler(schema)
+        default = cls.model_fields["target"].default
+        if not (isinstance(default, Target) and default.has_selector):
+            target = handler.resolve_ref_schema(written)["properties"]["target"]
+            target["allOf"] = [needs_one_of(("role", "modules", "regex"))]
+        return written
 
     @classmethod
     def tag(cls) -> str | None:

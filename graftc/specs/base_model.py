@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
+from graftc.specs.schema import SchemaWriter, without_raises
 from graftc.specs.validation import explain
 
 __all__ = ["Items", "SpecModel"]
@@ -47,8 +48,18 @@ class SpecModel(_Base):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        json_schema_extra=without_raises,
     )
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As pydantic's, without titles of fields."""
+        return super().model_json_schema(*args, **{"schema_generator": SchemaWriter, **kwargs})
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **kwargs: Any) -> Self:

@@ -1,181 +1,228 @@
-"""The catalogue of errors and warnings: every stable code, once. The standard library only."""
+"""The catalogue of errors and warnings: every stable code, once. The standard library only.
+
+``docs/errors.md`` is made from it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 __all__ = ["CATALOGUE", "Code"]
 
 
 @dataclass(frozen=True)
 class Code:
-    """One stable code: a short title, what it means, and the exit status of the command line."""
+    """One stable code.
+
+    Attributes:
+        code: ``GC`` and three digits; never given to something else.
+        title: a few words, lower case.
+        explanation: what it means.
+        remedy: what to do, in one or two sentences.
+        exit_code: exit status of the command line: 1 the answer is no, 2 usage or spec, 3 files or model; 0 for a
+            warning.
+    """
 
     code: str
     title: str
     explanation: str
+    remedy: str
     exit_code: int
 
+    @property
+    def severity(self) -> Literal["error", "warning"]:
+        """An error ends what was asked for; a warning does not."""
+        return "error" if self.exit_code else "warning"
 
-_SPEC, _NO, _FAILED = 2, 1, 3
 
-_TABLE: tuple[tuple[str, int, str, str], ...] = (
-    (
-        "GC001",
-        _SPEC,
-        "the spec cannot be read",
-        "The file is not valid YAML, JSON or TOML, or holds no mapping.",
-    ),
-    ("GC002", _SPEC, "a value is not allowed", "A value is missing, of the wrong type or out of its bounds."),
-    ("GC003", _SPEC, "a field is unknown", "No field of this name exists here; nothing is ignored silently."),
-    ("GC004", _SPEC, "a method is unknown", "No built-in method and no installed plugin has this tag."),
-    (
-        "GC005",
-        _SPEC,
-        "two adaptations have one name",
-        "A name prefixes the tensors of its adaptation: it is unique.",
-    ),
-    (
-        "GC006",
-        _SPEC,
-        "the spec file is not there",
-        "The path does not exist, is a folder or may not be read.",
-    ),
-    ("GC007", _SPEC, "the spec version is not supported", "This release reads version 1."),
-    (
-        "GC011",
-        _SPEC,
-        "a pattern matches nothing",
-        "Every list item, brace branch, layer entry and exclusion matches.",
-    ),
-    ("GC012", _SPEC, "a role is unknown", "`graftc roles MODEL` prints the roles that a model has."),
-    (
-        "GC013",
-        _SPEC,
-        "another number of sites was expected",
-        "`expect` counts the sites left after all narrowing.",
-    ),
-    (
-        "GC014",
-        _SPEC,
-        "the target selects no site",
-        "Every pattern matches, but the narrowing leaves nothing.",
-    ),
-    ("GC015", _SPEC, "a role is absent", "The model, or some of its layers, has no site of this role."),
-    (
-        "GC016",
-        _SPEC,
-        "the method does not take such sites",
-        "A method's claims list the kinds of site it can adapt.",
-    ),
-    (
-        "GC017",
-        _SPEC,
-        "the site cannot be adapted",
-        "Its weight is no linear map's, or the model reads it as more than some rows of one stored tensor.",
-    ),
-    (
-        "GC018",
-        _SPEC,
-        "tokens cannot be added",
-        "The model must say which table holds its tokens, and read it in ways that new rows can be put into.",
-    ),
-    (
-        "GC020",
-        _SPEC,
-        "the rank exceeds the layer",
-        "A rank above min(in, out) adds parameters, not functions.",
-    ),
-    (
-        "GC021",
-        _SPEC,
-        "two owners of the same rows",
-        "Rows of one tensor belong to one base-training adaptation.",
-    ),
-    (
-        "GC022",
-        _SPEC,
-        "a tied weight cannot be folded",
-        "Folding would change the other user of the tensor as well.",
-    ),
-    ("GC023", _SPEC, "no gradient path", "A trainable tensor reaches no output, so it would never learn."),
-    (
-        "GC024",
-        0,
-        "a weight is read outside its module",
-        "It trains, but folding it would change other readers.",
-    ),
-    ("GC030", _FAILED, "the model cannot be captured", "torch.export could not turn the model into a graph."),
-    (
-        "GC031",
-        _FAILED,
-        "the inputs cannot be captured",
-        "No graph can be made for this combination of inputs.",
-    ),
-    ("GC032", _FAILED, "the model cannot be loaded", "The folder, hub id or callable gave no model."),
-    (
-        "GC033",
-        _FAILED,
-        "the graphs are for another dtype",
-        "A capture holds for one dtype; load the base in the other.",
-    ),
-    ("GC034", _SPEC, "there are no layers", "Checkpointing per layer needs a model with repeated layers."),
-    ("GC040", _FAILED, "a pass broke an invariant", "The verifier found the graph wrong after a pass."),
-    (
-        "GC050",
-        _NO,
-        "an adaptation cannot be folded",
-        "It has no equivalent change of base weights or constants.",
-    ),
-    (
-        "GC051",
-        _NO,
-        "the certificate is over budget",
-        "Folded and unfolded outputs differ by more than allowed.",
-    ),
-    (
-        "GC052",
-        _NO,
-        "the weights do not fit the class",
-        "The original class has no tensor for a folded weight.",
-    ),
-    ("GC053", _FAILED, "adapter tensors do not fit", "Names and shapes must be those of the compiled spec."),
-    ("GC054", _SPEC, "a merged model cannot train", "Merging is for deployment; the compiled model trains."),
-    ("GC060", _FAILED, "the export failed", "The exporter or the check of what it wrote failed."),
-    ("GC061", _FAILED, "an optional package is missing", "The message names the extra that installs it."),
-    ("GC062", _FAILED, "the demo's data is missing", "The message names the commands that fetch it."),
-    ("GC063", _FAILED, "the destination exists", "Nothing is overwritten: choose another path or remove it."),
-    (
-        "GC064",
-        _FAILED,
-        "the destination cannot be written",
-        "The folder above it is missing or read-only, or the disk is full. Nothing is left half-written.",
-    ),
-    ("GC070", _FAILED, "a method is registered twice", "Two modules claim one tag."),
-    ("GC071", _FAILED, "a plugin is not a method", "An entry point of `graftc.methods` is broken."),
-    ("GC080", _FAILED, "there is no artifact", "The path is missing, or holds no `manifest.json` of graftc."),
-    ("GC081", _FAILED, "the artifact is of a newer format", "A newer release wrote it; this one cannot read it."),
-    ("GC082", _FAILED, "the artifact is damaged", "A file's content is not what its manifest says."),
-    ("GC083", _FAILED, "a file of the artifact is missing", "The manifest names a file that is not there."),
-    ("GC084", _FAILED, "tensors of the artifact are not its own", "A tensor's name, type or values are another's."),
-    (
-        "GC085",
-        _FAILED,
-        "the artifact is not safe to read",
-        "It holds links, names that lead out of its folder, or files that it does not list.",
-    ),
-    ("GC086", _FAILED, "the base is not there", "The model that the artifact adapts was moved, or has to be named."),
-    ("GC087", _FAILED, "the base is another model", "Its config or its weights are not those that were adapted."),
-    (
-        "GC088",
-        _FAILED,
-        "the base compiles to other places",
-        "With these versions of the libraries the spec adapts other places or other graphs than when saved.",
-    ),
-    ("GC090", _SPEC, "the command line is misused", "`graftc COMMAND --help` shows how a command is used."),
-    ("GC091", _SPEC, "there is nothing of that name", "No node, place or tensor of the graph is called so."),
-    ("GC099", _FAILED, "an unexpected failure", "A bug in graftc, or a library that failed in a way it does not know."),
+_WARNING, _NO, _SPEC, _FAILED = 0, 1, 2, 3
+
+# One entry: code and exit status, title, explanation, remedy.
+# fmt: off
+_TABLE: tuple[tuple[str, int, str, str, str], ...] = (
+    # What is written in a spec.
+    ("GC001", _SPEC, "the spec cannot be read",
+     "The text is not valid YAML, JSON or TOML, it is not UTF-8, or it holds no mapping.",
+     "Correct the line that the message shows. Quote patterns that start with `*`, indent with blanks, and give each "
+     "key once."),
+    ("GC002", _SPEC, "a value is not allowed",
+     "A value is missing, of the wrong type, or out of its bounds.",
+     "Give a value of the type and within the bounds that the spec reference states. Types are strict: "
+     '`8` is a number, `"8"` is not.'),
+    ("GC003", _SPEC, "a field is unknown",
+     "No field of this name exists at this place. Unknown fields are never ignored.",
+     "Correct the spelling as the hint says, or remove the field. `graftc methods NAME` lists the fields of a method."),
+    ("GC004", _SPEC, "a method is unknown",
+     "No built-in method and no installed plugin has this tag.",
+     "Take a tag that `graftc methods` lists. Where the method is a plugin's, install its package here."),
+    ("GC005", _SPEC, "two adaptations have one name",
+     "A name prefixes the tensors of its adaptation, so it is given once.",
+     "Rename one of the adaptations, or leave out the names: each then gets one of its own."),
+    ("GC006", _SPEC, "the spec file is not there",
+     "The path does not exist, is a folder, or may not be read.",
+     "Check the path against the folder in which the command runs. In Python, pass text through "
+     "`graftc.specs.parse_spec`."),
+    ("GC007", _SPEC, "the spec version is not supported",
+     "This release reads version 1 of the format.",
+     "Write `version: 1`, or install a release that reads the other version."),
+
+    # What a spec says of a model.
+    ("GC011", _SPEC, "a pattern matches nothing",
+     "Every list item, brace branch, layer entry, exclusion and override has to match a site, and one does not.",
+     "Correct the pattern as the hint says, or remove it. `graftc roles MODEL` lists the places of a model."),
+    ("GC012", _SPEC, "a role is unknown",
+     "The word is not in the vocabulary of roles.",
+     "Take a role of the spec reference. Roles have no wildcards; braces are allowed: `attn.{q,v}`."),
+    ("GC013", _SPEC, "another number of sites was expected",
+     "`expect` counts the sites that are left after all narrowing, and the count differs.",
+     "Compare the counts in the message with what was meant; then correct the target, or `expect`."),
+    ("GC014", _SPEC, "the target selects no site",
+     "Every pattern matches something, but `layers` and `exclude` together leave nothing.",
+     "Widen `layers` or narrow `exclude`; the message counts what was left after each of them."),
+    ("GC015", _SPEC, "a role is absent",
+     "The model, or some of its layers, have no site of this role.",
+     "`graftc roles MODEL` shows what was found, and why the rest was not. Name the place with `modules`, or limit the "
+     "target with `layers` or `expect`."),
+    ("GC016", _SPEC, "the method does not take such sites",
+     "Each method adapts some kinds of site only; these are of another kind.",
+     "Choose a role of a kind that the method takes (`graftc methods NAME`), or another method."),
+    ("GC017", _SPEC, "the site cannot be adapted",
+     "Its weight is not that of a linear map, or the model reads it as more than some rows of one stored tensor.",
+     "Leave it out with `exclude`, or adapt a neighbouring place."),
+    ("GC018", _SPEC, "tokens cannot be added",
+     "The model does not say which table holds its tokens, or reads it in a way that new rows cannot be put into.",
+     "Use a model with `get_input_embeddings` and `resize_token_embeddings`, as those of transformers. A `first` that "
+     "leaves a gap has to be smaller."),
+
+    # Where a spec and a model do not go together.
+    ("GC020", _SPEC, "the rank exceeds the layer",
+     "A rank above the smaller side of a weight adds parameters, but no functions.",
+     "Lower `rank`, or lower it for these sites only with `overrides`."),
+    ("GC021", _SPEC, "two owners of the same rows",
+     "Two adaptations change rows of one tensor that overlap in part, or both train the tensor itself.",
+     "Leave the place out of one of them, or name exactly the same rows in both, which stacks them."),
+    ("GC022", _SPEC, "a tied weight cannot be folded",
+     "The tensor has another reader, which folding or training it in full would change as well.",
+     "Leave the place out, or break the tie in the model before compiling. Unfolded, the model runs and exports."),
+    ("GC023", _SPEC, "no gradient path",
+     "A trainable tensor reaches no output of the model, so it would never learn.",
+     "Leave the place out of the target or of `train`, or use a model class whose outputs depend on it."),
+    ("GC024", _WARNING, "a weight has readers that are not adapted",
+     "The place trains, but folding it would change the other readers, so that merging will be refused (GC022).",
+     "Nothing, if the adapted model is never merged. Otherwise leave the place out, or break the tie in the model."),
+
+    # Capturing and running a model.
+    ("GC030", _FAILED, "the model cannot be captured",
+     "`torch.export` could not turn the model into a graph, or its inputs cannot be told from its interface.",
+     "Give `example_inputs` where the message asks for them. Python control flow that depends on values of tensors has "
+     "to go from the model."),
+    ("GC031", _FAILED, "the inputs cannot be captured",
+     "No graph can be made for this combination of inputs, flags and sizes, or it does not read an adapted place.",
+     "Leave out the input or flag that the message names, or compile with `example_inputs` like the call."),
+    ("GC032", _FAILED, "the model cannot be loaded",
+     "The folder, hub id or callable gave no model, or the model has no config to be rebuilt from.",
+     "Give a transformers folder with config and weights, a hub id, or `package.module:callable`. `--meta` needs no "
+     "weights."),
+    ("GC033", _FAILED, "the graphs are for another dtype",
+     "A capture holds for the element type in which the model was loaded.",
+     "Load the base model in the other dtype and compile that; the adapter tensors can be copied over."),
+    ("GC034", _SPEC, "there are no layers",
+     "Checkpointing works on repeated layers, and the model has none.",
+     "Leave out `checkpoint: layers`."),
+    ("GC040", _FAILED, "a pass broke an invariant",
+     "The verifier found the graph wrong after a pass: a bug in graftc or in a method, not in the spec.",
+     "Report it with the message, which names the pass and the node. Base weights are untouched."),
+
+    # Folding and adapter tensors.
+    ("GC050", _NO, "an adaptation cannot be folded",
+     "It has no equivalent change of base weights, at least not at the place that the message names.",
+     "Leave it out and fold the rest, or export the model unfolded."),
+    ("GC051", _NO, "the certificate is over budget",
+     "Folded and unfolded computations differ by more than allowed. Nothing was written.",
+     "Look at the sites that the message names. A fold in 16 bits may need a larger `fold.budget.logits`, or the "
+     "base in float32."),
+    ("GC052", _NO, "the weights do not fit the class",
+     "Folding had to add a tensor, such as a bias, for which the original class has no place.",
+     "Export to ONNX or `.pt2`, which hold the added tensor, or leave the adaptation unfolded."),
+    ("GC053", _FAILED, "adapter tensors do not fit",
+     "Names and shapes must be those of `adapter_state_dict()`. Nothing was copied.",
+     "Compile the spec that the tensors were trained with, against the same model."),
+    ("GC054", _SPEC, "a merged model cannot train",
+     "A merged model is for deployment and has no train mode.",
+     "Train the compiled model that it came from; merging has left it as it was."),
+
+    # Writing, packages and plugins.
+    ("GC060", _FAILED, "the export failed",
+     "The exporter failed, or what it wrote does not compute what the model computes. Nothing was left behind.",
+     "The message has the exporter's reason. Try the other format, or newer versions of torch and onnxruntime."),
+    ("GC061", _FAILED, "an optional package is missing",
+     "The command needs a package that is installed as an extra only.",
+     "Install the extra that the message names, for example `pip install 'graftc[export]'`."),
+    ("GC062", _FAILED, "the demo's data is missing",
+     "The pretrained encoder or the news texts are not installed.",
+     "Run the commands that the message names; `make setup` does it too."),
+    ("GC063", _FAILED, "the destination exists",
+     "Nothing is overwritten unless that is asked for.",
+     "Choose another path, remove what is there, or replace it with `--force` where the command has it."),
+    ("GC064", _FAILED, "the destination cannot be written",
+     "The folder above it is missing or read-only, or the disk is full. Nothing is left half-written.",
+     "Make the folder, free some space, or choose another path."),
+    ("GC070", _FAILED, "a method is registered twice",
+     "Two modules claim one tag; the message names both.",
+     "Rename one of the methods, or uninstall one of the packages."),
+    ("GC071", _FAILED, "a plugin is not a method",
+     "An entry point of `graftc.methods` cannot be imported, or its modules lack a spec class, claims or method.",
+     "Repair or uninstall the package that the message names."),
+
+    # Artifacts.
+    ("GC080", _FAILED, "there is no artifact",
+     "The path does not exist, or it is a folder without a `manifest.json` of graftc.",
+     "Give the folder that `graftc compile` or `compiled.save` wrote."),
+    ("GC081", _FAILED, "the artifact is of a newer format",
+     "A newer release wrote it, and this one does not know how to read it.",
+     "Update graftc."),
+    ("GC082", _FAILED, "the artifact is damaged",
+     "The content of a file is not what the manifest says: it was cut short or changed after writing.",
+     "Copy the artifact again from where it came. `graftc verify DIR` checks every file."),
+    ("GC083", _FAILED, "a file of the artifact is missing",
+     "The manifest names a file that is not in the folder.",
+     "Copy the whole folder, not single files of it."),
+    ("GC084", _FAILED, "tensors of the artifact are not its own",
+     "The names, types, shapes or values of the stored tensors are not those that the manifest lists.",
+     "Restore `adapters.safetensors` from the copy that belongs to this artifact; tensors of another one do not fit."),
+    ("GC085", _FAILED, "the artifact is not safe to read",
+     "It holds links, names that lead out of its folder, or files that the manifest does not list.",
+     "Do not use an artifact of unknown origin. In one of your own, remove the files that the message names."),
+    ("GC086", _FAILED, "the base is not there",
+     "An artifact holds adapters only. The model that it adapts was moved, was made in Python, or would be loaded by "
+     "code that the artifact names, which is never run.",
+     "Name the base with `--model MODEL`, or in Python with `graftc.load(path, model)`."),
+    ("GC087", _FAILED, "the base is another model",
+     "The config or the weights of the model are not those that were adapted.",
+     "Give the model, in the revision, that the spec was compiled against."),
+    ("GC088", _FAILED, "the base compiles to other places",
+     "With the installed versions of the libraries the spec adapts other places, or gives other graphs, than when it "
+     "was saved.",
+     "Install the versions of torch and transformers with which it was saved, or compile and train anew."),
+
+    # The command line, and looking at graphs.
+    ("GC090", _SPEC, "the command line is misused",
+     "A command, argument or option is missing, unknown or contradicts another.",
+     "`graftc COMMAND --help` shows how the command is used."),
+    ("GC091", _SPEC, "there is nothing of that name",
+     "The graph has no node, place or tensor of this name, or several; or the artifact holds no graphs.",
+     "Take one of the names that the message suggests, or look at the whole graph with `graftc inspect DIR --graph`."),
+    ("GC092", _WARNING, "a graph cannot be written",
+     "It holds an operator or an output class that is not of torch, transformers or graftc, which no file can name.",
+     "Nothing, if the artifact is to be loaded: that captures the model anew. Inspecting it needs its base."),
+    ("GC099", _FAILED, "an unexpected failure",
+     "A bug in graftc, or a library that failed in a way that graftc does not know.",
+     "Run the command again with `GRAFTC_DEBUG=1` in the environment, which shows the traceback, and report it."),
 )
+# fmt: on
 
-CATALOGUE: dict[str, Code] = {code: Code(code, title, text, exit_code) for code, exit_code, title, text in _TABLE}
+CATALOGUE: dict[str, Code] = {
+    code: Code(code, title, explanation, remedy, exit_code) for code, exit_code, title, explanation, remedy in _TABLE
+}
 """Every code, in order."""

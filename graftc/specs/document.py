@@ -34,7 +34,15 @@ class _AnyMethod:
         mapping = {tag: option["$ref"] for tag, option in options.items()}
         # A spec class has its own tag as a default; in a document the tag has to be there.
         tagged = [{**option, "required": ["method"]} for option in options.values()]
-        return {"oneOf": tagged, "discriminator": {"propertyName": "method", "mapping": mapping}}
+        # Beside the alternatives the tags alone: what editors offer first, and the one thing wrong where a tag is.
+        tag = {"enum": list(options), "description": "The method's tag; `graftc methods` lists them."}
+        return {
+            "type": "object",
+            "required": ["method"],
+            "properties": {"method": tag},
+            "oneOf": tagged,
+            "discriminator": {"propertyName": "method", "mapping": mapping},
+        }
 
 
 def _adaptation(value: Any) -> MethodSpec:
@@ -60,7 +68,9 @@ Adaptation: TypeAlias = Annotated[MethodSpec, _AnyMethod()]
 class Tokens(SpecModel):
     """New tokens: trainable rows in the table of embeddings and in the head, which may be tied."""
 
-    add: Items[str]
+    add: Items[str] = Field(
+        json_schema_extra={"minItems": 1, "uniqueItems": True, "items": {"type": "string", "minLength": 1}}
+    )
     """The tokens, in the order of their ids. Give the tokenizer the same ones, in the same order."""
 
     first: int | None = Field(default=None, ge=0)
@@ -119,6 +129,14 @@ class Spec(SpecModel):
     """What folding has to keep to."""
 
     _source: Source = PrivateAttr(default_factory=Source)
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _version_is_a_number(cls, version: Any) -> Any:
+        if isinstance(version, bool):  # which Python takes for 1
+            message = f"spec version {str(version).lower()} is not supported"
+            reject(version, ((), GraftError("GC007", message, hint="this release reads version 1")))
+        return version
 
     @field_validator("adapt")
     @classmethod

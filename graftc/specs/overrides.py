@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, Self
 
-from pydantic import model_validator
+from pydantic import GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from graftc.specs.base_model import SpecModel
 from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.patterns import as_items, count_sites, expand_braces, glob_to_regex, layer_indices, suggest
+from graftc.specs.schema import needs_one_of
 from graftc.specs.target import Layers, Patterns, Roles
 from graftc.specs.validation import reject
 
@@ -44,6 +47,14 @@ class Override(SpecModel):
             hint = f"it may set: {', '.join(fields)}" if fields else None
             reject(self, ((), GraftError("GC002", "an override changes nothing", hint=hint)))
         return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        written = handler(schema)
+        changes = [f for f in cls.model_fields if f not in Override.model_fields]
+        parts = [needs_one_of(fields) for fields in (("role", "modules", "layers"), changes) if fields]
+        handler.resolve_ref_schema(written)["allOf"] = parts
+        return written
 
     def changes(self) -> dict[str, Any]:
         """The values that this override sets, by field."""

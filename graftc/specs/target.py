@@ -12,6 +12,7 @@ from graftc.specs.base_model import SpecModel
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.patterns import as_items, expand_braces, glob_to_regex, parse_layer, smallest_fix
 from graftc.specs.roles import parse_role
+from graftc.specs.schema import Glob, Layer, Regex, RoleName
 from graftc.specs.validation import reject
 
 __all__ = [
@@ -98,20 +99,25 @@ def _check_layer(value: Any) -> None:
     parse_layer(value)
 
 
+# Said in the schema; the validators before it say it better.
+_SOME = Field(min_length=1)
+
 Roles: TypeAlias = Annotated[
-    str | Sequence[str], BeforeValidator(_each(_check_role, "a role")), AfterValidator(_frozen)
+    RoleName | Annotated[Sequence[RoleName], _SOME],
+    BeforeValidator(_each(_check_role, "a role")),
+    AfterValidator(_frozen),
 ]
 """A role or several; braces are allowed: ``attn.{q,v}``."""
 Patterns: TypeAlias = Annotated[
-    str | Sequence[str], BeforeValidator(_each(_check_glob, "a pattern")), AfterValidator(_frozen)
+    Glob | Annotated[Sequence[Glob], _SOME], BeforeValidator(_each(_check_glob, "a pattern")), AfterValidator(_frozen)
 ]
 """A glob of module paths or several."""
 Regexes: TypeAlias = Annotated[
-    str | Sequence[str], BeforeValidator(_each(_check_regex, "a regex")), AfterValidator(_frozen)
+    Regex | Annotated[Sequence[Regex], _SOME], BeforeValidator(_each(_check_regex, "a regex")), AfterValidator(_frozen)
 ]
 """A regular expression or several, matched against the whole module path."""
 Layers: TypeAlias = Annotated[
-    int | str | Sequence[int | str], BeforeValidator(_each(_check_layer, "a layer")), AfterValidator(_frozen)
+    Layer | Annotated[Sequence[Layer], _SOME], BeforeValidator(_each(_check_layer, "a layer")), AfterValidator(_frozen)
 ]
 """A layer, a slice ``"0:6"``, or a list of them."""
 
@@ -120,7 +126,11 @@ def _each_or_none(value: Any) -> Any:
     return list(as_items(_each(_check_glob, "a pattern")(value))) if as_items(value) else []
 
 
-PatternList: TypeAlias = Annotated[Sequence[str], BeforeValidator(_each_or_none), AfterValidator(_frozen)]
+PatternList: TypeAlias = Annotated[
+    Sequence[Glob],
+    BeforeValidator(_each_or_none, json_schema_input_type=Glob | Sequence[Glob] | None),
+    AfterValidator(_frozen),
+]
 """Globs of module paths, possibly none; one may stand without a list."""
 
 

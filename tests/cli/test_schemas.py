@@ -76,7 +76,7 @@ def test_the_published_file_is_not_stale(name: str) -> None:
     if os.environ.get("GRAFTC_UPDATE_GOLDEN") == "1":
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(published_schema(name), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert json.loads(path.read_text(encoding="utf-8")) == published_schemas()[name], "run `make docs`"
+    assert json.loads(path.read_text(encoding="utf-8")) == published_schemas()[name], "GRAFTC_UPDATE_GOLDEN=1 writes it"
 
 
 def test_no_published_file_is_left_over() -> None:

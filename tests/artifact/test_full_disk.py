@@ -1,0 +1,89 @@
+"""A disk that fills up while the real writers write: a coded error, and nothing left behind.
+
+`tests/runtime/test_files.py` injects the same at every single point of writing.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graftc.runtime.compiled import Compiled
+from graftc.specs.diagnostics import GraftError
+from tests.artifact.support import adapted, saved_base, tree_bytes
+
+ROOM = (8, 40, 120, 240)
+"""KiB; the smallest of what is written takes more than the last."""
+
+JOBS: dict[str, Callable[[Compiled, Path], object]] = {
+    "save": lambda compiled, path: compiled.save(path, force=True),
+    "merge": lambda compiled, path: compiled.merge().save(path, force=True),
+    "onnx": lambda compiled, path: compiled.merge().export(path, force=True),
+    "pt2": lambda compiled, path: compiled.merge().export(path, format="pt2", force=True),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    # Adapters of a size that does not fit either.
+    spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "ffn.up", "ffn.down"]}, "rank": 40}]}
+    return adapted(saved_base(tmp_path_factory.mktemp("full") / "base"), spec)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a file system of some KiB; only root may."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+
+    def mount(room: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={room}k", "graftc-test", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no file system can be mounted here")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], capture_output=True)
+
+
+def _fails(job: str, compiled: Compiled, path: Path) -> GraftError:
+    with pytest.raises(GraftError) as caught:
+        JOBS[job](compiled, path)
+    assert caught.value.code == "GC064" and str(path) in caught.value.message
+    return caught.value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", ROOM)
+@pytest.mark.parametrize("job", JOBS)
+def test_a_full_disk(job: str, room: int, compiled: Compiled, small_disk: Callable[[int], Path]) -> None:
+    folder = small_disk(room)
+    error = _fails(job, compiled, folder / "deep" / "out")
+    assert "No space left on device" in error.message and "the disk is full" in (error.hint or "")
+    assert not any(folder.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS)
+def test_what_was_there_stays(job: str, compiled: Compiled, tmp_path: Path) -> None:
+    """With a limit on the size of files, as quotas have it, replacing fails and the old one is untouched."""
+    path = tmp_path / "out"
+    JOBS[job](compiled, path)
+    before = tree_bytes(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        _fails(job, compiled, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert tree_bytes(tmp_path) == before
+    JOBS[job](compiled, path)

@@ -1,0 +1,140 @@
+"""Killed at random moments, saving, merging and exporting leave a destination that is absent or complete.
+
+`tests/runtime/test_files.py` goes through every single point of writing; here the real writers run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from graftc.runtime.artifact import open_artifact
+from graftc.runtime.artifact.verify import verify
+from graftc.runtime.files import recover
+from tests.artifact.support import adapted, saved_base
+from tests.cli.support import ROOT
+
+KILLS = 50
+
+
+class Worker:
+    """The other process."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.artifact.worker", str(folder)],
+            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True},
+            cwd=ROOT,
+            env=environment,
+        )
+        assert self.answer() == "ready"
+
+    def answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def run(self, job: str, seconds: float | None = None) -> tuple[int, float]:
+        """Status and time of a job that is killed after some seconds."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{job} {'none' if seconds is None else seconds}\n")
+        self.process.stdin.flush()
+        status, took = self.answer().split()
+        return int(status), float(took)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kill")
+    adapted(saved_base(folder / "base")).save(folder / "artifact")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worker(place: Path) -> Iterator[Worker]:
+    made = Worker(place)
+    yield made
+    made.process.kill()
+    made.process.wait()
+
+
+def _artifact(path: Path) -> object:
+    return open_artifact(path).tensors()
+
+
+def _merged(path: Path) -> object:
+    assert verify(path).passed
+    return load_file(path / "model.safetensors")
+
+
+def _onnx(path: Path) -> object:
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def _pt2(path: Path) -> object:
+    return torch.export.load(path)
+
+
+JOBS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "save": ("saved", _artifact),
+    "save over": ("saved", _artifact),
+    "merge": ("merged", _merged),
+    "onnx": ("m.onnx", _onnx),
+    "onnx over": ("m.onnx", _onnx),
+    "pt2": ("m.pt2", _pt2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize("job", JOBS)
+def test_killed_at_random(job: str, place: Path, worker: Worker) -> None:
+    name, read = JOBS[job]
+    over, out = job.endswith("over"), place / "out"
+    path = out / name
+
+    def start() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+
+    def once() -> float:
+        if not over:
+            start()
+        status, seconds = worker.run(job)
+        assert status == 0
+        return seconds
+
+    start()
+    if over:
+        assert worker.run(job.removesuffix(" over"))[0] == 0
+    takes = sorted(once() for _ in range(3))[1]
+    rng, killed, found = random.Random(job), 0, set()
+    for _ in range(KILLS):
+        if not over:
+            start()
+        status, _ = worker.run(job, rng.uniform(0, takes))
+        killed += status == -9
+        assert status in (0, -9)
+        if not path.exists():
+            recover(out)  # as the next run does: it may finish what was as good as done
+        found.add(path.exists())
+        if path.exists():
+            read(path)
+        recover(out)
+        beside = {f"{name}.data"} if "onnx" in job else set()
+        assert {p.name for p in out.iterdir()} <= {name, *beside}
+        assert path.exists() or not any(out.iterdir())
+    assert killed > KILLS // 2
+    assert found == ({True} if over else {True, False})
+    free = over or not path.exists()
+    assert worker.run(job)[0] == (0 if free else 1)  # 1: something complete is in the way

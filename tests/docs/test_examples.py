@@ -1,0 +1,241 @@
+"""The examples of ``docs/errors.md`` that come from calls: each text in ``tests/docs/golden`` is what graftc says.
+
+GRAFTC_UPDATE_GOLDEN=1 writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graftc
+from graftc.runtime.cli.results.publish import published_schema
+from graftc.runtime.compiled import Compiled
+from graftc.runtime.models import load_model
+from graftc.specs import registry
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import perturb, tiny
+
+GOLDEN = Path(__file__).parent / "golden"
+LORA: dict[str, Any] = {"method": "lora", "target": {"role": ["attn.q", "attn.v"]}}
+
+
+def compiled(family: str = "bert", **spec: Any) -> Compiled:
+    return graftc.compile({"adapt": [LORA], **spec}, tiny(family))
+
+
+def a_missing_spec(patch: pytest.MonkeyPatch) -> None:
+    Path("spec.yaml").touch()
+    graftc.load_spec("sepc.yaml")
+
+
+def a_gap_of_tokens(patch: pytest.MonkeyPatch) -> None:
+    compiled(tokens={"add": ["<ent>"], "first": 200})
+
+
+def a_cache(patch: pytest.MonkeyPatch) -> None:
+    compiled("llama")(input_ids=torch.ones(2, 7, dtype=torch.int64), use_cache=True)
+
+
+def a_missing_model(patch: pytest.MonkeyPatch) -> None:
+    (Path("models") / "bert").mkdir(parents=True)
+    (Path("models") / "bert" / "config.json").touch()
+    load_model("models/bret/")
+
+
+def another_dtype(patch: pytest.MonkeyPatch) -> None:
+    compiled().to(torch.bfloat16)
+
+
+class Shallow(nn.Module):
+    """A model without repeated layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(torch.tanh(self.inner(x)))
+        return out
+
+
+def no_layers(patch: pytest.MonkeyPatch) -> None:
+    spec = {"adapt": [{"method": "lora", "target": {"modules": "inner"}, "rank": 2}], "checkpoint": "layers"}
+    graftc.compile(spec, Shallow(), (torch.ones(2, 6),))
+
+
+def no_values(patch: pytest.MonkeyPatch) -> None:
+    graftc.compile({"adapt": [LORA]}, tiny("bert").to("meta")).merge()
+
+
+def no_budget(patch: pytest.MonkeyPatch) -> None:
+    model = compiled()
+    perturb(model)
+    model.merge(budget=0)
+
+
+def other_tensors(patch: pytest.MonkeyPatch) -> None:
+    tensors = compiled().adapter_state_dict()
+    first = min(tensors)
+    compiled().load_adapter_state_dict({**tensors, first: tensors[first][:2]})
+
+
+def training_a_merged_model(patch: pytest.MonkeyPatch) -> None:
+    compiled().merge().train()
+
+
+def an_unknown_format(patch: pytest.MonkeyPatch) -> None:
+    compiled().export("model.gguf", format="gguf")  # type: ignore[arg-type]
+
+
+def no_onnx_runtime(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(sys.modules, "onnxruntime", None)
+    compiled().export("model.onnx")
+
+
+def a_taken_path(patch: pytest.MonkeyPatch) -> None:
+    Path("model.onnx").touch()
+    compiled().export("model.onnx")
+
+
+def a_tag_that_is_taken(patch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "examples/plugin/graftc_scale/spec.py").read_text(encoding="utf-8")
+    Path("my_lora").mkdir()
+    Path("my_lora/__init__.py").touch()
+    Path("my_lora/spec.py").write_text(text.replace('"scale"', '"lora"'), encoding="utf-8")
+    plug_in(patch, "my_lora")
+
+
+def a_broken_plugin(patch: pytest.MonkeyPatch) -> None:
+    plug_in(patch, "graftc_mine")
+
+
+def plug_in(patch: pytest.MonkeyPatch, package: str) -> None:
+    patch.syspath_prepend(Path.cwd())
+    patch.setattr(registry, "entry_points", lambda group: [EntryPoint("mine", package, group)])
+    registry.reload_methods()
+    registry.method_specs()
+
+
+def saved() -> Path:
+    return compiled().save("artifact", base="models/tiny", certify=False)
+
+
+def no_artifact(patch: pytest.MonkeyPatch) -> None:
+    Path("empty").mkdir()
+    graftc.load("empty")
+
+
+def a_newer_format(patch: pytest.MonkeyPatch) -> None:
+    manifest = saved() / "manifest.json"
+    data = json.loads(manifest.read_text(encoding="utf-8"))
+    manifest.write_text(json.dumps({**data, "schema_version": data["schema_version"] + 1}), encoding="utf-8")
+    graftc.load("artifact")
+
+
+def a_file_cut_short(patch: pytest.MonkeyPatch) -> None:
+    file = saved() / "adapters.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    graftc.load("artifact")
+
+
+def a_file_that_is_gone(patch: pytest.MonkeyPatch) -> None:
+    (saved() / "adapters.safetensors").unlink()
+    graftc.load("artifact")
+
+
+def a_file_that_is_not_listed(patch: pytest.MonkeyPatch) -> None:
+    (saved() / "model.pkl").touch()
+    graftc.load("artifact")
+
+
+def a_base_that_was_moved(patch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny("bert")
+    model.save_pretrained("tiny-bert")
+    graftc.compile({"adapt": [LORA]}, model).save("artifact", base="tiny-bert", certify=False)
+    Path("tiny-bert").rename("elsewhere")
+    graftc.load("artifact")
+
+
+def another_base(patch: pytest.MonkeyPatch) -> None:
+    saved()
+    model: Any = tiny("bert")
+    with torch.no_grad():
+        model.classifier.bias += 1
+    graftc.load("artifact", model)
+
+
+def an_unknown_schema(patch: pytest.MonkeyPatch) -> None:
+    published_schema("chekc")
+
+
+def an_unknown_name(patch: pytest.MonkeyPatch) -> None:
+    compiled().explain("bert.encoder.layer.0.attention.self.querry")
+
+
+def a_folder_that_is_a_file(patch: pytest.MonkeyPatch) -> None:
+    Path("runs").touch()
+    compiled().save("runs/first", certify=False)
+
+
+CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "GC006": a_missing_spec,
+    "GC018": a_gap_of_tokens,
+    "GC031": a_cache,
+    "GC032": a_missing_model,
+    "GC033": another_dtype,
+    "GC034": no_layers,
+    "GC050": no_values,
+    "GC051": no_budget,
+    "GC053": other_tensors,
+    "GC054": training_a_merged_model,
+    "GC060": an_unknown_format,
+    "GC061": no_onnx_runtime,
+    "GC063": a_taken_path,
+    "GC064": a_folder_that_is_a_file,
+    "GC070": a_tag_that_is_taken,
+    "GC071": a_broken_plugin,
+    "GC080": no_artifact,
+    "GC081": a_newer_format,
+    "GC082": a_file_cut_short,
+    "GC083": a_file_that_is_gone,
+    "GC085": a_file_that_is_not_listed,
+    "GC086": a_base_that_was_moved,
+    "GC087": another_base,
+    "GC090": an_unknown_schema,
+    "GC091": an_unknown_name,
+}
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_the_example_is_what_graftc_says(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        try:
+            with pytest.raises(GraftError) as caught:
+                CASES[code](patch)
+        finally:
+            patch.undo()
+            registry.reload_methods()
+    assert caught.value.code == code
+    text = re.sub(r"\d\.\d+e[-+]\d+", "#.#e-##", f"{caught.value}\n").replace(f"{tmp_path}/", "")
+    path = GOLDEN / f"{code}.txt"
+    if os.environ.get("GRAFTC_UPDATE_GOLDEN") == "1":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def test_every_golden_text_has_its_case() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == CASES.keys()

@@ -1,0 +1,192 @@
+"""What the pages show is true: specs parse, Python runs, commands exist, PEFT configs train what their specs train."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import sys
+import textwrap
+import warnings
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import graftc
+from graftc.runtime.cli import main
+from graftc.specs import registry
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.io import parse_spec
+from graftc.testing import tiny
+from tests.docs.blocks import DOCS, ROOT, Block, blocks, pages
+from tools.docs.cli import commands
+
+PLUGIN = ROOT / "examples" / "plugin"
+EXAMPLES = "errors.md"
+"""The page of what is wrong: its specs have to fail."""
+ALL = [block for page in pages() for block in blocks(page)]
+
+
+def of(language: str) -> list[Block]:
+    return [block for block in ALL if block.language == language]
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The example's method, as if its package were installed."""
+    points = [EntryPoint("scale", "graftc_scale", registry.GROUP)]
+    monkeypatch.syspath_prepend(PLUGIN)
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    registry.reload_methods()
+    yield
+    monkeypatch.undo()
+    registry.reload_methods()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "graftc_scale"]:
+        del sys.modules[name]
+
+
+def test_there_are_snippets() -> None:
+    assert len(of("yaml")) > 20 and len(of("python")) > 15 and len(of("console")) > 5
+    fences = sum(len(re.findall(r"^`{3,}\w*", (DOCS / page).read_text("utf-8"), re.MULTILINE)) for page in pages())
+    assert fences == 2 * len(ALL), "a fence was not understood: an unmarked language, or an option that is not known"
+
+
+@pytest.mark.parametrize(
+    "block", [b for b in of("yaml") if b.page != EXAMPLES and not b.mark.startswith("plugin")], ids=str
+)
+def test_specs_are_valid(block: Block) -> None:
+    assert parse_spec(block.text, file=str(block)).adapt
+
+
+@pytest.mark.parametrize("block", [b for b in of("yaml") if b.mark == "plugin"], ids=str)
+def test_specs_of_the_plugin_are_valid(block: Block, plugin: None) -> None:
+    assert parse_spec(block.text).adapt[0].method == "scale"
+
+
+@pytest.mark.parametrize("block", of("python"), ids=str)
+def test_python_parses(block: Block) -> None:
+    ast.parse(textwrap.dedent(block.text))
+
+
+@pytest.mark.parametrize("block", [b for b in ALL if b.page == "writing-a-method.md" and b.title], ids=str)
+def test_what_is_shown_of_the_plugin_is_in_it(block: Block) -> None:
+    assert block.text in (PLUGIN / block.title).read_text(encoding="utf-8")
+
+
+def test_the_contract_is_listed_whole() -> None:
+    from graftc.testing import DeploymentContract, MethodContract
+
+    tests = {
+        name for contract in (MethodContract, DeploymentContract) for name in dir(contract) if name.startswith("test_")
+    }
+    listed = re.findall(r"^\| `(test_\w+)` \|", (DOCS / "writing-a-method.md").read_text("utf-8"), re.MULTILINE)
+    assert set(listed) == tests and len(listed) == len(tests)
+
+
+def test_what_the_faq_misses_is_missing() -> None:
+    (line,) = re.findall(
+        r"\*\*Other methods than LoRA\.\*\*.*?are not\.", (DOCS / "faq-peft.md").read_text("utf-8"), re.DOTALL
+    )
+    named = set(re.findall(r"`(\w+)`", line))
+    assert named and not named & registry.method_specs().keys()
+    assert not hasattr(graftc, "import_peft")
+    assert "generate" not in dir(graftc.runtime.compiled.Compiled)
+
+
+def command_lines() -> list[tuple[Block, str]]:
+    return [
+        (block, line[2:]) for block in of("console") for line in block.text.splitlines() if line.startswith("$ graftc ")
+    ]
+
+
+@pytest.mark.parametrize(("block", "line"), command_lines(), ids=lambda value: str(value).replace(" ", "_"))
+def test_commands_exist_and_take_such_arguments(block: Block, line: str) -> None:
+    _, name, *arguments = shlex.split(line, comments=True)
+    command = commands()[name]
+    command.make_context(name, arguments)  # raises a usage error where an option is unknown or an argument is missing
+
+
+@pytest.mark.parametrize("word", sorted(set(re.findall(r"`graftc ([a-z-]+)", "".join(
+    (DOCS / page).read_text("utf-8") for page in pages())))))  # fmt: skip
+def test_commands_that_are_mentioned_exist(word: str) -> None:
+    assert word in commands()
+
+
+def _runnable() -> list[str]:
+    return [page for page in pages() if any(block.mark == "run" for block in blocks(page))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", _runnable())
+def test_the_page_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    scope: dict[str, Any] = {"__name__": page}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", graftc.GraftWarning)
+        for block in (block for block in blocks(page) if block.mark == "run"):
+            if block.language == "python":
+                exec(compile(block.text, str(block), "exec"), scope)
+            elif block.language == "yaml":
+                Path(block.title).write_text(block.text, encoding="utf-8")
+            else:
+                _run_commands(block, capsys)
+
+
+def _run_commands(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run each ``$ graftc`` line; what stands below it is in what it prints, in order; dots stand for what is left
+    out."""
+    for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+        line, *shown = part.splitlines()
+        capsys.readouterr()
+        status = main(shlex.split(line, comments=True)[1:])
+        printed = capsys.readouterr()
+        said = re.search(r"# exit status (\d)", line)
+        assert status == (int(said[1]) if said else 0), f"{block}: {line}\n{printed.err}"
+        out = iter(re.sub(r" +", " ", text).strip() for text in printed.out.splitlines())
+        for expected in (re.sub(r" +", " ", text).strip() for text in shown if text != "..."):
+            expected = expected.removesuffix("...").rstrip()
+            assert any(found.startswith(expected) for found in out), f"{block}: {line} printed no {expected!r}"
+
+
+def pairs() -> list[tuple[str, Block, Block]]:
+    """Configs of PEFT with the specs beside them, and the family to compare them on."""
+    found = []
+    held = blocks("faq-peft.md")
+    for index, block in enumerate(held):
+        if block.mark.startswith("same: "):
+            found.append((block.mark.removeprefix("same: "), block, held[index + 1]))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "config", "spec"), pairs(), ids=str)
+def test_a_peft_config_and_its_spec_train_as_much(family: str, config: Block, spec: Block) -> None:
+    peft = pytest.importorskip("peft")
+    assert (config.title, spec.title) == ("PEFT", "spec.yaml")
+    scope: dict[str, Any] = {"LoraConfig": peft.LoraConfig}
+    exec(compile(config.text, str(config), "exec"), scope)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(tiny(family), scope["config"])
+        ours = graftc.compile(parse_spec(spec.text), tiny(family))
+    counts = [sum(t.numel() for t in model.parameters() if t.requires_grad) for model in (theirs, ours)]
+    assert counts[0] == counts[1] > 0
+    held = [getattr(module, "scaling", None) for module in theirs.modules()]
+    scalings = {float(value) for found in held if isinstance(found, dict) for value in found.values()}
+    lora = ours.spec.adapt[0]
+    assert scalings == {lora.scaling, *(lora.model_copy(update=o.changes()).scaling for o in lora.overrides)}
+
+
+@pytest.mark.parametrize("block", [b for b in of("yaml") if b.page == EXAMPLES], ids=str)
+def test_specs_of_the_error_page_are_wrong(block: Block) -> None:
+    """By themselves, or against the models of the golden tests; here only those that need no model."""
+    try:
+        parse_spec(block.text, file="spec.yaml")
+    except GraftError as error:
+        page = (DOCS / EXAMPLES).read_text(encoding="utf-8")
+        assert f"{error}\n" in page

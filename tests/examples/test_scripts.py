@@ -1,0 +1,112 @@
+"""The scripts of examples/: each runs, in a process of its own; what is exported runs without torch."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, out: Path, folder: Path) -> str:
+    """What a script prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(EXAMPLES / script), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    text = run("quickstart.py", tmp_path / "out", tmp_path)
+    assert "adapter parameters" in text and "certified: " in text
+    losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+)", text)]
+    assert losses[-1] < losses[0] / 2
+    accuracy = re.search(r"accuracy of the folded model: (\d\.\d+)", text)
+    assert accuracy is not None and float(accuracy[1]) > 0.9
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    text = run("trainer.py", tmp_path / "out", tmp_path)
+    losses = re.search(r"loss before (\d\.\d+), after (\d\.\d+)", text)
+    assert losses is not None and float(losses[2]) < 0.8 * float(losses[1])
+    assert (tmp_path / "out" / "folded" / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_exported_model_runs_where_there_is_only_onnxruntime(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "out"
+    run("export_onnx.py", out, tmp_path)
+    assert sorted(path.name for path in out.iterdir()) == ["example.npz", "model.onnx"]
+
+    bare = environment_of(tmp_path / "bare", "onnxruntime", "numpy")
+    for name in ("torch", "transformers", "graftc", "onnx", "safetensors"):
+        refused = run_bare(bare, f"import {name}")
+        assert refused.returncode == 1 and f"No module named '{name}'" in refused.stderr, name
+    script = f"import runpy, sys; sys.argv = ['run', {str(out)!r}]; "
+    script += f"runpy.run_path({str(EXAMPLES / 'run_onnx.py')!r}, run_name='__main__'); "
+    script += "assert not {'torch', 'transformers', 'graftc'} & set(sys.modules)"
+    done = run_bare(bare, script)
+    assert done.returncode == 0, done.stderr
+    difference = re.search(r"largest difference from torch: (\S+)", done.stdout)
+    assert difference is not None and float(difference[1]) <= 1e-4
+
+    # It notices when the outputs are others.
+    with np.load(out / "example.npz") as held:
+        wrong = {name: held[name] + (0.01 if name == "logits" else 0) for name in held.files}
+    np.savez(out / "example.npz", **wrong)
+    assert "something else than torch" in run_bare(bare, script).stderr
+
+
+def test_what_runs_the_export_imports_nothing_else() -> None:
+    tree = ast.parse((EXAMPLES / "run_onnx.py").read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert names - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+
+
+def run_bare(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code by an interpreter that sees the standard library and ``folder`` only."""
+    command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.append({str(folder)!r}); {code}"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
+
+
+def environment_of(folder: Path, *names: str) -> Path:
+    """A folder of links to the files of installed distributions and of all that they require, and of nothing else."""
+    done: set[str] = set()
+    pending = list(names)
+    while pending:
+        name = re.sub(r"[-_.]+", "-", pending.pop()).lower()
+        if name in done:
+            continue
+        done.add(name)
+        found = metadata.distribution(name)
+        for file in found.files or ():
+            source = Path(str(found.locate_file(file)))
+            if ".." in file.parts or "__pycache__" in file.parts or not source.is_file():
+                continue
+            link = folder / file
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(source)
+        for text in found.requires or ():
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                pending.append(requirement.name)
+    assert done.isdisjoint({"torch", "transformers", "graftc"})
+    return folder

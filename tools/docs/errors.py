@@ -1,0 +1,143 @@
+"""docs/errors.md: every code of the catalogue, with an example where one is held somewhere as text.
+
+Examples are what the tests hold graftc to: the golden texts of specs (``tests/golden/errors``), of commands
+(``tests/golden/cli``), and of calls (``tests/docs/golden``). Those of a spec alone are run again here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftc.specs.catalogue import CATALOGUE, Code
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.io import parse_spec
+from tools.docs.markdown import fence, header, table
+
+__all__ = ["Example", "examples", "render_errors"]
+
+_GROUPS = (
+    ("GC00", "Reading a spec"),
+    ("GC01", "Places of a model"),
+    ("GC02", "Specs and models that do not go together"),
+    ("GC03", "Capturing and running a model"),
+    ("GC04", "Rewriting"),
+    ("GC05", "Folding and adapter tensors"),
+    ("GC06", "Files and packages"),
+    ("GC07", "Methods and plugins"),
+    ("GC08", "Artifacts"),
+    ("GC09", "The command line, and looking at graphs"),
+)
+_INTRO = """\
+Every failure that a spec, a model or a file can cause has a stable code. An error ends what was asked for and gives the
+exit status of the command; in Python it is a `graftc.GraftError` with `code`, `message`, `place`, `hint` and
+`exit_code`, and `to_json()` gives all of it as data. A warning is a `graftc.GraftWarning`, and the work goes on.
+"""
+_STATUS = {
+    0: "none, the work goes on",
+    1: "1, the answer is no",
+    2: "2, the command line or the spec is wrong",
+    3: "3, the files or the model failed",
+}
+_LINKS = {
+    "spec reference": "[spec reference](spec.md)",
+    "`graftc roles MODEL`": "[`graftc roles MODEL`](cli.md#graftc-roles)",
+}
+_FAVOURITES = {
+    "GC001": "glob_without_quotes",
+    "GC002": "wrong_choice",
+    "GC003": "unknown_field",
+    "GC011": "brace_branch_without_match",
+    "GC012": "unknown_role",
+    "GC015": "role_in_some_layers",
+    "GC022": "tied_weight_fold",
+}
+"""Which example to show where there are several; otherwise the first by name, those with their spec before others."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example: its name, what is printed, and the spec that is wrong, where it is the spec."""
+
+    name: str
+    output: str
+    spec: str | None = None
+
+
+def render_errors(root: Path) -> str:
+    """The page.
+
+    Args:
+        root: the repository, which holds the golden texts.
+    """
+    held = examples(root)
+    parts = [header("Errors and warnings"), _INTRO]
+    rows = [(f"[{c.code}](#{c.code.lower()})", c.title, c.severity, str(c.exit_code)) for c in CATALOGUE.values()]
+    parts.append(table(("code", "title", "kind", "exit status"), rows))
+    for start, title in _GROUPS:
+        codes = [found for found in CATALOGUE.values() if found.code.startswith(start)]
+        if codes:
+            parts += [f"## {title}\n", *(_section(found, held.get(found.code)) for found in codes)]
+    return "\n".join(parts)
+
+
+def _section(found: Code, example: Example | None) -> str:
+    kind = found.severity.capitalize()
+    parts = [
+        f"### {found.code}: {found.title} {{#{found.code.lower()}}}\n",
+        f"{_linked(found.explanation)}\n",
+        f"**What to do.** {_linked(found.remedy)}\n",
+        f"{kind}. Exit status: {_STATUS[found.exit_code]}.\n",
+    ]
+    if example is not None:
+        if example.spec is not None:
+            parts.append(fence(example.spec, 'yaml title="spec.yaml"'))
+        parts.append(fence(example.output, "text"))
+    return "\n".join(parts)
+
+
+def _linked(text: str) -> str:
+    for words, link in _LINKS.items():
+        text = text.replace(words, link)
+    return text
+
+
+def examples(root: Path) -> dict[str, Example]:
+    """One example for each code that has any."""
+    found: dict[str, list[Example]] = {}
+    for example in [*_with_specs(root / "tests" / "golden" / "errors"), *_outputs(root)]:
+        match = re.match(r"(?:warning )?(GC\d{3}): ", example.output)
+        if match is not None:
+            found.setdefault(match[1], []).append(example)
+    return {number: _best(number, choice) for number, choice in sorted(found.items())}
+
+
+def _best(number: str, choice: list[Example]) -> Example:
+    liked = [example for example in choice if example.name == _FAVOURITES.get(number)]
+    return (liked or choice)[0]
+
+
+def _with_specs(folder: Path) -> Iterable[Example]:
+    """Golden texts of the form spec, line of equal signs, output."""
+    for path in sorted(folder.glob("*.txt")):
+        spec, marks, output = path.read_text(encoding="utf-8").partition("\n=====\n")
+        if marks:
+            yield Example(path.stem, _run(spec) or output, spec)
+
+
+def _run(spec: str) -> str | None:
+    """What the spec gives by itself; None where it takes a model to find it wrong."""
+    try:
+        parse_spec(spec, file="spec.yaml")
+    except GraftError as error:
+        return str(error)
+    return None
+
+
+def _outputs(root: Path) -> Iterable[Example]:
+    """Golden texts that are the output alone."""
+    for folder in ("tests/golden/cli/errors", "tests/golden/cli", "tests/docs/golden"):
+        for path in sorted((root / folder).rglob("*.txt")):
+            yield Example(path.stem, path.read_text(encoding="utf-8").strip())
