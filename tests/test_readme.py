@@ -10,6 +10,7 @@ import pytest
 
 import graftc
 from graftc.specs.io import parse_spec
+from tests.cli.support import run_apart
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -25,7 +26,7 @@ def test_the_spec_is_valid() -> None:
 
 
 @pytest.mark.slow
-def test_the_python_example_runs(tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_python_example_and_the_commands_run(tmp_path: Path, monkeypatch: Any) -> None:
     (code,) = blocks("python")
     assert len(code.strip().splitlines()) <= 24
     monkeypatch.chdir(tmp_path)
@@ -33,3 +34,10 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: Any) -> None:
     exec(compile(code, "README.md", "exec"), scope)
     assert isinstance(scope["compiled"], graftc.runtime.compiled.Compiled)
     assert {"folded", "folded.onnx"} <= {path.name for path in tmp_path.iterdir()}
+    (spec,), (console,) = blocks("yaml"), blocks("console")
+    (tmp_path / "spec.yaml").write_text(spec)
+    for line in console.splitlines():
+        program, *arguments = line.split()
+        outcome = run_apart(*arguments, cwd=tmp_path)
+        assert program == "graftc" and outcome.status == 0, f"{line}\n{outcome.out}{outcome.err}"
+    assert {"artifact", "merged", "merged.onnx"} <= {path.name for path in tmp_path.iterdir()}

@@ -80,7 +80,7 @@ class Resolver:
             except GraftError as error:
                 raise spec.locate(error) from error
         self._conflicts(spec, found)
-        self._warn(found)
+        self._warn(spec, found)
         return found
 
     def _one(self, adaptation: MethodSpec, where: str) -> Resolved:
@@ -164,12 +164,14 @@ class Resolver:
                         )
                 held.append((site.rows, resolved.name))
 
-    def _warn(self, found: Sequence[Resolved]) -> None:
-        for resolved in found:
+    def _warn(self, spec: Spec, found: Sequence[Resolved]) -> None:
+        for index, resolved in enumerate(found):
+            place = spec.place(f"adapt[{index}].target")
             for site, _ in resolved.places:
                 reader = resolved.shared.get(_place(site))
                 if reader is not None:
-                    warn("GC024", f"{site.key} {reader}: {resolved.name!r} trains there but will not fold")
+                    message = f"{site.key} {reader}: {resolved.name!r} trains there but will not fold"
+                    warn("GC024", message, place=place, hint="exclude it, or deploy with the adaptation in the graph")
 
     def trained(self, spec: Spec) -> list[ParameterSite]:
         """The parameters of the modules that ``train:`` names, as sites.

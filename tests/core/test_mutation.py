@@ -98,6 +98,8 @@ def test_one_wrong_site_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(self: pipeline.Compilation, only: Any = None) -> list[FoldStep]:
         found = steps(self, only)
+        if not found:
+            return found
         last = found[-1]
 
         def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -1,10 +1,12 @@
-"""All generated pages, and a picture, by name, and how they are written and compared."""
+"""All generated pages, a picture and the JSON Schemas, by name, and how they are written and compared."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from graftc.runtime.cli.results import published_schemas
 from tools.docs.cli import render_cli
 from tools.docs.errors import render_errors
 from tools.docs.methods import render_methods
@@ -25,17 +27,21 @@ def render_all() -> dict[str, str]:
         "images/pipeline.svg": render_picture(),
         "spec.md": render_spec(),
     }
-    return pages | render_methods()
+    schemas = {
+        f"schemas/{name}.json": json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+        for name, schema in published_schemas().items()
+    }
+    return pages | schemas | render_methods()
 
 
 def stale_pages(pages: Mapping[str, str], docs: Path) -> list[str]:
-    """The pages that are missing, differ, or are there and belong to no method any more."""
+    """The pages that are missing, differ, or are there and belong to no method or command any more."""
     held = {name: _read(docs / name) for name in pages}
     return sorted([*(name for name, text in pages.items() if held[name] != text), *_left_over(pages, docs)])
 
 
 def write_pages(pages: Mapping[str, str], docs: Path) -> list[str]:
-    """Write what differs, and remove the pages of methods that are gone; the names of what was changed."""
+    """Write what differs, and remove the pages of what is gone; the names of what was changed."""
     changed = stale_pages(pages, docs)
     for name in changed:
         if name not in pages:
@@ -51,5 +57,5 @@ def _read(path: Path) -> str | None:
 
 
 def _left_over(pages: Mapping[str, str], docs: Path) -> list[str]:
-    held = (path.relative_to(docs).as_posix() for path in (docs / "methods").glob("*.md"))
-    return [name for name in held if name not in pages]
+    held = [*(docs / "methods").glob("*.md"), *(docs / "schemas").glob("*.json")]
+    return [name for path in held if (name := path.relative_to(docs).as_posix()) not in pages]

@@ -64,7 +64,7 @@ def _print(found: Comparison) -> None:
         for t in found.tensors
     ]
     sections = {
-        "base": [f"~ {difference}" for difference in found.base],
+        "base": _capped([f"~ {difference}" for difference in found.base]),
         "spec": found.spec.splitlines(),
         "places": marks,
         "tensors": tensors,
@@ -74,3 +74,8 @@ def _print(found: Comparison) -> None:
         if lines:
             print_lines(to, [name], lambda _: "bold")
             print_lines(to, [f"  {line}" for line in lines], lambda line: colours.get(line[2:3], ""))
+
+
+def _capped(lines: list[str], most: int = 5) -> list[str]:
+    """Another base differs everywhere; JSON has all of it."""
+    return lines if len(lines) <= most + 1 else [*lines[:most], f"... and {len(lines) - most} more"]

@@ -1,0 +1,304 @@
+"""``compile``, ``merge``, ``export``, ``verify`` and ``diff``: one path from a spec to files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+from safetensors.torch import load_file
+
+import graftc
+from graftc.runtime.cli.results import published_schema
+from graftc.runtime.models import load_model
+from graftc.testing import perturb
+from tests.artifact.support import saved_base, tree_bytes
+from tests.cli.support import Outcome, check_golden, run_apart, run_here
+
+SPEC = """\
+version: 1
+adapt:
+  - name: attention
+    method: lora
+    target: {role: [attn.q, attn.v]}
+    rank: 4
+train: [classifier]
+"""
+TIED = """\
+version: 1
+adapt:
+  - name: inner
+    method: lora
+    target: {role: ffn.down}
+    rank: 2
+  - name: head
+    method: lora
+    target: {modules: lm_head}
+    rank: 2
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, an artifact of it, and the same with other values."""
+    folder = tmp_path_factory.mktemp("deploy")
+    saved_base(folder / "base")
+    (folder / "base" / "tokenizer.json").write_text("{}")
+    (folder / "spec.yaml").write_text(SPEC)
+    compiled = graftc.compile(folder / "spec.yaml", load_model(str(folder / "base")))
+    compiled.save(folder / "artifact")
+    perturb(compiled)
+    compiled.save(folder / "trained")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to work in; artifacts still find the base, which moved along."""
+    for name in ("base", "artifact", "trained"):
+        shutil.copytree(made / name, tmp_path / name)
+    shutil.copy(made / "spec.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def valid(command: str, outcome: Outcome) -> Any:
+    """The JSON that a command printed, which keeps to its published schema."""
+    Draft202012Validator(published_schema(command)).validate(outcome.data)
+    return outcome.data
+
+
+def run(capsys: pytest.CaptureFixture[str], command: str, *arguments: str, status: int = 0) -> Any:
+    outcome = run_here(capsys, command, *arguments, "--json")
+    assert (outcome.status, outcome.err) == (status, "")
+    return valid(command if "error" not in outcome.data else "error", outcome)
+
+
+# --- compile ---------------------------------------------------------------------------------------------------
+
+
+def test_compile(capsys: pytest.CaptureFixture[str], here: Path, made: Path) -> None:
+    data = run(capsys, "compile", "spec.yaml", "--model", "base", "--out", "new")
+    assert data["out"] == "new" and data["dry_run"] is False and data["certificate"]["passed"] is True
+    assert {file["path"]: file["bytes"] for file in data["files"]} == {
+        f"new/{name}": len(content) for name, content in tree_bytes(here / "new").items()
+    }
+    manifest = json.loads((here / "new/manifest.json").read_text())
+    assert data["fingerprint"] == manifest["base"]["fingerprint"]
+    assert manifest["base"]["reference"] == str(here / "base") and manifest["base"]["relative"] == "../base"
+    # The same as from Python, but for where the base is.
+    other = tree_bytes(made / "artifact")
+    assert {k: v for k, v in tree_bytes(here / "new").items() if k != "manifest.json"} == {
+        k: v for k, v in other.items() if k != "manifest.json"
+    }
+
+
+def test_compile_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run_here(capsys, "compile", "spec.yaml", "-m", "base", "-o", "new", "--no-certify")
+    assert (outcome.status, outcome.err) == (0, "")
+    check_golden("compile_bert", _without_bytes(outcome.out))
+
+
+def _without_bytes(text: str) -> str:
+    """Sizes of files depend on how long paths are."""
+    import re
+
+    return re.sub(r"[\d,]+ bytes", "# bytes", text)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_seed(capsys: pytest.CaptureFixture[str], here: Path, seed: int) -> None:
+    run(capsys, "compile", "spec.yaml", "-m", "base", "-o", "new", "--seed", str(seed))
+    one, two = (load_file(here / name / "adapters.safetensors") for name in ("new", "artifact"))
+    assert all(torch.equal(one[name], two[name]) for name in one) is (seed == 0)
+
+
+# --- merge -----------------------------------------------------------------------------------------------------
+
+
+def test_merge(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    data = run(capsys, "merge", "trained", "--out", "folded")
+    assert data["partial"] is False and data["folded"] == ["trained", "attention"] and data["kept"] == []
+    assert data["certificate"]["passed"] and min(s["change"] for s in data["certificate"]["sites"]) > 1e-3
+    assert {Path(file["path"]).name for file in data["files"]} == {
+        *("config.json", "model.safetensors", "tokenizer.json", "graftc.json")
+    }
+    folded, compiled = load_model("folded"), graftc.load("trained").eval()
+    ids = torch.randint(0, 101, (3, 7))
+    assert torch.allclose(folded(ids).logits, compiled(input_ids=ids).logits, atol=1e-5)
+    assert not torch.allclose(folded(ids).logits, load_model("base")(ids).logits, atol=1e-2)
+    assert run(capsys, "verify", "folded")["passed"] is True
+    (here / "folded" / "model.safetensors").write_bytes(b"no")
+    assert run(capsys, "verify", "folded", status=1)["passed"] is False
+
+
+def test_over_budget_nothing_is_written(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    before = set(here.iterdir())
+    data = run(capsys, "merge", "trained", "--out", "folded", "--budget", "1e-12", status=1)
+    assert data["error"]["code"] == "GC051" and set(here.iterdir()) == before
+
+
+def test_what_does_not_fold_is_refused_by_name_or_kept(
+    capsys: pytest.CaptureFixture[str], here: Path, tmp_path: Path
+) -> None:
+    (here / "tied.yaml").write_text(TIED)
+    saved_base(here / "gpt2", "gpt2")
+    outcome = run_here(capsys, "compile", "tied.yaml", "--model", "gpt2", "--out", "it", "--json")
+    assert [w["code"] for w in valid("compile", outcome)["warnings"]] == ["GC024"]
+    refused = run_here(capsys, "merge", "it", "--out", "folded", "--json")
+    assert refused.status == 2 and refused.data["error"]["code"] == "GC022"
+    assert "'head'" in refused.data["error"]["message"] and not (here / "folded").exists()
+    outcome = run_here(capsys, "merge", "it", "--partial", "--out", "partly", "--json")
+    data = valid("merge", outcome)
+    assert data["partial"] is True and data["folded"] == ["inner"] and [k["name"] for k in data["kept"]] == ["head"]
+    shutil.rmtree(here / "gpt2")  # it has its own base
+    with pytest.warns(graftc.GraftWarning, match="GC024"):
+        rest = graftc.load("partly")
+    assert [a.name for a in rest.spec.adapt] == ["head"]
+    assert run_here(capsys, "verify", "partly", "--json").data["passed"] is True
+
+
+def test_partial_with_nothing_left_is_a_merge(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    data = run(capsys, "merge", "trained", "--partial", "--out", "folded")
+    assert data["partial"] is False and (here / "folded" / "config.json").is_file()
+
+
+# --- export ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", [True, False])
+def test_export(capsys: pytest.CaptureFixture[str], here: Path, merge: bool) -> None:
+    more = [] if merge else ["--no-merge"]
+    data = run(capsys, "export", "trained", "--format", "onnx", "--out", "deep/model.onnx", *more)
+    assert data["merged"] is merge and (data["certificate"] is not None) is merge
+    assert [file["path"] for file in data["files"]] == ["deep/model.onnx"]
+    session = onnxruntime.InferenceSession("deep/model.onnx", providers=["CPUExecutionProvider"])
+    ids = torch.randint(0, 101, (3, 7))
+    inputs = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    (found,) = session.run(["logits"], inputs)
+    expected = graftc.load("trained").eval()(input_ids=ids).logits
+    assert torch.allclose(torch.from_numpy(found), expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_export_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "export", "trained", "-f", "pt2", "-o", "model.pt2")
+    ids = torch.randint(0, 101, (3, 7))
+    module = torch.export.load("model.pt2").module()
+    found = module(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+    assert torch.allclose(found, graftc.load("trained").eval()(input_ids=ids).logits, atol=1e-5)
+
+
+# --- verify and diff -------------------------------------------------------------------------------------------
+
+
+def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
+    data = run(capsys, "verify", "trained")
+    names = ["files", "tensors", "graph files", "base", "places", "graphs", "certificate"]
+    assert [(c["name"], c["passed"]) for c in data["checks"]] == [(name, True) for name in names]
+    shutil.rmtree("base")
+    assert run(capsys, "verify", "trained", "--files-only")["passed"] is True
+
+
+def test_diff(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    assert run(capsys, "diff", "artifact", "artifact")["same"] is True
+    data = run(capsys, "diff", "artifact", "trained", status=1)
+    assert data["same"] is False and not (data["base"] or data["spec"] or data["graph"])
+    assert {t["status"] for t in data["tensors"]} == {"changed"} and len(data["tensors"]) == 10
+    largest = max(t["largest_difference"] for t in data["tensors"])
+    one, two = (load_file(here / name / "adapters.safetensors") for name in ("artifact", "trained"))
+    assert largest == pytest.approx(max(float((one[n] - two[n]).abs().max()) for n in one))
+
+
+def test_diff_of_everything(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    """Another base, spec, place, name and shape."""
+    saved_base(here / "other", seed=1)
+    spec = SPEC.replace("[attn.q, attn.v]", "[attn.v, attn.o]").replace("rank: 4", "rank: 2")
+    (here / "other.yaml").write_text(spec)
+    run(capsys, "compile", "other.yaml", "-m", "other", "-o", "changed")
+    data = run(capsys, "diff", "artifact", "changed", status=1)
+    assert any("has other values" in line for line in data["base"])
+    assert "-    rank: 4" in data["spec"] or "-  rank: 4" in data["spec"]
+    assert len(data["sites"]["added"]) == len(data["sites"]["removed"]) == 2 and data["sites"]["changed"] == []
+    statuses = {t["name"]: t["status"] for t in data["tensors"]}
+    assert set(statuses.values()) == {"added", "removed", "changed"}
+    assert "layers alike" in data["graph"]
+    outcome = run_here(capsys, "diff", "artifact", "changed")
+    assert outcome.status == 1
+    check_golden("diff_bert", outcome.out.replace(f"{here}/", ""))
+
+
+# --- destinations ----------------------------------------------------------------------------------------------
+
+WRITERS = {
+    "compile": ("spec.yaml", "--model", "base"),
+    "merge": ("trained",),
+    "export": ("trained", "--format", "onnx"),
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_dry_run_writes_nothing(command: str, capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    before = set(here.rglob("*"))
+    data = run(capsys, command, *WRITERS[command], "--dry-run")
+    assert data["dry_run"] is True and data["out"] is None and data["files"] == []
+    assert data["certificate"]["passed"] is True and set(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_destination_is_needed(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = run(capsys, command, *WRITERS[command], status=2)["error"]
+    assert error["code"] == "GC090" and "--out" in error["message"]
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_what_is_there_is_refused_at_once(
+    command: str, capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a model is loaded, and with ``--force`` too where graftc did not write it."""
+    monkeypatch.setattr("graftc.runtime.models.load_model_and_inputs", None)
+    (here / "mine").mkdir()
+    (here / "mine" / "precious").touch()
+    for more in ([], ["--force"]):
+        error = run(capsys, command, *WRITERS[command], "--out", "mine", *more, status=3)["error"]
+        assert error["code"] == "GC063" and (here / "mine" / "precious").is_file()
+
+
+def test_force_replaces_what_graftc_wrote(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    run(capsys, "compile", "spec.yaml", "-m", "base", "-o", "trained", "--force")
+    assert tree_bytes(here / "trained").keys() == tree_bytes(here / "artifact").keys()
+    run(capsys, "merge", "artifact", "-o", "trained", "--force")
+    assert (here / "trained" / "graftc.json").is_file() and not (here / "trained" / "manifest.json").exists()
+
+
+def test_a_named_base(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    shutil.move("base", "moved")
+    manifest = json.loads((here / "artifact/manifest.json").read_text())["base"]
+    shutil.rmtree(manifest["reference"], ignore_errors=True) if manifest["reference"].startswith(str(here)) else None
+    run(capsys, "merge", "artifact", "-o", "folded", "--model", "moved")
+
+
+def test_unknown_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    error = run(capsys, "export", "trained", "-f", "onxn", "-o", "x", status=2)["error"]
+    assert error["code"] == "GC090" and "onnx" in f"{error['message']} {error['hint']}"
+
+
+@pytest.mark.slow
+def test_in_processes_of_their_own(here: Path) -> None:
+    """The whole path as a user has it."""
+    for command in (
+        ["compile", "spec.yaml", "--model", "base", "--out", "new"],
+        ["inspect", "new", "--diff"],
+        ["verify", "new"],
+        ["merge", "new", "--out", "folded"],
+        ["export", "new", "--format", "onnx", "--out", "model.onnx"],
+        ["diff", "new", "new"],
+    ):
+        outcome = run_apart(*command, cwd=here)
+        assert (outcome.status, outcome.err) == (0, ""), command
