@@ -23,6 +23,7 @@ from graftc.passes.core.builder import Builder
 from graftc.passes.core.program import HistoryEntry, Mode, Program
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.sites import ParameterSite, Site
+from graftc.passes.core.steering import STEP
 from graftc.passes.core.verify import record_baseline, verify
 from graftc.passes.mode import to_eval
 from graftc.passes.tokens import insert_tokens
@@ -236,6 +237,8 @@ def _overlay(build: Builder, sites: Sequence[ParameterSite]) -> None:
 
 def _adapt(build: Builder, item: Resolved) -> None:
     method = method_for(item.spec.method)
+    if method.controller is not None:
+        build.keep_buffer(STEP, lambda device: torch.zeros(1, dtype=torch.int64, device=device))
     sites: list[Site] = [site for site, _ in item.sites]
     shared = method.prepare(item.spec, sites, build)
     for site, spec in item.sites:

@@ -25,7 +25,7 @@ from graftc.compiler.signature import (
     split,
 )
 from graftc.compiler.tokens import TOKENS, with_room
-from graftc.passes.core.folds import FoldStep, Keep, LazyTensors
+from graftc.passes.core.folds import FoldStep, Keep, LazyTensors, StandIn
 from graftc.passes.core.layout import Layout
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.rows import Rows
@@ -149,9 +149,12 @@ class Compilation:
         method = method_for(resolved.spec.method)
         steps: list[FoldStep] = []
         for site, spec in resolved.places:
-            parts = self.parts[resolved.name].get(site.key, {})
+            held = self.parts[resolved.name]
+            parts = {**held.get(None, {}), **held.get(site.key, {})}
             tensors = {part: self.store.get(name).detach().double() for part, name in parts.items()}
             fold = method.fold(spec, site, tensors)
+            if isinstance(fold, StandIn):
+                continue
             if isinstance(fold, Keep):
                 raise GraftError("GC050", f"{resolved.name!r} cannot fold at {site.key}: {fold.reason}")
             assert isinstance(site, LinearSite)

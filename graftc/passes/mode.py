@@ -9,7 +9,7 @@ from torch import fx
 
 import graftc.passes.core.ops  # noqa: F401, registers the operators
 from graftc.passes.canonicalise import remove_dead
-from graftc.passes.core.program import Program
+from graftc.passes.core.program import Program, provenance
 
 aten = torch.ops.aten
 
@@ -76,6 +76,13 @@ def _drop_path(node: fx.Node) -> None:
             node.graph.erase_node(user)
 
 
+def _drawn(node: fx.Node) -> None:
+    """A number that an adaptation draws while training, in the likeness of the one that it is deployed with."""
+    source = node.args[0]
+    if provenance(node) is not None and isinstance(source, fx.Node) and source.op == "get_attr":
+        _erase(node)
+
+
 RULES: dict[object, Callable[[fx.Node], None]] = {
     aten.dropout.default: _erase,
     torch.ops.graftc.seeded_dropout.default: _erase,
@@ -85,4 +92,5 @@ RULES: dict[object, Callable[[fx.Node], None]] = {
     aten.batch_norm.default: _batch_norm,
     aten.add_.Tensor: _counter,
     aten.floor.default: _drop_path,
+    aten.randint_like.low_dtype: _drawn,
 }

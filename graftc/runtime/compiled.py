@@ -18,11 +18,12 @@ from graftc.compiler.interface import ExampleInputs, Interface, dtype_of
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.report import Report, report
 from graftc.compiler.signature import split
-from graftc.compiler.snapshot import Snapshot, snapshot
+from graftc.compiler.snapshot import Snapshot, adapter_tensors, snapshot
 from graftc.passes.core.blocks import Runner
 from graftc.passes.core.printer import format_program
 from graftc.passes.core.program import Mode, Program
 from graftc.passes.core.store import Store
+from graftc.runtime.steering import Steered
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class ModelRunner(Runner):
         return result
 
 
-class Compiled(ModelRunner):
+class Compiled(Steered, ModelRunner):
     """The adapted model: same inputs, same outputs, loss from ``labels``; only what the spec says trains.
 
     Made by `graftc.compile`. ``train()`` and ``eval()`` switch between two graphs over one set of tensors. An input
@@ -220,8 +221,9 @@ class Compiled(ModelRunner):
         return model_tree(self.snapshot)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Every tensor that graftc added, by its full name, detached."""
-        return {name: tensor.detach() for name, tensor in self._store.adapters() if isinstance(tensor, nn.Parameter)}
+        """Every tensor that graftc added and that has to be kept, by its full name, detached: parameters, and what
+        controllers remember."""
+        return {name: tensor.detach() for name, tensor in adapter_tensors(self._store)}
 
     def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy adapter tensors in; names and shapes must be those of `adapter_state_dict`.
@@ -229,8 +231,7 @@ class Compiled(ModelRunner):
         Raises:
             GraftError: GC053 for missing, unknown or misshapen tensors; nothing is copied then.
         """
-        own = dict(self._store.adapters())
-        own = {name: tensor for name, tensor in own.items() if isinstance(tensor, nn.Parameter)}
+        own = dict(adapter_tensors(self._store))
         wrong = sorted(own.keys() ^ tensors.keys())
         wrong += [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
         if wrong:
@@ -268,6 +269,7 @@ class Compiled(ModelRunner):
 
         require_values(self)
         check_destination(Path(path), force=force, replaceable=is_ours)
+        self.warn_of_unsteered()
         certificate, kept = certificate_of(self) if certify else (None, {})
         save(self, path, force=force, base=base, certificate=certificate, kept=kept, full=full)
         return Path(path)
@@ -304,6 +306,7 @@ class Compiled(ModelRunner):
         """
         from graftc.runtime.merged import merge
 
+        self.warn_of_unsteered()
         return merge(self, budget)
 
     def merge_partially(self, budget: float | None = None) -> Partial:

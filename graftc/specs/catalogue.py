@@ -113,6 +113,13 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Nothing, if the adapted model is never merged. Otherwise leave the place out, or break the tie in the model."),
 
     # Capturing and running a model.
+    ("GC025", _WARNING, "an adaptation was trained without its steering",
+     "Its method has an objective beside the loss, or does something between optimiser steps, and neither was called.",
+     "Add `compiled.extra_loss()` to the loss and call `compiled.after_step()` after each optimiser step, or give the "
+     "Trainer `compiled.callback()`."),
+    ("GC026", _SPEC, "a schedule has no end",
+     "The adaptation changes over the whole training, and nobody has said how many steps that is.",
+     "Call `compiled.begin(total_steps)` before training, or give the Trainer `compiled.callback()`."),
     ("GC030", _FAILED, "the model cannot be captured",
      "`torch.export` could not turn the model into a graph, or its inputs cannot be told from its interface.",
      "Give `example_inputs` where the message asks for them. Python control flow that depends on values of tensors has "

@@ -39,7 +39,12 @@ class Keep:
     reason: str
 
 
-Fold = WeightFold | Keep
+@dataclass(frozen=True)
+class StandIn:
+    """What the adaptation trains stands in for base tensors (overlays); there is nothing else to fold."""
+
+
+Fold = WeightFold | StandIn | Keep
 
 
 @dataclass(frozen=True)

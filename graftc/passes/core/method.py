@@ -12,6 +12,7 @@ from graftc.passes.core.builder import Builder
 from graftc.passes.core.folds import Fold
 from graftc.passes.core.program import Program
 from graftc.passes.core.sites import Site
+from graftc.passes.core.steering import Controller, TensorObjective
 from graftc.specs.base import MethodSpec
 
 S = TypeVar("S", bound=MethodSpec)
@@ -26,6 +27,12 @@ class Method(ABC, Generic[S]):
 
     spec_class: ClassVar[type[MethodSpec]]
     """The spec that this class implements; its tag names the method."""
+
+    controller: ClassVar[type[Controller[Any]] | None] = None
+    """What changes values between optimiser steps, if anything does."""
+
+    objective: ClassVar[type[TensorObjective[Any]] | None] = None
+    """A term beside the loss, if there is one."""
 
     def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Any:
         """Make what all sites of the adaptation share; called once per adaptation and Program."""
@@ -49,7 +56,7 @@ class Method(ABC, Generic[S]):
         Args:
             spec: the adaptation with the site's overrides applied.
             site: where; only its sizes and name may be used.
-            tensors: the site's own tensors by part, float64.
+            tensors: the site's own tensors by part, float64, and those that all sites share.
         """
 
     def finalize(self, program: Program, state: Mapping[str, Tensor]) -> Program:

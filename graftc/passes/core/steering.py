@@ -1,0 +1,88 @@
+"""What happens beside the graph while training: controllers between optimiser steps, and objectives beside the loss.
+
+Their state lives in persistent buffers of the Store, so that a checkpoint or an artifact holds it and a resumed run
+goes on to the bit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.sites import Site
+from graftc.specs.base import MethodSpec
+
+S = TypeVar("S", bound=MethodSpec)
+STEP = "step"
+"""Part name of the buffer that counts optimiser steps; every adaptation with a controller has one."""
+
+
+@dataclass(frozen=True)
+class Place(Generic[S]):
+    """One adapted place with its live tensors.
+
+    Attributes:
+        site: where.
+        spec: the adaptation with the site's overrides applied.
+        tensors: its parameters and buffers, by part; looked up anew each time, since moving a model replaces buffers.
+    """
+
+    site: Site
+    spec: S
+    tensors: Mapping[str, Tensor]
+
+
+class Steering(ABC, Generic[S]):
+    """Base of controllers and objectives of one adaptation.
+
+    Args:
+        spec: the adaptation.
+        places: every adapted place.
+        shared: tensors of the adaptation as a whole, by part.
+    """
+
+    def __init__(self, spec: S, places: Sequence[Place[S]], shared: Mapping[str, Tensor]) -> None:
+        self.spec, self.places, self.shared = spec, places, shared
+
+
+class Controller(Steering[S]):
+    """Changes values after each optimiser step, never shapes: budgets, gates, masks.
+
+    Gradients are those of the step that was just taken: it runs after ``optimizer.step()`` and before
+    ``optimizer.zero_grad()``, once per optimiser step however many micro-batches that had.
+    """
+
+    total: int | None = None
+    """How many optimiser steps there will be; None until `begin` says so."""
+
+    def begin(self, total: int) -> None:
+        """Say how many optimiser steps the whole training has, those before a resume included."""
+        self.total = total
+
+    @property
+    def steps(self) -> int:
+        """How many optimiser steps there have been, those before a resume included."""
+        return int(self.shared[STEP])
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Count an optimiser step, and do what is to be done after it."""
+        self.shared[STEP].add_(1)
+        self.step(self.steps)
+
+    @abstractmethod
+    def step(self, number: int) -> None:
+        """Change values after the optimiser step of this number, from 1; no gradients are recorded."""
+
+
+class TensorObjective(Steering[S]):
+    """A term beside the loss that depends on adapter tensors only, so that it counts once per optimiser step."""
+
+    @abstractmethod
+    def value(self) -> Tensor:
+        """The term, a scalar with a gradient."""

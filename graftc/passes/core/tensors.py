@@ -1,0 +1,177 @@
+"""The part of the `Builder` that makes tensors: parameters, state, and trained copies of the base's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.nodes import NodeBuilder
+from graftc.passes.core.rows import Rows
+from graftc.passes.core.sites import LinearSite
+from graftc.passes.core.store import RESERVED
+from graftc.specs.diagnostics import GraftError
+
+aten = torch.ops.aten
+Initialiser = Callable[[Tensor, torch.Generator], None]
+"""Fills a float32 CPU tensor in place, drawing from the generator only."""
+
+
+class TensorBuilder(NodeBuilder):
+    """Makes the tensors of one adaptation, each once: Programs share them."""
+
+    def parameter(
+        self,
+        part: str,
+        shape: tuple[int, ...],
+        init: Initialiser,
+        *,
+        dtype: torch.dtype,
+        trainable: bool = True,
+    ) -> fx.Node:
+        """A tensor of the current site (or of the whole adaptation, outside `on`), created once.
+
+        Args:
+            part: its name within the adaptation, as ``"A"``.
+            shape: its sizes.
+            init: fills a float32 CPU tensor; not called on the meta device.
+            dtype: element type it is kept in.
+            trainable: False for constants that the method reads.
+        """
+        key = self._site.key if self._site is not None else None
+        name = self._name(part)
+        if name not in self.store:
+            self.store.add_parameter(name, self._initial(name, shape, init, dtype), trainable=trainable)
+        self.parts.setdefault(key, {})[part] = name
+        return self.attribute(name, part)
+
+    def buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> fx.Node:
+        """State of the current site (or of the whole adaptation, outside `on`), kept with the parameters.
+
+        Args:
+            part: its name within the adaptation.
+            value: makes its first value on a device; element type and sizes are those for good.
+        """
+        name = self.keep_buffer(part, value)
+        return self.attribute(name, part)
+
+    def keep_buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> str:
+        """`buffer` without a node: state that only a controller reads. Returns its Store name."""
+        key = self._site.key if self._site is not None else None
+        name = self._name(part)
+        if name not in self.store:
+            first = value(self._device())
+            if name in self.values:
+                first = self._given(name, tuple(first.shape), first.dtype, first.device)
+            self.store.add_buffer(name, first, persistent=True)
+        self.parts.setdefault(key, {})[part] = name
+        return name
+
+    def drawn(self, deployed: fx.Node, low: int, high: int, part: str = "draw") -> fx.Node:
+        """A whole number of ``[low, high)``, drawn anew in every forward pass while training; in eval mode it is
+        ``deployed``, an ``int64`` buffer of the adaptation."""
+        return self.call(aten.randint_like.low_dtype, deployed, low, high, part=part)
+
+    def _initial(self, name: str, shape: tuple[int, ...], init: Initialiser, dtype: torch.dtype) -> Tensor:
+        device = self._device()
+        if name in self.values:
+            return self._given(name, shape, dtype, device)
+        if device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device=device)
+        value = torch.empty(shape)
+        init(value, self._generator(name))
+        return value.to(device=device, dtype=dtype)
+
+    def _given(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        value = self.values[name]
+        if (tuple(value.shape), value.dtype) != (shape, dtype):
+            found, wanted = f"{value.dtype}{list(value.shape)}", f"{dtype}{list(shape)}"
+            raise GraftError("GC053", f"{name} is {found}, it must be {wanted}")
+        return value.detach().to(device, copy=True)
+
+    def tensors(self) -> tuple[str, ...]:
+        """Base tensors that the Program reads, in the order of the graph."""
+        return tuple(name for name in self._attributes if not self.store.is_adapter(name))
+
+    def read_weight(self, site: LinearSite) -> Tensor:
+        """The values of the site's own rows of the base weight, ``[..., rows, in]``: for initialisers."""
+        held = self.store.get(site.use.weight).detach()
+        return site.rows.take(site.use.layout.orient(held), -2)
+
+    def _name(self, part: str) -> str:
+        if self._site is None:
+            return f"{RESERVED}.{self.adaptation}.{part}"
+        key = self._site.key
+        # A module may hold several weights (experts, nn.MultiheadAttention): theirs are told apart by name.
+        tensor = key.name if isinstance(self._site, LinearSite) and key.name != "weight" else ""
+        segments = [key.module, RESERVED, self.adaptation, tensor, key.part, part]
+        return ".".join(s for s in segments if s)
+
+    def _device(self) -> torch.device:
+        if isinstance(self._site, LinearSite):
+            return self.store.get(self._site.use.weight).device
+        return next((t.device for _, t in self.store.base()), torch.device("cpu"))
+
+    def _generator(self, name: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def overlay(self, base: str, rows: Rows | None = None) -> fx.Node:
+        """Train a copy of ``rows`` of a base tensor in its place; the base is never written.
+
+        Returns the node of the trained tensor. It folds by standing in for the base's rows.
+        """
+        tensor = self.store.get(base)
+        own = rows or Rows(tensor.shape[0] if tensor.dim() else 1)
+        known = len(self._overlaid)
+        trained = self.trained_rows(base, own)
+        current = self._attributes.get(base)
+        if len(self._overlaid) > known and current is not None:
+            after = own.write(self._emit("overlay"), current, trained, 0, lambda: self._index(own))
+            self._redirect(current, after, lambda user: True)
+        return trained
+
+    def trained_rows(self, base: str, own: Rows) -> fx.Node:
+        """The node of a trained copy of rows of a base tensor. The caller puts it in place wherever they are read."""
+        assert self._site is not None
+        tensor = self.store.get(base)
+        part = base.rpartition(".")[2]
+        if (base, own) in self._overlaid:
+            return self.attribute(self._overlaid[base, own], part)
+        name = self._overlaid[base, own] = self._name(part)
+        if name not in self.store:
+            value = own.take(tensor.detach())
+            if name in self.values:
+                value = self._given(name, tuple(value.shape), value.dtype, value.device)
+            else:
+                value = value.clone()
+            self.store.add_parameter(name, value, trainable=True)
+            if own.whole:
+                self.store.add_overlay(base, name)
+        self.parts.setdefault(self._site.key, {})[part] = name
+        self._claim(base, own)
+        self.overlays.append((self._site.key, base, own, name))
+        return self.attribute(name, part)
+
+    def _claim(self, base: str, rows: Rows) -> None:
+        """Rows of a base tensor are trained by one adaptation only."""
+        claims = self.program.claims.setdefault(base, [])
+        for owner, held in claims:
+            if held.overlaps(rows):
+                raise GraftError(
+                    "GC021",
+                    f"{self.adaptation!r} and {owner!r} would both train rows {rows} of {base}",
+                    hint="leave the tensor out of one of them",
+                )
+        claims.append((self.adaptation, rows))
+
+    def _index(self, rows: Rows) -> fx.Node:
+        """A constant with the numbers of ``rows``; shared by everything that selects the same rows."""
+        digest = hashlib.sha256(str(rows.spans).encode()).hexdigest()[:12]
+        assert self._site is not None
+        name = f"{self._site.key.module}.{RESERVED}.{self.adaptation}.rows_{digest}".lstrip(".")
+        if name not in self.store:
+            self.store.add_buffer(name, rows.index(self._device()), persistent=False)
+        return self.attribute(name, "rows")
