@@ -237,7 +237,7 @@ def _overlay(build: Builder, sites: Sequence[ParameterSite]) -> None:
 
 def _adapt(build: Builder, item: Resolved) -> None:
     method = method_for(item.spec.method)
-    if method.controller is not None:
+    if method.controller is not None and method.controller.wanted(item.spec):
         build.keep_buffer(STEP, lambda device: torch.zeros(1, dtype=torch.int64, device=device))
     sites: list[Site] = [site for site, _ in item.sites]
     shared = method.prepare(item.spec, sites, build)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from graftc.compiler.capture import Capture
+from graftc.compiler.copies import untied
 from graftc.compiler.defaults import default_signatures
 from graftc.compiler.family import Family, compile_family
 from graftc.compiler.interface import Flags
@@ -50,7 +51,7 @@ class Compilation:
         parts: adaptation, then site, to Store names by part.
         overlays: base tensors that are trained in place: adaptation, site, base name, rows, trained name.
         notes: what capturing had to change, for people.
-        source: the model as it was given; `model` has room for new tokens where the spec adds some.
+        source: the model as it was given; `model` is a copy where the spec unties tensors or adds tokens.
         values: adapter tensors that are there already, by name: those of an artifact.
         known: captures that are there already, by their key.
     """
@@ -226,11 +227,13 @@ def compile_model(
         GraftError: with a code for whatever is wrong with the spec, the model or their fit.
     """
     source = model
-    if spec.tokens is not None:
-        try:
+    try:
+        if spec.untie:
+            model = untied(model, spec.untie, axes)
+        if spec.tokens is not None:
             model = with_room(model, spec.tokens)
-        except GraftError as error:
-            raise spec.locate(error) from error
+    except GraftError as error:
+        raise spec.locate(error) from error
     compilation = Compilation(
         spec, model, Store.mirror(model), seed, use_cache=use_cache, source=source, values=values, known=known
     )

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from graftc.compiler.pipeline import Compilation
+from graftc.compiler.resolve import Resolved
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.steering import Controller, Place, TensorObjective
 from graftc.passes.core.store import Store
@@ -38,16 +39,22 @@ class Live(Mapping[str, Tensor]):
         return len(self._names)
 
 
+def live_places(compilation: Compilation, resolved: Resolved) -> tuple[list[Place[Any]], Live]:
+    """The places of an adaptation with their tensors, and the tensors that it has as a whole."""
+    store, parts = compilation.store, compilation.parts.get(resolved.name, {})
+    places = [Place(site, spec, Live(store, parts.get(site.key, {}))) for site, spec in resolved.places]
+    return places, Live(store, parts.get(None, {}))
+
+
 def steerings(compilation: Compilation) -> Steerings:
     """The controllers and objectives of a Compilation."""
     controllers: dict[str, Controller[Any]] = {}
     objectives: dict[str, TensorObjective[Any]] = {}
     for resolved in compilation.main.resolved:
-        method, parts = method_for(resolved.spec.method), compilation.parts.get(resolved.name, {})
-        places = [Place(site, spec, Live(compilation.store, parts.get(site.key, {}))) for site, spec in resolved.places]
-        shared = Live(compilation.store, parts.get(None, {}))
-        if method.controller is not None:
+        method = method_for(resolved.spec.method)
+        places, shared = live_places(compilation, resolved)
+        if method.controller is not None and method.controller.wanted(resolved.spec):
             controllers[resolved.name] = method.controller(resolved.spec, places, shared)
-        if method.objective is not None:
+        if method.objective is not None and method.objective.wanted(resolved.spec):
             objectives[resolved.name] = method.objective(resolved.spec, places, shared)
     return Steerings(controllers, objectives)

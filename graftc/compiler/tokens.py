@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
+from graftc.compiler.copies import sharing_copy
 from graftc.compiler.sitetable import SiteTable, site_of
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite, SiteKey
@@ -40,8 +40,7 @@ def with_room(model: nn.Module, tokens: Tokens) -> nn.Module:
         )
     if needed <= entries:
         return model
-    shared = {id(t): _handle(t) for t in [*model.parameters(), *model.buffers()]}
-    longer: Any = copy.deepcopy(model, shared)
+    longer = sharing_copy(model)
     if not hasattr(longer, "resize_token_embeddings"):
         raise _cannot(model)
     devices = [t.device for t in (table,) if t.device.type == "cuda"]
@@ -51,13 +50,6 @@ def with_room(model: nn.Module, tokens: Tokens) -> nn.Module:
             if tensor.device.type != "meta" and tensor.shape[0] == needed:
                 tensor[entries:] = tensor[:entries].float().mean(0).to(tensor.dtype)
     return longer  # type: ignore[no-any-return]
-
-
-def _handle(tensor: torch.Tensor) -> torch.Tensor:
-    """Another handle on the same storage: resizing rebinds handles."""
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-    return tensor.detach()
 
 
 def token_sites(

@@ -117,9 +117,20 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Its method has an objective beside the loss, or does something between optimiser steps, and neither was called.",
      "Add `compiled.extra_loss()` to the loss and call `compiled.after_step()` after each optimiser step, or give the "
      "Trainer `compiled.callback()`."),
-    ("GC026", _SPEC, "a schedule has no end",
-     "The adaptation changes over the whole training, and nobody has said how many steps that is.",
-     "Call `compiled.begin(total_steps)` before training, or give the Trainer `compiled.callback()`."),
+    ("GC026", _SPEC, "a schedule does not fit the training",
+     "The adaptation changes over the whole training: nobody has said how many steps that is, or its phases leave no "
+     "step between them.",
+     "Call `compiled.begin(total_steps)` before training, or give the Trainer `compiled.callback()`; shorten the phases "
+     "where the message says so."),
+    ("GC027", _SPEC, "there is nothing to untie",
+     "No parameter of the modules that `untie` names is shared with another module.",
+     "Leave the pattern out. `graftc check` warns of tied weights that are adapted (GC024)."),
+    ("GC028", _SPEC, "untying changes the model",
+     "The class scales or drops something where its config says that embeddings are tied.",
+     "Leave `untie` out for this class. The adaptation trains all the same; it stays in the graph when deployed."),
+    ("GC029", _SPEC, "gradients are missing",
+     "The adaptation looks at the gradients of the step that was just taken, and there are none.",
+     "Call `compiled.after_step()` after `optimizer.step()` and before `optimizer.zero_grad()`."),
     ("GC030", _FAILED, "the model cannot be captured",
      "`torch.export` could not turn the model into a graph, or its inputs cannot be told from its interface.",
      "Give `example_inputs` where the message asks for them. Python control flow that depends on values of tensors has "
@@ -158,6 +169,9 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC054", _SPEC, "a merged model cannot train",
      "A merged model is for deployment and has no train mode.",
      "Train the compiled model that it came from; merging has left it as it was."),
+    ("GC055", _SPEC, "a rank cannot be deployed",
+     "There is no such adaptation, its method has one rank only, or the rank is out of bounds.",
+     "Name an adaptation whose method is trained for many ranks, such as `dylora`, and a rank from 1 to its own."),
 
     # Writing, packages and plugins.
     ("GC060", _FAILED, "the export failed",

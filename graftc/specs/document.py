@@ -122,6 +122,9 @@ class Spec(SpecModel):
     tokens: Tokens | None = None
     """Tokens to add, with trainable embeddings."""
 
+    untie: PatternList = ()
+    """Globs of modules that share a tensor with others and get it for themselves, so that it can be folded."""
+
     checkpoint: Literal["layers"] | None = None
     """`layers`: recompute each layer's activations in the backward pass instead of keeping them."""
 

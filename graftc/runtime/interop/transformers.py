@@ -30,14 +30,14 @@ def to_transformers(merged: Merged) -> Any:
             f"folding had to add {', '.join(missing[:3])}, which {type(source).__name__} has no place for",
             hint="export to ONNX or .pt2 instead, which hold the added bias",
         )
-    placed: dict[int, nn.Parameter] = {}
+    placed: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         for name in list(module._parameters):
             if module._parameters[name] is not None:
                 value = tensors[prefix + name]
-                key = value.data_ptr()
-                module._parameters[name] = placed.setdefault(key, nn.Parameter(value.clone()))
+                owner = merged._store.canonical(prefix + name)
+                module._parameters[name] = placed.setdefault(owner, nn.Parameter(value.clone()))
         for name in list(module._buffers):
             if module._buffers[name] is not None:
                 module._buffers[name] = tensors[prefix + name].clone()
