@@ -15,7 +15,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast test-full test-gpu lint format wheel coverage docs clean
+.PHONY: help setup demo test test-fast test-full test-gpu lint format wheel coverage bench-train docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,6 +86,10 @@ wheel: setup ## build the wheel (build/wheel) and try it from another folder
 
 coverage: setup ## examine every architecture of the installed transformers, write docs/coverage.* (JOBS=2, ARGS)
 	$(TEST_ENV) $(BIN)/python -m tools.coverage --jobs $(JOBS) $(ARGS)
+
+bench-train: setup ## what a training step costs, beside peft: benchmarks/results/train.* (ARGS="--rounds 30 --only DoRA")
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install -q -e ".[bench]"
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.train $(ARGS)
 
 # Material for MkDocs prints a notice about MkDocs 2 at every build unless it is told not to.
 docs: setup ## write the generated pages of docs/ and build the site (site/, no network needed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -20,6 +21,26 @@ _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["GRAFTC_CACHE"], f"inductor-{_WORKER}")
 # Workers of pytest-xdist inherit the width of the terminal, which tables would be fitted to.
 os.environ.pop("COLUMNS", None)
+
+QUICK_FAMILIES = frozenset({"bert", "gpt2", "llama"})
+"""What runs once for each family is quick on these, and on its first family where it has none of them."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Mark the other families of tests with a ``family`` as slow, before ``-m`` chooses."""
+    families: dict[str, dict[str, list[pytest.Item]]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            family = item.callspec.params.get("family")
+            if isinstance(family, str):
+                families.setdefault(item.nodeid.partition("[")[0], {}).setdefault(family, []).append(item)
+    for found in families.values():
+        quick = QUICK_FAMILIES & found.keys() or {next(iter(found))}
+        for family, tests in found.items():
+            if family not in quick:
+                for item in tests:
+                    item.add_marker(pytest.mark.slow)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

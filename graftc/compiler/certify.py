@@ -163,12 +163,15 @@ class _Adapted:
 
     def __init__(self, program: Program) -> None:
         self._nodes = {node.name: node for node in program.graph.nodes}
-        self._forward = {edit.before: edit.after for edit in program.edits}
+        self._forward = {edit.before: edit.after for edit in program.edits if not edit.narrow}
         self._backward = {edit.after: edit.before for edit in program.edits}
 
-    def first(self, node: fx.Node) -> fx.Node:
-        """What a base node's value is before any edit."""
-        return follow(self._nodes[node.name], self._backward)
+    def stages(self, node: fx.Node) -> list[fx.Node]:
+        """What stands for a base node's value, from before any edit to after the last."""
+        found = [follow(self._nodes[node.name], self._backward)]
+        while found[-1] in self._forward:
+            found.append(self._forward[found[-1]])
+        return found
 
     def last(self, node: fx.Node) -> fx.Node:
         """What stands for a base node after every edit."""
@@ -222,7 +225,7 @@ class _Probe:
         return rows.within(self.use.stored).index(device) if self.use.stored.covers(rows) else None
 
     def _unfolded(self) -> Tensor:
-        values = {self.adapted.first(node): value for node, value in self.inputs.items()}
+        values = {stage: value for node, value in self.inputs.items() for stage in self.adapted.stages(node)}
         return _run(self.adapted.last(self.use.node), values, self._base)
 
     def _base(self, name: str) -> Tensor:

@@ -22,7 +22,7 @@ from graftc.compiler.tokens import TOKENS, token_sites
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.program import HistoryEntry, Mode, Program
 from graftc.passes.core.registry import method_for
-from graftc.passes.core.sites import ParameterSite, Site
+from graftc.passes.core.sites import Applied, LinearSite, ParameterSite, Site
 from graftc.passes.core.steering import STEP
 from graftc.passes.core.verify import record_baseline, verify
 from graftc.passes.mode import to_eval
@@ -244,6 +244,9 @@ def _adapt(build: Builder, item: Resolved) -> None:
     for site, spec in item.sites:
         with build.on(site):
             method.insert(spec, site, shared, build)
+        if isinstance(site, LinearSite):
+            parts = {**build.parts.get(None, {}), **build.parts.get(site.key, {})}
+            site.applied.append(Applied(item.name, partial(method.fold, spec, site), parts))
 
 
 def _collect(compilation: Compilation, build: Builder) -> None:

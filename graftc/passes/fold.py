@@ -25,8 +25,9 @@ def _take_out(program: Program, folded: Callable[[Edit], bool]) -> Program:
     stands_for: dict[fx.Node, fx.Node] = {}
     for edit in reversed(result.edits):
         if folded(edit):
-            edit.after.replace_all_uses_with(edit.before)
-            stands_for[edit.after] = edit.before
+            before = follow(edit.before, stands_for)
+            edit.after.replace_all_uses_with(before)
+            stands_for[edit.after] = before
         else:
             kept.append(edit)
     result.edits = [replace(e, before=follow(e.before, stands_for)) for e in reversed(kept)]

@@ -71,7 +71,8 @@ class LoRAMethod(Method[LoRA]):
             # torch picks another product for a weight that wants a gradient where the input is not contiguous, and the
             # start would not cancel to the bit.
             x = build.call(aten.contiguous.default, x, part="contiguous")
-        dropped = build.dropout(x, spec.dropout, recompute=spec.dropout_mask == "recomputed")
+        recompute = spec.dropout_mask == "recomputed"
+        dropped = build.dropout(x, spec.dropout, recompute=recompute, scope=spec.dropout_scope)
         delta = build.low_rank(site, dropped, a, b, spec.scaling)
         if spec.init in _FROM_WEIGHT:
             a0 = build.parameter("A0", a_shape, down, dtype=site.dtype, trainable=False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import fx
 
 import graftc.passes.core.ops  # noqa: F401, registers the operators
 from graftc.passes.canonicalise import remove_dead
-from graftc.passes.core.program import Program, provenance
+from graftc.passes.core.program import Program, follow, provenance
 
 aten = torch.ops.aten
 
@@ -21,10 +22,15 @@ def to_eval(program: Program) -> Program:
     counts no batch. A test asserts that the result hash-equals a direct capture in eval mode.
     """
     result = program.copy(mode="eval")
+    erased: dict[fx.Node, fx.Node] = {}
     for node in list(result.graph.nodes):
         rule = RULES.get(node.target) if node.op == "call_function" else None
+        if rule is _erase:
+            erased[node] = node.all_input_nodes[0]
         if rule is not None:
             rule(node)
+    edits = (replace(e, before=follow(e.before, erased), after=follow(e.after, erased)) for e in result.edits)
+    result.edits = [edit for edit in edits if edit.before is not edit.after]
     remove_dead(result)
     return result
 
@@ -83,9 +89,30 @@ def _drawn(node: fx.Node) -> None:
         _erase(node)
 
 
+def _detached(node: fx.Node) -> None:
+    """Where an adaptation chooses to stop a gradient: no choice is drawn in eval mode. What is always a constant for
+    the backward pass stays one."""
+    if provenance(node) is not None and any(user.target is aten.where.self for user in node.users):
+        _erase(node)
+
+
+def _alike(node: fx.Node) -> None:
+    """A choice of an adaptation between a value and the same without its gradient."""
+    _, a, b = node.args
+    if provenance(node) is not None and a is b and isinstance(a, fx.Node):
+        node.replace_all_uses_with(a)
+        node.graph.erase_node(node)
+
+
+def _lost(node: fx.Node) -> None:
+    """Nothing is lost to a dropout."""
+    node.args = (*node.args[:4], None, *node.args[5:])
+
+
 RULES: dict[object, Callable[[fx.Node], None]] = {
     aten.dropout.default: _erase,
     torch.ops.graftc.seeded_dropout.default: _erase,
+    torch.ops.graftc.rescale.default: _lost,
     aten.feature_dropout.default: _erase,
     aten.alpha_dropout.default: _erase,
     aten.scaled_dot_product_attention.default: _attention,
@@ -93,4 +120,6 @@ RULES: dict[object, Callable[[fx.Node], None]] = {
     aten.add_.Tensor: _counter,
     aten.floor.default: _drop_path,
     aten.randint_like.low_dtype: _drawn,
+    aten.detach.default: _detached,
+    aten.where.self: _alike,
 }

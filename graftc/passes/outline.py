@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import fx
 
 from graftc.passes.core.layers import layer_path, repeated_layers
-from graftc.passes.core.program import Program, map_nodes
+from graftc.passes.core.program import Program, map_nodes, provenance
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,7 @@ def _group(program: Program) -> list[Group]:
             done.append(("", waiting))
         run, waiting = [], []
 
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            continue
+    for node in _ordered(program, layers):
         path = layer_path(node.meta.get("module", "")) if node.op == "call_function" else ""
         path = path if path in layers else ""
         sources = set(node.all_input_nodes)
@@ -115,6 +114,32 @@ def _group(program: Program) -> list[Group]:
                 done.append(("", [node]))
     close()
     return done
+
+
+def _ordered(program: Program, layers: Collection[str]) -> list[fx.Node]:
+    """The nodes but for tensors, in order. What a layer's adaptations make of tensors alone comes right before its
+    first reader, not before all layers, where it would be a part of the layer on its own."""
+    ordered: list[fx.Node] = []
+    settled: set[fx.Node] = set()
+    waiting: set[fx.Node] = set()
+
+    def place(node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if source in waiting:
+                waiting.remove(source)
+                place(source)
+        ordered.append(node)
+
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            continue
+        if provenance(node) is not None and all(n.op == "get_attr" or n in settled for n in node.all_input_nodes):
+            settled.add(node)
+            if layer_path(node.meta.get("module", "")) in layers:
+                waiting.add(node)
+                continue
+        place(node)
+    return ordered
 
 
 def _block(path: str, use: int, nodes: list[fx.Node]) -> tuple[BlockGraph, list[fx.Node], list[fx.Node]]:

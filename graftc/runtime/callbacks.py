@@ -16,22 +16,27 @@ def steering_callback(compiled: Steered) -> TrainerCallback:
 
 
 class _Steering(TrainerCallback):
-    """Objectives depend on adapter tensors only, so their gradient is added once, before the optimiser steps: after
-    gradients are clipped, and however many micro-batches there were."""
+    """Objectives depend on adapter tensors only, so their gradient is taken once, before that of the first micro-batch,
+    and both are clipped as one. Where a gradient scaler has left a step out, controllers leave it out too."""
 
     def __init__(self, compiled: Steered) -> None:
         self.compiled = compiled
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The Trainer knows how long it will be."""
-        self.compiled.begin(state.max_steps)
+        self.compiled.steps_left(state.max_steps - state.global_step)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Gradients of the objectives join those of the loss."""
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Before the micro-batches of an optimiser step."""
         extra = self.compiled.extra_loss()
         if extra.requires_grad:
-            extra.backward()  # type: ignore[no-untyped-call]
+            scaler = getattr(optimizer, "scaler", None)
+            (extra if scaler is None else scaler.scale(extra)).backward()
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Between the optimiser's step and the zeroing of gradients."""
+        if getattr(optimizer, "step_was_skipped", False):
+            # The schedule ends with the training all the same.
+            self.compiled.steps_left(state.max_steps - state.global_step - 1)
+            return
         self.compiled.after_step()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,19 +15,18 @@ from torch import Tensor, nn
 from graftc.compiler.family import Family
 from graftc.compiler.interface import ExampleInputs, Interface, dtype_of
 from graftc.compiler.pipeline import Compilation
-from graftc.compiler.report import Report, report
 from graftc.compiler.signature import split
-from graftc.compiler.snapshot import Snapshot, adapter_tensors, snapshot
+from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.blocks import Runner
-from graftc.passes.core.printer import format_program
-from graftc.passes.core.program import Mode, Program
+from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
+from graftc.runtime.checkpointing import Checkpointed
+from graftc.runtime.inspection import Inspected
 from graftc.runtime.steering import Steered
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
-    from graftc.compiler.explanation import Explanation
-    from graftc.compiler.tree import TreeNode
+    from graftc.runtime.combine import Combined, Kind
     from graftc.runtime.merged import Merged
     from graftc.runtime.partial import Partial
 
@@ -152,7 +150,7 @@ class ModelRunner(Runner):
         return result
 
 
-class Compiled(Steered, ModelRunner):
+class Compiled(Inspected, Checkpointed, Steered, ModelRunner):
     """The adapted model: same inputs, same outputs, loss from ``labels``; only what the spec says trains.
 
     Made by `graftc.compile`. ``train()`` and ``eval()`` switch between two graphs over one set of tensors. An input
@@ -164,61 +162,6 @@ class Compiled(Steered, ModelRunner):
 
     def _get_name(self) -> str:
         return type(self._compilation.model).__name__
-
-    @property
-    def spec(self) -> Any:
-        """The spec it was compiled from."""
-        return self._compilation.spec
-
-    @property
-    def compilation(self) -> Compilation:
-        """Programs, sites and tensors."""
-        return self._compilation
-
-    @cached_property
-    def report(self) -> Report:
-        """What every adaptation adds: sites, parameters, bytes, FLOPs per token."""
-        return report(self._compilation)
-
-    @property
-    def structure(self) -> Any:
-        """The roles found in the model."""
-        return self._compilation.main.structure
-
-    def program(self, mode: Mode = "eval", *, base: bool = False) -> Program:
-        """The Program of the first signature: adapted, or the base's own."""
-        return self._compilation.main.program(mode, base)
-
-    @property
-    def snapshot(self) -> Snapshot:
-        """Places, tensors and Programs as data: what inspecting looks at."""
-        return snapshot(self._compilation)
-
-    def print_graph(self, mode: Mode = "eval") -> str:
-        """The canonical text of the adapted graph."""
-        return format_program(self.program(mode))
-
-    def diff(self, mode: Mode = "eval") -> str:
-        """The graph before and after, with identical layers collapsed and counted."""
-        from graftc.compiler.diff import diff_programs
-
-        return diff_programs(self.program(mode, base=True), self.program(mode))
-
-    def explain(self, name: str, mode: Mode = "eval") -> Explanation:
-        """Why something is in the adapted graph: a printed value, a node, a place or a tensor; print it to read it.
-
-        Raises:
-            GraftError: GC091 where nothing is called so, or several things are.
-        """
-        from graftc.compiler.explain import explain
-
-        return explain(self.snapshot, name, mode)
-
-    def tree(self) -> TreeNode:
-        """The source model's modules with what was added to them, layers that are alike once; print it to read it."""
-        from graftc.compiler.tree import model_tree
-
-        return model_tree(self.snapshot)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Every tensor that graftc added and that has to be kept, by its full name, detached: parameters, and what
@@ -274,27 +217,6 @@ class Compiled(Steered, ModelRunner):
         save(self, path, force=force, base=base, certificate=certificate, kept=kept, full=full)
         return Path(path)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
-        """Recompute each Block's activations in the backward pass instead of keeping them."""
-        for block in self._every_block():
-            block.checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
-        for block in self._every_block():
-            block.checkpointing = False
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether Blocks recompute their activations."""
-        blocks = list(self.blocks.values())
-        return bool(blocks) and all(block.checkpointing for block in blocks)
-
-    def _every_block(self) -> list[Any]:
-        if not self.blocks:
-            raise GraftError("GC034", f"{self._get_name()} has no repeated layers to checkpoint")
-        return list(self.blocks.values())
-
     def merge(self, budget: float | None = None) -> Merged:
         """Fold every adaptation into base weights and certify the result; this model stays as it is.
 
@@ -321,6 +243,39 @@ class Compiled(Steered, ModelRunner):
         from graftc.runtime.partial import merge_partially
 
         return merge_partially(self, budget)
+
+    def combine(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float] | None = None,
+        *,
+        kind: Kind = "svd",
+        name: str = "combined",
+        rank: int | None = None,
+        density: float = 0.5,
+        seed: int = 0,
+    ) -> Combined:
+        """Adaptations of the same places combined into one LoRA, with the error of doing so; this model stays as it is.
+
+        Args:
+            names: the adaptations.
+            weights: a factor for each; 1 by default.
+            kind: ``"concatenation"`` puts factors side by side, which is exact and adds up ranks; ``"linear"`` adds the
+                factors, which is cheap and is not the sum of the updates; ``"svd"`` is the nearest update of a rank;
+                ``"ties"`` and ``"dare"`` thin the updates out first (Yadav et al. 2023, TIES-Merging; Yu et al. 2024,
+                Language Models are Super Mario). The last three take every method that folds into the weight alone.
+            name: of the new adaptation.
+            rank: of ``"svd"``, ``"ties"`` and ``"dare"``; the largest of the adaptations by default.
+            density: share of entries that ``"ties"`` and ``"dare"`` keep.
+            seed: what ``"dare"`` draws from.
+
+        Raises:
+            GraftError: GC002 for arguments that do not fit, GC029 for adaptations that cannot be combined so, GC091 for
+                names that are none.
+        """
+        from graftc.runtime.combine import combine
+
+        return combine(self, names, weights, kind=kind, name=name, rank=rank, density=density, seed=seed)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -360,6 +315,7 @@ def make_compiled(compilation: Compilation) -> Compiled:
         compiled.training = mode
         compiled.install(compiled._key(compilation.default), compiled._program_of(compilation.main))
     compiled.train(training)
+    compiled._watch()
     if compilation.spec.checkpoint == "layers":
         compiled.gradient_checkpointing_enable()
     return compiled

@@ -11,6 +11,7 @@ from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
 from graftc.runtime.artifact.places import RECORD, is_ours
 from graftc.runtime.artifact.write import listed, save_tensors, writing
 from graftc.runtime.files import staged
+from graftc.runtime.interop.transformers import no_place
 from graftc.runtime.models import local_folder, quiet_transformers
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import dump_spec
@@ -56,6 +57,8 @@ def write_merged(merged: Merged, folder: Path) -> Any:
     source = merged._compilation.source
     weights = folder / "model.safetensors"
     if not hasattr(source, "config"):
+        if merged._additions:
+            raise no_place(merged._additions, source)
         aliases = merged._compilation.store.aliases
         own = {n: t for n, t in merged.folded_state_dict().items() if n not in aliases and n in source.state_dict()}
         save_tensors(own, weights)

@@ -88,8 +88,9 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Each method adapts some kinds of site only; these are of another kind.",
      "Choose a role of a kind that the method takes (`graftc methods NAME`), or another method."),
     ("GC017", _SPEC, "the site cannot be adapted",
-     "Its weight is not that of a linear map, or the model reads it as more than some rows of one stored tensor.",
-     "Leave it out with `exclude`, or adapt a neighbouring place."),
+     "Its weight is not that of a linear map, or the model reads it as more than some rows of one stored tensor. Or a "
+     "method needs the weight as adapted so far, and what stands there has none.",
+     "Leave it out with `exclude`, or adapt a neighbouring place. Put the method that needs the weight first."),
     ("GC018", _SPEC, "tokens cannot be added",
      "The model does not say which table holds its tokens, or reads it in a way that new rows cannot be put into.",
      "Use a model with `get_input_embeddings` and `resize_token_embeddings`, as those of transformers. A `first` that "
@@ -120,17 +121,17 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC026", _SPEC, "a schedule does not fit the training",
      "The adaptation changes over the whole training: nobody has said how many steps that is, or its phases leave no "
      "step between them.",
-     "Call `compiled.begin(total_steps)` before training, or give the Trainer `compiled.callback()`; shorten the phases "
-     "where the message says so."),
+     "Call `compiled.begin(total_steps)` before training, or give the Trainer `compiled.callback()`. Shorten the "
+     "phases of the spec where the message names them."),
     ("GC027", _SPEC, "there is nothing to untie",
      "No parameter of the modules that `untie` names is shared with another module.",
      "Leave the pattern out. `graftc check` warns of tied weights that are adapted (GC024)."),
     ("GC028", _SPEC, "untying changes the model",
      "The class scales or drops something where its config says that embeddings are tied.",
      "Leave `untie` out for this class. The adaptation trains all the same; it stays in the graph when deployed."),
-    ("GC029", _SPEC, "gradients are missing",
-     "The adaptation looks at the gradients of the step that was just taken, and there are none.",
-     "Call `compiled.after_step()` after `optimizer.step()` and before `optimizer.zero_grad()`."),
+    ("GC029", _SPEC, "adaptations cannot be combined",
+     "They adapt other places, or the kind of combination needs factors or ranks that they do not have.",
+     "Combine adaptations of the same target. `svd`, `ties` and `dare` take every method that folds into weights."),
     ("GC030", _FAILED, "the model cannot be captured",
      "`torch.export` could not turn the model into a graph, or its inputs cannot be told from its interface.",
      "Give `example_inputs` where the message asks for them. Python control flow that depends on values of tensors has "
@@ -148,6 +149,9 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC034", _SPEC, "there are no layers",
      "Checkpointing works on repeated layers, and the model has none.",
      "Leave out `checkpoint: layers`."),
+    ("GC035", _SPEC, "gradients are missing",
+     "The adaptation looks at the gradients of the step that was just taken, and there are none.",
+     "Call `compiled.after_step()` after `optimizer.step()` and before `optimizer.zero_grad()`."),
     ("GC040", _FAILED, "a pass broke an invariant",
      "The verifier found the graph wrong after a pass: a bug in graftc or in a method, not in the spec.",
      "Report it with the message, which names the pass and the node. Base weights are untouched."),
@@ -170,7 +174,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "A merged model is for deployment and has no train mode.",
      "Train the compiled model that it came from; merging has left it as it was."),
     ("GC055", _SPEC, "a rank cannot be deployed",
-     "There is no such adaptation, its method has one rank only, or the rank is out of bounds.",
+     "The method of the adaptation has one rank only, or the rank is out of bounds.",
      "Name an adaptation whose method is trained for many ranks, such as `dylora`, and a rank from 1 to its own."),
 
     # Writing, packages and plugins.

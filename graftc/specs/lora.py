@@ -65,7 +65,11 @@ class LoRA(MethodSpec):
 
     dropout_mask: Literal["saved", "recomputed"] = "saved"
     """What the backward pass has of the dropout mask: the mask itself, or a seed to make it anew from (less
-    memory, more time). The sites of the adaptation that read the same input share one mask."""
+    memory, more time)."""
+
+    dropout_scope: Literal["input", "target"] = "input"
+    """`input`: the sites of the adaptation that read the same input share one mask, which saves memory. `target`: each
+    site has a mask of its own, as in PEFT."""
 
     init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
     """`kaiming`: A uniform in ±1/sqrt(in), B zero. `gaussian`: A normal with deviation 1/rank, B zero. In a table of

@@ -16,6 +16,7 @@ from tests.cli.support import ROOT, run_apart
 
 ESCAPE = "\x1b"
 CHECK = ("check", "spec.yaml", "--model", "tests.families:bert")
+SLOW_CHECK = pytest.param(CHECK, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -64,18 +65,23 @@ def test_a_terminal_sees_colours_and_steps() -> None:
     assert "loading the model ..." in err and "compiling ..." in err
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("methods",), ("methods", "lorra"), ("methods", "lora"), CHECK])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("methods",), ("methods", "lorra"), ("methods", "lora"), SLOW_CHECK]
+)
 def test_no_color_is_without_escape_codes(arguments: tuple[str, ...]) -> None:
     assert ESCAPE not in "".join(on_a_terminal(*arguments, NO_COLOR="1"))
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("methods",), ("methods", "lorra"), ("check", "--help"), CHECK])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("methods",), ("methods", "lorra"), ("check", "--help"), SLOW_CHECK]
+)
 def test_what_is_no_terminal_sees_no_escape_codes(arguments: tuple[str, ...]) -> None:
     outcome = run_apart(*arguments, cwd=Path.cwd())
     assert ESCAPE not in outcome.out + outcome.err
     assert "loading" not in outcome.err
 
 
+@pytest.mark.slow
 def test_json_shows_no_steps() -> None:
     out, err = on_a_terminal(*CHECK, "--json")
     assert err == "" and out.startswith("{")

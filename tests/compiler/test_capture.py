@@ -23,7 +23,8 @@ from graftc.passes.core.verify import record_baseline, verify
 from graftc.passes.mode import to_eval
 from tests import families
 
-FAMILIES = list(families.FAMILIES)
+QUICK = ("bert", "vit")
+FAMILIES = [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in families.FAMILIES]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -72,7 +72,10 @@ def of_family(name: str) -> Snapshot:
     return graftc.compile({"adapt": [{**lora, "bias": "all"}]}, tiny(name)).snapshot
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "albert", "tokens", "trained"])
+@pytest.mark.parametrize(
+    "family",
+    ["bert", "tokens", "trained", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "t5", "albert"))],
+)
 def test_every_name_of_a_graph_has_an_answer_that_agrees_with_it(family: str) -> None:
     found = of_family(family)
     for mode in ("eval", "train"):

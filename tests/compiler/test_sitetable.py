@@ -93,7 +93,7 @@ def test_experts() -> None:
     ]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "bert"])
 def test_same_places_in_eval_mode(family: str) -> None:
     """Every place of the train graph is found in the eval graph, by the same keys."""
     model = tiny(family)

@@ -18,6 +18,7 @@ from tests.families import tiny
 
 NEW = ["<one>", "<two>", "<three>"]
 TIED = {"gpt2": True, "llama": False}
+ONE_QUICK = ["gpt2", pytest.param("llama", marks=pytest.mark.slow)]
 
 
 def adapted(model: nn.Module, **tokens: Any) -> Compiled:
@@ -40,7 +41,7 @@ def numbers(entries: int, *, new: bool) -> Tensor:
     return drawn
 
 
-@pytest.mark.parametrize("family", TIED)
+@pytest.mark.parametrize("family", ONE_QUICK)
 def test_old_tokens_stay(family: str) -> None:
     """On old tokens the old columns of the logits are the base's to the bit, new ones come behind."""
     model: Any = tiny(family)
@@ -86,7 +87,7 @@ def test_one_set_of_rows_where_tied(family: str) -> None:
     assert entry.trainable_parameters == 3 * width * len(rows)
 
 
-@pytest.mark.parametrize("family", TIED)
+@pytest.mark.parametrize("family", ONE_QUICK)
 def test_only_new_rows_train(family: str) -> None:
     """New rows get gradients where new tokens stand; the base's table gets none and stays as it was."""
     model: Any = tiny(family)
@@ -147,6 +148,7 @@ def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("embed_tokens" in reason for reason in caught.value.details)
 
 
+@pytest.mark.slow
 def test_spare_rows() -> None:
     """With ``first``, rows that a padded table has to spare are trained, and nothing is resized."""
     model: Any = tiny("llama")

@@ -16,7 +16,7 @@ from graftc.passes.core.store import Store
 from graftc.passes.mode import to_eval
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
-from graftc.testing.compare import SHAPES, inputs_for
+from graftc.testing.compare import inputs_for
 from tests.families import tiny
 
 ROLES = ["attn.q", "attn.v", "ffn.down"]
@@ -325,32 +325,40 @@ def test_dropout_is_shared_by_sites_that_read_the_same() -> None:
     assert not compiled.program("eval").graph.find_nodes(op="call_function", target=target)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_agrees_with_peft(family: str) -> None:
-    """The same tensors in peft's LoRA give the same logits, adapted and merged."""
-    peft = pytest.importorskip("peft")
-    target = {"bert": ["query", "value"], "gpt2": ["c_attn", "mlp.c_proj"], "llama": ["q_proj", "v_proj", "down_proj"]}
-    config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=target[family], fan_in_fan_out=family == "gpt2", init_lora_weights=True
-    )
-    globs = [f"**.{name}" for name in target[family]]
-    spec = {"adapt": [{"method": "lora", "target": {"modules": globs}, "rank": 4, "alpha": 6}]}
-    compiled = graftc.compile(spec, tiny(family)).eval()
-    tensors = perturb(compiled)
-    other = peft.get_peft_model(tiny(family), config).eval()
-    parameters = dict(other.named_parameters())
-    theirs = {name for name in parameters if "lora_" in name}
+def test_dropout_of_each_site() -> None:
+    """With the scope ``target`` q, k and v have three masks; in eval mode there are none."""
+    roles = ["attn.q", "attn.k", "attn.v"]
+    compiled = adapted(tiny("llama"), roles, dropout=0.5, dropout_scope="target")
+    target = torch.ops.aten.dropout.default
+    assert len(compiled.program("train").graph.find_nodes(op="call_function", target=target)) == 2 * 3
+    assert not compiled.program("eval").graph.find_nodes(op="call_function", target=target)
+    shared = adapted(tiny("llama"), roles, dropout=0.5)
+    assert structural_hash(compiled.program("eval")) == structural_hash(shared.program("eval"))
+
+
+@pytest.mark.parametrize(("scope", "same"), [("input", True), ("target", False)])
+def test_masks_of_two_sites(scope: str, same: bool) -> None:
+    """Two maps of one input lose the same entries of it, or each its own."""
+    spec = {"method": "lora", "target": {"modules": "*"}, "rank": 6, "alpha": 6, "dropout": 0.5, "dropout_scope": scope}
+    compiled = graftc.compile({"adapt": [spec]}, Two(), {"x": torch.ones(2, 6)})
+    eye = {f"{name}.graftc.lora.{part}": torch.eye(6) for name in ("first", "second") for part in "AB"}
+    compiled.load_adapter_state_dict(eye)
+    compiled.train()
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            module, _, factor = name.partition(".graftc.lora.")
-            key = f"base_model.model.{module}.lora_{factor}.default.weight"
-            parameters[key].copy_(tensor)
-            theirs.remove(key)
-    assert not theirs
-    merged = compiled.merge().to_transformers()
-    calls = [inputs_for(compiled, sizes) for sizes in SHAPES]
-    for inputs in calls:
-        assert largest_difference(outputs_of(compiled, inputs), outputs_of(other, inputs)) <= 1e-5
-    whole = other.merge_and_unload()
-    for inputs in calls:
-        assert largest_difference(outputs_of(merged, inputs), outputs_of(whole, inputs)) <= 1e-5
+        first, second = compiled(torch.ones(100, 6))
+    assert torch.equal(first > 1, second > 1) == same
+    assert bool((first > 1).any()) and not bool((first > 1).all())
+
+
+class Two(nn.Module):
+    """Two linear maps of zeros that read the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        for module in (self.first, self.second):
+            nn.init.zeros_(module.weight)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``[batch, 6]`` twice."""
+        return self.first(x), self.second(x)

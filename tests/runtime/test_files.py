@@ -6,8 +6,9 @@ import functools
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,9 +90,17 @@ SCENARIOS = {
 }
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "journal"])
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("fault", ["kill", "enospc"])
+def points() -> Iterator[Any]:
+    """Every fault in every scenario; where a process is killed at each point, two scenarios are quick enough."""
+    for fault in ("kill", "enospc"):
+        for scenario in SCENARIOS:
+            quick = fault == "enospc" or scenario in ("folder over folder", "pair over pair")
+            for exchange, name in ((True, "exchange"), (False, "journal")):
+                marks = () if quick else pytest.mark.slow
+                yield pytest.param(fault, scenario, exchange, id=f"{fault}-{scenario}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("fault", "scenario", "exchange"), points())
 def test_every_point(
     scenario: str, fault: Fault, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,39 +136,41 @@ def test_every_signature_gives_the_source_models_outputs(family: str) -> None:
             assert_same(found, copy.deepcopy(model)(**inputs))
 
 
-def heads() -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
+def head(name: str, **config: Any) -> Callable[[], nn.Module]:
+    """A tiny BERT with one of its heads, made when it is called."""
     import transformers as tf
 
     tiny = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 80}
-    bert = {**tiny, "vocab_size": 101}
-    ids, generator = text()["input_ids"], torch.Generator().manual_seed(2)
-    marked = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.5, -100)
-    return {
-        "classes": (tf.BertForSequenceClassification(tf.BertConfig(**bert, num_labels=3)), {"labels": torch.arange(3)}),
-        "regression": (
-            tf.BertForSequenceClassification(tf.BertConfig(**bert, num_labels=1)),
-            {"labels": torch.rand(3)},
-        ),
-        "tokens": (tf.BertForTokenClassification(tf.BertConfig(**bert, num_labels=4)), {"labels": ids % 4}),
-        "masked": (tf.BertForMaskedLM(tf.BertConfig(**bert)), {"labels": marked}),
-        "spans": (
-            tf.BertForQuestionAnswering(tf.BertConfig(**bert)),
-            {"start_positions": torch.tensor([0, 2, 1]), "end_positions": torch.tensor([3, 4, 5])},
-        ),
-        "causal": (families.tiny("llama"), {"labels": marked}),
-        "experts": (families.tiny("mixtral"), {"labels": marked}),
-        "sequences": (families.tiny("t5"), {"labels": text(3, 5)["input_ids"]}),
-        "images": (families.tiny("vit"), {"labels": torch.tensor([0, 2, 1]), **images()}),
-    }
+    return lambda: getattr(tf, f"BertFor{name}")(tf.BertConfig(**tiny, vocab_size=101, **config))
 
 
-@pytest.mark.parametrize("head", heads())
-def test_labels_give_the_models_own_loss_to_the_bit(head: str) -> None:
-    model, labels = heads()[head]
+IDS = text()["input_ids"]
+MARKED = IDS.masked_fill(torch.rand(IDS.shape, generator=torch.Generator().manual_seed(2)) < 0.5, -100)
+HEADS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
+    "classes": (head("SequenceClassification", num_labels=3), {"labels": torch.arange(3)}),
+    "regression": (head("SequenceClassification", num_labels=1), {"labels": torch.tensor([0.1, 0.5, 0.8])}),
+    "tokens": (head("TokenClassification", num_labels=4), {"labels": IDS % 4}),
+    "masked": (head("MaskedLM"), {"labels": MARKED}),
+    "spans": (
+        head("QuestionAnswering"),
+        {"start_positions": torch.tensor([0, 2, 1]), "end_positions": torch.tensor([3, 4, 5])},
+    ),
+    "causal": (lambda: families.tiny("llama"), {"labels": MARKED}),
+    "experts": (lambda: families.tiny("mixtral"), {"labels": MARKED}),
+    "sequences": (lambda: families.tiny("t5"), {"labels": text(3, 5)["input_ids"]}),
+    "images": (lambda: families.tiny("vit"), {"labels": torch.tensor([0, 2, 1]), **images()}),
+}
+QUICK = ("classes", "causal", "images")
+
+
+@pytest.mark.parametrize("name", [pytest.param(h, marks=() if h in QUICK else pytest.mark.slow) for h in HEADS])
+def test_labels_give_the_models_own_loss_to_the_bit(name: str) -> None:
+    make, labels = HEADS[name]
+    model = make()
     model = frozen(randomise(model))
     adapted = graftc.compile({"adapt": [LORA]}, model).eval()
     perturb(adapted)
-    inputs = labels if head == "images" else {**text(), **labels}
+    inputs = labels if name == "images" else {**text(), **labels}
     with torch.no_grad():
         expected = copy.deepcopy(model)(**inputs)
         with adapted.disabled():
@@ -218,7 +220,7 @@ def test_no_signature_forgets_an_adaptation(family: str) -> None:
             torch.testing.assert_close(outputs[name], outputs["usual"], atol=1e-6, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.slow), "llama"])
 def test_gradients_reach_the_same_tensors_in_every_signature(family: str) -> None:
     _, adapted, calls = switching(family)
     adapted.train()
@@ -296,6 +298,7 @@ def test_packed_sequences_are_those_run_apart() -> None:
     assert float((joined - packed).abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_graph_is_made_once_per_signature() -> None:
     adapted = graftc.compile({"adapt": [LORA]}, families.tiny("bert")).eval()
     families_of = adapted.compilation.families
@@ -316,6 +319,7 @@ def test_a_graph_is_made_once_per_signature() -> None:
     assert [key for key in families_of if "output_hidden_states=True" in key]
 
 
+@pytest.mark.slow
 def test_a_flag_belongs_to_the_capture_cache(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
     model = families.tiny("llama").eval()
@@ -346,7 +350,11 @@ def test_flags_may_be_there_from_the_start() -> None:
         ({"cache": object()}, r"GC031: cache, a object, is not supported(.|\n)*keeps no cache"),
         ({"labels": [1, 2, 3]}, "GC031: input 'labels' is a list, not a tensor"),
         ({"output_hiden_states": True}, r"GC031: .*no input 'output_hiden_states'(.|\n)*'output_hidden_states'"),
-        ({"labels": torch.zeros(2, 3, 4)}, r"GC031: no graph can be made: .*labels(.|\n)*hint: leave out labels"),
+        pytest.param(
+            {"labels": torch.zeros(2, 3, 4)},
+            r"GC031: no graph can be made: .*labels(.|\n)*hint: leave out labels",
+            marks=pytest.mark.slow,
+        ),
         ({"output_hidden_states": "yes", "labels": torch.zeros(5, 5)}, r"output_hidden_states='yes'(.|\n)*leave out"),
     ],
 )

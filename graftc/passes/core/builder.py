@@ -6,6 +6,7 @@ tags every node with its provenance, and records each replacement so that foldin
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,8 +17,10 @@ from graftc.passes.core.ops import SEEDS
 from graftc.passes.core.program import follow, provenance
 from graftc.passes.core.sites import LinearSite
 from graftc.passes.core.tensors import Initialiser, TensorBuilder
+from graftc.specs.diagnostics import GraftError
 
 aten = torch.ops.aten
+DROPOUTS = (aten.dropout.default, torch.ops.graftc.seeded_dropout.default)
 DropoutScope = Literal["input", "target"]
 
 __all__ = ["Builder", "DropoutScope", "Initialiser"]
@@ -36,15 +39,21 @@ class Builder(TensorBuilder):
     """
 
     def input(self, site: LinearSite) -> fx.Node:
-        """What the site reads now, in the base's own layout: `map` and `low_rank` know what to make of it."""
-        return site.use.input
+        """What the site reads, in the base's own layout: `map` and `low_rank` know what to make of it.
+
+        What `set_input` has put in front of the map so far is not part of it: adaptations of a site add up in the order
+        of insertion, so one that comes later does not pass through what an earlier one does to the input.
+        """
+        own = {e.after: e.before for e in self.program.edits if e.narrow and e.site == str(site.key)}
+        return follow(site.use.input, own)
 
     def map(self, site: LinearSite, x: fx.Node, weight: fx.Node, part: str = "map") -> fx.Node:
         """``weight: [..., k, in]`` applied to ``x`` as the site applies its own weight: ``[..., k]``."""
         return site.use.map(self.call, x, weight, part)
 
-    def low_rank(self, site: LinearSite, x: fx.Node, a: fx.Node, b: fx.Node, scale: float = 1) -> fx.Node:
-        """``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., rows, rank]``, as ``[..., rows]``."""
+    def low_rank(self, site: LinearSite, x: fx.Node, a: fx.Node, b: fx.Node, scale: float | fx.Node = 1) -> fx.Node:
+        """``b scale a x`` for ``a: [..., rank, in]`` and ``b: [..., rows, rank]``, as ``[..., rows]``; ``scale`` is a
+        number or a vector of ``rank`` elements."""
         columns = site.columns
         if columns.whole or not site.use.grouped:
             return site.use.low_rank(self.call, x, a, b, scale)
@@ -54,6 +63,18 @@ class Builder(TensorBuilder):
         every = columns.write(self._emit("all rows"), zeros, b, 0, lambda: self._index(columns))
         delta = site.use.low_rank(self.call, x, a, every, scale)
         return columns.read(self._emit("own rows"), delta, -1, lambda: self._index(columns))
+
+    def per_row(self, site: LinearSite, value: fx.Node) -> fx.Node:
+        """``value: [..., rows]`` (experts lead), one for each of the site's own rows, as it broadcasts to `output`."""
+        return site.use.per_row(self.call, site.use.input, value)
+
+    def offset(self, site: LinearSite) -> fx.Node | None:
+        """What the base adds to ``W x`` at the site, as it broadcasts to `output`: a bias; None where there is none."""
+        addend = site.use.addend
+        if addend is None:
+            return self.bias(site)
+        own = site.columns.read(self._emit("own rows"), addend, site.use.axis, lambda: self._index(site.columns))
+        return site.use.columns_last(self.call, own)
 
     def output(self, site: LinearSite) -> fx.Node:
         """The site's own rows of the result so far, ``[..., rows]``."""
@@ -83,21 +104,59 @@ class Builder(TensorBuilder):
 
     def _finish(self, site: LinearSite, before: fx.Node, after: fx.Node) -> None:
         mine = str(site.key)
-        self._redirect(before, after, lambda user: (provenance(user) or {}).get("site") != mine)
+        self._redirect(before, after, lambda user: not _is_at(user, mine))
         site.use.output = after
 
     def set_input(self, site: LinearSite, node: fx.Node) -> None:
-        """Make the site, with what is inserted on it so far, read ``node``, which has the input's own layout."""
-        before = site.use.input
-        mine = str(site.key)
-        if site.columns.whole:
-            self._redirect(before, node, lambda u: u is site.use.node or (provenance(u) or {}).get("site") == mine)
-            return
-        own = self.map(site, node, self.weight(site), part="own rows")
-        bias = self.bias(site)
-        if bias is not None:
-            own = self.call(aten.add.Tensor, own, bias, part="own rows")
-        self.set_output(site, own)
+        """Put ``node``, made from `input` and in its layout, in its place for the site, with all that is inserted there
+        so far."""
+        before, mine, whole = self.input(site), str(site.key), site.columns.whole
+        shared = self._shared_dropouts(before, mine)
+        for dropped in shared:
+            again = self.call(dropped.target, node, *dropped.args[1:], part="dropout")
+            self._redirect(dropped, again, lambda u: _is_at(u, mine), narrow=True)
+        own = None if whole else self._own_map(site, node)
+        own_reader = site.use.node if whole else None
+        self._redirect(before, node, lambda u: u is own_reader or (_is_at(u, mine) and u not in shared), narrow=True)
+        if own is not None:
+            self._put_first(site, own)
+
+    def _shared_dropouts(self, x: fx.Node, site: str) -> list[fx.Node]:
+        """Inserted dropouts of ``x`` that nodes of a site read, and nodes of other sites too."""
+        drops = [u for u in x.users if u.target in DROPOUTS and provenance(u) is not None]
+        return [u for u in drops if len({_is_at(reader, site) for reader in u.users}) > 1 or not _is_at(u, site)]
+
+    def _own_map(self, site: LinearSite, x: fx.Node) -> fx.Node:
+        """The base's own map of ``x`` for the site's rows alone, in the output's layout."""
+        own, offset = self.map(site, x, self.weight(site), part="own rows"), self.offset(site)
+        if offset is not None:
+            own = self.call(aten.add.Tensor, own, offset, part="own rows")
+        return site.use.columns_home(self.call, own)
+
+    def _put_first(self, site: LinearSite, own: fx.Node) -> None:
+        """Make ``own`` the site's part of the base's result, below everything that is inserted there."""
+        use, columns = site.use, site.columns
+        before = use.node
+        after = columns.write(self._emit("write rows"), before, own, use.axis, lambda: self._index(columns))
+        edits = self.program.edits
+        edits[:] = [replace(e, before=after) if e.before is before and not e.narrow else e for e in edits]
+        self._redirect(before, after, lambda user: True)
+        use.output = after if use.output is before else use.output
+
+    def scale_input(self, site: LinearSite, scale: fx.Node) -> None:
+        """Multiply what the site reads by ``scale: [in]``, with all that is inserted on the site so far.
+
+        Raises:
+            GraftError: GC017 where a column of the weight is no entry of the input: convolutions and tables.
+        """
+        x, axis = self.input(site), site.use.input_axis
+        if axis is None:
+            message = f"{site.key} is a map of patches or of indices: it has no input axis that could be scaled"
+            raise GraftError("GC017", message, hint="scale its output, or leave it out with exclude")
+        trailing = (x.meta["val"].dim() - axis if axis >= 0 else -axis) - 1
+        if trailing:
+            scale = self.call(aten.view.default, scale, [site.in_features, *[1] * trailing], part="scale")
+        self.set_input(site, self.call(aten.mul.Tensor, x, scale, part="scale"))
 
     def weight(self, site: LinearSite) -> fx.Node:
         """The site's own rows of the weight, ``[..., rows, in]``."""
@@ -114,6 +173,10 @@ class Builder(TensorBuilder):
             return None
         node = self._current(site.use.bias)
         return site.rows.read(self._emit("bias rows"), node, 0, lambda: self._index(site.rows))
+
+    def is_overlaid(self, name: str) -> bool:
+        """Whether something trained stands in for a base tensor, or for some of its rows."""
+        return self._current(name) is not self._attributes[name]
 
     def _current(self, name: str) -> fx.Node:
         """What stands for a base tensor now: its overlay, where it has one."""
@@ -143,3 +206,8 @@ class Builder(TensorBuilder):
                 dropped = self.call(aten.dropout.default, node, p, True, part="dropout")
             self._dropouts[key] = dropped
         return self._dropouts[key]
+
+
+def _is_at(node: fx.Node, site: str) -> bool:
+    """Whether a node was inserted at a site."""
+    return (provenance(node) or {}).get("site") == site

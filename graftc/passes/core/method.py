@@ -14,6 +14,7 @@ from graftc.passes.core.program import Program
 from graftc.passes.core.sites import Site
 from graftc.passes.core.steering import Controller, TensorObjective
 from graftc.specs.base import MethodSpec
+from graftc.specs.diagnostics import GraftError
 
 S = TypeVar("S", bound=MethodSpec)
 
@@ -58,6 +59,23 @@ class Method(ABC, Generic[S]):
             site: where; only its sizes and name may be used.
             tensors: the site's own tensors by part, float64, and those that all sites share.
         """
+
+    def live_ranks(self, spec: S, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Which ranks of one site have an effect, ``bool[..., rank]``; None for a method whose ranks all have.
+
+        Args:
+            spec: the adaptation with the site's overrides applied.
+            tensors: the site's own tensors by part, and those that all sites share.
+        """
+        return None
+
+    def deploy_rank(self, spec: S, shared: Mapping[str, Tensor], rank: int) -> None:
+        """Choose the rank that the adaptation has in eval mode and folds at, where the method can.
+
+        Raises:
+            GraftError: GC055 where it cannot, or not at this rank.
+        """
+        raise GraftError("GC055", f"{spec.method} has one rank, which is that of its spec")
 
     def finalize(self, program: Program, state: Mapping[str, Tensor]) -> Program:
         """The deployment shape of what does not fold (collapse, truncate, eject); by default as trained."""

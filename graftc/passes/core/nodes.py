@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graftc.passes.core.program import Edit, Program, map_nodes, nodes_in
 from graftc.passes.core.rows import Rows
@@ -106,6 +108,10 @@ class NodeBuilder:
                 self._values[key] = target(*inputs[0], **inputs[1])
         return self._values[key]
 
+    def fake(self) -> FakeTensorMode:
+        """The fake mode that the nodes' values live in."""
+        return self._fake
+
     def attribute(self, name: str, part: str = "") -> fx.Node:
         """The node that reads a tensor of the Store."""
         known: fx.Node | None = self._attributes.get(name)
@@ -126,11 +132,16 @@ class NodeBuilder:
     def _emit(self, part: str) -> Callable[..., fx.Node]:
         return lambda target, *args: self.call(target, *args, part=part)
 
-    def _redirect(self, before: fx.Node, after: fx.Node, take: Callable[[fx.Node], bool]) -> None:
+    def _redirect(
+        self, before: fx.Node, after: fx.Node, take: Callable[[fx.Node], bool], *, narrow: bool = False
+    ) -> None:
         if after is before:
             return
         before.replace_all_uses_with(
             after, delete_user_cb=lambda u: u is not after and u not in self._emitted and take(u)
         )
+        edits = self.program.edits
+        if not narrow:  # what goes into other sites starts from the new value as well
+            edits[:] = [replace(e, before=after) if e.narrow and e.before is before else e for e in edits]
         site = str(self._site.key) if self._site is not None else ""
-        self.program.edits.append(Edit(self.adaptation, site, before, after))
+        edits.append(Edit(self.adaptation, site, before, after, narrow))

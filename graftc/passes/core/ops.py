@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.passes.core.magnitude import DECOMPOSITIONS as MAGNITUDE
+
 aten = torch.ops.aten
 SEEDS = 2**62
 """Seeds are drawn from ``[0, SEEDS)``."""
@@ -75,5 +77,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 seeded_dropout.register_autograd(_backward, setup_context=_setup)
 
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {torch.ops.graftc.seeded_dropout.default: seeded_dropout_decomposed}
+DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.graftc.seeded_dropout.default: seeded_dropout_decomposed,
+    **MAGNITUDE,
+}
 """ATen forms by operator: what exports write instead."""

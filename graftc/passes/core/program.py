@@ -78,12 +78,19 @@ class OutputSpec:
 
 @dataclass(frozen=True)
 class Edit:
-    """One replacement that an adaptation made: every use of ``before`` now reads ``after``."""
+    """One replacement that an adaptation made: every use of ``before`` now reads ``after``.
+
+    Attributes:
+        adaptation, site: who made it, and where.
+        before, after: what was replaced, and by what.
+        narrow: only the readers at ``site`` read ``after``: what goes into the site was replaced, not a result.
+    """
 
     adaptation: str
     site: str
     before: fx.Node
     after: fx.Node
+    narrow: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from graftc.passes.core.folds import Fold
+from graftc.passes.core.readers import linear_use
 from graftc.passes.core.rows import Rows
-from graftc.passes.core.uses import Use, linear_use
+from graftc.passes.core.uses import Use
 from graftc.specs.claims import SiteKind
 
 __all__ = [
+    "Applied",
     "AttentionSite",
     "EmbeddingSite",
     "ExpertsSite",
@@ -47,6 +51,11 @@ class SiteKey:
         """The key without its use: all uses of one tensor share what is adapted there."""
         return replace(self, use=0)
 
+    @property
+    def whole(self) -> SiteKey:
+        """The key of this use of the whole tensor."""
+        return replace(self, part="")
+
     def __str__(self) -> str:
         text = f"{self.module}.{self.name}" if self.module else self.name
         text += f"[{self.part}]" if self.part else ""
@@ -71,6 +80,21 @@ class Site:
     kind: SiteKind = field(default=SiteKind.VALUE, kw_only=True)
 
 
+@dataclass(frozen=True)
+class Applied:
+    """What one adaptation has inserted at a place.
+
+    Attributes:
+        adaptation: its name.
+        fold: its fold there, from its tensors by part.
+        parts: the Store names of these.
+    """
+
+    adaptation: str
+    fold: Callable[[Mapping[str, Tensor]], Fold]
+    parts: Mapping[str, str]
+
+
 @dataclass(eq=False)
 class LinearSite(Site):
     """Rows of a linear map. Orientation, fusion, convolution and bias are hidden: the weight is always the site's own
@@ -79,10 +103,12 @@ class LinearSite(Site):
     Attributes:
         use: the map in this Program.
         rows: the own rows of the stored weight, seen as ``[out, in]``.
+        applied: what has been inserted here so far, in order.
     """
 
     use: Use = field(kw_only=True)
     rows: Rows = field(kw_only=True)
+    applied: list[Applied] = field(default_factory=list, kw_only=True)
 
     @property
     def columns(self) -> Rows:

@@ -49,6 +49,11 @@ class Steering(ABC, Generic[S]):
     def __init__(self, spec: S, places: Sequence[Place[S]], shared: Mapping[str, Tensor]) -> None:
         self.spec, self.places, self.shared = spec, places, shared
 
+    @classmethod
+    def wanted(cls, spec: S) -> bool:
+        """Whether there is anything to do for an adaptation; False where its weight or threshold is 0."""
+        return True
+
 
 class Controller(Steering[S]):
     """Changes values after each optimiser step, never shapes: budgets, gates, masks.
@@ -61,7 +66,11 @@ class Controller(Steering[S]):
     """How many optimiser steps there will be; None until `begin` says so."""
 
     def begin(self, total: int) -> None:
-        """Say how many optimiser steps the whole training has, those before a resume included."""
+        """Say how many optimiser steps the whole training has, those before a resume included.
+
+        Raises:
+            GraftError: GC026 where a schedule does not fit into that many.
+        """
         self.total = total
 
     @property

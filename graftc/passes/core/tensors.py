@@ -47,6 +47,35 @@ class TensorBuilder(NodeBuilder):
         self.parts.setdefault(key, {})[part] = name
         return self.attribute(name, part)
 
+    def trained(self, part: str, value: Callable[[], Tensor]) -> fx.Node:
+        """A trainable tensor of the current site that starts at a value which is worked out, created once.
+
+        Args:
+            part: its name within the adaptation, as ``"m"``.
+            value: makes its first value, on the site's device; element type and sizes are those for good.
+        """
+        key = self._site.key if self._site is not None else None
+        name = self._name(part)
+        if name not in self.store:
+            first = value().detach().clone()
+            if name in self.values:
+                first = self._given(name, tuple(first.shape), first.dtype, first.device)
+            self.store.add_parameter(name, first, trainable=True)
+        self.parts.setdefault(key, {})[part] = name
+        return self.attribute(name, part)
+
+    def constant(self, part: str, value: Callable[[], Tensor]) -> fx.Node:
+        """A constant of the current site that follows from the base's weights: worked out once, never kept in files.
+
+        Args:
+            part: its name within the adaptation.
+            value: makes it, on the site's device.
+        """
+        name = self._name(part)
+        if name not in self.store:
+            self.store.add_buffer(name, value().detach(), persistent=False)
+        return self.attribute(name, part)
+
     def buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> fx.Node:
         """State of the current site (or of the whole adaptation, outside `on`), kept with the parameters.
 

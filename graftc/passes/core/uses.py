@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from graftc.passes.core.layout import Layout
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.shapes import Sizes
-from graftc.passes.core.views import View, view_of
+from graftc.passes.core.views import View
 
 aten = torch.ops.aten
 Call = Callable[..., fx.Node]
@@ -65,11 +65,21 @@ class Use(ABC):
         return False
 
     @property
+    def input_axis(self) -> int | None:
+        """Which axis of the input counts the weight's columns; None where these are no entries of it."""
+        return self.axis
+
+    @property
     def input(self) -> fx.Node:
         """What the map reads now."""
         source = self.node.args[self.input_index]
         assert isinstance(source, fx.Node)
         return source
+
+    @property
+    def addend(self) -> fx.Node | None:
+        """What the call itself adds to its product, in the output's layout, beside a bias that the Store holds."""
+        return None
 
     @property
     def out_features(self) -> int:
@@ -80,14 +90,19 @@ class Use(ABC):
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
         """``weight: [..., k, in]`` applied to ``x`` as the use applies its own: ``[..., k]``, columns last."""
 
-    def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
-        """``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., k, rank]``, as ``[..., k]``."""
+    def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float | fx.Node) -> fx.Node:
+        """``b scale a x`` for ``a: [..., rank, in]`` and ``b: [..., k, rank]``, as ``[..., k]``."""
         hidden = _scaled(call, self.map(call, x, a, "down"), scale)
         return self.widen(call, hidden, b)
 
     def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
         """``b`` applied to what `map` gave."""
         return call(aten.linear.default, hidden, b, part="up")
+
+    def per_row(self, call: Call, x: fx.Node, value: fx.Node) -> fx.Node:
+        """``value: [..., rows]``, one for each row of the weight, as it meets ``[..., rows]`` of the output: it
+        broadcasts there."""
+        return value
 
     def columns_last(self, call: Call, value: fx.Node) -> fx.Node:
         """A value in the output's layout as ``[..., columns]``."""
@@ -145,6 +160,11 @@ class Kernel(Use):
     axis = 1
 
     @property
+    def input_axis(self) -> int | None:
+        """See `Use.input_axis`. A column is a channel where a patch is a single point."""
+        return 1 if self.groups == 1 and math.prod(self._kernel[1:]) == 1 else None
+
+    @property
     def groups(self) -> int:
         """Groups of channels that do not meet."""
         return int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[arg-type]
@@ -167,11 +187,11 @@ class Kernel(Use):
         found = call(self.node.target, x, kernel, None, *self.node.args[3:], part=part)
         return self.columns_last(call, found)
 
-    def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
+    def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float | fx.Node) -> fx.Node:
         """See `Use.low_rank`. With groups the factors are multiplied first: they meet every group alike."""
         if self.groups == 1:
             return super().low_rank(call, x, a, b, scale)
-        product = _scaled(call, call(aten.matmul.default, b, a, part="product"), scale)
+        product = call(aten.matmul.default, _scaled(call, b, scale), a, part="product")
         return self.map(call, x, product, "up")
 
     def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
@@ -226,6 +246,24 @@ class Experts(Use):
         """See `Use.widen`."""
         return self.map(call, hidden, b, "up")
 
+    @property
+    def addend(self) -> fx.Node | None:
+        """See `Use.addend`."""
+        found = self.node.args[0] if self.node.target is aten.baddbmm.default else None
+        return found if isinstance(found, fx.Node) else None
+
+    def per_row(self, call: Call, x: fx.Node, value: fx.Node) -> fx.Node:
+        """See `Use.per_row`. The call alone knows which expert a row of the output is from, so it multiplies the values
+        by ones. More than one of them, since kernels want rows of 16 bytes."""
+        dtype = x.meta["val"].dtype
+        if value.meta["val"].dtype != dtype:
+            value = call(aten.to.dtype, value, dtype, part="per expert")
+        width = min(8, self.in_features)
+        ones = call(aten.ones_like.default, call(aten.slice.Tensor, x, -1, 0, width, part="ones"), part="ones")
+        column = call(aten.unsqueeze.default, value, -1, part="per expert")
+        padded = call(aten.constant_pad_nd.default, column, [0, width - 1], part="per expert")
+        return self.map(call, ones, padded, "per expert")
+
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
         """See `Use.probe`. Rows are shared out evenly among the experts where the call counts them."""
         sizes = Sizes(lambda symbol: PROBES)
@@ -252,6 +290,11 @@ class Experts(Use):
 class Lookup(Use):
     """Rows of a table: the map of a one-hot vector, whose columns are the table's rows."""
 
+    @property
+    def input_axis(self) -> int | None:
+        """See `Use.input_axis`."""
+        return None
+
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
         """See `Use.map`."""
         table = call(aten.t.default, weight, part=part)
@@ -264,125 +307,10 @@ class Lookup(Use):
         return {self.input: torch.randperm(self.in_features, generator=generator)[:count].reshape(*shape, -1)}
 
 
-def linear_use(node: fx.Node) -> Use | None:
-    """What ``node`` computes from a stored weight, or None where it is no linear map or its weight is more than a
-    view of a stored tensor."""
-    read = _READERS.get(node.target) if node.op == "call_function" else None
-    if read is None and node.op == "call_function" and "grouped_mm" in getattr(node.target, "__name__", ""):
-        read = _grouped
-    return read(node) if read is not None else None
-
-
-def _scaled(call: Call, node: fx.Node, scale: float) -> fx.Node:
+def _scaled(call: Call, node: fx.Node, scale: float | fx.Node) -> fx.Node:
     return node if scale == 1 else call(aten.mul.Tensor, node, scale, part="scale")
 
 
 def _spread(setting: Any, dims: int) -> list[int]:
     values = list(setting) if isinstance(setting, list | tuple) else [setting]
     return values * dims if len(values) == 1 else values
-
-
-def _product(node: fx.Node, x: int, w: int, b: int | None, *, out_first: bool) -> Use | None:
-    """A product of argument ``x`` with the weight at ``w``, whose ``out`` axis is the first of its last two or not."""
-    if len(node.args) <= max(x, w) or not isinstance(node.args[x], fx.Node) or not isinstance(node.args[w], fx.Node):
-        return None
-    view = view_of(node.args[w])
-    if view is None or view_of(node.args[x]) is not None:
-        return None
-    if view.source.meta["val"].dim() == 3:
-        return _experts(node, x, w, view, out_first=out_first)
-    bias = node.args[b] if b is not None and len(node.args) > b else None
-    traced = view.rows(out_axis=0 if out_first else 1)
-    if traced is None or (bias is not None and not isinstance(bias, fx.Node)):
-        return None
-    rows, flipped, in_features = traced
-    name = None
-    if isinstance(bias, fx.Node):
-        held = view_of(bias)
-        if held is None or held.vector_rows() != rows:
-            return None
-        name = str(held.source.target)
-    layout = Layout.COLUMNS if flipped else Layout.ROWS
-    data = node.args[x]
-    if x > w and isinstance(data, fx.Node) and data.meta["val"].dim() < 2:
-        return None
-    made = Left if x > w else Dense
-    return made(node, str(view.source.target), name, layout, in_features, rows, x, w, output=node)
-
-
-def _experts(node: fx.Node, x: int, w: int, view: View, *, out_first: bool) -> Use | None:
-    """One matrix per expert: the operand picks experts and swaps the matrix axes, nothing else."""
-    swapped = view.swaps_matrix()
-    if swapped is None:
-        return None
-    leading, *sizes = (int(size) for size in view.source.meta["val"].shape)
-    out_in = out_first != swapped
-    out, into = sizes if out_in else sizes[::-1]
-    layout = Layout.ROWS if out_in else Layout.COLUMNS
-    name = str(view.source.target)
-    return Experts(node, name, None, layout, into, Rows(out), x, w, output=node, leading=(leading,), view=view)
-
-
-def _linear(node: fx.Node) -> Use | None:
-    return _product(node, 0, 1, 2, out_first=True)
-
-
-def _addmm(node: fx.Node) -> Use | None:
-    return None if node.kwargs else _product(node, 1, 2, 0, out_first=False)
-
-
-def _matmul(node: fx.Node) -> Use | None:
-    return _product(node, 0, 1, None, out_first=False) or _left(node)
-
-
-def _left(node: fx.Node) -> Use | None:
-    found = _product(node, 1, 0, None, out_first=True)
-    return None if isinstance(found, Experts) else found
-
-
-def _baddbmm(node: fx.Node) -> Use | None:
-    return None if node.kwargs else _product(node, 1, 2, None, out_first=False)
-
-
-def _grouped(node: fx.Node) -> Use | None:
-    found = None if node.kwargs else _product(node, 0, 1, None, out_first=False)
-    return found if isinstance(found, Experts) else None
-
-
-def _conv(node: fx.Node) -> Use | None:
-    x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
-    view = view_of(weight)
-    if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)) or view is None or not view.is_whole():
-        return None
-    shape = [int(size) for size in weight.meta["val"].shape]
-    if x.meta["val"].dim() != len(shape) or not (bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")):
-        return None
-    name = None if bias is None else str(bias.target)
-    rows = Rows(shape[0])
-    return Kernel(node, str(view.source.target), name, Layout.KERNEL, math.prod(shape[1:]), rows, 0, 1, output=node)
-
-
-def _embedding(node: fx.Node) -> Use | None:
-    table, indices = node.args[:2]
-    if not (isinstance(table, fx.Node) and table.op == "get_attr" and isinstance(indices, fx.Node)):
-        return None
-    entries, width = (int(size) for size in table.meta["val"].shape)
-    name = str(table.target)
-    return Lookup(node, name, None, Layout.COLUMNS, entries, Rows(width), 1, 0, output=node)
-
-
-_READERS: Mapping[Any, Callable[[fx.Node], Use | None]] = {
-    aten.linear.default: _linear,
-    aten.addmm.default: _addmm,
-    aten.mm.default: _matmul,
-    aten.bmm.default: _matmul,
-    aten.matmul.default: _matmul,
-    aten.baddbmm.default: _baddbmm,
-    aten.conv1d.default: _conv,
-    aten.conv2d.default: _conv,
-    aten.conv3d.default: _conv,
-    aten.conv1d.padding: _conv,
-    aten.conv2d.padding: _conv,
-    aten.conv3d.padding: _conv,
-    aten.embedding.default: _embedding,
-}

@@ -54,10 +54,12 @@ def compile(
         compiled = compile_spec(loaded_spec, loaded, inputs, seed=seed)
         step("certifying")
         certificate, kept = certificate_of(compiled) if certify else (None, {})
-        if to is not None:
+        if to is None:
+            fingerprint = identify(loaded, full=full).fingerprint
+        else:
             step("writing")
-            save(compiled, to, force=force, base=model, certificate=certificate, kept=kept, full=full)
-        fingerprint = identify(loaded, full=full).fingerprint
+            written = save(compiled, to, force=force, base=model, certificate=certificate, kept=kept, full=full)
+            fingerprint = written.base.fingerprint
         report = compiled.report
 
     from graftc.runtime.cli.check import print_report, totals

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,15 @@ from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
     from graftc.runtime.merged import Merged
+
+
+def no_place(missing: Sequence[str], source: nn.Module) -> GraftError:
+    """The error for biases that folding added and a class cannot hold."""
+    return GraftError(
+        "GC052",
+        f"folding had to add {', '.join(missing[:3])}, which {type(source).__name__} has no place for",
+        hint="export to ONNX or .pt2 instead, which hold the added bias",
+    )
 
 
 def to_transformers(merged: Merged) -> Any:
@@ -25,11 +35,7 @@ def to_transformers(merged: Merged) -> Any:
     own = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
     missing = [name for name in merged._additions if name not in own]
     if missing:
-        raise GraftError(
-            "GC052",
-            f"folding had to add {', '.join(missing[:3])}, which {type(source).__name__} has no place for",
-            hint="export to ONNX or .pt2 instead, which hold the added bias",
-        )
+        raise no_place(missing, source)
     placed: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""

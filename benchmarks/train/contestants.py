@@ -1,0 +1,175 @@
+"""Who runs: a table of named entries. A method is a line of it, or two with its peer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from benchmarks.train.models import Base, fill, shared_copy
+
+__all__ = ["ENTRIES", "Aims", "Entry", "Live", "UnavailableError"]
+
+Library = Literal["torch", "peft", "graftc"]
+ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"]
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DROPOUT = 0.05
+
+
+class UnavailableError(Exception):
+    """An entry cannot run with what is installed; says why."""
+
+
+@dataclass(frozen=True)
+class Aims:
+    """What an entry should reach; None where nothing was aimed at.
+
+    Attributes:
+        over_floor: time over the floor's, at most.
+        over_peer: time over the peer's, at most.
+        saved_of_peer: bytes saved for backward over the peer's, at most.
+    """
+
+    over_floor: float | None = None
+    over_peer: float | None = None
+    saved_of_peer: float | None = None
+
+
+@dataclass(frozen=True)
+class Live:
+    """A contestant that is ready to run.
+
+    Attributes:
+        model: what it runs.
+        loss: a forward pass and its loss.
+        trained: how many parameters train.
+    """
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    trained: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the table.
+
+    Attributes:
+        name: unique.
+        library: whose it is.
+        make: puts it on a base.
+        peer: the name of the entry that it is compared with.
+        aims: what it should reach.
+        exact: whether the loss must be the peer's; not where random numbers are drawn.
+    """
+
+    name: str
+    library: Library
+    make: Callable[[Base], Live]
+    peer: str | None = None
+    aims: Aims = field(default_factory=Aims)
+    exact: bool = False
+
+
+def floor() -> Entry:
+    """The frozen base: a forward pass, and the gradient of its input."""
+
+    def make(base: Base) -> Live:
+        model = shared_copy(base.model)
+        return Live(model, lambda: model(**base.batch).loss, 0)
+
+    return Entry("floor", "torch", make)
+
+
+def peer(name: str, config: str, *, ranked: str | None = "r", **options: Any) -> Entry:
+    """A method of peft on all projections.
+
+    Args:
+        name: the entry's.
+        config: the class of its config.
+        ranked: the option that takes the rank, None where there is none.
+        options: others of the config.
+    """
+
+    def make(base: Base) -> Live:
+        import peft
+
+        rank = {} if ranked is None else {ranked: base.shape.rank}
+        made = getattr(peft, config)(target_modules=PROJECTIONS, task_type="CAUSAL_LM", **rank, **options)
+        model = peft.get_peft_model(shared_copy(base.model), made).train()
+        # peft's own forward only maps the task's inputs; AdaLoRA's adds its term to the loss.
+        inner = model.base_model
+        return Live(model, lambda: inner(**base.batch).loss, fill(model))
+
+    return Entry(name, "peft", make)
+
+
+def ours(name: str, method: str, peer: str, aims: Aims, *, ranked: bool = True, **options: Any) -> Entry:
+    """A method of graftc on all projections.
+
+    Args:
+        name: the entry's.
+        method: its tag.
+        peer: the name of the entry of peft that does the same.
+        aims: what it should reach.
+        ranked: whether it has a rank.
+        options: other fields of the adaptation.
+    """
+
+    def make(base: Base) -> Live:
+        import graftc
+        from graftc.specs.registry import method_specs
+
+        if method not in method_specs():
+            raise UnavailableError(f"graftc has no method {method!r}")
+        rank = {"rank": base.shape.rank} if ranked else {}
+        try:
+            spec = graftc.load_spec({"adapt": [{"method": method, "target": {"role": ROLES}, **rank, **options}]})
+        except graftc.GraftError as error:
+            raise UnavailableError(str(error).splitlines()[0]) from error
+        model = graftc.compile(spec, shared_copy(base.model), base.batch).train()
+        objective = model.extra_loss().requires_grad
+
+        def loss() -> Tensor:
+            found: Tensor = model(**base.batch).loss
+            return found + model.extra_loss() if objective else found
+
+        return Live(model, loss, fill(model))
+
+    return Entry(name, "graftc", make, peer, aims, exact=not options.get("dropout"))
+
+
+ENTRIES: tuple[Entry, ...] = (
+    floor(),
+    peer("peft LoRA", "LoraConfig", lora_alpha=16),
+    ours("graftc LoRA", "lora", "peft LoRA", Aims(over_floor=1.10), alpha=16),
+    peer("peft LoRA, dropout", "LoraConfig", lora_alpha=16, lora_dropout=DROPOUT),
+    ours("graftc LoRA, dropout", "lora", "peft LoRA, dropout", Aims(over_floor=1.15), alpha=16, dropout=DROPOUT),
+    peer("peft DoRA", "LoraConfig", lora_alpha=16, use_dora=True),
+    ours("graftc DoRA", "dora", "peft DoRA", Aims(over_floor=1.15, saved_of_peer=0.6), alpha=16),
+    peer("peft DoRA, dropout", "LoraConfig", lora_alpha=16, use_dora=True, lora_dropout=DROPOUT),
+    ours(
+        "graftc DoRA, dropout",
+        "dora",
+        "peft DoRA, dropout",
+        Aims(over_peer=0.92, saved_of_peer=0.62),
+        alpha=16,
+        dropout=DROPOUT,
+    ),
+    ours(
+        "graftc DoRA, dropout on the branch",
+        "dora",
+        "peft DoRA, dropout",
+        Aims(over_floor=1.35),
+        alpha=16,
+        dropout=DROPOUT,
+        dropout_on="branch",
+    ),
+    peer("peft IA3", "IA3Config", ranked=None, feedforward_modules=["down_proj"]),
+    ours("graftc IA3", "ia3", "peft IA3", Aims(over_peer=1.0), ranked=False),
+    peer("peft AdaLoRA", "AdaLoraConfig", ranked="init_r", lora_alpha=16, total_step=100, orth_reg_weight=0.5),
+    ours("graftc AdaLoRA", "adalora", "peft AdaLoRA", Aims(over_peer=1.0), alpha=16, orthogonality=0.5, target_rank=1),
+)
+"""All entries, each next to its peer: neighbours in a round meet the same state of the machine."""

@@ -1,0 +1,202 @@
+"""What a training step takes: time in alternated rounds, bytes kept for the backward pass, peak memory."""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.train.contestants import Entry, Live, UnavailableError
+from benchmarks.train.models import Base
+
+__all__ = ["Measured", "Timing", "contest", "mismatches", "peak_bytes", "saved_bytes"]
+
+
+@dataclass
+class Timing:
+    """Seconds of every round, in order.
+
+    Attributes:
+        forward: of the forward pass with its loss, on the clock.
+        backward: of the backward pass, on the clock.
+        processor: of both, of all threads' processor time: less disturbed by what else runs on the machine.
+    """
+
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+
+    @property
+    def step(self) -> list[float]:
+        """Forward and backward."""
+        return [a + b for a, b in zip(self.forward, self.backward, strict=True)]
+
+
+@dataclass
+class Measured:
+    """What one entry took.
+
+    Attributes:
+        entry: which.
+        trained: how many parameters train.
+        loss: of the first step.
+        saved: bytes that the forward pass keeps for the backward pass, the base's tensors not counted.
+        peak: bytes allocated at the peak of a step, over those before it.
+        timing: of the rounds.
+    """
+
+    entry: Entry
+    trained: int
+    loss: float
+    saved: int
+    peak: int
+    timing: Timing = field(default_factory=Timing)
+
+
+class _Held:
+    """What autograd keeps in a saved tensor's place: alive exactly as long as the graph wants it."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def saved_bytes(forward: Callable[[], Tensor], base: Base) -> int:
+    """Bytes that are kept for the backward pass once the forward pass is over.
+
+    Every saved tensor that is still alive then counts with the memory that it keeps: tensors that share a storage
+    count once. Addresses are compared while all of them are alive, since an address is used again otherwise.
+    """
+    held: weakref.WeakSet[_Held] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Held:
+        # An operator's own result would keep its graph alive through itself: what is dropped would count.
+        kept = _Held(tensor.detach())
+        held.add(kept)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        loss = forward()
+    own = {_storage(tensor) for tensor in [*base.model.parameters(), *base.model.buffers()]}
+    sizes = {_storage(kept.tensor): kept.tensor.untyped_storage().nbytes() for kept in held}
+    del loss
+    return sum(size for storage, size in sizes.items() if storage not in own)
+
+
+def _storage(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    """The most that torch's allocator has given out during a step, over what it had before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    found = profiler.profiler
+    assert found is not None and found.kineto_results is not None
+    events = found.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    level = peak = 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        level += change
+        peak = max(peak, level)
+    return peak
+
+
+def contest(
+    entries: Sequence[Entry], base: Base, rounds: int, *, warmup: int = 2, tell: Callable[[str], None] = print
+) -> tuple[list[Measured], dict[str, str]]:
+    """Put every entry on the base, measure what it keeps, then time all of them in turns.
+
+    Args:
+        entries: in the order of their turns; the first turn of each round goes to another one each time.
+        base: what they share.
+        rounds: turns of each.
+        warmup: steps of each before anything is timed.
+        tell: told of what is going on.
+
+    Returns:
+        What was measured, and by the name of each entry that could not run, why.
+    """
+    ready: list[tuple[Measured, Live]] = []
+    skipped: dict[str, str] = {}
+    for entry in entries:
+        try:
+            live = entry.make(base)
+        except UnavailableError as reason:
+            skipped[entry.name] = str(reason)
+            tell(f"{entry.name}: skipped: {reason}")
+            continue
+        ready.append((_prepared(entry, live, base, warmup), live))
+        found = ready[-1][0]
+        tell(f"{entry.name}: {found.saved / 1e6:.1f} MB saved, {found.peak / 1e6:.1f} MB at the peak")
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            first = turn % max(len(ready), 1)
+            for found, live in ready[first:] + ready[:first]:
+                _timed(found.timing, live, base, seed=turn)
+            gc.collect()
+            tell(f"round {turn + 1} of {rounds}")
+    finally:
+        gc.enable()
+    return [found for found, _ in ready], skipped
+
+
+def _prepared(entry: Entry, live: Live, base: Base, warmup: int) -> Measured:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        loss = float(live.loss())
+    for _ in range(warmup):
+        _step(live, base)
+    torch.manual_seed(0)
+    saved = saved_bytes(live.loss, base)
+    peak = peak_bytes(lambda: torch.autograd.backward(live.loss()))
+    _clear(live, base)
+    return Measured(entry, live.trained, loss, saved, peak)
+
+
+def _step(live: Live, base: Base) -> None:
+    torch.autograd.backward(live.loss())
+    _clear(live, base)
+
+
+def _timed(timing: Timing, live: Live, base: Base, seed: int) -> None:
+    torch.manual_seed(seed)
+    processor, start = time.process_time(), time.perf_counter()
+    loss = live.loss()
+    middle = time.perf_counter()
+    torch.autograd.backward(loss)
+    end = time.perf_counter()
+    timing.processor.append(time.process_time() - processor)
+    timing.forward.append(middle - start)
+    timing.backward.append(end - middle)
+    del loss
+    _clear(live, base)
+
+
+def _clear(live: Live, base: Base) -> None:
+    base.embeddings.grad = None
+    live.model.zero_grad(set_to_none=True)
+
+
+def mismatches(found: Sequence[Measured], tolerance: float = 1e-4) -> Mapping[str, float]:
+    """Entries whose loss is not their peer's although it has to be, with the relative difference."""
+    losses = {measured.entry.name: measured.loss for measured in found}
+    wrong = {}
+    for measured in found:
+        if measured.entry.exact and measured.entry.peer in losses:
+            expected = losses[measured.entry.peer]
+            difference = abs(measured.loss - expected) / abs(expected)
+            if not difference <= tolerance:
+                wrong[measured.entry.name] = difference
+    return wrong

@@ -1,0 +1,271 @@
+"""Operators on the rows of a weight: the norms of an adapted weight, and rescaling a result row by row.
+
+`row_norm` never makes the adapted weight: a row of ``W + s B A`` has the square ``|W|^2 + 2 s <W, B A> + s^2 |B A|^2``
+with two terms that are sums over products of the size of ``B``. `rescale` keeps one tensor of its result's size for the
+backward pass, and where there is no offset that is the result itself, which whatever reads it often keeps too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+SMALLEST = 1e-24
+"""Least square of a norm: a row of zeros has a norm of 1e-12, so that nothing is divided by zero."""
+
+_BLOCK = 2**22
+"""How many elements of a weight are widened at a time."""
+
+_TINY = 1e-30
+"""What a scale of exactly zero is taken for, so that the backward pass can divide by it."""
+
+
+def squares(weight: Tensor) -> Tensor:
+    """Sums of squares of the rows of ``[..., rows, in]`` in float64, as the float32 sum of two: ``[2, ..., rows]``.
+
+    The first is the sum rounded to float32, the second the rest, so that float32 arithmetic sees the first alone and
+    float64 arithmetic all of it. For a float64 weight both are float64.
+    """
+    kept = torch.promote_types(weight.dtype, torch.float32)
+    exact = torch.cat([part.double().square().sum(-1) for part in _blocks(weight, weight)], dim=-1)
+    rounded = exact.to(kept)
+    return torch.stack([rounded, (exact - rounded.double()).to(kept)])
+
+
+def _blocks(tensor: Tensor, weight: Tensor) -> list[Tensor]:
+    """Blocks of rows of a tensor that has the rows of ``weight``."""
+    rows = weight.shape[-2]
+    size = max(1, _BLOCK * rows // max(1, weight.numel()))
+    return [tensor.narrow(-2, start, min(size, rows - start)) for start in range(0, rows, size)]
+
+
+def norm_of_squares(square: Tensor) -> Tensor:
+    """Norms of rows from what `squares` gives: ``[..., rows]``, in its dtype."""
+    return square.sum(0).clamp_min(SMALLEST).sqrt()
+
+
+def wide_product(weight: Tensor, a: Tensor) -> Tensor:
+    """``weight @ a.mT`` in ``a``'s dtype, widening a 16-bit weight a few rows at a time: ``[..., rows, rank]``."""
+    other = a.transpose(-1, -2)
+    if weight.dtype == a.dtype:
+        return weight @ other
+    return torch.cat([part.to(a.dtype) @ other for part in _blocks(weight, weight)], dim=-2)
+
+
+def _back_product(weight: Tensor, rows: Tensor) -> Tensor:
+    """``rows.mT @ weight`` in the dtype of ``rows: [..., rows, rank]``: ``[..., rank, in]``."""
+    if weight.dtype == rows.dtype:
+        return rows.transpose(-1, -2) @ weight
+    total = rows.new_zeros(*rows.shape[:-2], rows.shape[-1], weight.shape[-1])
+    for part, own in zip(_blocks(weight, weight), _blocks(rows, weight), strict=True):
+        total += own.transpose(-1, -2) @ part.to(rows.dtype)
+    return total
+
+
+def row_norm_decomposed(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`row_norm` in ATen."""
+    a, b = a.to(square.dtype), b.to(square.dtype)
+    gram, base = a @ a.transpose(-1, -2), square.sum(0)
+    both = torch.add(wide_product(weight, a), b @ gram, alpha=scale / 2)
+    total = torch.add(base, (both * b).sum(-1), alpha=2 * scale)
+    # What rounding leaves of rows that cancel is no norm, and may be negative.
+    least = (torch.finfo(square.dtype).eps * base).clamp_min(SMALLEST)
+    return torch.maximum(total, least).sqrt()
+
+
+@torch.library.custom_op("graftc::row_norm", mutates_args=())
+def row_norm(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Norms of the rows of ``weight + scale * b @ a``, in the dtype of ``square`` also under autocast.
+
+    With ``b = 0`` the result is that of `norm_of_squares`, to the bit. There is a gradient for ``a`` and ``b``; detach
+    them where the norm is to be a constant for the backward pass.
+
+    Args:
+        square: what `squares` gives for the weight, ``[2, ..., rows]``, float32 or float64.
+        weight: ``[..., rows, in]``, a constant.
+        a: ``[..., rank, in]``.
+        b: ``[..., rows, rank]``.
+        scale: of the product.
+
+    Returns:
+        ``[..., rows]``.
+    """
+    device = weight.device.type
+    if not torch.is_autocast_enabled(device):
+        return row_norm_decomposed(square, weight, a, b, scale)
+    with torch.autocast(device, enabled=False):
+        return row_norm_decomposed(square, weight, a, b, scale)
+
+
+@row_norm.register_fake
+def _(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return square.new_empty(square.shape[1:])
+
+
+def _norm_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output)
+
+
+def _norm_backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, Tensor, None]:
+    square, weight, a, b, norm = ctx.saved_tensors
+    wide = square.dtype
+    grads = torch.ops.graftc.row_norm_backward(grad, square, weight, a.to(wide), b.to(wide), norm, ctx.scale)
+    return None, None, grads[0].to(a.dtype), grads[1].to(b.dtype), None
+
+
+@torch.library.custom_op("graftc::row_norm_backward", mutates_args=())
+def row_norm_backward(
+    grad: Tensor, square: Tensor, weight: Tensor, a: Tensor, b: Tensor, norm: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `row_norm` for ``a`` and ``b``, all in the dtype of ``square``."""
+    limit = (torch.finfo(square.dtype).eps * square.sum(0)).clamp_min(SMALLEST)
+    held = norm.square() <= 1.000001 * limit
+    each = torch.where(held, 0, scale * grad / norm)[..., None]
+    rows = each * b
+    grad_b = each * (wide_product(weight, a) + scale * (b @ (a @ a.transpose(-1, -2))))
+    grad_a = _back_product(weight, rows) + scale * (rows.transpose(-1, -2) @ b) @ a
+    return grad_a, grad_b
+
+
+@row_norm_backward.register_fake
+def _(
+    grad: Tensor, square: Tensor, weight: Tensor, a: Tensor, b: Tensor, norm: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a), torch.empty_like(b)
+
+
+row_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
+
+
+def rescale_decomposed(
+    x: Tensor, scale: Tensor, delta: Tensor | None, offset: Tensor | None, lost: Tensor | None, whole: bool
+) -> Tensor:
+    """`rescale` in ATen."""
+    result = x * scale if delta is None else x * scale + delta
+    fixed = _fixed(offset, lost)
+    return (result if fixed is None else result + (1 - scale) * fixed).to(x.dtype)
+
+
+def _fixed(offset: Tensor | None, lost: Tensor | None) -> Tensor | None:
+    if offset is None or lost is None:
+        return offset if lost is None else lost
+    return lost + offset
+
+
+@torch.library.custom_op("graftc::rescale", mutates_args=())
+def rescale(
+    x: Tensor, scale: Tensor, delta: Tensor | None, offset: Tensor | None, lost: Tensor | None, whole: bool
+) -> Tensor:
+    """``scale * x + delta + (1 - scale) * (offset + lost)``: a result is scaled, but for what in it is fixed, and
+    something that is scaled already is added. With a scale of one and a delta of zero no bit of ``x`` changes.
+
+    Arithmetic is in the wider dtype of ``x`` and ``scale``, the result in that of ``x``, also under autocast.
+
+    Args:
+        x: any shape.
+        scale: broadcasts to ``x``.
+        delta: like ``x``.
+        offset: broadcasts to ``x``; a bias, in train and eval mode alike.
+        lost: broadcasts to ``x``; what a dropout has taken from ``x`` while training. There is none in eval mode.
+        whole: ``delta`` was made with the detached ``scale`` as a factor, and the gradient of ``scale`` is to count
+            both its places. That needs the result alone. Nothing may be fixed then; a scale of zero counts as 1e-30.
+
+    Returns:
+        A tensor like ``x``.
+    """
+    if whole:
+        scale = _nonzero(scale)
+    result = torch.empty_like(x)  # in the layout of x, which what reads it may have been made for
+    if delta is None:
+        torch.mul(x, scale, out=result)
+    else:
+        torch.addcmul(delta, x, scale, out=result)
+    for fixed in (offset, lost):
+        if fixed is not None:
+            result += (1 - scale) * fixed
+    return result
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, _TINY, scale)
+
+
+@rescale.register_fake
+def _(
+    x: Tensor, scale: Tensor, delta: Tensor | None, offset: Tensor | None, lost: Tensor | None, whole: bool
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _rescale_setup(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool], output: Tensor
+) -> None:
+    x, scale, _, offset, lost, ctx.whole = inputs
+    ctx.shapes = tuple(None if t is None else (t.shape, t.dtype) for t in (offset, lost))
+    ctx.shift = lost is None and offset is not None and offset.shape == scale.shape
+    kept = None
+    if ctx.needs_input_grad[1]:
+        kept = output if ctx.whole else x
+        if not ctx.shift and (fixed := _fixed(offset, lost)) is not None:
+            kept = torch.sub(x, fixed, out=torch.empty_like(x))
+    ctx.save_for_backward(scale, kept, offset if ctx.shift else None)
+
+
+def _rescale_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    scale, kept, offset = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    used = _nonzero(scale) if ctx.whole else scale
+    grad_x = (grad * used).to(grad.dtype) if needs[0] else None
+    grad_scale = None
+    if kept is not None:
+        grad_scale, summed = _column_sums(grad, kept, scale)
+        if ctx.whole:
+            grad_scale = grad_scale / used
+        elif offset is not None:
+            grad_scale = grad_scale - offset * summed
+    rest = (1 - scale) * grad if needs[3] or needs[4] else None
+    others = (
+        _sum_to(rest, *like) if need and like is not None and rest is not None else None
+        for need, like in zip(needs[3:5], ctx.shapes, strict=True)
+    )
+    return grad_x, grad_scale, grad if needs[2] else None, *others, None
+
+
+def _column_sums(grad: Tensor, other: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of ``grad * other`` and of ``grad`` over the axes along which ``like`` was broadcast."""
+    if like.dim() == 1 and grad.dtype == other.dtype == like.dtype:
+        # The gradients of a layer norm's gain and shift are these sums, in one pass and without the product.
+        rows = [t.reshape(-1, like.shape[0]) for t in (grad, other)]
+        ones = like.new_ones(rows[0].shape[0], 1)
+        _, products, sums = aten.native_layer_norm_backward(
+            *rows, [like.shape[0]], torch.zeros_like(ones), ones, like, like, [False, True, True]
+        )
+        return products, sums
+    return _sum_to(grad * other, like.shape, like.dtype), _sum_to(grad, like.shape, like.dtype)
+
+
+def _sum_to(value: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The sum of ``value`` over the axes along which something of ``shape`` was broadcast to it."""
+    leading = value.dim() - len(shape)
+    wide = torch.promote_types(dtype, torch.float32)
+    if leading:
+        value = value.sum(list(range(leading)), dtype=wide)
+    ones = [i for i, size in enumerate(shape) if size == 1]
+    if ones:
+        value = value.sum(ones, keepdim=True, dtype=wide)
+    return value.to(dtype)
+
+
+rescale.register_autograd(_rescale_backward, setup_context=_rescale_setup)
+
+DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.graftc.row_norm.default: row_norm_decomposed,
+    torch.ops.graftc.rescale.default: rescale_decomposed,
+}
+"""ATen forms by operator: what exports write instead."""

@@ -1,0 +1,62 @@
+"""DyLoRA: one low-rank update that is trained for every rank up to its own."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from graftc.specs.base import MethodSpec
+from graftc.specs.claims import Claims, FoldKind, SiteKind
+
+__all__ = ["DyLoRA"]
+
+
+class DyLoRA(MethodSpec):
+    """Low-rank adaptation for many ranks: `y = W x + b + (alpha / r) B[:, :r] A[:r] dropout(x)`.
+
+    `A` is `[rank, in]`, uniform in ±1/sqrt(in) at first, and `B` is `[out, rank]`, zeros, both in the weight's dtype,
+    so that before training the adapted layer computes exactly what the base computes. In every forward pass while
+    training one `r`, the same for all sites, is drawn uniformly from 1 to `rank`. With gradient accumulation every
+    micro-batch has its own (the authors draw once per optimiser step).
+
+    In eval mode, in exports and when folding, `r` is the deployed rank, which is `rank` until
+    `compiled.deploy_rank(name, r)` sets it; it is kept with the tensors. The update for a rank is a part of that for
+    every higher one, and folds exactly.
+
+    Rows that the pass does not train have zero gradient. AdamW moves them all the same, by its momentum and its weight
+    decay: that only one row changes holds for gradients, and for plain SGD.
+    """
+
+    claims: ClassVar[Claims] = Claims(
+        sites=frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS}),
+        identity_at_init=True,
+        folds=FoldKind.EXACT,
+        inert=frozenset({"A"}),
+    )
+    paper: ClassVar[str] = (
+        "Valipour et al. 2023, DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free "
+        "Low-Rank Adaptation (arXiv:2210.07558)"
+    )
+
+    method: Literal["dylora"] = "dylora"
+    """The method's tag."""
+
+    rank: int = Field(default=8, ge=1)
+    """The largest rank; at most min(in, out) of every site."""
+
+    alpha: float = Field(default=16.0, gt=0)
+    """Numerator of the scaling."""
+
+    frozen: bool = True
+    """Train only row `r` of `A` and column `r` of `B` in a pass with rank `r`, as the authors' scripts do; the earlier
+    ones take part without a gradient. False trains all of the first `r`."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of dropping an input of the branch while training."""
+
+    dropout_mask: Literal["saved", "recomputed"] = "saved"
+    """What the backward pass has of the dropout mask: the mask itself, or a seed to make it anew from."""
+
+    dropout_scope: Literal["input", "target"] = "input"
+    """Whether sites that read the same input share one dropout mask, or each has its own."""

@@ -1,0 +1,32 @@
+"""Tuning of normalisations: their scales and shifts train, and nothing else."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from graftc.specs.base import MethodSpec
+from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.target import Target
+
+__all__ = ["Norms"]
+
+
+class Norms(MethodSpec):
+    """LayerNorm tuning: the scale and the shift of every normalisation train, the rest of the model stays.
+
+    Layer norms have both, `[width]` each; RMS norms have a scale alone. What trains are copies in the base's dtype that
+    stand in for the base's tensors, so the model is unchanged to the bit at first, and folding puts the trained values
+    in their places.
+    """
+
+    claims: ClassVar[Claims] = Claims(sites=frozenset({SiteKind.NORM}), identity_at_init=True, folds=FoldKind.EXACT)
+    paper: ClassVar[str] = (
+        "Qi et al. 2022, Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language Models; "
+        "Zhao et al. 2023, Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning"
+    )
+
+    method: Literal["norms"] = "norms"
+    """The method's tag."""
+
+    target: Target = Target(role="norm")
+    """Which places of the model it is for; by default every normalisation."""

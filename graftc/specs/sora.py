@@ -1,0 +1,90 @@
+"""SoRA: a low-rank update with a gate on every rank, which training drives to zero where it can."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from graftc.specs.base import Items, MethodSpec, Override
+from graftc.specs.claims import Claims, FoldKind, SiteKind
+
+__all__ = ["SoRA", "SoRAOverride"]
+
+
+class SoRAOverride(Override):
+    """Other values of SoRA for some of its sites; what is left out keeps the adaptation's value."""
+
+    rank: int | None = Field(default=None, ge=1)
+    """Rank at these sites."""
+
+    alpha: float | None = Field(default=None, gt=0)
+    """Numerator of the scaling at these sites."""
+
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Probability of dropping an input of the branch at these sites."""
+
+
+class SoRA(MethodSpec):
+    """Sparse low-rank adaptation: `y = W x + b + s B (g * (A dropout(x)))` with `s = alpha / rank`.
+
+    `A` is `[rank, in]`, the gate `g` is `[rank]` and `B` is `[out, rank]`, in the weight's dtype. `A` starts uniform in
+    ±1/sqrt(in), `g` standard normal and `B` as zeros, so that before training the adapted layer computes exactly what
+    the base computes. After each optimiser step a proximal operator shrinks the gates and sets small ones to zero;
+    ranks whose gate is zero can be removed without any change. `g` goes into `B` when folding, exactly.
+
+    A training loop calls `compiled.after_step()` after `optimizer.step()`, and `compiled.extra_loss()` for `l1`; the
+    Trainer takes `compiled.callback()`. `compiled.rank_pattern(name)` says which ranks are left. The authors give the
+    gates no weight decay: put parameters whose name ends in `.gate` into a group of their own. Adaptive optimisers move
+    a gate away from zero again where its gradient exceeds the threshold.
+    """
+
+    claims: ClassVar[Claims] = Claims(
+        sites=frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS}),
+        identity_at_init=True,
+        folds=FoldKind.EXACT,
+    )
+    paper: ClassVar[str] = (
+        "Ding et al. 2023, Sparse Low-rank Adaptation of Pre-trained Language Models (arXiv:2311.11696)"
+    )
+
+    method: Literal["sora"] = "sora"
+    """The method's tag."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rank before gates close; at most min(in, out) of every site."""
+
+    alpha: float = Field(default=16.0, gt=0)
+    """Numerator of the scaling."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of dropping an input of the branch while training."""
+
+    dropout_mask: Literal["saved", "recomputed"] = "saved"
+    """What the backward pass has of the dropout mask: the mask itself, or a seed to make it anew from."""
+
+    dropout_scope: Literal["input", "target"] = "input"
+    """Whether sites that read the same input share one dropout mask, or each has its own."""
+
+    threshold: float = Field(default=1e-3, ge=0)
+    """By how much every gate shrinks after each optimiser step. It is not multiplied by the learning rate. 0 leaves the
+    gates alone."""
+
+    final_threshold: float | None = Field(default=None, ge=0)
+    """Where the threshold ends, going there in equal steps over the whole training; by default it stays as it is."""
+
+    prox: Literal["paper", "reference"] = "paper"
+    """`paper`: soft threshold, the proximal operator of the L1 norm: what is below the threshold becomes zero.
+    `reference`: as the authors' code does, what is below twice the threshold becomes zero. Others shrink by the
+    threshold in both."""
+
+    l1: float = Field(default=0.0, ge=0)
+    """Weight of the mean absolute gate, as a term beside the loss; 0 leaves it out."""
+
+    overrides: Items[SoRAOverride] = ()
+    """Other values for some sites; the first that matches a site holds."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the branch: `alpha / rank`."""
+        return self.alpha / self.rank

@@ -1,0 +1,167 @@
+"""What goes into a site is replaced for this site only, below what is inserted there and above what comes before."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.passes.core.folds import Keep
+from graftc.passes.ia3 import IA3Method
+from graftc.passes.lora import LoRAMethod
+from graftc.runtime.merged import fold
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import largest_difference, outputs_of, perturb, same_bits
+from tests.families import tiny
+
+
+class Chain(nn.Module):
+    """A linear map whose result two others read directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 10), nn.Linear(10, 4), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``[batch, 6]`` to ``[batch, 4]`` and ``[batch, 3]``."""
+        hidden = self.first(x)
+        return self.second(hidden), self.third(hidden)
+
+
+LORA = {"method": "lora", "rank": 2, "alpha": 2, "dropout": 0.1}
+INPUT = {"method": "ia3", "side": "input"}
+ENTRIES = {
+    "lora below": {**LORA, "target": {"modules": "first"}},
+    "lora": {**LORA, "target": {"modules": ["second", "third"]}},
+    "second": {**INPUT, "target": {"modules": "second"}},
+    "third": {**INPUT, "target": {"modules": "third"}},
+}
+
+
+def chained(order: tuple[str, ...], model: nn.Module | None = None) -> tuple[Any, dict[str, Tensor]]:
+    """`Chain` in double precision with these adaptations, in eval mode and perturbed."""
+    entries = [{**ENTRIES[name], "name": name.replace(" ", "_")} for name in order]
+    inputs = {"x": torch.randn(7, 6, dtype=torch.float64)}
+    compiled = graftc.compile({"adapt": entries}, model or Chain().double(), inputs).eval()
+    perturb(compiled, 0.3)
+    return compiled, inputs
+
+
+@pytest.mark.parametrize("order", [*permutations(ENTRIES, 2), *permutations(ENTRIES, 4)], ids=", ".join)
+def test_every_order_folds_to_what_it_computes(order: tuple[str, ...]) -> None:
+    """Also where the input of a site is the result of another one that is adapted, before or after it."""
+    compiled, inputs = chained(order)
+    merged = compiled.merge()
+    assert merged.certificate.passed
+    assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) <= 1e-12
+
+
+@pytest.mark.parametrize("order", [*permutations(("lora below", "second", "third"))], ids=", ".join)
+@pytest.mark.parametrize("kept", ["lora", "ia3"])
+def test_part_of_them_folds(order: tuple[str, ...], kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is taken back in the graph leaves the other replacements where they are."""
+    compiled, inputs = chained(order)
+    before = outputs_of(compiled, inputs)
+    method: Any = LoRAMethod if kept == "lora" else IA3Method
+    monkeypatch.setattr(method, "fold", lambda *args: Keep("it is told to stay"))
+    made = fold(compiled, None)
+    assert set(made.kept) == ({"lora_below"} if kept == "lora" else {"second", "third"})
+    assert made.certificate.passed
+    assert largest_difference(outputs_of(made, inputs), before) <= 1e-12
+
+
+def test_formula() -> None:
+    """A vector on the input of one map leaves the other one alone, and comes after what is below."""
+    model = Chain().double()
+    compiled, inputs = chained(("second", "lora below", "lora"), model)
+    held = {name: tensor.detach() for name, tensor in compiled.adapter_state_dict().items()}
+
+    def low_rank(module: str, name: str) -> Tensor:
+        return held[f"{module}.graftc.{name}.B"] @ held[f"{module}.graftc.{name}.A"]
+
+    hidden = inputs["x"] @ (model.first.weight + low_rank("first", "lora_below")).T + model.first.bias
+    scale = held["second.graftc.second.l"]
+    expected = [
+        hidden @ (model.second.weight * scale + low_rank("second", "lora")).T + model.second.bias,
+        hidden @ (model.third.weight + low_rank("third", "lora")).T + model.third.bias,
+    ]
+    assert largest_difference(outputs_of(compiled, inputs), expected) <= 1e-12
+
+
+def test_training_reads_the_same() -> None:
+    """The train graph computes what the eval graph does where nothing is dropped, and gradients reach every tensor."""
+    order = ("lora", "second", "lora below")
+    entries = [{**ENTRIES[name], "name": name.replace(" ", "_"), "dropout": 0.0} for name in order if "lora" in name]
+    entries.insert(1, {**ENTRIES["second"], "name": "second"})
+    inputs = {"x": torch.randn(7, 6, dtype=torch.float64)}
+    compiled = graftc.compile({"adapt": entries}, Chain().double(), inputs)
+    perturb(compiled, 0.3)
+    trained = list(compiled.train()(**inputs))
+    sum(t.sum() for t in trained).backward()
+    assert largest_difference(trained, outputs_of(compiled, inputs)) <= 1e-12
+    assert all(bool(t.grad.any()) for t in compiled.parameters() if t.requires_grad)
+
+
+def test_base_dropout_before_a_site() -> None:
+    """A dropout of the base that a site reads is gone in eval mode, and its input is what is scaled there."""
+    model = tiny("t5", dropout_rate=0.1)
+    compiled = graftc.compile({"adapt": [{"method": "ia3", "target": {"role": "ffn.down"}}]}, model).eval()
+    targets = {node.target for node in compiled.program("eval").graph.nodes}
+    assert torch.ops.aten.dropout.default not in targets
+    perturb(compiled, 0.1)
+    assert compiled.merge().certificate.passed
+
+
+class Images(nn.Module):
+    """A depthwise convolution, a pointwise one, and a matrix that stands before its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(6, 12, 3, padding=1, groups=6)
+        self.pointwise = nn.Conv2d(12, 5, 1)
+        self.before = nn.Linear(5, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, 6, height, width]`` to ``[batch, 4, height * width]``."""
+        hidden = torch.relu(self.pointwise(torch.relu(self.depthwise(x)))).flatten(2)
+        return self.before.weight @ hidden
+
+
+def imaged(entry: dict[str, Any]) -> tuple[Any, dict[str, Tensor], nn.Module]:
+    """`Images` in double precision with one adaptation, in eval mode."""
+    model, inputs = Images().double(), {"x": torch.randn(2, 6, 7, 9, dtype=torch.float64)}
+    return graftc.compile({"adapt": [entry]}, model, inputs).eval(), inputs, model
+
+
+@pytest.mark.parametrize(
+    ("modules", "fields"),
+    [
+        (["pointwise", "before"], {"method": "ia3", "side": "input"}),
+        (["depthwise", "pointwise", "before"], {"method": "ia3"}),
+        (["depthwise", "pointwise", "before"], {"method": "vera", "rank": 7}),
+        (["depthwise", "pointwise", "before"], {"method": "loha", "rank": 2}),
+        (["depthwise", "pointwise", "before"], {"method": "lokr", "rank": 1}),
+    ],
+    ids=["input", "output", "vera", "loha", "lokr"],
+)
+def test_axes(modules: list[str], fields: dict[str, Any]) -> None:
+    """Channels and rows are found on whatever axis a map has them; groups of a convolution included."""
+    compiled, inputs, model = imaged({**fields, "target": {"modules": modules}})
+    assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
+    perturb(compiled, 0.3)
+    assert largest_difference(outputs_of(compiled, inputs), outputs_of(model, inputs)) > 1e-2
+    merged = compiled.merge()
+    assert merged.certificate.passed
+    assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) <= 1e-12
+
+
+def test_no_input_axis() -> None:
+    """Entries of a patch are no entries of what a convolution reads."""
+    with pytest.raises(GraftError) as error:
+        imaged({"method": "ia3", "side": "input", "target": {"modules": "depthwise"}})
+    assert error.value.code == "GC017"
+    assert "no input axis" in error.value.message

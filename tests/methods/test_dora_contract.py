@@ -1,0 +1,108 @@
+"""DoRA through the contract: plain on every family, and its variants where they differ."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+
+from graftc.testing import FAMILIES, DeploymentContract, MethodContract
+
+ROLES = ["attn.q", "attn.v", "ffn.down"]
+DENSE = tuple(family for family in FAMILIES if family != "mixtral")
+"""Families with feed-forward layers; every one of Mixtral's is made of experts."""
+
+
+def entry(roles: list[str] = ROLES, **fields: Any) -> dict[str, Any]:
+    """DoRA of rank 4."""
+    return {"method": "dora", "target": {"role": roles}, "rank": 4, **fields}
+
+
+class TestDoRA(MethodContract):
+    """Plain DoRA with dropout. Rows of fused matrices have magnitudes of their own: in GPT-2 a range of rows, in
+    GPT-NeoX every third run of them."""
+
+    adaptation: ClassVar[dict[str, Any]] = entry(dropout=0.1)
+    families = DENSE
+
+
+class TestExperts(MethodContract):
+    """Magnitudes and factors for each expert, beside attention."""
+
+    adaptation: ClassVar[dict[str, Any]] = entry(["attn.q", "attn.v", "experts"], dropout=0.1)
+    families = ("mixtral",)
+
+
+class TestExact(MethodContract):
+    """Norms with a gradient."""
+
+    adaptation: ClassVar[dict[str, Any]] = entry(norm_gradient="exact", rslora=True, init="gaussian")
+    families = ("gpt2", "gpt_neox", "llama")
+
+
+class TestBranch(MethodContract):
+    """Dropout on the branch, recomputed."""
+
+    adaptation: ClassVar[dict[str, Any]] = entry(
+        dropout=0.1, dropout_on="branch", dropout_mask="recomputed", dropout_scope="target"
+    )
+    families = ("bert", "llama")
+
+
+class TestMagnitudesOnly(MethodContract):
+    """Some sites have magnitudes and no factors."""
+
+    adaptation: ClassVar[dict[str, Any]] = entry(overrides=[{"role": "attn.v", "direction": False}])
+    families = ("bert", "gpt2", "llama")
+
+
+class TestEverywhere(MethodContract):
+    """Tables and convolutions are linear maps as well."""
+
+    adaptation: ClassVar[dict[str, Any]] = entry(["embed.position", "ffn.down"])
+    families = ("bert", "gpt2")
+
+
+class TestOnLoRA(MethodContract):
+    """On top of a LoRA of the same places, which trains too."""
+
+    adaptation: ClassVar[dict[str, Any]] = entry(dropout=0.1)
+    families = ("bert", "gpt2", "gpt_neox", "llama")
+
+    def compiled(self, family: str, model: Any, seed: int = 0) -> Any:
+        """Both adaptations; the contract's claims are DoRA's."""
+        import graftc
+
+        below = {"method": "lora", "name": "below", "target": {"role": ROLES}, "rank": 3}
+        return graftc.compile({"adapt": [below, dict(self.adaptation)]}, model, seed=seed)
+
+    def test_report_counts_what_trains(self, family: str) -> None:
+        """The report's first entry is the other adaptation's."""
+        _, compiled = self.shared(family)
+        trainable = sum(t.numel() for t in compiled.parameters() if t.requires_grad)
+        assert compiled.report.trainable_parameters == trainable
+
+
+@pytest.mark.slow
+class TestDeployed(DeploymentContract):
+    """Exports and compilation, magnitudes in place and folded."""
+
+    adaptation = TestDoRA.adaptation
+    families = ("bert", "llama")
+
+
+@pytest.mark.slow
+class TestExpertsDeployed(DeploymentContract):
+    """The same with experts."""
+
+    adaptation = TestExperts.adaptation
+    families = ("mixtral",)
+
+
+@pytest.mark.slow
+class TestOnLoRADeployed(DeploymentContract):
+    """The same on top of another adaptation."""
+
+    adaptation = TestOnLoRA.adaptation
+    families = ("gpt2",)
+    compiled = TestOnLoRA.compiled

@@ -1,0 +1,200 @@
+"""DoRA before, between and after other adaptations of the same places."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.passes.core.folds import Keep, WeightFold
+from graftc.passes.lora import LoRAMethod
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import largest_difference, outputs_of, perturb
+from graftc.testing.compare import SHAPES, inputs_for
+from tests.families import tiny
+
+ROLES = ["attn.q", "attn.v", "ffn.down"]
+MODULE = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}
+ENTRIES: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora", "rank": 3},
+    "dora": {"method": "dora", "rank": 4},
+    "ia3": {"method": "ia3"},
+    "loha": {"method": "loha", "rank": 3},
+    "vera": {"method": "vera", "rank": 5},
+}
+
+
+def stacked(model: nn.Module, *names: str, roles: Any = ROLES, **fields: Any) -> Any:
+    """``model`` with adaptations on the same places, in this order; `fields` are those of every DoRA."""
+    entries = []
+    for index, name in enumerate(names):
+        own = fields if name == "dora" else {}
+        entries.append({**ENTRIES[name], "name": f"a{index}", "target": {"role": roles}, **own})
+    return graftc.compile({"adapt": entries}, model).eval()
+
+
+def folds_exactly(compiled: Any) -> None:
+    """Folded equals unfolded, and the certificate of every site passes."""
+    merged = compiled.merge()
+    assert merged.certificate.passed, merged.certificate.failures()
+    assert max(site.algebra for site in merged.certificate.sites) <= 1e-12
+    for sizes in SHAPES:
+        inputs = inputs_for(compiled, sizes)
+        assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) <= 2e-5
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "llama"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("dora", "dora"),
+        ("lora", "dora"),
+        ("dora", "lora"),
+        ("ia3", "dora"),
+        ("dora", "ia3"),
+        ("lora", "dora", "ia3", "dora"),
+    ],
+    ids="-".join,
+)
+def test_any_order_folds_exactly(family: str, names: tuple[str, ...]) -> None:
+    """What stands below is part of V, and of its norm."""
+    compiled = stacked(tiny(family), *names)
+    perturb(compiled, 0.2)
+    folds_exactly(compiled)
+
+
+@pytest.mark.parametrize("below", ["loha", "vera"])
+def test_on_methods_with_other_algebra(below: str) -> None:
+    compiled = stacked(tiny("llama"), below, "dora", norm_gradient="exact")
+    perturb(compiled, 0.2)
+    folds_exactly(compiled)
+
+
+def test_experts() -> None:
+    compiled = stacked(tiny("mixtral"), "lora", "dora", roles=["attn.q", "experts"])
+    perturb(compiled, 0.1)
+    folds_exactly(compiled)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_two_doras_are_one_after_the_other(family: str) -> None:
+    """``W2 = m2 V2 / |V2|`` with ``V2 = W1 + s B2 A2`` and ``W1 = m1 V1 / |V1|``: the second norm is not that of W."""
+    model = tiny(family)
+    compiled = stacked(model, "dora", "dora", roles="ffn.down", alpha=6)
+    tensors = {name: tensor.double() for name, tensor in perturb(compiled, 0.3).items()}
+    module = MODULE[family]
+    weight = model.get_parameter(f"{module}.weight").detach().double()
+    weight = weight.T if family == "gpt2" else weight
+    for name in ("a0", "a1"):
+        a, b, m = (tensors[f"{module}.graftc.{name}.{part}"] for part in "ABm")
+        direction = weight + 6 / 4 * b @ a
+        weight = m[:, None] * direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+    folded = compiled.compilation.lazy_tensors().exact(f"{module}.weight")
+    torch.testing.assert_close(folded.T if family == "gpt2" else folded, weight, rtol=1e-13, atol=1e-14)
+
+
+def test_magnitudes_start_at_the_norms_of_the_weight_as_adapted() -> None:
+    """Where what stands below does not start as the base, the second one still starts as the first one alone."""
+    model = tiny("llama")
+    first = stacked(model, "lora", roles="ffn.down")
+    tensors = perturb(first, 0.3)
+    both = graftc.compile(
+        {
+            "adapt": [
+                {**ENTRIES["lora"], "name": "a0", "target": {"role": "ffn.down"}},
+                {**ENTRIES["dora"], "name": "a1", "target": {"role": "ffn.down"}},
+            ]
+        },
+        first.merge().to_transformers(),
+    ).eval()
+    inputs = inputs_for(first)
+    assert largest_difference(outputs_of(both, inputs), outputs_of(first, inputs)) <= 2e-5
+    assert tensors
+
+
+def test_gradients_reach_both() -> None:
+    """In float64 against autograd on both formulas, the norms detached."""
+    model = Line()
+    entries = [
+        {"method": "lora", "name": "below", "target": {"modules": "map"}, "rank": 2, "alpha": 4},
+        {"method": "dora", "name": "above", "target": {"modules": "map"}, "rank": 3, "alpha": 6, "dropout": 0.0},
+    ]
+    compiled = graftc.compile({"adapt": entries}, model, {"x": torch.ones(2, 8, dtype=torch.float64)})
+    perturb(compiled, 0.3)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    noise = torch.randn(5, 6, dtype=torch.float64)
+    (compiled(x) * noise).sum().backward()
+    mine = {n.removeprefix("map.graftc."): t for n, t in compiled.named_parameters() if t.requires_grad}
+    own = {name: tensor.detach().clone().requires_grad_() for name, tensor in mine.items()}
+    v = model.map.weight.detach() + 2 * own["below.B"] @ own["below.A"] + 2 * own["above.B"] @ own["above.A"]
+    weight = own["above.m"][:, None] * v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).detach()
+    ((x @ weight.T + model.map.bias.detach()) * noise).sum().backward()
+    assert set(own) == {"below.A", "below.B", "above.A", "above.B", "above.m"}
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor.grad, own[name].grad, rtol=1e-10, atol=1e-12)
+
+
+class Line(nn.Module):
+    """One linear map in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.map = nn.Linear(8, 6, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, 8]`` to ``[batch, 6]``."""
+        return self.map(x)
+
+
+def test_a_weight_that_trains_in_full() -> None:
+    """``train:`` puts a copy in place of the weight: norms are of what it becomes."""
+    spec = {"train": ["map"], "adapt": [{"method": "dora", "target": {"modules": "map"}, "rank": 3}]}
+    model = Line()
+    compiled = graftc.compile(spec, model, {"x": torch.ones(2, 8, dtype=torch.float64)})
+    x = torch.randn(5, 8, dtype=torch.float64)
+    assert torch.equal(compiled(x), model(x))
+    perturb(compiled, 0.3)
+    tensors = {name.rpartition(".")[2]: tensor for name, tensor in compiled.named_parameters() if tensor.requires_grad}
+    v = tensors["weight"] + 16 / 3 * tensors["B"] @ tensors["A"]
+    weight = tensors["m"][:, None] * v / torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    torch.testing.assert_close(compiled(x), x @ weight.T + tensors["bias"], rtol=1e-10, atol=1e-12)
+
+
+def _keeps(*args: Any) -> Keep:
+    return Keep("it is not linear")
+
+
+def _decides(*args: Any) -> WeightFold:
+    tensors = args[-1]
+    return WeightFold(lambda weight, bias: (weight if bool(tensors["B"].any()) else 2 * weight, bias))
+
+
+@pytest.mark.parametrize(("fold", "reason"), [(_keeps, "it is not linear"), (_decides, "its fold decides by values")])
+def test_what_has_no_weight_below_is_refused(monkeypatch: pytest.MonkeyPatch, fold: Any, reason: str) -> None:
+    """The message names both and the place, and says what to do; the other order needs nothing."""
+    monkeypatch.setattr(LoRAMethod, "fold", lambda self, *args: fold(*args))
+    with pytest.raises(GraftError) as error:
+        stacked(tiny("llama"), "lora", "dora", roles="ffn.down")
+    assert error.value.code == "GC017"
+    assert error.value.message.startswith("'a1' starts from the weight of model.layers.0.mlp.down_proj.weight")
+    assert "'a0'" in error.value.message and reason in error.value.message
+    assert error.value.hint == "put 'a1' before 'a0' in the spec, or leave the place out of one of them"
+    assert error.value.place is not None
+    stacked(tiny("llama"), "dora", "lora", roles="ffn.down")
+
+
+def test_new_tokens_below_are_refused() -> None:
+    """Rows that new tokens train stand in where the table is read: there is no weight so far to take a norm of."""
+    spec = {
+        "tokens": {"add": ["<a>", "<b>"]},
+        "adapt": [{"method": "dora", "target": {"role": "embed"}, "rank": 2}],
+    }
+    with pytest.raises(GraftError) as error:
+        graftc.compile(spec, tiny("llama", vocab_size=128))
+    assert error.value.code == "GC017"
+    assert "'tokens'" in error.value.message
+    assert error.value.hint is not None

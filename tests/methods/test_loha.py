@@ -1,0 +1,108 @@
+"""LoHa: the contract, its formula, and the ranks that it reaches."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import graftc
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
+from graftc.testing.compare import inputs_for
+from tests.families import tiny
+
+ROLES = ["attn.q", "attn.v", "ffn.down"]
+
+
+class TestLoHa(MethodContract):
+    """Layers of every family; ``attn.q`` of GPT-2 is a range of rows."""
+
+    adaptation: ClassVar[dict[str, Any]] = {"method": "loha", "target": {"role": ROLES}, "rank": 4, "alpha": 6}
+    families = ("gpt2",)
+    perturbation = 0.2
+
+
+@pytest.mark.slow
+class TestEverywhere(TestLoHa):
+    """The same on the other families."""
+
+    families = ("bert", "gpt_neox", "llama", "roberta", "t5", "vit")
+
+
+@pytest.mark.slow
+class TestExperts(MethodContract):
+    """Factors for each expert."""
+
+    adaptation: ClassVar[dict[str, Any]] = {"method": "loha", "target": {"role": ["attn.v", "experts"]}, "rank": 4}
+    families = ("mixtral",)
+    perturbation = 0.2
+
+
+@pytest.mark.slow
+class TestDeployed(DeploymentContract):
+    """Exports and compilation."""
+
+    adaptation: ClassVar[dict[str, Any]] = TestLoHa.adaptation
+    families = ("llama",)
+    perturbation = 0.2
+
+
+def adapted(family: str, **fields: Any) -> Any:
+    """A tiny model with LoHa of rank 3, in eval mode."""
+    entry = {"method": "loha", "target": {"role": ROLES}, "rank": 3, "alpha": 6, **fields}
+    return graftc.compile({"adapt": [entry]}, tiny(family)).eval()
+
+
+def test_start_and_count() -> None:
+    """A2 is zero, the other three are uniform within 1 / sqrt(columns); twice the parameters of LoRA."""
+    compiled = adapted("bert")
+    module = "bert.encoder.layer.0.output.dense.graftc.loha"
+    held = {n.rpartition(".")[2]: t for n, t in compiled.adapter_state_dict().items() if n.startswith(f"{module}.")}
+    assert {part: tuple(t.shape) for part, t in held.items()} == {
+        **{"A1": (3, 80), "A2": (3, 80)},
+        **{"B1": (48, 3), "B2": (48, 3)},
+    }
+    for part, tensor in held.items():
+        largest, bound = float(tensor.abs().max()), tensor.shape[1] ** -0.5
+        assert largest == 0 if part == "A2" else 0.9 * bound < largest <= bound
+    assert compiled.report.trainable_parameters == 2 * 2 * 3 * (2 * (48 + 48) + 48 + 80)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_update(family: str) -> None:
+    """``W' - W`` is ``s (B1 A1) * (B2 A2)``, of rank 9 at rank 3."""
+    compiled = adapted(family)
+    tensors = {name: tensor.double() for name, tensor in perturb(compiled, 0.5).items()}
+    lazy = compiled.compilation.lazy_tensors()
+    name = {"bert": "bert.encoder.layer.1.output.dense", "gpt2": "transformer.h.1.mlp.c_proj"}.get(
+        family, "model.layers.1.mlp.down_proj"
+    )
+    update = lazy.exact(f"{name}.weight") - compiled.compilation.store.get(f"{name}.weight").double()
+    update = update.T if family == "gpt2" else update
+    own = {part: tensors[f"{name}.graftc.loha.{part}"] for part in ("A1", "B1", "A2", "B2")}
+    expected = 6 / 3 * (own["B1"] @ own["A1"]) * (own["B2"] @ own["A2"])
+    torch.testing.assert_close(update, expected, rtol=0, atol=1e-14)
+    values = torch.linalg.svdvals(update)
+    assert values[8] > 1e-3
+    assert values[9] < 1e-12
+
+
+def test_convolution() -> None:
+    """Patches of an image: a column is an entry of a patch."""
+    compiled = adapted("vit", target={"modules": "**.patch_embeddings.projection"})
+    sizes = {name.rpartition(".")[2]: tuple(t.shape) for name, t in perturb(compiled, 0.3).items()}
+    assert sizes["A1"] == (3, 3 * 8 * 8)
+    inputs = inputs_for(compiled)
+    assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) <= 1e-5
+
+
+def test_overrides_and_rank() -> None:
+    """Rank and alpha may differ by site; a rank over a side is refused."""
+    compiled = adapted("bert", overrides=[{"role": "ffn.down", "rank": 5}])
+    ranks = {n.split(".")[-4]: t.shape[0] for n, t in compiled.adapter_state_dict().items() if n.endswith("A1")}
+    assert ranks == {"query": 3, "value": 3, "dense": 5}
+    with pytest.raises(GraftError) as error:
+        adapted("llama", rank=25)
+    assert error.value.code == "GC020"

@@ -1,0 +1,143 @@
+"""LoKr: the contract, how sides are split, and which factors are decomposed."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import graftc
+from graftc.passes.lokr import split
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
+from graftc.testing.compare import inputs_for
+from tests.families import tiny
+
+ROLES = ["attn.q", "attn.v", "ffn.down"]
+
+
+class TestLoKr(MethodContract):
+    """Layers of every family, with a decomposed and a full factor."""
+
+    adaptation: ClassVar[dict[str, Any]] = {"method": "lokr", "target": {"role": ROLES}, "rank": 2, "alpha": 3}
+    families = ("gpt2",)
+    perturbation = 0.2
+
+
+@pytest.mark.slow
+class TestEverywhere(TestLoKr):
+    """The same on the other families."""
+
+    families = ("bert", "gpt_neox", "llama", "roberta", "t5", "vit")
+
+
+@pytest.mark.slow
+class TestExperts(MethodContract):
+    """Factors for each expert, both of them decomposed."""
+
+    adaptation: ClassVar[dict[str, Any]] = {
+        "method": "lokr",
+        "target": {"role": ["attn.v", "experts"]},
+        "rank": 2,
+        "decompose_both": True,
+    }
+    families = ("mixtral",)
+    perturbation = 0.3
+
+
+@pytest.mark.slow
+class TestDeployed(DeploymentContract):
+    """Exports and compilation."""
+
+    adaptation: ClassVar[dict[str, Any]] = TestLoKr.adaptation
+    families = ("gpt_neox",)
+    perturbation = 0.2
+
+
+def adapted(family: str, **fields: Any) -> Any:
+    """A tiny model with LoKr on its feed-forward projections, in eval mode."""
+    entry = {"method": "lokr", "target": {"role": "ffn.down"}, "rank": 2, "alpha": 3, **fields}
+    return graftc.compile({"adapt": [entry]}, tiny(family)).eval()
+
+
+def parts(compiled: Any) -> dict[str, tuple[int, ...]]:
+    """Sizes of the first site's tensors by part."""
+    held = compiled.adapter_state_dict()
+    module = next(iter(held)).rpartition(".")[0]
+    return {n.rpartition(".")[2]: tuple(t.shape) for n, t in held.items() if n.startswith(f"{module}.")}
+
+
+@pytest.mark.parametrize(
+    ("size", "factor", "expected"),
+    [
+        (256, -1, (16, 16)),
+        (128, -1, (8, 16)),
+        (127, -1, (1, 127)),
+        (128, 4, (4, 32)),
+        (128, 32, (32, 4)),
+        (12, 5, (3, 4)),
+        (14, 5, (2, 7)),
+        (1, -1, (1, 1)),
+    ],
+)
+def test_split(size: int, factor: int, expected: tuple[int, int]) -> None:
+    """The factor where it divides, otherwise the largest divisor up to it and up to the root."""
+    assert split(size, factor) == expected
+
+
+def test_split_is_that_of_peft() -> None:
+    """For every side up to 300 and factors around the usual ones."""
+    layer = pytest.importorskip("peft.tuners.lokr.layer")
+    for size in range(1, 301):
+        for factor in (-1, 1, 2, 3, 4, 5, 7, 8, 12, 16, 20, 64):
+            assert split(size, factor) == layer.factorization(size, factor), (size, factor)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"C": (6, 8), "DB": (8, 2), "DA": (2, 10)}),
+        ({"rank": 5}, {"C": (6, 8), "D": (8, 10)}),
+        ({"decompose_both": True}, {"CB": (6, 2), "CA": (2, 8), "DB": (8, 2), "DA": (2, 10)}),
+        ({"factor": 4}, {"C": (4, 4), "DB": (12, 2), "DA": (2, 20)}),
+        ({"factor": 4, "decompose_both": True}, {"C": (4, 4), "DB": (12, 2), "DA": (2, 20)}),
+    ],
+)
+def test_tensors(fields: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> None:
+    """A factor is decomposed where the rank is under half of its larger side, C only if that is asked for."""
+    compiled = adapted("bert", **fields)
+    assert parts(compiled) == expected
+    zero = {name.rpartition(".")[2] for name, t in compiled.adapter_state_dict().items() if not t.any()}
+    assert zero == {"CB" if "CB" in expected else "C"}
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("both", [False, True])
+def test_update(family: str, both: bool) -> None:
+    """``W' - W`` is ``s kron(C, D)``."""
+    compiled = adapted(family, decompose_both=both)
+    tensors = {name: tensor.double() for name, tensor in perturb(compiled, 0.5).items()}
+    lazy = compiled.compilation.lazy_tensors()
+    name = next(iter(tensors)).partition(".graftc.")[0]
+    update = lazy.exact(f"{name}.weight") - compiled.compilation.store.get(f"{name}.weight").double()
+    own = {part: tensors[f"{name}.graftc.lokr.{part}"] for part in parts(compiled)}
+    small = own["CB"] @ own["CA"] if both else own["C"]
+    expected = 3 / 2 * torch.kron(small, own["DB"] @ own["DA"])
+    torch.testing.assert_close(update.T if family == "gpt2" else update, expected, rtol=0, atol=1e-13)
+
+
+def test_convolution() -> None:
+    """Patches of an image: what is split is the number of entries of a patch."""
+    compiled = adapted("vit", target={"modules": "**.patch_embeddings.projection"})
+    assert parts(compiled) == {"C": (6, 12), "DB": (8, 2), "DA": (2, 16)}
+    perturb(compiled, 0.5)
+    inputs = inputs_for(compiled)
+    assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("factor", [0, -2])
+def test_factor_is_checked(factor: int) -> None:
+    """-1 or a number that could divide."""
+    with pytest.raises(GraftError, match=rf"GC002.*factor is {factor}"):
+        adapted("bert", factor=factor)

@@ -1,0 +1,159 @@
+"""VeRA: the contract, the shared projections, and what trains beside them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
+from graftc.testing.compare import inputs_for
+from tests.families import tiny
+
+ROLES = ["attn.q", "attn.v", "ffn.down"]
+
+
+class TestVeRA(MethodContract):
+    """One pair of projections for layers of several sizes, with a rank over the smaller ones."""
+
+    adaptation: ClassVar[dict[str, Any]] = {"method": "vera", "target": {"role": ROLES}, "rank": 64, "dropout": 0.1}
+    families = ("gpt2",)
+
+
+@pytest.mark.slow
+class TestEverywhere(TestVeRA):
+    """The same on the other families."""
+
+    families = ("bert", "gpt_neox", "llama", "roberta", "t5", "vit")
+
+
+@pytest.mark.slow
+class TestBesideExperts(MethodContract):
+    """The attentions of a mixture of experts."""
+
+    adaptation: ClassVar[dict[str, Any]] = {"method": "vera", "target": {"role": "attn.{q,k,v}"}, "rank": 64}
+    families = ("mixtral",)
+
+
+@pytest.mark.slow
+class TestDeployed(DeploymentContract):
+    """Exports and compilation."""
+
+    adaptation: ClassVar[dict[str, Any]] = TestVeRA.adaptation
+    families = ("gpt2",)
+
+
+def adapted(model: nn.Module, **fields: Any) -> Any:
+    """``model`` with VeRA of rank 32, in eval mode."""
+    entry = {"method": "vera", "target": {"role": ROLES}, "rank": 32, **fields}
+    return graftc.compile({"adapt": [entry]}, model).eval()
+
+
+def test_tensors() -> None:
+    """A and B once, as large as the largest site, frozen; d and b for each site."""
+    compiled = adapted(tiny("llama"))
+    held = compiled.adapter_state_dict()
+    shared = {name: tuple(t.shape) for name, t in held.items() if name.startswith("graftc.")}
+    assert shared == {"graftc.vera.A": (32, 80), "graftc.vera.B": (48, 32)}
+    trainable = {name: t for name, t in compiled.named_parameters() if t.requires_grad}
+    assert set(trainable) == set(held) - set(shared)
+    own = {name.split(".", 3)[3]: tuple(t.shape) for name, t in trainable.items() if ".layers.1." in name}
+    assert own == {
+        **{f"self_attn.{m}_proj.graftc.vera.d": (32,) for m in "qv"},
+        **{"self_attn.q_proj.graftc.vera.b": (48,), "self_attn.v_proj.graftc.vera.b": (24,)},
+        **{"mlp.down_proj.graftc.vera.d": (32,), "mlp.down_proj.graftc.vera.b": (48,)},
+    }
+    report = compiled.report
+    assert report.trainable_parameters == 2 * (3 * 32 + 48 + 24 + 48)
+    assert report.deployed_parameters == report.trainable_parameters + 32 * 80 + 48 * 32
+
+
+def test_start() -> None:
+    """``d`` is 0.1, ``b`` is zero, A and B are uniform within Kaiming's bound, ``sqrt(6 / columns)``."""
+    held = adapted(tiny("bert"), rank=256).adapter_state_dict()
+    for name, tensor in held.items():
+        part = name.rpartition(".")[2]
+        if part in "db":
+            assert bool((tensor == (0.1 if part == "d" else 0)).all())
+            continue
+        bound = math.sqrt(6 / tensor.shape[1])
+        assert 0.99 * bound < tensor.abs().max() <= bound
+        assert abs(float(tensor.std()) - bound / math.sqrt(3)) < 0.02 * bound
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_update(family: str) -> None:
+    """``W' - W`` is ``diag(b) B diag(d) A`` of the shared matrices' first rows and columns."""
+    model = tiny(family)
+    compiled = adapted(model)
+    tensors = compiled.adapter_state_dict() | perturb(compiled, 0.3)
+    lazy = compiled.compilation.lazy_tensors()
+    name = {"bert": "bert.encoder.layer.1.output.dense", "gpt2": "transformer.h.1.mlp.c_proj"}.get(
+        family, "model.layers.1.self_attn.v_proj"
+    )
+    update = lazy.exact(f"{name}.weight") - model.get_parameter(f"{name}.weight").detach().double()
+    update = update.T if family == "gpt2" else update
+    a, b = (tensors[f"graftc.vera.{part}"].double() for part in "AB")
+    d, c = (tensors[f"{name}.graftc.vera.{part}"].double() for part in "db")
+    rows, columns = update.shape
+    torch.testing.assert_close(update, c.diag() @ b[:rows] @ d.diag() @ a[:, :columns], rtol=0, atol=1e-13)
+
+
+def test_projection_seed() -> None:
+    """It draws A and B whatever the compilation's seed and the adaptation's name are."""
+    entry = {"method": "vera", "target": {"role": ROLES}, "rank": 32}
+
+    def projections(seed: int, **fields: Any) -> list[Tensor]:
+        spec = {"adapt": [{**entry, **fields}]}
+        held = graftc.compile(spec, tiny("bert"), seed=seed).adapter_state_dict()
+        return [tensor for name, tensor in sorted(held.items()) if name.startswith("graftc.")]
+
+    one = projections(0, projection_seed=5)
+    assert same_bits(one, projections(1, projection_seed=5, name="other"))
+    assert not same_bits(one, projections(0, projection_seed=6))
+    assert not same_bits(projections(0), projections(1))
+    assert not torch.equal(one[0].flatten()[:100], one[1].flatten()[:100])
+
+
+def test_other_signatures_share_the_projections() -> None:
+    """A second graph reads the same A and B."""
+    compiled = adapted(tiny("bert"))
+    perturb(compiled, 0.3)
+    inputs = inputs_for(compiled)
+    other = {**inputs, "position_ids": torch.arange(9).expand(5, 9)}
+    assert largest_difference(outputs_of(compiled, inputs), outputs_of(compiled, other)) <= 1e-6
+    assert len(compiled.compilation.families) == 2
+    assert sum(name.startswith("graftc.") for name in compiled.adapter_state_dict()) == 2
+
+
+def test_artifact(tmp_path: Path) -> None:
+    """A and B are kept with the adapters."""
+    compiled = adapted(tiny("bert"))
+    perturb(compiled, 0.3)
+    compiled.save(tmp_path / "kept")
+    loaded = graftc.load(tmp_path / "kept", tiny("bert"))
+    inputs = inputs_for(compiled)
+    assert same_bits(outputs_of(loaded, inputs), outputs_of(compiled, inputs))
+
+
+def test_no_gradient_at_zero() -> None:
+    """Neither vector would learn if both were zero at first."""
+    with pytest.raises(GraftError, match=r"GC002.*d_initial is 0"):
+        adapted(tiny("bert"), d_initial=0.0)
+
+
+@pytest.mark.slow
+def test_published_count() -> None:
+    """RoBERTa-base on queries and values at rank 1024: 24 (1024 + 768) = 43,008, 0.043M in the paper's table."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    with torch.device("meta"):
+        model = RobertaForSequenceClassification(RobertaConfig())
+    spec = {"adapt": [{"method": "vera", "target": {"role": "attn.{q,v}"}, "rank": 1024}]}
+    assert graftc.check(spec, model).trainable_parameters == 43_008

@@ -1,0 +1,162 @@
+"""The same adaptation here and in peft: the same tensors in both, then outputs, gradients and merged weights.
+
+A method needs one `Names` (what peft calls its tensors) and a `Case` per family; see ``test_peft.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.passes.core.store import RESERVED
+from graftc.runtime.compiled import Compiled
+from graftc.testing.compare import SHAPES, flat, inputs_for, largest_difference, outputs_of
+from graftc.testing.perturb import perturb
+from tests.families import tiny
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Names:
+    """What peft calls the tensors of a method. A tensor that differs in shape only is reshaped.
+
+    Attributes:
+        parts: by part, what stands behind a module's path: ``{"A": "lora_A.default.weight"}``.
+        shared: by part, the whole name of a tensor of the adaptation: ``{"A": "base_model.vera_A.default"}``.
+    """
+
+    parts: Mapping[str, str]
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, name: str) -> str:
+        """Peft's name for a tensor of ours."""
+        module, _, rest = f".{name}".partition(f".{RESERVED}.")
+        part = rest.rpartition(".")[2]
+        return f"base_model.model{module}.{self.parts[part]}" if module else self.shared[part]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one family, in both libraries.
+
+    Attributes:
+        family: a key of `tests.families.FAMILIES`.
+        adaptation: an entry of a spec's ``adapt``.
+        config: makes peft's config, called with the imported package.
+        names: of the tensors.
+        noise: standard deviation of what is added to every trainable tensor.
+    """
+
+    family: str
+    adaptation: Mapping[str, Any]
+    config: Callable[[Any], Any]
+    names: Names
+    noise: float = 0.1
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both models with the same tensors, in eval mode.
+
+    Attributes:
+        ours, theirs: the adapted models; each has a copy of the base of its own.
+        base: the model that both adapt.
+        tensors: peft's trained tensor for each of ours, by our name.
+    """
+
+    ours: Compiled
+    theirs: nn.Module
+    base: nn.Module
+    tensors: Mapping[str, Tensor]
+
+    def outputs(self) -> float:
+        """The largest difference of outputs, at three shapes; the adaptation is seen to have an effect."""
+        found = 0.0
+        for sizes in SHAPES:
+            inputs = inputs_for(self.ours, sizes)
+            ours = outputs_of(self.ours, inputs)
+            assert largest_difference(ours, outputs_of(self.base, inputs)) > 1e-3, "the tensors have no effect"
+            found = max(found, largest_difference(ours, outputs_of(self.theirs, inputs)))
+        return found
+
+    def gradients(self) -> float:
+        """The largest difference of a trained tensor's gradients, over its largest gradient or 1."""
+        inputs, mine = inputs_for(self.ours), dict(self.ours.named_parameters())
+        for model in (self.ours, self.theirs):
+            model.zero_grad()
+            generator = torch.Generator().manual_seed(0)
+            leaves = [leaf for leaf in flat(model(**inputs)) if leaf.requires_grad]
+            sum((leaf * torch.randn(leaf.shape, generator=generator)).sum() for leaf in leaves).backward()
+        worst = 0.0
+        for name, other in self.tensors.items():
+            a, b = mine[name].grad, other.grad
+            assert a is not None and b is not None, name
+            assert bool(a.any()), f"{name} has no gradient"
+            worst = max(worst, float((a - b.reshape(a.shape)).abs().max() / a.abs().max().clamp_min(1)))
+        return worst
+
+    def merged(self) -> float:
+        """The largest difference of outputs when both are merged. Peft's model is no longer adapted after that."""
+        ours, theirs = self.ours.merge().to_transformers(), self.theirs.merge_and_unload()  # type: ignore[operator]
+        calls = [inputs_for(self.ours, sizes) for sizes in SHAPES]
+        return max(largest_difference(outputs_of(ours, i), outputs_of(theirs, i)) for i in calls)
+
+
+def pair(case: Case) -> Pair:
+    """Adapt one tiny model with both libraries and give peft our tensors, every one of them perturbed.
+
+    Raises:
+        AssertionError: the two do not adapt the same places with tensors of the same sizes.
+    """
+    peft = pytest.importorskip("peft")
+    base = tiny(case.family)
+    ours = graftc.compile({"adapt": [dict(case.adaptation)]}, copy.deepcopy(base)).eval()
+    perturb(ours, case.noise)
+    theirs = peft.get_peft_model(copy.deepcopy(base), case.config(peft)).eval()
+    held = tensors_of(theirs)
+    trained = {name for name, tensor in theirs.named_parameters() if tensor.requires_grad}
+    mine = dict(ours.named_parameters())
+    found: dict[str, Tensor] = {}
+    for name, tensor in ours.adapter_state_dict().items():
+        theirs_name = case.names.of(name)
+        other = held[theirs_name]
+        assert other.numel() == tensor.numel(), f"{name} is {list(tensor.shape)}, peft's is {list(other.shape)}"
+        with torch.no_grad():
+            other.copy_(tensor.reshape(other.shape))
+        if mine[name].requires_grad:
+            found[name] = other
+            trained.remove(theirs_name)
+    assert not trained, f"peft trains more: {sorted(trained)[:4]}"
+    return Pair(ours, theirs, base, found)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by every name that they have."""
+    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return {name: tensor for found in named for name, tensor in found}
+
+
+def check(case: Case, tolerance: float = TOLERANCE) -> dict[str, float]:
+    """Outputs, gradients and merged outputs of both agree; returns the largest difference of each.
+
+    Raises:
+        AssertionError: they do not, to ``tolerance``.
+    """
+    made = pair(case)
+    differences = {"outputs": made.outputs(), "gradients": made.gradients(), "merged outputs": made.merged()}
+    for name, value in differences.items():
+        assert value <= tolerance, f"{name} differ by {value:.2e} from peft's"
+    return differences
+
+
+def globs(modules: list[str]) -> dict[str, Any]:
+    """A target that matches what peft's list of suffixes matches."""
+    return {"modules": [f"**.{name}" for name in modules]}

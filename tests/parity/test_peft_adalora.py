@@ -1,0 +1,156 @@
+"""AdaLoRA against the installed peft: outputs, the objective, importance and the budget, step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftc
+from graftc.passes.adalora import Budget
+from graftc.testing import largest_difference, perturb
+from graftc.testing.compare import SHAPES, flat, inputs_for, outputs_of
+from tests.families import tiny
+
+peft = pytest.importorskip("peft")
+MODULES = {
+    "bert": ["query", "value", "output.dense"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "t5": ["q", "v", "wo"],
+    "vit": ["q_proj", "v_proj", "fc2"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+}
+RANK, TARGET, ALPHA, WEIGHT, TOTAL, FINAL = 5, 2, 7, 0.4, 9, 2
+
+
+def ours(family: str) -> Any:
+    """Adapted by graftc, the tensors perturbed."""
+    entry = {
+        "method": "adalora",
+        "target": {"modules": [f"**.{name}" for name in MODULES[family]]},
+        "rank": RANK,
+        "target_rank": TARGET,
+        "alpha": ALPHA,
+        "orthogonality": WEIGHT,
+        "warmup_steps": 1,
+        "final_steps": FINAL,
+        "interval": 2,
+        "total_steps": TOTAL,
+        "beta1": 0.8,
+        "beta2": 0.7,
+    }
+    compiled = graftc.compile({"adapt": [entry]}, tiny(family)).eval()
+    perturb(compiled, 0.2)
+    return compiled
+
+
+def theirs(family: str, compiled: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The same in peft with the same tensors, and peft's parameter for each of ours."""
+    config = peft.AdaLoraConfig(
+        init_r=RANK,
+        target_r=TARGET,
+        lora_alpha=ALPHA,
+        target_modules=MODULES[family],
+        orth_reg_weight=WEIGHT,
+        tinit=1,
+        tfinal=FINAL,
+        deltaT=2,
+        total_step=TOTAL,
+        beta1=0.8,
+        beta2=0.7,
+        fan_in_fan_out=family == "gpt2",
+    )
+    other = peft.get_peft_model(tiny(family), config).eval()
+    parameters = dict(other.named_parameters())
+    pairs: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, tensor in compiled.named_parameters():
+            if tensor.requires_grad:
+                module, _, part = name.partition(".graftc.adalora.")
+                pairs[name] = parameters[f"base_model.model.{module}.lora_{part}.default"]
+                pairs[name].copy_(tensor.reshape(pairs[name].shape))
+    assert len(pairs) == sum(parameter.requires_grad for parameter in other.parameters())
+    return other, pairs
+
+
+def allocator_of(other: Any) -> Any:
+    """Peft's controller."""
+    return other.base_model.rankallocator
+
+
+@pytest.mark.parametrize("family", MODULES)
+def test_outputs_and_objective(family: str) -> None:
+    """Logits at three shapes, merged too; the objective is what peft adds to a loss."""
+    compiled = ours(family)
+    other, _ = theirs(family, compiled)
+    calls = [inputs_for(compiled, sizes) for sizes in SHAPES]
+    for inputs in calls:
+        assert largest_difference(outputs_of(compiled, inputs), outputs_of(other, inputs)) <= 1e-5
+    inputs = calls[0]
+    labels = torch.arange(5) % 3 if family in ("bert", "vit") else inputs.get("decoder_input_ids", inputs["input_ids"])
+    with torch.no_grad():
+        # Without a task type, the model around `base_model` passes by the forward that adds the term.
+        added = other.base_model(**inputs, labels=labels).loss - compiled(**inputs, labels=labels).loss
+    assert abs(float(added) - compiled.extra_loss().item()) <= 1e-5
+    merged = compiled.merge()
+    whole = other.merge_and_unload()
+    for inputs in calls:
+        assert largest_difference(outputs_of(merged, inputs), outputs_of(whole, inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", MODULES)
+def test_importance_budget_and_masks(family: str) -> None:
+    """A whole training of plain SGD on both sides: averages, budgets, masks and tensors agree after every step."""
+    compiled = ours(family)
+    other, pairs = theirs(family, compiled)
+    mine = {name: p for name, p in compiled.named_parameters() if p.requires_grad}
+    optimisers = [torch.optim.SGD(list(ps.values()), lr=1e-3) for ps in (mine, pairs)]
+    budget = compiled._steering.controllers["adalora"]
+    assert isinstance(budget, Budget)
+    left = []
+    for number in range(1, TOTAL + 1):
+        inputs = inputs_for(compiled, seed=number)
+        for model, extra in ((compiled, compiled.extra_loss()), (other, peft_objective(other))):
+            leaves = [leaf for leaf in flat(model(**inputs)) if leaf.is_floating_point()]
+            generator = torch.Generator().manual_seed(number)
+            loss = sum((leaf * torch.randn(leaf.shape, generator=generator)).sum() for leaf in leaves)
+            (1e-3 * loss + extra).backward()
+        for optimiser in optimisers:
+            optimiser.step()
+        compiled.after_step()
+        other.base_model.update_and_allocate(number)
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        assert budget.budget(number) == allocator_of(other).budget_schedule(number)[0]
+        for name, tensor in mine.items():
+            found = tensor.detach()
+            torch.testing.assert_close(found, pairs[name].reshape(found.shape), rtol=1e-5, atol=1e-5, msg=name)
+            assert torch.equal(found == 0, pairs[name].reshape(found.shape) == 0), f"{name} after step {number}"
+        if number < TOTAL - FINAL:
+            compare_importance(compiled, pairs, other)
+        left.append(sum(int((t != 0).sum()) for name, t in mine.items() if name.endswith(".E")))
+    assert left[-1] == budget.target < left[0]
+
+
+def peft_objective(other: Any) -> Tensor:
+    """The term that peft adds inside a forward with labels, which not every call here has."""
+    total, count = torch.zeros(()), 0
+    for name, parameter in other.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+            total, count = total + torch.norm(gram - torch.eye(len(gram)), p="fro"), count + 1
+    return WEIGHT * total / count
+
+
+def compare_importance(compiled: Any, pairs: dict[str, Tensor], other: Any) -> None:
+    """Both moving averages of every parameter, to 1e-5."""
+    names = {id(parameter): name for name, parameter in other.base_model.model.named_parameters()}
+    allocator, state = allocator_of(other), compiled.adapter_state_dict()
+    for name, parameter in pairs.items():
+        for kind, averages in (("sensitivity", allocator.exp_avg_ipt), ("uncertainty", allocator.exp_avg_unc)):
+            found = state[f"{name}_{kind}"]
+            expected = averages[names[id(parameter)]].reshape(found.shape)
+            assert float((found - expected).abs().max()) <= 1e-5, f"{name}_{kind}"

@@ -1,0 +1,115 @@
+"""Published counts of trainable parameters, from configs alone on the meta device.
+
+Rows are those of the table of published figures: the exact integers are derived from the architecture, and the figure
+that a paper shows is a display check beside it (``shown``, with its unit) where the two agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import graftc
+
+ROBERTA_LARGE = (
+    *("RobertaForSequenceClassification", "RobertaConfig"),
+    {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "vocab_size": 50265,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+    },
+)
+BERT_BASE = ("BertForSequenceClassification", "BertConfig", {})
+GPT2_MEDIUM = ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 1024, "n_layer": 24, "n_head": 16})
+GPT2_LARGE = ("GPT2LMHeadModel", "GPT2Config", {"n_embd": 1280, "n_layer": 36, "n_head": 20})
+LLAMA_7B = ("LlamaForCausalLM", "LlamaConfig", {})
+LLAMA_13B = (
+    *("LlamaForCausalLM", "LlamaConfig"),
+    {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+)
+LLAMA3_8B = (
+    *("LlamaForCausalLM", "LlamaConfig"),
+    {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
+)
+
+QV = ["attn.q", "attn.v"]
+FIVE = ["attn.q", "attn.k", "attn.v", "ffn.up", "ffn.down"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        number: of the row; a letter tells variants of one row apart.
+        model: class, config class and its values.
+        method, roles, rank: the adaptation.
+        trainable: exactly.
+        shown: the figure as published: millions, or a percentage of base plus added; None where it is not derivable.
+    """
+
+    number: str
+    model: tuple[str, str, dict[str, Any]]
+    method: str
+    roles: list[str]
+    rank: int
+    trainable: int
+    shown: str | None
+
+
+ROWS = (
+    Row("11", ROBERTA_LARGE, "lora", QV, 8, 786_432, "0.8M"),
+    Row("17", BERT_BASE, "lora", QV, 8, 294_912, "0.3M"),
+    Row("27", GPT2_MEDIUM, "lora", QV, 4, 393_216, None),  # published as 0.35M, which is 0.1 % of the model
+    Row("32", GPT2_LARGE, "lora", QV, 4, 737_280, None),  # published as 0.77M, likewise
+    Row("39", LLAMA_7B, "lora", FIVE, 32, 56_098_816, "0.83%"),
+    Row("40", LLAMA_13B, "lora", FIVE, 32, 87_818_240, "0.67%"),
+    Row("41", LLAMA_7B, "lora", FIVE, 32, 56_098_816, "0.83%"),  # LLaMA 2 has the shapes of LLaMA
+    Row("42", LLAMA3_8B, "lora", FIVE, 32, 56_623_104, "0.70%"),
+    Row("43", LLAMA_7B, "dora", FIVE, 32, 56_975_360, "0.84%"),
+    Row("43b", LLAMA_7B, "dora", FIVE, 16, 28_925_952, "0.43%"),
+    Row("44", LLAMA_13B, "dora", FIVE, 32, 89_190_400, "0.68%"),
+    Row("44b", LLAMA_13B, "dora", FIVE, 16, 45_281_280, "0.35%"),
+    Row("45", LLAMA3_8B, "dora", FIVE, 32, 57_409_536, "0.71%"),
+    Row("46", LLAMA3_8B, "dora", FIVE, 16, 29_097_984, None),  # published as 0.35 %, which leaves magnitudes out
+)
+
+
+@cache
+def _model(name: str, config: str, values: tuple[tuple[str, Any], ...]) -> nn.Module:
+    with torch.device("meta"):
+        made: nn.Module = getattr(transformers, name)(getattr(transformers, config)(**dict(values)))
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"row {row.number}")
+def test_a_published_row(row: Row) -> None:
+    name, config, values = row.model
+    entry = {"method": row.method, "target": {"role": row.roles}, "rank": row.rank}
+    report = graftc.check({"adapt": [entry]}, _model(name, config, tuple(values.items())))
+    assert report.trainable_parameters == report.deployed_parameters == row.trainable
+    if row.shown is not None and row.shown.endswith("%"):
+        assert f"{report.percent:.2f}%" == row.shown
+    elif row.shown is not None:
+        assert f"{report.trainable_parameters / 1e6:.1f}M" == row.shown
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [(LLAMA_7B, 6_738_415_616), (LLAMA_13B, 13_015_864_320), (LLAMA3_8B, 8_030_261_248), (GPT2_LARGE, 774_030_080)],
+    ids=["7B", "13B", "3-8B", "GPT-2 large"],
+)
+def test_bases_are_the_published_ones(model: tuple[str, str, dict[str, Any]], size: int) -> None:
+    name, config, values = model
+    assert sum(p.numel() for p in _model(name, config, tuple(values.items())).parameters()) == size
