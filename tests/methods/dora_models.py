@@ -1,0 +1,86 @@
+"""Models with DoRA, and its formula written out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.testing.compare import flat
+
+ROLES = ["attn.q", "attn.v", "ffn.down"]
+
+
+def roles_of(family: str) -> list[str]:
+    """All of Mixtral's feed-forward layers are experts."""
+    return ["attn.q", "attn.v", "experts"] if family == "mixtral" else ROLES
+
+
+def adapted(model: nn.Module, role: Any = ROLES, **fields: Any) -> Any:
+    """``model`` with DoRA of rank 4 on ``role``, in eval mode."""
+    entry = {"method": "dora", "target": {"role": role}, "rank": 4, "alpha": 6, **fields}
+    return graftc.compile({"adapt": [entry]}, model).eval()
+
+
+def trainable(compiled: Any) -> dict[str, Tensor]:
+    """Trainable tensors by name."""
+    return {name: tensor for name, tensor in compiled.named_parameters() if tensor.requires_grad}
+
+
+def exact(compiled: Any, name: str) -> Tensor:
+    """A folded base tensor in float64, before rounding."""
+    found: Tensor = compiled.compilation.lazy_tensors().exact(name)
+    return found
+
+
+def written_out(weight: Tensor, own: Mapping[str, Tensor], scaling: float, detached: bool) -> Tensor:
+    """``m V / |V|``, as it stands in the paper."""
+    direction = weight + scaling * own["B"] @ own["A"] if "A" in own else weight
+    norm = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+    return own["m"].unsqueeze(-1) * direction / (norm.detach() if detached else norm)
+
+
+def reference(
+    compiled: Any, model: nn.Module, tensors: Mapping[str, Tensor], inputs: Mapping[str, Any]
+) -> list[Tensor]:
+    """Outputs of the source model with every adapted weight written out, differentiable in ``tensors``."""
+    compilation = compiled.compilation
+    weights: dict[str, Tensor] = {}
+    for resolved in compilation.main.resolved:
+        for site, spec in resolved.places:
+            names = compilation.parts[resolved.name][site.key]
+            own = {part: tensors[name] for part, name in names.items()}
+            stored = weights.get(site.use.weight, model.get_parameter(site.use.weight).detach())
+            oriented = site.use.layout.orient(stored)
+            rows = written_out(site.rows.take(oriented, -2), own, spec.scaling, spec.norm_gradient == "detached")
+            weights[site.use.weight] = site.use.layout.restore(site.rows.put(oriented, rows, -2), stored.shape)
+    found = torch.func.functional_call(model, weights, kwargs=dict(inputs))
+    return [leaf for leaf in flat(found) if leaf.is_floating_point()]
+
+
+def losses(leaves: list[Tensor]) -> Tensor:
+    """One number that every output takes part in."""
+    generator = torch.Generator().manual_seed(3)
+    return sum(((leaf * torch.randn(leaf.shape, generator=generator)).sum() for leaf in leaves), torch.zeros(()))
+
+
+class Line(nn.Module):
+    """One linear map with nothing around it."""
+
+    def __init__(self, into: int = 8, out: int = 6, dtype: torch.dtype = torch.float32, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.map = nn.Linear(into, out, dtype=dtype, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, in]`` to ``[batch, out]``."""
+        return self.map(x)
+
+
+def on_line(line: Line, **fields: Any) -> Any:
+    """DoRA on the one map."""
+    spec = {"adapt": [{"method": "dora", "target": {"modules": "map"}, **fields}]}
+    return graftc.compile(spec, line, {"x": torch.ones(2, line.map.in_features, dtype=line.map.weight.dtype)})
