@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.folds import Fold, WeightFold
+from graftc.passes.core.lowrank import gated
 from graftc.passes.core.method import Method
 from graftc.passes.core.sites import LinearSite, Site
 from graftc.specs.vera import VeRA
@@ -56,7 +57,8 @@ class VeRAMethod(Method[VeRA]):
         b = build.parameter("b", (site.out_features,), _constant(0), dtype=site.dtype)
         down = build.call(aten.slice.Tensor, shared.a, 1, 0, site.in_features, part="own columns")
         up = build.call(aten.slice.Tensor, shared.b, 0, 0, site.out_features, part="own rows")
-        delta = build.low_rank(site, build.dropout(build.input(site), spec.dropout), down, up, d)
+        x = build.dropout(build.input(site), spec.dropout)
+        delta = build.low_rank(site, x, *gated(build, site, down, up, d))
         build.add(site, build.call(aten.mul.Tensor, delta, b, part="b"))
 
     def fold(self, spec: VeRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:

@@ -51,9 +51,8 @@ class Builder(TensorBuilder):
         """``weight: [..., k, in]`` applied to ``x`` as the site applies its own weight: ``[..., k]``."""
         return site.use.map(self.call, x, weight, part)
 
-    def low_rank(self, site: LinearSite, x: fx.Node, a: fx.Node, b: fx.Node, scale: float | fx.Node = 1) -> fx.Node:
-        """``b scale a x`` for ``a: [..., rank, in]`` and ``b: [..., rows, rank]``, as ``[..., rows]``; ``scale`` is a
-        number or a vector of ``rank`` elements."""
+    def low_rank(self, site: LinearSite, x: fx.Node, a: fx.Node, b: fx.Node, scale: float = 1) -> fx.Node:
+        """``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., rows, rank]``, as ``[..., rows]``."""
         columns = site.columns
         if columns.whole or not site.use.grouped:
             return site.use.low_rank(self.call, x, a, b, scale)

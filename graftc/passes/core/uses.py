@@ -90,8 +90,8 @@ class Use(ABC):
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
         """``weight: [..., k, in]`` applied to ``x`` as the use applies its own: ``[..., k]``, columns last."""
 
-    def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float | fx.Node) -> fx.Node:
-        """``b scale a x`` for ``a: [..., rank, in]`` and ``b: [..., k, rank]``, as ``[..., k]``."""
+    def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
+        """``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., k, rank]``, as ``[..., k]``."""
         hidden = _scaled(call, self.map(call, x, a, "down"), scale)
         return self.widen(call, hidden, b)
 
@@ -187,7 +187,7 @@ class Kernel(Use):
         found = call(self.node.target, x, kernel, None, *self.node.args[3:], part=part)
         return self.columns_last(call, found)
 
-    def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float | fx.Node) -> fx.Node:
+    def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
         """See `Use.low_rank`. With groups the factors are multiplied first: they meet every group alike."""
         if self.groups == 1:
             return super().low_rank(call, x, a, b, scale)
@@ -307,7 +307,7 @@ class Lookup(Use):
         return {self.input: torch.randperm(self.in_features, generator=generator)[:count].reshape(*shape, -1)}
 
 
-def _scaled(call: Call, node: fx.Node, scale: float | fx.Node) -> fx.Node:
+def _scaled(call: Call, node: fx.Node, scale: float) -> fx.Node:
     return node if scale == 1 else call(aten.mul.Tensor, node, scale, part="scale")
 
 
