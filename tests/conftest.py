@@ -22,7 +22,7 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["GRAFTC_CACHE"],
 # Workers of pytest-xdist inherit the width of the terminal, which tables would be fitted to.
 os.environ.pop("COLUMNS", None)
 
-QUICK_FAMILIES = frozenset({"bert", "gpt2", "llama"})
+QUICK_FAMILIES = frozenset({"bert", "gpt2"})
 """What runs once for each family is quick on these, and on its first family where it has none of them."""
 
 

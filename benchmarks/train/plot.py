@@ -54,23 +54,26 @@ def plot(data: Mapping[str, Any], paths: Sequence[Path]) -> None:
         figure, (left, right) = pyplot.subplots(
             1, 2, figsize=(10.5, height), sharey=True, layout="constrained", width_ratios=[1.25, 1]
         )
-        for name, at in placed:
-            _time(left, entries[name], at)
-            _bytes(right, entries, name, at)
         left.set_yticks([at for _, at in placed], [name for name, _ in placed])
         left.set_ylim(placed[-1][1] + 0.75, -0.75)
         left.axvline(1, color=COLOURS["torch"], linewidth=0.8, zorder=3)
-        left.set_title("step over the floor (frozen base)", loc="left", fontsize=10)
+        left.set_title("time of a step over the floor (frozen base)", loc="left", fontsize=10)
         right.set_title("saved for the backward pass, MB", loc="left", fontsize=10)
-        left.set_xlim(0.8, 1.08 * max([1.2, *(_reach(entry) for entry in entries.values())]))
+        reach = [edge for entry in entries.values() for edge in _edges(entry)]
+        low, high = min([1.0, *reach]), max([1.2, *reach])
+        margin = 0.1 * (high - low)
+        left.set_xlim(low - margin / 2 if low < 1 else 1, high + margin)
         right.set_xlim(0, 1.14 * max(entry["saved_bytes"] for entry in entries.values()) / 1e6)
+        for name, at in placed:
+            _time(left, entries, name, at)
+            _bytes(right, entries, name, at)
         for axes in (left, right):
             axes.spines[["top", "right", "left"]].set_visible(False)
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="x", color="#e4e6e8", linewidth=0.7)
             axes.set_axisbelow(True)
         legend: list[Any] = [Patch(color=COLOURS[library], label=library) for library in ("peft", "graftc")]
-        legend.append(Line2D([], [], color=AIM, linewidth=2, label="aim: at most"))
+        legend.append(Line2D([], [], color=AIM, linewidth=2, label="aim (at most)"))
         figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)
         for path in paths:
             metadata = {"Date": None} if path.suffix == ".svg" else {}
@@ -78,31 +81,43 @@ def plot(data: Mapping[str, Any], paths: Sequence[Path]) -> None:
         pyplot.close(figure)
 
 
-def _reach(entry: Mapping[str, Any]) -> float:
-    """How far to the right a bar and its whisker go."""
-    return float(max(entry["over_floor"] or 0, *(entry["over_floor_quartiles"] or [0])))
+def _edges(entry: Mapping[str, Any]) -> list[float]:
+    """How far a bar and its whisker go to both sides."""
+    value = entry["over_floor"]
+    return [] if value is None else [value, *(entry["over_floor_quartiles"] or ())]
 
 
-def _time(axes: Any, entry: Mapping[str, Any], at: float) -> None:
+def _time(axes: Any, entries: Mapping[str, Any], name: str, at: float) -> None:
+    """A bar from the floor on: its length is what the adapters cost."""
+    entry = entries[name]
     value = entry["over_floor"]
     if value is None:
         return
-    axes.barh(at, value - 0.8, left=0.8, height=BAR, color=COLOURS[entry["library"]])
+    axes.barh(at, value - 1, left=1, height=BAR, color=COLOURS[entry["library"]])
     low, high = entry["over_floor_quartiles"] or (value, value)
-    axes.plot([low, high], [at, at], color="#222222", linewidth=0.9, solid_capstyle="butt")
     if entry["library"] != "torch":
-        axes.annotate(f"{value:.2f}", (max(value, high), at), (4, 0), textcoords="offset points", va="center")
-    aim = entry["aims"]["over_floor"]
-    if aim is not None:
-        axes.plot([aim, aim], [at - BAR / 2, at + BAR / 2], color=AIM, linewidth=2, solid_capstyle="butt", zorder=4)
+        axes.plot([low, high], [at, at], color="#222222", linewidth=0.9, solid_capstyle="butt", zorder=5)
+    aims = [entry["aims"]["over_floor"]]
+    aim, peer = entry["aims"]["over_peer"], entries.get(entry["peer"] or "")
+    if aim is not None and peer is not None and peer["over_floor"] is not None:
+        aims.append(aim * peer["over_floor"])
+    _label(axes, f"{value:.2f}", max(value, high, 1), at, [limit for limit in aims if limit is not None])
 
 
 def _bytes(axes: Any, entries: Mapping[str, Any], name: str, at: float) -> None:
     entry = entries[name]
     value = entry["saved_bytes"] / 1e6
     axes.barh(at, value, height=BAR, color=COLOURS[entry["library"]])
-    axes.annotate(f"{value:.0f}", (value, at), (4, 0), textcoords="offset points", va="center")
-    aim = entry["aims"]["saved_of_peer"]
-    if aim is not None and entry["peer"] in entries:
-        limit = aim * entries[entry["peer"]]["saved_bytes"] / 1e6
+    aim, peer = entry["aims"]["saved_of_peer"], entries.get(entry["peer"] or "")
+    limits = [aim * peer["saved_bytes"] / 1e6] if aim is not None and peer is not None else []
+    _label(axes, f"{value:.0f}", value, at, limits)
+
+
+def _label(axes: Any, text: str, end: float, at: float, aims: Sequence[float]) -> None:
+    """Marks for the aims, and the figure behind what ends at ``end``: behind a mark that would be under it, too."""
+    low, high = axes.get_xlim()
+    for limit in aims:
         axes.plot([limit] * 2, [at - BAR / 2, at + BAR / 2], color=AIM, linewidth=2, solid_capstyle="butt", zorder=4)
+        if end <= limit < end + 0.09 * (high - low):
+            end = limit
+    axes.annotate(text, (end, at), (5, 0), textcoords="offset points", va="center")

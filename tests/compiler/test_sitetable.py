@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import graftc
+from graftc.compiler.cache import captured
 from graftc.compiler.capture import capture
+from graftc.compiler.defaults import default_axes
 from graftc.compiler.sitetable import SiteTable
 from graftc.compiler.structure import find_structure
 from graftc.passes.core.sites import (
@@ -29,7 +31,7 @@ from tests.wide import FAMILIES
 def table(model: torch.nn.Module) -> SiteTable:
     """The sites of a model's usual signature."""
     store = Store.mirror(model)
-    found = capture(model, canonical=store.aliases)
+    found = captured(model, default_axes(model), canonical=store.aliases)
     structure = find_structure(found.program.graph, found.constants)
     return SiteTable(found.program, store, structure, dict(model.named_modules()))
 
@@ -105,6 +107,7 @@ def test_same_places_in_eval_mode(family: str) -> None:
         assert [site.key for site in other.same(sites[0])][: len(sites)] == [site.key for site in sites]
 
 
+@pytest.mark.slow
 def test_a_place_that_another_signature_does_not_read() -> None:
     """LoRA on the table, then embeddings instead of tokens: refused, naming adaptation and place."""
     model = tiny("llama")

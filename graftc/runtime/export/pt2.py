@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,32 +35,27 @@ def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[
         raise GraftError("GC060", f"torch.export failed: {reason(error)}") from error
 
     def write(path: Path) -> None:
-        with warnings.catch_warnings(), _Enduring(path) as file:
+        _reserve(path, module)
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.export.save(program, file, extra_files=dict(metadata))
+            torch.export.save(program, path, extra_files=dict(metadata))
 
     return write
 
 
-class _Enduring(io.FileIO):
-    """A file that keeps its first error for the end: torch's writer ends the process when a write fails."""
+def _reserve(path: Path, module: ExportModule) -> None:
+    """See that there is room: torch's writer ends the process when a disk is full.
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "w")
-        self._error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write all of ``data``, or nothing more once the system has refused some."""
-        rest = memoryview(data).cast("B")
-        size = len(rest)
-        try:
-            while self._error is None and rest:
-                rest = rest[super().write(rest) :]
-        except OSError as error:
-            self._error = error
-        return size
-
-    def __exit__(self, *failure: Any) -> None:
-        super().__exit__(*failure)
-        if self._error is not None:
-            raise self._error
+    Raises:
+        OSError: there is none.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    weights = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    room = int(1.05 * weights) + 4096 * len(module.program.graph.nodes) + 2**20
+    probe = path.with_name(f"{path.name}.room")
+    try:
+        with probe.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, room)
+    finally:
+        probe.unlink(missing_ok=True)
