@@ -160,7 +160,7 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
     "sequences": (lambda: families.tiny("t5"), {"labels": text(3, 5)["input_ids"]}),
     "images": (lambda: families.tiny("vit"), {"labels": torch.tensor([0, 2, 1]), **images()}),
 }
-QUICK = ("classes", "causal", "images")
+QUICK = ("causal", "images")
 
 
 @pytest.mark.parametrize("name", [pytest.param(h, marks=() if h in QUICK else pytest.mark.slow) for h in HEADS])
