@@ -47,7 +47,7 @@ demo: setup ## the whole path on a real model and real data (QUICK=1: under 2 mi
 test: lint wheel ## linters, types, layers, the wheel, and the tests
 	$(PYTEST) -m "not full and not gpu" $(ARGS)
 
-test-fast: setup ## the quick tests only, under 2 minutes
+test-fast: setup ## the quick tests only (some minutes)
 	$(PYTEST) -m "not slow and not full and not gpu" $(ARGS)
 
 test-full: lint wheel ## every test that needs no GPU, the full product of methods and families too

@@ -18,10 +18,10 @@ FITTING = {
     "classifier": {"bert": 4, "vit": 4},
     "cross_attention": {"t5": 10},
     "experts": {"mixtral": 8},
-    "ia3": {"bert": 6, "gpt2": 6, "llama": 6, "t5": 16},
+    "ia3": {"bert": 6, "gpt2": 6, "llama": 6, "t5": 16, "vit": 6},
     "layer_ranks": {"bert": 8, "gpt2": 8, "vit": 8},
     "new_tokens": {"gpt2": 4, "llama": 4},
-    "norms": {"bert": 5},
+    "norms": {"bert": 5, "vit": 5},
     "pissa": {"bert": 8, "llama": 8},
     "rslora": {"bert": 8, "gpt2": 8},
 }
