@@ -24,7 +24,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from graftc.compiler.defaults import default_axes
-from graftc.compiler.interface import Flags, device_of, is_transformers
+from graftc.compiler.interface import Flags, declared, device_of, is_transformers
 from graftc.compiler.ranges import InputSizes, fixed_notes
 from graftc.compiler.signature import Axis, described, tie_sizes
 from graftc.passes.canonicalise import canonicalise
@@ -226,8 +226,7 @@ def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Itera
     """Give ``forward`` a flat signature of the present inputs, and tell the tracer which sizes are one."""
     original = model.forward
     owned = "forward" in vars(model)
-    declared = inspect.signature(type(model).forward).parameters
-    positional = [n for n, p in declared.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY and n != "self"]
+    positional = [n for n, p in declared(model).items() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
 
     def forward(**inputs: torch.Tensor) -> Any:
         tie_sizes(axes, inputs)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftc.compiler.interface import dtype_of, parameters
+from graftc.compiler.interface import declared, dtype_of, parameters
 from graftc.compiler.signature import BATCH, SEQUENCE, TARGET, Axis
 from graftc.specs.diagnostics import GraftError
 
@@ -62,9 +62,8 @@ def _unknown(model: nn.Module, names: list[str]) -> GraftError:
 
 def _required(model: nn.Module) -> list[str]:
     """Parameters that have no default."""
-    signature = inspect.signature(type(model).forward)
-    known = parameters(model)
-    return [n for n in known if signature.parameters[n].default is inspect.Parameter.empty]
+    found = declared(model)
+    return [n for n in parameters(model) if found[n].default is inspect.Parameter.empty]
 
 
 def _ordered(model: nn.Module, names: list[str]) -> list[Axis]:

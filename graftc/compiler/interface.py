@@ -26,8 +26,16 @@ _CACHES = ("cache", "past_key_values")
 
 def parameters(model: nn.Module) -> tuple[str, ...]:
     """Names that the model's ``forward`` takes, in order."""
-    signature = inspect.signature(type(model).forward)
-    return tuple(n for n, p in signature.parameters.items() if n != "self" and p.kind in _NAMED)
+    return tuple(n for n, p in declared(model).items() if p.kind in _NAMED)
+
+
+def declared(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Parameters of the class's ``forward`` by name, without the module itself, whatever that one is called."""
+    function = inspect.getattr_static(type(model), "forward").__get__(model, type(model))
+    try:
+        return inspect.signature(function, eval_str=True).parameters
+    except (NameError, SyntaxError, TypeError):  # an annotation names what is imported for type checkers only
+        return inspect.signature(function).parameters
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -58,14 +66,14 @@ class Interface:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        declared = {n: p for n, p in _signature(model).parameters.items() if n != "self"}
+        found = declared(model)
         self.model = type(model).__name__
         self.parameters = parameters(model)
-        self._defaults = {n: p.default for n, p in declared.items() if p.default is not inspect.Parameter.empty}
+        self._defaults = {n: p.default for n, p in found.items() if p.default is not inspect.Parameter.empty}
         self._conventional = is_transformers(model)
-        rest = next((p for p in declared.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+        rest = next((p for p in found.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
         extra = _keywords(rest, self._conventional) if rest is not None else frozenset()
-        if extra and "labels" in declared:  # the rest of the keywords goes to the loss as well
+        if extra and "labels" in found:  # the rest of the keywords goes to the loss as well
             extra |= _loss_keywords(model)
         if self._conventional:  # the same sentence for every model, whether it has a cache or not
             extra = frozenset([*(extra or ()), "use_cache"])
@@ -145,13 +153,6 @@ class Interface:
         )
 
 
-def _signature(model: nn.Module) -> inspect.Signature:
-    try:
-        return inspect.signature(type(model).forward, eval_str=True)
-    except (NameError, SyntaxError, TypeError):  # an annotation names what is imported for type checkers only
-        return inspect.signature(type(model).forward)
-
-
 def _keywords(rest: inspect.Parameter, conventional: bool) -> frozenset[str] | None:
     """Names that ``**kwargs`` takes: those of its typed dictionary, transformers' usual ones, or any (None)."""
     if not conventional:
@@ -168,5 +169,5 @@ def _loss_keywords(model: nn.Module) -> frozenset[str]:
     loss = getattr(model, "loss_function", None)
     if loss is None:
         return frozenset()
-    declared = inspect.signature(loss).parameters.values()
-    return frozenset(p.name for p in declared if p.kind in _NAMED and p.default is not inspect.Parameter.empty)
+    known = inspect.signature(loss).parameters.values()
+    return frozenset(p.name for p in known if p.kind in _NAMED and p.default is not inspect.Parameter.empty)

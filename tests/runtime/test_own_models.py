@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.compiler.capture import capture
 from graftc.compiler.signature import Axis
+from graftc.specs.diagnostics import GraftError
 from graftc.testing import perturb, randomise
 from tests.cli.support import run_here
 
@@ -99,6 +101,32 @@ def test_inputs_by_position_and_a_number() -> None:
         for arguments in ((), (1.0,), (2.5,), (3.0,)):
             assert torch.equal(adapted(left, right, *arguments)["sum"], model(left, right, *arguments)["sum"])
     assert len(adapted.compilation.families) == 3
+
+
+class Unnamed(nn.Module):
+    """Calls itself something else than ``self``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(module, states: Tensor, shift: Tensor | None = None) -> Tensor:  # noqa: N805
+        """The second input has a graph of its own."""
+        mapped = module.linear(states)
+        return mapped if shift is None else mapped + shift
+
+
+def test_a_forward_whose_first_parameter_is_not_self() -> None:
+    model = seeded(Unnamed)
+    states, shift = torch.randn(3, 4), torch.randn(3, 4)
+    adapted = graftc.compile(lora("linear"), model, (states,)).eval()
+    with torch.no_grad():
+        assert torch.equal(adapted(states), model(states))
+        assert torch.equal(adapted(states, shift), model(states, shift))
+        assert torch.equal(adapted(states=states, shift=shift), model(states, shift))
+    assert list(inspect.signature(adapted.forward).parameters) == ["states", "shift"]
+    with pytest.raises(GraftError, match="takes no input 'module'"):
+        adapted(states, module=model)
 
 
 class Chunked(nn.Module):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compiler.interface import declared
+
 BATCH, SEQUENCE, TARGET = 3, 7, 5
 SAMPLES = (6400, 16000)
 PATCHES = 4
@@ -56,9 +58,8 @@ def running(model: nn.Module) -> tuple[Inputs | None, str]:
 
 
 def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    found = inspect.signature(type(model).forward).parameters
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {n: p for n, p in found.items() if n != "self" and p.kind in kinds}
+    return {n: p for n, p in declared(model).items() if p.kind in kinds}
 
 
 def _ordered(inputs: Inputs, known: Mapping[str, Any]) -> Inputs:
