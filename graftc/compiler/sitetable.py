@@ -77,6 +77,7 @@ class SiteTable:
         self.candidates: list[Candidate] = []
         self.weights: dict[tuple[str, str], _Weight] = {}
         self._attributes = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
+        self._same: dict[tuple[SiteKey, Rows], list[Site]] = {}
         self._by_node: dict[fx.Node, list[Finding]] = defaultdict(list)
         for finding in structure.findings:
             self._by_node[finding.node].append(finding)
@@ -269,7 +270,11 @@ class SiteTable:
     def same(self, site: Site) -> list[Site]:
         """The sites here at the place of a site of another Program; empty where the place is not read here."""
         if isinstance(site, LinearSite):
-            return self.linear_sites(site.key.place, site.rows, like=site)
+            # Adaptations that stack on a place share its sites: these know what stands there so far.
+            spot = site.key.place, site.rows
+            if spot not in self._same:
+                self._same[spot] = self.linear_sites(*spot, like=site)
+            return self._same[spot]
         return [s for sites in self.entries for s in sites if s.key == site.key and type(s) is type(site)]
 
 

@@ -66,6 +66,24 @@ def test_any_order_folds_exactly(family: str, names: tuple[str, ...]) -> None:
     folds_exactly(compiled)
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize(
+    "names", [("lora", "dora"), ("dora", "dora"), ("ia3", "dora"), ("vera", "dora", "lora")], ids="-".join
+)
+def test_another_signature_stacks_alike(family: str, names: tuple[str, ...]) -> None:
+    """With labels, which get a graph of their own, logits are the same to the bit, in both modes."""
+    compiled = stacked(tiny(family), *names)
+    perturb(compiled, 0.2)
+    inputs = inputs_for(compiled)
+    labels = inputs["input_ids"] if family == "gpt2" else torch.zeros(len(inputs["input_ids"]), dtype=torch.int64)
+    for training in (False, True):
+        compiled.train(training)
+        torch.manual_seed(0)
+        expected = compiled(**inputs).logits
+        torch.manual_seed(0)
+        assert torch.equal(compiled(**inputs, labels=labels).logits, expected)
+
+
 @pytest.mark.parametrize("below", ["loha", "vera"])
 def test_on_methods_with_other_algebra(below: str) -> None:
     compiled = stacked(tiny("llama"), below, "dora", norm_gradient="exact")
