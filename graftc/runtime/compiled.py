@@ -87,6 +87,23 @@ class ModelRunner(Runner):
             self.install(key, self._program_of(family))
         return key
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A model with tensors of its own, the base's included; ties are kept. Graphs, which hold none, are shared, and
+        so is the source model, which new signatures are captured from."""
+        compilation = self._compilation
+        shared: list[Any] = [self._interface, *self._programs.values()]
+        if compilation.store is self._store:
+            families = list(compilation.families.values())
+            shared += [compilation.model, compilation.source, compilation.spec, compilation.values, compilation.known]
+            shared += [*families, *(site for f in families for r in f.resolved for site, _ in r.sites)]
+        else:
+            shared.append(compilation)
+        memo.update((id(item), item) for item in shared)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
     def in_eval(self, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
         """Flat outputs of the first signature in eval mode, whatever mode the model is in."""
         present = {**inputs, **dict(self._compilation.main.base.flags)}
@@ -276,6 +293,12 @@ class Compiled(Inspected, Checkpointed, Steered, ModelRunner):
         from graftc.runtime.combine import combine
 
         return combine(self, names, weights, kind=kind, name=name, rank=rank, density=density, seed=seed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """See `ModelRunner`. What steers a training, and how far it is, is copied as well."""
+        copied = super().__deepcopy__(memo)
+        copied._watch()
+        return copied
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
