@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graftc
+from graftc.passes.core.builder import Builder
 from graftc.passes.core.sites import EmbeddingSite, ExpertsSite, LinearSite
 from graftc.runtime.compiled import Compiled
 from graftc.specs.diagnostics import GraftError
@@ -253,7 +254,8 @@ def test_a_module_under_two_names() -> None:
     assert largest_difference(outputs_of(source, {"x": ROWS}), outputs_of(compiled, {"x": ROWS})) <= 2e-5
 
 
-def test_some_rows_of_a_grouped_convolution() -> None:
+@pytest.mark.parametrize("method", ["lora", "loha", "lokr", "dora"])
+def test_some_rows_of_a_grouped_convolution(method: str) -> None:
     """Queries and values as rows of one grouped convolution: rows cannot be computed without their group."""
 
     class Grouped(nn.Module):
@@ -268,13 +270,22 @@ def test_some_rows_of_a_grouped_convolution() -> None:
 
     torch.manual_seed(0)
     model, x = Grouped().eval().requires_grad_(False), torch.randn(2, 5, WIDTH)
-    spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 2}]}
+    spec = {"adapt": [{"name": "a", "method": method, "target": {"role": ["attn.q", "attn.v"]}, "rank": 2}]}
     compiled = graftc.compile(spec, model, {"x": x}).eval()
-    assert [str(s.rows) for s, _ in compiled.compilation.main.resolved[0].sites] == ["0:12", "24:36"]
+    sites = [site for site, _ in compiled.compilation.main.resolved[0].sites]
+    assert [str(site.rows) for site in sites if isinstance(site, LinearSite)] == ["0:12", "24:36"]
     assert same_bits(outputs_of(compiled, {"x": x}), outputs_of(model, {"x": x}))
     perturb(compiled, 0.1)
     merged = compiled.merge()
     assert largest_difference(outputs_of(merged, {"x": x}), outputs_of(compiled, {"x": x})) <= 2e-5
+    if method == "lora":
+        build = Builder(compiled.compilation.main.train, compiled.compilation.store, "other", "lora")
+        with (
+            build.on(sites[0]),
+            pytest.raises(GraftError, match="is a convolution in groups") as error,
+        ):
+            build.map(sites[0], build.input(sites[0]), build.attribute("qkv.graftc.a.q.A"))
+        assert error.value.code == "GC017"
 
 
 def test_both_ways_round() -> None:

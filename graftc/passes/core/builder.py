@@ -48,20 +48,37 @@ class Builder(TensorBuilder):
         return follow(site.use.input, own)
 
     def map(self, site: LinearSite, x: fx.Node, weight: fx.Node, part: str = "map") -> fx.Node:
-        """``weight: [..., k, in]`` applied to ``x`` as the site applies its own weight: ``[..., k]``."""
-        return site.use.map(self.call, x, weight, part)
+        """``weight: [..., k, in]`` applied to ``x`` as the site applies its own weight: ``[..., k]``.
+
+        Raises:
+            GraftError: GC017 at a convolution in groups, where a row's place says what it reads, for other than the
+                site's own rows.
+        """
+        if not site.use.grouped:
+            return site.use.map(self.call, x, weight, part)
+        if weight.meta["val"].shape[-2] != site.out_features:
+            message = f"{site.key} is a convolution in groups, where nothing but its own rows can be applied"
+            raise GraftError("GC017", message, hint="leave it out with exclude")
+        return self._own_columns(site, site.use.map(self.call, x, self._every_row(site, weight), part))
 
     def low_rank(self, site: LinearSite, x: fx.Node, a: fx.Node, b: fx.Node, scale: float = 1) -> fx.Node:
         """``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., rows, rank]``, as ``[..., rows]``."""
-        columns = site.columns
-        if columns.whole or not site.use.grouped:
+        if not site.use.grouped:
             return site.use.low_rank(self.call, x, a, b, scale)
-        # Groups are counted over all rows: the others get zeros.
-        rank = int(b.meta["val"].shape[-1])
-        zeros = self.call(aten.new_zeros.default, b, [columns.total, rank], part="all rows")
-        every = columns.write(self._emit("all rows"), zeros, b, 0, lambda: self._index(columns))
-        delta = site.use.low_rank(self.call, x, a, every, scale)
-        return columns.read(self._emit("own rows"), delta, -1, lambda: self._index(columns))
+        return self._own_columns(site, site.use.low_rank(self.call, x, a, self._every_row(site, b), scale))
+
+    def _every_row(self, site: LinearSite, own: fx.Node) -> fx.Node:
+        """Groups are counted over all rows of a use: those that are not the site's are zeros."""
+        columns = site.columns
+        if columns.whole:
+            return own
+        shape = [columns.total, int(own.meta["val"].shape[-1])]
+        zeros = self.call(aten.new_zeros.default, own, shape, part="all rows")
+        return columns.write(self._emit("all rows"), zeros, own, 0, lambda: self._index(columns))
+
+    def _own_columns(self, site: LinearSite, found: fx.Node) -> fx.Node:
+        columns = site.columns
+        return columns.read(self._emit("own rows"), found, -1, lambda: self._index(columns))
 
     def per_row(self, site: LinearSite, value: fx.Node) -> fx.Node:
         """``value: [..., rows]`` (experts lead), one for each of the site's own rows, as it broadcasts to `output`."""
