@@ -146,6 +146,23 @@ def test_identity_and_fold(case: str, init: str) -> None:
         assert largest_difference(outputs_of(folded, inputs), unfolded) <= 2e-5
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("case", CASES)
+def test_beside_training_in_full(case: str, method: str) -> None:
+    """The weight itself trains as well: nothing changes at first, and both fold into it."""
+    build, x = CASES[case]
+    torch.manual_seed(0)
+    model, inputs = build().eval(), {"x": x}  # torch has other kernels for a weight that is frozen
+    spec = {"train": ["**"], "adapt": [{"method": method, "target": {"modules": "**"}, "rank": 2}]}
+    compiled = graftc.compile(spec, model, inputs).eval()
+    assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
+    tensors = perturb(compiled, 0.1)
+    assert any(".trained." in name for name in tensors)
+    merged = compiled.merge()
+    assert merged.certificate.passed
+    assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) <= 2e-5
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_factor_gets_a_gradient(case: str) -> None:
     """One backward pass from random factors reaches all of them."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.program import map_nodes
+from graftc.passes.core.program import nodes_in
 from graftc.passes.core.rows import Rows, runs_of
 
 
@@ -41,7 +41,8 @@ class View:
     """A chain of operators from a stored tensor to an operand.
 
     Attributes:
-        chain: nodes from the ``get_attr`` of the stored tensor to the operand.
+        chain: nodes from the ``get_attr`` of the stored tensor to the operand. Each is the first argument of the next;
+            the second's may have been replaced since, by a copy that trains.
     """
 
     chain: tuple[fx.Node, ...]
@@ -54,7 +55,7 @@ class View:
     @property
     def others(self) -> tuple[fx.Node, ...]:
         """What the chain reads beside the stored tensor: the numbers of picked experts."""
-        return tuple(n for before, node in pairwise(self.chain) for n in node.all_input_nodes if n is not before)
+        return tuple(n for node in self.chain[1:] for n in nodes_in((node.args[1:], node.kwargs)))
 
     def is_whole(self) -> bool:
         """Whether the operand is the stored tensor, shape and order and all."""
@@ -120,18 +121,18 @@ class View:
     def replay(self, call: Callable[..., fx.Node], stored: fx.Node) -> fx.Node:
         """The same operators on another tensor, which has the stored one's leading axis."""
         held = stored
-        for before, node in pairwise(self.chain):
-            held = call(node.target, *_exchange(node.args, before, held), **_exchange(node.kwargs, before, held))
+        for node in self.chain[1:]:
+            held = call(node.target, held, *node.args[1:], **node.kwargs)
         return held
 
     def _run(self, numbers: Tensor) -> Tensor | None:
         held: Any = numbers
-        for before, node in pairwise(self.chain):
+        for node in self.chain[1:]:
             if _name(node) in _SAME:
                 continue
             assert callable(node.target)
             try:
-                held = node.target(*_exchange(node.args, before, held), **_exchange(node.kwargs, before, held))
+                held = node.target(held, *node.args[1:], **node.kwargs)
             except (RuntimeError, TypeError, ValueError, IndexError):
                 return None
         return held if isinstance(held, Tensor) else None
@@ -165,10 +166,6 @@ def _is_grid(numbers: Tensor, out_axis: int) -> bool:
 def only_moves(node: fx.Node) -> bool:
     """Whether ``node`` is a view of its first argument, or picks from it."""
     return node.op == "call_function" and _name(node) in _MOVING | _SAME | _PICKING
-
-
-def _exchange(value: Any, before: fx.Node, held: Any) -> Any:
-    return map_nodes(value, lambda n: held if n is before else n)
 
 
 def _swaps_last(node: fx.Node, rank: int) -> bool:
