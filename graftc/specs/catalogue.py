@@ -101,8 +101,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "A rank above the smaller side of a weight adds parameters, but no functions.",
      "Lower `rank`, or lower it for these sites only with `overrides`."),
     ("GC021", _SPEC, "two owners of the same rows",
-     "Two adaptations change rows of one tensor that overlap in part, or both train the tensor itself.",
-     "Leave the place out of one of them, or name exactly the same rows in both, which stacks them."),
+     "Two adaptations change rows of one tensor that overlap in part, both train the tensor itself, or one would train "
+     "what is constant to the other.",
+     "Leave the place out of one of them, or name exactly the same rows in both, which stacks them. What trains the "
+     "tensor itself goes first."),
     ("GC022", _SPEC, "a tied weight cannot be folded",
      "The tensor has another reader, which folding or training it in full would change as well.",
      "Leave the place out, or break the tie in the model before compiling. Unfolded, the model runs and exports."),

@@ -216,3 +216,65 @@ def test_new_tokens_below_are_refused() -> None:
     assert error.value.code == "GC017"
     assert "'tokens'" in error.value.message
     assert error.value.hint is not None
+
+
+class Named(nn.Module):
+    """Two linear maps; the first one's matrix is called ``bias``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Module(), nn.Linear(6, 5)
+        self.first.bias = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, 8]`` to ``[batch, 5]``."""
+        return self.last(nn.functional.linear(x, self.first.bias).tanh())
+
+
+def named(*names: str) -> Any:
+    """`Named` with adaptations in this order: ``rows`` takes norms of the first map, ``low`` trains all biases."""
+    entries = {
+        "rows": {"method": "dora", "target": {"modules": "first"}, "rank": 2},
+        "low": {"method": "lora", "target": {"modules": "last"}, "rank": 2, "bias": "all"},
+    }
+    return graftc.compile({"adapt": [{"name": n, **entries[n]} for n in names]}, Named(), {"x": torch.ones(2, 8)})
+
+
+def test_a_weight_that_trains_later_is_refused() -> None:
+    """Its norms would be those of what it was. In the other order they are those of what it becomes."""
+    with pytest.raises(GraftError) as error:
+        named("rows", "low")
+    assert error.value.code == "GC021"
+    assert error.value.message == "'low' would train all of first.bias, whose values are constants to 'rows'"
+    assert error.value.hint == "put 'low' before 'rows' in the spec, or leave the place out of one of them"
+    assert error.value.place is not None and error.value.place.path == "adapt[1]"
+    compiled = named("low", "rows").eval()
+    perturb(compiled, 0.3)
+    merged, inputs = compiled.merge(), {"x": torch.randn(3, 8)}
+    assert merged.certificate.passed
+    assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) <= 2e-5
+
+
+@pytest.mark.parametrize(("family", "roles"), [("bert", "ffn.down"), ("gpt2", "attn.q"), ("mixtral", "experts")])
+def test_any_method_that_trains_the_weight_later_is_refused(
+    monkeypatch: pytest.MonkeyPatch, family: str, roles: str
+) -> None:
+    """Also where the stored tensor holds rows as columns, or experts; below DoRA the method is welcome."""
+    monkeypatch.setattr(LoRAMethod, "insert", lambda _, spec, site, shared, build: build.overlay(site.use.weight))
+    monkeypatch.setattr(LoRAMethod, "fold", lambda *args: WeightFold(lambda weight, bias: (weight, bias)))
+    with pytest.raises(GraftError, match=r"GC021: 'a1' would train all of .* constants to 'a0'"):
+        stacked(tiny(family), "dora", "lora", roles=roles)
+    stacked(tiny(family), "lora", "dora", roles=roles)
+
+
+@pytest.mark.parametrize("policy", ["lora_only", "all"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_biases_that_train_later_are_no_constants(family: str, policy: str) -> None:
+    entries = [
+        {"name": "rows", "method": "dora", "target": {"role": ROLES}, "rank": 3},
+        {"name": "low", "method": "lora", "target": {"role": ROLES}, "rank": 2, "bias": policy},
+    ]
+    compiled = graftc.compile({"adapt": entries}, tiny(family)).eval()
+    perturb(compiled, 0.2)
+    folds_exactly(compiled)

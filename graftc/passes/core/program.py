@@ -133,6 +133,9 @@ class Program:
     claims: dict[str, list[tuple[str, Rows]]] = field(default_factory=dict)
     """Which adaptation trains which rows of a base tensor."""
 
+    derived: dict[str, list[tuple[str, Rows]]] = field(default_factory=dict)
+    """Which adaptation has constants that follow from which rows of a base tensor."""
+
     @property
     def signature(self) -> tuple[str, ...]:
         """Names of the inputs, in the model's order."""
@@ -168,6 +171,7 @@ class Program:
             "edits": edits,
             "history": list(self.history),
             "claims": {name: list(held) for name, held in self.claims.items()},
+            "derived": {name: list(held) for name, held in self.derived.items()},
             **changes,
         }
         return replace(self, **fields)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
+from graftc.passes.core.layout import Layout
 from graftc.passes.core.nodes import NodeBuilder
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite
@@ -65,7 +66,8 @@ class TensorBuilder(NodeBuilder):
         return self.attribute(name, part)
 
     def constant(self, part: str, value: Callable[[], Tensor]) -> fx.Node:
-        """A constant of the current site that follows from the base's weights: worked out once, never kept in files.
+        """A constant of the current site that follows from its rows of the base's weight: worked out once, never kept
+        in files. Nothing that is inserted later may train these rows.
 
         Args:
             part: its name within the adaptation.
@@ -74,6 +76,11 @@ class TensorBuilder(NodeBuilder):
         name = self._name(part)
         if name not in self.store:
             self.store.add_buffer(name, value().detach(), persistent=False)
+        if isinstance(self._site, LinearSite):
+            use, rows = self._site.use, self._site.rows
+            if use.layout is Layout.COLUMNS or use.leading:  # the stored tensor's first axis counts no rows
+                rows = Rows(self.store.get(use.weight).shape[0])
+            self.program.derived.setdefault(use.weight, []).append((self.adaptation, rows))
         return self.attribute(name, part)
 
     def buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> fx.Node:
@@ -185,7 +192,7 @@ class TensorBuilder(NodeBuilder):
         return self.attribute(name, part)
 
     def _claim(self, base: str, rows: Rows) -> None:
-        """Rows of a base tensor are trained by one adaptation only."""
+        """Rows of a base tensor are trained by one adaptation only, and not where another has taken them as fixed."""
         claims = self.program.claims.setdefault(base, [])
         for owner, held in claims:
             if held.overlaps(rows):
@@ -193,6 +200,14 @@ class TensorBuilder(NodeBuilder):
                     "GC021",
                     f"{self.adaptation!r} and {owner!r} would both train rows {rows} of {base}",
                     hint="leave the tensor out of one of them",
+                )
+        for owner, held in self.program.derived.get(base, ()):
+            if owner != self.adaptation and held.overlaps(rows):
+                which = "all" if rows.whole else f"rows {rows}"
+                raise GraftError(
+                    "GC021",
+                    f"{self.adaptation!r} would train {which} of {base}, whose values are constants to {owner!r}",
+                    hint=f"put {self.adaptation!r} before {owner!r} in the spec, or leave the place out of one of them",
                 )
         claims.append((self.adaptation, rows))
 
