@@ -11,7 +11,7 @@ from graftc.compiler.select import check_overrides, depths, match_modules, selec
 from graftc.compiler.sitetable import BlockedSite, SiteTable
 from graftc.passes.core.program import Program
 from graftc.passes.core.rows import Rows
-from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey
+from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey, SublayerSite
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
 from graftc.specs.diagnostics import GraftError, Place, warn
@@ -51,8 +51,8 @@ class Resolved:
 
 
 def _place(site: Site) -> SiteKey:
-    """Uses of one tensor are one place; each use of anything else is its own."""
-    return site.key.place if isinstance(site, LinearSite) else site.key
+    """Uses of one weight are one place, and so are sublayers that end in one; each use of anything else is its own."""
+    return site.key.place if isinstance(site, LinearSite | SublayerSite) else site.key
 
 
 class Resolver:

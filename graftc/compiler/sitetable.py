@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graftc.compiler.candidates import Candidate
 from graftc.compiler.findings import Finding, Structure, Sublayer, place
@@ -92,8 +93,7 @@ class SiteTable:
             elif finding.kind in _MAPS and finding.node not in read:
                 self._blocked(finding)
         self._norms()
-        for sublayer in structure.sublayers:
-            self._sublayer(sublayer)
+        self._sublayers()
         self._other_modules()
 
     # --- weights ---------------------------------------------------------------------------------------
@@ -206,25 +206,23 @@ class SiteTable:
                 ]
             )
 
-    def _sublayer(self, sublayer: Sublayer) -> None:
-        if not sublayer.roles:
-            return
-        role = " ".join(sublayer.roles)
-        site = SublayerSite(
-            SiteKey(sublayer.owner, role, use=sublayer.use),
-            sublayer.roles,
-            sublayer.layer,
-            sublayer.stack,
-            kind=SiteKind.SUBLAYER,
-            stream=sublayer.stream,
-            normed=sublayer.normed,
-            projection=sublayer.projection,
-            branch=sublayer.branch,
-            sum=sublayer.sum,
-            post_norm=sublayer.post_norm,
-            output=sublayer.output,
-        )
-        self._add([site])
+    def _sublayers(self) -> None:
+        """Sublayers that end in the same weight are uses of one place; others of their roles in a layer are told apart
+        by number."""
+        places: dict[tuple[str, str], dict[Any, list[Site]]] = defaultdict(dict)
+        for sublayer in self.structure.sublayers:
+            if not sublayer.roles:
+                continue
+            role, last = " ".join(sublayer.roles), _last_map(sublayer.projection)
+            known = places[sublayer.owner, role]
+            end = last.weight if last is not None else sublayer.sum
+            sites = known.setdefault(end, [])
+            number = list(known).index(end) + 1
+            key = SiteKey(sublayer.owner, role, str(number) if number > 1 else "", len(sites))
+            sites.append(_sublayer_site(sublayer, key, last))
+        for known in places.values():
+            for sites in known.values():
+                self._add(sites)
 
     def _blocked(self, finding: Finding) -> None:
         name = (finding.parameter or finding.role).rpartition(".")[2]
@@ -275,7 +273,9 @@ class SiteTable:
             if spot not in self._same:
                 self._same[spot] = self.linear_sites(*spot, like=site)
             return self._same[spot]
-        return [s for sites in self.entries for s in sites if s.key == site.key and type(s) is type(site)]
+        key, shared = site.key, isinstance(site, SublayerSite)
+        here = (s for sites in self.entries for s in sites if type(s) is type(site))
+        return [s for s in here if (s.key.place == key.place if shared else s.key == key)]
 
 
 def site_of(
@@ -288,6 +288,35 @@ def site_of(
     elif isinstance(use, Lookup):
         cls, kind = EmbeddingSite, SiteKind.EMBEDDING
     return cls(key, roles, layer, stack, kind=kind, use=use, rows=rows)
+
+
+def _sublayer_site(sublayer: Sublayer, key: SiteKey, last: Use | None) -> SublayerSite:
+    return SublayerSite(
+        key,
+        sublayer.roles,
+        sublayer.layer,
+        sublayer.stack,
+        kind=SiteKind.SUBLAYER,
+        stream=sublayer.stream,
+        normed=sublayer.normed,
+        inner=last.input if last is not None else None,
+        projection=sublayer.projection,
+        branch=sublayer.branch,
+        sum=sublayer.sum,
+        post_norm=sublayer.post_norm,
+        output=sublayer.output,
+    )
+
+
+def _last_map(projection: fx.Node) -> Use | None:
+    """The linear map that a branch ends in; None where several meet."""
+    node = projection
+    while (use := linear_use(node)) is None:
+        sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        if len(sources) != 1:
+            return None
+        node = sources[0]
+    return use
 
 
 _MAPS = (SiteKind.LINEAR, SiteKind.EXPERTS, SiteKind.EMBEDDING)

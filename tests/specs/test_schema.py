@@ -335,10 +335,12 @@ def changed(draw: st.DrawFn) -> Any:
     return data
 
 
-# What a schema cannot say: uniqueness of names, reserved ones, the insides of patterns, and that 1.0 is no integer.
+# What a schema cannot say: uniqueness of names, reserved ones, the insides of patterns, that 1.0 is no integer, and
+# which values go together.
 _BEYOND = re.compile(
     r"the name '.*' is taken|name '.*' is reserved|a brace|is no regular expression|has more than|"
-    r"must be a whole number.*, not -?\d+\.0$|role '.*' is unknown"
+    r"must be a whole number.*, not -?\d+\.0$|role '.*' is unknown|"
+    r"both say how wide|means nothing to|a linear map has an input|an adapter (cannot add|that reads)|adds the role norm"
 )
 
 

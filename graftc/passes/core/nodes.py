@@ -108,6 +108,12 @@ class NodeBuilder:
                 self._values[key] = target(*inputs[0], **inputs[1])
         return self._values[key]
 
+    @property
+    def site(self) -> Site:
+        """The site that nodes are made for now."""
+        assert self._site is not None
+        return self._site
+
     def fake(self) -> FakeTensorMode:
         """The fake mode that the nodes' values live in."""
         return self._fake
@@ -141,7 +147,7 @@ class NodeBuilder:
             after, delete_user_cb=lambda u: u is not after and u not in self._emitted and take(u)
         )
         edits = self.program.edits
-        if not narrow:  # what goes into other sites starts from the new value as well
-            edits[:] = [replace(e, before=after) if e.narrow and e.before is before else e for e in edits]
+        if not narrow:  # what was put in its place before, here or for single sites, starts from the new value now
+            edits[:] = [replace(e, before=after) if e.before is before else e for e in edits]
         site = str(self._site.key) if self._site is not None else ""
         edits.append(Edit(self.adaptation, site, before, after, narrow))

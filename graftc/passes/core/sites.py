@@ -13,6 +13,7 @@ from graftc.passes.core.readers import linear_use
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.uses import Use
 from graftc.specs.claims import SiteKind
+from graftc.specs.roles import parse_role
 
 __all__ = [
     "Applied",
@@ -79,6 +80,11 @@ class Site:
     stack: str = ""
     kind: SiteKind = field(default=SiteKind.VALUE, kw_only=True)
 
+    @property
+    def scope(self) -> str:
+        """What tells its tensors from those of other sites of its module; empty where nothing has to."""
+        return ""
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -109,6 +115,11 @@ class LinearSite(Site):
     use: Use = field(kw_only=True)
     rows: Rows = field(kw_only=True)
     applied: list[Applied] = field(default_factory=list, kw_only=True)
+
+    @property
+    def scope(self) -> str:
+        """See `Site.scope`. A module may hold several weights: experts, `nn.MultiheadAttention`."""
+        return "" if self.key.name == "weight" else self.key.name
 
     @property
     def columns(self) -> Rows:
@@ -180,6 +191,8 @@ class SublayerSite(Site):
     Attributes:
         stream: the residual input.
         normed: what the sublayer reads: the norm's output before it, or the stream itself.
+        inner: what the last linear map reads: the heads of an attention, the inner activation of a feed-forward; None
+            where the branch ends in more than one map.
         projection: the last linear map's result, before dropout.
         branch: what is added, after dropout, scaling and a norm within the branch.
         sum: the add.
@@ -189,11 +202,25 @@ class SublayerSite(Site):
 
     stream: fx.Node = field(kw_only=True)
     normed: fx.Node = field(kw_only=True)
+    inner: fx.Node | None = field(default=None, kw_only=True)
     projection: fx.Node = field(kw_only=True)
     branch: fx.Node = field(kw_only=True)
     sum: fx.Node = field(kw_only=True)
     post_norm: fx.Node | None = field(default=None, kw_only=True)
     output: fx.Node = field(kw_only=True)
+
+    @property
+    def scope(self) -> str:
+        """See `Site.scope`: ``attn``, ``cross_attn``, ``ffn``, or ``attn_ffn`` for both in one."""
+        names = (parse_role(role) for role in self.roles)
+        words = ("_".join((*(p for p in r.prefixes if p == "cross"), r.name.partition(".")[0])) for r in names)
+        return "_".join(words)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the residual stream's branch."""
+        dtype: torch.dtype = self.branch.meta["val"].dtype
+        return dtype
 
 
 @dataclass(eq=False)

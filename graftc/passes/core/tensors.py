@@ -140,15 +140,15 @@ class TensorBuilder(NodeBuilder):
         if self._site is None:
             return f"{RESERVED}.{self.adaptation}.{part}"
         key = self._site.key
-        # A module may hold several weights (experts, nn.MultiheadAttention): theirs are told apart by name.
-        tensor = key.name if isinstance(self._site, LinearSite) and key.name != "weight" else ""
-        segments = [key.module, RESERVED, self.adaptation, tensor, key.part, part]
+        segments = [key.module, RESERVED, self.adaptation, self._site.scope, key.part, part]
         return ".".join(s for s in segments if s)
 
     def _device(self) -> torch.device:
         if isinstance(self._site, LinearSite):
             return self.store.get(self._site.use.weight).device
-        return next((t.device for _, t in self.store.base()), torch.device("cpu"))
+        module = f"{self._site.key.module}." if self._site is not None else ""
+        devices = {name.startswith(module): t.device for name, t in self.store.base()}
+        return devices.get(True) or devices.get(False) or torch.device("cpu")
 
     def _generator(self, name: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()

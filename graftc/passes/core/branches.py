@@ -1,0 +1,108 @@
+"""The part of the `Builder` that works at residual branches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.program import follow, map_nodes
+from graftc.passes.core.shapes import expression
+from graftc.passes.core.sites import SublayerSite
+from graftc.passes.core.tensors import TensorBuilder
+from graftc.specs.diagnostics import GraftError
+
+aten = torch.ops.aten
+
+
+class BranchBuilder(TensorBuilder):
+    """Reads the values of a sublayer, and adds to them."""
+
+    def at(self, site: SublayerSite, place: str) -> fx.Node:
+        """A value of a sublayer now, with what has been inserted there so far.
+
+        Args:
+            site: the sublayer.
+            place: one of its values, by the name that `SublayerSite` has for it.
+
+        Raises:
+            GraftError: GC017 where the sublayer has no such value.
+        """
+        node = getattr(site, place)
+        if node is None:
+            message = f"{site.key} ends in more than one map, so that it has no {place} activation"
+            raise GraftError("GC017", message, hint="read or add at its branch, or leave it out with exclude")
+        return follow(node, {e.before: e.after for e in self.program.edits if not e.narrow})
+
+    def add_at(self, site: SublayerSite, place: str, delta: fx.Node, read: fx.Node) -> None:
+        """Add ``delta`` to a value of a sublayer.
+
+        Where ``delta`` was made from a value further down (the norm behind the sum), what lies between is computed a
+        second time, with the result, and everything that read the value reads that instead.
+
+        Args:
+            site: the sublayer.
+            place: which of its values.
+            delta: of its sizes, or of the same in a batch that is folded into one axis.
+            read: what ``delta`` was made from.
+
+        Raises:
+            GraftError: GC017 where something random lies between.
+        """
+        value = self.at(site, place)
+        after = self.call(aten.add.Tensor, value, self._shaped(delta, value), part="add")
+        between = _between(value, read)
+        if not between:
+            self._redirect(value, after, lambda user: True)
+            return
+        again: dict[fx.Node, fx.Node] = {value: after}
+        for node in between:
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                message = f"{node.name} draws random numbers between the {place} of {site.key} and what is read there"
+                raise GraftError("GC017", message, hint="add at its branch")
+            args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: again.get(n, n))
+            again[node] = self.call(node.target, *args, part="again", **kwargs)
+        self._redirect(read, again[read], lambda user: True)
+
+    def _shaped(self, delta: fx.Node, value: fx.Node) -> fx.Node:
+        """``delta`` with batch and sequence in one axis where ``value`` has them so."""
+        have, want = delta.meta["val"], value.meta["val"]
+        if have.dim() == want.dim():
+            return delta
+        if want.dim() == 2:
+            return self.call(aten.view.default, delta, [-1, int(have.shape[-1])], part="rows")
+        sizes: list[Any] = [self._size(value, axis) for axis in range(want.dim())]
+        return self.call(aten.view.default, delta, sizes, part="rows")
+
+    def _size(self, node: fx.Node, axis: int) -> Any:
+        size = node.meta["val"].shape[axis]
+        return size if isinstance(expression(size), int) else self.call(aten.sym_size.int, node, axis, part="size")
+
+    def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None, part: str = "") -> fx.Node:
+        """``weight x + bias`` over the last axis of ``x``: ``weight`` is ``[out, in]``, ``bias`` is ``[out]``."""
+        return self.call(aten.linear.default, x, weight, bias, part=part)
+
+    def layer_norm(self, x: fx.Node, weight: fx.Node, bias: fx.Node, part: str = "norm") -> fx.Node:
+        """Layer normalisation over the last axis, ``weight`` and ``bias`` ``[width]``, with an epsilon of 1e-5."""
+        return self.call(aten.layer_norm.default, x, [int(x.meta["val"].shape[-1])], weight, bias, 1e-5, part=part)
+
+    def along(self, vector: fx.Node, x: fx.Node) -> fx.Node:
+        """``vector: [width]``, one value for each entry of the last axis of ``x``, as it broadcasts to ``x``."""
+        return vector
+
+
+def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """Nodes after ``start`` on its ways to ``end``, ``end`` included, in graph order; none where no way leads there."""
+    above: set[fx.Node] = set()
+    pending = [end]
+    while pending:  # all that ``end`` is made from, no further back than ``start``
+        node = pending.pop()
+        if node not in above and not node < start:
+            above.add(node)
+            pending += node.all_input_nodes
+    below = {start}
+    for node in sorted(above):
+        if not below.isdisjoint(node.all_input_nodes):
+            below.add(node)
+    return sorted(node for node in below - {start} if isinstance(node.meta.get("val"), Tensor | tuple | list))

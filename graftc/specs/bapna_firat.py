@@ -1,0 +1,47 @@
+"""Bapna-Firat adapters: one bottleneck behind every layer, with a layer norm of its own"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from graftc.specs.bottleneck import Activation, BottleneckSpec, Init, Wiring
+from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.target import Target
+
+__all__ = ["BapnaFirat"]
+
+
+class BapnaFirat(BottleneckSpec):
+    """Bapna-Firat adapters: `y + up(relu(down(LN(y))))` behind every layer, for language pairs or domains.
+
+    `y` is what the whole layer gives, and the layer norm is the adapter's own. An adapter for each language pair is a
+    bank (`compose: {bank: [...]}`): every row of a batch chooses its pair, and `share` says whether the pairs have one
+    norm or each their own. With `init: xavier` the model is not the base's at first.
+    """
+
+    claims: ClassVar[Claims] = Claims(
+        sites=frozenset({SiteKind.SUBLAYER}), identity_at_init=False, folds=FoldKind.NONE, bankable=True
+    )
+    paper: ClassVar[str] = "Bapna and Firat 2019, Simple, Scalable Adaptation for Neural Machine Translation"
+
+    method: Literal["bapna_firat"] = "bapna_firat"
+    """The method's tag."""
+
+    target: Target = Target(role="ffn.sublayer")
+    """Which places of the model it is for; by default every layer: its last sublayer is the feed-forward part."""
+
+    bottleneck: int | None = Field(default=64, ge=1)
+    """Width of the bottleneck. Give this or `reduction`."""
+
+    activation: Activation = "relu"
+    """The function between the two projections."""
+
+    init: Init = "xavier"
+    """How the projections start: `xavier`, uniform in ±sqrt(6 / (in + out))."""
+
+    def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
+        """See `BottleneckSpec.wiring`."""
+        return Wiring("output", "output", "before")

@@ -1,0 +1,52 @@
+"""Parallel adapters: a bottleneck beside the feed-forward part or the attention of every layer"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from graftc.specs.bottleneck import Activation, BottleneckSpec, Init, Wiring
+from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.target import Target
+
+__all__ = ["HeParallel"]
+
+
+class HeParallel(BottleneckSpec):
+    """Parallel adapters: `g + scale * up(relu(down(x)))`, where `x` is what the sublayer starts from.
+
+    `x` is the residual stream, before the norm in models whose norms stand before their sublayers, and `g` the branch
+    before it is added. On an attention (`target: {role: attn.sublayer}`) the result is added to its heads, before the
+    output projection. With `init: lora` the model is unchanged at first.
+    """
+
+    claims: ClassVar[Claims] = Claims(
+        sites=frozenset({SiteKind.SUBLAYER}), identity_at_init=True, folds=FoldKind.NONE, bankable=True
+    )
+    paper: ClassVar[str] = "He et al. 2022, Towards a Unified View of Parameter-Efficient Transfer Learning"
+
+    method: Literal["he_parallel"] = "he_parallel"
+    """The method's tag."""
+
+    target: Target = Target(role="ffn.sublayer")
+    """Which places of the model it is for; by default the feed-forward part of every layer."""
+
+    bottleneck: int | None = Field(default=512, ge=1)
+    """Width of the bottleneck. Give this or `reduction`."""
+
+    activation: Activation = "relu"
+    """The function between the two projections."""
+
+    init: Init = "lora"
+    """How the projections start: `lora`, the first uniform in ±1/sqrt(in), the second zero."""
+
+    scale: float | Literal["learned"] = 4.0
+    """Factor of the result: 4 for summarisation and translation, 2 for GLUE in the paper; `learned`: a number that
+    trains, and starts at 1."""
+
+    def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
+        """See `BottleneckSpec.wiring`."""
+        attention = any(role.endswith("attn.sublayer") for role in roles)
+        return Wiring("stream", "inner" if attention else "branch")
