@@ -73,12 +73,12 @@ class BottleneckAdapter(Method[S]):
         if inner < 1:
             message = f"reduction {spec.reduction:g} leaves nothing of the {_width(read)} entries that are read"
             raise GraftError("GC020", message, place=Place(path="reduction"))
-        x = _normed(build, read, _width(read), dtype) if norm == "before" else read
+        x = _normed(build, read, _width(read), dtype, "norm") if norm in ("before", "both") else read
         hidden = self.project(spec, build, "down", x, inner, dtype)
         hidden = build.dropout(_activated(spec, build, hidden), spec.dropout)
         delta = self.project(spec, build, "up", hidden, width, dtype)
-        if norm == "after":
-            delta = _normed(build, delta, width, dtype)
+        if norm in ("after", "both"):
+            delta = _normed(build, delta, width, dtype, "norm_after")
         if spec.scale == "learned":
             scale = build.parameter("scale", (1,), _ones, dtype=dtype)
             return build.call(aten.mul.Tensor, delta, build.along(scale, delta), part="scale")
@@ -112,10 +112,10 @@ def _activated(spec: BottleneckSpec, build: Builder, x: fx.Node) -> fx.Node:
     return build.call(target, x, part="activation", **kwargs)
 
 
-def _normed(build: Builder, x: fx.Node, width: int, dtype: torch.dtype) -> fx.Node:
-    weight = build.parameter("norm_weight", (width,), _ones, dtype=dtype)
-    bias = build.parameter("norm_bias", (width,), zeros, dtype=dtype)
-    return build.layer_norm(x, weight, bias)
+def _normed(build: Builder, x: fx.Node, width: int, dtype: torch.dtype, part: str) -> fx.Node:
+    weight = build.parameter(f"{part}_weight", (width,), _ones, dtype=dtype)
+    bias = build.parameter(f"{part}_bias", (width,), zeros, dtype=dtype)
+    return build.layer_norm(x, weight, bias, part)
 
 
 def _ones(tensor: Tensor, generator: torch.Generator) -> None:

@@ -22,7 +22,7 @@ Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu", 
 Init = Literal["lora", "bert", "houlsby", "xavier"]
 """How the projections start."""
 
-Norm = Literal["none", "before", "after"]
+Norm = Literal["none", "before", "after", "both"]
 """Where a layer norm of its own stands."""
 
 Place = Literal["stream", "normed", "inner", "projection", "branch", "sum", "output", "input"]
@@ -45,7 +45,7 @@ class Wiring:
             linear map ``input`` or ``output``.
         adds_to: ``inner``, ``projection``, ``branch`` or ``output``; of a linear map ``input`` or ``output``. Where it
             comes before what is read, what lies between is computed a second time.
-        norm: a layer norm of the adapter's own, before its first projection or after its second.
+        norm: a layer norm of the adapter's own, before its first projection, after its second, or both.
     """
 
     reads: Place
@@ -179,7 +179,7 @@ class Bottleneck(BottleneckSpec):
     `output` (the default) of a linear map. Where it comes before what is read, what lies between is computed twice."""
 
     norm: Norm = "none"
-    """A layer norm of the adapter's own: `before` the first projection, or `after` the second."""
+    """A layer norm of the adapter's own: `before` the first projection, `after` the second, or `both`."""
 
     @model_validator(mode="after")
     def _wired_one_way(self) -> Self:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.program import follow, map_nodes
+from graftc.passes.core.program import Edit, follow, map_nodes
 from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import SublayerSite
 from graftc.passes.core.tensors import TensorBuilder
@@ -33,7 +33,8 @@ class BranchBuilder(TensorBuilder):
         if node is None:
             message = f"{site.key} ends in more than one map, so that it has no {place} activation"
             raise GraftError("GC017", message, hint="read or add at its branch, or leave it out with exclude")
-        return follow(node, {e.before: e.after for e in self.program.edits if not e.narrow})
+        own = str(site.key)
+        return follow(node, {e.before: e.after for e in self.program.edits if not e.narrow or e.site == own})
 
     def add_at(self, site: SublayerSite, place: str, delta: fx.Node, read: fx.Node) -> None:
         """Add ``delta`` to a value of a sublayer.
@@ -63,6 +64,9 @@ class BranchBuilder(TensorBuilder):
                 raise GraftError("GC017", message, hint="add at its branch")
             args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: again.get(n, n))
             again[node] = self.call(node.target, *args, part="again", **kwargs)
+        # What reads the value on the way to ``delta`` goes on reading it; what comes here later starts from these.
+        own = ((before, now) for before, now in again.items() if before is not read)
+        self.program.edits += [Edit(self.adaptation, str(site.key), *pair, narrow=True) for pair in own]
         self._redirect(read, again[read], lambda user: True)
 
     def _shaped(self, delta: fx.Node, value: fx.Node) -> fx.Node:

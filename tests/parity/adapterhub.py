@@ -1,0 +1,125 @@
+"""Reference tensors that AdapterHub's `adapters` made: the base, its inputs, adapters under our names, and outputs.
+
+``tests/data/README.md`` says how they were made, ``tests/reference/adapterhub.py`` what each case computes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import graftc
+from graftc.runtime.compiled import Compiled
+from graftc.testing import largest_difference
+
+DATA = Path(__file__).parents[1] / "data"
+ARCHITECTURES = ("bert", "roberta", "gpt2")
+TOLERANCE = 1e-5
+
+_PLACES = {"attention.output": "attn", "attention_adapters": "attn", "output": "ffn", "output_adapters": "ffn"}
+_PLACE = re.compile(rf"(?P<layer>.+\.\d+)\.(?P<place>{'|'.join(_PLACES)})\.adapters\.(?P<adapter>\w+)\.(?P<part>.+)")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One file.
+
+    Attributes:
+        about: its metadata: ``model``, ``cases`` and ``versions``.
+        tensors: all of them by name.
+    """
+
+    about: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors below ``prefix/``, by what stands behind it."""
+        return {n.removeprefix(f"{prefix}/"): t for n, t in self.tensors.items() if n.startswith(f"{prefix}/")}
+
+    def base(self) -> nn.Module:
+        """The plain model in eval mode, new at every call."""
+        about = self.about["model"]
+        config = getattr(transformers, about["config"])(**about["arguments"], attn_implementation="eager")
+        model: nn.Module = getattr(transformers, about["class"])(config).eval()
+        model.load_state_dict(self.under("base"))
+        return model
+
+    def inputs(self) -> dict[str, Any]:
+        """The batch, and the flag that makes the model return its last hidden state."""
+        return {**self.under("inputs"), "output_hidden_states": True}
+
+    def adapters(self, case: str, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """The adapters of a case under our names.
+
+        Args:
+            case: its name.
+            names: what our adaptation of each adapter is called.
+        """
+        found: dict[str, Tensor] = {}
+        held = self.under(f"{case}/adapter")
+        for name, tensor in held.items():
+            match = _PLACE.fullmatch(name)
+            if match is not None:
+                prefix = name.removesuffix(match["part"])
+                part = _part(match["part"], normed=f"{prefix}adapter_down.1.weight" in held)
+                layer, place, adapter = match["layer"], _PLACES[match["place"]], names[match["adapter"]]
+                found[f"{layer}.graftc.{adapter}.{place}.{part}"] = tensor
+        return found
+
+    def differences(self, case: str, model: nn.Module) -> Iterator[tuple[str, float]]:
+        """How far ``model`` is from what a case returned (``unadapted``: without an adapter), for each output."""
+        with torch.no_grad():
+            found = model(**self.inputs())
+        outputs = {"logits": found["logits"], "last_hidden_state": found["hidden_states"][-1]}
+        for name, tensor in outputs.items():
+            yield name, largest_difference([tensor], [self.tensors[f"{case}/{name}"]])
+
+
+def _part(name: str, *, normed: bool) -> str:
+    """Our name for a tensor of an adapter: AdapterHub's first norm is item 0 of what the first projection is in."""
+    module, _, kind = name.rpartition(".")
+    ours = {"adapter_down.0": "norm" if normed else "down", "adapter_down.1": "down", "adapter_up": "up"}
+    part = {**ours, "adapter_norm_after": "norm_after", "gate": "gate"}.get(module)
+    if part is None:
+        return {"scaling": "scale"}[name]
+    return part if kind == "weight" and "norm" not in part else f"{part}_{kind}"
+
+
+@cache
+def reference(arch: str) -> Reference:
+    """The file of an architecture."""
+    path = DATA / f"adapterhub_{arch}.safetensors"
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+    return Reference(about, load_file(path))
+
+
+def adapted(arch: str, case: str, *entries: Mapping[str, Any], **spec: Any) -> Compiled:
+    """The base of ``arch`` with the adapters of a case in it, in eval mode.
+
+    Args:
+        arch: one of `ARCHITECTURES`.
+        case: its name.
+        entries: our adaptations for the adapters a, b and c, in this order.
+        spec: what else stands in the spec.
+
+    Raises:
+        AssertionError: the two have not the same tensors.
+    """
+    made = graftc.compile({"adapt": [dict(e) for e in entries], **spec}, reference(arch).base()).eval()
+    names = {letter: entry.get("name", entry["method"]) for letter, entry in zip("abc", entries, strict=False)}
+    theirs, ours = reference(arch).adapters(case, names), made.adapter_state_dict()
+    assert {n: t.shape for n, t in theirs.items()} == {n: t.shape for n, t in ours.items()}
+    made.load_adapter_state_dict(theirs)
+    return made

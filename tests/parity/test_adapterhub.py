@@ -1,0 +1,93 @@
+"""Bottleneck adapters against tensors that AdapterHub's `adapters` made: its wirings, options and stacks.
+
+Left out are ``seq_bn_post_add`` and ``seq_bn_after_ln``: their adapters have another residual than the branch, so that
+zero adapters are not the base, and no spec says that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.parity.adapterhub import ARCHITECTURES, TOLERANCE, adapted, reference
+
+Entry = Mapping[str, Any]
+DOUBLE: Entry = {"method": "houlsby", "bottleneck": None, "reduction": 6, "activation": "silu"}
+SEQ: Entry = {"method": "pfeiffer", "reduction": 5}
+PAR: Entry = {"method": "he_parallel", "bottleneck": None, "reduction": 3}
+WIRED = {"method": "bottleneck", "reads": "output", "adds_to": "branch"}
+
+CASES: Mapping[str, tuple[Entry, ...]] = {
+    "double_seq_bn": (DOUBLE,),
+    "double_seq_bn_relu": ({**DOUBLE, "activation": "relu"},),
+    "seq_bn": (SEQ,),
+    "seq_bn_own_norms": ({**WIRED, "reduction": 5, "norm": "both"},),
+    "par_bn": (PAR,),
+    "par_bn_learned": ({**PAR, "scale": "learned"},),
+    "stack": ({**SEQ, "name": "a"}, {**SEQ, "name": "b"}),
+}
+GENERAL: Mapping[str, Entry] = {
+    "double_seq_bn": {
+        **{"method": "bottleneck", "target": {"role": ["attn.sublayer", "ffn.sublayer"]}},
+        **{"reads": "branch", "adds_to": "branch", "reduction": 6, "activation": "silu"},
+    },
+    "seq_bn": {**WIRED, "reduction": 5},
+    "par_bn": {"method": "bottleneck", "reads": "stream", "adds_to": "branch", "reduction": 3, "scale": 4.0},
+}
+"""The same, wired by hand."""
+PAIRS = [(arch, case) for arch in ARCHITECTURES for case in CASES if case in reference(arch).about["cases"]]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_base_is_the_same(arch: str) -> None:
+    for name, difference in reference(arch).differences("unadapted", reference(arch).base()):
+        assert difference <= TOLERANCE, f"{name}: {difference:.2e}"
+
+
+@pytest.mark.parametrize(("arch", "case"), PAIRS)
+def test_outputs(arch: str, case: str) -> None:
+    check(arch, case, *CASES[case])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("case", GENERAL)
+def test_outputs_of_the_mechanism(arch: str, case: str) -> None:
+    check(arch, case, GENERAL[case])
+
+
+def check(arch: str, case: str, *entries: Entry) -> None:
+    """The last hidden state and the logits are AdapterHub's to 1e-5; without adapters they are not."""
+    made = adapted(arch, case, *entries)
+    for name, difference in reference(arch).differences(case, made):
+        assert difference <= TOLERANCE, f"{name} differs by {difference:.2e} from AdapterHub's"
+    assert min(d for _, d in reference(arch).differences(case, reference(arch).base())) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("case", "other"),
+    [("seq_bn", {"reads": "branch"}), ("seq_bn", {"adds_to": "output"}), ("par_bn", {"reads": "branch"})],
+    ids=["reads before the norm", "adds behind the norm", "reads the branch"],
+)
+def test_another_wiring_is_told_from_it(case: str, other: dict[str, str]) -> None:
+    """The numbers of tensors are the same in all of these; the values are not."""
+    made = adapted("bert", case, {**GENERAL[case], **other})
+    assert min(d for _, d in reference("bert").differences(case, made)) > 1e-2
+
+
+@pytest.mark.parametrize("case", ["seq_bn_post_add", "seq_bn_after_ln"])
+def test_other_residuals_are_told_apart(case: str) -> None:
+    """With their adapters in it, Pfeiffer's wiring gives something else."""
+    made = adapted("bert", case, SEQ)
+    assert min(d for _, d in reference("bert").differences(case, made)) > 1e-2
+
+
+def test_order_in_a_stack() -> None:
+    """The first adaptation is the first that runs."""
+    made = adapted("bert", "stack", {**SEQ, "name": "a"}, {**SEQ, "name": "b"})
+    held = made.adapter_state_dict()
+    turned = {n.replace(".a.", ".?.").replace(".b.", ".a.").replace(".?.", ".b."): t for n, t in held.items()}
+    assert turned.keys() == held.keys()
+    made.load_adapter_state_dict(turned)
+    assert min(d for _, d in reference("bert").differences("stack", made)) > 1e-3
