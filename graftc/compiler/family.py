@@ -13,7 +13,8 @@ from torch import fx
 
 from graftc.compiler.cache import captured
 from graftc.compiler.capture import Capture
-from graftc.compiler.interface import Flags
+from graftc.compiler.compose import Unit, add_controls, check_units, insert_unit, placed, units
+from graftc.compiler.interface import Flags, dtype_of
 from graftc.compiler.resolve import TRAIN, Resolved, Resolver
 from graftc.compiler.signature import Axis
 from graftc.compiler.sitetable import SiteTable
@@ -27,8 +28,7 @@ from graftc.passes.core.steering import STEP
 from graftc.passes.core.verify import record_baseline, verify
 from graftc.passes.mode import to_eval
 from graftc.passes.tokens import insert_tokens
-from graftc.specs.diagnostics import GraftError, Place
-from graftc.specs.document import Spec
+from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
     from graftc.compiler.pipeline import Compilation
@@ -92,13 +92,21 @@ class _Clock:
         return result
 
 
-def compile_family(compilation: Compilation, axes: Sequence[Axis], flags: Flags) -> Family:
-    """Capture one signature and adapt it; the first one says which places are adapted, others adapt the same ones."""
+def compile_family(
+    compilation: Compilation, axes: Sequence[Axis], flags: Flags, controls: Sequence[str] = ()
+) -> Family:
+    """Capture one signature and adapt it; the first one says which places are adapted, others adapt the same ones.
+
+    Args:
+        compilation: what it belongs to.
+        axes, flags: the inputs and flags of the source model.
+        controls: inputs beside these, which choose among adaptations.
+    """
     found = _capture(compilation, axes, flags, "train")
     base, clock = found.program, _Clock()
     clock.entries += base.history
     main = compilation.main if compilation.families else None
-    train = _adapted(compilation, found, clock, main)
+    train = _adapted(compilation, found, clock, main, controls)
     train.program.history = list(clock.entries)
     captures = [found]
     eval_base = record_baseline(to_eval(base))
@@ -107,7 +115,7 @@ def compile_family(compilation: Compilation, axes: Sequence[Axis], flags: Flags)
         direct = _capture(compilation, axes, flags, "eval")
         captures.append(direct)
         eval_base = direct.program
-        own = _adapted(compilation, direct, _Clock(), train).program
+        own = _adapted(compilation, direct, _Clock(), train, controls).program
         adapted_eval = clock.step("mode(eval)", lambda: to_eval(own), train.program)
     else:
         adapted_eval = clock.step("mode(eval)", lambda: to_eval(train.program), train.program)
@@ -162,7 +170,9 @@ class _Adapted:
     trained: list[ParameterSite]
 
 
-def _adapted(compilation: Compilation, found: Capture, clock: _Clock, main: Family | _Adapted | None) -> _Adapted:
+def _adapted(
+    compilation: Compilation, found: Capture, clock: _Clock, main: Family | _Adapted | None, controls: Sequence[str]
+) -> _Adapted:
     """A capture's Program, adapted as the spec says, or at the places of ``main``."""
     spec, store, base = compilation.spec, compilation.store, found.program
     record_baseline(base)
@@ -179,6 +189,9 @@ def _adapted(compilation: Compilation, found: Capture, clock: _Clock, main: Fami
         lambda: resolver.trained(spec) if main is None else resolver.trained_again(main.trained),
         program,
     )
+    if main is None:
+        check_units(spec, units(spec, resolved))
+    add_controls(program, spec, controls, dtype_of(compilation.model))
     if spec.tokens is not None:
         _insert_tokens(compilation, program, table, clock)
     _insert(compilation, program, trained, resolved, clock)
@@ -212,21 +225,27 @@ def _insert(
         clock.step("insert(train)", lambda: _overlay(build, trained), program)
         _collect(compilation, build)
         clock.step("verify", lambda: verify(program, store, "insert(train)"), program)
-    for index, item in enumerate(resolved):
-        build = Builder(program, store, item.name, item.spec.method, compilation.seed, compilation.values)
-        try:
-            clock.step(f"insert({item.name})", partial(_adapt, build, item), program)
-        except GraftError as error:
-            raise _placed(compilation.spec, index, error) from error
-        _collect(compilation, build)
-        clock.step("verify", partial(verify, program, store, f"insert({item.name})"), program)
+    for unit in units(compilation.spec, resolved):
+        clock.step(f"insert({unit.name})", partial(_insert_unit, compilation, program, unit), program)
+        clock.step("verify", partial(verify, program, store, f"insert({unit.name})"), program)
 
 
-def _placed(spec: Spec, index: int, error: GraftError) -> GraftError:
-    """A method's error with its place in the spec; methods name a field of theirs."""
-    path = f"adapt[{index}]" + (f".{error.place.path}" if error.place is not None else "")
-    place = Place(path=path)
-    return spec.locate(GraftError(error.code, error.message, place=place, hint=error.hint, details=error.details))
+def _insert_unit(compilation: Compilation, program: Program, unit: Unit) -> None:
+    def new(cls: type[Any], name: str, method: str, **options: Any) -> Any:
+        store, seed, values = compilation.store, compilation.seed, compilation.values
+        return cls(program, store, name, method, seed, values, **options)
+
+    if unit.composition is not None:
+        for owner, parts in insert_unit(unit, program, compilation.spec, new, _adapt).items():
+            compilation.parts.setdefault(owner, {}).update(parts)
+        return
+    (item,) = unit.members
+    build = new(Builder, item.name, item.spec.method)
+    try:
+        _adapt(build, item)
+    except GraftError as error:
+        raise placed(compilation.spec, unit, error) from error
+    _collect(compilation, build)
 
 
 def _overlay(build: Builder, sites: Sequence[ParameterSite]) -> None:

@@ -36,7 +36,8 @@ def foldable(compilation: Compilation) -> Foldable:
     """Try every adaptation. One that was inserted on top of another one that stays has to stay as well: folding it
     into the weights would apply it first."""
     store = compilation.store
-    resolved = {r.name: r for r in compilation.main.resolved}
+    units = {unit.name: unit for unit in compilation.units}
+    resolved = {name: unit.members[0] for name, unit in units.items()}
     names: list[str] = []
     kept: dict[str, GraftError] = {}
     for name in [TOKENS, TRAIN, *resolved]:
@@ -51,7 +52,14 @@ def foldable(compilation: Compilation) -> Foldable:
             if error.code not in ("GC022", "GC050"):
                 raise
             kept[name] = error
-    return Foldable(LazyTensors(store, compilation.fold_steps(names)), tuple(names), kept)
+    lazy = LazyTensors(store, compilation.fold_steps(names))
+    for unit in units.values():  # what becomes of a composition becomes of its members
+        for member in unit.members:
+            if unit.name in kept:
+                kept.setdefault(member.name, kept[unit.name])
+            elif unit.name in names and member.name not in names:
+                names.append(member.name)
+    return Foldable(lazy, tuple(names), kept)
 
 
 def _below(resolved: Mapping[str, Resolved], name: str, kept: Mapping[str, GraftError]) -> tuple[str, SiteKey] | None:

@@ -85,14 +85,14 @@ def origins(snapshot: Snapshot) -> tuple[Origin, ...]:
 
 def shared_origin(snapshot: Snapshot, adaptation: str) -> Origin:
     """Of what belongs to an adaptation as a whole."""
-    method = {str(a.name): a.method for a in snapshot.spec.adapt}.get(adaptation, adaptation)
+    method = snapshot.spec.owners.get(adaptation, adaptation)
     place = _spec_place(snapshot, adaptation, "")
     return Origin(adaptation, method, _step(adaptation), "", "", "", (), "", None, "", "", (), place, ())
 
 
 def _of_site(snapshot: Snapshot, record: SiteRecord) -> Origin:
-    adaptation = next(a for a in snapshot.spec.adapt if a.name == record.adaptation)
-    selectors = list(_selectors(adaptation, record))
+    adaptation = next((a for a in snapshot.spec.adapt if a.name == record.adaptation), None)
+    selectors = list(_selectors(adaptation, record)) if adaptation is not None else []
     return Origin(
         record.adaptation,
         record.method,
@@ -113,7 +113,7 @@ def _of_site(snapshot: Snapshot, record: SiteRecord) -> Origin:
 
 def _of_trained(snapshot: Snapshot, record: TrainedRecord) -> Origin:
     owner, module = record.owner, record.base.rpartition(".")[0]
-    method = {str(a.name): a.method for a in snapshot.spec.adapt}.get(owner, owner)
+    method = snapshot.spec.owners.get(owner, owner)
     selected: list[tuple[str, str]] = []
     if owner == TRAIN:
         ancestors = [module[:end] for end in _ends(module)]
@@ -174,7 +174,9 @@ def _spec_place(snapshot: Snapshot, owner: str, below: str) -> Place:
     if owner in (TRAIN, TOKENS):
         path = "train" if owner == TRAIN else "tokens"
     else:
-        index = next(i for i, a in enumerate(spec.adapt) if a.name == owner)
+        index = next((i for i, a in enumerate(spec.adapt) if a.name == owner), None)
+        if index is None:
+            return spec.place(f"compose[{next(i for i, c in enumerate(spec.compose) if c.name == owner)}]")
         if "target" not in spec.adapt[index].model_fields_set:
             return spec.place(f"adapt[{index}]")
         path = f"adapt[{index}].target"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from graftc.compiler.capture import Capture
+from graftc.compiler.compose import Unit, averaged, controls, keep_composed, units
 from graftc.compiler.copies import untied
 from graftc.compiler.defaults import default_signatures
 from graftc.compiler.family import Family, compile_family
 from graftc.compiler.interface import Flags
-from graftc.compiler.resolve import TRAIN, Resolved
+from graftc.compiler.resolve import TRAIN
 from graftc.compiler.signature import (
     Axis,
     axes_of,
@@ -33,6 +35,7 @@ from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite, SiteKey
 from graftc.passes.core.store import Store
 from graftc.passes.core.uses import Dense
+from graftc.specs.compose import CompositionSpec, Parallel
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.document import Spec
 
@@ -93,12 +96,14 @@ class Compilation:
         if found is not None:
             return self.families[found]
         tensors, flags = split(inputs)
+        chosen = [name for name in self.controls if name in tensors]
+        tensors = {name: value for name, value in tensors.items() if name not in chosen}
         known = [Axis(s.name, s.dtype, s.shape) for s in self.main.base.inputs]
         axes = axes_of(self.model, tensors, known)
         failure: GraftError | None = None
         for attempt in less_dynamic(axes, tensors):
             try:
-                family = self.add(attempt, flags)
+                family = self.add(attempt, flags, chosen)
             except GraftError as error:
                 if error.code != "GC030":
                     raise
@@ -115,14 +120,29 @@ class Compilation:
         hint = f"leave out {described(*new)}" if any(new) else "the model may not take inputs of these sizes"
         return GraftError("GC031", f"no graph can be made: {reason}", hint=hint)
 
-    def add(self, axes: Sequence[Axis], flags: Flags = ()) -> Family:
+    @cached_property
+    def controls(self) -> Mapping[str, CompositionSpec]:
+        """Inputs beside the source model's, by which a call chooses among adaptations."""
+        return controls(self.spec)
+
+    @property
+    def units(self) -> list[Unit]:
+        """The adaptations as they are inserted: compositions, and single ones."""
+        return units(self.spec, self.main.resolved)
+
+    def add(self, axes: Sequence[Axis], flags: Flags = (), chosen: Sequence[str] = ()) -> Family:
         """Capture one more signature and adapt the same places there.
+
+        Args:
+            axes, flags: what the source model is called with.
+            chosen: which of `controls` there are beside; those that every call has need not be named.
 
         Raises:
             GraftError: GC031 where the new graph does not read a place that is adapted.
         """
-        family = compile_family(self, axes, flags)
-        signature = signature_of_program(family.base.inputs, family.base.flags)
+        always = [name for name, composition in self.controls.items() if isinstance(composition, Parallel)]
+        family = compile_family(self, axes, flags, list(dict.fromkeys([*always, *chosen])))
+        signature = signature_of_program(family.train.inputs, family.train.flags)
         sizes = (
             f"{s.name}.{i}={low}" for s in family.base.inputs for i, (low, high) in enumerate(s.ranges) if low == high
         )
@@ -139,35 +159,34 @@ class Compilation:
             GraftError: GC050 naming the adaptation that cannot fold and why.
         """
         steps: list[FoldStep] = []
-        resolved = {r.name: r for r in self.main.resolved}
-        for name in only if only is not None else [TOKENS, TRAIN, *resolved]:
-            if name in resolved:
-                steps += self._site_steps(resolved[name])
+        found = {unit.name: unit for unit in self.units}
+        for name in only if only is not None else [TOKENS, TRAIN, *found]:
+            if name in found:
+                steps += self._site_steps(found[name])
             steps += self._overlay_steps(name)
         return steps
 
-    def _site_steps(self, resolved: Resolved) -> list[FoldStep]:
+    def _site_steps(self, unit: Unit) -> list[FoldStep]:
+        resolved = unit.members[0]
         method = method_for(resolved.spec.method)
         steps: list[FoldStep] = []
         for site, spec in resolved.places:
-            held = self.parts[resolved.name]
-            parts = {**held.get(None, {}), **held.get(site.key, {})}
-            tensors = {part: self.store.get(name).detach().double() for part, name in parts.items()}
-            fold = method.fold(spec, site, tensors)
+            tensors = averaged(unit, self.parts, site.key, self.store.get)
+            fold = keep_composed(method.fold(spec, site, tensors), unit)
             if isinstance(fold, StandIn):
                 continue
             if isinstance(fold, Keep):
-                raise GraftError("GC050", f"{resolved.name!r} cannot fold at {site.key}: {fold.reason}")
+                raise GraftError("GC050", f"{unit.name!r} cannot fold at {site.key}: {fold.reason}")
             assert isinstance(site, LinearSite)
             if site.key in resolved.shared:
                 raise GraftError(
                     "GC022",
-                    f"{resolved.name!r} would fold into {site.key}, which {resolved.shared[site.key]}",
+                    f"{unit.name!r} would fold into {site.key}, which {resolved.shared[site.key]}",
                     hint="folding would change both; break the tie in the model first, or leave this site out",
                 )
             steps.append(
                 FoldStep(
-                    resolved.name,
+                    unit.name,
                     str(site.key),
                     site.use.weight,
                     site.use.bias or self._new_bias(site),

@@ -46,11 +46,11 @@ class Resolved:
         """The first use of every place: what tensors, folds and counts go by."""
         found: dict[SiteKey, tuple[Site, MethodSpec]] = {}
         for site, spec in self.sites:
-            found.setdefault(_place(site), (site, spec))
+            found.setdefault(place_of(site), (site, spec))
         return tuple(found.values())
 
 
-def _place(site: Site) -> SiteKey:
+def place_of(site: Site) -> SiteKey:
     """Uses of one weight are one place, and so are sublayers that end in one; each use of anything else is its own."""
     return site.key.place if isinstance(site, LinearSite | SublayerSite) else site.key
 
@@ -110,7 +110,7 @@ class Resolver:
         groups: dict[SiteKey, list[LinearSite]] = defaultdict(list)
         for site, _ in sites:
             if isinstance(site, LinearSite):
-                groups[_place(site)].append(site)
+                groups[place_of(site)].append(site)
         shared = {key: found for key, group in groups.items() if (found := self._shared(group))}
         return Resolved(adaptation, tuple(sites), shared)
 
@@ -168,7 +168,7 @@ class Resolver:
         for index, resolved in enumerate(found):
             place = spec.place(f"adapt[{index}].target")
             for site, _ in resolved.places:
-                reader = resolved.shared.get(_place(site))
+                reader = resolved.shared.get(place_of(site))
                 if reader is not None:
                     message = f"{site.key} {reader}: {resolved.name!r} trains there but will not fold"
                     warn("GC024", message, place=place, hint="exclude it, or deploy with the adaptation in the graph")

@@ -59,8 +59,10 @@ def _ended(numbers: Tensor, rows: int, config: Any) -> Tensor:
 
 
 def _table_rows(node: fx.Node) -> int | None:
-    """Rows of the table that an input indexes."""
+    """Rows of the table, or slots of the bank, that an input indexes."""
     for user in node.users:
+        if user.target is aten.index_select.default and user.args[2] is node:
+            return int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
         if user.target is aten.embedding.default and isinstance(user.args[0], fx.Node):
             return int(user.args[0].meta["val"].shape[0])
         if user.target in (aten.view.default, aten.reshape.default) and (found := _table_rows(user)) is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graftc.compiler.family import Family
 from graftc.compiler.findings import Finding, Structure
 from graftc.compiler.pipeline import Compilation
+from graftc.compiler.resolve import place_of
 from graftc.passes.core.program import Mode, Program
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.shapes import DTYPE_NAMES
@@ -156,21 +157,30 @@ def site_records(compilation: Compilation) -> Iterator[SiteRecord]:
     for resolved in family.resolved:
         uses: dict[SiteKey, int] = {}
         for site, _ in resolved.sites:
-            uses[site.key.place] = uses.get(site.key.place, 0) + 1
+            uses[place_of(site)] = uses.get(place_of(site), 0) + 1
         for site, _ in resolved.places:
-            yield SiteRecord(
-                resolved.name,
-                resolved.spec.method,
-                site.key,
-                str(site.kind),
-                site.roles,
-                site.layer,
-                site.stack,
-                site.rows.runs if isinstance(site, LinearSite) else None,
-                uses[site.key.place] if isinstance(site, LinearSite) else 1,
-                _evidence(family.structure, site),
-                dict(compilation.parts.get(resolved.name, {}).get(site.key, {})),
-            )
+            yield _record(compilation, resolved.name, resolved.spec.method, site, uses[place_of(site)])
+    for unit in compilation.units:
+        if unit.composition is not None:
+            own = compilation.parts.get(unit.name, {})
+            for site in {s.key: s for member in unit.members for s, _ in member.places if s.key in own}.values():
+                yield _record(compilation, unit.name, unit.composition.kind, site, 1)
+
+
+def _record(compilation: Compilation, name: str, method: str, site: Site, uses: int) -> SiteRecord:
+    return SiteRecord(
+        name,
+        method,
+        site.key,
+        str(site.kind),
+        site.roles,
+        site.layer,
+        site.stack,
+        site.rows.runs if isinstance(site, LinearSite) else None,
+        uses,
+        _evidence(compilation.main.structure, site),
+        dict(compilation.parts.get(name, {}).get(site.key, {})),
+    )
 
 
 def _evidence(structure: Structure, site: Site) -> str:

@@ -72,7 +72,7 @@ class Summary:
 
 def summary(snapshot: Snapshot) -> Summary:
     """The summary of a Compilation."""
-    entries = [_adaptation(snapshot, str(a.name), a.method) for a in snapshot.spec.adapt]
+    entries = [_adaptation(snapshot, name, method) for name, method in snapshot.spec.owners.items()]
     if snapshot.spec.tokens is not None:
         entries.insert(0, _adaptation(snapshot, TOKENS, TOKENS))
     if any(record.owner == TRAIN for record in snapshot.trained):
@@ -95,7 +95,9 @@ def summary(snapshot: Snapshot) -> Summary:
 
 
 def _adaptation(snapshot: Snapshot, name: str, method: str) -> AdaptationSummary:
-    sites = [site for site in snapshot.sites if site.adaptation == name]
+    composed = next((c.members for c in snapshot.spec.compose if c.name == name), ())
+    places = {site.key: site for site in snapshot.sites if site.adaptation == name or site.adaptation in composed}
+    sites = list(places.values())
     trained = {record.base for record in snapshot.trained if record.owner == name}
     tensors = [t for fqn, t in snapshot.adapters.items() if owner_of(fqn) == name]
     nodes = (n for n in snapshot.program().graph.nodes if n.op != "get_attr")

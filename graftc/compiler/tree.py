@@ -189,7 +189,7 @@ def model_tree(snapshot: Snapshot) -> TreeNode:
         module = root.at(site.key.module)
         module.added.setdefault(site.adaptation, [])
         module.roles |= dict.fromkeys(_role(site))
-    methods = {str(a.name): a.method for a in snapshot.spec.adapt} | {TRAIN: TRAIN}
+    methods = snapshot.spec.owners | {TRAIN: TRAIN}
     return _node(snapshot.model, "", root, methods)
 
 

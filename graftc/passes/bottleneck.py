@@ -49,7 +49,7 @@ class BottleneckAdapter(Method[S]):
         if isinstance(site, SublayerSite):
             read, value = build.at(site, wiring.reads), build.at(site, wiring.adds_to)
             delta = self.branch(spec, build, read, _width(value), site.dtype)
-            build.add_at(site, wiring.adds_to, delta, read)
+            build.add_at(site, wiring.adds_to, delta, wiring.reads)
             return
         assert isinstance(site, LinearSite)
         if not isinstance(site.use, Dense):

@@ -44,7 +44,8 @@ class IA3Method(Method[IA3]):
         if inward:
             build.scale_input(site, scale)
         else:
-            build.set_output(site, build.call(aten.mul.Tensor, build.output(site), scale, part="scale"))
+            rows = build.per_row(site, scale)
+            build.set_output(site, build.call(aten.mul.Tensor, build.output(site), rows, part="scale"))
 
     def fold(self, spec: IA3, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
         """``W' = diag(l) W`` and ``b' = l * b``, or ``W' = W diag(l)``."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PrivateAttr, field_validator
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PrivateAttr, field_validator, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from graftc.specs.base import Items, MethodSpec, SpecModel, check_name
-from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.compose import Bank, Compositions, CompositionSpec, Stack
+from graftc.specs.diagnostics import GraftError, Place, nearest
 from graftc.specs.registry import method_specs, unknown_method
 from graftc.specs.source import Source
 from graftc.specs.target import PatternList
@@ -119,6 +120,9 @@ class Spec(SpecModel):
     train: PatternList = ()
     """Globs of modules that train in full beside the adaptations."""
 
+    compose: Compositions = ()
+    """How adaptations of the same places work together: one composition, or a list of them. Left out, they stack."""
+
     tokens: Tokens | None = None
     """Tokens to add, with trainable embeddings."""
 
@@ -158,6 +162,54 @@ class Spec(SpecModel):
         taken = set(first)
         return tuple(_named(a, taken) for a in adapt)
 
+    @model_validator(mode="after")
+    def _compositions_fit(self) -> Self:
+        if not self.compose:
+            return self
+        taken = {str(a.name) for a in self.adapt} | {str(c.name) for c in self.compose}
+        compose = tuple(_composed(c, taken) for c in self.compose)
+        problems = [p for index, c in enumerate(compose) for p in self._misfits(index, c, compose)]
+        if problems:
+            reject(list(compose), *((("compose", *where), error) for where, error in problems))
+        object.__setattr__(self, "compose", compose)
+        return self
+
+    def _misfits(
+        self, index: int, own: CompositionSpec, compose: Sequence[CompositionSpec]
+    ) -> Iterator[tuple[tuple[str | int, ...], GraftError]]:
+        """What is wrong with one composition, each with its path."""
+        if own.name in [*(a.name for a in self.adapt), *(c.name for c in compose[:index])]:
+            yield (index, "name"), GraftError("GC005", f"the name '{own.name}' is taken", hint="names are unique")
+        known = [str(a.name) for a in self.adapt]
+        if isinstance(own, Stack):
+            known += [str(c.name) for c in compose if c is not own and not isinstance(c, Stack)]
+        for position, member in enumerate(own.members):
+            path = (index, own.kind, position)
+            if member not in known:
+                close = nearest(member, known)
+                hint = f"did you mean '{close[0]}'?" if close else f"there is: {', '.join(known)}"
+                fix = (member, close[0]) if close else None
+                yield path, GraftError("GC091", f"there is no adaptation '{member}'", hint=hint, fix=fix)
+            alike = [c for c in compose[:index] if isinstance(c, Stack) == isinstance(own, Stack)]
+            other = next((c.name for c in alike if member in c.members), None)
+            if other is not None:
+                message = f"'{member}' is in the composition '{other}' already"
+                yield path, GraftError("GC036", message, hint="an adaptation is part of one composition")
+        inputs = [c.inputs for c in compose[:index] if isinstance(c, Bank)]
+        if isinstance(own, Bank) and own.inputs in inputs:
+            hint = f"for example inputs: {own.name}"
+            yield (index, "inputs"), GraftError("GC002", f"another bank has the input '{own.ids}'", hint=hint)
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """Adaptations and compositions by name: the method, or the kind of composition."""
+        composed = {str(c.name): c.kind for c in self.compose if not isinstance(c, Stack)}
+        return {**{str(a.name): a.method for a in self.adapt}, **composed}
+
+    def composition_of(self, name: str) -> CompositionSpec | None:
+        """The composition that an adaptation is part of; a stack is none, being their usual order."""
+        return next((c for c in self.compose if name in c.members and not isinstance(c, Stack)), None)
+
     def place(self, path: str) -> Place:
         """The place of a path such as ``adapt[0].target.role``; with line and column if it was a file."""
         return self._source.place(path)
@@ -177,3 +229,15 @@ def _named(adaptation: MethodSpec, taken: set[str]) -> MethodSpec:
         name = f"{adaptation.method}_{number}"
     taken.add(name)
     return adaptation.model_copy(update={"name": name})
+
+
+def _composed(composition: CompositionSpec, taken: set[str]) -> CompositionSpec:
+    """The composition under its own name, or the first free of ``bank``, ``bank_2``, ``bank_3`` ..."""
+    if composition.name is not None:
+        return composition
+    name, number = composition.kind, 1
+    while name in taken or check_name(name) is not None:
+        number += 1
+        name = f"{composition.kind}_{number}"
+    taken.add(name)
+    return composition.model_copy(update={"name": name})

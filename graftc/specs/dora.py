@@ -50,6 +50,7 @@ class DoRA(MethodSpec):
         sites=frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS}),
         identity_at_init=True,
         folds=FoldKind.EXACT,
+        bankable=True,
     )
     paper: ClassVar[str] = "Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation (arXiv:2402.09353)"
 

@@ -200,11 +200,14 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _concrete(model: type[BaseModel], data: object) -> type[BaseModel]:
-    """The method's own class where the annotation only says that it is some method."""
+    """The class of a method or of a kind of composition, where the annotation only says that it is one."""
     from graftc.specs.base import MethodSpec
+    from graftc.specs.compose import CompositionSpec, composition_kinds
     from graftc.specs.registry import method_specs
 
     if model is MethodSpec and isinstance(data, Mapping):
         entry = method_specs().get(str(data.get("method")))
         return model if entry is None else entry.spec_class
+    if model is CompositionSpec and isinstance(data, Mapping):
+        return next((cls for kind, cls in composition_kinds().items() if kind in data), model)
     return model

@@ -29,6 +29,9 @@ class BranchBuilder(TensorBuilder):
         Raises:
             GraftError: GC017 where the sublayer has no such value.
         """
+        return self._at(site, place)
+
+    def _at(self, site: SublayerSite, place: str) -> fx.Node:
         node = getattr(site, place)
         if node is None:
             message = f"{site.key} ends in more than one map, so that it has no {place} activation"
@@ -36,7 +39,7 @@ class BranchBuilder(TensorBuilder):
         own = str(site.key)
         return follow(node, {e.before: e.after for e in self.program.edits if not e.narrow or e.site == own})
 
-    def add_at(self, site: SublayerSite, place: str, delta: fx.Node, read: fx.Node) -> None:
+    def add_at(self, site: SublayerSite, place: str, delta: fx.Node, read: str) -> None:
         """Add ``delta`` to a value of a sublayer.
 
         Where ``delta`` was made from a value further down (the norm behind the sum), what lies between is computed a
@@ -46,14 +49,14 @@ class BranchBuilder(TensorBuilder):
             site: the sublayer.
             place: which of its values.
             delta: of its sizes, or of the same in a batch that is folded into one axis.
-            read: what ``delta`` was made from.
+            read: which of its values ``delta`` was made from.
 
         Raises:
             GraftError: GC017 where something random lies between.
         """
-        value = self.at(site, place)
+        value, source = self._at(site, place), self._at(site, read)
         after = self.call(aten.add.Tensor, value, self._shaped(delta, value), part="add")
-        between = _between(value, read)
+        between = _between(value, source)
         if not between:
             self._redirect(value, after, lambda user: True)
             return
@@ -65,9 +68,9 @@ class BranchBuilder(TensorBuilder):
             args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: again.get(n, n))
             again[node] = self.call(node.target, *args, part="again", **kwargs)
         # What reads the value on the way to ``delta`` goes on reading it; what comes here later starts from these.
-        own = ((before, now) for before, now in again.items() if before is not read)
+        own = ((before, now) for before, now in again.items() if before is not source)
         self.program.edits += [Edit(self.adaptation, str(site.key), *pair, narrow=True) for pair in own]
-        self._redirect(read, again[read], lambda user: True)
+        self._redirect(source, again[source], lambda user: True)
 
     def _shaped(self, delta: fx.Node, value: fx.Node) -> fx.Node:
         """``delta`` with batch and sequence in one axis where ``value`` has them so."""

@@ -39,12 +39,18 @@ class Builder(BranchBuilder):
         values: tensors that are there already, by name: they take the place of initial values.
     """
 
+    composed = False
+    """Whether it builds several adaptations at once."""
+
     def input(self, site: LinearSite) -> fx.Node:
         """What the site reads, in the base's own layout: `map` and `low_rank` know what to make of it.
 
         What `set_input` has put in front of the map so far is not part of it: adaptations of a site add up in the order
         of insertion, so one that comes later does not pass through what an earlier one does to the input.
         """
+        return self._read(site)
+
+    def _read(self, site: LinearSite) -> fx.Node:
         own = {e.after: e.before for e in self.program.edits if e.narrow and e.site == str(site.key)}
         return follow(site.use.input, own)
 
@@ -127,7 +133,7 @@ class Builder(BranchBuilder):
     def set_input(self, site: LinearSite, node: fx.Node) -> None:
         """Put ``node``, made from `input` and in its layout, in its place for the site, with all that is inserted there
         so far."""
-        before, mine, whole = self.input(site), str(site.key), site.columns.whole
+        before, mine, whole = self._read(site), str(site.key), site.columns.whole
         shared = self._shared_dropouts(before, mine)
         for dropped in shared:
             again = self.call(dropped.target, node, *dropped.args[1:], part="dropout")
@@ -173,7 +179,7 @@ class Builder(BranchBuilder):
         trailing = (x.meta["val"].dim() - axis if axis >= 0 else -axis) - 1
         if trailing:
             scale = self.call(aten.view.default, scale, [site.in_features, *[1] * trailing], part="scale")
-        self.set_input(site, self.call(aten.mul.Tensor, x, scale, part="scale"))
+        self.set_input(site, self.call(aten.mul.Tensor, x, self.along(scale, x), part="scale"))
 
     def weight(self, site: LinearSite) -> fx.Node:
         """The site's own rows of the weight, ``[..., rows, in]``."""

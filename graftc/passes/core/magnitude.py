@@ -104,7 +104,7 @@ def row_norm(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float)
 
 @row_norm.register_fake
 def _(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    return square.new_empty(square.shape[1:])
+    return square.new_empty(torch.broadcast_shapes(square.shape[1:], b.shape[:-1]))  # type: ignore[no-untyped-call]
 
 
 def _norm_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, float], output: Tensor) -> None:

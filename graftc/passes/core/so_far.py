@@ -50,6 +50,8 @@ def so_far(build: Builder, site: LinearSite) -> SoFar:
     """
     weight, offset = build.weight(site), build.offset(site)
     _check_known(build, site)
+    if site.applied and build.composed:
+        raise _refusal(build, site, site.applied[-1].adaptation, "a bank starts from one weight for all of its slots")
     if not site.applied:
         return SoFar(weight, offset, not build.is_overlaid(site.use.weight), lambda: build.read_weight(site))
     wide = torch.promote_types(weight.meta["val"].dtype, torch.float32)

@@ -77,7 +77,12 @@ class ExportModule(nn.Module):
 
     def sample(self, seed: int = 0, sizes: tuple[int, int] = (2, 9)) -> dict[str, Tensor]:
         """Random inputs of batch and sequence ``sizes``."""
-        return sample_inputs(self._base, self._tensors, seed, sizes, getattr(self, "config", None))
+        inputs = sample_inputs(self._base, self._tensors, seed, sizes, getattr(self, "config", None))
+        chosen = [name for name in self.program.signature if name not in inputs]
+        if chosen:
+            every = sample_inputs(self.program, self._tensors, seed, sizes)
+            inputs |= {name: every[name] for name in chosen}
+        return inputs
 
     def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
         """Which axes vary."""

@@ -1,0 +1,263 @@
+"""Compositions: how several adaptations of the same places work together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic.config import JsonDict
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+from graftc.specs.base import Items, SpecModel, check_name
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.schema import AdaptationName
+from graftc.specs.validation import reject
+
+__all__ = [
+    "Average",
+    "Bank",
+    "Composition",
+    "CompositionSpec",
+    "Compositions",
+    "Fuse",
+    "Gate",
+    "Parallel",
+    "Split",
+    "Stack",
+]
+
+_SEVERAL: JsonDict = {"minItems": 2, "uniqueItems": True}
+_SOME: JsonDict = {"minItems": 1, "uniqueItems": True}
+
+
+class CompositionSpec(SpecModel):
+    """Base of all compositions: a list of adaptations under the name of its kind."""
+
+    kind: ClassVar[str]
+    least: ClassVar[int] = 2
+
+    name: AdaptationName | None = None
+    """Unique among adaptations and compositions; prefixes the tensors it owns. Default: its kind."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_usable(cls, value: str | None) -> str | None:
+        if value is not None and (error := check_name(value)) is not None:
+            reject(value, ((), error))
+        return value
+
+    @model_validator(mode="after")
+    def _members_are_told_apart(self) -> Self:
+        members = self.members
+        for index, member in enumerate(members):
+            if member in members[:index]:
+                message = f"'{member}' is there already"
+                reject(list(members), ((self.kind, index), GraftError("GC002", message)))
+        if len(members) < self.least:
+            message = f"{self.kind} is of {self.least} adaptations at least"
+            reject(list(members), ((self.kind,), GraftError("GC002", message)))
+        return self
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of its adaptations, in order."""
+        found: tuple[str, ...] = getattr(self, self.kind)
+        return found
+
+
+class Stack(CompositionSpec):
+    """One after the other at each place, in this order: what stands later starts from what stands before it.
+
+    Adaptations of the same places are stacked anyway, in the order of the spec. Members may be other compositions.
+    """
+
+    kind: ClassVar[str] = "stack"
+
+    stack: Items[str] = Field(json_schema_extra=_SEVERAL)
+    """The adaptations or compositions, in order."""
+
+
+class Average(CompositionSpec):
+    """The average of adaptations that all start from the same value."""
+
+    kind: ClassVar[str] = "average"
+
+    average: Items[str] = Field(json_schema_extra=_SEVERAL)
+    """The adaptations; all at the same places."""
+
+    weights: Items[float] | None = None
+    """A factor for each. Default: one over their number."""
+
+    of: Literal["outputs", "parameters"] = "outputs"
+    """`outputs`: what they add is averaged. `parameters`: their tensors are, which is one adaptation to compute, and
+    folds where the method does; they have to be alike but for their names."""
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> Self:
+        if self.weights is not None and len(self.weights) != len(self.average):
+            message = f"{len(self.weights)} weights for {len(self.average)} adaptations"
+            reject(list(self.weights), (("weights",), GraftError("GC002", message)))
+        return self
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """A factor for each member."""
+        return tuple(self.weights) if self.weights is not None else (1 / len(self.average),) * len(self.average)
+
+
+class Fuse(CompositionSpec):
+    """AdapterFusion: attention over what adaptations add, with what they read as the query (Pfeiffer et al. 2021)."""
+
+    kind: ClassVar[str] = "fuse"
+
+    fuse: Items[str] = Field(json_schema_extra=_SEVERAL)
+    """The adaptations; all at the same places, reading and adding the same values."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """What scores are divided by before the softmax over adaptations."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of dropping a score while training."""
+
+    values: bool = True
+    """What adaptations add goes through a square matrix of values, which starts near the identity."""
+
+    regularization: float = Field(default=0.01, ge=0)
+    """Factor of the squared distance of the matrix of values from the identity, an objective beside the loss."""
+
+    train: Literal["fusion", "all"] = "fusion"
+    """`fusion`: the adaptations stay as they are, as in the paper's second stage. `all`: they train as well."""
+
+
+class Split(CompositionSpec):
+    """Each adaptation has its own span of the sequence."""
+
+    kind: ClassVar[str] = "split"
+
+    split: Items[str] = Field(json_schema_extra=_SEVERAL)
+    """The adaptations; all at the same places."""
+
+    at: Items[Annotated[int, Field(ge=1)]]
+    """Where one span ends and the next begins: positions in the sequence from 0, one less than adaptations."""
+
+    @model_validator(mode="after")
+    def _spans_are_in_order(self) -> Self:
+        if len(self.at) != len(self.split) - 1:
+            message = f"{len(self.at)} positions make {len(self.at) + 1} spans, for {len(self.split)} adaptations"
+            reject(list(self.at), (("at",), GraftError("GC002", message)))
+        if list(self.at) != sorted(set(self.at)):
+            reject(list(self.at), (("at",), GraftError("GC002", "positions must increase")))
+        return self
+
+
+class Parallel(CompositionSpec):
+    """Every row of a batch goes through every adaptation: a batch of B comes out as one of n B, adaptation by
+    adaptation."""
+
+    kind: ClassVar[str] = "parallel"
+
+    parallel: Items[str] = Field(json_schema_extra=_SEVERAL)
+    """The adaptations, alike but for their names."""
+
+
+class Bank(CompositionSpec):
+    """Adaptations of one shape, of which every row of a batch, or every call, chooses one or a mixture.
+
+    A call may give `adapter_ids`, one number (or name) for each row, or `adapter_weights`, `[rows, slots]`; without
+    either, the active one is used for all rows.
+    """
+
+    kind: ClassVar[str] = "bank"
+    least: ClassVar[int] = 1
+
+    bank: Items[str] = Field(json_schema_extra=_SOME)
+    """The adaptations, in the order of their slots; alike but for their names."""
+
+    share: Items[str] = Field(default=(), json_schema_extra={"uniqueItems": True})
+    """Parts of which all slots have one, by their names in print: `[norm_weight, norm_bias]`."""
+
+    inputs: AdaptationName = "adapter"
+    """What the names of the inputs begin with."""
+
+    @property
+    def ids(self) -> str:
+        """The input with a slot for each row, `int64[rows]`."""
+        return f"{self.inputs}_ids"
+
+    @property
+    def mixture(self) -> str:
+        """The input with a weight for each row and slot, `[rows, slots]`, in the model's dtype."""
+        return f"{self.inputs}_weights"
+
+
+class Gate(CompositionSpec):
+    """A number between 0 and 1 for each row, layer and adaptation, by which what it adds is multiplied.
+
+    The number is the mean over the row's tokens of `sigmoid(w x + b)`, with `x` what the adaptation reads
+    (UniPELT, Mao et al. 2022). Every adaptation has gates of its own at every place.
+    """
+
+    kind: ClassVar[str] = "gate"
+    least: ClassVar[int] = 1
+
+    gate: Items[str] = Field(json_schema_extra=_SOME)
+    """The adaptations, each with its own gate."""
+
+    tokens: Literal["real", "all"] = "real"
+    """`real`: the mean is over tokens that the attention mask does not leave out. `all`: over padding too, as in the
+    paper's code, so that a gate depends on how long the padding is."""
+
+
+_KINDS: Mapping[str, type[CompositionSpec]] = {c.kind: c for c in (Stack, Average, Fuse, Split, Parallel, Bank, Gate)}
+
+
+def composition_kinds() -> Mapping[str, type[CompositionSpec]]:
+    """Every kind of composition by its name."""
+    return _KINDS
+
+
+class _AnyComposition:
+    """The union of all kinds, told apart by the field of a kind's name."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(_composition)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        # Wrapped, because the handler would write a bare model in place instead of under ``$defs``.
+        kinds = (c.__pydantic_core_schema__ for c in _KINDS.values())
+        return {"oneOf": [handler(core_schema.definitions_schema(kind, [])) for kind in kinds]}
+
+
+def _composition(value: Any) -> CompositionSpec:
+    if isinstance(value, CompositionSpec):
+        return value
+    kinds = [key for key in value if key in _KINDS] if isinstance(value, Mapping) else []
+    if len(kinds) != 1:
+        message = f"a composition is of one kind, not of {' and '.join(kinds)}" if kinds else "a composition has a kind"
+        reject(value, ((), GraftError("GC002", message, hint=f"the kinds are: {', '.join(_KINDS)}")))
+    # The validator itself, not model_validate: pydantic then keeps the paths of what it finds.
+    found: CompositionSpec = _KINDS[kinds[0]].__pydantic_validator__.validate_python(dict(value))
+    return found
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, Mapping | CompositionSpec) else value
+
+
+class _OneOrMore:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        written = handler(schema)
+        return {"anyOf": [written["items"], written]}
+
+
+Composition: TypeAlias = Annotated[CompositionSpec, _AnyComposition()]
+Compositions: TypeAlias = Annotated[Items[Composition], BeforeValidator(_as_list), _OneOrMore()]
