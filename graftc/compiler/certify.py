@@ -60,6 +60,23 @@ class SiteEvidence:
 
 
 @dataclass(frozen=True)
+class CollapseEvidence:
+    """How far an adaptation's deployed form is from what it was in training, at one site.
+
+    Attributes:
+        adaptation, site: whose, and where.
+        routings: how many ways there are to draw its routes; all were run.
+        error: largest difference, on random probes in float64, between the mean of all of them and the deployed form,
+            over the largest change that this makes. Within rounding where the two are the same function.
+    """
+
+    adaptation: str
+    site: str
+    routings: int
+    error: float
+
+
+@dataclass(frozen=True)
 class Certificate:
     """The evidence for one fold.
 
@@ -71,6 +88,7 @@ class Certificate:
         base_structure: hash of the base's graph.
         additions: biases that folding had to add.
         fingerprint: of the base.
+        collapses: what was drawn while training and is deployed as its mean, folded or not. Nothing is held against it.
     """
 
     sites: tuple[SiteEvidence, ...]
@@ -82,6 +100,7 @@ class Certificate:
     fingerprint: str = ""
     dtype: str = ""
     notes: tuple[str, ...] = field(default_factory=tuple)
+    collapses: tuple[CollapseEvidence, ...] = ()
 
     @property
     def largest_difference(self) -> float:
@@ -93,7 +112,7 @@ class Certificate:
         """Every site's evidence holds, outputs keep to the budget, and the structure is the base's."""
         within = all(value <= self.budget for value in self.outputs.values())
         same = self.structure == self.base_structure
-        return bool(self.sites) and within and same and all(site.passed for site in self.sites)
+        return bool(self.sites or self.collapses) and within and same and all(site.passed for site in self.sites)
 
     def failures(self) -> list[str]:
         """Why it did not pass, for people."""
@@ -110,7 +129,7 @@ class Certificate:
         ]
         if self.structure != self.base_structure:
             found.append("the folded graph is not the base's graph")
-        return found or ([] if self.sites else ["nothing was folded"])
+        return found or ([] if self.sites or self.collapses else ["nothing was folded"])
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON data."""
@@ -121,6 +140,7 @@ class Certificate:
             "outputs": dict(self.outputs),
             "additions": list(self.additions),
             "notes": list(self.notes),
+            "collapses": [asdict(item) for item in self.collapses],
             "largest_difference": self.largest_difference,
         }
 
@@ -140,7 +160,7 @@ def probe_sites(
     touched = set(lazy.names) | {s.bias for s in lazy.steps if s.bias is not None}
     evidence: list[SiteEvidence] = []
     probed: set[str] = set()
-    adapted = _Adapted(unfolded or family.eval)
+    adapted = Adapted(unfolded or family.eval)
     for node in family.base_eval.graph.nodes:
         use = linear_use(node)
         if use is None or touched.isdisjoint({use.weight, use.bias or added_bias(node)}):
@@ -158,8 +178,12 @@ def added_bias(node: fx.Node) -> str:
     return f"{node.meta['module']}.bias".lstrip(".")
 
 
-class _Adapted:
-    """Where nodes of the base are in the adapted graph."""
+class Adapted:
+    """Where nodes of the base are in the adapted graph.
+
+    Args:
+        program: the adapted graph.
+    """
 
     def __init__(self, program: Program) -> None:
         self._nodes = {node.name: node for node in program.graph.nodes}
@@ -185,7 +209,7 @@ class _Probe:
     adapters. Folded, the base's own call runs over the folded ones.
     """
 
-    def __init__(self, adapted: _Adapted, use: Use, lazy: LazyTensors, seed: int) -> None:
+    def __init__(self, adapted: Adapted, use: Use, lazy: LazyTensors, seed: int) -> None:
         self.adapted, self.use, self.lazy, self.store = adapted, use, lazy, lazy.store
         generator = torch.Generator().manual_seed(seed)
         device = self.store.get(use.weight).device
@@ -194,8 +218,8 @@ class _Probe:
     def evidence(self) -> list[SiteEvidence]:
         """What the probes show for each site of the map."""
         use, lazy = self.use, self.lazy
-        unfolded, base = self._unfolded(), _run(use.node, self.inputs, self._base)
-        folded = self._with_added_bias(_run(use.node, self.inputs, self._folded))
+        unfolded, base = self._unfolded(), evaluate(use.node, self.inputs, self._base)
+        folded = self._with_added_bias(evaluate(use.node, self.inputs, self._folded))
         scale = max(float(unfolded.abs().max()), 1e-30)
         rounding = max(_ulps(lazy, name) for name in (use.weight, use.bias) if name is not None)
         steps = [s for s in lazy.steps if s.weight in (use.weight, use.bias)]
@@ -226,7 +250,7 @@ class _Probe:
 
     def _unfolded(self) -> Tensor:
         values = {stage: value for node, value in self.inputs.items() for stage in self.adapted.stages(node)}
-        return _run(self.adapted.last(self.use.node), values, self._base)
+        return evaluate(self.adapted.last(self.use.node), values, self._base)
 
     def _base(self, name: str) -> Tensor:
         return self.store.get(name).detach()
@@ -241,8 +265,17 @@ class _Probe:
         return folded.movedim(self.use.axis, -1).add(self.lazy.exact(name)).movedim(-1, self.use.axis)
 
 
-def _run(output: fx.Node, inputs: Mapping[fx.Node, Tensor], tensor: Callable[[str], Tensor]) -> Tensor:
-    """The value of ``output`` in float64, from the values of other nodes and the tensors that are read."""
+def evaluate(output: fx.Node, inputs: Mapping[fx.Node, Tensor], tensor: Callable[[str], Tensor]) -> Tensor:
+    """The value of ``output`` in float64, from the values of other nodes and the tensors that are read.
+
+    Args:
+        output: a node.
+        inputs: values of nodes that are not to be computed.
+        tensor: gives a tensor of the Store by name.
+
+    Raises:
+        ValueError: it depends on an input of the graph that has no value.
+    """
     values: dict[fx.Node, Any] = dict(inputs)
     for node in _needed(output, inputs):
         if node.op == "get_attr":

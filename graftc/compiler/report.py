@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graftc.compiler.collapse import collapsed_parameters
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import TRAIN
 from graftc.compiler.tokens import TOKENS
@@ -56,7 +57,7 @@ class Report:
         base_parameters: elements of the base's parameters, tied ones once.
         trainable_parameters: of all adaptations, without the task head and the ``train:`` list.
         trained_in_full: elements of the modules in ``train:``.
-        deployed_parameters: what has to ship beside the base if nothing is folded.
+        deployed_parameters: what has to ship beside the base if nothing is folded: experts averaged.
         percent: ``100 t / (base + t)``.
         flops_per_token: of the base's linear maps and attention-free products.
         capture_seconds, rewrite_seconds: how long compiling took.
@@ -93,12 +94,13 @@ def report(compilation: Compilation) -> Report:
         entry = _entry(TRAIN, "full", len(family.trained), family.eval, store)
         full = entry.trainable_parameters
         entries.append(entry)
+    added = {entry.name: entry.trainable_parameters + entry.frozen_parameters for entry in entries}
     return Report(
         tuple(entries),
         base,
         trainable,
         full,
-        sum(entry.trainable_parameters + entry.frozen_parameters for entry in entries) - full,
+        sum({**added, **collapsed_parameters(compilation)}.values()) - full,
         100 * trainable / (base + trainable) if trainable else 0.0,
         flops_per_token(family.base_eval, family.base_eval.graph.nodes),
         family.capture_seconds,

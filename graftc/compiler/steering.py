@@ -11,16 +11,17 @@ from torch import Tensor
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import Resolved
 from graftc.passes.core.registry import method_for
-from graftc.passes.core.steering import Controller, Place, TensorObjective
+from graftc.passes.core.steering import Controller, OutputObjective, Place, TensorObjective
 from graftc.passes.core.store import Store
 
 
 @dataclass(frozen=True)
 class Steerings:
-    """What steers the training of a Compilation, by adaptation."""
+    """What steers the training of a Compilation, by adaptation: `outputs` are objectives of several passes."""
 
     controllers: Mapping[str, Controller[Any]]
     objectives: Mapping[str, TensorObjective[Any]]
+    outputs: Mapping[str, OutputObjective[Any]]
 
 
 class Live(Mapping[str, Tensor]):
@@ -50,11 +51,16 @@ def steerings(compilation: Compilation) -> Steerings:
     """The controllers and objectives of a Compilation."""
     controllers: dict[str, Controller[Any]] = {}
     objectives: dict[str, TensorObjective[Any]] = {}
+    outputs: dict[str, OutputObjective[Any]] = {}
     for resolved in compilation.main.resolved:
         method = method_for(resolved.spec.method)
         places, shared = live_places(compilation, resolved)
         if method.controller is not None and method.controller.wanted(resolved.spec):
             controllers[resolved.name] = method.controller(resolved.spec, places, shared)
         if method.objective is not None and method.objective.wanted(resolved.spec):
-            objectives[resolved.name] = method.objective(resolved.spec, places, shared)
-    return Steerings(controllers, objectives)
+            objective = method.objective(resolved.spec, places, shared)
+            if isinstance(objective, OutputObjective):
+                outputs[resolved.name] = objective
+            else:
+                objectives[resolved.name] = objective
+    return Steerings(controllers, objectives, outputs)

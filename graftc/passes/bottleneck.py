@@ -86,7 +86,7 @@ class BottleneckAdapter(Method[S]):
 
     def project(self, spec: S, build: Builder, part: str, x: fx.Node, out: int, dtype: torch.dtype) -> fx.Node:
         """One projection, ``down`` or ``up``: its weight ``[out, in]``, and its bias where the adapter has them."""
-        weight = build.parameter(part, (out, _width(x)), _initialiser(spec, part), dtype=dtype)
+        weight = build.parameter(part, (out, _width(x)), initialiser(spec, part), dtype=dtype)
         bias = build.parameter(f"{part}_bias", (out,), zeros, dtype=dtype) if spec.bias else None
         return build.linear(x, weight, bias, part=part)
 
@@ -122,7 +122,8 @@ def _ones(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.fill_(1)
 
 
-def _initialiser(spec: BottleneckSpec, part: str) -> Initialiser:
+def initialiser(spec: BottleneckSpec, part: str) -> Initialiser:
+    """What fills a projection, ``down`` or ``up``, ``[..., out, in]``."""
     if spec.init == "lora":
         return uniform if part == "down" else zeros
     if spec.init == "bert":

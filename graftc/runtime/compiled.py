@@ -66,8 +66,12 @@ class ModelRunner(Runner):
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         present, plain = self._interface.read(self._interface.named(args, kwargs))
         key = self.ready(present)
-        outputs = self._programs[key].outputs.build(self.run(key, present))
+        outputs = self._programs[key].outputs.build(self._results(key, present))
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
+
+    def _results(self, key: str, present: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Flat outputs of a call."""
+        return self.run(key, present)
 
     def ready(self, present: Mapping[str, Any]) -> str:
         """The key under which `run` has code for a call's tensors and flags; it is captured where it is missing.
@@ -128,8 +132,8 @@ class ModelRunner(Runner):
         *,
         force: bool = False,
     ) -> Path:
-        """Export the model in eval mode: a compiled one with its adapters as they are, a merged one folded, with its
-        certificate in the metadata.
+        """Export the model in eval mode: a compiled one with its adapters, experts averaged, a merged one folded, with
+        its certificate in the metadata.
 
         Args:
             path: the file to write.
@@ -144,12 +148,19 @@ class ModelRunner(Runner):
         """
         from graftc.runtime.export import export_model
 
+        simplest = self._deployed()
+        if simplest is not self:
+            return simplest.export(path, format, example_inputs, force=force)
         family = self._compilation.main
         if example_inputs is not None:
             if not isinstance(example_inputs, Mapping):
                 example_inputs = self._interface.named(tuple(example_inputs), {})
             family = self._compilation.family(self._interface.read(example_inputs)[0])
         return export_model(self, Path(path), format, family, force=force)
+
+    def _deployed(self) -> ModelRunner:
+        """What an export writes."""
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves between devices retarget the graphs; another dtype needs another capture."""
@@ -234,6 +245,12 @@ class Compiled(Inspected, Checkpointed, Steered, ModelRunner):
         save(self, path, force=force, base=base, certificate=certificate, kept=kept, full=full)
         return Path(path)
 
+    def _deployed(self) -> ModelRunner:
+        """See `ModelRunner`. Adaptations are in their simplest form."""
+        from graftc.runtime.deployed import deployed
+
+        return deployed(self)
+
     def merge(self, budget: float | None = None) -> Merged:
         """Fold every adaptation into base weights and certify the result; this model stays as it is.
 
@@ -249,7 +266,8 @@ class Compiled(Inspected, Checkpointed, Steered, ModelRunner):
         return merge(self, budget)
 
     def merge_partially(self, budget: float | None = None) -> Partial:
-        """Fold what folds, certify that, and compile the rest on a base that has the folded weights.
+        """Fold what folds, certify that, and compile the rest on a base that has the folded weights. What was trained
+        with experts that are drawn becomes the simpler adaptation with their mean, whether anything folds or not.
 
         Args:
             budget: as for `merge`.

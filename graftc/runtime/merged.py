@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graftc.compiler.certify import DEFAULT_BUDGET, Certificate, probe_sites
+from graftc.compiler.collapse import collapse_evidence
 from graftc.compiler.family import Family
 from graftc.compiler.fingerprint import identify
 from graftc.compiler.foldable import Foldable, foldable
@@ -204,6 +205,7 @@ def _certify(compiled: Compiled, merged: Merged, found: Foldable, budget: float 
         additions=additions,
         fingerprint=identify(compilation.source).fingerprint,
         dtype=str(compiled.dtype).removeprefix("torch."),
+        collapses=collapse_evidence(compilation),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.certify import Certificate
+from graftc.compiler.collapse import collapsed_spec, collapsed_values
 from graftc.compiler.pipeline import compile_model
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import TRAIN
@@ -62,7 +63,8 @@ class Partial:
 
 
 def merge_partially(compiled: Compiled, budget: float | None = None) -> Partial:
-    """Fold what folds, and compile what does not on the result. See `Compiled.merge_partially`."""
+    """Fold what folds, and compile what does not on the result, collapsed where it has a simpler form. See
+    `Compiled.merge_partially`."""
     merged = fold(compiled, budget)
     require_passed(merged.certificate)
     return _partial(compiled, merged)
@@ -71,6 +73,7 @@ def merge_partially(compiled: Compiled, budget: float | None = None) -> Partial:
 def _partial(compiled: Compiled, merged: Merged) -> Partial:
     compilation = compiled.compilation
     values = {n: t for n, t in adapter_tensors(compilation.store) if owner_of(n) in merged.kept}
+    values |= collapsed_values(compilation)
     rest = compile_model(
         _rest(compilation.spec, merged),
         merged.to_transformers(),
@@ -99,13 +102,13 @@ def merge_what_folds(compiled: Compiled, budget: float | None = None) -> Merged 
 
 
 def _rest(spec: Spec, merged: Merged) -> Spec:
-    """The spec without what has folded."""
-    changes: dict[str, Any] = {"adapt": tuple(a for a in spec.adapt if a.name in merged.kept)}
+    """The spec without what has folded, and the rest in its simplest form."""
+    changes: dict[str, Any] = {}
     if TRAIN not in merged.kept:
         changes["train"] = ()
     if TOKENS not in merged.kept:
         changes["tokens"] = None
-    return spec.model_copy(update=changes)
+    return collapsed_spec(spec, merged.kept).model_copy(update=changes)
 
 
 @torch.no_grad()

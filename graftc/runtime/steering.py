@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from graftc.compiler.pipeline import Compilation
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import Resolved
 from graftc.compiler.steering import Steerings, live_places, steerings
 from graftc.passes.core.registry import method_for
+from graftc.runtime.repeated import Repeated
 from graftc.specs.diagnostics import GraftError, nearest, warn
 
 if TYPE_CHECKING:
@@ -28,13 +28,11 @@ _NO_OBJECTIVE = "{names} has an objective, and the loss was without it"
 _NO_CONTROLLER = "{names} was trained without what it does between optimiser steps"
 
 
-class Steered:
+class Steered(Repeated):
     """The part of `Compiled` that steers training."""
 
-    _compilation: Compilation
-
     @cached_property
-    def _steering(self) -> Steerings:
+    def _steering(self) -> Steerings:  # type: ignore[override]
         return steerings(self._compilation)
 
     @cached_property
@@ -84,10 +82,15 @@ class Steered:
 
     def extra_loss(self) -> Tensor:
         """The sum of the objectives of all adaptations, a float32 scalar to add to the loss once per optimiser step; 0
-        where there are none."""
+        where there are none.
+
+        Objectives that compare several passes of a call are part of the loss that the model gives, and not of this.
+        Where it gave none, because there were no labels, their mean over the calls since the last `extra_loss` is in
+        here: add it before the backward pass of these calls.
+        """
         self._objectives_used += 1
         self._objectives_due = False
-        terms = [objective.value() for objective in self._steering.objectives.values()]
+        terms = [objective.value() for objective in self._steering.objectives.values()] + self._waited()
         if not terms:
             device = next((t.device for _, t in self._compilation.store.base()), torch.device("cpu"))
             return torch.zeros((), device=device)
@@ -103,6 +106,9 @@ class Steered:
         """
         if self._objectives_due or not self._objectives_used:
             self._warn(self._steering.objectives, _NO_OBJECTIVE, "add compiled.extra_loss() to the loss of each step")
+        if self._waiting:  # compiled code has no hooks to notice it earlier
+            self._waited()
+            self._miss()
         self._objectives_due = bool(self._steering.objectives)
         for controller in self._steering.controllers.values():
             controller.after_step()
@@ -122,6 +128,11 @@ class Steered:
         if not self._objectives_used:
             hint = "add compiled.extra_loss() to the loss, or give the Trainer compiled.callback()"
             self._warn([name for name in self._steering.objectives if name in trained], _NO_OBJECTIVE, hint)
+
+    def _miss(self) -> None:
+        """See `Repeated`: a term that compares passes has gone without its gradient."""
+        hint = "give the model its labels, or add compiled.extra_loss() to the loss before its backward pass"
+        self._warn(self._steering.outputs, _NO_OBJECTIVE, hint)
 
     def _warn(self, names: Iterable[str], text: str, hint: str) -> None:
         """Warn once of each adaptation."""

@@ -75,7 +75,7 @@ class BottleneckSpec(MethodSpec):
     bottleneck: int | None = Field(default=None, ge=1)
     """Width of the bottleneck. Give this or `reduction`."""
 
-    reduction: float | None = Field(default=16.0, gt=0)
+    reduction: float | None = Field(default=None, gt=0)
     """Width of what is read over that of the bottleneck, rounded down: 16 makes 48 of 768."""
 
     activation: Activation = "relu"
@@ -169,6 +169,9 @@ class Bottleneck(BottleneckSpec):
 
     target: Target = Target(role="ffn.sublayer")
     """Which places of the model it is for; by default the feed-forward part of every layer."""
+
+    reduction: float | None = Field(default=16.0, gt=0)
+    """Width of what is read over that of the bottleneck, rounded down: 16 makes 48 of 768."""
 
     reads: Place | None = None
     """What goes into the adapter. Sublayers have `stream`, `normed`, `inner`, `projection`, `branch` (the default),

@@ -8,6 +8,7 @@ EVIDENCE = {"site": "a", "adaptations": ["x"], "change": 0.5, "algebra": 0.0, "r
 CERTIFICATE: dict[str, Any] = {
     **{"passed": True, "sites": [EVIDENCE], "outputs": {"logits": 1e-6}, "budget": 1e-4, "structure": "1"},
     **{"base_structure": "1", "additions": [], "fingerprint": "2", "dtype": "float32", "notes": []},
+    "collapses": [{"adaptation": "x", "site": "a", "routings": 4, "error": 0.1}],
     "largest_difference": 1e-6,
 }
 REPORT: dict[str, Any] = {

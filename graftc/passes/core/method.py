@@ -10,9 +10,8 @@ from torch import Tensor
 
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.folds import Fold
-from graftc.passes.core.program import Program
 from graftc.passes.core.sites import Site
-from graftc.passes.core.steering import Controller, TensorObjective
+from graftc.passes.core.steering import Controller, OutputObjective, TensorObjective
 from graftc.specs.base import MethodSpec
 from graftc.specs.diagnostics import GraftError
 
@@ -32,8 +31,8 @@ class Method(ABC, Generic[S]):
     controller: ClassVar[type[Controller[Any]] | None] = None
     """What changes values between optimiser steps, if anything does."""
 
-    objective: ClassVar[type[TensorObjective[Any]] | None] = None
-    """A term beside the loss, if there is one."""
+    objective: ClassVar[type[TensorObjective[Any]] | type[OutputObjective[Any]] | None] = None
+    """A term beside the loss, if there is one: of tensors, or of the outputs of several passes."""
 
     def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Any:
         """Make what all sites of the adaptation share; called once per adaptation and Program."""
@@ -77,6 +76,21 @@ class Method(ABC, Generic[S]):
         """
         raise GraftError("GC055", f"{spec.method} has one rank, which is that of its spec")
 
-    def finalize(self, program: Program, state: Mapping[str, Tensor]) -> Program:
-        """The deployment shape of what does not fold (collapse, truncate, eject); by default as trained."""
-        return program
+    def collapse(self, spec: S) -> MethodSpec | None:
+        """What the adaptation is deployed as where it does not fold: a simpler adaptation of the same name and places,
+        or None where it is deployed as it was trained.
+
+        Args:
+            spec: the adaptation without its overrides applied.
+        """
+        return None
+
+    def collapsed(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tensors of one site of what `collapse` gives, by part.
+
+        Args:
+            spec: the adaptation with the site's overrides applied.
+            tensors: the site's own tensors by part, float64, and those that all sites share; on the meta device where
+                only sizes are asked for.
+        """
+        return tensors

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -95,3 +95,25 @@ class TensorObjective(Steering[S]):
     @abstractmethod
     def value(self) -> Tensor:
         """The term, a scalar with a gradient."""
+
+
+class OutputObjective(Steering[S]):
+    """A term beside the loss that compares the outputs of several forward passes of one call, in train mode.
+
+    Whatever the graph draws, dropout masks and routes, each pass draws anew. The caller gets the outputs of the first.
+    Where they have a loss the term is added to it; otherwise it waits for the next `extra_loss`.
+    """
+
+    passes: ClassVar[int] = 2
+    """How many forward passes it takes."""
+
+    @abstractmethod
+    def value(self, outputs: Sequence[Mapping[str, Tensor]], counted: Tensor | None) -> Tensor:
+        """The term, a scalar with a gradient.
+
+        Args:
+            outputs: tensors by name for each of `passes`, as ``logits``; numbered where a field of the output has
+                several.
+            counted: which positions predict a label, ``bool[batch, sequence]``; None where no labels for positions
+                were given.
+        """

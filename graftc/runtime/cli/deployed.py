@@ -37,8 +37,18 @@ def print_certificate(certificate: Certificate | None, kept: Mapping[str, str]) 
         )
         for failure in certificate.failures():
             to.print(f"{'':<22}{failure}", soft_wrap=True, markup=False)
+        for name, error in _averaged(certificate).items():
+            to.print(f"{'averaged:':<22}{name}, {error:.1e} from the mean of all routes", soft_wrap=True, markup=False)
     for name, reason in kept.items():
         to.print(f"{'does not fold:':<22}{name}: {reason}", soft_wrap=True, markup=False)
+
+
+def _averaged(certificate: Certificate) -> dict[str, float]:
+    """The largest error of averaging experts, for each adaptation that has them."""
+    found: dict[str, float] = {}
+    for item in certificate.collapses:
+        found[item.adaptation] = max(item.error, found.get(item.adaptation, 0.0))
+    return found
 
 
 def print_files(path: Path | None, files: Sequence[Mapping[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from graftc.specs.base_model import Items
 __all__ = [
     "AdaptationData",
     "CertificateData",
+    "CollapseEvidenceData",
     "CostData",
     "DiagnosticData",
     "ErrorResult",
@@ -191,6 +192,23 @@ class SiteEvidenceData(Result):
     """Largest distance of a folded element from its float64 value, in units in the last place."""
 
 
+class CollapseEvidenceData(Result):
+    """How far an adaptation's deployed form is from what it was in training, at one site."""
+
+    adaptation: str
+    """Name of the adaptation."""
+
+    site: str
+    """The site."""
+
+    routings: int = Field(ge=1)
+    """How many ways there are to draw its routes; all were run."""
+
+    error: float = Field(ge=0)
+    """Largest difference in float64 between the mean of all of them and the deployed form, over the largest change that
+    this makes."""
+
+
 class CertificateData(Result):
     """The evidence for a fold."""
 
@@ -223,6 +241,9 @@ class CertificateData(Result):
 
     notes: Items[str]
     """What else there is to know, for people."""
+
+    collapses: Items[CollapseEvidenceData]
+    """What was drawn while training and is deployed as its mean, folded or not; nothing is held against it."""
 
     largest_difference: float = Field(ge=0)
     """The largest of `outputs`."""

@@ -1,0 +1,201 @@
+"""Collapsing: what an adaptation is deployed as where it does not fold, and how far that is from what was trained.
+
+The evidence runs the train Program's own nodes at a site, once for every way in which its routes can be drawn, and
+compares the mean of the results with what the same nodes give in eval mode.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.certify import Adapted, CollapseEvidence, evaluate
+from graftc.compiler.pipeline import Compilation
+from graftc.compiler.resolve import Resolved
+from graftc.passes.core.folds import round_once
+from graftc.passes.core.program import Edit, Program, provenance
+from graftc.passes.core.registry import method_for
+from graftc.passes.core.routing import is_pick, is_route
+from graftc.passes.core.shapes import Sizes
+from graftc.passes.core.sites import LinearSite, Site, linear_use
+from graftc.passes.mode import to_eval
+from graftc.specs.base import MethodSpec
+from graftc.specs.document import Spec
+
+aten = torch.ops.aten
+_SIZE = 4
+"""Size of every axis that varies, in random values for a site."""
+
+
+def collapsing(compilation: Compilation) -> list[Resolved]:
+    """The adaptations that are deployed as simpler ones."""
+    return [r for r in compilation.main.resolved if method_for(r.spec.method).collapse(r.spec) is not None]
+
+
+def collapsed_spec(spec: Spec, names: Collection[str] | None = None) -> Spec:
+    """The spec with simpler adaptations in the places of those that collapse.
+
+    Args:
+        spec: what was trained.
+        names: which adaptations to keep, collapsed or not; all by default.
+    """
+    kept = (a for a in spec.adapt if names is None or a.name in names)
+    return spec.model_copy(update={"adapt": tuple(_simpler(adaptation) for adaptation in kept)})
+
+
+def _simpler(adaptation: MethodSpec) -> MethodSpec:
+    return method_for(adaptation.method).collapse(adaptation) or adaptation
+
+
+def collapsed_values(compilation: Compilation) -> dict[str, Tensor]:
+    """The tensors of the simpler adaptations by their full names, rounded once."""
+    store = compilation.store
+    found: dict[str, Tensor] = {}
+    for resolved in collapsing(compilation):
+        for prefix, own in _places(compilation, resolved, lambda name: store.get(name).detach().double()):
+            dtype = store.get(prefix + next(iter(own.held))).dtype
+            found |= {prefix + part: round_once(value, dtype).contiguous() for part, value in own.collapsed().items()}
+    return found
+
+
+def collapsed_parameters(compilation: Compilation) -> dict[str, int]:
+    """How many elements the simpler adaptations have, by name; counted from shapes."""
+    store = compilation.store
+
+    def shaped(name: str) -> Tensor:
+        return torch.empty(store.get(name).shape, dtype=torch.float64, device="meta")
+
+    return {
+        resolved.name: sum(
+            value.numel() for _, own in _places(compilation, resolved, shaped) for value in own.collapsed().values()
+        )
+        for resolved in collapsing(compilation)
+    }
+
+
+class _Own:
+    """The tensors of one place: its own, ``held``, and what they collapse to."""
+
+    def __init__(self, spec: MethodSpec, held: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
+        self.spec, self.held, self.shared = spec, held, shared
+
+    def collapsed(self) -> Mapping[str, Tensor]:
+        return method_for(self.spec.method).collapsed(self.spec, {**self.shared, **self.held})
+
+
+def _places(compilation: Compilation, resolved: Resolved, read: Any) -> Iterator[tuple[str, _Own]]:
+    """Every place with what its tensors' names begin with."""
+    parts = compilation.parts[resolved.name]
+    shared = {part: read(name) for part, name in parts.get(None, {}).items()}
+    for site, spec in resolved.places:
+        names = parts[site.key]
+        prefix = next(name.removesuffix(part) for part, name in names.items())
+        yield prefix, _Own(spec, {part: read(name) for part, name in names.items()}, shared)
+
+
+def collapse_evidence(compilation: Compilation, seed: int = 0) -> tuple[CollapseEvidence, ...]:
+    """How far each place's deployed function is from the mean of all that training can draw."""
+    found = collapsing(compilation)
+    if not found:
+        return ()
+    train = compilation.main.train
+    routed, averaged = to_eval(train, keep={aten.index_select.default}), to_eval(train)
+    probe = _Routes(compilation, routed, averaged, seed)
+    return tuple(probe.evidence(r.name, site) for r in found for site, _ in r.places)
+
+
+class _Routes:
+    """Sites of a Program whose routes are drawn, and of the same with their mean."""
+
+    def __init__(self, compilation: Compilation, routed: Program, averaged: Program, seed: int) -> None:
+        self.compilation, self.routed, self.seed = compilation, routed, seed
+        self.adapted = Adapted(routed)
+        self.averaged = {node.name: node for node in averaged.graph.nodes}
+        self.base = {node.name: node for node in to_eval(compilation.main.base).graph.nodes}
+
+    def evidence(self, adaptation: str, site: Site) -> CollapseEvidence:
+        """What one site shows."""
+        edit = self._edit(adaptation, site)
+        inputs = self._inputs(adaptation, site, edit)
+        before = evaluate(edit.before, inputs, self._tensor)
+        inputs[edit.before] = before
+        draws = sorted(self._draws(edit, inputs))
+        deployed = evaluate(
+            self.averaged[edit.after.name],
+            {self.averaged[n.name]: value for n, value in inputs.items() if n.name in self.averaged},
+            self._tensor,
+        )
+        total = torch.zeros_like(deployed)
+        routings = list(itertools.product(*(range(int(draw.args[2])) for draw in draws)))  # type: ignore[arg-type]
+        for numbers in routings:
+            chosen = {d: torch.tensor([i], device=total.device) for d, i in zip(draws, numbers, strict=True)}
+            total += evaluate(edit.after, {**inputs, **chosen}, self._tensor)
+        error = float((total / len(routings) - deployed).abs().max())
+        change = float((deployed - before).abs().max())
+        return CollapseEvidence(adaptation, str(site.key), len(routings), error / change if change else error)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.compilation.store.get(name).detach()
+
+    def _edit(self, adaptation: str, site: Site) -> Edit:
+        mine = adaptation, str(site.key), False
+        return [e for e in self.routed.edits if (e.adaptation, e.site, e.narrow) == mine][-1]
+
+    def _inputs(self, adaptation: str, site: Site, edit: Edit) -> dict[fx.Node, Any]:
+        """Random values, float64, for what the adaptation reads at a site."""
+        generator = torch.Generator().manual_seed(self.seed)
+        device = next(t.device for _, t in self.compilation.store.adapters())
+        if isinstance(site, LinearSite):
+            use = linear_use(self.base[site.use.node.name])
+            assert use is not None
+            values = {node: value.to(device) for node, value in use.probe(generator).items()}
+            return {stage: value for node, value in values.items() for stage in self.adapted.stages(node)}
+        sizes = Sizes(lambda symbol: _SIZE ** (2 if symbol.startswith("u") else 1))
+        found: dict[fx.Node, Any] = {}
+        for node in self._boundary(adaptation, str(site.key), edit):
+            value = node.meta["val"]
+            if not isinstance(value, Tensor):
+                found[node] = sizes.size(value)
+            elif value.is_floating_point():
+                shape = sizes.shape(value)
+                found[node] = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+            else:
+                found[node] = torch.zeros(sizes.shape(value), dtype=value.dtype, device=device)
+        return found
+
+    @staticmethod
+    def _boundary(adaptation: str, site: str, edit: Edit) -> list[fx.Node]:
+        """What the nodes of an adaptation at a site read from outside, but for tensors."""
+        found: dict[fx.Node, None] = {edit.before: None}
+        pending, seen = [edit.after], {edit.before}
+        while pending:
+            node = pending.pop()
+            if node in seen or node.op == "get_attr":
+                continue
+            seen.add(node)
+            origin = provenance(node) or {}
+            if (origin.get("adaptation"), origin.get("site")) == (adaptation, site):
+                pending += node.all_input_nodes
+            else:
+                found[node] = None
+        return list(found)
+
+    @staticmethod
+    def _draws(edit: Edit, inputs: Mapping[fx.Node, Any]) -> set[fx.Node]:
+        """The routes that decide what stands at a site."""
+        found: set[fx.Node] = set()
+        pending, seen = [edit.after], set(inputs)
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if is_route(node) and any(is_pick(user) for user in node.users):
+                found.add(node)
+            else:
+                pending += node.all_input_nodes
+        return found

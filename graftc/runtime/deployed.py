@@ -1,0 +1,37 @@
+"""The model that an export writes: adaptations in their simplest form."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from graftc.compiler.collapse import collapsed_spec, collapsed_values, collapsing
+from graftc.compiler.pipeline import compile_model
+from graftc.compiler.snapshot import adapter_tensors
+from graftc.specs.diagnostics import GraftWarning
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import Compiled
+
+
+def deployed(compiled: Compiled) -> Compiled:
+    """The same model with simpler adaptations in the places of those that collapse; itself where none does."""
+    from graftc.runtime.compiled import make_compiled
+
+    compilation = compiled.compilation
+    if not collapsing(compilation):
+        return compiled
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraftWarning)  # they have been given when it was compiled
+        made = compile_model(
+            collapsed_spec(compilation.spec),
+            compilation.source,
+            compilation.main.axes,
+            flags=compilation.main.base.flags,
+            seed=compilation.seed,
+            use_cache=compilation.use_cache,
+            values=dict(adapter_tensors(compilation.store)) | collapsed_values(compilation),
+            known=compilation.known,
+        )
+    made.values = {}
+    return make_compiled(made).to(compiled.device)

@@ -1,0 +1,416 @@
+"""Objectives that compare several passes of one call: their value, where it goes, and that it is counted once."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import graftc
+from graftc.specs.diagnostics import GraftWarning
+from graftc.testing import perturb, same_bits
+from graftc.testing.compare import flat, inputs_for
+from tests.families import tiny
+
+STILL: dict[str, dict[str, Any]] = {
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "gpt2": {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
+}
+ENTRY: dict[str, Any] = {"method": "adamix", "bottleneck": 5, "share": "none"}
+SETTINGS = {"alike": {"weight": 0.7}, "attached": {"weight": 0.7, "detach": False}, "none": {"weight": 0}}
+
+
+def adapted(consistency: dict[str, Any], family: str = "bert", model: Any = None, **fields: Any) -> Any:
+    """A tiny model with experts, in train mode; it draws nothing of its own."""
+    entry = {**ENTRY, "consistency": consistency, **fields}
+    compiled = graftc.compile({"adapt": [entry]}, model or tiny(family, **STILL.get(family, {})))
+    perturb(compiled, 0.2)
+    return compiled.train()
+
+
+def like(compiled: Any, consistency: dict[str, Any], family: str = "bert", **fields: Any) -> Any:
+    """The same with another term."""
+    other = adapted(consistency, family, **fields)
+    other.load_adapter_state_dict(compiled.adapter_state_dict())
+    return other
+
+
+def two_passes(plain: Any, seed: int, **inputs: Any) -> list[Any]:
+    """Two calls of a model without the term, with the draws that one call with it has."""
+    torch.manual_seed(seed)
+    return [plain(**inputs), plain(**inputs)]
+
+
+def divergence(first: Tensor, second: Tensor, detach: bool) -> Tensor:
+    """`1/2 (KL(p1 || p2) + KL(p2 || p1))` by hand, per row."""
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        p = p.detach() if detach else p
+        return (p.softmax(-1) * (p.softmax(-1).log() - q.softmax(-1).log())).sum(-1)
+
+    return (kl(first, second) + kl(second, first)) / 2
+
+
+def gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:
+    """Of what trains."""
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@contextmanager
+def no_warning() -> Iterator[None]:
+    """A warning of graftc is an error inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GraftWarning)
+        yield
+
+
+LABELS = torch.arange(5) % 3
+
+
+@pytest.mark.parametrize("kind", ["alike", "attached"])
+def test_value_and_gradient_are_those_of_the_formula(kind: str) -> None:
+    """Loss of the first pass plus the term, and the gradient of that, with the target detached or not."""
+    compiled = adapted(SETTINGS[kind])
+    plain = like(compiled, SETTINGS["none"])
+    inputs = inputs_for(compiled)
+    first, second = two_passes(plain, 3, **inputs, labels=LABELS)
+    term = 0.7 * divergence(first.logits, second.logits, kind == "alike").mean()
+    assert float(term.detach()) > 1e-3
+    torch.manual_seed(3)
+    found = compiled(**inputs, labels=LABELS)
+    torch.testing.assert_close(found.loss, first.loss + term)
+    assert torch.equal(found.logits, first.logits)
+    expected = gradients(first.loss + term, plain)
+    own = gradients(found.loss, compiled)
+    assert own.keys() == expected.keys()
+    for name, gradient in own.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_detaching_changes_the_gradient_only() -> None:
+    compiled = adapted(SETTINGS["alike"])
+    other = like(compiled, SETTINGS["attached"])
+    inputs = inputs_for(compiled)
+    losses, found = [], []
+    for model in (compiled, other):
+        torch.manual_seed(1)
+        loss = model(**inputs, labels=LABELS).loss
+        losses.append(float(loss.detach()))
+        found.append(gradients(loss, model))
+    assert losses[0] == losses[1]
+    assert any((found[0][name] - found[1][name]).abs().max() > 1e-5 for name in found[0])
+
+
+def test_positions_of_a_causal_model() -> None:
+    """Those that predict a label other than -100 count: exactly where the loss has a gradient."""
+    compiled = adapted(SETTINGS["alike"], "gpt2")
+    plain = like(compiled, SETTINGS["none"], "gpt2")
+    inputs = inputs_for(compiled)
+    labels = inputs["input_ids"].clone()
+    labels[0] = labels[1, :4] = labels[2, 5:] = -100
+    first, second = two_passes(plain, 3, **inputs, labels=labels)
+    (gradient,) = torch.autograd.grad(first.loss, first.logits, retain_graph=True)
+    counted = gradient.abs().amax(-1) > 0
+    assert counted.any() and not counted.all() and not counted[0].any() and not counted[:, -1].any()
+    rows = divergence(first.logits, second.logits, True)
+    torch.manual_seed(3)
+    found = compiled(**inputs, labels=labels).loss
+    torch.testing.assert_close(found, first.loss + 0.7 * rows[counted].mean())
+    labels.fill_(-100)
+    torch.manual_seed(3)
+    assert compiled(**inputs, labels=labels).loss.isnan()  # as the model's own, of which there is nothing
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "mixtral", "t5"])
+def test_where_labels_stand(family: str) -> None:
+    """Causal models predict the next one, an encoder and decoder the one that stands there."""
+    compiled = adapted(SETTINGS["alike"], family)
+    inputs = inputs_for(compiled)
+    labels = inputs["decoder_input_ids" if family == "t5" else "input_ids"]
+    compiled(**inputs, labels=labels)
+    (shift,) = {o.shift for key, o in compiled._outputs.items() if "labels" in key}
+    assert shift == (family != "t5")
+
+
+def test_one_logit_has_nothing_to_differ_in() -> None:
+    """Regression: the term is zero, and the loss is that of the first pass."""
+    model = tiny("bert", num_labels=1, **STILL["bert"])
+    compiled = adapted(SETTINGS["alike"], model=model)
+    inputs = inputs_for(compiled)
+    torch.manual_seed(3)
+    plain = like(compiled, SETTINGS["none"], model=model)(**inputs, labels=torch.randn(5)).loss
+    torch.manual_seed(3)
+    assert torch.equal(compiled(**inputs, labels=torch.randn(5)).loss, plain)
+
+
+def test_a_single_expert_agrees_with_itself() -> None:
+    """Zero without dropout, and the two passes apart with it."""
+    inputs = None
+    for dropout, zero in ((0.0, True), (0.3, False)):
+        compiled = adapted(SETTINGS["alike"], experts=1, dropout=dropout)
+        inputs = inputs_for(compiled)
+        compiled(**inputs)
+        assert (float(compiled.extra_loss().detach()) == 0) is zero
+
+
+def test_without_a_weight_there_is_one_pass() -> None:
+    """Nothing is drawn twice, and eval mode and the base alone have one pass anyway."""
+    inputs = inputs_for(adapted(SETTINGS["none"]))
+    for setting, mode, expected in (("none", "train", 1), ("alike", "train", 2), ("alike", "eval", 1)):
+        compiled = adapted(SETTINGS[setting])
+        compiled.train(mode == "train")
+        calls = counted_runs(compiled)
+        compiled(**inputs)
+        assert len(calls) == expected
+        with compiled.disabled():
+            compiled(**inputs)
+        assert len(calls) == expected + 1
+        compiled.extra_loss()
+
+
+def counted_runs(compiled: Any) -> list[str]:
+    """A list that grows with each run of a Program."""
+    calls: list[str] = []
+    original = compiled.run
+
+    def run(key: str, inputs: Any) -> Any:
+        calls.append(key)
+        return original(key, inputs)
+
+    compiled.run = run
+    return calls
+
+
+def test_a_loss_of_ones_own() -> None:
+    """Without labels the term waits for `extra_loss`, which has it once, as the mean over the calls."""
+    compiled = adapted(SETTINGS["alike"])
+    plain = like(compiled, SETTINGS["none"])
+    calls = [inputs_for(compiled, seed=seed) for seed in range(3)]
+    terms = []
+    for seed, inputs in enumerate(calls):
+        first, second = two_passes(plain, seed, **inputs)
+        terms.append(0.7 * divergence(first.logits, second.logits, True).mean())
+    with no_warning():
+        loss = torch.zeros(())
+        for seed, inputs in enumerate(calls):
+            torch.manual_seed(seed)
+            loss = loss + functional.cross_entropy(compiled(**inputs).logits, LABELS)
+        extra = compiled.extra_loss()
+        torch.testing.assert_close(extra, torch.stack(terms).mean())
+        (loss + extra).backward()
+        assert compiled.extra_loss().item() == 0
+        compiled(**calls[0], labels=LABELS).loss.backward()
+        assert compiled.extra_loss().item() == 0, "a term in the loss is not in here as well"
+        compiled.after_step()
+
+
+def test_a_term_that_is_missed() -> None:
+    """GC025 at the backward pass that lacks it, once; nothing is kept."""
+    compiled = adapted(SETTINGS["alike"])
+    inputs = inputs_for(compiled)
+    with pytest.warns(GraftWarning, match="GC025.*'adamix' has an objective") as caught:
+        for _ in range(3):
+            functional.cross_entropy(compiled(**inputs).logits, LABELS).backward()
+    assert len([w for w in caught if isinstance(w.message, GraftWarning)]) == 1
+    assert "labels" in (caught[0].message.hint or "")
+    assert not compiled._waiting and compiled.extra_loss().item() == 0
+    compiled(**inputs)
+    with torch.no_grad():
+        compiled(**inputs)
+    assert len(compiled._waiting) == 1
+    assert not copy.deepcopy(compiled)._waiting
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_accumulation_counts_each_micro_batch_once(labelled: bool) -> None:
+    """Two halves, each with half of its loss, have the gradient that the formula has."""
+    compiled = adapted(SETTINGS["alike"])
+    plain = like(compiled, SETTINGS["none"])
+    whole = inputs_for(compiled, (4, 9))
+    halves = [{n: t[i : i + 2] for n, t in whole.items()} | {"labels": LABELS[i : i + 2]} for i in (0, 2)]
+    expected: Any = 0.0
+    for seed, half in enumerate(halves):
+        first, second = two_passes(plain, seed, **half)
+        expected = expected + (first.loss + 0.7 * divergence(first.logits, second.logits, True).mean()) / 2
+    compiled.zero_grad()
+    for seed, half in enumerate(halves):
+        torch.manual_seed(seed)
+        if labelled:
+            loss = compiled(**half).loss
+        else:
+            labels = half.pop("labels")
+            loss = functional.cross_entropy(compiled(**half).logits, labels) + compiled.extra_loss()
+        (loss / 2).backward()
+    found = {n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None}
+    for name, gradient in gradients(expected, plain).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_two_adaptations_have_a_term_each() -> None:
+    """Of the same two passes, each with its weight; a term of tensors is beside them."""
+    sora = {"method": "sora", "target": {"role": "attn.q"}, "l1": 0.1}
+    low_rank = {"method": "adamix_lora", "target": {"role": "attn.v"}, "consistency": {"weight": 0.5}, "dropout": 0}
+    entries = [{**ENTRY, "consistency": {"weight": 0.25}}, low_rank, sora]
+    compiled = graftc.compile({"adapt": entries}, tiny("bert", **STILL["bert"])).train()
+    perturb(compiled, 0.2)
+    inputs = inputs_for(compiled)
+    alone = float(compiled.extra_loss().detach())
+    torch.manual_seed(0)
+    passes = [compiled.run(compiled.ready(inputs), inputs)[0] for _ in range(2)]
+    torch.manual_seed(0)
+    compiled(**inputs)
+    extra = compiled.extra_loss()
+    torch.testing.assert_close(extra.detach(), 0.75 * divergence(*passes, True).mean() + alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_compiled_training_step(labelled: bool) -> None:
+    """`torch.compile(fullgraph=True)` takes both passes and the term; the term without labels waits as well."""
+    import torch._dynamo as dynamo
+
+    compiled = adapted(SETTINGS["alike"], experts=1)  # nothing is drawn, so that both give the same
+    other = adapted(SETTINGS["alike"])
+    other_inputs = inputs_for(other) | ({"labels": LABELS} if labelled else {})
+    inputs = inputs_for(compiled) | ({"labels": LABELS} if labelled else {})
+    for model, own in ((compiled, inputs), (other, other_inputs)):
+        model(**own)
+        model.extra_loss()
+        dynamo.reset()
+        whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+        seen = set()
+        for _ in range(8):
+            model.zero_grad()
+            outputs = whole(**own)
+            loss = outputs.loss if labelled else outputs.logits.square().sum()
+            (loss + model.extra_loss()).backward()
+            seen.add(float(loss.detach()))
+            assert not model._waiting
+        assert (len(seen) == 1) is (model is compiled)
+        assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+    dynamo.reset()
+
+
+# --- the Trainer -------------------------------------------------------------------------------------------------
+
+
+def examples(count: int = 16) -> list[dict[str, Tensor]]:
+    """Texts of one length with labels."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 100, (count, 8), generator=generator)
+    return [{"input_ids": row, "attention_mask": torch.ones(8).long(), "labels": row[0] % 3} for row in ids]
+
+
+def trainer(folder: Path, compiled: Any, data: Sequence[Any], *, callback: bool = True, **changes: Any) -> Any:
+    """In the order of the data, plain SGD, no schedule of the learning rate."""
+    from transformers import Trainer, TrainingArguments
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    settings = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 7,
+        **changes,
+    }
+    callbacks = [compiled.callback()] if callback else []
+    args = TrainingArguments(str(folder), **settings)
+    return InOrder(model=compiled, args=args, train_dataset=data, callbacks=callbacks)
+
+
+def noted_states(run: Any) -> list[Tensor]:
+    """A list of what torch's generator was at each micro-batch; the Trainer draws between them as well."""
+    states: list[Tensor] = []
+    original = run.training_step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        states.append(torch.get_rng_state())
+        return original(*args, **kwargs)
+
+    run.training_step = step
+    return states
+
+
+@pytest.mark.parametrize("callback", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_trainer_has_the_term(callback: bool, steps: int, tmp_path: Path) -> None:
+    """With the callback and without it, with accumulation and without it: the values of a loop by hand, to the bit."""
+    compiled = adapted(SETTINGS["alike"])
+    other = like(compiled, SETTINGS["alike"])
+    data = examples()
+    with no_warning():
+        run = trainer(tmp_path, compiled, data, callback=callback, gradient_accumulation_steps=steps)
+        states = noted_states(run)
+        run.train()
+    assert len(states) == 4
+    optimiser = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=0.05)
+    for number, start in enumerate(range(0, len(data), 4), start=1):
+        torch.set_rng_state(states[number - 1])
+        batch = {name: torch.stack([e[name] for e in data[start : start + 4]]) for name in data[0]}
+        (other(**batch).loss / steps).backward()
+        if number % steps == 0:
+            optimiser.step()
+            optimiser.zero_grad()
+    assert same_bits(list(compiled.adapter_state_dict().values()), list(other.adapter_state_dict().values()))
+
+
+def test_a_trainer_that_computes_the_loss_itself(tmp_path: Path) -> None:
+    """Label smoothing takes the labels away from the model: the term is missed, and that is said."""
+    compiled = adapted(SETTINGS["alike"])
+    run = trainer(tmp_path, compiled, examples(8), label_smoothing_factor=0.1)
+    with pytest.warns(GraftWarning, match="GC025"):
+        run.train()
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    """Routes and dropout masks come from torch's generator, which the Trainer keeps: to the bit."""
+    settings = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2, "optim": "adamw_torch"}
+    whole = trainer(tmp_path / "whole", adapted(SETTINGS["alike"], dropout=0.1), examples(), **settings)
+    whole.train()
+    again = trainer(tmp_path / "again", adapted(SETTINGS["alike"], dropout=0.1), examples(), **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    found = [list(run.model.adapter_state_dict().values()) for run in (whole, again)]
+    assert same_bits(*found)
+
+
+def test_other_outputs() -> None:
+    """A model without logits is compared by its first output; nothing of its inputs is needed."""
+
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(6, 8), torch.nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.relu(self.first(x)))
+
+    entry = {"method": "adamix_lora", "target": {"modules": "first"}, "rank": 2, "dropout": 0}
+    compiled = graftc.compile({"adapt": [entry]}, Plain(), [torch.randn(3, 6)]).train()
+    perturb(compiled, 0.5)
+    x = torch.randn(5, 6)
+    torch.manual_seed(0)
+    passes = [compiled.run(compiled.ready({"x": x}), {"x": x})[0] for _ in range(2)]
+    torch.manual_seed(0)
+    assert torch.equal(flat(compiled(x))[0], passes[0])
+    torch.testing.assert_close(compiled.extra_loss(), divergence(*passes, True).mean())
