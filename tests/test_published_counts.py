@@ -43,6 +43,7 @@ LLAMA3_8B = (
 )
 
 QV = ["attn.q", "attn.v"]
+UP_DOWN = {"role": ["ffn.up", "ffn.down"]}
 FIVE = ["attn.q", "attn.k", "attn.v", "ffn.up", "ffn.down"]
 
 
@@ -103,6 +104,90 @@ def test_a_published_row(row: Row) -> None:
         assert f"{report.percent:.2f}%" == row.shown
     elif row.shown is not None:
         assert f"{report.trainable_parameters / 1e6:.1f}M" == row.shown
+
+
+MI = 2**20
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One row of bottleneck adapters.
+
+    Attributes:
+        number: of the row; a letter tells variants of one row apart.
+        model: class, config class and its values.
+        entry: the adaptation.
+        trainable: exactly, biases and norms of its own included.
+        weights: of these the two projections' weights alone.
+        shown: the figure as published: millions, or a percentage of base plus added.
+        unit: of a million; for some rows that of the weights alone, counted in 2^20.
+    """
+
+    number: str
+    model: tuple[str, str, dict[str, Any]]
+    entry: dict[str, Any]
+    trainable: int
+    weights: int
+    shown: str
+    unit: int = 10**6
+
+
+def _a(method: str, bottleneck: int, **fields: Any) -> dict[str, Any]:
+    return {"method": method, "bottleneck": bottleneck, **fields}
+
+
+PARALLEL = _a("llm_adapters", 256, placement="parallel", target=UP_DOWN)
+ADAPTERS = (
+    Adapter("7", ROBERTA_LARGE, _a("pfeiffer", 64), 3_171_840, 3_145_728, "3.0M", MI),
+    Adapter("8", ROBERTA_LARGE, _a("pfeiffer", 16), 811_392, 786_432, "0.8M"),
+    Adapter("9", ROBERTA_LARGE, _a("houlsby", 64), 6_343_680, 6_291_456, "6.0M", MI),
+    Adapter("10", ROBERTA_LARGE, _a("houlsby", 8), 835_968, 786_432, "0.8M"),
+    Adapter("14", BERT_BASE, {"method": "pfeiffer", "reduction": 16}, 894_528, 884_736, "0.9M"),
+    Adapter("14b", BERT_BASE, _a("houlsby", 24), 903_744, 884_736, "0.9M"),
+    Adapter("22", GPT2_MEDIUM, _a("adapter_l", 6), 368_784, 294_912, "0.37M"),
+    Adapter("23", GPT2_MEDIUM, _a("adapter_l", 224), 11_089_152, 11_010_048, "11.09M"),
+    Adapter("31", GPT2_LARGE, _a("adapter_l", 8), 875_808, 737_280, "0.88M"),
+    Adapter("31b", GPT2_LARGE, _a("adapter_l", 248), 23_002_848, 22_855_680, "23.00M"),
+    Adapter("35", LLAMA_7B, _a("llm_adapters", 256), 67_108_864, 67_108_864, "0.99%"),
+    Adapter("36", LLAMA_13B, _a("llm_adapters", 256), 104_857_600, 104_857_600, "0.80%"),
+    Adapter("37", LLAMA_7B, PARALLEL, 247_463_936, 247_463_936, "3.54%"),
+    Adapter("38", LLAMA_13B, PARALLEL, 387_973_120, 387_973_120, "2.89%"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ADAPTERS, ids=lambda row: f"row {row.number}")
+def test_a_published_row_of_adapters(row: Adapter) -> None:
+    """What is trained is what is deployed. Rows 7 and 9 show the weights alone, in units of 2^20."""
+    name, config, values = row.model
+    model = _model(name, config, tuple(values.items()))
+    report = graftc.check({"adapt": [row.entry]}, model)
+    assert report.trainable_parameters == report.deployed_parameters == row.trainable
+    bare = graftc.check({"adapt": [_weights_alone(row.entry)]}, model).trainable_parameters
+    assert bare == row.weights
+    if row.shown.endswith("%"):
+        share = 100 * report.deployed_parameters / (report.base_parameters + report.deployed_parameters)
+        assert f"{share:.2f}%" == row.shown and report.percent == pytest.approx(share)
+        return
+    digits = len(row.shown.partition(".")[2]) - 1
+    assert f"{(bare if row.unit == MI else row.trainable) / row.unit:.{digits}f}M" == row.shown
+
+
+def _weights_alone(entry: dict[str, Any]) -> dict[str, Any]:
+    """The same without biases, and without a norm of its own."""
+    if entry["method"] == "adapter_l":
+        wired = {"method": "bottleneck", "reads": "output", "adds_to": "output"}
+        return {**wired, "bottleneck": entry["bottleneck"], "bias": False}
+    return {**entry, "bias": False}
+
+
+@pytest.mark.slow
+def test_houlsby_with_norms() -> None:
+    """The paper's own: adapters of 8 and every normalisation of BERT large, the embeddings' too."""
+    bert_large = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+    model = _model("BertForSequenceClassification", "BertConfig", tuple(bert_large.items()))
+    report = graftc.check({"adapt": [_a("houlsby", 8, norms=True)]}, model)
+    assert report.trainable_parameters == 835_968 + (2 * 24 + 1) * 2 * 1024 == 835_968 + 100_352
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.program import Edit, follow, map_nodes
+from graftc.passes.core.program import Edit, follow, map_nodes, provenance
 from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import SublayerSite
 from graftc.passes.core.tensors import TensorBuilder
 from graftc.specs.diagnostics import GraftError
 
 aten = torch.ops.aten
+AGAIN = "again"
+"""The part of what is computed a second time."""
 
 
 class BranchBuilder(TensorBuilder):
@@ -56,7 +59,7 @@ class BranchBuilder(TensorBuilder):
         """
         value, source = self._at(site, place), self._at(site, read)
         after = self.call(aten.add.Tensor, value, self._shaped(delta, value), part="add")
-        between = _between(value, source)
+        between = _between(value, source, self.program.edits)
         if not between:
             self._redirect(value, after, lambda user: True)
             return
@@ -66,7 +69,7 @@ class BranchBuilder(TensorBuilder):
                 message = f"{node.name} draws random numbers between the {place} of {site.key} and what is read there"
                 raise GraftError("GC017", message, hint="add at its branch")
             args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: again.get(n, n))
-            again[node] = self.call(node.target, *args, part="again", **kwargs)
+            again[node] = self.call(node.target, *args, part=AGAIN, **kwargs)
         # What reads the value on the way to ``delta`` goes on reading it; what comes here later starts from these.
         own = ((before, now) for before, now in again.items() if before is not source)
         self.program.edits += [Edit(self.adaptation, str(site.key), *pair, narrow=True) for pair in own]
@@ -99,17 +102,25 @@ class BranchBuilder(TensorBuilder):
         return vector
 
 
-def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """Nodes after ``start`` on its ways to ``end``, ``end`` included, in graph order; none where no way leads there."""
-    above: set[fx.Node] = set()
-    pending = [end]
-    while pending:  # all that ``end`` is made from, no further back than ``start``
-        node = pending.pop()
-        if node not in above and not node < start:
-            above.add(node)
-            pending += node.all_input_nodes
-    below = {start}
-    for node in sorted(above):
-        if not below.isdisjoint(node.all_input_nodes):
+def _between(start: fx.Node, end: fx.Node, edits: Iterable[Edit]) -> list[fx.Node]:
+    """Nodes after ``start`` on its ways to ``end``, ``end`` included, in graph order; none where no way leads there.
+
+    No way leads through what replaced a value that is not behind ``start``: a parallel branch whose adapter reads the
+    sum of both is a branch of its own.
+    """
+    replaced = {e.after: e.before for e in edits}
+    below, node = {start}, start
+    while node < end:
+        node = node.next
+        tag = provenance(node)
+        own = node not in replaced or replaced[node] in below or (tag is not None and tag["part"] == AGAIN)
+        if own and not below.isdisjoint(node.all_input_nodes):
             below.add(node)
-    return sorted(node for node in below - {start} if isinstance(node.meta.get("val"), Tensor | tuple | list))
+    found: set[fx.Node] = set()
+    pending = [end]
+    while pending:
+        node = pending.pop()
+        if node in below and node is not start and node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return sorted(node for node in found if isinstance(node.meta.get("val"), Tensor | tuple | list))
