@@ -184,7 +184,7 @@ def drawn_mask(x: Tensor) -> Tensor:
 
 def test_masks_are_shared_by_input_or_not() -> None:
     """q, k and v of a layer read one hidden state."""
-    target = torch.ops.aten.dropout.default
+    target = torch.ops.graftc.masked_dropout.default
     counts = {}
     for scope in ("input", "target"):
         compiled = adapted(tiny("llama"), ["attn.q", "attn.k", "attn.v"], dropout=0.5, dropout_scope=scope)

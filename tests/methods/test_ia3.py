@@ -251,7 +251,7 @@ def test_shared_dropout_stays_with_the_others() -> None:
         perturb(compiled, 0.1)
         inputs = inputs_for(compiled)
         assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) <= 1e-5
-        target = torch.ops.aten.dropout.default
+        target = torch.ops.graftc.masked_dropout.default
         drops = compiled.program("train").graph.find_nodes(op="call_function", target=target)
         # One for the two other sites and one for this one, in each layer.
         assert sorted(len(node.users) for node in drops) == [1, 1, 2, 2]

@@ -320,7 +320,7 @@ def test_dropout_acts_on_the_input_of_the_branch() -> None:
 def test_dropout_is_shared_by_sites_that_read_the_same() -> None:
     """q, k and v of a layer read one hidden state and share one mask; it is gone in eval mode."""
     compiled = adapted(tiny("llama"), ["attn.q", "attn.k", "attn.v"], dropout=0.5)
-    target = torch.ops.aten.dropout.default
+    target = torch.ops.graftc.masked_dropout.default
     assert len(compiled.program("train").graph.find_nodes(op="call_function", target=target)) == 2
     assert not compiled.program("eval").graph.find_nodes(op="call_function", target=target)
 
@@ -329,7 +329,7 @@ def test_dropout_of_each_site() -> None:
     """With the scope ``target`` q, k and v have three masks; in eval mode there are none."""
     roles = ["attn.q", "attn.k", "attn.v"]
     compiled = adapted(tiny("llama"), roles, dropout=0.5, dropout_scope="target")
-    target = torch.ops.aten.dropout.default
+    target = torch.ops.graftc.masked_dropout.default
     assert len(compiled.program("train").graph.find_nodes(op="call_function", target=target)) == 2 * 3
     assert not compiled.program("eval").graph.find_nodes(op="call_function", target=target)
     shared = adapted(tiny("llama"), roles, dropout=0.5)

@@ -21,7 +21,7 @@ from graftc.passes.core.tensors import Initialiser
 from graftc.specs.diagnostics import GraftError
 
 aten = torch.ops.aten
-DROPOUTS = (aten.dropout.default, torch.ops.graftc.seeded_dropout.default)
+DROPOUTS = (torch.ops.graftc.masked_dropout.default, torch.ops.graftc.seeded_dropout.default)
 DropoutScope = Literal["input", "target"]
 
 __all__ = ["Builder", "DropoutScope", "Initialiser"]
@@ -211,7 +211,8 @@ class Builder(BranchBuilder):
         Args:
             node: what to drop from.
             p: probability of dropping an element; 0 inserts nothing. Indices of a table have nothing to drop.
-            recompute: keep a seed instead of the mask for the backward pass (`graftc.passes.core.ops`).
+            recompute: keep a seed instead of the mask for the backward pass (`graftc.passes.core.ops`); a mask rounds
+                ``p`` to a multiple of ``1 / 65536`` (`graftc.passes.core.dropout`).
             scope: ``"input"``: sites of the adaptation that read the same input share one mask; ``"target"``: each
                 site has its own.
         """
@@ -226,7 +227,8 @@ class Builder(BranchBuilder):
                 seed = self.call(aten.randint_like.low_dtype, like, 0, SEEDS, part="seed")
                 dropped = self.call(torch.ops.graftc.seeded_dropout.default, node, seed, p, part="dropout")
             else:
-                dropped = self.call(aten.dropout.default, node, p, True, part="dropout")
+                mask = self.call(torch.ops.graftc.random_mask.default, node, p, part="mask")
+                dropped = self.call(torch.ops.graftc.masked_dropout.default, node, mask, p, part="dropout")
             self._dropouts[key] = dropped
         return self._dropouts[key]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.passes.core.dropout import DECOMPOSITIONS as DROPOUT
 from graftc.passes.core.magnitude import DECOMPOSITIONS as MAGNITUDE
 
 aten = torch.ops.aten
@@ -79,6 +80,7 @@ seeded_dropout.register_autograd(_backward, setup_context=_setup)
 
 DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.graftc.seeded_dropout.default: seeded_dropout_decomposed,
+    **DROPOUT,
     **MAGNITUDE,
 }
 """ATen forms by operator: what exports write instead."""
