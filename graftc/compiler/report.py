@@ -85,6 +85,10 @@ def report(compilation: Compilation) -> Report:
     store, family = compilation.store, compilation.main
     base = sum(t.numel() for _, t in store.base() if isinstance(t, nn.Parameter))
     entries = [_entry(item.name, item.spec.method, len(item.places), family.eval, store) for item in family.resolved]
+    for unit in compilation.units:
+        if unit.composition is not None:
+            places = {site.key for member in unit.members for site, _ in member.places}
+            entries.append(_entry(unit.name, unit.composition.kind, len(places), family.eval, store))
     if compilation.spec.tokens is not None:
         tables = {base for owner, _, base, _, _ in compilation.overlays if owner == TOKENS}
         entries.insert(0, _entry(TOKENS, TOKENS, len(tables), family.eval, store))

@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from graftc.compiler.compose import Unit
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import Resolved
+from graftc.passes.compose import FusionObjective
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.steering import Controller, OutputObjective, Place, TensorObjective
 from graftc.passes.core.store import Store
+from graftc.specs.compose import Fuse
 
 
 @dataclass(frozen=True)
@@ -63,4 +66,15 @@ def steerings(compilation: Compilation) -> Steerings:
                 outputs[resolved.name] = objective
             else:
                 objectives[resolved.name] = objective
+    for unit in compilation.units:
+        if isinstance(unit.composition, Fuse) and unit.composition.values and unit.composition.regularization:
+            objectives[unit.name] = FusionObjective(unit.composition, list(_own_places(compilation, unit)), {})
     return Steerings(controllers, objectives, outputs)
+
+
+def _own_places(compilation: Compilation, unit: Unit) -> Iterator[Place[Any]]:
+    """The places where a composition has tensors of its own."""
+    parts = compilation.parts.get(unit.name, {})
+    for site, _ in unit.members[0].places:
+        if site.key in parts:
+            yield Place(site, unit.composition, Live(compilation.store, parts[site.key]))

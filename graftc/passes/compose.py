@@ -220,8 +220,9 @@ def _fuse(spec: Fuse, build: Builder, deltas: Sequence[tuple[Collecting, Delta]]
         raise GraftError("GC036", f"what is read at {build.site.key} has other axes than what is added there")
     stacked = build.call(aten.stack.default, [delta.node for _, delta in deltas], -2, part="added")
     keys = build.linear(stacked, *_projection(build, "key", width, width, dtype), "key")
-    column = build.call(aten.unsqueeze.default, query, -1, part="scores")
-    scores = build.call(aten.squeeze.dim, build.call(aten.matmul.default, keys, column, part="scores"), -1)
+    across = build.call(aten.transpose.int, keys, -1, -2, part="scores")
+    asked = build.call(aten.unsqueeze.default, query, -2, part="scores")
+    scores = build.call(aten.squeeze.dim, build.call(aten.matmul.default, asked, across, part="scores"), -2)
     if spec.temperature != 1:
         scores = build.call(aten.div.Tensor, scores, spec.temperature, part="scores")
     weights = build.call(aten.softmax.int, build.dropout(scores, spec.dropout), -1, part="weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from graftc.compiler.compose import ACTIVE
 from graftc.compiler.interface import dtype_of
 from graftc.compiler.pipeline import Compilation, compile_model
 from graftc.compiler.report import owner_of
+from graftc.compiler.resolve import TRAIN
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.batch import BATCH
 from graftc.passes.core.store import RESERVED
@@ -147,6 +149,31 @@ class Choosing:
         """
         found = _bank(self._compilation.spec, bank)
         return found.members[int(self._compilation.store.get(f"{RESERVED}.{found.name}.{ACTIVE}"))]
+
+    def train_only(self, *names: str) -> None:
+        """Let only these adaptations train from now on, all of them where none is named.
+
+        The tensors of the others want no gradient then, so that no optimiser moves them, by weight decay neither.
+
+        Args:
+            names: adaptations or compositions.
+
+        Raises:
+            GraftError: GC091 where there is no such adaptation.
+        """
+        known = [*self._compilation.spec.owners, TRAIN]
+        for name in names:
+            if name not in known:
+                close = nearest(name, known)
+                hint = f"did you mean {close[0]!r}?" if close else f"there is: {', '.join(known)}"
+                raise GraftError("GC091", f"there is no adaptation {name!r}", hint=hint)
+        for fqn, tensor in self._trainable.items():
+            tensor.requires_grad_(not names or owner_of(fqn) in names)
+
+    @cached_property
+    def _trainable(self) -> dict[str, Tensor]:
+        """What trains if everything does."""
+        return {fqn: tensor for fqn, tensor in self._compilation.store.adapters() if tensor.requires_grad}
 
     def fix(self, choice: Choice, bank: str | None = None) -> Compiled:
         """A compiled model in which a bank is one adaptation for good, with no axis of slots: it folds and exports as

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,8 +21,10 @@ from graftc.passes.core.blocks import Runner
 from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
 from graftc.runtime.checkpointing import Checkpointed
+from graftc.runtime.choosing import Choosing, with_choices
 from graftc.runtime.inspection import Inspected
 from graftc.runtime.steering import Steered
+from graftc.specs.compose import Parallel
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
@@ -64,7 +66,10 @@ class ModelRunner(Runner):
         return self._dtype
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        chosen = {name: kwargs.pop(name) for name in self._compilation.controls if name in kwargs}
         present, plain = self._interface.read(self._interface.named(args, kwargs))
+        if self._compilation.controls:
+            present = with_choices(self._compilation, present, chosen)
         key = self.ready(present)
         outputs = self._programs[key].outputs.build(self._results(key, present))
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
@@ -111,6 +116,7 @@ class ModelRunner(Runner):
     def in_eval(self, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
         """Flat outputs of the first signature in eval mode, whatever mode the model is in."""
         present = {**inputs, **dict(self._compilation.main.base.flags)}
+        present = with_choices(self._compilation, present, {})
         training = self.training
         self.train(False)
         try:
@@ -155,7 +161,10 @@ class ModelRunner(Runner):
         if example_inputs is not None:
             if not isinstance(example_inputs, Mapping):
                 example_inputs = self._interface.named(tuple(example_inputs), {})
-            family = self._compilation.family(self._interface.read(example_inputs)[0])
+            chosen = {n: v for n, v in example_inputs.items() if n in self._compilation.controls}
+            own = {n: v for n, v in example_inputs.items() if n not in chosen}
+            present = with_choices(self._compilation, self._interface.read(own)[0], chosen)
+            family = self._compilation.family(present)
         return export_model(self, Path(path), format, family, force=force)
 
     def _deployed(self) -> ModelRunner:
@@ -178,7 +187,7 @@ class ModelRunner(Runner):
         return result
 
 
-class Compiled(Inspected, Checkpointed, Steered, ModelRunner):
+class Compiled(Inspected, Checkpointed, Choosing, Steered, ModelRunner):
     """The adapted model: same inputs, same outputs, loss from ``labels``; only what the spec says trains.
 
     Made by `graftc.compile`. ``train()`` and ``eval()`` switch between two graphs over one set of tensors. An input
@@ -336,9 +345,15 @@ class Compiled(Inspected, Checkpointed, Steered, ModelRunner):
         return family.program("train" if self.training else "eval", base=self._base_only)
 
 
-def compiled_class(model: nn.Module) -> type[Compiled]:
-    """A subclass of `Compiled` whose ``forward`` has the source model's signature, as trainers inspect it."""
+def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compiled]:
+    """A subclass of `Compiled` whose ``forward`` has the source model's signature, which trainers inspect, and the inputs
+    of banks besides."""
     signature = inspect.signature(type(model).forward)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    known = list(signature.parameters.values())
+    rest = [p for p in known if p.kind is inspect.Parameter.VAR_KEYWORD]
+    own = [inspect.Parameter(name, kind, default=None) for name in controls]
+    signature = signature.replace(parameters=[*(p for p in known if p not in rest), *own, *rest])
 
     def forward(self: Compiled, *args: Any, **kwargs: Any) -> Any:
         return self._call(args, kwargs)
@@ -350,7 +365,8 @@ def compiled_class(model: nn.Module) -> type[Compiled]:
 
 def make_compiled(compilation: Compilation) -> Compiled:
     """The module for a Compilation, its first signature lowered in both modes."""
-    compiled = compiled_class(compilation.model)(compilation, compilation.store)
+    given = [n for n, c in compilation.controls.items() if not isinstance(c, Parallel)]
+    compiled = compiled_class(compilation.model, given)(compilation, compilation.store)
     training = compiled.training
     for mode in (True, False):
         compiled.training = mode

@@ -104,6 +104,7 @@ def merge_what_folds(compiled: Compiled, budget: float | None = None) -> Merged 
 def _rest(spec: Spec, merged: Merged) -> Spec:
     """The spec without what has folded, and the rest in its simplest form."""
     changes: dict[str, Any] = {}
+    changes["compose"] = tuple(c for c in spec.compose if all(name in merged.kept for name in c.members))
     if TRAIN not in merged.kept:
         changes["train"] = ()
     if TOKENS not in merged.kept:

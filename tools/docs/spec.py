@@ -7,6 +7,7 @@ from inspect import getdoc
 from pydantic import BaseModel
 
 from graftc.specs.base import MethodSpec, Override
+from graftc.specs.compose import CompositionSpec, composition_kinds
 from graftc.specs.document import Spec
 from graftc.specs.patterns import expand_braces, glob_to_regex, layer_indices
 from graftc.specs.roles import PREFIXES, ROLES, widen
@@ -144,7 +145,8 @@ def _sections() -> list[str]:
 
 
 def _inner() -> list[type[BaseModel]]:
-    return nested_models(Spec, skip=MethodSpec)
+    found = nested_models(Spec, skip=MethodSpec)
+    return [model for model in found if not issubclass(model, CompositionSpec)] + list(composition_kinds().values())
 
 
 def _link(name: str) -> str | None:

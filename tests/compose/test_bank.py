@@ -1,0 +1,344 @@
+"""Banks: adaptations of one shape, of which every row, every call or the whole deployment chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftc
+from graftc.passes.core.store import Store
+from graftc.runtime.compiled import Compiled
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import largest_difference, outputs_of, perturb, same_bits
+from graftc.testing.compare import inputs_for
+from tests.families import FAMILIES, tiny
+
+SLOTS = ("de", "fr", "it", "es")
+IDS = torch.tensor([0, 3, 2, 1, 1, 0, 3, 2])
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "lora": {"target": {"role": "attn.{q,v}"}, "rank": 3},
+    "dora": {"target": {"role": "attn.{q,v}"}, "rank": 3},
+    "ia3": {"target": {"role": ["attn.k", "attn.v", "attn.o"]}, "side": "auto"},
+    "houlsby": {"bottleneck": 6},
+    "pfeiffer": {"reduction": 4},
+    "bapna_firat": {"bottleneck": 6},
+    "he_parallel": {"bottleneck": 6, "target": {"role": "attn.sublayer"}},
+    "llm_adapters": {"bottleneck": 6, "target": {"role": "attn.{q,o}"}},
+}
+TOLERANCE = 1e-6
+
+
+def spec_of(method: str, slots: tuple[str, ...] = SLOTS, **bank: Any) -> dict[str, Any]:
+    """A bank of a method's adaptations."""
+    adapt = [{"method": method, "name": name, **METHODS[method]} for name in slots]
+    return {"adapt": adapt, "compose": {"bank": list(slots), "name": "languages", **bank}}
+
+
+def banked(family: str, method: str = "lora", **bank: Any) -> Compiled:
+    """A bank on a family's model, perturbed, in eval mode."""
+    compiled = graftc.compile(spec_of(method, **bank), tiny(family)).eval()
+    perturb(compiled, 0.05)
+    return compiled
+
+
+def alone(family: str, method: str, slot: str, tensors: Mapping[str, Tensor]) -> Compiled:
+    """One adaptation without a bank, with the tensors that it has in the bank."""
+    compiled = graftc.compile({"adapt": spec_of(method, (slot,))["adapt"]}, tiny(family)).eval()
+    own = compiled.adapter_state_dict()
+    compiled.load_adapter_state_dict({name: tensors[name] for name in own})
+    return compiled
+
+
+def rows(outputs: list[Tensor], mask: Tensor) -> list[Tensor]:
+    """The rows of outputs that belong to a part of the batch."""
+    return [tensor[mask] for tensor in outputs if tensor.shape[0] == mask.shape[0]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixed_batch_is_every_adapter_on_its_rows(family: str, method: str) -> None:
+    """Eight rows over four adapters are each adapter's own run, and no two adapters are alike. An output that is more
+    than 1 is off by a millionth of itself at most."""
+    compiled = banked(family, method)
+    inputs = inputs_for(compiled, (8, 6))
+    mixed = outputs_of(compiled, {**inputs, "adapter_ids": IDS})
+    tensors = compiled.adapter_state_dict()
+    for number, slot in enumerate(SLOTS):
+        own = outputs_of(alone(family, method, slot, tensors), inputs)
+        mask = number == IDS
+        for expected, found in zip(rows(own, mask), rows(mixed, mask), strict=True):
+            bound = TOLERANCE * max(1.0, float(expected.abs().max()))
+            assert largest_difference([found], [expected]) <= bound
+        assert all(
+            largest_difference([a], [b]) > 1e-3 for a, b in zip(rows(own, ~mask), rows(mixed, ~mask), strict=True)
+        )
+        compiled.activate(slot)
+        assert largest_difference(outputs_of(compiled, inputs), own) <= TOLERANCE * max(
+            1.0, *(float(o.abs().max()) for o in own)
+        )
+
+
+@pytest.mark.parametrize("method", ["lora", "houlsby", "dora"])
+def test_weights(method: str) -> None:
+    """Weights of one slot are that slot; a mixture for each row is the adapter of the mixed tensors."""
+    compiled = banked("gpt2", method)
+    inputs = inputs_for(compiled, (8, 6))
+    one_hot = torch.nn.functional.one_hot(IDS, len(SLOTS)).float()
+    ids = outputs_of(compiled, {**inputs, "adapter_ids": IDS})
+    assert largest_difference(outputs_of(compiled, {**inputs, "adapter_weights": one_hot}), ids) <= TOLERANCE
+    factors = {"de": 0.25, "it": 0.75}
+    weights = torch.zeros(8, 4)
+    weights[:, 0], weights[:, 2] = 0.25, 0.75
+    weights[3] = one_hot[3]
+    mixed = outputs_of(compiled, {**inputs, "adapter_weights": weights})
+    fixed = outputs_of(compiled.fix(factors).eval(), inputs)
+    others = torch.arange(8) != 3
+    assert largest_difference(rows(mixed, others), rows(fixed, others)) <= 1e-5
+    assert largest_difference(rows(mixed, ~others), rows(ids, ~others)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_onnx_runtime(family: str, tmp_path: Path) -> None:
+    """The exported graph has the ids as an input, and a mixed batch is every adapter on its rows there as well."""
+    ort = pytest.importorskip("onnxruntime")
+    compiled = banked(family)
+    inputs = inputs_for(compiled, (8, 6))
+    path = compiled.export(tmp_path / "bank.onnx", example_inputs={**inputs, "adapter_ids": IDS})
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert "adapter_ids" in [value.name for value in session.get_inputs()]
+
+    def run(ids: Tensor) -> list[Tensor]:
+        feed = {name: tensor.numpy() for name, tensor in {**inputs, "adapter_ids": ids}.items()}
+        return [torch.from_numpy(found) for found in session.run(None, feed)]
+
+    mixed = run(IDS)
+    for number in range(len(SLOTS)):
+        own, mask = run(torch.full((8,), number)), number == IDS
+        assert largest_difference(rows(mixed, mask), rows(own, mask)) <= TOLERANCE
+        assert largest_difference(rows(mixed, ~mask), rows(own, ~mask)) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_other_ids_compile_nothing(family: str) -> None:
+    """Neither ids for each row nor the active slot are part of the compiled code."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    compiled = banked(family)
+    inputs = inputs_for(compiled, (8, 6))
+    compiled(**inputs, adapter_ids=IDS)
+    run = torch.compile(compiled, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        run(**inputs)
+        first = run(**inputs, adapter_ids=IDS)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            second = run(**inputs, adapter_ids=IDS.flip(0))
+            compiled.activate("es")
+            active = run(**inputs)
+        last = compiled(**inputs, adapter_ids=torch.full((8,), 3))
+    assert largest_difference([first[0]], [second[0]]) > 1e-3
+    assert largest_difference([active[0]], [last[0]]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["bapna_firat", "lora"])
+def test_training_one_leaves_the_others_to_the_bit(method: str) -> None:
+    """With weight decay and momentum as well: what does not train wants no gradient."""
+    compiled = banked("t5", method)
+    inputs = inputs_for(compiled, (4, 6))
+    before = {slot: outputs_of(compiled, {**inputs, "adapter_ids": [slot]}) for slot in SLOTS}
+    compiled.train_only("fr")
+    optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
+    compiled.train()
+    for _ in range(3):
+        optimiser.zero_grad()
+        outputs = compiled(**inputs, adapter_ids=["fr"])
+        outputs[0].float().square().mean().backward()
+        optimiser.step()
+    compiled.eval()
+    for slot in SLOTS:
+        after = outputs_of(compiled, {**inputs, "adapter_ids": [slot]})
+        assert same_bits(after, before[slot]) == (slot != "fr")
+    compiled.train_only()
+    assert all(p.requires_grad for n, p in compiled.named_parameters() if Store.is_adapter(n))
+
+
+def test_gradients_of_a_mixed_batch_are_each_adapters_own() -> None:
+    compiled = banked("bert", "houlsby")
+    inputs = inputs_for(compiled, (8, 6))
+    compiled(**inputs, adapter_ids=IDS)[0].square().sum().backward()
+    tensors = compiled.adapter_state_dict()
+    for number, slot in enumerate(SLOTS):
+        own = alone("bert", "houlsby", slot, tensors)
+        mask = number == IDS
+        own(**{name: tensor[mask] for name, tensor in inputs.items()})[0].square().sum().backward()
+        for name, parameter in own.named_parameters():
+            if parameter.grad is not None:
+                found = dict(compiled.named_parameters())[name].grad
+                torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_one_for_good_folds(method: str) -> None:
+    """`fix` has no axis of slots and no input of its own left, and folds as the adaptation alone does."""
+    compiled = banked("gpt2", method)
+    inputs = inputs_for(compiled, (5, 6))
+    expected = outputs_of(compiled, {**inputs, "adapter_ids": ["it"]})
+    fixed = compiled.fix("it").eval()
+    assert largest_difference(outputs_of(fixed, inputs), expected) <= TOLERANCE
+    assert not fixed.compilation.controls and fixed.compilation.spec.compose == ()
+    assert {n.split(".graftc.")[1].split(".")[0] for n in fixed.adapter_state_dict()} == {"it"}
+    merged = fixed.merge()
+    assert merged.certificate.passed
+    assert largest_difference(outputs_of(merged, inputs), expected) <= 2e-5
+    with pytest.raises(GraftError) as caught:
+        compiled.merge()
+    assert caught.value.code == "GC050"
+
+
+def test_shared_parts() -> None:
+    """Pairs with one layer norm have it once, and what it learns all of them have."""
+    own = banked("bert", "bapna_firat").report
+    compiled = banked("bert", "bapna_firat", share=["norm_weight", "norm_bias"])
+    width, layers = compiled.config.hidden_size, 2
+    assert own.trainable_parameters - compiled.report.trainable_parameters == 3 * layers * 2 * width
+    names = [n for n in compiled.adapter_state_dict() if n.endswith("norm_weight")]
+    assert names and all(".graftc.languages." in name for name in names)
+    inputs = inputs_for(compiled, (4, 6))
+    before = outputs_of(compiled, {**inputs, "adapter_ids": ["fr"]})
+    fixed = outputs_of(compiled.fix("fr").eval(), inputs)
+    assert largest_difference(fixed, before) <= TOLERANCE * max(1.0, float(before[0].abs().max()))
+
+
+def test_adding_a_pair_adds_what_one_has() -> None:
+    """``layers * (2 d r + r + d + 2 d)``, for encoder and decoder."""
+    model, inner = tiny("t5"), 6
+    width = model.config.d_model
+    counts = [graftc.compile(spec_of("bapna_firat", SLOTS[:n]), model).report.trainable_parameters for n in (1, 2, 3)]
+    each = counts[1] - counts[0]
+    assert counts[2] - counts[1] == each == 4 * (2 * width * inner + inner + width + 2 * width)
+
+
+def test_a_saved_bank_keeps_its_slot(tmp_path: Path) -> None:
+    model = tiny("bert")
+    compiled = graftc.compile(spec_of("lora"), model).eval()
+    perturb(compiled, 0.05)
+    compiled.activate("it")
+    inputs = inputs_for(compiled, (8, 6))
+    compiled.save(tmp_path / "artifact")
+    loaded = graftc.load(tmp_path / "artifact", model=model).eval()
+    assert loaded.active() == "it"
+    assert same_bits(outputs_of(loaded, inputs), outputs_of(compiled, inputs))
+    mixed = {**inputs, "adapter_ids": IDS}
+    assert same_bits(outputs_of(loaded, mixed), outputs_of(compiled, mixed))
+
+
+def test_two_banks_and_an_adaptation_between() -> None:
+    """Each bank has inputs of its own; what is not in a bank is for every row."""
+    spec = {
+        "adapt": [
+            *({"method": "lora", "name": n, "rank": 2, "target": {"role": "attn.q"}} for n in ("a", "b")),
+            {"method": "ia3"},
+            *({"method": "pfeiffer", "name": n, "reduction": 4} for n in ("x", "y")),
+        ],
+        "compose": [{"bank": ["a", "b"], "inputs": "language"}, {"bank": ["x", "y"], "inputs": "task"}],
+    }
+    compiled = graftc.compile(spec, tiny("bert")).eval()
+    perturb(compiled, 0.05)
+    inputs = inputs_for(compiled, (4, 6))
+    both = outputs_of(compiled, {**inputs, "language_ids": [0, 0, 1, 1], "task_ids": ["x", "y", "x", "y"]})
+    for row, (language, task) in enumerate((("a", "x"), ("a", "y"), ("b", "x"), ("b", "y"))):
+        compiled.activate(language, "bank")
+        compiled.activate(task, "bank_2")
+        assert largest_difference([outputs_of(compiled, inputs)[0][row]], [both[0][row]]) <= TOLERANCE
+    fixed = compiled.fix("b", "bank").fix("x").eval()
+    assert largest_difference([outputs_of(fixed, inputs)[0][2]], [both[0][2]]) <= TOLERANCE
+
+
+REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
+    "beyond": ({"adapter_ids": torch.tensor([0, 1, 2, 4])}, "has 4; 'languages' has slots 0 to 3"),
+    "negative": ({"adapter_ids": torch.tensor([0, -1, 2, 3])}, "has -1"),
+    "too few": ({"adapter_ids": torch.tensor([0, 1, 2])}, r"adapter_ids is int64\[3\]"),
+    "floats": ({"adapter_ids": torch.zeros(4)}, r"adapter_ids is float32\[4\]"),
+    "a name": ({"adapter_ids": ["de", "fr", "tl", "de"]}, "has no slot 'tl'"),
+    "columns": ({"adapter_weights": torch.ones(4, 3)}, r"adapter_weights is float32\[4, 3\]"),
+    "both": ({"adapter_ids": torch.zeros(4).long(), "adapter_weights": torch.ones(4, 4)}, "both choose from"),
+}
+
+
+@pytest.mark.parametrize(("chosen", "message"), REFUSED.values(), ids=REFUSED)
+def test_choices_that_do_not_fit(chosen: dict[str, Any], message: str) -> None:
+    """GC038, before anything is computed."""
+    compiled = banked("bert")
+    with pytest.raises(GraftError, match=message) as caught:
+        compiled(**inputs_for(compiled, (4, 6)), **chosen)
+    assert caught.value.code == "GC038"
+
+
+def test_names_that_are_none() -> None:
+    compiled = banked("bert")
+    for call, code in (
+        (lambda: compiled.activate("fi"), "GC038"),
+        (lambda: compiled.activate(7), "GC038"),
+        (lambda: compiled.fix({"de": 1.0, "xx": 1.0}), "GC038"),
+        (lambda: compiled.activate("de", "other"), "GC091"),
+        (lambda: compiled.train_only("xx"), "GC091"),
+    ):
+        with pytest.raises(GraftError) as caught:
+            call()
+        assert caught.value.code == code
+
+
+def test_rows_that_cannot_be_told_apart() -> None:
+    """A convolution's patches and experts have no rows: a call may choose, a row may not."""
+    adapt = [{"method": "lora", "name": n, "rank": 2, "target": {"modules": "**.patch_embeddings.**"}} for n in "ab"]
+    compiled = graftc.compile({"adapt": adapt, "compose": {"bank": ["a", "b"]}}, tiny("vit")).eval()
+    perturb(compiled, 0.05)
+    inputs = inputs_for(compiled, (4, 6))
+    first = outputs_of(compiled, inputs)
+    compiled.activate("b")
+    assert largest_difference(outputs_of(compiled, inputs), first) > 1e-3
+    with pytest.raises(GraftError) as caught:
+        compiled(**inputs, adapter_ids=[0, 1, 0, 1])
+    assert caught.value.code == "GC037"
+
+
+def test_every_row_through_every_adapter() -> None:
+    """`parallel` gives a batch of n B rows, adaptation by adaptation."""
+    spec = spec_of("pfeiffer", SLOTS[:3])
+    compiled = graftc.compile({**spec, "compose": {"parallel": list(SLOTS[:3])}}, tiny("bert")).eval()
+    perturb(compiled, 0.05)
+    inputs = inputs_for(compiled, (2, 6))
+    found = outputs_of(compiled, inputs)
+    assert found[0].shape[0] == 6
+    tensors = compiled.adapter_state_dict()
+    for number, slot in enumerate(SLOTS[:3]):
+        own = outputs_of(alone("bert", "pfeiffer", slot, tensors), inputs)
+        assert largest_difference([found[0][2 * number : 2 * number + 2]], own) <= TOLERANCE
+
+
+def test_sequence_first_models_choose_too() -> None:
+    """The batch is the second axis in a plain torch transformer."""
+
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(6, 10), torch.nn.Linear(10, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """``[batch, sequence, 6]`` to ``[batch, 4]``."""
+            turned = x.transpose(0, 1)
+            return self.second(torch.relu(self.first(turned))).mean(0)
+
+    adapt = [{"method": "lora", "name": n, "rank": 2, "target": {"modules": ["first", "second"]}} for n in "ab"]
+    x = torch.randn(4, 5, 6)
+    compiled = graftc.compile({"adapt": adapt, "compose": {"bank": ["a", "b"]}}, Plain(), {"x": x}).eval()
+    perturb(compiled, 0.05)
+    mixed = compiled(x, adapter_ids=[0, 1, 1, 0])
+    compiled.activate("b")
+    assert largest_difference([compiled(x)[1:3]], [mixed[1:3]]) <= TOLERANCE
+    assert largest_difference([compiled(x)[:1]], [mixed[:1]]) > 1e-3
