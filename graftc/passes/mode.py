@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
@@ -11,20 +11,25 @@ from torch import fx
 import graftc.passes.core.ops  # noqa: F401, registers the operators
 from graftc.passes.canonicalise import remove_dead
 from graftc.passes.core.program import Program, follow, provenance
+from graftc.passes.core.routing import is_pick
 
 aten = torch.ops.aten
 
 
-def to_eval(program: Program) -> Program:
+def to_eval(program: Program, *, keep: Collection[object] = ()) -> Program:
     """A new Program in eval mode.
 
     Dropout and stochastic depth disappear, attention drops nothing, batch normalisation uses its running statistics and
     counts no batch. A test asserts that the result hash-equals a direct capture in eval mode.
+
+    Args:
+        program: stays as it is.
+        keep: operators that are left as they are in train mode.
     """
     result = program.copy(mode="eval")
     erased: dict[fx.Node, fx.Node] = {}
     for node in list(result.graph.nodes):
-        rule = RULES.get(node.target) if node.op == "call_function" else None
+        rule = RULES.get(node.target) if node.op == "call_function" and node.target not in keep else None
         if rule is _erase:
             erased[node] = node.all_input_nodes[0]
         if rule is not None:
@@ -89,6 +94,12 @@ def _drawn(node: fx.Node) -> None:
         _erase(node)
 
 
+def _mean_of_experts(node: fx.Node) -> None:
+    """What picks one expert while training."""
+    if is_pick(node):
+        node.target, node.args = aten.mean.dim, (node.args[0], [0], True)
+
+
 def _detached(node: fx.Node) -> None:
     """Where an adaptation chooses to stop a gradient: no choice is drawn in eval mode. What is always a constant for
     the backward pass stays one."""
@@ -121,6 +132,7 @@ RULES: dict[object, Callable[[fx.Node], None]] = {
     aten.add_.Tensor: _counter,
     aten.floor.default: _drop_path,
     aten.randint_like.low_dtype: _drawn,
+    aten.index_select.default: _mean_of_experts,
     aten.detach.default: _detached,
     aten.where.self: _alike,
 }
