@@ -346,7 +346,7 @@ class Compiled(Inspected, Checkpointed, Choosing, Steered, ModelRunner):
 
 
 def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compiled]:
-    """A subclass of `Compiled` whose ``forward`` has the source model's signature, which trainers inspect, and the inputs
+    """A subclass of `Compiled` whose ``forward`` has the source model's signature, which trainers look at, and inputs
     of banks besides."""
     signature = inspect.signature(type(model).forward)
     kind = inspect.Parameter.KEYWORD_ONLY
