@@ -18,10 +18,13 @@ FITTING = {
     "classifier": {"bert": 4, "vit": 4},
     "cross_attention": {"t5": 10},
     "experts": {"mixtral": 8},
+    "houlsby": {"bert": 9, "gpt2": 9, "t5": 22, "vit": 9},
     "ia3": {"bert": 6, "gpt2": 6, "llama": 6, "t5": 16, "vit": 6},
     "layer_ranks": {"bert": 8, "gpt2": 8, "vit": 8},
     "new_tokens": {"gpt2": 4, "llama": 4},
     "norms": {"bert": 5, "vit": 5},
+    "parallel_adapters": {"bert": 4, "llama": 4, "t5": 8},
+    "pfeiffer": {"bert": 2, "gpt2": 2, "gpt_neox": 2, "llama": 2, "mixtral": 2, "roberta": 2, "t5": 4, "vit": 2},
     "pissa": {"bert": 8, "llama": 8},
     "rslora": {"bert": 8, "gpt2": 8},
 }
