@@ -311,10 +311,13 @@ def test_refusals(family: str, entry: dict[str, Any], code: str, message: str) -
 
 
 def test_nothing_random_may_lie_between() -> None:
-    """A norm is computed twice and gives the same; a dropout does not."""
-    entry = {"method": "bottleneck", "reads": "output", "adds_to": "projection", "bottleneck": 4}
-    with pytest.raises(GraftError, match=r"GC0(02|17)"):
-        graftc.compile({"adapt": [entry]}, tiny("bert"))
+    """What lies between is computed twice. A norm gives the same; an adapter with dropout behind the norm does not, so
+    it has to come later, which is said."""
+    behind, pfeiffer = {"method": "adapter_l", "bottleneck": 4, "dropout": 0.1}, {"method": "pfeiffer"}
+    with pytest.raises(GraftError, match=r"draws random numbers between the branch of bert.*what is read") as error:
+        graftc.compile({"adapt": [behind, pfeiffer]}, tiny("bert"))
+    assert error.value.code == "GC017" and "behind this one" in str(error.value.hint)
+    assert graftc.compile({"adapt": [pfeiffer, behind]}, tiny("bert")).report.trainable_parameters > 0
 
 
 def test_train_mode_draws_anew() -> None:

@@ -67,7 +67,9 @@ class BranchBuilder(TensorBuilder):
         for node in between:
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 message = f"{node.name} draws random numbers between the {place} of {site.key} and what is read there"
-                raise GraftError("GC017", message, hint="add at its branch")
+                ours = provenance(node) is not None
+                hint = "put the adaptation that drops behind this one in adapt" if ours else "add at its branch"
+                raise GraftError("GC017", message, hint=hint)
             args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: again.get(n, n))
             again[node] = self.call(node.target, *args, part=AGAIN, **kwargs)
         # What reads the value on the way to ``delta`` goes on reading it; what comes here later starts from these.

@@ -83,7 +83,8 @@ class Edit:
     Attributes:
         adaptation, site: who made it, and where.
         before, after: what was replaced, and by what.
-        narrow: only the readers at ``site`` read ``after``: what goes into the site was replaced, not a result.
+        narrow: only the readers at ``site`` read ``after``: what goes into the site was replaced, not a result; or, of
+            a sublayer, what is inserted there later does, since an adapter still reads what it replaced.
     """
 
     adaptation: str
