@@ -132,8 +132,11 @@ class Images(nn.Module):
 
 
 def imaged(entry: dict[str, Any]) -> tuple[Any, dict[str, Tensor], nn.Module]:
-    """`Images` in double precision with one adaptation, in eval mode."""
-    model, inputs = Images().double(), {"x": torch.randn(2, 6, 7, 9, dtype=torch.float64)}
+    """`Images` in double precision, frozen, with one adaptation and in eval mode.
+
+    A matrix before its input is multiplied by another kernel where it wants a gradient: one ``mm`` and not a ``bmm``.
+    """
+    model, inputs = Images().double().requires_grad_(False), {"x": torch.randn(2, 6, 7, 9, dtype=torch.float64)}
     return graftc.compile({"adapt": [entry]}, model, inputs).eval(), inputs, model
 
 
@@ -157,6 +160,19 @@ def test_axes(modules: list[str], fields: dict[str, Any]) -> None:
     merged = compiled.merge()
     assert merged.certificate.passed
     assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) <= 1e-12
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
+def test_identity_is_with_the_same_weights_frozen(trains: bool) -> None:
+    """What the base computes depends on which weights want a gradient; inside ``disabled()`` none of them does."""
+    model, inputs = Images().double(), {"x": torch.randn(2, 6, 7, 9, dtype=torch.float64)}
+    spec = {"train": ["before"] * trains, "adapt": [{"method": "ia3", "target": {"modules": "depthwise"}}]}
+    compiled = graftc.compile(spec, model, inputs).eval()
+    model.requires_grad_(False).before.requires_grad_(trains)
+    assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
+    perturb(compiled, 0.3)
+    with compiled.disabled():
+        assert same_bits(outputs_of(compiled, inputs), outputs_of(model.requires_grad_(False), inputs))
 
 
 def test_no_input_axis() -> None:
