@@ -17,7 +17,7 @@ from graftc.compiler.certify import Adapted, CollapseEvidence, evaluate
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import Resolved
 from graftc.passes.core.folds import round_once
-from graftc.passes.core.program import Edit, Program, provenance
+from graftc.passes.core.program import Program, provenance
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.routing import is_pick, is_route
 from graftc.passes.core.shapes import Sizes
@@ -119,13 +119,13 @@ class _Routes:
 
     def evidence(self, adaptation: str, site: Site) -> CollapseEvidence:
         """What one site shows."""
-        edit = self._edit(adaptation, site)
-        inputs = self._inputs(adaptation, site, edit)
-        before = evaluate(edit.before, inputs, self._tensor)
-        inputs[edit.before] = before
-        draws = sorted(self._draws(edit, inputs))
+        start, end = self._span(adaptation, site)
+        inputs = self._inputs(adaptation, site, start, end)
+        if start is not None:
+            inputs[start] = evaluate(start, inputs, self._tensor)
+        draws = sorted(self._draws(end, inputs))
         deployed = evaluate(
-            self.averaged[edit.after.name],
+            self.averaged[end.name],
             {self.averaged[n.name]: value for n, value in inputs.items() if n.name in self.averaged},
             self._tensor,
         )
@@ -133,19 +133,25 @@ class _Routes:
         routings = list(itertools.product(*(range(int(draw.args[2])) for draw in draws)))  # type: ignore[arg-type]
         for numbers in routings:
             chosen = {d: torch.tensor([i], device=total.device) for d, i in zip(draws, numbers, strict=True)}
-            total += evaluate(edit.after, {**inputs, **chosen}, self._tensor)
+            total += evaluate(end, {**inputs, **chosen}, self._tensor)
         error = float((total / len(routings) - deployed).abs().max())
-        change = float((deployed - before).abs().max())
+        change = float((deployed if start is None else deployed - inputs[start]).abs().max())
         return CollapseEvidence(adaptation, str(site.key), len(routings), error / change if change else error)
 
     def _tensor(self, name: str) -> Tensor:
         return self.compilation.store.get(name).detach()
 
-    def _edit(self, adaptation: str, site: Site) -> Edit:
-        mine = adaptation, str(site.key), False
-        return [e for e in self.routed.edits if (e.adaptation, e.site, e.narrow) == mine][-1]
+    def _span(self, adaptation: str, site: Site) -> tuple[fx.Node | None, fx.Node]:
+        """What the adaptation has put in the place of what. Within a composition it replaces nothing by itself: then
+        its own result, in the place of None."""
+        mine = adaptation, str(site.key)
+        edits = [e for e in self.routed.edits if (e.adaptation, e.site) == mine and not e.narrow]
+        if edits:
+            return edits[-1].before, edits[-1].after
+        own = [node for node in self.routed.graph.nodes if _owner(node) == mine]
+        return None, [node for node in own if any(_owner(user) != mine for user in node.users)][-1]
 
-    def _inputs(self, adaptation: str, site: Site, edit: Edit) -> dict[fx.Node, Any]:
+    def _inputs(self, adaptation: str, site: Site, start: fx.Node | None, end: fx.Node) -> dict[fx.Node, Any]:
         """Random values, float64, for what the adaptation reads at a site."""
         generator = torch.Generator().manual_seed(self.seed)
         device = next(t.device for _, t in self.compilation.store.adapters())
@@ -156,7 +162,7 @@ class _Routes:
             return {stage: value for node, value in values.items() for stage in self.adapted.stages(node)}
         sizes = Sizes(lambda symbol: _SIZE ** (2 if symbol.startswith("u") else 1))
         found: dict[fx.Node, Any] = {}
-        for node in self._boundary(adaptation, str(site.key), edit):
+        for node in self._boundary((adaptation, str(site.key)), start, end):
             value = node.meta["val"]
             if not isinstance(value, Tensor):
                 found[node] = sizes.size(value)
@@ -168,27 +174,26 @@ class _Routes:
         return found
 
     @staticmethod
-    def _boundary(adaptation: str, site: str, edit: Edit) -> list[fx.Node]:
+    def _boundary(mine: tuple[str, str], start: fx.Node | None, end: fx.Node) -> list[fx.Node]:
         """What the nodes of an adaptation at a site read from outside, but for tensors."""
-        found: dict[fx.Node, None] = {edit.before: None}
-        pending, seen = [edit.after], {edit.before}
+        found: dict[fx.Node, None] = {} if start is None else {start: None}
+        pending, seen = [end], set(found)
         while pending:
             node = pending.pop()
             if node in seen or node.op == "get_attr":
                 continue
             seen.add(node)
-            origin = provenance(node) or {}
-            if (origin.get("adaptation"), origin.get("site")) == (adaptation, site):
+            if _owner(node) == mine:
                 pending += node.all_input_nodes
             else:
                 found[node] = None
         return list(found)
 
     @staticmethod
-    def _draws(edit: Edit, inputs: Mapping[fx.Node, Any]) -> set[fx.Node]:
+    def _draws(end: fx.Node, inputs: Mapping[fx.Node, Any]) -> set[fx.Node]:
         """The routes that decide what stands at a site."""
         found: set[fx.Node] = set()
-        pending, seen = [edit.after], set(inputs)
+        pending, seen = [end], set(inputs)
         while pending:
             node = pending.pop()
             if node in seen:
@@ -199,3 +204,9 @@ class _Routes:
             else:
                 pending += node.all_input_nodes
         return found
+
+
+def _owner(node: fx.Node) -> tuple[str, str]:
+    """The adaptation and the site that a node was inserted for."""
+    origin = provenance(node) or {}
+    return origin.get("adaptation", ""), origin.get("site", "")

@@ -252,6 +252,21 @@ def test_merging_partially_leaves_one_adapter(family: str, tmp_path: Path) -> No
         assert verify(path).passed
 
 
+@pytest.mark.parametrize("kind", ["average", "fuse"])
+@pytest.mark.parametrize("entry", [ADAMIX, {**LORA, "share": "none", "experts": 3}], ids=["adamix", "adamix_lora"])
+def test_in_a_composition(entry: dict[str, Any], kind: str) -> None:
+    """Members collapse where they are, each with its own evidence."""
+    members = [{**entry, "name": name} for name in ("one", "two")]
+    compiled = adapted(*members, compose={kind: ["one", "two"]})
+    perturb(compiled)
+    partial = compiled.merge_partially()
+    evidence = partial.certificate.collapses
+    assert {item.adaptation for item in evidence} == {"one", "two"}
+    assert all((item.error < 1e-12) is (entry["method"] == "adamix_lora") for item in evidence)
+    inputs = inputs_for(compiled)
+    assert largest_difference(outputs_of(partial.compiled, inputs), outputs_of(compiled, inputs)) <= 2e-5
+
+
 def test_merging_refuses_adapters_and_names_them() -> None:
     """GC050, as for every bottleneck."""
     compiled = adapted(ADAMIX)

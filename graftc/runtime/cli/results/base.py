@@ -152,7 +152,7 @@ class ReportData(Result):
     """Elements of the modules in the `train:` list."""
 
     deployed_parameters: int = Field(ge=0)
-    """What has to ship beside the base if nothing is folded."""
+    """What has to ship beside the base if nothing is folded; of experts that are averaged, one."""
 
     percent: float = Field(ge=0, le=100)
     """`trainable_parameters` as a percentage of base plus trainable parameters."""
