@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compiler.columns import Through
+from graftc.compiler.findings import Heads
 from graftc.compiler.flow import Attention
 from graftc.compiler.labels import Labels
 from graftc.specs.claims import SiteKind
@@ -167,3 +168,24 @@ class _Lines:
         for number in (first, second):
             self._parent.setdefault(number, number)
         self._parent[self._root(second)] = self._root(first)
+
+
+def read_heads(labels: Labels) -> dict[fx.Node, Heads]:
+    """What each head's keys and values are made of, where every position has the same columns."""
+    found = {}
+    for node, attention in labels.flow.attentions.items():
+        keys, values = (_columns(labels, operand) for operand in (attention.key, attention.value))
+        if keys is not None and values is not None:
+            found[node] = Heads(keys, values)
+    return found
+
+
+def _columns(labels: Labels, operand: fx.Node) -> Tensor | None:
+    index = labels.columns.index(operand)
+    if index is None or index.dim() != 4 or index.shape != labels.columns.shape(operand):
+        return None
+    first = index[:1, :, :1]
+    if not bool((index == first).all()) or bool((first < 0).any()):
+        return None
+    numbers: Tensor = torch.unique(first[0, :, 0], return_inverse=True)[1]
+    return numbers

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from graftc.compiler.indices import Runs
 from graftc.specs.claims import SiteKind
@@ -131,6 +131,19 @@ class Sublayer:
         return {"roles": list(self.roles), **names, **where}
 
 
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """What the keys and values of an attention are made of, head by head.
+
+    Attributes:
+        keys, values: ``int64[heads, width]``: the columns of what is projected, numbered from 0 in their own order, so
+            that heads that share keys name the same columns.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
 @dataclass(frozen=True)
 class Structure:
     """The architecture of one graph.
@@ -139,11 +152,13 @@ class Structure:
         findings: roles, in graph order.
         unresolved: weights that fit no role, with the reason.
         sublayers: residual branches, in graph order.
+        heads: attentions whose keys and values can be followed head by head.
     """
 
     findings: tuple[Finding, ...]
     unresolved: tuple[Unresolved, ...] = ()
     sublayers: tuple[Sublayer, ...] = field(default=(), repr=False)
+    heads: Mapping[fx.Node, Heads] = field(default_factory=dict, repr=False)
 
     def by_role(self) -> dict[str, list[Finding]]:
         """Full role to its findings, in graph order."""

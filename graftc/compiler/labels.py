@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
 from graftc.compiler.columns import Columns, Through
-from graftc.compiler.findings import Finding, Structure, Sublayer, Unresolved, format_runs, place
+from graftc.compiler.findings import Finding, Heads, Structure, Sublayer, Unresolved, format_runs, place
 from graftc.compiler.flow import Attention, Flow, bits
 from graftc.compiler.indices import Runs
 from graftc.compiler.maps import Linear
@@ -241,7 +241,7 @@ class Labels:
             if source is not attention.value
         )
 
-    def structure(self, sublayers: Sequence[Sublayer]) -> Structure:
+    def structure(self, sublayers: Sequence[Sublayer], heads: Mapping[fx.Node, Heads]) -> Structure:
         """Everything, in graph order."""
         at = self.flow.at
         users: dict[tuple[str, str], set[fx.Node]] = defaultdict(set)
@@ -253,7 +253,7 @@ class Labels:
         found = [replace(f, use=order[f.module, f.parameter or ""].index(f.node)) for f in self.findings]
         found.sort(key=lambda f: at[f.node])
         rest = [u for n, u in sorted(self.unresolved.items(), key=lambda item: at[item[0]]) if not self._settled(n)]
-        return Structure(tuple(found), tuple(rest), tuple(sublayers))
+        return Structure(tuple(found), tuple(rest), tuple(sublayers), heads)
 
     def _settled(self, node: fx.Node) -> bool:
         """Whether all of a weight has got a role after all."""

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from graftc.compiler.candidates import Candidate
 from graftc.compiler.findings import Finding, Structure, Sublayer, place
+from graftc.compiler.positions import above, position_readers
 from graftc.passes.core.program import Program
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import (
@@ -82,6 +83,7 @@ class SiteTable:
         self._by_node: dict[fx.Node, list[Finding]] = defaultdict(list)
         for finding in structure.findings:
             self._by_node[finding.node].append(finding)
+        self._positions = position_readers(program.graph, structure.findings)
         read = self._read_uses()
         for weight in self.weights.values():
             self._weight(weight)
@@ -175,7 +177,22 @@ class SiteTable:
 
     def _attention(self, finding: Finding) -> None:
         key = SiteKey(finding.module, finding.role, use=finding.use)
-        self._add([AttentionSite(key, *_where(finding), kind=SiteKind.ATTENTION, node=finding.node)])
+        heads = self.structure.heads.get(finding.node)
+        keys, values = (heads.keys, heads.values) if heads is not None else (None, None)
+        made = above(finding.node)
+        self._add(
+            [
+                AttentionSite(
+                    key,
+                    *_where(finding),
+                    kind=SiteKind.ATTENTION,
+                    node=finding.node,
+                    keys=keys,
+                    values=values,
+                    positions=tuple(p for p in self._positions if p.reader in made),
+                )
+            ]
+        )
 
     def _parameter(self, finding: Finding) -> None:
         assert finding.parameter is not None

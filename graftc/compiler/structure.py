@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx
 
-from graftc.compiler.attention import read_attentions
+from graftc.compiler.attention import read_attentions, read_heads
 from graftc.compiler.columns import Columns
 from graftc.compiler.ends import read_ends, read_norms, read_tables
 from graftc.compiler.feedforward import read_branches
@@ -47,7 +47,7 @@ def find_structure(graph: fx.Graph, constants: Mapping[str, Tensor] | None = Non
     read_tables(labels)
     read_norms(labels)
     labels.report_rest()
-    return labels.structure(read_sublayers(labels))
+    return labels.structure(read_sublayers(labels), read_heads(labels))
 
 
 def _propagate(graph: fx.Graph, constants: Mapping[str, Tensor]) -> Columns:

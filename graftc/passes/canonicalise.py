@@ -52,11 +52,12 @@ def remove_dead(program: Program) -> None:
     kept = {edit.before for edit in program.edits}
     for node in reversed(list(program.graph.nodes)):
         unused = not node.users and node not in kept
-        if unused and node.op in ("call_function", "get_attr") and not _mutates(node):
+        if unused and node.op in ("call_function", "get_attr") and not mutates(node):
             program.graph.erase_node(node)
 
 
-def _mutates(node: fx.Node) -> bool:
+def mutates(node: fx.Node) -> bool:
+    """Whether a call changes one of its arguments."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 

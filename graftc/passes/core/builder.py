@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from graftc.passes.core.branches import BranchBuilder
+from graftc.passes.core.attending import AttentionBuilder
 from graftc.passes.core.layout import Layout
 from graftc.passes.core.ops import SEEDS
 from graftc.passes.core.program import follow, provenance
@@ -27,7 +27,7 @@ DropoutScope = Literal["input", "target"]
 __all__ = ["Builder", "DropoutScope", "Initialiser"]
 
 
-class Builder(BranchBuilder):
+class Builder(AttentionBuilder):
     """Builds one adaptation into one Program.
 
     Args:

@@ -163,11 +163,44 @@ class EmbeddingSite(LinearSite):
     """A table of embeddings, as the linear map of one-hot vectors: ``in`` counts its entries, ``out`` its width."""
 
 
+@dataclass(frozen=True)
+class Positions:
+    """A call that reads the positions of tokens as whole numbers.
+
+    Attributes:
+        reader: the call.
+        index: which of its arguments they are.
+    """
+
+    reader: fx.Node
+    index: int
+
+
 @dataclass(eq=False)
 class AttentionSite(Site):
-    """An attention node."""
+    """An attention node.
+
+    Attributes:
+        node: the call that gives the heads, before the output projection.
+        keys, values: ``int64[heads, width]``: the columns of the projected keys and values that each head has, numbered
+            from 0; heads that share keys name the same ones. None where they cannot be followed.
+        positions: where the positions of what it reads come from; in later layers those of other streams too.
+    """
 
     node: fx.Node = field(kw_only=True)
+    keys: Tensor | None = field(default=None, kw_only=True)
+    values: Tensor | None = field(default=None, kw_only=True)
+    positions: tuple[Positions, ...] = field(default=(), kw_only=True)
+
+    @property
+    def crosses(self) -> bool:
+        """Whether queries and keys are of different streams."""
+        return any("cross" in parse_role(role).prefixes for role in self.roles)
+
+    @property
+    def scope(self) -> str:
+        """See `Site.scope`."""
+        return "cross_attn" if self.crosses else "attn"
 
 
 @dataclass(eq=False)

@@ -1,0 +1,158 @@
+"""Prefix tuning: trained keys and values in front of an attention's own (Li and Liang 2021, arXiv:2101.00190)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.builder import Builder
+from graftc.passes.core.folds import Fold, Keep
+from graftc.passes.core.lowrank import normal, uniform, zeros
+from graftc.passes.core.method import Method
+from graftc.passes.core.sites import AttentionSite, Positions, Site
+from graftc.specs.base import MethodSpec
+from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.prefix import Prefix, PrefixSpec
+
+aten = torch.ops.aten
+
+
+S = TypeVar("S", bound=PrefixSpec)
+
+
+class PrefixedAttention(Method[S]):
+    """``softmax(q [P; K]^T) [U; V]`` with ``P: [length, key width]`` and ``U: [length, value width]``, which each head
+    takes its own columns of (arXiv:2101.00190; without a reparameterisation P-tuning v2, arXiv:2110.07602).
+
+    With a reparameterisation ``[P, U] = W2 tanh(W1 E + b1) + b2``, where ``W2`` and ``b2`` are each place's own.
+    """
+
+    def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> fx.Node | None:
+        """Move the text behind the prefix, where that is asked for, and make the hidden layer of a reparameterisation,
+        which all places read; None without.
+
+        Raises:
+            GraftError: GC020 where places have prefixes of different lengths and a reparameterisation, or positions
+                that are shifted; or where a table has no position left for the text.
+        """
+        if spec.positions == "shifted":
+            _same_lengths(spec, "the text begins after the prefix, so every place has as many positions")
+            for positions in _own_positions(sites):
+                _check_table(spec, positions)
+                build.shift(positions, spec.length)
+        own = spec.reparameterization
+        if own is None:
+            return None
+        _same_lengths(spec, "a reparameterisation has one vector for each position, so every place has as many")
+        query = _operands(sites[0])[0].meta["val"]
+        width = own.width or int(query.shape[1]) * int(query.shape[3])
+        dtype = query.dtype
+        vectors = build.parameter("vectors", (spec.length, width), normal(spec.init_std), dtype=dtype)
+        weight = build.parameter("hidden", (own.hidden, width), uniform, dtype=dtype)
+        bias = build.parameter("hidden_bias", (own.hidden,), zeros, dtype=dtype)
+        hidden = build.linear(vectors, weight, bias, "hidden")
+        return build.call(aten.tanh.default, hidden, part="hidden")
+
+    def insert(self, spec: S, site: Site, shared: fx.Node | None, build: Builder) -> None:
+        """Put the prefix in front of the attention's keys and values.
+
+        Raises:
+            GraftError: GC017 where the attention is written in a form, or has keys, that a prefix cannot be put into.
+        """
+        assert isinstance(site, AttentionSite)
+        _, *own = _operands(site)
+        if site.keys is None or site.values is None:
+            raise GraftError("GC017", f"the keys of {site.key} cannot be followed head by head", hint=_LEAVE)
+        made = []
+        for part, columns, like in zip(("keys", "values"), (site.keys, site.values), own, strict=True):
+            table = _table(spec, build, part, int(columns.max()) + 1, shared, like.meta["val"].dtype)
+            headed = _headed(build, build.dropout(table, spec.dropout), columns, part)
+            made.append(build.batched(headed, like, part))
+        build.attend(site, *made)
+
+    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """It stays: what it adds to the softmax depends on the query."""
+        return Keep("what keys and values in front of the text add depends on the query, so that no weight can")
+
+    def collapse(self, spec: S) -> MethodSpec | None:
+        """The keys and values themselves, where a network gives them while training."""
+        if spec.reparameterization is None:
+            return None
+        kept = ("name", "target", "length", "positions", "dropout", "overrides")
+        return type(spec)(**{field: getattr(spec, field) for field in kept})
+
+    def collapsed(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the network gives."""
+        hidden = torch.tanh(tensors["vectors"] @ tensors["hidden"].T + tensors["hidden_bias"])
+        return {p: hidden @ tensors[f"{p}_out"].T + tensors[f"{p}_out_bias"] for p in ("keys", "values")}
+
+
+class PrefixMethod(PrefixedAttention[Prefix]):
+    """`PrefixedAttention` as it is."""
+
+    spec_class = Prefix
+
+
+def _same_lengths(spec: PrefixSpec, reason: str) -> None:
+    if {override.length for override in spec.overrides} - {None, spec.length}:
+        hint = "leave out the overrides of length"
+        raise GraftError("GC020", reason, place=Place(path="overrides"), hint=hint)
+
+
+def _own_positions(sites: Sequence[Site]) -> list[Positions]:
+    """Where the streams that the sites attend within have their positions: what the first layer of each reads."""
+    first: dict[str, AttentionSite] = {}
+    for site in sites:
+        assert isinstance(site, AttentionSite)
+        if not site.crosses and (site.stack not in first or (site.layer or 0) < (first[site.stack].layer or 0)):
+            first[site.stack] = site
+    return list(dict.fromkeys(positions for site in first.values() for positions in site.positions))
+
+
+def _check_table(spec: PrefixSpec, positions: Positions) -> None:
+    table = positions.reader.args[0]
+    if positions.index != 1 or not isinstance(table, fx.Node):
+        return
+    rows = int(table.meta["val"].shape[0])
+    if spec.length >= rows:
+        message = f"a prefix of {spec.length} leaves no position of the {rows} that {table.target} has for a text"
+        raise GraftError("GC020", message, place=Place(path="length"), hint="use positions: unshifted")
+
+
+_LEAVE = "leave it out with exclude"
+
+
+def _operands(site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
+    assert isinstance(site, AttentionSite)
+    if site.node.target is not aten.scaled_dot_product_attention.default:
+        message = f"{site.key} is written out, not a call of scaled_dot_product_attention"
+        hint = "load the model with attn_implementation='sdpa', where it has that, or leave it out with exclude"
+        raise GraftError("GC017", message, hint=hint)
+    query, key, value = site.node.args[:3]
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    return query, key, value
+
+
+def _table(
+    spec: PrefixSpec, build: Builder, part: str, width: int, shared: fx.Node | None, dtype: torch.dtype
+) -> fx.Node:
+    """Keys or values, ``[length, width]``."""
+    if shared is None:
+        return build.parameter(part, (spec.length, width), normal(spec.init_std), dtype=dtype)
+    own = spec.reparameterization
+    assert own is not None
+    weight = build.parameter(f"{part}_out", (width, own.hidden), uniform, dtype=dtype)
+    return build.linear(shared, weight, build.parameter(f"{part}_out_bias", (width,), zeros, dtype=dtype), part)
+
+
+def _headed(build: Builder, table: fx.Node, columns: Tensor, part: str) -> fx.Node:
+    """A table of ``[..., length, width]`` as ``[..., heads, length, head width]``."""
+    heads, width = columns.shape
+    if not torch.equal(columns.flatten(), torch.arange(columns.numel())):
+        index = build.numbers(f"{part}_columns", columns.flatten())
+        table = build.call(aten.index_select.default, table, -1, index, part=part)
+    split = build.call(aten.unflatten.int, table, -1, [heads, width], part=part)
+    return build.call(aten.transpose.int, split, -2, -3, part=part)

@@ -1,0 +1,81 @@
+"""Prefix tuning: trained keys and values in front of those of every attention."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from graftc.specs.base import Items, MethodSpec, Override, SpecModel
+from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.target import Target
+
+__all__ = ["Prefix", "PrefixOverride", "PrefixSpec", "Reparameterization"]
+
+
+class Reparameterization(SpecModel):
+    """Keys and values as a small network of one vector for each position, while training.
+
+    `W2 tanh(W1 e + b1) + b2`, where `e` are the vectors and `W1` is shared by all places. It is worked out once and
+    left out of what is deployed.
+    """
+
+    hidden: int = Field(default=512, ge=1)
+    """Width of the network's hidden layer."""
+
+    width: int | None = Field(default=None, ge=1)
+    """Width of the vectors. Default: that of the queries of the first place, which is the model's in most."""
+
+
+class PrefixOverride(Override):
+    """Another length for some of the places of a prefix."""
+
+    length: int | None = Field(default=None, ge=1)
+    """How many positions there are at these places."""
+
+
+class PrefixSpec(MethodSpec):
+    """What prefix tuning and P-tuning v2 have in common."""
+
+    claims: ClassVar[Claims] = Claims(
+        sites=frozenset({SiteKind.ATTENTION}), identity_at_init=False, folds=FoldKind.NONE, bankable=True
+    )
+
+    target: Target = Target(role="attn")
+    """Which places of the model it is for; by default every attention: of the encoder, of the decoder, and across."""
+
+    length: int = Field(default=10, ge=1)
+    """How many positions the prefix has."""
+
+    positions: Literal["unshifted", "shifted"] = "unshifted"
+    """`unshifted`: the text keeps its positions. `shifted`: it begins after the prefix, as where a cache holds the
+    prefix (the authors' code, PEFT); learned positions have to suffice for both."""
+
+    reparameterization: Reparameterization | None = None
+    """Train a small network that gives the keys and values, instead of themselves."""
+
+    init_std: float = Field(default=1.0, gt=0)
+    """Deviation of the normal that keys and values start from; of the vectors, with a reparameterisation."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of dropping an entry of the prefix while training."""
+
+    overrides: Items[PrefixOverride] = ()
+    """Other lengths for some places; the first that matches a place holds."""
+
+
+class Prefix(PrefixSpec):
+    """Prefix tuning: every query attends to `length` trained keys and values besides those of the text.
+
+    They stand in front, after heads are split: `softmax(q [P; K]^T) [U; V]`. Every query sees all of them, whatever the
+    mask says of the text. They have the widths of the projected keys and values, so heads that share keys share the
+    prefix, and they are not rotated. A bias of positions (T5, ALiBi) is zero for them, and no window that slides leaves
+    them out.
+
+    The model is not the base's at first, with zeros neither: keys of zeros take part in the softmax.
+    """
+
+    paper: ClassVar[str] = "Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation"
+
+    method: Literal["prefix"] = "prefix"
+    """The method's tag."""

@@ -1,0 +1,212 @@
+"""Prefix tuning: its contract, and what it is in plain torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import graftc
+from graftc.runtime.compiled import Compiled
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
+from graftc.testing.compare import inputs_for
+from tests.families import tiny
+
+aten = torch.ops.aten
+
+
+class TestPrefix(MethodContract):
+    """Keys and values as they are: encoders, decoders, both, and heads that share keys."""
+
+    adaptation: ClassVar[dict[str, Any]] = {"method": "prefix", "length": 3}
+
+
+class TestReparameterized(MethodContract):
+    """Given by a network while training."""
+
+    adaptation: ClassVar[dict[str, Any]] = {
+        "method": "prefix",
+        "length": 3,
+        "reparameterization": {"hidden": 7, "width": 5},
+        "dropout": 0.1,
+    }
+
+
+class TestPTuningV2(MethodContract):
+    """Behind which the text begins."""
+
+    adaptation: ClassVar[dict[str, Any]] = {"method": "p_tuning_v2", "length": 4}
+
+
+@pytest.mark.slow
+class TestDeployed(DeploymentContract):
+    """Exports and compilation."""
+
+    adaptation: ClassVar[dict[str, Any]] = {"method": "prefix", "length": 3, "positions": "shifted"}
+    families = ("gpt2", "llama", "bert", "t5")
+
+
+class Plain(nn.Module):
+    """One attention with grouped heads: 4 of queries, 2 of keys, masked in one of several ways."""
+
+    def __init__(self, masked: str) -> None:
+        super().__init__()
+        self.masked = masked
+        self.q, self.k, self.v = nn.Linear(12, 20), nn.Linear(12, 10), nn.Linear(12, 6)
+        self.o = nn.Linear(12, 9)
+
+    def heads(self, x: Tensor, projection: nn.Module, count: int) -> Tensor:
+        """``[batch, heads, sequence, width]``."""
+        found: Tensor = projection(x)
+        return found.unflatten(-1, (count, -1)).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, sequence, 12]`` to ``[batch, sequence, 9]``."""
+        q, k, v = self.heads(x, self.q, 4), self.heads(x, self.k, 2), self.heads(x, self.v, 2)
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        length = x.shape[1]
+        mask, causal = None, False
+        if self.masked == "causal":
+            causal = True
+        elif self.masked == "bool":
+            mask = torch.ones(length, length, dtype=torch.bool).tril()
+        elif self.masked == "float":
+            mask = torch.linspace(-1, 1, length, dtype=x.dtype)[None, :] * torch.ones(length, 1, dtype=x.dtype)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+def adapted(masked: str, **fields: Any) -> tuple[Plain, Compiled, Tensor]:
+    """`Plain` in float64 with a prefix of 3, perturbed."""
+    torch.manual_seed(2)
+    model, x = Plain(masked).double().eval(), torch.randn(3, 7, 12, dtype=torch.float64)
+    compiled = graftc.compile({"adapt": [{"method": "prefix", "length": 3, **fields}]}, model, {"x": x}).eval()
+    perturb(compiled, 0.3)
+    return model, compiled, x
+
+
+@pytest.mark.parametrize("masked", ["none", "causal", "bool", "float"])
+def test_a_prefix_is_a_mixture(masked: str) -> None:
+    """``(1 - l) Attn(q, K, V) + l Attn(q, P, U)``, with ``l`` the share of the prefix in the softmax's sum."""
+    model, compiled, x = adapted(masked)
+    held = compiled.adapter_state_dict()
+    keys, values = (held[f"graftc.prefix.attn.{part}"] for part in ("keys", "values"))
+    assert keys.shape == (3, 10) and values.shape == (3, 6)
+    q = model.heads(x, model.q, 4)
+    k, v = (model.heads(x, p, 2).repeat_interleave(2, 1) for p in (model.k, model.v))
+    p, u = (model.heads(t[None], nn.Identity(), 2).repeat_interleave(2, 1) for t in (keys, values))
+    length = x.shape[1]
+    scores, own = (q @ t.transpose(-1, -2) / math.sqrt(5) for t in (k, p))
+    if masked in ("causal", "bool"):
+        scores = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
+    elif masked == "float":
+        scores = scores + torch.linspace(-1, 1, length, dtype=x.dtype)
+    share = own.exp().sum(-1, keepdim=True)
+    share = share / (share + scores.exp().sum(-1, keepdim=True))
+    mixed = (1 - share) * (scores.softmax(-1) @ v) + share * (own.softmax(-1) @ u)
+    expected = model.o(mixed.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_causal_attention_without_a_mask_stays_one() -> None:
+    """The fused kernel goes on making its own mask."""
+    _, compiled, _ = adapted("causal")
+    (node,) = (
+        n
+        for n in compiled.program("eval").graph.nodes
+        if n.target is aten.scaled_dot_product_attention.default and len(n.users)
+    )
+    assert node.args[5] is True and node.args[3] is None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "vit"])
+def test_zeros_are_not_the_base(family: str) -> None:
+    """Keys of zeros take part in the softmax all the same."""
+    model = tiny(family)
+    compiled = graftc.compile({"adapt": [{"method": "prefix", "length": 3}]}, model).eval()
+    compiled.load_adapter_state_dict({n: torch.zeros_like(t) for n, t in compiled.adapter_state_dict().items()})
+    inputs = inputs_for(compiled)
+    assert largest_difference(outputs_of(compiled, inputs), outputs_of(model, inputs)) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_a_network_is_ejected(family: str) -> None:
+    """What is deployed has the keys and values alone, and gives the same."""
+    spec = {"adapt": [{"method": "prefix", "length": 3, "reparameterization": {"hidden": 8}}]}
+    compiled = graftc.compile(spec, tiny(family)).eval()
+    perturb(compiled, 0.2)
+    inputs = inputs_for(compiled)
+    partial = compiled.merge_partially()
+    deployed = partial.compiled.eval()
+    assert {n.rpartition(".")[2] for n in deployed.adapter_state_dict()} == {"keys", "values"}
+    assert deployed.report.trainable_parameters == compiled.report.deployed_parameters
+    assert largest_difference(outputs_of(deployed, inputs), outputs_of(compiled, inputs)) <= 2e-6
+
+
+def test_the_text_keeps_its_positions_or_not() -> None:
+    """With learned positions and rotary ones the two differ; on T5, whose bias depends on distances, they do not."""
+    for family, differs in (("bert", True), ("gpt2", True), ("llama", True), ("t5", False), ("vit", False)):
+        made = []
+        for positions in ("unshifted", "shifted"):
+            compiled = graftc.compile(
+                {"adapt": [{"method": "prefix", "length": 3, "positions": positions}]}, tiny(family)
+            ).eval()
+            made.append(outputs_of(compiled, inputs_for(compiled)))
+        assert (largest_difference(*made) > 1e-3) == differs
+
+
+def test_checkpointing() -> None:
+    """A layer with a prefix is computed again in the backward pass with the same gradients, to the bit."""
+    grads = []
+    for checkpoint in (None, "layers"):
+        spec = {"adapt": [{"method": "prefix", "length": 3, "dropout": 0.2}], "checkpoint": checkpoint}
+        compiled = graftc.compile({k: v for k, v in spec.items() if v}, tiny("llama")).train()
+        torch.manual_seed(5)
+        compiled(**inputs_for(compiled))[0].square().mean().backward()
+        grads.append([p.grad for p in compiled.parameters() if p.grad is not None])
+    assert grads[0] and same_bits(*grads)
+
+
+def test_stacked_prefixes_are_one_longer() -> None:
+    """The second stands before the first."""
+    model, _, x = adapted("bool")
+    spec = {"adapt": [{"method": "prefix", "length": 3, "name": n} for n in ("near", "far")]}
+    two = graftc.compile(spec, model, {"x": x}).eval()
+    perturb(two, 0.3)
+    one = graftc.compile({"adapt": [{"method": "prefix", "length": 6}]}, model, {"x": x}).eval()
+    held = two.adapter_state_dict()
+    one.load_adapter_state_dict(
+        {
+            f"graftc.prefix.attn.{part}": torch.cat([held[f"graftc.{n}.attn.{part}"] for n in ("far", "near")])
+            for part in ("keys", "values")
+        }
+    )
+    torch.testing.assert_close(two(x), one(x), rtol=1e-10, atol=1e-10)
+
+
+def test_what_cannot_have_a_prefix() -> None:
+    """Each with a code: no attention, one that is written out, a table without room."""
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (nn.Sequential(nn.Linear(4, 4)), {}, "GC015"),
+        (tiny("bert"), {"positions": "shifted", "length": 10_000}, "GC020"),
+        (
+            tiny("gpt2"),
+            {"positions": "shifted", "overrides": [{"layers": 0, "length": 2}]},
+            "GC020",
+        ),
+    ]
+    for model, fields, code in cases:
+        example = {"input": torch.randn(2, 4)} if isinstance(model, nn.Sequential) else None
+        with pytest.raises(GraftError) as caught:
+            graftc.compile({"adapt": [{"method": "prefix", "length": 3, **fields}]}, model, example)
+        assert caught.value.code == code
+    written = tiny("bert")
+    written.config._attn_implementation = "eager"
+    with pytest.raises(GraftError, match="written out") as caught:
+        graftc.compile({"adapt": [{"method": "prefix", "length": 3}]}, written)
+    assert caught.value.code == "GC017"
