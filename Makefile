@@ -15,10 +15,10 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast test-full test-gpu lint format wheel coverage bench-train docs clean
+.PHONY: help setup demo test test-fast test-full test-gpu lint format wheel coverage bench-train bench-adapters docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with everything that the other targets need (works offline once done)
 
@@ -90,6 +90,9 @@ coverage: setup ## examine every architecture of the installed transformers, wri
 bench-train: setup ## what a training step costs, beside peft: benchmarks/results/train.* (ARGS="--rounds 30 --only DoRA")
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install -q -e ".[bench]"
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.train $(ARGS)
+
+bench-adapters: setup ## what bottleneck adapters and AdaMix cost in a step: benchmarks/results/adapters.* (ARGS="--rounds 60")
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.adapters $(ARGS)
 
 # Material for MkDocs prints a notice about MkDocs 2 at every build unless it is told not to.
 docs: setup ## write the generated pages of docs/ and build the site (site/, no network needed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.folds import Fold, Keep, WeightFold
+from graftc.passes.core.lowrank import check_rank, factors, normal, uniform, zeros
 from graftc.passes.core.method import Method
 from graftc.passes.core.sites import EmbeddingSite, LinearSite, ParameterSite, Site, SiteKey
-from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.lora import LoRA
 
 aten = torch.ops.aten
@@ -54,18 +53,9 @@ class LoRAMethod(Method[LoRA]):
             GraftError: GC020 when the rank exceeds ``min(in, out)``.
         """
         assert isinstance(site, LinearSite)
-        rank, limit = spec.rank, min(site.in_features, site.out_features)
-        if rank > limit:
-            raise GraftError(
-                "GC020",
-                f"rank {rank} exceeds {site.key}, which is {site.out_features} x {site.in_features}",
-                place=Place(path="rank"),
-                hint=f"a rank of at most {limit} fits; use overrides for single sites",
-            )
-        down, up = _factors(spec, site, build)
-        a_shape, b_shape = (*site.leading, rank, site.in_features), (*site.leading, site.out_features, rank)
-        a = build.parameter("A", a_shape, down, dtype=site.dtype)
-        b = build.parameter("B", b_shape, up, dtype=site.dtype)
+        check_rank(site, spec.rank)
+        down, up = _starts(spec, site, build)
+        a, b = factors(build, site, spec.rank, down, up)
         x = build.input(site)
         if spec.init in _FROM_WEIGHT:
             # torch picks another product for a weight that wants a gradient where the input is not contiguous, and the
@@ -75,8 +65,10 @@ class LoRAMethod(Method[LoRA]):
         dropped = build.dropout(x, spec.dropout, recompute=recompute, scope=spec.dropout_scope)
         delta = build.low_rank(site, dropped, a, b, spec.scaling)
         if spec.init in _FROM_WEIGHT:
-            a0 = build.parameter("A0", a_shape, down, dtype=site.dtype, trainable=False)
-            b0 = build.parameter("B0", b_shape, up, dtype=site.dtype, trainable=False)
+            a0, b0 = (
+                build.parameter(f"{part}0", tuple(node.meta["val"].shape), start, dtype=site.dtype, trainable=False)
+                for part, node, start in (("A", a, down), ("B", b, up))
+            )
             start = build.low_rank(site, x, a0, b0, spec.scaling)
             delta = build.call(aten.sub.Tensor, delta, start, part="minus start")
         build.add(site, delta)
@@ -97,26 +89,6 @@ class LoRAMethod(Method[LoRA]):
         return WeightFold(apply)
 
 
-def _kaiming(tensor: Tensor, generator: torch.Generator) -> None:
-    """Uniform within ``1 / sqrt(in)``: Kaiming's bound at ``a = sqrt(5)``, the field's default."""
-    bound = 1 / math.sqrt(tensor.shape[-1])
-    tensor.uniform_(-bound, bound, generator=generator)
-
-
-def _gaussian(tensor: Tensor, generator: torch.Generator) -> None:
-    """Normal with standard deviation ``1 / rank``."""
-    tensor.normal_(0, 1 / tensor.shape[-2], generator=generator)
-
-
-def _unit(tensor: Tensor, generator: torch.Generator) -> None:
-    """Standard normal, as loralib does for tables: a row is looked up alone, so its fan-in is one."""
-    tensor.normal_(generator=generator)
-
-
-def _zeros(tensor: Tensor, generator: torch.Generator) -> None:
-    tensor.zero_()
-
-
 def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """The first ``rank`` singular directions, ``s B A`` their part of the weight, values shared by both factors."""
     u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -133,21 +105,21 @@ def _olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
 _FROM_WEIGHT = {"pissa": _pissa, "olora": _olora}
 
 
-def _factors(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, Initialiser]:
+def _starts(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, Initialiser]:
     """What fills A and B."""
     if spec.init not in _FROM_WEIGHT:
         if isinstance(site, EmbeddingSite):
-            return _zeros, _unit
-        return (_gaussian if spec.init == "gaussian" else _kaiming), _zeros
+            return zeros, normal(1)  # as loralib does for tables: a row is looked up alone, so its fan-in is one
+        return normal(1 / spec.rank) if spec.init == "gaussian" else uniform, zeros
     weight = build.read_weight(site)
     if weight.device.type == "meta":
-        return _zeros, _zeros
+        return zeros, zeros
 
     @cache
-    def factors() -> tuple[Tensor, Tensor]:
+    def parts() -> tuple[Tensor, Tensor]:
         return _FROM_WEIGHT[spec.init](weight, spec.rank, spec.scaling)
 
-    return (lambda tensor, _: _copy(tensor, factors()[0])), (lambda tensor, _: _copy(tensor, factors()[1]))
+    return (lambda tensor, _: _copy(tensor, parts()[0])), (lambda tensor, _: _copy(tensor, parts()[1]))
 
 
 def _copy(tensor: Tensor, value: Tensor) -> None:

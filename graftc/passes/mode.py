@@ -33,7 +33,7 @@ def to_eval(program: Program, *, keep: Collection[object] = ()) -> Program:
         if rule is _erase:
             erased[node] = node.all_input_nodes[0]
         if rule is not None:
-            rule(node)
+            erased |= rule(node) or {}
     edits = (replace(e, before=follow(e.before, erased), after=follow(e.after, erased)) for e in result.edits)
     result.edits = [edit for edit in edits if edit.before is not edit.after]
     remove_dead(result)
@@ -72,12 +72,13 @@ def _counter(node: fx.Node) -> None:
         node.graph.erase_node(node)
 
 
-def _drop_path(node: fx.Node) -> None:
-    """Stochastic depth: ``(x / keep) * floor(uniform + keep)`` is ``x``."""
+def _drop_path(node: fx.Node) -> dict[fx.Node, fx.Node]:
+    """Stochastic depth: ``(x / keep) * floor(uniform + keep)`` is ``x``, which is returned for the product."""
+    erased: dict[fx.Node, fx.Node] = {}
     source = node.args[0]
     operands = source.args if isinstance(source, fx.Node) and source.target is aten.add.Tensor else ()
     if not any(isinstance(x, fx.Node) and x.target is aten.rand.default for x in operands):
-        return
+        return erased
     for user in list(node.users):
         scaled = next((x for x in user.args if x is not node), None)
         if user.target is aten.mul.Tensor and isinstance(scaled, fx.Node) and scaled.target is aten.div.Tensor:
@@ -85,6 +86,8 @@ def _drop_path(node: fx.Node) -> None:
             assert isinstance(value, fx.Node)
             user.replace_all_uses_with(value)
             node.graph.erase_node(user)
+            erased[user] = value
+    return erased
 
 
 def _drawn(node: fx.Node) -> None:
@@ -120,7 +123,7 @@ def _lost(node: fx.Node) -> None:
     node.args = (*node.args[:4], None, *node.args[5:])
 
 
-RULES: dict[object, Callable[[fx.Node], None]] = {
+RULES: dict[object, Callable[[fx.Node], dict[fx.Node, fx.Node] | None]] = {
     aten.dropout.default: _erase,
     torch.ops.graftc.masked_dropout.default: _erase,
     torch.ops.graftc.seeded_dropout.default: _erase,

@@ -17,7 +17,6 @@ from graftc.compiler.resolve import Resolved
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.folds import FoldStep
 from graftc.passes.core.sites import LinearSite, SiteKey
-from graftc.runtime.compiled import make_compiled
 from graftc.specs.diagnostics import GraftError, nearest
 from graftc.specs.document import Spec
 from graftc.specs.lora import LoRA
@@ -50,52 +49,77 @@ class Combined:
         return max(self.errors.values(), default=0.0)
 
 
-def combine(
-    compiled: Compiled,
-    names: Sequence[str],
-    weights: Sequence[float] | None = None,
-    *,
-    kind: Kind = "svd",
-    name: str = "combined",
-    rank: int | None = None,
-    density: float = 0.5,
-    seed: int = 0,
-) -> Combined:
-    """Combine adaptations. See `Compiled.combine`."""
-    compilation = compiled.compilation
-    chosen = _chosen(compilation, names)
-    factors = [1.0] * len(names) if weights is None else list(weights)
-    if kind not in KINDS or len(factors) != len(names) or not 0 < density <= 1 or (rank is not None and rank < 1):
-        raise GraftError(
-            "GC002",
-            "combining takes one weight for each adaptation, a density in (0, 1] and a rank of at least 1",
-            hint=f"the kinds are: {', '.join(KINDS)}",
+class Combining:
+    """The part of `Compiled` that makes one adaptation of several."""
+
+    training: bool
+    _compilation: Compilation
+
+    def combine(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float] | None = None,
+        *,
+        kind: Kind = "svd",
+        name: str = "combined",
+        rank: int | None = None,
+        density: float = 0.5,
+        seed: int = 0,
+    ) -> Combined:
+        """Adaptations of the same places combined into one LoRA, with the error of doing so; this model stays as it is.
+
+        Args:
+            names: the adaptations.
+            weights: a factor for each; 1 by default.
+            kind: ``"concatenation"`` puts factors side by side, which is exact and adds up ranks; ``"linear"`` adds the
+                factors, which is cheap and is not the sum of the updates; ``"svd"`` is the nearest update of a rank;
+                ``"ties"`` and ``"dare"`` thin the updates out first (Yadav et al. 2023, TIES-Merging; Yu et al. 2024,
+                Language Models are Super Mario). The last three take every method that folds into the weight alone.
+            name: of the new adaptation.
+            rank: of ``"svd"``, ``"ties"`` and ``"dare"``; the largest of the adaptations by default.
+            density: share of entries that ``"ties"`` and ``"dare"`` keep.
+            seed: what ``"dare"`` draws from.
+
+        Raises:
+            GraftError: GC002 for arguments that do not fit, GC029 for adaptations that cannot be combined so, GC091 for
+                names that are none.
+        """
+        from graftc.runtime.compiled import make_compiled
+
+        compilation = self._compilation
+        chosen = _chosen(compilation, names)
+        factors = [1.0] * len(names) if weights is None else list(weights)
+        if kind not in KINDS or len(factors) != len(names) or not 0 < density <= 1 or (rank is not None and rank < 1):
+            raise GraftError(
+                "GC002",
+                "combining takes one weight for each adaptation, a density in (0, 1] and a rank of at least 1",
+                hint=f"the kinds are: {', '.join(KINDS)}",
+            )
+        made: dict[SiteKey, tuple[Tensor, Tensor]] = {}
+        errors: dict[str, float] = {}
+        for site, _ in chosen[0].places:
+            assert isinstance(site, LinearSite)
+            a, b, errors[str(site.key)] = _at(compilation, chosen, factors, site, kind, rank, density, seed)
+            made[site.key] = a, b
+        width = max(a.shape[-2] for a, _ in made.values())
+        values = {n: t for n, t in adapter_tensors(compilation.store) if owner_of(n) not in names}
+        for resolved_name, tensors in _named(compilation, chosen[0], name, made, width).items():
+            values[resolved_name] = tensors
+        spec = _spec(compilation.spec, chosen[0], names, name, width)
+        family = compilation.main
+        other = compile_model(
+            spec,
+            compilation.source,
+            family.axes,
+            flags=family.base.flags,
+            seed=compilation.seed,
+            use_cache=compilation.use_cache,
+            values=values,
         )
-    made: dict[SiteKey, tuple[Tensor, Tensor]] = {}
-    errors: dict[str, float] = {}
-    for site, _ in chosen[0].places:
-        assert isinstance(site, LinearSite)
-        a, b, errors[str(site.key)] = _at(compilation, chosen, factors, site, kind, rank, density, seed)
-        made[site.key] = a, b
-    width = max(a.shape[-2] for a, _ in made.values())
-    values = {n: t for n, t in adapter_tensors(compilation.store) if owner_of(n) not in names}
-    for resolved_name, tensors in _named(compilation, chosen[0], name, made, width).items():
-        values[resolved_name] = tensors
-    spec = _spec(compilation.spec, chosen[0], names, name, width)
-    family = compilation.main
-    other = compile_model(
-        spec,
-        compilation.source,
-        family.axes,
-        flags=family.base.flags,
-        seed=compilation.seed,
-        use_cache=compilation.use_cache,
-        values=values,
-    )
-    other.values = {}
-    result = make_compiled(other)
-    result.train(compiled.training)
-    return Combined(result, name, errors)
+        other.values = {}
+        result = make_compiled(other)
+        result.train(self.training)
+        return Combined(result, name, errors)
 
 
 def _chosen(compilation: Compilation, names: Sequence[str]) -> list[Resolved]:

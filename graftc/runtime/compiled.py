@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,13 +22,13 @@ from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
 from graftc.runtime.checkpointing import Checkpointed
 from graftc.runtime.choosing import Choosing, with_choices
+from graftc.runtime.combine import Combining
 from graftc.runtime.inspection import Inspected
 from graftc.runtime.steering import Steered
 from graftc.specs.compose import Parallel
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
-    from graftc.runtime.combine import Combined, Kind
     from graftc.runtime.merged import Merged
     from graftc.runtime.partial import Partial
 
@@ -187,7 +187,7 @@ class ModelRunner(Runner):
         return result
 
 
-class Compiled(Inspected, Checkpointed, Choosing, Steered, ModelRunner):
+class Compiled(Inspected, Checkpointed, Choosing, Combining, Steered, ModelRunner):
     """The adapted model: same inputs, same outputs, loss from ``labels``; only what the spec says trains.
 
     Made by `graftc.compile`. ``train()`` and ``eval()`` switch between two graphs over one set of tensors. An input
@@ -287,39 +287,6 @@ class Compiled(Inspected, Checkpointed, Choosing, Steered, ModelRunner):
         from graftc.runtime.partial import merge_partially
 
         return merge_partially(self, budget)
-
-    def combine(
-        self,
-        names: Sequence[str],
-        weights: Sequence[float] | None = None,
-        *,
-        kind: Kind = "svd",
-        name: str = "combined",
-        rank: int | None = None,
-        density: float = 0.5,
-        seed: int = 0,
-    ) -> Combined:
-        """Adaptations of the same places combined into one LoRA, with the error of doing so; this model stays as it is.
-
-        Args:
-            names: the adaptations.
-            weights: a factor for each; 1 by default.
-            kind: ``"concatenation"`` puts factors side by side, which is exact and adds up ranks; ``"linear"`` adds the
-                factors, which is cheap and is not the sum of the updates; ``"svd"`` is the nearest update of a rank;
-                ``"ties"`` and ``"dare"`` thin the updates out first (Yadav et al. 2023, TIES-Merging; Yu et al. 2024,
-                Language Models are Super Mario). The last three take every method that folds into the weight alone.
-            name: of the new adaptation.
-            rank: of ``"svd"``, ``"ties"`` and ``"dare"``; the largest of the adaptations by default.
-            density: share of entries that ``"ties"`` and ``"dare"`` keep.
-            seed: what ``"dare"`` draws from.
-
-        Raises:
-            GraftError: GC002 for arguments that do not fit, GC029 for adaptations that cannot be combined so, GC091 for
-                names that are none.
-        """
-        from graftc.runtime.combine import combine
-
-        return combine(self, names, weights, kind=kind, name=name, rank=rank, density=density, seed=seed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """See `ModelRunner`. What steers a training, and how far it is, is copied as well."""

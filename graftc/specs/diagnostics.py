@@ -40,7 +40,7 @@ class Place:
         return f"{spot} ({self.path})" if self.path else spot
 
 
-class _Coded:
+class _Coded(Exception):  # noqa: N818
     """What errors and warnings share."""
 
     code: str
@@ -51,20 +51,25 @@ class _Coded:
     fix: tuple[str, str] | None
     corrected: str | None
 
-    def _set(
+    def __init__(
         self,
         code: str,
         message: str,
-        place: Place | None,
-        hint: str | None,
-        details: Sequence[str | GraftError],
-        fix: tuple[str, str] | None,
-        corrected: str | None,
+        *,
+        place: Place | None = None,
+        hint: str | None = None,
+        details: Sequence[str | GraftError] = (),
+        fix: tuple[str, str] | None = None,
+        corrected: str | None = None,
     ) -> None:
         if code not in CATALOGUE:
             raise KeyError(f"{code} is not in the catalogue of diagnostics")
         self.code, self.message, self.place, self.hint = code, message, place, hint
         self.details, self.fix, self.corrected = tuple(details), fix, corrected
+        super().__init__(code, message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, self._arguments()
 
     @property
     def exit_code(self) -> int:
@@ -118,7 +123,7 @@ class _Coded:
         )
 
 
-class GraftError(_Coded, Exception):
+class GraftError(_Coded):
     """A failure that the user can act on.
 
     Args:
@@ -134,43 +139,9 @@ class GraftError(_Coded, Exception):
         KeyError: ``code`` is not in the catalogue.
     """
 
-    def __init__(
-        self,
-        code: str,
-        message: str,
-        *,
-        place: Place | None = None,
-        hint: str | None = None,
-        details: Sequence[str | GraftError] = (),
-        fix: tuple[str, str] | None = None,
-        corrected: str | None = None,
-    ) -> None:
-        self._set(code, message, place, hint, details, fix, corrected)
-        super().__init__(code, message)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, self._arguments()
-
 
 class GraftWarning(_Coded, UserWarning):
     """Like :class:`GraftError`, for what works but deserves a look. Same arguments."""
-
-    def __init__(
-        self,
-        code: str,
-        message: str,
-        *,
-        place: Place | None = None,
-        hint: str | None = None,
-        details: Sequence[str | GraftError] = (),
-        fix: tuple[str, str] | None = None,
-        corrected: str | None = None,
-    ) -> None:
-        self._set(code, message, place, hint, details, fix, corrected)
-        super().__init__(code, message)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, self._arguments()
 
 
 def _rebuild(

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
-from graftc.testing import FAMILIES, DeploymentContract, MethodContract
+from graftc.testing import DeploymentContract, MethodContract
+from tests.methods.places import DENSE, on_a_table, on_experts, on_layers
 
-ROLES = ["attn.q", "attn.v", "ffn.down"]
-ADALORA: dict[str, Any] = {"method": "adalora", "target": {"role": ROLES}, "rank": 6, "target_rank": 3, "dropout": 0.1}
-DENSE = tuple(family for family in FAMILIES if family != "mixtral")
+ADALORA: dict[str, Any] = {"method": "adalora", "rank": 6, "target_rank": 3, "dropout": 0.1}
 
 
 class TestAdaLoRA(MethodContract):
     """Layers, fused rows among them. The branch is a product of three perturbed factors."""
 
-    adaptation: ClassVar[dict[str, Any]] = ADALORA
+    adaptation = on_layers(ADALORA)
     families = DENSE
     perturbation = 0.2
 
@@ -24,7 +23,7 @@ class TestAdaLoRA(MethodContract):
 class TestExperts(MethodContract):
     """A decomposition for each expert."""
 
-    adaptation: ClassVar[dict[str, Any]] = {**ADALORA, "target": {"role": ["attn.q", "attn.v", "experts"]}}
+    adaptation = on_experts(ADALORA)
     families = ("mixtral",)
     perturbation = 0.2
 
@@ -32,12 +31,7 @@ class TestExperts(MethodContract):
 class TestTable(MethodContract):
     """A table of embeddings, beside its dropout scope and mask."""
 
-    adaptation: ClassVar[dict[str, Any]] = {
-        **ADALORA,
-        "target": {"role": ["embed", "attn.q"]},
-        "dropout_mask": "recomputed",
-        "dropout_scope": "target",
-    }
+    adaptation = on_a_table(ADALORA)
     families = ("bert",)
     perturbation = 0.2
 
@@ -46,6 +40,6 @@ class TestTable(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 
-    adaptation = ADALORA
+    adaptation = on_layers(ADALORA)
     families = ("gpt2", "bert")
     perturbation = 0.2

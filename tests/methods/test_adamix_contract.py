@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from graftc.testing import FAMILIES, DeploymentContract, MethodContract
+from graftc.testing import DeploymentContract, MethodContract
+from tests.methods.places import DENSE
 
 ADAMIX: dict[str, Any] = {"method": "adamix", "bottleneck": 6, "dropout": 0.1}
 LORA: dict[str, Any] = {"method": "adamix_lora", "target": {"role": ["attn.q", "attn.v", "ffn.down"]}, "experts": 3}
-DENSE = tuple(family for family in FAMILIES if family != "mixtral")
 
 
 class TestAdaMix(MethodContract):

@@ -120,6 +120,22 @@ def test_two_feed_forward_parts_of_a_layer_have_their_own() -> None:
     assert fits == list(PLACES)
 
 
+def test_behind_stochastic_depth_and_beside_windows() -> None:
+    """Swin drops whole branches while training, and its attention stands in windows: the heads are not in the order of
+    the stream, which is said."""
+    model = FAMILIES["swin"].model()
+    compiled = adapted(model, HOULSBY)
+    inputs = inputs_for(compiled)
+    assert largest_difference(outputs_of(compiled, inputs), outputs_of(model, inputs)) > 0.01
+    compiled.load_adapter_state_dict(
+        {n: torch.zeros_like(t) if ".up" in n else t for n, t in compiled.adapter_state_dict().items()}
+    )
+    assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
+    with pytest.raises(GraftError, match="laid out differently") as error:
+        graftc.compile({"adapt": [{"method": "he_parallel", "target": {"role": "attn.sublayer"}}]}, model)
+    assert error.value.code == "GC017"
+
+
 # --- on top of each other -------------------------------------------------------------------------------------
 
 

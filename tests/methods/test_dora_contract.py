@@ -6,11 +6,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from graftc.testing import FAMILIES, DeploymentContract, MethodContract
-
-ROLES = ["attn.q", "attn.v", "ffn.down"]
-DENSE = tuple(family for family in FAMILIES if family != "mixtral")
-"""Families with feed-forward layers; every one of Mixtral's is made of experts."""
+from graftc.testing import DeploymentContract, MethodContract
+from tests.methods.places import DENSE, ROLES
 
 
 def entry(roles: list[str] = ROLES, **fields: Any) -> dict[str, Any]:

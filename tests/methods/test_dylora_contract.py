@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
-from graftc.testing import FAMILIES, DeploymentContract, MethodContract
+from graftc.testing import DeploymentContract, MethodContract
+from tests.methods.places import DENSE, on_a_table, on_experts, on_layers
 
-ROLES = ["attn.q", "attn.v", "ffn.down"]
-DYLORA: dict[str, Any] = {"method": "dylora", "target": {"role": ROLES}, "rank": 6, "dropout": 0.1}
-DENSE = tuple(family for family in FAMILIES if family != "mixtral")
+DYLORA: dict[str, Any] = {"method": "dylora", "rank": 6, "dropout": 0.1}
 
 
 class TestDyLoRA(MethodContract):
     """Layers, fused rows among them."""
 
-    adaptation: ClassVar[dict[str, Any]] = DYLORA
+    adaptation = on_layers(DYLORA)
     families = DENSE
 
 
 class TestExperts(MethodContract):
     """Factors for each expert, one rank for all."""
 
-    adaptation: ClassVar[dict[str, Any]] = {**DYLORA, "target": {"role": ["attn.q", "attn.v", "experts"]}}
+    adaptation = on_experts(DYLORA)
     families = ("mixtral",)
 
 
 class TestTable(MethodContract):
     """A table of embeddings, beside its dropout scope and mask."""
 
-    adaptation: ClassVar[dict[str, Any]] = {
-        **DYLORA,
-        "target": {"role": ["embed", "attn.q"]},
-        "dropout_mask": "recomputed",
-        "dropout_scope": "target",
-    }
+    adaptation = on_a_table(DYLORA)
     families = ("bert",)
 
 
@@ -43,5 +37,5 @@ class TestTable(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 
-    adaptation = DYLORA
+    adaptation = on_layers(DYLORA)
     families = ("gpt2", "bert")

@@ -15,6 +15,7 @@ from graftc.specs.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny
+from tests.methods.places import OTHERS
 
 FFN = {
     "bert": ("bert.encoder.layer.{}.output.dense", 80),
@@ -35,7 +36,7 @@ class TestIA3(MethodContract):
 class TestEverywhere(TestIA3):
     """The same with interleaved rows, grouped queries, cross-attention, and layers that keep them apart."""
 
-    families = ("bert", "gpt_neox", "llama", "roberta", "t5", "vit")
+    families = OTHERS
 
 
 @pytest.mark.slow

@@ -12,8 +12,7 @@ from graftc.specs.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from tests.families import tiny
-
-ROLES = ["attn.q", "attn.v", "ffn.down"]
+from tests.methods.places import OTHERS, ROLES
 
 
 class TestLoHa(MethodContract):
@@ -28,7 +27,7 @@ class TestLoHa(MethodContract):
 class TestEverywhere(TestLoHa):
     """The same on the other families."""
 
-    families = ("bert", "gpt_neox", "llama", "roberta", "t5", "vit")
+    families = OTHERS
 
 
 @pytest.mark.slow

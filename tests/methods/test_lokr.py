@@ -13,8 +13,7 @@ from graftc.specs.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from tests.families import tiny
-
-ROLES = ["attn.q", "attn.v", "ffn.down"]
+from tests.methods.places import OTHERS, ROLES
 
 
 class TestLoKr(MethodContract):
@@ -29,7 +28,7 @@ class TestLoKr(MethodContract):
 class TestEverywhere(TestLoKr):
     """The same on the other families."""
 
-    families = ("bert", "gpt_neox", "llama", "roberta", "t5", "vit")
+    families = OTHERS
 
 
 @pytest.mark.slow

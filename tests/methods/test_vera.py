@@ -15,8 +15,7 @@ from graftc.specs.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny
-
-ROLES = ["attn.q", "attn.v", "ffn.down"]
+from tests.methods.places import OTHERS, ROLES
 
 
 class TestVeRA(MethodContract):
@@ -30,7 +29,7 @@ class TestVeRA(MethodContract):
 class TestEverywhere(TestVeRA):
     """The same on the other families."""
 
-    families = ("bert", "gpt_neox", "llama", "roberta", "t5", "vit")
+    families = OTHERS
 
 
 @pytest.mark.slow

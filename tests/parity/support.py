@@ -22,6 +22,15 @@ from graftc.testing.perturb import perturb
 from tests.families import tiny
 
 TOLERANCE = 1e-5
+MODULES = {
+    "bert": ["query", "value", "output.dense"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "t5": ["q", "v", "wo"],
+    "vit": ["q_proj", "v_proj", "fc2"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+}
+"""Suffixes of module paths. GPT-2's and GPT-NeoX's fused matrices are adapted as a whole, as peft does it."""
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,8 @@ import torch
 
 import graftc
 from tests.families import tiny
-from tests.parity.support import Case, Names, check, globs, tensors_of
+from tests.parity.support import MODULES, Case, Names, check, globs, tensors_of
 
-MODULES = {
-    "bert": ["query", "value", "output.dense"],
-    "gpt2": ["c_attn", "mlp.c_proj"],
-    "llama": ["q_proj", "v_proj", "down_proj"],
-    "t5": ["q", "v", "wo"],
-    "vit": ["q_proj", "v_proj", "fc2"],
-    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
-}
-"""Suffixes of module paths. GPT-2's and GPT-NeoX's fused matrices are adapted as a whole, as peft does it."""
 FAMILIES = [family if family == "bert" else pytest.param(family, marks=pytest.mark.slow) for family in MODULES]
 LINEAR = [family for name, family in zip(MODULES, FAMILIES, strict=True) if name != "gpt2"]
 """Families without ``Conv1D``, which peft's LoHa and LoKr do not take."""

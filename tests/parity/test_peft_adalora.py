@@ -13,16 +13,9 @@ from graftc.passes.adalora import Budget
 from graftc.testing import largest_difference, perturb
 from graftc.testing.compare import SHAPES, flat, inputs_for, outputs_of
 from tests.families import tiny
+from tests.parity.support import MODULES
 
 peft = pytest.importorskip("peft")
-MODULES = {
-    "bert": ["query", "value", "output.dense"],
-    "gpt2": ["c_attn", "mlp.c_proj"],
-    "llama": ["q_proj", "v_proj", "down_proj"],
-    "t5": ["q", "v", "wo"],
-    "vit": ["q_proj", "v_proj", "fc2"],
-    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
-}
 RANK, TARGET, ALPHA, WEIGHT, TOTAL, FINAL = 5, 2, 7, 0.4, 9, 2
 
 

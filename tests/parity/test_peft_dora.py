@@ -13,17 +13,8 @@ from torch import Tensor, nn
 import graftc
 from graftc.testing import perturb
 from tests.families import tiny
-from tests.parity.support import Case, Names, check, globs, pair, tensors_of
+from tests.parity.support import MODULES, Case, Names, check, globs, pair, tensors_of
 
-MODULES = {
-    "bert": ["query", "value", "output.dense"],
-    "gpt2": ["c_attn", "mlp.c_proj"],
-    "llama": ["q_proj", "v_proj", "down_proj"],
-    "t5": ["q", "v", "wo"],
-    "vit": ["q_proj", "v_proj", "fc2"],
-    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
-}
-"""Suffixes of module paths; fused matrices are adapted as a whole, as peft does it."""
 DORA = Names({"A": "lora_A.default.weight", "B": "lora_B.default.weight", "m": "lora_magnitude_vector.default.weight"})
 
 

@@ -55,10 +55,14 @@ class BranchBuilder(TensorBuilder):
             read: which of its values ``delta`` was made from.
 
         Raises:
-            GraftError: GC017 where something random lies between.
+            GraftError: GC017 where something random lies between, or where ``delta`` does not fit.
         """
         value, source = self._at(site, place), self._at(site, read)
-        after = self.call(aten.add.Tensor, value, self._shaped(delta, value), part="add")
+        try:
+            after = self.call(aten.add.Tensor, value, self._shaped(delta, value), part="add")
+        except RuntimeError:
+            message = f"the {read} and the {place} of {site.key} are laid out differently, as attention in windows is"
+            raise GraftError("GC017", message, hint="read or add at its branch, or leave it out with exclude") from None
         between = _between(value, source, self.program.edits)
         if not between:
             self._redirect(value, after, lambda user: True)

@@ -1,0 +1,172 @@
+"""What a training step with bottleneck adapters costs: graftc beside a model that is written by hand, and AdaMix
+beside one adapter.
+
+    python -m benchmarks.adapters [--rounds 30] [--quick] [--threads N] [--out benchmarks/results]
+
+Writes adapters.json and adapters.md. Model, batch and the way of measuring are those of `benchmarks.train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.train.contestants import Aims, Entry, Live, floor
+from benchmarks.train.measure import contest, mismatches
+from benchmarks.train.models import FULL, TINY, Base, base, shared_copy
+from benchmarks.train.report import figures, machine
+
+RESULTS = Path(__file__).parent / "results"
+REDUCTION = 16
+_PART = re.compile(r"(layers\.\d+)\..*\.(down|down_bias|up|up_bias)")
+
+
+class Adapter(nn.Module):
+    """``g + up(gelu(down(g)))`` behind a feed-forward part, as one would write it."""
+
+    def __init__(self, inner: nn.Module, width: int) -> None:
+        super().__init__()
+        bottleneck = width // REDUCTION
+        self.inner = inner
+        self.down = nn.Parameter(torch.empty(bottleneck, width))
+        self.down_bias = nn.Parameter(torch.zeros(bottleneck))
+        self.up = nn.Parameter(torch.empty(width, bottleneck))
+        self.up_bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x: [batch, sequence, width]``, and the same."""
+        g = self.inner(x)
+        hidden = functional.gelu(functional.linear(g, self.down, self.down_bias))
+        return g + functional.linear(hidden, self.up, self.up_bias)
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> int:
+    """Give adapters values that depend on their layer and part only; returns how many parameters train."""
+    trained = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found = _PART.search(name)
+            assert found is not None, name
+            generator = torch.Generator().manual_seed(zlib.crc32(".".join(found.groups()).encode()))
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+            trained += parameter.numel()
+    return trained
+
+
+def by_hand(base: Base) -> Live:
+    """Modules around the feed-forward parts of the model."""
+    model: Any = shared_copy(base.model)
+    for layer in model.model.layers:
+        layer.mlp = Adapter(layer.mlp, base.shape.width)
+    return Live(model, lambda: model(**base.batch).loss, fill(model))
+
+
+def ours(name: str, peer: str, aims: Aims, *, exact: bool = False, **entry: Any) -> Entry:
+    """An adaptation of the feed-forward parts."""
+
+    def make(base: Base) -> Live:
+        import graftc
+
+        spec = {"adapt": [{"target": {"role": "ffn.sublayer"}, "activation": "gelu", "reduction": REDUCTION, **entry}]}
+        model = graftc.compile(spec, shared_copy(base.model), base.batch).train()
+        return Live(model, lambda: model(**base.batch).loss, fill(model))
+
+    return Entry(name, "graftc", make, peer, aims, exact=exact)
+
+
+ONE = {"method": "bottleneck", "reads": "projection", "adds_to": "projection"}
+ENTRIES: tuple[Entry, ...] = (
+    floor(),
+    Entry("by hand", "torch", by_hand),
+    ours("bottleneck", "by hand", Aims(over_peer=1.0), exact=True, **ONE),
+    ours("AdaMix, one pass", "bottleneck", Aims(over_peer=1.1), method="adamix", consistency={"weight": 0}),
+    ours("AdaMix, two passes", "bottleneck", Aims(), method="adamix"),
+)
+"""The floor, and each of the others behind what it is compared with."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 1 where the adapters do not compute what those by hand do."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters", description="What adapters cost in a step.")
+    parser.add_argument("--rounds", type=int, default=30, help="timed steps of each entry (default: 30)")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: is everything there?")
+    parser.add_argument("--threads", type=int, help="of torch (default: as many as it takes)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error("--rounds has to be at least 1")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    shape, rounds = (TINY, min(options.rounds, 2)) if options.quick else (FULL, options.rounds)
+    date, before = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), machine()
+    found, skipped = contest(ENTRIES, base(shape), rounds, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    given = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python -m benchmarks.adapters", *given])
+    data = figures(found, skipped, shape, command=command, date=date, before=before)
+    for entry in data["entries"].values():
+        other = data["entries"].get(entry["peer"])
+        entry["over_peer_of_processor"] = None if other is None else _of_processor(entry, other)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "adapters.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    text = "\n".join(_lines(data)) + "\n"
+    (options.out / "adapters.md").write_text(text, encoding="utf-8")
+    print(text)
+    wrong = mismatches(found)
+    for name, difference in wrong.items():
+        print(f"{name}: its loss is not its peer's: {difference:.1e} apart", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _of_processor(entry: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """The median ratio of processor times, round by round."""
+    pairs = zip(entry["rounds"]["processor"], other["rounds"]["processor"], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def _lines(data: Mapping[str, Any]) -> Iterator[str]:
+    """The figures for people."""
+    here, model = data["machine"], data["model"]
+    yield "# A training step with bottleneck adapters"
+    yield ""
+    yield f"Made by `{data['command']}` on {data['date']}; [how to read it](../README.md#bottleneck-adapters)."
+    yield ""
+    yield (
+        f"Model: Llama-shaped, {model['width']} wide, {model['layers']} layers, feed-forward {model['intermediate']}, "
+        f"batch {model['batch']} x {model['length']}, float32, eager; behind every feed-forward part an adapter of "
+        f"width {model['width'] // REDUCTION}. AdaMix has 4 experts and shares the second projection."
+    )
+    yield ""
+    load, after = (("unknown" if x is None else f"{x[0]:.1f}") for x in (here["load"], here["load_after"]))
+    yield (
+        f"Machine: {here['processor']}, {here['cores']} cores, {here['threads']} threads, {here['capability']}; "
+        f"load {load} before and {after} after. Medians of {data['rounds']} alternated rounds; an aim stands in "
+        "brackets, **bold** where it was missed."
+    )
+    yield ""
+    yield "| | compared with | step, ms | over the floor | over the other | of processor time | saved, MB |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    for name, entry in data["entries"].items():
+        over, aim = entry["over_peer"], entry["aims"]["over_peer"]
+        cell = "-" if over is None else f"{over:.3f}"
+        if aim is not None:
+            cell = f"{cell} ({aim:.2f})" if entry["reached"]["over_peer"] else f"**{cell}** ({aim:.2f})"
+        processor = "-" if over is None else f"{entry['over_peer_of_processor']:.3f}"
+        cells = [name, entry["peer"] or "-", f"{1e3 * entry['seconds']['median']:.0f}", f"{entry['over_floor']:.2f}"]
+        yield "| " + " | ".join([*cells, cell, processor, f"{entry['saved_bytes'] / 1e6:.1f}"]) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
