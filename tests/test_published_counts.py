@@ -198,3 +198,30 @@ def test_houlsby_with_norms() -> None:
 def test_bases_are_the_published_ones(model: tuple[str, str, dict[str, Any]], size: int) -> None:
     name, config, values = model
     assert sum(p.numel() for p in _model(name, config, tuple(values.items())).parameters()) == size
+
+
+BERT_LARGE_CASED = (
+    *("BertForSequenceClassification", "BertConfig"),
+    {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "vocab_size": 28996,
+    },
+)
+PREFIXES = (
+    ("3", BERT_LARGE_CASED, {"method": "p_tuning_v2", "length": 20}, 983_040, 983_040),
+    ("16", BERT_BASE, {"method": "prefix", "reparameterization": {"hidden": 512}}, 9_857_024, 184_320),
+    ("34", LLAMA_13B, {"method": "prefix"}, 4_096_000, 4_096_000),
+    ("34 with shared keys", LLAMA3_8B, {"method": "prefix"}, 655_360, 655_360),
+)
+"""Row, model, adaptation, what trains, and what is deployed: ``2 L p`` times the width of keys."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "model", "entry", "trained", "deployed"), PREFIXES, ids=lambda v: str(v)[:22])
+def test_a_published_prefix(number: str, model: Any, entry: dict[str, Any], trained: int, deployed: int) -> None:
+    name, config, values = model
+    report = graftc.check({"adapt": [entry]}, _model(name, config, tuple(values.items())))
+    assert (report.trainable_parameters, report.deployed_parameters) == (trained, deployed)

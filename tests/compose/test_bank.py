@@ -29,6 +29,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "bapna_firat": {"bottleneck": 6},
     "he_parallel": {"bottleneck": 6, "target": {"role": "attn.sublayer"}},
     "llm_adapters": {"bottleneck": 6, "target": {"role": "attn.{q,o}"}},
+    "prefix": {"length": 3},
 }
 TOLERANCE = 1e-6
 
