@@ -25,6 +25,10 @@ os.environ.pop("COLUMNS", None)
 QUICK_FAMILIES = frozenset({"bert", "gpt2"})
 """What runs once for each family is quick on these, and on its first family where it has none of them."""
 
+VARIANT_FAMILIES = QUICK_FAMILIES | {"t5", "mixtral"}
+"""Where the contract of another setting of a method runs in ``make test``; ``make test-full`` has the other families.
+Such a class says ``variant = True``."""
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
@@ -33,6 +37,8 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             family = item.callspec.params.get("family")
+            if getattr(item.cls, "variant", False) and family not in VARIANT_FAMILIES:
+                item.add_marker(pytest.mark.full)
             if isinstance(family, str):
                 families.setdefault(item.nodeid.partition("[")[0], {}).setdefault(family, []).append(item)
     for found in families.values():

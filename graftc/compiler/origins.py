@@ -87,7 +87,7 @@ def shared_origin(snapshot: Snapshot, adaptation: str) -> Origin:
     """Of what belongs to an adaptation as a whole."""
     method = snapshot.spec.owners.get(adaptation, adaptation)
     place = _spec_place(snapshot, adaptation, "")
-    return Origin(adaptation, method, _step(adaptation), "", "", "", (), "", None, "", "", (), place, ())
+    return Origin(adaptation, method, _step(snapshot, adaptation), "", "", "", (), "", None, "", "", (), place, ())
 
 
 def _of_site(snapshot: Snapshot, record: SiteRecord) -> Origin:
@@ -96,7 +96,7 @@ def _of_site(snapshot: Snapshot, record: SiteRecord) -> Origin:
     return Origin(
         record.adaptation,
         record.method,
-        _step(record.adaptation),
+        _step(snapshot, record.adaptation),
         str(record.key),
         record.key.module,
         record.kind,
@@ -125,7 +125,7 @@ def _of_trained(snapshot: Snapshot, record: TrainedRecord) -> Origin:
     return Origin(
         owner,
         method,
-        _step(owner),
+        _step(snapshot, owner),
         record.base,
         module,
         "parameter",
@@ -145,8 +145,11 @@ def _ends(path: str) -> Iterator[int]:
     yield len(path)
 
 
-def _step(adaptation: str) -> str:
-    return f"insert({'train' if adaptation == TRAIN else adaptation})"
+def _step(snapshot: Snapshot, adaptation: str) -> str:
+    """The step that inserted it: that of its composition, where it is part of one."""
+    composition = snapshot.spec.composition_of(adaptation)
+    name = adaptation if composition is None else composition.name
+    return f"insert({'train' if name == TRAIN else name})"
 
 
 def _selectors(adaptation: MethodSpec, record: SiteRecord) -> Iterator[tuple[str, str]]:

@@ -162,11 +162,16 @@ class Compilation:
         found = {unit.name: unit for unit in self.units}
         for name in only if only is not None else [TOKENS, TRAIN, *found]:
             if name in found:
-                steps += self._site_steps(found[name])
+                steps += self.site_steps(found[name])
             steps += self._overlay_steps(name)
         return steps
 
-    def _site_steps(self, unit: Unit) -> list[FoldStep]:
+    def site_steps(self, unit: Unit) -> list[FoldStep]:
+        """What an adaptation, or a composition, changes of its sites' weights.
+
+        Raises:
+            GraftError: GC050 where it cannot fold, GC022 where something else reads a weight.
+        """
         resolved = unit.members[0]
         method = method_for(resolved.spec.method)
         steps: list[FoldStep] = []

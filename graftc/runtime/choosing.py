@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.batch import BATCH
 from graftc.passes.core.store import RESERVED
 from graftc.specs.compose import Bank, CompositionSpec, Parallel
-from graftc.specs.diagnostics import GraftError, nearest
+from graftc.specs.diagnostics import GraftError, GraftWarning, nearest
 from graftc.specs.document import Spec
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Choosing:
     """The part of `Compiled` that chooses among the adaptations of banks."""
 
     _compilation: Compilation
+    device: torch.device
 
     def activate(self, choice: str | int, bank: str | None = None) -> None:
         """Choose the adaptation that calls use which choose none. No graph changes: it may differ from call to call.
@@ -197,17 +199,20 @@ class Choosing:
         if not factors:
             raise GraftError("GC038", f"nothing is chosen from {found.name!r}")
         name = next(iter(factors)) if len(factors) == 1 else str(found.name)
-        rest = compile_model(
-            _without(compilation.spec, found, next(iter(factors)), name),
-            compilation.source,
-            compilation.main.axes,
-            flags=compilation.main.base.flags,
-            seed=compilation.seed,
-            use_cache=compilation.use_cache,
-            values=_values(compilation, found, factors, name),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GraftWarning)  # they have been given when it was compiled
+            rest = compile_model(
+                _without(compilation.spec, found, next(iter(factors)), name),
+                compilation.source,
+                compilation.main.axes,
+                flags=compilation.main.base.flags,
+                seed=compilation.seed,
+                use_cache=compilation.use_cache,
+                values=_values(compilation, found, factors, name),
+            )
         rest.values = {}
-        return make_compiled(rest)
+        made: Compiled = make_compiled(rest).to(self.device)
+        return made
 
 
 def _bank(spec: Spec, name: str | None) -> CompositionSpec:

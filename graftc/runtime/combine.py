@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from graftc.compiler.compose import Unit
 from graftc.compiler.pipeline import Compilation, compile_model
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import Resolved
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.folds import FoldStep
 from graftc.passes.core.sites import LinearSite, SiteKey
+from graftc.specs.compose import Bank, Stack
 from graftc.specs.diagnostics import GraftError, nearest
 from graftc.specs.document import Spec
 from graftc.specs.lora import LoRA
@@ -133,6 +135,7 @@ def _chosen(compilation: Compilation, names: Sequence[str]) -> list[Resolved]:
     chosen = [known[name] for name in names]
     if len(set(names)) < max(2, len(names)):
         raise GraftError("GC002", "combining takes two or more adaptations, each once")
+    _check_compositions(compilation.spec, names)
     places = [{site.key for site, _ in item.places} for item in chosen]
     for item, keys in zip(chosen, places, strict=True):
         if keys != places[0]:
@@ -182,7 +185,8 @@ def _update(compilation: Compilation, item: Resolved, site: LinearSite) -> Tenso
 
 
 def _step(compilation: Compilation, item: Resolved, site: LinearSite) -> FoldStep:
-    steps = [s for s in compilation.fold_steps([item.name]) if s.site == str(site.key)]
+    own = compilation.site_steps(Unit(None, (item,), 0))
+    steps = [s for s in own if s.site == str(site.key)]
     if len(steps) != 1:
         raise GraftError("GC029", f"{item.name!r} is no change of the weight alone at {site.key}")
     return steps[0]
@@ -277,10 +281,24 @@ def _named(
     return values
 
 
+def _check_compositions(spec: Spec, names: Sequence[str]) -> None:
+    """Of a bank, all adaptations may become one; what another composition makes of its members is no LoRA."""
+    for composition in spec.compose:
+        inside = [name for name in composition.members if name in names]
+        if not inside or isinstance(composition, Stack):
+            continue
+        whole = isinstance(composition, Bank) and not composition.share and len(inside) == len(composition.members)
+        if not whole:
+            message = f"{inside[0]!r} is part of the composition {composition.name!r}"
+            hint = "combine all adaptations of a bank, or give compiled.fix a factor for each"
+            raise GraftError("GC029", message, hint=hint)
+
+
 def _spec(spec: Spec, like: Resolved, names: Sequence[str], name: str, rank: int) -> Spec:
     """The spec with one LoRA in place of the first of the adaptations."""
     new = LoRA(name=name, target=like.spec.target, rank=rank, alpha=float(rank))
     adapt = [new if a.name == like.name else a for a in spec.adapt if a.name == like.name or a.name not in names]
     if sum(a.name == name for a in adapt) > 1:
         raise GraftError("GC005", f"the name {name!r} is taken by another adaptation")
-    return spec.model_copy(update={"adapt": tuple(adapt)})
+    compose = (c for c in spec.compose if not any(member in names for member in c.members))
+    return spec.model_copy(update={"adapt": tuple(adapt), "compose": tuple(compose)})

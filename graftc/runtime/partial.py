@@ -23,6 +23,7 @@ from graftc.runtime.artifact.write import save
 from graftc.runtime.compiled import make_compiled
 from graftc.runtime.folder import write_merged
 from graftc.runtime.merged import Merged, fold, require_passed
+from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec
 
 if TYPE_CHECKING:
@@ -104,12 +105,20 @@ def merge_what_folds(compiled: Compiled, budget: float | None = None) -> Merged 
 def _rest(spec: Spec, merged: Merged) -> Spec:
     """The spec without what has folded, and the rest in its simplest form."""
     changes: dict[str, Any] = {}
-    changes["compose"] = tuple(c for c in spec.compose if all(name in merged.kept for name in c.members))
+    changes["compose"] = tuple(found for c in spec.compose if (found := _left(c, merged)) is not None)
     if TRAIN not in merged.kept:
         changes["train"] = ()
     if TOKENS not in merged.kept:
         changes["tokens"] = None
     return collapsed_spec(spec, merged.kept).model_copy(update=changes)
+
+
+def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | None:
+    """What is left of a composition: of a stack those that did not fold, in its order; of others all or nothing."""
+    members = tuple(name for name in composition.members if name in merged.kept)
+    if isinstance(composition, Stack) and len(members) > 1:
+        return composition.model_copy(update={composition.kind: members})
+    return composition if members == composition.members else None
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ class TestHoulsbyEverywhere(TestHoulsby):
 class TestHoulsbyWithNorms(MethodContract):
     """Every normalisation trains beside the adapters."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "houlsby", "bottleneck": 5, "norms": True}
 
 
@@ -92,6 +93,7 @@ class TestHeParallelEverywhere(TestHeParallel):
 class TestHeParallelOfAttention(MethodContract):
     """From the stream to the heads."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "he_parallel",
         "target": {"role": "attn.sublayer"},
@@ -129,6 +131,7 @@ class TestLLMAdaptersEverywhere(TestLLMAdapters):
 class TestLLMAdaptersParallel(MethodContract):
     """Beside single maps, rows of fused ones too, with biases and dropout."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "llm_adapters",
         "target": {"role": ["attn.q", "ffn.up", "ffn.down"]},
@@ -157,6 +160,7 @@ class TestLLMAdaptersBesideExperts(MethodContract):
 class TestFeedForward(MethodContract):
     """The default of the mechanism: a feed-forward part's branch."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "bottleneck", "reduction": 8}
 
 
@@ -164,6 +168,7 @@ class TestFeedForward(MethodContract):
 class TestEveryKnob(DrawnContract):
     """From behind a norm to before it, with norms of its own on both sides, a learned scale and dropout."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "bottleneck",
         "target": BOTH,
@@ -182,6 +187,7 @@ class TestEveryKnob(DrawnContract):
 class TestWithinASublayer(MethodContract):
     """From what the sublayer reads to what its last map reads, which is of another width."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "bottleneck",
         "target": BOTH,
@@ -197,6 +203,7 @@ class TestWithinASublayer(MethodContract):
 class TestAroundTheLastMap(MethodContract):
     """From what the last map reads to what it gives, below its dropout."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         **TestWithinASublayer.adaptation,
         "reads": "inner",
@@ -210,6 +217,7 @@ class TestAroundTheLastMap(MethodContract):
 class TestBehindALayer(DrawnContract):
     """From the sum to behind its norm, with a norm behind the adapter."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "bottleneck",
         "reads": "sum",
@@ -225,6 +233,7 @@ class TestBehindALayer(DrawnContract):
 class TestLinearMaps(MethodContract):
     """Beside linear maps, without a word about the wiring."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "bottleneck",
         "target": {"role": ["attn.k", "ffn.down"]},

@@ -29,6 +29,7 @@ class TestPrefix(MethodContract):
 class TestReparameterized(MethodContract):
     """Given by a network while training."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "prefix",
         "length": 3,
