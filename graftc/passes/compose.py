@@ -19,7 +19,7 @@ from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.lowrank import normal, zeros
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.shapes import expression
-from graftc.passes.core.sites import LinearSite, Site, SublayerSite
+from graftc.passes.core.sites import AttentionSite, LinearSite, Site, SublayerSite
 from graftc.passes.core.steering import TensorObjective
 from graftc.specs.compose import Average, CompositionSpec, Fuse, Gate, Split
 from graftc.specs.diagnostics import GraftError
@@ -87,6 +87,14 @@ class Collecting(Builder):
             GraftError: GC036.
         """
         raise self._refusal("it changes what the map reads")
+
+    def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node) -> None:
+        """Only what is added can be composed.
+
+        Raises:
+            GraftError: GC036.
+        """
+        raise self._refusal("it puts keys and values in front of an attention's own")
 
     def trained_rows(self, base: str, own: Rows) -> fx.Node:
         """Only what is added can be composed.

@@ -41,6 +41,7 @@ class TestReparameterized(MethodContract):
 class TestPTuningV2(MethodContract):
     """Behind which the text begins."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "p_tuning_v2", "length": 4}
 
 
