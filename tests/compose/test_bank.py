@@ -70,8 +70,7 @@ def rows(outputs: list[Tensor], mask: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixed_batch_is_every_adapter_on_its_rows(family: str, method: str) -> None:
-    """Eight rows over four adapters are each adapter's own run, and no two adapters are alike. An output that is more
-    than 1 is off by a millionth of itself at most."""
+    """Eight rows over four adapters are each adapter's own run, and no two adapters are alike."""
     compiled = banked(family, method)
     inputs = inputs_for(compiled, (8, 6))
     mixed = outputs_of(compiled, {**inputs, "adapter_ids": IDS})
@@ -83,15 +82,12 @@ def test_a_mixed_batch_is_every_adapter_on_its_rows(family: str, method: str) ->
         own = outputs_of(one, inputs)
         mask = number == IDS
         for expected, found in zip(rows(own, mask), rows(mixed, mask), strict=True):
-            bound = TOLERANCE * max(1.0, float(expected.abs().max()))
-            assert largest_difference([found], [expected]) <= bound
+            assert largest_difference([found], [expected]) <= TOLERANCE
         assert all(
             largest_difference([a], [b]) > 1e-3 for a, b in zip(rows(own, ~mask), rows(mixed, ~mask), strict=True)
         )
         compiled.activate(slot)
-        assert largest_difference(outputs_of(compiled, inputs), own) <= TOLERANCE * max(
-            1.0, *(float(o.abs().max()) for o in own)
-        )
+        assert largest_difference(outputs_of(compiled, inputs), own) <= TOLERANCE
 
 
 @pytest.mark.parametrize("method", ["lora", "houlsby", "dora"])

@@ -189,14 +189,20 @@ def test_pfeiffer_runs_the_norm_twice() -> None:
     assert len(first) == 1 + 2 * 3  # embeddings; attention and feed-forward, and the latter's once more
 
 
+_NORM = (aten.layer_norm.default, aten.mul.Tensor, aten.add.Tensor)
+"""A layer norm with its scale and its shift apart."""
+
+
 @pytest.mark.parametrize("name", ["adapter_l", "bapna_firat"])
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_norms_of_their_own(name: str, family: str) -> None:
     """One for each layer, in front of the first projection, of what the layer gives."""
     compiled = adapted(tiny(family), PRESETS[name])
-    norms, downs = (inserted(compiled.program("eval"), part) for part in ("norm", "down"))
-    assert len(norms) == 2 and [d.args[0] for d in downs] == norms
-    assert all(n.args[2].target.endswith(f"graftc.{name}.ffn.norm_weight") for n in norms)
+    parts, downs = (inserted(compiled.program("eval"), part) for part in ("norm", "down"))
+    norms, scales, shifts = ([n for n in parts if n.target is t] for t in _NORM)
+    assert len(norms) == 2 and [d.args[0] for d in downs] == shifts
+    assert [n.args[0] for n in scales] == norms and [n.args[0] for n in shifts] == scales
+    assert all(n.args[1].target.endswith(f"graftc.{name}.ffn.norm_weight") for n in scales)
     adds = inserted(compiled.program("eval"), "add")
     assert [n.args[0] for n in norms] == [a.args[0] for a in adds]
     base = "layer_norm" if family == "bert" else "add"

@@ -100,8 +100,14 @@ class BranchBuilder(TensorBuilder):
         return self.call(aten.linear.default, x, weight, bias, part=part)
 
     def layer_norm(self, x: fx.Node, weight: fx.Node, bias: fx.Node, part: str = "norm") -> fx.Node:
-        """Layer normalisation over the last axis, ``weight`` and ``bias`` ``[width]``, with an epsilon of 1e-5."""
-        return self.call(aten.layer_norm.default, x, [int(x.meta["val"].shape[-1])], weight, bias, 1e-5, part=part)
+        """Layer normalisation over the last axis, ``weight`` and ``bias`` ``[width]``, with an epsilon of 1e-5.
+
+        Scale and shift stand apart from the kernel, so that those of single rows give the same bits.
+        """
+        width = [int(x.meta["val"].shape[-1])]
+        normed = self.call(aten.layer_norm.default, x, width, None, None, 1e-5, part=part)
+        scaled = self.call(aten.mul.Tensor, normed, self.along(weight, x), part=part)
+        return self.call(aten.add.Tensor, scaled, self.along(bias, x), part=part)
 
     def along(self, vector: fx.Node, x: fx.Node) -> fx.Node:
         """``vector: [width]``, one value for each entry of the last axis of ``x``, as it broadcasts to ``x``."""

@@ -148,13 +148,6 @@ class RowsBuilder(ChosenBuilder):
         result = self._product(x, weight, part)
         return result if bias is None else self.call(aten.add.Tensor, result, self.along(bias, result), part=part)
 
-    def layer_norm(self, x: fx.Node, weight: fx.Node, bias: fx.Node, part: str = "norm") -> fx.Node:
-        """See `BranchBuilder.layer_norm`."""
-        width = [int(x.meta["val"].shape[-1])]
-        normed = self.call(aten.layer_norm.default, x, width, None, None, 1e-5, part=part)
-        scaled = self.call(aten.mul.Tensor, normed, self.along(weight, x), part=part)
-        return self.call(aten.add.Tensor, scaled, self.along(bias, x), part=part)
-
     def along(self, vector: fx.Node, x: fx.Node) -> fx.Node:
         """See `BranchBuilder.along`: ``vector`` is ``[rows, width]``."""
         for _ in range(x.meta["val"].dim() - vector.meta["val"].dim()):
