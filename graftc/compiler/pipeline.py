@@ -152,6 +152,27 @@ class Compilation:
         self.default = self.default or key
         return family
 
+    def again(self, spec: Spec, values: Mapping[str, Tensor], model: nn.Module | None = None) -> Compilation:
+        """A Compilation of another spec for the same first signature.
+
+        Args:
+            spec: what to adapt there.
+            values: adapter tensors to start from, by name.
+            model: another base; by default the one that this was given.
+        """
+        made = compile_model(
+            spec,
+            self.source if model is None else model,
+            self.main.axes,
+            flags=self.main.base.flags,
+            seed=self.seed,
+            use_cache=self.use_cache,
+            values=values,
+            known=self.known,
+        )
+        made.values = {}
+        return made
+
     def fold_steps(self, only: Sequence[str] | None = None) -> list[FoldStep]:
         """Every adaptation's change of base tensors, in insertion order.
 

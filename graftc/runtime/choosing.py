@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graftc.compiler.compose import ACTIVE
 from graftc.compiler.interface import dtype_of
-from graftc.compiler.pipeline import Compilation, compile_model
+from graftc.compiler.pipeline import Compilation
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import TRAIN
 from graftc.compiler.snapshot import adapter_tensors
@@ -201,16 +201,8 @@ class Choosing:
         name = next(iter(factors)) if len(factors) == 1 else str(found.name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraftWarning)  # they have been given when it was compiled
-            rest = compile_model(
-                _without(compilation.spec, found, next(iter(factors)), name),
-                compilation.source,
-                compilation.main.axes,
-                flags=compilation.main.base.flags,
-                seed=compilation.seed,
-                use_cache=compilation.use_cache,
-                values=_values(compilation, found, factors, name),
-            )
-        rest.values = {}
+            spec = _without(compilation.spec, found, next(iter(factors)), name)
+            rest = compilation.again(spec, _values(compilation, found, factors, name))
         made: Compiled = make_compiled(rest).to(self.device)
         return made
 

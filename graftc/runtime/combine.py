@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.compose import Unit
-from graftc.compiler.pipeline import Compilation, compile_model
+from graftc.compiler.pipeline import Compilation
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import Resolved
 from graftc.compiler.snapshot import adapter_tensors
@@ -108,18 +108,7 @@ class Combining:
         for resolved_name, tensors in _named(compilation, chosen[0], name, made, width).items():
             values[resolved_name] = tensors
         spec = _spec(compilation.spec, chosen[0], names, name, width)
-        family = compilation.main
-        other = compile_model(
-            spec,
-            compilation.source,
-            family.axes,
-            flags=family.base.flags,
-            seed=compilation.seed,
-            use_cache=compilation.use_cache,
-            values=values,
-        )
-        other.values = {}
-        result = make_compiled(other)
+        result = make_compiled(compilation.again(spec, values))
         result.train(self.training)
         return Combined(result, name, errors)
 

@@ -6,7 +6,6 @@ import warnings
 from typing import TYPE_CHECKING
 
 from graftc.compiler.collapse import collapsed_spec, collapsed_values, collapsing
-from graftc.compiler.pipeline import compile_model
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.specs.diagnostics import GraftWarning
 
@@ -23,15 +22,6 @@ def deployed(compiled: Compiled) -> Compiled:
         return compiled
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GraftWarning)  # they have been given when it was compiled
-        made = compile_model(
-            collapsed_spec(compilation.spec),
-            compilation.source,
-            compilation.main.axes,
-            flags=compilation.main.base.flags,
-            seed=compilation.seed,
-            use_cache=compilation.use_cache,
-            values=dict(adapter_tensors(compilation.store)) | collapsed_values(compilation),
-            known=compilation.known,
-        )
-    made.values = {}
+        values = dict(adapter_tensors(compilation.store)) | collapsed_values(compilation)
+        made = compilation.again(collapsed_spec(compilation.spec), values)
     return make_compiled(made).to(compiled.device)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from graftc.compiler.certify import Certificate
 from graftc.compiler.collapse import collapsed_spec, collapsed_values
-from graftc.compiler.pipeline import compile_model
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import TRAIN
 from graftc.compiler.samples import sample_inputs
@@ -75,16 +74,7 @@ def _partial(compiled: Compiled, merged: Merged) -> Partial:
     compilation = compiled.compilation
     values = {n: t for n, t in adapter_tensors(compilation.store) if owner_of(n) in merged.kept}
     values |= collapsed_values(compilation)
-    rest = compile_model(
-        _rest(compilation.spec, merged),
-        merged.to_transformers(),
-        compilation.main.axes,
-        flags=compilation.main.base.flags,
-        seed=compilation.seed,
-        use_cache=compilation.use_cache,
-        values=values,
-    )
-    rest.values = {}
+    rest = compilation.again(_rest(compilation.spec, merged), values, merged.to_transformers())
     made = make_compiled(rest)
     certificate = _with_outputs(merged.certificate, compiled, made)
     require_passed(certificate)

@@ -223,21 +223,21 @@ def _named(adaptation: MethodSpec, taken: set[str]) -> MethodSpec:
     """The adaptation under its own name, or the first free of ``lora``, ``lora_2``, ``lora_3`` ..."""
     if adaptation.name is not None:
         return adaptation
-    name, number = adaptation.method, 1
-    while name in taken or check_name(name) is not None:
-        number += 1
-        name = f"{adaptation.method}_{number}"
-    taken.add(name)
-    return adaptation.model_copy(update={"name": name})
+    return adaptation.model_copy(update={"name": _free(adaptation.method, taken)})
 
 
 def _composed(composition: CompositionSpec, taken: set[str]) -> CompositionSpec:
     """The composition under its own name, or the first free of ``bank``, ``bank_2``, ``bank_3`` ..."""
     if composition.name is not None:
         return composition
-    name, number = composition.kind, 1
+    return composition.model_copy(update={"name": _free(composition.kind, taken)})
+
+
+def _free(word: str, taken: set[str]) -> str:
+    """The first free name of ``word``, ``word_2``, ``word_3`` ..., which is taken from now on."""
+    name, number = word, 1
     while name in taken or check_name(name) is not None:
         number += 1
-        name = f"{composition.kind}_{number}"
+        name = f"{word}_{number}"
     taken.add(name)
-    return composition.model_copy(update={"name": name})
+    return name
