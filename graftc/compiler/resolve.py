@@ -11,7 +11,7 @@ from graftc.compiler.select import check_overrides, depths, match_modules, selec
 from graftc.compiler.sitetable import BlockedSite, SiteTable
 from graftc.passes.core.program import Program
 from graftc.passes.core.rows import Rows
-from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey, SublayerSite
+from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey, SublayerSite, ValueSite
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
 from graftc.specs.diagnostics import GraftError, Place, warn
@@ -51,8 +51,9 @@ class Resolved:
 
 
 def place_of(site: Site) -> SiteKey:
-    """Uses of one weight are one place, and so are sublayers that end in one; each use of anything else is its own."""
-    return site.key.place if isinstance(site, LinearSite | SublayerSite) else site.key
+    """Uses of one weight are one place, and so are sublayers that end in one and the values of a layer that runs
+    several times; each use of anything else is its own."""
+    return site.key.place if isinstance(site, LinearSite | SublayerSite | ValueSite) else site.key
 
 
 class Resolver:

@@ -32,7 +32,7 @@ from graftc.specs.target import Target
 
 __all__ = ["Candidate", "check_overrides", "depths", "match_modules", "select"]
 
-_LAYERED = ("attn", "ffn")
+_LAYERED = ("attn", "ffn", "layer")
 _DETAILS = 8
 """How many reasons a near miss is explained with."""
 
@@ -263,7 +263,10 @@ class _Selection:
 
     def may_have(self, family: str, spot: tuple[str, int]) -> bool:
         """Whether a layer has something of a family of roles, or a place of which nobody knows what it is. One that is
-        all understood and has none, as the state-space layers of a hybrid model, misses nothing."""
+        all understood and has none, as the state-space layers of a hybrid model, misses nothing. Every layer reads
+        something and gives something."""
+        if family == "layer":
+            return True
         stems = (family, "experts") if family == "ffn" else (family,)
         here = (role for c in self.all if _spot(c) == spot for role in c.roles)
         return any(role.split(".")[0] in stems for role in here) or bool(self.missing(spot))

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from graftc.compiler.candidates import Candidate
 from graftc.compiler.findings import Finding, Structure, Sublayer, place
 from graftc.compiler.positions import above, position_readers
+from graftc.compiler.values import layer_values
 from graftc.passes.core.program import Program
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import (
@@ -25,6 +26,7 @@ from graftc.passes.core.sites import (
     SiteKey,
     SublayerSite,
     Use,
+    ValueSite,
     linear_use,
 )
 from graftc.passes.core.store import Store
@@ -97,6 +99,7 @@ class SiteTable:
         self._norms()
         self._sublayers()
         self._other_modules()
+        self._values()
 
     # --- weights ---------------------------------------------------------------------------------------
 
@@ -232,7 +235,7 @@ class SiteTable:
                 continue
             role, last = " ".join(sublayer.roles), _last_map(sublayer.projection)
             known = places[sublayer.owner, role]
-            end = last.weight if last is not None else sublayer.sum
+            end = _end(sublayer)
             sites = known.setdefault(end, [])
             number = list(known).index(end) + 1
             key = SiteKey(sublayer.owner, role, str(number) if number > 1 else "", len(sites))
@@ -240,6 +243,24 @@ class SiteTable:
         for known in places.values():
             for sites in known.values():
                 self._add(sites)
+
+    def _values(self) -> None:
+        """What every layer reads, and what it gives. Runs of one layer are uses of one place."""
+        for owner, runs in layer_values(self.structure.sublayers, _end).items():
+            for role in ("layer.in", "layer.out"):
+                self._add(
+                    [
+                        ValueSite(
+                            SiteKey(owner, stem + role, use=use),
+                            (stem + role,),
+                            run.layer,
+                            run.stack,
+                            kind=SiteKind.VALUE,
+                            node=run.entry if role == "layer.in" else run.exit,
+                        )
+                        for use, (run, stem) in enumerate(runs)
+                    ]
+                )
 
     def _blocked(self, finding: Finding) -> None:
         name = (finding.parameter or finding.role).rpartition(".")[2]
@@ -290,7 +311,7 @@ class SiteTable:
             if spot not in self._same:
                 self._same[spot] = self.linear_sites(*spot, like=site)
             return self._same[spot]
-        key, shared = site.key, isinstance(site, SublayerSite)
+        key, shared = site.key, isinstance(site, SublayerSite | ValueSite)
         here = (s for sites in self.entries for s in sites if type(s) is type(site))
         return [s for s in here if (s.key.place == key.place if shared else s.key == key)]
 
@@ -323,6 +344,12 @@ def _sublayer_site(sublayer: Sublayer, key: SiteKey, last: Use | None) -> Sublay
         post_norm=sublayer.post_norm,
         output=sublayer.output,
     )
+
+
+def _end(sublayer: Sublayer) -> str | fx.Node:
+    """The weight that a branch ends in, or its sum where several meet: what two runs of one sublayer share."""
+    last = _last_map(sublayer.projection)
+    return last.weight if last is not None else sublayer.sum
 
 
 def _last_map(projection: fx.Node) -> Use | None:

@@ -1,4 +1,4 @@
-"""The part of the `Builder` that works at residual branches."""
+"""The part of the `Builder` that works at residual branches, and at what layers read and give."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.program import Edit, follow, map_nodes, provenance
 from graftc.passes.core.shapes import expression
-from graftc.passes.core.sites import SublayerSite
+from graftc.passes.core.sites import SublayerSite, ValueSite
 from graftc.passes.core.tensors import TensorBuilder
 from graftc.specs.diagnostics import GraftError
 
@@ -20,7 +20,19 @@ AGAIN = "again"
 
 
 class BranchBuilder(TensorBuilder):
-    """Reads the values of a sublayer, and adds to them."""
+    """Reads the values of a sublayer, and adds to them; replaces those that layers read and give."""
+
+    def value(self, site: ValueSite) -> fx.Node:
+        """A value now, with what has been inserted there so far."""
+        return self._value(site)
+
+    def _value(self, site: ValueSite) -> fx.Node:
+        return follow(site.node, {e.before: e.after for e in self.program.edits if not e.narrow})
+
+    def set_value(self, site: ValueSite, node: fx.Node) -> None:
+        """Put ``node``, made from `value` and of its sizes, in its place for everything that reads it: projections, the
+        residual, and the outputs where the value is one of them."""
+        self._redirect(self._value(site), node, lambda user: True)
 
     def at(self, site: SublayerSite, place: str) -> fx.Node:
         """A value of a sublayer now, with what has been inserted there so far.

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from graftc.passes.core.batch import Batch
 from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.rows import Rows
-from graftc.passes.core.sites import LinearSite, SiteKey, SublayerSite
+from graftc.passes.core.sites import LinearSite, SiteKey, SublayerSite, ValueSite
 from graftc.passes.core.uses import Dense
 from graftc.specs.diagnostics import GraftError
 
@@ -139,6 +139,14 @@ class RowsBuilder(ChosenBuilder):
     def at(self, site: SublayerSite, place: str) -> fx.Node:
         """See `BranchBuilder.at`."""
         return self.batch.first(super().at(site, place), str(site.key))
+
+    def value(self, site: ValueSite) -> fx.Node:
+        """See `BranchBuilder.value`."""
+        return self.batch.first(super().value(site), str(site.key))
+
+    def set_value(self, site: ValueSite, node: fx.Node) -> None:
+        """See `BranchBuilder.set_value`."""
+        super().set_value(site, self.batch.home(node, self._value(site)))
 
     def _shaped(self, delta: fx.Node, value: fx.Node) -> fx.Node:
         return super()._shaped(self.batch.home(delta, value), value)

@@ -27,6 +27,7 @@ __all__ = [
     "SiteKey",
     "SublayerSite",
     "Use",
+    "ValueSite",
     "linear_use",
 ]
 
@@ -253,6 +254,35 @@ class SublayerSite(Site):
     def dtype(self) -> torch.dtype:
         """Element type of the residual stream's branch."""
         dtype: torch.dtype = self.branch.meta["val"].dtype
+        return dtype
+
+
+@dataclass(eq=False)
+class ValueSite(Site):
+    """An activation by its place: what a layer reads, or what it gives.
+
+    What one layer gives and the next one reads is one value with two sites.
+
+    Attributes:
+        node: the value, ``[batch, sequence, width]`` in most models.
+    """
+
+    node: fx.Node = field(kw_only=True)
+
+    @property
+    def scope(self) -> str:
+        """See `Site.scope`: ``layer_in`` or ``layer_out``."""
+        return parse_role(self.roles[0]).name.replace(".", "_")
+
+    @property
+    def width(self) -> int:
+        """How many entries it has for each token."""
+        return int(self.node.meta["val"].shape[-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the value."""
+        dtype: torch.dtype = self.node.meta["val"].dtype
         return dtype
 
 
