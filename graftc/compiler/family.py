@@ -14,12 +14,14 @@ from torch import fx
 from graftc.compiler.cache import captured
 from graftc.compiler.capture import Capture
 from graftc.compiler.compose import Unit, add_controls, check_units, insert_unit, placed, units
+from graftc.compiler.embeds import Plan, lengthened, planned
 from graftc.compiler.interface import Flags, dtype_of
 from graftc.compiler.resolve import TRAIN, Resolved, Resolver
 from graftc.compiler.signature import Axis
 from graftc.compiler.sitetable import SiteTable
 from graftc.compiler.structure import Structure, find_structure
 from graftc.compiler.tokens import TOKENS, token_sites
+from graftc.compiler.words import word_vectors
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.program import HistoryEntry, Mode, Program
 from graftc.passes.core.registry import method_for
@@ -39,8 +41,11 @@ class Family:
     """The Programs of one signature: the base and the adapted model, in train and eval mode.
 
     Attributes:
+        base, base_eval: what is adapted: the source model's graph, with room for virtual tokens where there are some.
         axes: the inputs that capturing was asked for.
-        captures: what was captured: train mode, and eval mode where it could not be derived.
+        captures: what was captured: train mode, and eval mode where it could not be derived; each with ids, and with
+            word vectors where there are virtual tokens.
+        sources: the source model's own graphs, in train and in eval mode.
     """
 
     base: Program
@@ -52,6 +57,7 @@ class Family:
     trained: list[ParameterSite]
     axes: tuple[Axis, ...]
     captures: tuple[Capture, ...]
+    sources: tuple[Program, Program]
     key: tuple[str, ...] = ()
 
     @property
@@ -69,6 +75,22 @@ class Family:
         if base:
             return self.base if mode == "train" else self.base_eval
         return self.train if mode == "train" else self.eval
+
+    def source(self, mode: Mode) -> Program:
+        """The source model's own Program of a mode."""
+        return self.sources[0 if mode == "train" else 1]
+
+    @property
+    def graphs(self) -> dict[str, Program]:
+        """Every graph by name: ``train`` and ``eval``, the base's ``base.train`` and ``base.eval``, and what the base is
+        composed of where there are virtual tokens: ``tokens.train``, ``embeds.train``, and those of eval mode where it
+        could not be derived."""
+        named = {"base.train": self.base, "base.eval": self.base_eval, "train": self.train, "eval": self.eval}
+        for found in self.captures:
+            if not any(found.program is program for program in named.values()):
+                entry = "tokens" if any(found.program is source for source in self.sources) else "embeds"
+                named[f"{entry}.{found.program.mode}"] = found.program
+        return named
 
     def rewrite_seconds(self) -> float:
         """What everything after capture took."""
@@ -108,22 +130,22 @@ def compile_family(
     main = compilation.main if compilation.families else None
     train = _adapted(compilation, found, clock, main, controls)
     train.program.history = list(clock.entries)
-    captures = [found]
-    eval_base = record_baseline(to_eval(base))
+    captures, source_eval = list(train.captures), to_eval(base)
+    eval_base = record_baseline(source_eval if train.base is base else to_eval(train.base))
     if any(_draws(node) for node in eval_base.graph.nodes):
         # Random depth and the like leave more behind than dropout: what eval mode computes has to be looked at.
         direct = _capture(compilation, axes, flags, "eval")
-        captures.append(direct)
-        eval_base = direct.program
-        own = _adapted(compilation, direct, _Clock(), train, controls).program
-        adapted_eval = clock.step("mode(eval)", lambda: to_eval(own), train.program)
+        own = _adapted(compilation, direct, _Clock(), train, controls)
+        captures += own.captures
+        source_eval, eval_base = direct.program, own.base
+        adapted_eval = clock.step("mode(eval)", lambda: to_eval(own.program), train.program)
     else:
         adapted_eval = clock.step("mode(eval)", lambda: to_eval(train.program), train.program)
     adapted_eval.baseline = eval_base.baseline
     clock.step("verify", lambda: verify(adapted_eval, compilation.store, "mode(eval)", types=True), adapted_eval)
     adapted_eval.history = list(clock.entries)
     return Family(
-        base,
+        train.base,
         eval_base,
         train.program,
         adapted_eval,
@@ -132,6 +154,7 @@ def compile_family(
         train.trained,
         tuple(axes),
         tuple(captures),
+        (base, source_eval),
     )
 
 
@@ -168,6 +191,8 @@ class _Adapted:
     structure: Structure
     resolved: list[Resolved]
     trained: list[ParameterSite]
+    base: Program
+    captures: tuple[Capture, ...]
 
 
 def _adapted(
@@ -179,11 +204,24 @@ def _adapted(
     clock.step("verify", lambda: verify(base, store, "canonicalise"), base)
     program = clock.step("copy", base.copy, base)
     structure = clock.step("roles", lambda: find_structure(program.graph, found.constants), program)
-    table = SiteTable(program, store, structure, dict(compilation.model.named_modules(remove_duplicate=False)))
-    resolver = Resolver(table)
+    resolver = _resolver(compilation, program, structure)
     resolved = clock.step(
         "resolve", lambda: resolver.resolve(spec) if main is None else resolver.again(main.resolved), program
     )
+    plan = planned(units(spec, resolved), resolver.table.words)
+    captures = [found]
+    if plan:
+        base, body = clock.step(
+            "lengthen", lambda: _lengthened(compilation, found.program.mode, resolver.table, plan), program
+        )
+        captures.append(body)
+        record_baseline(base)
+        clock.step("verify", lambda: verify(base, store, "lengthen"), base)
+        program = base.copy()
+        constants = {**found.constants, **body.constants}
+        structure = clock.step("roles", lambda: find_structure(program.graph, constants), program)
+        resolver = _resolver(compilation, program, structure)
+        resolved = clock.step("resolve", lambda: resolver.again(resolved), program)
     trained = clock.step(
         "resolve train",
         lambda: resolver.trained(spec) if main is None else resolver.trained_again(main.trained),
@@ -193,9 +231,27 @@ def _adapted(
         check_units(spec, units(spec, resolved))
     add_controls(program, spec, controls, dtype_of(compilation.model))
     if spec.tokens is not None:
-        _insert_tokens(compilation, program, table, clock)
+        _insert_tokens(compilation, program, resolver.table, clock)
     _insert(compilation, program, trained, resolved, clock)
-    return _Adapted(program, structure, resolved, trained)
+    return _Adapted(program, structure, resolved, trained, base, tuple(captures))
+
+
+def _resolver(compilation: Compilation, program: Program, structure: Structure) -> Resolver:
+    model = compilation.model
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return Resolver(SiteTable(program, compilation.store, structure, modules, word_vectors(model, program)))
+
+
+def _lengthened(compilation: Compilation, mode: Mode, table: SiteTable, plan: Plan) -> tuple[Program, Capture]:
+    """A base with room for virtual tokens, and the capture that its layers come from."""
+
+    def capture(axes: Sequence[Axis], flags: Flags) -> Capture:
+        return _capture(compilation, axes, flags, mode)
+
+    try:
+        return lengthened(compilation.model, table, plan, capture)
+    except GraftError as error:
+        raise placed(compilation.spec, next(iter(plan.values()))[0][0], error) from error
 
 
 def _insert_tokens(compilation: Compilation, program: Program, table: SiteTable, clock: _Clock) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from graftc.compiler.candidates import Candidate
 from graftc.compiler.findings import Finding, Structure, Sublayer, place
 from graftc.compiler.positions import above, position_readers
 from graftc.compiler.values import layer_values
+from graftc.compiler.words import WordVectors
 from graftc.passes.core.program import Program
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import (
@@ -68,15 +69,25 @@ class SiteTable:
         store: its tensors.
         structure: the roles found in it.
         modules: the source model's modules by path, to tell a wrong name from a module that no output needs.
+        words: where it looks words up.
 
     Attributes:
         entries: the sites of each candidate: one per use of its tensor.
         candidates: what targets select from; a candidate's key is its position in `entries`.
         weights: stored weights with their uses, by module and parameter name.
+        words: where the model looks words up.
     """
 
-    def __init__(self, program: Program, store: Store, structure: Structure, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        store: Store,
+        structure: Structure,
+        modules: Mapping[str, nn.Module],
+        words: Sequence[WordVectors] = (),
+    ) -> None:
         self.program, self.store, self.structure, self.modules = program, store, structure, modules
+        self.words = words
         self.entries: list[list[Site]] = []
         self.candidates: list[Candidate] = []
         self.weights: dict[tuple[str, str], _Weight] = {}
@@ -100,6 +111,7 @@ class SiteTable:
         self._sublayers()
         self._other_modules()
         self._values()
+        self._words(words)
 
     # --- weights ---------------------------------------------------------------------------------------
 
@@ -262,6 +274,13 @@ class SiteTable:
                     ]
                 )
 
+    def _words(self, words: Sequence[WordVectors]) -> None:
+        """The word vectors of every sequence. Without a prefix the role means the first one's, an encoder's."""
+        for own in words:
+            key = SiteKey(own.module, own.role)
+            named = {own.role} if own.role.startswith("decoder.") else None
+            self._add([ValueSite(key, (own.role,), None, "", kind=SiteKind.VALUE, node=own.node)], named=named)
+
     def _blocked(self, finding: Finding) -> None:
         name = (finding.parameter or finding.role).rpartition(".")[2]
         reason = "has a weight that is more than rows of one stored tensor, in order"
@@ -285,9 +304,10 @@ class SiteTable:
             key = SiteKey(path, "weight")
             self._add([BlockedSite(key, (), layer, stack, kind=SiteKind.LINEAR, reason=reason, unused=unused)])
 
-    def _add(self, sites: Sequence[Site], part: bool = False) -> None:
+    def _add(self, sites: Sequence[Site], part: bool = False, named: Iterable[str] | None = None) -> None:
         first = sites[0]
         roles = frozenset(r for site in sites for role in site.roles for r in widen(role))
+        roles = frozenset(named) if named is not None else roles
         label = first.key.module + (f"[{first.key.part}]" if first.key.part else "")
         index = len(self.entries)
         self.entries.append(list(sites))

@@ -18,7 +18,7 @@ from graftc.compiler.pipeline import Compilation
 from graftc.compiler.signature import split
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.blocks import Runner
-from graftc.passes.core.program import Program
+from graftc.passes.core.program import Mode, Program
 from graftc.passes.core.store import Store
 from graftc.runtime.checkpointing import Checkpointed
 from graftc.runtime.choosing import Choosing, with_choices
@@ -309,7 +309,8 @@ class Compiled(Inspected, Checkpointed, Choosing, Combining, Steered, ModelRunne
         return ("base " if self._base_only else "") + super()._key(family)
 
     def _program_of(self, family: Family) -> Program:
-        return family.program("train" if self.training else "eval", base=self._base_only)
+        mode: Mode = "train" if self.training else "eval"
+        return family.source(mode) if self._base_only else family.program(mode)
 
 
 def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compiled]:

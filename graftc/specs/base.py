@@ -19,6 +19,7 @@ from graftc.specs.roles import ROLES
 from graftc.specs.schema import AdaptationName, needs_one_of
 from graftc.specs.target import Target
 from graftc.specs.validation import reject
+from graftc.specs.virtual import VirtualRun
 
 __all__ = ["RESERVED_NAMES", "Items", "MethodSpec", "Override", "SpecModel", "check_name"]
 
@@ -99,6 +100,10 @@ class MethodSpec(SpecModel):
         """The overrides in order; empty for a method that has none."""
         overrides: Sequence[Override] = getattr(self, "overrides", ())
         return overrides
+
+    def virtual_tokens(self) -> Sequence[VirtualRun]:
+        """What it puts among the tokens of a text; nothing in most methods."""
+        return ()
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

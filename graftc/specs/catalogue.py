@@ -95,6 +95,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "The model does not say which table holds its tokens, or reads it in a way that new rows cannot be put into.",
      "Use a model with `get_input_embeddings` and `resize_token_embeddings`, as those of transformers. A `first` that "
      "leaves a gap has to be smaller."),
+    ("GC019", _SPEC, "virtual tokens do not fit the model",
+     "Virtual tokens stand among the word vectors, so the model has to take those in the place of token ids "
+     "(`inputs_embeds`), and what comes behind its layers must need nothing else of them.",
+     "Use a method that adds no virtual tokens, for example `prefix`; or leave out the input that the message names."),
 
     # Where a spec and a model do not go together.
     ("GC020", _SPEC, "the rank exceeds the layer",
@@ -164,6 +168,9 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC038", _SPEC, "the choice does not fit the bank",
      "What a call chooses is no slot of the bank, or not one choice for each row.",
      "Give numbers from 0, or names of adaptations, one for each row; weights have a column for each slot."),
+    ("GC039", _SPEC, "a token is not in the vocabulary",
+     "The spec names a token by its id, and the model's table of embeddings has no such row.",
+     "Take ids from the model's own tokenizer, for example `tokenizer.sep_token_id`."),
     ("GC040", _FAILED, "a pass broke an invariant",
      "The verifier found the graph wrong after a pass: a bug in graftc or in a method, not in the spec.",
      "Report it with the message, which names the pass and the node. Base weights are untouched."),

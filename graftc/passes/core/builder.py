@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import fx
 
-from graftc.passes.core.attending import AttentionBuilder
 from graftc.passes.core.layout import Layout
 from graftc.passes.core.ops import SEEDS
 from graftc.passes.core.program import follow, provenance
 from graftc.passes.core.sites import LinearSite
 from graftc.passes.core.tensors import Initialiser
+from graftc.passes.core.virtual import VirtualBuilder
 from graftc.specs.diagnostics import GraftError
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ DropoutScope = Literal["input", "target"]
 __all__ = ["Builder", "DropoutScope", "Initialiser"]
 
 
-class Builder(AttentionBuilder):
+class Builder(VirtualBuilder):
     """Builds one adaptation into one Program.
 
     Args:

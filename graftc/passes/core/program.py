@@ -14,6 +14,8 @@ from graftc.passes.core.rows import Rows
 if TYPE_CHECKING:
     import networkx as nx
 
+    from graftc.passes.core.sites import SiteKey
+
 Mode = Literal["train", "eval"]
 
 
@@ -109,6 +111,28 @@ class HistoryEntry:
         return bool(self.added or self.removed)
 
 
+@dataclass(frozen=True)
+class VirtualTokens:
+    """An adaptation's virtual tokens in one sequence.
+
+    Attributes:
+        owner: the adaptation.
+        sites: the values of that sequence that it adapts.
+        rows: their vectors for each run, ``[batch, length, width]``: zeros until a method fills them.
+        starts: where each run begins in the lengthened sequence: a number, or ``int64[batch, 1]``.
+    """
+
+    owner: str
+    sites: frozenset[SiteKey]
+    rows: tuple[fx.Node, ...]
+    starts: tuple[fx.Node | int, ...]
+
+    def mapped(self, mapping: Mapping[fx.Node, fx.Node]) -> VirtualTokens:
+        """The same in a copy of the graph."""
+        starts = tuple(mapping[s] if isinstance(s, fx.Node) else s for s in self.starts)
+        return replace(self, rows=tuple(mapping[row] for row in self.rows), starts=starts)
+
+
 @dataclass
 class Program:
     """One captured graph in ATen training IR.
@@ -136,6 +160,9 @@ class Program:
 
     derived: dict[str, list[tuple[str, Rows]]] = field(default_factory=dict)
     """Which adaptation has constants that follow from which rows of a base tensor."""
+
+    virtual: tuple[VirtualTokens, ...] = ()
+    """Virtual tokens that stand in its sequences."""
 
     @property
     def signature(self) -> tuple[str, ...]:
@@ -173,6 +200,7 @@ class Program:
             "history": list(self.history),
             "claims": {name: list(held) for name, held in self.claims.items()},
             "derived": {name: list(held) for name, held in self.derived.items()},
+            "virtual": tuple(v.mapped(mapping) for v in self.virtual),
             **changes,
         }
         return replace(self, **fields)

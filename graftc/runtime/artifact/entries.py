@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,6 @@ from graftc.compiler.family import Family
 from graftc.compiler.fingerprint import Identity, tensor_digest
 from graftc.compiler.snapshot import TensorRecord, as_plain
 from graftc.passes.core.printer import structural_hash
-from graftc.passes.core.program import Program
 from graftc.passes.core.serialise import SerialisationError, program_to_json
 from graftc.passes.core.shapes import DTYPE_NAMES
 from graftc.passes.core.store import Store
@@ -102,7 +101,7 @@ def signatures(compiled: Compiled) -> tuple[list[dict[str, Any]], dict[str, str]
     for number, family in enumerate(compiled.compilation.families.values()):
         graphs: dict[str, Any] = {}
         try:
-            own = {f"programs/{number}.{kind}.json": (kind, program) for kind, program in _graphs(family)}
+            own = {f"programs/{number}.{kind}.json": (kind, program) for kind, program in family.graphs.items()}
             texts |= {file: canonical_json(program_to_json(program)) for file, (_, program) in own.items()}
             graphs = {
                 kind: {"file": file, "structure": structural_hash(program, store.canonical)}
@@ -117,23 +116,16 @@ def signatures(compiled: Compiled) -> tuple[list[dict[str, Any]], dict[str, str]
                     for axis in family.axes
                 ],
                 "flags": [list(flag) for flag in family.base.flags],
-                "captures": [_capture(capture) for capture in family.captures],
+                "captures": [_capture(capture, family) for capture in family.captures],
                 "graphs": graphs,
             }
         )
     return entries, texts
 
 
-def _graphs(family: Family) -> Iterator[tuple[str, Program]]:
-    yield "base.train", family.base
-    yield "base.eval", family.base_eval
-    yield "train", family.train
-    yield "eval", family.eval
-
-
-def _capture(capture: Capture) -> dict[str, Any]:
+def _capture(capture: Capture, family: Family) -> dict[str, Any]:
     return {
-        "mode": capture.program.mode,
+        "graph": next(name for name, program in family.graphs.items() if program is capture.program),
         "key": capture.key,
         "notes": list(capture.notes),
         "constants": sorted(capture.constants),

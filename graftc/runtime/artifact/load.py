@@ -158,14 +158,8 @@ def check_graphs(artifact: Artifact, compilation: Compilation) -> None:
 
 def different_graph(signature: Signature, compilation: Compilation, key: tuple[str, ...]) -> str | None:
     """The first graph of a signature that is another than a Compilation's; None where all are the same."""
-    family, canonical = compilation.families[key], compilation.store.canonical
-    programs = {
-        "base.train": family.base,
-        "base.eval": family.base_eval,
-        "train": family.train,
-        "eval": family.eval,
-    }
+    programs, canonical = compilation.families[key].graphs, compilation.store.canonical
     for kind, graph in signature.graphs.items():
-        if structural_hash(programs[kind], canonical) != graph.structure:
+        if kind not in programs or structural_hash(programs[kind], canonical) != graph.structure:
             return kind
     return None

@@ -198,11 +198,17 @@ class Input(Record):
     """Its axes; a name is a size that varies, the same wherever the name stands."""
 
 
+GraphName: TypeAlias = Literal[
+    "base.train", "base.eval", "train", "eval", "tokens.train", "tokens.eval", "embeds.train", "embeds.eval"
+]
+"""A graph of a signature."""
+
+
 class Captured(Record):
     """One captured graph of the base."""
 
-    mode: Literal["train", "eval"]
-    """The mode it was captured in."""
+    graph: GraphName
+    """Which of the signature's graphs it is."""
 
     key: str | None
     """Identifies model, code and versions; null where nothing does. The graph is used again for the same key only."""
@@ -234,10 +240,12 @@ class Signature(Record):
     """Other keyword arguments, which are constants of the graphs."""
 
     captures: tuple[Captured, ...]
-    """What was captured: train mode, and eval mode where it could not be derived."""
+    """What was captured: train mode, and eval mode where it could not be derived; with token ids, and with word vectors
+    where there are virtual tokens."""
 
-    graphs: dict[Literal["base.train", "base.eval", "train", "eval"], Graph]
-    """Adapted graphs and those of the base; none where one holds an operator that no file can name."""
+    graphs: dict[GraphName, Graph]
+    """Adapted graphs, those of the base, and what that is composed of where there are virtual tokens; none where one
+    holds an operator that no file can name."""
 
 
 class Kept(Record):

@@ -131,7 +131,7 @@ class Artifact:
         found: dict[str, Any] = {}
         for entry in self.manifest.signatures:
             for captured in entry.captures:
-                graph = entry.graphs.get("base.train" if captured.mode == "train" else "base.eval")
+                graph = entry.graphs.get(captured.graph)
                 if captured.key is not None and graph is not None:
                     found[captured.key] = lambda c=captured, f=graph.file: self._capture(c, f, constants, device)
         return found

@@ -1,0 +1,159 @@
+"""The entry ``embeds``: Programs with room for virtual tokens, whose layers are captured with word vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeAlias
+
+from torch import fx, nn
+
+from graftc.compiler.capture import Capture
+from graftc.compiler.compose import Unit
+from graftc.compiler.findings import Structure
+from graftc.compiler.interface import Flags
+from graftc.compiler.positions import above
+from graftc.compiler.signature import Axis
+from graftc.compiler.sitetable import SiteTable
+from graftc.compiler.structure import find_structure
+from graftc.compiler.words import WordVectors
+from graftc.passes.core.program import Program
+from graftc.passes.core.sites import ValueSite
+from graftc.passes.lengthen import Lengthened, lengthen
+from graftc.specs.diagnostics import GraftError
+
+_HINT = "use a method that adds no virtual tokens, for example prefix"
+
+
+Plan: TypeAlias = Mapping[str, Sequence[tuple[Unit, Sequence[ValueSite]]]]
+"""Which adaptations have virtual tokens in a sequence, and at which values of it; by input of token ids."""
+
+
+def planned(units: Iterable[Unit], vectors: Sequence[WordVectors]) -> Plan:
+    """Which adaptations have virtual tokens in which sequence, and where.
+
+    Raises:
+        GraftError: GC019 where the sequence of a place cannot be lengthened, GC036 in compositions that cannot have
+            virtual tokens.
+    """
+    found: dict[str, list[tuple[Unit, list[ValueSite]]]] = {}
+    for unit in units:
+        for member in unit.members:
+            if not member.spec.virtual_tokens():
+                continue
+            if unit.composition is not None and not unit.of_one_shape:
+                kind = unit.composition.kind
+                raise GraftError("GC036", f"{member.name!r} adds virtual tokens, which no {kind} can compose")
+            sites: dict[str, list[ValueSite]] = {}
+            for site, _ in member.sites:
+                assert isinstance(site, ValueSite)
+                sites.setdefault(_sequence(site, member.sites, vectors).ids, []).append(site)
+            for ids, own in sites.items():
+                found.setdefault(ids, []).append((unit, own))
+            break
+    return found
+
+
+def _sequence(site: ValueSite, sites: Iterable[tuple[object, object]], vectors: Sequence[WordVectors]) -> WordVectors:
+    """The sequence that a site is a value of: the only one that the first layer of its stack is made from."""
+    for own in vectors:
+        if own.node is site.node:
+            return own
+    same = [s for s, _ in sites if isinstance(s, ValueSite) and s.stack == site.stack]
+    sources = above(min(site.node for site in same))
+    reached = [own for own in vectors if own.node in sources]
+    if len(reached) != 1:
+        message = (
+            f"{site.key} cannot have virtual tokens: the model takes no word vectors in the place of its token ids"
+        )
+        raise GraftError("GC019", message, hint=_HINT)
+    return reached[0]
+
+
+def lengthened(
+    model: nn.Module,
+    table: SiteTable,
+    plan: Plan,
+    capture: Callable[[Sequence[Axis], Flags], Capture],
+) -> tuple[Program, Capture]:
+    """A Program with room for virtual tokens, and the capture that its layers come from.
+
+    Args:
+        model: the source model.
+        table: the sites of its capture with token ids.
+        plan: what to add; see `planned`.
+        capture: captures the model for other inputs.
+
+    Raises:
+        GraftError: GC019 where the model cannot be captured with word vectors, or its layers' end is not found; GC020
+            where no room is left for a text.
+    """
+    program, vectors = table.program, table.words
+    streams = [
+        Lengthened(
+            own.ids,
+            own.embeds,
+            own.node,
+            tuple(
+                (unit.name, frozenset(s.key for s in sites), tuple(unit.members[0].spec.virtual_tokens()))
+                for unit, sites in plan[own.ids]
+            ),
+        )
+        for own in vectors
+        if own.ids in plan
+    ]
+    ends = _ends(table.structure)
+    if not ends:
+        raise GraftError("GC019", f"the layers of {type(model).__name__} are not found", hint=_HINT)
+    axes = _axes(program, streams, [node for node, _ in ends.values()])
+    try:
+        body = capture(axes, program.flags)
+    except GraftError as error:
+        if error.code != "GC030":
+            raise
+        raise GraftError("GC019", f"it cannot be called with word vectors: {error.message}", hint=_HINT) from error
+    _check_room(body.program, streams)
+    own_ends = _ends(find_structure(body.program.graph, body.constants))
+    pairs = [(node, own_ends[stack][0]) for stack, (node, _) in ends.items() if stack in own_ends]
+    return lengthen(program, body.program, streams, pairs), body
+
+
+def _ends(structure: Structure) -> dict[str, tuple[fx.Node, int]]:
+    """What the last sublayer of each stack gives, and how many sublayers there are."""
+    found: dict[str, tuple[fx.Node, int]] = {}
+    for sublayer in structure.sublayers:
+        if sublayer.roles:
+            found[sublayer.stack] = (sublayer.output, found.get(sublayer.stack, (None, 0))[1] + 1)
+    return found
+
+
+def _axes(program: Program, streams: Sequence[Lengthened], ends: Sequence[fx.Node]) -> list[Axis]:
+    """The inputs that the layers need, with word vectors in the place of ids."""
+    needed = {node for end in ends for node in above(end)}
+    by_ids = {stream.ids: stream for stream in streams}
+    longer = {s.shape[1]: by_ids[s.name].length for s in program.inputs if s.name in by_ids}
+    axes = []
+    for spec, node in zip(program.inputs, program.placeholders(), strict=True):
+        if node not in needed:
+            continue
+        shape = tuple(
+            size + longer.get(size, 0) if axis == 1 and isinstance(size, int) else size
+            for axis, size in enumerate(spec.shape)
+        )
+        if spec.name in by_ids:
+            value = by_ids[spec.name].value.meta["val"]
+            axes.append(Axis(by_ids[spec.name].embeds, value.dtype, (*shape, int(value.shape[-1]))))
+        else:
+            axes.append(Axis(spec.name, spec.dtype, shape))
+    return axes
+
+
+def _check_room(body: Program, streams: Sequence[Lengthened]) -> None:
+    for stream in streams:
+        (limit,) = (spec.ranges[1][1] for spec in body.inputs if spec.name == stream.embeds)
+        if limit is not None and stream.length >= limit and isinstance(_shape(body, stream.embeds)[1], str):
+            message = f"{stream.length} virtual tokens leave no room for a text: the model reads {limit} at most"
+            raise GraftError("GC020", message)
+
+
+def _shape(program: Program, name: str) -> tuple[int | str, ...]:
+    return next(spec.shape for spec in program.inputs if spec.name == name)

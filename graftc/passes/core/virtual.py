@@ -1,0 +1,105 @@
+"""The part of the `Builder` that fills virtual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.attending import AttentionBuilder
+from graftc.passes.core.program import VirtualTokens, map_nodes
+from graftc.passes.core.shapes import expression
+from graftc.passes.core.sites import ValueSite
+from graftc.specs.diagnostics import GraftError
+
+aten = torch.ops.aten
+
+
+class VirtualBuilder(AttentionBuilder):
+    """Fills virtual tokens, where words are looked up and at any layer."""
+
+    def virtual(self, site: ValueSite) -> VirtualTokens:
+        """The adaptation's virtual tokens in the sequence of a site."""
+        held = self.program.virtual
+        return next(v for v in held if v.owner == self.adaptation and site.key in v.sites)
+
+    def fill(self, site: ValueSite, run: int, vectors: fx.Node, part: str = "tokens") -> None:
+        """Make ``vectors: [length, width]``, or ``[batch, length, width]``, the word vectors of a run."""
+        rows = self.virtual(site).rows[run]
+        self._redirect(rows, self._for_rows(vectors, rows, part), lambda user: True)
+
+    def hold(self, site: ValueSite, run: int, vectors: fx.Node, part: str = "tokens") -> None:
+        """Put ``vectors: [length, width]``, or ``[batch, length, width]``, in the place of what the virtual tokens of a
+        run have at a value of a layer."""
+        value, start = self.value(site), self.virtual(site).starts[run]
+        made = self._for_rows(vectors, value, part)
+        length = int(made.meta["val"].shape[1])
+        if isinstance(start, fx.Node):
+            index = self.call(aten.add.Tensor, start, self.numbers(f"offsets_{run}", torch.arange(length)), part=part)
+            width = int(value.meta["val"].shape[-1])
+            index = self.call(aten.expand.default, self.call(aten.unsqueeze.default, index, -1), [-1, -1, width])
+            self.set_value(site, self.call(aten.scatter.src, value, 1, index, made, part=part))
+            return
+        pieces = [made, self.call(aten.slice.Tensor, value, 1, start + length, 2**63 - 1, part=part)]
+        if start:
+            pieces.insert(0, self.call(aten.slice.Tensor, value, 1, 0, start, part=part))
+        self.set_value(site, self.call(aten.cat.default, pieces, 1, part=part))
+
+    def _for_rows(self, vectors: fx.Node, like: fx.Node, part: str) -> fx.Node:
+        if vectors.meta["val"].dim() == 3:
+            return vectors
+        rows = like.meta["val"].shape[0]
+        size = rows if isinstance(expression(rows), int) else self.call(aten.sym_size.int, like, 0, part="rows")
+        return self.call(aten.expand.default, self.call(aten.unsqueeze.default, vectors, 0, part=part), [size, -1, -1])
+
+    def vocabulary(self, site: ValueSite) -> int:
+        """How many tokens there are to look up.
+
+        Raises:
+            GraftError: GC019 where they are not looked up in a table.
+        """
+        tables = [n.args[0] for n in _above(site.node) if n.target is aten.embedding.default]
+        sizes = [int(t.meta["val"].shape[0]) for t in tables if isinstance(t, fx.Node)]
+        if not sizes:
+            raise GraftError("GC019", f"the vectors of {site.key} are not looked up in a table")
+        return min(sizes)
+
+    def embedded(self, site: ValueSite, ids: Tensor) -> Tensor:
+        """What the model looks up for some tokens: ``ids: int64[n]`` to ``[n, width]``, float32 on the CPU."""
+        given = ids[None].to(self._device())
+        return computed(site.node, lambda node: given, self.store.get)[0].float().cpu()
+
+
+def _above(node: fx.Node) -> list[fx.Node]:
+    """Everything that a node is made from, in graph order."""
+    found, pending = {node}, [node]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                pending.append(source)
+    return sorted(found)
+
+
+@torch.no_grad()
+def computed(node: fx.Node, given: Callable[[fx.Node], Tensor], tensor: Callable[[str], Tensor]) -> Tensor:
+    """The value of a node.
+
+    Args:
+        node: what to compute, with everything that it is made from.
+        given: the value of an input of the graph.
+        tensor: gives a tensor of the Store by name.
+    """
+    values: dict[fx.Node, Any] = {}
+    for source in _above(node):
+        if source.op == "placeholder":
+            values[source] = given(source)
+        elif source.op == "get_attr":
+            values[source] = tensor(str(source.target)).detach()
+        else:
+            args, kwargs = map_nodes((source.args, dict(source.kwargs)), values.__getitem__)
+            values[source] = source.target(*args, **kwargs)  # type: ignore[operator]
+    result: Tensor = values[node]
+    return result
