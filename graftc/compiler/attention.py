@@ -7,8 +7,10 @@ from torch import Tensor, fx
 
 from graftc.compiler.columns import Through
 from graftc.compiler.findings import Heads
-from graftc.compiler.flow import Attention
+from graftc.compiler.flow import Attention, tensor_nodes
 from graftc.compiler.labels import Labels
+from graftc.compiler.operators import MOVING, PASSING, op_name
+from graftc.passes.core.sites import Operands
 from graftc.specs.claims import SiteKind
 
 
@@ -174,10 +176,32 @@ def read_heads(labels: Labels) -> dict[fx.Node, Heads]:
     """What each head's keys and values are made of, where every position has the same columns."""
     found = {}
     for node, attention in labels.flow.attentions.items():
-        keys, values = (_columns(labels, operand) for operand in (attention.key, attention.value))
+        keys, values = (_headed(labels, attention, operand) for operand in (attention.key, attention.value))
         if keys is not None and values is not None:
-            found[node] = Heads(keys, values)
+            operands = Operands(attention.query, keys[0], values[0])
+            found[node] = Heads(keys[1], values[1], operands)
     return found
+
+
+def _headed(labels: Labels, attention: Attention, operand: fx.Node) -> tuple[fx.Node, Tensor] | None:
+    """The value ``[rows, heads, keys, width]`` that an operand is a view of (itself, where the call is fused), and each
+    head's columns of it."""
+    if not attention.written_out:
+        columns = _columns(labels, operand)
+        return None if columns is None else (operand, columns)
+    node = operand
+    while op_name(node) in _LAID_OUT:
+        columns = _columns(labels, node)
+        if columns is not None:
+            return node, columns
+        source = next((n for n in tensor_nodes(node.args[:2]) if labels.flow.is_data(n)), None)
+        if source is None:
+            return None
+        node = source
+    return None
+
+
+_LAID_OUT = MOVING | PASSING | {"mul", "div"}
 
 
 def _columns(labels: Labels, operand: fx.Node) -> Tensor | None:

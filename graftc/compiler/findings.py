@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from graftc.compiler.indices import Runs
+from graftc.passes.core.sites import Operands
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import widen
 
@@ -138,10 +139,12 @@ class Heads:
     Attributes:
         keys, values: ``int64[heads, width]``: the columns of what is projected, numbered from 0 in their own order, so
             that heads that share keys name the same columns.
+        operands: the values that hold them.
     """
 
     keys: Tensor
     values: Tensor
+    operands: Operands
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,21 @@ _SDPA = "scaled_dot_product_attention"
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: a fused call, or the product of a softmax with the values."""
+    """One attention: a fused call, or the product of a softmax with the values.
+
+    Attributes:
+        node: the call, or the product.
+        query, key, value: its operands; those of the product of scores, where it is written out.
+        name: for people.
+        written_out: whether it is no single call.
+    """
 
     node: fx.Node
     query: fx.Node
     key: fx.Node
     value: fx.Node
     name: str
+    written_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,7 +204,7 @@ class Flow:
                 near = [s for s in scores if self._share_input(s[1], value)] or scores
                 query, key = near[0]
                 name = self._called("softmax attention")
-                self.attentions[node] = Attention(node, query, key, value, name)
+                self.attentions[node] = Attention(node, query, key, value, name, written_out=True)
                 return
 
     def _softmax(self, node: fx.Node) -> fx.Node | None:

@@ -193,7 +193,6 @@ class SiteTable:
     def _attention(self, finding: Finding) -> None:
         key = SiteKey(finding.module, finding.role, use=finding.use)
         heads = self.structure.heads.get(finding.node)
-        keys, values = (heads.keys, heads.values) if heads is not None else (None, None)
         made = above(finding.node)
         self._add(
             [
@@ -202,8 +201,9 @@ class SiteTable:
                     *_where(finding),
                     kind=SiteKind.ATTENTION,
                     node=finding.node,
-                    keys=keys,
-                    values=values,
+                    keys=heads.keys if heads is not None else None,
+                    values=heads.values if heads is not None else None,
+                    operands=heads.operands if heads is not None else None,
                     positions=tuple(p for p in self._positions if p.reader in made),
                 )
             ]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graftc.passes.core.attending import Window
 from graftc.passes.core.batch import Batch
 from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.lowrank import normal, zeros
@@ -88,7 +89,7 @@ class Collecting(Builder):
         """
         raise self._refusal("it changes what the map reads")
 
-    def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node) -> None:
+    def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node, *, window: Window = "visible") -> None:
         """Only what is added can be composed.
 
         Raises:

@@ -12,7 +12,7 @@ from graftc.passes.core.builder import Builder
 from graftc.passes.core.folds import Fold, Keep
 from graftc.passes.core.lowrank import normal, uniform, zeros
 from graftc.passes.core.method import Method
-from graftc.passes.core.sites import AttentionSite, Positions, Site
+from graftc.passes.core.sites import AttentionSite, Operands, Positions, Site
 from graftc.specs.base import MethodSpec
 from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.prefix import Prefix, PrefixSpec
@@ -47,9 +47,7 @@ class PrefixedAttention(Method[S]):
         if own is None:
             return None
         _same_lengths(spec, "a reparameterisation has one vector for each position, so every place has as many")
-        query = _operands(sites[0])[0].meta["val"]
-        width = own.width or int(query.shape[1]) * int(query.shape[3])
-        dtype = query.dtype
+        width, dtype = own.width or _width(sites[0]), _operands(sites[0]).keys.meta["val"].dtype
         vectors = build.parameter("vectors", (spec.length, width), normal(spec.init_std), dtype=dtype)
         weight = build.parameter("hidden", (own.hidden, width), uniform, dtype=dtype)
         bias = build.parameter("hidden_bias", (own.hidden,), zeros, dtype=dtype)
@@ -63,15 +61,15 @@ class PrefixedAttention(Method[S]):
             GraftError: GC017 where the attention is written in a form, or has keys, that a prefix cannot be put into.
         """
         assert isinstance(site, AttentionSite)
-        _, *own = _operands(site)
-        if site.keys is None or site.values is None:
-            raise GraftError("GC017", f"the keys of {site.key} cannot be followed head by head", hint=_LEAVE)
+        own = _operands(site)
+        assert site.keys is not None and site.values is not None
         made = []
-        for part, columns, like in zip(("keys", "values"), (site.keys, site.values), own, strict=True):
+        heads = (("keys", site.keys, own.keys), ("values", site.values, own.values))
+        for part, columns, like in heads:
             table = _table(spec, build, part, int(columns.max()) + 1, shared, like.meta["val"].dtype)
             headed = _headed(build, build.dropout(table, spec.dropout), columns, part)
             made.append(build.batched(headed, like, part))
-        build.attend(site, *made)
+        build.attend(site, *made, window=spec.window)
 
     def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
         """It stays: what it adds to the softmax depends on the query."""
@@ -81,7 +79,7 @@ class PrefixedAttention(Method[S]):
         """The keys and values themselves, where a network gives them while training."""
         if spec.reparameterization is None:
             return None
-        kept = ("name", "target", "length", "positions", "dropout", "overrides")
+        kept = ("name", "target", "length", "positions", "window", "dropout", "overrides")
         return type(spec)(**{field: getattr(spec, field) for field in kept})
 
     def collapsed(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -122,18 +120,19 @@ def _check_table(spec: PrefixSpec, positions: Positions) -> None:
         raise GraftError("GC020", message, place=Place(path="length"), hint="use positions: unshifted")
 
 
-_LEAVE = "leave it out with exclude"
-
-
-def _operands(site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
+def _operands(site: Site) -> Operands:
     assert isinstance(site, AttentionSite)
-    if site.node.target is not aten.scaled_dot_product_attention.default:
-        message = f"{site.key} is written out, not a call of scaled_dot_product_attention"
-        hint = "load the model with attn_implementation='sdpa', where it has that, or leave it out with exclude"
-        raise GraftError("GC017", message, hint=hint)
-    query, key, value = site.node.args[:3]
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
-    return query, key, value
+    if site.operands is None:
+        message = f"the keys of {site.key} cannot be followed head by head"
+        raise GraftError("GC017", message, hint="leave it out with exclude")
+    return site.operands
+
+
+def _width(site: Site) -> int:
+    """The width of the queries, or of the keys where an attention that is written out has these in another shape."""
+    query = _operands(site).query.meta["val"]
+    assert isinstance(site, AttentionSite) and site.keys is not None
+    return int(query.shape[1]) * int(query.shape[3]) if query.dim() == 4 else site.keys.numel()
 
 
 def _table(

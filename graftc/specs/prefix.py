@@ -51,6 +51,10 @@ class PrefixSpec(MethodSpec):
     """`unshifted`: the text keeps its positions. `shifted`: it begins after the prefix, as where a cache holds the
     prefix (the authors' code, PEFT); learned positions have to suffice for both."""
 
+    window: Literal["visible", "masked"] = "visible"
+    """`visible`: a window that slides leaves the prefix in sight. `masked`: it hides the prefix as it would hide tokens
+    there, as where a cache holds the prefix (PEFT)."""
+
     reparameterization: Reparameterization | None = None
     """Train a small network that gives the keys and values, instead of themselves."""
 
@@ -68,9 +72,10 @@ class Prefix(PrefixSpec):
     """Prefix tuning: every query attends to `length` trained keys and values besides those of the text.
 
     They stand in front, after heads are split: `softmax(q [P; K]^T) [U; V]`. Every query sees all of them, whatever the
-    mask says of the text. They have the widths of the projected keys and values, so heads that share keys share the
-    prefix, and they are not rotated. A bias of positions (T5, ALiBi) is zero for them, and no window that slides leaves
-    them out.
+    mask says of the text, unless `window` is `masked`. They have the widths of the projected keys and values, so heads
+    that share keys share the prefix, and they are not rotated. A bias of positions (T5, ALiBi) is that of tokens in
+    front of the text; what is made from activations, or comes in as a mask of pairs, is zero for them. An adaptation of
+    the bias itself goes before the prefix in `adapt`.
 
     The model is not the base's at first, with zeros neither: keys of zeros take part in the softmax.
     """

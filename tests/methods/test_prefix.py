@@ -107,7 +107,7 @@ def test_a_prefix_is_a_mixture(masked: str) -> None:
     if masked in ("causal", "bool"):
         scores = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
     elif masked == "float":
-        scores = scores + torch.linspace(-1, 1, length, dtype=x.dtype)
+        scores = scores + torch.linspace(-1, 1, length, dtype=x.dtype)  # made for one length, so zero in front
     share = own.exp().sum(-1, keepdim=True)
     share = share / (share + scores.exp().sum(-1, keepdim=True))
     mixed = (1 - share) * (scores.softmax(-1) @ v) + share * (own.softmax(-1) @ u)
@@ -192,7 +192,7 @@ def test_stacked_prefixes_are_one_longer() -> None:
 
 
 def test_what_cannot_have_a_prefix() -> None:
-    """Each with a code: no attention, one that is written out, a table without room."""
+    """Each with a code: no attention, a table without room, a window of one size, keys that no column says."""
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (nn.Sequential(nn.Linear(4, 4)), {}, "GC015"),
         (tiny("bert"), {"positions": "shifted", "length": 10_000}, "GC020"),
@@ -207,8 +207,16 @@ def test_what_cannot_have_a_prefix() -> None:
         with pytest.raises(GraftError) as caught:
             graftc.compile({"adapt": [{"method": "prefix", "length": 3, **fields}]}, model, example)
         assert caught.value.code == code
-    written = tiny("bert")
-    written.config._attn_implementation = "eager"
-    with pytest.raises(GraftError, match="written out") as caught:
-        graftc.compile({"adapt": [{"method": "prefix", "length": 3}]}, written)
-    assert caught.value.code == "GC017"
+
+    class Rolled(Plain):
+        """Keys that are other columns at every position."""
+
+        def heads(self, x: Tensor, projection: nn.Module, count: int) -> Tensor:
+            found = super().heads(x, projection, count)
+            return torch.cat([found[:, :, :1].flip(-1), found[:, :, 1:]], 2)
+
+    for plain, field, message in ((Plain("float"), "masked", "window"), (Rolled("none"), "visible", "head by head")):
+        with pytest.raises(GraftError, match=message) as caught:
+            spec = {"adapt": [{"method": "prefix", "length": 3, "window": field}]}
+            graftc.compile(spec, plain, {"x": torch.randn(3, 7, 12)})
+        assert caught.value.code == "GC017"

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graftc.passes.canonicalise import takes_device
 from graftc.passes.core.program import Edit, Program, map_nodes, nodes_in
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.shapes import fake_mode_of, types_of
@@ -103,10 +105,18 @@ class NodeBuilder:
         """The call's value from its arguments' types; equal types are worked out once."""
         key = (target, types_of(args), types_of(kwargs))
         if key not in self._values:
-            with self._fake:
-                inputs = map_nodes((args, kwargs), lambda n: n.meta["val"])
-                self._values[key] = target(*inputs[0], **inputs[1])
+            # Some operators expand to symbolic sizes with their Python decompositions only.
+            with enable_python_dispatcher(), self._fake:
+                inputs, options = map_nodes((args, dict(kwargs)), lambda n: n.meta["val"])
+                if takes_device(target):
+                    options = {"device": self._where(), **options}
+                self._values[key] = target(*inputs, **options)
         return self._values[key]
+
+    def _where(self) -> torch.device:
+        """The device that the graph's values are on."""
+        values = (node.meta["val"] for node in self.program.placeholders())
+        return next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
 
     @property
     def site(self) -> Site:

@@ -22,6 +22,7 @@ __all__ = [
     "ExpertsSite",
     "LinearSite",
     "NormSite",
+    "Operands",
     "ParameterSite",
     "Site",
     "SiteKey",
@@ -177,6 +178,21 @@ class Positions:
     index: int
 
 
+@dataclass(frozen=True)
+class Operands:
+    """What an attention is made of.
+
+    Attributes:
+        query: the queries, as the call or the product of scores reads them.
+        keys, values: ``[rows, heads, keys, width]``: as a fused call reads them; where the attention is written out,
+            the nearest above the products that are laid out so.
+    """
+
+    query: fx.Node
+    keys: fx.Node
+    values: fx.Node
+
+
 @dataclass(eq=False)
 class AttentionSite(Site):
     """An attention node.
@@ -185,12 +201,14 @@ class AttentionSite(Site):
         node: the call that gives the heads, before the output projection.
         keys, values: ``int64[heads, width]``: the columns of the projected keys and values that each head has, numbered
             from 0; heads that share keys name the same ones. None where they cannot be followed.
+        operands: the values that hold these; None where `keys` is.
         positions: where the positions of what it reads come from; in later layers those of other streams too.
     """
 
     node: fx.Node = field(kw_only=True)
     keys: Tensor | None = field(default=None, kw_only=True)
     values: Tensor | None = field(default=None, kw_only=True)
+    operands: Operands | None = field(default=None, kw_only=True)
     positions: tuple[Positions, ...] = field(default=(), kw_only=True)
 
     @property

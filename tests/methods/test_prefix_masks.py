@@ -1,0 +1,188 @@
+"""What masks and biases say of a prefix, in plain torch, and attentions that are written out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import graftc
+from graftc.runtime.compiled import Compiled
+from graftc.testing import largest_difference, outputs_of, perturb
+from graftc.testing.compare import inputs_for
+from tests.families import tiny
+
+aten = torch.ops.aten
+LENGTH, WINDOW = 3, 4
+
+
+class Attending(nn.Module):
+    """One causal attention of two heads over ``[rows, tokens, 8]``, with what `scored` makes of its scores.
+
+    Args:
+        kind: how it is masked: ``window``, ``relative`` (a table of distances), ``alibi`` or ``capped``.
+        fused: whether it is a single call.
+    """
+
+    def __init__(self, kind: str, fused: bool) -> None:
+        super().__init__()
+        self.kind, self.fused = kind, fused
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.table = nn.Embedding(64, 2)
+
+    def mask(self, tokens: Tensor) -> Tensor:
+        """``[rows, heads or 1, tokens, tokens]``: of bools for a window, a bias for the others."""
+        count = tokens.shape[1]
+        places = torch.arange(count)
+        distance = places[:, None] - places[None, :]
+        seen = (distance >= 0)[None, None] & tokens.bool()[:, None, None, :]
+        if self.kind == "window":
+            return seen & (distance < WINDOW)
+        bias = torch.zeros(1, 1, count, count, dtype=self.q.weight.dtype)
+        if self.kind == "relative":
+            bias = self.table(distance.abs().clamp(max=63)).permute(2, 0, 1)[None]
+        elif self.kind == "alibi":
+            bias = -distance.abs() * torch.tensor([0.5, 0.25], dtype=bias.dtype)[:, None, None]
+        return bias.masked_fill(~seen, torch.finfo(bias.dtype).min)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """``[rows, heads, tokens, width]``."""
+        return x.view(*x.shape[:2], 2, 4).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """The heads' results."""
+        if self.fused:
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        scores = q @ k.transpose(-1, -2) / 2
+        if self.kind == "capped":
+            scores = 0.7 * torch.tanh(scores / 0.7)
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        return torch.softmax(scores, -1) @ v
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """``[rows, tokens, 8]`` for a mask of tokens, ``[rows, tokens]``."""
+        q, k, v = (self.heads(p(inputs_embeds)) for p in (self.q, self.k, self.v))
+        out = self.attend(q, k, v, self.mask(attention_mask))
+        result: Tensor = self.o(out.transpose(1, 2).flatten(2))
+        return result
+
+
+def example() -> dict[str, Tensor]:
+    """Two rows, one of them with padding behind."""
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[1, 7:] = 0
+    return {"inputs_embeds": torch.randn(2, 9, 8, dtype=torch.float64), "attention_mask": mask}
+
+
+def adapted(kind: str, fused: bool, adapt: Any = None, **fields: Any) -> tuple[Attending, Compiled, dict[str, Tensor]]:
+    """The model in float64, and with a perturbed prefix."""
+    torch.manual_seed(4)
+    model, inputs = Attending(kind, fused).double().eval(), example()
+    spec = {"adapt": adapt or [{"method": "prefix", "length": LENGTH, **fields}]}
+    compiled = graftc.compile(spec, model, inputs).eval()
+    perturb(compiled, 0.5)
+    return model, compiled, inputs
+
+
+def expected(model: Attending, held: dict[str, Tensor], inputs: dict[str, Tensor], visible: bool) -> Tensor:
+    """The prefix as tokens in front would be seen: the model's own mask for ``LENGTH`` tokens more."""
+    x, tokens = inputs["inputs_embeds"], inputs["attention_mask"]
+    rows = x.shape[0]
+    mask = model.mask(torch.cat([tokens.new_ones(rows, LENGTH), tokens], 1))[:, :, LENGTH:]
+    if visible and mask.dtype == torch.bool:
+        mask = torch.cat([torch.ones_like(mask[..., :LENGTH]), mask[..., LENGTH:]], -1)
+    q, k, v = (model.heads(p(x)) for p in (model.q, model.k, model.v))
+    own = [
+        model.heads(held[f"graftc.prefix.attn.{part}"][None]).expand(rows, -1, -1, -1) for part in ("keys", "values")
+    ]
+    out = model.attend(q, torch.cat([own[0], k], 2), torch.cat([own[1], v], 2), mask)
+    result: Tensor = model.o(out.transpose(1, 2).flatten(2))
+    return result
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "written out"])
+@pytest.mark.parametrize(
+    ("kind", "window"),
+    [("window", "visible"), ("window", "masked"), ("relative", "visible"), ("alibi", "masked"), ("capped", "visible")],
+)
+def test_a_prefix_is_seen_as_tokens_would_be(kind: str, fused: bool, window: str) -> None:
+    """Windows hide it or not; tables of distances and ALiBi go on in front of the text; a cap holds for it too."""
+    model, compiled, inputs = adapted(kind, fused, window=window)
+    found = compiled(**inputs)
+    target = expected(model, dict(compiled.adapter_state_dict()), inputs, window == "visible")
+    torch.testing.assert_close(found, target, rtol=1e-10, atol=1e-10)
+    if kind == "window":
+        other = expected(model, dict(compiled.adapter_state_dict()), inputs, window != "visible")
+        assert largest_difference([found], [other]) > 1e-3
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "written out"])
+@pytest.mark.parametrize(("kind", "window"), [("window", "visible"), ("window", "masked"), ("relative", "visible")])
+def test_two_prefixes_are_one_longer(kind: str, fused: bool, window: str) -> None:
+    """The mask that has been made longer once is made longer again."""
+    both = [{"method": "prefix", "length": n, "name": name, "window": window} for n, name in ((1, "near"), (2, "far"))]
+    _, two, inputs = adapted(kind, fused, both)
+    _, one, _ = adapted(kind, fused, window=window)
+    held = two.adapter_state_dict()
+    one.load_adapter_state_dict(
+        {
+            f"graftc.prefix.attn.{part}": torch.cat([held[f"graftc.{n}.attn.{part}"] for n in ("far", "near")])
+            for part in ("keys", "values")
+        }
+    )
+    torch.testing.assert_close(two(**inputs), one(**inputs), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "mixtral"])
+def test_layers_share_one_mask(family: str) -> None:
+    """It is made longer as often as the model makes it, not once a layer."""
+
+    def masks(compiled: Compiled, base: bool) -> int:
+        graph = compiled._compilation.main.program("eval", base).graph
+        calls = graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+        return len({n.args[3] for n in calls if n.users})
+
+    compiled = graftc.compile({"adapt": [{"method": "prefix", "length": LENGTH, "window": "masked"}]}, tiny(family))
+    assert masks(compiled, False) == masks(compiled, True)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_written_out_is_fused(family: str) -> None:
+    """The same model, loaded with either, gives the same."""
+    found = []
+    for implementation in ("sdpa", "eager"):
+        model = tiny(family, attn_implementation=implementation)
+        compiled = graftc.compile({"adapt": [{"method": "prefix", "length": LENGTH}]}, model).eval()
+        perturb(compiled, 0.3)
+        found.append(outputs_of(compiled, inputs_for(compiled)))
+    assert largest_difference(*found) <= 1e-5
+
+
+@pytest.mark.parametrize("positions", ["unshifted", "shifted"])
+def test_positions_that_are_given(positions: str) -> None:
+    """A window's mask does not depend on whether the model or the caller counts positions."""
+    config: dict[str, Any] = {"sliding_window": WINDOW, "max_position_embeddings": 64}
+    spec = {"adapt": [{"method": "prefix", "length": LENGTH, "positions": positions, "window": "masked"}]}
+    compiled = graftc.compile(spec, tiny("mixtral", **config)).eval()
+    inputs = inputs_for(compiled)
+    rows, tokens = inputs["input_ids"].shape
+    given = torch.arange(tokens).expand(rows, tokens)
+    assert (
+        largest_difference(outputs_of(compiled, inputs), outputs_of(compiled, {**inputs, "position_ids": given}))
+        <= 1e-5
+    )
+
+
+def test_a_mask_that_is_given() -> None:
+    """Of a mask of pairs that a call gives, nothing is known in front: every query sees the prefix."""
+    compiled = graftc.compile({"adapt": [{"method": "prefix", "length": LENGTH}]}, tiny("llama")).eval()
+    inputs = inputs_for(compiled)
+    rows, tokens = inputs["input_ids"].shape
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    pairs = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(rows, 1, -1, -1)
+    given = outputs_of(compiled, {**inputs, "attention_mask": pairs})
+    assert largest_difference(given, outputs_of(compiled, inputs)) <= 1e-5
