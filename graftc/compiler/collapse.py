@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from graftc.compiler.certify import Adapted, CollapseEvidence, evaluate
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import Resolved
+from graftc.compiler.slots import are_constant, slot_parameters, slot_values
 from graftc.passes.core.folds import round_once
 from graftc.passes.core.program import Program, provenance
 from graftc.passes.core.registry import method_for
@@ -33,22 +34,27 @@ _SIZE = 4
 
 def collapsing(compilation: Compilation) -> list[Resolved]:
     """The adaptations that are deployed as simpler ones."""
-    return [r for r in compilation.main.resolved if method_for(r.spec.method).collapse(r.spec) is not None]
+    return [resolved for resolved in compilation.main.resolved if _simpler(compilation, resolved) is not None]
 
 
-def collapsed_spec(spec: Spec, names: Collection[str] | None = None) -> Spec:
+def collapsed_spec(compilation: Compilation, names: Collection[str] | None = None) -> Spec:
     """The spec with simpler adaptations in the places of those that collapse.
 
     Args:
-        spec: what was trained.
+        compilation: what was trained.
         names: which adaptations to keep, collapsed or not; all by default.
     """
+    simpler = {resolved.name: _simpler(compilation, resolved) for resolved in compilation.main.resolved}
+    spec = compilation.spec
     kept = (a for a in spec.adapt if names is None or a.name in names)
-    return spec.model_copy(update={"adapt": tuple(_simpler(adaptation) for adaptation in kept)})
+    return spec.model_copy(update={"adapt": tuple(simpler.get(str(a.name)) or a for a in kept)})
 
 
-def _simpler(adaptation: MethodSpec) -> MethodSpec:
-    return method_for(adaptation.method).collapse(adaptation) or adaptation
+def _simpler(compilation: Compilation, resolved: Resolved) -> MethodSpec | None:
+    """What an adaptation is deployed as; None where that is itself."""
+    if resolved.spec.virtual_tokens() and not are_constant(compilation, resolved):
+        return None
+    return method_for(resolved.spec.method).collapse(resolved.spec)
 
 
 def collapsed_values(compilation: Compilation) -> dict[str, Tensor]:
@@ -56,6 +62,9 @@ def collapsed_values(compilation: Compilation) -> dict[str, Tensor]:
     store = compilation.store
     found: dict[str, Tensor] = {}
     for resolved in collapsing(compilation):
+        if resolved.spec.virtual_tokens():
+            found |= slot_values(compilation, resolved)
+            continue
         for prefix, own in _places(compilation, resolved, lambda name: store.get(name).detach().double()):
             dtype = store.get(prefix + next(iter(own.held))).dtype
             found |= {prefix + part: round_once(value, dtype).contiguous() for part, value in own.collapsed().items()}
@@ -64,17 +73,18 @@ def collapsed_values(compilation: Compilation) -> dict[str, Tensor]:
 
 def collapsed_parameters(compilation: Compilation) -> dict[str, int]:
     """How many elements the simpler adaptations have, by name; counted from shapes."""
+    return {resolved.name: _parameters(compilation, resolved) for resolved in collapsing(compilation)}
+
+
+def _parameters(compilation: Compilation, resolved: Resolved) -> int:
+    if resolved.spec.virtual_tokens():
+        return slot_parameters(compilation, resolved)
     store = compilation.store
 
     def shaped(name: str) -> Tensor:
         return torch.empty(store.get(name).shape, dtype=torch.float64, device="meta")
 
-    return {
-        resolved.name: sum(
-            value.numel() for _, own in _places(compilation, resolved, shaped) for value in own.collapsed().values()
-        )
-        for resolved in collapsing(compilation)
-    }
+    return sum(v.numel() for _, own in _places(compilation, resolved, shaped) for v in own.collapsed().values())
 
 
 class _Own:
@@ -99,7 +109,7 @@ def _places(compilation: Compilation, resolved: Resolved, read: Any) -> Iterator
 
 def collapse_evidence(compilation: Compilation, seed: int = 0) -> tuple[CollapseEvidence, ...]:
     """How far each place's deployed function is from the mean of all that training can draw."""
-    found = collapsing(compilation)
+    found = [resolved for resolved in collapsing(compilation) if not resolved.spec.virtual_tokens()]
     if not found:
         return ()
     train = compilation.main.train

@@ -11,21 +11,36 @@ from graftc.compiler.capture import Capture
 from graftc.compiler.compose import Unit
 from graftc.compiler.findings import Structure
 from graftc.compiler.interface import Flags
-from graftc.compiler.positions import above
+from graftc.compiler.positions import above, position_readers
 from graftc.compiler.signature import Axis
 from graftc.compiler.sitetable import SiteTable
 from graftc.compiler.structure import find_structure
 from graftc.compiler.words import WordVectors
 from graftc.passes.core.program import Program
+from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import ValueSite
 from graftc.passes.lengthen import Lengthened, lengthen
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.document import Spec
 
 _HINT = "use a method that adds no virtual tokens, for example prefix"
 
 
 Plan: TypeAlias = Mapping[str, Sequence[tuple[Unit, Sequence[ValueSite]]]]
 """Which adaptations have virtual tokens in a sequence, and at which values of it; by input of token ids."""
+
+
+def require_words(spec: Spec, model: nn.Module, vectors: Sequence[WordVectors]) -> None:
+    """Whether virtual tokens have a place in a model, where a spec has some.
+
+    Raises:
+        GraftError: GC019.
+    """
+    for index, adaptation in enumerate(spec.adapt):
+        if adaptation.virtual_tokens() and not vectors:
+            name = type(model).__name__
+            message = f"{name} takes no word vectors (inputs_embeds) in the place of token ids (input_ids)"
+            raise spec.locate(GraftError("GC019", message, place=Place(path=f"adapt[{index}].method"), hint=_HINT))
 
 
 def planned(units: Iterable[Unit], vectors: Sequence[WordVectors]) -> Plan:
@@ -111,10 +126,13 @@ def lengthened(
         if error.code != "GC030":
             raise
         raise GraftError("GC019", f"it cannot be called with word vectors: {error.message}", hint=_HINT) from error
-    _check_room(body.program, streams)
-    own_ends = _ends(find_structure(body.program.graph, body.constants))
+    found = find_structure(body.program.graph, body.constants)
+    limits = {stream.ids: _most(body.program, stream, found) for stream in streams}
+    for stream in streams:
+        _check_room(program, stream, limits[stream.ids])
+    own_ends = _ends(found)
     pairs = [(node, own_ends[stack][0]) for stack, (node, _) in ends.items() if stack in own_ends]
-    return lengthen(program, body.program, streams, pairs), body
+    return lengthen(program, body.program, streams, pairs, limits), body
 
 
 def _ends(structure: Structure) -> dict[str, tuple[fx.Node, int]]:
@@ -147,13 +165,29 @@ def _axes(program: Program, streams: Sequence[Lengthened], ends: Sequence[fx.Nod
     return axes
 
 
-def _check_room(body: Program, streams: Sequence[Lengthened]) -> None:
-    for stream in streams:
-        (limit,) = (spec.ranges[1][1] for spec in body.inputs if spec.name == stream.embeds)
-        if limit is not None and stream.length >= limit and isinstance(_shape(body, stream.embeds)[1], str):
-            message = f"{stream.length} virtual tokens leave no room for a text: the model reads {limit} at most"
-            raise GraftError("GC020", message)
+def _most(body: Program, stream: Lengthened, structure: Structure) -> int | None:
+    """How many tokens the layers read at most, by what bounds their graph and by tables of positions; None where
+    nothing does."""
+    spec = next(spec for spec in body.inputs if spec.name == stream.embeds)
+    bounds = [spec.ranges[1][1]] if isinstance(spec.shape[1], str) else []
+    node = next(node for node in body.placeholders() if str(node.target) == stream.embeds)
+    size = expression(node.meta["val"].shape[1])
+    for positions in position_readers(body.graph, structure.findings):
+        table, numbers = positions.reader.args[0], positions.reader.args[positions.index]
+        if positions.index != 1 or not isinstance(table, fx.Node) or not isinstance(numbers, fx.Node):
+            continue
+        if expression(numbers.meta["val"].shape[-1]) == size:
+            bounds.append(int(table.meta["val"].shape[0]))
+    return min((bound for bound in bounds if bound is not None), default=None)
 
 
-def _shape(program: Program, name: str) -> tuple[int | str, ...]:
-    return next(spec.shape for spec in program.inputs if spec.name == name)
+def _check_room(program: Program, stream: Lengthened, limit: int | None) -> None:
+    """Whether the text that a model is captured with has room beside virtual tokens."""
+    text = stream.value.meta["val"].shape[1]
+    least = text if isinstance(text, int) else int(text.node.hint)
+    if limit is not None and least + stream.length > limit:
+        raise GraftError(
+            "GC020",
+            f"{stream.length} virtual tokens leave no room for a text of {least}: the model reads {limit} at most",
+            hint="take fewer virtual tokens, or shorter texts",
+        )

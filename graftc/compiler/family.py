@@ -14,7 +14,7 @@ from torch import fx
 from graftc.compiler.cache import captured
 from graftc.compiler.capture import Capture
 from graftc.compiler.compose import Unit, add_controls, check_units, insert_unit, placed, units
-from graftc.compiler.embeds import Plan, lengthened, planned
+from graftc.compiler.embeds import Plan, lengthened, planned, require_words
 from graftc.compiler.interface import Flags, dtype_of
 from graftc.compiler.resolve import TRAIN, Resolved, Resolver
 from graftc.compiler.signature import Axis
@@ -25,7 +25,7 @@ from graftc.compiler.words import word_vectors
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.program import HistoryEntry, Mode, Program
 from graftc.passes.core.registry import method_for
-from graftc.passes.core.sites import Applied, LinearSite, ParameterSite, Site
+from graftc.passes.core.sites import Applied, AttentionSite, LinearSite, ParameterSite, Site
 from graftc.passes.core.steering import STEP
 from graftc.passes.core.verify import record_baseline, verify
 from graftc.passes.mode import to_eval
@@ -46,6 +46,7 @@ class Family:
         captures: what was captured: train mode, and eval mode where it could not be derived; each with ids, and with
             word vectors where there are virtual tokens.
         sources: the source model's own graphs, in train and in eval mode.
+        attentions: every attention of `train`.
     """
 
     base: Program
@@ -58,6 +59,7 @@ class Family:
     axes: tuple[Axis, ...]
     captures: tuple[Capture, ...]
     sources: tuple[Program, Program]
+    attentions: tuple[AttentionSite, ...]
     key: tuple[str, ...] = ()
 
     @property
@@ -82,9 +84,9 @@ class Family:
 
     @property
     def graphs(self) -> dict[str, Program]:
-        """Every graph by name: ``train`` and ``eval``, the base's ``base.train`` and ``base.eval``, and what the base is
-        composed of where there are virtual tokens: ``tokens.train``, ``embeds.train``, and those of eval mode where it
-        could not be derived."""
+        """Every graph by name: ``train`` and ``eval``, the base's ``base.train`` and ``base.eval``, and what the base
+        is composed of where there are virtual tokens: ``tokens.train``, ``embeds.train``, and those of eval mode where
+        it could not be derived."""
         named = {"base.train": self.base, "base.eval": self.base_eval, "train": self.train, "eval": self.eval}
         for found in self.captures:
             if not any(found.program is program for program in named.values()):
@@ -155,6 +157,7 @@ def compile_family(
         tuple(axes),
         tuple(captures),
         (base, source_eval),
+        train.attentions,
     )
 
 
@@ -193,6 +196,7 @@ class _Adapted:
     trained: list[ParameterSite]
     base: Program
     captures: tuple[Capture, ...]
+    attentions: tuple[AttentionSite, ...]
 
 
 def _adapted(
@@ -205,6 +209,7 @@ def _adapted(
     program = clock.step("copy", base.copy, base)
     structure = clock.step("roles", lambda: find_structure(program.graph, found.constants), program)
     resolver = _resolver(compilation, program, structure)
+    require_words(spec, compilation.model, resolver.table.words)
     resolved = clock.step(
         "resolve", lambda: resolver.resolve(spec) if main is None else resolver.again(main.resolved), program
     )
@@ -233,7 +238,8 @@ def _adapted(
     if spec.tokens is not None:
         _insert_tokens(compilation, program, resolver.table, clock)
     _insert(compilation, program, trained, resolved, clock)
-    return _Adapted(program, structure, resolved, trained, base, tuple(captures))
+    attentions = tuple(s for sites in resolver.table.entries for s in sites if isinstance(s, AttentionSite))
+    return _Adapted(program, structure, resolved, trained, base, tuple(captures), attentions)
 
 
 def _resolver(compilation: Compilation, program: Program, structure: Structure) -> Resolver:

@@ -82,7 +82,7 @@ class Compilation:
     def find(self, inputs: Mapping[str, Any]) -> tuple[str, ...] | None:
         """The key in `families` of the Programs for a call's tensors and flags; None where there are none yet."""
         for key in self.variants.get(signature_of(inputs), ()):
-            if fits(self.families[key].base.inputs, inputs):
+            if fits(self.families[key].train.inputs, inputs):
                 return key
         return None
 
@@ -98,6 +98,7 @@ class Compilation:
         tensors, flags = split(inputs)
         chosen = [name for name in self.controls if name in tensors]
         tensors = {name: value for name, value in tensors.items() if name not in chosen}
+        self._check_room(tensors)
         known = [Axis(s.name, s.dtype, s.shape) for s in self.main.base.inputs]
         axes = axes_of(self.model, tensors, known)
         failure: GraftError | None = None
@@ -109,9 +110,25 @@ class Compilation:
                     raise
                 failure = failure or error
             else:
-                if fits(family.base.inputs, inputs):
+                if fits(family.train.inputs, inputs):
                     return family
         raise self._not_captured(axes, flags, failure)
+
+    def _check_room(self, tensors: Mapping[str, Tensor]) -> None:
+        """Whether adaptations that take positions of their own leave enough of them for a text.
+
+        Raises:
+            GraftError: GC020.
+        """
+        own = {spec.name: spec for spec in self.main.train.inputs}
+        for source in self.main.source("train").inputs:
+            if source.name not in tensors or source.name not in own:
+                continue
+            sizes = zip(tensors[source.name].shape, own[source.name].ranges, source.ranges, strict=False)
+            for size, (_, most), (_, before) in sizes:
+                if most is not None and most != before and size > most:
+                    message = f"{source.name} has {size} tokens; beside those of its adaptations the model reads {most}"
+                    raise GraftError("GC020", message, hint="shorten the text")
 
     def _not_captured(self, axes: Sequence[Axis], flags: Flags, failure: GraftError | None) -> GraftError:
         usual = {s.name for s in self.main.base.inputs} | set(self.main.base.flags)

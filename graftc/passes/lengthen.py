@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graftc.passes.canonicalise import remove_dead
-from graftc.passes.core.program import Program, VirtualTokens, map_nodes, nodes_in
+from graftc.passes.core.program import InputSpec, Program, VirtualTokens, limited, map_nodes, nodes_in
 from graftc.passes.core.shapes import expression, fake_mode_of, types_of
 from graftc.passes.core.sites import SiteKey
 from graftc.specs.diagnostics import GraftError
@@ -49,7 +49,11 @@ class Lengthened:
 
 
 def lengthen(
-    tokens: Program, body: Program, streams: Sequence[Lengthened], ends: Sequence[tuple[fx.Node, fx.Node]]
+    tokens: Program,
+    body: Program,
+    streams: Sequence[Lengthened],
+    ends: Sequence[tuple[fx.Node, fx.Node]],
+    limits: Mapping[str, int | None],
 ) -> Program:
     """The composed Program, in which every virtual token's vector is zeros.
 
@@ -58,11 +62,13 @@ def lengthen(
         body: the capture that takes word vectors, of the same outputs but for those that need labels.
         streams: what to lengthen.
         ends: where layers end: a value of `tokens` and the same in `body`.
+        limits: how many tokens the layers read at most, by input of token ids; None where nothing bounds them.
 
     Raises:
         GraftError: GC019 where what comes behind the layers reads more than their results.
     """
-    return _Composer(tokens, body, streams, ends).program()
+    made = _Composer(tokens, body, streams, ends).program()
+    return replace(made, inputs=_narrowed(tokens, streams, limits))
 
 
 class _Composer:
@@ -95,7 +101,6 @@ class _Composer:
         made = replace(
             self.tokens.copy(),
             graph=self.graph,
-            inputs=_narrowed(self.tokens, self.body, self.streams),
             entry="embeds",
             virtual=tuple(v for s in sequences for v in s.virtual()),
         )
@@ -393,26 +398,25 @@ def _cropped(value: fx.Node, sequences: Sequence[_Sequence]) -> fx.Node:
 
 def _goes_along(shape: Sequence[int | str], tokens: Program, ids: str) -> bool:
     """Whether an input has an axis that counts the tokens of a sequence."""
-    (own,) = (spec.shape[1] for spec in tokens.inputs if spec.name == ids)
+    own = _tokens_of(tokens, ids)
     return own in shape[1:] if isinstance(own, str) else len(shape) > 1 and shape[1] == own
 
 
-def _narrowed(tokens: Program, body: Program, streams: Sequence[Lengthened]) -> Any:
+def _tokens_of(tokens: Program, ids: str) -> int | str:
+    """The axis of a sequence: its name, or its size."""
+    return next(spec.shape[1] for spec in tokens.inputs if spec.name == ids)
+
+
+def _narrowed(
+    tokens: Program, streams: Sequence[Lengthened], limits: Mapping[str, int | None]
+) -> tuple[InputSpec, ...]:
     """The inputs, of no more tokens than leave room for the virtual ones."""
-    most: dict[int | str, int] = {}
+    most: dict[str, int] = {}
     for stream in streams:
-        (own,) = (spec.shape[1] for spec in tokens.inputs if spec.name == stream.ids)
-        (limit,) = (spec.ranges[1][1] for spec in body.inputs if spec.name == stream.embeds)
+        own, limit = _tokens_of(tokens, stream.ids), limits[stream.ids]
         if limit is not None and isinstance(own, str):
             most[own] = limit - stream.length
-    found = []
-    for spec in tokens.inputs:
-        ranges = tuple(
-            (low, most[size] if high is None else min(high, most[size])) if size in most else (low, high)
-            for size, (low, high) in zip(spec.shape, spec.ranges, strict=True)
-        )
-        found.append(replace(spec, ranges=ranges))
-    return tuple(found)
+    return limited(tokens.inputs, most)
 
 
 def _is_size(node: fx.Node) -> bool:

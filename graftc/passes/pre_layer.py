@@ -7,7 +7,9 @@ from typing import Any
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.sites import Site, ValueSite
 from graftc.passes.prompt import VirtualTokenMethod, initialiser, runs
+from graftc.specs.base import MethodSpec
 from graftc.specs.pre_layer import PreLayer
+from graftc.specs.prefix import Prefix
 
 
 class PreLayerMethod(VirtualTokenMethod[PreLayer]):
@@ -20,3 +22,9 @@ class PreLayerMethod(VirtualTokenMethod[PreLayer]):
         assert isinstance(site, ValueSite)
         for run, vectors in enumerate(runs(spec, site, build, initialiser(spec, site, build))):
             build.hold(site, run, vectors)
+
+    def collapse(self, spec: PreLayer) -> MethodSpec | None:
+        """Keys and values of every attention, where all virtual tokens stand in front of the text."""
+        if spec.infix or spec.target != PreLayer.model_fields["target"].default:
+            return None
+        return Prefix(name=spec.name, length=spec.length, positions="shifted")

@@ -23,5 +23,5 @@ def deployed(compiled: Compiled) -> Compiled:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GraftWarning)  # they have been given when it was compiled
         values = dict(adapter_tensors(compilation.store)) | collapsed_values(compilation)
-        made = compilation.again(collapsed_spec(compilation.spec), values)
+        made = compilation.again(collapsed_spec(compilation), values)
     return make_compiled(made).to(compiled.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graftc.compiler.certify import Certificate
 from graftc.compiler.collapse import collapsed_spec, collapsed_values
+from graftc.compiler.pipeline import Compilation
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import TRAIN
 from graftc.compiler.samples import sample_inputs
@@ -74,7 +75,7 @@ def _partial(compiled: Compiled, merged: Merged) -> Partial:
     compilation = compiled.compilation
     values = {n: t for n, t in adapter_tensors(compilation.store) if owner_of(n) in merged.kept}
     values |= collapsed_values(compilation)
-    rest = compilation.again(_rest(compilation.spec, merged), values, merged.to_transformers())
+    rest = compilation.again(_rest(compilation, merged), values, merged.to_transformers())
     made = make_compiled(rest)
     certificate = _with_outputs(merged.certificate, compiled, made)
     require_passed(certificate)
@@ -92,15 +93,15 @@ def merge_what_folds(compiled: Compiled, budget: float | None = None) -> Merged 
     return _partial(compiled, merged) if merged.kept else merged
 
 
-def _rest(spec: Spec, merged: Merged) -> Spec:
+def _rest(compilation: Compilation, merged: Merged) -> Spec:
     """The spec without what has folded, and the rest in its simplest form."""
     changes: dict[str, Any] = {}
-    changes["compose"] = tuple(found for c in spec.compose if (found := _left(c, merged)) is not None)
+    changes["compose"] = tuple(found for c in compilation.spec.compose if (found := _left(c, merged)) is not None)
     if TRAIN not in merged.kept:
         changes["train"] = ()
     if TOKENS not in merged.kept:
         changes["tokens"] = None
-    return collapsed_spec(spec, merged.kept).model_copy(update=changes)
+    return collapsed_spec(compilation, merged.kept).model_copy(update=changes)
 
 
 def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | None:

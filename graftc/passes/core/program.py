@@ -36,6 +36,20 @@ class InputSpec:
     ranges: tuple[tuple[int, int | None], ...] = ()
 
 
+def limited(inputs: Iterable[InputSpec], most: Mapping[str, int]) -> tuple[InputSpec, ...]:
+    """Inputs whose axes of some names have no greater sizes than given."""
+
+    def bounds(size: int | str, low: int, high: int | None) -> tuple[int, int | None]:
+        if not isinstance(size, str) or size not in most:
+            return low, high
+        return low, most[size] if high is None else min(high, most[size])
+
+    return tuple(
+        replace(spec, ranges=tuple(bounds(size, *held) for size, held in zip(spec.shape, spec.ranges, strict=True)))
+        for spec in inputs
+    )
+
+
 @dataclass(frozen=True)
 class OutputSpec:
     """How the flat outputs are put together again: a leaf, a container, or a ``ModelOutput`` class with fields."""

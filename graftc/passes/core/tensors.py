@@ -11,13 +11,21 @@ from torch import Tensor, fx
 from graftc.passes.core.layout import Layout
 from graftc.passes.core.nodes import NodeBuilder
 from graftc.passes.core.rows import Rows
-from graftc.passes.core.sites import LinearSite
+from graftc.passes.core.sites import LinearSite, Site
 from graftc.passes.core.store import RESERVED
 from graftc.specs.diagnostics import GraftError
 
 aten = torch.ops.aten
 Initialiser = Callable[[Tensor, torch.Generator], None]
 """Fills a float32 CPU tensor in place, drawing from the generator only."""
+
+
+def tensor_name(site: Site | None, adaptation: str, part: str) -> str:
+    """The name of a tensor of an adaptation at a site; or of one that all its sites share."""
+    if site is None:
+        return f"{RESERVED}.{adaptation}.{part}"
+    segments = [site.key.module, RESERVED, adaptation, site.scope, site.key.part, part]
+    return ".".join(s for s in segments if s)
 
 
 class TensorBuilder(NodeBuilder):
@@ -137,11 +145,7 @@ class TensorBuilder(NodeBuilder):
         return site.rows.take(site.use.layout.orient(held), -2)
 
     def _name(self, part: str) -> str:
-        if self._site is None:
-            return f"{RESERVED}.{self.adaptation}.{part}"
-        key = self._site.key
-        segments = [key.module, RESERVED, self.adaptation, self._site.scope, key.part, part]
-        return ".".join(s for s in segments if s)
+        return tensor_name(self._site, self.adaptation, part)
 
     def _device(self) -> torch.device:
         if isinstance(self._site, LinearSite):

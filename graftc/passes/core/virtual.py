@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,12 +69,12 @@ class VirtualBuilder(AttentionBuilder):
     def embedded(self, site: ValueSite, ids: Tensor) -> Tensor:
         """What the model looks up for some tokens: ``ids: int64[n]`` to ``[n, width]``, float32 on the CPU."""
         given = ids[None].to(self._device())
-        return computed(site.node, lambda node: given, self.store.get)[0].float().cpu()
+        return computed([site.node], lambda node: given, self.store.get)[0][0].float().cpu()
 
 
-def _above(node: fx.Node) -> list[fx.Node]:
-    """Everything that a node is made from, in graph order."""
-    found, pending = {node}, [node]
+def _above(*nodes: fx.Node) -> list[fx.Node]:
+    """Some nodes and everything that they are made from, in graph order."""
+    found, pending = set(nodes), list(nodes)
     while pending:
         for source in pending.pop().all_input_nodes:
             if source not in found:
@@ -84,16 +84,18 @@ def _above(node: fx.Node) -> list[fx.Node]:
 
 
 @torch.no_grad()
-def computed(node: fx.Node, given: Callable[[fx.Node], Tensor], tensor: Callable[[str], Tensor]) -> Tensor:
-    """The value of a node.
+def computed(
+    nodes: Sequence[fx.Node], given: Callable[[fx.Node], Tensor], tensor: Callable[[str], Tensor]
+) -> list[Tensor]:
+    """The values of some nodes.
 
     Args:
-        node: what to compute, with everything that it is made from.
+        nodes: what to compute, with everything that it is made from.
         given: the value of an input of the graph.
         tensor: gives a tensor of the Store by name.
     """
     values: dict[fx.Node, Any] = {}
-    for source in _above(node):
+    for source in _above(*nodes):
         if source.op == "placeholder":
             values[source] = given(source)
         elif source.op == "get_attr":
@@ -101,5 +103,4 @@ def computed(node: fx.Node, given: Callable[[fx.Node], Tensor], tensor: Callable
         else:
             args, kwargs = map_nodes((source.args, dict(source.kwargs)), values.__getitem__)
             values[source] = source.target(*args, **kwargs)  # type: ignore[operator]
-    result: Tensor = values[node]
-    return result
+    return [values[node] for node in nodes]

@@ -1,0 +1,75 @@
+"""Virtual tokens whose activations are constants at every layer, as keys and values of every attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.pipeline import Compilation
+from graftc.compiler.resolve import Resolved
+from graftc.compiler.samples import sample_inputs
+from graftc.passes.core.sites import AttentionSite
+from graftc.passes.core.tensors import tensor_name
+from graftc.passes.core.virtual import computed
+from graftc.specs.compose import Stack
+
+aten = torch.ops.aten
+
+
+def are_constant(compilation: Compilation, resolved: Resolved) -> bool:
+    """Whether what every attention makes of an adaptation's virtual tokens is the same whatever the text: each layer of
+    the only stack reads vectors of the adaptation's own there, and nothing stands in between."""
+    family = compilation.main
+    read = {(site.stack, site.layer) for site, _ in resolved.sites}
+    attentions = family.attentions
+    composition = compilation.spec.composition_of(resolved.name)
+    return (
+        all(tokens.starts == (0,) for tokens in family.train.virtual)
+        and len(family.train.virtual) == 1
+        and all((site.stack, site.layer) in read for site in attentions)
+        and len({site.stack for site in attentions}) == 1
+        and all(site.node.target is aten.scaled_dot_product_attention.default for site in attentions)
+        and all(site.keys is not None and site.values is not None for site in attentions)
+        and (composition is None or isinstance(composition, Stack))
+    )
+
+
+def slot_parameters(compilation: Compilation, resolved: Resolved) -> int:
+    """How many numbers the keys and values have."""
+    length = sum(run.length for run in resolved.spec.virtual_tokens())
+    return sum(length * (_width(keys) + _width(values)) for _, keys, values in _columns(compilation))
+
+
+@torch.no_grad()
+def slot_values(compilation: Compilation, resolved: Resolved) -> dict[str, Tensor]:
+    """The keys and values, ``[length, width]``, by the names that `prefix` has for them: what the attentions of the
+    adapted graph read at virtual tokens, rotated where the model rotates."""
+    family, store = compilation.main, compilation.store
+    length = sum(run.length for run in resolved.spec.virtual_tokens())
+    samples = sample_inputs(family.base, store)
+    nodes = {node.name: node for node in family.eval.graph.nodes}
+    found = list(_columns(compilation))
+    operands: list[fx.Node] = []
+    for site, _, _ in found:
+        operands += nodes[site.node.name].args[1:3]
+    values = iter(computed(operands, lambda node: samples[str(node.target)], store.get))
+    made: dict[str, Tensor] = {}
+    for site, *each in found:
+        for part, columns in zip(("keys", "values"), each, strict=True):
+            heads = next(values)[0, :, :length].transpose(0, 1)
+            table = heads.new_zeros(length, _width(columns))
+            table[:, columns.flatten().to(table.device)] = heads.flatten(1)
+            made[tensor_name(site, resolved.name, part)] = table
+    return made
+
+
+def _columns(compilation: Compilation) -> Iterator[tuple[AttentionSite, Tensor, Tensor]]:
+    for site in compilation.main.attentions:
+        assert site.keys is not None and site.values is not None
+        yield site, site.keys, site.values
+
+
+def _width(columns: Tensor) -> int:
+    return int(columns.max()) + 1
