@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,7 @@ from graftc.specs.compose import Parallel
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
+    from graftc.compiler.certify import Certificate
     from graftc.runtime.merged import Merged
     from graftc.runtime.partial import Partial
 
@@ -136,27 +137,45 @@ class ModelRunner(Runner):
         format: Literal["onnx", "pt2"] = "onnx",
         example_inputs: ExampleInputs | None = None,
         *,
+        inputs: Sequence[str] = (),
         force: bool = False,
     ) -> Path:
         """Export the model in eval mode: a compiled one with its adapters, experts averaged, a merged one folded, with
         its certificate in the metadata.
+
+        The tensors of ``inputs`` are no constants of the graph, but inputs by their full names, so that one file serves
+        every adaptation of these shapes; in ``.pt2`` they are one keyword, ``adapter_tensors``, a mapping of names to
+        tensors. Their values lie beside it, in ``<file>.<adaptation>.safetensors``.
 
         Args:
             path: the file to write.
             format: ``"onnx"`` or ``"pt2"``.
             example_inputs: a call whose signature is exported, by name or in order; by default the one that the model
                 was compiled with. Values of tensors do not matter.
+            inputs: names of adaptations that are in the graph.
             force: replace what is there.
 
         Raises:
             GraftError: GC031 for example inputs that have no graph, GC060 when the exporter or the check of its result
-                fails, GC061 without the ``export`` extra, GC063 when ``path`` exists, GC064 when it cannot be written.
+                fails, GC061 without the ``export`` extra, GC063 when ``path`` exists, GC064 when it cannot be written,
+                GC065 for an input of which the graph reads nothing, GC091 for one that there is not.
         """
+        return self._export(path, format, example_inputs, inputs, getattr(self, "certificate", None), force)
+
+    def _export(
+        self,
+        path: str | Path,
+        format: Literal["onnx", "pt2"],
+        example_inputs: ExampleInputs | None,
+        inputs: Sequence[str],
+        certificate: Certificate | None,
+        force: bool,
+    ) -> Path:
         from graftc.runtime.export import export_model
 
         simplest = self._deployed()
         if simplest is not self:
-            return simplest.export(path, format, example_inputs, force=force)
+            return simplest._export(path, format, example_inputs, inputs, certificate, force)
         family = self._compilation.main
         if example_inputs is not None:
             if not isinstance(example_inputs, Mapping):
@@ -165,7 +184,7 @@ class ModelRunner(Runner):
             own = {n: v for n, v in example_inputs.items() if n not in chosen}
             present = with_choices(self._compilation, self._interface.read(own)[0], chosen)
             family = self._compilation.family(present)
-        return export_model(self, Path(path), format, family, force=force)
+        return export_model(self, Path(path), format, family, inputs=inputs, certificate=certificate, force=force)
 
     def _deployed(self) -> ModelRunner:
         """What an export writes."""

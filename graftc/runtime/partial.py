@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec
 
 if TYPE_CHECKING:
+    from graftc.compiler.interface import ExampleInputs
     from graftc.runtime.compiled import Compiled
 
 
@@ -61,6 +62,21 @@ class Partial:
             GraftError: as `Compiled.save`.
         """
         return save(self.compiled, path, force=force, bundle=lambda folder: write_merged(self.merged, folder))
+
+    def export(
+        self,
+        path: str | Path,
+        format: Literal["onnx", "pt2"] = "onnx",
+        example_inputs: ExampleInputs | None = None,
+        *,
+        inputs: Sequence[str] = (),
+        force: bool = False,
+    ) -> Path:
+        """Export what `compiled` is, with the certificate in the metadata.
+
+        Args, Raises: as `ModelRunner.export`.
+        """
+        return self.compiled._export(path, format, example_inputs, inputs, self.certificate, force)
 
 
 def merge_partially(compiled: Compiled, budget: float | None = None) -> Partial:

@@ -29,6 +29,17 @@ adapt:
     rank: 4
 train: [classifier]
 """
+BOTH = """\
+version: 1
+adapt:
+  - name: attention
+    method: lora
+    target: {role: attn.q}
+    rank: 4
+  - name: prefix
+    method: prefix
+    length: 3
+"""
 TIED = """\
 version: 1
 adapt:
@@ -193,6 +204,37 @@ def test_export_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:
     module = torch.export.load("model.pt2").module()
     found = module(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
     assert torch.allclose(found, graftc.load("trained").eval()(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_export_with_inputs(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    """One adaptation folds, and the other one is an input, without which it is refused."""
+    (here / "both.yaml").write_text(BOTH)
+    run(capsys, "compile", "both.yaml", "--model", "base", "--out", "both")
+    data = run(capsys, "export", "both", "-f", "onnx", "-o", "model.onnx", "--inputs", "prefix")
+    assert data["merged"] is True and data["certificate"]["passed"] is True
+    assert [file["path"] for file in data["files"]] == ["model.onnx", "model.onnx.prefix.safetensors"]
+    tensors = {name: tensor.numpy() for name, tensor in load_file("model.onnx.prefix.safetensors").items()}
+    ids = torch.randint(0, 101, (3, 7))
+    inputs = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {**inputs, **tensors})
+    expected = graftc.load("both").eval()(input_ids=ids).logits
+    assert torch.allclose(torch.from_numpy(found), expected, atol=1e-4)
+    data = run(capsys, "export", "both", "-f", "pt2", "-o", "m.pt2", "--inputs", "attention", status=1)
+    assert data["error"]["code"] == "GC050" and "--inputs prefix" in data["error"]["hint"]
+    more = ["--no-merge", "--inputs", "attention", "--inputs", "prefix"]
+    data = run(capsys, "export", "both", "-f", "pt2", "-o", "m.pt2", *more)
+    beside = [f"m.pt2.{name}.safetensors" for name in ("attention", "prefix")]
+    assert data["certificate"] is None and [file["path"] for file in data["files"]] == ["m.pt2", *beside]
+
+
+def test_an_input_that_folds(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    data = run(capsys, "export", "trained", "-f", "pt2", "-o", "m.pt2", "--inputs", "attention", status=2)
+    assert data["error"]["code"] == "GC065" and "--no-merge" in data["error"]["hint"]
+    data = run(capsys, "export", "trained", "-f", "pt2", "--dry-run", "--inputs", "atention", status=2)
+    assert data["error"]["code"] == "GC091" and "'attention'" in data["error"]["hint"]
+    assert not (here / "m.pt2").exists()
 
 
 # --- verify and diff -------------------------------------------------------------------------------------------

@@ -189,6 +189,10 @@ def a_folder_that_is_a_file(patch: pytest.MonkeyPatch) -> None:
     compiled().save("runs/first", certify=False)
 
 
+def an_input_that_has_folded(patch: pytest.MonkeyPatch) -> None:
+    compiled().merge().export("model.onnx", inputs=["lora"])
+
+
 CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC006": a_missing_spec,
     "GC018": a_gap_of_tokens,
@@ -204,6 +208,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC061": no_onnx_runtime,
     "GC063": a_taken_path,
     "GC064": a_folder_that_is_a_file,
+    "GC065": an_input_that_has_folded,
     "GC070": a_tag_that_is_taken,
     "GC071": a_broken_plugin,
     "GC080": no_artifact,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +19,11 @@ from graftc.runtime.cli.options import (
     destination,
 )
 
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import Compiled
+    from graftc.runtime.merged import Merged
+    from graftc.runtime.partial import Partial
+
 __all__ = ["export"]
 
 
@@ -30,6 +36,16 @@ def export(
         bool,
         typer.Option("--merge/--no-merge", help="Fold the adaptations into the weights, or leave them in the graph."),
     ] = True,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--inputs",
+            metavar="NAME",
+            help="An adaptation whose tensors become inputs of the graph, with their values in a file beside it; may "
+            "be repeated. All others have to fold, unless nothing does (--no-merge).",
+            show_default=False,
+        ),
+    ] = None,
     budget: Budget = None,
     dry_run: DryRun = False,
     force: Force = False,
@@ -39,7 +55,8 @@ def export(
     from graftc.runtime.cli.output import print_json, steps, working
 
     to = destination(out, dry_run=dry_run)
-    companions = () if to is None else (f"{to.name}.data",)
+    names = inputs or []
+    companions = () if to is None else (f"{to.name}.data", *(f"{to.name}.{name}.safetensors" for name in names))
     with working(json) as warnings, steps(json) as step:
         from graftc.runtime.files import check_destination
 
@@ -49,11 +66,15 @@ def export(
         from graftc.runtime.api import load
 
         compiled = load(directory, model)
+        if names:
+            from graftc.runtime.export.inputs import require_known
+
+            require_known(compiled, names)
         step("folding and certifying" if merge else "exporting")
-        merged = compiled.merge(budget) if merge else None
+        merged = _folded(compiled, budget, names) if merge else None
         if to is not None:
             step("exporting")
-            (merged or compiled.eval()).export(to, format=format.value, force=force)
+            (merged or compiled.eval()).export(to, format=format.value, inputs=names, force=force)
 
     from graftc.runtime.cli.deployed import files_in, print_certificate, print_files
 
@@ -71,3 +92,22 @@ def export(
         return
     print_certificate(certificate, {})
     print_files(to, files)
+
+
+def _folded(compiled: Compiled, budget: float | None, inputs: Sequence[str]) -> Merged | Partial:
+    """What folds in the weights; of the rest nothing but what the inputs name.
+
+    Raises:
+        GraftError: GC050 for what does not fold and is no input; as `Compiled.merge`.
+    """
+    if not inputs:
+        return compiled.merge(budget)
+    from graftc.runtime.partial import merge_what_folds
+    from graftc.specs.diagnostics import GraftError
+
+    made = merge_what_folds(compiled, budget)
+    composed = {composition.name for composition in compiled.compilation.spec.compose}
+    for name, reason in made.kept.items():
+        if name not in inputs and name not in composed:
+            raise GraftError("GC050", reason, hint=f"name it with --inputs {name}, or fold nothing with --no-merge")
+    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,13 +13,23 @@ from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
 if TYPE_CHECKING:
+    from graftc.compiler.certify import Certificate
     from graftc.compiler.family import Family
     from graftc.runtime.compiled import ModelRunner
 
 Format = Literal["onnx", "pt2"]
 
 
-def export_model(runner: ModelRunner, path: Path, format: Format, family: Family, *, force: bool = False) -> Path:
+def export_model(
+    runner: ModelRunner,
+    path: Path,
+    format: Format,
+    family: Family,
+    *,
+    inputs: Sequence[str] = (),
+    certificate: Certificate | None = None,
+    force: bool = False,
+) -> Path:
     """Export a compiled or merged model.
 
     Args:
@@ -26,36 +37,47 @@ def export_model(runner: ModelRunner, path: Path, format: Format, family: Family
         path: the file to write; nothing is there until it is complete and checked.
         format: ``"onnx"`` (weights in ``<name>.data`` beside it where they are large) or ``"pt2"``.
         family: the signature to export.
+        inputs: adaptations whose tensors are inputs of the graph, each with its values in a file beside ``path``.
+        certificate: what the file says of itself.
         force: replace what is there.
 
     Raises:
         GraftError: GC060 when exporting or checking fails, GC061 when a package is missing, GC063 when ``path``
-            exists, GC064 when it cannot be written.
+            exists, GC064 when it cannot be written, GC065 for an input that the graph does not read, GC091 for an
+            unknown one.
     """
     if format not in ("onnx", "pt2"):
         raise GraftError("GC060", f"format {format!r} is unknown", hint="the formats are onnx and pt2")
+    from graftc.runtime.artifact.write import save_tensors
+    from graftc.runtime.export.inputs import companions_of
     from graftc.runtime.export.module import ExportModule
 
     if format == "onnx":
         from graftc.runtime.export.onnx import prepare_onnx as prepare
     else:
         from graftc.runtime.export.pt2 import prepare_pt2 as prepare
-    companions = (f"{path.name}.data",)
+    inputs = list(dict.fromkeys(inputs))
+    beside = companions_of(path, inputs)
+    companions = (f"{path.name}.data", *beside.values())
     check_destination(path, force=force, companions=companions)
-    write = prepare(ExportModule(runner, family), metadata(runner))
+    module = ExportModule(runner, family, inputs)
+    write = prepare(module, metadata(runner, inputs, certificate))
     with staged(path, force=force, companions=companions) as file:
         write(file)
+        for name, tensors in module.adaptations.items():
+            save_tensors(tensors, file.with_name(beside[name]))
     return path
 
 
-def metadata(runner: ModelRunner) -> dict[str, str]:
-    """What an exported file says of itself: spec, base fingerprint, certificate."""
+def metadata(runner: ModelRunner, inputs: Sequence[str] = (), certificate: Certificate | None = None) -> dict[str, str]:
+    """What an exported file says of itself: spec, base fingerprint, adaptations that are inputs, certificate."""
     compilation = runner._compilation
-    certificate = getattr(runner, "certificate", None)
     found = {
         "graftc.spec": dump_spec(compilation.spec),
         "graftc.fingerprint": identify(compilation.source).fingerprint,
     }
+    if inputs:
+        found["graftc.inputs"] = json.dumps(list(inputs))
     if certificate is not None:
         found["graftc.certificate"] = json.dumps(certificate.to_json(), sort_keys=True)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,15 +14,17 @@ from graftc.compiler.signature import Axis, tie_sizes
 from graftc.passes.core.codegen import function_of
 from graftc.passes.core.ops import DECOMPOSITIONS
 from graftc.passes.core.program import Program
+from graftc.runtime.export.inputs import ADAPTER_TENSORS, as_inputs, tensors_of, without
 
 if TYPE_CHECKING:
     from graftc.compiler.family import Family
     from graftc.runtime.compiled import ModelRunner
 
 
-def _decomposed(program: Program) -> fx.Graph:
-    """The graph with ``graftc::`` operators replaced by their ATen forms."""
+def _decomposed(program: Program, inputs: Sequence[str]) -> fx.Graph:
+    """The graph with ``graftc::`` operators replaced by their ATen forms, and with some tensors as its first inputs."""
     graph = program.copy().graph
+    as_inputs(graph, inputs)
     for node in graph.nodes:
         node.target = DECOMPOSITIONS.get(node.target, node.target)
     return graph
@@ -34,14 +36,20 @@ class ExportModule(nn.Module):
     Args:
         runner: the compiled or merged model.
         family: the signature.
+        names: adaptations whose tensors are inputs.
 
     Attributes:
         program: what it computes.
-        axes: its inputs.
+        axes: the model's own inputs.
+        adaptations: the tensors that are inputs too, by adaptation and full name.
+        tensors: the same by full name, in the order of inputs.
         inputs: example inputs.
+
+    Raises:
+        GraftError: as `graftc.runtime.export.inputs.tensors_of`.
     """
 
-    def __init__(self, runner: ModelRunner, family: Family) -> None:
+    def __init__(self, runner: ModelRunner, family: Family, names: Sequence[str] = ()) -> None:
         super().__init__()
         training = runner.training
         runner.training = False
@@ -51,32 +59,43 @@ class ExportModule(nn.Module):
             runner.training = training
         store = runner._store
         self._base, self._tensors = family.base, store
-        self.inputs: Mapping[str, Tensor] = self.sample(sizes=(3, 7))
+        self.adaptations = tensors_of(runner, self.program, names)
+        self.tensors = {name: tensor for own in self.adaptations.values() for name, tensor in own.items()}
+        self.inputs: Mapping[str, Any] = self.sample(sizes=(3, 7))
         self.axes = [Axis(s.name, s.dtype, s.shape) for s in self.program.inputs]
-        self._parameters.update(store.root._parameters)
-        self._buffers.update(store.root._buffers)
-        self._modules.update(store.root._modules)
+        without(store, self.program, self.tensors).rehome(self)
         if hasattr(runner, "config"):
             self.config = runner.config
         self.training = False
-        self._function = function_of(_decomposed(self.program), runner.device)
+        self._function = function_of(_decomposed(self.program, list(self.tensors)), runner.device)
         self.forward: Callable[..., dict[str, Any]] = self._flat()
 
     def _flat(self) -> Callable[..., dict[str, Any]]:
         names, outputs, axes = self.program.signature, self.program.outputs.names, self.axes
+        order = list(self.tensors)
+        every = [*names, *([ADAPTER_TENSORS] if order else [])]
 
-        def forward(*args: Tensor, **kwargs: Tensor) -> dict[str, Any]:
-            inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        def forward(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            inputs = {**dict(zip(every, args, strict=False)), **kwargs}
+            tensors = inputs.pop(ADAPTER_TENSORS) if order else {}
             tie_sizes(axes, inputs)
-            values = self._function(self, *(inputs[name] for name in names))
+            values = self._function(self, *(tensors[name] for name in order), *(inputs[name] for name in names))
             return dict(zip(outputs, values, strict=True))
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
+        forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in every])  # type: ignore[attr-defined]
         return forward
 
-    def sample(self, seed: int = 0, sizes: tuple[int, int] = (2, 9)) -> dict[str, Tensor]:
-        """Random inputs of batch and sequence ``sizes``."""
+    def sample(self, seed: int = 0, sizes: tuple[int, int] = (2, 9)) -> dict[str, Any]:
+        """Random inputs of batch and sequence ``sizes``. Tensors of adaptations have their own values with seed 0 and
+        these in reverse with another, which tells a graph that has them as constants."""
+        inputs: dict[str, Any] = dict(self._sample(seed, sizes))
+        if self.tensors:
+            turned = {n: t.flip(0) if seed and t.dim() else t for n, t in self.tensors.items()}
+            inputs[ADAPTER_TENSORS] = turned
+        return inputs
+
+    def _sample(self, seed: int, sizes: tuple[int, int]) -> dict[str, Tensor]:
         inputs = sample_inputs(self._base, self._tensors, seed, sizes, getattr(self, "config", None))
         chosen = [name for name in self.program.signature if name not in inputs]
         if chosen:
@@ -84,7 +103,15 @@ class ExportModule(nn.Module):
             inputs |= {name: every[name] for name in chosen}
         return inputs
 
-    def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
-        """Which axes vary."""
+    def dynamic_shapes(self) -> dict[str, dict[Any, Any]]:
+        """Which axes vary: none of an adaptation's tensors."""
         auto = torch.export.Dim.AUTO
-        return {a.name: {i: auto for i, s in enumerate(a.axes) if isinstance(s, str)} for a in self.axes}
+        own: dict[str, dict[Any, Any]] = {
+            a.name: {i: auto for i, s in enumerate(a.axes) if isinstance(s, str)} for a in self.axes
+        }
+        return {**own, **({ADAPTER_TENSORS: {name: {} for name in self.tensors}} if self.tensors else {})}
+
+    def flat(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Inputs by the names that a graph without containers has for them."""
+        own = {name: value for name, value in inputs.items() if name != ADAPTER_TENSORS}
+        return {**own, **inputs.get(ADAPTER_TENSORS, {})}

@@ -41,6 +41,7 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
     except Exception as error:
         raise GraftError("GC060", f"the ONNX exporter failed: {reason(error)}") from error
     model = exported.program
+    _name_tensors(model, module)
     _name_axes(ir, model, module)
     model.metadata_props.update(metadata)
     model.producer_name = "graftc"
@@ -83,10 +84,17 @@ def _quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
+def _name_tensors(model: Any, module: ExportModule) -> None:
+    """Call inputs that are tensors of adaptations by their full names."""
+    inputs = list(model.graph.inputs)
+    for value, name in zip(inputs[len(module.axes) :], module.tensors, strict=True):
+        value.name = name
+
+
 def _name_axes(ir: Any, model: Any, module: ExportModule) -> None:
     """Call dynamic axes what they are, on inputs and outputs."""
     names: dict[str, str] = {}
-    for value, axis in zip(model.graph.inputs, module.axes, strict=True):
+    for value, axis in zip(model.graph.inputs, module.axes, strict=False):
         for dim, size in zip(value.shape, axis.axes, strict=True):
             if isinstance(size, str) and not isinstance(dim, int):
                 names[str(dim.value)] = size
@@ -104,7 +112,7 @@ def _compare(ort: Any, module: ExportModule, path: Path) -> None:
         inputs = module.sample(seed, sizes)
         with torch.no_grad():
             expected = module(**inputs)
-        found = session.run(list(names), {name: value.cpu().numpy() for name, value in inputs.items()})
+        found = session.run(list(names), {name: value.cpu().numpy() for name, value in module.flat(inputs).items()})
         for name, value in zip(names, found, strict=True):
             reference = expected[name].float().cpu()
             difference = float((reference - torch.from_numpy(value).float()).abs().max())

@@ -1,0 +1,110 @@
+"""Adaptations as inputs of an exported graph: which tensors these are, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, fx
+
+from graftc.compiler.report import owner_of
+from graftc.compiler.snapshot import adapter_tensors
+from graftc.passes.core.program import Program
+from graftc.passes.core.store import Store
+from graftc.specs.diagnostics import GraftError, nearest
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import ModelRunner
+
+ADAPTER_TENSORS = "adapter_tensors"
+"""The keyword of a ``.pt2`` program under which it takes tensors of adaptations, by their full names."""
+
+
+def companions_of(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """The file beside an export that has an adaptation's tensors, for each adaptation."""
+    return {name: f"{path.name}.{name}.safetensors" for name in names}
+
+
+def require_known(runner: ModelRunner, names: Iterable[str]) -> None:
+    """Refuse what is no adaptation or composition.
+
+    Raises:
+        GraftError: GC091 with the nearest names.
+    """
+    tensors = adapter_tensors(runner._store)
+    known = list(dict.fromkeys([*runner._compilation.spec.owners, *(owner_of(name) for name, _ in tensors)]))
+    for name in names:
+        if name not in known:
+            close = nearest(name, known)
+            hint = f"did you mean {close[0]!r}?" if close else f"there is: {', '.join(known) or 'none'}"
+            raise GraftError("GC091", f"there is no adaptation {name!r}", hint=hint)
+
+
+def tensors_of(runner: ModelRunner, program: Program, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of adaptations that a Program reads, by adaptation and full name, names in order.
+
+    Args:
+        runner: whose adaptations.
+        program: what is exported.
+        names: of adaptations.
+
+    Raises:
+        GraftError: GC091 where there is no such adaptation, GC065 where the Program reads no tensor of it.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    if not names:
+        return found
+    require_known(runner, names)
+    read = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
+    kept = {name: tensor for name, tensor in adapter_tensors(runner._store) if name in read}
+    for name in names:
+        own = {fqn: kept[fqn].detach() for fqn in sorted(kept) if owner_of(fqn) == name}
+        if not own:
+            raise GraftError(
+                "GC065",
+                f"{name!r} cannot be an input: the exported graph reads none of its tensors",
+                hint=_hint(runner, name, kept),
+            )
+        found[name] = own
+    return found
+
+
+def _hint(runner: ModelRunner, name: str, kept: Mapping[str, Tensor]) -> str:
+    if name in getattr(runner, "folded", ()):
+        return "it has been folded into the weights: export the compiled model, with --no-merge on the command line"
+    others = list(dict.fromkeys(map(owner_of, kept)))
+    return f"tensors are read of: {', '.join(others)}" if others else "leave it out of the inputs"
+
+
+def as_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
+    """Make tensors arguments of a graph, before its own."""
+    readers: dict[str, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        readers.setdefault(str(node.target), []).append(node)
+    with graph.inserting_before(next(iter(graph.nodes))):
+        for index, name in enumerate(names):
+            made = graph.placeholder(f"adapter_tensor_{index}")
+            for node in readers[name]:
+                node.replace_all_uses_with(made)
+                graph.erase_node(node)
+
+
+def without(root: Store, program: Program, names: Iterable[str]) -> Store:
+    """A Store of what a Program reads, less the tensors that are inputs."""
+    found, taken = Store(), set(names)
+    for node in program.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name in found or name in taken:
+            continue
+        path, _, last = name.rpartition(".")
+        owner, tensor = root.owner(path), root.get(name)
+        if last in owner._parameters:
+            found.container(path)._parameters[last] = owner._parameters[last]
+        else:
+            persistent = last not in owner._non_persistent_buffers_set
+            found.add_buffer(name, tensor, persistent=persistent)
+    return found
+
+
+__all__ = ["ADAPTER_TENSORS", "as_inputs", "companions_of", "require_known", "tensors_of", "without"]
