@@ -225,3 +225,35 @@ def test_a_published_prefix(number: str, model: Any, entry: dict[str, Any], trai
     name, config, values = model
     report = graftc.check({"adapt": [entry]}, _model(name, config, tuple(values.items())))
     assert (report.trainable_parameters, report.deployed_parameters) == (trained, deployed)
+
+
+T5_WIDTHS = {"small": (512, 51_200), "base": (768, 76_800), "large": (1024, 102_400), "XL": (2048, 204_800)}
+T5_WIDTHS["XXL"] = (4096, 409_600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", T5_WIDTHS)
+def test_published_prompts_of_t5(size: str) -> None:
+    """100 virtual tokens in front of the encoder; depth does not matter. Twice as many numbers for both stacks."""
+    width, published = T5_WIDTHS[size]
+    config = {"d_model": width, "num_layers": 1, "num_heads": 8, "d_kv": 64, "d_ff": 2 * width, "vocab_size": 32128}
+    model = _model("T5ForConditionalGeneration", "T5Config", tuple(config.items()))
+    report = graftc.check({"adapt": [{"method": "prompt"}]}, model)
+    assert (report.trainable_parameters, report.deployed_parameters) == (published, published)
+    if size == "small":
+        both = {"method": "prompt", "target": {"role": ["encoder.embed.token", "decoder.embed.token"]}}
+        assert graftc.check({"adapt": [both]}, model).trainable_parameters == 2 * published
+
+
+@pytest.mark.slow
+def test_pre_embed_and_pre_layer_on_gpt2_medium() -> None:
+    """``d (l_p + l_i)``, and as much for each of ``L`` layers. Deployed, keys and values of each layer."""
+    name, config, values = GPT2_MEDIUM
+    model = _model(name, config, tuple(values.items()))
+    slots = {"length": 10, "infix": 4}
+    embed = graftc.check({"adapt": [{"method": "pre_embed", **slots}]}, model)
+    layer = graftc.check({"adapt": [{"method": "pre_layer", **slots}]}, model)
+    assert (embed.trainable_parameters, layer.trainable_parameters) == (14 * 1024, 24 * 14 * 1024)
+    assert layer.deployed_parameters == layer.trainable_parameters
+    front = graftc.check({"adapt": [{"method": "pre_layer", "length": 10}]}, model)
+    assert (front.trainable_parameters, front.deployed_parameters) == (24 * 10 * 1024, 2 * 24 * 10 * 1024)

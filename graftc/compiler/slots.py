@@ -15,8 +15,6 @@ from graftc.passes.core.tensors import tensor_name
 from graftc.passes.core.virtual import computed
 from graftc.specs.compose import Stack
 
-aten = torch.ops.aten
-
 
 def are_constant(compilation: Compilation, resolved: Resolved) -> bool:
     """Whether what every attention makes of an adaptation's virtual tokens is the same whatever the text: each layer of
@@ -30,8 +28,7 @@ def are_constant(compilation: Compilation, resolved: Resolved) -> bool:
         and len(family.train.virtual) == 1
         and all((site.stack, site.layer) in read for site in attentions)
         and len({site.stack for site in attentions}) == 1
-        and all(site.node.target is aten.scaled_dot_product_attention.default for site in attentions)
-        and all(site.keys is not None and site.values is not None for site in attentions)
+        and all(site.operands is not None for site in attentions)
         and (composition is None or isinstance(composition, Stack))
     )
 
@@ -53,7 +50,8 @@ def slot_values(compilation: Compilation, resolved: Resolved) -> dict[str, Tenso
     found = list(_columns(compilation))
     operands: list[fx.Node] = []
     for site, _, _ in found:
-        operands += nodes[site.node.name].args[1:3]
+        assert site.operands is not None
+        operands += [nodes[operand.name] for operand in (site.operands.keys, site.operands.values)]
     values = iter(computed(operands, lambda node: samples[str(node.target)], store.get))
     made: dict[str, Tensor] = {}
     for site, *each in found:

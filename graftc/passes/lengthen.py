@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 from graftc.passes.canonicalise import remove_dead
+from graftc.passes.core.inference import Inference
 from graftc.passes.core.program import InputSpec, Program, VirtualTokens, limited, map_nodes, nodes_in
-from graftc.passes.core.shapes import expression, fake_mode_of, types_of
+from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import SiteKey
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.virtual import VirtualRun
@@ -77,11 +78,10 @@ class _Composer:
     ) -> None:
         self.tokens, self.body, self.streams, self.ends = tokens, body, streams, dict(ends)
         self.graph = fx.Graph()
-        self.fake = fake_mode_of(tokens)
+        self.types = Inference(tokens)
         self.first: dict[fx.Node, fx.Node] = {}  # of `tokens`
         self.second: dict[fx.Node, fx.Node] = {}  # of `body`
         self.attributes: dict[str, fx.Node] = {}
-        self.known: dict[Any, Any] = {}
 
     def program(self) -> Program:
         for node in self.tokens.placeholders():
@@ -127,7 +127,7 @@ class _Composer:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Append a call that belongs to no module."""
         node = self.graph.call_function(target, args, kwargs)
-        node.meta = {"val": self._infer(target, args, kwargs), "module": ""}
+        node.meta = {"val": self.types.call(target, args, kwargs), "module": ""}
         return node
 
     def _copy(self, node: fx.Node, mapping: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -139,20 +139,10 @@ class _Composer:
         made.meta = dict(node.meta)
         if node.op == "get_attr":
             self.attributes[str(node.target)] = made
-            value = node.meta["val"]
-            with self.fake:
-                made.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            made.meta["val"] = self.types.tensor(node.meta["val"])
         elif mapping is self.second or any(n.meta["val"] is not m.meta["val"] for n, m in _pairs(node, mapping)):
-            made.meta["val"] = self._infer(node.target, args, kwargs)
+            made.meta["val"] = self.types.call(node.target, args, kwargs)
         return made
-
-    def _infer(self, target: Any, args: Any, kwargs: Any) -> Any:
-        key = (target, types_of(args), types_of(kwargs))
-        if key not in self.known:
-            with self.fake:
-                values = map_nodes((args, kwargs), lambda n: n.meta["val"])
-                self.known[key] = target(*values[0], **values[1])
-        return self.known[key]
 
     # --- behind the layers -----------------------------------------------------------------------------
 

@@ -27,4 +27,4 @@ class PreLayerMethod(VirtualTokenMethod[PreLayer]):
         """Keys and values of every attention, where all virtual tokens stand in front of the text."""
         if spec.infix or spec.target != PreLayer.model_fields["target"].default:
             return None
-        return Prefix(name=spec.name, length=spec.length, positions="shifted")
+        return Prefix(name=spec.name, length=spec.length, positions="shifted", window="masked")

@@ -291,10 +291,10 @@ def test_infix_tokens_stand_behind_a_word() -> None:
         torch.testing.assert_close(found[row], whole[row, kept[row]], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "llama", "mixtral"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "llama", "mixtral", "gemma"])
 def test_pre_layer_is_a_prefix(family: str) -> None:
     """Deployed, virtual tokens in front are keys and values of every attention, rotated where the model rotates."""
-    model = tiny(family).eval()
+    model = gemma() if family == "gemma" else tiny(family).eval()
     compiled = graftc.compile({"adapt": [{"method": "pre_layer", "length": 3}]}, model).eval()
     perturb(compiled, 0.3)
     simpler = deployed(compiled).eval()

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graftc.passes.canonicalise import takes_device
-from graftc.passes.core.program import Edit, Program, map_nodes, nodes_in
+from graftc.passes.core.inference import Inference
+from graftc.passes.core.program import Edit, Program, nodes_in
 from graftc.passes.core.rows import Rows
-from graftc.passes.core.shapes import fake_mode_of, types_of
 from graftc.passes.core.sites import Site, SiteKey
 from graftc.passes.core.store import Store
 
@@ -52,8 +50,7 @@ class NodeBuilder:
         self.values = values
         self.parts: dict[SiteKey | None, dict[str, str]] = {}
         self.overlays: list[tuple[SiteKey, str, Rows, str]] = []
-        self._fake = fake_mode_of(program)
-        self._values: dict[Any, Any] = {}
+        self._types = Inference(program)
         self._attributes: dict[str, fx.Node] = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
         self._overlaid: dict[tuple[str, Rows], str] = {}
         self._dropouts: dict[tuple[fx.Node, float, bool, SiteKey | None], fx.Node] = {}
@@ -87,7 +84,7 @@ class NodeBuilder:
         for source in sources:
             if source.op == "get_attr" and source > node:
                 node.prepend(source)
-        node.meta = {"val": self._infer(target, args, kwargs), **self._tags(part)}
+        node.meta = {"val": self._types.call(target, args, kwargs), **self._tags(part)}
         self._emitted.add(node)
         return node
 
@@ -101,23 +98,6 @@ class NodeBuilder:
         module = self._site.key.module if self._site is not None else ""
         return {"module": module, "custom": {"graftc": origin}}
 
-    def _infer(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The call's value from its arguments' types; equal types are worked out once."""
-        key = (target, types_of(args), types_of(kwargs))
-        if key not in self._values:
-            # Some operators expand to symbolic sizes with their Python decompositions only.
-            with enable_python_dispatcher(), self._fake:
-                inputs, options = map_nodes((args, dict(kwargs)), lambda n: n.meta["val"])
-                if takes_device(target):
-                    options = {"device": self._where(), **options}
-                self._values[key] = target(*inputs, **options)
-        return self._values[key]
-
-    def _where(self) -> torch.device:
-        """The device that the graph's values are on."""
-        values = (node.meta["val"] for node in self.program.placeholders())
-        return next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
-
     @property
     def site(self) -> Site:
         """The site that nodes are made for now."""
@@ -126,7 +106,7 @@ class NodeBuilder:
 
     def fake(self) -> FakeTensorMode:
         """The fake mode that the nodes' values live in."""
-        return self._fake
+        return self._types.fake
 
     def attribute(self, name: str, part: str = "") -> fx.Node:
         """The node that reads a tensor of the Store."""
@@ -136,12 +116,7 @@ class NodeBuilder:
         graph = self.program.graph
         with graph.inserting_before(self._first_call()):
             node = graph.get_attr(name)
-        tensor = self.store.get(name)
-        key = ("tensor", tensor.dtype, tuple(tensor.shape), tensor.device)
-        if key not in self._values:
-            with self._fake:
-                self._values[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        node.meta = {"val": self._values[key], **self._tags(part)}
+        node.meta = {"val": self._types.tensor(self.store.get(name)), **self._tags(part)}
         self._attributes[name] = node
         return node
 
