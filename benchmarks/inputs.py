@@ -1,0 +1,183 @@
+"""What a training step with virtual tokens or prefixes costs: graftc beside peft.
+
+    python -m benchmarks.inputs [--rounds 30] [--quick] [--threads N] [--out benchmarks/results]
+
+Writes inputs.json and inputs.md. Model, batch and the way of measuring are those of `benchmarks.train`; but texts are
+token ids with an attention mask, since methods look words up themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.train.contestants import Aims, Entry, Live, floor
+from benchmarks.train.measure import contest, mismatches
+from benchmarks.train.models import FULL, TINY, Base, base, shared_copy
+from benchmarks.train.report import figures, machine
+
+RESULTS = Path(__file__).parent / "results"
+LENGTH, HIDDEN = 20, 512
+AIMS = Aims(over_peer=0.9, saved_of_peer=0.9)
+
+
+def batch(base: Base) -> dict[str, Tensor]:
+    """The texts. PEFT lets the last virtual token predict the first word, which is no target here."""
+    labels = base.labels.clone()
+    labels[:, 0] = -100
+    return {"input_ids": base.labels, "attention_mask": torch.ones_like(base.labels), "labels": labels}
+
+
+def values(shape: Sequence[int], seed: int) -> Tensor:
+    """What a tensor holds after some training, the same in both libraries."""
+    return 0.05 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def theirs(name: str, config: str, **options: Any) -> Entry:
+    """A method of peft."""
+
+    def make(base: Base) -> Live:
+        import peft
+
+        made = getattr(peft, config)(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, **options)
+        model = peft.get_peft_model(shared_copy(base.model), made).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for seed, parameter in enumerate(trained):
+                parameter.copy_(values(parameter.shape, seed))
+        inputs = batch(base)
+        return Live(model, lambda: model(**inputs).loss, sum(p.numel() for p in trained))
+
+    return Entry(name, "peft", make)
+
+
+Tensors = Callable[[Mapping[str, Tensor], Base], Mapping[str, Tensor]]
+
+
+def ours(name: str, peer: str, tensors: Tensors | None, **entry: Any) -> Entry:
+    """The same in graftc, with the same values where they have the same shapes."""
+
+    def make(base: Base) -> Live:
+        import graftc
+
+        inputs = batch(base)
+        model = graftc.compile({"adapt": [{"length": LENGTH, **entry}]}, shared_copy(base.model), inputs).train()
+        if tensors is not None:
+            model.load_adapter_state_dict(tensors(model.adapter_state_dict(), base))
+        return Live(model, lambda: model(**inputs).loss, sum(p.numel() for p in model.parameters() if p.requires_grad))
+
+    return Entry(name, "graftc", make, peer, AIMS, exact=tensors is not None)
+
+
+def prompt_values(held: Mapping[str, Tensor], base: Base) -> Mapping[str, Tensor]:
+    """peft's table of virtual tokens."""
+    return {name: values(tensor.shape, 0) for name, tensor in held.items()}
+
+
+def prefix_values(held: Mapping[str, Tensor], base: Base) -> Mapping[str, Tensor]:
+    """peft's table ``[length, layers * 2 * width]``, by layers."""
+    layers, width = base.shape.layers, base.shape.width
+    table = values((LENGTH, layers * 2 * width), 0).view(LENGTH, layers, 2, width)
+    places = sorted({name.rpartition(".")[0] for name in held}, key=lambda n: int(n.split(".")[2]))
+    return {
+        f"{place}.{part}": table[:, i, j].contiguous()
+        for i, place in enumerate(places)
+        for j, part in enumerate(("keys", "values"))
+    }
+
+
+ENTRIES: tuple[Entry, ...] = (
+    floor(),
+    theirs("peft prompt", "PromptTuningConfig"),
+    ours("graftc prompt", "peft prompt", prompt_values, method="prompt"),
+    theirs("peft prefix", "PrefixTuningConfig"),
+    ours("graftc prefix", "peft prefix", prefix_values, method="prefix", positions="shifted"),
+    theirs("peft prefix, network", "PrefixTuningConfig", prefix_projection=True, encoder_hidden_size=HIDDEN),
+    ours(
+        "graftc prefix, network",
+        "peft prefix, network",
+        None,
+        method="prefix",
+        positions="shifted",
+        reparameterization={"hidden": HIDDEN},
+    ),
+)
+"""The floor, and each of peft's entries before graftc's."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 1 where losses are not those of peft."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.inputs", description="Virtual tokens and prefixes.")
+    parser.add_argument("--rounds", type=int, default=30, help="timed steps of each entry (default: 30)")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: is everything there?")
+    parser.add_argument("--threads", type=int, help="of torch (default: as many as it takes)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error("--rounds has to be at least 1")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    shape, rounds = (TINY, min(options.rounds, 2)) if options.quick else (FULL, options.rounds)
+    date, before = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), machine()
+    found, skipped = contest(ENTRIES, base(shape), rounds, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    given = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python -m benchmarks.inputs", *given])
+    data = figures(found, skipped, shape, command=command, date=date, before=before)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "inputs.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    text = "\n".join(_lines(data)) + "\n"
+    (options.out / "inputs.md").write_text(text, encoding="utf-8")
+    print(text)
+    wrong = mismatches(found)
+    for name, difference in wrong.items():
+        print(f"{name}: its loss is not its peer's: {difference:.1e} apart", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _lines(data: Mapping[str, Any]) -> Iterator[str]:
+    """The figures for people."""
+    here, model = data["machine"], data["model"]
+    yield "# A training step with virtual tokens or prefixes"
+    yield ""
+    yield f"Made by `{data['command']}` on {data['date']}; [how to read it](../README.md#virtual-tokens-and-prefixes)."
+    yield ""
+    yield (
+        f"Model: Llama-shaped, {model['width']} wide, {model['layers']} layers, feed-forward {model['intermediate']}, "
+        f"batch {model['batch']} x {model['length']}, float32, eager; {LENGTH} virtual tokens or places of a prefix, "
+        f"whose network has a hidden width of {HIDDEN}."
+    )
+    yield ""
+    load, after = (("unknown" if x is None else f"{x[0]:.1f}") for x in (here["load"], here["load_after"]))
+    yield (
+        f"Machine: {here['processor']}, {here['cores']} cores, {here['threads']} threads, {here['capability']}; "
+        f"load {load} before and {after} after. Medians of {data['rounds']} alternated rounds; an aim stands in "
+        "brackets, **bold** where it was missed."
+    )
+    yield ""
+    yield "| | step, ms | over the floor | over peft's | saved, MB | saved over peft's |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: |"
+    for name, entry in data["entries"].items():
+        cells = [name, f"{1e3 * entry['seconds']['median']:.0f}", f"{entry['over_floor']:.2f}"]
+        saved = f"{entry['saved_bytes'] / 1e6:.1f}"
+        yield "| " + " | ".join([*cells, _cell(entry, "over_peer"), saved, _cell(entry, "saved_of_peer")]) + " |"
+
+
+def _cell(entry: Mapping[str, Any], figure: str) -> str:
+    value, aim = entry[figure], entry["aims"][figure]
+    if value is None:
+        return "-"
+    if aim is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} ({aim:.2f})" if entry["reached"][figure] else f"**{value:.3f}** ({aim:.2f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
