@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.builder import Builder
+from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.folds import Fold, Keep
 from graftc.passes.core.lowrank import normal, uniform, zeros
 from graftc.passes.core.method import Method
-from graftc.passes.core.sites import AttentionSite, Operands, Positions, Site
+from graftc.passes.core.reading import read_tokens
+from graftc.passes.core.sites import AttentionSite, Operands, Positions, Site, SiteKey
 from graftc.specs.base import MethodSpec
 from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.prefix import Prefix, PrefixSpec
@@ -23,6 +26,46 @@ aten = torch.ops.aten
 S = TypeVar("S", bound=PrefixSpec)
 
 
+class _FirstValues:
+    """Keys and values that the base has for the tokens to start from, of all places at once, when first asked for."""
+
+    def __init__(self, spec: PrefixSpec, sites: Sequence[Site], build: Builder) -> None:
+        self._spec, self._sites, self._build = spec, sites, build
+
+    @cached_property
+    def _values(self) -> dict[SiteKey, dict[str, Tensor]]:
+        operands = [_operands(site) for site in self._sites]
+        nodes = [node for own in operands for node in (own.keys, own.values)]
+        found = read_tokens(self._build.program, self._build.store, self._spec.init_tokens, nodes)
+        pairs = zip(self._sites, found[::2], found[1::2], strict=True)
+        return {site.key: {"keys": keys, "values": values} for site, keys, values in pairs}
+
+    def initialiser(self, site: Site, part: str) -> Initialiser:
+        """Fills keys or values of a place, ``[length, width]``, with those that the base's attention has there."""
+        assert isinstance(site, AttentionSite)
+        columns = site.keys if part == "keys" else site.values
+        assert columns is not None
+
+        def fill(tensor: Tensor, generator: torch.Generator) -> None:
+            held = self._values[site.key][part][0].transpose(0, 1).float().cpu()  # [length, heads, width]
+            tensor[:, columns.flatten()] = held.flatten(1)
+
+        return fill
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all places of a prefix share.
+
+    Attributes:
+        first: what keys and values start from, where that is tokens.
+        hidden: the hidden layer of a reparameterisation; None without.
+    """
+
+    first: _FirstValues
+    hidden: fx.Node | None = None
+
+
 class PrefixedAttention(Method[S]):
     """``softmax(q [P; K]^T) [U; V]`` with ``P: [length, key width]`` and ``U: [length, value width]``, which each head
     takes its own columns of (arXiv:2101.00190; without a reparameterisation P-tuning v2, arXiv:2110.07602).
@@ -30,14 +73,15 @@ class PrefixedAttention(Method[S]):
     With a reparameterisation ``[P, U] = W2 tanh(W1 E + b1) + b2``, where ``W2`` and ``b2`` are each place's own.
     """
 
-    def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> fx.Node | None:
+    def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Shared:
         """Move the text behind the prefix, where that is asked for, and make the hidden layer of a reparameterisation,
-        which all places read; None without.
+        which all places read.
 
         Raises:
             GraftError: GC020 where places have prefixes of different lengths and a reparameterisation, or positions
                 that are shifted; or where a table has no position left for the text.
         """
+        first = _FirstValues(spec, sites, build)
         if spec.positions == "shifted":
             _same_lengths(spec, "the text begins after the prefix, so every place has as many positions")
             for positions in _own_positions(sites):
@@ -45,16 +89,16 @@ class PrefixedAttention(Method[S]):
                 build.shift(positions, spec.length)
         own = spec.reparameterization
         if own is None:
-            return None
+            return Shared(first)
         _same_lengths(spec, "a reparameterisation has one vector for each position, so every place has as many")
         width, dtype = own.width or _width(sites[0]), _operands(sites[0]).keys.meta["val"].dtype
         vectors = build.parameter("vectors", (spec.length, width), normal(spec.init_std), dtype=dtype)
         weight = build.parameter("hidden", (own.hidden, width), uniform, dtype=dtype)
         bias = build.parameter("hidden_bias", (own.hidden,), zeros, dtype=dtype)
         hidden = build.linear(vectors, weight, bias, "hidden")
-        return build.call(aten.tanh.default, hidden, part="hidden")
+        return Shared(first, build.call(aten.tanh.default, hidden, part="hidden"))
 
-    def insert(self, spec: S, site: Site, shared: fx.Node | None, build: Builder) -> None:
+    def insert(self, spec: S, site: Site, shared: Shared, build: Builder) -> None:
         """Put the prefix in front of the attention's keys and values.
 
         Raises:
@@ -135,16 +179,15 @@ def _width(site: Site) -> int:
     return int(query.shape[1]) * int(query.shape[3]) if query.dim() == 4 else site.keys.numel()
 
 
-def _table(
-    spec: PrefixSpec, build: Builder, part: str, width: int, shared: fx.Node | None, dtype: torch.dtype
-) -> fx.Node:
+def _table(spec: PrefixSpec, build: Builder, part: str, width: int, shared: Shared, dtype: torch.dtype) -> fx.Node:
     """Keys or values, ``[length, width]``."""
-    if shared is None:
-        return build.parameter(part, (spec.length, width), normal(spec.init_std), dtype=dtype)
+    if shared.hidden is None:
+        init = shared.first.initialiser(build.site, part) if spec.init_tokens else normal(spec.init_std)
+        return build.parameter(part, (spec.length, width), init, dtype=dtype)
     own = spec.reparameterization
     assert own is not None
     weight = build.parameter(f"{part}_out", (width, own.hidden), uniform, dtype=dtype)
-    return build.linear(shared, weight, build.parameter(f"{part}_out_bias", (width,), zeros, dtype=dtype), part)
+    return build.linear(shared.hidden, weight, build.parameter(f"{part}_out_bias", (width,), zeros, dtype=dtype), part)
 
 
 def _headed(build: Builder, table: fx.Node, columns: Tensor, part: str) -> fx.Node:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from graftc.specs.base import Items, MethodSpec, Override, SpecModel
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.diagnostics import GraftError
 from graftc.specs.target import Target
+from graftc.specs.validation import reject
 
 __all__ = ["Prefix", "PrefixOverride", "PrefixSpec", "Reparameterization"]
 
@@ -58,6 +60,13 @@ class PrefixSpec(MethodSpec):
     reparameterization: Reparameterization | None = None
     """Train a small network that gives the keys and values, instead of themselves."""
 
+    init: Literal["normal", "tokens"] = "normal"
+    """What keys and values start from. `normal`: a normal of deviation `init_std`. `tokens`: what the base's own
+    attention has for `init_tokens`, which it reads as a text of their own."""
+
+    init_tokens: Items[int] = ()
+    """With `init: tokens`, the id of the token that each position starts from."""
+
     init_std: float = Field(default=1.0, gt=0)
     """Deviation of the normal that keys and values start from; of the vectors, with a reparameterisation."""
 
@@ -66,6 +75,19 @@ class PrefixSpec(MethodSpec):
 
     overrides: Items[PrefixOverride] = ()
     """Other lengths for some places; the first that matches a place holds."""
+
+    @model_validator(mode="after")
+    def _tokens_fit(self) -> Self:
+        message = None
+        if bool(self.init_tokens) != (self.init == "tokens"):
+            message = "init_tokens are what init: tokens starts from"
+        elif self.init_tokens and len(self.init_tokens) != self.length:
+            message = f"{len(self.init_tokens)} tokens to start from, for {self.length} positions"
+        elif self.init_tokens and self.reparameterization is not None:
+            message = "a reparameterization gives keys and values that cannot start from those of init_tokens"
+        if message is not None:
+            reject(self.init_tokens, (("init_tokens",), GraftError("GC002", message)))
+        return self
 
 
 class Prefix(PrefixSpec):
@@ -77,7 +99,8 @@ class Prefix(PrefixSpec):
     front of the text; what is made from activations, or comes in as a mask of pairs, is zero for them. An adaptation of
     the bias itself goes before the prefix in `adapt`.
 
-    The model is not the base's at first, with zeros neither: keys of zeros take part in the softmax.
+    The model is not the base's at first, with zeros neither: keys of zeros take part in the softmax. With
+    `init: tokens` and `positions: shifted`, a decoder starts as the base that has read these tokens before the text.
     """
 
     paper: ClassVar[str] = "Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation"
