@@ -124,10 +124,11 @@ class Compilation:
         for source in self.main.source("train").inputs:
             if source.name not in tensors or source.name not in own:
                 continue
-            sizes = zip(tensors[source.name].shape, own[source.name].ranges, source.ranges, strict=False)
-            for size, (_, most), (_, before) in sizes:
+            axes = own[source.name].shape, own[source.name].ranges, source.ranges
+            for size, name, (_, most), (_, before) in zip(tensors[source.name].shape, *axes, strict=False):
                 if most is not None and most != before and size > most:
                     message = f"{source.name} has {size} tokens; beside those of its adaptations the model reads {most}"
+                    message += f": {why}" if (why := self.main.train.limits.get(str(name))) else ""
                     raise GraftError("GC020", message, hint="shorten the text")
 
     def _not_captured(self, axes: Sequence[Axis], flags: Flags, failure: GraftError | None) -> GraftError:

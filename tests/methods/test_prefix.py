@@ -162,16 +162,40 @@ def test_the_text_keeps_its_positions_or_not() -> None:
         assert (largest_difference(*made) > 1e-3) == differs
 
 
-def test_checkpointing() -> None:
-    """A layer with a prefix is computed again in the backward pass with the same gradients, to the bit."""
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_checkpointing(family: str) -> None:
+    """A layer with a prefix is computed again in the backward pass with the same gradients, to the bit; asked for in
+    the spec or later, as a trainer does."""
     grads = []
-    for checkpoint in (None, "layers"):
-        spec = {"adapt": [{"method": "prefix", "length": 3, "dropout": 0.2}], "checkpoint": checkpoint}
-        compiled = graftc.compile({k: v for k, v in spec.items() if v}, tiny("llama")).train()
+    for checkpoint in (None, "layers", "later"):
+        spec: dict[str, Any] = {"adapt": [{"method": "prefix", "length": 3, "dropout": 0.2, "window": "masked"}]}
+        if checkpoint == "layers":
+            spec["checkpoint"] = "layers"
+        compiled: Any = graftc.compile(spec, tiny(family)).train()
+        if checkpoint == "later":
+            compiled.gradient_checkpointing_enable()
+        assert all(block.checkpointing == (checkpoint is not None) for block in compiled.blocks.values())
         torch.manual_seed(5)
         compiled(**inputs_for(compiled))[0].square().mean().backward()
         grads.append([p.grad for p in compiled.parameters() if p.grad is not None])
-    assert grads[0] and same_bits(*grads)
+    assert grads[0] and same_bits(grads[0], grads[1]) and same_bits(grads[0], grads[2])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "roberta"])
+def test_texts_that_leave_no_room(family: str) -> None:
+    """A text that fits its table of positions, but not behind the prefixes, is refused by name; one that fits runs."""
+    changes = {"n_positions": 20} if family == "gpt2" else {"max_position_embeddings": 20}
+    model: Any = tiny(family, **changes)
+    two = [{"method": "prefix", "name": n, "length": p, "positions": "shifted"} for n, p in (("near", 2), ("far", 1))]
+    compiled = graftc.compile({"adapt": two}, model).eval()
+    most = 17 - (2 if family == "roberta" else 0)  # RoBERTa counts from 2
+    ids = torch.full((1, most + 1), 5)
+    mask = torch.ones_like(ids)
+    model(input_ids=ids, attention_mask=mask)
+    compiled(input_ids=ids[:, :-1], attention_mask=mask[:, :-1])
+    with pytest.raises(GraftError, match=r"'near' takes 2 of the 20 positions of .*(wpe|position)") as caught:
+        compiled(input_ids=ids, attention_mask=mask)
+    assert caught.value.code == "GC020"
 
 
 def test_stacked_prefixes_are_one_longer() -> None:

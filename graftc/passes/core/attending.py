@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.program import follow, map_nodes, nodes_in, provenance
+from graftc.passes.core.program import follow, limited, map_nodes, nodes_in, provenance
+from graftc.passes.core.reading import read_tokens
 from graftc.passes.core.replay import ReplayBuilder, same_size, surplus
 from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import AttentionSite, Positions
@@ -16,6 +17,9 @@ from graftc.specs.diagnostics import GraftError, Place
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
+_ANY = (2, 2)
+"""Tokens to count positions of: padding is 0 or 1 in most vocabularies."""
+
 Window = Literal["visible", "masked"]
 
 
@@ -40,11 +44,36 @@ class AttentionBuilder(ReplayBuilder):
         return self.call(aten.expand.default, node, [size, -1, -1, -1], part=part)
 
     def shift(self, positions: Positions, length: int) -> None:
-        """Let the tokens' positions begin at ``length``."""
+        """Let the tokens' positions begin at ``length``; the Program takes no more tokens than a table has rows for."""
         numbers = positions.reader.args[positions.index]
         assert isinstance(numbers, fx.Node)
+        self._leave_room(positions, numbers, length)
         later = self.call(aten.add.Tensor, numbers, length, part="positions")
         self._redirect(numbers, later, lambda user: user is positions.reader, narrow=True)
+
+    def _leave_room(self, positions: Positions, numbers: fx.Node, length: int) -> None:
+        """Narrow the axis that counts the positions. Where a call gives their numbers, only it can know."""
+        table = positions.reader.args[0]
+        if positions.index != 1 or not isinstance(table, fx.Node) or table.op != "get_attr":
+            return
+        try:
+            (found,) = read_tokens(self.program, self.store, _ANY, [numbers])
+        except GraftError:
+            return
+        if found.is_meta:
+            return
+        rows, before = int(table.meta["val"].shape[0]), numbers
+        taken = length
+        while (provenance(before) or {}).get("part") == "positions":  # an earlier prefix
+            taken += int(before.args[1])  # type: ignore[arg-type]
+            before = before.all_input_nodes[0]
+        most = rows - 1 - taken - int(found.max()) + len(_ANY)
+        why = f"{self.adaptation!r} takes {length} of the {rows} positions of {table.target}"
+        for spec, node in zip(self.program.inputs, self.program.placeholders(), strict=True):
+            for name, size in zip(spec.shape, node.meta["val"].shape, strict=True):
+                if isinstance(name, str) and surplus(numbers.meta["val"].shape[-1], size) is not None:
+                    self.program.limits.setdefault(name, why)
+                    self.program.inputs = limited(self.program.inputs, {name: most})
 
     def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node, *, window: Window = "visible") -> None:
         """Let every query of an attention see keys and values in front of its own, ``[rows, heads, length, width]``.

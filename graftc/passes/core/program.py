@@ -172,6 +172,9 @@ class Program:
     claims: dict[str, list[tuple[str, Rows]]] = field(default_factory=dict)
     """Which adaptation trains which rows of a base tensor."""
 
+    limits: dict[str, str] = field(default_factory=dict)
+    """Why axes of some names have no greater sizes than the base's, for people."""
+
     derived: dict[str, list[tuple[str, Rows]]] = field(default_factory=dict)
     """Which adaptation has constants that follow from which rows of a base tensor."""
 
@@ -213,6 +216,7 @@ class Program:
             "edits": edits,
             "history": list(self.history),
             "claims": {name: list(held) for name, held in self.claims.items()},
+            "limits": dict(self.limits),
             "derived": {name: list(held) for name, held in self.derived.items()},
             "virtual": tuple(v.mapped(mapping) for v in self.virtual),
             **changes,
