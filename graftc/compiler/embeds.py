@@ -19,7 +19,8 @@ from graftc.compiler.words import WordVectors
 from graftc.passes.core.program import Program
 from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import ValueSite
-from graftc.passes.lengthen import Lengthened, lengthen
+from graftc.passes.lengthen import lengthen
+from graftc.passes.sequences import Lengthened
 from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.document import Spec
 

@@ -52,7 +52,8 @@ def slot_values(compilation: Compilation, resolved: Resolved) -> dict[str, Tenso
     for site, _, _ in found:
         assert site.operands is not None
         operands += [nodes[operand.name] for operand in (site.operands.keys, site.operands.values)]
-    values = iter(computed(operands, lambda node: samples[str(node.target)], store.get))
+    device = next(iter(samples.values())).device
+    values = iter(computed(operands, lambda node: samples[str(node.target)], store.get, device))
     made: dict[str, Tensor] = {}
     for site, *each in found:
         for part, columns in zip(("keys", "values"), each, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -236,6 +236,18 @@ def follow(node: fx.Node, links: Mapping[fx.Node, fx.Node]) -> fx.Node:
     while node in links:
         node = links[node]
     return node
+
+
+def above(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> list[fx.Node]:
+    """Some nodes and everything that they are made from, in graph order, not beyond those of ``stop``."""
+    found = set(nodes)
+    pending = [node for node in found if node not in stop]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                pending += [source] if source not in stop else []
+    return sorted(found)
 
 
 def map_nodes(value: Any, fn: Callable[[fx.Node], Any]) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graftc.passes.canonicalise import takes_device
 from graftc.passes.core.attending import AttentionBuilder
-from graftc.passes.core.program import VirtualTokens, map_nodes
+from graftc.passes.core.program import VirtualTokens, above, map_nodes
 from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import ValueSite
 from graftc.specs.diagnostics import GraftError
@@ -60,7 +61,7 @@ class VirtualBuilder(AttentionBuilder):
         Raises:
             GraftError: GC019 where they are not looked up in a table.
         """
-        tables = [n.args[0] for n in _above(site.node) if n.target is aten.embedding.default]
+        tables = [n.args[0] for n in above([site.node]) if n.target is aten.embedding.default]
         sizes = [int(t.meta["val"].shape[0]) for t in tables if isinstance(t, fx.Node)]
         if not sizes:
             raise GraftError("GC019", f"the vectors of {site.key} are not looked up in a table")
@@ -69,23 +70,15 @@ class VirtualBuilder(AttentionBuilder):
     def embedded(self, site: ValueSite, ids: Tensor) -> Tensor:
         """What the model looks up for some tokens: ``ids: int64[n]`` to ``[n, width]``, float32 on the CPU."""
         given = ids[None].to(self._device())
-        return computed([site.node], lambda node: given, self.store.get)[0][0].float().cpu()
-
-
-def _above(*nodes: fx.Node) -> list[fx.Node]:
-    """Some nodes and everything that they are made from, in graph order."""
-    found, pending = set(nodes), list(nodes)
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                pending.append(source)
-    return sorted(found)
+        return computed([site.node], lambda node: given, self.store.get, given.device)[0][0].float().cpu()
 
 
 @torch.no_grad()
 def computed(
-    nodes: Sequence[fx.Node], given: Callable[[fx.Node], Tensor], tensor: Callable[[str], Tensor]
+    nodes: Sequence[fx.Node],
+    given: Callable[[fx.Node], Tensor],
+    tensor: Callable[[str], Tensor],
+    device: torch.device | None = None,
 ) -> list[Tensor]:
     """The values of some nodes.
 
@@ -93,14 +86,16 @@ def computed(
         nodes: what to compute, with everything that it is made from.
         given: the value of an input of the graph.
         tensor: gives a tensor of the Store by name.
+        device: where they are; by default torch's.
     """
     values: dict[fx.Node, Any] = {}
-    for source in _above(*nodes):
+    for source in above(nodes):
         if source.op == "placeholder":
             values[source] = given(source)
         elif source.op == "get_attr":
             values[source] = tensor(str(source.target)).detach()
         else:
             args, kwargs = map_nodes((source.args, dict(source.kwargs)), values.__getitem__)
-            values[source] = source.target(*args, **kwargs)  # type: ignore[operator]
+            where = {"device": device} if device is not None and takes_device(source.target) else {}
+            values[source] = source.target(*args, **{**kwargs, **where})  # type: ignore[operator]
     return [values[node] for node in nodes]
