@@ -257,3 +257,14 @@ def test_pre_embed_and_pre_layer_on_gpt2_medium() -> None:
     assert layer.deployed_parameters == layer.trainable_parameters
     front = graftc.check({"adapt": [{"method": "pre_layer", "length": 10}]}, model)
     assert (front.trainable_parameters, front.deployed_parameters) == (24 * 10 * 1024, 2 * 24 * 10 * 1024)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("slots", "trained", "shown"), [(2, 49_152, "0.0147%"), (3, 73_728, "0.0221%")])
+def test_published_vectors_at_special_tokens(slots: int, trained: int, shown: str) -> None:
+    """Row 1: ``24 k 1024`` for single texts and for pairs, over BERT large without its head."""
+    name, config, values = BERT_LARGE_CASED
+    entry = {"method": "pasta", "special_tokens": [101, 102], "slots": slots}
+    report = graftc.check({"adapt": [entry]}, _model(name, config, tuple(values.items())))
+    assert report.trainable_parameters == report.deployed_parameters == trained
+    assert f"{100 * trained / 333_579_264:.4f}%" == shown

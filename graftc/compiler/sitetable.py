@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from graftc.compiler.candidates import Candidate
 from graftc.compiler.findings import Finding, Structure, Sublayer, place
 from graftc.compiler.positions import above, position_readers
-from graftc.compiler.values import layer_values
+from graftc.compiler.values import TokenReaders, layer_values
 from graftc.compiler.words import WordVectors
 from graftc.passes.core.program import Program
 from graftc.passes.core.rows import Rows
@@ -258,21 +258,18 @@ class SiteTable:
 
     def _values(self) -> None:
         """What every layer reads, and what it gives. Runs of one layer are uses of one place."""
+        tokens = TokenReaders(self.program.graph, self.structure.findings)
         for owner, runs in layer_values(self.structure.sublayers, _end).items():
             for role in ("layer.in", "layer.out"):
-                self._add(
-                    [
-                        ValueSite(
-                            SiteKey(owner, stem + role, use=use),
-                            (stem + role,),
-                            run.layer,
-                            run.stack,
-                            kind=SiteKind.VALUE,
-                            node=run.entry if role == "layer.in" else run.exit,
-                        )
-                        for use, (run, stem) in enumerate(runs)
-                    ]
-                )
+                sites: list[Site] = []
+                for use, (run, stem) in enumerate(runs):
+                    node = run.entry if role == "layer.in" else run.exit
+                    key, roles = SiteKey(owner, stem + role, use=use), (stem + role,)
+                    own = tokens.of(node, stem)
+                    sites.append(
+                        ValueSite(key, roles, run.layer, run.stack, kind=SiteKind.VALUE, node=node, tokens=own)
+                    )
+                self._add(sites)
 
     def _words(self, words: Sequence[WordVectors]) -> None:
         """The word vectors of every sequence. Without a prefix the role means the first one's, an encoder's."""

@@ -1,13 +1,16 @@
-"""The values that layers start from and end with: :func:`layer_values`."""
+"""The values that layers start from and end with (:func:`layer_values`), and the tokens that they are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
-from graftc.compiler.findings import Sublayer
+from graftc.compiler.findings import Finding, Sublayer
+from graftc.passes.core.shapes import expression
+from graftc.passes.core.sites import TokenNumbers
 from graftc.specs.roles import parse_role
 
 
@@ -68,3 +71,44 @@ def layer_values(
     for run in (run for runs in found.values() for run in runs):
         stems[run.stack] = stems.get(run.stack) or run.stem
     return {owner: [(run, stems[run.stack]) for run in runs] for owner, runs in found.items()}
+
+
+class TokenReaders:
+    """Which tokens each value of a graph is made of.
+
+    Args:
+        graph: the graph.
+        findings: its roles: those of tables of token embeddings say where tokens are looked up.
+    """
+
+    def __init__(self, graph: fx.Graph, findings: Iterable[Finding]) -> None:
+        self._lookups = [
+            f
+            for f in findings
+            if parse_role(f.role).name == "embed" and f.node.target is torch.ops.aten.embedding.default
+        ]
+        own = {finding.node: 1 << number for number, finding in enumerate(self._lookups)}
+        self._above: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            mark = own.get(node, 0)
+            for source in node.all_input_nodes:
+                mark |= self._above[source]
+            self._above[node] = mark
+
+    def of(self, value: fx.Node, stem: str) -> TokenNumbers | None:
+        """The tokens of ``value: [batch, sequence, ...]``: of the largest table, where several are looked up, since
+        others hold languages and the like.
+
+        Args:
+            value: the value.
+            stem: ``encoder.`` or ``decoder.`` where the model has both stacks.
+        """
+        mark, sizes = self._above[value], [expression(size) for size in value.meta["val"].shape[:2]]
+        found: list[TokenNumbers] = []
+        for number, finding in enumerate(self._lookups):
+            table, numbers = finding.node.args[:2]
+            assert isinstance(table, fx.Node) and isinstance(numbers, fx.Node)
+            own = [expression(size) for size in numbers.meta["val"].shape]
+            if mark >> number & 1 and own == sizes and (not stem or finding.role.startswith(stem)):
+                found.append(TokenNumbers(numbers, int(table.meta["val"].shape[0])))
+        return max(found, key=lambda tokens: tokens.entries, default=None)

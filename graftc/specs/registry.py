@@ -14,6 +14,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from inspect import getdoc, isclass
 from types import MappingProxyType, ModuleType
+from typing import Any
 
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims
@@ -50,6 +51,12 @@ class SpecEntry:
     def summary(self) -> str:
         """The first line of the spec's docstring."""
         return (getdoc(self.spec_class) or "").partition("\n")[0]
+
+    @property
+    def needed(self) -> dict[str, Any]:
+        """The fields without a default that say an example, each with it."""
+        fields = self.spec_class.model_fields
+        return {name: info.examples[0] for name, info in fields.items() if info.is_required() and info.examples}
 
 
 def method_specs() -> MappingProxyType[str, SpecEntry]:

@@ -24,9 +24,6 @@ from graftc.testing import FAMILIES
 from tests.families import tiny
 from tests.wide import FAMILIES as WIDE
 
-QUICK = ("bert", "llama", "t5")
-EVERY = [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES]
-
 
 def table(model: nn.Module) -> SiteTable:
     """The sites of a model's usual signature."""
@@ -82,7 +79,7 @@ def stream_of(values: Mapping[fx.Node, Any], sublayers: Sequence[SublayerSite]) 
     return left
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_has_them(family: str) -> None:
     """One of each kind for every layer, in the layer's own module; what one gives the next one reads."""
     made = table(tiny(family))
@@ -100,7 +97,7 @@ def test_every_layer_has_them(family: str) -> None:
     assert prefixes == ({"encoder.", "decoder."} if family == "t5" else {""})
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_adding_zeros_is_the_base(family: str) -> None:
     """To the bit, with all of them replaced."""
     made = table(tiny(family))
@@ -111,7 +108,7 @@ def test_adding_zeros_is_the_base(family: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_projections_and_the_residual_read_it(family: str) -> None:
     """A vector that is added at the second layer moves its queries, keys, values and stream, and nothing before."""
     made = table(tiny(family))

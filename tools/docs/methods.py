@@ -3,6 +3,7 @@ own, and a page must not depend on what is installed."""
 
 from __future__ import annotations
 
+import json
 import re
 from inspect import getdoc
 
@@ -128,8 +129,8 @@ def _papers(text: str) -> list[str]:
 
 
 def example(entry: SpecEntry) -> str:
-    """A spec with this method: its own placement or roles of kinds that it takes, and its first numbers at their
-    defaults.
+    """A spec with this method: its own placement or roles of kinds that it takes, the examples of fields that it needs,
+    and its first numbers at their defaults.
 
     Raises:
         GraftError: the example is no valid spec.
@@ -141,6 +142,7 @@ def example(entry: SpecEntry) -> str:
         if SiteKind.LINEAR in entry.claims.sites:
             fits = ["attn.q", "attn.v"]
         lines.append(f"    target: {{role: [{', '.join(fits[:2])}]}}")
+    lines += [f"    {name}: {json.dumps(value)}" for name, value in entry.needed.items()]
     numbers = [name for name, info in fields.items() if type(info.default) in (int, float) and info.default]
     lines += [f"    {name}: {re.sub(r'[.]0$', '', str(fields[name].default))}" for name in numbers[:3]]
     text = "\n".join(lines) + "\n"

@@ -54,6 +54,10 @@ class BranchBuilder(TensorBuilder):
         own = str(site.key)
         return follow(node, {e.before: e.after for e in self.program.edits if not e.narrow or e.site == own})
 
+    def look_up(self, table: fx.Node, index: fx.Node, part: str = "") -> fx.Node:
+        """Entries of ``table: [entries, width]`` by ``index: int64[batch, sequence]``: ``[batch, sequence, width]``."""
+        return self.call(aten.embedding.default, table, index, part=part)
+
     def add_at(self, site: SublayerSite, place: str, delta: fx.Node, read: str) -> None:
         """Add ``delta`` to a value of a sublayer.
 

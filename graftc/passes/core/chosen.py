@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from graftc.passes.core.batch import Batch
 from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.rows import Rows
+from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import LinearSite, SiteKey, SublayerSite, ValueSite
 from graftc.passes.core.uses import Dense
 from graftc.specs.diagnostics import GraftError
@@ -147,6 +148,16 @@ class RowsBuilder(ChosenBuilder):
     def set_value(self, site: ValueSite, node: fx.Node) -> None:
         """See `BranchBuilder.set_value`."""
         super().set_value(site, self.batch.home(node, self._value(site)))
+
+    def look_up(self, table: fx.Node, index: fx.Node, part: str = "") -> fx.Node:
+        """See `BranchBuilder.look_up`: ``table`` is ``[rows, entries, width]``, ``index`` has the rows first."""
+        rows, entries = table.meta["val"].shape[:2]
+        if not isinstance(expression(rows), int):
+            ones = self.call(aten.ones_like.default, self.call(aten.slice.Tensor, index, 1, 0, 1, part=part), part=part)
+            before = self.call(aten.sub.Tensor, self.call(aten.cumsum.default, ones, 0, part=part), 1, part=part)
+            skipped = self.call(aten.mul.Tensor, before, int(entries), part=part)
+            index = self.call(aten.add.Tensor, index, skipped, part=part)
+        return super().look_up(self.call(aten.flatten.using_ints, table, 0, 1, part=part), index, part)
 
     def _shaped(self, delta: fx.Node, value: fx.Node) -> fx.Node:
         return super()._shaped(self.batch.home(delta, value), value)

@@ -27,6 +27,7 @@ __all__ = [
     "Site",
     "SiteKey",
     "SublayerSite",
+    "TokenNumbers",
     "Use",
     "ValueSite",
     "linear_use",
@@ -275,6 +276,19 @@ class SublayerSite(Site):
         return dtype
 
 
+@dataclass(frozen=True)
+class TokenNumbers:
+    """The numbers of tokens as a table of embeddings is looked up by them.
+
+    Attributes:
+        numbers: ``[batch, sequence]``, whole numbers.
+        entries: how many tokens the table has.
+    """
+
+    numbers: fx.Node
+    entries: int
+
+
 @dataclass(eq=False)
 class ValueSite(Site):
     """An activation by its place: what a layer reads, or what it gives.
@@ -283,9 +297,11 @@ class ValueSite(Site):
 
     Attributes:
         node: the value, ``[batch, sequence, width]`` in most models.
+        tokens: those that its stack of layers reads; None where it is not made of any.
     """
 
     node: fx.Node = field(kw_only=True)
+    tokens: TokenNumbers | None = field(default=None, kw_only=True)
 
     @property
     def scope(self) -> str:

@@ -150,16 +150,20 @@ def _default(field: dict[str, Any]) -> str:
 
 def _example(entry: SpecEntry) -> str:
     """An adaptation that can stand in a spec: the method's own placement, or roles of a kind that it takes."""
+    import json
+
     from graftc.specs.roles import ROLES
     from graftc.specs.target import Target
 
+    lines = ["adapt:", f"  - method: {entry.tag}"]
+    lines += [f"    {name}: {json.dumps(value)}" for name, value in entry.needed.items()]
     placed = entry.spec_class.model_fields["target"].default
     if isinstance(placed, Target):
-        return f"adapt:\n  - method: {entry.tag}"
+        return "\n".join(lines)
     fits = [role.name for role in ROLES.values() if role.kind in entry.claims.sites and role.name != "head"]
     fits.sort(key=lambda name: not name.startswith("attn"))
     roles = ", ".join(fits[:2]) if fits else "..."
-    return f"adapt:\n  - method: {entry.tag}\n    target: {{role: [{roles}]}}"
+    return "\n".join([*lines, f"    target: {{role: [{roles}]}}"])
 
 
 def _yes(value: bool) -> str:
