@@ -17,6 +17,7 @@ from graftc.compiler.certify import Adapted, CollapseEvidence, evaluate
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import Resolved
 from graftc.compiler.slots import are_constant, slot_parameters, slot_values
+from graftc.passes.compose import GATE
 from graftc.passes.core.folds import round_once
 from graftc.passes.core.program import Program, provenance
 from graftc.passes.core.registry import method_for
@@ -94,7 +95,8 @@ class _Own:
         self.spec, self.held, self.shared = spec, held, shared
 
     def collapsed(self) -> Mapping[str, Tensor]:
-        return method_for(self.spec.method).collapsed(self.spec, {**self.shared, **self.held})
+        gates = {part: value for part, value in self.held.items() if part in GATE}
+        return {**gates, **method_for(self.spec.method).collapsed(self.spec, {**self.shared, **self.held})}
 
 
 def _places(compilation: Compilation, resolved: Resolved, read: Any) -> Iterator[tuple[str, _Own]]:

@@ -20,7 +20,7 @@ from graftc.passes.core.program import InputSpec, Program
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.shapes import fake_mode_of
 from graftc.passes.core.sites import Applied, LinearSite, Site, SiteKey
-from graftc.specs.compose import Average, Bank, CompositionSpec, Fuse, Parallel, Stack
+from graftc.specs.compose import Average, Bank, CompositionSpec, Fuse, Gate, Parallel, Stack
 from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.document import Spec
 
@@ -262,7 +262,8 @@ def _insert_added(unit: Unit, new: Callable[..., Any]) -> dict[str, Parts]:
     sites: dict[SiteKey, tuple[Site, list[tuple[str, Any]]]] = {}
     shared: dict[str, Any] = {}
     for item in unit.members:
-        member = builders[item.name] = Collecting(build, item.name, item.spec.method, trains=trains)
+        method, gates = item.spec.method, isinstance(composition, Gate)
+        member = builders[item.name] = Collecting(build, item.name, method, trains=trains, attends=gates)
         shared[item.name] = method_for(item.spec.method).prepare(item.spec, [site for site, _ in item.sites], member)
         for site, own in item.sites:
             sites.setdefault(site.key, (site, []))[1].append((item.name, own))

@@ -205,9 +205,18 @@ class SiteTable:
                     values=heads.values if heads is not None else None,
                     operands=heads.operands if heads is not None else None,
                     positions=tuple(p for p in self._positions if p.reader in made),
+                    read=self._read_by(finding),
                 )
             ]
         )
+
+    def _read_by(self, attention: Finding) -> fx.Node | None:
+        """What the sublayer of an attention reads: the first one that ends behind it."""
+        for sublayer in self.structure.sublayers:
+            attends = any(role.endswith("attn.sublayer") for role in sublayer.roles)
+            if attends and sublayer.projection > attention.node and attention.node in above(sublayer.projection):
+                return sublayer.normed
+        return None
 
     def _parameter(self, finding: Finding) -> None:
         assert finding.parameter is not None

@@ -1,7 +1,7 @@
 """Compositions of what adaptations add at one place: averages, AdapterFusion, spans of the sequence, gates.
 
 Each adaptation is built as ever, from the same values of the model, by a builder that keeps what it would have added. A
-composition makes one addition of all of these.
+composition makes one addition of all of these. A gate takes the keys and values of a prefix as well.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from graftc.specs.compose import Average, CompositionSpec, Fuse, Gate, Split
 from graftc.specs.diagnostics import GraftError
 
 aten = torch.ops.aten
+GATE = ("gate", "gate_bias")
+"""The tensors of an adaptation's gate, which are no tensors of its method."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,33 @@ class Delta:
     place: tuple[str, str] | None
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Keys and values, ``[rows, heads, length, width]``, that one adaptation would put in front of an attention's own."""
+
+    keys: fx.Node
+    values: fx.Node
+    window: Window
+
+
 class Collecting(Builder):
     """Builds an adaptation up to what it would add.
 
     Args:
         into: the builder of the composition.
         trains: whether the adaptation's own tensors train.
+        attends: whether the composition takes keys and values too.
     """
 
     composed = True
 
-    def __init__(self, into: Builder, adaptation: str, method: str, *, trains: bool = True) -> None:
+    def __init__(
+        self, into: Builder, adaptation: str, method: str, *, trains: bool = True, attends: bool = False
+    ) -> None:
         super().__init__(into.program, into.store, adaptation, method, into.seed, into.values)
-        self.into, self.trains = into, trains
+        self.into, self.trains, self.attends = into, trains, attends
         self.deltas: list[Delta] = []
+        self.ahead: list[Ahead] = []
 
     @contextmanager
     def on(self, site: Site) -> Iterator[None]:
@@ -90,12 +105,14 @@ class Collecting(Builder):
         raise self._refusal("it changes what the map reads")
 
     def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node, *, window: Window = "visible") -> None:
-        """Only what is added can be composed.
+        """See `AttentionBuilder.attend`.
 
         Raises:
-            GraftError: GC036.
+            GraftError: GC036 where the composition is of what is added alone.
         """
-        raise self._refusal("it puts keys and values in front of an attention's own")
+        if not self.attends:
+            raise self._refusal("it puts keys and values in front of an attention's own")
+        self.ahead.append(Ahead(keys, values, window))
 
     def trained_rows(self, base: str, own: Rows) -> fx.Node:
         """Only what is added can be composed.
@@ -116,7 +133,8 @@ class Collecting(Builder):
             "GC036",
             f"{self.adaptation!r} ({self.method}) is nothing that is added, so {self.into.adaptation!r} cannot "
             f"compose it: {reason}",
-            hint="compose methods that add to a value: lora, and bottleneck adapters of every kind",
+            hint="compose methods that add to a value: lora, and bottleneck adapters of every kind; a gate takes a "
+            "prefix too",
         )
 
 
@@ -129,12 +147,19 @@ def insert_composed(spec: CompositionSpec, build: Builder, site: Site, members: 
     Args:
         spec: the composition.
         build: its builder, at ``site``.
-        site: a linear map or a sublayer.
+        site: a linear map or a sublayer; with a gate an attention too.
         members: builders of the members that have something there.
 
     Raises:
         GraftError: GC036 where members do not read and add at the same values.
     """
+    if isinstance(site, AttentionSite):
+        assert isinstance(spec, Gate)
+        for member in members:
+            for ahead in member.ahead:
+                gate_attention(spec, member, build, site, ahead)
+            member.ahead = []
+        return
     deltas = [(member, delta) for member in members for delta in member.deltas]
     for member in members:
         member.deltas = []
@@ -192,11 +217,35 @@ def gated(spec: Gate, build: Builder, delta: Delta) -> fx.Node:
     return batch.home(build.call(aten.mul.Tensor, own, gate, part="gated"), delta.node)
 
 
+def gate_attention(spec: Gate, own: Builder, build: Builder, site: AttentionSite, ahead: Ahead) -> None:
+    """Put keys and values, both times one gate that is made from what the attention reads, in front of its own.
+
+    Args:
+        spec: says which tokens the gate is a mean over.
+        own: makes the gate's tensors.
+        build: changes the attention.
+        site: the attention.
+        ahead: the keys and values.
+
+    Raises:
+        GraftError: GC036 where an attention has other rows than the batch, as one in windows has.
+    """
+    batch = Batch(build.program, build.call)
+    gate = mean_gate(spec, own, batch.first(build.attended(site), str(site.key)))
+    if expression(ahead.keys.meta["val"].shape[0]) != expression(batch.size):
+        message = f"the keys of {site.key} have other rows than the batch, so that a gate for each row fits none"
+        raise GraftError("GC036", message, hint="leave it out of the target")
+    for _ in range(2):
+        gate = build.call(aten.unsqueeze.default, gate, 1, part="gate")
+    keys, values = (build.call(aten.mul.Tensor, n, gate, part="gated") for n in (ahead.keys, ahead.values))
+    build.attend(site, keys, values, window=ahead.window)
+
+
 def mean_gate(spec: Gate, build: Builder, x: fx.Node) -> fx.Node:
     """``mean sigmoid(w x + b)`` over the tokens of ``x: [rows, ..., width]``, as ``[rows, 1]``."""
     value = x.meta["val"]
-    weight = build.parameter("gate", (1, int(value.shape[-1])), normal(0.02), dtype=value.dtype)
-    bias = build.parameter("gate_bias", (1,), zeros, dtype=value.dtype)
+    weight = build.parameter(GATE[0], (1, int(value.shape[-1])), normal(0.02), dtype=value.dtype)
+    bias = build.parameter(GATE[1], (1,), zeros, dtype=value.dtype)
     scores = build.call(aten.sigmoid.default, build.linear(x, weight, bias, "gate"), part="gate")
     axes = list(range(1, value.dim() - 1))
     if not axes:

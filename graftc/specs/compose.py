@@ -203,7 +203,8 @@ class Gate(CompositionSpec):
     """A number between 0 and 1 for each row, layer and adaptation, by which what it adds is multiplied.
 
     The number is the mean over the row's tokens of `sigmoid(w x + b)`, with `x` what the adaptation reads
-    (UniPELT, Mao et al. 2022). Every adaptation has gates of its own at every place.
+    (UniPELT, Mao et al. 2022). Every adaptation has gates of its own at every place. The keys and values of a prefix
+    are both multiplied by one gate, which reads what the attention reads; shut, they still take part in the softmax.
     """
 
     kind: ClassVar[str] = "gate"

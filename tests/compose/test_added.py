@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -285,6 +285,62 @@ class TestGates:
         assert compiled.report.trainable_parameters - plain == (2 + 4) * (width + 1)
 
 
+class TestGatedPrefix:
+    """A gate in front of keys and values: one for both, from what the attention reads."""
+
+    PREFIX: ClassVar[dict[str, Any]] = {"method": "prefix", "length": 3}
+
+    @classmethod
+    def gated(cls, family: str, **fields: Any) -> Compiled:
+        """A gated prefix in eval mode, perturbed."""
+        entry = {**cls.PREFIX, "name": "a", **fields}
+        compiled = graftc.compile({"adapt": [entry], "compose": {"gate": ["a"]}}, tiny(family)).eval()
+        perturb(compiled, 0.3)
+        return compiled
+
+    @staticmethod
+    def held_at(compiled: Compiled, bias: float) -> None:
+        """Every gate at one value, whatever it reads."""
+        values = {"gate": 0.0, "gate_bias": bias}
+        held = compiled.adapter_state_dict()
+        compiled.load_adapter_state_dict(
+            {n: torch.full_like(t, values[p]) if (p := n.rpartition(".")[2]) in values else t for n, t in held.items()}
+        )
+
+    @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "gpt_neox", "t5", "vit"])
+    def test_open_and_shut(self, family: str) -> None:
+        """Open it is the prefix alone; shut the keys are zeros, which take part in the softmax all the same."""
+        compiled, model = self.gated(family), tiny(family)
+        inputs = inputs_for(compiled)
+        one = graftc.compile({"adapt": [{**self.PREFIX, "name": "a"}]}, model).eval()
+        tensors = {n: t for n, t in compiled.adapter_state_dict().items() if n in one.adapter_state_dict()}
+        for bias, factor in ((60.0, 1.0), (-200.0, 0.0)):
+            self.held_at(compiled, bias)
+            one.load_adapter_state_dict({n: factor * t for n, t in tensors.items()})
+            assert largest_difference(outputs_of(compiled, inputs), outputs_of(one, inputs)) <= 1e-6
+        assert largest_difference(outputs_of(compiled, inputs), outputs_of(model, inputs)) > 1e-3
+
+    def test_each_row_has_its_own(self) -> None:
+        """A row alone has the outputs that it has in a batch; a gate that reads other rows would show."""
+        compiled = self.gated("bert")
+        inputs = inputs_for(compiled, (4, 6))
+        every = outputs_of(compiled, inputs)
+        for row in range(4):
+            own = outputs_of(compiled, {name: tensor[row : row + 1] for name, tensor in inputs.items()})
+            assert largest_difference(own, [tensor[row : row + 1] for tensor in every]) <= 1e-6
+
+    def test_counts_and_what_is_deployed(self) -> None:
+        """``width + 1`` numbers more for each attention; without the network that gives the keys, gates remain."""
+        compiled = self.gated("bert", reparameterization={"hidden": 8})
+        plain = graftc.check({"adapt": [{**self.PREFIX, "reparameterization": {"hidden": 8}}]}, tiny("bert"))
+        assert compiled.report.trainable_parameters - plain.trainable_parameters == 2 * 49
+        assert compiled.report.deployed_parameters == plain.deployed_parameters + 2 * 49
+        deployed = compiled.merge_partially().compiled.eval()
+        assert deployed.report.trainable_parameters == compiled.report.deployed_parameters
+        inputs = inputs_for(compiled)
+        assert largest_difference(outputs_of(deployed, inputs), outputs_of(compiled, inputs)) <= 2e-6
+
+
 def test_order_of_a_stack() -> None:
     """A stack says who comes first, whatever the order of the document."""
     entries = {n: {**HOULSBY, "name": n} for n in "ab"}
@@ -337,7 +393,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str, str]] = {
         "is nothing that is added",
     ),
     "keys in front": (
-        {"adapt": [{"method": "prefix", "length": 2, "name": n} for n in "ab"], "compose": {"gate": ["a", "b"]}},
+        {"adapt": [{"method": "prefix", "length": 2, "name": n} for n in "ab"], "compose": KINDS["average"]},
         "GC036",
         "puts keys and values in front",
     ),

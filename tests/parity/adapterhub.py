@@ -47,10 +47,10 @@ class Reference:
         """The tensors below ``prefix/``, by what stands behind it."""
         return {n.removeprefix(f"{prefix}/"): t for n, t in self.tensors.items() if n.startswith(f"{prefix}/")}
 
-    def base(self) -> nn.Module:
-        """The plain model in eval mode, new at every call."""
+    def base(self, attention: str = "eager") -> nn.Module:
+        """The plain model in eval mode, new at every call; ``attention`` is what implements its attentions."""
         about = self.about["model"]
-        config = getattr(transformers, about["config"])(**about["arguments"], attn_implementation="eager")
+        config = getattr(transformers, about["config"])(**about["arguments"], attn_implementation=attention)
         model: nn.Module = getattr(transformers, about["class"])(config).eval()
         model.load_state_dict(self.under("base"))
         return model
@@ -76,6 +76,14 @@ class Reference:
                 layer, place, adapter = match["layer"], _PLACES[match["place"]], names[match["adapter"]]
                 found[f"{layer}.graftc.{adapter}.{place}.{part}"] = tensor
         return found
+
+    def prefixes(self, case: str) -> list[dict[str, Tensor]]:
+        """Keys and values of a flat prefix for each layer, ``[length, width]``: AdapterHub has both of all layers in
+        one vector, positions first."""
+        (flat,) = (t for n, t in self.under(f"{case}/adapter").items() if n.endswith("control_trans"))
+        about = self.about["model"]["arguments"]
+        tables = flat.view(-1, about["num_hidden_layers"], 2, about["hidden_size"]).movedim(0, 2)
+        return [dict(zip(("keys", "values"), layer, strict=True)) for layer in tables]
 
     def differences(self, case: str, model: nn.Module) -> Iterator[tuple[str, float]]:
         """How far ``model`` is from what a case returned (``unadapted``: without an adapter), for each output."""

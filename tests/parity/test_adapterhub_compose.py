@@ -23,9 +23,12 @@ SEQ = {"method": "pfeiffer", "reduction": 5}
 PAR = {"method": "he_parallel", "bottleneck": None, "reduction": 3}
 LORA = {"method": "lora", "rank": 3, "alpha": 3, "target": {"role": "attn.{q,v}"}}
 """The gate takes the place of alpha over rank."""
+PREFIX = {"method": "prefix", "length": 3}
 
 _FUSION = re.compile(r"(?P<layer>.+\.\d+)\.(output|output_adapters)\.adapter_fusion_layer\.[\w,]+\.(?P<part>.+)")
 _LORA = re.compile(r"(?P<module>.+)\.loras\.a\.(?P<part>.+)")
+_PREFIX = re.compile(r"(?P<module>.+)\.prefix_tuning\.prefix_gates\.a\.(?P<part>.+)")
+_LAYER = "bert.encoder.layer.{}.attention.self"
 _PARTS = {"lora_A": "A", "lora_B": "B", "gate.weight": "gate", "gate.bias": "gate_bias"}
 
 
@@ -38,14 +41,19 @@ def compiled(
 ) -> Compiled:
     """The base of ``arch`` with the tensors of a case, in eval mode."""
     spec = {"adapt": [{"name": name, **entry} for name, entry in entries.items()], "compose": compose}
-    made = graftc.compile(spec, reference(arch).base().to(dtype)).eval()
-    theirs = reference(arch).adapters(case, {name: name for name in entries})
+    attention = "sdpa" if "p" in entries else "eager"
+    made = graftc.compile(spec, reference(arch).base(attention).to(dtype)).eval()
+    theirs = reference(arch).adapters(case, {name: name for name in "abc"})
     for name, tensor in reference(arch).under(f"{case}/adapter").items():
         if (found := _FUSION.fullmatch(name)) is not None:
             part = found["part"].removesuffix(".weight").replace(".", "_")
             theirs[f"{found['layer']}.graftc.fuse.ffn.{part}"] = tensor
         elif (found := _LORA.fullmatch(name)) is not None:
-            theirs[f"{found['module']}.graftc.a.{_PARTS[found['part']]}"] = tensor
+            theirs[f"{found['module']}.graftc.{'l' if 'l' in entries else 'a'}.{_PARTS[found['part']]}"] = tensor
+        elif (found := _PREFIX.fullmatch(name)) is not None:
+            theirs[f"{found['module']}.graftc.p.attn.{_PARTS['gate.' + found['part']]}"] = tensor
+    for layer, tables in enumerate(reference(arch).prefixes(case) if "p" in entries else ()):
+        theirs |= {f"{_LAYER.format(layer)}.graftc.p.attn.{part}": table for part, table in tables.items()}
     ours = made.adapter_state_dict()
     assert {n for n in ours if not n.endswith(".active")} == theirs.keys()
     made.load_adapter_state_dict({**ours, **theirs})
@@ -99,6 +107,18 @@ def test_gated_parallel_adapters() -> None:
 
 def test_gated_lora() -> None:
     check("bert", "lora_gated", compiled("bert", "lora_gated", {"a": LORA}, {"gate": ["a"], "tokens": "all"}))
+
+
+def test_gated_prefixes() -> None:
+    """One gate for keys and values, from what the attention reads."""
+    made = compiled("bert", "prefix_gated", {"p": PREFIX}, {"gate": ["p"], "tokens": "all"})
+    check("bert", "prefix_gated", made)
+
+
+def test_unipelt() -> None:
+    """Prefix, adapter and low-rank updates, each behind gates of its own."""
+    entries = {"p": PREFIX, "a": SEQ, "l": LORA}
+    check("bert", "unipelt", compiled("bert", "unipelt", entries, {"gate": ["p", "a", "l"], "tokens": "all"}))
 
 
 @pytest.mark.parametrize(("case", "entry"), [("seq_bn_gated", SEQ), ("lora_gated", LORA)], ids=["pfeiffer", "lora"])

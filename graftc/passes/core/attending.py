@@ -75,6 +75,17 @@ class AttentionBuilder(ReplayBuilder):
                     self.program.limits.setdefault(name, why)
                     self.program.inputs = limited(self.program.inputs, {name: most})
 
+    def attended(self, site: AttentionSite) -> fx.Node:
+        """What an attention reads now, ``[batch, sequence, width]``, before its projections.
+
+        Raises:
+            GraftError: GC017 where it is in no residual branch.
+        """
+        if site.read is None:
+            message = f"{site.key} is in no residual branch, so that nobody knows what it reads"
+            raise GraftError("GC017", message, hint="leave it out with exclude")
+        return follow(site.read, {e.before: e.after for e in self.program.edits if not e.narrow})
+
     def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node, *, window: Window = "visible") -> None:
         """Let every query of an attention see keys and values in front of its own, ``[rows, heads, length, width]``.
 

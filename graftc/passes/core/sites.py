@@ -204,6 +204,7 @@ class AttentionSite(Site):
             from 0; heads that share keys name the same ones. None where they cannot be followed.
         operands: the values that hold these; None where `keys` is.
         positions: where the positions of what it reads come from; in later layers those of other streams too.
+        read: what its sublayer reads, which queries are made of; None where it is in none.
     """
 
     node: fx.Node = field(kw_only=True)
@@ -211,6 +212,7 @@ class AttentionSite(Site):
     values: Tensor | None = field(default=None, kw_only=True)
     operands: Operands | None = field(default=None, kw_only=True)
     positions: tuple[Positions, ...] = field(default=(), kw_only=True)
+    read: fx.Node | None = field(default=None, kw_only=True)
 
     @property
     def crosses(self) -> bool:
