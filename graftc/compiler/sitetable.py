@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from graftc.compiler.candidates import Candidate
 from graftc.compiler.findings import Finding, Structure, Sublayer, place
 from graftc.compiler.positions import above, position_readers
-from graftc.compiler.values import TokenReaders, layer_values
+from graftc.compiler.values import attended, value_sites
 from graftc.compiler.words import WordVectors
 from graftc.passes.core.program import Program
 from graftc.passes.core.rows import Rows
@@ -205,18 +205,10 @@ class SiteTable:
                     values=heads.values if heads is not None else None,
                     operands=heads.operands if heads is not None else None,
                     positions=tuple(p for p in self._positions if p.reader in made),
-                    read=self._read_by(finding),
+                    read=attended(finding.node, self.structure.sublayers),
                 )
             ]
         )
-
-    def _read_by(self, attention: Finding) -> fx.Node | None:
-        """What the sublayer of an attention reads: the first one that ends behind it."""
-        for sublayer in self.structure.sublayers:
-            attends = any(role.endswith("attn.sublayer") for role in sublayer.roles)
-            if attends and sublayer.projection > attention.node and attention.node in above(sublayer.projection):
-                return sublayer.normed
-        return None
 
     def _parameter(self, finding: Finding) -> None:
         assert finding.parameter is not None
@@ -267,18 +259,8 @@ class SiteTable:
 
     def _values(self) -> None:
         """What every layer reads, and what it gives. Runs of one layer are uses of one place."""
-        tokens = TokenReaders(self.program.graph, self.structure.findings)
-        for owner, runs in layer_values(self.structure.sublayers, _end).items():
-            for role in ("layer.in", "layer.out"):
-                sites: list[Site] = []
-                for use, (run, stem) in enumerate(runs):
-                    node = run.entry if role == "layer.in" else run.exit
-                    key, roles = SiteKey(owner, stem + role, use=use), (stem + role,)
-                    own = tokens.of(node, stem)
-                    sites.append(
-                        ValueSite(key, roles, run.layer, run.stack, kind=SiteKind.VALUE, node=node, tokens=own)
-                    )
-                self._add(sites)
+        for sites in value_sites(self.program.graph, self.structure, _end):
+            self._add(sites)
 
     def _words(self, words: Sequence[WordVectors]) -> None:
         """The word vectors of every sequence. Without a prefix the role means the first one's, an encoder's."""

@@ -1,16 +1,18 @@
-"""The values that layers start from and end with (:func:`layer_values`), and the tokens that they are made of."""
+"""The values that layers start from and end with, with the tokens that they are made of: :func:`value_sites`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
-from graftc.compiler.findings import Finding, Sublayer
+from graftc.compiler.findings import Finding, Structure, Sublayer
+from graftc.compiler.positions import above
 from graftc.passes.core.shapes import expression
-from graftc.passes.core.sites import TokenNumbers
+from graftc.passes.core.sites import SiteKey, TokenNumbers, ValueSite
+from graftc.specs.claims import SiteKind
 from graftc.specs.roles import parse_role
 
 
@@ -71,6 +73,41 @@ def layer_values(
     for run in (run for runs in found.values() for run in runs):
         stems[run.stack] = stems.get(run.stack) or run.stem
     return {owner: [(run, stems[run.stack]) for run in runs] for owner, runs in found.items()}
+
+
+def value_sites(
+    graph: fx.Graph, structure: Structure, end: Callable[[Sublayer], Hashable]
+) -> Iterator[list[ValueSite]]:
+    """The sites ``layer.in`` and ``layer.out`` of every layer, one for each of its runs.
+
+    Args:
+        graph: the graph.
+        structure: its roles and residual branches.
+        end: see `layer_values`.
+    """
+    tokens = TokenReaders(graph, structure.findings)
+    for owner, runs in layer_values(structure.sublayers, end).items():
+        for name in ("layer.in", "layer.out"):
+            sites = []
+            for use, (run, stem) in enumerate(runs):
+                node, role = run.entry if name == "layer.in" else run.exit, stem + name
+                key, own = SiteKey(owner, role, use=use), tokens.of(node, stem)
+                sites.append(ValueSite(key, (role,), run.layer, run.stack, kind=SiteKind.VALUE, node=node, tokens=own))
+            yield sites
+
+
+def attended(attention: fx.Node, sublayers: Iterable[Sublayer]) -> fx.Node | None:
+    """What the sublayer of an attention reads: the first one that ends behind it; None where it is in none.
+
+    Args:
+        attention: the node of the attention.
+        sublayers: residual branches in graph order.
+    """
+    for sublayer in sublayers:
+        attends = any(role.endswith("attn.sublayer") for role in sublayer.roles)
+        if attends and sublayer.projection > attention and attention in above(sublayer.projection):
+            return sublayer.normed
+    return None
 
 
 class TokenReaders:

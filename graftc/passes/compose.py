@@ -47,7 +47,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Ahead:
-    """Keys and values, ``[rows, heads, length, width]``, that one adaptation would put in front of an attention's own."""
+    """Keys and values that one adaptation would put in front of an attention's: ``[rows, heads, length, width]``."""
 
     keys: fx.Node
     values: fx.Node
