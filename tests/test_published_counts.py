@@ -213,10 +213,13 @@ BERT_LARGE_CASED = (
 PREFIXES = (
     ("3", BERT_LARGE_CASED, {"method": "p_tuning_v2", "length": 20}, 983_040, 983_040),
     ("16", BERT_BASE, {"method": "prefix", "reparameterization": {"hidden": 512}}, 9_857_024, 184_320),
+    ("18", BERT_BASE, {"method": "unipelt", "parts": ["adapter", "prefix"]}, 10_770_008, 1_097_304),
+    ("19", BERT_BASE, {"method": "unipelt"}, 11_083_376, 1_410_672),
     ("34", LLAMA_13B, {"method": "prefix"}, 4_096_000, 4_096_000),
     ("34 with shared keys", LLAMA3_8B, {"method": "prefix"}, 655_360, 655_360),
 )
-"""Row, model, adaptation, what trains, and what is deployed: ``2 L p`` times the width of keys."""
+"""Row, model, adaptation, what trains, and what is deployed: ``2 L p`` times the width of keys; for UniPELT the other
+parts too, and ``12 * 769`` for each gate of a layer: 1,078,848 and 1,373,760 without gates."""
 
 
 @pytest.mark.slow

@@ -121,6 +121,23 @@ def test_unipelt() -> None:
     check("bert", "unipelt", compiled("bert", "unipelt", entries, {"gate": ["p", "a", "l"], "tokens": "all"}))
 
 
+def test_unipelt_as_a_method() -> None:
+    """The method is this composition, with other names for its tensors."""
+    composed = compiled(
+        "bert", "unipelt", {"p": PREFIX, "a": SEQ, "l": LORA}, {"gate": ["p", "a", "l"], "tokens": "all"}
+    )
+    parts = {
+        "prefix": {"length": 3, "reparameterization": None},
+        "adapter": {"reduction": 5},
+        "lora": {"rank": 3},
+    }
+    made = graftc.compile({"adapt": [{"method": "unipelt", **parts}]}, reference("bert").base("sdpa")).eval()
+    theirs = {re.sub(r"\.graftc\.[pal]\.", ".graftc.unipelt.", n): t for n, t in composed.adapter_state_dict().items()}
+    assert theirs.keys() == made.adapter_state_dict().keys()
+    made.load_adapter_state_dict(theirs)
+    check("bert", "unipelt", made)
+
+
 @pytest.mark.parametrize(("case", "entry"), [("seq_bn_gated", SEQ), ("lora_gated", LORA)], ids=["pfeiffer", "lora"])
 def test_a_mean_over_real_tokens_is_told_from_it(case: str, entry: Mapping[str, Any]) -> None:
     """The batch has padding, so that the two means differ."""

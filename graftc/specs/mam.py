@@ -1,0 +1,65 @@
+"""MAM adapters: a prefix at every attention and a parallel adapter beside every feed-forward part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from graftc.specs.base import MethodSpec
+from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.he_parallel import HeParallel
+from graftc.specs.parts import AdapterPart, PartsSpec, PrefixPart
+from graftc.specs.prefix import Prefix, Reparameterization
+from graftc.specs.target import Target
+
+__all__ = ["MAM", "MAMAdapter", "MAMPrefix"]
+
+
+class MAMPrefix(PrefixPart):
+    """The prefix of MAM adapters."""
+
+    length: int = Field(default=30, ge=1)
+    """How many positions the prefix has."""
+
+    reparameterization: Reparameterization | None = Reparameterization(hidden=800)
+    """The network that gives keys and values while training; `null` trains themselves."""
+
+
+class MAMAdapter(AdapterPart):
+    """The parallel adapters of MAM adapters, wired as `he_parallel`; without a width their bottleneck is 512."""
+
+    scale: float | Literal["learned"] = 4.0
+    """Factor of the result; `learned`: a number that trains, and starts at 1."""
+
+
+class MAM(PartsSpec):
+    """MAM adapters: a prefix in front of every attention's keys, and a parallel adapter at every feed-forward part.
+
+    Both are as `prefix` and `he_parallel` have them, without gates: a small bottleneck where attention is changed, a
+    wide one beside the feed-forward part. The adapters change nothing at first; the prefix does.
+    """
+
+    claims: ClassVar[Claims] = Claims(
+        sites=frozenset({SiteKind.ATTENTION, SiteKind.SUBLAYER}), identity_at_init=False, folds=FoldKind.NONE
+    )
+    paper: ClassVar[str] = "He et al. 2022, Towards a Unified View of Parameter-Efficient Transfer Learning"
+    roles: ClassVar[Mapping[str, tuple[str, ...]]] = {"prefix": ("attn",), "adapter": ("ffn.sublayer",)}
+
+    method: Literal["mam"] = "mam"
+    """The method's tag."""
+
+    target: Target = Target(role=["attn", "ffn.sublayer"])
+    """Which places of the model it is for; by default every attention, and the feed-forward part of every layer."""
+
+    prefix: MAMPrefix = MAMPrefix()
+    """The keys and values in front of every attention's own."""
+
+    adapter: MAMAdapter = MAMAdapter()
+    """The adapters beside the feed-forward parts."""
+
+    def part_specs(self) -> Mapping[SiteKind, MethodSpec]:
+        """See `PartsSpec.part_specs`."""
+        adapter = HeParallel(**self.adapter.fields({"bottleneck": 512}))
+        return {SiteKind.ATTENTION: Prefix(**self.prefix.fields()), SiteKind.SUBLAYER: adapter}

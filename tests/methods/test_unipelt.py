@@ -1,0 +1,210 @@
+"""UniPELT and MAM adapters: their contracts, and that they are their parts together."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftc
+from graftc.runtime.compiled import Compiled
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import (
+    FAMILIES,
+    DeploymentContract,
+    MethodContract,
+    largest_difference,
+    outputs_of,
+    perturb,
+)
+from graftc.testing.compare import inputs_for
+from tests.families import tiny
+
+SMALL = {"length": 3, "reparameterization": {"hidden": 6, "width": 5}}
+APL: dict[str, Any] = {"method": "unipelt", "prefix": SMALL, "adapter": {"reduction": 6}, "lora": {"rank": 3}}
+AP: dict[str, Any] = {"method": "unipelt", "parts": ["adapter", "prefix"], "prefix": SMALL}
+MAM: dict[str, Any] = {"method": "mam", "prefix": SMALL, "adapter": {"bottleneck": 7}}
+PLAIN = {"length": 3, "reparameterization": None}
+
+
+class TestAPL(MethodContract):
+    """All parts."""
+
+    adaptation: ClassVar[dict[str, Any]] = APL
+
+
+class TestAP(MethodContract):
+    """Without low-rank updates, over real tokens, with dropout."""
+
+    variant = True
+    adaptation: ClassVar[dict[str, Any]] = {**AP, "tokens": "real", "adapter": {"reduction": 6, "dropout": 0.1}}
+
+
+class TestMAM(MethodContract):
+    """A prefix and parallel adapters."""
+
+    variant = True
+    adaptation: ClassVar[dict[str, Any]] = MAM
+
+
+@pytest.mark.slow
+class TestDeployed(DeploymentContract):
+    """Exports and compilation."""
+
+    adaptation: ClassVar[dict[str, Any]] = APL
+    families = ("bert",)
+
+
+def made(family: str, entry: dict[str, Any]) -> Compiled:
+    """A family's model adapted, perturbed, in eval mode."""
+    compiled = graftc.compile({"adapt": [entry]}, tiny(family)).eval()
+    perturb(compiled, 0.2)
+    return compiled
+
+
+def set_gates(compiled: Compiled, bias: float) -> None:
+    """Every gate at one value, whatever it reads."""
+    held = compiled.adapter_state_dict()
+    values = {"gate": 0.0, "gate_bias": bias}
+    compiled.load_adapter_state_dict(
+        {n: torch.full_like(t, values[p]) if (p := n.rpartition(".")[2]) in values else t for n, t in held.items()}
+    )
+
+
+def apart(family: str, compiled: Compiled, name: str, entries: list[dict[str, Any]]) -> Compiled:
+    """The parts as adaptations of their own, with the tensors that they have in one."""
+    other = graftc.compile({"adapt": entries}, tiny(family)).eval()
+    held, own = compiled.adapter_state_dict(), {}
+    for fqn in other.adapter_state_dict():
+        before, _, rest = fqn.partition("graftc.")
+        own[fqn] = held[f"{before}graftc.{name}.{rest.partition('.')[2]}"]
+    other.load_adapter_state_dict(own)
+    return other
+
+
+APART = [
+    {"method": "pfeiffer", "reduction": 6},
+    {"method": "prefix", "length": 3},
+    {"method": "lora", "rank": 3, "alpha": 3, "target": {"role": "attn.{q,v}"}},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_open_gates_are_the_sum(family: str) -> None:
+    """At 1 the parts are what they are as adaptations without gates."""
+    compiled = made(family, {**APL, "prefix": PLAIN})
+    set_gates(compiled, 60.0)
+    inputs = inputs_for(compiled)
+    other = apart(family, compiled, "unipelt", APART)
+    assert largest_difference(outputs_of(compiled, inputs), outputs_of(other, inputs)) <= 2e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shut_gates_leave_a_prefix_of_zeros(family: str) -> None:
+    """Adapters and updates vanish, to the bit where there is no prefix; its keys of zeros still take part."""
+    bare = {**APL, "parts": ["adapter", "lora"]}
+    compiled = made(family, bare)
+    inputs = inputs_for(compiled)
+    set_gates(compiled, -200.0)
+    base = outputs_of(tiny(family), inputs)
+    assert largest_difference(outputs_of(compiled, inputs), base) <= 1e-6
+    compiled = made(family, {**APL, "prefix": PLAIN})
+    set_gates(compiled, -200.0)
+    zeros = graftc.compile({"adapt": [{"method": "prefix", "length": 3}]}, tiny(family)).eval()
+    zeros.load_adapter_state_dict({n: torch.zeros_like(t) for n, t in zeros.adapter_state_dict().items()})
+    found = outputs_of(compiled, inputs)
+    assert largest_difference(found, outputs_of(zeros, inputs)) <= 1e-6
+    assert largest_difference(found, base) > 1e-4
+
+
+def test_at_first() -> None:
+    """Gates are near a half: with weights of deviation 0.02 and biases of 0; updates are zero."""
+    compiled = graftc.compile({"adapt": [APL]}, tiny("bert")).eval()
+    held = compiled.adapter_state_dict()
+    gates = {n: t for n, t in held.items() if n.endswith((".gate", ".gate_bias"))}
+    assert len(gates) == 2 * 2 * 4
+    assert all(t.shape == ((1, 48) if n.endswith("gate") else (1,)) for n, t in gates.items())
+    assert all(not t.any() for n, t in gates.items() if n.endswith("bias"))
+    spread = torch.cat([t.flatten() for n, t in gates.items() if n.endswith("gate")]).std()
+    assert 0.017 < float(spread) < 0.023
+    assert all(not t.any() for n, t in held.items() if n.endswith(".B"))
+    without = graftc.compile({"adapt": [{**APL, "parts": ["adapter", "prefix"]}]}, tiny("bert")).eval()
+    without.load_adapter_state_dict({n: held[n] for n in without.adapter_state_dict()})
+    inputs = inputs_for(compiled)
+    assert largest_difference(outputs_of(compiled, inputs), outputs_of(without, inputs)) <= 1e-6
+
+
+def test_padding() -> None:
+    """A mean over all tokens depends on how long the padding is, one over real tokens does not."""
+    ids = torch.randint(5, 50, (2, 6))
+    longer = torch.nn.functional.pad(ids, (0, 4))
+
+    def call(compiled: Compiled, tokens: Tensor) -> list[Tensor]:
+        return outputs_of(compiled, {"input_ids": tokens, "attention_mask": (tokens > 0).long()})
+
+    for tokens, moves in (("all", True), ("real", False)):
+        compiled = made("bert", {**APL, "tokens": tokens})
+        difference = largest_difference(call(compiled, ids), call(compiled, longer))
+        assert (difference > 1e-5) if moves else (difference <= 1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_mam_is_its_parts(family: str) -> None:
+    """The prefix and the parallel adapter as adaptations of their own give the same."""
+    compiled = made(family, {**MAM, "prefix": PLAIN})
+    entries = [{"method": "prefix", "length": 3}, {"method": "he_parallel", "bottleneck": 7}]
+    other, inputs = apart(family, compiled, "mam", entries), inputs_for(compiled)
+    assert largest_difference(outputs_of(compiled, inputs), outputs_of(other, inputs)) <= 2e-6
+
+
+@pytest.mark.parametrize("entry", [APL, AP, MAM], ids=["APL", "AP", "MAM"])
+def test_the_network_is_ejected(entry: dict[str, Any]) -> None:
+    """What is deployed has the keys and values alone, gates and adapters as they were, and gives the same."""
+    compiled = made("bert", entry)
+    with pytest.raises(GraftError) as caught:
+        compiled.merge()
+    assert caught.value.code == "GC050"
+    partial = compiled.merge_partially()
+    deployed, inputs = partial.compiled.eval(), inputs_for(compiled)
+    assert not {"vectors", "hidden", "keys_out"} & {n.rpartition(".")[2] for n in deployed.adapter_state_dict()}
+    assert deployed.report.trainable_parameters == compiled.report.deployed_parameters
+    assert largest_difference(outputs_of(deployed, inputs), outputs_of(compiled, inputs)) <= 2e-6
+
+
+def test_targets() -> None:
+    """Without roles every part is at its own places; layers narrow them, and places without a part are refused."""
+    spec = graftc.load_spec({"adapt": [{**AP, "target": {"layers": 1}}]}).adapt[0]
+    assert spec.target.role == ("ffn.sublayer", "attn") and spec.target.layers == 1
+    compiled = graftc.compile({"adapt": [{**APL, "target": {"layers": 1}}]}, tiny("bert"))
+    places = [str(site.key) for resolved in compiled.compilation.main.resolved for site, _ in resolved.places]
+    assert len(places) == 4 and all("layer.1." in place for place in places)
+    for target, message in (
+        ({"role": ["attn", "ffn.sublayer", "attn.q"]}, "is for the part 'lora'"),
+        ({"role": "attn"}, "has no place for the part 'adapter'"),
+    ):
+        with pytest.raises(GraftError, match=message) as caught:
+            graftc.compile({"adapt": [{**AP, "target": target}]}, tiny("bert"))
+        assert caught.value.code == "GC016"
+        assert caught.value.place is not None and caught.value.place.path == "adapt[0].target"
+
+
+def test_what_a_spec_may_not_say() -> None:
+    """Each with a code, and the place of the field."""
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"method": "unipelt", "parts": []}, "parts"),
+        ({"method": "unipelt", "parts": ["lora", "lora"]}, "parts[1]"),
+        ({"method": "unipelt", "parts": ["lora", "ia3"]}, "parts[1]"),
+        ({"method": "mam", "adapter": {"bottleneck": 4, "reduction": 2}}, "adapter.reduction"),
+        ({"method": "unipelt", "prefix": {"length": 0}}, "prefix.length"),
+    ]
+    for entry, path in cases:
+        with pytest.raises(GraftError) as caught:
+            graftc.load_spec({"adapt": [entry]})
+        assert caught.value.code == "GC002"
+        assert caught.value.place is not None and caught.value.place.path == f"adapt[0].{path}"
+    with pytest.raises(GraftError) as caught:
+        graftc.compile({"adapt": [{**APL, "prefix": {"length": 10_000, "positions": "shifted"}}]}, tiny("bert"))
+    assert caught.value.code == "GC020"
+    assert caught.value.place is not None and caught.value.place.path == "adapt[0].prefix.length"
