@@ -66,6 +66,9 @@ class PrefixPart(SpecModel):
     positions: Literal["unshifted", "shifted"] = "unshifted"
     """Whether the text keeps its positions, or begins after the prefix."""
 
+    window: Literal["visible", "masked"] = "visible"
+    """Whether a window that slides leaves the prefix in sight, or hides it as it would hide tokens there."""
+
     init_std: float = Field(default=1.0, gt=0)
     """Deviation of the normal that keys and values start from; of the vectors, with a reparameterisation."""
 
