@@ -30,9 +30,13 @@ PLAIN = {"length": 3, "reparameterization": None}
 
 
 class TestAPL(MethodContract):
-    """All parts."""
+    """All parts, and an update of a linear map that is not square; all such of Mixtral's are experts."""
 
-    adaptation: ClassVar[dict[str, Any]] = APL
+    adaptation: ClassVar[dict[str, Any]] = {
+        **APL,
+        "target": {"role": ["ffn.sublayer", "attn", "attn.q", "attn.v", "ffn.up"]},
+    }
+    families = tuple(family for family in FAMILIES if family != "mixtral")
 
 
 class TestAP(MethodContract):
