@@ -230,6 +230,20 @@ def test_a_published_prefix(number: str, model: Any, entry: dict[str, Any], trai
     assert (report.trainable_parameters, report.deployed_parameters) == (trained, deployed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("parts", "published"), [(2, 1_078_848), (3, 1_373_760)])
+def test_the_parts_of_unipelt_without_gates(parts: int, published: int) -> None:
+    """Rows 18 and 19 as the paper counts them: its adapters, its prefix and its updates, each by itself."""
+    adapt = [
+        {"method": "pfeiffer", "reduction": 16},
+        {"method": "prefix", "reparameterization": {"hidden": 512}},
+        {"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 8},
+    ]
+    name, config, values = BERT_BASE
+    report = graftc.check({"adapt": adapt[:parts]}, _model(name, config, tuple(values.items())))
+    assert report.deployed_parameters == published
+
+
 T5_WIDTHS = {"small": (512, 51_200), "base": (768, 76_800), "large": (1024, 102_400), "XL": (2048, 204_800)}
 T5_WIDTHS["XXL"] = (4096, 409_600)
 

@@ -30,7 +30,7 @@ class PastaMethod(Method[Pasta]):
         """Work out once for each stack of layers which vector every token gets.
 
         Raises:
-            GraftError: GC017 where a layer reads no tokens that are looked up in a table, GC002 for an id that the
+            GraftError: GC017 where a layer reads no tokens that are looked up in a table, GC039 for an id that the
                 table does not have.
         """
         slots: dict[fx.Node, fx.Node] = {}
@@ -78,7 +78,7 @@ def _check_ids(spec: Pasta, tokens: TokenNumbers) -> None:
         if token >= tokens.entries:
             message = f"the special token {token} is not one of the {tokens.entries} that the model knows"
             hint = "look the ids up in the tokenizer: cls_token_id, sep_token_id, bos_token_id, eos_token_id"
-            raise GraftError("GC002", message, place=Place(path=f"special_tokens[{index}]"), hint=hint)
+            raise GraftError("GC039", message, place=Place(path=f"special_tokens[{index}]"), hint=hint)
 
 
 def _slots(spec: Pasta, build: Builder, numbers: fx.Node) -> fx.Node:

@@ -13,12 +13,12 @@ __all__ = ["PreLayer"]
 
 
 class PreLayer(InfixSpec):
-    """PreLayer: virtual tokens whose activations are trained at the input of every layer, `length` in front of the text
-    and `infix` within.
+    """PreLayer: virtual tokens whose activations are trained at the input of every layer.
 
-    What a layer computes for them is left out: each layer reads one trained vector for every virtual token. What the
-    last layer gives for them is read by nothing, so there is none for that. Without infix tokens it is deployed as keys
-    and values of every attention (`prefix`), which are what the layers make of these vectors.
+    There are `length` in front of the text and `infix` within. What a layer computes for them is left out: each layer
+    reads one trained vector for every virtual token. What the last layer gives for them is read by nothing, so there is
+    none for that. Without infix tokens it is deployed as keys and values of every attention (`prefix`), which are what
+    the layers make of these vectors.
     """
 
     paper: ClassVar[str] = "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models"
