@@ -31,17 +31,21 @@ Plan: TypeAlias = Mapping[str, Sequence[tuple[Unit, Sequence[ValueSite]]]]
 """Which adaptations have virtual tokens in a sequence, and at which values of it; by input of token ids."""
 
 
-def require_words(spec: Spec, model: nn.Module, vectors: Sequence[WordVectors]) -> None:
-    """Whether virtual tokens have a place in a model, where a spec has some.
+def require_words(spec: Spec, model: nn.Module, table: SiteTable) -> None:
+    """Whether virtual tokens have a place in a graph, where a spec has some.
 
     Raises:
         GraftError: GC019.
     """
+    given = ", ".join(table.program.signature)
     for index, adaptation in enumerate(spec.adapt):
-        if adaptation.virtual_tokens() and not vectors:
-            name = type(model).__name__
-            message = f"{name} takes no word vectors (inputs_embeds) in the place of token ids (input_ids)"
-            raise spec.locate(GraftError("GC019", message, place=Place(path=f"adapt[{index}].method"), hint=_HINT))
+        if adaptation.virtual_tokens() and not table.words:
+            message = f"{type(model).__name__} takes no word vectors (inputs_embeds) in the place of {given}"
+            hint = _HINT
+            if "inputs_embeds" in table.program.signature:
+                message = f"virtual tokens stand among words that the model looks up, and {given} are given"
+                hint = "call the model with input_ids"
+            raise spec.locate(GraftError("GC019", message, place=Place(path=f"adapt[{index}].method"), hint=hint))
 
 
 def planned(units: Iterable[Unit], vectors: Sequence[WordVectors]) -> Plan:

@@ -65,12 +65,12 @@ class Family:
     @property
     def capture_seconds(self) -> float:
         """What capturing train mode took."""
-        return self.captures[0].seconds
+        return sum(found.seconds for found in self.captures if found.program.mode == "train")
 
     @property
     def cached(self) -> bool:
-        """Whether the capture came from a file."""
-        return self.captures[0].cached
+        """Whether what was captured came from files."""
+        return all(found.cached for found in self.captures)
 
     def program(self, mode: Mode, base: bool = False) -> Program:
         """The adapted Program of a mode, or the base's own."""
@@ -209,7 +209,7 @@ def _adapted(
     program = clock.step("copy", base.copy, base)
     structure = clock.step("roles", lambda: find_structure(program.graph, found.constants), program)
     resolver = _resolver(compilation, program, structure)
-    require_words(spec, compilation.model, resolver.table.words)
+    require_words(spec, compilation.model, resolver.table)
     resolved = clock.step(
         "resolve", lambda: resolver.resolve(spec) if main is None else resolver.again(main.resolved), program
     )

@@ -416,6 +416,13 @@ class TestErrors:
         assert error.value.code == "GC019"
         assert error.value.place is not None and error.value.place.path == "adapt[0].method"
 
+    def test_word_vectors_that_are_given(self) -> None:
+        """Nobody looks words up then."""
+        compiled = graftc.compile({"adapt": [{"method": "prompt", "length": 3}]}, tiny("gpt2"))
+        with pytest.raises(GraftError, match="call the model with input_ids") as error:
+            compiled(inputs_embeds=torch.zeros(2, 5, 48))
+        assert error.value.code == "GC019"
+
     def test_more_than_the_model_reads(self) -> None:
         """A prompt that fills the table of positions."""
         with pytest.raises(GraftError, match="leave no room") as error:
