@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -22,6 +23,10 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["GRAFTC_CACHE"],
 # Workers of pytest-xdist inherit the width of the terminal, which tables would be fitted to.
 os.environ.pop("COLUMNS", None)
 
+# Graphs are many small objects that live on: with Python's own thresholds, a tenth of the time goes into looking for
+# garbage among them.
+gc.set_threshold(50_000, 20, 5)
+
 QUICK_FAMILIES = frozenset({"bert", "gpt2"})
 """What runs once for each family is quick on these, and on its first family where it has none of them."""
 
@@ -32,12 +37,14 @@ Such a class says ``variant = True``."""
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Mark the other families of tests with a ``family`` as slow, before ``-m`` chooses."""
+    """Mark the other families of tests with a ``family`` as slow, some of them as full, before ``-m`` chooses."""
     families: dict[str, dict[str, list[pytest.Item]]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             family = item.callspec.params.get("family")
             if getattr(item.cls, "variant", False) and family not in VARIANT_FAMILIES:
+                item.add_marker(pytest.mark.full)
+            if _once(item) and family != item.cls.families[0]:
                 item.add_marker(pytest.mark.full)
             if isinstance(family, str):
                 families.setdefault(item.nodeid.partition("[")[0], {}).setdefault(family, []).append(item)
@@ -47,6 +54,21 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
             if family not in quick:
                 for item in tests:
                     item.add_marker(pytest.mark.slow)
+
+
+def _once(item: pytest.Function) -> bool:
+    """Whether ``make test`` has one family of it: exports and ``torch.compile``, which take seconds, of classes that
+    do not say ``every_family = True``."""
+    from graftc.testing import DeploymentContract
+
+    of = item.cls
+    return of is not None and issubclass(of, DeploymentContract) and not getattr(of, "every_family", False)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: no collection has to look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import unittest
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,10 +63,23 @@ class Contract:
 
     def shared(self, family: str, *, perturbed: bool = False) -> tuple[nn.Module, Compiled]:
         """A model of ``family`` and the same adapted, made once for all tests of the class that only read them."""
-        key = (type(self), family, perturbed)
+        made = self._made(family, "perturbed" if perturbed else "plain")
+        return made.model, made.compiled
+
+    def _made(self, family: str, kind: str) -> _Made:
+        """What the tests of a class share: models ``plain`` and ``perturbed``, and a ``second`` one, for who trains it.
+        What another class shared is let go."""
+        key = (type(self), family, kind)
         if key not in _SHARED:
+            for other in [other for other in _SHARED if other[0] is not type(self)]:
+                del _SHARED[other]
             model = self.model(family)
-            _SHARED[key] = model, self.perturbed(family, model) if perturbed else self.compiled(family, model)
+            if kind == "perturbed":
+                model.train()  # a mode that compiling and everything later has to leave alone
+            reference = copy.deepcopy(model)
+            addresses = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+            compiled = (self.perturbed if kind == "perturbed" else self.compiled)(family, model)
+            _SHARED[key] = _Made(model, compiled, reference, addresses)
         return _SHARED[key]
 
     @property
@@ -74,7 +88,22 @@ class Contract:
         return graftc.load_spec({"adapt": [dict(self.adaptation)]}).adapt[0].claims
 
 
-_SHARED: dict[tuple[type[Contract], str, bool], tuple[nn.Module, Compiled]] = {}
+@dataclass(frozen=True)
+class _Made:
+    """A model and the same adapted.
+
+    Attributes:
+        reference: a copy of the model from before it was compiled.
+        addresses: where the model's tensors were then.
+    """
+
+    model: nn.Module
+    compiled: Compiled
+    reference: nn.Module
+    addresses: Mapping[str, int]
+
+
+_SHARED: dict[tuple[type[Contract], str, str], _Made] = {}
 
 
 class MethodContract(Contract):
@@ -109,16 +138,16 @@ class MethodContract(Contract):
     def test_initial_values_depend_on_the_seed_only(self, family: str) -> None:
         """Compiling twice gives the same tensors."""
         _, compiled = self.shared(family)
-        second = self.compiled(family, self.model(family)).adapter_state_dict()
+        second = self._made(family, "second").compiled.adapter_state_dict()
         first = compiled.adapter_state_dict()
         assert list(first) == list(second)
         assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_only_own_tensors_train(self, family: str) -> None:
         """Three AdamW steps: base storage stays bit-identical, every tensor that is not inert gets a gradient."""
-        model = self.model(family)
-        before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
-        compiled = self.compiled(family, model)
+        made = self._made(family, "second")
+        _SHARED.pop((type(self), family, "second"))
+        model, compiled = made.model, made.compiled
         frozen = {n: t.clone() for n, t in compiled.named_parameters() if not t.requires_grad}
         trainable = {n: t for n, t in compiled.named_parameters() if t.requires_grad}
         start = {name: tensor.detach().clone() for name, tensor in trainable.items()}
@@ -129,22 +158,20 @@ class MethodContract(Contract):
             if name.rpartition(".")[2] not in self.claims.inert:
                 assert total > 0, f"{name} never got a gradient"
                 assert not torch.equal(trainable[name], start[name]), f"{name} did not train"
-        for name, (address, value) in before.items():
+        for name, value in made.reference.state_dict().items():
             held = model.state_dict()[name]
-            assert held.data_ptr() == address
+            assert held.data_ptr() == made.addresses[name]
             assert torch.equal(held, value), f"training wrote to {name} of the base"
         for name, parameter in compiled.named_parameters():
             assert name in trainable or torch.equal(parameter, frozen[name]), f"{name} is frozen and changed"
 
     def test_source_model_is_left_alone(self, family: str) -> None:
         """Compiling changes neither the training flags nor ``requires_grad`` nor the outputs of the source model."""
-        model = self.model(family)
-        model.train()
-        flags = [parameter.requires_grad for parameter in model.parameters()]
-        reference = copy.deepcopy(model)
-        compiled = self.perturbed(family, model)
-        inputs = inputs_for(compiled)
+        made = self._made(family, "perturbed")
+        model, reference = made.model, made.reference
+        inputs = inputs_for(made.compiled)
         assert model.training
+        flags = [parameter.requires_grad for parameter in reference.parameters()]
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
         assert same_bits(outputs_of(model, inputs), outputs_of(reference, inputs))
 

@@ -87,6 +87,7 @@ def test_everything_that_trains_is_kept(family: str, changes: dict[str, Any], tm
         assert name == other and torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_signatures_come_along(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every graph that was captured is there after loading, and nothing is captured for it."""
     compiled = adapted(base).eval()

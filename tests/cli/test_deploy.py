@@ -154,6 +154,7 @@ def test_over_budget_nothing_is_written(capsys: pytest.CaptureFixture[str], here
     assert data["error"]["code"] == "GC051" and set(here.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_what_does_not_fold_is_refused_by_name_or_kept(
     capsys: pytest.CaptureFixture[str], here: Path, tmp_path: Path
 ) -> None:

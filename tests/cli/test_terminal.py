@@ -57,6 +57,7 @@ def _drained(end: int) -> str:
         found += part
 
 
+@pytest.mark.slow
 def test_a_terminal_sees_colours_and_steps() -> None:
     assert ESCAPE in on_a_terminal("methods")[0]
     assert f"{ESCAPE}[1;31mGC004:" in on_a_terminal("methods", "lorra")[1]

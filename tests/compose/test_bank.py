@@ -114,6 +114,7 @@ def test_weights(method: str) -> None:
     assert largest_difference(rows(mixed, ~others), rows(ids, ~others)) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_onnx_runtime(family: str, tmp_path: Path) -> None:
     """The exported graph has the ids as an input, and a mixed batch is every adapter on its rows there as well."""
@@ -135,6 +136,7 @@ def test_in_onnx_runtime(family: str, tmp_path: Path) -> None:
         assert largest_difference(rows(mixed, ~mask), rows(own, ~mask)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_other_ids_compile_nothing(family: str) -> None:
     """Neither ids for each row nor the active slot are part of the compiled code."""
@@ -226,6 +228,7 @@ def test_shared_parts() -> None:
     assert largest_difference(fixed, before) <= TOLERANCE * max(1.0, float(before[0].abs().max()))
 
 
+@pytest.mark.slow
 def test_adding_a_pair_adds_what_one_has() -> None:
     """``layers * (2 d r + r + d + 2 d)``, for encoder and decoder."""
     model, inner = tiny("t5"), 6

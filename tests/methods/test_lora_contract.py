@@ -75,6 +75,7 @@ class TestWithHead(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation on every family, adapters in place and folded."""
 
+    every_family = True
     adaptation = TestLoRA.adaptation
     families = DENSE
 

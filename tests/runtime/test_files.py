@@ -100,6 +100,7 @@ def points() -> Iterator[Any]:
                 yield pytest.param(fault, scenario, exchange, id=f"{fault}-{scenario}-{name}", marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "scenario", "exchange"), list(points()))
 def test_every_point(
     scenario: str, fault: Fault, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -46,6 +46,7 @@ def encoder() -> nn.Module:
     return nn.Sequential(randomise(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)), nn.Linear(16, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("enabled", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_attention_of_torch_nn(enabled: bool) -> None:
     model = seeded(Attending)

@@ -282,6 +282,7 @@ def test_an_adapted_place_that_a_signature_does_not_read_is_an_error() -> None:
         adapted(**text())
 
 
+@pytest.mark.slow
 def test_packed_sequences_are_those_run_apart() -> None:
     model = frozen(families.tiny("llama"))
     adapted = graftc.compile({"adapt": [LORA]}, model).eval()

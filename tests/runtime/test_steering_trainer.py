@@ -101,6 +101,7 @@ def test_a_plain_loop_and_the_callback_give_the_same(method: str, clip: float, t
     assert expected[f"graftc.{method}.step"].tolist() == [8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["adalora", pytest.param("sora", marks=pytest.mark.slow)])
 def test_accumulation_counts_once(method: str, tmp_path: Path) -> None:
     """Two half batches make one step: as many controller steps, the objective's gradient once, the same values."""
