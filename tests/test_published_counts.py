@@ -285,3 +285,37 @@ def test_published_vectors_at_special_tokens(slots: int, trained: int, shown: st
     report = graftc.check({"adapt": [entry]}, _model(name, config, tuple(values.items())))
     assert report.trainable_parameters == report.deployed_parameters == trained
     assert f"{100 * trained / 333_579_264:.4f}%" == shown
+
+
+TRAINED = (
+    ("2", BERT_LARGE_CASED, {"method": "bitfit"}, 272_384),
+    ("15", BERT_BASE, {"method": "bitfit"}, 102_912),
+    ("25", GPT2_MEDIUM, {"method": "last_layers", "count": 2}, 25_192_448),
+    ("30", GPT2_LARGE, {"method": "full"}, 774_030_080),
+)
+"""Row, model, adaptation, and what trains."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "model", "entry", "trained"), TRAINED, ids=lambda v: str(v)[:22])
+def test_published_subsets(number: str, model: Any, entry: dict[str, Any], trained: int) -> None:
+    """Biases, layers, everything. Behind the layers there is a norm, which the authors' code trains too (row 25)."""
+    name, config, values = model
+    made = _model(name, config, tuple(values.items()))
+    report = graftc.check({"adapt": [entry]}, made)
+    assert (report.trainable_parameters, report.deployed_parameters) == (trained, trained)
+    if number == "25":
+        last = {"method": "norms", "target": {"modules": "transformer.ln_f"}}
+        assert graftc.check({"adapt": [entry, last]}, made).trainable_parameters == 25_194_496
+
+
+@pytest.mark.slow
+def test_cross_attention_of_published_sizes() -> None:
+    """``4 L (d^2 + d)`` of a translation model, 6 layers of 512 and 12 of 1024."""
+    for layers, width, published in ((6, 512, 6_303_744), (12, 1024, 50_380_800)):
+        config = {"d_model": width, "encoder_layers": 1, "decoder_layers": layers, "vocab_size": 100}
+        config |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_attention_heads": 8}
+        model = _model(
+            "BartForConditionalGeneration", "BartConfig", tuple({**config, "encoder_attention_heads": 8}.items())
+        )
+        assert graftc.check({"adapt": [{"method": "cross_attention"}]}, model).trainable_parameters == published

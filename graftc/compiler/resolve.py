@@ -10,6 +10,7 @@ from graftc.compiler.findings import place
 from graftc.compiler.select import check_overrides, depths, match_modules, select
 from graftc.compiler.sitetable import BlockedSite, SiteTable
 from graftc.passes.core.program import Program
+from graftc.passes.core.registry import method_for
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey, SublayerSite, ValueSite
 from graftc.specs.base import MethodSpec
@@ -95,16 +96,22 @@ class Resolver:
         )
         stack_depths = depths(self.table.candidates)
         check_overrides(adaptation, chosen, where, depth=stack_depths)
+        method = method_for(adaptation.method)
         sites: list[tuple[Site, MethodSpec]] = []
         for candidate in chosen:
             index = candidate.key
             assert isinstance(index, int)
             entry = self.table.entries[index]
-            if isinstance(entry[0], BlockedSite):
-                raise _blocked(entry[0], f"{where}.target")
             depth = stack_depths.get(candidate.stack)
             own = adaptation.for_site(candidate.module, candidate.roles, candidate.layer, depth=depth)
+            if not method.applies(own, entry[0]):
+                continue
+            if isinstance(entry[0], BlockedSite):
+                raise _blocked(entry[0], f"{where}.target")
             sites += [(site, own) for site in entry]
+        if not sites:
+            message = f"none of the {len(chosen)} places has anything that {adaptation.method} trains"
+            raise GraftError("GC014", message, place=Place(path=f"{where}.target"), hint=method.remedy(adaptation))
         return self._resolved(adaptation, sites)
 
     def _resolved(self, adaptation: MethodSpec, sites: Sequence[tuple[Site, MethodSpec]]) -> Resolved:

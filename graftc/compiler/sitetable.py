@@ -110,6 +110,7 @@ class SiteTable:
         self._norms()
         self._sublayers()
         self._other_modules()
+        self._other_parameters()
         self._values()
         self._words(words)
 
@@ -274,6 +275,19 @@ class SiteTable:
         reason = "has a weight that is more than rows of one stored tensor, in order"
         site = BlockedSite(SiteKey(finding.module, name), *_where(finding), kind=finding.kind, reason=reason)
         self._add([site])
+
+    def _other_parameters(self) -> None:
+        """Parameters that belong to no map and to no norm, as wholes."""
+        known = {n for w in self.weights.values() for use in w.uses for n in (use.weight, use.bias)}
+        for sites in self.entries:
+            for site in sites:
+                known |= {site.weight, site.bias} if isinstance(site, NormSite) else set()
+                known |= {site.tensor} if isinstance(site, ParameterSite) else set()
+        for name, tensor in self.store.base():
+            if isinstance(tensor, nn.Parameter) and name in self._attributes and name not in known:
+                module, _, last = name.rpartition(".")
+                where = (), *place(module)
+                self._add([ParameterSite(SiteKey(module, last), *where, kind=SiteKind.PARAMETER, tensor=name)])
 
     def _other_modules(self) -> None:
         """Weights without a site are candidates too, so that naming one says what is wrong."""

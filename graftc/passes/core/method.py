@@ -38,6 +38,20 @@ class Method(ABC, Generic[S]):
         """Make what all sites of the adaptation share; called once per adaptation and Program."""
         return None
 
+    def applies(self, spec: S, site: Site) -> bool:
+        """Whether there is something for the method at a site that its target selects. Others are passed over, as maps
+        without a bias are where biases train.
+
+        Args:
+            spec: the adaptation with the site's overrides applied.
+            site: where; it may be one that no method can adapt, which is an error unless it is passed over.
+        """
+        return True
+
+    def remedy(self, spec: S) -> str | None:
+        """What to do where no site that the target selects has anything for the method."""
+        return None
+
     @abstractmethod
     def insert(self, spec: S, site: Site, shared: Any, build: Builder) -> None:
         """Adapt one site; called once per site and Program, inside ``build.on(site)``.

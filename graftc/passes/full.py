@@ -1,0 +1,59 @@
+"""Training of base tensors as they are: copies stand in for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from graftc.passes.core.builder import Builder
+from graftc.passes.core.folds import Fold, StandIn
+from graftc.passes.core.layout import Layout
+from graftc.passes.core.method import Method
+from graftc.passes.core.sites import LinearSite, NormSite, ParameterSite, Site
+from graftc.specs.base import MethodSpec
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.full import Full
+
+S = TypeVar("S", bound=MethodSpec)
+
+
+class TrainedTensors(Method[S]):
+    """The weight and the bias of a map, the scale and the shift of a norm, or a tensor as a whole, train as copies."""
+
+    def applies(self, spec: S, site: Site) -> bool:
+        """Where there is a tensor that some output needs."""
+        return isinstance(site, LinearSite | NormSite | ParameterSite)
+
+    def insert(self, spec: S, site: Site, shared: Any, build: Builder) -> None:
+        """Put trained copies in the place of the site's tensors.
+
+        Raises:
+            GraftError: GC021 where another adaptation trains them too, GC017 where a part of a fused weight is not its
+                rows.
+        """
+        if isinstance(site, LinearSite):
+            along = site.use.layout is Layout.COLUMNS or bool(site.use.leading)
+            if along and not site.rows.whole:
+                message = f"{site.key} is a part of {site.use.weight}, whose first axis does not count its rows"
+                raise GraftError("GC017", message, hint="name its module in the target, to train all of the weight")
+            build.overlay(site.use.weight, None if along else site.rows)
+            if site.use.bias is not None:
+                build.overlay(site.use.bias, site.rows)
+        elif isinstance(site, NormSite):
+            for tensor in filter(None, (site.weight, site.bias)):
+                build.overlay(tensor)
+        else:
+            assert isinstance(site, ParameterSite)
+            build.overlay(site.tensor)
+
+    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """The trained values take the places of the base's."""
+        return StandIn()
+
+
+class FullMethod(TrainedTensors[Full]):
+    """`TrainedTensors` of all places."""
+
+    spec_class = Full

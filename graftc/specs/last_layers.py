@@ -1,0 +1,48 @@
+"""Fine-tuning of the last layers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from graftc.specs.base import MethodSpec
+from graftc.specs.claims import Claims, FoldKind
+from graftc.specs.full import TENSORS
+from graftc.specs.target import Target
+
+__all__ = ["LastLayers"]
+
+
+class LastLayers(MethodSpec):
+    """Fine-tuning of the last `count` layers: all of their parameters train, the others stay.
+
+    In a model of two stacks these are the last of each; `layers` of a target say otherwise. The backward pass ends at
+    the first layer that trains. What trains are copies, as with `full`; the norm behind the layers can be named beside
+    it with `norms`.
+    """
+
+    claims: ClassVar[Claims] = Claims(sites=TENSORS, identity_at_init=True, folds=FoldKind.EXACT)
+    paper: ClassVar[str] = "Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation"
+
+    method: Literal["last_layers"] = "last_layers"
+    """The method's tag."""
+
+    target: Target = Target(modules="**", layers="-2:")
+    """Which places of the model it is for; by default all of the last `count` layers."""
+
+    count: int = Field(default=2, ge=1)
+    """How many layers of each stack train."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _layers_by_count(cls, data: Any) -> Any:
+        """Layers that the user leaves open are the last ones."""
+        if not isinstance(data, Mapping):
+            return data
+        target, count = data.get("target", {}), data.get("count", 2)
+        fields = {f: getattr(target, f) for f in target.model_fields_set} if isinstance(target, Target) else target
+        if not isinstance(fields, Mapping) or not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            return data
+        return {**data, "target": {"layers": f"-{count}:", **fields}}

@@ -1,0 +1,162 @@
+"""Training of base tensors as they are: full, the last layers, biases, cross-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.runtime.compiled import Compiled
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import DeploymentContract, MethodContract, outputs_of, perturb, same_bits
+from graftc.testing.compare import flat, inputs_for
+from tests.families import tiny
+
+
+class TestFull(MethodContract):
+    """Every parameter."""
+
+    adaptation: ClassVar[Mapping[str, Any]] = {"method": "full"}
+
+
+class TestLastLayers(MethodContract):
+    """All of the last layer."""
+
+    variant = True
+    adaptation: ClassVar[Mapping[str, Any]] = {"method": "last_layers", "count": 1}
+
+
+class TestBitFit(MethodContract):
+    """The biases that there are. Without one that is not square a transposed weight would not show, but none trains."""
+
+    adaptation: ClassVar[Mapping[str, Any]] = {"method": "bitfit"}
+    families = ("bert", "gpt2", "gpt_neox", "vit")
+
+
+class TestAddedBiases(MethodContract):
+    """Biases in models that have none."""
+
+    variant = True
+    adaptation: ClassVar[Mapping[str, Any]] = {"method": "bitfit", "add_missing": True}
+    families = ("llama", "mixtral", "t5")
+
+
+class TestCrossAttention(MethodContract):
+    """Projections across."""
+
+    adaptation: ClassVar[Mapping[str, Any]] = {"method": "cross_attention"}
+    families = ("t5",)
+
+    def model(self, family: str) -> nn.Module:
+        """Heads whose widths do not add up to the model's."""
+        return tiny(family, d_kv=10)
+
+
+@pytest.mark.slow
+class TestDeployed(DeploymentContract):
+    """Exports and compilation."""
+
+    adaptation: ClassVar[Mapping[str, Any]] = {"method": "last_layers", "count": 1}
+    families = ("gpt2",)
+
+
+def trained(model: nn.Module, entry: Mapping[str, Any], steps: int = 3) -> tuple[Compiled, dict[str, Tensor]]:
+    """A model after some steps of AdamW that decays weights, and its parameters as folding writes them."""
+    compiled = graftc.compile({"adapt": [dict(entry)]}, model).train()
+    own = [p for p in compiled.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(own, lr=1e-2, weight_decay=0.5)
+    inputs = inputs_for(compiled)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        leaves = [leaf for leaf in flat(compiled(**inputs)) if leaf.is_floating_point()]
+        torch.stack([leaf.square().sum() for leaf in leaves]).sum().backward()
+        optimiser.step()
+    return compiled, dict(compiled.eval().merge().to_transformers().named_parameters())
+
+
+def changed(model: nn.Module, after: Mapping[str, Tensor]) -> set[str]:
+    """Which parameters are no more what they were."""
+    return {name for name, before in model.named_parameters() if not torch.equal(before, after[name])}
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit", "mixtral"])
+def test_every_parameter_trains(family: str) -> None:
+    """As many as the model has, each once, tied ones too; a compiled model may train beside its source."""
+    model = tiny(family)
+    compiled = graftc.compile({"adapt": [{"method": "full"}]}, model)
+    assert compiled.report.trainable_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_exactly_the_last_layer_changes() -> None:
+    """And what enters it stays, to the bit; nothing below it gets a gradient."""
+    model = tiny("gpt2").eval()
+    compiled, after = trained(model, {"method": "last_layers", "count": 1})
+    assert changed(model, after) == {n for n, _ in model.named_parameters() if n.startswith("transformer.h.1.")}
+    inputs = {**inputs_for(compiled), "output_hidden_states": True}
+    with torch.no_grad():
+        states = [m(**inputs).hidden_states[1] for m in (model, compiled)]
+    assert torch.equal(*states)
+
+
+def test_exactly_the_biases_change() -> None:
+    """Those of keys get no gradient to speak of, and a head stays."""
+    model = tiny("bert").eval()
+    _, after = trained(model, {"method": "bitfit"})
+    biases = {n for n, _ in model.named_parameters() if n.endswith("bias") and not n.startswith("classifier")}
+    assert changed(model, after) <= biases
+    assert biases - changed(model, after) <= {n for n in biases if "key" in n}
+
+
+def test_an_encoder_stays_under_cross_attention() -> None:
+    """Its states are the base's to the bit, and so are the decoder's own weights."""
+    model = tiny("t5").eval()
+    compiled, after = trained(model, {"method": "cross_attention"})
+    assert changed(model, after) == {n for n, _ in model.named_parameters() if ".EncDecAttention." in n}
+    inputs = inputs_for(compiled)
+    with torch.no_grad():
+        states = [m(**inputs).encoder_last_hidden_state for m in (model, compiled)]
+    torch.testing.assert_close(*states, rtol=0, atol=1e-5)
+
+
+def test_biases_of_queries_alone() -> None:
+    """The rows of a fused bias that are theirs."""
+    model = tiny("gpt2").eval()
+    compiled = graftc.compile({"adapt": [{"method": "bitfit", "target": {"role": "attn.q"}}]}, model)
+    perturb(compiled, 0.1)
+    after = dict(compiled.eval().merge().to_transformers().named_parameters())
+    for layer in range(2):
+        name = f"transformer.h.{layer}.attn.c_attn.bias"
+        moved = after[name] != dict(model.named_parameters())[name]
+        assert bool(moved[:48].all()) and not bool(moved[48:].any())
+
+
+def test_full_beside_a_prompt() -> None:
+    """Both train; folding leaves the prompt."""
+    spec = {"adapt": [{"method": "prompt", "length": 2}, {"method": "full", "target": {"role": "attn.{q,v}"}}]}
+    compiled = graftc.compile(spec, tiny("llama")).eval()
+    perturb(compiled, 0.1)
+    partial = compiled.merge_partially()
+    inputs = inputs_for(compiled)
+    assert [a.method for a in partial.compiled.compilation.spec.adapt] == ["prompt"]
+    assert same_bits(outputs_of(partial.compiled, inputs), outputs_of(compiled, inputs))
+
+
+@pytest.mark.parametrize(
+    ("family", "entry", "code", "text"),
+    [
+        ("llama", {"method": "bitfit"}, "GC014", "add_missing: true"),
+        ("gpt2", {"method": "cross_attention"}, "GC015", "cross.attn.q"),
+        ("gpt2", {"method": "full", "target": {"role": "attn.q"}}, "GC017", "name its module"),
+        ("gpt2", {"method": "last_layers", "count": 3}, "GC020", "2 layers"),
+    ],
+    ids=str,
+)
+def test_what_cannot_train(family: str, entry: dict[str, Any], code: str, text: str) -> None:
+    """Each with its code."""
+    with pytest.raises(GraftError, match=text) as error:
+        graftc.compile({"adapt": [entry]}, tiny(family))
+    assert error.value.code == code
