@@ -100,7 +100,7 @@ class _Selection:
         self.target, self.all, self.where, self.method = target, list(candidates), where, method
         self.missing = missing
         self.kinds = None if kinds is None else frozenset(kinds)
-        whole = {c.module for c in self.all if not c.part and self.takes(c)}
+        whole = {c.module for c in self.all if not c.part and c.kind is not SiteKind.PARAMETER}
         by_module = target.role is None
         self.pool = [c for c in self.all if self.takes(c) and not (by_module and c.part and c.module in whole)]
         self.depths = depths(self.all)

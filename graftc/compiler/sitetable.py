@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from graftc.compiler.candidates import Candidate
 from graftc.compiler.findings import Finding, Structure, Sublayer, place
+from graftc.compiler.parameters import other_parameters
 from graftc.compiler.positions import above, position_readers
 from graftc.compiler.values import attended, value_sites
 from graftc.compiler.words import WordVectors
@@ -110,7 +111,8 @@ class SiteTable:
         self._norms()
         self._sublayers()
         self._other_modules()
-        self._other_parameters()
+        for site in list(other_parameters(store, self._attributes, self.entries)):
+            self._add([site])
         self._values()
         self._words(words)
 
@@ -275,19 +277,6 @@ class SiteTable:
         reason = "has a weight that is more than rows of one stored tensor, in order"
         site = BlockedSite(SiteKey(finding.module, name), *_where(finding), kind=finding.kind, reason=reason)
         self._add([site])
-
-    def _other_parameters(self) -> None:
-        """Parameters that belong to no map and to no norm, as wholes."""
-        known = {n for w in self.weights.values() for use in w.uses for n in (use.weight, use.bias)}
-        for sites in self.entries:
-            for site in sites:
-                known |= {site.weight, site.bias} if isinstance(site, NormSite) else set()
-                known |= {site.tensor} if isinstance(site, ParameterSite) else set()
-        for name, tensor in self.store.base():
-            if isinstance(tensor, nn.Parameter) and name in self._attributes and name not in known:
-                module, _, last = name.rpartition(".")
-                where = (), *place(module)
-                self._add([ParameterSite(SiteKey(module, last), *where, kind=SiteKind.PARAMETER, tensor=name)])
 
     def _other_modules(self) -> None:
         """Weights without a site are candidates too, so that naming one says what is wrong."""
