@@ -50,7 +50,7 @@ def ours(family: str, table: Tensor, stacks: int) -> Compiled:
     return compiled
 
 
-@pytest.mark.parametrize(("family", "stacks"), [("bert", 1), ("gpt2", 1), ("llama", 1), ("t5", 1), ("t5", 2)])
+@pytest.mark.parametrize(("family", "stacks"), [("bert", 1), ("gpt2", 1), ("llama", 1), ("t5", 1)])
 def test_prompt_tuning(family: str, stacks: int) -> None:
     """Logits of real tokens. peft leaves those of virtual tokens in; and it pools BERT's first position, which is a
     virtual one, where we pool the first token of the text: there its layers are compared."""
@@ -68,6 +68,6 @@ def test_prompt_tuning(family: str, stacks: int) -> None:
         logits = head.classifier(head.bert.pooler(expected.hidden_states[-1][:, LENGTH:]))
         assert float((found.logits - logits).abs().max()) <= TOLERANCE
         return
-    skip = LENGTH if family != "t5" or stacks == 2 else 0
+    skip = LENGTH if family != "t5" else 0
     difference = found.logits - expected.logits[:, skip:]
     assert float((difference if family == "t5" else difference[real]).abs().max()) <= TOLERANCE
