@@ -8,27 +8,21 @@ Writes adapters.json and adapters.md. Model, batch and the way of measuring are 
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import statistics
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.command import machine_line, parse, parser, timed, verdict, write
 from benchmarks.train.contestants import Aims, Entry, Live, floor
-from benchmarks.train.measure import contest, mismatches
-from benchmarks.train.models import FULL, TINY, Base, base, shared_copy
-from benchmarks.train.report import figures, machine
+from benchmarks.train.models import Base, shared_copy
 
-RESULTS = Path(__file__).parent / "results"
 REDUCTION = 16
 _PART = re.compile(r"(layers\.\d+)\..*\.(down|down_bias|up|up_bias)")
 
@@ -100,34 +94,14 @@ ENTRIES: tuple[Entry, ...] = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 where the adapters do not compute what those by hand do."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters", description="What adapters cost in a step.")
-    parser.add_argument("--rounds", type=int, default=30, help="timed steps of each entry (default: 30)")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: is everything there?")
-    parser.add_argument("--threads", type=int, help="of torch (default: as many as it takes)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error("--rounds has to be at least 1")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    shape, rounds = (TINY, min(options.rounds, 2)) if options.quick else (FULL, options.rounds)
-    date, before = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), machine()
-    found, skipped = contest(ENTRIES, base(shape), rounds, tell=lambda line: print(line, file=sys.stderr, flush=True))
-    given = sys.argv[1:] if arguments is None else arguments
-    command = " ".join(["python -m benchmarks.adapters", *given])
-    data = figures(found, skipped, shape, command=command, date=date, before=before)
+    prog = "python -m benchmarks.adapters"
+    options = parse(parser(prog, "What adapters cost in a step.", 30), arguments)
+    found, data = timed(prog, options, ENTRIES, arguments)
     for entry in data["entries"].values():
         other = data["entries"].get(entry["peer"])
         entry["over_peer_of_processor"] = None if other is None else _of_processor(entry, other)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "adapters.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    text = "\n".join(_lines(data)) + "\n"
-    (options.out / "adapters.md").write_text(text, encoding="utf-8")
-    print(text)
-    wrong = mismatches(found)
-    for name, difference in wrong.items():
-        print(f"{name}: its loss is not its peer's: {difference:.1e} apart", file=sys.stderr)
-    return 1 if wrong else 0
+    write(options.out, "adapters", data, "\n".join(_lines(data)) + "\n")
+    return verdict(found)
 
 
 def _of_processor(entry: Mapping[str, Any], other: Mapping[str, Any]) -> float:
@@ -138,7 +112,7 @@ def _of_processor(entry: Mapping[str, Any], other: Mapping[str, Any]) -> float:
 
 def _lines(data: Mapping[str, Any]) -> Iterator[str]:
     """The figures for people."""
-    here, model = data["machine"], data["model"]
+    model = data["model"]
     yield "# A training step with bottleneck adapters"
     yield ""
     yield f"Made by `{data['command']}` on {data['date']}; [how to read it](../README.md#bottleneck-adapters)."
@@ -149,12 +123,7 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
         f"width {model['width'] // REDUCTION}. AdaMix has 4 experts and shares the second projection."
     )
     yield ""
-    load, after = (("unknown" if x is None else f"{x[0]:.1f}") for x in (here["load"], here["load_after"]))
-    yield (
-        f"Machine: {here['processor']}, {here['cores']} cores, {here['threads']} threads, {here['capability']}; "
-        f"load {load} before and {after} after. Medians of {data['rounds']} alternated rounds; an aim stands in "
-        "brackets, **bold** where it was missed."
-    )
+    yield machine_line(data)
     yield ""
     yield "| | compared with | step, ms | over the floor | over the other | of processor time | saved, MB |"
     yield "| --- | --- | ---: | ---: | ---: | ---: | ---: |"

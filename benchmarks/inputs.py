@@ -8,23 +8,17 @@ token ids with an attention mask, since methods look words up themselves.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.command import machine_line, parse, parser, timed, verdict, write
 from benchmarks.train.contestants import Aims, Entry, Live, floor
-from benchmarks.train.measure import contest, mismatches
-from benchmarks.train.models import FULL, TINY, Base, base, shared_copy
-from benchmarks.train.report import figures, machine
+from benchmarks.train.models import Base, shared_copy
 
-RESULTS = Path(__file__).parent / "results"
 LENGTH, HIDDEN = 20, 512
 AIMS = Aims(over_peer=0.9, saved_of_peer=0.9)
 
@@ -115,36 +109,16 @@ ENTRIES: tuple[Entry, ...] = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 where losses are not those of peft."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.inputs", description="Virtual tokens and prefixes.")
-    parser.add_argument("--rounds", type=int, default=30, help="timed steps of each entry (default: 30)")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: is everything there?")
-    parser.add_argument("--threads", type=int, help="of torch (default: as many as it takes)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error("--rounds has to be at least 1")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    shape, rounds = (TINY, min(options.rounds, 2)) if options.quick else (FULL, options.rounds)
-    date, before = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), machine()
-    found, skipped = contest(ENTRIES, base(shape), rounds, tell=lambda line: print(line, file=sys.stderr, flush=True))
-    given = sys.argv[1:] if arguments is None else arguments
-    command = " ".join(["python -m benchmarks.inputs", *given])
-    data = figures(found, skipped, shape, command=command, date=date, before=before)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "inputs.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    text = "\n".join(_lines(data)) + "\n"
-    (options.out / "inputs.md").write_text(text, encoding="utf-8")
-    print(text)
-    wrong = mismatches(found)
-    for name, difference in wrong.items():
-        print(f"{name}: its loss is not its peer's: {difference:.1e} apart", file=sys.stderr)
-    return 1 if wrong else 0
+    prog = "python -m benchmarks.inputs"
+    options = parse(parser(prog, "Virtual tokens and prefixes.", 30), arguments)
+    found, data = timed(prog, options, ENTRIES, arguments)
+    write(options.out, "inputs", data, "\n".join(_lines(data)) + "\n")
+    return verdict(found)
 
 
 def _lines(data: Mapping[str, Any]) -> Iterator[str]:
     """The figures for people."""
-    here, model = data["machine"], data["model"]
+    model = data["model"]
     yield "# A training step with virtual tokens or prefixes"
     yield ""
     yield f"Made by `{data['command']}` on {data['date']}; [how to read it](../README.md#virtual-tokens-and-prefixes)."
@@ -155,12 +129,7 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
         f"whose network has a hidden width of {HIDDEN}."
     )
     yield ""
-    load, after = (("unknown" if x is None else f"{x[0]:.1f}") for x in (here["load"], here["load_after"]))
-    yield (
-        f"Machine: {here['processor']}, {here['cores']} cores, {here['threads']} threads, {here['capability']}; "
-        f"load {load} before and {after} after. Medians of {data['rounds']} alternated rounds; an aim stands in "
-        "brackets, **bold** where it was missed."
-    )
+    yield machine_line(data)
     yield ""
     yield "| | step, ms | over the floor | over peft's | saved, MB | saved over peft's |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: |"

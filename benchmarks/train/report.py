@@ -163,7 +163,7 @@ def _lines(data: Mapping[str, Any], picture: str | None) -> Iterator[str]:
     yield ""
     yield (
         f"Machine: {here['processor']}, {here['cores']} cores, {here['threads']} threads, {here['capability']}; "
-        f"{here['system']}; load {_load(here['load'])} before and {_load(here['load_after'])} after. "
+        f"{here['system']}; load {load_text(here['load'])} before and {load_text(here['load_after'])} after. "
         + ", ".join(f"{name} {number}" for name, number in data["versions"].items())
         + f". Medians of {data['rounds']} alternated rounds; an aim stands in brackets, **bold** where it was missed."
     )
@@ -182,7 +182,8 @@ def _lines(data: Mapping[str, Any], picture: str | None) -> Iterator[str]:
         yield f"\nSkipped: {name} ({why})."
 
 
-def _load(load: Sequence[float] | None) -> str:
+def load_text(load: Sequence[float] | None) -> str:
+    """The load of the last minute; "unknown" where there is none."""
     return "unknown" if load is None else f"{load[0]:.1f}"
 
 

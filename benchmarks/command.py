@@ -1,0 +1,79 @@
+"""What the commands of benchmarks that time entries in alternated rounds have in common."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.train.contestants import Entry
+from benchmarks.train.measure import Measured, contest, mismatches
+from benchmarks.train.models import FULL, TINY, base
+from benchmarks.train.report import figures, load_text, machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser(prog: str, description: str, rounds: int) -> argparse.ArgumentParser:
+    """Options that all of them take."""
+    made = argparse.ArgumentParser(prog=prog, description=description)
+    made.add_argument("--rounds", type=int, default=rounds, help=f"timed steps of each entry (default: {rounds})")
+    made.add_argument("--quick", action="store_true", help="a tiny model and two rounds: is everything there?")
+    made.add_argument("--threads", type=int, help="of torch (default: as many as it takes)")
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
+    return made
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error("--rounds has to be at least 1")
+    return options
+
+
+def timed(
+    prog: str, options: argparse.Namespace, entries: Sequence[Entry], arguments: Sequence[str] | None
+) -> tuple[dict[str, Measured], dict[str, Any]]:
+    """Run the rounds: what each entry took, and the figures."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    shape, rounds = (TINY, min(options.rounds, 2)) if options.quick else (FULL, options.rounds)
+    date, before = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), machine()
+    found, skipped = contest(entries, base(shape), rounds, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    given = sys.argv[1:] if arguments is None else arguments
+    command = " ".join([prog, *(f"'{a}'" if re.search(r"[^\w./-]", a) else a for a in given)])
+    return found, figures(found, skipped, shape, command=command, date=date, before=before)
+
+
+def write(out: Path, name: str, data: Mapping[str, Any], text: str) -> None:
+    """Write the figures as ``<name>.json`` and ``<name>.md``, and print the text."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def verdict(found: Mapping[str, Measured]) -> int:
+    """1 where an entry does not compute what its peer does, named on the error stream; else 0."""
+    wrong = mismatches(found)
+    for name, difference in wrong.items():
+        print(f"{name}: its loss is not its peer's: {difference:.1e} apart", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def machine_line(data: Mapping[str, Any]) -> str:
+    """Where and how often it ran."""
+    here = data["machine"]
+    return (
+        f"Machine: {here['processor']}, {here['cores']} cores, {here['threads']} threads, {here['capability']}; "
+        f"load {load_text(here['load'])} before and {load_text(here['load_after'])} after. Medians of {data['rounds']} alternated rounds; an aim stands in "
+        "brackets, **bold** where it was missed."
+    )
