@@ -72,8 +72,9 @@ def verdict(found: Mapping[str, Measured]) -> int:
 def machine_line(data: Mapping[str, Any]) -> str:
     """Where and how often it ran."""
     here = data["machine"]
+    before, after = load_text(here["load"]), load_text(here["load_after"])
     return (
         f"Machine: {here['processor']}, {here['cores']} cores, {here['threads']} threads, {here['capability']}; "
-        f"load {load_text(here['load'])} before and {load_text(here['load_after'])} after. Medians of {data['rounds']} alternated rounds; an aim stands in "
+        f"load {before} before and {after} after. Medians of {data['rounds']} alternated rounds; an aim stands in "
         "brackets, **bold** where it was missed."
     )

@@ -11,12 +11,12 @@ from graftc.compiler.capture import Capture
 from graftc.compiler.compose import Unit
 from graftc.compiler.findings import Structure
 from graftc.compiler.interface import Flags
-from graftc.compiler.positions import above, position_readers
+from graftc.compiler.positions import position_readers
 from graftc.compiler.signature import Axis
 from graftc.compiler.sitetable import SiteTable
 from graftc.compiler.structure import find_structure
 from graftc.compiler.words import WordVectors
-from graftc.passes.core.program import Program
+from graftc.passes.core.program import Program, above
 from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import ValueSite
 from graftc.passes.lengthen import lengthen
@@ -79,7 +79,7 @@ def _sequence(site: ValueSite, sites: Iterable[tuple[object, object]], vectors: 
         if own.node is site.node:
             return own
     same = [s for s, _ in sites if isinstance(s, ValueSite) and s.stack == site.stack]
-    sources = above(min(site.node for site in same))
+    sources = set(above([min(site.node for site in same)]))
     reached = [own for own in vectors if own.node in sources]
     if len(reached) != 1:
         message = (
@@ -124,7 +124,7 @@ def lengthened(
     ends = _ends(table.structure)
     if not ends:
         raise GraftError("GC019", f"the layers of {type(model).__name__} are not found", hint=_HINT)
-    axes = _axes(program, streams, [node for node, _ in ends.values()])
+    axes = _axes(program, streams, list(ends.values()))
     try:
         body = capture(axes, program.flags)
     except GraftError as error:
@@ -136,22 +136,18 @@ def lengthened(
     for stream in streams:
         _check_room(program, stream, limits[stream.ids])
     own_ends = _ends(found)
-    pairs = [(node, own_ends[stack][0]) for stack, (node, _) in ends.items() if stack in own_ends]
+    pairs = [(node, own_ends[stack]) for stack, node in ends.items() if stack in own_ends]
     return lengthen(program, body.program, streams, pairs, limits), body
 
 
-def _ends(structure: Structure) -> dict[str, tuple[fx.Node, int]]:
-    """What the last sublayer of each stack gives, and how many sublayers there are."""
-    found: dict[str, tuple[fx.Node, int]] = {}
-    for sublayer in structure.sublayers:
-        if sublayer.roles:
-            found[sublayer.stack] = (sublayer.output, found.get(sublayer.stack, (None, 0))[1] + 1)
-    return found
+def _ends(structure: Structure) -> dict[str, fx.Node]:
+    """What the last sublayer of each stack gives."""
+    return {sublayer.stack: sublayer.output for sublayer in structure.sublayers if sublayer.roles}
 
 
 def _axes(program: Program, streams: Sequence[Lengthened], ends: Sequence[fx.Node]) -> list[Axis]:
     """The inputs that the layers need, with word vectors in the place of ids."""
-    needed = {node for end in ends for node in above(end)}
+    needed = set(above(ends))
     by_ids = {stream.ids: stream for stream in streams}
     longer = {s.shape[1]: by_ids[s.name].length for s in program.inputs if s.name in by_ids}
     axes = []

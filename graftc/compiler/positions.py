@@ -44,15 +44,3 @@ def _casts(node: fx.Node) -> list[fx.Node]:
             elif source is current.args[0]:
                 found.append(current)
     return found
-
-
-def above(node: fx.Node) -> set[fx.Node]:
-    """Everything that a node is made from."""
-    found: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current not in found:
-            found.add(current)
-            pending += current.all_input_nodes
-    return found

@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 from graftc.compiler.candidates import Candidate
 from graftc.compiler.findings import Finding, Structure, Sublayer, place
 from graftc.compiler.parameters import other_parameters
-from graftc.compiler.positions import above, position_readers
+from graftc.compiler.positions import position_readers
 from graftc.compiler.values import attended, value_sites
 from graftc.compiler.words import WordVectors
-from graftc.passes.core.program import Program
+from graftc.passes.core.program import Program, above
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import (
     AttentionSite,
@@ -196,7 +196,7 @@ class SiteTable:
     def _attention(self, finding: Finding) -> None:
         key = SiteKey(finding.module, finding.role, use=finding.use)
         heads = self.structure.heads.get(finding.node)
-        made = above(finding.node)
+        made = set(above([finding.node]))
         self._add(
             [
                 AttentionSite(

@@ -10,9 +10,9 @@ from torch import Tensor, fx
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import Resolved
 from graftc.compiler.samples import sample_inputs
+from graftc.passes.core.reading import computed
 from graftc.passes.core.sites import AttentionSite
 from graftc.passes.core.tensors import tensor_name
-from graftc.passes.core.virtual import computed
 from graftc.specs.compose import Stack
 
 

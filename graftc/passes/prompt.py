@@ -12,8 +12,8 @@ from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.folds import Fold, Keep
 from graftc.passes.core.lowrank import normal
 from graftc.passes.core.method import Method
+from graftc.passes.core.reading import unknown_token
 from graftc.passes.core.sites import Site, ValueSite
-from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.prompt import Prompt, VirtualTokenSpec
 
 aten = torch.ops.aten
@@ -72,8 +72,7 @@ def initialiser(spec: VirtualTokenSpec, site: ValueSite, build: Builder) -> Init
     wrong = [(i, number) for i, ids in enumerate(groups) for number in ids if not 0 <= number < size]
     if wrong:
         index, number = wrong[0]
-        message = f"token {number} is not in the vocabulary, whose ids end at {size - 1}"
-        raise GraftError("GC039", message, place=Place(path=f"init_tokens[{index}]"))
+        raise unknown_token(number, size, f"init_tokens[{index}]")
 
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         known = min(spec.init_vocabulary, size)

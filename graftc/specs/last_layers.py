@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind
 from graftc.specs.full import TENSORS
-from graftc.specs.target import Target
+from graftc.specs.target import Target, written_fields
 
 __all__ = ["LastLayers"]
 
@@ -41,8 +41,7 @@ class LastLayers(MethodSpec):
         """Layers that the user leaves open are the last ones."""
         if not isinstance(data, Mapping):
             return data
-        target, count = data.get("target", {}), data.get("count", 2)
-        fields = {f: getattr(target, f) for f in target.model_fields_set} if isinstance(target, Target) else target
+        fields, count = written_fields(data.get("target", {})), data.get("count", 2)
         if not isinstance(fields, Mapping) or not isinstance(count, int) or isinstance(count, bool) or count < 1:
             return data
         return {**data, "target": {"layers": f"-{count}:", **fields}}

@@ -12,7 +12,7 @@ from graftc.specs.bottleneck import Activation, Init
 from graftc.specs.claims import SiteKind
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.prefix import Reparameterization
-from graftc.specs.target import Target
+from graftc.specs.target import written_fields
 from graftc.specs.validation import reject
 
 __all__ = ["AdapterPart", "PartsSpec", "PrefixPart"]
@@ -96,8 +96,7 @@ class PartsSpec(MethodSpec):
         """What the user leaves open of a target is where the parts that are there stand."""
         if not isinstance(data, Mapping):
             return data
-        target = data.get("target", {})
-        fields = {f: getattr(target, f) for f in target.model_fields_set} if isinstance(target, Target) else target
+        fields = written_fields(data.get("target", {}))
         parts = cls.named_parts(data.get("parts"))
         if not isinstance(fields, Mapping) or not parts or {"role", "modules", "regex"} & fields.keys():
             return data

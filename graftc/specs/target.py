@@ -163,3 +163,8 @@ class Target(SpecModel):
     def has_selector(self) -> bool:
         """Whether any of role, modules and regex is given."""
         return not (self.role is None and self.modules is None and self.regex is None)
+
+
+def written_fields(target: Any) -> Any:
+    """The fields that a target gives, by name, before it is validated; what is no target as it is."""
+    return {f: getattr(target, f) for f in target.model_fields_set} if isinstance(target, Target) else target

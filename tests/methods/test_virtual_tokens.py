@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.core.virtual import computed
+from graftc.passes.core.reading import computed
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.deployed import deployed
 from graftc.specs.diagnostics import GraftError

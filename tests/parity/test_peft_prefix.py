@@ -128,6 +128,24 @@ def filled(compiled: Compiled, layers: list[tuple[Tensor, Tensor]]) -> Compiled:
     return compiled.eval()
 
 
+def of_peft(model: Any, task: str, layers: int, heads: int, width: int) -> Any:
+    """peft's prefix on a copy of a model."""
+    config = peft.PrefixTuningConfig(
+        task_type=task, num_virtual_tokens=LENGTH, num_layers=layers, num_attention_heads=heads, token_dim=heads * width
+    )
+    return peft.get_peft_model(copy.deepcopy(model), config).eval()
+
+
+def in_cache(table: Tensor, layers: int, heads: int, width: int, mask: Tensor) -> tuple[DynamicCache, Tensor]:
+    """A table as a cache of a model, and a mask that lets it be seen."""
+    split = table.view(LENGTH, layers, 2, heads, width).permute(1, 2, 3, 0, 4)
+    cache = DynamicCache()
+    for layer in range(layers):
+        keys, values = (split[layer, side].expand(3, -1, -1, -1).contiguous() for side in (0, 1))
+        cache.update(keys, values, layer)
+    return cache, torch.cat([torch.ones(3, LENGTH, dtype=torch.int64), mask], 1)
+
+
 @pytest.mark.parametrize(
     "family", ["gpt2", "gpt2 eager", "llama", "llama eager", "gpt_neox", "mistral", "window", "gemma2", "falcon"]
 )
@@ -135,14 +153,7 @@ def test_language_models(family: str) -> None:
     """Learned positions, rotary ones and ALiBi, heads that share keys, windows, capped scores, and padding."""
     model = model_of(family)
     layers, heads, width = sizes(model.config)
-    config = peft.PrefixTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=LENGTH,
-        num_layers=layers,
-        num_attention_heads=heads,
-        token_dim=heads * width,
-    )
-    theirs: Any = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    theirs = of_peft(model, "CAUSAL_LM", layers, heads, width)
     table = torch.randn(LENGTH, layers * 2 * heads * width)
     with torch.no_grad():
         theirs.prompt_encoder["default"].embedding.weight.copy_(table)
@@ -162,12 +173,7 @@ def test_encoders(family: str) -> None:
     layers, heads, width = sizes(model.config)
     table = torch.randn(LENGTH, layers * 2 * heads * width)
     inputs = batch(model)
-    cache = DynamicCache()
-    split = table.view(LENGTH, layers, 2, heads, width).permute(1, 2, 3, 0, 4)
-    for layer in range(layers):
-        keys, values = (split[layer, side].expand(3, -1, -1, -1).contiguous() for side in (0, 1))
-        cache.update(keys, values, layer)
-    mask = torch.cat([torch.ones(3, LENGTH, dtype=torch.int64), inputs["attention_mask"]], 1)
+    cache, mask = in_cache(table, layers, heads, width, inputs["attention_mask"])
     positions = torch.arange(LENGTH, LENGTH + 9).expand(3, -1)
     with torch.no_grad():
         hidden = model.bert(
@@ -186,12 +192,7 @@ def test_written_out(family: str) -> None:
     layers, heads, width = 2, 4, 12
     table = torch.randn(LENGTH, layers * 2 * heads * width)
     inputs = batch(model)
-    split = table.view(LENGTH, layers, 2, heads, width).permute(1, 2, 3, 0, 4)
-    cache = DynamicCache()
-    for layer in range(layers):
-        keys, values = (split[layer, side].expand(3, -1, -1, -1).contiguous() for side in (0, 1))
-        cache.update(keys, values, layer)
-    mask = torch.cat([torch.ones(3, LENGTH, dtype=torch.int64), inputs["attention_mask"]], 1)
+    cache, mask = in_cache(table, layers, heads, width, inputs["attention_mask"])
     compiled = graftc.compile({"adapt": [{"method": "prefix", "length": LENGTH}]}, model)
     flat = table.view(LENGTH, layers, 2, heads * width)
     filled(compiled, [(flat[:, i, 0], flat[:, i, 1]) for i in range(layers)])
@@ -208,14 +209,7 @@ def test_pairs(family: str) -> None:
     which every other pair is read."""
     model: Any = model_of(family)
     layers, heads, width = 2, 4, 12
-    config = peft.PrefixTuningConfig(
-        task_type="SEQ_2_SEQ_LM",
-        num_virtual_tokens=LENGTH,
-        num_layers=layers,
-        num_attention_heads=heads,
-        token_dim=heads * width,
-    )
-    theirs: Any = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    theirs = of_peft(model, "SEQ_2_SEQ_LM", layers, heads, width)
     table = torch.randn(LENGTH, layers * 2 * heads * width)
     inputs = batch(model)
     decoder = torch.randint(5, 50, (3, 7))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,43 +35,70 @@ def read_tokens(program: Program, store: Store, tokens: Sequence[int], wanted: S
     origin = {edit.after: edit.before for edit in made.edits}
     names = {node.name: node for node in made.graph.nodes}
     device = next((t.device for _, t in store.base()), torch.device("cpu"))
-    values: dict[fx.Node, Any] = {
+    inputs = {
         node: _input(spec, tokens).to(device) for spec, node in zip(made.inputs, made.placeholders(), strict=True)
     }
     targets = [follow(names[node.name], origin) for node in wanted]
     try:
-        with torch.no_grad():
-            for node in _needed(targets, origin):
-                if node not in values:
-                    values[node] = _value(node, values, origin, store, device)
+        return computed(targets, inputs.__getitem__, store.get, device, origin)
     except IndexError as error:
         _check_ids(made, tokens)
         raise _refused(f"no row of {len(tokens)} tokens goes through it: {error}") from error
     except RuntimeError as error:
         raise _refused(f"no row of {len(tokens)} tokens goes through it: {error}") from error
-    return [values[node] for node in targets]
 
 
-def _value(
-    node: fx.Node, values: dict[fx.Node, Any], origin: dict[fx.Node, fx.Node], store: Store, device: torch.device
-) -> Any:
-    if node.op == "get_attr":
-        return store.get(str(node.target)).detach()
-    args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: values[follow(n, origin)])
-    if takes_device(node.target):
-        kwargs = {**kwargs, "device": device}
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+@torch.no_grad()
+def computed(
+    nodes: Sequence[fx.Node],
+    given: Callable[[fx.Node], Tensor],
+    tensor: Callable[[str], Tensor],
+    device: torch.device | None = None,
+    links: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+) -> list[Tensor]:
+    """The values of some nodes.
+
+    Args:
+        nodes: what to compute, with everything that it is made from.
+        given: the value of an input of the graph.
+        tensor: gives a tensor of the Store by name.
+        device: where they are; by default torch's.
+        links: nodes in whose places others are read, for example from *after* to *before* of edits.
+    """
+    values: dict[fx.Node, Any] = {}
+    for node in _needed(nodes, links):
+        if node.op == "placeholder":
+            values[node] = given(node)
+        elif node.op == "get_attr":
+            values[node] = tensor(str(node.target)).detach()
+        else:
+            args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: values[follow(n, links)])
+            where = {"device": device} if device is not None and takes_device(node.target) else {}
+            values[node] = node.target(*args, **{**kwargs, **where})  # type: ignore[operator]
+    return [values[node] for node in nodes]
 
 
-def _needed(targets: Sequence[fx.Node], origin: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+def _needed(nodes: Sequence[fx.Node], links: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
     found: set[fx.Node] = set()
-    pending = list(targets)
+    pending = list(nodes)
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending += [follow(source, origin) for source in node.all_input_nodes]
+            pending += [follow(source, links) for source in node.all_input_nodes]
     return sorted(found)
+
+
+def unknown_token(number: int, entries: int, path: str) -> GraftError:
+    """The error for a token that the vocabulary does not have.
+
+    Args:
+        number: its id.
+        entries: how many the vocabulary has.
+        path: where in the adaptation it stands.
+    """
+    message = f"token {number} is not in the vocabulary, whose ids end at {entries - 1}"
+    return GraftError("GC039", message, place=Place(path=path))
 
 
 def _input(spec: InputSpec, tokens: Sequence[int]) -> Tensor:
@@ -90,8 +118,7 @@ def _check_ids(program: Program, tokens: Sequence[int]) -> None:
     rows = min((int(node.args[0].meta["val"].shape[0]) for node in lookups if _reads_tokens(node)), default=None)
     for index, number in enumerate(tokens):
         if rows is not None and not 0 <= number < rows:
-            message = f"token {number} is not in the vocabulary, whose ids end at {rows - 1}"
-            raise GraftError("GC039", message, place=Place(path=f"init_tokens[{index}]"))
+            raise unknown_token(number, rows, f"init_tokens[{index}]")
 
 
 def _reads_tokens(lookup: fx.Node) -> bool:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.canonicalise import takes_device
 from graftc.passes.core.attending import AttentionBuilder
-from graftc.passes.core.program import VirtualTokens, above, map_nodes
-from graftc.passes.core.shapes import expression
+from graftc.passes.core.program import VirtualTokens, above
+from graftc.passes.core.reading import computed
 from graftc.passes.core.sites import ValueSite
 from graftc.specs.diagnostics import GraftError
 
@@ -51,9 +47,8 @@ class VirtualBuilder(AttentionBuilder):
     def _for_rows(self, vectors: fx.Node, like: fx.Node, part: str) -> fx.Node:
         if vectors.meta["val"].dim() == 3:
             return vectors
-        rows = like.meta["val"].shape[0]
-        size = rows if isinstance(expression(rows), int) else self.call(aten.sym_size.int, like, 0, part="rows")
-        return self.call(aten.expand.default, self.call(aten.unsqueeze.default, vectors, 0, part=part), [size, -1, -1])
+        sizes = [self._size(like, 0), -1, -1]
+        return self.call(aten.expand.default, self.call(aten.unsqueeze.default, vectors, 0, part=part), sizes)
 
     def vocabulary(self, site: ValueSite) -> int:
         """How many tokens there are to look up.
@@ -71,31 +66,3 @@ class VirtualBuilder(AttentionBuilder):
         """What the model looks up for some tokens: ``ids: int64[n]`` to ``[n, width]``, float32 on the CPU."""
         given = ids[None].to(self._device())
         return computed([site.node], lambda node: given, self.store.get, given.device)[0][0].float().cpu()
-
-
-@torch.no_grad()
-def computed(
-    nodes: Sequence[fx.Node],
-    given: Callable[[fx.Node], Tensor],
-    tensor: Callable[[str], Tensor],
-    device: torch.device | None = None,
-) -> list[Tensor]:
-    """The values of some nodes.
-
-    Args:
-        nodes: what to compute, with everything that it is made from.
-        given: the value of an input of the graph.
-        tensor: gives a tensor of the Store by name.
-        device: where they are; by default torch's.
-    """
-    values: dict[fx.Node, Any] = {}
-    for source in above(nodes):
-        if source.op == "placeholder":
-            values[source] = given(source)
-        elif source.op == "get_attr":
-            values[source] = tensor(str(source.target)).detach()
-        else:
-            args, kwargs = map_nodes((source.args, dict(source.kwargs)), values.__getitem__)
-            where = {"device": device} if device is not None and takes_device(source.target) else {}
-            values[source] = source.target(*args, **{**kwargs, **where})  # type: ignore[operator]
-    return [values[node] for node in nodes]
