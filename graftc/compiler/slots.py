@@ -11,26 +11,34 @@ from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import Resolved
 from graftc.compiler.samples import sample_inputs
 from graftc.passes.core.reading import computed
-from graftc.passes.core.sites import AttentionSite
+from graftc.passes.core.sites import AttentionSite, LinearSite
 from graftc.passes.core.tensors import tensor_name
-from graftc.specs.compose import Stack
+from graftc.specs.claims import FoldKind
+from graftc.specs.compose import Average, Stack
 
 
 def are_constant(compilation: Compilation, resolved: Resolved) -> bool:
     """Whether what every attention makes of an adaptation's virtual tokens is the same whatever the text: each layer of
-    the only stack reads vectors of the adaptation's own there, and nothing stands in between."""
+    the only stack reads vectors of the adaptation's own there, and no map on the way depends on the row, as gated or
+    chosen ones do."""
     family = compilation.main
     read = {(site.stack, site.layer) for site, _ in resolved.sites}
     attentions = family.attentions
-    composition = compilation.spec.composition_of(resolved.name)
     return (
         all(tokens.starts == (0,) for tokens in family.train.virtual)
         and len(family.train.virtual) == 1
         and all((site.stack, site.layer) in read for site in attentions)
         and len({site.stack for site in attentions}) == 1
         and all(site.operands is not None for site in attentions)
-        and (composition is None or isinstance(composition, Stack))
+        and all(isinstance(composition, Stack | Average) for composition in compilation.spec.compose)
+        and not any(_may_differ(other) for other in family.resolved)
     )
+
+
+def _may_differ(resolved: Resolved) -> bool:
+    """Whether an adaptation may make another map for each row: one that is in a map and is no change of its weight."""
+    stays = resolved.spec.claims.folds is FoldKind.NONE
+    return stays and any(isinstance(site, LinearSite) for site, _ in resolved.sites)
 
 
 def slot_parameters(compilation: Compilation, resolved: Resolved) -> int:

@@ -316,6 +316,25 @@ def test_what_pre_layer_cannot_be_deployed_as(fields: dict[str, Any]) -> None:
     assert deployed(compiled) is compiled
 
 
+def test_keys_that_depend_on_the_row_stay() -> None:
+    """Gated and chosen updates of keys make other keys of virtual tokens for each row, so that no constants can be."""
+    slots, update = {"method": "pre_layer", "length": 3}, {"target": {"role": "attn.{k,v}"}, "rank": 2}
+    pair = [{"method": "lora", "name": name, **update} for name in ("a", "b")]
+    gated = {"method": "unipelt", "parts": ["lora"], "target": {"role": ["attn.k"]}}
+    specs: list[dict[str, Any]] = [
+        {"adapt": [slots, *pair], "compose": {"gate": ["a", "b"]}},
+        {"adapt": [slots, *pair], "compose": {"bank": ["a", "b"]}},
+        {"adapt": [slots, gated]},
+    ]
+    for spec in specs:
+        compiled = graftc.compile(spec, tiny("llama"))
+        assert deployed(compiled) is compiled
+    compiled = graftc.compile({"adapt": [slots, pair[0]]}, tiny("llama")).eval()
+    perturb(compiled, 0.3)
+    inputs = inputs_for(compiled)
+    assert largest_difference(outputs_of(deployed(compiled), inputs), outputs_of(compiled, inputs)) <= 1e-5
+
+
 def test_layers_read_the_trained_vectors_whatever_the_text() -> None:
     """At every layer's input, virtual tokens have what is trained, within a text too."""
     model = tiny("gpt2").eval()
