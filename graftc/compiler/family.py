@@ -29,6 +29,7 @@ from graftc.passes.core.sites import Applied, AttentionSite, LinearSite, Paramet
 from graftc.passes.core.steering import STEP
 from graftc.passes.core.verify import record_baseline, verify
 from graftc.passes.mode import to_eval
+from graftc.passes.recompute import recompute_weights
 from graftc.passes.tokens import insert_tokens
 from graftc.specs.diagnostics import GraftError
 
@@ -290,6 +291,10 @@ def _insert(
     for unit in units(compilation.spec, resolved):
         clock.step(f"insert({unit.name})", partial(_insert_unit, compilation, program, unit), program)
         clock.step("verify", partial(verify, program, store, f"insert({unit.name})"), program)
+    if program.summands:
+        build = Builder(program, store, "", "", compilation.seed, compilation.values)
+        clock.step("recompute", lambda: recompute_weights(build), program)
+        clock.step("verify", lambda: verify(program, store, "recompute"), program)
 
 
 def _insert_unit(compilation: Compilation, program: Program, unit: Unit) -> None:

@@ -28,11 +28,12 @@ from graftc.compiler.signature import (
     split,
 )
 from graftc.compiler.tokens import TOKENS, with_room
-from graftc.passes.core.folds import FoldStep, Keep, LazyTensors, StandIn
+from graftc.passes.core.folds import FoldStep, Keep, LazyTensors, StandIn, TensorFold
 from graftc.passes.core.layout import Layout
+from graftc.passes.core.regions import Region, regions_of
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.rows import Rows
-from graftc.passes.core.sites import LinearSite, SiteKey
+from graftc.passes.core.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.store import Store
 from graftc.passes.core.uses import Dense
 from graftc.specs.compose import CompositionSpec, Parallel
@@ -192,18 +193,22 @@ class Compilation:
         return made
 
     def fold_steps(self, only: Sequence[str] | None = None) -> list[FoldStep]:
-        """Every adaptation's change of base tensors, in insertion order.
+        """Every adaptation's change of base tensors, in the order in which they apply: what stands in for tensors is
+        below everything that stands at sites, and either is in insertion order.
 
         Raises:
             GraftError: GC050 naming the adaptation that cannot fold and why.
         """
+        below: list[FoldStep] = []
         steps: list[FoldStep] = []
         found = {unit.name: unit for unit in self.units}
         for name in only if only is not None else [TOKENS, TRAIN, *found]:
             if name in found:
-                steps += self.site_steps(found[name])
-            steps += self._overlay_steps(name)
-        return steps
+                own = self.site_steps(found[name])
+                below += [step for step in own if step.layout is Layout.PLAIN]
+                steps += [step for step in own if step.layout is not Layout.PLAIN]
+            below += self._overlay_steps(name)
+        return [*below, *steps]
 
     def site_steps(self, unit: Unit) -> list[FoldStep]:
         """What an adaptation, or a composition, changes of its sites' weights.
@@ -221,6 +226,9 @@ class Compilation:
                 continue
             if isinstance(fold, Keep):
                 raise GraftError("GC050", f"{unit.name!r} cannot fold at {site.key}: {fold.reason}")
+            if isinstance(fold, TensorFold):
+                steps += self._tensor_steps(unit.name, site, fold)
+                continue
             assert isinstance(site, LinearSite)
             if site.key in resolved.shared:
                 raise GraftError(
@@ -242,6 +250,13 @@ class Compilation:
             )
         return steps
 
+    def _tensor_steps(self, name: str, site: Site, fold: TensorFold) -> list[FoldStep]:
+        own = [region for region in regions_of(site, self.store) if region.part in fold.changes]
+        return [
+            FoldStep(name, str(site.key), r.tensor, None, r.every_row, Layout.PLAIN, _changed(fold, r), everywhere=True)
+            for r in own
+        ]
+
     def _new_bias(self, site: LinearSite) -> str | None:
         """Name of a bias that folding may add; None where the call takes none, or the module has another use of it."""
         name = f"{site.key.module}.bias".lstrip(".")
@@ -257,6 +272,10 @@ class Compilation:
     def lazy_tensors(self) -> LazyTensors:
         """The folded tensors: every base tensor that an adaptation changes, computed when asked for."""
         return LazyTensors(self.store, self.fold_steps())
+
+
+def _changed(fold: TensorFold, region: Region) -> Callable[..., Any]:
+    return lambda tensor, bias: (fold.changes[region.part](tensor), bias)
 
 
 def _replace(store: Store, trained: str) -> Callable[..., Any]:

@@ -119,7 +119,8 @@ class Resolver:
         for site, _ in sites:
             if isinstance(site, LinearSite):
                 groups[place_of(site)].append(site)
-        shared = {key: found for key, group in groups.items() if (found := self._shared(group))}
+        alone = {} if method_for(adaptation.method).everywhere else groups
+        shared = {key: found for key, group in alone.items() if (found := self._shared(group))}
         return Resolved(adaptation, tuple(sites), shared)
 
     def _shared(self, sites: Sequence[LinearSite]) -> str | None:

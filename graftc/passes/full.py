@@ -22,6 +22,8 @@ S = TypeVar("S", bound=MethodSpec)
 class TrainedTensors(Method[S]):
     """The weight and the bias of a map, the scale and the shift of a norm, or a tensor as a whole, train as copies."""
 
+    everywhere = True
+
     def applies(self, spec: S, site: Site) -> bool:
         """Where there is a tensor that some output needs."""
         return isinstance(site, LinearSite | NormSite | ParameterSite)

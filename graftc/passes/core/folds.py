@@ -6,7 +6,7 @@ float64. Steps compose in insertion order (LoRA then a scaling is not a scaling 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,18 @@ class StandIn:
     """What the adaptation trains stands in for base tensors (overlays); there is nothing else to fold."""
 
 
-Fold = WeightFold | StandIn | Keep
+@dataclass(frozen=True)
+class TensorFold:
+    """Fold by changing tensors of the base wherever they are read, below everything that stands at sites.
+
+    Attributes:
+        changes: for a tensor by its name within its module, from its values as stored, float64, to new ones.
+    """
+
+    changes: Mapping[str, Callable[[Tensor], Tensor]]
+
+
+Fold = WeightFold | TensorFold | StandIn | Keep
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ class Method(ABC, Generic[S]):
     spec_class: ClassVar[type[MethodSpec]]
     """The spec that this class implements; its tag names the method."""
 
+    everywhere: ClassVar[bool] = False
+    """Whether it changes tensors wherever they are read, and not what single sites compute."""
+
     controller: ClassVar[type[Controller[Any]] | None] = None
     """What changes values between optimiser steps, if anything does."""
 

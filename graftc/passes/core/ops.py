@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graftc.passes.core.dropout import DECOMPOSITIONS as DROPOUT
 from graftc.passes.core.magnitude import DECOMPOSITIONS as MAGNITUDE
+from graftc.passes.core.sparse import DECOMPOSITIONS as SPARSE
 
 aten = torch.ops.aten
 SEEDS = 2**62
@@ -82,5 +83,6 @@ DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.graftc.seeded_dropout.default: seeded_dropout_decomposed,
     **DROPOUT,
     **MAGNITUDE,
+    **SPARSE,
 }
 """ATen forms by operator: what exports write instead."""

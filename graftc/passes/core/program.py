@@ -172,6 +172,9 @@ class Program:
     claims: dict[str, list[tuple[str, Rows]]] = field(default_factory=dict)
     """Which adaptation trains which rows of a base tensor."""
 
+    summands: dict[str, list[tuple[str, Rows]]] = field(default_factory=dict)
+    """Which adaptation adds to entries of which rows of a base tensor."""
+
     limits: dict[str, str] = field(default_factory=dict)
     """Why axes of some names have no greater sizes than the base's, for people."""
 
@@ -216,6 +219,7 @@ class Program:
             "edits": edits,
             "history": list(self.history),
             "claims": {name: list(held) for name, held in self.claims.items()},
+            "summands": {name: list(held) for name, held in self.summands.items()},
             "limits": dict(self.limits),
             "derived": {name: list(held) for name, held in self.derived.items()},
             "virtual": tuple(v.mapped(mapping) for v in self.virtual),

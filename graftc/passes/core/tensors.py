@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.layout import Layout
 from graftc.passes.core.nodes import NodeBuilder
+from graftc.passes.core.program import follow
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite, Site
 from graftc.passes.core.store import RESERVED
@@ -125,7 +126,7 @@ class TensorBuilder(NodeBuilder):
         if device.type == "meta":
             return torch.empty(shape, dtype=dtype, device=device)
         value = torch.empty(shape)
-        init(value, self._generator(name))
+        init(value, self.generator(name))
         return value.to(device=device, dtype=dtype)
 
     def _given(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -134,6 +135,11 @@ class TensorBuilder(NodeBuilder):
             found, wanted = f"{value.dtype}{list(value.shape)}", f"{dtype}{list(shape)}"
             raise GraftError("GC053", f"{name} is {found}, it must be {wanted}")
         return value.detach().to(device, copy=True)
+
+    @property
+    def without_values(self) -> bool:
+        """Whether the base is on the meta device, where tensors have sizes and no values."""
+        return any(tensor.device.type == "meta" for _, tensor in self.store.base())
 
     def tensors(self) -> tuple[str, ...]:
         """Base tensors that the Program reads, in the order of the graph."""
@@ -154,7 +160,8 @@ class TensorBuilder(NodeBuilder):
         devices = {name.startswith(module): t.device for name, t in self.store.base()}
         return devices.get(True) or devices.get(False) or torch.device("cpu")
 
-    def _generator(self, name: str) -> torch.Generator:
+    def generator(self, name: str) -> torch.Generator:
+        """What random values called ``name`` are drawn from."""
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -195,10 +202,39 @@ class TensorBuilder(NodeBuilder):
         self.overlays.append((self._site.key, base, own, name))
         return self.attribute(name, part)
 
+    def known(self, name: str) -> Tensor | None:
+        """A tensor of the adaptation by its Store name, if it is there already: made for another Program, or given."""
+        return self.store.get(name) if name in self.store else self.values.get(name)
+
+    def stand_in(self, base: str, make: Callable[[fx.Node], fx.Node], rows: Rows | None = None) -> None:
+        """Put what is made of a base tensor in its place, wherever it is read. What other adaptations have put there is
+        what it is made of.
+
+        Args:
+            base: its Store name.
+            make: from the tensor's node to one of the same type, which adds to entries of it.
+            rows: which rows these are in; all by default.
+
+        Raises:
+            GraftError: GC021 where another adaptation trains them in another way, or takes them as constants.
+        """
+        own = rows or Rows(self.store.get(base).shape[0] if self.store.get(base).dim() else 1)
+        self._check_unclaimed(base, own)
+        self.program.summands.setdefault(base, []).append((self.adaptation, own))
+        read = self._attributes.get(base)
+        if read is not None:
+            current = follow(read, {e.before: e.after for e in self.program.edits if not e.narrow})
+            self._redirect(current, make(current), lambda user: True)
+
     def _claim(self, base: str, rows: Rows) -> None:
         """Rows of a base tensor are trained by one adaptation only, and not where another has taken them as fixed."""
-        claims = self.program.claims.setdefault(base, [])
-        for owner, held in claims:
+        self._check_unclaimed(base, rows, summands=True)
+        self.program.claims.setdefault(base, []).append((self.adaptation, rows))
+
+    def _check_unclaimed(self, base: str, rows: Rows, *, summands: bool = False) -> None:
+        """Raise GC021 where another adaptation has rows of a base tensor."""
+        added = self.program.summands.get(base, ()) if summands else ()
+        for owner, held in (*self.program.claims.get(base, ()), *added):
             if held.overlaps(rows):
                 raise GraftError(
                     "GC021",
@@ -213,7 +249,6 @@ class TensorBuilder(NodeBuilder):
                     f"{self.adaptation!r} would train {which} of {base}, whose values are constants to {owner!r}",
                     hint=f"put {self.adaptation!r} before {owner!r} in the spec, or leave the place out of one of them",
                 )
-        claims.append((self.adaptation, rows))
 
     def _index(self, rows: Rows) -> fx.Node:
         """A constant with the numbers of ``rows``; shared by everything that selects the same rows."""

@@ -1,0 +1,27 @@
+"""Fixed selections of entries: at random, by magnitude, by movement, by Fisher information (arXiv:2111.09839)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from graftc.passes.core.builder import Builder
+from graftc.passes.core.regions import Region
+from graftc.passes.selection import Chosen, Key, SparseTensors, largest_entries
+from graftc.specs.mask import Mask
+
+
+class MaskMethod(SparseTensors[Mask]):
+    """See `SparseTensors`."""
+
+    spec_class = Mask
+
+    def choose(self, spec: Mask, regions: Mapping[Key, Region], build: Builder) -> Chosen:
+        """The largest entries by magnitude; random ones for every other selection, until examples are looked at."""
+        if spec.selection != "magnitude" or build.without_values:
+            return super().choose(spec, regions, build)
+        return largest_entries(
+            spec,
+            regions,
+            lambda key: regions[key].own(build.store.get(key[0]).detach()).abs(),
+            each=spec.allocation == "per_tensor",
+        )

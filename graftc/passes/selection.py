@@ -1,0 +1,177 @@
+"""Training of some entries of base tensors: indices and deltas, of which the deltas alone are parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.builder import Builder
+from graftc.passes.core.folds import Fold, TensorFold
+from graftc.passes.core.lowrank import zeros
+from graftc.passes.core.method import Method
+from graftc.passes.core.regions import SMALL, Region, drawn, largest, regions_of, shares
+from graftc.passes.core.sites import LinearSite, NormSite, ParameterSite, Site
+from graftc.passes.core.tensors import tensor_name
+from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.roles import parse_role
+from graftc.specs.selection import SelectionSpec
+
+S = TypeVar("S", bound=SelectionSpec)
+Key = tuple[str, str]
+"""The Store name of a tensor and the rows of it, as text."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What an adaptation selects.
+
+    Attributes:
+        counts: how many entries of each tensor.
+        indices: which, where they have to be worked out; otherwise they are there already.
+        placed: tensors that have been put in place in this Program.
+    """
+
+    counts: Mapping[Key, int]
+    indices: Mapping[Key, Tensor]
+    placed: set[Key] = field(default_factory=set)
+
+
+class SparseTensors(Method[S]):
+    """``W' = W + scatter(indices, delta)`` for tensors of the base, wherever they are read.
+
+    For every tensor with an entry that is selected, ``<tensor>_indices: int32[k]`` (``int64`` from 2^31 entries on) has
+    the places in the tensor as it is stored, in ascending order, and ``<tensor>_delta: f32[k]`` starts at zeros. A
+    subclass says which entries are selected.
+    """
+
+    everywhere = True
+    moving: ClassVar[bool] = False
+    """Whether other entries take the places of some while training, so that indices are in no order."""
+
+    biases: ClassVar[bool] = True
+    """Whether entries of the biases of maps are selected too."""
+
+    def applies(self, spec: S, site: Site) -> bool:
+        """Where there are tensors; a head that gives the outputs is passed over."""
+        head = any(parse_role(role).name == "head" for role in site.roles)
+        return isinstance(site, LinearSite | NormSite | ParameterSite) and not head
+
+    def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Chosen:
+        """Select the entries, or find out which are.
+
+        Raises:
+            GraftError: GC020 where the budget is none of the target's entries, or more than all.
+        """
+        places = self.places(sites, build)
+        known = {key: build.known(tensor_name(site, build.adaptation, f"{r.part}_indices")) for key, site, r in places}
+        if any(held is not None for held in known.values()):
+            return Chosen({key: 0 if held is None else held.numel() for key, held in known.items()}, {})
+        return self.choose(spec, {key: region for key, _, region in places}, build)
+
+    def places(self, sites: Sequence[Site], build: Builder) -> list[tuple[Key, Site, Region]]:
+        """Every tensor once, at the first site that has it."""
+        found: dict[Key, tuple[Key, Site, Region]] = {}
+        for site in sites:
+            for region in regions_of(site, build.store, biases=self.biases):
+                key = _key(region)
+                found.setdefault(key, (key, site, region))
+        return list(found.values())
+
+    def choose(self, spec: S, regions: Mapping[Key, Region], build: Builder) -> Chosen:
+        """The entries that are selected at first: as many of each tensor as its size says, at random."""
+        sizes = [region.size for region in regions.values()]
+        counts = dict(zip(regions, shares(budget_of(spec, sum(sizes)), sizes), strict=True))
+        return Chosen(counts, {} if build.without_values else random_entries(counts, regions, build))
+
+    def insert(self, spec: S, site: Site, shared: Chosen, build: Builder) -> None:
+        """Put the changed tensors of the site in place of the base's.
+
+        Raises:
+            GraftError: GC021 where another adaptation trains one of them as a whole, or takes it as constant.
+        """
+        for region in regions_of(site, build.store, biases=self.biases):
+            key = _key(region)
+            if not shared.counts[key] or key in shared.placed:
+                continue
+            shared.placed.add(key)
+            build.stand_in(region.tensor, partial(self._changed, build, region, shared), region.rows)
+
+    def _changed(self, build: Builder, region: Region, shared: Chosen, tensor: fx.Node) -> fx.Node:
+        key = _key(region)
+        count = shared.counts[key]
+        dtype = torch.int32 if region.total < SMALL else torch.int64
+        make = _placed(region, shared.indices.get(key), count, dtype)
+        indices = build.buffer(f"{region.part}_indices", make)
+        wide = torch.promote_types(build.store.get(region.tensor).dtype, torch.float32)
+        delta = build.parameter(f"{region.part}_delta", (count,), zeros, dtype=wide)
+        return build.call(torch.ops.graftc.sparse_weight.default, tensor, indices, delta, part=region.part)
+
+    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """The sums are the new values."""
+        parts = [name.removesuffix("_delta") for name in tensors if name.endswith("_delta")]
+        return TensorFold({part: _added(tensors[f"{part}_indices"], tensors[f"{part}_delta"]) for part in parts})
+
+
+def budget_of(spec: SelectionSpec, total: int) -> int:
+    """How many of ``total`` entries train.
+
+    Raises:
+        GraftError: GC020 where that is none, or more than all.
+    """
+    count = spec.budget(total)
+    if 0 < count <= total:
+        return count
+    field = "entries" if spec.entries is not None else "density"
+    message = f"{spec.method} would train {count} of the target's {total} entries"
+    raise GraftError("GC020", message, place=Place(path=field), hint=f"{'raise' if not count else 'lower'} {field}")
+
+
+def random_entries(counts: Mapping[Key, int], regions: Mapping[Key, Region], build: Builder) -> dict[Key, Tensor]:
+    """So many entries of each tensor, drawn from the adaptation's seed and the tensor's name."""
+    return {
+        key: drawn(count, regions[key].size, build.generator(f"{build.adaptation}:{key[0]}:{key[1]}"))
+        for key, count in counts.items()
+        if count
+    }
+
+
+def largest_entries(
+    spec: SelectionSpec, regions: Mapping[Key, Region], score: Callable[[Key], Tensor], *, each: bool = False
+) -> Chosen:
+    """The entries with the greatest scores: of all tensors together, or so many of each as its size says."""
+    sizes = [region.size for region in regions.values()]
+    count = budget_of(spec, sum(sizes))
+    makers = [partial(score, key) for key in regions]
+    if each:
+        found = [largest([m], own)[0] for m, own in zip(makers, shares(count, sizes), strict=True)]
+    else:
+        found = largest(makers, count)
+    return Chosen({k: n.numel() for k, n in zip(regions, found, strict=True)}, dict(zip(regions, found, strict=True)))
+
+
+def _key(region: Region) -> Key:
+    return region.tensor, str(region.rows)
+
+
+def _placed(region: Region, numbers: Tensor | None, count: int, dtype: torch.dtype) -> Callable[[torch.device], Tensor]:
+    """Makes the indices; without numbers, on the meta device or for tensors that are given, their type alone."""
+
+    def make(device: torch.device) -> Tensor:
+        if numbers is None:
+            return torch.zeros(count, dtype=dtype, device=device)
+        return region.stored(numbers).to(device)
+
+    return make
+
+
+def _added(indices: Tensor, delta: Tensor) -> Callable[[Tensor], Tensor]:
+    def change(tensor: Tensor) -> Tensor:
+        flat = tensor.reshape(-1).index_add(0, indices.long(), delta.to(tensor.dtype))
+        return flat.reshape(tensor.shape)
+
+    return change

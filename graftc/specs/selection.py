@@ -1,0 +1,46 @@
+"""What specs of methods have in common that train some entries of tensors."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from graftc.specs.base import MethodSpec
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.target import Target
+from graftc.specs.validation import reject
+
+__all__ = ["SelectionSpec"]
+
+
+class SelectionSpec(MethodSpec):
+    """Base of methods that train some entries of the base's tensors."""
+
+    usual_density: ClassVar[float]
+    """The share of entries where the spec gives neither a share nor a number."""
+
+    target: Target = Target(modules="**")
+    """Which places of the model it is for; by default all but a head that gives the outputs."""
+
+    density: float | None = Field(default=None, gt=0, le=1)
+    """Share of the target's entries that train, rounded down."""
+
+    entries: int | None = Field(default=None, ge=1)
+    """How many entries train, instead of a share."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.density is not None and self.entries is not None:
+            error = GraftError("GC002", "density and entries both say how many entries train", hint="leave one out")
+            reject(self.entries, (("entries",), error))
+        return self
+
+    def budget(self, total: int) -> int:
+        """How many of ``total`` entries train. A share counts as it is written: 0.07 of 100 is 7."""
+        if self.entries is not None:
+            return self.entries
+        density = self.density if self.density is not None else self.usual_density
+        return math.floor(Fraction(str(density)) * total)
