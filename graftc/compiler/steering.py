@@ -46,7 +46,8 @@ class Live(Mapping[str, Tensor]):
 def live_places(compilation: Compilation, resolved: Resolved) -> tuple[list[Place[Any]], Live]:
     """The places of an adaptation with their tensors, and the tensors that it has as a whole."""
     store, parts = compilation.store, compilation.parts.get(resolved.name, {})
-    places = [Place(site, spec, Live(store, parts.get(site.key, {}))) for site, spec in resolved.places]
+    base = Live(store, {name: name for name, _ in store.base()})
+    places = [Place(site, spec, Live(store, parts.get(site.key, {})), base) for site, spec in resolved.places]
     return places, Live(store, parts.get(None, {}))
 
 

@@ -13,7 +13,7 @@ from graftc.specs.diagnostics import GraftError
 from graftc.specs.target import Target
 from graftc.specs.validation import reject
 
-__all__ = ["SelectionSpec"]
+__all__ = ["SelectionSpec", "StagedSpec"]
 
 
 class SelectionSpec(MethodSpec):
@@ -44,3 +44,10 @@ class SelectionSpec(MethodSpec):
             return self.entries
         density = self.density if self.density is not None else self.usual_density
         return math.floor(Fraction(str(density)) * total)
+
+
+class StagedSpec(SelectionSpec):
+    """Base of those that take several trainings."""
+
+    stage: int = Field(default=1, ge=1)
+    """Which of its trainings this is, from 1; recipes count it."""

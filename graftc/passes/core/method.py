@@ -11,7 +11,8 @@ from torch import Tensor
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.folds import Fold
 from graftc.passes.core.sites import Site
-from graftc.passes.core.steering import Controller, OutputObjective, TensorObjective
+from graftc.passes.core.stages import Advance
+from graftc.passes.core.steering import Controller, OutputObjective, Place, TensorObjective
 from graftc.specs.base import MethodSpec
 from graftc.specs.diagnostics import GraftError
 
@@ -75,6 +76,20 @@ class Method(ABC, Generic[S]):
             site: where; only its sizes and name may be used.
             tensors: the site's own tensors by part, float64, and those that all sites share.
         """
+
+    def stages(self, spec: S) -> int:
+        """How many trainings the method takes."""
+        return 1
+
+    def advance(self, spec: S, places: Sequence[Place[S]], shared: Mapping[str, Tensor]) -> Advance[S]:
+        """What the next training starts from, after the one that ``spec`` is for; its spec says that it is the next.
+
+        Args:
+            spec: the adaptation without its overrides applied.
+            places: every adapted place with its live tensors.
+            shared: tensors of the adaptation as a whole, by part.
+        """
+        raise NotImplementedError
 
     def live_ranks(self, spec: S, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """Which ranks of one site have an effect, ``bool[..., rank]``; None for a method whose ranks all have.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -30,11 +30,13 @@ class Place(Generic[S]):
         site: where.
         spec: the adaptation with the site's overrides applied.
         tensors: its parameters and buffers, by part; looked up anew each time, since moving a model replaces buffers.
+        base: the base's tensors by their Store names.
     """
 
     site: Site
     spec: S
     tensors: Mapping[str, Tensor]
+    base: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Steering(ABC, Generic[S]):
@@ -45,6 +47,9 @@ class Steering(ABC, Generic[S]):
         places: every adapted place.
         shared: tensors of the adaptation as a whole, by part.
     """
+
+    optimiser: torch.optim.Optimizer | None = None
+    """The optimiser, where it is one of `graftc.optim`, which say so when they are made."""
 
     def __init__(self, spec: S, places: Sequence[Place[S]], shared: Mapping[str, Tensor]) -> None:
         self.spec, self.places, self.shared = spec, places, shared
