@@ -16,11 +16,13 @@ _FACADE = {
     "check": "graftc.runtime.api",
     "load": "graftc.runtime.api",
     "roles": "graftc.runtime.api",
+    "tune": "graftc.runtime.recipes",
     "methods": "graftc.specs.listing",
 }
 
 if TYPE_CHECKING:
     from graftc.runtime.api import check, compile, load, roles
+    from graftc.runtime.recipes import tune
     from graftc.specs.diagnostics import GraftError, GraftWarning
     from graftc.specs.document import Spec
     from graftc.specs.io import load_spec
@@ -37,6 +39,7 @@ __all__ = [
     "load_spec",
     "methods",
     "roles",
+    "tune",
 ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.regions import Region
+from graftc.passes.core.scoring import Fisher, Movement, Scoring
 from graftc.passes.selection import Chosen, Key, SparseTensors, largest_entries
 from graftc.specs.mask import Mask
 
@@ -15,6 +16,14 @@ class MaskMethod(SparseTensors[Mask]):
 
     spec_class = Mask
 
+    def scoring(self, spec: Mask) -> Scoring | None:
+        """Examples choose by Fisher information and by movement."""
+        return {"fish": Fisher(), "movement": Movement()}.get(spec.selection)
+
+    def each(self, spec: Mask) -> bool:
+        """See `SparseTensors.each`."""
+        return spec.allocation == "per_tensor"
+
     def choose(self, spec: Mask, regions: Mapping[Key, Region], build: Builder) -> Chosen:
         """The largest entries by magnitude; random ones for every other selection, until examples are looked at."""
         if spec.selection != "magnitude" or build.without_values:
@@ -23,5 +32,5 @@ class MaskMethod(SparseTensors[Mask]):
             spec,
             regions,
             lambda key: regions[key].own(build.store.get(key[0]).detach()).abs(),
-            each=spec.allocation == "per_tensor",
+            each=self.each(spec),
         )

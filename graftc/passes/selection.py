@@ -16,12 +16,17 @@ from graftc.passes.core.lowrank import zeros
 from graftc.passes.core.method import Method
 from graftc.passes.core.regions import SMALL, Region, drawn, largest, regions_of, shares
 from graftc.passes.core.sites import LinearSite, NormSite, ParameterSite, Site
+from graftc.passes.core.steering import Place as Adapted
+from graftc.passes.core.store import Store
 from graftc.passes.core.tensors import tensor_name
 from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.roles import parse_role
 from graftc.specs.selection import SelectionSpec
 
 S = TypeVar("S", bound=SelectionSpec)
+SELECTED = "selected"
+"""Part name of the buffer that says whether examples have chosen."""
+
 Key = tuple[str, str]
 """The Store name of a tensor and the rows of it, as text."""
 
@@ -65,22 +70,39 @@ class SparseTensors(Method[S]):
         """Select the entries, or find out which are.
 
         Raises:
-            GraftError: GC020 where the budget is none of the target's entries, or more than all.
+            GraftError: GC020 where the budget is none of the target's entries, or more than all; GC053 for given
+                indices that are no entries of their tensor.
         """
-        places = self.places(sites, build)
-        known = {key: build.known(tensor_name(site, build.adaptation, f"{r.part}_indices")) for key, site, r in places}
-        if any(held is not None for held in known.values()):
-            return Chosen({key: 0 if held is None else held.numel() for key, held in known.items()}, {})
-        return self.choose(spec, {key: region for key, _, region in places}, build)
+        if self.scoring(spec) is not None:
+            build.keep_buffer(SELECTED, lambda device: torch.zeros(1, dtype=torch.bool, device=device))
+        places = self.tensors_of(sites, build.store)
+        names = {key: tensor_name(site, build.adaptation, f"{r.part}_indices") for key, (site, r) in places.items()}
+        known = {key: build.known(name) for key, name in names.items()}
+        regions = {key: region for key, (_, region) in places.items()}
+        if not any(held is not None for held in known.values()):
+            return self.choose(spec, regions, build)
+        for key, held in known.items():
+            if held is not None and names[key] in build.values:
+                self._check(names[key], regions[key], held)
+        return Chosen({key: 0 if held is None else held.numel() for key, held in known.items()}, {})
 
-    def places(self, sites: Sequence[Site], build: Builder) -> list[tuple[Key, Site, Region]]:
-        """Every tensor once, at the first site that has it."""
-        found: dict[Key, tuple[Key, Site, Region]] = {}
+    def tensors_of(self, sites: Sequence[Site], store: Store | Mapping[str, Tensor]) -> dict[Key, tuple[Site, Region]]:
+        """Every tensor once, with the first site that has it."""
+        found: dict[Key, tuple[Site, Region]] = {}
         for site in sites:
-            for region in regions_of(site, build.store, biases=self.biases):
-                key = _key(region)
-                found.setdefault(key, (key, site, region))
-        return list(found.values())
+            for region in regions_of(site, store, biases=self.biases):
+                found.setdefault(key_of(region), (site, region))
+        return found
+
+    def _check(self, name: str, region: Region, indices: Tensor) -> None:
+        """Kernels take indices as they are."""
+        if indices.device.type == "meta":
+            return
+        ordered = indices.sort().values if self.moving else indices
+        good = indices.dim() == 1 and not indices.is_floating_point() and bool((ordered[1:] > ordered[:-1]).all())
+        if not good or not (int(ordered[0]) >= 0 and int(ordered[-1]) < region.total):
+            order = "different" if self.moving else "ascending"
+            raise GraftError("GC053", f"{name} are no {order} numbers below {region.total}")
 
     def choose(self, spec: S, regions: Mapping[Key, Region], build: Builder) -> Chosen:
         """The entries that are selected at first: as many of each tensor as its size says, at random."""
@@ -95,14 +117,14 @@ class SparseTensors(Method[S]):
             GraftError: GC021 where another adaptation trains one of them as a whole, or takes it as constant.
         """
         for region in regions_of(site, build.store, biases=self.biases):
-            key = _key(region)
+            key = key_of(region)
             if not shared.counts[key] or key in shared.placed:
                 continue
             shared.placed.add(key)
             build.stand_in(region.tensor, partial(self._changed, build, region, shared), region.rows)
 
     def _changed(self, build: Builder, region: Region, shared: Chosen, tensor: fx.Node) -> fx.Node:
-        key = _key(region)
+        key = key_of(region)
         count = shared.counts[key]
         dtype = torch.int32 if region.total < SMALL else torch.int64
         make = _placed(region, shared.indices.get(key), count, dtype)
@@ -110,6 +132,27 @@ class SparseTensors(Method[S]):
         wide = torch.promote_types(build.store.get(region.tensor).dtype, torch.float32)
         delta = build.parameter(f"{region.part}_delta", (count,), zeros, dtype=wide)
         return build.call(torch.ops.graftc.sparse_weight.default, tensor, indices, delta, part=region.part)
+
+    def scored(self, places: Sequence[Adapted[S]]) -> Sequence[str]:
+        """See `Method.scored`."""
+        return list(dict.fromkeys(name for name, _ in self._regions(places)))
+
+    def _regions(self, places: Sequence[Adapted[S]]) -> dict[Key, tuple[Site, Region]]:
+        return self.tensors_of([place.site for place in places], places[0].base)
+
+    def selected(self, spec: S, places: Sequence[Adapted[S]], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See `Method.selected`."""
+        found = self._regions(places)
+        regions = {key: region for key, (_, region) in found.items()}
+        chosen = largest_entries(spec, regions, lambda key: regions[key].own(scores[key[0]]), each=self.each(spec))
+        values = {tensor_name(None, _name(spec), SELECTED): torch.ones(1, dtype=torch.bool)}
+        for key, (site, region) in found.items():
+            values |= entry_values(site, _name(spec), region, chosen.indices[key], places[0].base[region.tensor].dtype)
+        return values
+
+    def each(self, spec: S) -> bool:
+        """Whether each tensor has as many entries as its size says."""
+        return False
 
     def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
         """The sums are the new values."""
@@ -129,6 +172,32 @@ def budget_of(spec: SelectionSpec, total: int) -> int:
     field = "entries" if spec.entries is not None else "density"
     message = f"{spec.method} would train {count} of the target's {total} entries"
     raise GraftError("GC020", message, place=Place(path=field), hint=f"{'raise' if not count else 'lower'} {field}")
+
+
+def entry_values(
+    site: Site, adaptation: str, region: Region, numbers: Tensor, dtype: torch.dtype, delta: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The tensors for entries of one tensor, by their Store names; none where there are no entries.
+
+    Args:
+        site, adaptation: whose.
+        region: of the tensor.
+        numbers: of its own entries.
+        dtype: of the base.
+        delta: of these entries; zeros by default.
+    """
+    if not numbers.numel():
+        return {}
+    indices, order = region.stored(numbers).sort()
+    wide = torch.promote_types(dtype, torch.float32)
+    start = torch.zeros(numbers.shape, device=numbers.device) if delta is None else delta[order]
+    names = (tensor_name(site, adaptation, f"{region.part}_{kind}") for kind in ("indices", "delta"))
+    return dict(zip(names, (indices, start.to(wide)), strict=True))
+
+
+def _name(spec: SelectionSpec) -> str:
+    assert spec.name is not None
+    return spec.name
 
 
 def random_entries(counts: Mapping[Key, int], regions: Mapping[Key, Region], build: Builder) -> dict[Key, Tensor]:
@@ -154,7 +223,8 @@ def largest_entries(
     return Chosen({k: n.numel() for k, n in zip(regions, found, strict=True)}, dict(zip(regions, found, strict=True)))
 
 
-def _key(region: Region) -> Key:
+def key_of(region: Region) -> Key:
+    """What tells the region of a tensor from others."""
     return region.tensor, str(region.rows)
 
 
@@ -164,7 +234,7 @@ def _placed(region: Region, numbers: Tensor | None, count: int, dtype: torch.dty
     def make(device: torch.device) -> Tensor:
         if numbers is None:
             return torch.zeros(count, dtype=dtype, device=device)
-        return region.stored(numbers).to(device)
+        return region.stored(numbers).sort().values.to(device)
 
     return make
 

@@ -24,7 +24,7 @@ from graftc.runtime.checkpointing import Checkpointed
 from graftc.runtime.choosing import Choosing, with_choices
 from graftc.runtime.combine import Combining
 from graftc.runtime.inspection import Inspected
-from graftc.runtime.steering import Steered
+from graftc.runtime.selecting import Selecting
 from graftc.specs.compose import Parallel
 from graftc.specs.diagnostics import GraftError
 
@@ -206,7 +206,7 @@ class ModelRunner(Runner):
         return result
 
 
-class Compiled(Inspected, Checkpointed, Choosing, Combining, Steered, ModelRunner):
+class Compiled(Inspected, Checkpointed, Choosing, Combining, Selecting, ModelRunner):
     """The adapted model: same inputs, same outputs, loss from ``labels``; only what the spec says trains.
 
     Made by `graftc.compile`. ``train()`` and ``eval()`` switch between two graphs over one set of tensors. An input

@@ -195,6 +195,16 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC055", _SPEC, "a rank cannot be deployed",
      "The method of the adaptation has one rank only, or the rank is out of bounds.",
      "Name an adaptation whose method is trained for many ranks, such as `dylora`, and a rank from 1 to its own."),
+    ("GC056", _SPEC, "examples cannot choose",
+     "No adaptation has a selection that looks at examples, or there are no examples, or they give no loss.",
+     "Name such a selection in the spec, as `fish`, and call `compiled.select(examples)` before training, with batches "
+     "that have labels."),
+    ("GC057", _SPEC, "there is no further training",
+     "No adaptation takes another training after the one that the model is for.",
+     "Merge, save or export the model. `compiled.stages_left` says how many trainings are to follow."),
+    ("GC058", _FAILED, "the folder holds another recipe",
+     "The recipe that was begun there has another spec, seed or model.",
+     "Give every recipe a folder of its own, or remove the old one."),
 
     # Writing, packages and plugins.
     ("GC060", _FAILED, "the export failed",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.folds import Fold
+from graftc.passes.core.scoring import Scoring
 from graftc.passes.core.sites import Site
 from graftc.passes.core.stages import Advance
 from graftc.passes.core.steering import Controller, OutputObjective, Place, TensorObjective
@@ -76,6 +77,24 @@ class Method(ABC, Generic[S]):
             site: where; only its sizes and name may be used.
             tensors: the site's own tensors by part, float64, and those that all sites share.
         """
+
+    def scoring(self, spec: S) -> Scoring | None:
+        """How examples score entries, where they choose what trains; None where they have no say."""
+        return None
+
+    def selected(self, spec: S, places: Sequence[Place[S]], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tensors of the adaptation, by their Store names, with what scores choose.
+
+        Args:
+            spec: the adaptation without its overrides applied.
+            places: every adapted place.
+            scores: of every entry of `scored`, by the tensors' Store names, in their shapes.
+        """
+        raise NotImplementedError
+
+    def scored(self, places: Sequence[Place[S]]) -> Sequence[str]:
+        """Store names of the base's tensors that `selected` wants the scores of."""
+        return ()
 
     def stages(self, spec: S) -> int:
         """How many trainings the method takes."""

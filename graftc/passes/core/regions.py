@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,28 +51,43 @@ class Region:
         """All rows of the stored tensor, along its first axis."""
         return Rows(self.shape[0] if self.shape else 1)
 
+    @property
+    def axis(self) -> int:
+        """Along which axis of the stored tensor the rows are."""
+        return {Layout.ROWS: -2, Layout.COLUMNS: -1}.get(self.layout, 0)
+
+    def take(self, stored: Tensor) -> Tensor:
+        """The own part of a tensor of this shape, as it is stored."""
+        return self.rows.take(stored, self.axis)
+
     def own(self, stored: Tensor) -> Tensor:
         """The own entries of a tensor of this shape, flat."""
-        if self.rows.whole:
-            return stored.reshape(-1)
-        return self.rows.take(self.layout.orient(stored), self._axis).reshape(-1)
+        return self.flat(self.take(stored))
+
+    def flat(self, part: Tensor) -> Tensor:
+        """What `take` gives as what `own` gives."""
+        return part.reshape(-1) if self.rows.whole else self.layout.orient(part).reshape(-1)
 
     def stored(self, numbers: Tensor) -> Tensor:
-        """Where own entries lie in the tensor as it is stored, in ascending order, ``int32`` or ``int64``.
+        """Where own entries lie in the tensor as it is stored, ``int32`` or ``int64``.
 
         Args:
             numbers: of own entries, in the order of `own`.
         """
         if not self.rows.whole:
             numbers = self.own(torch.arange(self.total, device=numbers.device).view(self.shape))[numbers]
-        return numbers.sort().values.to(torch.int32 if self.total < SMALL else torch.int64)
+        return numbers.to(torch.int32 if self.total < SMALL else torch.int64)
 
-    @property
-    def _axis(self) -> int:
-        return 0 if self.layout is Layout.PLAIN else -2
+    def numbers(self, indices: Tensor) -> Tensor:
+        """The way back from `stored`, ``int64``."""
+        if self.rows.whole:
+            return indices.long()
+        every = self.own(torch.arange(self.total, device=indices.device).view(self.shape))
+        back = torch.empty(self.total, dtype=torch.int64, device=indices.device)
+        return back.index_copy_(0, every, torch.arange(every.numel(), device=indices.device))[indices.long()]
 
 
-def regions_of(site: Site, store: Store, *, biases: bool = True) -> tuple[Region, ...]:
+def regions_of(site: Site, store: Store | Mapping[str, Tensor], *, biases: bool = True) -> tuple[Region, ...]:
     """The tensors of a site, each with what of it is the site's own.
 
     Args:
@@ -82,7 +97,9 @@ def regions_of(site: Site, store: Store, *, biases: bool = True) -> tuple[Region
     """
 
     def region(tensor: str, rows: Rows | None = None, layout: Layout = Layout.PLAIN) -> Region:
-        shape = tuple(store.get(tensor).shape)
+        held = store.get(tensor)
+        assert held is not None
+        shape = tuple(held.shape)
         whole = Rows(shape[0] if shape else 1)
         return Region(tensor.rpartition(".")[2], tensor, shape, rows if rows is not None else whole, layout)
 

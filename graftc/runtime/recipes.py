@@ -1,0 +1,167 @@
+"""Recipes: methods that take several trainings, run as one, and taken up again where they were cut off."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from graftc.compiler.fingerprint import identify
+from graftc.compiler.interface import ExampleInputs
+from graftc.runtime.api import SpecLike, compile
+from graftc.runtime.artifact.load import load
+from graftc.runtime.compiled import Compiled
+from graftc.runtime.files import recover, write_text
+from graftc.runtime.selecting import Loss
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.document import Spec
+from graftc.specs.io import load_spec
+
+RECIPE = "recipe.json"
+RESULT = "result"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a recipe.
+
+    Attributes:
+        number: from 1.
+        total: how many there are.
+        folder: for whatever the training itself wants to keep, checkpoints for instance; None for a recipe that keeps
+            nothing. It is made when the training begins, and is there still when a training that was cut off is run
+            again.
+    """
+
+    number: int
+    total: int
+    folder: Path | None
+
+
+Train = Callable[[Compiled, Stage], object]
+"""Trains a model in place."""
+
+
+def tune(
+    spec: SpecLike,
+    model: nn.Module,
+    train: Train,
+    *,
+    examples: Iterable[Mapping[str, Any]] | None = None,
+    loss: Loss | None = None,
+    folder: str | Path | None = None,
+    example_inputs: ExampleInputs | None = None,
+    seed: int = 0,
+) -> Compiled:
+    """Every training that a spec takes, in one call: ``train`` runs once for each, on the model that is to train.
+
+    Before each, random numbers of Python, NumPy and torch are seeded from ``seed`` and the number of the training, so
+    that a training depends on nothing before it but what it starts from. With a folder, that is kept there: when a
+    run is killed at any moment, the same call goes on at the beginning of the training that was cut off, and ends
+    with the same tensors.
+
+    Args:
+        spec: a `Spec`, a mapping, or the path of a file.
+        model: the base; never changed.
+        train: trains a model that is in train mode. It makes its own optimiser, since what trains is another thing in
+            every training.
+        examples: what entries are chosen by, for methods that look at examples; see `Compiled.select`.
+        loss: for these.
+        folder: where to keep what trainings start from, and the result; it is made where there is none.
+        example_inputs: as for `graftc.compile`.
+        seed: of initial values and of the random numbers of trainings.
+
+    Returns:
+        The trained model, in eval mode.
+
+    Raises:
+        GraftError: GC056 where examples are needed and there are none, GC058 for a folder that holds another recipe,
+            and as `graftc.compile`.
+    """
+    loaded = load_spec(spec)
+    kept = _Kept(Path(folder), loaded, model, seed) if folder is not None else None
+    number, compiled = kept.latest(model) if kept is not None else (0, None)
+    if compiled is None:
+        compiled = compile(loaded, model, example_inputs, seed=seed)
+        number = 1
+        if compiled.unselected:
+            if examples is None:
+                names = ", ".join(map(repr, compiled.unselected))
+                raise GraftError("GC056", f"{names} chooses its entries by examples", hint="give tune examples")
+            _seed(seed, 0)
+            compiled = compiled.select(examples, loss=loss)
+            if kept is not None:
+                kept.keep(compiled, number)
+    while number:
+        total = number + compiled.stages_left
+        start = (
+            {name: tensor.clone() for name, tensor in compiled.adapter_state_dict().items()} if total > number else {}
+        )
+        _seed(seed, number)
+        train(compiled.train(), Stage(number, total, kept.scratch(number) if kept is not None else None))
+        compiled.eval()
+        if number == total:
+            if kept is not None:
+                kept.keep(compiled, 0)
+            break
+        compiled = compiled.advance(start)
+        number += 1
+        if kept is not None:
+            kept.keep(compiled, number)
+    return compiled.eval()
+
+
+def _seed(seed: int, number: int) -> None:
+    from transformers import set_seed
+
+    set_seed((seed * 1_000_003 + number) % 2**32)
+
+
+class _Kept:
+    """The folder of a recipe: ``recipe.json``, what each training starts from, and the result, as artifacts.
+
+    Raises:
+        GraftError: GC058 where it holds another recipe.
+    """
+
+    def __init__(self, folder: Path, spec: Spec, model: nn.Module, seed: int) -> None:
+        self.folder = folder
+        mine = {"spec": spec.model_dump(mode="json"), "seed": seed, "base": identify(model).fingerprint}
+        folder.mkdir(parents=True, exist_ok=True)
+        recover(folder)
+        path = folder / RECIPE
+        if not path.exists():
+            write_text(path, json.dumps(mine, indent=2))
+            return
+        held = json.loads(path.read_text(encoding="utf-8"))
+        other = [key for key in mine if held.get(key) != mine[key]]
+        if other:
+            raise GraftError("GC058", f"{folder} holds a recipe of another {' and '.join(other)}")
+
+    def latest(self, model: nn.Module) -> tuple[int, Compiled | None]:
+        """The training to go on with, and the model that it starts from; 0 and the trained model where all are done,
+        0 and None where nothing is kept."""
+        if (self.folder / RESULT).exists():
+            return 0, load(self.folder / RESULT, model)
+        numbers = [int(path.name.partition("-")[2]) for path in self.folder.glob("stage-*")]
+        if not numbers:
+            return 0, None
+        return max(numbers), load(self.folder / f"stage-{max(numbers)}", model)
+
+    def keep(self, compiled: Compiled, number: int) -> None:
+        """Keep what a training starts from; 0 is the result."""
+        compiled.save(self.folder / (f"stage-{number}" if number else RESULT), certify=False)
+        before = self.folder / f"training-{number - 1}"
+        if number > 1 and before.exists():
+            shutil.rmtree(before, ignore_errors=True)
+
+    def scratch(self, number: int) -> Path:
+        """A folder for a training's own files."""
+        path = self.folder / f"training-{number}"
+        path.mkdir(exist_ok=True)
+        return path
