@@ -1,0 +1,220 @@
+"""Recipes: all trainings in one call, and taken up again after being killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftc
+from graftc.runtime.compiled import Compiled
+from graftc.runtime.recipes import Stage
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import outputs_of, perturb, same_bits
+from graftc.testing.compare import inputs_for
+from tests.families import tiny
+from tests.runtime.test_selecting import batches, entries
+
+SPEC: dict[str, Any] = {
+    "adapt": [{"method": "lt_sft", "iterations": 2, "entries": 700}],
+    "train": ["classifier"],
+}
+
+
+def train(compiled: Compiled, stage: Stage) -> None:
+    """Some steps of AdamW that decays weights, with random numbers of torch and Python."""
+    optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
+    for batch in batches(compiled.compilation.model, 3):
+        optimiser.zero_grad()
+        (compiled(**batch).loss * (1 + torch.rand(()) + random.random())).backward()
+        optimiser.step()
+        compiled.after_step()
+
+
+def base_of(compiled: Compiled) -> dict[str, Tensor]:
+    """The base's own parameters."""
+    return {n: p.detach() for n, p in compiled.compilation.source.named_parameters()}
+
+
+def test_lottery_ticket() -> None:
+    """What changes most in a dense training is chosen; all goes back; the chosen entries alone differ in the end."""
+    model = tiny("bert")
+    seen: list[tuple[int, int]] = []
+    before: list[dict[str, Tensor]] = []
+    after: list[dict[str, Tensor]] = []
+
+    def watched(compiled: Compiled, stage: Stage) -> None:
+        seen.append((stage.number, stage.total))
+        before.append({n: t.clone() for n, t in compiled.adapter_state_dict().items()})
+        train(compiled, stage)
+        after.append({n: t.clone() for n, t in compiled.adapter_state_dict().items()})
+
+    tuned = graftc.tune({"adapt": [{"method": "lt_sft", "entries": 700}], "train": ["classifier"]}, model, watched)
+    assert seen == [(1, 2), (2, 2)]
+    head = "classifier.graftc.trained.weight"
+    assert torch.equal(before[1][head], before[0][head]) and not torch.equal(after[0][head], before[0][head])
+    deltas = [t for n, t in before[1].items() if n.endswith("_delta")]
+    assert sum(t.numel() for t in deltas) == 700 and not any(t.any() for t in deltas)
+    base, chosen = base_of(tuned), entries(tuned)
+    moved = {}
+    for name, tensor in base.items():
+        module, _, last = name.rpartition(".")
+        copy = after[0].get(f"{module}.graftc.lt_sft.{last}")
+        if copy is not None and not name.startswith("classifier"):
+            moved[name] = (copy - tensor).abs().flatten()
+    least = torch.cat(list(moved.values())).topk(700).values.min()
+    for name, own in moved.items():
+        assert {i for i in torch.nonzero(own > least).flatten().tolist()} <= chosen.get(name, set())
+        assert all(own[i] >= least for i in chosen.get(name, ()))
+    folded = dict(tuned.merge().to_transformers().named_parameters())
+    for name, tensor in base.items():
+        changed = set(torch.nonzero((folded[name] != tensor).flatten()).flatten().tolist())
+        if not name.startswith("classifier"):
+            assert changed <= chosen.get(name, set()), name
+    kept = sum(len(own) for own in chosen.values())
+    assert kept == 700
+
+
+def test_iterations_add_their_shares() -> None:
+    """Each starts from what the one before has trained, and keeps its entries."""
+    model = tiny("gpt2")
+    starts: list[tuple[dict[str, set[int]], dict[str, Tensor]]] = []
+
+    def watched(compiled: Compiled, stage: Stage) -> None:
+        state = {n: t.clone() for n, t in compiled.adapter_state_dict().items()}
+        starts.append((entries(compiled), state))
+        train(compiled, stage)
+        ends.append({n: t.clone() for n, t in compiled.adapter_state_dict().items()})
+
+    ends: list[dict[str, Tensor]] = []
+    tuned = graftc.tune({"adapt": [{"method": "lt_sft", "iterations": 3, "entries": 100}]}, model, watched)
+    counts = [sum(len(own) for own in found.values()) for found, _ in starts]
+    assert counts == [0, 33, 33, 66, 66, 100]
+    for earlier, later in ((1, 3), (3, 5)):
+        for name, own in starts[earlier][0].items():
+            assert own <= starts[later][0][name]
+    # A dense training starts from what the sparse one before has made, and the next sparse one from there too.
+    inputs = inputs_for(tuned)
+    assert tuned.report.trainable_parameters == 100
+    for sparse in (1, 3):
+        for name, delta in ends[sparse].items():
+            if name.endswith("_delta"):
+                indices = ends[sparse][name.replace("_delta", "_indices")].tolist()
+                following = dict(
+                    zip(
+                        starts[sparse + 2][1][name.replace("_delta", "_indices")].tolist(),
+                        starts[sparse + 2][1][name].tolist(),
+                        strict=True,
+                    )
+                )
+                assert [following[i] for i in indices] == delta.tolist()
+                assert sum(value != 0 for value in following.values()) <= len(indices)
+    assert not same_bits(outputs_of(tuned, inputs), outputs_of(model, inputs))
+
+
+def test_rows_of_a_fused_weight() -> None:
+    """Queries of GPT-2, whose rows are columns of what is stored."""
+    model = tiny("gpt2")
+    spec = {"adapt": [{"method": "lt_sft", "iterations": 2, "entries": 90, "target": {"role": ["attn.q", "attn.v"]}}]}
+    tuned = graftc.tune(spec, model, train)
+    folded = dict(tuned.merge().to_transformers().named_parameters())
+    for layer in range(2):
+        name = f"transformer.h.{layer}.attn.c_attn.weight"
+        moved = folded[name] != base_of(tuned)[name]
+        assert bool(moved[:, :48].any()) and not bool(moved[:, 48:96].any()) and bool(moved[:, 96:].any())
+    assert sum(int((folded[n] != t).sum()) for n, t in base_of(tuned).items()) <= 90
+
+
+def test_a_run_in_a_folder_is_the_same(tmp_path: Path) -> None:
+    """With and without one, from the file and in memory; a finished one gives its result without training."""
+    model = tiny("bert")
+    plain = graftc.tune(SPEC, model, train)
+    kept = graftc.tune(SPEC, model, train, folder=tmp_path / "recipe")
+
+    def refuse(compiled: Compiled, stage: Stage) -> None:
+        raise AssertionError("it is done")
+
+    again = graftc.tune(SPEC, model, refuse, folder=tmp_path / "recipe")
+    for other in (kept, again):
+        state = other.adapter_state_dict()
+        assert all(torch.equal(t, state[n]) for n, t in plain.adapter_state_dict().items())
+    with pytest.raises(GraftError, match="another seed") as error:
+        graftc.tune(SPEC, model, train, folder=tmp_path / "recipe", seed=1)
+    assert error.value.code == "GC058"
+    with pytest.raises(GraftError, match="another base") as error:
+        graftc.tune(SPEC, tiny("bert", seed=1), train, folder=tmp_path / "recipe")
+    assert error.value.code == "GC058"
+
+
+THREE: dict[str, Any] = {
+    "adapt": [
+        {"method": "mask", "entries": 300, "name": "fish", "target": {"role": "ffn.down"}},
+        {"method": "lt_sft", "entries": 400, "target": {"role": ["attn.q", "attn.v"]}},
+    ]
+}
+
+
+def test_killed_at_ten_moments(tmp_path: Path) -> None:
+    """A selection and two trainings, killed at ten random moments in all, end as a run that was not."""
+    model = tiny("bert")
+    examples = batches(model)
+    started = time.perf_counter()
+    whole = graftc.tune(THREE, model, train, examples=examples)
+    length = time.perf_counter() - started
+    draw = random.Random(0)
+    kills = attempts = 0
+    while kills < 10:
+        attempts += 1
+        assert attempts < 200
+        child = os.fork()
+        if child == 0:
+            try:
+                torch.set_num_threads(1)
+                graftc.tune(THREE, model, train, examples=examples, folder=tmp_path / "recipe")
+            finally:
+                os._exit(0)
+        time.sleep(draw.uniform(0, length))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kills += os.WIFSIGNALED(status)
+    resumed = graftc.tune(THREE, model, train, examples=examples, folder=tmp_path / "recipe")
+    state = resumed.adapter_state_dict()
+    assert state.keys() == whole.adapter_state_dict().keys()
+    assert all(torch.equal(t, state[n]) for n, t in whole.adapter_state_dict().items())
+
+
+def test_task_and_language() -> None:
+    """Two fine-tunes of one base add up, in either order, and fold; a head of the second is left out."""
+    model = tiny("bert")
+    made = [
+        graftc.compile(
+            {"adapt": [{"method": "lt_sft", "stage": 2, "name": name, "density": 0.2}], "train": ["classifier"]},
+            model,
+            seed=seed,
+        ).eval()
+        for seed, name in enumerate(("task", "language"))
+    ]
+    for compiled in made:
+        perturb(compiled, 0.05)
+    both, other = made[0].joined(made[1]), made[1].joined(made[0])
+    folded = [dict(m.eval().merge().to_transformers().named_parameters()) for m in (both, other, *made)]
+    base = dict(model.named_parameters())
+    for name, tensor in base.items():
+        if not name.startswith("classifier"):
+            wanted = folded[2][name].double() + folded[3][name].double() - tensor.double()
+            assert torch.allclose(folded[0][name].double(), wanted, rtol=0, atol=1e-6)
+            assert torch.equal(folded[0][name], folded[1][name])
+    assert torch.equal(folded[0]["classifier.weight"], folded[2]["classifier.weight"])
+    with pytest.raises(GraftError) as error:
+        made[0].joined(made[0])
+    assert error.value.code == "GC005"
+    with pytest.raises(GraftError) as error:
+        made[0].joined(graftc.compile({"adapt": [{"method": "ia3"}]}, tiny("bert", seed=1)))
+    assert error.value.code == "GC087"
