@@ -127,6 +127,7 @@ RULES: dict[object, Callable[[fx.Node], dict[fx.Node, fx.Node] | None]] = {
     aten.dropout.default: _erase,
     torch.ops.graftc.masked_dropout.default: _erase,
     torch.ops.graftc.seeded_dropout.default: _erase,
+    torch.ops.graftc.grad_mask.default: _erase,
     torch.ops.graftc.rescale.default: _lost,
     aten.feature_dropout.default: _erase,
     aten.alpha_dropout.default: _erase,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.dropout import DECOMPOSITIONS as DROPOUT
+from graftc.passes.core.gradients import DECOMPOSITIONS as GRADIENTS
+from graftc.passes.core.hashing import avalanche, halves
 from graftc.passes.core.magnitude import DECOMPOSITIONS as MAGNITUDE
 from graftc.passes.core.sparse import DECOMPOSITIONS as SPARSE
 
@@ -32,12 +34,8 @@ def dropout_mask(like: Tensor, seed: Tensor, p: float) -> Tensor:
         p: probability of dropping an element.
     """
     number = torch.arange(like.numel(), device=like.device, dtype=torch.int32)
-    low = (seed & 0x7FFFFFFF).to(torch.int32)
-    high = ((seed >> 31) & 0x7FFFFFFF).to(torch.int32)
-    z = number * (2 * high + 1) + low
-    z = (z ^ ((z >> 16) & 0xFFFF)) * 0x7FEB352D
-    z = (z ^ ((z >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
-    z = z ^ ((z >> 16) & 0xFFFF)
+    low, high = halves(seed)
+    z = avalanche(number * (2 * high + 1) + low)
     kept: Tensor = ((z & 0x7FFFFFFF) >= min(int(p * 2**31), 2**31 - 1)).view(like.shape)
     return kept
 
@@ -82,6 +80,7 @@ seeded_dropout.register_autograd(_backward, setup_context=_setup)
 DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.graftc.seeded_dropout.default: seeded_dropout_decomposed,
     **DROPOUT,
+    **GRADIENTS,
     **MAGNITUDE,
     **SPARSE,
 }

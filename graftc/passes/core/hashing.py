@@ -1,0 +1,26 @@
+"""Random numbers without a generator: hashes of an element's number, the same on every device and in every order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def avalanche(z: Tensor) -> Tensor:
+    """``int32`` numbers mixed, each on its own, so that every bit depends on all of its bits."""
+    z = (z ^ ((z >> 16) & 0xFFFF)) * 0x7FEB352D
+    z = (z ^ ((z >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return z ^ ((z >> 16) & 0xFFFF)
+
+
+def counted(seed: Tensor, count: Tensor) -> Tensor:
+    """The number after ``count`` others of the SplitMix64 that starts at ``seed``: ``int64``, as both are."""
+    z = seed + count * (0x9E3779B97F4A7C15 - 2**64)
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    return z ^ ((z >> 31) & (2**33 - 1))
+
+
+def halves(key: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower 62 bits of an ``int64`` as two ``int32`` numbers, the lower half first."""
+    return (key & 0x7FFFFFFF).to(torch.int32), ((key >> 31) & 0x7FFFFFFF).to(torch.int32)
