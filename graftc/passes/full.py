@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.folds import Fold, StandIn
@@ -35,20 +36,25 @@ class TrainedTensors(Method[S]):
             GraftError: GC021 where another adaptation trains them too, GC017 where a part of a fused weight is not its
                 rows.
         """
+        overlay = partial(build.overlay, through=partial(self.read, spec, shared, build))
         if isinstance(site, LinearSite):
             along = site.use.layout is Layout.COLUMNS or bool(site.use.leading)
             if along and not site.rows.whole:
                 message = f"{site.key} is a part of {site.use.weight}, whose first axis does not count its rows"
                 raise GraftError("GC017", message, hint="name its module in the target, to train all of the weight")
-            build.overlay(site.use.weight, None if along else site.rows)
+            overlay(site.use.weight, None if along else site.rows)
             if site.use.bias is not None:
-                build.overlay(site.use.bias, site.rows)
+                overlay(site.use.bias, site.rows)
         elif isinstance(site, NormSite):
             for tensor in filter(None, (site.weight, site.bias)):
-                build.overlay(tensor)
+                overlay(tensor)
         else:
             assert isinstance(site, ParameterSite)
-            build.overlay(site.tensor)
+            overlay(site.tensor)
+
+    def read(self, spec: S, shared: Any, build: Builder, trained: fx.Node) -> fx.Node:
+        """What is read in the place of a tensor that trains: itself, or the same value."""
+        return trained
 
     def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
         """The trained values take the places of the base's."""

@@ -165,10 +165,18 @@ class TensorBuilder(NodeBuilder):
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
-    def overlay(self, base: str, rows: Rows | None = None) -> fx.Node:
+    def overlay(
+        self, base: str, rows: Rows | None = None, through: Callable[[fx.Node], fx.Node] = lambda trained: trained
+    ) -> fx.Node:
         """Train a copy of ``rows`` of a base tensor in its place; the base is never written.
 
-        Returns the node of the trained tensor. It folds by standing in for the base's rows.
+        Args:
+            base: the tensor.
+            rows: by default all.
+            through: makes what is read in its place of the trained tensor; the value has to be the same.
+
+        Returns:
+            The node of the trained tensor. It folds by standing in for the base's rows.
         """
         tensor = self.store.get(base)
         own = rows or Rows(tensor.shape[0] if tensor.dim() else 1)
@@ -176,7 +184,7 @@ class TensorBuilder(NodeBuilder):
         trained = self.trained_rows(base, own)
         current = self._attributes.get(base)
         if len(self._overlaid) > known and current is not None:
-            after = own.write(self._emit("overlay"), current, trained, 0, lambda: self._index(own))
+            after = own.write(self._emit("overlay"), current, through(trained), 0, lambda: self._index(own))
             self._redirect(current, after, lambda user: True)
         return trained
 
