@@ -21,6 +21,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora": {"rank": 4, "target_rank": 2},
     "sora": {"rank": 4, "threshold": 0.02, "l1": 0.1},
     "dylora": {"rank": 4},
+    "child_tuning": {},
 }
 
 

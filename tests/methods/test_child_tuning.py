@@ -1,0 +1,321 @@
+"""Child-Tuning: the contract, which gradients reach an optimiser, and what that costs and keeps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftc
+from graftc.passes.core.program import provenance
+from graftc.passes.core.steering import STEP
+from graftc.passes.outline import outline
+from graftc.specs.diagnostics import GraftError, GraftWarning
+from graftc.testing import DeploymentContract, MethodContract
+from graftc.testing.compare import flat, inputs_for
+from tests.families import tiny
+
+CHILD: dict[str, Any] = {"method": "child_tuning"}
+MASK = torch.ops.graftc.grad_mask.default
+QUERY = "model.layers.{}.self_attn.q_proj.graftc.child_tuning.weight"
+
+
+class TestChildTuning(MethodContract):
+    """Every parameter, over enough of each that three steps reach all: small tensors are missed by a small share."""
+
+    adaptation: ClassVar[Mapping[str, Any]] = {**CHILD, "reserve_p": 0.7}
+
+
+class TestRoles(MethodContract):
+    """Some places, rows of fused weights among them."""
+
+    variant = True
+    adaptation: ClassVar[Mapping[str, Any]] = {**CHILD, "target": {"role": ["attn.v", "ffn.down"]}}
+    families = ("bert", "gpt_neox", "llama", "t5", "vit")
+
+
+@pytest.mark.slow
+class TestDeployed(DeploymentContract):
+    """Exports and compilation."""
+
+    adaptation: ClassVar[Mapping[str, Any]] = CHILD
+    families = ("llama",)
+
+
+def adapted(family: str = "llama", seed: int = 0, method: str = "child_tuning", **fields: Any) -> Any:
+    """A tiny model, in train mode. Llama has no dropout."""
+    return graftc.compile({"adapt": [{"method": method, **fields}]}, tiny(family), seed=seed).train()
+
+
+def trained(compiled: Any) -> dict[str, Any]:
+    """What trains, by name."""
+    return {name: tensor for name, tensor in compiled.named_parameters() if tensor.requires_grad}
+
+
+def backward(compiled: Any, number: int = 0, run: Callable[..., Any] | None = None) -> None:
+    """The backward pass of a batch of its own; gradients add up."""
+    torch.manual_seed(number)
+    leaves = flat((compiled if run is None else run)(**inputs_for(compiled, seed=number)))
+    torch.stack([leaf.square().sum() for leaf in leaves if leaf.is_floating_point()]).sum().backward()
+
+
+def gradients(compiled: Any, *numbers: int, run: Callable[..., Any] | None = None) -> dict[str, Tensor]:
+    """The gradients of some batches together, by the name that they have in `full` too."""
+    compiled.zero_grad()
+    for number in numbers or (0,):
+        backward(compiled, number, run)
+    return {name.replace(".child_tuning.", ".full."): tensor.grad for name, tensor in trained(compiled).items()}
+
+
+def train(compiled: Any, optimiser: torch.optim.Optimizer, steps: range, *, after: bool = True) -> None:
+    """Steps of these numbers."""
+    for number in steps:
+        backward(compiled, number)
+        optimiser.step()
+        if after:
+            compiled.after_step()
+        optimiser.zero_grad()
+
+
+def adamw(compiled: Any) -> torch.optim.Optimizer:
+    """AdamW with weight decay on what trains."""
+    return torch.optim.AdamW(trained(compiled).values(), lr=1e-2, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit", "mixtral", "gpt_neox"])
+def test_every_gradient_is_masked(family: str) -> None:
+    """Kept elements are those of `full`, divided by p; a tensor of several uses has one mask for their sum."""
+    child, full = adapted(family, reserve_p=0.5), adapted(family, method="full")
+    found, expected = gradients(child), gradients(full)
+    assert found.keys() == expected.keys()
+    kept = total = 0
+    for name, gradient in expected.items():
+        keeps = found[name] != 0
+        assert torch.equal(found[name], torch.where(keeps, 2 * gradient, 0)), name
+        kept, total = kept + int(keeps[gradient != 0].sum()), total + int((gradient != 0).sum())
+    assert abs(kept / total - 0.5) <= 5 * (0.25 / total) ** 0.5
+
+
+def test_micro_batches_share_a_mask() -> None:
+    """Their gradients add up to the masked sum, to the bit: dividing by a half rounds nothing."""
+    child, full = adapted(reserve_p=0.5), adapted(method="full")
+    found, expected = gradients(child, 1, 2), gradients(full, 1, 2)
+    one = gradients(child, 1)
+    for name, gradient in expected.items():
+        keeps = found[name] != 0
+        assert torch.equal(found[name], torch.where(keeps, 2 * gradient, 0)), name
+        assert not bool((one[name] != 0)[~keeps & (gradient != 0)].any()), name
+
+
+def mask_of(compiled: Any, name: str) -> Tensor:
+    """Which elements of a tensor's gradient are kept now."""
+    return gradients(compiled)[name.replace(".child_tuning.", ".full.")] != 0
+
+
+def agreement(a: Tensor, b: Tensor) -> float:
+    """By how many standard deviations two masks agree more than independent ones of p = 0.3 do."""
+    share = 0.3**2 + 0.7**2
+    return abs(float((a == b).double().mean()) - share) / (share * (1 - share) / a.numel()) ** 0.5
+
+
+def test_masks_differ() -> None:
+    """From step to step, tensor to tensor and seed to seed; not from call to call."""
+    compiled = adapted()
+    first = mask_of(compiled, QUERY.format(0))
+    assert abs(float(first.double().mean()) - 0.3) <= 5 * (0.21 / first.numel()) ** 0.5
+    assert torch.equal(mask_of(compiled, QUERY.format(0)), first)
+    assert torch.equal(mask_of(adapted(), QUERY.format(0)), first)
+    assert agreement(mask_of(compiled, QUERY.format(1)), first) <= 5
+    assert agreement(mask_of(adapted(seed=1), QUERY.format(0)), first) <= 5
+    for _ in range(3):
+        before = mask_of(compiled, QUERY.format(0))
+        compiled.after_step()
+        assert agreement(mask_of(compiled, QUERY.format(0)), before) <= 5
+
+
+def test_the_mean_over_steps_is_the_gradient() -> None:
+    """Of each element within five standard errors, of all together as well."""
+    target = {"role": "attn.q", "layers": 0}
+    child, expected = adapted(target=target), gradients(adapted(method="full", target=target))
+    name, steps = QUERY.format(0).replace(".child_tuning.", ".full."), 200
+    mean = torch.zeros_like(expected[name], dtype=torch.float64)
+    for _ in range(steps):
+        mean += gradients(child)[name].double() / steps
+        child.after_step()
+    ratio = mean / expected[name].double()
+    error = (0.7 / 0.3 / steps) ** 0.5
+    assert float((ratio - 1).abs().max()) <= 5 * error
+    assert abs(float(ratio.mean()) - 1) <= 5 * error / ratio.numel() ** 0.5
+
+
+def test_with_all_kept_it_is_full_fine_tuning() -> None:
+    """To the bit, with AdamW; nothing is inserted or counted."""
+    child, full = adapted("bert", reserve_p=1), adapted("bert", method="full")
+    for compiled in (child, full):
+        train(compiled, adamw(compiled), range(4))
+    assert [n.target for n in child.program("train").graph.nodes].count(MASK) == 0
+    found, expected = child.adapter_state_dict(), full.adapter_state_dict()
+    assert {name.replace(".child_tuning.", ".full.") for name in found} == set(expected)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name.replace(".child_tuning.", ".full.")]), name
+
+
+def test_a_checkpointed_layer_has_the_same_gradients() -> None:
+    """To the bit: what is computed again has the mask that it had."""
+    compiled = adapted("bert")
+    once = gradients(compiled)
+    compiled.gradient_checkpointing_enable()
+    again = gradients(compiled)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_resumed_training_goes_on(seed: int) -> None:
+    """From tensors and the optimiser's state: to the bit, also where the new model was made with another seed."""
+    whole, first, second = adapted("bert"), adapted("bert"), adapted("bert", seed=seed)
+    train(whole, adamw(whole), range(5))
+    optimiser, resumed = adamw(first), adamw(second)
+    train(first, optimiser, range(3))
+    second.load_adapter_state_dict(first.adapter_state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    train(second, resumed, range(3, 5))
+    expected, found = whole.adapter_state_dict(), second.adapter_state_dict()
+    assert expected[f"graftc.child_tuning.{STEP}"].tolist() == [5]
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_artifact_goes_on(tmp_path: Path) -> None:
+    """Graphs that were kept have the operator, and a step after loading is the step that would have come."""
+    compiled = adapted()
+    train(compiled, adamw(compiled), range(2))
+    compiled.save(tmp_path / "kept")
+    loaded = graftc.load(tmp_path / "kept", tiny("llama")).train()
+    nodes = [[n.target for n in c.program("train").graph.nodes].count(MASK) for c in (compiled, loaded)]
+    assert nodes[0] == nodes[1] == len(trained(compiled))
+    found, expected = gradients(loaded), gradients(compiled)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def saved(compiled: Any) -> int:
+    """Bytes that a forward pass keeps for the backward pass, beside what the model holds anyway."""
+    held = {t.untyped_storage().data_ptr() for t in [*compiled.parameters(), *compiled.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = compiled(**inputs_for(compiled))
+    del outputs
+    return sum(size for pointer, size in kept.items() if pointer not in held)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral"])
+def test_nothing_is_copied(family: str) -> None:
+    """A pass keeps what it keeps with `full`, to the byte, and a masked weight is where the weight is."""
+    child, full = adapted(family), adapted(family, method="full")
+    for compiled in (child, full):
+        torch.manual_seed(0)
+        compiled(**inputs_for(compiled))
+    assert saved(child) == saved(full) > 0
+    seen: list[bool] = []
+    for node in child.program("train").graph.find_nodes(op="call_function", target=MASK):
+        weight, step, seed = (child._store.get(str(source.target)) for source in node.args[:3])
+        seen.append(MASK(weight, step, seed, node.args[3]).data_ptr() == weight.data_ptr())
+    assert all(seen) and len(seen) == len(trained(child))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_step(backend: str) -> None:
+    """In one graph: the same elements are kept, of the same gradients but for rounding; in the next step, others,
+    without compiling anew."""
+    compiled = adapted(target={"role": ["attn.q", "ffn.down"]})
+    whole: Any = torch.compile(compiled, fullgraph=True, dynamic=True, backend=backend)
+    for number in range(2):
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            expected, found = gradients(compiled), gradients(compiled, run=whole)
+        for name, gradient in expected.items():
+            assert torch.equal(found[name] == 0, gradient == 0), name
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+        compiled.after_step()
+
+
+def test_a_step_under_autocast() -> None:
+    """Gradients are float32 where weights are, and masked alike."""
+    compiled = adapted()
+    plain = gradients(compiled)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = gradients(compiled)
+    for name, gradient in plain.items():
+        assert cast[name].dtype == torch.float32
+        assert not bool(cast[name][gradient == 0].any()), name
+
+
+def test_a_model_in_16_bits() -> None:
+    compiled = graftc.compile({"adapt": [CHILD]}, tiny("llama").bfloat16()).train()
+    found = gradients(compiled)[QUERY.format(0).replace(".child_tuning.", ".full.")]
+    assert found.dtype == torch.bfloat16 and abs(float((found != 0).double().mean()) - 0.3) < 0.05
+
+
+def test_nodes_say_who_inserted_them_and_go() -> None:
+    """One for each tensor that trains, at its site; none in eval mode, and none where it is folded."""
+    compiled = adapted("gpt_neox", target={"role": ["attn.q", "ffn.down"]})
+    nodes = compiled.program("train").graph.find_nodes(op="call_function", target=MASK)
+    assert {str(node.args[0].target) for node in nodes} == set(trained(compiled)) and len(nodes) == 8
+    for node in nodes:
+        origin = provenance(node)
+        assert origin is not None and (origin["adaptation"], origin["method"]) == ("child_tuning", "child_tuning")
+        assert origin["site"].startswith(f"{node.meta['module']}.") and origin["part"] == "mask"
+        assert str(node.args[0].target).startswith(f"{node.meta['module']}.graftc.child_tuning.")
+    train(compiled, adamw(compiled), range(1))
+    merged = compiled.merge()
+    for program in (compiled.program("eval"), *merged._programs.values()):
+        assert MASK not in {node.target for node in program.graph.nodes}
+        assert not [n for n in program.graph.find_nodes(op="get_attr") if str(n.target).endswith(("step", "_seed"))]
+
+
+def test_equal_layers_have_equal_code() -> None:
+    """Seeds are tensors, so that layers compile once."""
+    found = outline(adapted("bert").program("train"))
+    first, second = (block.graph.python_code("self").src for block in found.blocks)
+    assert first == second and "grad_mask" in first
+
+
+def test_forgetting_to_count_warns() -> None:
+    """The same mask in every step would train one part of the network only."""
+    compiled = adapted()
+    train(compiled, adamw(compiled), range(2), after=False)
+    with pytest.warns(GraftWarning, match="after_step") as caught:
+        compiled.merge()
+    assert [warning.message.code for warning in caught] == ["GC025"]
+
+
+def test_beside_lora_on_the_same_weight() -> None:
+    """The update of low rank has its whole gradient; both fold."""
+    entries = [{**CHILD, "target": {"role": "attn.q"}}, {"method": "lora", "target": {"role": "attn.q"}, "rank": 4}]
+    compiled = graftc.compile({"adapt": entries}, tiny("llama")).train()
+    train(compiled, adamw(compiled), range(2))
+    found = gradients(compiled)
+    for name, gradient in found.items():
+        assert bool((gradient == 0).any()) == (".lora." not in name), name
+    assert compiled.merge().certificate.passed
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [({"reserve_p": 0}, "reserve_p"), ({"reserve_p": 1.5}, "reserve_p"), ({"variant": "D"}, "variant")],
+    ids=str,
+)
+def test_what_is_refused(fields: dict[str, Any], text: str) -> None:
+    """Each at its field."""
+    with pytest.raises(GraftError, match=text):
+        graftc.load_spec({"adapt": [{**CHILD, **fields}]})
