@@ -21,9 +21,9 @@ from graftc.passes.core.store import Store
 from graftc.passes.core.tensors import tensor_name
 from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.roles import parse_role
-from graftc.specs.selection import SelectionSpec
+from graftc.specs.selection import BudgetSpec
 
-S = TypeVar("S", bound=SelectionSpec)
+S = TypeVar("S", bound=BudgetSpec)
 SELECTED = "selected"
 """Part name of the buffer that says whether examples have chosen."""
 
@@ -160,7 +160,7 @@ class SparseTensors(Method[S]):
         return TensorFold({part: _added(tensors[f"{part}_indices"], tensors[f"{part}_delta"]) for part in parts})
 
 
-def budget_of(spec: SelectionSpec, total: int) -> int:
+def budget_of(spec: BudgetSpec, total: int) -> int:
     """How many of ``total`` entries train.
 
     Raises:
@@ -169,7 +169,7 @@ def budget_of(spec: SelectionSpec, total: int) -> int:
     count = spec.budget(total)
     if 0 < count <= total:
         return count
-    field = "entries" if spec.entries is not None else "density"
+    field = spec.budget_field
     message = f"{spec.method} would train {count} of the target's {total} entries"
     raise GraftError("GC020", message, place=Place(path=field), hint=f"{'raise' if not count else 'lower'} {field}")
 
@@ -195,7 +195,7 @@ def entry_values(
     return dict(zip(names, (indices, start.to(wide)), strict=True))
 
 
-def _name(spec: SelectionSpec) -> str:
+def _name(spec: BudgetSpec) -> str:
     assert spec.name is not None
     return spec.name
 
@@ -210,7 +210,7 @@ def random_entries(counts: Mapping[Key, int], regions: Mapping[Key, Region], bui
 
 
 def largest_entries(
-    spec: SelectionSpec, regions: Mapping[Key, Region], score: Callable[[Key], Tensor], *, each: bool = False
+    spec: BudgetSpec, regions: Mapping[Key, Region], score: Callable[[Key], Tensor], *, each: bool = False
 ) -> Chosen:
     """The entries with the greatest scores: of all tensors together, or so many of each as its size says."""
     sizes = [region.size for region in regions.values()]

@@ -13,11 +13,29 @@ from graftc.specs.diagnostics import GraftError
 from graftc.specs.target import Target
 from graftc.specs.validation import reject
 
-__all__ = ["SelectionSpec", "StagedSpec"]
+__all__ = ["BudgetSpec", "SelectionSpec", "StagedSpec", "share"]
 
 
-class SelectionSpec(MethodSpec):
-    """Base of methods that train some entries of the base's tensors."""
+def share(density: float, total: int) -> int:
+    """A share of ``total``, rounded down. It counts as it is written: 0.07 of 100 is 7."""
+    return math.floor(Fraction(str(density)) * total)
+
+
+class BudgetSpec(MethodSpec):
+    """Base of methods that train so many entries of the base's tensors."""
+
+    def budget(self, total: int) -> int:
+        """How many of ``total`` entries train."""
+        raise NotImplementedError
+
+    @property
+    def budget_field(self) -> str:
+        """The field that says so."""
+        return "density"
+
+
+class SelectionSpec(BudgetSpec):
+    """Base of those whose budget is a share or a number."""
 
     usual_density: ClassVar[float]
     """The share of entries where the spec gives neither a share nor a number."""
@@ -39,11 +57,15 @@ class SelectionSpec(MethodSpec):
         return self
 
     def budget(self, total: int) -> int:
-        """How many of ``total`` entries train. A share counts as it is written: 0.07 of 100 is 7."""
+        """See `BudgetSpec.budget`."""
         if self.entries is not None:
             return self.entries
-        density = self.density if self.density is not None else self.usual_density
-        return math.floor(Fraction(str(density)) * total)
+        return share(self.density if self.density is not None else self.usual_density, total)
+
+    @property
+    def budget_field(self) -> str:
+        """See `BudgetSpec.budget_field`."""
+        return "entries" if self.entries is not None else "density"
 
 
 class StagedSpec(SelectionSpec):

@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,35 +20,9 @@ from graftc.runtime.artifact import open_artifact
 from graftc.runtime.artifact.verify import verify
 from graftc.runtime.files import recover
 from tests.artifact.support import adapted, saved_base
-from tests.cli.support import ROOT
+from tests.forks import Worker
 
 KILLS = 50
-
-
-class Worker:
-    """The other process."""
-
-    def __init__(self, folder: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.artifact.worker", str(folder)],
-            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True},
-            cwd=ROOT,
-            env=environment,
-        )
-        assert self.answer() == "ready"
-
-    def answer(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def run(self, job: str, seconds: float | None = None) -> tuple[int, float]:
-        """Status and time of a job that is killed after some seconds."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{job} {'none' if seconds is None else seconds}\n")
-        self.process.stdin.flush()
-        status, took = self.answer().split()
-        return int(status), float(took)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def worker(place: Path) -> Iterator[Worker]:
-    made = Worker(place)
+    made = Worker("tests.artifact.worker", place)
     yield made
     made.process.kill()
     made.process.wait()

@@ -19,6 +19,7 @@ from graftc.specs.diagnostics import GraftError, GraftWarning
 from graftc.testing import DeploymentContract, MethodContract
 from graftc.testing.compare import flat, inputs_for
 from tests.families import tiny
+from tests.runtime.test_selecting import batches, entries
 
 CHILD: dict[str, Any] = {"method": "child_tuning"}
 MASK = torch.ops.graftc.grad_mask.default
@@ -37,6 +38,13 @@ class TestRoles(MethodContract):
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {**CHILD, "target": {"role": ["attn.v", "ffn.down"]}}
     families = ("bert", "gpt_neox", "llama", "t5", "vit")
+
+
+class TestChosenOnce(MethodContract):
+    """The other variant, before examples have chosen."""
+
+    variant = True
+    adaptation: ClassVar[Mapping[str, Any]] = {"method": "child_tuning", "variant": "D"}
 
 
 @pytest.mark.slow
@@ -312,10 +320,67 @@ def test_beside_lora_on_the_same_weight() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "text"),
-    [({"reserve_p": 0}, "reserve_p"), ({"reserve_p": 1.5}, "reserve_p"), ({"variant": "D"}, "variant")],
+    [({"reserve_p": 0}, "reserve_p"), ({"reserve_p": 1.5}, "reserve_p"), ({"variant": "E"}, "variant")],
     ids=str,
 )
 def test_what_is_refused(fields: dict[str, Any], text: str) -> None:
     """Each at its field."""
     with pytest.raises(GraftError, match=text):
         graftc.load_spec({"adapt": [{**CHILD, **fields}]})
+
+
+def test_chosen_once() -> None:
+    """The share of all layers' entries whose gradients had the largest mean square, each clipped before; exactly as
+    many; those alone of the layers change, whatever an optimiser does, and all outside of them may."""
+    model = tiny("bert")
+    examples = batches(model)
+    spec = {"adapt": [{"method": "child_tuning", "variant": "D", "reserve_p": 0.1, "clip": 0.05}]}
+    chosen = graftc.compile(spec, model).select(examples)
+    inside = {n: p for n, p in model.named_parameters() if ".layer." in n}
+    scores = {n: torch.zeros_like(p) for n, p in inside.items()}
+    for batch in examples:
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for name, parameter in inside.items():
+            assert parameter.grad is not None
+            torch.nn.utils.clip_grad_norm_([parameter], 0.05)
+            scores[name] += parameter.grad**2
+    count = sum(p.numel() for p in inside.values()) // 10
+    found = entries(chosen)
+    assert found.keys() <= inside.keys() and sum(len(own) for own in found.values()) == count
+    least = torch.cat([s.flatten() for s in scores.values()]).topk(count).values.min()
+    for name, score in scores.items():
+        above = set(torch.nonzero(score.flatten() > least * 1.001).flatten().tolist())
+        assert above <= found.get(name, set())
+    optimiser = torch.optim.AdamW([p for p in chosen.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
+    chosen.train()
+    for batch in examples:
+        optimiser.zero_grad()
+        chosen(**batch).loss.backward()
+        optimiser.step()
+    folded = dict(chosen.eval().merge().to_transformers().named_parameters())
+    for name, parameter in inside.items():
+        moved = set(torch.nonzero((folded[name] != parameter).flatten()).flatten().tolist())
+        assert moved <= found.get(name, set())
+    outside = [n for n, p in model.named_parameters() if n not in inside and not torch.equal(p, folded[n])]
+    assert any(n.startswith("bert.embeddings.word") for n in outside)
+    assert any(n.startswith("classifier") for n in outside)
+
+
+def test_all_entries_chosen_are_full_fine_tuning_of_the_layers() -> None:
+    """With a share of one, AdamW without decay goes the way that it goes with `full`."""
+    model = tiny("llama")
+    layers = {"modules": "model.layers.**"}
+    entry = {"method": "child_tuning", "variant": "D", "reserve_p": 1.0, "target": layers}
+    every = [graftc.compile({"adapt": [e]}, model) for e in (entry, {"method": "full", "target": layers})]
+    folded = []
+    for compiled in every:
+        compiled.train()
+        optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+        for batch in batches(model, 3):
+            optimiser.zero_grad()
+            compiled(**batch).loss.backward()
+            optimiser.step()
+        folded.append(dict(compiled.eval().merge().to_transformers().named_parameters()))
+    for name, value in folded[0].items():
+        torch.testing.assert_close(value, folded[1][name], rtol=1e-4, atol=1e-5)

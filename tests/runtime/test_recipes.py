@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import time
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from graftc.specs.diagnostics import GraftError
 from graftc.testing import outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny
+from tests.forks import Worker
 from tests.runtime.test_selecting import batches, entries
 
 SPEC: dict[str, Any] = {
@@ -153,41 +153,32 @@ def test_a_run_in_a_folder_is_the_same(tmp_path: Path) -> None:
     assert error.value.code == "GC058"
 
 
-THREE: dict[str, Any] = {
-    "adapt": [
-        {"method": "mask", "entries": 300, "name": "fish", "target": {"role": "ffn.down"}},
-        {"method": "lt_sft", "entries": 400, "target": {"role": ["attn.q", "attn.v"]}},
-    ]
-}
-
-
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_killed_at_ten_moments(tmp_path: Path) -> None:
     """A selection and two trainings, killed at ten random moments in all, end as a run that was not."""
     model = tiny("bert")
-    examples = batches(model)
-    started = time.perf_counter()
-    whole = graftc.tune(THREE, model, train, examples=examples)
-    length = time.perf_counter() - started
-    draw = random.Random(0)
-    kills = attempts = 0
-    while kills < 10:
-        attempts += 1
-        assert attempts < 200
-        child = os.fork()
-        if child == 0:
-            try:
-                torch.set_num_threads(1)
-                graftc.tune(THREE, model, train, examples=examples, folder=tmp_path / "recipe")
-            finally:
-                os._exit(0)
-        time.sleep(draw.uniform(0, length))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        kills += os.WIFSIGNALED(status)
-    resumed = graftc.tune(THREE, model, train, examples=examples, folder=tmp_path / "recipe")
-    state = resumed.adapter_state_dict()
-    assert state.keys() == whole.adapter_state_dict().keys()
-    assert all(torch.equal(t, state[n]) for n, t in whole.adapter_state_dict().items())
+    worker = Worker("tests.runtime.recipe_worker", tmp_path)
+    try:
+        status, seconds = worker.run("whole")
+        assert status == 0
+        draw, kills, at = random.Random(0), 0, set()
+        while kills < 10:
+            status, _ = worker.run("killed", draw.uniform(0, seconds / 2))
+            if status == 0:  # done too soon: from the start again, until ten kills have landed in all
+                shutil.rmtree(tmp_path / "killed")
+            kills += status == -9
+            at.add(len(list((tmp_path / "killed").glob("stage-*"))))
+        assert worker.run("killed")[0] == 0
+    finally:
+        worker.process.kill()
+        worker.process.wait()
+    assert len(at) > 1, "every kill fell into the same stage"
+    whole, resumed = (
+        graftc.load(tmp_path / name / "result", model).adapter_state_dict() for name in ("whole", "killed")
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
 def test_task_and_language() -> None:
