@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
-from graftc.testing import MethodContract
+import pytest
+import torch
+from torch import Tensor
+
+import graftc
+from graftc.passes.core.program import provenance
+from graftc.runtime.compiled import Compiled
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import DeploymentContract, MethodContract, outputs_of, perturb
+from graftc.testing.compare import flat, inputs_for, largest_difference
+from tests.families import tiny
+from tests.runtime.test_selecting import entries
+
+ops = torch.ops.graftc
 
 
 class TestMask(MethodContract):
@@ -15,12 +29,172 @@ class TestMask(MethodContract):
 
 
 class TestMagnitude(MethodContract):
-    """The largest entries of projections."""
+    """The largest entries, so many of each tensor."""
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {
         "method": "mask",
         "selection": "magnitude",
-        "entries": 500,
-        "target": {"role": ["attn.q", "attn.v"]},
+        "density": 0.3,
+        "allocation": "per_tensor",
     }
+
+
+@pytest.mark.slow
+class TestDeployed(DeploymentContract):
+    """Exports and compilation."""
+
+    adaptation: ClassVar[Mapping[str, Any]] = {"method": "mask", "selection": "random", "density": 0.2}
+    families = ("gpt2",)
+
+
+def trained(compiled: Compiled, optimiser: type[torch.optim.Optimizer], steps: int = 4) -> dict[str, Tensor]:
+    """The gradients of the last of some steps, and a model that has moved."""
+    own = [p for p in compiled.parameters() if p.requires_grad]
+    optimise = optimiser(own, lr=1e-2, weight_decay=0.5)  # type: ignore[call-arg]
+    compiled.train()
+    seen = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in compiled.named_parameters() if p.requires_grad}
+    for number in range(steps):
+        optimise.zero_grad()
+        leaves = [t for t in flat(compiled(**inputs_for(compiled, seed=number))) if t.is_floating_point()]
+        torch.stack([leaf.float().square().sum() for leaf in leaves]).sum().backward()
+        for name, parameter in compiled.named_parameters():
+            if parameter.grad is not None:
+                seen[name] |= parameter.grad != 0
+        optimise.step()
+    compiled.eval()
+    return seen
+
+
+@pytest.mark.parametrize("optimiser", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral", "t5", "vit"])
+def test_nothing_else_moves(family: str, optimiser: type[torch.optim.Optimizer]) -> None:
+    """Whatever an optimiser decays: entries that are not selected keep their bits, those that are and had a gradient
+    do not."""
+    model = tiny(family)
+    compiled = graftc.compile({"adapt": [{"method": "mask", "selection": "random", "density": 0.1}]}, model)
+    seen = trained(compiled, optimiser)
+    after = compiled.merge().folded_state_dict()
+    chosen, moved = entries(compiled), 0
+    for name, tensor in compiled.compilation.store.base():
+        changed = set(torch.nonzero((after[name] != tensor).flatten()).flatten().tolist())
+        assert changed <= chosen.get(name, set()), name
+        module, _, last = name.rpartition(".")
+        flags = {
+            n: s for n, s in seen.items() if n.startswith(f"{module}.graftc.mask.") and n.endswith(f"{last}_delta")
+        }
+        for delta, flag in flags.items():
+            indices = compiled.get_buffer(delta.replace("_delta", "_indices"))
+            if optimiser is torch.optim.AdamW:  # steps of SGD may be too small to change a number
+                assert set(indices[flag].tolist()) <= changed, name
+            moved += int(flag.sum())
+    assert moved > 1000
+    assert compiled.report.trainable_parameters == sum(len(own) for own in chosen.values())
+
+
+def test_tied_weights_have_one_delta() -> None:
+    """Of GPT-2's table, which is its head too: counted once, changed in both places, folded."""
+    model = tiny("gpt2")
+    spec = {"adapt": [{"method": "mask", "selection": "random", "density": 0.1, "target": {"role": "embed"}}]}
+    compiled = graftc.compile(spec, model).eval()
+    assert compiled.report.trainable_parameters == model.transformer.wte.weight.numel() // 10
+    perturb(compiled, 0.5)
+    merged = compiled.merge().to_transformers()
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    inputs = inputs_for(compiled)
+    assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) < 1e-5
+
+
+def test_exactly_so_many_with_ties() -> None:
+    """Where all magnitudes are equal the first ones are taken."""
+    model = tiny("bert")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.sign())
+    target = {"role": ["attn.q", "ffn.up"]}
+    for allocation in ("global", "per_tensor"):
+        entry = {"method": "mask", "selection": "magnitude", "entries": 777, "allocation": allocation, "target": target}
+        compiled = graftc.compile({"adapt": [entry]}, model)
+        assert compiled.report.trainable_parameters == 777
+    counts = [len(own) for own in entries(compiled).values()]
+    assert len(counts) == 8 and max(counts) > min(counts) > 0
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("other", ["lora", "ia3", "dora"])
+def test_beside_others_on_one_weight(other: str, order: int) -> None:
+    """Below whatever stands at the site, in either order; both fold. A magnitude that was made of the base's weight
+    refuses another one behind it."""
+    names = ["attn.v", "ffn.down"]
+    own = {"method": "mask", "selection": "random", "density": 0.2, "target": {"role": names}}
+    adapt = [own, {"method": other, "target": {"role": names}}]
+    spec = {"adapt": adapt[::-1] if order else adapt}
+    if other == "dora" and order:
+        with pytest.raises(GraftError) as error:
+            graftc.compile(spec, tiny("llama"))
+        assert error.value.code == "GC021"
+        return
+    compiled = graftc.compile(spec, tiny("llama")).eval()
+    perturb(compiled, 0.1)
+    merged = compiled.merge()
+    assert merged.certificate.passed
+    inputs = inputs_for(compiled)
+    assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) < 2e-5
+
+
+def test_a_weight_trains_as_a_whole_or_in_part() -> None:
+    """Not both."""
+    own = {"method": "mask", "selection": "random"}
+    for adapt in ([own, {"method": "full"}], [{"method": "full"}, own]):
+        with pytest.raises(GraftError) as error:
+            graftc.compile({"adapt": adapt}, tiny("bert"))
+        assert error.value.code == "GC021"
+
+
+@pytest.mark.parametrize(("density", "sampled"), [(0.02, True), (0.2, False)])
+def test_how_gradients_are_made_is_said(density: float, sampled: bool) -> None:
+    """One by one where few are wanted, from the weight's own where many are; the node says which. Nodes say whose they
+    are, and are gone after folding."""
+    target = {"role": ["attn.q", "ffn.down"]}
+    entry = {"method": "mask", "selection": "random", "density": density, "target": target}
+    compiled = graftc.compile({"adapt": [entry]}, tiny("gpt2")).eval()
+    for mode in ("train", "eval"):
+        nodes = compiled.program(mode).graph.find_nodes(op="call_function", target=ops.sparse_linear.default)
+        assert len(nodes) == 4
+        for node in nodes:
+            assert node.args[-1] is sampled
+            origin = provenance(node)
+            assert origin is not None and origin["adaptation"] == "mask"
+            assert origin["part"] == f"weight, {'sampled' if sampled else 'dense'} gradient"
+    merged = compiled.merge()
+    left = {node.target for program in merged._programs.values() for node in program.graph.nodes}
+    assert not left & {ops.sparse_linear.default, ops.sparse_weight.default}
+
+
+def test_checkpointed_and_in_16_bits() -> None:
+    """Recomputed layers give the same gradients to the bit, in a model of 16 bits too, whose deltas have 32."""
+    spec = {"adapt": [{"method": "mask", "selection": "random", "density": 0.1}]}
+    compiled = graftc.compile(spec, tiny("llama", dtype=torch.bfloat16)).train()
+    perturb(compiled, 0.02)
+    found = []
+    for on in (False, True):
+        (compiled.gradient_checkpointing_enable if on else compiled.gradient_checkpointing_disable)()
+        compiled.zero_grad()
+        compiled(**inputs_for(compiled)).logits.float().square().sum().backward()
+        found.append({n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None})
+    assert found[0] and all(torch.equal(g, found[1][n]) for n, g in found[0].items())
+    assert {g.dtype for g in found[0].values()} == {torch.float32}
+
+
+def test_indices_that_are_no_entries(tmp_path: Path) -> None:
+    """A file may hold anything: numbers out of range, twice, or in no order never reach a kernel."""
+    model = tiny("bert")
+    spec = {"adapt": [{"method": "mask", "selection": "random", "density": 0.1, "target": {"role": "ffn.up"}}]}
+    compiled = graftc.compile(spec, model)
+    name = next(n for n in compiled.adapter_state_dict() if n.endswith("weight_indices"))
+    for bad in (torch.tensor(10**6), torch.tensor(-1), compiled.adapter_state_dict()[name][1]):
+        values = {n: t.clone() for n, t in compiled.adapter_state_dict().items()}
+        values[name][0] = bad
+        with pytest.raises(GraftError) as error:
+            compiled.compilation.again(compiled.compilation.spec, values)
+        assert error.value.code == "GC053"

@@ -1,0 +1,134 @@
+"""Operators on weights some of whose entries train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from graftc.passes.core.regions import drawn, largest, shares
+from graftc.passes.core.sparse import sparse_linear_decomposed, sparse_weight_decomposed
+
+ops = torch.ops.graftc
+
+
+def pieces(dtype: torch.dtype, transposed: bool, seed: int = 0) -> dict[str, Any]:
+    """A map from 7 to 5, and two changes of it that share an entry."""
+    draw = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(kind)
+
+    return {
+        "x": normal(12, 7).requires_grad_() if transposed else normal(3, 4, 7).requires_grad_(),
+        "weight": normal(7, 5) if transposed else normal(5, 7),
+        "bias": normal(5).requires_grad_(),
+        "indices": [torch.tensor([1, 4, 9, 33], dtype=torch.int32), torch.tensor([4, 8])],
+        "deltas": [normal(4, kind=wide).requires_grad_(), normal(2, kind=wide).requires_grad_()],
+    }
+
+
+def call(function: Any, given: dict[str, Any], transposed: bool, sampled: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The result, and the gradients of everything for one random gradient of it."""
+    found = function(*given.values(), transposed, sampled)
+    torch.manual_seed(1)
+    wanted = [given["x"], given["bias"], *given["deltas"]]
+    return found, torch.autograd.grad(found, wanted, torch.randn(found.shape).to(found.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_as_in_aten(dtype: torch.dtype, transposed: bool, sampled: bool) -> None:
+    """Results to the bit, gradients up to the order of sums."""
+    given = pieces(dtype, transposed)
+    found, gradients = call(ops.sparse_linear.default, given, transposed, sampled)
+    expected, wanted = call(sparse_linear_decomposed, given, transposed, sampled)
+    assert torch.equal(found, expected)
+    for own, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-6 if dtype != torch.bfloat16 else 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_gradients_by_differences(sampled: bool) -> None:
+    """Of the input, the weight, the bias and the changes."""
+    given = pieces(torch.float64, False)
+    inputs = (given["x"], given["weight"].requires_grad_(not sampled), given["bias"], *given["deltas"])
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor, *deltas: Tensor) -> Any:
+        return ops.sparse_linear(x, weight, bias, given["indices"], list(deltas), False, sampled)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_registered_soundly(transposed: bool) -> None:
+    """What torch itself checks of an operator: types, autograd, tracing."""
+    given = pieces(torch.float32, transposed)
+    torch.library.opcheck(ops.sparse_linear.default, (*given.values(), transposed, False))
+    plain = (given["weight"], given["indices"][0], given["deltas"][0])
+    torch.library.opcheck(ops.sparse_weight.default, plain)
+
+
+def test_rounded_once() -> None:
+    """A small change of a 16-bit weight is added in 32 bits: the sum is the nearest there is."""
+    weight = torch.randn(40, 30).bfloat16()
+    indices, delta = torch.arange(0, 1200, 7, dtype=torch.int32), torch.randn(172) * 1e-2
+    found = ops.sparse_weight(weight, indices, delta)
+    exact = weight.flatten()[indices.long()].double() + delta.double()
+    assert torch.equal(found.flatten()[indices.long()], exact.float().bfloat16())
+    assert torch.equal(found, sparse_weight_decomposed(weight, indices, delta))
+    rest = torch.ones(1200, dtype=torch.bool)
+    rest[indices.long()] = False
+    assert torch.equal(found.flatten()[rest], weight.flatten()[rest])
+
+
+def test_only_the_input_is_kept() -> None:
+    """Beside tensors that are there anyway: no changed weight, no gradient of one."""
+    weight = torch.randn(50, 70)
+    x = torch.randn(9, 70, requires_grad=True)
+    indices, delta = torch.arange(0, 3500, 3, dtype=torch.int32), torch.zeros(1167, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ops.sparse_linear(x, weight, None, [indices], [delta], False, False)
+    own = {t.data_ptr() for t in (weight, x, indices, delta)}
+    assert {t.data_ptr() for t in kept} <= own
+
+
+def test_under_autocast() -> None:
+    """As the base's own product there."""
+    given = pieces(torch.float32, False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ops.sparse_linear(*given.values(), False, True)
+        expected = sparse_linear_decomposed(*given.values(), False, True)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+    grads = [torch.autograd.grad(y.float().square().sum(), given["deltas"]) for y in (found, expected)]
+    for own, other in zip(*grads, strict=True):
+        torch.testing.assert_close(own, other, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 30, 60])
+def test_largest_exactly(count: int) -> None:
+    """As many as asked for, with ties the first, nothing that is no number."""
+    draw = torch.Generator().manual_seed(count)
+    groups = [torch.randint(0, 4, (size,), generator=draw).float() for size in (20, 1, 39)]
+    groups[0][3] = float("nan")
+    found = largest([lambda g=g: g for g in groups], count)
+    assert sum(f.numel() for f in found) == count
+    every = torch.cat(groups).nan_to_num(nan=-1)
+    order = sorted(range(60), key=lambda i: (-float(every[i]), i))[:count]
+    starts = (0, 20, 21)
+    assert sorted(int(i) + s for f, s in zip(found, starts, strict=True) for i in f) == sorted(order)
+
+
+def test_shares() -> None:
+    """In proportion, with nothing lost or with all rounded down."""
+    sizes = [10, 1, 33, 56]
+    assert sum(shares(37, sizes)) == 37 and all(0 <= c <= s for c, s in zip(shares(37, sizes), sizes, strict=True))
+    assert shares(37, sizes, exact=False) == [37 * s // 100 for s in sizes]
+    assert shares(100, sizes) == sizes
+    assert len(set(drawn(30, 33, torch.Generator().manual_seed(0)).tolist())) == 30
