@@ -21,6 +21,7 @@ from graftc.passes.core.program import Program, follow, map_nodes
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import Use, linear_use
 from graftc.passes.core.store import Store
+from graftc.passes.core.uses import Lookup
 
 aten = torch.ops.aten
 ALGEBRA_BOUND = 1e-9
@@ -213,7 +214,16 @@ class _Probe:
         self.adapted, self.use, self.lazy, self.store = adapted, use, lazy, lazy.store
         generator = torch.Generator().manual_seed(seed)
         device = self.store.get(use.weight).device
-        self.inputs = {node: value.to(device) for node, value in use.probe(generator).items()}
+        probes = {node: value.to(device) for node, value in use.probe(generator).items()}
+        self.inputs = {node: self._with_replaced(value) for node, value in probes.items()}
+
+    def _with_replaced(self, probe: Tensor) -> Tensor:
+        """Of a table that is too large to look all of it up, what stands in for some entries is looked up as well."""
+        steps = [s for s in self.lazy.chain(self.use.weight) if s.layout is Layout.PLAIN and not s.rows.whole]
+        if not isinstance(self.use, Lookup) or probe.numel() == self.use.in_features or not steps:
+            return probe
+        replaced = torch.cat([s.rows.index(probe.device) for s in steps])[: probe.numel()]
+        return torch.cat([probe, replaced.expand(*probe.shape[:-1], -1)], -1)
 
     def evidence(self) -> list[SiteEvidence]:
         """What the probes show for each site of the map."""
@@ -244,7 +254,8 @@ class _Probe:
     def _columns(self, rows: Rows, layout: Layout) -> Tensor | None:
         """Columns of the result that these stored rows are; None where this use does not read them."""
         device = next(iter(self.inputs.values())).device
-        if layout is Layout.PLAIN and self.use.layout is Layout.COLUMNS:  # inputs of the map: any column may change
+        dims = self.store.get(self.use.weight).dim()
+        if (layout.axis - self.use.layout.axis) % dims:  # inputs of the map, or experts: any column may change
             return Rows(self.use.out_features).index(device)
         return rows.within(self.use.stored).index(device) if self.use.stored.covers(rows) else None
 
@@ -321,11 +332,12 @@ def units_in_last_place(rounded: Tensor, exact: Tensor) -> float:
 
 def _compare_tensor(lazy: LazyTensors, name: str, store: Store) -> SiteEvidence:
     """A tensor that is no linear map's: it folds by standing in, so it must equal what was trained to the bit."""
-    steps = lazy.chain(name)
-    trained = store.overlay(name)
+    adaptations = tuple(dict.fromkeys(s.adaptation for s in lazy.chain(name)))
     folded = lazy.folded(name)
-    base = store.get(name).detach()
-    expected = store.get(trained).detach() if trained is not None else folded
+    base = expected = store.get(name).detach()
+    for owner, own, trained in store.overlays(name):
+        if owner in adaptations:
+            expected = own.put(expected, store.get(trained).detach())
     algebra = float((folded.double() - expected.double()).abs().max())
     change = float((folded.double() - base.double()).abs().max())
-    return SiteEvidence(name, tuple(dict.fromkeys(s.adaptation for s in steps)), change, algebra, 0.0)
+    return SiteEvidence(name, adaptations, change, algebra, 0.0)

@@ -9,6 +9,7 @@ from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import TRAIN, Resolved
 from graftc.compiler.tokens import TOKENS
 from graftc.passes.core.folds import LazyTensors
+from graftc.passes.core.registry import method_for
 from graftc.passes.core.sites import LinearSite, SiteKey
 from graftc.specs.diagnostics import GraftError
 
@@ -34,7 +35,7 @@ class Foldable:
 
 def foldable(compilation: Compilation) -> Foldable:
     """Try every adaptation. One that was inserted on top of another one that stays has to stay as well: folding it
-    into the weights would apply it first."""
+    into the weights would apply it first. What stands in for base tensors is on top of nothing."""
     store = compilation.store
     units = {unit.name: unit for unit in compilation.units}
     resolved = {name: unit.members[0] for name, unit in units.items()}
@@ -64,7 +65,7 @@ def foldable(compilation: Compilation) -> Foldable:
 
 def _below(resolved: Mapping[str, Resolved], name: str, kept: Mapping[str, GraftError]) -> tuple[str, SiteKey] | None:
     """An adaptation that stays, and a place of its that ``name`` adapts as well."""
-    if name not in resolved:
+    if name not in resolved or method_for(resolved[name].spec.method).stands_in:
         return None
     mine = [site for site, _ in resolved[name].places if isinstance(site, LinearSite)]
     for other in filter(resolved.__contains__, kept):

@@ -32,9 +32,9 @@ from graftc.passes.core.folds import FoldStep, Keep, LazyTensors, StandIn, Tenso
 from graftc.passes.core.layout import Layout
 from graftc.passes.core.regions import Region, regions_of
 from graftc.passes.core.registry import method_for
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.store import Store
+from graftc.passes.core.stored import StoredRows
 from graftc.passes.core.uses import Dense
 from graftc.specs.compose import CompositionSpec, Parallel
 from graftc.specs.diagnostics import GraftError
@@ -67,7 +67,7 @@ class Compilation:
     families: dict[tuple[str, ...], Family] = field(default_factory=dict)
     variants: dict[tuple[str, ...], list[tuple[str, ...]]] = field(default_factory=dict)
     parts: dict[str, dict[SiteKey | None, dict[str, str]]] = field(default_factory=dict)
-    overlays: list[tuple[str, SiteKey, str, Rows, str]] = field(default_factory=list)
+    overlays: list[tuple[str, SiteKey, str, StoredRows, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     default: tuple[str, ...] = ()
     use_cache: bool = True
@@ -193,21 +193,22 @@ class Compilation:
         return made
 
     def fold_steps(self, only: Sequence[str] | None = None) -> list[FoldStep]:
-        """Every adaptation's change of base tensors, in the order in which they apply: what stands in for tensors is
-        below everything that stands at sites, and either is in insertion order.
+        """Every adaptation's change of base tensors, in the order in which the graph makes them.
+
+        What stands in for base tensors is below everything that is inserted at sites, whichever came first; the rest is
+        in insertion order.
 
         Raises:
             GraftError: GC050 naming the adaptation that cannot fold and why.
         """
+        found = {unit.name: unit for unit in self.units}
+        names = only if only is not None else [TOKENS, TRAIN, *found]
         below: list[FoldStep] = []
         steps: list[FoldStep] = []
-        found = {unit.name: unit for unit in self.units}
-        for name in only if only is not None else [TOKENS, TRAIN, *found]:
-            if name in found:
-                own = self.site_steps(found[name])
-                below += [step for step in own if step.layout is Layout.PLAIN]
-                steps += [step for step in own if step.layout is not Layout.PLAIN]
-            below += self._overlay_steps(name)
+        for name in names:
+            own = self.site_steps(found[name]) if name in found else []
+            below += [step for step in own if step.layout is Layout.PLAIN] + self._overlay_steps(name)
+            steps += [step for step in own if step.layout is not Layout.PLAIN]
         return [*below, *steps]
 
     def site_steps(self, unit: Unit) -> list[FoldStep]:
@@ -264,8 +265,10 @@ class Compilation:
 
     def _overlay_steps(self, name: str) -> list[FoldStep]:
         return [
-            FoldStep(name, str(key), base, None, rows, Layout.PLAIN, _replace(self.store, trained), everywhere=True)
-            for owner, key, base, rows, trained in self.overlays
+            FoldStep(
+                name, str(key), base, None, own.rows, own.layout, _replace(self.store, own, trained), everywhere=True
+            )
+            for owner, key, base, own, trained in self.overlays
             if owner == name
         ]
 
@@ -278,8 +281,8 @@ def _changed(fold: TensorFold, region: Region) -> Callable[..., Any]:
     return lambda tensor, bias: (fold.changes[region.part](tensor), bias)
 
 
-def _replace(store: Store, trained: str) -> Callable[..., Any]:
-    return lambda weight, bias: (store.get(trained).detach().double(), bias)
+def _replace(store: Store, own: StoredRows, trained: str) -> Callable[..., Any]:
+    return lambda weight, bias: (own.layout.orient(store.get(trained).detach().double()), bias)
 
 
 def compile_model(

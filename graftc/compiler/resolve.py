@@ -119,8 +119,7 @@ class Resolver:
         for site, _ in sites:
             if isinstance(site, LinearSite):
                 groups[place_of(site)].append(site)
-        alone = {} if method_for(adaptation.method).everywhere else groups
-        shared = {key: found for key, group in alone.items() if (found := self._shared(group))}
+        shared = {key: found for key, group in groups.items() if (found := self._shared(group))}
         return Resolved(adaptation, tuple(sites), shared)
 
     def _shared(self, sites: Sequence[LinearSite]) -> str | None:
@@ -175,6 +174,8 @@ class Resolver:
 
     def _warn(self, spec: Spec, found: Sequence[Resolved]) -> None:
         for index, resolved in enumerate(found):
+            if method_for(resolved.spec.method).stands_in:
+                continue
             place = spec.place(f"adapt[{index}].target")
             for site, _ in resolved.places:
                 reader = resolved.shared.get(place_of(site))

@@ -135,7 +135,7 @@ def snapshot(compilation: Compilation) -> Snapshot:
         type(compilation.model).__name__,
         compilation.spec,
         tuple(site_records(compilation)),
-        tuple(TrainedRecord(owner, base, rows.runs, name) for owner, _, base, rows, name in compilation.overlays),
+        tuple(TrainedRecord(owner, base, own.rows.runs, name) for owner, _, base, own, name in compilation.overlays),
         {name: TensorRecord.of(t) for name, t in store.base() if name not in store.constants},
         dict(store.aliases),
         {name: TensorRecord.of(t) for name, t in adapter_tensors(store)},

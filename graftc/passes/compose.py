@@ -18,10 +18,10 @@ from graftc.passes.core.attending import Window
 from graftc.passes.core.batch import Batch
 from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.lowrank import normal, zeros
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import AttentionSite, LinearSite, Site, SublayerSite
 from graftc.passes.core.steering import TensorObjective
+from graftc.passes.core.stored import StoredRows
 from graftc.specs.compose import Average, CompositionSpec, Fuse, Gate, Split
 from graftc.specs.diagnostics import GraftError
 
@@ -114,7 +114,7 @@ class Collecting(Builder):
             raise self._refusal("it puts keys and values in front of an attention's own")
         self.ahead.append(Ahead(keys, values, window))
 
-    def trained_rows(self, base: str, own: Rows) -> fx.Node:
+    def trained_rows(self, base: str, own: StoredRows) -> fx.Node:
         """Only what is added can be composed.
 
         Raises:

@@ -10,11 +10,9 @@ from torch import Tensor, fx
 
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.folds import Fold, StandIn
-from graftc.passes.core.layout import Layout
 from graftc.passes.core.method import Method
 from graftc.passes.core.sites import LinearSite, NormSite, ParameterSite, Site
 from graftc.specs.base import MethodSpec
-from graftc.specs.diagnostics import GraftError
 from graftc.specs.full import Full
 
 S = TypeVar("S", bound=MethodSpec)
@@ -23,7 +21,7 @@ S = TypeVar("S", bound=MethodSpec)
 class TrainedTensors(Method[S]):
     """The weight and the bias of a map, the scale and the shift of a norm, or a tensor as a whole, train as copies."""
 
-    everywhere = True
+    stands_in = True
 
     def applies(self, spec: S, site: Site) -> bool:
         """Where there is a tensor that some output needs."""
@@ -33,16 +31,11 @@ class TrainedTensors(Method[S]):
         """Put trained copies in the place of the site's tensors.
 
         Raises:
-            GraftError: GC021 where another adaptation trains them too, GC017 where a part of a fused weight is not its
-                rows.
+            GraftError: GC021 where another adaptation trains them too.
         """
         overlay = partial(build.overlay, through=partial(self.read, spec, shared, build))
         if isinstance(site, LinearSite):
-            along = site.use.layout is Layout.COLUMNS or bool(site.use.leading)
-            if along and not site.rows.whole:
-                message = f"{site.key} is a part of {site.use.weight}, whose first axis does not count its rows"
-                raise GraftError("GC017", message, hint="name its module in the target, to train all of the weight")
-            overlay(site.use.weight, None if along else site.rows)
+            overlay(site.use.weight, build.stored(site))
             if site.use.bias is not None:
                 overlay(site.use.bias, site.rows)
         elif isinstance(site, NormSite):

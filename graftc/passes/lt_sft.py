@@ -71,7 +71,7 @@ class LTSFTMethod(SparseTensors[LTSFT]):
             if key_of(region) in shared.placed:
                 continue
             shared.placed.add(key_of(region))
-            build.overlay(region.tensor, region.rows)
+            build.overlay(region.tensor, region.where)
             for kind in KEPT:
                 part = f"{region.part}_{kind}"
                 held = build.known(tensor_name(site, build.adaptation, part))

@@ -54,7 +54,7 @@ class SparseTensors(Method[S]):
     subclass says which entries are selected.
     """
 
-    everywhere = True
+    stands_in = True
     moving: ClassVar[bool] = False
     """Whether other entries take the places of some while training, so that indices are in no order."""
 
@@ -121,7 +121,7 @@ class SparseTensors(Method[S]):
             if not shared.counts[key] or key in shared.placed:
                 continue
             shared.placed.add(key)
-            build.stand_in(region.tensor, partial(self._changed, build, region, shared), region.rows)
+            build.stand_in(region.tensor, partial(self._changed, build, region, shared), region.where)
 
     def _changed(self, build: Builder, region: Region, shared: Chosen, tensor: fx.Node) -> fx.Node:
         key = key_of(region)

@@ -12,6 +12,7 @@ from torch import fx
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import EmbeddingSite, LinearSite
+from graftc.passes.core.stored import StoredRows
 
 aten = torch.ops.aten
 
@@ -28,7 +29,7 @@ def insert_tokens(build: Builder, sites: list[LinearSite], tensor: str, rows: Ro
     ((first, end),) = rows.spans
     for site in sites:
         with build.on(site):
-            trained = build.trained_rows(tensor, rows)
+            trained = build.trained_rows(tensor, StoredRows(rows))
             if isinstance(site, EmbeddingSite):
                 _look_up(build, site, trained, first, end)
             else:

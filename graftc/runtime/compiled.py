@@ -228,13 +228,18 @@ class Compiled(Inspected, Checkpointed, Choosing, Combining, Selecting, ModelRun
         """Copy adapter tensors in; names and shapes must be those of `adapter_state_dict`.
 
         Raises:
-            GraftError: GC053 for missing, unknown or misshapen tensors; nothing is copied then.
+            GraftError: GC053 for missing, unknown or misshapen tensors, and for those of other rows than were chosen
+                here; nothing is copied then.
         """
         own = dict(adapter_tensors(self._store))
         wrong = sorted(own.keys() ^ tensors.keys())
         wrong += [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
         if wrong:
             raise GraftError("GC053", f"the adapter tensors do not fit: {', '.join(wrong[:5])}")
+        other = sorted(n for n in self._store.settled if not torch.equal(own[n].cpu(), tensors[n].cpu()))
+        if other:
+            message = f"the graphs were made by other numbers: {', '.join(other[:5])}"
+            raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors are from")
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)

@@ -15,9 +15,9 @@ from torch import Tensor, fx
 
 from graftc.passes.core.batch import Batch
 from graftc.passes.core.builder import Builder, Initialiser
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import LinearSite, SiteKey, SublayerSite, ValueSite
+from graftc.passes.core.stored import StoredRows
 from graftc.passes.core.uses import Dense
 from graftc.specs.diagnostics import GraftError
 
@@ -105,7 +105,7 @@ class ChosenBuilder(Builder):
         """
         raise self._refusal(f"it keeps state ({part})")
 
-    def trained_rows(self, base: str, own: Rows) -> fx.Node:
+    def trained_rows(self, base: str, own: StoredRows) -> fx.Node:
         """A trained copy of a base tensor can stand in for it once only.
 
         Raises:

@@ -20,6 +20,11 @@ class Layout(StrEnum):
     PLAIN = "plain"
     """No matrix: a tensor that is replaced as it is, along its first axis."""
 
+    @property
+    def axis(self) -> int:
+        """Which axis of the stored tensor counts the rows."""
+        return {Layout.ROWS: -2, Layout.COLUMNS: -1}.get(self, 0)
+
     def orient(self, stored: Tensor) -> Tensor:
         """The weight as ``[..., out, in]``, a view."""
         if self is Layout.COLUMNS:

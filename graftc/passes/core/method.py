@@ -30,14 +30,15 @@ class Method(ABC, Generic[S]):
     spec_class: ClassVar[type[MethodSpec]]
     """The spec that this class implements; its tag names the method."""
 
-    everywhere: ClassVar[bool] = False
-    """Whether it changes tensors wherever they are read, and not what single sites compute."""
-
     controller: ClassVar[type[Controller[Any]] | None] = None
     """What changes values between optimiser steps, if anything does."""
 
     objective: ClassVar[type[TensorObjective[Any]] | type[OutputObjective[Any]] | None] = None
     """A term beside the loss, if there is one: of tensors, or of the outputs of several passes."""
+
+    stands_in: ClassVar[bool] = False
+    """Whether all that it makes stands in for base tensors wherever they are read, under tied names too and below
+    everything that is inserted at sites, so that it always folds: copies that train, sums with differences."""
 
     def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Any:
         """Make what all sites of the adaptation share; called once per adaptation and Program."""

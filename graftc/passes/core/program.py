@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
-from graftc.passes.core.rows import Rows
+from graftc.passes.core.stored import StoredRows
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -169,16 +169,16 @@ class Program:
     baseline: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     """Base nodes as they were when captured, by name: what the verifier holds later passes against."""
 
-    claims: dict[str, list[tuple[str, Rows]]] = field(default_factory=dict)
+    claims: dict[str, list[tuple[str, StoredRows]]] = field(default_factory=dict)
     """Which adaptation trains which rows of a base tensor."""
 
-    summands: dict[str, list[tuple[str, Rows]]] = field(default_factory=dict)
+    summands: dict[str, list[tuple[str, StoredRows]]] = field(default_factory=dict)
     """Which adaptation adds to entries of which rows of a base tensor."""
 
     limits: dict[str, str] = field(default_factory=dict)
     """Why axes of some names have no greater sizes than the base's, for people."""
 
-    derived: dict[str, list[tuple[str, Rows]]] = field(default_factory=dict)
+    derived: dict[str, list[tuple[str, StoredRows]]] = field(default_factory=dict)
     """Which adaptation has constants that follow from which rows of a base tensor."""
 
     virtual: tuple[VirtualTokens, ...] = ()

@@ -13,6 +13,7 @@ from graftc.passes.core.layout import Layout
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.store import Store
+from graftc.passes.core.stored import StoredRows
 
 SMALL = 2**31
 """Tensors with fewer entries than this number them in 32 bits."""
@@ -52,13 +53,13 @@ class Region:
         return Rows(self.shape[0] if self.shape else 1)
 
     @property
-    def axis(self) -> int:
-        """Along which axis of the stored tensor the rows are."""
-        return {Layout.ROWS: -2, Layout.COLUMNS: -1}.get(self.layout, 0)
+    def where(self) -> StoredRows:
+        """The own part of the tensor."""
+        return StoredRows.of(self.rows, self.layout, torch.Size(self.shape))
 
     def take(self, stored: Tensor) -> Tensor:
         """The own part of a tensor of this shape, as it is stored."""
-        return self.rows.take(stored, self.axis)
+        return self.where.take(stored)
 
     def own(self, stored: Tensor) -> Tensor:
         """The own entries of a tensor of this shape, flat."""

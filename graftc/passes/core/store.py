@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from graftc.passes.core.stored import StoredRows
+
 RESERVED = "graftc"
 """Path segment under which every tensor that graftc added lives."""
 
@@ -29,13 +31,15 @@ class Store:
     Attributes:
         aliases: tied names, each to the name that owns the tensor.
         constants: names of tensors that graphs mention beside the source model's own.
+        settled: names of kept buffers that graphs were made by, so that other values do not fit.
     """
 
     def __init__(self, root: nn.Module | None = None) -> None:
         self.root: nn.Module = root if root is not None else Container()
         self.aliases: dict[str, str] = {}
         self.constants: set[str] = set()
-        self._overlays: dict[str, str] = {}
+        self.settled: set[str] = set()
+        self._overlays: dict[str, list[tuple[str, StoredRows, str]]] = {}
 
     @classmethod
     def mirror(cls, model: nn.Module) -> Store:
@@ -173,13 +177,13 @@ class Store:
             container.register_buffer(last, tensor)
         self.aliases[name] = owner
 
-    def add_overlay(self, base: str, fqn: str) -> None:
-        """Record that the trainable tensor ``fqn`` stands in for the base tensor ``base``."""
-        self._overlays[base] = fqn
+    def add_overlay(self, base: str, adaptation: str, own: StoredRows, fqn: str) -> None:
+        """Record that the trainable tensor ``fqn`` of an adaptation stands in for rows of the base tensor ``base``."""
+        self._overlays.setdefault(self.canonical(base), []).append((adaptation, own, fqn))
 
-    def overlay(self, base: str) -> str | None:
-        """The trainable tensor that stands in for ``base``, if any."""
-        return self._overlays.get(self.canonical(base))
+    def overlays(self, base: str) -> tuple[tuple[str, StoredRows, str], ...]:
+        """What stands in for rows of ``base``: whose it is, which rows, and its name."""
+        return tuple(self._overlays.get(self.canonical(base), ()))
 
     def canonical(self, fqn: str) -> str:
         """The name that owns the tensor called ``fqn``: itself, or the first of its tied names."""

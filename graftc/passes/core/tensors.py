@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.layout import Layout
 from graftc.passes.core.nodes import NodeBuilder
 from graftc.passes.core.program import follow
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite, Site
 from graftc.passes.core.store import RESERVED
+from graftc.passes.core.stored import StoredRows
 from graftc.specs.diagnostics import GraftError
 
 aten = torch.ops.aten
@@ -86,10 +86,8 @@ class TensorBuilder(NodeBuilder):
         if name not in self.store:
             self.store.add_buffer(name, value().detach(), persistent=False)
         if isinstance(self._site, LinearSite):
-            use, rows = self._site.use, self._site.rows
-            if use.layout is Layout.COLUMNS or use.leading:  # the stored tensor's first axis counts no rows
-                rows = Rows(self.store.get(use.weight).shape[0])
-            self.program.derived.setdefault(use.weight, []).append((self.adaptation, rows))
+            base = self._site.use.weight
+            self.program.derived.setdefault(base, []).append((self.adaptation, self.stored(self._site)))
         return self.attribute(name, part)
 
     def buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> fx.Node:
@@ -165,30 +163,44 @@ class TensorBuilder(NodeBuilder):
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
+    def stored(self, site: LinearSite, rows: Rows | None = None) -> StoredRows:
+        """Rows of the weight of a site as the Store holds them: by default all of the site's own."""
+        shape = self.store.get(site.use.weight).shape
+        return StoredRows.of(site.rows if rows is None else rows, site.use.layout, shape)
+
     def overlay(
-        self, base: str, rows: Rows | None = None, through: Callable[[fx.Node], fx.Node] = lambda trained: trained
+        self,
+        base: str,
+        rows: Rows | StoredRows | None = None,
+        index: fx.Node | None = None,
+        through: Callable[[fx.Node], fx.Node] = lambda trained: trained,
     ) -> fx.Node:
         """Train a copy of ``rows`` of a base tensor in its place; the base is never written.
 
-        Args:
-            base: the tensor.
-            rows: by default all.
-            through: makes what is read in its place of the trained tensor; the value has to be the same.
+        Returns the node of the trained tensor, which is as the base's rows are stored. It folds by standing in for
+        them.
 
-        Returns:
-            The node of the trained tensor. It folds by standing in for the base's rows.
+        Args:
+            base: Store name of the tensor.
+            rows: which rows, along its first axis where they do not say otherwise; by default all.
+            index: their numbers, where the graph has them; by default constants of it.
+            through: makes what is read in its place of the trained tensor; the value has to be the same.
         """
         tensor = self.store.get(base)
-        own = rows or Rows(tensor.shape[0] if tensor.dim() else 1)
+        own = rows if isinstance(rows, StoredRows) else StoredRows(rows or Rows(tensor.shape[0] if tensor.dim() else 1))
         known = len(self._overlaid)
         trained = self.trained_rows(base, own)
         current = self._attributes.get(base)
         if len(self._overlaid) > known and current is not None:
-            after = own.write(self._emit("overlay"), current, through(trained), 0, lambda: self._index(own))
+            emit, axis = self._emit("overlay"), own.axis
+            if index is None or own.whole:
+                after = own.rows.write(emit, current, through(trained), axis, lambda: self._index(own.rows))
+            else:
+                after = emit(aten.index_copy.default, current, axis, index, through(trained))
             self._redirect(current, after, lambda user: True)
         return trained
 
-    def trained_rows(self, base: str, own: Rows) -> fx.Node:
+    def trained_rows(self, base: str, own: StoredRows) -> fx.Node:
         """The node of a trained copy of rows of a base tensor. The caller puts it in place wherever they are read."""
         assert self._site is not None
         tensor = self.store.get(base)
@@ -203,8 +215,7 @@ class TensorBuilder(NodeBuilder):
             else:
                 value = value.clone()
             self.store.add_parameter(name, value, trainable=True)
-            if own.whole:
-                self.store.add_overlay(base, name)
+            self.store.add_overlay(base, self.adaptation, own, name)
         self.parts.setdefault(self._site.key, {})[part] = name
         self._claim(base, own)
         self.overlays.append((self._site.key, base, own, name))
@@ -214,7 +225,7 @@ class TensorBuilder(NodeBuilder):
         """A tensor of the adaptation by its Store name, if it is there already: made for another Program, or given."""
         return self.store.get(name) if name in self.store else self.values.get(name)
 
-    def stand_in(self, base: str, make: Callable[[fx.Node], fx.Node], rows: Rows | None = None) -> None:
+    def stand_in(self, base: str, make: Callable[[fx.Node], fx.Node], rows: StoredRows | None = None) -> None:
         """Put what is made of a base tensor in its place, wherever it is read. What other adaptations have put there is
         what it is made of.
 
@@ -226,7 +237,7 @@ class TensorBuilder(NodeBuilder):
         Raises:
             GraftError: GC021 where another adaptation trains them in another way, or takes them as constants.
         """
-        own = rows or Rows(self.store.get(base).shape[0] if self.store.get(base).dim() else 1)
+        own = rows or StoredRows(Rows(self.store.get(base).shape[0] if self.store.get(base).dim() else 1))
         self._check_unclaimed(base, own)
         self.program.summands.setdefault(base, []).append((self.adaptation, own))
         read = self._attributes.get(base)
@@ -234,27 +245,44 @@ class TensorBuilder(NodeBuilder):
             current = follow(read, {e.before: e.after for e in self.program.edits if not e.narrow})
             self._redirect(current, make(current), lambda user: True)
 
-    def _claim(self, base: str, rows: Rows) -> None:
+    def settled(self, part: str, value: Callable[[torch.Generator], Tensor]) -> tuple[fx.Node, Tensor]:
+        """Numbers by which the graph is made: worked out once and kept with the parameters, so that every graph, and
+        one that is made from a file, goes by the same ones.
+
+        Args:
+            part: their name within the adaptation.
+            value: works them out, on the CPU, drawing from the generator only, which depends on the seed and the
+                tensor's name; sizes are those for good. On the meta device it is asked for every graph.
+
+        Returns:
+            Their node, and the numbers themselves on the CPU.
+        """
+        name = self._name(part)
+        self.keep_buffer(part, lambda device: value(self.generator(name)).to(device))
+        self.store.settled.add(name)
+        held = self.store.get(name)
+        return self.attribute(name, part), value(self.generator(name)) if held.is_meta else held.cpu()
+
+    def _claim(self, base: str, rows: StoredRows) -> None:
         """Rows of a base tensor are trained by one adaptation only, and not where another has taken them as fixed."""
         self._check_unclaimed(base, rows, summands=True)
         self.program.claims.setdefault(base, []).append((self.adaptation, rows))
 
-    def _check_unclaimed(self, base: str, rows: Rows, *, summands: bool = False) -> None:
+    def _check_unclaimed(self, base: str, rows: StoredRows, *, summands: bool = False) -> None:
         """Raise GC021 where another adaptation has rows of a base tensor."""
         added = self.program.summands.get(base, ()) if summands else ()
         for owner, held in (*self.program.claims.get(base, ()), *added):
             if held.overlaps(rows):
                 raise GraftError(
                     "GC021",
-                    f"{self.adaptation!r} and {owner!r} would both train rows {rows} of {base}",
+                    f"{self.adaptation!r} and {owner!r} would both train {rows} of {base}",
                     hint="leave the tensor out of one of them",
                 )
         for owner, held in self.program.derived.get(base, ()):
             if owner != self.adaptation and held.overlaps(rows):
-                which = "all" if rows.whole else f"rows {rows}"
                 raise GraftError(
                     "GC021",
-                    f"{self.adaptation!r} would train {which} of {base}, whose values are constants to {owner!r}",
+                    f"{self.adaptation!r} would train {rows} of {base}, whose values are constants to {owner!r}",
                     hint=f"put {self.adaptation!r} before {owner!r} in the spec, or leave the place out of one of them",
                 )
 
