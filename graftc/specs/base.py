@@ -37,6 +37,9 @@ class MethodSpec(SpecModel):
     claims: ClassVar[Claims]
     """What the method claims; the contract tests check it."""
 
+    one_of: ClassVar[tuple[str, ...]] = ()
+    """Fields of which one has to be given and no other; the first is the one that examples show."""
+
     paper: ClassVar[str] = ""
     """The paper to cite: authors, year and title."""
 

@@ -17,6 +17,7 @@ __all__ = [
     "layer_indices",
     "match_modules",
     "parse_layer",
+    "parse_slice",
     "smallest_fix",
     "suggest",
     "write_items",
@@ -98,7 +99,12 @@ def _one_glob(glob: str) -> str:
 
 
 def parse_layer(entry: int | str) -> int | slice:
-    """One entry of ``layers``: an index, or ``"start:stop"`` or ``"start:stop:step"`` as in Python.
+    """One entry of ``layers``: see `parse_slice`."""
+    return parse_slice(entry, "layer")
+
+
+def parse_slice(entry: int | str, thing: str) -> int | slice:
+    """An index of some ``thing``, or ``"start:stop"`` or ``"start:stop:step"`` as in Python.
 
     Raises:
         GraftError: GC002 where the text is neither.
@@ -109,8 +115,8 @@ def parse_layer(entry: int | str) -> int | slice:
         return int(entry)
     match = _SLICE.fullmatch(entry)
     if match is None:
-        hint = 'write a layer such as 3 or -1, a slice such as "0:6", or a list of them'
-        raise GraftError("GC002", f"'{entry}' is no layer and no slice of layers", hint=hint)
+        hint = f'write a {thing} such as 3 or -1, a slice such as "0:6", or a list of them'
+        raise GraftError("GC002", f"'{entry}' is no {thing} and no slice of {thing}s", hint=hint)
     start, stop, step = (None if part is None else int(part) for part in match.groups())
     if step == 0:
         raise GraftError("GC002", f"the slice '{entry}' has step 0")

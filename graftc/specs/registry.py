@@ -54,9 +54,10 @@ class SpecEntry:
 
     @property
     def needed(self) -> dict[str, Any]:
-        """The fields without a default that say an example, each with it."""
+        """The fields without a default that say an example, each with it; and one of those of which one is needed."""
         fields = self.spec_class.model_fields
-        return {name: info.examples[0] for name, info in fields.items() if info.is_required() and info.examples}
+        shown = self.spec_class.one_of[:1]
+        return {n: i.examples[0] for n, i in fields.items() if i.examples and (i.is_required() or n in shown)}
 
 
 def method_specs() -> MappingProxyType[str, SpecEntry]:

@@ -17,6 +17,7 @@ __all__ = [
     "Layer",
     "Regex",
     "RoleName",
+    "RowNumber",
     "SchemaWriter",
     "needs_one_of",
     "without_raises",
@@ -74,6 +75,11 @@ _LAYER: dict[str, Any] = {
     "anyOf": [{"type": "integer"}, {"type": "string", "pattern": f"^({_INDEX}|{_SLICE})$"}],
     "examples": [0, -1, "0:6", "-4:", "::2"],
 }
+_ROW: dict[str, Any] = {
+    "description": "A row by its number from 0, or a slice as in Python; negative ones count from the end.",
+    "anyOf": _LAYER["anyOf"],
+    "examples": [0, -1, "0:16", "-4:", "::2"],
+}
 _NAME = "A name for an adaptation: letters, digits and underscores, not starting with a digit or two underscores."
 _NAMES: dict[str, Any] = {
     "type": "string",
@@ -87,6 +93,7 @@ if TYPE_CHECKING:
     Glob: TypeAlias = str
     Regex: TypeAlias = str
     Layer: TypeAlias = int | str
+    RowNumber: TypeAlias = int | str
     AdaptationName: TypeAlias = str
 else:
     # Named types are written once, under $defs. The names are those there: a field reads as "glob or list of glob".
@@ -98,5 +105,7 @@ else:
     """A regular expression of module paths."""
     Layer = TypeAliasType("layer", Annotated[int | str, WithJsonSchema(_LAYER)])
     """A layer or a slice of layers."""
+    RowNumber = Annotated[int | str, WithJsonSchema(_ROW)]
+    """A row or a slice of rows."""
     AdaptationName = TypeAliasType("name", Annotated[str, WithJsonSchema(_NAMES)])
     """The name of an adaptation."""
