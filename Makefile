@@ -15,7 +15,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast test-full test-gpu lint format wheel coverage bench-train bench-adapters bench-inputs docs clean
+.PHONY: help setup demo test test-fast test-full test-gpu lint format wheel coverage bench-train bench-adapters bench-inputs bench-sparse docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -96,6 +96,9 @@ bench-adapters: setup ## what bottleneck adapters and AdaMix cost in a step: ben
 
 bench-inputs: setup ## what virtual tokens and prefixes cost in a step, beside peft: benchmarks/results/inputs.*
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.inputs $(ARGS)
+
+bench-sparse: setup ## time and memory of whole steps, full, LoRA and sparse deltas: benchmarks/results/sparse.* (ARGS="--dtype float32")
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.sparse $(ARGS)
 
 # Material for MkDocs prints a notice about MkDocs 2 at every build unless it is told not to.
 docs: setup ## write the generated pages of docs/ and build the site (site/, no network needed)

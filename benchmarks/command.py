@@ -9,14 +9,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from benchmarks.train.contestants import Entry
 from benchmarks.train.measure import Measured, contest, mismatches
 from benchmarks.train.models import FULL, TINY, base
-from benchmarks.train.report import figures, load_text, machine
+from benchmarks.train.report import FLOOR, figures, load_text, machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -39,17 +39,46 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     return options
 
 
+def command_line(prog: str, arguments: Sequence[str] | None) -> str:
+    """What was typed."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return " ".join([prog, *(f"'{a}'" if re.search(r"[^\w./-]", a) else a for a in given)])
+
+
+class Named(Protocol):
+    """An entry of a table."""
+
+    @property
+    def name(self) -> str:
+        """Unique."""
+
+    @property
+    def peer(self) -> str | None:
+        """The name of the entry that it is compared with."""
+
+
+N = TypeVar("N", bound=Named)
+
+
+def chosen(entries: Sequence[N], pattern: str | None) -> tuple[N, ...]:
+    """Entries whose names a regular expression finds, with the floor and their peers; all where there is none."""
+    if pattern is None:
+        return tuple(entries)
+    found = [entry for entry in entries if re.search(pattern, entry.name)]
+    wanted = {FLOOR, *(entry.name for entry in found), *(entry.peer for entry in found)}
+    return tuple(entry for entry in entries if entry.name in wanted)
+
+
 def timed(
     prog: str, options: argparse.Namespace, entries: Sequence[Entry], arguments: Sequence[str] | None
-) -> tuple[dict[str, Measured], dict[str, Any]]:
+) -> tuple[list[Measured], dict[str, Any]]:
     """Run the rounds: what each entry took, and the figures."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     shape, rounds = (TINY, min(options.rounds, 2)) if options.quick else (FULL, options.rounds)
     date, before = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), machine()
     found, skipped = contest(entries, base(shape), rounds, tell=lambda line: print(line, file=sys.stderr, flush=True))
-    given = sys.argv[1:] if arguments is None else arguments
-    command = " ".join([prog, *(f"'{a}'" if re.search(r"[^\w./-]", a) else a for a in given)])
+    command = command_line(prog, arguments)
     return found, figures(found, skipped, shape, command=command, date=date, before=before)
 
 
@@ -61,7 +90,7 @@ def write(out: Path, name: str, data: Mapping[str, Any], text: str) -> None:
     print(text)
 
 
-def verdict(found: Mapping[str, Measured]) -> int:
+def verdict(found: Sequence[Measured]) -> int:
     """1 where an entry does not compute what its peer does, named on the error stream; else 0."""
     wrong = mismatches(found)
     for name, difference in wrong.items():

@@ -8,23 +8,13 @@ Writes train.json, train.md, and train.png and train.svg where matplotlib is ins
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 
-from benchmarks.command import parse, parser, timed, verdict, write
-from benchmarks.train.contestants import ENTRIES, Entry
+from benchmarks.command import chosen, parse, parser, timed, verdict, write
+from benchmarks.train.contestants import ENTRIES
 from benchmarks.train.plot import plot
-from benchmarks.train.report import FLOOR, as_markdown
-
-
-def chosen(pattern: str | None) -> tuple[Entry, ...]:
-    """Entries whose names a regular expression finds, with the floor and their peers."""
-    if pattern is None:
-        return ENTRIES
-    found = {entry.name: entry for entry in ENTRIES if re.search(pattern, entry.name)}
-    wanted = {FLOOR, *found, *(entry.peer for entry in found.values())}
-    return tuple(entry for entry in ENTRIES if entry.name in wanted)
+from benchmarks.train.report import as_markdown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options_of = parser(prog, "What a training step costs.", 15)
     options_of.add_argument("--only", metavar="REGEX", help="entries with such names, with the floor and their peers")
     options = parse(options_of, arguments)
-    entries = chosen(options.only)
+    entries = chosen(ENTRIES, options.only)
     if len(entries) < 2:
         options_of.error(f"no entry is called {options.only!r}; there are {', '.join(e.name for e in ENTRIES)}")
     found, data = timed(prog, options, entries, arguments)

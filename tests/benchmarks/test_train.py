@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.train.__main__ import chosen, main
+from benchmarks.command import chosen
+from benchmarks.train.__main__ import main
 from benchmarks.train.contestants import ENTRIES, Aims, Entry, Live, UnavailableError
 from benchmarks.train.measure import Measured, contest, mismatches, peak_bytes, saved_bytes
 from benchmarks.train.models import TINY, Base, base, fill, place_of, shared_copy
@@ -126,7 +127,7 @@ def test_another_loss_than_the_peers_is_noticed() -> None:
 
 
 def test_some_entries_bring_their_peers_and_the_floor() -> None:
-    assert [entry.name for entry in chosen("graftc IA3")] == ["floor", "peft IA3", "graftc IA3"]
+    assert [entry.name for entry in chosen(ENTRIES, "graftc IA3")] == ["floor", "peft IA3", "graftc IA3"]
 
 
 def test_groups_stand_apart() -> None:
@@ -140,7 +141,7 @@ def test_groups_stand_apart() -> None:
 def test_values_do_not_depend_on_the_library(tiny: Base) -> None:
     """Filled alike, a method of peft and of graftc compute the same: the first check that they do the same work."""
     losses = {}
-    for entry in chosen("^(peft|graftc) LoRA$"):
+    for entry in chosen(ENTRIES, "^(peft|graftc) LoRA$"):
         live = entry.make(tiny)
         assert fill(live.model) == live.trained
         losses[entry.name] = live.loss().item()

@@ -1,0 +1,205 @@
+"""Who runs: each entry puts itself on a base model and can take whole training steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.train.contestants import PROJECTIONS, ROLES, Library, UnavailableError
+from benchmarks.train.models import TINY, Base, Shape, base, fill, shared_copy
+
+__all__ = ["CYCLE", "ENTRIES", "FULL_SHAPE", "LORA", "TINY_SHAPE", "Entry", "Training", "base_in"]
+
+FULL_SHAPE = Shape(width=768, intermediate=2048, layers=8, heads=12, vocabulary=4096, batch=4, length=128, rank=64)
+"""What the figures are about. The vocabulary is small, so that the head does not dominate."""
+
+TINY_SHAPE = replace(TINY, layers=2)
+"""To try the harness."""
+
+CYCLE = 20
+"""Steps from one replacement of entries of a sparse delta to the next (S)."""
+
+LORA = "peft LoRA"
+"""The entry that others are compared with."""
+
+RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Training:
+    """An entry that is ready to train.
+
+    Attributes:
+        model: what it runs, in train mode.
+        loss: a forward pass and its loss.
+        optimiser: of what trains; None where nothing does.
+        after: what a method does behind a step of the optimiser.
+    """
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    optimiser: torch.optim.Optimizer | None = None
+    after: Callable[[], None] | None = None
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What trains."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def clear(self) -> None:
+        """Free the gradients."""
+        if self.optimiser is not None:
+            self.optimiser.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """All of a training step, from freeing the last one's gradients on."""
+        self.clear()
+        self.advance()
+
+    def advance(self) -> None:
+        """A training step behind `clear`."""
+        loss = self.loss()
+        torch.autograd.backward(loss)
+        del loss
+        if self.optimiser is not None:
+            self.optimiser.step()
+        if self.after is not None:
+            self.after()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the tables.
+
+    Attributes:
+        name: unique.
+        library: whose it is.
+        make: puts it on a base, with activation checkpointing or without.
+        dtypes: of the bases that it is for; all where it is None.
+        exact: whether its first loss must be that of peft's LoRA in float32.
+    """
+
+    name: str
+    library: Library
+    make: Callable[[Base, bool], Training]
+    dtypes: tuple[str, ...] | None = None
+    exact: bool = False
+
+    @property
+    def peer(self) -> str | None:
+        """The name of the entry that it is compared with."""
+        return None if self.name == LORA else LORA
+
+
+def base_in(shape: Shape, dtype: str, device: str = "cpu") -> Base:
+    """The base model with its parameters in a dtype; what rotary positions are made of stays float32."""
+    made = base(shape)
+    wanted: torch.dtype = getattr(torch, dtype)
+    for parameter in made.model.parameters():
+        parameter.data = parameter.data.to(wanted)
+    embeddings = made.embeddings.detach().to(device, wanted).requires_grad_()
+    return Base(shape, made.model.to(device), embeddings, made.labels.to(device))
+
+
+def _texts(base: Base) -> dict[str, Tensor]:
+    return {"input_ids": base.labels, "labels": base.labels}
+
+
+def _checkpointed(model: Any, checkpointing: bool) -> Any:
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _floor(base: Base, checkpointing: bool) -> Training:
+    """The frozen base: a forward pass, and a backward pass to the embeddings."""
+    model = _checkpointed(shared_copy(base.model), checkpointing)
+    inputs = base.batch
+
+    def loss() -> Tensor:
+        inputs["inputs_embeds"].grad = None
+        found: Tensor = model(**inputs).loss
+        return found
+
+    return Training(model, loss)
+
+
+def _full(base: Base, checkpointing: bool) -> Training:
+    """Everything trains: on a copy, since others share the base."""
+    model = _checkpointed(copy.deepcopy(base.model), checkpointing).requires_grad_(True)
+    inputs = _texts(base)
+    return Training(model, lambda: model(**inputs).loss, torch.optim.AdamW(model.parameters(), lr=RATE))
+
+
+def _peft(**options: Any) -> Callable[[Base, bool], Training]:
+    def make(base: Base, checkpointing: bool) -> Training:
+        import peft
+
+        rank = base.shape.rank
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(_checkpointed(shared_copy(base.model), checkpointing), config, **options).train()
+        fill(model)
+        inputs = _texts(base)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # peft's own forward only maps the task's inputs.
+        inner = model.base_model
+        return Training(model, lambda: inner(**inputs).loss, torch.optim.AdamW(trained, lr=RATE))
+
+    return make
+
+
+def _compiled(base: Base, checkpointing: bool, **adaptation: Any) -> Any:
+    """A method of graftc on all projections. Here entries are skipped whose method is not there."""
+    import graftc
+
+    spec: dict[str, Any] = {"adapt": [{"target": {"role": ROLES}, **adaptation}]}
+    if checkpointing:
+        spec["checkpoint"] = "layers"
+    try:
+        return graftc.compile(spec, shared_copy(base.model), _texts(base)).train()
+    except graftc.GraftError as error:
+        raise UnavailableError(str(error).splitlines()[0]) from error
+
+
+def _lora(base: Base, checkpointing: bool) -> Training:
+    rank = base.shape.rank
+    model = _compiled(base, checkpointing, method="lora", rank=rank, alpha=rank)
+    fill(model)
+    inputs = _texts(base)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Training(model, lambda: model(**inputs).loss, torch.optim.AdamW(trained, lr=RATE))
+
+
+def _sparse(variant: str, optimiser: str) -> Callable[[Base, bool], Training]:
+    def make(base: Base, checkpointing: bool) -> Training:
+        model = _compiled(base, checkpointing, method="spiel", variant=variant, equivalent_rank=base.shape.rank)
+        import graftc.optim
+
+        inputs = _texts(base)
+        made = getattr(graftc.optim, optimiser)(model, lr=RATE)
+        return Training(model, lambda: model(**inputs).loss, made, model.after_step)
+
+    return make
+
+
+ENTRIES: tuple[Entry, ...] = (
+    Entry("floor", "torch", _floor),
+    Entry("full", "torch", _full),
+    Entry(LORA, "peft", _peft()),
+    Entry("graftc LoRA", "graftc", _lora, exact=True),
+    Entry(f"{LORA}, bfloat16", "peft", _peft(autocast_adapter_dtype=False), dtypes=("bfloat16",)),
+    Entry("graftc SpIEL-AG", "graftc", _sparse("AG", "AgedAdamW")),
+    Entry("graftc SpIEL-MA", "graftc", _sparse("MA", "SM3")),
+)
+"""In the order of their turns in a round."""
+
+PAPER: Mapping[str, Mapping[bool, tuple[float, float]]] = {
+    "graftc SpIEL-MA": {False: (0.75, 1.0), True: (0.94, 0.98)},
+    "graftc SpIEL-AG": {False: (0.85, 1.1), True: (1.11, 1.05)},
+}
+"""Memory and time of a step over LoRA's in Ansell et al. 2024 (7B, on an A100), without checkpointing and with it."""
