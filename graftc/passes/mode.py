@@ -119,7 +119,7 @@ def _alike(node: fx.Node) -> None:
 
 
 def _lost(node: fx.Node) -> None:
-    """Nothing is lost to a dropout."""
+    """Nothing is lost to a dropout, and gates have no noise."""
     node.args = (*node.args[:4], None, *node.args[5:])
 
 
@@ -129,6 +129,7 @@ RULES: dict[object, Callable[[fx.Node], dict[fx.Node, fx.Node] | None]] = {
     torch.ops.graftc.seeded_dropout.default: _erase,
     torch.ops.graftc.grad_mask.default: _erase,
     torch.ops.graftc.rescale.default: _lost,
+    torch.ops.graftc.gated_weight.default: _lost,
     aten.feature_dropout.default: _erase,
     aten.alpha_dropout.default: _erase,
     aten.scaled_dot_product_attention.default: _attention,

@@ -6,6 +6,24 @@ import torch
 from torch import Tensor
 
 
+SEEDS = 2**62
+"""Seeds are drawn from ``[0, SEEDS)``."""
+
+
+def hashed(numbers: Tensor, seed: Tensor) -> Tensor:
+    """Random bits for each number, keyed by the seed: the low 31 of ``int32``, of ``numbers``' shape.
+
+    A multiplier and an offset come from the two halves of the seed; the mixing is a 32-bit avalanche, so the bits are
+    the same on every device and whether it runs eagerly, compiled or exported.
+
+    Args:
+        numbers: ``int32``.
+        seed: ``int64[1]``.
+    """
+    low, high = halves(seed)
+    return avalanche(numbers * (2 * high + 1) + low) & 0x7FFFFFFF
+
+
 def avalanche(z: Tensor) -> Tensor:
     """``int32`` numbers mixed, each on its own, so that every bit depends on all of its bits."""
     z = (z ^ ((z >> 16) & 0xFFFF)) * 0x7FEB352D

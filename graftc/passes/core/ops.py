@@ -12,21 +12,19 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.dropout import DECOMPOSITIONS as DROPOUT
+from graftc.passes.core.gated import DECOMPOSITIONS as GATED
 from graftc.passes.core.gradients import DECOMPOSITIONS as GRADIENTS
-from graftc.passes.core.hashing import avalanche, halves
+from graftc.passes.core.hashing import SEEDS, hashed
 from graftc.passes.core.magnitude import DECOMPOSITIONS as MAGNITUDE
 from graftc.passes.core.sparse import DECOMPOSITIONS as SPARSE
 
+__all__ = ["DECOMPOSITIONS", "SEEDS", "dropout_mask", "seeded_dropout", "seeded_dropout_decomposed"]
+
 aten = torch.ops.aten
-SEEDS = 2**62
-"""Seeds are drawn from ``[0, SEEDS)``."""
 
 
 def dropout_mask(like: Tensor, seed: Tensor, p: float) -> Tensor:
     """Which elements stay, ``bool`` of ``like``'s shape: a hash of each element's number, keyed by the seed.
-
-    A multiplier and an offset come from the two halves of the seed; the mixing is a 32-bit avalanche, so the mask is
-    the same on every device and whether it runs eagerly, compiled or exported.
 
     Args:
         like: gives the shape and device.
@@ -34,9 +32,7 @@ def dropout_mask(like: Tensor, seed: Tensor, p: float) -> Tensor:
         p: probability of dropping an element.
     """
     number = torch.arange(like.numel(), device=like.device, dtype=torch.int32)
-    low, high = halves(seed)
-    z = avalanche(number * (2 * high + 1) + low)
-    kept: Tensor = ((z & 0x7FFFFFFF) >= min(int(p * 2**31), 2**31 - 1)).view(like.shape)
+    kept: Tensor = (hashed(number, seed) >= min(int(p * 2**31), 2**31 - 1)).view(like.shape)
     return kept
 
 
@@ -80,6 +76,7 @@ seeded_dropout.register_autograd(_backward, setup_context=_setup)
 DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.graftc.seeded_dropout.default: seeded_dropout_decomposed,
     **DROPOUT,
+    **GATED,
     **GRADIENTS,
     **MAGNITUDE,
     **SPARSE,
