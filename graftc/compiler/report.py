@@ -16,8 +16,10 @@ from torch import Tensor, fx, nn
 from graftc.compiler.collapse import collapsed_parameters
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import TRAIN
+from graftc.compiler.steering import live_places
 from graftc.compiler.tokens import TOKENS
 from graftc.passes.core.program import Program, provenance
+from graftc.passes.core.registry import method_for
 from graftc.passes.core.shapes import Sizes
 from graftc.passes.core.sites import linear_use
 from graftc.passes.core.store import Store
@@ -58,7 +60,8 @@ class Report:
         trainable_parameters: of all adaptations, without the task head and the ``train:`` list.
         trained_in_full: elements of the modules in ``train:``.
         deployed_parameters: what has to ship beside the base if nothing is folded; of experts that are averaged,
-            one. Ranks without an effect count (`Compiled.rank_pattern` has them): their tensors ship as well.
+            one; of differences that a later training prunes, what it leaves. Ranks without an effect count
+            (`Compiled.rank_pattern` has them): their tensors ship as well.
         percent: ``100 t / (base + t)``.
         flops_per_token: of the base's linear maps and attention-free products.
         capture_seconds, rewrite_seconds: how long compiling took.
@@ -105,7 +108,7 @@ def report(compilation: Compilation) -> Report:
         base,
         trainable,
         full,
-        sum({**added, **collapsed_parameters(compilation)}.values()) - full,
+        sum({**added, **collapsed_parameters(compilation), **_left(compilation)}.values()) - full,
         100 * trainable / (base + trainable) if trainable else 0.0,
         flops_per_token(family.base_eval, family.base_eval.graph.nodes),
         family.capture_seconds,
@@ -113,6 +116,16 @@ def report(compilation: Compilation) -> Report:
         family.cached,
         tuple(compilation.notes),
     )
+
+
+def _left(compilation: Compilation) -> dict[str, int]:
+    """What adaptations say themselves of how many elements they are deployed with, by name."""
+    found: dict[str, int] = {}
+    for item in compilation.main.resolved:
+        count = method_for(item.spec.method).deployed(item.spec, live_places(compilation, item)[0])
+        if count is not None:
+            found[item.name] = count
+    return found
 
 
 def _entry(name: str, method: str, sites: int, program: Program, store: Store) -> AdaptationReport:

@@ -125,7 +125,7 @@ def _regions(places: Sequence[Place[LTSFT]]) -> Iterator[tuple[Place[LTSFT], Reg
 
 def _own(place: Place[LTSFT], region: Region) -> Tensor:
     """The trained copy of a region, flat, in the order of its own entries."""
-    return region.flat(place.tensors[region.part])
+    return place.tensors[region.part].reshape(-1)
 
 
 def _before(place: Place[LTSFT], region: Region) -> tuple[Tensor, Tensor]:

@@ -225,7 +225,7 @@ def largest_entries(
 
 def key_of(region: Region) -> Key:
     """What tells the region of a tensor from others."""
-    return region.tensor, str(region.rows)
+    return region.tensor, str(region.where)
 
 
 def _placed(region: Region, numbers: Tensor | None, count: int, dtype: torch.dtype) -> Callable[[torch.device], Tensor]:

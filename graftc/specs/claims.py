@@ -38,7 +38,8 @@ class Claims:
         identity_at_init: before training, the adapted model computes exactly what the base computes.
         folds: whether and how it folds.
         bankable: several adaptations of one shape can share a bank. Default False.
-        inert: names of tensor parts that legitimately get no gradient at first. Default none.
+        inert: names of tensor parts that legitimately get no gradient at first, or patterns of them (``*_gate``).
+            Default none.
 
     Raises:
         ValueError: ``sites`` is empty.

@@ -93,7 +93,8 @@ def _type(field: Mapping[str, Any], link: Link) -> str:
         address = link(name)
         return f"[{name}]({address})" if address else name
     if field.get("type") == "array":
-        return f"list of {_type(field.get('items', {}), link)}"
+        pair = field.get("prefixItems")
+        return f"list of {_type({'anyOf': pair} if pair else field.get('items', {}), link)}"
     return _WORDS.get(str(field.get("type", "")), "any")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 SEEDS = 2**62
 """Seeds are drawn from ``[0, SEEDS)``."""
 

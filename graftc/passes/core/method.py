@@ -111,6 +111,16 @@ class Method(ABC, Generic[S]):
         """
         raise NotImplementedError
 
+    def deployed(self, spec: S, places: Sequence[Place[S]]) -> int | None:
+        """How many elements have to ship beside the base after all trainings, where these are not those of its
+        parameters; None where they are.
+
+        Args:
+            spec: the adaptation without its overrides applied.
+            places: every adapted place with its tensors, which may be on the meta device.
+        """
+        return None
+
     def live_ranks(self, spec: S, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """Which ranks of one site have an effect, ``bool[..., rank]``; None for a method whose ranks all have.
 

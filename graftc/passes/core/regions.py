@@ -27,15 +27,13 @@ class Region:
         part: what the tensor is called within its module.
         tensor: its Store name.
         shape: its sizes as it is stored.
-        rows: the own rows of it, seen as `layout` says.
-        layout: how the Store holds it; `Layout.PLAIN` for what is no matrix.
+        where: the own part of it.
     """
 
     part: str
     tensor: str
     shape: tuple[int, ...]
-    rows: Rows
-    layout: Layout
+    where: StoredRows
 
     @property
     def total(self) -> int:
@@ -45,29 +43,26 @@ class Region:
     @property
     def size(self) -> int:
         """How many entries belong to the site."""
-        return self.total if self.rows.whole else self.total // self.rows.total * self.rows.count
+        return math.prod(self.own_shape)
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The sizes of what `take` gives."""
+        axis = range(len(self.shape))[self.where.axis] if self.shape else -1
+        return tuple(self.where.rows.count if index == axis else size for index, size in enumerate(self.shape))
 
     @property
     def every_row(self) -> Rows:
         """All rows of the stored tensor, along its first axis."""
         return Rows(self.shape[0] if self.shape else 1)
 
-    @property
-    def where(self) -> StoredRows:
-        """The own part of the tensor."""
-        return StoredRows.of(self.rows, self.layout, torch.Size(self.shape))
-
     def take(self, stored: Tensor) -> Tensor:
         """The own part of a tensor of this shape, as it is stored."""
         return self.where.take(stored)
 
     def own(self, stored: Tensor) -> Tensor:
-        """The own entries of a tensor of this shape, flat."""
-        return self.flat(self.take(stored))
-
-    def flat(self, part: Tensor) -> Tensor:
-        """What `take` gives as what `own` gives."""
-        return part.reshape(-1) if self.rows.whole else self.layout.orient(part).reshape(-1)
+        """The own entries of a tensor of this shape, flat, in their order there."""
+        return self.take(stored).reshape(-1)
 
     def stored(self, numbers: Tensor) -> Tensor:
         """Where own entries lie in the tensor as it is stored, ``int32`` or ``int64``.
@@ -75,13 +70,13 @@ class Region:
         Args:
             numbers: of own entries, in the order of `own`.
         """
-        if not self.rows.whole:
+        if not self.where.whole:
             numbers = self.own(torch.arange(self.total, device=numbers.device).view(self.shape))[numbers]
         return numbers.to(torch.int32 if self.total < SMALL else torch.int64)
 
     def numbers(self, indices: Tensor) -> Tensor:
         """The way back from `stored`, ``int64``."""
-        if self.rows.whole:
+        if self.where.whole:
             return indices.long()
         every = self.own(torch.arange(self.total, device=indices.device).view(self.shape))
         back = torch.empty(self.total, dtype=torch.int64, device=indices.device)
@@ -93,16 +88,15 @@ def regions_of(site: Site, store: Store | Mapping[str, Tensor], *, biases: bool 
 
     Args:
         site: a map, a norm or a parameter.
-        store: holds the tensors.
+        store: has the tensors by their Store names.
         biases: also what is added to a map.
     """
 
     def region(tensor: str, rows: Rows | None = None, layout: Layout = Layout.PLAIN) -> Region:
         held = store.get(tensor)
         assert held is not None
-        shape = tuple(held.shape)
-        whole = Rows(shape[0] if shape else 1)
-        return Region(tensor.rpartition(".")[2], tensor, shape, rows if rows is not None else whole, layout)
+        own = rows if rows is not None else Rows(held.shape[0] if held.dim() else 1)
+        return Region(tensor.rpartition(".")[2], tensor, tuple(held.shape), StoredRows.of(own, layout, held.shape))
 
     if isinstance(site, LinearSite):
         found = [region(site.use.weight, site.rows, site.use.layout)]

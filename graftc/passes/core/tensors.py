@@ -225,7 +225,9 @@ class TensorBuilder(NodeBuilder):
         """A tensor of the adaptation by its Store name, if it is there already: made for another Program, or given."""
         return self.store.get(name) if name in self.store else self.values.get(name)
 
-    def stand_in(self, base: str, make: Callable[[fx.Node], fx.Node], rows: StoredRows | None = None) -> None:
+    def stand_in(
+        self, base: str, make: Callable[[fx.Node], fx.Node], rows: StoredRows | None = None, *, within: bool = False
+    ) -> None:
         """Put what is made of a base tensor in its place, wherever it is read. What other adaptations have put there is
         what it is made of.
 
@@ -233,6 +235,7 @@ class TensorBuilder(NodeBuilder):
             base: its Store name.
             make: from the tensor's node to one of the same type, which adds to entries of it.
             rows: which rows these are in; all by default.
+            within: ``make`` has these rows alone.
 
         Raises:
             GraftError: GC021 where another adaptation trains them in another way, or takes them as constants.
@@ -243,7 +246,12 @@ class TensorBuilder(NodeBuilder):
         read = self._attributes.get(base)
         if read is not None:
             current = follow(read, {e.before: e.after for e in self.program.edits if not e.narrow})
-            self._redirect(current, make(current), lambda user: True)
+            changed = self._within(current, make, own) if within else make(current)
+            self._redirect(current, changed, lambda user: True)
+
+    def _within(self, tensor: fx.Node, make: Callable[[fx.Node], fx.Node], own: StoredRows) -> fx.Node:
+        part = own.rows.read(self._emit("own rows"), tensor, own.axis, lambda: self._index(own.rows))
+        return own.rows.write(self._emit("write rows"), tensor, make(part), own.axis, lambda: self._index(own.rows))
 
     def settled(self, part: str, value: Callable[[torch.Generator], Tensor]) -> tuple[fx.Node, Tensor]:
         """Numbers by which the graph is made: worked out once and kept with the parameters, so that every graph, and

@@ -134,7 +134,8 @@ def _type(field: dict[str, Any]) -> str:
     if "$ref" in field:
         return str(field["$ref"]).rpartition("/")[2]
     if field.get("type") == "array":
-        return f"list of {_type(field.get('items', {}))}"
+        pair = field.get("prefixItems")
+        return f"list of {_type({'anyOf': pair} if pair else field.get('items', {}))}"
     bounds = [f"{sign} {field[key]:g}" for key, sign in _BOUNDS if key in field]
     return " ".join([str(field.get("type", "any")), ", ".join(bounds)]).strip()
 
