@@ -310,6 +310,22 @@ def test_published_subsets(number: str, model: Any, entry: dict[str, Any], train
 
 
 @pytest.mark.slow
+def test_diff_pruning_of_bert_large() -> None:
+    """Row 4: 0.5 % of the model without its head, ``floor(0.005 N)``, after either training."""
+    name, config, values = BERT_LARGE_CASED
+    model = _model(name, config, tuple({**values, "vocab_size": 30522}.items()))
+    size = 335_141_888
+    head = sum(p.numel() for n, p in model.named_parameters() if n.startswith("classifier"))
+    assert sum(p.numel() for p in model.parameters()) - head == size
+    first = graftc.check({"adapt": [{"method": "diff_pruning"}]}, model)
+    tensors = sum(1 for n, _ in model.named_parameters() if not n.startswith("classifier"))
+    assert (first.trainable_parameters, first.deployed_parameters) == (2 * size + tensors, 1_675_709)
+    second = graftc.check({"adapt": [{"method": "diff_pruning", "stage": 2}]}, model)
+    assert (second.trainable_parameters, second.deployed_parameters) == (1_675_709, 1_675_709)
+    assert f"{100 * second.deployed_parameters / size:.1f}%" == "0.5%"
+
+
+@pytest.mark.slow
 def test_cross_attention_of_published_sizes() -> None:
     """``4 L (d^2 + d)`` of a translation model, 6 layers of 512 and 12 of 1024."""
     for layers, width, published in ((6, 512, 6_303_744), (12, 1024, 50_380_800)):

@@ -1,0 +1,188 @@
+"""Diff pruning: differences with hard-concrete gates, then training of those that are left (arXiv:2012.07463)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
+
+from graftc.passes.core.builder import Builder, Initialiser
+from graftc.passes.core.folds import Fold, TensorFold
+from graftc.passes.core.hashing import SEEDS
+from graftc.passes.core.lowrank import zeros
+from graftc.passes.core.regions import Region, largest, regions_of
+from graftc.passes.core.rows import Rows
+from graftc.passes.core.sites import LinearSite, Site
+from graftc.passes.core.stages import Advance
+from graftc.passes.core.steering import Place, TensorObjective
+from graftc.passes.core.tensors import tensor_name
+from graftc.passes.selection import Chosen, SparseTensors, budget_of, key_of
+from graftc.specs.diff_pruning import DiffPruning
+
+aten = torch.ops.aten
+
+
+class OpenGates(TensorObjective[DiffPruning]):
+    """``penalty * sum P(z > 0)`` over the gates of all entries, and of all tensors."""
+
+    @classmethod
+    def wanted(cls, spec: DiffPruning) -> bool:
+        """See `Steering.wanted`."""
+        return spec.stage == 1 and spec.penalty > 0
+
+    def value(self) -> Tensor:
+        """See `TensorObjective.value`."""
+        terms = [self._of(place.tensors, part) for place in self.places for part in _tensors_of(place.tensors)]
+        return self.spec.penalty * torch.stack(terms).sum()
+
+    def _of(self, tensors: Mapping[str, Tensor], part: str) -> Tensor:
+        # Worked out again in the backward pass: it would keep as much as the gates take.
+        entries = checkpoint(
+            self._open,
+            tensors[f"{part}_alpha"],
+            use_reentrant=False,
+            preserve_rng_state=False,
+            determinism_check="none",
+        )
+        assert isinstance(entries, Tensor)
+        if not self.spec.structured:
+            return entries
+        group = self._open(tensors[f"{part}_group"])
+        return entries + group if self.spec.group_penalty == "sum" else entries * group
+
+    def _open(self, alpha: Tensor) -> Tensor:
+        return torch.sigmoid(alpha - self.spec.shift).sum()
+
+
+class DiffPruningMethod(SparseTensors[DiffPruning]):
+    """``W' = W + z z_group w`` for every tensor, then ``W + scatter(indices, delta)`` for the entries that are left.
+
+    What is put in place is `graftc::gated_weight`, wherever a tensor is read. Where a site has some rows of a tensor,
+    its parameters are as large as these rows, which make a group of their own. The second training is `SparseTensors`.
+    """
+
+    spec_class = DiffPruning
+    objective = OpenGates
+
+    def prepare(self, spec: DiffPruning, sites: Sequence[Site], build: Builder) -> Chosen:
+        """Every entry has a difference at first; later, see `SparseTensors`.
+
+        Raises:
+            GraftError: GC020 where the budget is none of the target's entries, or more than all.
+        """
+        if spec.stage > 1:
+            return super().prepare(spec, sites, build)
+        counts = {key: region.size for key, (_, region) in self.tensors_of(sites, build.store).items()}
+        budget_of(spec, sum(counts.values()))
+        return Chosen(counts, {})
+
+    def insert(self, spec: DiffPruning, site: Site, shared: Chosen, build: Builder) -> None:
+        """Put the changed tensors of the site in place of the base's.
+
+        Raises:
+            GraftError: GC021 where another adaptation trains one of them as a whole, or takes it as constant.
+        """
+        if spec.stage > 1:
+            super().insert(spec, site, shared, build)
+            return
+        for region in regions_of(site, build.store, biases=self.biases):
+            key = key_of(region)
+            if key not in shared.placed:
+                shared.placed.add(key)
+                build.stand_in(region.tensor, partial(_gated, spec, build, region), region.where, within=True)
+
+    def fold(self, spec: DiffPruning, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """The sums are the new values, with gates that have no noise."""
+        if spec.stage > 1:
+            return super().fold(spec, site, tensors)
+        rows = site.rows if isinstance(site, LinearSite) else None
+        changes = {part: _added(difference(spec, tensors, part), rows) for part in _tensors_of(tensors)}
+        return TensorFold(changes)
+
+    def stages(self, spec: DiffPruning) -> int:
+        """Two."""
+        return 2
+
+    @torch.no_grad()
+    def advance(
+        self, spec: DiffPruning, places: Sequence[Place[DiffPruning]], shared: Mapping[str, Tensor]
+    ) -> Advance[DiffPruning]:
+        """The entries with the largest differences are left, and start from these."""
+        held = [
+            (place, region)
+            for place in places
+            for region in regions_of(place.site, place.base, biases=self.biases)
+            if f"{region.part}_w" in place.tensors
+        ]
+        sizes = [partial(_magnitude, spec, place.tensors, region.part) for place, region in held]
+        found = largest(sizes, budget_of(spec, _entries(places)))
+        values: dict[str, Tensor] = {}
+        for (place, region), numbers in zip(held, found, strict=True):
+            if numbers.numel():
+                name = partial(tensor_name, place.site, str(spec.name))
+                own = difference(spec, place.tensors, region.part).reshape(-1)
+                values[name(f"{region.part}_indices")] = region.stored(numbers)
+                values[name(f"{region.part}_delta")] = own[numbers]
+        return Advance(spec.model_copy(update={"stage": spec.stage + 1}), values)
+
+    def deployed(self, spec: DiffPruning, places: Sequence[Place[DiffPruning]]) -> int | None:
+        """The entries that are left after the second training."""
+        return budget_of(spec, _entries(places)) if spec.stage == 1 else None
+
+
+def difference(spec: DiffPruning, tensors: Mapping[str, Tensor], part: str) -> Tensor:
+    """``z z_group w`` of a tensor, with gates that have no noise."""
+    low, high = spec.stretch
+
+    def gate(alpha: Tensor) -> Tensor:
+        return torch.clamp(torch.sigmoid(alpha) * (high - low) + low, 0, 1)
+
+    own = gate(tensors[f"{part}_alpha"]) * tensors[f"{part}_w"]
+    return gate(tensors[f"{part}_group"]) * own if spec.structured else own
+
+
+def _magnitude(spec: DiffPruning, tensors: Mapping[str, Tensor], part: str) -> Tensor:
+    return difference(spec, tensors, part).abs().reshape(-1)
+
+
+def _tensors_of(tensors: Mapping[str, Tensor]) -> list[str]:
+    """What tensors of the base have differences among those of a place."""
+    return [name.removesuffix("_w") for name in tensors if name.endswith("_w")]
+
+
+def _entries(places: Sequence[Place[DiffPruning]]) -> int:
+    return sum(p.tensors[f"{part}_w"].numel() for p in places for part in _tensors_of(p.tensors))
+
+
+def _gated(spec: DiffPruning, build: Builder, region: Region, tensor: fx.Node) -> fx.Node:
+    dtype = torch.promote_types(build.store.get(region.tensor).dtype, torch.float32)
+    part, shape, start = region.part, region.own_shape, _constant(spec.initial_alpha)
+    w = build.parameter(f"{part}_w", shape, zeros, dtype=dtype)
+    alpha = build.parameter(f"{part}_alpha", shape, start, dtype=dtype)
+    group = build.parameter(f"{part}_group", (1,), start, dtype=dtype) if spec.structured else None
+    # The seed is drawn beside the weight, so that a recomputed layer keeps its draw.
+    like = build.call(aten.new_zeros.default, tensor, [1], dtype=torch.int64, part="seed")
+    seed = build.call(aten.randint_like.low_dtype, like, 0, SEEDS, part="seed")
+    return build.call(torch.ops.graftc.gated_weight.default, tensor, w, alpha, group, seed, *spec.stretch, part=part)
+
+
+def _constant(value: float) -> Initialiser:
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.fill_(value)
+
+    return fill
+
+
+def _added(own: Tensor, rows: Rows | None) -> Callable[[Tensor], Tensor]:
+    """Adds to a tensor as it is stored, or to the rows that are as many as ``own`` has along one axis."""
+
+    def change(tensor: Tensor) -> Tensor:
+        cut = [axis for axis, (a, b) in enumerate(zip(own.shape, tensor.shape, strict=True)) if a != b]
+        if rows is None or not cut:
+            return tensor + own
+        return rows.put(tensor, rows.take(tensor, cut[0]) + own, cut[0])
+
+    return change

@@ -1,0 +1,48 @@
+"""Diff pruning through the contract: both trainings, of every tensor and of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pytest
+
+from graftc.testing import DeploymentContract, MethodContract
+from tests.methods.places import DENSE
+from tests.methods.test_diff_pruning import GATES
+
+
+class TestGates(MethodContract):
+    """The first training, of every tensor."""
+
+    adaptation: ClassVar[Mapping[str, Any]] = GATES
+    perturbation = 0.1
+
+
+class TestGatesOfRows(MethodContract):
+    """Projections, of which some are rows of one weight; without gates of tensors."""
+
+    variant = True
+    adaptation: ClassVar[Mapping[str, Any]] = {
+        **GATES,
+        "structured": False,
+        "density": 0.1,
+        "target": {"role": ["attn.q", "ffn.down"]},
+    }
+    families = DENSE
+    perturbation = 0.1
+
+
+class TestLeft(MethodContract):
+    """The second training, from entries that nobody chose."""
+
+    variant = True
+    adaptation: ClassVar[Mapping[str, Any]] = {"method": "diff_pruning", "stage": 2, "density": 0.3}
+
+
+@pytest.mark.slow
+class TestGatesDeployed(DeploymentContract):
+    """Exports and compilation of the first training."""
+
+    adaptation: ClassVar[Mapping[str, Any]] = GATES
+    perturbation = 0.1
