@@ -291,6 +291,8 @@ def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> st.SearchStrat
         return st.one_of(*(values_of(option, metadata) for option in arguments))
     if origin is Literal:
         return st.sampled_from(arguments)
+    if origin is tuple:  # a pair around 0 and 1
+        return st.sampled_from([[-0.5, 1.5], [-1, 2], [-0.5, 1.5, 2], [0.5, 1.5]])
     if origin is Sequence:
         return st.lists(values_of(arguments[0]), min_size=1, max_size=2, unique_by=repr)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -298,7 +300,8 @@ def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> st.SearchStrat
         return st.one_of(*(document(model) for model in options or [annotation]))
     if annotation is int:
         least = next((m.ge for m in metadata if isinstance(m, annotated_types.Ge)), 0)
-        return st.integers(int(least), 9)
+        most = next((m.le for m in metadata if isinstance(m, annotated_types.Le)), 9)
+        return st.integers(int(least), int(most))
     if annotation is float:
         return st.sampled_from([0.5, 0.25, 1e-3])
     plain = {str: st.sampled_from(["<a>", "b"]), bool: st.booleans(), NoneType: st.none()}
