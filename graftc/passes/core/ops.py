@@ -16,6 +16,7 @@ from graftc.passes.core.gated import DECOMPOSITIONS as GATED
 from graftc.passes.core.gradients import DECOMPOSITIONS as GRADIENTS
 from graftc.passes.core.hashing import SEEDS, hashed
 from graftc.passes.core.magnitude import DECOMPOSITIONS as MAGNITUDE
+from graftc.passes.core.pruned import DECOMPOSITIONS as PRUNED
 from graftc.passes.core.sparse import DECOMPOSITIONS as SPARSE
 
 __all__ = ["DECOMPOSITIONS", "SEEDS", "dropout_mask", "seeded_dropout", "seeded_dropout_decomposed"]
@@ -79,6 +80,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
     **GATED,
     **GRADIENTS,
     **MAGNITUDE,
+    **PRUNED,
     **SPARSE,
 }
 """ATen forms by operator: what exports write instead."""

@@ -1,0 +1,120 @@
+"""Pruned weights: a weight with zeros wherever its scores are small, without a mask that is kept.
+
+Which entries stay is said by two numbers for each group of entries: a *threshold* that scores have to exceed, and,
+since equal scores are common (zeros, 16 bits), the place of the *last* entry that stays among those that equal it. So
+exactly as many stay as are asked for, and both passes make the same mask from scores that are there anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Edge = tuple[Tensor, Tensor]
+"""A threshold and a last place, for a group or for several."""
+
+
+def dropped(scores: Tensor, threshold: Tensor, last: Tensor) -> Tensor:
+    """Which entries do not stay, ``bool`` of the shape of ``scores``. What is not a number stays, so that it shows.
+
+    Args:
+        scores: at least two axes; groups are equal parts of it along the first ones.
+        threshold: ``[groups]``.
+        last: ``int64[groups]``, counted from 0 within each group; -1 for none of the equal ones.
+    """
+    own = scores.reshape(threshold.shape[0], -1, scores.shape[-1])
+    edge, end = threshold.view(-1, 1, 1), last.view(-1, 1, 1) + 1
+    # Rows and columns apart: numbers for all entries would take eight times the memory of the mask.
+    width = own.shape[-1]
+    row = torch.arange(own.shape[1], device=own.device).view(-1, 1)
+    column = torch.arange(width, device=own.device)
+    full = torch.div(end, width, rounding_mode="floor")
+    within = (row < full) | ((row == full) & (column < end - full * width))
+    return ((own < edge) | ((own == edge) & ~within)).view(scores.shape)
+
+
+def pruned_weight_decomposed(weight: Tensor, scores: Tensor | None, threshold: Tensor, last: Tensor) -> Tensor:
+    """`pruned_weight` in ATen."""
+    used = weight.abs() if scores is None else scores
+    return weight.masked_fill(dropped(used.to(threshold.dtype), threshold, last), 0)
+
+
+@torch.library.custom_op("graftc::pruned_weight", mutates_args=())
+def pruned_weight(weight: Tensor, scores: Tensor | None, threshold: Tensor, last: Tensor) -> Tensor:
+    """``weight`` with zeros where `dropped` says so.
+
+    The gradient of the weight is the result's where entries stay, and zero elsewhere. That of the scores goes straight
+    through the choice: the result's times the weight, for all entries. The mask is made anew for it.
+
+    Args:
+        weight: floating point, at least two axes.
+        scores: of the same shape; None for magnitudes of the weight, which then are constants.
+        threshold: ``[groups]``, in a dtype that holds every score.
+        last: ``int64[groups]``.
+
+    Returns:
+        A new tensor like ``weight``.
+    """
+    return weight.clone().masked_fill_(dropped(weight.abs() if scores is None else scores, threshold, last), 0)
+
+
+@pruned_weight.register_fake
+def _(weight: Tensor, scores: Tensor | None, threshold: Tensor, last: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    weight, scores, threshold, last = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    own = straight = None
+    if needs[0]:
+        own = grad.masked_fill(dropped(weight.abs() if scores is None else scores, threshold, last), 0)
+    if scores is not None and needs[1]:
+        straight = grad.to(scores.dtype) * weight
+    return own, straight, None, None
+
+
+pruned_weight.register_autograd(_backward, setup_context=_setup)
+
+
+def edge_of(scores: Sequence[Tensor], kept: int) -> list[Edge]:
+    """What keeps exactly ``kept`` of all entries, those with the largest scores; among equals the first ones.
+
+    Args:
+        scores: for each group ``[n]``; NaN is smaller than anything.
+        kept: from 1 to how many there are.
+
+    Returns:
+        For each group a threshold, the same for all, and a last place, scalars on the scores' device.
+    """
+    ordered = [s.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) for s in scores]
+    every = ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+    if kept == every.numel():
+        return [(s.new_full((), -torch.inf), _number(s.numel() - 1, s)) for s in ordered]
+    threshold = every.kthvalue(every.numel() - kept + 1).values
+    left = kept - (every > threshold).sum()
+    del every
+    found: list[Edge] = []
+    for own in ordered:
+        equal = (own == threshold).cumsum(0)
+        last = (equal < left).sum()  # where the count reaches what is left, without reading a number from a device
+        found.append((threshold, torch.where(left > 0, last, _number(-1, own))))
+        left = left - equal[-1]
+    return found
+
+
+def _number(value: int, like: Tensor) -> Tensor:
+    return torch.tensor(value, dtype=torch.int64, device=like.device)
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.graftc.pruned_weight.default: pruned_weight_decomposed,
+}
+"""ATen forms by operator: what exports write instead."""
