@@ -193,10 +193,8 @@ class Compilation:
         return made
 
     def fold_steps(self, only: Sequence[str] | None = None) -> list[FoldStep]:
-        """Every adaptation's change of base tensors, in the order in which the graph makes them.
-
-        What stands in for base tensors is below everything that is inserted at sites, whichever came first; the rest is
-        in insertion order.
+        """Every adaptation's change of base tensors, in the order in which they apply: what stands in for tensors, and
+        what is made of that, is below everything that stands at sites, and either is in insertion order.
 
         Raises:
             GraftError: GC050 naming the adaptation that cannot fold and why.
@@ -206,8 +204,9 @@ class Compilation:
         below: list[FoldStep] = []
         steps: list[FoldStep] = []
         for name in names:
+            below += self._overlay_steps(name)
             own = self.site_steps(found[name]) if name in found else []
-            below += [step for step in own if step.layout is Layout.PLAIN] + self._overlay_steps(name)
+            below += [step for step in own if step.layout is Layout.PLAIN]
             steps += [step for step in own if step.layout is not Layout.PLAIN]
         return [*below, *steps]
 

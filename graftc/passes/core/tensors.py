@@ -184,7 +184,8 @@ class TensorBuilder(NodeBuilder):
             base: Store name of the tensor.
             rows: which rows, along its first axis where they do not say otherwise; by default all.
             index: their numbers, where the graph has them; by default constants of it.
-            through: makes what is read in its place of the trained tensor; the value has to be the same.
+            through: makes what is read in its place of the trained tensor, of the same type. Where the value is another,
+                the method folds what has been made of it.
         """
         tensor = self.store.get(base)
         own = rows if isinstance(rows, StoredRows) else StoredRows(rows or Rows(tensor.shape[0] if tensor.dim() else 1))
@@ -220,6 +221,25 @@ class TensorBuilder(NodeBuilder):
         self._claim(base, own)
         self.overlays.append((self._site.key, base, own, name))
         return self.attribute(name, part)
+
+    def instead(self, base: str, make: Callable[[], fx.Node], rows: Rows | None = None) -> None:
+        """Put something in place of rows of a base tensor, of which nothing remains.
+
+        Args:
+            base: its Store name.
+            make: gives a node of their type. Where it is `graftc::sparse_weight`, products with it are taken over.
+            rows: by default all.
+
+        Raises:
+            GraftError: GC021 where another adaptation trains them, or takes them as constants.
+        """
+        own = rows or Rows(self.store.get(base).shape[0])
+        self._claim(base, own)
+        self.program.summands.setdefault(base, [])
+        node, current = make(), self._attributes.get(base)
+        if current is not None:
+            after = own.write(self._emit("instead"), current, node, 0, lambda: self._index(own))
+            self._redirect(current, after, lambda user: True)
 
     def known(self, name: str) -> Tensor | None:
         """A tensor of the adaptation by its Store name, if it is there already: made for another Program, or given."""
