@@ -60,7 +60,7 @@ class Report:
         trainable_parameters: of all adaptations, without the task head and the ``train:`` list.
         trained_in_full: elements of the modules in ``train:``.
         deployed_parameters: what has to ship beside the base if nothing is folded; of experts that are averaged,
-            one; of differences that a later training prunes, what it leaves. Ranks without an effect count
+            one; of what a later training or the end of this one prunes, what it leaves. Ranks without an effect count
             (`Compiled.rank_pattern` has them): their tensors ship as well.
         percent: ``100 t / (base + t)``.
         flops_per_token: of the base's linear maps and attention-free products.
