@@ -346,8 +346,9 @@ def changed(draw: st.DrawFn) -> Any:
 _BEYOND = re.compile(
     r"the name '.*' is taken|name '.*' is reserved|a brace|is no regular expression|has more than|"
     r"must be a whole number.*, not -?\d+\.0$|role '.*' is unknown|"
-    r"both say how wide|means nothing to|a linear map has an input|an adapter (cannot add|that reads)|"
-    r"adds the role norm|init_tokens are what|tokens to start from|cannot start from those of init_tokens"
+    r"both say how|means nothing to|a linear map has an input|an adapter (cannot add|that reads)|"
+    r"adds the role norm|init_tokens are what|tokens to start from|cannot start from those of init_tokens|"
+    r"cannot start from a part|goes (up|down) to|rounds: .* has .* stages|leaves nothing to override"
 )
 
 

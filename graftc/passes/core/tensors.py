@@ -184,8 +184,8 @@ class TensorBuilder(NodeBuilder):
             base: Store name of the tensor.
             rows: which rows, along its first axis where they do not say otherwise; by default all.
             index: their numbers, where the graph has them; by default constants of it.
-            through: makes what is read in its place of the trained tensor, of the same type. Where the value is another,
-                the method folds what has been made of it.
+            through: makes what is read in its place of the trained tensor, of the same type. Where the value is
+                another, the method folds what has been made of it.
         """
         tensor = self.store.get(base)
         own = rows if isinstance(rows, StoredRows) else StoredRows(rows or Rows(tensor.shape[0] if tensor.dim() else 1))
@@ -222,7 +222,7 @@ class TensorBuilder(NodeBuilder):
         self.overlays.append((self._site.key, base, own, name))
         return self.attribute(name, part)
 
-    def instead(self, base: str, make: Callable[[], fx.Node], rows: Rows | None = None) -> None:
+    def instead(self, base: str, make: Callable[[], fx.Node], rows: StoredRows | None = None) -> None:
         """Put something in place of rows of a base tensor, of which nothing remains.
 
         Args:
@@ -233,12 +233,12 @@ class TensorBuilder(NodeBuilder):
         Raises:
             GraftError: GC021 where another adaptation trains them, or takes them as constants.
         """
-        own = rows or Rows(self.store.get(base).shape[0])
+        own = rows or StoredRows(Rows(self.store.get(base).shape[0]))
         self._claim(base, own)
         self.program.summands.setdefault(base, [])
         node, current = make(), self._attributes.get(base)
         if current is not None:
-            after = own.write(self._emit("instead"), current, node, 0, lambda: self._index(own))
+            after = own.rows.write(self._emit("instead"), current, node, own.axis, lambda: self._index(own.rows))
             self._redirect(current, after, lambda user: True)
 
     def known(self, name: str) -> Tensor | None:
