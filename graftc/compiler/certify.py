@@ -20,7 +20,6 @@ from graftc.passes.core.layout import Layout
 from graftc.passes.core.program import Program, follow, map_nodes
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import Use, linear_use
-from graftc.passes.core.store import Store
 from graftc.passes.core.uses import Lookup
 
 aten = torch.ops.aten
@@ -149,7 +148,7 @@ class Certificate:
 def probe_sites(
     compilation: Compilation, lazy: LazyTensors, unfolded: Program | None = None, seed: int = 0
 ) -> tuple[SiteEvidence, ...]:
-    """Probe every map that folding changes, and compare every other folded tensor to what was trained.
+    """Probe every map that folding changes, and compare every other folded tensor to what stands in for it.
 
     Args:
         compilation: what was folded.
@@ -168,9 +167,10 @@ def probe_sites(
             continue
         evidence += _Probe(adapted, use, lazy, seed).evidence()
         probed |= {use.weight, use.bias or ""}
-    for name in lazy.names:
-        if name not in probed:
-            evidence.append(_compare_tensor(lazy, name, compilation.store))
+    for node in family.base_eval.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name in lazy.names and name not in probed:
+            evidence.append(_compare_tensor(adapted.last(node), name, lazy))
     return tuple(evidence)
 
 
@@ -330,14 +330,11 @@ def units_in_last_place(rounded: Tensor, exact: Tensor) -> float:
     return float(((rounded.double() - exact).abs() / unit).max())
 
 
-def _compare_tensor(lazy: LazyTensors, name: str, store: Store) -> SiteEvidence:
-    """A tensor that is no linear map's: it folds by standing in, so it must equal what was trained to the bit."""
+def _compare_tensor(stand_in: fx.Node, name: str, lazy: LazyTensors) -> SiteEvidence:
+    """A tensor that is no linear map's: what stands in for it in the adapted graph, in float64, against the folded."""
+    unfolded = evaluate(stand_in, {}, lambda held: lazy.store.get(held).detach())
+    base, exact = lazy.store.get(name).detach().double(), lazy.exact(name)
+    scale = max(float(unfolded.abs().max()), 1e-30)
     adaptations = tuple(dict.fromkeys(s.adaptation for s in lazy.chain(name)))
-    folded = lazy.folded(name)
-    base = expected = store.get(name).detach()
-    for owner, own, trained in store.overlays(name):
-        if owner in adaptations:
-            expected = own.put(expected, store.get(trained).detach())
-    algebra = float((folded.double() - expected.double()).abs().max())
-    change = float((folded.double() - base.double()).abs().max())
-    return SiteEvidence(name, adaptations, change, algebra, 0.0)
+    change, difference = (float((unfolded - other).abs().max()) for other in (base, exact))
+    return SiteEvidence(name, adaptations, change, difference / scale, _ulps(lazy, name))
