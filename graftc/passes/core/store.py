@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from graftc.passes.core.stored import StoredRows
 
 RESERVED = "graftc"
 """Path segment under which every tensor that graftc added lives."""
@@ -39,7 +38,6 @@ class Store:
         self.aliases: dict[str, str] = {}
         self.constants: set[str] = set()
         self.settled: set[str] = set()
-        self._overlays: dict[str, list[tuple[str, StoredRows, str]]] = {}
 
     @classmethod
     def mirror(cls, model: nn.Module) -> Store:
@@ -176,14 +174,6 @@ class Store:
         else:
             container.register_buffer(last, tensor)
         self.aliases[name] = owner
-
-    def add_overlay(self, base: str, adaptation: str, own: StoredRows, fqn: str) -> None:
-        """Record that the trainable tensor ``fqn`` of an adaptation stands in for rows of the base tensor ``base``."""
-        self._overlays.setdefault(self.canonical(base), []).append((adaptation, own, fqn))
-
-    def overlays(self, base: str) -> tuple[tuple[str, StoredRows, str], ...]:
-        """What stands in for rows of ``base``: whose it is, which rows, and its name."""
-        return tuple(self._overlays.get(self.canonical(base), ()))
 
     def canonical(self, fqn: str) -> str:
         """The name that owns the tensor called ``fqn``: itself, or the first of its tied names."""

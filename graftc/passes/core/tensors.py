@@ -216,7 +216,6 @@ class TensorBuilder(NodeBuilder):
             else:
                 value = value.clone()
             self.store.add_parameter(name, value, trainable=True)
-            self.store.add_overlay(base, self.adaptation, own, name)
         self.parts.setdefault(self._site.key, {})[part] = name
         self._claim(base, own)
         self.overlays.append((self._site.key, base, own, name))
