@@ -36,6 +36,7 @@ class _Steering(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Between the optimiser's step and the zeroing of gradients."""
         if getattr(optimizer, "step_was_skipped", False):
+            self.compiled.skip_step()
             # The schedule ends with the training all the same.
             self.compiled.steps_left(state.max_steps - state.global_step - 1)
             return

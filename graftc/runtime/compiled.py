@@ -316,6 +316,7 @@ class Compiled(Inspected, Checkpointed, Choosing, Combining, Selecting, ModelRun
         """See `ModelRunner`. What steers a training, and how far it is, is copied as well."""
         copied = super().__deepcopy__(memo)
         copied._watch()
+        copied._pause()
         return copied
 
     @contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -112,6 +112,34 @@ class Steered(Repeated):
         self._objectives_due = bool(self._steering.objectives)
         for controller in self._steering.controllers.values():
             controller.after_step()
+
+    def skip_step(self) -> None:
+        """Say that the gradients since the last `after_step` have been thrown away, as a gradient scaler does with
+        infinite ones: instead of `after_step`."""
+        for controller in self._steering.controllers.values():
+            controller.skip_step()
+
+    def train(self, mode: bool = True) -> Self:
+        """See `torch.nn.Module.train`. In eval mode nothing of a training is prepared for."""
+        if not mode:
+            self._pause()
+        super().train(mode)  # type: ignore[misc]
+        return self
+
+    def _pause(self) -> None:
+        if "_steering" in vars(self):
+            for controller in self._steering.controllers.values():
+                controller.pause()
+
+    def _results(self, key: str, present: Mapping[str, Any]) -> tuple[Any, ...]:
+        """See `Repeated`. Controllers are asked before; compiled code has no hooks, so they are not asked there."""
+        if not torch.compiler.is_compiling() and self._steering.controllers:
+            if self.training and torch.is_grad_enabled() and not getattr(self, "_base_only", False):
+                for controller in self._steering.controllers.values():
+                    controller.before_forward()
+            else:
+                self._pause()
+        return super()._results(key, present)
 
     def callback(self) -> TrainerCallback:
         """A callback for the transformers Trainer that does all of this."""

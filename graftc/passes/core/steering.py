@@ -6,10 +6,11 @@ goes on to the bit.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,6 +60,14 @@ class Steering(ABC, Generic[S]):
         """Whether there is anything to do for an adaptation; False where its weight or threshold is 0."""
         return True
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """That of a copied model, which has no optimiser yet."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        held = {name: value for name, value in vars(self).items() if name != "optimiser"}
+        vars(copied).update(copy.deepcopy(held, memo))
+        return copied
+
 
 class Controller(Steering[S]):
     """Changes values after each optimiser step, never shapes: budgets, gates, masks.
@@ -82,6 +91,18 @@ class Controller(Steering[S]):
     def steps(self) -> int:
         """How many optimiser steps there have been, those before a resume included."""
         return int(self.shared[STEP])
+
+    def before_forward(self) -> None:
+        """A forward pass of a training follows: what has to be there for its backward pass. Compiled code comes without
+        it."""
+
+    def pause(self) -> None:
+        """Something else than training follows: evaluation, copying, passes of the base. Backward passes of what was
+        run before may still come."""
+
+    def skip_step(self) -> None:
+        """The gradients since the last optimiser step have been thrown away, as a gradient scaler does with infinite
+        ones."""
 
     @torch.no_grad()
     def after_step(self) -> None:
