@@ -174,6 +174,13 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC040", _FAILED, "a pass broke an invariant",
      "The verifier found the graph wrong after a pass: a bug in graftc or in a method, not in the spec.",
      "Report it with the message, which names the pass and the node. Base weights are untouched."),
+    ("GC045", _SPEC, "the method needs another optimiser",
+     "The adaptation looks at what an optimiser of `graftc.optim` remembers of the gradients, and it trains with none.",
+     "Train with the optimiser that the message names, and make it from the compiled model."),
+    ("GC046", _WARNING, "moments are those of other entries",
+     "Entries have been replaced, and the optimiser knows nothing of it: what it remembers at their places belongs to "
+     "the entries that stood there.",
+     "Train with an optimiser of `graftc.optim`, made from the compiled model."),
 
     # Folding and adapter tensors.
     ("GC050", _NO, "an adaptation cannot be folded",

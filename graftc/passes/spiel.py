@@ -1,0 +1,98 @@
+"""SpIEL: entries of weights that train, and leave their places to others (Ansell et al. 2024, arXiv:2401.16405)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.builder import Builder
+from graftc.passes.core.regions import SMALL, Region, regions_of, shares
+from graftc.passes.core.sites import LinearSite, Site
+from graftc.passes.reselection import Reselection
+from graftc.passes.selection import Chosen, Key, SparseTensors, budget_of, key_of, random_entries
+from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.roles import parse_role
+from graftc.specs.spiel import PROJECTIONS, SpIEL
+
+
+class SpIELMethod(SparseTensors[SpIEL]):
+    """See `SparseTensors`: weights of maps, and `Reselection` between optimiser steps.
+
+    For ``AG`` every tensor has what a window gathers: ``<tensor>_candidates``, as the indices are, the sum
+    ``<tensor>_gradient: f32[k]`` over the micro-batches of a step, and ``<tensor>_sum`` and ``<tensor>_square``, those
+    of the steps' gradients and of their squares. ``seen: int64[tensors]`` says in which step of the window the
+    candidates were chosen, from 1; 0 is none.
+    """
+
+    spec_class = SpIEL
+    controller = Reselection
+    moving = True
+    biases = False
+
+    def applies(self, spec: SpIEL, site: Site) -> bool:
+        """Where there is a map; by default only the projections of layers, fused ones as a whole."""
+        if not isinstance(site, LinearSite) or not super().applies(spec, site):
+            return False
+        if spec.target.modules != "**":
+            return True
+        # A fused weight as a whole has no role: its rows have.
+        known = not site.roles or any(parse_role(role).name in PROJECTIONS for role in site.roles)
+        return site.layer is not None and known
+
+    def remedy(self, spec: SpIEL) -> str | None:
+        """Other maps have to be named."""
+        return "name maps in target, with role or modules" if spec.target.modules == "**" else None
+
+    def prepare(self, spec: SpIEL, sites: Sequence[Site], build: Builder) -> Chosen:
+        """See `SparseTensors.prepare`."""
+        chosen = super().prepare(spec, sites, build)
+        if spec.variant == "AG":
+            count = sum(1 for own in chosen.counts.values() if own)
+            build.keep_buffer("seen", partial(_zeros, count, torch.int64))
+        return chosen
+
+    def choose(self, spec: SpIEL, regions: Mapping[Key, Region], build: Builder) -> Chosen:
+        """As many entries of each tensor as its size says, rounded down, at random.
+
+        Raises:
+            GraftError: GC020 where that is none, or more than there are.
+        """
+        sizes = [region.size for region in regions.values()]
+        counts = dict(zip(regions, shares(_budget(spec, regions), sizes, exact=False), strict=True))
+        if not any(counts.values()):
+            field = next((f for f in ("entries", "equivalent_rank") if getattr(spec, f) is not None), "density")
+            message = f"{spec.method} would train no entry of any of the target's {len(sizes)} weights"
+            raise GraftError("GC020", message, place=Place(path=field), hint=f"raise {field}")
+        return Chosen(counts, {} if build.without_values else random_entries(counts, regions, build))
+
+    def insert(self, spec: SpIEL, site: Site, shared: Chosen, build: Builder) -> None:
+        """See `SparseTensors.insert`."""
+        before = set(shared.placed)
+        super().insert(spec, site, shared, build)
+        for region in regions_of(site, build.store, biases=self.biases) if spec.variant == "AG" else ():
+            key = key_of(region)
+            if key in shared.placed and key not in before:
+                dtype = torch.int32 if region.total < SMALL else torch.int64
+                build.keep_buffer(f"{region.part}_candidates", partial(_zeros, shared.counts[key], dtype))
+                for kind in ("gradient", "sum", "square"):
+                    build.keep_buffer(f"{region.part}_{kind}", partial(_zeros, shared.counts[key], torch.float32))
+
+
+def _budget(spec: SpIEL, regions: Mapping[Any, Region]) -> int:
+    total = sum(region.size for region in regions.values())
+    if spec.equivalent_rank is None:
+        return budget_of(spec, total)
+    sides = sum(region.own_shape[0] + region.size // region.own_shape[0] for region in regions.values())
+    count = spec.equivalent_rank * sides
+    if count > total:
+        message = f"{spec.method} would train {count} of the target's {total} entries"
+        raise GraftError("GC020", message, place=Place(path="equivalent_rank"), hint="lower equivalent_rank")
+    return count
+
+
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(count, dtype=dtype, device=device)
