@@ -19,8 +19,10 @@ _FACADE = {
     "tune": "graftc.runtime.recipes",
     "methods": "graftc.specs.listing",
 }
+_MODULES = {"optim": "graftc.runtime.optim"}
 
 if TYPE_CHECKING:
+    from graftc.runtime import optim
     from graftc.runtime.api import check, compile, load, roles
     from graftc.runtime.recipes import tune
     from graftc.specs.diagnostics import GraftError, GraftWarning
@@ -38,6 +40,7 @@ __all__ = [
     "load",
     "load_spec",
     "methods",
+    "optim",
     "roles",
     "tune",
 ]
@@ -46,8 +49,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _FACADE:
         return getattr(importlib.import_module(_FACADE[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'graftc' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_FACADE])
+    return sorted([*globals(), *_FACADE, *_MODULES])
