@@ -335,3 +335,29 @@ def test_cross_attention_of_published_sizes() -> None:
             "BartForConditionalGeneration", "BartConfig", tuple({**config, "encoder_attention_heads": 8}.items())
         )
         assert graftc.check({"adapt": [{"method": "cross_attention"}]}, model).trainable_parameters == published
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "each", "rank", "shown"),
+    [(LLAMA_7B, 2_498_560, 64, "2.37%"), (LLAMA_13B, 3_911_680, 64, "1.92%"), (LLAMA_7B, 2_498_560, 8, None)],
+    ids=["7B", "13B", "7B at rank 8"],
+)
+def test_entries_as_many_as_parameters_of_a_rank(
+    model: tuple[str, str, dict[str, Any]], each: int, rank: int, shown: str | None
+) -> None:
+    """SpIEL on LLaMA: `r (in + out)` over the seven maps of every layer, and of these what every weight has as its
+    share, rounded down. The published percentage is of the base."""
+    name, config, values = model
+    made = _model(name, config, tuple(values.items()))
+    sizes = [p.shape for n, p in made.named_parameters() if n.endswith("_proj.weight")]
+    assert len(sizes) == 7 * made.config.num_hidden_layers
+    assert sum(sum(shape) for shape in sizes) == each
+    total = sum(shape.numel() for shape in sizes)
+    allocated = sum(rank * each * shape.numel() // total for shape in sizes)
+    assert 0 <= rank * each - allocated < len(sizes)
+    for variant in ("AG", "MA"):
+        report = graftc.check({"adapt": [{"method": "spiel", "variant": variant, "equivalent_rank": rank}]}, made)
+        assert report.trainable_parameters == report.deployed_parameters == allocated
+    if shown is not None:
+        assert f"{100 * rank * each / report.base_parameters:.2f}%" == shown

@@ -348,7 +348,8 @@ _BEYOND = re.compile(
     r"must be a whole number.*, not -?\d+\.0$|role '.*' is unknown|"
     r"both say how|means nothing to|a linear map has an input|an adapter (cannot add|that reads)|"
     r"adds the role norm|init_tokens are what|tokens to start from|cannot start from those of init_tokens|"
-    r"cannot start from a part|goes (up|down) to|rounds: .* has .* stages|leaves nothing to override"
+    r"cannot start from a part|goes (up|down) to|rounds: .* has .* stages|leaves nothing to override|"
+    r"exceeds interval"
 )
 
 
