@@ -137,8 +137,8 @@ def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     perturb(compiled, 0.1)
     replace = pipeline._replace
 
-    def exchanged(store: Any, trained: str) -> Any:
-        apply = replace(store, trained)
+    def exchanged(*args: Any) -> Any:
+        apply = replace(*args)
         return lambda weight, bias: (apply(weight, bias)[0].flip(0), bias)
 
     monkeypatch.setattr(pipeline, "_replace", exchanged)
