@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-
 RESERVED = "graftc"
 """Path segment under which every tensor that graftc added lives."""
 
