@@ -18,5 +18,4 @@ class TestDense(MethodContract):
 class TestSparse(MethodContract):
     """Chosen entries train."""
 
-    variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "lt_sft", "stage": 2, "density": 0.3}

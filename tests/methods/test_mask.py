@@ -17,7 +17,7 @@ from graftc.specs.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, outputs_of, perturb
 from graftc.testing.compare import flat, inputs_for, largest_difference
 from tests.families import tiny
-from tests.runtime.test_selecting import entries
+from tests.runtime.test_selecting import deltas, entries
 
 ops = torch.ops.graftc
 
@@ -75,19 +75,15 @@ def test_nothing_else_moves(family: str, optimiser: type[torch.optim.Optimizer])
     compiled = graftc.compile({"adapt": [{"method": "mask", "selection": "random", "density": 0.1}]}, model)
     seen = trained(compiled, optimiser)
     after = compiled.merge().folded_state_dict()
-    chosen, moved = entries(compiled), 0
+    chosen, own, moved = entries(compiled), deltas(compiled), 0
     for name, tensor in compiled.compilation.store.base():
         changed = set(torch.nonzero((after[name] != tensor).flatten()).flatten().tolist())
         assert changed <= chosen.get(name, set()), name
-        module, _, last = name.rpartition(".")
-        flags = {
-            n: s for n, s in seen.items() if n.startswith(f"{module}.graftc.mask.") and n.endswith(f"{last}_delta")
-        }
-        for delta, flag in flags.items():
-            indices = compiled.get_buffer(delta.replace("_delta", "_indices"))
+        if name in own:
+            delta, indices = own[name]
             if optimiser is torch.optim.AdamW:  # steps of SGD may be too small to change a number
-                assert set(indices[flag].tolist()) <= changed, name
-            moved += int(flag.sum())
+                assert set(indices[seen[delta]].tolist()) <= changed, name
+            moved += int(seen[delta].sum())
     assert moved > 1000
     assert compiled.report.trainable_parameters == sum(len(own) for own in chosen.values())
 

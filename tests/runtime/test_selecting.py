@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
+from graftc.passes.core.regions import regions_of
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.recipes import Stage
 from graftc.specs.diagnostics import GraftError, GraftWarning
@@ -44,19 +45,23 @@ def train(compiled: Compiled, stage: Stage | None = None, steps: int = 3) -> Non
         compiled.after_step()
 
 
+def deltas(compiled: Compiled) -> dict[str, tuple[str, Tensor]]:
+    """By the name of a base tensor, the name of its delta and the numbers of its entries."""
+    compilation = compiled.compilation
+    found: dict[str, tuple[str, Tensor]] = {}
+    for resolved in compilation.main.resolved:
+        for site, _ in resolved.places:
+            parts = compilation.parts[resolved.name].get(site.key, {})
+            for region in regions_of(site, compilation.store):
+                if f"{region.part}_delta" in parts:
+                    indices = compilation.store.get(parts[f"{region.part}_indices"])
+                    found[region.tensor] = parts[f"{region.part}_delta"], indices
+    return found
+
+
 def entries(compiled: Compiled) -> dict[str, set[int]]:
     """Which entries of which base tensor train."""
-    store = compiled.compilation.store
-    found: dict[str, set[int]] = {}
-    for name, _ in store.base():
-        module, _, last = name.rpartition(".")
-        held = next(
-            (t for n, t in store.adapters() if n.startswith(f"{module}.graftc.") and n.endswith(f".{last}_indices")),
-            None,
-        )
-        if held is not None:
-            found[name] = set(held.tolist())
-    return found
+    return {name: set(indices.tolist()) for name, (_, indices) in deltas(compiled).items()}
 
 
 def fisher(model: nn.Module, examples: list[dict[str, Tensor]], single: bool = True) -> dict[str, Tensor]:

@@ -349,7 +349,7 @@ _BEYOND = re.compile(
     r"both say how|means nothing to|a linear map has an input|an adapter (cannot add|that reads)|"
     r"adds the role norm|init_tokens are what|tokens to start from|cannot start from those of init_tokens|"
     r"cannot start from a part|goes (up|down) to|rounds: .* has .* stages|leaves nothing to override|"
-    r"exceeds interval"
+    r"exceeds interval|is for density, and here"
 )
 
 
