@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.train.contestants import PROJECTIONS, ROLES, Library, UnavailableError
+from benchmarks.train.contestants import PROJECTIONS, ROLES, Library
 from benchmarks.train.models import TINY, Base, Shape, base, fill, shared_copy
 
-__all__ = ["CYCLE", "ENTRIES", "FULL_SHAPE", "LORA", "TINY_SHAPE", "Entry", "Training", "base_in"]
+__all__ = ["CYCLE", "ENTRIES", "FULL_SHAPE", "LORA", "TINY_SHAPE", "WINDOW", "Entry", "Training", "base_in"]
 
 FULL_SHAPE = Shape(width=768, intermediate=2048, layers=8, heads=12, vocabulary=4096, batch=4, length=128, rank=64)
 """What the figures are about. The vocabulary is small, so that the head does not dominate."""
@@ -23,6 +23,9 @@ TINY_SHAPE = replace(TINY, layers=2)
 
 CYCLE = 20
 """Steps from one replacement of entries of a sparse delta to the next (S)."""
+
+WINDOW = 5
+"""Steps at the beginning of a cycle in which gradients are gathered; entries are replaced behind the last of them."""
 
 LORA = "peft LoRA"
 """The entry that others are compared with."""
@@ -154,16 +157,13 @@ def _peft(**options: Any) -> Callable[[Base, bool], Training]:
 
 
 def _compiled(base: Base, checkpointing: bool, **adaptation: Any) -> Any:
-    """A method of graftc on all projections. Here entries are skipped whose method is not there."""
+    """A method of graftc on all projections."""
     import graftc
 
     spec: dict[str, Any] = {"adapt": [{"target": {"role": ROLES}, **adaptation}]}
     if checkpointing:
         spec["checkpoint"] = "layers"
-    try:
-        return graftc.compile(spec, shared_copy(base.model), _texts(base)).train()
-    except graftc.GraftError as error:
-        raise UnavailableError(str(error).splitlines()[0]) from error
+    return graftc.compile(spec, shared_copy(base.model), _texts(base)).train()
 
 
 def _lora(base: Base, checkpointing: bool) -> Training:
@@ -177,8 +177,10 @@ def _lora(base: Base, checkpointing: bool) -> Training:
 
 def _sparse(variant: str, optimiser: str) -> Callable[[Base, bool], Training]:
     def make(base: Base, checkpointing: bool) -> Training:
-        model = _compiled(base, checkpointing, method="spiel", variant=variant, equivalent_rank=base.shape.rank)
-        import graftc.optim
+        import graftc
+
+        rank, steps = base.shape.rank, 50 * CYCLE
+        model = _compiled(base, checkpointing, method="spiel", variant=variant, equivalent_rank=rank, total_steps=steps)
 
         inputs = _texts(base)
         made = getattr(graftc.optim, optimiser)(model, lr=RATE)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.sparse.entries import CYCLE, ENTRIES, TINY_SHAPE, Entry, Training, base_in
+from benchmarks.sparse.entries import ENTRIES, TINY_SHAPE, WINDOW, Entry, Training, base_in
 from benchmarks.train.contestants import UnavailableError
 from benchmarks.train.models import Base, Shape
 
@@ -220,7 +220,7 @@ def measure(entry: Entry, shape: Shape, dtype: str, checkpointing: bool, device:
 
     witness = Witness(device)
     training = make()
-    steps = PLAIN_STEPS if training.after is None else CYCLE
+    steps = PLAIN_STEPS if training.after is None else 2 * WINDOW
     for _ in range(WARMUP):
         training.step()
     gc.collect()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.sparse.entries import CYCLE, Entry, Training
+from benchmarks.sparse.entries import CYCLE, WINDOW, Entry, Training
 from benchmarks.train.contestants import UnavailableError
 from benchmarks.train.models import Base
 
@@ -47,8 +47,8 @@ class Timed:
 
 
 def ordinary(number: int) -> bool:
-    """Whether a step is in the first half of a cycle: what replaces entries is in the other."""
-    return 1 <= number % CYCLE <= CYCLE // 2
+    """Whether the step of this number, from 1, neither gathers gradients nor replaces entries."""
+    return (number - 1) % CYCLE >= WINDOW
 
 
 def ordinary_median(values: Sequence[float], numbers: Sequence[int]) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.command import chosen
 from benchmarks.sparse.__main__ import main
-from benchmarks.sparse.entries import CYCLE, ENTRIES, LORA, TINY_SHAPE, Entry, Training, base_in
+from benchmarks.sparse.entries import CYCLE, ENTRIES, LORA, TINY_SHAPE, WINDOW, Entry, Training, base_in
 from benchmarks.sparse.memory import accounted, measure
 from benchmarks.sparse.times import Timed, contest, cycle_mean, mismatches, ordinary_median
 from benchmarks.train.contestants import UnavailableError
@@ -152,7 +152,7 @@ def test_an_entry_that_cannot_run_is_skipped_with_the_reason() -> None:
 def test_ordinary_steps_and_the_mean_of_a_cycle() -> None:
     """Entries are replaced in every 20th step, which takes 22 times as long."""
     numbers = [*range(3, 3 + 2 * CYCLE)]
-    values = [22.0 if number % CYCLE == 0 else 1.0 for number in numbers]
+    values = [22.0 if number % CYCLE == WINDOW else 1.0 for number in numbers]
     assert ordinary_median(values, numbers) == 1
     assert cycle_mean(values, numbers) == pytest.approx((22 + 19) / 20)
     assert cycle_mean(values[: CYCLE - 1], numbers[: CYCLE - 1]) is None
