@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from graftc.compiler.collapse import collapsed_parameters
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import TRAIN
+from graftc.compiler.snapshot import adapter_tensors
 from graftc.compiler.steering import live_places
 from graftc.compiler.tokens import TOKENS
 from graftc.passes.core.program import Program, provenance
@@ -37,7 +38,7 @@ class AdaptationReport:
         sites: how many sites it adapts.
         trainable_parameters: elements that train.
         frozen_parameters: elements it adds that do not train.
-        bytes: of all tensors it adds.
+        bytes: of all tensors it adds and keeps: parameters, and what controllers and selections remember.
         flops_per_token: added to a forward pass in eval mode, two per multiply-add, over batch times sequence.
     """
 
@@ -129,7 +130,8 @@ def _left(compilation: Compilation) -> dict[str, int]:
 
 
 def _entry(name: str, method: str, sites: int, program: Program, store: Store) -> AdaptationReport:
-    tensors = [t for fqn, t in store.adapters() if owner_of(fqn) == name and isinstance(t, nn.Parameter)]
+    kept = [tensor for fqn, tensor in adapter_tensors(store) if owner_of(fqn) == name]
+    tensors = [tensor for tensor in kept if isinstance(tensor, nn.Parameter)]
     inserted = [n for n in program.graph.nodes if (provenance(n) or {}).get("adaptation") == name]
     return AdaptationReport(
         name,
@@ -137,7 +139,7 @@ def _entry(name: str, method: str, sites: int, program: Program, store: Store) -
         sites,
         sum(t.numel() for t in tensors if t.requires_grad),
         sum(t.numel() for t in tensors if not t.requires_grad),
-        sum(t.numel() * t.element_size() for t in tensors),
+        sum(t.numel() * t.element_size() for t in kept),
         flops_per_token(program, inserted),
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from graftc.compiler.steering import live_places
 from graftc.passes.core.blocks import Runner
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.scoring import Scoring
+from graftc.passes.core.windows import BaseGradients
 from graftc.passes.selection import SELECTED
 from graftc.runtime.steering import Steered
 from graftc.specs.base import MethodSpec
@@ -79,6 +79,10 @@ class Selecting(Steered, Runner):
         if not chosen:
             hint = "compile the spec again to choose anew"
             raise GraftError("GC056", "there is no adaptation whose entries examples have yet to choose", hint=hint)
+        if self._store_device().type == "meta":
+            raise GraftError(
+                "GC056", "there is nothing to choose by on the meta device", hint="load the base's weights"
+            )
         examples = list(examples) if len(chosen) > 1 else examples
         values: dict[str, Tensor] = {}
         for resolved in chosen:
@@ -115,22 +119,15 @@ class Selecting(Steered, Runner):
     def _watched(self, tensors: Mapping[str, Tensor], take: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Inside, a backward pass gives the gradients of base tensors to ``take``, and makes no others."""
         training, trained = self.training, [p for p in self.parameters() if p.requires_grad]
-        handles = []
+        gradients = BaseGradients(take)
         self.eval()
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)
-            for name, tensor in tensors.items():
-                tensor.requires_grad_(True)
-                hook = partial(_taken, name, take)
-                handles.append(tensor.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+            gradients.want(tensors)
             yield
         finally:
-            for handle in handles:
-                handle.remove()
-            for tensor in tensors.values():
-                tensor.requires_grad_(False)
-                tensor.grad = None
+            gradients.release()
             for parameter in trained:
                 parameter.requires_grad_(True)
             self.train(training)
@@ -219,13 +216,6 @@ class Selecting(Steered, Runner):
         compiled = make_compiled(made).to(self._store_device())
         compiled.train(self.training)
         return compiled
-
-
-def _taken(name: str, take: Callable[[str, Tensor], None], tensor: Tensor) -> None:
-    assert tensor.grad is not None
-    with torch.no_grad():
-        take(name, tensor.grad)
-    tensor.grad = None
 
 
 def _single(example: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

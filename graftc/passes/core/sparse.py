@@ -36,8 +36,12 @@ def _write(weight: Tensor, indices: Tensor, delta: Tensor) -> None:
     flat = weight.view(-1)
     if weight.dtype == delta.dtype:
         flat.put_(indices.long(), delta, accumulate=True)
-    else:
-        flat.put_(indices.long(), (flat.index_select(0, indices).to(delta.dtype) + delta).to(weight.dtype))
+        return
+    values = (flat.index_select(0, indices).to(delta.dtype) + delta).to(weight.dtype)
+    if torch.are_deterministic_algorithms_enabled():
+        flat.scatter_(0, indices.long(), values)
+    else:  # half the time on a CPU; no index is there twice, so there is nothing to be in doubt about
+        flat.put_(indices.long(), values)
 
 
 def sparse_weight_decomposed(weight: Tensor, indices: Tensor, delta: Tensor) -> Tensor:
