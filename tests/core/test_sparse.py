@@ -86,6 +86,17 @@ def test_rounded_once() -> None:
     assert torch.equal(found.flatten()[rest], weight.flatten()[rest])
 
 
+def test_where_torch_has_to_be_deterministic() -> None:
+    """The same, by operators that are."""
+    weight, indices, delta = torch.randn(9, 5).bfloat16(), torch.arange(0, 45, 4, dtype=torch.int32), torch.randn(12)
+    expected = ops.sparse_weight(weight, indices, delta)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(ops.sparse_weight(weight, indices, delta), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_only_the_input_is_kept() -> None:
     """Beside tensors that are there anyway: no changed weight, no gradient of one."""
     weight = torch.randn(50, 70)

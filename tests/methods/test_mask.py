@@ -88,6 +88,14 @@ def test_nothing_else_moves(family: str, optimiser: type[torch.optim.Optimizer])
     assert compiled.report.trainable_parameters == sum(len(own) for own in chosen.values())
 
 
+def test_bytes_are_those_of_values_and_numbers() -> None:
+    """Four for each, in a model of 16 bits too."""
+    spec = {"adapt": [{"method": "mask", "selection": "random", "entries": 1000}]}
+    for dtype in (torch.float32, torch.bfloat16):
+        (found,) = graftc.compile(spec, tiny("bert", dtype=dtype)).report.adaptations
+        assert (found.trainable_parameters, found.bytes) == (1000, 8000)
+
+
 def test_tied_weights_have_one_delta() -> None:
     """Of GPT-2's table, which is its head too: counted once, changed in both places, folded."""
     model = tiny("gpt2")
