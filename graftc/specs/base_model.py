@@ -49,6 +49,7 @@ class SpecModel(_Base):
 
     model_config = ConfigDict(
         frozen=True,
+        defer_build=True,  # listing methods needs the fields of many specs and the validators of none
         extra="forbid",
         strict=True,
         use_attribute_docstrings=True,

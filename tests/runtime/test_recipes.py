@@ -164,7 +164,7 @@ def test_killed_at_ten_moments(tmp_path: Path) -> None:
         assert status == 0
         draw, kills, at = random.Random(0), 0, set()
         while kills < 10:
-            status, _ = worker.run("killed", draw.uniform(0, seconds / 2))
+            status, _ = worker.run("killed", draw.uniform(0, 0.9 * seconds))
             if status == 0:  # done too soon: from the start again, until ten kills have landed in all
                 shutil.rmtree(tmp_path / "killed")
             kills += status == -9

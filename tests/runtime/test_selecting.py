@@ -46,16 +46,16 @@ def train(compiled: Compiled, stage: Stage | None = None, steps: int = 3) -> Non
 
 
 def deltas(compiled: Compiled) -> dict[str, tuple[str, Tensor]]:
-    """By the name of a base tensor, the name of its delta and the numbers of its entries."""
+    """By the name of a base tensor, the name of what trains of it and the numbers of its entries."""
     compilation = compiled.compilation
     found: dict[str, tuple[str, Tensor]] = {}
     for resolved in compilation.main.resolved:
         for site, _ in resolved.places:
             parts = compilation.parts[resolved.name].get(site.key, {})
             for region in regions_of(site, compilation.store):
-                if f"{region.part}_delta" in parts:
+                if f"{region.part}_indices" in parts:
                     indices = compilation.store.get(parts[f"{region.part}_indices"])
-                    found[region.tensor] = parts[f"{region.part}_delta"], indices
+                    found[region.tensor] = parts.get(f"{region.part}_delta", parts.get(region.part, "")), indices
     return found
 
 
