@@ -220,7 +220,7 @@ def measure(entry: Entry, shape: Shape, dtype: str, checkpointing: bool, device:
 
     witness = Witness(device)
     training = make()
-    steps = PLAIN_STEPS if training.after is None else 2 * WINDOW
+    steps = PLAIN_STEPS if training.after is None else WINDOW - WARMUP + 2
     for _ in range(WARMUP):
         training.step()
     gc.collect()
