@@ -17,6 +17,7 @@ from benchmarks.train.contestants import Entry
 from benchmarks.train.measure import Measured, contest, mismatches
 from benchmarks.train.models import FULL, TINY, base
 from benchmarks.train.report import FLOOR, figures, load_text, machine
+from benchmarks.turns import Named
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -45,19 +46,15 @@ def command_line(prog: str, arguments: Sequence[str] | None) -> str:
     return " ".join([prog, *(f"'{a}'" if re.search(r"[^\w./-]", a) else a for a in given)])
 
 
-class Named(Protocol):
+class Compared(Named, Protocol):
     """An entry of a table."""
-
-    @property
-    def name(self) -> str:
-        """Unique."""
 
     @property
     def peer(self) -> str | None:
         """The name of the entry that it is compared with."""
 
 
-N = TypeVar("N", bound=Named)
+N = TypeVar("N", bound=Compared)
 
 
 def chosen(entries: Sequence[N], pattern: str | None) -> tuple[N, ...]:

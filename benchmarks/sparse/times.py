@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.sparse.entries import CYCLE, WINDOW, Entry, Training
-from benchmarks.train.contestants import UnavailableError
 from benchmarks.train.models import Base
+from benchmarks.turns import all_ready, in_turns
 
 __all__ = ["Timed", "contest", "cycle_mean", "ordinary", "ordinary_median"]
 
@@ -88,31 +87,18 @@ def contest(
     Returns:
         What was measured, and by the name of each entry that could not run, why.
     """
-    ready: list[tuple[Timed, Training]] = []
-    skipped: dict[str, str] = {}
-    for entry in entries:
-        try:
-            training = entry.make(base, checkpointing)
-        except UnavailableError as reason:
-            skipped[entry.name] = str(reason)
-            tell(f"{entry.name}: skipped: {reason}")
-            continue
+
+    def make(entry: Entry) -> tuple[Timed, Training]:
+        training = entry.make(base, checkpointing)
         with torch.no_grad():
             found = Timed(entry, float(training.loss()))
         for _ in range(warmup):
             training.step()
-        ready.append((found, training))
-    gc.collect()
-    gc.disable()
-    try:
-        for turn in range(rounds):
-            first = turn % max(len(ready), 1)
-            for found, training in ready[first:] + ready[:first]:
-                _timed(found, training, base.labels.device, number=warmup + turn + 1)
-            gc.collect()
-            tell(f"round {turn + 1} of {rounds}")
-    finally:
-        gc.enable()
+        return found, training
+
+    device = base.labels.device
+    ready, skipped = all_ready(entries, make, tell)
+    in_turns(ready, rounds, lambda one, number: _timed(*one, device, number=warmup + number + 1), tell)
     return [found for found, _ in ready], skipped
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks.train.contestants import Entry, Live, UnavailableError
+from benchmarks.train.contestants import Entry, Live
 from benchmarks.train.models import Base
+from benchmarks.turns import all_ready, in_turns
 
 __all__ = ["Measured", "Timing", "contest", "mismatches", "peak_bytes", "saved_bytes"]
 
@@ -126,29 +126,15 @@ def contest(
     Returns:
         What was measured, and by the name of each entry that could not run, why.
     """
-    ready: list[tuple[Measured, Live]] = []
-    skipped: dict[str, str] = {}
-    for entry in entries:
-        try:
-            live = entry.make(base)
-        except UnavailableError as reason:
-            skipped[entry.name] = str(reason)
-            tell(f"{entry.name}: skipped: {reason}")
-            continue
-        ready.append((_prepared(entry, live, base, warmup), live))
-        found = ready[-1][0]
+
+    def make(entry: Entry) -> tuple[Measured, Live]:
+        live = entry.make(base)
+        found = _prepared(entry, live, base, warmup)
         tell(f"{entry.name}: {found.saved / 1e6:.1f} MB saved, {found.peak / 1e6:.1f} MB at the peak")
-    gc.collect()
-    gc.disable()
-    try:
-        for turn in range(rounds):
-            first = turn % max(len(ready), 1)
-            for found, live in ready[first:] + ready[:first]:
-                _timed(found.timing, live, base, seed=turn)
-            gc.collect()
-            tell(f"round {turn + 1} of {rounds}")
-    finally:
-        gc.enable()
+        return found, live
+
+    ready, skipped = all_ready(entries, make, tell)
+    in_turns(ready, rounds, lambda one, number: _timed(one[0].timing, one[1], base, seed=number), tell)
     return [found for found, _ in ready], skipped
 
 
