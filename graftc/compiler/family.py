@@ -26,7 +26,7 @@ from graftc.passes.core.builder import Builder
 from graftc.passes.core.program import HistoryEntry, Mode, Program
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.sites import Applied, AttentionSite, LinearSite, ParameterSite, Site
-from graftc.passes.core.steering import STEP
+from graftc.passes.core.steering import STEP, no_steps
 from graftc.passes.core.verify import record_baseline, verify
 from graftc.passes.mode import to_eval
 from graftc.passes.recompute import recompute_weights
@@ -291,7 +291,7 @@ def _insert(
     for unit in units(compilation.spec, resolved):
         clock.step(f"insert({unit.name})", partial(_insert_unit, compilation, program, unit), program)
         clock.step("verify", partial(verify, program, store, f"insert({unit.name})"), program)
-    if program.summands:
+    if program.graph.find_nodes(op="call_function", target=torch.ops.graftc.sparse_weight.default):
         build = Builder(program, store, "", "", compilation.seed, compilation.values)
         clock.step("recompute", lambda: recompute_weights(build), program)
         clock.step("verify", lambda: verify(program, store, "recompute"), program)
@@ -324,7 +324,7 @@ def _overlay(build: Builder, sites: Sequence[ParameterSite]) -> None:
 def _adapt(build: Builder, item: Resolved) -> None:
     method = method_for(item.spec.method)
     if method.controller is not None and method.controller.wanted(item.spec):
-        build.keep_buffer(STEP, lambda device: torch.zeros(1, dtype=torch.int64, device=device))
+        build.keep_buffer(STEP, no_steps)
     sites: list[Site] = [site for site, _ in item.sites]
     shared = method.prepare(item.spec, sites, build)
     for site, spec in item.sites:

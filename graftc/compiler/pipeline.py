@@ -251,11 +251,15 @@ class Compilation:
         return steps
 
     def _tensor_steps(self, name: str, site: Site, fold: TensorFold) -> list[FoldStep]:
-        own = [region for region in regions_of(site, self.store) if region.part in fold.changes]
-        return [
-            FoldStep(name, str(site.key), r.tensor, None, r.every_row, Layout.PLAIN, _changed(fold, r), everywhere=True)
-            for r in own
-        ]
+        steps: list[FoldStep] = []
+        for region in regions_of(site, self.store):
+            if region.part in fold.changes:
+                every, change = StoredRows.every(region.shape), _changed(fold, region)
+                key = str(site.key)
+                steps.append(
+                    FoldStep(name, key, region.tensor, None, every.rows, every.layout, change, everywhere=True)
+                )
+        return steps
 
     def _new_bias(self, site: LinearSite) -> str | None:
         """Name of a bias that folding may add; None where the call takes none, or the module has another use of it."""

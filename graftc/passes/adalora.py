@@ -14,7 +14,7 @@ from graftc.passes.core.folds import Fold, Keep, WeightFold
 from graftc.passes.core.lowrank import check_rank, factors, gated, normal, zeros
 from graftc.passes.core.method import Method
 from graftc.passes.core.sites import LinearSite, Site
-from graftc.passes.core.steering import Controller, TensorObjective
+from graftc.passes.core.steering import Controller, TensorObjective, check_phases, unknown_length
 from graftc.passes.core.steering import Place as Adapted
 from graftc.specs.adalora import AdaLoRA
 from graftc.specs.diagnostics import GraftError, Place
@@ -47,7 +47,7 @@ class Budget(Controller[AdaLoRA]):
         """
         total = self.spec.total_steps or total
         if self.initial != self.target:
-            _check_phases(self.spec, total)
+            check_phases(self.spec, total)
         super().begin(total)
 
     @property
@@ -76,8 +76,7 @@ class Budget(Controller[AdaLoRA]):
 
     def _last_pruning(self) -> int:
         if self.total is None:
-            hint = "call compiled.begin(total_steps) before training, or set total_steps in the spec"
-            raise GraftError("GC026", f"the budget of {self.spec.name!r} falls over the whole training", hint=hint)
+            raise unknown_length(f"the budget of {self.spec.name!r}")
         return self.total - self.spec.final_steps
 
     def step(self, number: int) -> None:
@@ -173,7 +172,7 @@ class AdaLoRAMethod(Method[AdaLoRA]):
             GraftError: GC026 where its phases leave no step of ``total_steps`` to prune in.
         """
         if spec.total_steps is not None:
-            _check_phases(spec, spec.total_steps)
+            check_phases(spec, spec.total_steps)
 
     def insert(self, spec: AdaLoRA, site: Site, shared: Any, build: Builder) -> None:
         """Insert the branch.
@@ -211,17 +210,6 @@ class AdaLoRAMethod(Method[AdaLoRA]):
     def live_ranks(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """Triplets whose E is not zero."""
         return tensors["E"].detach() != 0
-
-
-def _check_phases(spec: AdaLoRA, total: int) -> None:
-    if spec.warmup_steps + spec.final_steps >= total:
-        raise GraftError(
-            "GC026",
-            f"{spec.name!r} has {spec.warmup_steps} steps of warm-up and {spec.final_steps} final ones, which leaves "
-            f"none of {total} to prune in",
-            place=Place(path="warmup_steps" if spec.warmup_steps else "final_steps"),
-            hint="lower warmup_steps or final_steps, or train longer",
-        )
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from graftc.passes.core.folds import Fold
 from graftc.passes.core.ops import SEEDS
 from graftc.passes.core.scoring import Fisher, Scoring
 from graftc.passes.core.sites import Site
-from graftc.passes.core.steering import STEP, Controller, Place
+from graftc.passes.core.steering import STEP, Controller, Place, no_steps
 from graftc.passes.full import TrainedTensors
 from graftc.passes.selection import SparseTensors
 from graftc.specs.child_tuning import ChildTuning
@@ -52,7 +52,7 @@ class ChildTuningMethod(TrainedTensors[ChildTuning]):
         """
         if spec.variant == "D":
             return self._layers.prepare(spec, [site for site in sites if site.layer is not None], build)
-        return build.buffer(STEP, _first_step) if Steps.wanted(spec) else None
+        return build.buffer(STEP, no_steps) if Steps.wanted(spec) else None
 
     def insert(self, spec: ChildTuning, site: Site, shared: Any, build: Builder) -> None:
         """See `TrainedTensors.insert`, and `SparseTensors.insert` for the layers of the other variant."""
@@ -101,10 +101,6 @@ class _Layers(SparseTensors[ChildTuning]):
 
 def _in_layers(places: Sequence[Place[ChildTuning]]) -> list[Place[ChildTuning]]:
     return [place for place in places if place.site.layer is not None]
-
-
-def _first_step(device: torch.device) -> Tensor:
-    return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def _seed(seed: int, name: str) -> int:

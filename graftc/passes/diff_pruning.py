@@ -14,12 +14,11 @@ from graftc.passes.core.folds import Fold, TensorFold
 from graftc.passes.core.hashing import SEEDS
 from graftc.passes.core.lowrank import zeros
 from graftc.passes.core.regions import Region, largest, regions_of
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite, Site
 from graftc.passes.core.stages import Advance
 from graftc.passes.core.steering import Place, TensorObjective
-from graftc.passes.core.tensors import tensor_name
-from graftc.passes.selection import Chosen, SparseTensors, budget_of, key_of
+from graftc.passes.core.stored import StoredRows
+from graftc.passes.selection import Chosen, SparseTensors, budget_of, entry_values, key_of, regions_at
 from graftc.specs.diff_pruning import DiffPruning
 
 aten = torch.ops.aten
@@ -98,9 +97,7 @@ class DiffPruningMethod(SparseTensors[DiffPruning]):
         """The sums are the new values, with gates that have no noise."""
         if spec.stage > 1:
             return super().fold(spec, site, tensors)
-        rows = site.rows if isinstance(site, LinearSite) else None
-        changes = {part: _added(difference(spec, tensors, part), rows) for part in _tensors_of(tensors)}
-        return TensorFold(changes)
+        return TensorFold({p: _added(site, difference(spec, tensors, p)) for p in _tensors_of(tensors)})
 
     def stages(self, spec: DiffPruning) -> int:
         """Two."""
@@ -111,21 +108,13 @@ class DiffPruningMethod(SparseTensors[DiffPruning]):
         self, spec: DiffPruning, places: Sequence[Place[DiffPruning]], shared: Mapping[str, Tensor]
     ) -> Advance[DiffPruning]:
         """The entries with the largest differences are left, and start from these."""
-        held = [
-            (place, region)
-            for place in places
-            for region in regions_of(place.site, place.base, biases=self.biases)
-            if f"{region.part}_w" in place.tensors
-        ]
+        held = list(regions_at(places, biases=self.biases))
         sizes = [partial(_magnitude, spec, place.tensors, region.part) for place, region in held]
         found = largest(sizes, budget_of(spec, _entries(places)))
         values: dict[str, Tensor] = {}
         for (place, region), numbers in zip(held, found, strict=True):
-            if numbers.numel():
-                name = partial(tensor_name, place.site, str(spec.name))
-                own = difference(spec, place.tensors, region.part).reshape(-1)
-                values[name(f"{region.part}_indices")] = region.stored(numbers)
-                values[name(f"{region.part}_delta")] = own[numbers]
+            own = difference(spec, place.tensors, region.part).reshape(-1)
+            values |= entry_values(place, region, numbers, own[numbers])
         return Advance(spec.model_copy(update={"stage": spec.stage + 1}), values)
 
     def deployed(self, spec: DiffPruning, places: Sequence[Place[DiffPruning]]) -> int | None:
@@ -176,13 +165,11 @@ def _constant(value: float) -> Initialiser:
     return fill
 
 
-def _added(own: Tensor, rows: Rows | None) -> Callable[[Tensor], Tensor]:
-    """Adds to a tensor as it is stored, or to the rows that are as many as ``own`` has along one axis."""
+def _added(site: Site, own: Tensor) -> Callable[[Tensor], Tensor]:
+    """Adds to the site's own part of a tensor as it is stored."""
 
     def change(tensor: Tensor) -> Tensor:
-        cut = [axis for axis, (a, b) in enumerate(zip(own.shape, tensor.shape, strict=True)) if a != b]
-        if rows is None or not cut:
-            return tensor + own
-        return rows.put(tensor, rows.take(tensor, cut[0]) + own, cut[0])
+        where = site.stored(tensor.shape) if isinstance(site, LinearSite) else StoredRows.every(tensor.shape)
+        return where.put(tensor, where.take(tensor) + own)
 
     return change

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from graftc.passes.core.sparse import written
 from graftc.passes.core.stages import Advance
 from graftc.passes.core.steering import Place, TensorObjective
 from graftc.passes.core.tensors import tensor_name
-from graftc.passes.selection import Chosen, SparseTensors, budget_of, entry_values, key_of
+from graftc.passes.selection import Chosen, SparseTensors, budget_of, entry_values, key_of, regions_at
 from graftc.specs.lt_sft import LTSFT
 
 KEPT = ("indices", "start")
@@ -34,7 +34,7 @@ class Distance(TensorObjective[LTSFT]):
     def value(self) -> Tensor:
         """See `TensorObjective.value`."""
         total, size = torch.zeros(()), 0
-        for place, region in _regions(self.places):
+        for place, region in regions_at(self.places):
             base, held = place.base[region.tensor], place.tensors
             size += region.size
             if self.spec.dense:
@@ -93,13 +93,13 @@ class LTSFTMethod(SparseTensors[LTSFT]):
         if spec.dense:
             return Advance(following, self._chosen(spec, places), rewind=True)
         values: dict[str, Tensor] = {}
-        for place, region in _regions(places):
+        for place, region in regions_at(places):
             values |= _dense_values(spec, place, region)
         return Advance(following, values)
 
     def _chosen(self, spec: LTSFT, places: Sequence[Place[LTSFT]]) -> dict[str, Tensor]:
         """What the training after a dense one starts from: entries chosen so far, and those that changed most now."""
-        found = list(_regions(places))
+        found = list(regions_at(places))
         whole = budget_of(spec, sum(region.size for _, region in found))
         new = whole * spec.iteration // spec.iterations - whole * (spec.iteration - 1) // spec.iterations
         numbers = largest([partial(_changes, place, region) for place, region in found], new)
@@ -108,19 +108,8 @@ class LTSFTMethod(SparseTensors[LTSFT]):
             before, start = _before(place, region)
             both = torch.cat([before, own])
             delta = torch.cat([start, start.new_zeros(own.shape)])
-            dtype = place.base[region.tensor].dtype
-            values |= entry_values(place.site, str(spec.name), region, both, dtype, delta)
+            values |= entry_values(place, region, both, delta)
         return values
-
-
-def _regions(places: Sequence[Place[LTSFT]]) -> Iterator[tuple[Place[LTSFT], Region]]:
-    """Every tensor once, with the place that has it."""
-    seen = set()
-    for place in places:
-        for region in regions_of(place.site, place.base):
-            if key_of(region) not in seen:
-                seen.add(key_of(region))
-                yield place, region
 
 
 def _own(place: Place[LTSFT], region: Region) -> Tensor:

@@ -19,20 +19,19 @@ from graftc.passes.core.regions import SMALL
 from graftc.passes.core.sites import LinearSite, Site
 from graftc.passes.core.stages import Advance
 from graftc.passes.core.steering import Place as Adapted
+from graftc.passes.core.steering import check_phases
 from graftc.passes.core.tensors import tensor_name
 from graftc.passes.full import TrainedTensors
 from graftc.passes.pruning_steps import (
     PENALTY,
     Masks,
     Penalty,
-    check_phases,
     deployed_of,
     left_of,
     logit,
     own_part,
     part_name,
     prunes,
-    rows_of,
     size_of,
     wide_of,
 )
@@ -155,7 +154,7 @@ class PruningMethod(TrainedTensors[Pruning]):
             return StandIn()
 
         def change(stored: Tensor) -> Tensor:
-            rows = rows_of(site, stored)
+            rows = site.stored(stored.shape)
             own = rows.take(stored)
             if sparse:
                 indices, values = tensors[f"{part}_indices"].long(), tensors[f"{part}_values"]

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from graftc.passes.core.pruned import Edge, dropped, edge_of
 from graftc.passes.core.sites import LinearSite
-from graftc.passes.core.steering import Controller, TensorObjective
+from graftc.passes.core.steering import Controller, TensorObjective, check_phases, unknown_length
 from graftc.passes.core.steering import Place as Adapted
-from graftc.passes.core.stored import StoredRows
-from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.pruning import Pruning, kept_of
 
 PENALTY = "penalty"
@@ -63,8 +61,7 @@ class Masks(Controller[Pruning]):
         if not self.moves:
             return Fraction(1)
         if self.total is None:
-            hint = "call compiled.begin(total_steps) before training, or set total_steps in the spec"
-            raise GraftError("GC026", f"the density of {self.spec.name!r} falls over the whole training", hint=hint)
+            raise unknown_length(f"the density of {self.spec.name!r}")
         start, end = self.spec.warmup_steps, self.total - self.spec.final_steps
         progress = min(max(Fraction(number - start, end - start), Fraction(0)), Fraction(1))
         return 1 - (1 - progress) ** 3
@@ -194,18 +191,6 @@ def prunes(spec: Pruning) -> bool:
     return spec.variant == "soft_movement" or spec.density < 1
 
 
-def check_phases(spec: Pruning, total: int) -> None:
-    """Raise GC026 where the phases of a schedule leave no step to prune in."""
-    if spec.warmup_steps + spec.final_steps >= total:
-        raise GraftError(
-            "GC026",
-            f"{spec.name!r} has {spec.warmup_steps} steps of warm-up and {spec.final_steps} final ones, which leaves "
-            f"none of {total} to prune in",
-            place=Place(path="warmup_steps" if spec.warmup_steps else "final_steps"),
-            hint="lower warmup_steps or final_steps, or train longer",
-        )
-
-
 def logit(p: float) -> float:
     """The score that has a sigmoid of ``p``; of 0 minus infinity."""
     return math.log(p / (1 - p)) if p else -math.inf
@@ -221,11 +206,6 @@ def part_name(site: LinearSite) -> str:
     return site.use.weight.rpartition(".")[2]
 
 
-def rows_of(site: LinearSite, stored: Tensor) -> StoredRows:
-    """Where in a stored weight the site's part is."""
-    return StoredRows.of(site.rows, site.use.layout, stored.shape)
-
-
 def own_part(site: LinearSite, stored: Tensor) -> Tensor:
     """The part of a stored weight that is the site's."""
-    return rows_of(site, stored).take(stored)
+    return site.stored(stored.shape).take(stored)

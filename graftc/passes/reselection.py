@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.moments import Seen, SparseOptimiser
-from graftc.passes.core.regions import Region, largest, regions_of
-from graftc.passes.core.steering import Controller, Place
+from graftc.passes.core.regions import Region, largest
+from graftc.passes.core.steering import Controller, Place, unknown_length
 from graftc.passes.core.windows import BaseGradients
+from graftc.passes.selection import regions_at
 from graftc.specs.diagnostics import GraftError, warn
 from graftc.specs.spiel import SpIEL
 
@@ -63,12 +64,9 @@ class Reselection(Controller[SpIEL]):
     @cached_property
     def entries(self) -> list[Entries]:
         """Every weight with entries that train, once."""
-        found: list[Entries] = []
-        for place in self.places:
-            for region in regions_of(place.site, place.base, biases=False):
-                if f"{region.part}_indices" in place.tensors:
-                    found.append(Entries(place, region, len(found)))
-        return found
+        every = regions_at(self.places, biases=False)
+        chosen = [(place, region) for place, region in every if f"{region.part}_indices" in place.tensors]
+        return [Entries(place, region, number) for number, (place, region) in enumerate(chosen)]
 
     def position(self, number: int) -> int:
         """Which step of a window the optimiser step of this number is, from 1; 0 outside of windows."""
@@ -82,9 +80,7 @@ class Reselection(Controller[SpIEL]):
             GraftError: GC026 where the number of steps is not known.
         """
         if self.total is None and self.spec.drop_fraction:
-            hint = "call compiled.begin(total_steps) before training, or set total_steps in the spec"
-            message = f"the share of entries that {self.spec.name!r} replaces falls over the whole training"
-            raise GraftError("GC026", message, hint=hint)
+            raise unknown_length(f"the share of entries that {self.spec.name!r} replaces")
         if self.position(number) != self.spec.accumulation_steps or (self.total is not None and number >= self.total):
             return 0
         if number == self.spec.accumulation_steps:
@@ -100,10 +96,12 @@ class Reselection(Controller[SpIEL]):
 
     def before_forward(self) -> None:
         """See `Controller.before_forward`. In a window the base's weights want gradients."""
+        if self.spec.variant == "MA":
+            return  # before the count of steps is read, which waits for the device
         number = self.steps + 1
         position = self.position(number)
         last = number - position + self.spec.accumulation_steps
-        if self.spec.variant == "MA" or not position:
+        if not position:
             return
         if (self.total is not None or not self.spec.drop_fraction) and not self.fraction(last):
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +18,7 @@ from graftc.passes.core.stored import StoredRows
 from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.patterns import parse_slice
 from graftc.specs.rows import RowSelection
+from graftc.specs.selection import share
 
 Scores = Callable[[int], Tensor]
 """A number for each block of so many rows: ``float64[blocks]``, on the CPU."""
@@ -125,8 +125,7 @@ def chosen_rows(spec: RowSelection, count: int, scores: Scores) -> Tensor:
         numbers = (groups + torch.arange(0, padded.numel(), m)[:, None]).flatten()
         return numbers[numbers < count].sort().values
     assert spec.density is not None
-    # As it is written: 0.29 of 100 are 29, which the nearest float64 is a little below.
-    wanted = max(1, math.floor(Fraction(str(spec.density)) * math.ceil(count / spec.block)))
+    wanted = max(1, share(spec.density, math.ceil(count / spec.block)))
     best = scores(spec.block).argsort(descending=True, stable=True)[:wanted].sort().values
     numbers = (best[:, None] * spec.block + torch.arange(spec.block)).flatten()
     return numbers[numbers < count]

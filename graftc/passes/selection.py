@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, TypeVar
@@ -135,19 +135,16 @@ class SparseTensors(Method[S]):
 
     def scored(self, places: Sequence[Adapted[S]]) -> Sequence[str]:
         """See `Method.scored`."""
-        return list(dict.fromkeys(name for name, _ in self._regions(places)))
-
-    def _regions(self, places: Sequence[Adapted[S]]) -> dict[Key, tuple[Site, Region]]:
-        return self.tensors_of([place.site for place in places], places[0].base)
+        return list(dict.fromkeys(region.tensor for _, region in regions_at(places, biases=self.biases)))
 
     def selected(self, spec: S, places: Sequence[Adapted[S]], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """See `Method.selected`."""
-        found = self._regions(places)
+        found = {key_of(region): (place, region) for place, region in regions_at(places, biases=self.biases)}
         regions = {key: region for key, (_, region) in found.items()}
         chosen = largest_entries(spec, regions, lambda key: regions[key].own(scores[key[0]]), each=self.each(spec))
         values = {tensor_name(None, _name(spec), SELECTED): torch.ones(1, dtype=torch.bool)}
-        for key, (site, region) in found.items():
-            values |= entry_values(site, _name(spec), region, chosen.indices[key], places[0].base[region.tensor].dtype)
+        for key, (place, region) in found.items():
+            values |= entry_values(place, region, chosen.indices[key])
         return values
 
     def each(self, spec: S) -> bool:
@@ -174,24 +171,31 @@ def budget_of(spec: BudgetSpec, total: int) -> int:
     raise GraftError("GC020", message, place=Place(path=field), hint=f"{'raise' if not count else 'lower'} {field}")
 
 
-def entry_values(
-    site: Site, adaptation: str, region: Region, numbers: Tensor, dtype: torch.dtype, delta: Tensor | None = None
-) -> dict[str, Tensor]:
+def regions_at(places: Sequence[Adapted[S]], *, biases: bool = True) -> Iterator[tuple[Adapted[S], Region]]:
+    """Every tensor once, with the first place that has it."""
+    seen: set[Key] = set()
+    for place in places:
+        for region in regions_of(place.site, place.base, biases=biases):
+            if key_of(region) not in seen:
+                seen.add(key_of(region))
+                yield place, region
+
+
+def entry_values(place: Adapted[S], region: Region, numbers: Tensor, delta: Tensor | None = None) -> dict[str, Tensor]:
     """The tensors for entries of one tensor, by their Store names; none where there are no entries.
 
     Args:
-        site, adaptation: whose.
+        place: whose.
         region: of the tensor.
         numbers: of its own entries.
-        dtype: of the base.
         delta: of these entries; zeros by default.
     """
     if not numbers.numel():
         return {}
     indices, order = region.stored(numbers).sort()
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = torch.promote_types(place.base[region.tensor].dtype, torch.float32)
     start = torch.zeros(numbers.shape, device=numbers.device) if delta is None else delta[order]
-    names = (tensor_name(site, adaptation, f"{region.part}_{kind}") for kind in ("indices", "delta"))
+    names = (tensor_name(place.site, _name(place.spec), f"{region.part}_{kind}") for kind in ("indices", "delta"))
     return dict(zip(names, (indices, start.to(wide)), strict=True))
 
 

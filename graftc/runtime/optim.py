@@ -16,10 +16,9 @@ from torch import Tensor
 
 from graftc.compiler.steering import live_places
 from graftc.passes.core.moments import Seen, SparseOptimiser
-from graftc.passes.core.regions import regions_of
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.store import Store
-from graftc.passes.selection import SparseTensors
+from graftc.passes.selection import SparseTensors, regions_at
 from graftc.runtime.compiled import Compiled
 
 __all__ = ["SM3", "AgedAdamW"]
@@ -69,13 +68,11 @@ def _deltas(compiled: Compiled) -> Iterator[tuple[Tensor, _Delta]]:
         if not isinstance(method, SparseTensors):
             continue
         parts = compilation.parts.get(resolved.name, {})
-        for place in live_places(compilation, resolved)[0]:
+        for place, region in regions_at(live_places(compilation, resolved)[0], biases=method.biases):
             names = parts.get(place.site.key, {})
-            for region in regions_of(place.site, store, biases=method.biases):
-                if f"{region.part}_delta" in names:
-                    indices = names[f"{region.part}_indices"]
-                    found = _Delta(store, indices, region.shape, method.moving)
-                    yield store.get(names[f"{region.part}_delta"]), found
+            if f"{region.part}_delta" in names:
+                found = _Delta(store, names[f"{region.part}_indices"], region.shape, method.moving)
+                yield store.get(names[f"{region.part}_delta"]), found
 
 
 class _Attached(SparseOptimiser):

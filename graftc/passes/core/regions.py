@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graftc.passes.core.layout import Layout
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.store import Store
 from graftc.passes.core.stored import StoredRows
@@ -51,11 +49,6 @@ class Region:
         axis = range(len(self.shape))[self.where.axis] if self.shape else -1
         return tuple(self.where.rows.count if index == axis else size for index, size in enumerate(self.shape))
 
-    @property
-    def every_row(self) -> Rows:
-        """All rows of the stored tensor, along its first axis."""
-        return Rows(self.shape[0] if self.shape else 1)
-
     def take(self, stored: Tensor) -> Tensor:
         """The own part of a tensor of this shape, as it is stored."""
         return self.where.take(stored)
@@ -92,15 +85,14 @@ def regions_of(site: Site, store: Store | Mapping[str, Tensor], *, biases: bool 
         biases: also what is added to a map.
     """
 
-    def region(tensor: str, rows: Rows | None = None, layout: Layout = Layout.PLAIN) -> Region:
+    def region(tensor: str, own: Callable[[torch.Size], StoredRows] = StoredRows.every) -> Region:
         held = store.get(tensor)
         assert held is not None
-        own = rows if rows is not None else Rows(held.shape[0] if held.dim() else 1)
-        return Region(tensor.rpartition(".")[2], tensor, tuple(held.shape), StoredRows.of(own, layout, held.shape))
+        return Region(tensor.rpartition(".")[2], tensor, tuple(held.shape), own(held.shape))
 
     if isinstance(site, LinearSite):
-        found = [region(site.use.weight, site.rows, site.use.layout)]
-        return (*found, region(site.use.bias, site.rows)) if biases and site.use.bias is not None else tuple(found)
+        found = [region(site.use.weight, site.stored)]
+        return (*found, region(site.use.bias, site.stored)) if biases and site.use.bias is not None else tuple(found)
     if isinstance(site, NormSite):
         return tuple(region(tensor) for tensor in (site.weight, site.bias) if tensor is not None)
     return (region(site.tensor),) if isinstance(site, ParameterSite) else ()

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from graftc.passes.core.folds import Fold
 from graftc.passes.core.readers import linear_use
 from graftc.passes.core.rows import Rows
+from graftc.passes.core.stored import StoredRows
 from graftc.passes.core.uses import Use
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import parse_role
@@ -123,6 +124,10 @@ class LinearSite(Site):
     def scope(self) -> str:
         """See `Site.scope`. A module may hold several weights: experts, `nn.MultiheadAttention`."""
         return "" if self.key.name == "weight" else self.key.name
+
+    def stored(self, shape: torch.Size) -> StoredRows:
+        """The own rows in the weight as it is stored, with these sizes."""
+        return StoredRows.of(self.rows, self.use.layout, shape)
 
     @property
     def columns(self) -> Rows:

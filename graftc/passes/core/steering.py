@@ -10,17 +10,62 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from graftc.passes.core.sites import Site
 from graftc.specs.base import MethodSpec
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.diagnostics import Place as SpecPlace
 
 S = TypeVar("S", bound=MethodSpec)
 STEP = "step"
 """Part name of the buffer that counts optimiser steps; every adaptation with a controller has one."""
+
+
+class Phased(Protocol):
+    """A spec whose schedule has phases at both ends of the training in which nothing is pruned."""
+
+    @property
+    def name(self) -> str | None:
+        """The adaptation's."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """Those at its beginning."""
+
+    @property
+    def final_steps(self) -> int:
+        """Those at its end."""
+
+
+def check_phases(spec: Phased, total: int) -> None:
+    """Hold the phases of a schedule against the number of optimiser steps.
+
+    Raises:
+        GraftError: GC026 where they leave no step to prune in.
+    """
+    if spec.warmup_steps + spec.final_steps >= total:
+        raise GraftError(
+            "GC026",
+            f"{spec.name!r} has {spec.warmup_steps} steps of warm-up and {spec.final_steps} final ones, which leaves "
+            f"none of {total} to prune in",
+            place=SpecPlace(path="warmup_steps" if spec.warmup_steps else "final_steps"),
+            hint="lower warmup_steps or final_steps, or train longer",
+        )
+
+
+def unknown_length(what: str) -> GraftError:
+    """The error of a schedule, of ``what`` falls over the training, where nobody has said how long that is."""
+    hint = "call compiled.begin(total_steps) before training, or set total_steps in the spec"
+    return GraftError("GC026", f"{what} falls over the whole training", hint=hint)
+
+
+def no_steps(device: torch.device) -> Tensor:
+    """The first value of the buffer `STEP`."""
+    return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,13 @@ class StoredRows:
         """Rows of an oriented weight that is stored in a layout with these sizes."""
         axis = layout.axis
         if rows.whole:
-            return cls(Rows(shape[0] if shape else 1))
+            return cls.every(shape)
         return cls(rows, Layout.PLAIN if axis % len(shape) == 0 else layout)
+
+    @classmethod
+    def every(cls, shape: Sequence[int]) -> StoredRows:
+        """All of a tensor of these sizes."""
+        return cls(Rows(shape[0] if shape else 1))
 
     @property
     def axis(self) -> int:

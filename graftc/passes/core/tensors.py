@@ -163,10 +163,9 @@ class TensorBuilder(NodeBuilder):
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
-    def stored(self, site: LinearSite, rows: Rows | None = None) -> StoredRows:
-        """Rows of the weight of a site as the Store holds them: by default all of the site's own."""
-        shape = self.store.get(site.use.weight).shape
-        return StoredRows.of(site.rows if rows is None else rows, site.use.layout, shape)
+    def stored(self, site: LinearSite) -> StoredRows:
+        """The own rows of the weight of a site as the Store holds them."""
+        return site.stored(self.store.get(site.use.weight).shape)
 
     def overlay(
         self,
@@ -188,7 +187,7 @@ class TensorBuilder(NodeBuilder):
                 another, the method folds what has been made of it.
         """
         tensor = self.store.get(base)
-        own = rows if isinstance(rows, StoredRows) else StoredRows(rows or Rows(tensor.shape[0] if tensor.dim() else 1))
+        own = StoredRows(rows) if isinstance(rows, Rows) else rows or StoredRows.every(tensor.shape)
         known = len(self._overlaid)
         trained = self.trained_rows(base, own)
         current = self._attributes.get(base)
@@ -232,9 +231,8 @@ class TensorBuilder(NodeBuilder):
         Raises:
             GraftError: GC021 where another adaptation trains them, or takes them as constants.
         """
-        own = rows or StoredRows(Rows(self.store.get(base).shape[0]))
+        own = rows or StoredRows.every(self.store.get(base).shape)
         self._claim(base, own)
-        self.program.summands.setdefault(base, [])
         node, current = make(), self._attributes.get(base)
         if current is not None:
             after = own.rows.write(self._emit("instead"), current, node, own.axis, lambda: self._index(own.rows))
@@ -259,7 +257,7 @@ class TensorBuilder(NodeBuilder):
         Raises:
             GraftError: GC021 where another adaptation trains them in another way, or takes them as constants.
         """
-        own = rows or StoredRows(Rows(self.store.get(base).shape[0] if self.store.get(base).dim() else 1))
+        own = rows or StoredRows.every(self.store.get(base).shape)
         self._check_unclaimed(base, own)
         self.program.summands.setdefault(base, []).append((self.adaptation, own))
         read = self._attributes.get(base)
