@@ -91,8 +91,9 @@ class Budget(Controller[AdaLoRA]):
         if number < last:
             self._observe()
         budget = self.budget(number)
-        # Importance is as it was from here on: the set that is chosen first stays.
-        chosen = number >= last and sum(int(place.tensors["kept"].sum()) for place in self.places) == budget
+        # The last step that prunes chooses by the last importance, also where the budget was reached before; importance
+        # is as it was from there on, and so is the set.
+        chosen = number > last and sum(int(place.tensors["kept"].sum()) for place in self.places) == budget
         if not chosen and number > self.spec.warmup_steps and (number >= last or number % self.spec.interval == 0):
             self._choose(budget)
         elif not chosen:

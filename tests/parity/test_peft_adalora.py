@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -19,7 +20,20 @@ peft = pytest.importorskip("peft")
 RANK, TARGET, ALPHA, WEIGHT, TOTAL, FINAL = 5, 2, 7, 0.4, 9, 2
 
 
-def ours(family: str) -> Any:
+@dataclass(frozen=True)
+class Schedule:
+    """Numbers of steps, and what the perturbation of the tensors is drawn from."""
+
+    total: int = TOTAL
+    final: int = FINAL
+    interval: int = 2
+    seed: int = 0
+
+
+USUAL = Schedule()
+
+
+def ours(family: str, schedule: Schedule = USUAL) -> Any:
     """Adapted by graftc, the tensors perturbed."""
     entry = {
         "method": "adalora",
@@ -29,18 +43,18 @@ def ours(family: str) -> Any:
         "alpha": ALPHA,
         "orthogonality": WEIGHT,
         "warmup_steps": 1,
-        "final_steps": FINAL,
-        "interval": 2,
-        "total_steps": TOTAL,
+        "final_steps": schedule.final,
+        "interval": schedule.interval,
+        "total_steps": schedule.total,
         "beta1": 0.8,
         "beta2": 0.7,
     }
     compiled = graftc.compile({"adapt": [entry]}, tiny(family)).eval()
-    perturb(compiled, 0.2)
+    perturb(compiled, 0.2, seed=schedule.seed)
     return compiled
 
 
-def theirs(family: str, compiled: Any) -> tuple[Any, dict[str, Tensor]]:
+def theirs(family: str, compiled: Any, schedule: Schedule = USUAL) -> tuple[Any, dict[str, Tensor]]:
     """The same in peft with the same tensors, and peft's parameter for each of ours."""
     config = peft.AdaLoraConfig(
         init_r=RANK,
@@ -49,9 +63,9 @@ def theirs(family: str, compiled: Any) -> tuple[Any, dict[str, Tensor]]:
         target_modules=MODULES[family],
         orth_reg_weight=WEIGHT,
         tinit=1,
-        tfinal=FINAL,
-        deltaT=2,
-        total_step=TOTAL,
+        tfinal=schedule.final,
+        deltaT=schedule.interval,
+        total_step=schedule.total,
         beta1=0.8,
         beta2=0.7,
         fan_in_fan_out=family == "gpt2",
@@ -98,20 +112,41 @@ def test_outputs_and_objective(family: str) -> None:
 @pytest.mark.parametrize("family", MODULES)
 def test_importance_budget_and_masks(family: str) -> None:
     """A whole training of plain SGD on both sides: averages, budgets, masks and tensors agree after every step."""
-    compiled = ours(family)
-    other, pairs = theirs(family, compiled)
+    train_both(family, USUAL)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Schedule(total, final, interval, seed) for total, final, interval in ((20, 4, 4), (16, 2, 6)) for seed in range(2)],
+    ids=str,
+)
+def test_the_last_choice_is_made_by_the_last_importance(schedule: Schedule) -> None:
+    """Also where rounding let the budget reach its target at an earlier step: peft chooses anew at the last one."""
+    train_both("bert", schedule, weight=1.0)
+
+
+def train_both(family: str, schedule: Schedule, weight: float = 1e-3) -> None:
+    """Train ours and peft's side by side, and compare after every step.
+
+    Args:
+        family: the model.
+        schedule: of the budget, and the seed.
+        weight: of the outputs' part of the loss, which differs from step to step.
+    """
+    compiled = ours(family, schedule)
+    other, pairs = theirs(family, compiled, schedule)
     mine = {name: p for name, p in compiled.named_parameters() if p.requires_grad}
     optimisers = [torch.optim.SGD(list(ps.values()), lr=1e-3) for ps in (mine, pairs)]
     budget = compiled._steering.controllers["adalora"]
     assert isinstance(budget, Budget)
     left = []
-    for number in range(1, TOTAL + 1):
+    for number in range(1, schedule.total + 1):
         inputs = inputs_for(compiled, seed=number)
         for model, extra in ((compiled, compiled.extra_loss()), (other, peft_objective(other))):
             leaves = [leaf for leaf in flat(model(**inputs)) if leaf.is_floating_point()]
             generator = torch.Generator().manual_seed(number)
             loss = sum((leaf * torch.randn(leaf.shape, generator=generator)).sum() for leaf in leaves)
-            (1e-3 * loss + extra).backward()
+            (weight * loss + extra).backward()
         for optimiser in optimisers:
             optimiser.step()
         compiled.after_step()
@@ -123,7 +158,7 @@ def test_importance_budget_and_masks(family: str) -> None:
             found = tensor.detach()
             torch.testing.assert_close(found, pairs[name].reshape(found.shape), rtol=1e-5, atol=1e-5, msg=name)
             assert torch.equal(found == 0, pairs[name].reshape(found.shape) == 0), f"{name} after step {number}"
-        if number < TOTAL - FINAL:
+        if number < schedule.total - schedule.final:
             compare_importance(compiled, pairs, other)
         left.append(sum(int((t != 0).sum()) for name, t in mine.items() if name.endswith(".E")))
     assert left[-1] == budget.target < left[0]
