@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.folds import Fold, Keep, WeightFold
 from graftc.passes.core.lowrank import check_rank, factors, normal, uniform, zeros
-from graftc.passes.core.magnitude import SMALLEST, norm_of_squares, squares
+from graftc.passes.core.magnitude import SMALLEST, TINY, norm_of_squares, squares
 from graftc.passes.core.method import Method
 from graftc.passes.core.sites import EmbeddingSite, LinearSite, Site, SiteKey
 from graftc.passes.core.so_far import SoFar, so_far, trace
@@ -55,6 +55,8 @@ class DoRAMethod(Method[DoRA]):
         pair = _factors(spec, site, build) if spec.direction else ()
         scale = _scale(spec, site, base, pair, shared, build)
         delta = lost = None
+        # A result in float16 has no room for what a scale of zero counts as.
+        whole = base.offset is None and build.output(site).meta["val"].dtype != torch.float16
         if pair:
             x = build.input(site)
             recompute = spec.dropout_mask == "recomputed"
@@ -62,10 +64,8 @@ class DoRAMethod(Method[DoRA]):
             if dropped is not x and spec.dropout_on == "input":
                 weight = _cast(build, base.weight, x.meta["val"].dtype)
                 lost = build.map(site, build.call(aten.sub.Tensor, x, dropped, part="lost"), weight, part="lost")
-            whole = base.offset is None and lost is None
+            whole = whole and lost is None
             delta = build.low_rank(site, dropped, pair[0], _scaled_up(build, pair[1], scale, whole), spec.scaling)
-        else:
-            whole = base.offset is None
         rows = build.per_row(site, scale)
         own = (build.output(site), rows, delta, base.offset, lost, whole)
         build.set_output(site, build.call(ops.rescale.default, *own, part="rescale"))
@@ -94,8 +94,13 @@ def _factors(spec: DoRA, site: LinearSite, build: Builder) -> tuple[fx.Node, fx.
 
 
 def _scaled_up(build: Builder, b: fx.Node, scale: fx.Node, whole: bool) -> fx.Node:
-    """``c * B``, smaller than anything that it is multiplied with; ``c`` is a constant where `rescale` counts it."""
-    factor = build.call(aten.detach.default, scale, part="scaled up") if whole else scale
+    """``c * B``, smaller than anything that it is multiplied with; ``c`` is a constant where `rescale` counts it, and
+    not zero, since the gradient of ``c`` is recovered from the result."""
+    factor = scale
+    if whole:
+        factor = build.call(aten.detach.default, scale, part="scaled up")
+        vanishes = build.call(aten.eq.Scalar, factor, 0, part="scaled up")
+        factor = build.call(aten.where.ScalarSelf, vanishes, TINY, factor, part="scaled up")
     column = build.call(aten.unsqueeze.default, factor, -1, part="scaled up")
     product = build.call(aten.mul.Tensor, b, column, part="scaled up")
     return _cast(build, product, b.meta["val"].dtype)

@@ -170,3 +170,11 @@ def test_numbers_beyond_32_bits_have_noise_too() -> None:
         long = noise(8, SEED, torch.float32, start)
         pieces = [noise(1, SEED, torch.float32, start + i) for i in range(8)]
         assert torch.equal(long, torch.cat(pieces)) and long.unique().numel() == 8
+
+
+def test_its_gradients_have_none() -> None:
+    """A second backward pass says so, and gives no wrong numbers."""
+    weight, w, alpha, group = arguments(grad=True)
+    (grad,) = torch.autograd.grad(op(weight, w, alpha, group, SEED, *STRETCH).square().sum(), alpha, create_graph=True)
+    with pytest.raises(RuntimeError, match="gated_gradients"):
+        grad.square().sum().backward()

@@ -221,6 +221,29 @@ def test_a_magnitude_of_zero_has_a_gradient() -> None:
         torch.testing.assert_close(magnitude.grad, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_magnitude_of_zero_has_the_gradient_of_the_update_too(dtype: torch.dtype) -> None:
+    """It multiplies the whole of ``u + s B A x``."""
+    line = Line(bias=False).to(dtype)
+    compiled = on_line(line, rank=3, alpha=6)
+    perturb(compiled, 0.3)
+    tensors = trainable(compiled)
+    magnitude, a, b = (tensors[f"map.graftc.dora.{part}"] for part in ("m", "A", "B"))
+    with torch.no_grad():
+        magnitude[1] = 0
+    x = torch.randn(9, 8).to(dtype)
+    found = compiled(x)
+    assert not found[:, 1].abs().max() > 1e-20
+    found.double().sum().backward()
+    adapted = (line.map.weight + 2 * b @ a).detach().double()
+    expected = (x.double() @ adapted.T).sum(0) / adapted.norm(dim=-1)
+    assert magnitude.grad is not None
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 3e-2)
+    torch.testing.assert_close(
+        magnitude.grad.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+    )
+
+
 def test_checkpointing_gives_the_same_gradients() -> None:
     grads = []
     for checkpoint in (False, True):

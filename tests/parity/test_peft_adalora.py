@@ -117,7 +117,11 @@ def test_importance_budget_and_masks(family: str) -> None:
 
 @pytest.mark.parametrize(
     "schedule",
-    [Schedule(total, final, interval, seed) for total, final, interval in ((20, 4, 4), (16, 2, 6)) for seed in range(2)],
+    [
+        Schedule(total, final, interval, seed)
+        for total, final, interval in ((20, 4, 4), (16, 2, 6))
+        for seed in range(2)
+    ],
     ids=str,
 )
 def test_the_last_choice_is_made_by_the_last_importance(schedule: Schedule) -> None:

@@ -1,13 +1,16 @@
 """Operators on the rows of a weight: the norms of an adapted weight, and rescaling a result row by row.
 
-`row_norm` never makes the adapted weight: a row of ``W + s B A`` has the square ``|W|^2 + 2 s <W, B A> + s^2 |B A|^2``
-with two terms that are sums over products of the size of ``B``. `rescale` keeps one tensor of its result's size for the
-backward pass, and where there is no offset that is the result itself, which whatever reads it often keeps too.
+`row_norm` does not make the adapted weight: a row of ``W + s B A`` has the square
+``|W|^2 + 2 s <W, B A> + s^2 |B A|^2`` with two terms that are sums over products of the size of ``B``. Only rows in
+which these terms cancel are made, since rounding would be most of what is left of the sum. `rescale` keeps one tensor
+of its result's size for the backward pass, and where there is no offset that is the result itself, which whatever reads
+it often keeps too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +24,10 @@ SMALLEST = 1e-24
 _BLOCK = 2**22
 """How many elements of a weight are widened at a time."""
 
-_TINY = 1e-30
+_CANCELS = 1 / 16
+"""Terms of a square cancel where less than this part of them is left, which has 16 times their rounding error."""
+
+TINY = 1e-30
 """What a scale of exactly zero is taken for, so that the backward pass can divide by it."""
 
 
@@ -68,22 +74,49 @@ def _back_product(weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def row_norm_decomposed(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`row_norm` in ATen."""
+    """`row_norm` in ATen, without a look at values: every row is made, and taken where terms cancel."""
     a, b = a.to(square.dtype), b.to(square.dtype)
-    gram, base = a @ a.transpose(-1, -2), square.sum(0)
-    both = torch.add(wide_product(weight, a), b @ gram, alpha=scale / 2)
+    total, cancels = _expanded(square, weight, a, b, scale)
+    direct = torch.cat([row.square().sum(-1) for row in _adapted(weight, a, b, scale)], dim=-1)
+    return torch.where(cancels, direct, total).clamp_min(SMALLEST).sqrt()
+
+
+def _expanded(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Squares of the norms from the three terms, and where these cancel: ``[..., rows]`` both."""
+    base, update = square.sum(0), b @ (a @ a.transpose(-1, -2))
+    both = torch.add(wide_product(weight, a), update, alpha=scale / 2)
     total = torch.add(base, (both * b).sum(-1), alpha=2 * scale)
-    # What rounding leaves of rows that cancel is no norm, and may be negative.
-    least = (torch.finfo(square.dtype).eps * base).clamp_min(SMALLEST)
-    return torch.maximum(total, least).sqrt()
+    return total, total < _CANCELS * torch.add(base, (update * b).sum(-1), alpha=scale**2)
+
+
+def _adapted(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> list[Tensor]:
+    """``weight + scale * b @ a`` in the dtype of ``a``, in blocks of rows."""
+    blocks = zip(_blocks(weight, weight), _blocks(b, weight), strict=True)
+    return [torch.add(part.to(a.dtype), own @ a, alpha=scale) for part, own in blocks]
+
+
+def _cancelling(
+    cancels: Tensor, weight: Tensor, a: Tensor, b: Tensor
+) -> Iterator[tuple[tuple[int, ...], Tensor, tuple[Tensor, Tensor, Tensor]]]:
+    """The rows in which terms cancel, for one matrix after another: its index, the rows' numbers, and in float64 what
+    they are of the weight, all of ``a``, and what they are of ``b``."""
+    if not cancels.any():
+        return
+    leading = cancels.shape[:-1]
+    weight, a, b = (t.expand(*leading, *t.shape[-2:]) for t in (weight, a, b))
+    for where in map(tuple, itertools.product(*map(range, leading))):
+        rows = cancels[where].nonzero()[:, 0]
+        if len(rows):
+            yield where, rows, (weight[where][rows].double(), a[where].double(), b[where][rows].double())
 
 
 @torch.library.custom_op("graftc::row_norm", mutates_args=())
 def row_norm(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Norms of the rows of ``weight + scale * b @ a``, in the dtype of ``square`` also under autocast.
 
-    With ``b = 0`` the result is that of `norm_of_squares`, to the bit. There is a gradient for ``a`` and ``b``; detach
-    them where the norm is to be a constant for the backward pass.
+    Rows that nearly vanish are as exact as others. With ``b = 0`` the result is that of `norm_of_squares`, to the bit.
+    There is a gradient for ``a`` and ``b``; detach them where the norm is to be a constant for the backward pass. The
+    gradient itself has none: torch refuses a second backward pass through it.
 
     Args:
         square: what `squares` gives for the weight, ``[2, ..., rows]``, float32 or float64.
@@ -96,10 +129,14 @@ def row_norm(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float)
         ``[..., rows]``.
     """
     device = weight.device.type
-    if not torch.is_autocast_enabled(device):
-        return row_norm_decomposed(square, weight, a, b, scale)
     with torch.autocast(device, enabled=False):
-        return row_norm_decomposed(square, weight, a, b, scale)
+        if device != "cpu":  # looking at values would wait for the device, and cannot be captured there
+            return row_norm_decomposed(square, weight, a, b, scale)
+        a, b = a.to(square.dtype), b.to(square.dtype)
+        total, cancels = _expanded(square, weight, a, b, scale)
+        for where, rows, own in _cancelling(cancels, weight, a, b):
+            total[where].index_copy_(0, rows, torch.cat(_adapted(*own, scale)).square().sum(-1).to(total.dtype))
+        return total.clamp_min_(SMALLEST).sqrt_()
 
 
 @row_norm.register_fake
@@ -124,12 +161,20 @@ def row_norm_backward(
     grad: Tensor, square: Tensor, weight: Tensor, a: Tensor, b: Tensor, norm: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `row_norm` for ``a`` and ``b``, all in the dtype of ``square``."""
-    limit = (torch.finfo(square.dtype).eps * square.sum(0)).clamp_min(SMALLEST)
-    held = norm.square() <= 1.000001 * limit
+    held = norm.square() <= 1.000001 * SMALLEST
     each = torch.where(held, 0, scale * grad / norm)[..., None]
-    rows = each * b
-    grad_b = each * (wide_product(weight, a) + scale * (b @ (a @ a.transpose(-1, -2))))
+    if weight.device.type != "cpu":
+        adapted = torch.cat(_adapted(weight, a, b, scale), dim=-2)
+        return (each * b).transpose(-1, -2) @ adapted, each * (adapted @ a.transpose(-1, -2))
+    cancels = _expanded(square, weight, a, b, scale)[1]
+    usual = each.masked_fill(cancels[..., None], 0)
+    rows = usual * b
+    grad_b = usual * (wide_product(weight, a) + scale * (b @ (a @ a.transpose(-1, -2))))
     grad_a = _back_product(weight, rows) + scale * (rows.transpose(-1, -2) @ b) @ a
+    for where, numbers, own in _cancelling(cancels, weight, a, b):
+        adapted, factor = torch.cat(_adapted(*own, scale)), each[where][numbers]
+        grad_b[where].index_copy_(0, numbers, (factor * (adapted @ own[1].transpose(-1, -2))).to(grad_b.dtype))
+        grad_a[where] += ((factor * own[2]).transpose(-1, -2) @ adapted).to(grad_a.dtype)
     return grad_a, grad_b
 
 
@@ -174,7 +219,8 @@ def rescale(
         offset: broadcasts to ``x``; a bias, in train and eval mode alike.
         lost: broadcasts to ``x``; what a dropout has taken from ``x`` while training. There is none in eval mode.
         whole: ``delta`` was made with the detached ``scale`` as a factor, and the gradient of ``scale`` is to count
-            both its places. That needs the result alone. Nothing may be fixed then; a scale of zero counts as 1e-30.
+            both its places. That needs the result alone. Nothing may be fixed then; a scale of zero counts as `TINY`,
+            here and in ``delta``, which 16-bit floats with five bits of exponent cannot hold.
 
     Returns:
         A tensor like ``x``.
@@ -193,7 +239,7 @@ def rescale(
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, _TINY, scale)
+    return torch.where(scale == 0, TINY, scale)
 
 
 @rescale.register_fake
