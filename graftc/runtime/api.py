@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from graftc.compiler.cache import captured
+from graftc.compiler.fresh import check_fresh
 from graftc.compiler.interface import ExampleInputs, Flags, Interface
 from graftc.compiler.pipeline import compile_model, first_capture
 from graftc.compiler.report import Report, report
@@ -47,7 +48,9 @@ def compile(
     """
     loaded = load_spec(spec)
     axes, flags = _request(model, example_inputs)
-    return make_compiled(compile_model(loaded, model, axes, flags=flags, seed=seed, use_cache=cache))
+    compilation = compile_model(loaded, model, axes, flags=flags, seed=seed, use_cache=cache)
+    check_fresh(compilation)
+    return make_compiled(compilation)
 
 
 def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
@@ -64,7 +67,8 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool 
 
     Raises:
         GraftError: GC080 to GC085 for an artifact that is missing, of a newer format, damaged or not safe; GC086 when
-            the base is not there; GC087 when it is another model; GC088 when the spec adapts other places now.
+            the base is not there; GC087 when it is another model; GC088 when the spec adapts other places now;
+            GC089 when its checkpoint lacks tensors.
     """
     from graftc.runtime.artifact.load import load as load_from
 
@@ -84,7 +88,9 @@ def check(
         GraftError: as `compile`.
     """
     axes, flags = _request(model, example_inputs)
-    return report(compile_model(load_spec(spec), model, axes, flags=flags, use_cache=cache))
+    compilation = compile_model(load_spec(spec), model, axes, flags=flags, use_cache=cache)
+    check_fresh(compilation)
+    return report(compilation)
 
 
 def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True) -> Structure:

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from graftc.specs.diagnostics import GraftError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["check_destination", "recover", "staged", "write_text"]
+__all__ = ["check_apart", "check_destination", "recover", "staged", "write_text"]
 
 _STAGING = re.compile(r"\..+\.graftc-[0-9a-f]{12}")
 _NEW, _OLD, _JOURNAL = "new", "old", "commit.json"
@@ -45,6 +45,7 @@ def staged(
     force: bool = False,
     companions: Sequence[str] = (),
     replaceable: Callable[[Path], bool] = only_files,
+    sources: Iterable[str | Path | None] = (),
 ) -> Iterator[Path]:
     """A path of the same name to write a file or a folder to; it is put in place when the block ends well.
 
@@ -53,6 +54,7 @@ def staged(
         force: replace what is there. A link is replaced itself, never what it points to.
         companions: names of files that may be written beside the destination and belong to it.
         replaceable: whether ``force`` may replace what is there; by default files only.
+        sources: what is still read while this is written: replacing it or a folder above it is refused.
 
     Raises:
         GraftError: GC063 when something is there and may not be replaced, GC064 when writing fails. The destination is
@@ -60,6 +62,9 @@ def staged(
     """
     path = Path(os.path.abspath(path))
     check_destination(path, force=force, companions=companions, replaceable=replaceable)
+    for source in sources:
+        if source is not None and _holds(path, Path(source)):
+            raise _overlap(path, source)
     made: list[Path] = []
     try:
         made = _make_parents(path.parent)
@@ -109,6 +114,35 @@ def check_destination(
             continue
         what = "a folder that graftc did not write" if taken.is_dir() else "no folder that graftc wrote"
         raise GraftError("GC063", f"{taken} is {what}, so it is not replaced", hint="choose another path or remove it")
+
+
+def check_apart(path: Path, *sources: str | Path | None) -> None:
+    """Refuse a destination that is what is being read, in it, or a folder above it; links are followed.
+
+    Args:
+        path: the destination.
+        sources: files and folders that are read; what is none of those here, such as a hub id, is passed over.
+
+    Raises:
+        GraftError: GC063.
+    """
+    for source in sources:
+        if source is None or not os.path.lexists(found := Path(source).expanduser()):
+            continue
+        if _holds(path, found) or (found.is_dir() and _holds(found, path)):
+            raise _overlap(path, source)
+
+
+def _holds(folder: Path, path: Path) -> bool:
+    """Whether a path is a folder or something in it, wherever links lead."""
+    outer, inner = (Path(os.path.realpath(p)) for p in (folder, path))
+    return inner.is_relative_to(outer)
+
+
+def _overlap(path: Path, source: str | Path) -> GraftError:
+    where = "is" if os.path.realpath(path) == os.path.realpath(source) else "overlaps"
+    message = f"{path} {where} {source}, which is read for it"
+    return GraftError("GC063", message, hint="write to a folder beside it")
 
 
 def _cannot_write(path: Path, error: OSError) -> GraftError:

@@ -31,7 +31,8 @@ def save_merged(merged: Merged, path: Path, *, force: bool = False) -> Path:
     if merged.kept:
         name, reason = next(iter(merged.kept.items()))
         raise GraftError("GC050", f"{name!r} is still in the graph: {reason}", hint="merge it, or save an artifact")
-    with staged(path, force=force, replaceable=is_ours) as folder:
+    origin = local_folder(merged._compilation.source)
+    with staged(path, force=force, replaceable=is_ours, sources=[origin]) as folder:
         write_merged(merged, folder)
         data = {
             "merged": "graftc",

@@ -1,11 +1,14 @@
-"""The MODEL argument of commands: a transformers folder, a hub id, or a callable that returns a module."""
+"""Where models come from: a transformers folder, a hub id, or a callable that returns a module.
+
+What a user says may be any of them (`load_model`). What a file says is data: `load_folder` and `load_hub` take just
+that and never import or call what it names.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +20,20 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from graftc.compiler.fresh import mark_fresh
 from graftc.compiler.interface import ExampleInputs
+from graftc.runtime.reference import is_callable, is_hub_id
 from graftc.specs.diagnostics import GraftError, nearest
 
-__all__ = ["is_callable", "load_model", "load_model_and_inputs", "local_folder"]
+__all__ = [
+    "from_checkpoint",
+    "load_folder",
+    "load_hub",
+    "load_model",
+    "load_model_and_inputs",
+    "local_folder",
+]
 
-_CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FORMS = "MODEL is a transformers folder, a hub id, or package.module:callable"
 _WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -43,11 +53,6 @@ def local_folder(model: nn.Module) -> Path | None:
     except HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None
-
-
-def is_callable(text: str) -> bool:
-    """Whether a MODEL argument has the form ``package.module:callable``."""
-    return _CALLABLE.fullmatch(text) is not None
 
 
 def load_model(text: str, *, meta: bool = False, revision: str | None = None) -> nn.Module:
@@ -77,11 +82,17 @@ def load_model_and_inputs(
         GraftError: as `load_model`.
     """
     inputs: ExampleInputs | None = None
+    folder = Path(text).expanduser()
     if is_callable(text):
         model, inputs = _from_callable(text, meta)
+    elif folder.is_dir():
+        model = load_folder(folder, meta=meta)
+    elif folder.is_file():
+        _fail(f"{text!r} is a file, not a transformers folder", f"did you mean {str(folder.parent)!r}?")
+    elif not is_hub_id(text):
+        _fail(f"there is no folder {text!r}", _neighbour(folder) or _FORMS)
     else:
-        with quiet_transformers():
-            model = _from_transformers(text, meta, revision)
+        model = load_hub(text, meta=meta, revision=revision)
     return model.eval(), inputs
 
 
@@ -92,27 +103,83 @@ def _fail(message: str, hint: str | None = None, *, cause: BaseException | None 
 # --- transformers folders and hub ids ---------------------------------------------------------------------------
 
 
-def _from_transformers(text: str, meta: bool, revision: str | None) -> nn.Module:
-    folder = Path(text).expanduser()
-    local = folder.is_dir()
-    if local:
-        _check_folder(folder, meta)
-    elif folder.is_file():
-        _fail(f"{text!r} is a file, not a transformers folder", f"did you mean {str(folder.parent)!r}?")
-    elif not _HUB_ID.fullmatch(text):
-        _fail(f"there is no folder {text!r}", _neighbour(folder) or _FORMS)
-    config = _config(text, folder if local else None, revision)
+def load_folder(folder: Path, *, meta: bool = False) -> nn.Module:
+    """The model of a transformers folder, in eval mode. No code of the folder is run.
+
+    Raises:
+        GraftError: GC032.
+    """
+    _check_folder(folder, meta)
+    with quiet_transformers():
+        model: nn.Module = _from_transformers(str(folder), folder, meta)
+    return model
+
+
+def load_hub(name: str, *, meta: bool = False, revision: str | None = None) -> nn.Module:
+    """The model of a hub's repository, in eval mode; a folder of that name here is not it. No code of it is run.
+
+    Raises:
+        GraftError: GC032.
+    """
+    with quiet_transformers():
+        try:
+            folder = _snapshot(name, meta, revision)
+        except Exception as error:
+            hint = _neighbour(Path(name)) or _cached(name) or _FORMS
+            _fail(f"{name!r} is no folder here, and the hub gives no such model: {_reason(error)}", hint, cause=error)
+        model = _from_transformers(name, folder, meta)
+    model.config._name_or_path, model.config._commit_hash = name, folder.name
+    made: nn.Module = model
+    return made
+
+
+def _snapshot(name: str, meta: bool, revision: str | None) -> Path:
+    """A repository's files in the hub's cache: transformers would take a folder of this name before the hub."""
+    from huggingface_hub import list_repo_files, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    held = try_to_load_from_cache(name, "config.json", revision=revision)
+    cached = Path(held).parent if isinstance(held, str) else None
+    if cached is not None and HF_HUB_OFFLINE:
+        return cached
+    try:
+        files = ["config.json"] if meta else list_repo_files(name, revision=revision)
+        safe = any("/" not in file and file.endswith(".safetensors") for file in files)
+        wanted = files if meta else ["*.json", "*.safetensors" if safe else "*.bin"]
+        found = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"])
+    except OSError:  # no network, or no such repository
+        if cached is None:
+            raise
+        return cached
+    return Path(found)
+
+
+def _from_transformers(text: str, folder: Path, meta: bool) -> Any:
+    config = _config(text, folder)
     cls = _architecture(text, config)
     try:
         if not meta:
-            source = {"config": config, "trust_remote_code": False, **_revision(revision)}
-            model: nn.Module = cls.from_pretrained(folder if local else text, **source)
-            return model
+            return from_checkpoint(cls, folder, text, config=config)
         with torch.device("meta"):
             made: nn.Module = cls._from_config(config, **_dtype(config))
-        return made.to("meta")
+        return made.to("meta").eval()
     except Exception as error:
         _fail(f"{cls.__name__} cannot be loaded from {text!r}: {_reason(error)}", cause=error)
+
+
+def from_checkpoint(cls: Any, folder: Path, where: str, **options: Any) -> nn.Module:
+    """A model of a transformers class (an auto class too) with the weights of a folder, in eval mode.
+
+    Tensors that the folder lacks are drawn from a fixed seed, and noted: `graftc.compiler.fresh` has what may become
+    of them.
+    """
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model, found = cls.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **options)
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"]]
+    mark_fresh(model, {*found["missing_keys"], *mismatched}, where)
+    made: nn.Module = model
+    return made
 
 
 def _check_folder(folder: Path, meta: bool) -> None:
@@ -135,20 +202,13 @@ def _base_of(adapter: Path) -> str | None:
     return f"give its base model: {base}" if base else None
 
 
-def _revision(revision: str | None) -> dict[str, str]:
-    return {} if revision is None else {"revision": revision}
-
-
-def _config(text: str, folder: Path | None, revision: str | None) -> Any:
+def _config(text: str, folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder or text, trust_remote_code=False, **_revision(revision))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        if folder is not None:
-            _fail(f"the config.json of {text!r} cannot be read: {_reason(error)}", cause=error)
-        hint = _neighbour(Path(text)) or _cached(text) or _FORMS
-        _fail(f"{text!r} is no folder here, and the hub gives no such model: {_reason(error)}", hint, cause=error)
+        _fail(f"the config.json of {text!r} cannot be read: {_reason(error)}", cause=error)
 
 
 def _architecture(text: str, config: Any) -> Any:

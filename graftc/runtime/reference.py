@@ -1,18 +1,41 @@
-"""References: what an artifact says of where its base is, and finding the base again."""
+"""References: what an artifact says of where its base is, and finding the base again. No torch before it is found.
+
+A reference in a file is data: a folder or a hub id, as its kind says, which is loaded as just that. Nothing that a
+file says is imported or called.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from torch import nn
-
-from graftc.runtime.models import is_callable, load_model
 from graftc.specs.diagnostics import GraftError
 
-__all__ = ["Reference", "find_base"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Kind", "Reference", "find_base", "is_callable", "is_hub_id"]
+
+Kind: TypeAlias = Literal["folder", "hub", "callable", "inside"]
+"""A transformers folder, a hub id, ``package.module:callable``, or a folder inside of the artifact."""
+
+_CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,95}", re.ASCII)
+_INSIDE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def is_callable(text: str) -> bool:
+    """Whether a MODEL argument has the form ``package.module:callable``."""
+    return _CALLABLE.fullmatch(text) is not None
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of a hub's id: ``name`` or ``owner/name``."""
+    return _HUB_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
 
 
 @dataclass(frozen=True)
@@ -20,15 +43,16 @@ class Reference:
     """Where a model came from.
 
     Attributes:
-        kind: a transformers folder, a hub id, ``package.module:callable``, or a folder inside of the artifact; None for
-            a model made in Python.
-        text: its path, id or name.
+        kind: what the text is; None for a model made in Python.
+        text: an absolute path, an id or a name.
         revision: commit of a hub's repository.
+        relative: the folder as seen from an artifact, with ``/``; None where there is no such path.
     """
 
-    kind: Literal["folder", "hub", "callable", "inside"] | None = None
+    kind: Kind | None = None
     text: str | None = None
     revision: str | None = None
+    relative: str | None = None
 
     @classmethod
     def of(cls, model: nn.Module, text: str | None = None) -> Reference:
@@ -40,44 +64,76 @@ class Reference:
         """
         config = getattr(model, "config", None)
         text = text or getattr(config, "_name_or_path", None)
-        if not text:
+        if not isinstance(text, str) or not text:
             return cls()
         if is_callable(text):
             return cls("callable", text)
         folder = Path(text).expanduser()
-        if folder.is_dir():
-            return cls("folder", os.path.abspath(folder))
-        return cls("hub", text, getattr(config, "_commit_hash", None))
+        found = cls("folder", os.path.abspath(folder))
+        if not folder.is_dir():
+            found = cls("hub", text, getattr(config, "_commit_hash", None))
+        return found if found.flaw() is None else cls()
 
-    def seen_from(self, folder: Path) -> str | None:
-        """The path of a folder relative to another one; None for other kinds, or where there is none."""
-        if self.kind == "inside":
-            return self.text
-        if self.kind != "folder" or self.text is None:
-            return None
-        try:
-            return Path(os.path.relpath(self.text, folder)).as_posix()
-        except ValueError:  # another drive
-            return None
+    def seen_from(self, folder: Path) -> Reference:
+        """This reference as an artifact in ``folder`` has it."""
+        relative = self.text if self.kind == "inside" else None
+        if self.kind == "folder" and self.text is not None:
+            try:
+                relative = Path(os.path.relpath(self.text, folder)).as_posix()
+            except ValueError:  # another drive
+                relative = None
+        found = Reference(self.kind, self.text, self.revision, relative)
+        return found if found.flaw() is None else self
+
+    def flaw(self) -> str | None:
+        """Why this is no reference that graftc makes; None where it is one."""
+        text, relative = self.text, self.relative
+        if self.kind is None:
+            return None if text is relative is self.revision is None else "a reference to nothing"
+        if text is None or not all(part is None or part.isprintable() for part in (text, relative)):
+            return f"{text!r} as a place"
+        fits = {
+            "folder": os.path.isabs(text) and os.path.normpath(text) == text,
+            "hub": is_hub_id(text),
+            "callable": is_callable(text),
+            "inside": _INSIDE.fullmatch(text) is not None,
+        }
+        if not fits[self.kind]:
+            return f"{text!r} as a base of kind {self.kind}"
+        if self.revision is not None and (self.kind != "hub" or not _REVISION.fullmatch(self.revision)):
+            return f"the revision {self.revision!r}"
+        fit = relative == text if self.kind == "inside" else relative is None or _is_relative(relative)
+        return None if fit else f"{relative!r} as a way to its base"
 
 
-def find_base(reference: Reference, relative: str | None, artifact: Path) -> nn.Module:
+def _is_relative(path: str) -> bool:
+    """Whether a path is relative, with ``/``, and the shortest of its kind."""
+    return not os.path.isabs(path) and "\\" not in path and Path(os.path.normpath(path)).as_posix() == path
+
+
+def find_base(reference: Reference, artifact: Path) -> nn.Module:
     """Load the base that an artifact names. A folder that moved together with the artifact is found.
 
     Raises:
         GraftError: GC086 where it is not there, or where loading it would run code that the artifact names; GC032 where
             it is there and cannot be loaded.
     """
+    from graftc.runtime.models import load_folder, load_hub
+
     hint = "name the base: --model MODEL, or graftc.load(path, model=...)"
-    if reference.kind is None or reference.text is None:
+    kind, text, relative = reference.kind, reference.text, reference.relative
+    if kind is None or text is None:
         raise GraftError("GC086", f"{artifact} does not say where its base is: it was compiled from Python", hint=hint)
-    if reference.kind == "callable":
-        message = f"{artifact} was compiled from {reference.text}, and no code is run because an artifact names it"
-        raise GraftError("GC086", message, hint=f"say so yourself: --model {reference.text}")
-    if reference.kind == "hub":
-        return load_model(reference.text, revision=reference.revision)
-    stated = Path(reference.text) if reference.kind == "folder" else None
+    flaw = reference.flaw()
+    if flaw is not None:
+        raise GraftError("GC086", f"{artifact} names {flaw}, which is no place of a base", hint=hint)
+    if kind == "callable":
+        message = f"{artifact} was compiled from {text}, and no code is run because an artifact names it"
+        raise GraftError("GC086", message, hint=f"say so yourself: --model {text}")
+    if kind == "hub":
+        return load_hub(text, revision=reference.revision)
+    stated = Path(text) if kind == "folder" else None
     for place in (stated, artifact / relative if relative is not None else None):
         if place is not None and (place / "config.json").is_file():
-            return load_model(os.path.normpath(place))
-    raise GraftError("GC086", f"the base of {artifact} is not at {reference.text}", hint=hint)
+            return load_folder(Path(os.path.normpath(place)))
+    raise GraftError("GC086", f"the base of {artifact} is not at {text}", hint=hint)

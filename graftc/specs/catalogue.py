@@ -269,6 +269,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "With the installed versions of the libraries the spec adapts other places, or gives other graphs, than when it "
      "was saved.",
      "Install the versions of torch and transformers with which it was saved, or compile and train anew."),
+    ("GC089", _FAILED, "weights are missing",
+     "The checkpoint lacks tensors of the model, or has them in other sizes. Loading draws those at random, which is "
+     "of use only where all of such a tensor is trained, as a new head is.",
+     "Give a complete checkpoint, or train the new tensors in full: `train: [classifier]`."),
 
     # The command line, and looking at graphs.
     ("GC090", _SPEC, "the command line is misused",

@@ -38,13 +38,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def base(compiled: Compiled, reference: Reference, relative: str | None, identity: Identity) -> dict[str, Any]:
+def base(compiled: Compiled, reference: Reference, identity: Identity) -> dict[str, Any]:
     """The entry for the base."""
     source, store = compiled.compilation.source, Store.mirror(compiled.compilation.source)
     return {
         "kind": reference.kind,
         "reference": reference.text,
-        "relative": relative,
+        "relative": reference.relative,
         "revision": reference.revision,
         "model": f"{type(source).__module__}.{type(source).__qualname__}",
         "dtype": str(compiled.dtype).removeprefix("torch."),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from graftc.compiler.fingerprint import identify
+from graftc.compiler.fresh import require_weights
 from graftc.compiler.interface import device_of
 from graftc.compiler.pipeline import Compilation, compile_model
 from graftc.compiler.snapshot import SiteRecord, adapter_tensors, site_records
@@ -18,7 +19,7 @@ from graftc.runtime.artifact.manifest import Signature
 from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.compiled import make_compiled
 from graftc.runtime.models import load_model
-from graftc.runtime.reference import Reference, find_base
+from graftc.runtime.reference import find_base
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
@@ -35,12 +36,10 @@ def base_of(artifact: Artifact, model: nn.Module | str | None = None) -> nn.Modu
     """The base of an artifact: what is given, or where the artifact says that it is.
 
     Raises:
-        GraftError: GC086 where it is not there, GC087 where it is another model.
+        GraftError: GC086 where it is not there, GC087 where it is another model, GC089 where it lacks tensors.
     """
     if model is None:
-        base = artifact.manifest.base
-        reference = Reference(base.kind, base.reference, base.revision)
-        model = find_base(reference, base.relative, artifact.path)
+        model = find_base(artifact.manifest.base.place, artifact.path)
     elif isinstance(model, str):
         model = load_model(model)
     check_base(artifact, model)
@@ -51,11 +50,14 @@ def check_base(artifact: Artifact, model: nn.Module) -> None:
     """Hold a model against the base that an artifact was made from.
 
     Raises:
-        GraftError: GC087 with what differs.
+        GraftError: GC087 with what differs, GC089 where its checkpoint lacks tensors.
     """
     expected = artifact.identity
     if device_of(model).type == "meta":
         raise GraftError("GC087", "the base is on the meta device, so that its weights cannot be told")
+    manifest = artifact.manifest
+    trained = (record.base for record in manifest.trained if record.rows is None)
+    require_weights(model, trained, lambda name: manifest.base.aliases.get(name, name))
     found = identify(model, full=expected.full)
     differences = expected.differences(found)
     if differences:

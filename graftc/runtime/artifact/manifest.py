@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from graftc.runtime.reference import Kind, Reference
 from graftc.specs.diagnostics import GraftError
 
 __all__ = ["SCHEMA_VERSION", "Manifest", "canonical_json", "read_manifest"]
@@ -73,7 +75,7 @@ class BaseTensor(Record):
 class Base(Record):
     """The model that the artifact adapts: where it was, and how to tell it."""
 
-    kind: Literal["folder", "hub", "callable", "inside"] | None
+    kind: Kind | None
     """What `reference` is; null where the model came from Python."""
 
     reference: str | None
@@ -105,6 +107,11 @@ class Base(Record):
 
     aliases: dict[str, str]
     """Tied names to the name that owns the tensor."""
+
+    @property
+    def place(self) -> Reference:
+        """Where it was."""
+        return Reference(self.kind, self.reference, self.revision, self.relative)
 
 
 class AdapterTensor(Record):
@@ -313,6 +320,13 @@ class Manifest(Record):
     digest: Digest
     """SHA-256 of this manifest without its digest."""
 
+    def named_files(self) -> Iterator[str]:
+        """Every file that a field names."""
+        if self.certificate is not None:
+            yield self.certificate
+        for signature in self.signatures:
+            yield from (graph.file for graph in signature.graphs.values())
+
 
 def canonical_json(data: Any) -> str:
     """The one text of JSON data that graftc writes; keys stay in their order, which is that of the model."""
@@ -335,11 +349,23 @@ def read_manifest(text: bytes, where: str) -> Manifest:
     data = unsealed(text, where, "artifact", SCHEMA_VERSION)
     _check_names(data, where)
     try:
-        return Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(step) for step in first["loc"])
-        raise damaged(where, MANIFEST, f"{place}: {first['msg'].lower()}") from error
+        raise damaged(where, MANIFEST, first_error(error)) from error
+    flaw = manifest.base.place.flaw()
+    if flaw is not None:
+        raise unsafe(where, f"it names {flaw}")
+    for file in manifest.named_files():
+        if file not in manifest.files:
+            raise unsafe(where, f"it reads the file {file!r}, which is not listed")
+    return manifest
+
+
+def first_error(error: ValidationError) -> str:
+    """Where data is not of its model, and what is wrong there."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(step) for step in first["loc"])
+    return f"{place}: {first['msg'].lower()}".removeprefix(": ")
 
 
 def unsealed(text: bytes, where: str, kind: str, version: int) -> dict[str, Any]:
@@ -371,13 +397,11 @@ def damaged(where: str, file: str, what: str) -> GraftError:
 
 
 def _check_names(data: dict[str, Any], where: str) -> None:
-    for name in data.get("files", ()):
-        if not _FILE.fullmatch(name):
-            raise unsafe(where, f"the file name {name!r}")
-    for table in (data.get("adapters", ()), data.get("constants", ())):
-        for name in table:
-            if not _TENSOR.fullmatch(name):
-                raise unsafe(where, f"the tensor name {name!r}")
+    for table, pattern in (("files", _FILE), ("adapters", _TENSOR), ("constants", _TENSOR)):
+        found = data.get(table)
+        for name in found if isinstance(found, dict) else ():
+            if not pattern.fullmatch(name):
+                raise unsafe(where, f"the {'file' if table == 'files' else 'tensor'} name {name!r}")
 
 
 def unsafe(where: str, what: str) -> GraftError:

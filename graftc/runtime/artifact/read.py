@@ -188,7 +188,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     check_files(
         folder, present - {MANIFEST}, {name: (f.bytes, f.sha256) for name, f in manifest.files.items()}, str(path)
     )
-    for required in (SPEC, ADAPTERS):
+    for required in (SPEC, ADAPTERS, *([CONSTANTS] if manifest.constants else [])):
         if required not in manifest.files:
             raise _missing(str(path), required)
     return Artifact(folder, manifest)

@@ -34,6 +34,7 @@ from graftc.runtime.artifact.manifest import (
 from graftc.runtime.artifact.places import is_ours
 from graftc.runtime.files import staged
 from graftc.runtime.merged import fold
+from graftc.runtime.models import local_folder
 from graftc.runtime.reference import Reference
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import dump_spec
@@ -70,7 +71,7 @@ def save(
     """
     require_values(compiled)
     path = Path(os.path.abspath(path))
-    with staged(path, force=force, replaceable=is_ours) as folder:
+    with staged(path, force=force, replaceable=is_ours, sources=[local_folder(compiled.compilation.source)]) as folder:
         folder.mkdir()
         if bundle is not None:
             bundle(folder / BUNDLED)
@@ -124,7 +125,7 @@ def _write(
         "schema_version": SCHEMA_VERSION,
         "versions": entries.versions(),
         "seed": compilation.seed,
-        "base": entries.base(compiled, reference, reference.seen_from(path), identity),
+        "base": entries.base(compiled, reference.seen_from(path), identity),
         "signatures": signatures,
         **entries.places(compiled),
         "adapters": entries.tensors(adapters),

@@ -37,8 +37,9 @@ def compile(
         loaded_spec = load_spec(spec)
         if to is not None:
             from graftc.runtime.artifact.places import is_artifact
-            from graftc.runtime.files import check_destination
+            from graftc.runtime.files import check_apart, check_destination
 
+            check_apart(to, spec, model)
             check_destination(to, force=force, replaceable=is_artifact)
         step("loading the model")
 

@@ -58,9 +58,10 @@ def export(
     names = inputs or []
     companions = () if to is None else (f"{to.name}.data", *(f"{to.name}.{name}.safetensors" for name in names))
     with working(json) as warnings, steps(json) as step:
-        from graftc.runtime.files import check_destination
+        from graftc.runtime.files import check_apart, check_destination
 
         if to is not None:
+            check_apart(to, directory, model)
             check_destination(to, force=force, companions=companions)
         step("loading")
         from graftc.runtime.api import load

@@ -63,11 +63,13 @@ def inspect(
     with working(json) as warnings:
         from graftc.runtime.artifact import open_artifact
 
+        targets = {"graphml": graphml, "dot": dot}
+        _check(directory, targets, force)
         snapshot = open_artifact(directory).snapshot
         wanted = {"graph": graph, "diff": diff, "history": history, "tree": tree, "explanation": explain is not None}
         views = {name: view for name, view in _views(snapshot, mode.value, explain).items() if wanted[name]}
         made = {name: make() for name, make in views.items()}
-        files = _write(snapshot, mode.value, {"graphml": graphml, "dot": dot}, force)
+        files = _write(snapshot, mode.value, targets, force)
         if json or not (made or files):
             from graftc.compiler.summary import summary
 
@@ -194,15 +196,20 @@ def _lines(to: Console, text: str, style: Callable[[str], str]) -> None:
     print_lines(to, text.splitlines(), style)
 
 
+def _check(directory: Path, paths: dict[str, Path | None], force: bool) -> None:
+    from graftc.runtime.files import check_apart, check_destination
+
+    for path in filter(None, paths.values()):
+        check_apart(path, directory)
+        check_destination(path, force=force)
+
+
 def _write(snapshot: Snapshot, mode: Any, paths: dict[str, Path | None], force: bool) -> list[str]:
     """Write the graph to files and return their paths."""
     if not any(paths.values()):
         return []
     from graftc.passes.core.graphs import dot_text, graphml_text
-    from graftc.runtime.files import check_destination, write_text
-
-    for path in filter(None, paths.values()):
-        check_destination(path, force=force)
+    from graftc.runtime.files import write_text
 
     texts = {"graphml": graphml_text, "dot": dot_text}
     program = snapshot.program(mode)

@@ -39,9 +39,10 @@ def merge(
     to = destination(out, dry_run=dry_run)
     with working(json) as warnings, steps(json) as step:
         from graftc.runtime.artifact.places import is_ours
-        from graftc.runtime.files import check_destination
+        from graftc.runtime.files import check_apart, check_destination
 
         if to is not None:
+            check_apart(to, directory, model)
             check_destination(to, force=force, replaceable=is_ours)
         step("loading")
         from graftc.runtime.api import load

@@ -25,11 +25,13 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from graftc.compiler.fresh import require_weights
 from graftc.runtime.demo.baseline import embed, logistic_regression
 from graftc.runtime.demo.data import Dataset, Encoded, Split, encode, find_model, load_r8, training_batches
 from graftc.runtime.demo.result import Agreement, DemoResult
 from graftc.runtime.demo.training import Scores, predict, score, train_classifier
-from graftc.runtime.models import quiet_transformers
+from graftc.runtime.files import check_apart
+from graftc.runtime.models import from_checkpoint, quiet_transformers
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 
@@ -93,6 +95,7 @@ def run_demo(out: Path, quick: bool = False, console: Console | None = None) -> 
     console = Console() if console is None else console
     folder, data = find_model(), load_r8()
     _require("onnxruntime", *(["sklearn"] if plan.baseline else []))
+    check_apart(out, folder)
     _claim(out)
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         return _Demo(plan, quick, console, out, folder, data).run()
@@ -164,8 +167,10 @@ class _Demo:
         import graftc
 
         torch.manual_seed(_SEED)
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model = from_checkpoint(
+            AutoModelForSequenceClassification,
             self.folder,
+            str(self.folder),
             num_labels=len(self.names),
             id2label=dict(enumerate(self.names)),
             label2id={name: i for i, name in enumerate(self.names)},
@@ -230,7 +235,8 @@ class _Demo:
     def _baseline(self) -> Scores:
         from transformers import AutoModel
 
-        encoder = AutoModel.from_pretrained(self.folder)
+        encoder = from_checkpoint(AutoModel, self.folder, str(self.folder))
+        require_weights(encoder)
         with self._progress("embedding", len(self.train) + len(self.test)) as advance:
             train, test = embed(encoder, self.train, advance), embed(encoder, self.test, advance)
         return logistic_regression(train, self.train.labels, test, self.test.labels, len(self.names))
