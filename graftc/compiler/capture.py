@@ -238,19 +238,20 @@ def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Itera
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(axis.name, kind, default=None) for axis in axes]
     )
-    model.forward = forward
+    vars(model)["forward"] = forward
     try:
         yield
     finally:
         if owned:
-            model.forward = original
+            vars(model)["forward"] = original
         else:
-            del model.forward
+            del vars(model)["forward"]
 
 
 def _program(
     exported: torch.export.ExportedProgram, inputs: tuple[InputSpec, ...], canonical: Mapping[str, str]
 ) -> Capture:
+    names = _numbered(exported)
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     graph = fx.Graph()
@@ -258,20 +259,21 @@ def _program(
     attributes: dict[str, fx.Node] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            target = canonical.get(str(node.target), str(node.target))
+            name = names.get(str(node.target), str(node.target))
+            target = canonical.get(name, name)
             if target in attributes:
                 mapping[node] = attributes[target]
                 continue
         if node.op == "output":
             leaves = pytree.tree_leaves(node.args[0])
             copied = graph.output(tuple(mapping[n] if isinstance(n, fx.Node) else n for n in leaves))
+        elif node.op == "get_attr":
+            attributes[target] = copied = graph.create_node("get_attr", target, name=name)
         else:
             copied = graph.node_copy(node, lambda old: mapping[old])
         mapping[node] = copied
-        if node.op == "get_attr":
-            copied.target = target
-            attributes[target] = copied
-        copied.meta = {"val": node.meta.get("val"), "module": _module_path(node)}
+        path = target.rpartition(".")[0] if node.op == "get_attr" else _module_path(node)
+        copied.meta = {"val": node.meta.get("val"), "module": path}
     spec = exported.call_spec.out_spec
     assert spec is not None
     program = Program(graph, inputs, _output_spec(spec))
@@ -280,30 +282,50 @@ def _program(
     canonicalise(program)
     seconds = time.perf_counter() - started
     program.history.append(HistoryEntry("canonicalise", 0, before - len(graph.nodes), seconds))
-    return Capture(program, _constants(program, module, exported))
+    return Capture(program, _constants(program, exported, names))
 
 
 def _module_path(node: fx.Node) -> str:
-    if node.op == "get_attr":
-        return str(node.target).rpartition(".")[0]
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
     return "" if path.startswith("_empty_nn_module_stack") else _REPEAT.sub("", path)
 
 
+def _numbered(exported: torch.export.ExportedProgram) -> dict[str, str]:
+    """Give the tensors of an exported program numbers for names; returns the names by number.
+
+    Only some do for attributes of a `torch.fx.GraphModule`: ``code`` and ``graph`` are its own, ``class`` is none.
+    """
+    numbers: dict[str, str] = {}
+
+    def number(name: str) -> str:
+        return numbers.setdefault(name, f"tensor_{len(numbers)}")
+
+    signature = exported.graph_signature
+    for spec in (*signature.input_specs, *signature.output_specs):
+        if spec.target is not None and spec.kind.name not in ("USER_INPUT_MUTATION",):
+            spec.target = number(spec.target)
+    for table in (exported.state_dict, exported.constants):
+        held = dict(table)
+        table.clear()
+        table.update({number(name): value for name, value in held.items()})
+    return {number: name for name, number in numbers.items()}
+
+
 def _constants(
-    program: Program, module: fx.GraphModule, exported: torch.export.ExportedProgram
+    program: Program, exported: torch.export.ExportedProgram, names: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
     """Tensors that the forward made by itself, named by what they hold so that signatures share them."""
-    own = set(exported.state_dict) | set(exported.graph_signature.non_persistent_buffers)
+    own = {names[n] for n in (*exported.state_dict, *exported.graph_signature.non_persistent_buffers)}
+    values = {names[number]: value for number, value in exported.constants.items()}
     constants: dict[str, torch.Tensor] = {}
     for node in program.graph.find_nodes(op="get_attr"):
         target = str(node.target)
         if target in own:
             continue
-        owner, _, name = target.rpartition(".")
-        value = getattr(module.get_submodule(owner), name)
-        if not isinstance(value, torch.Tensor) or target not in exported.constants:
+        owner = target.rpartition(".")[0]
+        value = values.get(target)
+        if not isinstance(value, torch.Tensor):
             continue
         digest = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode())
         if value.device.type != "meta":

@@ -55,6 +55,12 @@ def is_transformers(model: nn.Module) -> bool:
     return any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
 
 
+def config_of(model: nn.Module) -> Any:
+    """The model's config; None where it has none: a child, or a value of its own, may have the name."""
+    config = getattr(model, "config", None)
+    return config if hasattr(config, "to_dict") else None
+
+
 class Interface:
     """Reads the arguments of calls as a model would.
 

@@ -7,19 +7,19 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from graftc.compiler.family import Family
-from graftc.compiler.interface import ExampleInputs, Interface, dtype_of
+from graftc.compiler.interface import ExampleInputs, Interface, config_of, dtype_of
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.signature import split
 from graftc.compiler.snapshot import adapter_tensors
-from graftc.passes.core.blocks import Runner
+from graftc.passes.core.blocks import Root, Runner
 from graftc.passes.core.program import Mode, Program
-from graftc.passes.core.store import Store
+from graftc.passes.core.store import OWN, Store
 from graftc.runtime.checkpointing import Checkpointed
 from graftc.runtime.choosing import Choosing, with_choices
 from graftc.runtime.combine import Combining
@@ -30,8 +30,70 @@ from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
     from graftc.compiler.certify import Certificate
+    from graftc.compiler.report import Report
     from graftc.runtime.merged import Merged
     from graftc.runtime.partial import Partial
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Published(Generic[P, R]):
+    """A method of a Runner that its module has under the same name, whatever children the module has."""
+
+    def __init__(self, method: Callable[Concatenate[Any, P], R]) -> None:
+        self.__wrapped__, self.__doc__, self.__name__ = method, method.__doc__, method.__name__
+
+    def __get__(self, module: Root | None, owner: type[Root]) -> Callable[P, R]:
+        return cast(Callable[P, R], self.__wrapped__ if module is None else getattr(module._graftc, self.__name__))
+
+
+def runner_of(module: nn.Module | Runner) -> Any:
+    """The Runner of a compiled or merged model. It has everything that graftc offers, also where a child of the source
+    model has taken the name."""
+    return module if isinstance(module, Runner) else vars(module)[OWN]
+
+
+class ModelRoot(Root):
+    """A module with the interface of a source model."""
+
+    _graftc: ModelRunner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own outputs, as its class would give them."""
+        return self._graftc.call(args, kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """See `torch.nn.Module.train`."""
+        super().train(self._graftc.entering(mode))
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves between devices retarget the graphs; another dtype needs another capture."""
+        runner = self._graftc
+        moved = fn(torch.empty(0, dtype=runner.dtype, device=runner.device))
+        if moved.dtype != runner.dtype:
+            raise GraftError(
+                "GC033",
+                f"the graphs were captured in {runner.dtype} and cannot run in {moved.dtype}",
+                hint=f"load the base model in {moved.dtype} and compile that",
+            )
+        before = runner.device
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if runner.device != before:
+            runner.relower()
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A model with tensors of its own, the base's included; ties are kept. Graphs, which hold none, are shared, and
+        so is the source model, which new signatures are captured from."""
+        memo.update((id(item), item) for item in self._graftc.shared())
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        copied._graftc.copied()
+        return copied
 
 
 class ModelRunner(Runner):
@@ -52,9 +114,17 @@ class ModelRunner(Runner):
         self._dtype = dtype_of(model)
         names = self._interface.parameters
         self.main_input_name = getattr(model, "main_input_name", names[0] if names else "")
-        if hasattr(model, "config"):
-            self.config = copy.deepcopy(model.config)
-        self.train(model.training)
+        if (config := config_of(model)) is not None:
+            self.config = copy.deepcopy(config)
+
+    def adopt(self, module: Root) -> None:
+        """See `Runner.adopt`."""
+        super().adopt(module)
+        module.train(self._compilation.model.training)
+
+    def entering(self, mode: bool) -> bool:
+        """The mode that the module is put into when one is asked for."""
+        return mode
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +136,12 @@ class ModelRunner(Runner):
         """Element type that the graphs were captured in."""
         return self._dtype
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The outputs of a call, as the source model gives them.
+
+        Raises:
+            GraftError: GC031 for inputs that cannot be captured.
+        """
         chosen = {name: kwargs.pop(name) for name in self._compilation.controls if name in kwargs}
         present, plain = self._interface.read(self._interface.named(args, kwargs))
         if self._compilation.controls:
@@ -85,51 +160,48 @@ class ModelRunner(Runner):
         Raises:
             GraftError: GC031 where it cannot be.
         """
+        mode: Mode = "train" if self.training else "eval"
         found = self._compilation.find(present)
-        key = self._key(found) if found is not None else None
+        key = self._key(found, mode) if found is not None else None
         if key is None or key not in self._roots:
             if torch.compiler.is_compiling():
                 tensors, flags = split(present)
                 names = ", ".join([*tensors, *(name for name, _ in flags)])
                 raise GraftError("GC031", f"{names} have no graph yet; call the model once before compiling it")
             family = self._compilation.family(present)
-            key = self._key(family.key)
-            self.install(key, self._program_of(family))
+            key = self._key(family.key, mode)
+            self.install(key, self._program_of(family, mode))
         return key
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A model with tensors of its own, the base's included; ties are kept. Graphs, which hold none, are shared, and
-        so is the source model, which new signatures are captured from."""
+    def shared(self) -> list[Any]:
+        """What a copy of the module has in common with it: Graphs, which hold no tensors, and the source model."""
         compilation = self._compilation
-        shared: list[Any] = [self._interface, *self._programs.values()]
-        if compilation.store is self._store:
-            families = list(compilation.families.values())
-            shared += [compilation.model, compilation.source, compilation.spec, compilation.values, compilation.known]
-            shared += [*families, *(site for f in families for r in f.resolved for site, _ in r.sites)]
-        else:
-            shared.append(compilation)
-        memo.update((id(item), item) for item in shared)
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        vars(copied).update(copy.deepcopy(vars(self), memo))
-        return copied
+        found: list[Any] = [self._interface, *self._programs.values()]
+        if compilation.store is not self._store:
+            return [*found, compilation]
+        families = list(compilation.families.values())
+        found += [compilation.model, compilation.source, compilation.spec, compilation.values, compilation.known]
+        return [*found, *families, *(site for f in families for r in f.resolved for site, _ in r.sites)]
+
+    def copied(self) -> None:
+        """Called when the module has been copied, on the copy's Runner."""
 
     def in_eval(self, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
         """Flat outputs of the first signature in eval mode, whatever mode the model is in."""
         present = {**inputs, **dict(self._compilation.main.base.flags)}
         present = with_choices(self._compilation, present, {})
         training = self.training
-        self.train(False)
+        self.module.train(False)
         try:
             return self.run(self.ready(present), present)
         finally:
-            self.train(training)
+            self.module.train(training)
 
-    def _key(self, family: tuple[str, ...]) -> str:
-        return f"{'train' if self.training else 'eval'}:{','.join(family)}"
+    def _key(self, family: tuple[str, ...], mode: Mode) -> str:
+        return f"{mode}:{','.join(family)}"
 
-    def _program_of(self, family: Family) -> Program:
-        return family.program("train" if self.training else "eval")
+    def _program_of(self, family: Family, mode: Mode) -> Program:
+        return family.program(mode)
 
     def export(
         self,
@@ -190,34 +262,12 @@ class ModelRunner(Runner):
         """What an export writes."""
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves between devices retarget the graphs; another dtype needs another capture."""
-        moved = fn(torch.empty(0, dtype=self._dtype, device=self.device))
-        if moved.dtype != self._dtype:
-            raise GraftError(
-                "GC033",
-                f"the graphs were captured in {self._dtype} and cannot run in {moved.dtype}",
-                hint=f"load the base model in {moved.dtype} and compile that",
-            )
-        before = self.device
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.device != before:
-            self.relower()
-        return result
 
-
-class Compiled(Inspected, Checkpointed, Choosing, Combining, Selecting, ModelRunner):
-    """The adapted model: same inputs, same outputs, loss from ``labels``; only what the spec says trains.
-
-    Made by `graftc.compile`. ``train()`` and ``eval()`` switch between two graphs over one set of tensors. An input
-    that was absent so far is captured at its first use.
-    """
+class CompiledRunner(Inspected, Checkpointed, Choosing, Combining, Selecting, ModelRunner):
+    """All that a `Compiled` does."""
 
     accepts_loss_kwargs = False
     _keys_to_ignore_on_save = None
-
-    def _get_name(self) -> str:
-        return type(self._compilation.model).__name__
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Every tensor that graftc added and that has to be kept, by its full name, detached: parameters, and what
@@ -312,12 +362,10 @@ class Compiled(Inspected, Checkpointed, Choosing, Combining, Selecting, ModelRun
 
         return merge_partially(self, budget)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def copied(self) -> None:
         """See `ModelRunner`. What steers a training, and how far it is, is copied as well."""
-        copied = super().__deepcopy__(memo)
-        copied._watch()
-        copied._pause()
-        return copied
+        self._watch()
+        self._pause()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -330,12 +378,49 @@ class Compiled(Inspected, Checkpointed, Choosing, Combining, Selecting, ModelRun
 
     _base_only = False
 
-    def _key(self, family: tuple[str, ...]) -> str:
-        return ("base " if self._base_only else "") + super()._key(family)
+    def _key(self, family: tuple[str, ...], mode: Mode) -> str:
+        return ("base " if self._base_only else "") + super()._key(family, mode)
 
-    def _program_of(self, family: Family) -> Program:
-        mode: Mode = "train" if self.training else "eval"
+    def _program_of(self, family: Family, mode: Mode) -> Program:
         return family.source(mode) if self._base_only else family.program(mode)
+
+
+class Compiled(ModelRoot):
+    """The adapted model: same inputs, same outputs, loss from ``labels``; only what the spec says trains.
+
+    Made by `graftc.compile`. ``train()`` and ``eval()`` switch between two graphs over one set of tensors. An input
+    that was absent so far is captured at its first use.
+
+    The names below are graftc's, whatever the source model's children are called. All else that graftc offers gives
+    way to a child, a parameter or a buffer of its name, and is an attribute of `runner_of(compiled)` as well.
+    """
+
+    _graftc: CompiledRunner
+
+    save = Published(CompiledRunner.save)
+    merge = Published(CompiledRunner.merge)
+    merge_partially = Published(CompiledRunner.merge_partially)
+    export = Published(CompiledRunner.export)
+    disabled = Published(CompiledRunner.disabled)
+    adapter_state_dict = Published(CompiledRunner.adapter_state_dict)
+    load_adapter_state_dict = Published(CompiledRunner.load_adapter_state_dict)
+    begin = Published(CompiledRunner.begin)
+    extra_loss = Published(CompiledRunner.extra_loss)
+    after_step = Published(CompiledRunner.after_step)
+    callback = Published(CompiledRunner.callback)
+    select = Published(CompiledRunner.select)
+    advance = Published(CompiledRunner.advance)
+    activate = Published(CompiledRunner.activate)
+    train_only = Published(CompiledRunner.train_only)
+    explain = Published(CompiledRunner.explain)
+
+    @property
+    def report(self) -> Report:
+        """What every adaptation adds: sites, parameters, bytes, FLOPs per token."""
+        return self._graftc.report
+
+    def _get_name(self) -> str:
+        return type(self._graftc._compilation.model).__name__
 
 
 def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compiled]:
@@ -349,7 +434,7 @@ def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compi
     signature = signature.replace(parameters=[*(p for p in known if p not in rest), *own, *rest])
 
     def forward(self: Compiled, *args: Any, **kwargs: Any) -> Any:
-        return self._call(args, kwargs)
+        return self._graftc.call(args, kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__doc__ = type(model).forward.__doc__
@@ -359,13 +444,12 @@ def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compi
 def make_compiled(compilation: Compilation) -> Compiled:
     """The module for a Compilation, its first signature lowered in both modes."""
     given = [n for n, c in compilation.controls.items() if not isinstance(c, Parallel)]
-    compiled = compiled_class(compilation.model, given)(compilation, compilation.store)
-    training = compiled.training
-    for mode in (True, False):
-        compiled.training = mode
-        compiled.install(compiled._key(compilation.default), compiled._program_of(compilation.main))
-    compiled.train(training)
-    compiled._watch()
+    runner = CompiledRunner(compilation, compilation.store)
+    compiled = compiled_class(compilation.model, given)(runner)
+    modes: tuple[Mode, ...] = ("train", "eval")
+    for mode in modes:
+        runner.install(runner._key(compilation.default, mode), runner._program_of(compilation.main, mode))
+    runner._watch()
     if compilation.spec.checkpoint == "layers":
-        compiled.gradient_checkpointing_enable()
+        runner.gradient_checkpointing_enable()
     return compiled

@@ -10,10 +10,10 @@ from graftc.compiler.snapshot import adapter_tensors
 from graftc.specs.diagnostics import GraftWarning
 
 if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled
+    from graftc.runtime.compiled import CompiledRunner
 
 
-def deployed(compiled: Compiled) -> Compiled:
+def deployed(compiled: CompiledRunner) -> CompiledRunner:
     """The same model with simpler adaptations in the places of those that collapse; itself where none does."""
     from graftc.runtime.compiled import make_compiled
 
@@ -24,4 +24,4 @@ def deployed(compiled: Compiled) -> Compiled:
         warnings.simplefilter("ignore", GraftWarning)  # they have been given when it was compiled
         values = dict(adapter_tensors(compilation.store)) | collapsed_values(compilation)
         made = compilation.again(collapsed_spec(compilation), values)
-    return make_compiled(made).to(compiled.device)
+    return make_compiled(made).to(compiled.device)._graftc

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftc.compiler.interface import config_of
 from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
 from graftc.runtime.artifact.places import RECORD, is_ours
 from graftc.runtime.artifact.write import listed, save_tensors, writing
+from graftc.runtime.compiled import runner_of
 from graftc.runtime.files import staged
 from graftc.runtime.interop.transformers import no_place
 from graftc.runtime.models import local_folder, quiet_transformers
@@ -17,7 +19,7 @@ from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
 if TYPE_CHECKING:
-    from graftc.runtime.merged import Merged
+    from graftc.runtime.merged import Merged, MergedRunner
 
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
@@ -26,7 +28,7 @@ COMPANIONS = (
 """Files beside a model that its users need and folding does not change."""
 
 
-def save_merged(merged: Merged, path: Path, *, force: bool = False) -> Path:
+def save_merged(merged: MergedRunner, path: Path, *, force: bool = False) -> Path:
     """Write a merged model. See `Merged.save`."""
     if merged.kept:
         name, reason = next(iter(merged.kept.items()))
@@ -46,7 +48,7 @@ def save_merged(merged: Merged, path: Path, *, force: bool = False) -> Path:
     return path
 
 
-def write_merged(merged: Merged, folder: Path) -> Any:
+def write_merged(merged: Merged | MergedRunner, folder: Path) -> Any:
     """Write the model itself, with its tokenizer where the base has one, and return it.
 
     A model without a config has its folded weights in ``model.safetensors``, by the source's own names.
@@ -55,9 +57,10 @@ def write_merged(merged: Merged, folder: Path) -> Any:
         GraftError: GC052 when the class has no place for a folded tensor; OSError: it cannot be written.
     """
     folder.mkdir()
+    merged = runner_of(merged)
     source = merged._compilation.source
     weights = folder / "model.safetensors"
-    if not hasattr(source, "config"):
+    if config_of(source) is None:
         if merged._additions:
             raise no_place(merged._additions, source)
         aliases = merged._compilation.store.aliases

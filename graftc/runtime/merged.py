@@ -18,20 +18,18 @@ from graftc.compiler.pipeline import Compilation
 from graftc.compiler.report import owner_of
 from graftc.compiler.samples import sample_inputs
 from graftc.passes.core.printer import structural_hash
-from graftc.passes.core.program import Program
+from graftc.passes.core.program import Mode, Program
 from graftc.passes.core.store import Store
 from graftc.passes.fold import take_out
-from graftc.runtime.compiled import ModelRunner
+from graftc.runtime.compiled import ModelRoot, ModelRunner, Published, runner_of
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled
+    from graftc.runtime.compiled import Compiled, CompiledRunner
 
 
-class Merged(ModelRunner):
-    """The folded model, in eval mode: the base's graph over folded tensors.
-
-    Tensors that folding does not change are shared with the compiled model and the source.
+class MergedRunner(ModelRunner):
+    """All that a `Merged` does.
 
     Attributes:
         certificate: the evidence for the fold.
@@ -46,18 +44,14 @@ class Merged(ModelRunner):
         self.folded, self.kept = fold.names, fold.reasons()
         super().__init__(compilation, _folded_store(compilation.store, fold, self._additions))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own outputs, as its class would give them."""
-        return self._call(args, kwargs)
-
-    def _program_of(self, family: Family) -> Program:
+    def _program_of(self, family: Family, mode: Mode) -> Program:
         return _folded_program(self._compilation, family, self.folded, self._additions)
 
-    def train(self, mode: bool = True) -> Any:
+    def entering(self, mode: bool) -> bool:
         """Folded models are for deployment: only eval mode exists."""
         if mode and hasattr(self, "certificate"):  # not yet while it is made, in the mode of the source
             raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
-        return super().train(False)
+        return False
 
     def folded_state_dict(self) -> dict[str, Tensor]:
         """The base's tensors with the folded ones in place, by the source model's names (tied names included)."""
@@ -91,6 +85,36 @@ class Merged(ModelRunner):
         return to_transformers(self)
 
 
+class Merged(ModelRoot):
+    """The folded model, in eval mode: the base's graph over folded tensors.
+
+    Tensors that folding does not change are shared with the compiled model and the source. As in a `Compiled`, the
+    names below win over those of the source model's children.
+    """
+
+    _graftc: MergedRunner
+
+    save = Published(MergedRunner.save)
+    export = Published(MergedRunner.export)
+    to_transformers = Published(MergedRunner.to_transformers)
+    folded_state_dict = Published(MergedRunner.folded_state_dict)
+
+    @property
+    def certificate(self) -> Certificate:
+        """The evidence for the fold."""
+        return self._graftc.certificate
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """Whose adaptations have gone into the weights."""
+        return self._graftc.folded
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Whose have not, with the reason; only folding what folds leaves any."""
+        return self._graftc.kept
+
+
 def _folded_program(
     compilation: Compilation, family: Family, names: Collection[str], additions: tuple[str, ...]
 ) -> Program:
@@ -112,7 +136,7 @@ def _add_bias(program: Program, store: Store, name: str) -> None:
             node.args = (*node.args, bias)
 
 
-def merge(compiled: Compiled, budget: float | None = None) -> Merged:
+def merge(compiled: Compiled | CompiledRunner, budget: float | None = None) -> Merged:
     """Fold and certify. See `Compiled.merge`."""
     merged = fold(compiled, budget, every=True)
     require_passed(merged.certificate)
@@ -130,7 +154,7 @@ def require_passed(certificate: Certificate) -> None:
         raise GraftError("GC051", "the fold is not certified: " + "; ".join(failures[:3]), details=failures)
 
 
-def fold(compiled: Compiled, budget: float | None = None, *, every: bool = False) -> Merged:
+def fold(compiled: Compiled | CompiledRunner, budget: float | None = None, *, every: bool = False) -> Merged:
     """Fold what folds. The certificate may say that it did not pass.
 
     Args:
@@ -141,14 +165,15 @@ def fold(compiled: Compiled, budget: float | None = None, *, every: bool = False
     Raises:
         GraftError: GC050 on the meta device; with ``every``, GC050 or GC022 naming what does not fold.
     """
-    compilation = compiled.compilation
-    if compiled.device.type == "meta":
+    runner: CompiledRunner = runner_of(compiled)
+    compilation = runner.compilation
+    if runner.device.type == "meta":
         raise GraftError("GC050", "there is nothing to fold on the meta device", hint="compile a model with weights")
     found = foldable(compilation)
     if every and found.kept:
         raise next(iter(found.kept.values()))
-    merged = Merged(compilation, found)
-    merged.certificate = _certify(compiled, merged, found, budget)
+    merged = Merged(MergedRunner(compilation, found))
+    merged._graftc.certificate = _certify(runner, merged._graftc, found, budget)
     return merged
 
 
@@ -178,7 +203,7 @@ def _add(folded: Store, store: Store, name: str, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def _certify(compiled: Compiled, merged: Merged, found: Foldable, budget: float | None) -> Certificate:
+def _certify(compiled: CompiledRunner, merged: MergedRunner, found: Foldable, budget: float | None) -> Certificate:
     compilation, additions = compiled.compilation, merged._additions
     family = compilation.main
     inputs = sample_inputs(family.base, compilation.store, config=getattr(compiled, "config", None))
@@ -195,7 +220,7 @@ def _certify(compiled: Compiled, merged: Merged, found: Foldable, budget: float 
         largest = max((float(a.abs().max()) for a in unfolded if isinstance(a, Tensor)), default=1.0)
         budget = DEFAULT_BUDGET.get(compiled.dtype, 1e-4) * max(1.0, largest)
     # What stays in the graph is not the fold's: it is left out where the fold is looked at by itself.
-    program = take_out(merged._programs[merged._key(compilation.default)], found.kept)
+    program = take_out(merged._programs[merged._key(compilation.default, "eval")], found.kept)
     return Certificate(
         sites=probe_sites(compilation, found.lazy, take_out(family.eval, found.kept)),
         outputs=differences,

@@ -19,7 +19,7 @@ from graftc.passes.core.moments import Seen, SparseOptimiser
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.store import Store
 from graftc.passes.selection import SparseTensors, regions_at
-from graftc.runtime.compiled import Compiled
+from graftc.runtime.compiled import Compiled, runner_of
 
 __all__ = ["SM3", "AgedAdamW"]
 
@@ -92,7 +92,7 @@ class _Attached(SparseOptimiser):
         if compiled is None:
             return
         self._deltas = {id(p): delta for p, delta in _deltas(compiled) if self.holds(p)}
-        for controller in compiled._steering.controllers.values():
+        for controller in runner_of(compiled)._steering.controllers.values():
             if any(self.holds(t) for place in controller.places for t in place.tensors.values()):
                 controller.optimiser = self
 

@@ -20,7 +20,7 @@ from graftc.compiler.snapshot import adapter_tensors
 from graftc.compiler.tokens import TOKENS
 from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
-from graftc.runtime.compiled import make_compiled
+from graftc.runtime.compiled import make_compiled, runner_of
 from graftc.runtime.folder import write_merged
 from graftc.runtime.merged import Merged, fold, require_passed
 from graftc.specs.compose import CompositionSpec, Stack
@@ -28,7 +28,7 @@ from graftc.specs.document import Spec
 
 if TYPE_CHECKING:
     from graftc.compiler.interface import ExampleInputs
-    from graftc.runtime.compiled import Compiled
+    from graftc.runtime.compiled import Compiled, CompiledRunner
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class Partial:
 
         Args, Raises: as `ModelRunner.export`.
         """
-        return self.compiled._export(path, format, example_inputs, inputs, self.certificate, force)
+        return self.compiled._graftc._export(path, format, example_inputs, inputs, self.certificate, force)
 
 
-def merge_partially(compiled: Compiled, budget: float | None = None) -> Partial:
+def merge_partially(compiled: Compiled | CompiledRunner, budget: float | None = None) -> Partial:
     """Fold what folds, and compile what does not on the result, collapsed where it has a simpler form. See
     `Compiled.merge_partially`."""
     merged = fold(compiled, budget)
@@ -87,18 +87,19 @@ def merge_partially(compiled: Compiled, budget: float | None = None) -> Partial:
     return _partial(compiled, merged)
 
 
-def _partial(compiled: Compiled, merged: Merged) -> Partial:
-    compilation = compiled.compilation
+def _partial(compiled: Compiled | CompiledRunner, merged: Merged) -> Partial:
+    runner: CompiledRunner = runner_of(compiled)
+    compilation = runner.compilation
     values = {n: t for n, t in adapter_tensors(compilation.store) if owner_of(n) in merged.kept}
     values |= collapsed_values(compilation)
     rest = compilation.again(_rest(compilation, merged), values, merged.to_transformers())
     made = make_compiled(rest)
-    certificate = _with_outputs(merged.certificate, compiled, made)
+    certificate = _with_outputs(merged.certificate, runner, made._graftc)
     require_passed(certificate)
     return Partial(merged, made, certificate)
 
 
-def merge_what_folds(compiled: Compiled, budget: float | None = None) -> Merged | Partial:
+def merge_what_folds(compiled: Compiled | CompiledRunner, budget: float | None = None) -> Merged | Partial:
     """A merged model where everything folds, and otherwise what `merge_partially` gives.
 
     Raises:
@@ -129,7 +130,7 @@ def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | Non
 
 
 @torch.no_grad()
-def _with_outputs(certificate: Certificate, before: Compiled, after: Compiled) -> Certificate:
+def _with_outputs(certificate: Certificate, before: CompiledRunner, after: CompiledRunner) -> Certificate:
     """The certificate with the largest difference of either: of folding, and of compiling anew on the result."""
     family = before.compilation.main
     inputs = sample_inputs(family.base, before.compilation.store, config=getattr(before, "config", None))

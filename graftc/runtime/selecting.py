@@ -104,7 +104,7 @@ class Selecting(Steered, Runner):
         with self._watched(tensors, lambda name, grad: scoring.add(scores[name], tensors[name].detach(), grad)):
             for example in examples:
                 for single in _single(example) if scoring.single else (example,):
-                    outputs = self(**single)
+                    outputs = self.module(**single)
                     value = loss(outputs, single) if loss is not None else getattr(outputs, "loss", None)
                     if value is None:
                         hint = "give the examples labels, or a loss of your own: select(examples, loss=...)"
@@ -118,9 +118,9 @@ class Selecting(Steered, Runner):
     @contextmanager
     def _watched(self, tensors: Mapping[str, Tensor], take: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Inside, a backward pass gives the gradients of base tensors to ``take``, and makes no others."""
-        training, trained = self.training, [p for p in self.parameters() if p.requires_grad]
+        training, trained = self.training, [p for p in self.module.parameters() if p.requires_grad]
         gradients = BaseGradients(take)
-        self.eval()
+        self.module.eval()
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)
@@ -130,7 +130,7 @@ class Selecting(Steered, Runner):
             gradients.release()
             for parameter in trained:
                 parameter.requires_grad_(True)
-            self.train(training)
+            self.module.train(training)
 
     @property
     def stages_left(self) -> int:
@@ -179,9 +179,11 @@ class Selecting(Steered, Runner):
         Raises:
             GraftError: GC087 where another has another base, GC005 where two adaptations have one name.
         """
+        from graftc.runtime.compiled import runner_of
+
         mine = identify(self._compilation.source).fingerprint
         spec, values = self._compilation.spec, dict(self._others(()))
-        for other in others:
+        for other in map(runner_of, others):
             compilation = other.compilation
             if identify(compilation.source).fingerprint != mine:
                 raise GraftError("GC087", "models of different bases cannot be joined")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -119,12 +119,11 @@ class Steered(Repeated):
         for controller in self._steering.controllers.values():
             controller.skip_step()
 
-    def train(self, mode: bool = True) -> Self:
-        """See `torch.nn.Module.train`. In eval mode nothing of a training is prepared for."""
+    def entering(self, mode: bool) -> bool:
+        """In eval mode nothing of a training is prepared for."""
         if not mode:
             self._pause()
-        super().train(mode)  # type: ignore[misc]
-        return self
+        return mode
 
     def _pause(self) -> None:
         if "_steering" in vars(self):

@@ -10,13 +10,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graftc.compiler.samples import sample_inputs
-from graftc.runtime.compiled import ModelRunner
+from graftc.runtime.compiled import ModelRoot, runner_of
 
 SHAPES: tuple[tuple[int, int], ...] = ((5, 9), (1, 4), (2, 17))
 """Batch and sequence sizes that no capture uses."""
 
 
-def inputs_for(runner: ModelRunner, sizes: tuple[int, int] = SHAPES[0], seed: int = 0) -> dict[str, Tensor]:
+def inputs_for(runner: ModelRoot, sizes: tuple[int, int] = SHAPES[0], seed: int = 0) -> dict[str, Tensor]:
     """Random inputs of the signature that a model was compiled with.
 
     Args:
@@ -25,9 +25,10 @@ def inputs_for(runner: ModelRunner, sizes: tuple[int, int] = SHAPES[0], seed: in
             one, is two shorter.
         seed: of the values.
     """
-    compilation = runner._compilation
+    own = runner_of(runner)
+    compilation = own._compilation
     every = (*sizes, max(1, sizes[-1] - 2))
-    return sample_inputs(compilation.main.base, compilation.store, seed, every, getattr(runner, "config", None))
+    return sample_inputs(compilation.main.base, compilation.store, seed, every, getattr(own, "config", None))
 
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:

@@ -219,7 +219,7 @@ class MethodContract(Contract):
             assert largest_difference(unfolded, base) > 1e-3, "the perturbation has no effect, so nothing is tested"
         if not certificate.additions:
             canonical = compiled.compilation.store.canonical
-            hashes = {structural_hash(program, canonical) for program in merged._programs.values()}
+            hashes = {structural_hash(program, canonical) for program in merged._graftc._programs.values()}
             assert hashes == {structural_hash(compiled.program("eval", base=True), canonical)}
 
     def test_state_dict_round_trip(self, family: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from graftc.runtime.compiled import ModelRunner
+from graftc.runtime.compiled import ModelRoot
 from graftc.specs.claims import FoldKind
 from graftc.testing.compare import SHAPES, inputs_for, largest_difference, outputs_of
 from graftc.testing.contract import Contract
@@ -29,7 +29,7 @@ class DeploymentContract(Contract):
     def test_onnx(self, family: str, tmp_path: Path) -> None:
         """ONNX Runtime agrees at three shapes that were not captured, unfolded and folded."""
         _, compiled = self.shared(family, perturbed=True)
-        runners: dict[str, ModelRunner] = {"unfolded": compiled}
+        runners: dict[str, ModelRoot] = {"unfolded": compiled}
         if self.claims.folds is not FoldKind.NONE:
             runners["folded"] = compiled.merge()
         for name, runner in runners.items():
@@ -43,7 +43,7 @@ class DeploymentContract(Contract):
         check_compile(compiled)
 
 
-def check_onnx(path: Path, runner: ModelRunner, sizes: tuple[int, int], tolerance: float) -> float:
+def check_onnx(path: Path, runner: ModelRoot, sizes: tuple[int, int], tolerance: float) -> float:
     """Run an exported file in ONNX Runtime beside ``runner``; returns the largest difference.
 
     Raises:
@@ -59,7 +59,7 @@ def check_onnx(path: Path, runner: ModelRunner, sizes: tuple[int, int], toleranc
     return difference
 
 
-def check_compile(runner: ModelRunner, backend: str = "inductor") -> None:
+def check_compile(runner: ModelRoot, backend: str = "inductor") -> None:
     """Compile ``runner`` in one graph and call it at several batch sizes.
 
     Raises:

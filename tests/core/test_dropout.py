@@ -236,7 +236,7 @@ def test_a_train_graph_exports_to_aten(compiled: Any, tmp_path: Path) -> None:
 
         def forward(self, *args: Tensor) -> Any:
             """Flat outputs."""
-            return function_of(program.graph, torch.device("cpu"))(self, *args)
+            return function_of(program.graph, self, torch.device("cpu"))(self, *args)
 
     inputs = inputs_for(compiled)
     args = tuple(inputs[name] for name in program.signature)

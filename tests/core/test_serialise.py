@@ -67,7 +67,7 @@ def test_what_comes_back_runs() -> None:
     program = compiled.program("eval")
     again = program_from_json(json.loads(json.dumps(program_to_json(program))), CPU)
     inputs = [inputs_for(compiled)[name] for name in program.signature]
-    first, second = (function_of(p.graph, CPU)(compiled, *inputs) for p in (program, again))
+    first, second = (function_of(p.graph, compiled, CPU)(compiled, *inputs) for p in (program, again))
     assert same_bits(list(first), list(second))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.runtime.compiled import Compiled, ModelRunner
+from graftc.runtime.compiled import Compiled, ModelRoot
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import SHAPES, inputs_for
@@ -71,7 +71,7 @@ def in_onnx(path: Path) -> Run:
 OPEN = {"pt2": (in_torch, 1e-5), "onnx": (in_onnx, 1e-4)}
 
 
-def check(format: str, compiled: Compiled, other: ModelRunner, name: str, folder: Path) -> None:
+def check(format: str, compiled: Compiled, other: ModelRoot, name: str, folder: Path) -> None:
     """Both forms give the same, and with the tensors of ``other``, which is in its deployed form, what it gives."""
     opened, tolerance = OPEN[format]
     constants = compiled.export(folder / f"constants.{format}", format)
@@ -176,7 +176,7 @@ def test_a_bank_by_row(tmp_path: Path) -> None:
 def test_what_cannot_be_an_input(tmp_path: Path) -> None:
     """Names that there are not, and what has left the graph."""
     compiled = trained("bert", {**LORA, "name": "low"})
-    cases: list[tuple[ModelRunner, str, str, str]] = [
+    cases: list[tuple[ModelRoot, str, str, str]] = [
         (compiled, "lwo", "GC091", "did you mean 'low'?"),
         (compiled, "elsewhere", "GC091", "there is: low"),
         (compiled.merge(), "low", "GC065", "folded into the weights"),

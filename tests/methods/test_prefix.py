@@ -175,7 +175,7 @@ def test_checkpointing(family: str) -> None:
         compiled: Any = graftc.compile(spec, tiny(family)).train()
         if checkpoint == "later":
             compiled.gradient_checkpointing_enable()
-        assert all(block.checkpointing == (checkpoint is not None) for block in compiled.blocks.values())
+        assert all(block._graftc.checkpointing == (checkpoint is not None) for block in compiled.blocks.values())
         torch.manual_seed(5)
         compiled(**inputs_for(compiled))[0].square().mean().backward()
         grads.append([p.grad for p in compiled.parameters() if p.grad is not None])

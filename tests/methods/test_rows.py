@@ -177,7 +177,7 @@ def test_every_layer_has_its_own_choice_and_one_code() -> None:
     compiled(**inputs_for(compiled))
     chosen = [t for n, t in compiled.named_buffers() if n.endswith("graftc.rows.chosen")]
     assert len(chosen) == 2 and not torch.equal(*chosen)
-    first, second = (block._functions for block in compiled.blocks.values())
+    first, second = (block._graftc.functions for block in compiled.blocks.values())
     assert [id(one) for one in first.values()] == [id(other) for other in second.values()] != []
 
 

@@ -145,7 +145,7 @@ def test_the_first_replacement_takes_all(variant: str) -> None:
             snapshots[name] = entries.tensor("indices").clone(), entries.tensor("delta").clone()
         original()
 
-    compiled.after_step = looked
+    compiled._graftc.after_step = looked
     train(compiled, optimiser, [2])
     kept = 0
     for name, entries in entries_of(compiled).items():
@@ -173,9 +173,9 @@ def ended(compiled: Any) -> tuple[dict[str, Any], Any]:
         before["model"] = copy.deepcopy(compiled)
         original()
 
-    compiled.after_step = looked
+    compiled._graftc.after_step = looked
     train(compiled, optimiser, [6])
-    del compiled.after_step
+    del compiled._graftc.after_step
     return before, optimiser
 
 

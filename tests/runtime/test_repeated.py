@@ -183,13 +183,13 @@ def test_without_a_weight_there_is_one_pass() -> None:
 def counted_runs(compiled: Any) -> list[str]:
     """A list that grows with each run of a Program."""
     calls: list[str] = []
-    original = compiled.run
+    original = compiled._graftc.run
 
     def run(key: str, inputs: Any) -> Any:
         calls.append(key)
         return original(key, inputs)
 
-    compiled.run = run
+    compiled._graftc.run = run
     return calls
 
 

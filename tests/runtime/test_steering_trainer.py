@@ -130,7 +130,7 @@ def count_objectives(compiled: Any) -> list[int]:
         result: Tensor = original()
         return result
 
-    compiled.extra_loss = counted
+    compiled._graftc.extra_loss = counted
     return calls
 
 

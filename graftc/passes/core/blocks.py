@@ -1,4 +1,8 @@
-"""Modules that run graphs over the Store's tree: a Block for every repeated layer, and the root above them."""
+"""Modules that run graphs over the Store's tree: a Block for every repeated layer, and a Root above them.
+
+A Root has children, tensors and what every `nn.Module` has, and next to nothing else of its own: what it does is in its
+Runner, which is no module, so that no name of a source model's child can come between.
+"""
 
 from __future__ import annotations
 
@@ -6,59 +10,110 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from graftc.passes.core.codegen import Function, function_of
 from graftc.passes.core.program import Program
-from graftc.passes.core.store import Container, Store
+from graftc.passes.core.store import OWN, Container, Store, Tree
 from graftc.passes.outline import outline
 
 
-class Block(Container):
-    """One repeated layer: owns its tensors and runs its part of every Program.
+class LayerCode:
+    """What a Block runs.
 
     Attributes:
+        functions: the code of its part of each Program, by key.
         checkpointing: recompute activations in the backward pass instead of keeping them.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        self.functions: dict[str, Function] = {}
         self.checkpointing = False
-        self._functions: dict[str, Function] = {}
 
-    def install(self, key: str, function: Function) -> None:
-        """Keep the code of this layer's part of one Program."""
-        self._functions[key] = function
+
+class Block(Container):
+    """One repeated layer: owns its tensors and runs its part of every Program."""
+
+    _graftc: LayerCode
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._graftc = LayerCode()
 
     def forward(self, key: str, *inputs: Any) -> Any:
         """Run the part called ``key``."""
-        function = self._functions[key]
-        if self.checkpointing and self.training and torch.is_grad_enabled():
+        code = self._graftc
+        function = code.functions[key]
+        if code.checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(function, self, *inputs, use_reentrant=False)
         return function(self, *inputs)
 
 
-class Runner(nn.Module):
-    """A module over a Store's tree that runs Programs, with a Block per repeated layer.
+class Root(Tree):
+    """The root of a Store's tree. A name that is no child's and no attribute of a module is looked up in its Runner.
 
     Args:
-        store: its tree becomes this module's.
+        runner: what it runs.
     """
 
-    def __init__(self, store: Store) -> None:
+    _graftc: Runner
+
+    def __init__(self, runner: Runner) -> None:
         super().__init__()
-        store.rehome(self)
+        self._graftc = runner
+        self.register_state_dict_post_hook(_tied_once)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_tied_again)  # type: ignore[no-untyped-call]
+        runner.adopt(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """A child or tensor of this name, or the Runner's own attribute."""
+        held = vars(self)
+        for table in ("_parameters", "_buffers", "_modules"):
+            if name in held.get(table, ()):
+                return held[table][name]
+        if OWN in held and not name.startswith("__"):
+            try:
+                return getattr(held[OWN], name)
+            except AttributeError as error:
+                if error.name != name:  # something that the attribute is made of
+                    raise
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._graftc)})  # type: ignore[no-untyped-call]
+
+
+class Runner:
+    """Runs Programs over a Store's tree, with a Block per repeated layer.
+
+    Args:
+        store: its tree becomes that of the module.
+
+    Attributes:
+        module: the root of the tree.
+    """
+
+    module: Root
+
+    def __init__(self, store: Store) -> None:
         self._store = store
         self._roots: dict[str, Function] = {}
         self._programs: dict[str, Program] = {}
-        self.register_state_dict_post_hook(_tied_once)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_tied_again)  # type: ignore[no-untyped-call]
+
+    def adopt(self, module: Root) -> None:
+        """Make a module the root of the tree."""
+        self.module = module
+        self._store.rehome(module)
+
+    @property
+    def training(self) -> bool:
+        """The mode of the module."""
+        return self.module.training
 
     @property
     def blocks(self) -> dict[str, Block]:
         """Blocks by module path."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, Block)}
+        return {name: module for name, module in self.module.named_modules() if isinstance(module, Block)}
 
     def install(self, key: str, program: Program) -> None:
         """Lower a Program to code; `run` runs it under ``key``."""
@@ -72,15 +127,12 @@ class Runner(nn.Module):
         for block in outlined.blocks:
             owner = self._store.container(block.path)
             if not isinstance(owner, Block):
-                made = Block()
-                made.training = self.training
-                self._store.replace_container(block.path, made)
-                owner = made
-            owner.install(f"{key}#{block.use}", function_of(block.graph, device))
+                owner = self._store.replace_container(block.path, Block)
+            owner._graftc.functions[f"{key}#{block.use}"] = function_of(block.graph, owner, device)
         for node in outlined.root.find_nodes(op="call_module"):
             use, *inputs = node.args
             node.args = (f"{key}#{use}", *inputs)
-        self._roots[key] = function_of(outlined.root, device)
+        self._roots[key] = function_of(outlined.root, self.module, device)
 
     def _store_device(self) -> torch.device:
         return next((t.device for _, t in self._store.base()), torch.device("cpu"))
@@ -88,7 +140,7 @@ class Runner(nn.Module):
     def run(self, key: str, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
         """Flat outputs of the Program installed as ``key``."""
         program_inputs = [inputs[name] for name in self._programs[key].signature]
-        outputs: tuple[Any, ...] = self._roots[key](self, *program_inputs)
+        outputs: tuple[Any, ...] = self._roots[key](self.module, *program_inputs)
         return outputs
 
     def relower(self) -> None:
@@ -97,16 +149,14 @@ class Runner(nn.Module):
             self._lower(key)
 
 
-def _tied_once(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _tied_once(module: Root, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """A state dict has tied tensors once, by the name that owns them, as file formats want it."""
-    assert isinstance(module, Runner)
-    for alias in module._store.aliases:
+    for alias in module._graftc._store.aliases:
         state.pop(prefix + alias, None)
 
 
-def _tied_again(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _tied_again(module: Root, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Loading finds tied tensors under each of their names."""
-    assert isinstance(module, Runner)
-    for alias, owner in module._store.aliases.items():
+    for alias, owner in module._graftc._store.aliases.items():
         if prefix + owner in state:
             state.setdefault(prefix + alias, state[prefix + owner])

@@ -39,7 +39,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 }
 _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _FORMATS = {str(f): f for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.strided)}
-_PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
+_PATH = re.compile(r"(?!__\w+__(\.|$))[\w -]+(\.(?!__\w+__(\.|$))[\w -]+)*")
 _DAMAGE = (
     ArithmeticError,
     AttributeError,
@@ -150,7 +150,7 @@ def _decode_input(data: Mapping[str, Any]) -> InputSpec:
 def _encode_target(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, str):
-        return target
+        return _path(target) if node.op == "get_attr" else target
     if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
         return f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
     if target in _FUNCTION_NAMES:
@@ -162,9 +162,7 @@ def _decode_target(op: str, text: str) -> Any:
     if op == "placeholder":
         return _identifier(text)
     if op == "get_attr":
-        if not _PATH.fullmatch(text) or any(word.startswith("__") for word in text.split(".")):
-            raise SerialisationError(f"tensor {text!r}")
-        return text
+        return _path(text)
     if text in _FUNCTIONS:
         return _FUNCTIONS[text]
     namespace, _, rest = text.partition(".")
@@ -178,6 +176,13 @@ def _decode_target(op: str, text: str) -> Any:
     if not isinstance(found, torch._ops.OpOverload):
         raise SerialisationError(f"operator {text!r}")
     return found
+
+
+def _path(text: str) -> str:
+    """The name of a tensor. Code reads it from a table, but a file has no use for more than words."""
+    if not _PATH.fullmatch(text):
+        raise SerialisationError(f"tensor {text!r}")
+    return text
 
 
 def _identifier(text: str) -> str:

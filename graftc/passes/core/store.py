@@ -8,16 +8,78 @@ root, ``graftc.<adaptation>.<part>``, when several sites share them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from graftc.specs.diagnostics import GraftError
+
 RESERVED = "graftc"
 """Path segment under which every tensor that graftc added lives."""
 
+OWN = "_graftc"
+"""The one attribute of a module in the tree that is graftc's own."""
 
-class Container(nn.Module):
+
+class Tree(nn.Module):
+    """A module whose children and tensors may have any name, those of methods as well."""
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """See `torch.nn.Module.get_submodule`."""
+        module: nn.Module = self
+        for segment in target.split(".") if target else ():
+            child = module._modules.get(segment)
+            if child is None:
+                raise AttributeError(f"{module._get_name()} has no child {segment!r}")  # type: ignore[no-untyped-call]
+            module = child
+        return module
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """See `torch.nn.Module.get_parameter`."""
+        path, _, name = target.rpartition(".")
+        found = self.get_submodule(path)._parameters.get(name)
+        if found is None:
+            raise AttributeError(f"there is no parameter {target!r}")
+        return found
+
+    def get_buffer(self, target: str) -> torch.Tensor:
+        """See `torch.nn.Module.get_buffer`."""
+        path, _, name = target.rpartition(".")
+        found = self.get_submodule(path)._buffers.get(name)
+        if found is None:
+            raise AttributeError(f"there is no buffer {target!r}")
+        return found
+
+
+class Container(Tree):
     """A node of the Store's tree: holds tensors and containers, computes nothing."""
+
+
+C = TypeVar("C", bound=Container)
+
+
+def _adopt(module: nn.Module, old: nn.Module) -> None:
+    module._parameters.update(old._parameters)
+    module._buffers.update(old._buffers)
+    module._non_persistent_buffers_set |= old._non_persistent_buffers_set
+    module._modules.update(old._modules)
+
+
+def _register(container: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
+    """Put a tensor into a container, by whatever name: PyTorch refuses those that are attributes of a module."""
+    if isinstance(tensor, nn.Parameter):
+        container._parameters[name] = tensor
+        return
+    container._buffers[name] = tensor
+    (set.discard if persistent else set.add)(container._non_persistent_buffers_set, name)
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    """Whatever has a name in a model."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        yield path
+        yield from (f"{path}.{name}".lstrip(".") for name in (*module._parameters, *module._buffers))
 
 
 class Store:
@@ -45,8 +107,15 @@ class Store:
         Parameters are frozen copies of the handles (``requires_grad=False``), so that freezing never reaches the
         caller's model. Tied tensors stay one tensor: the first name owns it, the others are recorded in
         `aliases` (alias to owner).
+
+        Raises:
+            GraftError: GC030 for a model that has something called ``graftc``.
         """
         store = cls()
+        taken = [name for name in _names(model) if not {RESERVED, OWN}.isdisjoint(name.split("."))]
+        if taken:
+            message = f"{type(model).__name__} has a {taken[0]!r}, and graftc keeps {RESERVED!r} and {OWN!r} for itself"
+            raise GraftError("GC030", message, hint="give it another name in the model's code")
         seen: dict[int, tuple[str, torch.Tensor]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             container = store.container(path)
@@ -79,10 +148,7 @@ class Store:
             is_parameter = isinstance(tensor, nn.Parameter)
             handle = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
             seen[id(tensor)] = (fqn, handle)
-        if isinstance(handle, nn.Parameter):
-            container.register_parameter(name, handle)
-        else:
-            container.register_buffer(name, handle, persistent=persistent)
+        _register(container, name, handle, persistent=persistent)
 
     def container(self, path: str) -> nn.Module:
         """The container at ``path``, made where there is none: some layers hold no tensor."""
@@ -90,8 +156,7 @@ class Store:
         for segment in path.split(".") if path else ():
             child = module._modules.get(segment)
             if child is None:
-                child = Container()
-                module.add_module(segment, child)
+                child = module._modules[segment] = Container()
             module = child
         return module
 
@@ -105,23 +170,18 @@ class Store:
             module = child
         return module
 
-    def replace_container(self, path: str, module: nn.Module) -> None:
-        """Put ``module`` at ``path``; it adopts everything that the container there held."""
-        old = self.owner(path)
-        module._parameters.update(old._parameters)
-        module._buffers.update(old._buffers)
-        module._non_persistent_buffers_set |= old._non_persistent_buffers_set
-        module._modules.update(old._modules)
+    def replace_container(self, path: str, kind: type[C]) -> C:
+        """Put a container of another kind at ``path``; it adopts all that the one there held."""
+        old, made = self.owner(path), kind()
+        made.training = old.training
+        _adopt(made, old)
         parent, _, name = path.rpartition(".")
-        self.owner(parent)._modules[name] = module
+        self.owner(parent)._modules[name] = made
+        return made
 
     def rehome(self, root: nn.Module) -> None:
         """Make ``root`` the root of the tree: it adopts the tensors and containers of the old root."""
-        old = self.root
-        root._parameters.update(old._parameters)
-        root._buffers.update(old._buffers)
-        root._non_persistent_buffers_set |= old._non_persistent_buffers_set
-        root._modules.update(old._modules)
+        _adopt(root, self.root)
         self.root = root
 
     def __contains__(self, fqn: str) -> bool:
@@ -148,14 +208,14 @@ class Store:
         if fqn in self:
             raise KeyError(f"{fqn} exists")
         path, _, name = fqn.rpartition(".")
-        self.container(path).register_parameter(name, nn.Parameter(tensor, requires_grad=trainable))
+        _register(self.container(path), name, nn.Parameter(tensor, requires_grad=trainable))
 
     def add_buffer(self, fqn: str, tensor: torch.Tensor, *, persistent: bool) -> None:
         """Add a constant. Raises `KeyError` when the name is taken."""
         if fqn in self:
             raise KeyError(f"{fqn} exists")
         path, _, name = fqn.rpartition(".")
-        self.container(path).register_buffer(name, tensor, persistent=persistent)
+        _register(self.container(path), name, tensor, persistent=persistent)
 
     def add_constant(self, fqn: str, tensor: torch.Tensor) -> None:
         """Add a tensor that the source model made while it was captured; a known name is passed over."""
@@ -167,11 +227,7 @@ class Store:
         """Give the tensor called ``owner`` another name."""
         tensor = self.get(owner)
         path, _, last = name.rpartition(".")
-        container = self.container(path)
-        if isinstance(tensor, nn.Parameter):
-            container.register_parameter(last, tensor)
-        else:
-            container.register_buffer(last, tensor)
+        _register(self.container(path), last, tensor)
         self.aliases[name] = owner
 
     def canonical(self, fqn: str) -> str:

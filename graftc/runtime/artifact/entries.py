@@ -23,7 +23,7 @@ from graftc.runtime.reference import Reference
 from graftc.specs.diagnostics import warn
 
 if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled
+    from graftc.runtime.compiled import CompiledRunner
 
 
 def versions() -> dict[str, str]:
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def base(compiled: Compiled, reference: Reference, identity: Identity) -> dict[str, Any]:
+def base(compiled: CompiledRunner, reference: Reference, identity: Identity) -> dict[str, Any]:
     """The entry for the base."""
     source, store = compiled.compilation.source, Store.mirror(compiled.compilation.source)
     return {
@@ -78,7 +78,7 @@ def tensors(found: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def places(compiled: Compiled) -> dict[str, Any]:
+def places(compiled: CompiledRunner) -> dict[str, Any]:
     """Adapted places and trained base tensors."""
     shot = compiled.snapshot
     trained = [
@@ -93,7 +93,7 @@ def places(compiled: Compiled) -> dict[str, Any]:
     return {"sites": [as_plain(record) for record in shot.sites], "trained": trained}
 
 
-def signatures(compiled: Compiled) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def signatures(compiled: CompiledRunner) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The entries of all signatures, and the texts of their graphs by file."""
     texts: dict[str, str] = {}
     store = compiled.compilation.store
@@ -132,7 +132,7 @@ def _capture(capture: Capture, family: Family) -> dict[str, Any]:
     }
 
 
-def constants(compiled: Compiled) -> dict[str, Tensor]:
+def constants(compiled: CompiledRunner) -> dict[str, Tensor]:
     """Tensors that graphs mention beside the model's and graftc's own."""
     captures = [c for family in compiled.compilation.families.values() for c in family.captures]
     return {name: tensor for c in captures for name, tensor in sorted(c.constants.items())}

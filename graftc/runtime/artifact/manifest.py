@@ -24,7 +24,7 @@ MANIFEST, SPEC, ADAPTERS, CONSTANTS = "manifest.json", "spec.yaml", "adapters.sa
 CERTIFICATE = "certificates/fold.json"
 
 _FILE = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
-_TENSOR = re.compile(r"[\w-]+(\.[\w-]+)*")
+_TENSOR = re.compile(r"[\w -]+(\.[\w -]+)*")
 
 Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Shape: TypeAlias = tuple[Annotated[int, Field(ge=0)], ...]

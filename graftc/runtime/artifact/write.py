@@ -32,6 +32,7 @@ from graftc.runtime.artifact.manifest import (
     sealed,
 )
 from graftc.runtime.artifact.places import is_ours
+from graftc.runtime.compiled import runner_of
 from graftc.runtime.files import staged
 from graftc.runtime.merged import fold
 from graftc.runtime.models import local_folder
@@ -40,14 +41,14 @@ from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
 if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled
+    from graftc.runtime.compiled import Compiled, CompiledRunner
 
 BUNDLED = "base"
 """Folder of a base that travels inside its artifact."""
 
 
 def save(
-    compiled: Compiled,
+    compiled: Compiled | CompiledRunner,
     path: str | Path,
     *,
     force: bool = False,
@@ -69,16 +70,17 @@ def save(
         full: digest every value of the base.
         bundle: writes the base itself into a folder, which then travels inside the artifact.
     """
-    require_values(compiled)
+    runner: CompiledRunner = runner_of(compiled)
+    require_values(runner)
     path = Path(os.path.abspath(path))
     with staged(path, force=force, replaceable=is_ours, sources=[local_folder(compiled.compilation.source)]) as folder:
         folder.mkdir()
         if bundle is not None:
             bundle(folder / BUNDLED)
-        return _write(compiled, folder, path, base, certificate, kept, full=full, bundled=bundle is not None)
+        return _write(runner, folder, path, base, certificate, kept, full=full, bundled=bundle is not None)
 
 
-def require_values(compiled: Compiled) -> None:
+def require_values(compiled: CompiledRunner) -> None:
     """Refuse a model without weights.
 
     Raises:
@@ -88,14 +90,14 @@ def require_values(compiled: Compiled) -> None:
         raise GraftError("GC053", "there is nothing to save on the meta device", hint="compile a model with weights")
 
 
-def certificate_of(compiled: Compiled) -> tuple[Certificate | None, dict[str, str]]:
+def certificate_of(compiled: Compiled | CompiledRunner) -> tuple[Certificate | None, dict[str, str]]:
     """The certificate of folding what folds, whether it passes or not, and what does not fold with the reason."""
     merged = fold(compiled)
     return (merged.certificate if merged.folded else None), dict(merged.kept)
 
 
 def _write(
-    compiled: Compiled,
+    compiled: CompiledRunner,
     folder: Path,
     path: Path,
     base: str | None,

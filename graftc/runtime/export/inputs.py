@@ -15,7 +15,7 @@ from graftc.passes.core.store import Store
 from graftc.specs.diagnostics import GraftError, nearest
 
 if TYPE_CHECKING:
-    from graftc.runtime.compiled import ModelRunner
+    from graftc.runtime.compiled import ModelRoot, ModelRunner
 
 ADAPTER_TENSORS = "adapter_tensors"
 """The keyword of a ``.pt2`` program under which it takes tensors of adaptations, by their full names."""
@@ -26,12 +26,15 @@ def companions_of(path: Path, names: Iterable[str]) -> dict[str, str]:
     return {name: f"{path.name}.{name}.safetensors" for name in names}
 
 
-def require_known(runner: ModelRunner, names: Iterable[str]) -> None:
+def require_known(runner: ModelRunner | ModelRoot, names: Iterable[str]) -> None:
     """Refuse what is no adaptation or composition.
 
     Raises:
         GraftError: GC091 with the nearest names.
     """
+    from graftc.runtime.compiled import runner_of
+
+    runner = runner_of(runner)
     tensors = adapter_tensors(runner._store)
     known = list(dict.fromkeys([*runner._compilation.spec.owners, *(owner_of(name) for name, _ in tensors)]))
     for name in names:

@@ -30,8 +30,8 @@ def _decomposed(program: Program, inputs: Sequence[str]) -> fx.Graph:
     return graph
 
 
-class ExportModule(nn.Module):
-    """One eval Program as a module.
+class ExportModule:
+    """One eval Program as a module, which has nothing else but the tensors that the Program reads.
 
     Args:
         runner: the compiled or merged model.
@@ -39,6 +39,7 @@ class ExportModule(nn.Module):
         names: adaptations whose tensors are inputs.
 
     Attributes:
+        module: the module.
         program: what it computes.
         axes: the model's own inputs.
         adaptations: the tensors that are inputs too, by adaptation and full name.
@@ -50,25 +51,20 @@ class ExportModule(nn.Module):
     """
 
     def __init__(self, runner: ModelRunner, family: Family, names: Sequence[str] = ()) -> None:
-        super().__init__()
-        training = runner.training
-        runner.training = False
-        try:
-            self.program: Program = runner._program_of(family)
-        finally:
-            runner.training = training
+        self.program: Program = runner._program_of(family, "eval")
         store = runner._store
+        self.config = getattr(runner, "config", None)
         self._base, self._tensors = family.base, store
         self.adaptations = tensors_of(runner, self.program, names)
         self.tensors = {name: tensor for own in self.adaptations.values() for name, tensor in own.items()}
         self.inputs: Mapping[str, Any] = self.sample(sizes=(3, 7))
         self.axes = [Axis(s.name, s.dtype, s.shape) for s in self.program.inputs]
-        without(store, self.program, self.tensors).rehome(self)
-        if hasattr(runner, "config"):
-            self.config = runner.config
-        self.training = False
-        self._function = function_of(_decomposed(self.program, list(self.tensors)), runner.device)
-        self.forward: Callable[..., dict[str, Any]] = self._flat()
+        self.module = nn.Module()
+        without(store, self.program, self.tensors).rehome(self.module)
+        self._function = function_of(_decomposed(self.program, list(self.tensors)), self.module, runner.device)
+        vars(self.module).update(forward=self._flat(), training=False)
+        if self.config is not None:
+            vars(self.module).update(config=self.config)
 
     def _flat(self) -> Callable[..., dict[str, Any]]:
         names, outputs, axes = self.program.signature, self.program.outputs.names, self.axes
@@ -79,7 +75,7 @@ class ExportModule(nn.Module):
             inputs = {**dict(zip(every, args, strict=False)), **kwargs}
             tensors = inputs.pop(ADAPTER_TENSORS) if order else {}
             tie_sizes(axes, inputs)
-            values = self._function(self, *(tensors[name] for name in order), *(inputs[name] for name in names))
+            values = self._function(self.module, *(tensors[name] for name in order), *(inputs[name] for name in names))
             return dict(zip(outputs, values, strict=True))
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -96,7 +92,7 @@ class ExportModule(nn.Module):
         return inputs
 
     def _sample(self, seed: int, sizes: tuple[int, int]) -> dict[str, Tensor]:
-        inputs = sample_inputs(self._base, self._tensors, seed, sizes, getattr(self, "config", None))
+        inputs = sample_inputs(self._base, self._tensors, seed, sizes, self.config)
         chosen = [name for name in self.program.signature if name not in inputs]
         if chosen:
             every = sample_inputs(self.program, self._tensors, seed, sizes)

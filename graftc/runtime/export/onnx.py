@@ -37,7 +37,7 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
         with _quiet():
             exporters: Any = importlib.import_module("transformers.exporters")
             config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=module.dynamic_shapes())
-            exported = exporters.OnnxExporter().export(module, dict(module.inputs), config=config)
+            exported = exporters.OnnxExporter().export(module.module, dict(module.inputs), config=config)
     except Exception as error:
         raise GraftError("GC060", f"the ONNX exporter failed: {reason(error)}") from error
     model = exported.program
@@ -47,7 +47,7 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
     model.producer_name = "graftc"
 
     def write(path: Path) -> None:
-        size = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+        size = sum(t.numel() * t.element_size() for t in module.module.state_dict().values())
         beside = {"external_data": f"{path.name}.data"} if size > LARGE else {}
         ir.save(model, str(path), **beside)
         try:
@@ -111,7 +111,7 @@ def _compare(ort: Any, module: ExportModule, path: Path) -> None:
     for seed, sizes in enumerate(((2, 5), (1, 4))):
         inputs = module.sample(seed, sizes)
         with torch.no_grad():
-            expected = module(**inputs)
+            expected = module.module(**inputs)
         found = session.run(list(names), {name: value.cpu().numpy() for name, value in module.flat(inputs).items()})
         for name, value in zip(names, found, strict=True):
             reference = expected[name].float().cpu()

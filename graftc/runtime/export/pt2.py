@@ -29,7 +29,7 @@ def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(
-                module, (), dict(module.inputs), strict=False, dynamic_shapes=module.dynamic_shapes()
+                module.module, (), dict(module.inputs), strict=False, dynamic_shapes=module.dynamic_shapes()
             )
     except Exception as error:
         raise GraftError("GC060", f"torch.export failed: {reason(error)}") from error
@@ -51,7 +51,7 @@ def _reserve(path: Path, module: ExportModule) -> None:
     """
     if not hasattr(os, "posix_fallocate"):
         return
-    weights = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    weights = sum(t.numel() * t.element_size() for t in module.module.state_dict().values())
     room = int(1.05 * weights) + 4096 * len(module.program.graph.nodes) + 2**20
     probe = path.with_name(f"{path.name}.room")
     try:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graftc.compiler.interface import config_of
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
-    from graftc.runtime.merged import Merged
+    from graftc.runtime.merged import MergedRunner
 
 
 def no_place(missing: Sequence[str], source: nn.Module) -> GraftError:
@@ -24,10 +25,10 @@ def no_place(missing: Sequence[str], source: nn.Module) -> GraftError:
     )
 
 
-def to_transformers(merged: Merged) -> Any:
+def to_transformers(merged: MergedRunner) -> Any:
     """See `Merged.to_transformers`. The class is built on the meta device, then given the folded tensors."""
     source = merged._compilation.model
-    if not hasattr(source, "config"):
+    if config_of(source) is None:
         raise GraftError("GC032", f"{type(source).__name__} has no config to build it from")
     with torch.device("meta"):
         model: Any = type(source)(copy.deepcopy(source.config))
