@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._ops import HigherOrderOperator
 
 from graftc.compiler.defaults import default_axes
 from graftc.compiler.interface import Flags, declared, device_of, is_transformers
@@ -258,6 +259,7 @@ def _program(
     mapping: dict[fx.Node, fx.Node] = {}
     attributes: dict[str, fx.Node] = {}
     for node in module.graph.nodes:
+        _require_plain(module, node)
         if node.op == "get_attr":
             name = names.get(str(node.target), str(node.target))
             target = canonical.get(name, name)
@@ -283,6 +285,29 @@ def _program(
     seconds = time.perf_counter() - started
     program.history.append(HistoryEntry("canonicalise", 0, before - len(graph.nodes), seconds))
     return Capture(program, _constants(program, exported, names))
+
+
+def _require_plain(module: fx.GraphModule, node: fx.Node) -> None:
+    """Whether a node is an operator on values, or a tensor: a call that holds code or structure of its own is neither.
+
+    Raises:
+        TypeError: naming the operator and the module that calls it.
+    """
+    if node.op == "get_attr":
+        owner, _, name = str(node.target).rpartition(".")
+        value = getattr(module.get_submodule(owner), name)
+        if isinstance(value, torch.Tensor):
+            return
+        holder = next(iter(node.users), node)
+    elif isinstance(node.target, HigherOrderOperator):
+        holder = node
+    else:
+        return
+    stack = list((holder.meta.get("nn_module_stack") or {}).values())
+    path, cls = stack[-1] if stack else ("", type(module))
+    where = _REPEAT.sub("", str(path)) or "the model"
+    of = cls if isinstance(cls, str) else cls.__qualname__
+    raise TypeError(f"{where} ({of.rpartition('.')[2]}) calls {holder.target}, which is not an operator on tensors")
 
 
 def _module_path(node: fx.Node) -> str:

@@ -166,3 +166,54 @@ def test_what_is_joined_and_cut_again_is_its_parts() -> None:
     ]
     assert [use.bias for use in uses if use is not None] == ["first.bias", "second.bias"]
     assert not found.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+
+
+class Branching(nn.Module):
+    """A child that leaves a choice by value in the graph."""
+
+    class Choice(nn.Module):
+        """One of two functions, by the sum of the input."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Of any shape."""
+            chosen: torch.Tensor = torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+            return chosen
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), self.Choice()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[batch, 4]`` to the same."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_an_operator_that_holds_code_is_refused_with_the_module_that_calls_it() -> None:
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "layers.0"}}]}
+    with pytest.raises(graftc.GraftError, match=r"GC030: .* layers\.1 \(Choice\) calls cond") as error:
+        graftc.compile(spec, Branching(), (torch.randn(3, 4),), cache=False)
+    assert error.value.hint
+
+
+@pytest.mark.slow
+def test_gemma_3_with_images_is_refused_and_without_them_is_not() -> None:
+    """The mask of image tokens is a function that is mapped over its indices; text alone has another."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = Gemma3TextConfig(vocab_size=300, num_key_value_heads=1, head_dim=8, sliding_window=16, **small)
+    vision = SiglipVisionConfig(image_size=28, patch_size=7, **small)
+    config = Gemma3Config(text.to_dict(), vision.to_dict(), mm_tokens_per_image=4, image_token_index=299)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    ids = torch.randint(0, 290, (2, 12))
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
+    words = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    compiled = graftc.compile(spec, model, words, cache=False).eval()
+    assert torch.equal(compiled(**words).logits, model(**words).logits)
+    shown = {**words, "input_ids": ids.clone(), "pixel_values": torch.randn(2, 3, 28, 28)}
+    shown["input_ids"][:, 1:5] = 299
+    shown["token_type_ids"] = (shown["input_ids"] == 299).long()
+    with pytest.raises(graftc.GraftError, match=r"GC030: .* model \(Gemma3Model\) calls "):
+        graftc.compile(spec, model, shown, cache=False)
