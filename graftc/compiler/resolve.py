@@ -17,6 +17,7 @@ from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
 from graftc.specs.diagnostics import GraftError, Place, warn
 from graftc.specs.document import Spec
+from graftc.specs.regexes import RegexMatcher
 
 TRAIN = "trained"
 """Name under which the spec's ``train:`` list owns its overlays."""
@@ -75,17 +76,18 @@ class Resolver:
                 needs.
         """
         found: list[Resolved] = []
+        matcher = RegexMatcher()
         for index, adaptation in enumerate(spec.adapt):
             where = f"adapt[{index}]"
             try:
-                found.append(self._one(adaptation, where))
+                found.append(self._one(adaptation, where, matcher))
             except GraftError as error:
                 raise spec.locate(error) from error
         self._conflicts(spec, found)
         self._warn(spec, found)
         return found
 
-    def _one(self, adaptation: MethodSpec, where: str) -> Resolved:
+    def _one(self, adaptation: MethodSpec, where: str, matcher: RegexMatcher) -> Resolved:
         chosen = select(
             adaptation.target,
             self.table.candidates,
@@ -93,6 +95,7 @@ class Resolver:
             kinds=adaptation.claims.sites,
             method=adaptation.method,
             missing=self.table.missing,
+            matcher=matcher,
         )
         stack_depths = depths(self.table.candidates)
         check_overrides(adaptation, chosen, where, depth=stack_depths)

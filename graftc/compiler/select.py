@@ -5,7 +5,6 @@ Torch-free: it sees candidates, not graphs.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,10 @@ from graftc.specs.patterns import (
     write_items,
     write_layers,
 )
+from graftc.specs.regexes import RegexMatcher
 from graftc.specs.roles import ROLES, parse_role
 from graftc.specs.target import Target
+from graftc.specs.text import quoted, some
 
 __all__ = ["Candidate", "check_overrides", "depths", "match_modules", "select"]
 
@@ -51,7 +52,9 @@ class _Pattern:
 
     @property
     def shown(self) -> str:
-        return f"'{self.branch}'" if self.branch == self.written else f"'{self.branch}' of '{self.written}'"
+        return (
+            quoted(self.branch) if self.branch == self.written else f"{quoted(self.branch)} of {quoted(self.written)}"
+        )
 
     @property
     def counted(self) -> str:
@@ -66,6 +69,7 @@ def select(
     kinds: Collection[SiteKind] | None = None,
     method: str = "the method",
     missing: Missing = lambda spot: (),
+    matcher: RegexMatcher | None = None,
 ) -> list[Candidate]:
     """The candidates that a target means, in their order.
 
@@ -77,14 +81,16 @@ def select(
         method: the method's tag, for errors.
         missing: what has no role in a layer (stack and number; None for the whole model) and why: what a near miss is
             explained with.
+        matcher: matches regular expressions; shared by the targets of a spec, which have their time together.
 
     Raises:
-        GraftError: GC011 where a glob, regex, list item, brace branch, layer or exclusion matches nothing,
-            or narrowing leaves it without a site; GC013 where ``expect`` is not met; GC014 where nothing is
-            left; GC015 where the model, or some layers of a stack, have no such role; GC016 where the method
-            does not take what matches. Places hold paths; ``Spec.locate`` adds line and column.
+        GraftError: GC008 where a regular expression takes too long; GC011 where a glob, regex, list item, brace
+            branch, layer or exclusion matches nothing, or narrowing leaves it without a site; GC013 where ``expect``
+            is not met; GC014 where nothing is left; GC015 where the model, or some layers of a stack, have no such
+            role; GC016 where the method does not take what matches. Places hold paths; ``Spec.locate`` adds line and
+            column.
     """
-    return _Selection(target, candidates, where, kinds, method, missing).run()
+    return _Selection(target, candidates, where, kinds, method, missing, matcher or RegexMatcher()).run()
 
 
 class _Selection:
@@ -96,9 +102,10 @@ class _Selection:
         kinds: Collection[SiteKind] | None,
         method: str,
         missing: Missing,
+        matcher: RegexMatcher,
     ) -> None:
         self.target, self.all, self.where, self.method = target, list(candidates), where, method
-        self.missing = missing
+        self.missing, self.matcher = missing, matcher
         self.kinds = None if kinds is None else frozenset(kinds)
         whole = {c.module for c in self.all if not c.part and c.kind is not SiteKind.PARAMETER}
         by_module = target.role is None
@@ -109,7 +116,7 @@ class _Selection:
         return self.kinds is None or candidate.kind in self.kinds
 
     def run(self) -> list[Candidate]:
-        patterns = [*self.roles(), *self.paths("modules", glob_to_regex), *self.paths("regex", re.compile)]
+        patterns = [*self.roles(), *self.paths("modules"), *self.paths("regex")]
         chosen = self.conjunction(patterns)
         stages = [("matched", len(chosen))]
         kept = self.narrow_layers(chosen)
@@ -139,18 +146,22 @@ class _Selection:
                 out.append(_Pattern("role", path, text, branch, hits))
         return out
 
-    def paths(self, field: str, matcher: Callable[[str], re.Pattern[str]]) -> list[_Pattern]:
+    def paths(self, field: str) -> list[_Pattern]:
         out: list[_Pattern] = []
         modules = [c.module for c in self.pool]
+        names = list(dict.fromkeys(c.module for c in self.all))
         for path, text in _items(getattr(self.target, field), f"{self.where}.{field}"):
             for branch in expand_braces(text) if field == "modules" else [text]:
-                fits = matcher(branch).fullmatch
-                hits = frozenset(c.key for c in self.pool if fits(c.module))
+                if field == "modules":
+                    fitting = {name for name in names if glob_to_regex(branch).fullmatch(name)}
+                else:
+                    fitting = self.matcher.matching(branch, names, Place(path=path))
+                hits = frozenset(c.key for c in self.pool if c.module in fitting)
                 if not hits:
-                    others = [c for c in self.all if fits(c.module)]
+                    others = [c for c in self.all if c.module in fitting]
                     if others:
                         hint, fix = suggest(branch, text, modules) if field == "modules" else (None, None)
-                        raise self.wrong_kind(f"{field} '{branch}'", others, path, hint, fix)
+                        raise self.wrong_kind(f"{field} {quoted(branch)}", others, path, hint, fix)
                     raise self.no_match(_Pattern(field, path, text, branch, hits), out)
                 out.append(_Pattern(field, path, text, branch, hits))
         return out
@@ -255,7 +266,7 @@ class _Selection:
         names = [str(layer) if one or not stack else f"{stack}.{layer}" for stack, layer in missing]
         these = f"these {len(missing)} have" if len(missing) > 1 else "this one has"
         matched = f"'{p.branch}' matched {len(present)} of {len(wanted)} layers"
-        message = f"{matched}; {these} none: {_some(names, 40)}"
+        message = f"{matched}; {these} none: {some(names)}"
         layers = f"layers: {write_layers([layer for _, layer in present])}, or " if one else ""
         hint = f"if that is meant, say so with {layers}expect: {count}"
         reasons = dict.fromkeys(reason for spot in missing for reason in self.missing(spot))
@@ -318,7 +329,7 @@ class _Selection:
         if p.field == "modules":
             hint, fix = suggest(p.branch, p.written, modules)
         else:
-            loose = any(re.search(p.branch, m) for m in modules)
+            loose = bool(self.matcher.matching(p.branch, modules, Place(path=p.path), anywhere=True))
             hint, fix = ("it must match the whole path: begin it with .*" if loose else None), None
         counts = [f"{q.field} {q.shown}: {count_sites(len(q.hits))}" for q in patterns if q.field == p.field]
         return _error("GC011", message, p.path, hint=hint, fix=fix, details=counts)
@@ -371,8 +382,3 @@ def _items(value: object, path: str) -> list[tuple[str, Any]]:
     if isinstance(value, (list, tuple)):
         return [(f"{path}[{i}]", item) for i, item in enumerate(value)]
     return [(path, item) for item in as_items(value)]
-
-
-def _some(words: Sequence[str], most: int) -> str:
-    rest = len(words) - most
-    return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from graftc.specs.base import Items, MethodSpec, Override
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.limits import SIZE
 
 __all__ = ["AdaLoRA", "AdaLoRAOverride"]
 
@@ -15,10 +16,10 @@ __all__ = ["AdaLoRA", "AdaLoRAOverride"]
 class AdaLoRAOverride(Override):
     """Other values of AdaLoRA for some of its sites; what is left out keeps the adaptation's value."""
 
-    rank: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, le=SIZE)
     """Initial rank at these sites."""
 
-    target_rank: int | None = Field(default=None, ge=1)
+    target_rank: int | None = Field(default=None, ge=1, le=SIZE)
     """What these sites add to the budget that is left in the end."""
 
     alpha: float | None = Field(default=None, gt=0)
@@ -58,10 +59,10 @@ class AdaLoRA(MethodSpec):
     method: Literal["adalora"] = "adalora"
     """The method's tag."""
 
-    rank: int = Field(default=12, ge=1)
+    rank: int = Field(default=12, ge=1, le=SIZE)
     """Initial rank of every site; at most min(in, out)."""
 
-    target_rank: int | None = Field(default=None, ge=1)
+    target_rank: int | None = Field(default=None, ge=1, le=SIZE)
     """Average rank in the end, at most `rank`; by default 8, or `rank` where that is less. With the value of `rank`
     nothing is pruned."""
 

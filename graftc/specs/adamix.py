@@ -10,6 +10,7 @@ from pydantic import Field
 from graftc.specs.base import SpecModel
 from graftc.specs.bottleneck import Activation, BottleneckSpec, Init, Wiring
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.limits import SIZE
 from graftc.specs.target import Target
 
 __all__ = ["AdaMix", "Consistency", "Share"]
@@ -73,7 +74,7 @@ class AdaMix(BottleneckSpec):
     share: Share = "up"
     """Which projection all experts have in common: `up` (the authors' choice), `down`, or `none`."""
 
-    bottleneck: int | None = Field(default=16, ge=1)
+    bottleneck: int | None = Field(default=16, ge=1, le=SIZE)
     """Width of the bottleneck; give this or `reduction`. The authors have 16 for RoBERTa-large, 48 for BERT-base and 8
     for GPT-2 medium."""
 

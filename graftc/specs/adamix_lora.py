@@ -9,6 +9,7 @@ from pydantic import Field
 from graftc.specs.adamix import Consistency, Share
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.limits import SIZE
 
 __all__ = ["AdaMixLoRA"]
 
@@ -48,7 +49,7 @@ class AdaMixLoRA(MethodSpec):
     share: Share = "up"
     """Which factor all experts have in common: `up` (`B`, the authors' choice), `down` (`A`), or `none`."""
 
-    rank: int = Field(default=4, ge=1)
+    rank: int = Field(default=4, ge=1, le=SIZE)
     """Rank of the update; at most min(in, out) of every site. 4 in the authors' script for GPT-2."""
 
     alpha: float = Field(default=32.0, gt=0)

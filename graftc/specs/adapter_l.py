@@ -9,6 +9,7 @@ from pydantic import Field
 
 from graftc.specs.bottleneck import Activation, BottleneckSpec, Init, Wiring
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.limits import SIZE
 from graftc.specs.target import Target
 
 __all__ = ["AdapterL"]
@@ -34,7 +35,7 @@ class AdapterL(BottleneckSpec):
     target: Target = Target(role="ffn.sublayer")
     """Which places of the model it is for; by default the feed-forward part of every layer."""
 
-    bottleneck: int | None = Field(default=64, ge=1)
+    bottleneck: int | None = Field(default=64, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     activation: Activation = "relu"

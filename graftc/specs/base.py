@@ -14,10 +14,12 @@ from pydantic_core import CoreSchema
 from graftc.specs.base_model import Items, SpecModel
 from graftc.specs.claims import Claims
 from graftc.specs.diagnostics import GraftError
+from graftc.specs.limits import NAME
 from graftc.specs.overrides import Override
 from graftc.specs.roles import ROLES
 from graftc.specs.schema import AdaptationName, needs_one_of
 from graftc.specs.target import Target
+from graftc.specs.text import quoted
 from graftc.specs.validation import reject
 from graftc.specs.virtual import VirtualRun
 
@@ -64,7 +66,7 @@ class MethodSpec(SpecModel):
     def _target_is_a_mapping(cls, value: Any) -> Any:
         if isinstance(value, str):
             fix = (value, f"{{role: {value}}}") if value in ROLES else (value, f"{{modules: {value}}}")
-            message = f"target must be a mapping, not '{value}'"
+            message = f"target must be a mapping, not {quoted(value)}"
             reject(value, ((), GraftError("GC002", message, hint=f"did you mean {fix[1]}?", fix=fix)))
         return value
 
@@ -126,8 +128,11 @@ class MethodSpec(SpecModel):
 
 def check_name(name: str) -> GraftError | None:
     """What is wrong with the name of an adaptation (GC002), or None."""
+    if len(name) > NAME:
+        hint = f"a name has at most {NAME} characters"
+        return GraftError("GC009", f"name {quoted(name, 40)} is too long", hint=hint)
     if not re.fullmatch(_NAME, name):
-        message = f"name '{name}' must be letters, digits and underscores, not starting with a digit"
+        message = f"name {quoted(name)} must be letters, digits and underscores, not starting with a digit"
         better = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_")
         fix = (name, better) if re.fullmatch(_NAME, better) and not keyword.iskeyword(better) else None
         return GraftError("GC002", message, hint=f"for example '{better}'" if fix else None, fix=fix)

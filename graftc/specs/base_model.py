@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.limits import check_limits
 from graftc.specs.schema import SchemaWriter, without_raises
 from graftc.specs.validation import explain
 
@@ -23,6 +25,7 @@ class _Coded(type(BaseModel)):  # type: ignore[misc]
     """Turns a failed construction into a GraftError. Pydantic builds nested models without passing here."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        check_limits(kwargs)
         try:
             return super().__call__(*args, **kwargs)
         except ValidationError as error:
@@ -66,14 +69,18 @@ class SpecModel(_Base):
     def model_validate_json(cls, json_data: str | bytes | bytearray, **kwargs: Any) -> Self:
         """As pydantic's, but failures are a GraftError; ``graftc.specs.parse_spec`` also tells line and column."""
         try:
+            check_limits(from_json(json_data))
+        except ValueError as error:
+            raise GraftError("GC001", f"not valid JSON: {error}") from None
+        try:
             return super().model_validate_json(json_data, **kwargs)
         except ValidationError as error:
-            unreadable = error.errors(include_url=False)[0]["type"] == "json_invalid"
-            raise explain(error, cls, None if unreadable else from_json(json_data)) from None
+            raise explain(error, cls, from_json(json_data)) from None
 
     @classmethod
     def model_validate(cls, obj: Any, **kwargs: Any) -> Self:
         """As pydantic's, but failures are a GraftError."""
+        check_limits(obj)
         try:
             return super().model_validate(obj, **kwargs)
         except ValidationError as error:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from graftc.specs.base import Items, MethodSpec, Override
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.diagnostics import GraftError
+from graftc.specs.limits import SIZE
 from graftc.specs.target import Target
 from graftc.specs.validation import reject
 
@@ -56,7 +57,7 @@ class Wiring:
 class BottleneckOverride(Override):
     """Other values of a bottleneck adapter for some of its sites; what is left out keeps the adaptation's value."""
 
-    bottleneck: int | None = Field(default=None, ge=1)
+    bottleneck: int | None = Field(default=None, ge=1, le=SIZE)
     """Width of the bottleneck at these sites."""
 
     reduction: float | None = Field(default=None, gt=0)
@@ -72,7 +73,7 @@ class BottleneckOverride(Override):
 class BottleneckSpec(MethodSpec):
     """What all bottleneck adapters have. A subclass says what they read and where they add."""
 
-    bottleneck: int | None = Field(default=None, ge=1)
+    bottleneck: int | None = Field(default=None, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     reduction: float | None = Field(default=None, gt=0)

@@ -66,6 +66,17 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC007", _SPEC, "the spec version is not supported",
      "This release reads version 1 of the format.",
      "Write `version: 1`, or install a release that reads the other version."),
+    ("GC008", _SPEC, "a regular expression takes too long",
+     "Matching it against the paths of modules tries too many ways: repetitions inside of repetitions do that.",
+     "Write it without a repetition inside of a repetition, or as globs with `modules`, which take time linear in the "
+     "path."),
+    ("GC009", _SPEC, "the spec exceeds a limit",
+     "Its size, its depth, the number of its values, or the length of a text is beyond what a spec may have.",
+     "Keep to the limits that the spec reference lists. Adaptations that differ by place only are one, with a list of "
+     "targets or `overrides`."),
+    ("GC010", _SPEC, "a text holds half of a character",
+     "A lone surrogate, such as `\\ud800`, is no character: no file can hold it.",
+     "Write the character itself, or both halves of its escape together."),
 
     # What a spec says of a model.
     ("GC011", _SPEC, "a pattern matches nothing",

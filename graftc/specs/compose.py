@@ -19,7 +19,9 @@ from pydantic_core import CoreSchema, core_schema
 
 from graftc.specs.base import Items, SpecModel, check_name
 from graftc.specs.diagnostics import GraftError
+from graftc.specs.limits import ADAPTATIONS
 from graftc.specs.schema import AdaptationName
+from graftc.specs.text import quoted
 from graftc.specs.validation import reject
 
 __all__ = [
@@ -58,10 +60,12 @@ class CompositionSpec(SpecModel):
     @model_validator(mode="after")
     def _members_are_told_apart(self) -> Self:
         members = self.members
+        told: set[str] = set()
         for index, member in enumerate(members):
-            if member in members[:index]:
-                message = f"'{member}' is there already"
-                reject(list(members), ((self.kind, index), GraftError("GC002", message)))
+            if member in told:
+                error = GraftError("GC002", f"{quoted(member)} is there already", hint="leave it out")
+                reject(list(members), ((self.kind, index), error))
+            told.add(member)
         if len(members) < self.least:
             message = f"{self.kind} is of {self.least} adaptations at least"
             reject(list(members), ((self.kind,), GraftError("GC002", message)))
@@ -261,4 +265,6 @@ class _OneOrMore:
 
 
 Composition: TypeAlias = Annotated[CompositionSpec, _AnyComposition()]
-Compositions: TypeAlias = Annotated[Items[Composition], BeforeValidator(_as_list), _OneOrMore()]
+Compositions: TypeAlias = Annotated[
+    Annotated[Items[Composition], Field(max_length=ADAPTATIONS)], BeforeValidator(_as_list), _OneOrMore()
+]

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftc.specs.catalogue import CATALOGUE, Code
+from graftc.specs.text import printable
+
+_LONGEST = 200
+"""Characters of a word that similar ones are looked for."""
 
 __all__ = ["CATALOGUE", "Code", "GraftError", "GraftWarning", "Place", "nearest", "warn"]
 
@@ -46,7 +50,7 @@ class _Coded(Exception):  # noqa: N818
     code: str
     message: str
     place: Place | None
-    hint: str | None
+    hint: str
     details: tuple[str | GraftError, ...]
     fix: tuple[str, str] | None
     corrected: str | None
@@ -64,7 +68,8 @@ class _Coded(Exception):  # noqa: N818
     ) -> None:
         if code not in CATALOGUE:
             raise KeyError(f"{code} is not in the catalogue of diagnostics")
-        self.code, self.message, self.place, self.hint = code, message, place, hint
+        self.code, self.message, self.place = code, message, place
+        self.hint = hint or CATALOGUE[code].remedy
         self.details, self.fix, self.corrected = tuple(details), fix, corrected
         super().__init__(code, message)
 
@@ -77,10 +82,15 @@ class _Coded(Exception):  # noqa: N818
         return CATALOGUE[self.code].exit_code
 
     def __str__(self) -> str:
+        """What people read, safe for a terminal: what would steer it is written out."""
+        return printable("\n".join(self._lines()))
+
+    def _lines(self, *, nested: bool = False) -> list[str]:
+        """The text by lines. A detail has no hint that is only the remedy of its code."""
         lines = [f"{self.code}: {self.message}"]
         if self.place is not None and str(self.place):
             lines.append(f"  --> {self.place}")
-        if self.hint:
+        if not (nested and self.hint == CATALOGUE[self.code].remedy):
             lines += [f"  {'hint:' if i == 0 else '     '} {part}" for i, part in enumerate(self.hint.splitlines())]
         if self.corrected is not None:
             number = self.place.line if self.place is not None and self.place.line is not None else ""
@@ -88,10 +98,11 @@ class _Coded(Exception):  # noqa: N818
                 lines.append(f"  {number:>4} - {self.place.text}".rstrip())
             lines.append(f"  {number:>4} + {self.corrected}".rstrip())
         for detail in self.details:
-            first, *rest = str(detail).splitlines() or [""]
-            lines.append(f"  {'also' if isinstance(detail, GraftError) else '-'} {first}")
+            coded = detail._lines(nested=True) if isinstance(detail, GraftError) else None
+            first, *rest = coded or str(detail).splitlines() or [""]
+            lines.append(f"  {'also' if coded else '-'} {first}")
             lines += [f"  {line}" for line in rest]
-        return "\n".join(lines)
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data, details included; what is not known is None."""
@@ -130,7 +141,7 @@ class GraftError(_Coded):
         code: a key of :data:`CATALOGUE`.
         message: one sentence, lower case, no full stop.
         place: where in the spec.
-        hint: what to try; may span lines.
+        hint: what to try; may span lines. Default: the code's remedy.
         details: further facts as strings, or further errors found in the same go.
         fix: the wrong word and the right one, from which the corrected line is made once the source is known.
         corrected: the whole source line, corrected.
@@ -171,7 +182,10 @@ def warn(
 
 
 def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
-    """The at most ``n`` candidates that look most like ``word``, best first; empty if none comes close."""
+    """The at most ``n`` candidates that look most like ``word``, best first; empty if none comes close, and for a word
+    that is longer than names are."""
+    if len(word) > _LONGEST:
+        return []
     by_lower: dict[str, str] = {}
     for candidate in candidates:
         by_lower.setdefault(candidate.lower(), candidate)

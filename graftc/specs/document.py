@@ -12,9 +12,12 @@ from pydantic_core import CoreSchema, core_schema
 from graftc.specs.base import Items, MethodSpec, SpecModel, check_name
 from graftc.specs.compose import Bank, Compositions, CompositionSpec, Stack
 from graftc.specs.diagnostics import GraftError, Place, nearest
+from graftc.specs.limits import ADAPTATIONS, TOKENS
+from graftc.specs.patterns import PATTERNS, measure_braces
 from graftc.specs.registry import method_specs, unknown_method
 from graftc.specs.source import Source
 from graftc.specs.target import PatternList
+from graftc.specs.text import quoted, shown, some
 from graftc.specs.validation import reject
 
 __all__ = ["Budget", "FoldOptions", "Spec", "Tokens"]
@@ -50,7 +53,7 @@ def _adaptation(value: Any) -> MethodSpec:
     if isinstance(value, MethodSpec):
         return value
     if not isinstance(value, Mapping):
-        reject(value, ((), GraftError("GC002", f"an adaptation is a mapping, not {value!r}")))
+        reject(value, ((), GraftError("GC002", f"an adaptation is a mapping, not {shown(value)}")))
     if "method" not in value:
         tags = ", ".join(method_specs())
         reject(value, ((), GraftError("GC002", "an adaptation needs a method", hint=f"the methods are: {tags}")))
@@ -70,7 +73,8 @@ class Tokens(SpecModel):
     """New tokens: trainable rows in the table of embeddings and in the head, which may be tied."""
 
     add: Items[str] = Field(
-        json_schema_extra={"minItems": 1, "uniqueItems": True, "items": {"type": "string", "minLength": 1}}
+        max_length=TOKENS,
+        json_schema_extra={"minItems": 1, "uniqueItems": True, "items": {"type": "string", "minLength": 1}},
     )
     """The tokens, in the order of their ids. Give the tokenizer the same ones, in the same order."""
 
@@ -81,10 +85,12 @@ class Tokens(SpecModel):
     @field_validator("add")
     @classmethod
     def _told_apart(cls, add: tuple[str, ...]) -> tuple[str, ...]:
+        told: set[str] = set()
         for index, token in enumerate(add):
-            if not token or token in add[:index]:
-                what = "is empty" if not token else f"'{token}' is there already"
-                reject(list(add), ((index,), GraftError("GC002", f"a token {what}")))
+            if not token or token in told:
+                what = f"the token {quoted(token)} is there already" if token else "a token is empty"
+                reject(list(add), ((index,), GraftError("GC002", what, hint="leave it out")))
+            told.add(token)
         if not add:
             reject(list(add), ((), GraftError("GC002", "an empty list adds nothing; leave tokens out")))
         return add
@@ -114,7 +120,7 @@ class Spec(SpecModel):
     version: Literal[1] = 1
     """Version of this format."""
 
-    adapt: Items[Adaptation]
+    adapt: Items[Adaptation] = Field(max_length=ADAPTATIONS)
     """The adaptations, inserted in this order."""
 
     train: PatternList = ()
@@ -163,42 +169,55 @@ class Spec(SpecModel):
         return tuple(_named(a, taken) for a in adapt)
 
     @model_validator(mode="after")
+    def _patterns_are_few(self) -> Self:
+        size = sum(measure_braces(pattern)[1] for pattern in (*self.train, *self.untie))
+        for index, adaptation in enumerate(self.adapt):
+            size += adaptation.target.size + sum(override.size for override in adaptation.override_list())
+            if size > PATTERNS:
+                message = f"the patterns of the spec have more than {PATTERNS:,} characters, braces expanded"
+                hint = "'*' and '**' stand for many names at once"
+                reject(self, (("adapt", index, "target"), GraftError("GC009", message, hint=hint)))
+        return self
+
+    @model_validator(mode="after")
     def _compositions_fit(self) -> Self:
         if not self.compose:
             return self
         taken = {str(a.name) for a in self.adapt} | {str(c.name) for c in self.compose}
         compose = tuple(_composed(c, taken) for c in self.compose)
-        problems = [p for index, c in enumerate(compose) for p in self._misfits(index, c, compose)]
+        problems = list(self._misfits(compose))
         if problems:
             reject(list(compose), *((("compose", *where), error) for where, error in problems))
         object.__setattr__(self, "compose", compose)
         return self
 
-    def _misfits(
-        self, index: int, own: CompositionSpec, compose: Sequence[CompositionSpec]
-    ) -> Iterator[tuple[tuple[str | int, ...], GraftError]]:
-        """What is wrong with one composition, each with its path."""
-        if own.name in [*(a.name for a in self.adapt), *(c.name for c in compose[:index])]:
-            yield (index, "name"), GraftError("GC005", f"the name '{own.name}' is taken", hint="names are unique")
-        known = [str(a.name) for a in self.adapt]
-        if isinstance(own, Stack):
-            known += [str(c.name) for c in compose if c is not own and not isinstance(c, Stack)]
-        for position, member in enumerate(own.members):
-            path = (index, own.kind, position)
-            if member not in known:
-                close = nearest(member, known)
-                hint = f"did you mean '{close[0]}'?" if close else f"there is: {', '.join(known)}"
-                fix = (member, close[0]) if close else None
-                yield path, GraftError("GC091", f"there is no adaptation '{member}'", hint=hint, fix=fix)
-            alike = [c for c in compose[:index] if isinstance(c, Stack) == isinstance(own, Stack)]
-            other = next((c.name for c in alike if member in c.members), None)
-            if other is not None:
-                message = f"'{member}' is in the composition '{other}' already"
-                yield path, GraftError("GC036", message, hint="an adaptation is part of one composition")
-        inputs = [c.inputs for c in compose[:index] if isinstance(c, Bank)]
-        if isinstance(own, Bank) and own.inputs in inputs:
-            hint = f"for example inputs: {own.name}"
-            yield (index, "inputs"), GraftError("GC002", f"another bank has the input '{own.ids}'", hint=hint)
+    def _misfits(self, compose: Sequence[CompositionSpec]) -> Iterator[tuple[tuple[str | int, ...], GraftError]]:
+        """What is wrong with compositions, each with its path."""
+        adaptations = dict.fromkeys(str(a.name) for a in self.adapt)
+        stackable = adaptations | dict.fromkeys(str(c.name) for c in compose if not isinstance(c, Stack))
+        taken = set(adaptations)
+        inputs: set[str] = set()
+        member_of: dict[tuple[bool, str], str] = {}
+        for index, own in enumerate(compose):
+            name, stack = str(own.name), isinstance(own, Stack)
+            if name in taken:
+                yield (index, "name"), GraftError("GC005", f"the name '{name}' is taken", hint="names are unique")
+            taken.add(name)
+            known = stackable if stack else adaptations
+            for position, member in enumerate(own.members):
+                path = (index, own.kind, position)
+                if member not in known:
+                    yield path, _no_member(member, list(known))
+                other = member_of.setdefault((stack, member), name)
+                if other != name:
+                    message = f"{quoted(member)} is in the composition '{other}' already"
+                    yield path, GraftError("GC036", message, hint="an adaptation is part of one composition")
+            if isinstance(own, Bank):
+                if own.inputs in inputs:
+                    hint = f"for example inputs: {name}"
+                    error = GraftError("GC002", f"another bank has the input '{own.ids}'", hint=hint)
+                    yield (index, "inputs"), error
+                inputs.add(own.inputs)
 
     @property
     def owners(self) -> dict[str, str]:
@@ -217,6 +236,13 @@ class Spec(SpecModel):
     def locate(self, error: GraftError) -> GraftError:
         """The error with file, line, column and corrected line filled in from the path of its place."""
         return self._source.locate(error)
+
+
+def _no_member(member: str, known: Sequence[str]) -> GraftError:
+    close = nearest(member, known, n=1)
+    hint = f"did you mean {quoted(close[0])}?" if close else f"there is: {some(known)}"
+    fix = (member, close[0]) if close else None
+    return GraftError("GC091", f"there is no adaptation {quoted(member)}", hint=hint, fix=fix)
 
 
 def _named(adaptation: MethodSpec, taken: set[str]) -> MethodSpec:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from graftc.specs.base import Items, MethodSpec, Override
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.limits import SIZE
 
 __all__ = ["DoRA", "DoRAOverride"]
 
@@ -16,7 +17,7 @@ __all__ = ["DoRA", "DoRAOverride"]
 class DoRAOverride(Override):
     """Other values of DoRA for some of its sites; what is left out keeps the adaptation's value."""
 
-    rank: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, le=SIZE)
     """Rank of the update at these sites."""
 
     alpha: float | None = Field(default=None, gt=0)
@@ -57,7 +58,7 @@ class DoRA(MethodSpec):
     method: Literal["dora"] = "dora"
     """The method's tag."""
 
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=SIZE)
     """Rank of the update; at most min(in, out) of every site."""
 
     alpha: float = Field(default=16.0, gt=0)

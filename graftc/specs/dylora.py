@@ -8,6 +8,7 @@ from pydantic import Field
 
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.limits import SIZE
 
 __all__ = ["DyLoRA"]
 
@@ -42,7 +43,7 @@ class DyLoRA(MethodSpec):
     method: Literal["dylora"] = "dylora"
     """The method's tag."""
 
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=SIZE)
     """The largest rank; at most min(in, out) of every site."""
 
     alpha: float = Field(default=16.0, gt=0)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from graftc.specs.bottleneck import Activation, BottleneckSpec, Init, Wiring
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.limits import SIZE
 from graftc.specs.target import Target
 
 __all__ = ["HeParallel"]
@@ -33,7 +34,7 @@ class HeParallel(BottleneckSpec):
     target: Target = Target(role="ffn.sublayer")
     """Which places of the model it is for; by default the feed-forward part of every layer."""
 
-    bottleneck: int | None = Field(default=512, ge=1)
+    bottleneck: int | None = Field(default=512, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     activation: Activation = "relu"

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from graftc.specs.bottleneck import Activation, BottleneckSpec, Init, Wiring
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.diagnostics import GraftError
+from graftc.specs.limits import SIZE
 from graftc.specs.patterns import as_items
 from graftc.specs.target import Target
 from graftc.specs.validation import reject
@@ -36,7 +37,7 @@ class Houlsby(BottleneckSpec):
     target: Target = Target(role=("attn.sublayer", "ffn.sublayer"))
     """Which places of the model it is for; by default every attention and feed-forward part."""
 
-    bottleneck: int | None = Field(default=64, ge=1)
+    bottleneck: int | None = Field(default=64, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     activation: Activation = "gelu_tanh"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -12,7 +13,9 @@ from pydantic import ValidationError
 from graftc.specs.base_model import SpecModel
 from graftc.specs.diagnostics import GraftError, Place, nearest
 from graftc.specs.document import Spec
-from graftc.specs.source import Source, core_resolvers, read_json, read_toml, read_yaml
+from graftc.specs.limits import check_limits
+from graftc.specs.source import FILE, Source, beyond, core_resolvers, read_json, read_toml, read_yaml
+from graftc.specs.text import quoted
 from graftc.specs.validation import explain
 
 __all__ = ["dump_spec", "load_spec", "parse_spec"]
@@ -49,7 +52,7 @@ def parse_spec(text: str, *, format: Format = "yaml", file: str | None = None) -
     Raises:
         GraftError: as :func:`load_spec`.
     """
-    data, source = _READERS[format](text, file)
+    data, source = _READERS[format](text.removeprefix("\ufeff"), file)
     if not isinstance(data, dict):
         what = "is empty" if data is None else f"is a {'list' if isinstance(data, list) else 'plain value'}"
         hint = "it starts with version: 1 and adapt: [...]"
@@ -60,10 +63,13 @@ def parse_spec(text: str, *, format: Format = "yaml", file: str | None = None) -
 
 def _validated(data: dict[str, Any], source: Source) -> Spec:
     try:
+        check_limits(data)
         # The validator itself, not model_validate: the places are to be located, which takes the raw finding.
         spec: Spec = Spec.__pydantic_validator__.validate_python(data)
     except ValidationError as error:
         raise source.locate(explain(error, Spec, data)) from None
+    except GraftError as error:
+        raise source.locate(error) from None
     spec._source = source
     return spec
 
@@ -72,34 +78,41 @@ def _format_of(path: Path) -> Format:
     found = _FORMATS.get(path.suffix.lower())
     if found is None:
         hint = f"name it {path.stem}.yaml, .json or .toml"
-        raise GraftError("GC001", f"the format of '{path.name}' is not known", place=Place(str(path)), hint=hint)
+        raise GraftError("GC001", f"the format of {quoted(path.name)} is not known", place=Place(str(path)), hint=hint)
     return found
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        kind = path.stat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a pipe or a device, which may never end
+            raise GraftError("GC006", f"{quoted(path)} is no regular file", hint="give a file that holds the spec")
+        with path.open("rb") as file:
+            content = file.read(FILE + 1)
+        if len(content) > FILE:
+            raise beyond(f"the spec has more than {FILE:,} bytes", Place(str(path)))
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
-        raise GraftError("GC006", f"there is no file '{path}'", hint=_neighbours(path)) from None
+        raise GraftError("GC006", f"there is no file {quoted(path)}", hint=_neighbours(path)) from None
     except IsADirectoryError:
         inner = path / "spec.yaml"
-        hint = f"did you mean '{inner}'?" if inner.is_file() else None
-        raise GraftError("GC006", f"'{path}' is a folder", hint=hint) from None
+        hint = f"did you mean {quoted(inner)}?" if inner.is_file() else None
+        raise GraftError("GC006", f"{quoted(path)} is a folder", hint=hint) from None
     except UnicodeDecodeError as error:
         place = Place(str(path))
         raise GraftError("GC001", f"not UTF-8 text: byte {error.start} does not fit", place=place) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise GraftError("GC006", f"'{path}' cannot be read: {reason.lower()}") from None
+        raise GraftError("GC006", f"{quoted(path)} cannot be read: {reason.lower()}") from None
 
 
 def _neighbours(path: Path) -> str | None:
     try:
         names = [p.name for p in path.parent.iterdir() if p.suffix.lower() in _FORMATS]
     except OSError:
-        return f"there is no folder '{path.parent}'"
+        return f"there is no folder {quoted(path.parent)}"
     close = nearest(path.name, names, n=1)
-    return f"did you mean '{path.parent / close[0]}'?" if close else None
+    return f"did you mean {quoted(path.parent / close[0])}?" if close else None
 
 
 def dump_spec(spec: Spec) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind
 from graftc.specs.full import TENSORS
+from graftc.specs.limits import SIZE
 from graftc.specs.target import Target, written_fields
 
 __all__ = ["LastLayers"]
@@ -32,7 +33,7 @@ class LastLayers(MethodSpec):
     target: Target = Target(modules="**", layers="-2:")
     """Which places of the model it is for; by default all of the last `count` layers."""
 
-    count: int = Field(default=2, ge=1)
+    count: int = Field(default=2, ge=1, le=SIZE)
     """How many layers of each stack train."""
 
     @model_validator(mode="before")

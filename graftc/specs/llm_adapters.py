@@ -9,6 +9,7 @@ from pydantic import Field
 
 from graftc.specs.bottleneck import Activation, BottleneckSpec, Init, Wiring
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.limits import SIZE
 from graftc.specs.roles import parse_role
 from graftc.specs.target import Target
 
@@ -40,7 +41,7 @@ class LLMAdapters(BottleneckSpec):
     placement: Literal["series", "input", "output", "parallel"] = "series"
     """Where the adapter stands: see above."""
 
-    bottleneck: int | None = Field(default=256, ge=1)
+    bottleneck: int | None = Field(default=256, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     activation: Activation = "tanh"

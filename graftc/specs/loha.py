@@ -8,6 +8,7 @@ from pydantic import Field
 
 from graftc.specs.base import Items, MethodSpec, Override
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.limits import SIZE
 
 __all__ = ["LoHa", "LoHaOverride"]
 
@@ -15,7 +16,7 @@ __all__ = ["LoHa", "LoHaOverride"]
 class LoHaOverride(Override):
     """Other values of LoHa for some of its sites; what is left out keeps the adaptation's value."""
 
-    rank: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, le=SIZE)
     """Rank of both products at these sites."""
 
     alpha: float | None = Field(default=None, gt=0)
@@ -44,7 +45,7 @@ class LoHa(MethodSpec):
     method: Literal["loha"] = "loha"
     """The method's tag."""
 
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=SIZE)
     """Rank of both products; at most min(in, out) of every site."""
 
     alpha: float = Field(default=8.0, gt=0)

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from graftc.specs.base import Items, MethodSpec, Override
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.diagnostics import GraftError
+from graftc.specs.limits import SIZE
 from graftc.specs.validation import reject
 
 __all__ = ["LoKr", "LoKrOverride"]
@@ -17,7 +18,7 @@ __all__ = ["LoKr", "LoKrOverride"]
 class LoKrOverride(Override):
     """Other values of LoKr for some of its sites; what is left out keeps the adaptation's value."""
 
-    rank: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, le=SIZE)
     """Rank of the decomposed factors at these sites."""
 
     alpha: float | None = Field(default=None, gt=0)
@@ -48,7 +49,7 @@ class LoKr(MethodSpec):
     method: Literal["lokr"] = "lokr"
     """The method's tag."""
 
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=SIZE)
     """Rank of the decomposed factors, and denominator of the scaling also where none is decomposed. A rank of half the
     larger side of a factor or more leaves that factor full."""
 

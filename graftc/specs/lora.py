@@ -9,6 +9,7 @@ from pydantic import Field
 
 from graftc.specs.base import Items, MethodSpec, Override
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.limits import SIZE
 
 __all__ = ["LoRA", "LoRAOverride"]
 
@@ -16,7 +17,7 @@ __all__ = ["LoRA", "LoRAOverride"]
 class LoRAOverride(Override):
     """Other values of LoRA for some of its sites; what is left out keeps the adaptation's value."""
 
-    rank: int | None = Field(default=None, ge=1)
+    rank: int | None = Field(default=None, ge=1, le=SIZE)
     """Rank of the update at these sites."""
 
     alpha: float | None = Field(default=None, gt=0)
@@ -51,7 +52,7 @@ class LoRA(MethodSpec):
     method: Literal["lora"] = "lora"
     """The method's tag."""
 
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=SIZE)
     """Rank of the update; at most min(in, out) of every site."""
 
     alpha: float = Field(default=16.0, gt=0)

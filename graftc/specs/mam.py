@@ -10,6 +10,7 @@ from pydantic import Field
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.he_parallel import HeParallel
+from graftc.specs.limits import SIZE
 from graftc.specs.parts import AdapterPart, PartsSpec, PrefixPart
 from graftc.specs.prefix import Prefix, Reparameterization
 from graftc.specs.target import Target
@@ -20,7 +21,7 @@ __all__ = ["MAM", "MAMAdapter", "MAMPrefix"]
 class MAMPrefix(PrefixPart):
     """The prefix of MAM adapters."""
 
-    length: int = Field(default=30, ge=1)
+    length: int = Field(default=30, ge=1, le=SIZE)
     """How many positions the prefix has."""
 
     reparameterization: Reparameterization | None = Reparameterization(hidden=800)

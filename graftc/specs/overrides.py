@@ -11,7 +11,15 @@ from pydantic_core import CoreSchema
 
 from graftc.specs.base_model import SpecModel
 from graftc.specs.diagnostics import GraftError, Place
-from graftc.specs.patterns import as_items, count_sites, expand_braces, glob_to_regex, layer_indices, suggest
+from graftc.specs.patterns import (
+    as_items,
+    count_sites,
+    expand_braces,
+    glob_to_regex,
+    layer_indices,
+    measure_braces,
+    suggest,
+)
 from graftc.specs.schema import needs_one_of
 from graftc.specs.target import Layers, Patterns, Roles
 from graftc.specs.validation import reject
@@ -55,6 +63,11 @@ class Override(SpecModel):
         parts = [needs_one_of(fields) for fields in (("role", "modules", "layers"), changes) if fields]
         handler.resolve_ref_schema(written)["allOf"] = parts
         return written
+
+    @property
+    def size(self) -> int:
+        """Characters of its patterns, braces expanded."""
+        return sum(measure_braces(p)[1] for f in (self.role, self.modules) for p in as_items(f))
 
     def changes(self) -> dict[str, Any]:
         """The values that this override sets, by field."""

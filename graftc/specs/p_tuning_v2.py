@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from graftc.specs.limits import SIZE
 from graftc.specs.prefix import PrefixSpec
 
 __all__ = ["PTuningV2"]
@@ -25,7 +26,7 @@ class PTuningV2(PrefixSpec):
     method: Literal["p_tuning_v2"] = "p_tuning_v2"
     """The method's tag."""
 
-    length: int = Field(default=20, ge=1)
+    length: int = Field(default=20, ge=1, le=SIZE)
     """How many positions the prefix has; the authors take 4 to 128, by task."""
 
     positions: Literal["unshifted", "shifted"] = "shifted"

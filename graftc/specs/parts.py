@@ -11,6 +11,7 @@ from graftc.specs.base import MethodSpec, SpecModel
 from graftc.specs.bottleneck import Activation, Init
 from graftc.specs.claims import SiteKind
 from graftc.specs.diagnostics import GraftError
+from graftc.specs.limits import SIZE
 from graftc.specs.prefix import Reparameterization
 from graftc.specs.target import written_fields
 from graftc.specs.validation import reject
@@ -24,7 +25,7 @@ PARTS: Mapping[SiteKind, str] = {SiteKind.SUBLAYER: "adapter", SiteKind.ATTENTIO
 class AdapterPart(SpecModel):
     """The bottleneck adapters of a method that has others beside them."""
 
-    bottleneck: int | None = Field(default=None, ge=1)
+    bottleneck: int | None = Field(default=None, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     reduction: float | None = Field(default=None, gt=0)
@@ -57,7 +58,7 @@ class AdapterPart(SpecModel):
 class PrefixPart(SpecModel):
     """The prefix of a method that has other parts beside it."""
 
-    length: int = Field(default=10, ge=1)
+    length: int = Field(default=10, ge=1, le=SIZE)
     """How many positions the prefix has."""
 
     reparameterization: Reparameterization | None = Reparameterization()

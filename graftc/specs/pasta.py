@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from graftc.specs.base import Items, MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.diagnostics import GraftError
+from graftc.specs.limits import SIZE
 from graftc.specs.target import Target
 from graftc.specs.validation import reject
 
@@ -45,7 +46,7 @@ class Pasta(MethodSpec):
     )
     """The ids of the special tokens, as `[101, 102]` for BERT's `[CLS]` and `[SEP]`."""
 
-    slots: int = Field(default=2, ge=1)
+    slots: int = Field(default=2, ge=1, le=SIZE)
     """How many vectors a layer has: 2 for single texts, 3 for pairs (`[CLS] a [SEP] b [SEP]`), 4 where a pair has two
     separators in the middle, as RoBERTa's."""
 

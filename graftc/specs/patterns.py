@@ -8,14 +8,19 @@ from functools import lru_cache
 from typing import Any
 
 from graftc.specs.diagnostics import GraftError, Place, nearest
+from graftc.specs.text import quoted
 
 __all__ = [
+    "BRANCHES",
+    "NESTED",
+    "PATTERNS",
     "as_items",
     "count_sites",
     "expand_braces",
     "glob_to_regex",
     "layer_indices",
     "match_modules",
+    "measure_braces",
     "parse_layer",
     "parse_slice",
     "smallest_fix",
@@ -24,78 +29,129 @@ __all__ = [
     "write_layers",
 ]
 
-_BRANCH_LIMIT = 4096
-_SLICE = re.compile(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*(?::\s*(\d+)?\s*)?")
+BRANCHES = 1_000
+"""Alternatives that the braces of a pattern stand for, repeated ones included."""
+
+PATTERNS = 100_000
+"""Characters of all patterns of a spec, their braces expanded."""
+
+NESTED = 16
+"""How deep braces are nested."""
+
+_SLICE = re.compile(r"\s*(-?[0-9]{1,9})?\s*:\s*(-?[0-9]{1,9})?\s*(?::\s*([0-9]{1,9})?\s*)?")
+_BRACES = re.compile(r"[{},]|[^{},]+")
+
+
+def measure_braces(text: str) -> tuple[int, int]:
+    """How many alternatives braces stand for, repeated ones included, and how many characters those have together.
+
+    Raises:
+        GraftError: GC002 for braces that do not pair, GC009 for more than 1,000 alternatives or braces 16 deep.
+    """
+    # For each open brace, and for the text around all of them: what is done, and the alternative being read.
+    done, current = [(0, 0)], [(1, 0)]
+    for piece in _BRACES.findall(text):
+        if piece == "{":
+            if len(done) > NESTED:
+                raise _too_many(text, f"nests braces deeper than {NESTED} levels")
+            done.append((0, 0))
+            current.append((1, 0))
+        elif piece == "}":
+            if len(done) == 1:
+                hint = "each '}' closes a '{' before it"
+                raise GraftError("GC002", f"{quoted(text)} closes a brace that it never opened", hint=hint)
+            (n, size), (m, inner) = current[-2], _sum(done.pop(), current.pop())
+            if n * m > BRANCHES:
+                raise _too_many(text, f"has more than {BRANCHES:,} alternatives")
+            current[-1] = (n * m, size * m + inner * n)
+        elif piece == "," and len(done) > 1:
+            done[-1], current[-1] = _sum(done[-1], current[-1]), (1, 0)
+        else:
+            n, size = current[-1]
+            current[-1] = (n, size + n * len(piece))
+    if len(done) > 1:
+        hint = "each '{' needs a '}' behind it"
+        raise GraftError("GC002", f"{quoted(text)} opens a brace that it never closes", hint=hint)
+    return current[0]
+
+
+def _sum(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    return one[0] + other[0], one[1] + other[1]
+
+
+def _too_many(text: str, what: str) -> GraftError:
+    return GraftError("GC009", f"{quoted(text)} {what}", hint="'*' stands for any characters, and a list for several")
 
 
 def expand_braces(text: str) -> list[str]:
     """The alternatives of ``a.{b,c{d,e}}`` in order: ``a.b``, ``a.cd``, ``a.ce``; without braces, the text.
 
     Raises:
-        GraftError: GC002 for braces that do not pair, or more than 4096 alternatives.
+        GraftError: as :func:`measure_braces`.
     """
-    out, end = _alternatives(text, 0, nested=False)
-    if end != len(text):
-        raise GraftError("GC002", f"'{text}' closes a brace that it never opened")
-    return list(dict.fromkeys(out))
-
-
-def _alternatives(text: str, start: int, *, nested: bool) -> tuple[list[str], int]:
-    done: list[str] = []
-    current = [""]
-    at = start
-    while at < len(text):
-        char = text[at]
-        if char == "{":
-            inner, at = _alternatives(text, at + 1, nested=True)
-            current = [a + b for a in current for b in inner]
-        elif nested and char == ",":
-            done, current, at = done + current, [""], at + 1
-        elif char == "}":
-            return (done + current, at + 1) if nested else (current, at)
+    measure_braces(text)
+    done: list[list[str]] = [[]]
+    current: list[list[str]] = [[""]]
+    for piece in _BRACES.findall(text):
+        if piece == "{":
+            done.append([])
+            current.append([""])
+        elif piece == "}":
+            inner = done.pop() + current.pop()
+            current[-1] = [a + b for a in current[-1] for b in inner]
+        elif piece == "," and len(done) > 1:
+            done[-1] += current[-1]
+            current[-1] = [""]
         else:
-            current, at = [a + char for a in current], at + 1
-        if len(done) + len(current) > _BRANCH_LIMIT:
-            raise GraftError("GC002", f"'{text}' has more than {_BRANCH_LIMIT} alternatives")
-    if nested:
-        raise GraftError("GC002", f"'{text}' opens a brace that it never closes")
-    return current, at
+            current[-1] = [a + piece for a in current[-1]]
+    return list(dict.fromkeys(current[0]))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def glob_to_regex(glob: str) -> re.Pattern[str]:
     """A compiled regex, to be used with ``fullmatch`` on a dotted module path, for one glob.
 
     ``*`` stands for any characters within one segment, ``**`` as a whole segment for any number of segments
-    (none included), ``{a,b}`` for either. All else stands for itself.
+    (none included), ``{a,b}`` for either. All else stands for itself. Matching takes time at most quadratic in the
+    path, however many stars there are: what stands between two stars is taken where it comes first, for good.
 
     Raises:
-        GraftError: GC002 for braces that do not pair.
+        GraftError: GC002 for braces that do not pair, GC009 as :func:`expand_braces`.
     """
     return re.compile("|".join(f"(?:{_one_glob(branch)})" for branch in expand_braces(glob)))
 
 
 def _one_glob(glob: str) -> str:
-    segments = glob.split(".")
-    if all(s == "**" for s in segments):
+    runs: list[list[str]] = [[]]  # of segments, with ** between each two
+    for segment in glob.split("."):
+        if segment != "**":
+            runs[-1].append(_segment(segment))
+        elif runs[-1] or len(runs) == 1:
+            runs.append([])
+    first, *others = runs
+    if not any(runs):
         return r".*"
-    out = ""
-    joined = True  # a dot is due before the next segment unless something already brought it
-    for index, segment in enumerate(segments):
-        if segment == "**":
-            if index and segments[index - 1] == "**":
-                continue
-            rest = any(s != "**" for s in segments[index + 1 :])
-            if not joined:
-                out += r"(?:\.[^.]+)*"
-            elif rest:
-                out += r"(?:[^.]+\.)*"
-            continue
-        if not joined:
-            out += r"\."
-        out += r"[^.]*".join(re.escape(part) for part in re.split(r"\*+", segment))
-        joined = False
+    out = r"\.".join(first)
+    for number, run in enumerate(others):
+        dotted = bool(first) or number > 0
+        between = r"(?:\.[^.]+)*" if dotted else r"(?:[^.]+\.)*"
+        found = (r"\." if dotted else "") + r"\.".join(run)
+        if not run:
+            out += between
+        elif run is others[-1]:
+            out += between + found
+        else:
+            out += f"(?>{between}?{found})"
     return out
+
+
+def _segment(segment: str) -> str:
+    """One segment of a glob, up to its end."""
+    parts = [re.escape(part) for part in re.split(r"\*+", segment)]
+    head, *others = parts
+    if not others:
+        return f"{head}(?![^.])"
+    return f"{head}{''.join(f'(?>[^.]*?{part})' for part in others[:-1])}[^.]*{others[-1]}(?![^.])"
 
 
 def parse_layer(entry: int | str) -> int | slice:
@@ -111,15 +167,15 @@ def parse_slice(entry: int | str, thing: str) -> int | slice:
     """
     if isinstance(entry, int):
         return entry
-    if re.fullmatch(r"\s*-?\d+\s*", entry):
+    if re.fullmatch(r"\s*-?[0-9]{1,9}\s*", entry):
         return int(entry)
     match = _SLICE.fullmatch(entry)
     if match is None:
         hint = f'write a {thing} such as 3 or -1, a slice such as "0:6", or a list of them'
-        raise GraftError("GC002", f"'{entry}' is no {thing} and no slice of {thing}s", hint=hint)
+        raise GraftError("GC002", f"{quoted(entry)} is no {thing} and no slice of {thing}s", hint=hint)
     start, stop, step = (None if part is None else int(part) for part in match.groups())
     if step == 0:
-        raise GraftError("GC002", f"the slice '{entry}' has step 0")
+        raise GraftError("GC002", f"the slice {quoted(entry)} has step 0", hint="a step is at least 1")
     return slice(start, stop, step)
 
 
@@ -168,11 +224,11 @@ def suggest(
         count = sum(1 for m in modules if glob_to_regex(better).fullmatch(m))
         if count:
             fix = (glob, better) if glob == written else None
-            return f"'{better}' matches {count_sites(count, things)}", fix
+            return f"{quoted(better)} matches {count_sites(count, things)}", fix
     close = nearest(glob, _like(glob, modules))
     if not close:
         return None, None
-    return f"did you mean {' or '.join(repr(c) for c in close)}?", smallest_fix(written, glob, close[0])
+    return f"did you mean {' or '.join(quoted(c) for c in close)}?", smallest_fix(written, glob, close[0])
 
 
 def count_sites(count: int, thing: str = "site") -> str:
@@ -208,7 +264,7 @@ def match_modules(globs: Sequence[str], modules: Sequence[str], where: str = "tr
             fits = glob_to_regex(branch).fullmatch
             hits = {module for module in modules if fits(module)}
             if not hits:
-                shown = f"'{branch}'" if branch == glob else f"'{branch}' of '{glob}'"
+                shown = quoted(branch) if branch == glob else f"{quoted(branch)} of {quoted(glob)}"
                 message = f"{where} {shown} matches none of the {count_sites(len(modules), 'module')}"
                 hint, fix = suggest(branch, glob, modules, "module")
                 raise GraftError("GC011", message, place=Place(path=f"{where}[{index}]"), hint=hint, fix=fix)

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from graftc.specs.limits import SIZE
 from graftc.specs.prompt import VirtualTokenSpec
 from graftc.specs.virtual import VirtualRun, Where
 
@@ -16,10 +17,10 @@ __all__ = ["InfixSpec", "PreEmbed"]
 class InfixSpec(VirtualTokenSpec):
     """What PreEmbed and PreLayer have in common: virtual tokens in front, and within."""
 
-    infix: int = Field(default=0, ge=0)
+    infix: int = Field(default=0, ge=0, le=SIZE)
     """How many virtual tokens stand within the text."""
 
-    infix_after: int | None = Field(default=None, ge=0)
+    infix_after: int | None = Field(default=None, ge=0, le=SIZE)
     """The id of a token: infix ones stand behind the first one of this id in each row, for example a separator between
     a question and its answer. Without it, or in a row that has none, behind the last real token."""
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from graftc.specs.base import Items, MethodSpec, Override, SpecModel
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.diagnostics import GraftError
+from graftc.specs.limits import SIZE
 from graftc.specs.target import Target
 from graftc.specs.validation import reject
 
@@ -22,17 +23,17 @@ class Reparameterization(SpecModel):
     left out of what is deployed.
     """
 
-    hidden: int = Field(default=512, ge=1)
+    hidden: int = Field(default=512, ge=1, le=SIZE)
     """Width of the network's hidden layer."""
 
-    width: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1, le=SIZE)
     """Width of the vectors. Default: that of the queries of the first place, which is the model's in most."""
 
 
 class PrefixOverride(Override):
     """Another length for some of the places of a prefix."""
 
-    length: int | None = Field(default=None, ge=1)
+    length: int | None = Field(default=None, ge=1, le=SIZE)
     """How many positions there are at these places."""
 
 
@@ -46,7 +47,7 @@ class PrefixSpec(MethodSpec):
     target: Target = Target(role="attn")
     """Which places of the model it is for; by default every attention: of the encoder, of the decoder, and across."""
 
-    length: int = Field(default=10, ge=1)
+    length: int = Field(default=10, ge=1, le=SIZE)
     """How many positions the prefix has."""
 
     positions: Literal["unshifted", "shifted"] = "unshifted"

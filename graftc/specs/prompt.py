@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from graftc.specs.base import Items, MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.diagnostics import GraftError
+from graftc.specs.limits import SIZE
 from graftc.specs.target import Target
 from graftc.specs.validation import reject
 from graftc.specs.virtual import VirtualRun
@@ -27,7 +28,7 @@ class VirtualTokenSpec(MethodSpec):
     target: Target = Target(role="embed.token")
     """Which sequence it is for. In a model of two stacks that is the encoder's; `decoder.embed.token` is the other."""
 
-    length: int = Field(default=100, ge=1)
+    length: int = Field(default=100, ge=1, le=SIZE)
     """How many virtual tokens there are; in front, where there are infix ones too."""
 
     init: Literal["uniform", "normal", "vocabulary", "tokens"] = "uniform"

@@ -19,6 +19,7 @@ from typing import Any
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims
 from graftc.specs.diagnostics import GraftError, nearest
+from graftc.specs.text import shown
 
 __all__ = ["GROUP", "SpecEntry", "method_specs", "reload_methods", "unknown_method"]
 
@@ -133,4 +134,4 @@ def unknown_method(tag: object) -> GraftError:
     close = nearest(tag, tags) if isinstance(tag, str) else []
     hint = f"did you mean '{close[0]}'?" if close else f"the methods are: {', '.join(tags)}"
     fix = (str(tag), close[0]) if close else None
-    return GraftError("GC004", f"method {tag!r} is unknown", hint=hint, fix=fix)
+    return GraftError("GC004", f"method {shown(tag)} is unknown", hint=hint, fix=fix)

@@ -8,6 +8,7 @@ from itertools import combinations
 
 from graftc.specs.claims import SiteKind
 from graftc.specs.diagnostics import GraftError, Place, nearest
+from graftc.specs.text import quoted
 
 __all__ = ["PREFIXES", "ROLES", "Role", "RoleInfo", "parse_role", "widen"]
 
@@ -103,7 +104,7 @@ def parse_role(text: str, place: Place | None = None) -> Role:
         return Role(tuple(prefixes), name)
     if any(mark in text for mark in "*?["):
         hint = "roles have no wildcards; list them, for example attn.{q,k,v,o}"
-        raise GraftError("GC012", f"role '{text}' is unknown", place=place, hint=hint)
+        raise GraftError("GC012", f"role {quoted(text)} is unknown", place=place, hint=hint)
     reordered = ".".join(sorted(text.split("."), key=lambda part: (*PREFIXES, part).index(part)))
     if reordered in _spellings():
         close = [reordered]
@@ -111,7 +112,7 @@ def parse_role(text: str, place: Place | None = None) -> Role:
         close = (nearest(text, ROLES) if not prefixes else []) or nearest(text, _spellings())
     raise GraftError(
         "GC012",
-        f"role '{text}' is unknown",
+        f"role {quoted(text)} is unknown",
         place=place,
         hint=_did_you_mean(close) or "the roles are: " + ", ".join(ROLES),
         fix=(text, close[0]) if close else None,
@@ -119,7 +120,7 @@ def parse_role(text: str, place: Place | None = None) -> Role:
 
 
 def _did_you_mean(close: list[str]) -> str | None:
-    return f"did you mean {' or '.join(repr(c) for c in close)}?" if close else None
+    return f"did you mean {' or '.join(quoted(c) for c in close)}?" if close else None
 
 
 def widen(role: str) -> frozenset[str]:

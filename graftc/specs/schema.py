@@ -61,15 +61,21 @@ def _role() -> dict[str, Any]:
 
 
 def _text(description: str, examples: Sequence[str]) -> dict[str, Any]:
-    return {"type": "string", "pattern": r"\S", "description": description, "examples": list(examples)}
+    return {
+        "type": "string",
+        "pattern": r"\S",
+        "maxLength": 1000,
+        "description": description,
+        "examples": list(examples),
+    }
 
 
 _GLOB = "A glob of module paths: `*` within one segment, `**` any number of segments, `{a,b}` either."
 _GLOBS = ("classifier", "**.query", "**.layer.*.attention.**")
 _REGEX = "A regular expression that matches a whole module path."
 _REGEXES = (r".*\.(query|value)",)
-_INDEX = r"\s*-?[0-9]+\s*"
-_SLICE = r"\s*(-?[0-9]+)?\s*:\s*(-?[0-9]+)?\s*(:\s*(0*[1-9][0-9]*)?\s*)?"
+_INDEX = r"\s*-?[0-9]{1,9}\s*"
+_SLICE = r"\s*(-?[0-9]{1,9})?\s*:\s*(-?[0-9]{1,9})?\s*(:\s*((?=[0-9]{1,9}(\D|$))0*[1-9][0-9]*)?\s*)?"
 _LAYER: dict[str, Any] = {
     "description": 'A layer by its index, or a slice as in Python: `"0:6"`; negative ones count from the end.',
     "anyOf": [{"type": "integer"}, {"type": "string", "pattern": f"^({_INDEX}|{_SLICE})$"}],
@@ -84,6 +90,7 @@ _NAME = "A name for an adaptation: letters, digits and underscores, not starting
 _NAMES: dict[str, Any] = {
     "type": "string",
     "pattern": "^(_|_?[A-Za-z][A-Za-z0-9_]*|_[0-9][A-Za-z0-9_]*)$",
+    "maxLength": 100,
     "description": _NAME,
     "examples": ["attention", "inner"],
 }

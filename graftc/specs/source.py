@@ -13,13 +13,44 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
 from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.text import printable, quoted, shortened
 
-__all__ = ["Source", "Span", "format_path", "parse_path", "read_json", "read_toml", "read_yaml"]
+__all__ = [
+    "DEPTH",
+    "FILE",
+    "VALUES",
+    "Source",
+    "Span",
+    "beyond",
+    "format_path",
+    "parse_path",
+    "read_json",
+    "read_toml",
+    "read_yaml",
+]
 
 Path: TypeAlias = tuple[str | int, ...]
 _STEP = re.compile(r'\.?([^.\[\]"]+)|\[(\d+)\]|\.?\["((?:[^"\\]|\\.)*)"\]')
 _PLAIN_KEY = re.compile(r'[^.\[\]"]+')
-_NODE_LIMIT = 50_000
+_LINE = 200
+"""Characters of a line that an error shows; a longer one is not shown."""
+
+FILE = 256 * 1024
+"""Characters of a spec's text, and bytes of its file."""
+
+DEPTH = 32
+"""How deep a spec may be nested."""
+
+VALUES = 15_000
+"""Values of a spec, mappings and lists included; what an alias stands for counts each time."""
+
+# A dotted key, or the head of a table, with more parts than any spec has levels; strings have no part in it.
+_DOTTED = re.compile(rf"(?<![\w.\-])[\w\-]++(?:[ \t]*+\.[ \t]*+(?:[\w\-]++|\"[^\"\n]*+\"|'[^'\n]*+')){{{DEPTH},}}")
+
+
+def beyond(message: str, place: Place | None = None, hint: str | None = None) -> GraftError:
+    """The error for what exceeds a limit."""
+    return GraftError("GC009", message, place=place, hint=hint or "docs/spec.md lists the limits")
 
 
 def format_path(path: Iterable[str | int]) -> str:
@@ -86,8 +117,12 @@ class Source:
         span = self.span(parse_path(path), key=key)
         if span is None:
             return Place(self.file, path=path)
-        text = self.lines[span.line] if span.line < len(self.lines) else None
+        text = self.line(span.line)
         return Place(self.file, span.line + 1, span.column + 1, path, text)
+
+    def line(self, number: int) -> str | None:
+        """A line of the text, from 0; None where there is none or it is too long to be shown."""
+        return self.lines[number] if number < len(self.lines) and len(self.lines[number]) <= _LINE else None
 
     def locate(self, error: GraftError) -> GraftError:
         """The error with file, line, column and corrected line filled in from its path."""
@@ -111,9 +146,9 @@ class Source:
 
     def _corrected(self, path: Path, wrong: str, right: str, *, key: bool) -> str | None:
         span = (self.keys if key else self.values).get(path)
-        if span is None or span.line != span.end_line or span.line >= len(self.lines):
+        line = None if span is None else self.line(span.line)
+        if span is None or line is None or span.line != span.end_line:
             return None
-        line = self.lines[span.line]
         written = line[span.column : span.end_column]
         if written.count(wrong) != 1:
             return None
@@ -124,13 +159,14 @@ def read_yaml(text: str, file: str | None = None) -> tuple[Any, Source]:
     """YAML text as plain data with positions.
 
     Raises:
-        GraftError: GC001 with line and column: no YAML, a key twice, an unsupported tag, several documents.
+        GraftError: GC001 with line and column: no YAML, a key twice, an unsupported tag, several documents; GC009
+            where the text, its depth or the number of its values exceeds a limit.
     """
     import yaml
 
-    source = Source(file, tuple(text.splitlines()))
+    source = _source(text, file)
     try:
-        node = yaml.compose(text, Loader=_loader())
+        node = yaml.compose(text, Loader=_loader(source))
         return (None if node is None else _Build(source).value(node, ())), source
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -142,25 +178,23 @@ def read_yaml(text: str, file: str | None = None) -> tuple[Any, Source]:
         before = text[: getattr(error, "position", 0)]
         column = len(before) - (before.rfind("\n") + 1)
         _unreadable(source, f"not valid YAML: {reason}", before.count("\n"), column)
-    except RecursionError:
-        _unreadable(source, "not readable: it is nested too deeply", 0, 0)
 
 
 def read_json(text: str, file: str | None = None) -> tuple[Any, Source]:
     """JSON text as plain data with positions.
 
     Raises:
-        GraftError: GC001 with line and column.
+        GraftError: GC001 with line and column; GC009 as for YAML.
     """
-    source = Source(file, tuple(text.splitlines()))
+    source = _source(text, file)
     try:
-        data = json.loads(text, parse_constant=_no_constant)
+        data = json.loads(text, parse_constant=_no_constant, parse_int=_integer)
     except json.JSONDecodeError as error:
         _unreadable(source, f"not valid JSON: {error.msg}", error.lineno - 1, error.colno - 1)
     except ValueError as error:
         _unreadable(source, f"not valid JSON: {error}", 0, 0)
     except RecursionError:
-        _unreadable(source, "not readable: it is nested too deeply", 0, 0)
+        raise _too_deep(source) from None
     # JSON is YAML once tabs are blanks, and only the YAML composer tells positions and keys written twice.
     _, positions = read_yaml(text.replace("\t", " "), file)
     positions.lines = source.lines
@@ -171,15 +205,36 @@ def read_toml(text: str, file: str | None = None) -> tuple[Any, Source]:
     """TOML text as plain data; places name the file and the path, without line and column.
 
     Raises:
-        GraftError: GC001 with line and column.
+        GraftError: GC001 with line and column; GC009 as for YAML.
     """
-    source = Source(file, tuple(text.splitlines()))
+    source = _source(text, file)
+    if found := _DOTTED.search(text):  # which tomllib would take time quadratic in the number of parts for
+        raise _too_deep(source, text.count("\n", 0, found.start()))
     try:
         return tomllib.loads(text), source
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise _too_deep(source) from None
+    except ValueError as error:  # an integer of too many digits is one that is no TOMLDecodeError
         found = re.search(r"^(.*) \(at line (\d+), column (\d+)\)$", str(error))
         reason, line, column = found.groups() if found else (str(error), str(max(len(source.lines), 1)), "1")
         _unreadable(source, f"not valid TOML: {reason}", int(line) - 1, int(column) - 1)
+
+
+def _source(text: str, file: str | None) -> Source:
+    if len(text) > FILE:
+        raise beyond(f"the spec has {len(text):,} characters, at most {FILE:,} are read", Place(file))
+    return Source(file, tuple(text.splitlines()))
+
+
+def _too_deep(source: Source, line: int = 0, column: int = 0) -> GraftError:
+    place = Place(source.file, line + 1, column + 1, text=source.line(line))
+    return beyond(f"the spec is nested deeper than {DEPTH} levels", place)
+
+
+def _integer(text: str) -> int:
+    """An integer as JSON and YAML write it. What has more digits than any limit allows is as good as a huge one:
+    Python refuses to read thousands of digits."""
+    return int(text) if len(text) <= 100 else 1 << len(text)
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -194,8 +249,7 @@ def _unreadable(
     hint: str | None = None,
     corrected: str | None = None,
 ) -> NoReturn:
-    text = source.lines[line] if line < len(source.lines) else None
-    place = Place(source.file, line + 1, column + 1, text=text)
+    place = Place(source.file, line + 1, column + 1, text=source.line(line))
     raise GraftError("GC001", message, place=place, hint=hint, corrected=corrected) from None
 
 
@@ -215,7 +269,7 @@ _QUOTABLE: tuple[tuple[re.Pattern[str], re.Pattern[str], str], ...] = (
 
 def _yaml_advice(source: Source, line: int, problem: str) -> tuple[str | None, str | None]:
     """A hint and the corrected line for what people forget to quote."""
-    text = source.lines[line] if line < len(source.lines) else ""
+    text = source.line(line) or ""
     if "'\\t'" in problem:
         return "indent with blanks, not tabs", None
     for trouble, word, hint in _QUOTABLE:
@@ -244,13 +298,35 @@ def core_resolvers() -> Iterator[tuple[str, re.Pattern[str], list[str]]]:
         yield f"tag:yaml.org,2002:{name}", re.compile(f"^(?:{pattern})$"), firsts
 
 
-def _loader() -> Any:
+def _loader(source: Source) -> Any:
     import yaml
 
-    loader: Any = type("Loader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": {}})
+    class Loader(yaml.SafeLoader):
+        """Of YAML 1.2's types, and with bounds on depth and on the number of nodes."""
+
+        depth = count = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            self.depth, self.count = self.depth + 1, self.count + 1
+            if self.depth > DEPTH:
+                raise _too_deep(source, mark.line, mark.column)
+            if self.count > 2 * VALUES:
+                raise _too_many(source, mark.line, mark.column)
+            try:
+                return super().compose_node(parent, index)
+            finally:
+                self.depth -= 1
+
+    Loader.yaml_implicit_resolvers = {}
     for tag, pattern, firsts in core_resolvers():
-        loader.add_implicit_resolver(tag, pattern, firsts)
-    return loader
+        Loader.add_implicit_resolver(tag, pattern, firsts)
+    return Loader
+
+
+def _too_many(source: Source, line: int, column: int, why: str = "") -> GraftError:
+    place = Place(source.file, line + 1, column + 1, text=source.line(line))
+    return beyond(f"the spec holds more than {VALUES:,} values{why}", place)
 
 
 class _Build:
@@ -265,8 +341,10 @@ class _Build:
         import yaml
 
         self.count += 1
-        if self.count > _NODE_LIMIT:
-            self.fail(node, "aliases unfold to too many values")
+        if self.count > VALUES:
+            raise _too_many(self.source, node.start_mark.line, node.start_mark.column, ", aliases unfolded")
+        if len(path) > DEPTH:
+            raise _too_deep(self.source, node.start_mark.line, node.start_mark.column)
         if id(node) in self.open:
             self.fail(node, "an alias refers to what contains it")
         self.source.values[path] = _span(node)
@@ -291,7 +369,7 @@ class _Build:
                 self.fail(key_node, "a key is a plain word")
             key = str(key_node.value)
             if key in out:
-                self.fail(key_node, f"the key '{key}' stands here twice")
+                self.fail(key_node, f"the key {quoted(key)} stands here twice")
             out[key] = self.value(value_node, (*path, key))
             self.source.keys[(*path, key)] = _span(key_node)
         return out
@@ -307,16 +385,16 @@ class _Build:
             if kind == "bool":
                 return ("false", "true").index(text.lower()) == 1
             if kind == "int":
-                return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+                return int(text, 0) if text[:2] in ("0o", "0x") else _integer(text)
             if kind == "float":
                 return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         except ValueError:
-            self.fail(node, f"'{text}' is no {kind}")
-        self.fail(node, f"the tag {node.tag} is not supported")
+            self.fail(node, f"{quoted(text)} is no {kind}")
+        self.fail(node, f"the tag {printable(shortened(node.tag))} is not supported")
 
     def tag(self, node: Any, kind: str) -> None:
         if node.tag != f"tag:yaml.org,2002:{kind}":
-            self.fail(node, f"the tag {node.tag} is not supported")
+            self.fail(node, f"the tag {printable(shortened(node.tag))} is not supported")
 
     def fail(self, node: Any, message: str) -> NoReturn:
         mark = node.start_mark

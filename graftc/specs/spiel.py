@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.diagnostics import GraftError
+from graftc.specs.limits import SIZE
 from graftc.specs.selection import SelectionSpec
 from graftc.specs.target import Target
 from graftc.specs.validation import reject
@@ -57,7 +58,7 @@ class SpIEL(SelectionSpec):
     variant: Literal["AG", "MA"] = "AG"
     """What chooses new entries: accumulated gradients, or approximate second moments."""
 
-    equivalent_rank: int | None = Field(default=None, ge=1)
+    equivalent_rank: int | None = Field(default=None, ge=1, le=SIZE)
     """How many entries train, instead of a share: as many as low-rank updates of this rank would have parameters,
     `rank (in + out)` for every map. A fused map counts as one."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeAlias
 
@@ -10,9 +9,18 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from graftc.specs.base_model import SpecModel
 from graftc.specs.diagnostics import GraftError
-from graftc.specs.patterns import as_items, expand_braces, glob_to_regex, parse_layer, smallest_fix
+from graftc.specs.patterns import (
+    as_items,
+    expand_braces,
+    glob_to_regex,
+    measure_braces,
+    parse_layer,
+    smallest_fix,
+)
+from graftc.specs.regexes import check_regex
 from graftc.specs.roles import parse_role
 from graftc.specs.schema import Glob, Layer, Regex, RoleName
+from graftc.specs.text import shown
 from graftc.specs.validation import reject
 
 __all__ = [
@@ -58,7 +66,7 @@ def _frozen(value: Any) -> Any:
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise GraftError("GC002", f"expected {what}, not {value!r}")
+        raise GraftError("GC002", f"expected {what}, not {shown(value)}")
     if not value.strip():
         raise GraftError("GC002", f"expected {what}, not an empty string")
     return value
@@ -81,21 +89,16 @@ def _narrowed(error: GraftError, text: str, branch: str) -> GraftError:
 
 
 def _check_glob(value: Any) -> None:
-    text = _text(value, "a pattern of module paths")
-    glob_to_regex(text)
+    measure_braces(_text(value, "a pattern of module paths"))
 
 
 def _check_regex(value: Any) -> None:
-    text = _text(value, "a regular expression")
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise GraftError("GC002", f"'{text}' is no regular expression: {error}") from None
+    check_regex(_text(value, "a regular expression"))
 
 
 def _check_layer(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise GraftError("GC002", f"expected a layer or a slice of layers, not {value!r}")
+        raise GraftError("GC002", f"expected a layer or a slice of layers, not {shown(value)}")
     parse_layer(value)
 
 
@@ -158,6 +161,12 @@ class Target(SpecModel):
 
     expect: int | None = Field(default=None, ge=1)
     """How many sites must be left after all narrowing."""
+
+    @property
+    def size(self) -> int:
+        """Characters of its patterns, braces and counts expanded."""
+        globs = (measure_braces(p)[1] for f in (self.role, self.modules, self.exclude) for p in as_items(f))
+        return sum(globs) + sum(check_regex(pattern) for pattern in as_items(self.regex))
 
     @property
     def has_selector(self) -> bool:

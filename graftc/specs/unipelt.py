@@ -11,6 +11,7 @@ from graftc.specs.base import Items, MethodSpec, SpecModel
 from graftc.specs.bottleneck import Init
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.diagnostics import GraftError
+from graftc.specs.limits import SIZE
 from graftc.specs.lora import LoRA
 from graftc.specs.parts import PARTS, AdapterPart, PartsSpec
 from graftc.specs.pfeiffer import Pfeiffer
@@ -33,7 +34,7 @@ class UniPELTAdapter(AdapterPart):
 class LoRAPart(SpecModel):
     """The low-rank updates of UniPELT, whose gates stand in the place of alpha over rank."""
 
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=SIZE)
     """Rank of the update; at most min(in, out) of every site."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -10,6 +10,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from graftc.specs.diagnostics import CATALOGUE, GraftError, Place, nearest
 from graftc.specs.source import format_path
+from graftc.specs.text import quoted, shown
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["explain", "reject"]
 
 _MISSING = object()
+_SHOWN = 10
+"""How many errors beside the first one are told."""
 _BOUNDS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "at least"),
@@ -67,16 +70,14 @@ def explain(error: ValidationError, root: type[BaseModel], data: object) -> Graf
     for item in error.errors(include_url=False):
         found.setdefault(_real_path(data, item), []).append(item)
     # A failed union reports each branch; what lies deeper explains more than "is not a string" above it.
-    paths = [p for p in found if not any(_inside(q, p) and _is_union(found[p]) for q in found)]
-    errors = [_one(path, found[path], root, data) for path in paths]
-    first = errors[0]
-    if len(errors) == 1:
+    around = {path[:length] for path in found for length in range(len(path))}
+    paths = [p for p in found if not (p in around and _is_union(found[p]))]
+    first, *others = [_one(path, found[path], root, data) for path in paths[: _SHOWN + 1]]
+    if not others:
         return first
-    return GraftError(first.code, first.message, place=first.place, hint=first.hint, details=errors[1:], fix=first.fix)
-
-
-def _inside(inner: Sequence[str | int], outer: Sequence[str | int]) -> bool:
-    return len(inner) > len(outer) and tuple(inner[: len(outer)]) == tuple(outer)
+    more = [f"and {len(paths) - len(others) - 1:,} more"] if len(paths) > _SHOWN + 1 else []
+    details: list[str | GraftError] = [*others, *more]
+    return GraftError(first.code, first.message, place=first.place, hint=first.hint, details=details, fix=first.fix)
 
 
 def _is_union(items: list[ErrorDetails]) -> bool:
@@ -125,7 +126,7 @@ def _one(path: tuple[str | int, ...], items: list[ErrorDetails], root: type[Base
         key, words = _BOUNDS[kind]
         limit = context[key]
         bound = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
-        return GraftError("GC002", f"{name} is {_show(value)}, it must be {words} {bound}", place=place)
+        return GraftError("GC002", f"{name} is {shown(value)}, it must be {words} {bound}", place=place)
     if kind == "literal_error":
         return _not_listed(name, path, value, items, place)
     if all(i["type"] in _TYPES for i in items):
@@ -139,7 +140,7 @@ def _unknown_field(word: str, place: Place, fields: list[str]) -> GraftError:
     close = nearest(word, fields, n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"the fields here are: {', '.join(fields)}"
     fix = (word, close[0]) if close else None
-    return GraftError("GC003", f"field '{word}' is unknown", place=place, hint=hint, fix=fix)
+    return GraftError("GC003", f"field {quoted(word)} is unknown", place=place, hint=hint, fix=fix)
 
 
 def _not_listed(
@@ -147,22 +148,17 @@ def _not_listed(
 ) -> GraftError:
     if path == ("version",):
         hint = "this release reads version 1"
-        return GraftError("GC007", f"spec version {_show(value)} is not supported", place=place, hint=hint)
+        return GraftError("GC007", f"spec version {shown(value)} is not supported", place=place, hint=hint)
     expected = " or ".join(str(i["ctx"]["expected"]) for i in items if i["type"] == "literal_error")
     choices = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
     close = nearest(value, choices, n=1) if isinstance(value, str) else []
     return GraftError(
         "GC002",
-        f"{name} is {_show(value)}, it must be {expected}",
+        f"{name} is {shown(value)}, it must be {expected}",
         place=place,
         hint=f"did you mean '{close[0]}'?" if close else None,
         fix=(str(value), close[0]) if close else None,
     )
-
-
-def _show(value: object) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _describe(value: object) -> str:
@@ -170,7 +166,7 @@ def _describe(value: object) -> str:
         return "a mapping"
     if isinstance(value, (list, tuple)):
         return "a list"
-    return _show(value)
+    return shown(value)
 
 
 def _fields_at(root: type[BaseModel], data: object, path: Sequence[str | int]) -> list[str]:

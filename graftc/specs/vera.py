@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.diagnostics import GraftError
+from graftc.specs.limits import SIZE
 from graftc.specs.validation import reject
 
 __all__ = ["VeRA"]
@@ -28,7 +29,7 @@ class VeRA(MethodSpec):
     method: Literal["vera"] = "vera"
     """The method's tag."""
 
-    rank: int = Field(default=256, ge=1)
+    rank: int = Field(default=256, ge=1, le=SIZE)
     """Rows of A and columns of B. A site trains `rank + out` parameters, so it may well be over min(in, out)."""
 
     d_initial: float = Field(default=0.1, json_schema_extra={"not": {"const": 0}})

@@ -6,10 +6,12 @@ from inspect import getdoc
 
 from pydantic import BaseModel
 
+from graftc.specs import limits
 from graftc.specs.base import MethodSpec, Override
 from graftc.specs.compose import CompositionSpec, composition_kinds
 from graftc.specs.document import Spec
-from graftc.specs.patterns import expand_braces, glob_to_regex, layer_indices
+from graftc.specs.patterns import BRANCHES, NESTED, PATTERNS, expand_braces, glob_to_regex, layer_indices
+from graftc.specs.regexes import SECONDS
 from graftc.specs.roles import PREFIXES, ROLES, widen
 from graftc.specs.target import Target
 from tools.docs.fields import field_table, nested_models
@@ -74,6 +76,8 @@ starts with `*`: YAML reads it as something else.
 """
 _REGEX_TEXT = """\
 `regex` holds regular expressions of Python. They match the whole path, so one for the end of a path starts with `.*`.
+Looking ahead and behind works. Matching has limited time ([GC008](errors.md#gc008)): repetitions inside of repetitions
+may take longer than that, which globs never do.
 """
 _LAYERS_TEXT = """\
 Layers count from 0 in each stack of repeated layers; in an encoder-decoder model `layers` applies to both stacks unless
@@ -83,6 +87,10 @@ _OVERRIDES = """\
 A method with a field `overrides` takes other values for some of its sites. Each override says where it holds, among the
 sites that the target selected, and what changes there. The first that matches a site holds, and one that is never used
 is an error. Which values can change is on the method's page.
+"""
+_LIMITS = """\
+What exceeds one of these is an error ([GC009](errors.md#gc009)) before anything else is looked at, in a file as in
+Python.
 """
 _ROLES_TEXT = """\
 A role says what a site does in the architecture. Roles are found from the data flow of the graph, not from names;
@@ -132,8 +140,31 @@ def render_spec() -> str:
         field_table(Override, _link),
         "## Roles\n",
         *_roles(),
+        "## Limits\n",
+        _LIMITS,
+        table(("what", "at most"), _limits()),
     ]
     return "\n".join(parts)
+
+
+def _limits() -> list[tuple[str, str]]:
+    return [
+        ("a file, or a text that is parsed", f"{limits.FILE:,} bytes"),
+        ("nesting", f"{limits.DEPTH} levels"),
+        ("values, mappings and lists included; what an alias stands for counts each time", f"{limits.VALUES:,}"),
+        ("adaptations, and compositions", f"{limits.ADAPTATIONS:,} each"),
+        ("tokens to add", f"{limits.TOKENS:,}"),
+        ("a text, a key, a pattern", f"{limits.TEXT:,} characters"),
+        ("the name of an adaptation or composition", f"{limits.NAME} characters"),
+        ("an integer", "63 bits and a sign; of a layer or row 9 digits"),
+        ("a rank, width or length", f"{limits.SIZE:,}"),
+        ("alternatives of a pattern with braces", f"{BRANCHES:,}; braces {NESTED} deep"),
+        (
+            "all patterns together, braces expanded, and the counts `{n}` of regular expressions multiplied",
+            f"{PATTERNS:,} characters",
+        ),
+        ("time for matching all regular expressions of a spec", f"{SECONDS:g} s of computing"),
+    ]
 
 
 def _sections() -> list[str]:

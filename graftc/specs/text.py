@@ -1,0 +1,79 @@
+"""Values in messages: short, on one line, and free of what steers a terminal. The standard library only."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Sequence
+from os import PathLike
+
+__all__ = ["printable", "quoted", "shortened", "shown", "some"]
+
+_MOST = 100
+"""Characters of a value that a message shows."""
+
+# C0 and C1 controls but tab and newline, separators that break lines, bidirectional controls, lone surrogates.
+_STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_BREAKS = {"\n": r"\n", "\t": r"\t"}
+
+
+def printable(text: str) -> str:
+    r"""The text with what steers a terminal written out: ``\x1b``, ``\u202e``. Tabs and newlines stay."""
+    return _STEERS.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def shortened(text: str, most: int = _MOST) -> str:
+    """The text, or its beginning and how long it is."""
+    return text if len(text) <= most else f"{text[: most - 3]}... ({len(text):,} characters)"
+
+
+def quoted(text: str | PathLike[str], most: int = _MOST) -> str:
+    """A name or a pattern as messages show it: in single quotes, on one line, short and printable."""
+    line = "".join(_BREAKS.get(char, char) for char in printable(shortened(str(text), most)))
+    return f"'{line}'"
+
+
+class _Short(reprlib.Repr):
+    """Representations of bounded size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 6
+        self.maxstring = self.maxother = _MOST
+
+    def repr_int(self, x: int, level: int) -> str:
+        bits = x.bit_length()
+        return repr(x) if bits <= 128 else f"an integer of {bits:,} bits"
+
+    def repr_str(self, x: str, level: int) -> str:
+        return repr(x[:_MOST] + "..." if len(x) > _MOST else x)
+
+
+_SHORT = _Short()
+
+
+def shown(value: object, most: int = _MOST) -> str:
+    """Any value as messages show it: as in YAML where it is simple, short and printable.
+
+    Args:
+        value: anything, however large; nested and long values are shown in part.
+        most: at most so many characters.
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = printable(_SHORT.repr(value))
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def some(words: Sequence[str], most: int = 40) -> str:
+    """The first words of a list, and how many more there are."""
+    rest = len(words) - most
+    return ", ".join(words[:most]) + (f" and {rest:,} more" if rest > 0 else "")
