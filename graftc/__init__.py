@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+# Not from typing: a command must be able to handle an interrupt before anything that takes time is imported.
+TYPE_CHECKING = False
 
 __version__ = "0.1.0.dev0"
 
@@ -22,6 +22,8 @@ _FACADE = {
 _MODULES = {"optim": "graftc.runtime.optim"}
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from graftc.runtime import optim
     from graftc.runtime.api import check, compile, load, roles
     from graftc.runtime.recipes import tune
@@ -47,6 +49,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    import importlib
+
     if name in _FACADE:
         return getattr(importlib.import_module(_FACADE[name]), name)
     if name in _MODULES:

@@ -91,7 +91,7 @@ class _Coded(Exception):  # noqa: N818
         if self.place is not None and str(self.place):
             lines.append(f"  --> {self.place}")
         if not (nested and self.hint == CATALOGUE[self.code].remedy):
-            lines += [f"  {'hint:' if i == 0 else '     '} {part}" for i, part in enumerate(self.hint.splitlines())]
+            lines += [f"  {'hint:' if i == 0 else '     '} {part}" for i, part in enumerate(self.hint.split("\n"))]
         if self.corrected is not None:
             number = self.place.line if self.place is not None and self.place.line is not None else ""
             if self.place is not None and self.place.text is not None:
@@ -99,7 +99,7 @@ class _Coded(Exception):  # noqa: N818
             lines.append(f"  {number:>4} + {self.corrected}".rstrip())
         for detail in self.details:
             coded = detail._lines(nested=True) if isinstance(detail, GraftError) else None
-            first, *rest = coded or str(detail).splitlines() or [""]
+            first, *rest = coded or str(detail).split("\n")
             lines.append(f"  {'also' if coded else '-'} {first}")
             lines += [f"  {line}" for line in rest]
         return lines

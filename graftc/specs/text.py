@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import Any
 
-__all__ = ["printable", "quoted", "shortened", "shown", "some"]
+__all__ = ["encodable", "printable", "quoted", "shortened", "shown", "some"]
 
 _MOST = 100
 """Characters of a value that a message shows."""
@@ -17,14 +18,27 @@ _STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 _BREAKS = {"\n": r"\n", "\t": r"\t"}
 
 
-def printable(text: str) -> str:
-    r"""The text with what steers a terminal written out: ``\x1b``, ``\u202e``. Tabs and newlines stay."""
-    return _STEERS.sub(_escape, text)
+def printable(text: str, form: str | None = None) -> str:
+    r"""The text with what steers a terminal written out, as ``\x1b`` and ``\u202e``. Tabs and newlines stay.
+
+    Args:
+        text: any text.
+        form: how a character is written out, from its number; by default as in Python.
+    """
+    return _STEERS.sub(lambda match: (form or _form(ord(match.group()))).format(ord(match.group())), text)
 
 
-def _escape(match: re.Match[str]) -> str:
-    code = ord(match.group())
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+def _form(code: int) -> str:
+    return "\\x{:02x}" if code < 0x100 else "\\u{:04x}"
+
+
+def encodable(data: Any) -> Any:
+    """Plain data in which lone surrogates, as those of names of files that are no UTF-8, are written out."""
+    if isinstance(data, str):
+        return data if data.isascii() else data.encode("utf-8", "backslashreplace").decode()
+    if isinstance(data, Mapping):
+        return {encodable(key): encodable(value) for key, value in data.items()}
+    return [encodable(item) for item in data] if isinstance(data, list | tuple) else data
 
 
 def shortened(text: str, most: int = _MOST) -> str:

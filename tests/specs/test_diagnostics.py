@@ -111,3 +111,27 @@ def test_nearest_prefers_the_closest_and_ignores_case() -> None:
 def test_nearest_gives_candidates_only(word: str, candidates: list[str]) -> None:
     found = nearest(word, candidates)
     assert len(found) <= 3 and set(found) <= set(candidates)
+
+
+def test_every_error_has_a_hint() -> None:
+    """The one that its author gives, or the remedy of its code; none is given as empty."""
+    import ast
+    from pathlib import Path
+
+    for code, entry in CATALOGUE.items():
+        assert entry.remedy and GraftError(code, "m").hint == entry.remedy
+        assert GraftError(code, "m", hint="").hint == GraftError(code, "m", hint=None).hint == entry.remedy
+        assert GraftError(code, "m", hint="h").hint == "h" and GraftError(code, "m").to_json()["hint"] == entry.remedy
+    calls = 0
+    for path in sorted((Path(__file__).parents[2] / "graftc").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (
+                isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("GraftError", "GraftWarning", "warn")
+            ):
+                continue
+            calls += 1
+            code = node.args[0] if node.args else None
+            assert not isinstance(code, ast.Constant) or code.value in CATALOGUE, f"{path}:{node.lineno}"
+            hints = [k.value for k in node.keywords if k.arg == "hint"]
+            assert not any(isinstance(h, ast.Constant) and h.value == "" for h in hints), f"{path}:{node.lineno}"
+    assert calls > 300

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-
-from graftc.runtime.cli.failures import show_failure
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["main"]
 
@@ -14,16 +13,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     Args:
-        arguments: what stands after ``graftc``; that of the process by default.
+        arguments: what stands after ``graftc``; those of the process by default, whose streams and interrupts are then
+            looked after as well.
 
     Returns:
-        0 done, 1 the answer is no, 2 a usage or spec error, 3 the files or the model failed, 130 interrupted.
+        0 done, 1 the answer is no, 2 a usage or spec error, 3 the files or the model failed, or the output could not
+        be written, 130 interrupted, 141 the reader of the output has gone.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    from graftc.runtime.cli.app import build_app
+    import sys
 
+    from graftc.runtime.cli.process import INTERRUPTED, interrupted, prepare, sane_sizes, started
+
+    if arguments is None:
+        prepare()
+    sane_sizes()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    from contextlib import redirect_stdout
+
+    from graftc.runtime.cli.app import build_app
+    from graftc.runtime.cli.failures import Watched, finish, show_failure
+
+    out = Watched(sys.stdout)
+    as_json = "--json" in given
     try:
-        status = build_app()(given or ["--help"], prog_name="graftc", standalone_mode=False)
+        with redirect_stdout(out):
+            app = build_app()
+            started()
+            found = app(given or ["--help"], prog_name="graftc", standalone_mode=False)
+        status = found if isinstance(found, int) else 0
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except SystemExit as exit:  # what Typer makes of a pipe that nobody reads
+        status = exit.code if isinstance(exit.code, int) else 1
     except Exception as error:
-        return show_failure(error, as_json="--json" in given)
-    return status if isinstance(status, int) else 0
+        with redirect_stdout(out):
+            status = INTERRUPTED if interrupted() else show_failure(error, out, as_json=as_json)
+    return finish(out, status)

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 import sys
 import traceback
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TextIO, TypeVar
 
+from graftc.runtime.cli.process import INTERRUPTED
 from graftc.specs.diagnostics import GraftError
 
-__all__ = ["show_failure"]
+T = TypeVar("T")
 
-_INTERRUPTED = 130
+__all__ = ["Watched", "finish", "show_failure"]
+
+_NO_READER = 141
+"""The exit status of usual tools that write where nobody reads: 128 and SIGPIPE."""
 _SUGGESTION = re.compile(r"\.? (?:Did you mean:?|\(Possible options:) (.*?)[?)]*$")
 
 
-def show_failure(error: Exception, *, as_json: bool) -> int:
+def show_failure(error: Exception, out: Watched, *, as_json: bool) -> int:
     """Print a failure and return the exit status.
 
-    It goes to the standard error in the text form of diagnostics; with ``as_json`` the standard output gets
-    ``{"error": {...}}`` instead. A misused command line is GC090, what graftc does not expect GC099.
+    It goes to the standard error in the text form of diagnostics; with ``as_json`` the standard output ``out`` gets
+    ``{"error": {...}}`` instead. A misused command line is GC090, what graftc does not expect GC099. Where it is the
+    standard output itself that failed, `finish` says so.
     """
-    if isinstance(error, BrokenPipeError):
-        # The reader has gone: what is left in the buffer must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     if type(error).__name__ == "Abort":
-        return _INTERRUPTED
+        return INTERRUPTED
+    if out.failure is not None:
+        return 3
     if os.environ.get("GRAFTC_DEBUG") == "1":
         traceback.print_exception(error)
     coded = _coded(error)
@@ -36,10 +42,68 @@ def show_failure(error: Exception, *, as_json: bool) -> int:
     if as_json:
         from graftc.runtime.cli.results.base import ErrorResult
 
-        print_json(ErrorResult.model_validate({"error": coded.to_json()}))
+        with contextlib.suppress(OSError):  # which `finish` tells
+            print_json(ErrorResult.model_validate({"error": coded.to_json()}))
     else:
         print_coded(coded, "red")
     return coded.exit_code
+
+
+class Watched:
+    """A standard output that remembers why it could not be written. All else is as in the stream behind it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """As the stream's."""
+        return self._watched(lambda: self.stream.write(text))
+
+    def flush(self) -> None:
+        """As the stream's."""
+        self._watched(self.stream.flush)
+
+    def _watched(self, act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def finish(out: Watched, status: int) -> int:
+    """The exit status, after the output is out; 141 where nobody reads it, 3 where it cannot be written (GC064)."""
+    with contextlib.suppress(OSError):
+        out.flush()
+    failure = out.failure
+    if failure is not None:
+        _silence(out.stream)
+        if failure.errno == errno.EPIPE:
+            return _NO_READER
+        from graftc.runtime.cli.output import print_coded
+
+        reason = (failure.strerror or str(failure)).lower()
+        hint = "free some space, or send the output elsewhere"
+        coded = GraftError("GC064", f"the standard output cannot be written: {reason}", hint=hint)
+        print_coded(coded, "red")
+        status = coded.exit_code
+    try:
+        sys.stderr.flush()
+    except OSError:  # there is nobody left to tell
+        _silence(sys.stderr)
+    return status
+
+
+def _silence(stream: TextIO) -> None:
+    """What is left in the buffer must not fail again at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _coded(error: Exception) -> GraftError:

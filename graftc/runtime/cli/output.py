@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from graftc.specs.diagnostics import GraftWarning
+from graftc.specs.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,17 +36,16 @@ _PIPED_WIDTH = 120
 
 def console(file: TextIO | None = None) -> Console:
     """A console on the standard output (or ``file``): colours on a terminal only, 120 columns where it is none."""
-    from rich.console import Console
+    from graftc.runtime.cli.plain import PlainConsole
 
     stream = sys.stdout if file is None else file
     # Rich keeps bold face without colours; whoever sets NO_COLOR wants no escape codes at all.
     system: Literal["auto"] | None = None if without_colours() else "auto"
-    found = Console(file=stream, highlight=False, color_system=system)
+    found = PlainConsole(file=stream, highlight=False, color_system=system)
     if not found.is_terminal:
         # Rich would take 80 columns, which folds tables that nobody looks at through a window.
-        columns = os.environ.get("COLUMNS", "")
-        width = int(columns) if columns.isdigit() else _PIPED_WIDTH
-        found = Console(file=stream, highlight=False, color_system=system, width=width)
+        width = int(os.environ.get("COLUMNS", _PIPED_WIDTH))
+        found = PlainConsole(file=stream, highlight=False, color_system=system, width=width)
     return found
 
 
@@ -62,7 +62,13 @@ def error_console() -> Console:
 def print_json(result: Result | Mapping[str, Any]) -> None:
     """Print JSON on the standard output, one key a line. What JSON cannot hold is a bug, not null."""
     data = result if isinstance(result, Mapping) else result.to_json()
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(data, indent=2, allow_nan=False)
+    # What JSON leaves as it is may still steer a terminal.
+    sys.stdout.write(printable(text, r"\u{:04x}") + "\n")
     sys.stdout.flush()
 
 
@@ -98,7 +104,7 @@ def print_table(
             no_wrap=name in whole and longest <= to.width // 2,
         )
     for line in lines:
-        table.add_row(*(Text(cell) for cell in line))
+        table.add_row(*(Text(printable(cell)) for cell in line))
     to.print(table)
 
 
@@ -107,7 +113,7 @@ def print_lines(to: Console, lines: Iterable[str], style: Callable[[str], str]) 
     from rich.text import Text
 
     for line in lines:
-        to.print(Text(line, style(line)), soft_wrap=True)
+        to.print(Text(printable(line), style(line)), soft_wrap=True)
 
 
 def number(value: float) -> str:
@@ -170,4 +176,5 @@ def print_coded(message: object, style: str, prefix: str = "") -> None:
     text = Text(f"{prefix}{message}")
     head = str(text).find(":")
     text.stylize(f"bold {style}", 0, head + 1 if head > 0 else 0)
-    error_console().print(text, soft_wrap=True)
+    with contextlib.suppress(OSError):  # there is nobody left to tell
+        error_console().print(text, soft_wrap=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from graftc.specs.base_model import Items
+from graftc.specs.text import encodable
 
 __all__ = [
     "AdaptationData",
@@ -43,6 +44,11 @@ class Result(BaseModel):
         allow_inf_nan=False,
         populate_by_name=True,
     )
+
+    @classmethod
+    def model_validate(cls, obj: Any, **kwargs: Any) -> Self:
+        """As pydantic's; names of files that are no UTF-8 are written out."""
+        return super().model_validate(encodable(obj), **kwargs)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, in the order of the fields."""
