@@ -67,25 +67,28 @@ def is_of_one_shape(composition: CompositionSpec | None) -> bool:
 def units(spec: Spec, resolved: Sequence[Resolved]) -> list[Unit]:
     """The adaptations in the order in which they are inserted, those of a composition together."""
     by_name = {item.name: item for item in resolved}
+    places = {
+        name: place for place in enumerate(spec.compose) if not isinstance(place[1], Stack) for name in place[1].members
+    }
     found: dict[str, Unit] = {}
     for index, adaptation in enumerate(spec.adapt):
-        composition = spec.composition_of(str(adaptation.name))
-        if composition is None:
-            found[str(adaptation.name)] = Unit(None, (by_name[str(adaptation.name)],), index)
-        elif composition.name not in found:
-            members = tuple(by_name[name] for name in composition.members)
-            found[str(composition.name)] = Unit(composition, members, spec.compose.index(composition))
+        name = str(adaptation.name)
+        if name not in places:
+            found[name] = Unit(None, (by_name[name],), index)
+            continue
+        at, composition = places[name]
+        if composition.name not in found:
+            found[str(composition.name)] = Unit(composition, tuple(by_name[n] for n in composition.members), at)
     return [found[name] for name in _order(spec, list(found))]
 
 
 def _order(spec: Spec, names: Sequence[str]) -> list[str]:
     """The order of the document, in which each stack stands where its first member does."""
-    stacks = [c for c in spec.compose if isinstance(c, Stack)]
-    order: list[str] = []
+    stacks = {name: c for c in reversed(spec.compose) if isinstance(c, Stack) for name in c.members}
+    order: dict[str, None] = {}
     for name in names:
-        stack = next((s for s in stacks if name in s.members), None)
-        order += [n for n in (stack.members if stack is not None else [name]) if n not in order]
-    return order
+        order |= dict.fromkeys(stacks[name].members if name in stacks else [name])
+    return list(order)
 
 
 def check_units(spec: Spec, found: Sequence[Unit]) -> None:

@@ -154,26 +154,26 @@ class Resolver:
 
     def _conflicts(self, spec: Spec, found: Sequence[Resolved]) -> None:
         """Rows of one weight belong to one adaptation, or to several that name exactly the same rows."""
-        owners: dict[tuple[str, str], list[tuple[Rows, str]]] = defaultdict(list)
+        owners: dict[tuple[str, str], dict[Rows, list[str]]] = defaultdict(dict)
         for index, resolved in enumerate(found):
             for site, _ in resolved.places:
                 if not isinstance(site, LinearSite):
                     continue
                 held = owners[site.key.module, site.key.name]
-                for rows, name in held:
-                    same = rows == site.rows and name != resolved.name
+                for rows, names in held.items():  # as many as there are parts of a weight, not as adaptations
+                    same = rows == site.rows and names[-1] != resolved.name
                     if rows.overlaps(site.rows) and not same:
                         raise spec.locate(
                             GraftError(
                                 "GC021",
                                 f"{resolved.name!r} adapts {_rows(site.rows)} of {site.key.module}, "
-                                f"{name!r} adapts {_rows(rows)} of it",
+                                f"{names[0]!r} adapts {_rows(rows)} of it",
                                 place=Place(path=f"adapt[{index}].target"),
                                 hint="adaptations stack on exactly the same rows; leave one of them out, or name "
                                 "the same rows in both",
                             )
                         )
-                held.append((site.rows, resolved.name))
+                held.setdefault(site.rows, []).append(resolved.name)
 
     def _warn(self, spec: Spec, found: Sequence[Resolved]) -> None:
         for index, resolved in enumerate(found):
