@@ -205,7 +205,8 @@ def test_gemma_3_with_images_is_refused_and_without_them_is_not() -> None:
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = Gemma3TextConfig(vocab_size=300, num_key_value_heads=1, head_dim=8, sliding_window=16, **small)
     vision = SiglipVisionConfig(image_size=28, patch_size=7, **small)
-    config = Gemma3Config(text.to_dict(), vision.to_dict(), mm_tokens_per_image=4, image_token_index=299)
+    both = {"text_config": text.to_dict(), "vision_config": vision.to_dict()}
+    config = Gemma3Config(**both, mm_tokens_per_image=4, image_token_index=299)
     model = Gemma3ForConditionalGeneration(config).eval()
     ids = torch.randint(0, 290, (2, 12))
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
