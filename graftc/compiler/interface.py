@@ -22,6 +22,9 @@ ExampleInputs = Mapping[str, Any] | Sequence[Any]
 """Inputs by name, or in the order of ``forward``'s parameters."""
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _CACHES = ("cache", "past_key_values")
+COUNT = "num_items_in_batch"
+"""How many labels a loss is the mean over, where a batch is computed in several calls. It differs from step to step, so
+that a number is made a tensor: as a flag, each value would have a graph of its own."""
 
 
 def parameters(model: nn.Module) -> tuple[str, ...]:
@@ -123,6 +126,8 @@ class Interface:
                 close = nearest(name, sorted(self._accepted))
                 hint = f"did you mean {close[0]!r}?" if close else None
                 raise GraftError("GC031", f"{self.model} takes no input {name!r}", hint=hint)
+            if name == COUNT and isinstance(value, int | float) and not isinstance(value, bool):
+                value = torch.tensor(value)
             if isinstance(value, Tensor):
                 present[name] = value
             elif value is None or isinstance(value, bool | int | float | str):

@@ -16,6 +16,7 @@ from graftc.compiler.copies import untied
 from graftc.compiler.defaults import default_signatures
 from graftc.compiler.family import Family, compile_family
 from graftc.compiler.interface import Flags
+from graftc.compiler.plain import require_plain
 from graftc.compiler.resolve import TRAIN
 from graftc.compiler.signature import (
     Axis,
@@ -314,6 +315,7 @@ def compile_model(
     Raises:
         GraftError: with a code for whatever is wrong with the spec, the model or their fit.
     """
+    require_plain(model)
     source = model
     try:
         if spec.untie:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.interface import Flags, Interface, parameters
+from graftc.compiler.interface import COUNT, Flags, Interface, parameters
 from graftc.passes.core.program import InputSpec
 from graftc.passes.core.shapes import DTYPE_NAMES
 from graftc.specs.diagnostics import GraftError
@@ -186,6 +186,8 @@ def _axes(name: str, value: Tensor, sizes: dict[str, int], pairs: bool) -> tuple
         sizes[sequences[0]] = value.shape[1]
     if labels and value.is_floating_point():
         sequences = ()
+    if name == COUNT:
+        return tuple(value.shape)
     axes: list[int | str] = []
     for index, size in enumerate(value.shape):
         wanted = (BATCH,) if index == 0 else sequences

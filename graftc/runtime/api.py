@@ -12,6 +12,7 @@ from graftc.compiler.cache import captured
 from graftc.compiler.fresh import check_fresh
 from graftc.compiler.interface import ExampleInputs, Flags, Interface
 from graftc.compiler.pipeline import compile_model, first_capture
+from graftc.compiler.plain import require_plain
 from graftc.compiler.report import Report, report
 from graftc.compiler.signature import Axis, request
 from graftc.compiler.structure import Structure, find_structure
@@ -108,6 +109,7 @@ def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cach
 
 
 def _request(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[list[Axis] | None, Flags]:
+    require_plain(model)
     if example_inputs is None:
         return None, ()
     if isinstance(example_inputs, Mapping):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.compose import ACTIVE
-from graftc.compiler.interface import dtype_of
+from graftc.compiler.interface import COUNT, dtype_of
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import TRAIN
@@ -58,7 +58,7 @@ def _batched(compilation: Compilation, present: Mapping[str, Any]) -> list[str]:
     known = {spec.name: spec.shape[:1] == (BATCH,) for spec in compilation.main.base.inputs}
     sure = [n for n, v in present.items() if known.get(n) and isinstance(v, Tensor)]
     rows = present[sure[0]].shape[0] if sure else None
-    alike = [n for n, v in present.items() if n not in known and isinstance(v, Tensor) and v.dim()]
+    alike = [n for n, v in present.items() if n not in known and n != COUNT and isinstance(v, Tensor) and v.dim()]
     return sure + [name for name in alike if present[name].shape[0] == rows]
 
 
@@ -76,6 +76,8 @@ def _repeated(
     count = len(composition.members)
     rows, device = _rows(compilation, present)
     batched = set(_batched(compilation, present))
+    if COUNT in present:  # the loss stays the mean over all rows
+        present = {**present, COUNT: present[COUNT] * count}
     many = {n: v.repeat(count, *(1,) * (v.dim() - 1)) if n in batched else v for n, v in present.items()}
     return {**many, name: torch.arange(count, device=device).repeat_interleave(rows)}
 

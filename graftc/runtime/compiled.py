@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, NoReturn, ParamSpec, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from graftc.passes.core.store import OWN, Store
 from graftc.runtime.checkpointing import Checkpointed
 from graftc.runtime.choosing import Choosing, with_choices
 from graftc.runtime.combine import Combining
+from graftc.runtime.ecosystem import Ecosystem, refuse_pickling
 from graftc.runtime.inspection import Inspected
 from graftc.runtime.selecting import Selecting
 from graftc.specs.compose import Parallel
@@ -94,6 +95,16 @@ class ModelRoot(Root):
         vars(copied).update(copy.deepcopy(vars(self), memo))
         copied._graftc.copied()
         return copied
+
+    def __copy__(self) -> Self:
+        """A second handle on the same tensors and graphs."""
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __getstate__(self) -> NoReturn:
+        """Neither `pickle` nor `torch.save` takes a model: GC074 says what keeps one."""
+        refuse_pickling(self)
 
 
 class ModelRunner(Runner):
@@ -263,10 +274,9 @@ class ModelRunner(Runner):
         return self
 
 
-class CompiledRunner(Inspected, Checkpointed, Choosing, Combining, Selecting, ModelRunner):
+class CompiledRunner(Ecosystem, Inspected, Checkpointed, Choosing, Combining, Selecting, ModelRunner):
     """All that a `Compiled` does."""
 
-    accepts_loss_kwargs = False
     _keys_to_ignore_on_save = None
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
@@ -341,7 +351,8 @@ class CompiledRunner(Inspected, Checkpointed, Choosing, Combining, Selecting, Mo
             budget: largest allowed absolute difference of outputs; by default the spec's, or a bound by dtype.
 
         Raises:
-            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget.
+            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC073 for a budget
+                that is no number.
         """
         from graftc.runtime.merged import merge
 
@@ -368,8 +379,15 @@ class CompiledRunner(Inspected, Checkpointed, Choosing, Combining, Selecting, Mo
         self._pause()
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside, the model computes what its base computes."""
+    def disabled(self, *names: Any) -> Iterator[None]:
+        """Inside, the model computes what its base computes.
+
+        Raises:
+            GraftError: GC073 where names of adaptations are given: all are left out.
+        """
+        if names:
+            hint = "leave out the names; compiled.activate(name) and fix(name) choose from a bank"
+            raise GraftError("GC073", f"disabled() leaves out every adaptation, not {names[0]!r} only", hint=hint)
         self._base_only = True
         try:
             yield
@@ -438,7 +456,9 @@ def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compi
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__doc__ = type(model).forward.__doc__
-    return type("Compiled", (Compiled,), {"forward": forward, "__module__": __name__})
+    # Trainers look for "QuestionAnswering" and the like in the name of a class.
+    name = f"Compiled{type(model).__name__}"
+    return type(name, (Compiled,), {"forward": forward, "__module__": __name__})
 
 
 def make_compiled(compilation: Compilation) -> Compiled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,8 +164,13 @@ def fold(compiled: Compiled | CompiledRunner, budget: float | None = None, *, ev
         every: all adaptations have to fold.
 
     Raises:
-        GraftError: GC050 on the meta device; with ``every``, GC050 or GC022 naming what does not fold.
+        GraftError: GC050 on the meta device; with ``every``, GC050 or GC022 naming what does not fold; GC073 for a
+            budget that is no number.
     """
+    given: Any = budget
+    if given is not None and (isinstance(given, bool) or not isinstance(given, Real)):
+        hint = "merge() folds every adaptation, merge_partially() those that fold"
+        raise GraftError("GC073", f"a budget is a number, not {given!r}", hint=hint)
     runner: CompiledRunner = runner_of(compiled)
     compilation = runner.compilation
     if runner.device.type == "meta":

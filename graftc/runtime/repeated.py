@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from graftc.compiler.interface import COUNT
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.steering import Steerings
 from graftc.passes.core.program import Program
@@ -75,6 +76,7 @@ class Repeated:
         counted = _counted(present.get(LABELS), shape.shift)
         terms = [objective.value(found[: objective.passes], counted) for objective in objectives.values()]
         term = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+        term = term * _share(present, shape.shift)
         loss = first[shape.loss] if shape.loss is not None else None
         if isinstance(loss, Tensor) and loss.dim() == 0:
             assert shape.loss is not None
@@ -118,6 +120,16 @@ def _counted(labels: Any, shift: int) -> Tensor | None:
         return None
     counted = labels != IGNORED
     return functional.pad(counted[:, shift:], (0, shift)) if shift else counted
+
+
+def _share(present: Mapping[str, Any], shift: int) -> Tensor | float:
+    """Which part of the step's labels this call has: where several calls make a step, their losses are added up."""
+    items, labels = present.get(COUNT), present.get("shift_labels", present.get(LABELS))
+    if not isinstance(items, Tensor) or not isinstance(labels, Tensor):
+        return 1.0
+    if shift and "shift_labels" not in present:
+        labels = labels[..., shift:]
+    return (labels != IGNORED).sum() / items.to(labels.device).sum()
 
 
 _ALIKE = frozenset(

@@ -249,6 +249,17 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC071", _FAILED, "a plugin is not a method",
      "An entry point of `graftc.methods` cannot be imported, or its modules lack a spec class, claims or method.",
      "Repair or uninstall the package that the message names."),
+    ("GC072", _SPEC, "a compiled model does not do that",
+     "Models of other libraries have such a method or option, and a model of captured graphs has not.",
+     "Do it in the way that the message names."),
+    ("GC073", _SPEC, "the argument is of another kind",
+     "What was given is nothing that this function takes: the name of a model instead of the model, a compiled model "
+     "instead of its base, a config of peft instead of a spec, names where all adaptations are meant.",
+     "Give what the message names."),
+    ("GC074", _SPEC, "a model cannot be pickled",
+     "Its graphs are code, which would run wherever the file is read.",
+     "Use `model.save(path)` for all of it, `torch.save(compiled.state_dict(), path)` for what trains, and "
+     "`copy.deepcopy(model)` for a copy."),
 
     # Artifacts.
     ("GC080", _FAILED, "there is no artifact",

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from graftc.specs.base_model import SpecModel
 from graftc.specs.diagnostics import GraftError, Place, nearest
 from graftc.specs.document import Spec
+from graftc.specs.foreign import refuse_foreign
 from graftc.specs.limits import check_limits
 from graftc.specs.source import FILE, Source, beyond, core_resolvers, read_json, read_toml, read_yaml
 from graftc.specs.text import quoted
@@ -30,10 +31,12 @@ def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str]) -> Spec:
 
     Raises:
         GraftError: GC006 where there is no such file, GC001 where it cannot be read, GC002 to GC012 where it
-            is wrong; with file, line and column, and the corrected line where one can be guessed.
+            is wrong; with file, line and column, and the corrected line where one can be guessed; GC073 for a config
+            of peft.
     """
     if isinstance(source, Spec):
         return source
+    refuse_foreign(source)
     if isinstance(source, Mapping):
         return Spec.model_validate(dict(source))
     if isinstance(source, str) and "\n" in source:
@@ -62,6 +65,7 @@ def parse_spec(text: str, *, format: Format = "yaml", file: str | None = None) -
 
 
 def _validated(data: dict[str, Any], source: Source) -> Spec:
+    refuse_foreign(data, Place(source.file))
     try:
         check_limits(data)
         # The validator itself, not model_validate: the places are to be located, which takes the raw finding.

@@ -193,6 +193,18 @@ def an_input_that_has_folded(patch: pytest.MonkeyPatch) -> None:
     compiled().merge().export("model.onnx", inputs=["lora"])
 
 
+def a_method_of_peft(patch: pytest.MonkeyPatch) -> None:
+    getattr(compiled(), "merge_and_unload")()  # noqa: B009
+
+
+def a_name_for_a_model(patch: pytest.MonkeyPatch) -> None:
+    graftc.compile({"adapt": [LORA]}, "org/model")  # type: ignore[arg-type]
+
+
+def pickling(patch: pytest.MonkeyPatch) -> None:
+    torch.save(compiled(), "model.pt")
+
+
 CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC006": a_missing_spec,
     "GC018": a_gap_of_tokens,
@@ -211,6 +223,9 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC065": an_input_that_has_folded,
     "GC070": a_tag_that_is_taken,
     "GC071": a_broken_plugin,
+    "GC072": a_method_of_peft,
+    "GC073": a_name_for_a_model,
+    "GC074": pickling,
     "GC080": no_artifact,
     "GC081": a_newer_format,
     "GC082": a_file_cut_short,

@@ -7,9 +7,13 @@ Runner, which is no module, so that no name of a source model's child can come b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from graftc.passes.core.codegen import Function, function_of
@@ -18,17 +22,43 @@ from graftc.passes.core.store import OWN, Container, Store, Tree
 from graftc.passes.outline import outline
 
 
+@dataclass(frozen=True)
+class Recompute:
+    """How a Block recomputes its activations in the backward pass.
+
+    Attributes:
+        options: keywords of `torch.utils.checkpoint.checkpoint`, beside ``use_reentrant``, which is False.
+        offload: hold what is kept for recomputing in the host's memory.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    offload: bool = False
+
+    def __call__(self, function: Function, *inputs: Any) -> Any:
+        """Run a function, keeping its inputs only."""
+        with self._kept_elsewhere(inputs):
+            return checkpoint(function, *inputs, use_reentrant=False, **self.options)
+
+    def _kept_elsewhere(self, inputs: tuple[Any, ...]) -> Any:
+        devices = {tensor.device.type for tensor in inputs if isinstance(tensor, Tensor)} - {"cpu"}
+        if not self.offload or not devices:
+            return nullcontext()
+        return save_on_cpu(pin_memory=True, device_type=devices.pop())
+
+
 class LayerCode:
     """What a Block runs.
 
     Attributes:
         functions: the code of its part of each Program, by key.
         checkpointing: recompute activations in the backward pass instead of keeping them.
+        recompute: how.
     """
 
     def __init__(self) -> None:
         self.functions: dict[str, Function] = {}
         self.checkpointing = False
+        self.recompute = Recompute()
 
 
 class Block(Container):
@@ -45,7 +75,7 @@ class Block(Container):
         code = self._graftc
         function = code.functions[key]
         if code.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(function, self, *inputs, use_reentrant=False)
+            return code.recompute(function, self, *inputs)
         return function(self, *inputs)
 
 

@@ -1,0 +1,50 @@
+"""What can be adapted: a plain model, and nothing that an adaptation is in already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from graftc.passes.core.blocks import Root
+from graftc.specs.diagnostics import GraftError
+
+_PLAIN = "it has the adaptation in its weights"
+
+
+def require_plain(model: Any) -> None:
+    """Refuse what is no model, and a model that holds adaptations of graftc or peft.
+
+    Raises:
+        GraftError: GC073 for what is no module, or holds a compiled or merged one; GC032 for layers of peft.
+    """
+    if not isinstance(model, nn.Module):
+        raise _no_module(model)
+    for path, module in model.named_modules():
+        where = f"{type(model).__name__} holds {{}} at {path!r}" if path else "{} is no base"
+        if isinstance(module, Root):
+            what = f"a {type(module).__name__}"
+            hint = (
+                "name both adaptations in one spec, and compile the model that this one was made from; or compile "
+                f"compiled.merge().to_transformers(): {_PLAIN}"
+            )
+            raise GraftError("GC073", where.format(what), hint=hint)
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+            what = f"{type(module).__name__} of peft"
+            hint = (
+                f"compile what merge_and_unload() gives: {_PLAIN}; or a model that was loaded anew. Virtual tokens do "
+                "not merge: train them here, by prefix or prompt"
+            )
+            raise GraftError("GC032", where.format(what), hint=hint)
+
+
+def _no_module(model: Any) -> GraftError:
+    if isinstance(model, type):
+        return GraftError(
+            "GC073", f"the model is a class, {model.__name__}, not a module", hint="make an instance of it"
+        )
+    if isinstance(model, str):
+        hint = f"load it first, as AutoModel.from_pretrained({model!r}); on the command line, --model takes names"
+        return GraftError("GC073", f"the model is the name {model!r}, not a module", hint=hint)
+    hint = "give an nn.Module, as from_pretrained of transformers returns one"
+    return GraftError("GC073", f"the model is a {type(model).__name__}, not a module", hint=hint)

@@ -1,0 +1,93 @@
+"""Activation checkpointing, as the transformers Trainer turns it on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import graftc
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import perturb, tiny
+
+SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "dropout": 0.3, "target": {"role": "attn.q"}}]}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Any:
+    compiled = graftc.compile(SPEC, tiny("gpt2")).train()
+    perturb(compiled)
+    return compiled
+
+
+def gradients(compiled: Any) -> list[torch.Tensor]:
+    ids = torch.arange(5, 19).reshape(2, 7)
+    torch.manual_seed(3)
+    compiled.zero_grad()
+    compiled(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.square().mean().backward()
+    return [p.grad.clone() for p in compiled.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+@pytest.mark.parametrize("options", [None, {"use_reentrant": False, "preserve_rng_state": True, "early_stop": False}])
+@pytest.mark.parametrize(("every", "offload", "expected"), [(1, False, [1, 1]), (2, True, [1, 0]), (5, False, [1, 0])])
+def test_gradients_are_the_same_to_the_bit(
+    compiled: Any, name: str, options: Any, every: int, offload: bool, expected: list[int]
+) -> None:
+    before = gradients(compiled)
+    enable, disable = getattr(compiled, f"{name}_enable"), getattr(compiled, f"{name}_disable")
+    enable(**{f"{name}_kwargs": options}, every_n_layers=every, offload=offload)
+    assert [block.checkpointing for block in compiled.blocks.values()] == list(map(bool, expected))
+    assert compiled.is_activation_checkpointing and compiled.is_gradient_checkpointing
+    after = gradients(compiled)
+    disable()
+    assert not compiled.is_activation_checkpointing and not any(b.checkpointing for b in compiled.blocks.values())
+    assert before and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_layers_are_computed_again(compiled: Any) -> None:
+    """What is kept for the backward pass is less, and layers that are left out keep theirs."""
+    sizes = []
+    for every in (None, 1, 2):
+        if every is not None:
+            compiled.activation_checkpointing_enable(every_n_layers=every)
+        kept = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            compiled(input_ids=torch.arange(5, 19).reshape(2, 7), attention_mask=torch.ones(2, 7).long())
+        sizes.append(kept)
+    compiled.activation_checkpointing_disable()
+    assert sizes[1] < sizes[2] < sizes[0]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {"activation_checkpointing_kwargs": {"use_reentrent": False}},
+        {"activation_checkpointing_kwargs": {"every": 2}},
+        {"every_n_layers": 0},
+        {"every_n_layers": True},
+        {"every_n_layers": 1.5},
+        {"every_n_layers": "2"},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused_by_code(compiled: Any, call: dict[str, Any]) -> None:
+    with pytest.raises(GraftError) as caught:
+        compiled.activation_checkpointing_enable(**call)
+    assert caught.value.code == "GC072" and caught.value.hint
+    assert not compiled.is_activation_checkpointing
+
+
+def test_a_model_without_layers(compiled: Any) -> None:
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "0"}}]}
+    flat = graftc.compile(spec, torch.nn.Sequential(torch.nn.Linear(4, 4)), (torch.ones(2, 4),))
+    with pytest.raises(GraftError, match="GC034"):
+        flat.activation_checkpointing_enable(None, 1, False)

@@ -1,0 +1,193 @@
+"""What other libraries ask a compiled model for, and the coded errors for what it has another way to do."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.runtime.ecosystem import ELSEWHERE
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import tiny
+
+SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}]}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny("gpt2")
+
+
+@pytest.fixture(scope="module")
+def compiled(model: Any) -> Any:
+    return graftc.compile(SPEC, model)
+
+
+def code_of(run: Callable[[], object]) -> str:
+    with pytest.raises(GraftError) as caught:
+        run()
+    assert caught.value.hint, "an error says what to do"
+    return caught.value.code
+
+
+class Own(nn.Module):
+    """A model with its own way to take a loss's keywords."""
+
+    def __init__(self, says: bool | None = None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        if says is not None:
+            self.accepts_loss_kwargs = says
+
+    def forward(self, states: Tensor, **kwargs: Any) -> Tensor:
+        return self.linear(states)
+
+
+class Closed(Own):
+    def forward(self, states: Tensor, shift: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return self.linear(states)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [(Own, True), (lambda: Own(False), False), (Closed, False), (lambda: Closed(True), True)],
+    ids=["any keyword", "any, but says no", "no keyword", "none, but says yes"],
+)
+def test_keywords_of_the_loss_are_taken_as_the_source_takes_them(make: Any, expected: bool) -> None:
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "linear"}}]}
+    assert graftc.compile(spec, make(), (torch.ones(2, 4),)).accepts_loss_kwargs is expected
+
+
+def test_what_a_source_says_of_itself_is_copied(model: Any, compiled: Any) -> None:
+    assert compiled.accepts_loss_kwargs
+    assert compiled.loss_type == model.loss_type and compiled.base_model_prefix == model.base_model_prefix
+    assert compiled.name_or_path == model.name_or_path
+    assert compiled.generation_config is not model.generation_config
+    assert compiled.generation_config.to_dict() == model.generation_config.to_dict()
+    assert not compiled.can_generate() and not hasattr(compiled, "hf_device_map")
+    assert "GPT2LMHeadModel" in type(compiled).__name__, "the Trainer looks for words in the name of a class"
+
+
+def test_counts_are_those_of_transformers_and_peft(
+    model: Any, compiled: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    added = sum(t.numel() for t in compiled.adapter_state_dict().values())
+    for embeddings in (False, True):
+        whole = model.num_parameters(exclude_embeddings=embeddings)
+        assert compiled.num_parameters(exclude_embeddings=embeddings) == whole + added
+    assert compiled.num_parameters(only_trainable=True) == added
+    compiled.print_trainable_parameters()
+    assert f"trainable params: {added:,d} || all params: {model.num_parameters() + added:,d}" in capsys.readouterr().out
+    assert compiled.floating_point_ops({"input_ids": torch.ones(2, 3)}) == 36 * compiled.num_parameters(
+        exclude_embeddings=True
+    )
+
+
+def test_embeddings_and_tags(compiled: Any) -> None:
+    assert compiled.get_input_embeddings() is compiled.get_submodule("transformer.wte")
+    assert compiled.get_output_embeddings() is compiled.get_submodule("lm_head")
+    compiled.add_model_tags("one")
+    compiled.add_model_tags(["two", "one"])
+    assert compiled.model_tags == ["one", "two"]
+    compiled.enable_input_require_grads()
+
+
+@pytest.mark.parametrize("name", sorted(ELSEWHERE))
+def test_a_method_that_is_done_otherwise_says_how(compiled: Any, name: str) -> None:
+    assert not hasattr(compiled, name)
+    assert code_of(lambda: getattr(compiled, name)(1)) == "GC072"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        *(lambda model, protocol=protocol: pickle.dumps(model, protocol) for protocol in range(6)),
+        lambda model: torch.save(model, io.BytesIO()),
+        lambda model: torch.save({"model": nn.Sequential(model)}, io.BytesIO()),
+    ],
+)
+def test_a_model_is_not_pickled(compiled: Any, write: Callable[[Any], object]) -> None:
+    assert code_of(lambda: write(compiled)) == "GC074"
+
+
+def test_copies_are_made_all_the_same(compiled: Any) -> None:
+    merged = compiled.merge()
+    assert code_of(lambda: pickle.dumps(merged)) == "GC074"
+    assert copy.copy(compiled).adapter_state_dict().keys() == compiled.adapter_state_dict().keys()
+    assert copy.deepcopy(merged).folded_state_dict().keys() == merged.folded_state_dict().keys()
+
+
+@pytest.mark.parametrize("entry", [graftc.compile, graftc.check, lambda spec, model: graftc.roles(model)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda compiled: "some/id",
+        lambda compiled: nn.Linear,
+        lambda compiled: None,
+        lambda compiled: compiled.state_dict(),
+        lambda compiled: compiled,
+        lambda compiled: nn.Sequential(nn.Identity(), compiled),
+        lambda compiled: compiled.merge(),
+    ],
+    ids=["name", "class", "None", "tensors", "compiled", "a part is compiled", "merged"],
+)
+def test_what_is_no_plain_model_is_no_base(compiled: Any, make: Any, entry: Any) -> None:
+    assert code_of(lambda: entry(SPEC, make(compiled))) == "GC073"
+
+
+def test_a_base_with_layers_of_peft_is_refused_when_it_is_compiled(model: Any) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    prompt = peft.get_peft_model(
+        copy.deepcopy(model), peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    )
+    for base in (adapted, adapted.base_model, adapted.base_model.model, prompt):
+        with pytest.raises(GraftError, match="of peft") as caught:
+            graftc.compile(SPEC, base)
+        assert caught.value.code == "GC032" and "merge_and_unload" in str(caught.value)
+    with pytest.raises(GraftError, match="c_attn'"):
+        graftc.check(SPEC, adapted.get_base_model())
+    graftc.check(SPEC, adapted.merge_and_unload())
+
+
+def test_a_config_of_peft_is_no_spec(model: Any, tmp_path: Any) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}', encoding="utf-8")
+    plain: Mapping[str, Any] = config.to_dict()
+    for spec in (config, plain, {"default": config}, peft.PrefixTuningConfig(), tmp_path / "adapter_config.json"):
+        assert code_of(lambda spec=spec: graftc.compile(spec, model)) == "GC073"  # type: ignore[misc]
+    with pytest.raises(GraftError, match=r'"method": "lora", "rank": 4.*"\*\*\.q_proj"'):
+        graftc.compile(config, model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("names", [["x"], "x", True, {"x": 1}])
+def test_names_of_adaptations_are_no_budget(compiled: Any, names: Any) -> None:
+    for fold in (compiled.merge, compiled.merge_partially):
+        assert code_of(lambda fold=fold: fold(names)) == "GC073"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("names", [("x",), (["x"],), ("lora", "x")])
+def test_disabling_takes_no_names(compiled: Any, names: Any) -> None:
+    assert code_of(lambda: compiled.disabled(*names).__enter__()) == "GC073"
+
+
+@pytest.mark.parametrize("count", [3, 11, torch.tensor(5), torch.tensor(5.0), torch.tensor([5]), 2.5])
+def test_the_number_of_items_is_no_constant_of_a_graph(model: Any, compiled: Any, count: Any) -> None:
+    """The mean over so many labels, as the source computes it; another number needs no other graph."""
+    ids = torch.arange(5, 19).reshape(2, 7)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with torch.no_grad(), compiled.disabled():
+        loss = compiled(**inputs, num_items_in_batch=count).loss
+        assert loss.dtype == model(**inputs, num_items_in_batch=count).loss.dtype
+        torch.testing.assert_close(loss, model(**inputs, num_items_in_batch=count).loss, atol=1e-6, rtol=0)
+        before = len(compiled.compilation.families)
+        torch.testing.assert_close(compiled(**inputs, num_items_in_batch=count * 2).loss * 2, loss, atol=1e-6, rtol=0)
+    assert len(compiled.compilation.families) == before
