@@ -55,13 +55,14 @@ def compile(
 
 
 def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
-    """A compiled model from an artifact.
+    """A compiled model from an artifact, or from a checkpoint that a trainer wrote of one.
 
     Every file is checked before anything of it is used. The spec is compiled again and must adapt the same places; the
     artifact's own graphs are taken where model, code and versions are those that they were captured with.
 
     Args:
-        path: the artifact's folder.
+        path: the artifact's folder, or that of a checkpoint: a ``model.safetensors`` with what `Compiled.state_dict`
+            gives.
         model: its base, or where that is, as the command line takes it. By default where the artifact says, or, for a
             folder that moved together with it, at the same place beside it.
         cache: keep captured graphs in the user's cache folder.

@@ -26,6 +26,7 @@ from graftc.runtime.combine import Combining
 from graftc.runtime.ecosystem import Ecosystem, refuse_pickling
 from graftc.runtime.inspection import Inspected
 from graftc.runtime.selecting import Selecting
+from graftc.runtime.state import Stateful
 from graftc.specs.compose import Parallel
 from graftc.specs.diagnostics import GraftError
 
@@ -274,7 +275,7 @@ class ModelRunner(Runner):
         return self
 
 
-class CompiledRunner(Ecosystem, Inspected, Checkpointed, Choosing, Combining, Selecting, ModelRunner):
+class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Combining, Selecting, ModelRunner):
     """All that a `Compiled` does."""
 
     _keys_to_ignore_on_save = None
@@ -422,6 +423,7 @@ class Compiled(ModelRoot):
     disabled = Published(CompiledRunner.disabled)
     adapter_state_dict = Published(CompiledRunner.adapter_state_dict)
     load_adapter_state_dict = Published(CompiledRunner.load_adapter_state_dict)
+    full_state_dict = Published(CompiledRunner.full_state_dict)
     begin = Published(CompiledRunner.begin)
     extra_loss = Published(CompiledRunner.extra_loss)
     after_step = Published(CompiledRunner.after_step)
@@ -431,6 +433,13 @@ class Compiled(ModelRoot):
     activate = Published(CompiledRunner.activate)
     train_only = Published(CompiledRunner.train_only)
     explain = Published(CompiledRunner.explain)
+
+    def get_extra_state(self) -> Tensor:
+        """See `torch.nn.Module.get_extra_state`: what the tensors of a state dict belong to, as ``uint8[bytes]``."""
+        return self._graftc.record()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to do: it has been read before the first tensor was loaded."""
 
     @property
     def report(self) -> Report:

@@ -72,7 +72,7 @@ class Ecosystem(Runner):
 
     def __init__(self, compilation: Compilation, store: Store) -> None:
         """Take over what a source model says of itself. Names of its children stay theirs."""
-        super().__init__(compilation, store)  # type: ignore[call-arg]
+        super().__init__(compilation, store)  # type: ignore[arg-type, call-arg]
         model = compilation.model
         found = {name: getattr(model, name) for name in COPIED if hasattr(model, name) and name not in model._modules}
         if not isinstance(found.get("accepts_loss_kwargs"), bool):  # as the Trainer tells it

@@ -38,11 +38,13 @@ def test_gradients_are_the_same_to_the_bit(
     before = gradients(compiled)
     enable, disable = getattr(compiled, f"{name}_enable"), getattr(compiled, f"{name}_disable")
     enable(**{f"{name}_kwargs": options}, every_n_layers=every, offload=offload)
-    assert [block.checkpointing for block in compiled.blocks.values()] == list(map(bool, expected))
+    assert [block._graftc.checkpointing for block in compiled.blocks.values()] == list(map(bool, expected))
     assert compiled.is_activation_checkpointing and compiled.is_gradient_checkpointing
     after = gradients(compiled)
     disable()
-    assert not compiled.is_activation_checkpointing and not any(b.checkpointing for b in compiled.blocks.values())
+    assert not compiled.is_activation_checkpointing and not any(
+        b._graftc.checkpointing for b in compiled.blocks.values()
+    )
     assert before and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 

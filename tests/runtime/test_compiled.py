@@ -82,13 +82,13 @@ def test_an_absent_input_is_another_signature_over_the_same_tensors() -> None:
     model = families.bert().eval()
     adapted = compiled(model).eval()
     perturb(adapted)
-    before = {name: tensor.data_ptr() for name, tensor in adapted.state_dict().items()}
+    before = {name: tensor.data_ptr() for name, tensor in adapted.full_state_dict().items()}
     ids = text()["input_ids"]
     with torch.no_grad():
         alone = adapted(input_ids=ids).logits
         masked = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     torch.testing.assert_close(alone, masked, atol=1e-6, rtol=0)
-    assert {name: tensor.data_ptr() for name, tensor in adapted.state_dict().items()} == before
+    assert {name: tensor.data_ptr() for name, tensor in adapted.full_state_dict().items()} == before
 
 
 def test_positional_inputs_and_tuples() -> None:
@@ -215,7 +215,7 @@ def test_forward_has_the_models_signature() -> None:
 
 def test_tied_weights_are_saved_once_and_loaded_again() -> None:
     adapted = compiled(families.gpt2())
-    state = adapted.state_dict()
+    state = adapted.full_state_dict()
     assert "transformer.wte.weight" in state
     assert "lm_head.weight" not in state
     adapted.load_state_dict(state)

@@ -15,6 +15,7 @@ from graftc.compiler.interface import device_of
 from graftc.compiler.pipeline import Compilation, compile_model
 from graftc.compiler.snapshot import SiteRecord, adapter_tensors, site_records
 from graftc.passes.core.printer import structural_hash
+from graftc.runtime.artifact.checkpoint import checkpoint_file, load_checkpoint
 from graftc.runtime.artifact.manifest import Signature
 from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.compiled import make_compiled
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
-    """A compiled model from an artifact, its base and its adapter tensors. See `graftc.load`."""
+    """A compiled model from an artifact, its base and its adapter tensors, or from a trainer's checkpoint. See
+    `graftc.load`."""
+    if (file := checkpoint_file(path)) is not None:
+        return load_checkpoint(file, model, cache=cache)
     artifact = open_artifact(path)
     return load_artifact(artifact, base_of(artifact, model), cache=cache)
 

@@ -1,0 +1,105 @@
+"""A trainer's checkpoint of a compiled model, as a compiled model again.
+
+Trainers write what `Compiled.state_dict` gives. The record in it says the rest; optimiser, schedule and random state
+are the trainer's.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from graftc.compiler.fingerprint import identify
+from graftc.compiler.interface import device_of
+from graftc.compiler.pipeline import compile_model
+from graftc.passes.core.store import Store
+from graftc.runtime.artifact.manifest import MANIFEST
+from graftc.runtime.artifact.record import RECORD, StateRecord, from_tensor
+from graftc.runtime.compiled import make_compiled
+from graftc.runtime.models import load_model
+from graftc.runtime.reference import find_base
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.io import parse_spec
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import Compiled
+
+WEIGHTS = "model.safetensors"
+
+
+def checkpoint_file(path: str | os.PathLike[str]) -> Path | None:
+    """The file of tensors in a checkpoint; None for an artifact, or where there is none."""
+    place = Path(path)
+    if place.is_dir() and not (place / MANIFEST).exists():
+        place = place / WEIGHTS
+    return place if place.is_file() and place.suffix == Path(WEIGHTS).suffix else None
+
+
+def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
+    """Compile the spec of a checkpoint again, with its tensors.
+
+    Args:
+        file: its tensors.
+        model: its base, or where that is; by default where the checkpoint says.
+        cache: look up and keep captured graphs in the user's cache folder.
+
+    Raises:
+        GraftError: GC080 where the file is not of a compiled model, GC081 or GC082 where it cannot be read, GC084 for
+            tensors that the spec has no place for, GC086 where the base is not there, GC087 where it is another.
+    """
+    state = _read(file)
+    record = from_tensor(state[RECORD], str(file))
+    base = find_base(record.base.place, file.parent) if model is None else model
+    base = load_model(base) if isinstance(base, str) else base
+    _check_base(file, record, base)
+    try:
+        compilation = compile_model(
+            parse_spec(record.spec, file=str(file)),
+            base,
+            record.axes,
+            flags=record.flags,
+            seed=record.seed,
+            use_cache=cache,
+            values={name: tensor for name, tensor in state.items() if Store.is_adapter(name)},
+        )
+        compilation.values = {}
+        compiled = make_compiled(compilation)
+        compiled.load_state_dict(state)
+    except RuntimeError as error:
+        raise _foreign(file, str(error).splitlines()[-1].strip()) from error
+    except GraftError as error:
+        if error.code != "GC053":
+            raise
+        raise _foreign(file, error.message) from error
+    return compiled
+
+
+def _foreign(file: Path, reason: str) -> GraftError:
+    message = f"{file} is not as it was written: {reason}"
+    return GraftError("GC084", message, hint="copy it again from where it came")
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+            if RECORD not in names:
+                message = f"{file} holds weights, and not what a compiled model's state dict has"
+                hint = "transformers loads it; a compiled model is written by compiled.save(path) or a trainer"
+                raise GraftError("GC080", message, hint=hint)
+            return {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        message = f"{file} cannot be read: {error}"
+        raise GraftError("GC082", message, hint="copy it again from where it came") from error
+
+
+def _check_base(file: Path, record: StateRecord, model: nn.Module) -> None:
+    if device_of(model).type == "meta":
+        raise GraftError("GC087", "the base is on the meta device, so that its weights cannot be told")
+    if record.base.fingerprint != identify(model).fingerprint:
+        message = f"{file} adapts another model, a {record.base.model}, than this {type(model).__name__}"
+        raise GraftError("GC087", message, hint="name the base: graftc.load(path, model=...)")

@@ -1,0 +1,155 @@
+"""What a state dict says of itself: the spec, the base and the inputs that its tensors belong to, as bytes in a tensor.
+
+Trainers write state dicts to files of their own. With the record in it, such a file is enough to make the model again.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from graftc.compiler.fingerprint import Identity
+from graftc.compiler.pipeline import Compilation
+from graftc.compiler.signature import Axis
+from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES
+from graftc.runtime.artifact.manifest import Digest, Flag, Input, Record
+from graftc.runtime.reference import Kind, Reference
+from graftc.specs.diagnostics import GraftError
+from graftc.specs.io import dump_spec
+
+RECORD = "_extra_state"
+"""Name of the record in a state dict: that of a module's extra state, which torch gives it."""
+MOST = 16 * 2**20
+"""Bytes of the largest record that is read."""
+
+
+class BaseRecord(Record):
+    """The model that was adapted."""
+
+    kind: Kind | None
+    """What `reference` is; null where the model came from Python."""
+
+    reference: str | None
+    """A folder, a hub id, or `package.module:callable`."""
+
+    revision: str | None
+    """Commit of the hub's repository."""
+
+    model: str
+    """Its class."""
+
+    fingerprint: Digest
+    """Of its config and all tensors."""
+
+    weights: Digest | None
+    """Of its tensors; null where they had no values."""
+
+    @property
+    def place(self) -> Reference:
+        """Where it was."""
+        return Reference(self.kind, self.reference, self.revision)
+
+
+class StateRecord(Record):
+    """What the tensors of a state dict belong to."""
+
+    artifact: Literal["graftc.state"]
+    """What this is."""
+
+    schema_version: Annotated[int, Field(ge=1, le=1)]
+    """Version of this format."""
+
+    spec: str
+    """The spec, as YAML."""
+
+    seed: int
+    """What initial values were drawn from."""
+
+    base: BaseRecord
+    """The model that was adapted."""
+
+    inputs: tuple[Input, ...]
+    """The tensors of the call that was captured first."""
+
+    flags: tuple[tuple[str, Flag], ...]
+    """Other keyword arguments of it."""
+
+    @property
+    def axes(self) -> list[Axis]:
+        """The inputs that graphs are asked for."""
+        return [Axis(i.name, DTYPES[i.dtype], i.axes) for i in self.inputs]
+
+
+def record_of(compilation: Compilation, identity: Identity, *, values: bool) -> StateRecord:
+    """The record of a Compilation.
+
+    Args:
+        compilation: whose.
+        identity: of its base.
+        values: whether the base has any.
+    """
+    reference = Reference.of(compilation.source)
+    main = compilation.main
+    return StateRecord(
+        artifact="graftc.state",
+        schema_version=1,
+        spec=dump_spec(compilation.spec),
+        seed=compilation.seed,
+        base=BaseRecord(
+            kind=reference.kind,
+            reference=reference.text,
+            revision=reference.revision,
+            model=type(compilation.source).__name__,
+            fingerprint=identity.fingerprint,
+            weights=weights_of(identity) if values else None,
+        ),
+        inputs=tuple(Input(name=a.name, dtype=DTYPE_NAMES[a.dtype], axes=a.axes) for a in main.axes),
+        flags=tuple(main.base.flags),
+    )
+
+
+def weights_of(identity: Identity) -> str:
+    """A digest of a base's tensors, whatever its config says."""
+    return Identity("", identity.tensors, identity.full).fingerprint
+
+
+def as_tensor(record: StateRecord) -> Tensor:
+    """The record as ``uint8[bytes]``."""
+    return torch.frombuffer(bytearray(record.model_dump_json().encode()), dtype=torch.uint8)
+
+
+def from_tensor(tensor: Tensor, where: str) -> StateRecord:
+    """Read a record back. ``where`` is named in errors.
+
+    Raises:
+        GraftError: GC081 for a newer format, GC082 for what is no record.
+    """
+    try:
+        if tensor.numel() > MOST:
+            raise ValueError("it is too large")
+        text = bytes(tensor.detach().to("cpu", torch.uint8).reshape(-1).numpy())
+        record = StateRecord.model_validate_json(text)
+        if unknown := [i.dtype for i in record.inputs if i.dtype not in DTYPES]:
+            raise ValueError(f"no element type is called {unknown[0]!r}")
+        return record
+    except (ValueError, RuntimeError) as error:
+        if _version(error, tensor) > 1:
+            message = f"{where} is of a newer format than this release reads"
+            raise GraftError("GC081", message, hint="update graftc") from None
+        reason = str(error).splitlines()[0]
+        message = f"the record in {where} is damaged: {reason}"
+        raise GraftError("GC082", message, hint="copy the file again from where it came") from error
+
+
+def _version(error: Exception, tensor: Tensor) -> int:
+    if not isinstance(error, ValidationError):
+        return 0
+    try:
+        found = json.loads(bytes(tensor.detach().to("cpu", torch.uint8).reshape(-1).numpy()))["schema_version"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0
+    return found if isinstance(found, int) else 0

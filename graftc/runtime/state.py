@@ -1,0 +1,152 @@
+"""State dicts: what trains, steers or is updated, and not the base, which is never written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.fingerprint import Identity, identify
+from graftc.compiler.pipeline import Compilation
+from graftc.compiler.snapshot import adapter_tensors
+from graftc.passes.core.blocks import Root, Runner
+from graftc.runtime.artifact.record import RECORD, as_tensor, from_tensor, record_of, weights_of
+from graftc.specs.diagnostics import GraftError
+
+_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
+
+
+class Stateful(Runner):
+    """The part of `Compiled` that has a state dict."""
+
+    _compilation: Compilation
+    _loading: str = ""
+    _identified: tuple[Any, Identity] | None = None
+
+    def adopt(self, module: Root) -> None:
+        """See `Runner.adopt`."""
+        super().adopt(module)
+        module.register_state_dict_post_hook(_without_base)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_pre_hook(_check_base)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_post_hook(_miss_no_base)  # type: ignore[no-untyped-call]
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Every tensor, the base's too, by its name and detached; tied ones once, by the name that owns them."""
+        kept = dict(adapter_tensors(self._store))
+        base = {name: tensor for name, tensor in self._store.base() if name not in kept and self._persists(name)}
+        return {name: tensor.detach() for name, tensor in (base | kept).items()}
+
+    def record(self) -> Tensor:
+        """What the tensors of a state dict belong to: spec, base and inputs, as ``uint8[bytes]``."""
+        values = self._store_device().type != "meta"
+        return as_tensor(record_of(self._compilation, self._identity(), values=values))
+
+    def _identity(self) -> Identity:
+        """Of the source model; asked for anew where one of its tensors has been written."""
+        source = self._compilation.source
+        version = [(id(tensor), tensor._version) for tensor in [*source.parameters(), *source.buffers()]]
+        if self._identified is None or self._identified[0] != version:
+            self._identified = version, identify(source)
+        return self._identified[1]
+
+    def _persists(self, name: str) -> bool:
+        path, _, last = name.rpartition(".")
+        return last not in self._store.owner(path)._non_persistent_buffers_set
+
+    def _kept(self) -> set[str]:
+        """Names in a state dict."""
+        trained = (name for name, parameter in self.module.named_parameters() if parameter.requires_grad)
+        return {_plain(name) for name in [*(name for name, _ in adapter_tensors(self._store)), *trained]}
+
+    def _stone(self, kept: set[str]) -> str | None:
+        """The base tensor in whose place a state dict has an empty one, so that whoever takes it for the state of a
+        plain model is told: no loader passes over another size."""
+        inner = f"{getattr(self, 'base_model_prefix', '')}."
+        names = [name for name, t in self._store.base() if isinstance(t, nn.Parameter) and t.numel()]
+        names = [name for name in names if _plain(name) not in kept]
+        return next((name for name in names if name.startswith(inner)), names[0] if names else None)
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without the modules that others have wrapped around its owners."""
+    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
+
+
+def _of(module: Root) -> Stateful:
+    runner = module._graftc
+    assert isinstance(runner, Stateful)
+    return runner
+
+
+def _without_base(module: Root, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    runner = _of(module)
+    kept = runner._kept()
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = _plain(key.removeprefix(prefix))
+        if name not in kept and name != RECORD:
+            del state[key]
+    stone = runner._stone(kept)
+    if stone is not None:
+        state[prefix + stone] = torch.empty(0)
+
+
+def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Hold what a state dict says of the base against the base here, and take it out: it is never written.
+
+    Raises:
+        GraftError: GC087 for another base, GC053 for tensors that graphs were made by and that differ.
+    """
+    runner = _of(module)
+    runner._loading = prefix
+    kept, store = runner._kept(), runner._store
+    _check_record(runner, state.get(prefix + RECORD))
+    own = {_plain(name): tensor for name, tensor in store.tensors()}
+    other: list[str] = []
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = _plain(key.removeprefix(prefix))
+        if name in own and name not in kept and runner._persists(name):
+            given = state.pop(key)
+            if given.numel() and not _same(own[name], given):
+                other.append(name)
+    if other:
+        message = f"the state dict is of another base: {', '.join(other[:5])}"
+        hint = "compile its own base; load_adapter_state_dict() takes adapter tensors for this one"
+        raise GraftError("GC087", message, hint=hint, details=[f"{len(other)} tensors differ"])
+    settled = {name: state[prefix + name] for name in store.settled if prefix + name in state}
+    wrong = sorted(name for name, given in settled.items() if not _same(store.get(name), given))
+    if wrong:
+        message = f"the graphs were made by other numbers: {', '.join(wrong[:5])}"
+        raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors are from")
+
+
+def _check_record(runner: Stateful, state: Any) -> None:
+    if not isinstance(state, Tensor) or runner._store_device().type == "meta":
+        return
+    record = from_tensor(state, "the state dict")
+    if record.base.weights not in (None, weights_of(runner._identity())):
+        message = f"the state dict is of another base, a {record.base.model} with other weights"
+        hint = "compile its own base; load_adapter_state_dict() takes its adapter tensors for this one"
+        raise GraftError("GC087", message, hint=hint)
+
+
+def _same(own: Tensor, given: Any) -> bool:
+    if not isinstance(given, Tensor) or own.shape != given.shape:
+        return False
+    mine, theirs = _local(own), _local(given)
+    if mine.device.type == "meta" or theirs.device.type == "meta":
+        return False
+    return torch.equal(mine, theirs.to(mine.device, mine.dtype))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is on this machine."""
+    to_local = getattr(tensor.detach(), "to_local", None)
+    return tensor.detach() if to_local is None else to_local()
+
+
+def _miss_no_base(module: Root, found: Any) -> None:
+    """Base tensors are missing in no state dict."""
+    prefix, kept = _of(module)._loading, _of(module)._kept()
+    missing: list[str] = found.missing_keys
+    missing[:] = [key for key in missing if not key.startswith(prefix) or _plain(key.removeprefix(prefix)) in kept]
