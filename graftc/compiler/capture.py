@@ -30,6 +30,7 @@ from graftc.compiler.ranges import InputSizes, fixed_notes
 from graftc.compiler.signature import Axis, described, tie_sizes
 from graftc.passes.canonicalise import canonicalise
 from graftc.passes.core.program import HistoryEntry, InputSpec, Mode, OutputSpec, Program
+from graftc.passes.core.updates import updates
 from graftc.specs.diagnostics import GraftError
 
 _REPEAT = re.compile(r"@\d+")
@@ -283,6 +284,7 @@ def _program(
     started = time.perf_counter()
     canonicalise(program)
     seconds = time.perf_counter() - started
+    program.updates = updates(graph)
     program.history.append(HistoryEntry("canonicalise", 0, before - len(graph.nodes), seconds))
     return Capture(program, _constants(program, exported, names))
 

@@ -135,8 +135,8 @@ def compile_family(
     train.program.history = list(clock.entries)
     captures, source_eval = list(train.captures), to_eval(base)
     eval_base = record_baseline(source_eval if train.base is base else to_eval(train.base))
-    if any(_draws(node) for node in eval_base.graph.nodes):
-        # Random depth and the like leave more behind than dropout: what eval mode computes has to be looked at.
+    if any(_draws(node) for node in eval_base.graph.nodes) or eval_base.updates:
+        # Random depth and moving averages leave more behind than dropout: what eval mode computes has to be looked at.
         direct = _capture(compilation, axes, flags, "eval")
         own = _adapted(compilation, direct, _Clock(), train, controls)
         captures += own.captures
@@ -184,6 +184,8 @@ def _capture(compilation: Compilation, axes: Sequence[Axis], flags: Flags, mode:
     compilation.notes += [note for note in found.notes if note not in compilation.notes]
     for name, value in found.constants.items():
         store.add_constant(name, value)
+    for name in sorted(found.program.updates):
+        store.own(name, compilation.values.get(name))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,18 +78,21 @@ def _type(tensor: TensorIdentity) -> str:
     return f"{tensor.dtype}[{', '.join(map(str, tensor.shape))}]"
 
 
-def identify(model: nn.Module, *, full: bool = False) -> Identity:
+def identify(model: nn.Module, *, full: bool = False, updated: Collection[str] = ()) -> Identity:
     """The identity of a base.
 
     Args:
         model: the source model.
         full: digest every value instead of `SAMPLES` of each tensor.
+        updated: tensors that graphs write to, whose values say nothing of which base it is.
     """
     tensors = {
         name: TensorIdentity(
             DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)),
             tuple(tensor.shape),
-            tensor_digest(tensor, full=full),
+            tensor_digest(tensor[:0] if tensor.dim() else tensor.new_empty(0), full=full)
+            if name in updated
+            else tensor_digest(tensor, full=full),
             isinstance(tensor, nn.Parameter),
         )
         for name, tensor in Store.mirror(model).base()

@@ -23,7 +23,7 @@ from graftc.passes.core.program import Program, provenance
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.shapes import Sizes
 from graftc.passes.core.sites import linear_use
-from graftc.passes.core.store import Store
+from graftc.passes.core.store import RESERVED, Store
 from graftc.passes.core.uses import Lookup
 
 aten = torch.ops.aten
@@ -145,9 +145,9 @@ def _entry(name: str, method: str, sites: int, program: Program, store: Store) -
 
 
 def owner_of(fqn: str) -> str:
-    """The adaptation that a tensor belongs to."""
+    """The adaptation that a tensor belongs to; empty for one of the base."""
     segments = fqn.split(".")
-    return segments[segments.index("graftc") + 1]
+    return segments[segments.index(RESERVED) + 1] if RESERVED in segments else ""
 
 
 def flops_per_token(program: Program, nodes: Iterable[fx.Node]) -> float:

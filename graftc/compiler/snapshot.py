@@ -138,17 +138,20 @@ def snapshot(compilation: Compilation) -> Snapshot:
         tuple(TrainedRecord(owner, base, own.rows.runs, name) for owner, _, base, own, name in compilation.overlays),
         {name: TensorRecord.of(t) for name, t in store.base() if name not in store.constants},
         dict(store.aliases),
-        {name: TensorRecord.of(t) for name, t in adapter_tensors(store)},
+        {name: TensorRecord.of(t) for name, t in adapter_tensors(store) if name not in store.updated},
         family.program,
     )
 
 
 def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:
-    """What graftc added and has to be kept: parameters, frozen ones too, and persistent buffers."""
+    """What has to be kept beside the base: what graftc added, parameters, frozen ones too, and persistent buffers; and
+    the base's tensors that graphs update."""
     for name, tensor in store.adapters():
         path, _, last = name.rpartition(".")
         if isinstance(tensor, nn.Parameter) or last not in store.owner(path)._non_persistent_buffers_set:
             yield name, tensor
+    for name in store.updated:
+        yield name, store.get(name)
 
 
 def site_records(compilation: Compilation) -> Iterator[SiteRecord]:

@@ -45,7 +45,7 @@ def lengthen(
         GraftError: GC019 where what comes behind the layers reads more than their results.
     """
     made = _Composer(tokens, body, streams, ends).program()
-    return replace(made, inputs=_narrowed(tokens, streams, limits))
+    return replace(made, inputs=_narrowed(tokens, streams, limits), updates=tokens.updates | body.updates)
 
 
 class _Composer:

@@ -12,6 +12,7 @@ import graftc.passes.core.ops  # noqa: F401, registers the operators
 from graftc.passes.canonicalise import remove_dead
 from graftc.passes.core.program import Program, follow, provenance
 from graftc.passes.core.routing import is_pick
+from graftc.passes.core.updates import updates
 
 aten = torch.ops.aten
 
@@ -37,6 +38,7 @@ def to_eval(program: Program, *, keep: Collection[object] = ()) -> Program:
     edits = (replace(e, before=follow(e.before, erased), after=follow(e.after, erased)) for e in result.edits)
     result.edits = [edit for edit in edits if edit.before is not edit.after]
     remove_dead(result)
+    result.updates = updates(result.graph)
     return result
 
 

@@ -243,7 +243,7 @@ def _values(
     terms: dict[str, list[Tensor]] = {}
     for fqn, tensor in adapter_tensors(compilation.store):
         owner = owner_of(fqn)
-        own = _renamed(fqn, name)
+        own = _renamed(fqn, name) if owner else fqn
         if owner == bank.name:
             found |= {} if fqn.endswith(f".{ACTIVE}") else {own: tensor}
         elif owner in factors:

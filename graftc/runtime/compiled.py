@@ -20,6 +20,7 @@ from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.blocks import Root, Runner
 from graftc.passes.core.program import Mode, Program
 from graftc.passes.core.store import OWN, Store
+from graftc.passes.core.updates import as_source
 from graftc.runtime.checkpointing import Checkpointed
 from graftc.runtime.choosing import Choosing, with_choices
 from graftc.runtime.combine import Combining
@@ -401,7 +402,9 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
         return ("base " if self._base_only else "") + super()._key(family, mode)
 
     def _program_of(self, family: Family, mode: Mode) -> Program:
-        return family.source(mode) if self._base_only else family.program(mode)
+        if self._base_only:
+            return as_source(family.source(mode), self._store.updated)
+        return family.program(mode)
 
 
 class Compiled(ModelRoot):

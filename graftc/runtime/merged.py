@@ -187,7 +187,8 @@ def _folded_store(store: Store, fold: Foldable, additions: tuple[str, ...]) -> S
     folded, lazy = Store(), fold.lazy
     changed = set(lazy.names)
     for name, tensor in store.base():
-        _add(folded, store, name, lazy.folded(name) if name in changed else tensor.detach())
+        value = tensor.detach().clone() if name in store.updated else tensor.detach()
+        _add(folded, store, name, lazy.folded(name) if name in changed else value)
     for name, tensor in store.adapters():
         if owner_of(name) in fold.kept:
             _add(folded, store, name, tensor.detach())
@@ -234,7 +235,7 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, found: Foldable, bu
         structure=structural_hash(_without(program, additions), compilation.store.canonical),
         base_structure=structural_hash(family.base_eval, compilation.store.canonical),
         additions=additions,
-        fingerprint=identify(compilation.source).fingerprint,
+        fingerprint=identify(compilation.source, updated=compilation.store.updated).fingerprint,
         dtype=str(compiled.dtype).removeprefix("torch."),
         collapses=collapse_evidence(compilation),
     )

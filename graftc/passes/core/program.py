@@ -184,6 +184,9 @@ class Program:
     virtual: tuple[VirtualTokens, ...] = ()
     """Virtual tokens that stand in its sequences."""
 
+    updates: frozenset[str] = frozenset()
+    """Tensors that it may write to, as it was captured: buffers of the base, in train mode."""
+
     @property
     def signature(self) -> tuple[str, ...]:
         """Names of the inputs, in the model's order."""

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.program import HistoryEntry, InputSpec, OutputSpec, Program
 from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES, FakeContext, SymbolNames
+from graftc.passes.core.updates import updates
 
 SCHEMA = 3
 _NAMESPACES = frozenset({"aten", "graftc", "prims", "transformers"})
@@ -97,6 +98,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "flags": [list(flag) for flag in program.flags],
         "inputs": inputs,
         "outputs": _encode_output(program.outputs),
+        "updates": sorted(program.updates),
         "history": [[entry.step, entry.added, entry.removed] for entry in program.history],
         "types": table,
         "nodes": nodes,
@@ -139,7 +141,10 @@ def _program(data: Mapping[str, Any], device: torch.device) -> Program:
     inputs = tuple(_decode_input(entry) for entry in data["inputs"])
     outputs, flags = _decode_output(data["outputs"]), tuple((str(name), value) for name, value in data["flags"])
     history = [HistoryEntry(str(step), int(added), int(removed), 0.0) for step, added, removed in data["history"]]
-    return Program(graph, inputs, outputs, mode=data["mode"], entry=data["entry"], flags=flags, history=history)
+    written = frozenset(map(_path, data["updates"])) if "updates" in data else updates(graph)
+    return Program(
+        graph, inputs, outputs, mode=data["mode"], entry=data["entry"], flags=flags, history=history, updates=written
+    )
 
 
 def _decode_input(data: Mapping[str, Any]) -> InputSpec:

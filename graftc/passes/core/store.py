@@ -8,7 +8,7 @@ root, ``graftc.<adaptation>.<part>``, when several sites share them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from graftc.specs.diagnostics import GraftError
 
 RESERVED = "graftc"
 """Path segment under which every tensor that graftc added lives."""
+
+SOURCE = "_source"
+"""Under which of these the values are that base tensors have in the source model where graphs write to them."""
 
 OWN = "_graftc"
 """The one attribute of a module in the tree that is graftc's own."""
@@ -92,6 +95,7 @@ class Store:
         aliases: tied names, each to the name that owns the tensor.
         constants: names of tensors that graphs mention beside the source model's own.
         settled: names of kept buffers that graphs were made by, so that other values do not fit.
+        updated: names of base tensors that graphs write to, each to the name of what it is in the source model.
     """
 
     def __init__(self, root: nn.Module | None = None) -> None:
@@ -99,6 +103,7 @@ class Store:
         self.aliases: dict[str, str] = {}
         self.constants: set[str] = set()
         self.settled: set[str] = set()
+        self.updated: dict[str, str] = {}
 
     @classmethod
     def mirror(cls, model: nn.Module) -> Store:
@@ -222,6 +227,28 @@ class Store:
         if fqn not in self:
             self.add_buffer(fqn, tensor, persistent=False)
             self.constants.add(fqn)
+
+    def own(self, name: str, value: torch.Tensor | None = None) -> None:
+        """Make a base tensor one's own that graphs write to, so that the source model's never changes. The source
+        model's is still there, under a name of graftc's.
+
+        Args:
+            name: of a tensor, under any of its names; one that is owned already is passed over.
+            value: what it has instead of the source model's value.
+        """
+        name = self.canonical(name)
+        if name in self.updated or name in self.constants:
+            return
+        source = self.get(name)
+        own = (source if value is None else value.to(source)).detach().clone()
+        path, _, last = name.rpartition(".")
+        self.updated[name] = f"{path}.{RESERVED}.{SOURCE}.{last}".lstrip(".")
+        _register(self.container(self.updated[name].rpartition(".")[0]), last, source.detach(), persistent=False)
+        made = nn.Parameter(own, requires_grad=False) if isinstance(source, nn.Parameter) else own
+        for alias in (name, *self.tied(name)):
+            owner = self.owner(alias.rpartition(".")[0])
+            table: dict[str, Any] = owner._parameters if isinstance(source, nn.Parameter) else owner._buffers
+            table[alias.rpartition(".")[2]] = made
 
     def alias(self, name: str, owner: str) -> None:
         """Give the tensor called ``owner`` another name."""

@@ -67,6 +67,11 @@ class Artifact:
         return Identity(base.config, tensors, base.full)
 
     @property
+    def updated(self) -> frozenset[str]:
+        """The base's tensors that graphs write to, so that the artifact has values of its own for them."""
+        return frozenset(self.manifest.base.tensors.keys() & self.manifest.adapters.keys())
+
+    @property
     def snapshot(self) -> Snapshot:
         """Places, tensors and Programs as data; no base is needed."""
         manifest = self.manifest
@@ -77,7 +82,11 @@ class Artifact:
             tuple(TrainedRecord(t.owner, t.base, t.rows, t.tensor) for t in manifest.trained),
             {name: TensorRecord(t.dtype, t.shape, parameter=t.parameter) for name, t in manifest.base.tensors.items()},
             manifest.base.aliases,
-            {name: TensorRecord(t.dtype, t.shape, t.trainable) for name, t in manifest.adapters.items()},
+            {
+                name: TensorRecord(t.dtype, t.shape, t.trainable)
+                for name, t in manifest.adapters.items()
+                if name not in self.updated
+            },
             lambda mode, base: self.program(mode, base=base),
         )
 

@@ -109,7 +109,7 @@ def _write(
 ) -> Manifest:
     compilation = compiled.compilation
     source = compilation.source
-    identity = identify(source, full=full)
+    identity = identify(source, full=full, updated=compilation.store.updated)
     reference = Reference("inside", BUNDLED) if bundled else Reference.of(source, base)
     signatures, graphs = entries.signatures(compiled)
     adapters, constants = dict(adapter_tensors(compilation.store)), entries.constants(compiled)

@@ -56,7 +56,8 @@ def compile(
         step("certifying")
         certificate, kept = certificate_of(compiled) if certify else (None, {})
         if to is None:
-            fingerprint = identify(loaded, full=full).fingerprint
+            updated = compiled.compilation.store.updated
+            fingerprint = identify(loaded, full=full, updated=updated).fingerprint
         else:
             step("writing")
             written = save(compiled, to, force=force, base=model, certificate=certificate, kept=kept, full=full)

@@ -35,7 +35,7 @@ def require_known(runner: ModelRunner | ModelRoot, names: Iterable[str]) -> None
     from graftc.runtime.compiled import runner_of
 
     runner = runner_of(runner)
-    tensors = adapter_tensors(runner._store)
+    tensors = [found for found in adapter_tensors(runner._store) if owner_of(found[0])]
     known = list(dict.fromkeys([*runner._compilation.spec.owners, *(owner_of(name) for name, _ in tensors)]))
     for name in names:
         if name not in known:
@@ -60,7 +60,7 @@ def tensors_of(runner: ModelRunner, program: Program, names: Sequence[str]) -> d
         return found
     require_known(runner, names)
     read = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
-    kept = {name: tensor for name, tensor in adapter_tensors(runner._store) if name in read}
+    kept = {name: tensor for name, tensor in adapter_tensors(runner._store) if name in read and owner_of(name)}
     for name in names:
         own = {fqn: kept[fqn].detach() for fqn in sorted(kept) if owner_of(fqn) == name}
         if not own:
