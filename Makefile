@@ -7,6 +7,7 @@ EXTRAS := dev,demo,docs,train,export
 OUT    ?= demo-out
 QUICK  ?=
 JOBS   ?= 2
+FUZZ   ?= 10000
 ARGS   ?=
 
 # Two test processes with one thread each: more threads on two cores only get in each other's way.
@@ -15,7 +16,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast test-full gates test-gpu lint format wheel coverage bench-train bench-adapters bench-inputs bench-sparse docs clean
+.PHONY: help setup demo test test-fast test-full gates fuzz test-gpu lint format wheel coverage bench-train bench-adapters bench-inputs bench-sparse docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,7 +55,10 @@ test-full: lint wheel ## every test that needs no GPU, the full product of metho
 	$(PYTEST) -m "not gate and not gpu" $(ARGS)
 
 gates: setup ## the long checks in tests/gates: fuzzing at full counts, real models beside peers (tens of minutes)
-	$(TEST_ENV) $(BIN)/python -m pytest -q -m gate tests/gates $(ARGS)
+	$(TEST_ENV) GRAFTC_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q -m gate tests/gates $(ARGS)
+
+fuzz: setup ## random specs and changed artifacts, FUZZ of them (10,000 by default; some minutes)
+	$(TEST_ENV) GRAFTC_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/gates -k fuzz $(ARGS)
 
 test-gpu: setup ## the tests in tests/gpu (says so where there is no CUDA device)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
