@@ -6,7 +6,7 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+import zlib
 
 import pytest
 import torch
@@ -30,23 +30,22 @@ gc.set_threshold(50_000, 20, 5)
 QUICK_FAMILIES = frozenset({"bert", "gpt2"})
 """What runs once for each family is quick on these, and on its first family where it has none of them."""
 
-VARIANT_FAMILIES = QUICK_FAMILIES | {"t5", "mixtral"}
-"""Where the contract of another setting of a method runs in ``make test``; ``make test-full`` has the other families.
-Such a class says ``variant = True``."""
+VARIANT_FAMILIES = 2
+"""On how many families the contract of another setting of a method, a class with ``variant = True``, runs in
+``make test``. Which ones its name decides, so that all classes together meet them all; ``make test-full`` has the
+others."""
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Mark the other families of tests with a ``family`` as slow, some of them as full, before ``-m`` chooses."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark before ``-m`` chooses, and put together what shares a model: a capture then happens in one process only."""
     families: dict[str, dict[str, list[pytest.Item]]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             family = item.callspec.params.get("family")
-            if getattr(item.cls, "variant", False) and family not in VARIANT_FAMILIES:
-                item.add_marker(pytest.mark.full)
-            if _once(item) and family != item.cls.families[0]:
-                item.add_marker(pytest.mark.full)
             if isinstance(family, str):
+                if item.cls is not None and not _in_make_test(item, family):
+                    item.add_marker(pytest.mark.full)
                 families.setdefault(item.nodeid.partition("[")[0], {}).setdefault(family, []).append(item)
     for found in families.values():
         quick = QUICK_FAMILIES & found.keys() or {next(iter(found))}
@@ -54,15 +53,54 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
             if family not in quick:
                 for item in tests:
                     item.add_marker(pytest.mark.slow)
+    _group(items)
 
 
-def _once(item: pytest.Function) -> bool:
-    """Whether ``make test`` has one family of it: exports and ``torch.compile``, which take seconds, of classes that
-    do not say ``every_family = True``."""
+def _in_make_test(item: pytest.Function, family: str) -> bool:
+    """Whether a test of a contract is among those of ``make test`` on this family.
+
+    Exports and ``torch.compile``, which take seconds, run on a class's first family, on each one where it says
+    ``every_family = True``. Inductor has what says ``inductor = True``: one class for each mechanism. A folded export
+    is the base's graph with other weights (`MethodContract.test_fold`), so the classes that export every family have
+    it, and those that say ``folded = True``.
+    """
     from graftc.testing import DeploymentContract
 
-    of = item.cls
-    return of is not None and issubclass(of, DeploymentContract) and not getattr(of, "every_family", False)
+    of, test = item.cls, item.originalname
+    assert of is not None
+    if getattr(of, "variant", False) and family not in _families_of_variant(of):
+        return False
+    if not issubclass(of, DeploymentContract):
+        return True
+    every = getattr(of, "every_family", False)
+    first = family == of.families[0]
+    if test == "test_inductor":
+        return first and getattr(of, "inductor", False)
+    if test == "test_onnx_folded":
+        return every or (first and getattr(of, "folded", False))
+    return every or first
+
+
+def _families_of_variant(of: type) -> set[str]:
+    found = list(getattr(of, "families", ()))
+    start = zlib.crc32(of.__name__.encode())
+    step = max(1, len(found) // VARIANT_FAMILIES)
+    return {found[(start + index * step) % len(found)] for index in range(min(VARIANT_FAMILIES, len(found)))}
+
+
+def _group(items: list[pytest.Item]) -> None:
+    """Within a class, or the functions of a file, bring tests of one family together, in the order of first sight."""
+    order: dict[tuple[object, object], int] = {}
+    places: dict[str, int] = {}
+
+    def key(item: pytest.Item) -> tuple[int, int]:
+        parent = item.parent.nodeid if item.parent is not None else ""
+        place = places.setdefault(parent, len(places))
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        of = next((parameters[name] for name in ("family", "name") if isinstance(parameters.get(name), str)), None)
+        return place, order.setdefault((parent, of), len(order))
+
+    items.sort(key=key)
 
 
 def pytest_collection_finish() -> None:

@@ -81,7 +81,11 @@ GPT2_MEDIUM = Count(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [LLAMA_7B, ROBERTA_LARGE, GPT2_MEDIUM], ids=lambda c: c.config)
+@pytest.mark.parametrize(
+    "count",
+    [LLAMA_7B, *(pytest.param(c, marks=pytest.mark.full) for c in (ROBERTA_LARGE, GPT2_MEDIUM))],
+    ids=lambda c: c.config,
+)
 def test_count(count: Count) -> None:
     spec = {"adapt": [{"method": "lora", "target": {"role": count.roles}, "rank": count.rank}]}
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -55,12 +55,9 @@ class Contract:
         """``model``, which is of ``family``, adapted as ``adaptation`` says."""
         return graftc.compile({**self.spec, "adapt": [dict(self.adaptation)]}, model, seed=seed)
 
-    def perturbed(self, family: str, model: nn.Module) -> Compiled:
-        """``model`` adapted, in eval mode, every trainable tensor perturbed."""
-        compiled = self.compiled(family, model)
+    def perturb(self, family: str, compiled: Compiled) -> None:
+        """Stand in for training: noise on every trainable tensor. Override it where training does more."""
         perturb(compiled, self.perturbation)
-        compiled.eval()
-        return compiled
 
     def shared(self, family: str, *, perturbed: bool = False) -> tuple[nn.Module, Compiled]:
         """A model of ``family`` and the same adapted, made once for all tests of the class that only read them."""
@@ -68,19 +65,23 @@ class Contract:
         return made.model, made.compiled
 
     def _made(self, family: str, kind: str) -> _Made:
-        """What the tests of a class share: models ``plain`` and ``perturbed``, and a ``second`` one, for who trains it.
-        What another class shared is let go."""
+        """What the tests of a class share: models ``plain`` and ``perturbed``, in eval mode, and one of another seed,
+        ``other``, for who trains it or writes to it. What another class shared is let go."""
         key = (type(self), family, kind)
         if key not in _SHARED:
-            for other in [other for other in _SHARED if other[0] is not type(self)]:
-                del _SHARED[other]
+            for old in [old for old in _SHARED if old[0] is not type(self)]:
+                del _SHARED[old]
             model = self.model(family)
             if kind == "perturbed":
                 model.train()  # a mode that compiling and everything later has to leave alone
             reference = copy.deepcopy(model)
             addresses = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-            compiled = (self.perturbed if kind == "perturbed" else self.compiled)(family, model)
-            _SHARED[key] = _Made(model, compiled, reference, addresses)
+            compiled = self.compiled(family, model, seed=1 if kind == "other" else 0)
+            start = {name: tensor.detach().clone() for name, tensor in compiled.adapter_state_dict().items()}
+            if kind == "perturbed":
+                self.perturb(family, compiled)
+                compiled.eval()
+            _SHARED[key] = _Made(model, compiled, reference, addresses, start)
         return _SHARED[key]
 
     @property
@@ -96,12 +97,14 @@ class _Made:
     Attributes:
         reference: a copy of the model from before it was compiled.
         addresses: where the model's tensors were then.
+        start: the adapter's tensors as compiling made them.
     """
 
     model: nn.Module
     compiled: Compiled
     reference: nn.Module
     addresses: Mapping[str, int]
+    start: Mapping[str, Tensor]
 
 
 _SHARED: dict[tuple[type[Contract], str, str], _Made] = {}
@@ -137,17 +140,14 @@ class MethodContract(Contract):
             assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
 
     def test_initial_values_depend_on_the_seed_only(self, family: str) -> None:
-        """Compiling twice gives the same tensors."""
-        _, compiled = self.shared(family)
-        second = self._made(family, "second").compiled.adapter_state_dict()
-        first = compiled.adapter_state_dict()
+        """Compiling twice gives the same tensors, from a source model in another mode too."""
+        first, second = (self._made(family, kind).start for kind in ("plain", "perturbed"))
         assert list(first) == list(second)
         assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_only_own_tensors_train(self, family: str) -> None:
         """Three AdamW steps: base storage stays bit-identical, every tensor that is not inert gets a gradient."""
-        made = self._made(family, "second")
-        _SHARED.pop((type(self), family, "second"))
+        made = self._made(family, "other")
         model, compiled = made.model, made.compiled
         frozen = {n: t.clone() for n, t in compiled.named_parameters() if not t.requires_grad}
         trainable = {n: t for n, t in compiled.named_parameters() if t.requires_grad}
@@ -223,14 +223,15 @@ class MethodContract(Contract):
             assert hashes == {structural_hash(compiled.program("eval", base=True), canonical)}
 
     def test_state_dict_round_trip(self, family: str, tmp_path: Path) -> None:
-        """Adapter tensors written to a file and read into a new model give the same outputs to the bit."""
+        """Adapter tensors written to a file and read into a model of another seed give the same outputs to the bit."""
         from safetensors.torch import load_file, save_file
 
         _, compiled = self.shared(family, perturbed=True)
         tensors = compiled.adapter_state_dict()
         assert tensors and all(Store.is_adapter(name) for name in tensors)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "adapters.safetensors")
-        other = self.compiled(family, self.model(family), seed=1)
+        other = self._made(family, "other").compiled
+        del _SHARED[type(self), family, "other"]  # which has this seed's start no longer
         inputs = inputs_for(compiled)
         assert largest_difference(outputs_of(other, inputs), outputs_of(compiled, inputs)) > 0
         other.load_adapter_state_dict(load_file(tmp_path / "adapters.safetensors"))

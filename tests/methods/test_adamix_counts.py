@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
-import transformers
 
-import graftc
+from tests.depth import each_way
 from tests.test_published_counts import BERT_BASE, GPT2_MEDIUM, QV, ROBERTA_LARGE
 
 
@@ -42,13 +40,10 @@ ROWS = (
 )
 
 
-@pytest.mark.slow
+@each_way
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"row {row.number}")
-def test_a_published_row(row: Row) -> None:
-    name, config, values = row.model
-    with torch.device("meta"):
-        model = getattr(transformers, name)(getattr(transformers, config)(**values))
-    report = graftc.check({"adapt": [row.entry]}, model)
+def test_a_published_row(row: Row, count: Any) -> None:
+    report = count([row.entry], row.model)
     assert (report.deployed_parameters, report.trainable_parameters) == (row.deployed, row.trained)
     if row.shown is not None:
         digits = len(row.shown.rstrip("M").partition(".")[2])

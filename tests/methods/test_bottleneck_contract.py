@@ -1,4 +1,8 @@
-"""Bottleneck adapters: the contract, for every named method and for other wirings of the mechanism."""
+"""Bottleneck adapters: the contract, for every named method and for other wirings of the mechanism.
+
+A named method makes the very graph of ``bottleneck`` with its wiring (`test_bottleneck_presets.py`), so ``make test``
+has `bottleneck` on every family, and each named method on one.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ class TestHoulsby(MethodContract):
     families = ("bert",)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 class TestHoulsbyEverywhere(TestHoulsby):
     """The same with three sublayers, experts, parallel branches, norms before and norms behind."""
 
@@ -54,25 +58,39 @@ class TestPfeiffer(MethodContract):
     families = ("bert",)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 class TestPfeifferEverywhere(TestPfeiffer):
     """The same where no norm follows, or another branch is added in between."""
 
     families = OTHERS
 
 
-@pytest.mark.slow
 class TestBapnaFirat(MethodContract):
     """Behind every layer, with a norm of its own."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "bapna_firat", "bottleneck": 5}
+    families = ("bert",)
 
 
-@pytest.mark.slow
+@pytest.mark.full
+class TestBapnaFiratEverywhere(TestBapnaFirat):
+    """The same on the other families."""
+
+    families = OTHERS
+
+
 class TestAdapterL(MethodContract):
     """The same from another start."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "adapter_l", "bottleneck": 5}
+    families = ("bert",)
+
+
+@pytest.mark.full
+class TestAdapterLEverywhere(TestAdapterL):
+    """The same on the other families."""
+
+    families = OTHERS
 
 
 class TestHeParallel(MethodContract):
@@ -82,7 +100,7 @@ class TestHeParallel(MethodContract):
     families = ("gpt2",)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 class TestHeParallelEverywhere(TestHeParallel):
     """The same on the other families."""
 
@@ -102,11 +120,18 @@ class TestHeParallelOfAttention(MethodContract):
     }
 
 
-@pytest.mark.slow
 class TestHeSequential(MethodContract):
     """On the branches of both."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "he_sequential", "target": BOTH, "bottleneck": 6, "dropout": 0.1}
+    families = ("bert",)
+
+
+@pytest.mark.full
+class TestHeSequentialEverywhere(TestHeSequential):
+    """The same on the other families."""
+
+    families = OTHERS
 
 
 class TestLLMAdapters(MethodContract):
@@ -120,7 +145,7 @@ class TestLLMAdapters(MethodContract):
     families = ("gpt2",)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 class TestLLMAdaptersEverywhere(TestLLMAdapters):
     """The same on the other families that have feed-forward projections."""
 
@@ -160,7 +185,6 @@ class TestLLMAdaptersBesideExperts(MethodContract):
 class TestFeedForward(MethodContract):
     """The default of the mechanism: a feed-forward part's branch."""
 
-    variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "bottleneck", "reduction": 8}
 
 
@@ -233,7 +257,6 @@ class TestBehindALayer(DrawnContract):
 class TestLinearMaps(MethodContract):
     """Beside linear maps, without a word about the wiring."""
 
-    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "bottleneck",
         "target": {"role": ["attn.k", "ffn.down"]},
@@ -259,7 +282,7 @@ class TestPfeifferDeployed(DeploymentContract):
     families = ("roberta", "gpt2")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 class TestBapnaFiratDeployed(DeploymentContract):
     """Behind a norm."""
 
@@ -267,7 +290,7 @@ class TestBapnaFiratDeployed(DeploymentContract):
     families = ("bert",)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 class TestAdapterLDeployed(DeploymentContract):
     """The model of its paper."""
 
@@ -283,7 +306,7 @@ class TestHeParallelDeployed(DeploymentContract):
     families = ("mixtral",)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 class TestHeSequentialDeployed(DeploymentContract):
     """Images."""
 

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 import graftc
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
+from tests.depth import each_way
 from tests.families import tiny
 from tests.methods.places import OTHERS
 
@@ -293,12 +293,10 @@ COUNTS = {
 }
 
 
-@pytest.mark.slow
+@each_way
 @pytest.mark.parametrize("name", COUNTS)
-def test_published_counts(name: str) -> None:
+def test_published_counts(name: str, count: Any) -> None:
     """``L (2 d_kv + f)`` for an encoder or a decoder, ``L_e (2 d_kv + f) + L_d (4 d_kv + f)`` for both."""
     cls, config, values, formula, published = COUNTS[name]
-    with torch.device("meta"):
-        model = getattr(transformers, cls)(getattr(transformers, config)(**values))
-    report = graftc.check({"adapt": [{"method": "ia3"}]}, model)
+    report = count([{"method": "ia3"}], (cls, config, values))
     assert report.trainable_parameters == report.deployed_parameters == formula == published

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytest
-from torch import nn
 
 from graftc.passes.pruning_steps import kept_entries
 from graftc.runtime.compiled import Compiled
@@ -17,15 +16,15 @@ from graftc.testing.contract import Contract
 class Pruned(Contract):
     """Perturbed models are pruned to what is kept in the end."""
 
-    def perturbed(self, family: str, model: nn.Module) -> Compiled:
+    def perturb(self, family: str, compiled: Compiled) -> None:
         """Some entries are pruned of every place."""
-        compiled = super().perturbed(family, model)
+        super().perturb(family, compiled)
+        compiled.eval()
         compiled.begin(1)
         compiled.extra_loss()
         compiled.after_step()
         places = compiled._steering.controllers["pruning"].places
         assert all(0 < float(kept_entries(place).double().mean()) < 1 for place in places)
-        return compiled
 
 
 class TestMovement(Pruned, MethodContract):

@@ -14,6 +14,7 @@ import graftc
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
+from tests.depth import each_way
 from tests.families import tiny
 from tests.methods.places import OTHERS, ROLES
 
@@ -147,12 +148,9 @@ def test_no_gradient_at_zero() -> None:
         adapted(tiny("bert"), d_initial=0.0)
 
 
-@pytest.mark.slow
-def test_published_count() -> None:
+@each_way
+def test_published_count(count: Any) -> None:
     """RoBERTa-base on queries and values at rank 1024: 24 (1024 + 768) = 43,008, 0.043M in the paper's table."""
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    with torch.device("meta"):
-        model = RobertaForSequenceClassification(RobertaConfig())
-    spec = {"adapt": [{"method": "vera", "target": {"role": "attn.{q,v}"}, "rank": 1024}]}
-    assert graftc.check(spec, model).trainable_parameters == 43_008
+    entry = {"method": "vera", "target": {"role": "attn.{q,v}"}, "rank": 1024}
+    described = ("RobertaForSequenceClassification", "RobertaConfig", {})
+    assert count([entry], described).trainable_parameters == 43_008
