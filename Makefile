@@ -11,12 +11,13 @@ FUZZ   ?= 10000
 ARGS   ?=
 
 # Two test processes with one thread each: more threads on two cores only get in each other's way.
-TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# Byte code is kept whatever the environment says: tests start dozens of processes that read the same sources.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast test-full gates fuzz test-gpu lint format wheel coverage bench-train bench-adapters bench-inputs bench-sparse docs clean
+.PHONY: help setup demo test tests test-fast test-full durations gates fuzz test-gpu lint format wheel coverage bench-train bench-adapters bench-inputs bench-sparse docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,14 +46,19 @@ $(STAMP): pyproject.toml
 demo: setup ## the whole path on a real model and real data (QUICK=1: under 2 minutes; OUT=DIR)
 	$(BIN)/python -m graftc demo --out "$(OUT)" $(if $(filter-out 0,$(QUICK)),--quick)
 
-test: lint wheel ## linters, types, layers, the wheel, and the tests
+test: lint wheel tests ## linters, types, layers, the wheel, and the tests
+
+tests: setup ## what `make test` runs of the tests
 	$(PYTEST) -m "not full and not gate and not gpu" $(ARGS)
 
-test-fast: setup ## the quick tests only (some minutes)
+test-fast: setup ## the quick tests only (two minutes)
 	$(PYTEST) -m "not slow and not full and not gate and not gpu" $(ARGS)
 
 test-full: lint wheel ## every test that needs no GPU, the full product of methods and families too
 	$(PYTEST) -m "not gate and not gpu" $(ARGS)
+
+durations: setup ## run the tests and write what they take to tests/durations.json, which says what is slow
+	$(PYTEST) -m "not full and not gate and not gpu" --record-durations $(ARGS)
 
 gates: setup ## the long checks in tests/gates: fuzzing at full counts, real models beside peers (tens of minutes)
 	$(TEST_ENV) GRAFTC_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q -m gate tests/gates $(ARGS)

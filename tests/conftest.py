@@ -8,8 +8,11 @@ import shutil
 import tempfile
 import zlib
 
+import hypothesis
 import pytest
 import torch
+
+from tests.timing import SLOW, Timing, recorded
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,9 +26,25 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["GRAFTC_CACHE"],
 # Workers of pytest-xdist inherit the width of the terminal, which tables would be fitted to.
 os.environ.pop("COLUMNS", None)
 
+# Other work on the machine is no reason to fail.
+hypothesis.settings.register_profile("graftc", deadline=None)
+hypothesis.settings.load_profile("graftc")
+
 # Graphs are many small objects that live on: with Python's own thresholds, a tenth of the time goes into looking for
 # garbage among them.
 gc.set_threshold(50_000, 20, 5)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option that `make durations` gives."""
+    parser.addoption("--record-durations", action="store_true", help="write tests/durations.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure what tests take; GRAFTC_TIMES, which continuous integration sets, says what ran before them."""
+    record = config.getoption("--record-durations") and not hasattr(config, "workerinput")
+    config.pluginmanager.register(Timing(record, os.environ.get("GRAFTC_TIMES")), "graftc timing")
+
 
 QUICK_FAMILIES = frozenset({"bert", "gpt2"})
 """What runs once for each family is quick on these, and on its first family where it has none of them."""
@@ -53,6 +72,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if family not in quick:
                 for item in tests:
                     item.add_marker(pytest.mark.slow)
+    durations = recorded()
+    for item in items:
+        if durations.get(item.nodeid, 0.0) >= SLOW:
+            item.add_marker(pytest.mark.slow)
     _group(items)
 
 

@@ -40,8 +40,8 @@ class Counts:
 
     @property
     def percent(self) -> float:
-        """What is deployed as a share of base and added."""
-        return 100 * self.deployed_parameters / (self.base_parameters + self.deployed_parameters)
+        """What trains as a share of it and the base, as a report shows it."""
+        return 100 * self.trainable_parameters / (self.base_parameters + self.trainable_parameters)
 
 
 def on_meta(described: Described) -> nn.Module:

@@ -288,7 +288,7 @@ def test_published_subsets(number: str, model: Any, entry: dict[str, Any], train
 
 @pytest.mark.parametrize("layers", [2, pytest.param(24, marks=pytest.mark.full)])
 def test_diff_pruning_of_bert_large(layers: int) -> None:
-    """Row 4: 0.5 % of the model without its head, ``floor(0.005 N)``, after either training; 1,675,709 of all layers."""
+    """Row 4: 0.5 % of the model without its head, ``floor(0.005 N)``, after either training: 1,675,709."""
     name, config, values = BERT_LARGE_CASED
     described = (name, config, {**values, "vocab_size": 30522, "num_hidden_layers": layers})
     model = on_meta(described)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 import shutil
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from graftc.runtime.compiled import Compiled
+from graftc.runtime.export import onnx, pt2
 from graftc.specs.diagnostics import GraftError
 from tests.artifact.support import adapted, saved_base, tree_bytes
 
@@ -28,6 +30,21 @@ JOBS: dict[str, Callable[[Compiled, Path], object]] = {
     "onnx": lambda compiled, path: compiled.merge().export(path, force=True),
     "pt2": lambda compiled, path: compiled.merge().export(path, format="pt2", force=True),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exported_once() -> Iterator[None]:
+    """What is written is made once: exporting takes seconds, and writing is what fails here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for exporter, name in ((onnx, "prepare_onnx"), (pt2, "prepare_pt2")):
+            patch.setattr(exporter, name, functools.partial(_once, {}, getattr(exporter, name)))
+        yield
+
+
+def _once(made: dict[str, Any], prepare: Callable[[Any, Any], Any], module: Any, metadata: Any) -> Any:
+    if "it" not in made:
+        made["it"] = prepare(module, metadata)
+    return made["it"]
 
 
 @pytest.fixture(scope="module")

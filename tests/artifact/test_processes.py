@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
@@ -18,10 +18,9 @@ from safetensors.torch import load_file
 import graftc
 from graftc.compiler.certify import Certificate
 from graftc.runtime.models import load_model
-from graftc.specs.io import dump_spec
 from graftc.testing import FAMILIES, perturb
 from tests.artifact.support import SPEC, saved_base, tree_bytes
-from tests.cli.support import ROOT, run_apart
+from tests.cli.support import ROOT
 
 _LATER = """
 import sys
@@ -53,7 +52,7 @@ def _same(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("family", ["bert", *(pytest.param(f, marks=pytest.mark.full) for f in ("gpt2", "llama"))])
 def test_one_process_or_several(family: str, tmp_path: Path) -> None:
     """Compile, save; in a new process load, merge and export: tensors equal to those of one process to the bit."""
     model = load_model(str(saved_base(tmp_path / "base", family)))
@@ -82,30 +81,49 @@ def test_one_process_or_several(family: str, tmp_path: Path) -> None:
     assert nodes[0] == nodes[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_artifacts_do_not_depend_on_hash_seeds(family: str, tmp_path: Path) -> None:
-    """Captured with one seed, captured with another, and taken from the cache: byte for byte the same."""
-    spec: dict[str, Any] = dict(SPEC)
-    if family == "mixtral":
-        spec = {"adapt": [SPEC["adapt"][0], {**SPEC["adapt"][1], "target": {"role": "experts"}}]}
-    (tmp_path / "spec.yaml").write_text(dump_spec(graftc.Spec.model_validate(spec)))
-    saved_base(tmp_path / "base", family)
-    runs = {
-        "one": {"PYTHONHASHSEED": "1", "GRAFTC_CACHE": "off"},
-        "two": {"PYTHONHASHSEED": "2", "GRAFTC_CACHE": str(tmp_path / "cache")},
-        "three": {"PYTHONHASHSEED": "3", "GRAFTC_CACHE": str(tmp_path / "cache")},
-    }
+_COMPILE = """
+import sys
+from pathlib import Path
+from tests.artifact.test_processes import compile_all
+print(*compile_all(Path(sys.argv[1]), sys.argv[2]))
+"""
+
+
+def compile_all(here: Path, name: str) -> list[bool]:
+    """Compile the model of every family in a folder, and save it as ``name`` beside; whether captures were cached."""
     cached = []
-    for name, environment in runs.items():
-        command = ["compile", "spec.yaml", "--model", "base", "--out", name, "--json"]
-        outcome = run_apart(*command, cwd=tmp_path, **environment)
-        assert outcome.status == 0, outcome.err
-        cached.append(outcome.data["cached"])
-    assert cached == [False, False, True]
-    first = tree_bytes(tmp_path / "one")
-    assert len(first) >= 8 and json.loads(first["manifest.json"])["sites"]
-    assert tree_bytes(tmp_path / "two") == first and tree_bytes(tmp_path / "three") == first
+    for family in FAMILIES:
+        entry = {"target": {"role": "experts"}} if family == "mixtral" else {}
+        spec = {"adapt": [SPEC["adapt"][0], {**SPEC["adapt"][1], **entry}]}
+        compiled = graftc.compile(spec, load_model(str(here / family / "base")))
+        compiled.save(here / family / name)
+        cached.append(compiled.report.cached)
+    return cached
+
+
+@pytest.mark.slow
+def test_artifacts_do_not_depend_on_hash_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured with one seed, captured with another, and taken from the cache: byte for byte the same."""
+    for family in FAMILIES:
+        saved_base(tmp_path / family / "base", family)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONHASHSEED": "1",
+        "GRAFTC_CACHE": str(tmp_path / "cache"),
+    }
+    command = [sys.executable, "-c", _COMPILE, str(tmp_path), "one"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False"] * len(FAMILIES)
+    compile_all(tmp_path, "two")  # with this process's seed
+    monkeypatch.setenv("GRAFTC_CACHE", environment["GRAFTC_CACHE"])
+    assert compile_all(tmp_path, "three") == [True] * len(FAMILIES)
+    for family in FAMILIES:
+        first = tree_bytes(tmp_path / family / "one")
+        assert len(first) >= 8 and json.loads(first["manifest.json"])["sites"]
+        for name in ("two", "three"):
+            assert tree_bytes(tmp_path / family / name) == first, (family, name)
 
 
 def test_a_certificate_is_plain_data() -> None:

@@ -127,11 +127,10 @@ print(format_program(program), end="")
 
 @pytest.mark.slow
 def test_the_same_in_every_process(compiled: Any) -> None:
-    """Two fresh processes with other hash seeds and without a cache print the same text and hash as this one."""
+    """A fresh process with another hash seed and without a cache prints the same text and hash as this one."""
     program = compiled.program("train")
     expected = f"{structural_hash(program)}\n{format_program(program)}"
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "GRAFTC_CACHE": "off", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", SCRIPT]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
-        assert result.stdout == expected
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "GRAFTC_CACHE": "off", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SCRIPT]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
+    assert result.stdout == expected

@@ -12,7 +12,7 @@ from tests.families import tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", pytest.param("llama", marks=pytest.mark.full)])
 def test_folded_model(family: str) -> None:
     """The folded model compiles like the adapted one, which the contract of LoRA's deployment checks."""
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v", "ffn.down"]}, "rank": 4}]}

@@ -30,7 +30,7 @@ def perturbed(family: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["bert", "vit"])
+@pytest.mark.parametrize("family", ["bert", pytest.param("vit", marks=pytest.mark.full)])
 def test_folded(family: str, tmp_path: Path) -> None:
     """Within 1e-4 at three shapes that were not captured; checked; says what it is; holds no trace of the adapters."""
     import onnx

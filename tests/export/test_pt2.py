@@ -15,7 +15,15 @@ from tests.families import tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "fold"), [("bert", True), ("gpt2", False), ("llama", True), ("vit", True)])
+@pytest.mark.parametrize(
+    ("family", "fold"),
+    [
+        ("bert", True),
+        ("gpt2", False),
+        pytest.param("llama", True, marks=pytest.mark.full),
+        pytest.param("vit", True, marks=pytest.mark.full),
+    ],
+)
 def test_round_trip(family: str, fold: bool, tmp_path: Path) -> None:
     """A loaded program takes every size and gives the outputs by name; spec and certificate travel along."""
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "ffn.down"]}, "rank": 4, "dropout": 0.1}]}

@@ -326,5 +326,6 @@ class TestLLMAdaptersDeployed(DeploymentContract):
 class TestEveryKnobDeployed(DeploymentContract):
     """Parallel branches."""
 
+    inductor = True
     adaptation: ClassVar[dict[str, Any]] = TestEveryKnob.adaptation
     families = ("gpt_neox",)

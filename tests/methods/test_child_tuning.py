@@ -242,7 +242,7 @@ def test_nothing_is_copied(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_a_compiled_step(backend: str) -> None:
     """In one graph: the same elements are kept, of the same gradients but for rounding; in the next step, others,
     without compiling anew."""

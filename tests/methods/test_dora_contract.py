@@ -84,6 +84,7 @@ class TestOnLoRA(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation, magnitudes in place and folded."""
 
+    inductor = True
     adaptation = TestDoRA.adaptation
     families = ("bert", "llama")
 

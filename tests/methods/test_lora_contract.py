@@ -75,6 +75,7 @@ class TestWithHead(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation on every family, adapters in place and folded."""
 
+    inductor = True
     every_family = True
     adaptation = TestLoRA.adaptation
     families = DENSE
@@ -84,5 +85,7 @@ class TestDeployed(DeploymentContract):
 class TestExpertsDeployed(DeploymentContract):
     """The same with experts."""
 
+    inductor = True
+    folded = True
     adaptation = TestExperts.adaptation
     families = ("mixtral",)

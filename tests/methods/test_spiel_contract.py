@@ -30,5 +30,6 @@ class TestMA(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 
+    inductor = True
     adaptation = AG
     families = ("gpt2",)
