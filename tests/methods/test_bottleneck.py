@@ -28,6 +28,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "he_parallel of attention": {"method": "he_parallel", "target": ATTENTION},
     "he_sequential": {"method": "he_sequential", "target": BOTH},
 }
+SAME_WIRING = frozenset({"adapter_l", "he_sequential"})
+"""What differs from another preset in its start only (`test_bottleneck_presets.py`)."""
+EACH_WIRING = [
+    pytest.param(name, marks=pytest.mark.full if name in SAME_WIRING else ()) for name in [*PRESETS, "llm_adapters"]
+]
 LLM = {"method": "llm_adapters", "target": {"role": ["attn.v", "attn.o", "ffn.down"]}}
 NO_DROPOUT: dict[str, dict[str, Any]] = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
@@ -91,7 +96,7 @@ def test_wirings_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", [*PRESETS, "llm_adapters"])
+@pytest.mark.parametrize("name", EACH_WIRING)
 def test_zero_up_is_the_base(name: str, family: str) -> None:
     """To the bit in eval mode, whatever the first projections and norms are."""
     if family == "mixtral" and name == "llm_adapters":
@@ -107,7 +112,7 @@ def test_zero_up_is_the_base(name: str, family: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
-@pytest.mark.parametrize("name", [*PRESETS, "llm_adapters"])
+@pytest.mark.parametrize("name", EACH_WIRING)
 def test_zero_up_is_the_base_in_train_mode(name: str, family: str) -> None:
     """The graph of train mode too, where the config drops nothing."""
     model = tiny(family, **NO_DROPOUT[family]).train()
