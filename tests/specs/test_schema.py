@@ -356,7 +356,7 @@ _BEYOND = re.compile(
 _SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
-@pytest.mark.parametrize("examples", [100, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [100, pytest.param(500, marks=pytest.mark.full)])
 def test_what_parses_is_valid_and_the_other_way_round(examples: int) -> None:
     seen = {True: 0, False: 0}
 
