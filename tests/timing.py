@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 FILE = Path(__file__).with_name("durations.json")
-SLOW = 2.0
+SLOW = 0.5
 """Processor seconds from which a test is slow."""
 
 WARN = 20 * 60
