@@ -333,7 +333,8 @@ def test_unknown_formats(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_in_a_process_of_its_own(here: Path) -> None:
-    """The one command of the path that the readme, whose test runs the others, does not have."""
-    outcome = run_apart("diff", "artifact", "artifact", cwd=here)
-    assert (outcome.status, outcome.err) == (0, "")
+def test_in_processes_of_their_own(here: Path) -> None:
+    """The test of the readme runs the whole path as a user has it; here is what it leaves out."""
+    for command in (["merge", "artifact", "--out", "folded"], ["diff", "artifact", "artifact"]):
+        outcome = run_apart(*command, cwd=here)
+        assert (outcome.status, outcome.err) == (0, ""), command
