@@ -76,7 +76,7 @@ class Repeated:
         counted = _counted(present.get(LABELS), shape.shift)
         terms = [objective.value(found[: objective.passes], counted) for objective in objectives.values()]
         term = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
-        term = term * _share(present, shape.shift)
+        term = term * share(present, shape.shift)
         loss = first[shape.loss] if shape.loss is not None else None
         if isinstance(loss, Tensor) and loss.dim() == 0:
             assert shape.loss is not None
@@ -122,7 +122,7 @@ def _counted(labels: Any, shift: int) -> Tensor | None:
     return functional.pad(counted[:, shift:], (0, shift)) if shift else counted
 
 
-def _share(present: Mapping[str, Any], shift: int) -> Tensor | float:
+def share(present: Mapping[str, Any], shift: int) -> Tensor | float:
     """Which part of the step's labels this call has: where several calls make a step, their losses are added up."""
     items, labels = present.get(COUNT), present.get("shift_labels", present.get(LABELS))
     if not isinstance(items, Tensor) or not isinstance(labels, Tensor):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.runtime.ecosystem import ELSEWHERE
+from graftc.runtime.repeated import share
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import tiny
 
@@ -191,3 +192,36 @@ def test_the_number_of_items_is_no_constant_of_a_graph(model: Any, compiled: Any
         before = len(compiled.compilation.families)
         torch.testing.assert_close(compiled(**inputs, num_items_in_batch=count * 2).loss * 2, loss, atol=1e-6, rtol=0)
     assert len(compiled.compilation.families) == before
+
+
+def test_the_mean_over_items_is_that_of_all_adaptations_that_run_side_by_side(model: Any) -> None:
+    member = {"method": "lora", "rank": 2, "target": {"role": "attn.q"}}
+    spec = {"adapt": [{"name": "one", **member}, {"name": "two", **member}], "compose": {"parallel": ["one", "two"]}}
+    both = graftc.compile(spec, model).eval()
+    ids = torch.arange(5, 19).reshape(2, 7)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with torch.no_grad():
+        mean = both(**inputs).loss
+        torch.testing.assert_close(both(**inputs, num_items_in_batch=12).loss, mean, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("shift", "rank"), [(0, 1), (0, 2), (1, 2)])
+def test_terms_beside_the_loss_are_weighted_by_labels(shift: int, rank: int) -> None:
+    """What objectives add in several calls of one step is added up to the mean, as losses are."""
+    labels = torch.arange(24).reshape((24,) if rank == 1 else (4, 6))
+    if rank == 2:
+        labels[0, 2:] = -100
+    count = (labels[..., shift:] != -100).sum()
+    parts = [share({"labels": part, "num_items_in_batch": count}, shift) for part in labels.split(2)]
+    torch.testing.assert_close(torch.stack([torch.as_tensor(part) for part in parts]).sum(), torch.tensor(1.0))
+    assert share({"labels": labels}, shift) == share({"num_items_in_batch": count}, shift) == 1
+
+
+def test_trainers_find_the_labels_of_questions() -> None:
+    from transformers import BertConfig, BertForQuestionAnswering
+    from transformers.utils.generic import find_labels
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForQuestionAnswering(BertConfig(vocab_size=50, **sizes))
+    compiled = graftc.compile(SPEC, model)
+    assert find_labels(type(compiled)) == find_labels(type(model)) == ["start_positions", "end_positions"]
