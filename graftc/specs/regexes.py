@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -51,9 +52,11 @@ def _compiled(text: str) -> Any:
     """The pattern, which Python has to take too: what only ``regex`` knows, such as recursion, is not for specs."""
     import regex
 
-    re.compile(text)
     try:
-        return regex.compile(text)
+        with warnings.catch_warnings():  # of what will mean something else in a later Python
+            warnings.simplefilter("ignore")
+            re.compile(text)
+            return regex.compile(text)
     except regex.error as error:
         raise re.error(str(error)) from None
 

@@ -327,6 +327,11 @@ def test_a_regular_expression_that_cannot_be_compiled(pattern: str, code: str) -
     assert refused(lambda: Target(regex=pattern)).code == code
 
 
+def test_a_pattern_of_which_python_warns_is_taken_in_silence(recwarn: pytest.WarningsRecorder) -> None:
+    check_regex("a[b[c]")
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("pattern", "found"),
     [
