@@ -7,30 +7,29 @@ compares the mean of the results with what the same nodes give in eval mode.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.certify import Adapted, CollapseEvidence, evaluate
+from graftc.compiler.certify import CollapseEvidence
+from graftc.compiler.evaluating import evaluate
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import Resolved
+from graftc.compiler.samples import sample_inputs
 from graftc.compiler.slots import are_constant, slot_parameters, slot_values
 from graftc.passes.compose import GATE
 from graftc.passes.core.folds import round_once
 from graftc.passes.core.program import Program, provenance
+from graftc.passes.core.reading import computed
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.routing import is_pick, is_route
-from graftc.passes.core.shapes import Sizes
-from graftc.passes.core.sites import LinearSite, Site, linear_use
 from graftc.passes.mode import to_eval
 from graftc.specs.base import MethodSpec
 from graftc.specs.document import Spec
 
 aten = torch.ops.aten
-_SIZE = 4
-"""Size of every axis that varies, in random values for a site."""
 
 
 def collapsing(compilation: Compilation) -> list[Resolved]:
@@ -116,25 +115,33 @@ def collapse_evidence(compilation: Compilation, seed: int = 0) -> tuple[Collapse
         return ()
     train = compilation.main.train
     routed, averaged = to_eval(train, keep={aten.index_select.default}), to_eval(train)
-    probe = _Routes(compilation, routed, averaged, seed)
-    return tuple(probe.evidence(r.name, site) for r in found for site, _ in r.places)
+    places = [(r.name, str(site.key)) for r in found for site, _ in r.places]
+    probe = _Routes(compilation, routed, averaged, places, seed)
+    return tuple(probe.evidence(*place) for place in places)
 
 
 class _Routes:
     """Sites of a Program whose routes are drawn, and of the same with their mean."""
 
-    def __init__(self, compilation: Compilation, routed: Program, averaged: Program, seed: int) -> None:
-        self.compilation, self.routed, self.seed = compilation, routed, seed
-        self.adapted = Adapted(routed)
+    def __init__(
+        self,
+        compilation: Compilation,
+        routed: Program,
+        averaged: Program,
+        places: Sequence[tuple[str, str]],
+        seed: int,
+    ) -> None:
+        self.compilation, self.seed = compilation, seed
         self.averaged = {node.name: node for node in averaged.graph.nodes}
-        self.base = {node.name: node for node in to_eval(compilation.main.base).graph.nodes}
+        self.device = next(t.device for _, t in compilation.store.adapters())
+        self.spans = self._spans(routed, places)
+        self.read = {end: self._boundary(place, start, end) for place, (start, end) in self.spans.items()}
+        self.samples = self._sampled(dict.fromkeys(node for nodes in self.read.values() for node in nodes))
 
-    def evidence(self, adaptation: str, site: Site) -> CollapseEvidence:
+    def evidence(self, adaptation: str, site: str) -> CollapseEvidence:
         """What one site shows."""
-        start, end = self._span(adaptation, site)
-        inputs = self._inputs(adaptation, site, start, end)
-        if start is not None:
-            inputs[start] = evaluate(start, inputs, self._tensor)
+        start, end = self.spans[adaptation, site]
+        inputs = self._inputs(end)
         draws = sorted(self._draws(end, inputs))
         deployed = evaluate(
             self.averaged[end.name],
@@ -148,51 +155,53 @@ class _Routes:
             total += evaluate(end, {**inputs, **chosen}, self._tensor)
         error = float((total / len(routings) - deployed).abs().max())
         change = float((deployed if start is None else deployed - inputs[start]).abs().max())
-        return CollapseEvidence(adaptation, str(site.key), len(routings), error / change if change else error)
+        return CollapseEvidence(adaptation, site, len(routings), error / change if change else error)
 
     def _tensor(self, name: str) -> Tensor:
         return self.compilation.store.get(name).detach()
 
-    def _span(self, adaptation: str, site: Site) -> tuple[fx.Node | None, fx.Node]:
-        """What the adaptation has put in the place of what. Within a composition it replaces nothing by itself: then
-        its own result, in the place of None."""
-        mine = adaptation, str(site.key)
-        edits = [e for e in self.routed.edits if (e.adaptation, e.site) == mine and not e.narrow]
-        if edits:
-            return edits[-1].before, edits[-1].after
-        own = [node for node in self.routed.graph.nodes if _owner(node) == mine]
-        return None, [node for node in own if any(_owner(user) != mine for user in node.users)][-1]
+    @staticmethod
+    def _spans(
+        routed: Program, places: Sequence[tuple[str, str]]
+    ) -> dict[tuple[str, str], tuple[fx.Node | None, fx.Node]]:
+        """What each adaptation has put in the place of what, at each site. Within a composition it replaces nothing by
+        itself: then its own result, in the place of None."""
+        edits = {(e.adaptation, e.site): (e.before, e.after) for e in routed.edits if not e.narrow}
+        results: dict[tuple[str, str], fx.Node] = {}
+        for node in routed.graph.nodes:
+            mine = _owner(node)
+            if any(_owner(user) != mine for user in node.users):
+                results[mine] = node
+        return {place: edits.get(place) or (None, results[place]) for place in places}
 
-    def _inputs(self, adaptation: str, site: Site, start: fx.Node | None, end: fx.Node) -> dict[fx.Node, Any]:
-        """Random values, float64, for what the adaptation reads at a site."""
+    def _inputs(self, end: fx.Node) -> dict[fx.Node, Any]:
+        """Values for what the adaptation reads at a site, in float64: those that are floating are random, in the sizes
+        that they have for the sample inputs; masks, numbers and sizes are what they are there."""
         generator = torch.Generator().manual_seed(self.seed)
-        device = next(t.device for _, t in self.compilation.store.adapters())
-        if isinstance(site, LinearSite):
-            use = linear_use(self.base[site.use.node.name])
-            assert use is not None
-            values = {node: value.to(device) for node, value in use.probe(generator).items()}
-            return {stage: value for node, value in values.items() for stage in self.adapted.stages(node)}
-        sizes = Sizes(lambda symbol: _SIZE ** (2 if symbol.startswith("u") else 1))
-        found: dict[fx.Node, Any] = {}
-        for node in self._boundary((adaptation, str(site.key)), start, end):
-            value = node.meta["val"]
-            if not isinstance(value, Tensor):
-                found[node] = sizes.size(value)
-            elif value.is_floating_point():
-                shape = sizes.shape(value)
-                found[node] = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
-            else:
-                found[node] = torch.zeros(sizes.shape(value), dtype=value.dtype, device=device)
-        return found
+
+        def random(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            return torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+
+        return {node: random(self.samples[node]) for node in self.read[end]}
+
+    def _sampled(self, nodes: Collection[fx.Node]) -> dict[fx.Node, Any]:
+        """The values of nodes of the routed Program for the sample inputs."""
+        compilation = self.compilation
+        base, config = compilation.main.base, getattr(compilation.source, "config", None)
+        samples = sample_inputs(base, compilation.store, config=config)
+        values = computed(list(nodes), lambda node: samples[str(node.target)], compilation.store.get, self.device)
+        return dict(zip(nodes, values, strict=True))
 
     @staticmethod
     def _boundary(mine: tuple[str, str], start: fx.Node | None, end: fx.Node) -> list[fx.Node]:
-        """What the nodes of an adaptation at a site read from outside, but for tensors."""
+        """What the nodes of an adaptation at a site read from outside, but for tensors and routes."""
         found: dict[fx.Node, None] = {} if start is None else {start: None}
         pending, seen = [end], set(found)
         while pending:
             node = pending.pop()
-            if node in seen or node.op == "get_attr":
+            if node in seen or node.op == "get_attr" or is_route(node):
                 continue
             seen.add(node)
             if _owner(node) == mine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -303,15 +303,30 @@ def keep_composed(fold: Fold, unit: Unit) -> Fold:
 
 def averaged(
     unit: Unit, parts: Mapping[str, Parts], key: SiteKey | None, get: Callable[[str], Tensor]
-) -> dict[str, Tensor]:
-    """The tensors of a unit at a place, by part, float64: its own, or the average of its members'."""
+) -> Mapping[str, Tensor]:
+    """The tensors of a unit at a place, by part, float64: its own, or the average of its members'. Each is made when it
+    is read, and not kept."""
+    factors = unit.composition.factors if isinstance(unit.composition, Average) else (1.0,)
+    held = [parts.get(member.name, {}) for member, _ in zip(unit.members, factors, strict=False)]
+    return _Widened([{**own.get(None, {}), **own.get(key, {})} for own in held], factors, get)
 
-    def of(name: str) -> dict[str, Tensor]:
-        held = parts.get(name, {})
-        return {p: get(n).detach().double() for p, n in {**held.get(None, {}), **held.get(key, {})}.items()}
 
-    if not isinstance(unit.composition, Average):
-        return of(unit.members[0].name)
-    each = [of(member.name) for member in unit.members]
-    factors = unit.composition.factors
-    return {p: torch.stack([f * e[p] for f, e in zip(factors, each, strict=True)]).sum(0) for p in each[0]}
+class _Widened(Mapping[str, Tensor]):
+    """Sums of stored tensors, float64, by part."""
+
+    def __init__(
+        self, names: Sequence[Mapping[str, str]], factors: Sequence[float], get: Callable[[str], Tensor]
+    ) -> None:
+        self._names, self._factors, self._get = names, factors, get
+
+    def __getitem__(self, part: str) -> Tensor:
+        first, *others = [self._get(names[part]).detach().double() for names in self._names]
+        if not others:
+            return first
+        return torch.stack([f * t for f, t in zip(self._factors, [first, *others], strict=True)]).sum(0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names[0])
+
+    def __len__(self) -> int:
+        return len(self._names[0])

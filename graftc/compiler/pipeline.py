@@ -8,6 +8,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from graftc.compiler.capture import Capture
@@ -29,7 +30,7 @@ from graftc.compiler.signature import (
     split,
 )
 from graftc.compiler.tokens import TOKENS, with_room
-from graftc.passes.core.folds import FoldStep, Keep, LazyTensors, StandIn, TensorFold
+from graftc.passes.core.folds import FoldStep, Keep, LazyTensors, StandIn, TensorFold, WeightFunction
 from graftc.passes.core.layout import Layout
 from graftc.passes.core.regions import Region, regions_of
 from graftc.passes.core.registry import method_for
@@ -145,10 +146,14 @@ class Compilation:
         """Inputs beside the source model's, by which a call chooses among adaptations."""
         return controls(self.spec)
 
-    @property
+    @cached_property
     def units(self) -> list[Unit]:
         """The adaptations as they are inserted: compositions, and single ones."""
         return units(self.spec, self.main.resolved)
+
+    @cached_property
+    def _unit_of(self) -> dict[str, Unit]:
+        return {unit.name: unit for unit in self.units}
 
     def add(self, axes: Sequence[Axis], flags: Flags = (), chosen: Sequence[str] = ()) -> Family:
         """Capture one more signature and adapt the same places there.
@@ -200,7 +205,7 @@ class Compilation:
         Raises:
             GraftError: GC050 naming the adaptation that cannot fold and why.
         """
-        found = {unit.name: unit for unit in self.units}
+        found = self._unit_of
         names = only if only is not None else [TOKENS, TRAIN, *found]
         below: list[FoldStep] = []
         steps: list[FoldStep] = []
@@ -285,8 +290,11 @@ def _changed(fold: TensorFold, region: Region) -> Callable[..., Any]:
     return lambda tensor, bias: (fold.changes[region.part](tensor), bias)
 
 
-def _replace(store: Store, own: StoredRows, trained: str) -> Callable[..., Any]:
-    return lambda weight, bias: (own.layout.orient(store.get(trained).detach().double()), bias)
+def _replace(store: Store, own: StoredRows, trained: str) -> WeightFunction:
+    def stand_in(_: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return own.layout.orient(store.get(trained).detach().to(torch.float64, copy=True)), bias
+
+    return stand_in
 
 
 def compile_model(

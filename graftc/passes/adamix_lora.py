@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from graftc.passes.adamix import Agreement, mean
 from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.folds import Fold, Keep, WeightFold
-from graftc.passes.core.lowrank import check_rank, uniform, zeros
+from graftc.passes.core.lowrank import added, check_rank, uniform, zeros
 from graftc.passes.core.method import Method
 from graftc.passes.core.routing import pick, route
 from graftc.passes.core.sites import LinearSite, Site
@@ -52,7 +52,7 @@ class AdaMixLoRAMethod(Method[AdaMixLoRA]):
 
         def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             factors = self.collapsed(spec, tensors)
-            return weight + spec.scaling * factors["B"] @ factors["A"], bias
+            return added(weight, factors["B"], factors["A"], spec.scaling), bias
 
         return WeightFold(apply)
 

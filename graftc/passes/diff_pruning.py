@@ -97,7 +97,7 @@ class DiffPruningMethod(SparseTensors[DiffPruning]):
         """The sums are the new values, with gates that have no noise."""
         if spec.stage > 1:
             return super().fold(spec, site, tensors)
-        return TensorFold({p: _added(site, difference(spec, tensors, p)) for p in _tensors_of(tensors)})
+        return TensorFold({p: _added(site, partial(difference, spec, tensors, p)) for p in _tensors_of(tensors)})
 
     def stages(self, spec: DiffPruning) -> int:
         """Two."""
@@ -165,11 +165,11 @@ def _constant(value: float) -> Initialiser:
     return fill
 
 
-def _added(site: Site, own: Tensor) -> Callable[[Tensor], Tensor]:
+def _added(site: Site, own: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
     """Adds to the site's own part of a tensor as it is stored."""
 
     def change(tensor: Tensor) -> Tensor:
         where = site.stored(tensor.shape) if isinstance(site, LinearSite) else StoredRows.every(tensor.shape)
-        return where.put(tensor, where.take(tensor) + own)
+        return where.put(tensor, where.take(tensor) + own())
 
     return change

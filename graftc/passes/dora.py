@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.folds import Fold, Keep, WeightFold
-from graftc.passes.core.lowrank import check_rank, factors, normal, uniform, zeros
+from graftc.passes.core.lowrank import added, check_rank, factors, normal, uniform, zeros
 from graftc.passes.core.magnitude import SMALLEST, TINY, norm_of_squares, squares
 from graftc.passes.core.method import Method
 from graftc.passes.core.sites import EmbeddingSite, LinearSite, Site, SiteKey
@@ -77,10 +77,10 @@ class DoRAMethod(Method[DoRA]):
 
         def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             if "A" in tensors:
-                weight = weight + spec.scaling * (tensors["B"] @ tensors["A"])
+                weight = added(weight, tensors["B"], tensors["A"], spec.scaling)
             norm = _direct_norm(weight)
             norm = norm.detach() if spec.norm_gradient == "detached" else norm
-            return (tensors["m"] / norm)[..., None] * weight, bias
+            return weight.mul_((tensors["m"] / norm)[..., None]), bias
 
         return WeightFold(apply)
 

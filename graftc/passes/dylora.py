@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.folds import Fold, Keep, WeightFold
-from graftc.passes.core.lowrank import check_rank, factors, gated, uniform, zeros
+from graftc.passes.core.lowrank import added, check_rank, factors, gated, uniform, zeros
 from graftc.passes.core.method import Method
 from graftc.passes.core.sites import LinearSite, Site
 from graftc.specs.diagnostics import GraftError
@@ -80,8 +80,8 @@ class DyLoRAMethod(Method[DyLoRA]):
         rank = int(tensors[DEPLOYED])
 
         def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            delta = tensors["B"][..., :rank] @ tensors["A"][..., :rank, :]
-            return weight + spec.alpha / rank * delta, bias
+            a, b = tensors["A"][..., :rank, :], tensors["B"][..., :rank]
+            return added(weight, b, a, spec.alpha / rank), bias
 
         return WeightFold(apply)
 

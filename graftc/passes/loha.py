@@ -44,8 +44,8 @@ class LoHaMethod(Method[LoHa]):
         """``W' = W + s (B1 A1) * (B2 A2)``."""
 
         def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            first, second = (tensors[f"B{i}"] @ tensors[f"A{i}"] for i in "12")
-            return weight + spec.scaling * first * second, bias
+            first = tensors["B1"] @ tensors["A1"]
+            return torch.add(weight, first.mul_(tensors["B2"] @ tensors["A2"]), alpha=spec.scaling), bias
 
         return WeightFold(apply)
 

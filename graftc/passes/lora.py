@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.folds import Fold, Keep, WeightFold
-from graftc.passes.core.lowrank import check_rank, factors, normal, uniform, zeros
+from graftc.passes.core.lowrank import added, check_rank, factors, normal, uniform, zeros
 from graftc.passes.core.method import Method
 from graftc.passes.core.sites import EmbeddingSite, LinearSite, ParameterSite, Site, SiteKey
 from graftc.specs.lora import LoRA
@@ -81,10 +81,10 @@ class LoRAMethod(Method[LoRA]):
             return Keep("its factors are missing")
 
         def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            delta = tensors["B"] @ tensors["A"]
+            weight = added(weight, tensors["B"], tensors["A"], spec.scaling)
             if "A0" in tensors:
-                delta = delta - tensors["B0"] @ tensors["A0"]
-            return weight + spec.scaling * delta, bias
+                weight = added(weight, tensors["B0"], tensors["A0"], -spec.scaling)
+            return weight, bias
 
         return WeightFold(apply)
 

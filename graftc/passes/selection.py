@@ -154,7 +154,7 @@ class SparseTensors(Method[S]):
     def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
         """The sums are the new values."""
         parts = [name.removesuffix("_delta") for name in tensors if name.endswith("_delta")]
-        return TensorFold({part: _added(tensors[f"{part}_indices"], tensors[f"{part}_delta"]) for part in parts})
+        return TensorFold({part: partial(_added, tensors, part) for part in parts})
 
 
 def budget_of(spec: BudgetSpec, total: int) -> int:
@@ -243,9 +243,7 @@ def _placed(region: Region, numbers: Tensor | None, count: int, dtype: torch.dty
     return make
 
 
-def _added(indices: Tensor, delta: Tensor) -> Callable[[Tensor], Tensor]:
-    def change(tensor: Tensor) -> Tensor:
-        flat = tensor.reshape(-1).index_add(0, indices.long(), delta.to(tensor.dtype))
-        return flat.reshape(tensor.shape)
-
-    return change
+def _added(tensors: Mapping[str, Tensor], part: str, tensor: Tensor) -> Tensor:
+    """A tensor of the base, float64, with its deltas."""
+    indices, delta = tensors[f"{part}_indices"].long(), tensors[f"{part}_delta"]
+    return tensor.reshape(-1).index_add(0, indices, delta.to(tensor.dtype)).reshape(tensor.shape)

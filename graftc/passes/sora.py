@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.folds import Fold, Keep, WeightFold
-from graftc.passes.core.lowrank import check_rank, factors, gated, normal, uniform, zeros
+from graftc.passes.core.lowrank import added, check_rank, factors, gated, normal, uniform, zeros
 from graftc.passes.core.method import Method
 from graftc.passes.core.sites import LinearSite, Site
 from graftc.passes.core.steering import Controller, TensorObjective
@@ -107,7 +107,7 @@ class SoRAMethod(Method[SoRA]):
 
         def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             gated = tensors["B"] * tensors["gate"][..., None, :]
-            return weight + spec.scaling * (gated @ tensors["A"]), bias
+            return added(weight, gated, tensors["A"], spec.scaling), bias
 
         return WeightFold(apply)
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.folds import Fold, WeightFold
-from graftc.passes.core.lowrank import gated
+from graftc.passes.core.lowrank import added, gated
 from graftc.passes.core.method import Method
 from graftc.passes.core.sites import LinearSite, Site
 from graftc.specs.vera import VeRA
@@ -67,7 +67,7 @@ class VeRAMethod(Method[VeRA]):
 
         def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             down, up = tensors["A"][:, : weight.shape[-1]], tensors["B"][: weight.shape[-2]]
-            return weight + b[:, None] * (up * d) @ down, bias
+            return added(weight, b[:, None] * (up * d), down), bias
 
         return WeightFold(apply)
 

@@ -346,11 +346,12 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
 
         return deployed(self)
 
-    def merge(self, budget: float | None = None) -> Merged:
+    def merge(self, budget: float | None = None, *, progress: Callable[[float], None] | None = None) -> Merged:
         """Fold every adaptation into base weights and certify the result; this model stays as it is.
 
         Args:
             budget: largest allowed absolute difference of outputs; by default the spec's, or a bound by dtype.
+            progress: is told how much of the folding is done, from 0 to 1, tensor by tensor.
 
         Raises:
             GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC073 for a budget
@@ -359,7 +360,7 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
         from graftc.runtime.merged import merge
 
         self.warn_of_unsteered()
-        return merge(self, budget)
+        return merge(self, budget, progress or (lambda _: None))
 
     def merge_partially(self, budget: float | None = None) -> Partial:
         """Fold what folds, certify that, and compile the rest on a base that has the folded weights. What was trained

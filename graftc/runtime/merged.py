@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from graftc.compiler.certify import DEFAULT_BUDGET, Certificate, probe_sites
+from graftc.compiler.certify import DEFAULT_BUDGET, Certificate
 from graftc.compiler.collapse import collapse_evidence
 from graftc.compiler.family import Family
 from graftc.compiler.fingerprint import identify
 from graftc.compiler.foldable import Foldable, foldable
 from graftc.compiler.pipeline import Compilation
+from graftc.compiler.probing import Advance, Folded, added_bias, fold_tensors
 from graftc.compiler.report import owner_of
 from graftc.compiler.samples import sample_inputs
 from graftc.passes.core.printer import structural_hash
@@ -40,10 +41,10 @@ class MergedRunner(ModelRunner):
 
     certificate: Certificate
 
-    def __init__(self, compilation: Compilation, fold: Foldable) -> None:
-        self._additions = fold.lazy.additions()
+    def __init__(self, compilation: Compilation, fold: Foldable, made: Folded) -> None:
+        self._additions = made.additions
         self.folded, self.kept = fold.names, fold.reasons()
-        super().__init__(compilation, _folded_store(compilation.store, fold, self._additions))
+        super().__init__(compilation, _folded_store(compilation.store, fold, made))
 
     def _program_of(self, family: Family, mode: Mode) -> Program:
         return _folded_program(self._compilation, family, self.folded, self._additions)
@@ -121,25 +122,27 @@ def _folded_program(
 ) -> Program:
     """The eval Program of a signature without what has folded, reading added biases where there are any."""
     folded = take_out(family.eval, names)
-    for name in additions:
-        _add_bias(folded, compilation.store, name)
+    _add_biases(folded, additions)
     return folded
 
 
-def _add_bias(program: Program, store: Store, name: str) -> None:
-    module = name.rpartition(".")[0]
-    graph = program.graph
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-        if node.meta["module"] == module and len(node.args) == 2:
+def _add_biases(program: Program, additions: Collection[str]) -> None:
+    graph, wanted = program.graph, set(additions)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default) if wanted else ():
+        name = added_bias(node)
+        if name in wanted and len(node.args) == 2:
             with graph.inserting_before(node):
                 bias = graph.get_attr(name)
+            module = node.meta["module"]
             bias.meta = {"val": node.meta["val"].new_empty(node.meta["val"].shape[-1]), "module": module}
             node.args = (*node.args, bias)
 
 
-def merge(compiled: Compiled | CompiledRunner, budget: float | None = None) -> Merged:
+def merge(
+    compiled: Compiled | CompiledRunner, budget: float | None = None, advance: Advance = lambda _: None
+) -> Merged:
     """Fold and certify. See `Compiled.merge`."""
-    merged = fold(compiled, budget, every=True)
+    merged = fold(compiled, budget, every=True, advance=advance)
     require_passed(merged.certificate)
     return merged
 
@@ -155,13 +158,20 @@ def require_passed(certificate: Certificate) -> None:
         raise GraftError("GC051", "the fold is not certified: " + "; ".join(failures[:3]), details=failures)
 
 
-def fold(compiled: Compiled | CompiledRunner, budget: float | None = None, *, every: bool = False) -> Merged:
+def fold(
+    compiled: Compiled | CompiledRunner,
+    budget: float | None = None,
+    *,
+    every: bool = False,
+    advance: Advance = lambda _: None,
+) -> Merged:
     """Fold what folds. The certificate may say that it did not pass.
 
     Args:
         compiled: what to fold; it stays as it is.
         budget: as for `Compiled.merge`.
         every: all adaptations have to fold.
+        advance: is told how much of the folding is done, from 0 to 1.
 
     Raises:
         GraftError: GC050 on the meta device; with ``every``, GC050 or GC022 naming what does not fold; GC073 for a
@@ -178,22 +188,25 @@ def fold(compiled: Compiled | CompiledRunner, budget: float | None = None, *, ev
     found = foldable(compilation)
     if every and found.kept:
         raise next(iter(found.kept.values()))
-    merged = Merged(MergedRunner(compilation, found))
-    merged._graftc.certificate = _certify(runner, merged._graftc, found, budget)
+    # What stays in the graph is not the fold's: it is left out where the fold is looked at by itself.
+    with torch.no_grad():
+        unfolded = take_out(compilation.main.eval, found.kept) if found.kept else None
+        made = fold_tensors(compilation, found.lazy, unfolded, advance=advance)
+        merged = Merged(MergedRunner(compilation, found, made))
+        merged._graftc.certificate = _certify(runner, merged._graftc, made, budget)
     return merged
 
 
-def _folded_store(store: Store, fold: Foldable, additions: tuple[str, ...]) -> Store:
-    folded, lazy = Store(), fold.lazy
-    changed = set(lazy.names)
+def _folded_store(store: Store, fold: Foldable, made: Folded) -> Store:
+    folded = Store()
     for name, tensor in store.base():
         value = tensor.detach().clone() if name in store.updated else tensor.detach()
-        _add(folded, store, name, lazy.folded(name) if name in changed else value)
+        _add(folded, store, name, made.tensors.get(name, value))
     for name, tensor in store.adapters():
         if owner_of(name) in fold.kept:
             _add(folded, store, name, tensor.detach())
-    for name in additions:
-        folded.add_parameter(name, lazy.folded(name), trainable=False)
+    for name in made.additions:
+        folded.add_parameter(name, made.tensors[name], trainable=False)
     folded.constants = set(store.constants)
     for alias, owner in store.aliases.items():
         folded.alias(alias, owner)
@@ -209,8 +222,7 @@ def _add(folded: Store, store: Store, name: str, value: Tensor) -> None:
         folded.add_buffer(name, value, persistent=last not in store.owner(path)._non_persistent_buffers_set)
 
 
-@torch.no_grad()
-def _certify(compiled: CompiledRunner, merged: MergedRunner, found: Foldable, budget: float | None) -> Certificate:
+def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budget: float | None) -> Certificate:
     compilation, additions = compiled.compilation, merged._additions
     family = compilation.main
     inputs = sample_inputs(family.base, compilation.store, config=getattr(compiled, "config", None))
@@ -226,10 +238,11 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, found: Foldable, bu
     if budget is None:
         largest = max((float(a.abs().max()) for a in unfolded if isinstance(a, Tensor)), default=1.0)
         budget = DEFAULT_BUDGET.get(compiled.dtype, 1e-4) * max(1.0, largest)
-    # What stays in the graph is not the fold's: it is left out where the fold is looked at by itself.
-    program = take_out(merged._programs[merged._key(compilation.default, "eval")], found.kept)
+    program = merged._programs[merged._key(compilation.default, "eval")]
+    if merged.kept:
+        program = take_out(program, merged.kept)
     return Certificate(
-        sites=probe_sites(compilation, found.lazy, take_out(family.eval, found.kept)),
+        sites=made.sites,
         outputs=differences,
         budget=budget,
         structure=structural_hash(_without(program, additions), compilation.store.canonical),
@@ -245,9 +258,9 @@ def _without(program: Program, additions: tuple[str, ...]) -> Program:
     """The Program less the declared additions, to compare with the base's."""
     if not additions:
         return program
-    result = program.copy()
+    result, added = program.copy(), set(additions)
     for node in list(result.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)):
         bias = node.args[2] if len(node.args) > 2 else None
-        if isinstance(bias, fx.Node) and bias.target in additions:
+        if isinstance(bias, fx.Node) and bias.target in added:
             node.args = node.args[:2]
     return result

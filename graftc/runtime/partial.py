@@ -13,6 +13,7 @@ from torch import Tensor
 from graftc.compiler.certify import Certificate
 from graftc.compiler.collapse import collapsed_spec, collapsed_values
 from graftc.compiler.pipeline import Compilation
+from graftc.compiler.probing import Advance
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import TRAIN
 from graftc.compiler.samples import sample_inputs
@@ -24,6 +25,7 @@ from graftc.runtime.compiled import make_compiled, runner_of
 from graftc.runtime.folder import write_merged
 from graftc.runtime.merged import Merged, fold, require_passed
 from graftc.specs.compose import CompositionSpec, Stack
+from graftc.specs.diagnostics import GraftError
 from graftc.specs.document import Spec
 
 if TYPE_CHECKING:
@@ -83,8 +85,23 @@ def merge_partially(compiled: Compiled | CompiledRunner, budget: float | None = 
     """Fold what folds, and compile what does not on the result, collapsed where it has a simpler form. See
     `Compiled.merge_partially`."""
     merged = fold(compiled, budget)
+    _require_any(merged)
     require_passed(merged.certificate)
     return _partial(compiled, merged)
+
+
+def _require_any(merged: Merged) -> None:
+    """Refuse where nothing folds and nothing has a simpler form.
+
+    Raises:
+        GraftError: GC050 with what stays, and why.
+    """
+    if merged.certificate.sites or merged.certificate.collapses:
+        return
+    reasons = tuple(f"{name}: {reason}" for name, reason in merged.kept.items())
+    message = f"nothing folds: {reasons[0]}" if reasons else "nothing folds: the spec adapts no tensor of the base"
+    hint = "save or export the compiled model instead; what it has is in no weight"
+    raise GraftError("GC050", message, hint=hint, details=reasons)
 
 
 def _partial(compiled: Compiled | CompiledRunner, merged: Merged) -> Partial:
@@ -99,20 +116,29 @@ def _partial(compiled: Compiled | CompiledRunner, merged: Merged) -> Partial:
     return Partial(merged, made, certificate)
 
 
-def merge_what_folds(compiled: Compiled | CompiledRunner, budget: float | None = None) -> Merged | Partial:
+def merge_what_folds(
+    compiled: Compiled | CompiledRunner, budget: float | None = None, advance: Advance = lambda _: None
+) -> Merged | Partial:
     """A merged model where everything folds, and otherwise what `merge_partially` gives.
+
+    Args:
+        compiled: what to merge.
+        budget: as for `Compiled.merge`.
+        advance: is told how much of the folding is done, from 0 to 1.
 
     Raises:
         GraftError: as `merge_partially`.
     """
-    merged = fold(compiled, budget)
+    merged = fold(compiled, budget, advance=advance)
+    _require_any(merged)
     require_passed(merged.certificate)
     return _partial(compiled, merged) if merged.kept else merged
 
 
 def _rest(compilation: Compilation, merged: Merged) -> Spec:
-    """The spec without what has folded, and the rest in its simplest form."""
-    changes: dict[str, Any] = {}
+    """The spec without what has folded, and the rest in its simplest form. In the base that it is for, what the spec
+    unties is untied already."""
+    changes: dict[str, Any] = {"untie": ()}
     changes["compose"] = tuple(found for c in compilation.spec.compose if (found := _left(c, merged)) is not None)
     if TRAIN not in merged.kept:
         changes["train"] = ()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
+import networkx as nx
 import torch
 
 from graftc.passes.core.layout import Layout
@@ -27,6 +29,7 @@ class WeightFold:
     Attributes:
         apply: ``(W, b) -> (W', b')``; ``W`` is ``[..., rows, in]`` (experts lead) and ``b`` is ``[rows]`` or None,
             both float64. A bias may be made where there was none: it is then a declared addition of the folded model.
+            They are the function's own, which may write to them; what it makes beside its results, it lets go.
     """
 
     apply: WeightFunction
@@ -82,9 +85,29 @@ class FoldStep:
     apply: WeightFunction
     everywhere: bool = False
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of what it changes."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class FoldGroup:
+    """Tensors that are folded together: those that one step changes, or that one map reads.
+
+    Attributes:
+        names: the tensors, biases that folding may add among them.
+        steps: what changes them, in insertion order.
+    """
+
+    names: tuple[str, ...]
+    steps: tuple[FoldStep, ...]
+
 
 class LazyTensors:
     """Folded tensors that are computed when asked for: a base reference and a chain of steps.
+
+    Nothing is kept: whoever needs a tensor more than once, or many of them, goes through `groups`.
 
     Args:
         store: holds the base tensors, which are read and never written.
@@ -97,9 +120,11 @@ class LazyTensors:
     def __init__(self, store: Store, steps: Iterable[FoldStep]) -> None:
         self.store = store
         self.steps = tuple(steps)
+        self._chains: dict[str, list[FoldStep]] = {}
         for step in self.steps:
-            for name in () if step.everywhere else filter(None, (step.weight, step.bias)):
-                others = store.tied(name)
+            for name in step.tensors:
+                self._chains.setdefault(name, []).append(step)
+                others = () if step.everywhere else store.tied(name)
                 if others:
                     raise GraftError(
                         "GC022",
@@ -107,59 +132,95 @@ class LazyTensors:
                         hint="folding would change both; break the tie in the model first, or leave this site out",
                     )
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Base tensors that folding may change, each once, in order."""
-        found = (n for s in self.steps for n in (s.weight, s.bias) if n is not None)
-        return tuple(dict.fromkeys(n for n in found if n in self.store))
+        return tuple(name for name in self._chains if name in self.store)
 
     def additions(self) -> tuple[str, ...]:
-        """Biases that folding has to add because the base has none."""
-        missing = dict.fromkeys(s.bias for s in self.steps if s.bias is not None and s.bias not in self.store)
-        return tuple(name for name in missing if name in self._values(name))
+        """Biases that folding has to add because the base has none; what may need one is folded to find out."""
+        missing = (group for group in self.groups() if any(name not in self.store for name in group.names))
+        made = {name for group in missing for name in self.fold(group) if name not in self.store}
+        return tuple(name for name in self._chains if name in made)
 
     def chain(self, name: str) -> tuple[FoldStep, ...]:
         """The steps that touch the tensor called ``name``."""
-        return tuple(s for s in self.steps if name in (s.weight, s.bias))
+        return tuple(self._chains.get(name, ()))
+
+    def groups(self, together: Iterable[Iterable[str]] = ()) -> tuple[FoldGroup, ...]:
+        """Every tensor that folding may change or add, in one group each, in order.
+
+        Args:
+            together: names of tensors that are to be in one group; those that no step touches are passed over.
+        """
+        links: nx.Graph[str] = nx.Graph()
+        links.add_nodes_from(self._chains)
+        for names in (*(step.tensors for step in self.steps), *together):
+            nx.add_path(links, [name for name in names if name in self._chains])
+        group_of = {name: at for at, names in enumerate(nx.connected_components(links)) for name in names}
+        names_of: dict[int, list[str]] = {}
+        steps_of: dict[int, list[FoldStep]] = {}
+        for name in self._chains:
+            names_of.setdefault(group_of[name], []).append(name)
+        for step in self.steps:
+            steps_of.setdefault(group_of[step.weight], []).append(step)
+        return tuple(FoldGroup(tuple(names), tuple(steps_of[at])) for at, names in names_of.items())
+
+    @cached_property
+    def _group_of(self) -> dict[str, FoldGroup]:
+        return {name: group for group in self.groups() for name in group.names}
+
+    def widened(self, group: FoldGroup) -> dict[str, Tensor]:
+        """The base tensors of a group: copies in float64."""
+        held = ((name, self.store.get(name).detach()) for name in group.names if name in self.store)
+        return {name: tensor.to(torch.float64, copy=True) for name, tensor in held}
+
+    def apply(self, group: FoldGroup, values: dict[str, Tensor]) -> None:
+        """Fold what `widened` gave, in place of it: one tensor more is alive at a time than the group has."""
+        for step in group.steps:
+            self._apply(step, values)
+
+    def fold(self, group: FoldGroup) -> dict[str, Tensor]:
+        """The tensors of a group in float64, folded; without biases that turned out to be none."""
+        values = self.widened(group)
+        self.apply(group, values)
+        return values
 
     def exact(self, name: str) -> Tensor:
         """The folded tensor in float64, before rounding. `KeyError` where no step makes it."""
-        return self._values(name)[name]
-
-    def _values(self, name: str) -> dict[str, Tensor]:
-        """The tensor called ``name`` and those that fold together with it, folded."""
-        related = {n for s in self.chain(name) for n in (s.weight, s.bias) if n is not None}
-        values = {n: self.store.get(n).detach().double() for n in related if n in self.store}
-        for step in self.steps:
-            if step.weight in values:
-                self._apply(step, values)
-        return values
+        return self.fold(self._group_of[name])[name]
 
     @staticmethod
     def _apply(step: FoldStep, values: dict[str, Tensor]) -> None:
-        stored = values[step.weight]
-        oriented = step.layout.orient(stored)
+        stored = values.pop(step.weight)
+        shape, oriented = stored.shape, step.layout.orient(stored)
         plain = step.layout is Layout.PLAIN
         axis = 0 if plain else -2
         bias = values.get(step.bias) if step.bias is not None else None
         own_bias = None if bias is None else step.rows.take(bias, -1)
-        weight, new_bias = step.apply(step.rows.take(oriented, axis), own_bias)
-        values[step.weight] = step.layout.restore(step.rows.put(oriented, weight, axis), stored.shape)
+        zeros = torch.zeros(oriented.shape[:-1], dtype=torch.float64, device=oriented.device)
+        own = [step.rows.take(oriented, axis)]
+        del stored
+        if step.rows.whole:
+            oriented = zeros  # nobody but the step has the tensor now, so it can let it go
+        weight, new_bias = step.apply(own.pop(), own_bias)
+        values[step.weight] = step.layout.restore(step.rows.put(oriented, weight, axis), shape)
         if step.bias is None:
             if new_bias is not None:
                 raise GraftError("GC050", f"{step.adaptation!r} needs a bias, and {step.site} has no place for one")
             return
-        total = oriented.shape[:-1]
         if new_bias is None:
-            new_bias = oriented.new_zeros(*total[:-1], step.rows.count)
+            new_bias = zeros.new_zeros(*zeros.shape[:-1], step.rows.count)
         if bias is not None or bool(new_bias.any()):
-            start = bias if bias is not None else oriented.new_zeros(total)
-            values[step.bias] = step.rows.put(start, new_bias, -1)
+            values[step.bias] = step.rows.put(zeros if bias is None else bias, new_bias, -1)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What a folded tensor is rounded to: its base's type, or that of the weight beside which it is added."""
+        return self.store.get(name if name in self.store else self.chain(name)[0].weight).dtype
 
     def folded(self, name: str) -> Tensor:
         """The folded tensor in its base's dtype and layout, rounded once."""
-        like = self.store.get(name) if name in self.store else self.store.get(self.chain(name)[0].weight)
-        return round_once(self.exact(name), like.dtype).contiguous()
+        return round_once(self.exact(name), self.dtype(name)).contiguous()
 
 
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:

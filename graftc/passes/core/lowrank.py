@@ -47,6 +47,12 @@ def gated(build: Builder, site: LinearSite, a: fx.Node, b: fx.Node, gate: fx.Nod
     return a, build.call(aten.mul.Tensor, b, row, part="gated")
 
 
+def added(weight: Tensor, b: Tensor, a: Tensor, scale: float = 1) -> Tensor:
+    """``weight + scale * b @ a`` for ``weight: [..., out, in]``; nothing else of its size is made beside the result."""
+    product = torch.addmm if weight.dim() == 2 else torch.baddbmm
+    return product(weight, b, a, alpha=scale)
+
+
 def uniform(tensor: Tensor, generator: torch.Generator) -> None:
     """Uniform within ``1 / sqrt(in)``: Kaiming's bound at ``a = sqrt(5)``, the field's default."""
     bound = 1 / math.sqrt(tensor.shape[-1])

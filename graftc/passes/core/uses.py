@@ -25,6 +25,9 @@ aten = torch.ops.aten
 Call = Callable[..., fx.Node]
 """Inserts a call: `Builder.call`."""
 
+_ALIGNMENT = 16
+"""Bytes that a row's length is a multiple of in grouped products."""
+
 PROBES = 16
 """How many random inputs probe a map."""
 
@@ -231,6 +234,25 @@ class Experts(Use):
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
         """See `Use.map`."""
+        rows = int(weight.meta["val"].shape[-2])
+        weight = self._aligned(call, self._aligned(call, weight, -1, part), -2, part)
+        found = self._product(call, self._aligned(call, x, -1, part), weight, part)
+        return found if found.meta["val"].shape[-1] == rows else call(aten.slice.Tensor, found, -1, 0, rows, part=part)
+
+    def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
+        """See `Use.low_rank`."""
+        return super().low_rank(call, x, self._aligned(call, a, -2, "down"), self._aligned(call, b, -1, "up"), scale)
+
+    def _aligned(self, call: Call, value: fx.Node, axis: int, part: str) -> fx.Node:
+        """A value with zeros behind an axis, where the kernel wants rows of 16 bytes and the axis counts others."""
+        held = value.meta["val"]
+        unit = _ALIGNMENT // held.element_size() if self.node.target is aten._grouped_mm.default else 1
+        missing = -held.shape[axis] % unit
+        if not missing:
+            return value
+        return call(aten.constant_pad_nd.default, value, [0, 0] * (-axis - 1) + [0, missing], part=part)
+
+    def _product(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
         if self.layout is Layout.COLUMNS:
             weight = call(aten.transpose.int, weight, -1, -2, part=part)
         assert self.view is not None

@@ -34,7 +34,7 @@ def merge(
     json: Json = False,
 ) -> None:
     """Fold, certify, and write a folder that transformers loads. What cannot fold is refused by name."""
-    from graftc.runtime.cli.output import print_json, steps, working
+    from graftc.runtime.cli.output import print_json, steps, time_left, working
 
     to = destination(out, dry_run=dry_run)
     with working(json) as warnings, steps(json) as step:
@@ -49,8 +49,8 @@ def merge(
         from graftc.runtime.partial import merge_what_folds
 
         compiled = load(directory, model)
-        step("folding and certifying")
-        made = merge_what_folds(compiled, budget) if partial else compiled.merge(budget)
+        advance = time_left(step, "folding and certifying")
+        made = merge_what_folds(compiled, budget, advance) if partial else compiled.merge(budget, progress=advance)
         if to is not None:
             step("writing")
             made.save(to, force=force)

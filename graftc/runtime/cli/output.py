@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -27,6 +28,7 @@ __all__ = [
     "print_lines",
     "print_table",
     "steps",
+    "time_left",
     "without_colours",
     "working",
 ]
@@ -167,6 +169,26 @@ def steps(as_json: bool) -> Iterator[Callable[[str], None]]:
         yield step
     finally:
         status.stop()
+
+
+def time_left(
+    step: Callable[[str], None], name: str, clock: Callable[[], float] = time.monotonic
+) -> Callable[[float], None]:
+    """Begin a step; what is given back is told how much of it is done, from 0 to 1. Once the step has taken two seconds
+    its name is shown with the time that is left, no more than twice a second."""
+    begun = shown = clock()
+    step(name)
+
+    def advance(done: float) -> None:
+        nonlocal shown
+        now = clock()
+        if now - begun < 2 or now - shown < 0.5 or not 0 < done < 1:
+            return
+        shown = now
+        left = round((now - begun) * (1 - done) / done)
+        step(f"{name}, {left} s left" if left < 120 else f"{name}, {round(left / 60)} min left")
+
+    return advance
 
 
 def print_coded(message: object, style: str, prefix: str = "") -> None:

@@ -1,0 +1,110 @@
+"""Parts of graphs in float64: what certificates hold folds and collapses against.
+
+Every floating value is float64, whatever the graph says: tensors that are read, element types among arguments, by place
+or by keyword, and whatever an operator makes by itself (a mask, a constant). What a graph in 16 bits rounds, this does
+not round.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.canonicalise import takes_device
+from graftc.passes.core.program import map_nodes
+
+aten = torch.ops.aten
+
+
+def evaluate(output: fx.Node, inputs: Mapping[fx.Node, Any], tensor: Callable[[str], Tensor]) -> Tensor:
+    """The value of ``output`` in float64, from the values of other nodes and the tensors that are read. A value is let
+    go when the last node that reads it has been computed.
+
+    Args:
+        output: a node.
+        inputs: values of nodes that are not to be computed, floating ones in float64.
+        tensor: gives a tensor of the Store by name; it is widened where it is not float64 already.
+
+    Raises:
+        ValueError: it depends on an input of the graph that has no value.
+    """
+    order = needed(output, inputs)
+    if unknown := [node for node in order if node.op == "placeholder"]:
+        raise ValueError(f"{output} reads {unknown[0]}, which has no value")
+    left = Counter(source for node in order for source in node.all_input_nodes)
+    values: dict[fx.Node, Any] = dict(inputs)
+    device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), None)
+    for node in order:
+        if node.op == "get_attr":
+            values[node] = _wide(tensor(str(node.target)))
+            device = device or values[node].device
+            continue
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), values.__getitem__)
+        for source in node.all_input_nodes:
+            left[source] -= 1
+            if not left[source]:
+                del values[source]
+        where = {"device": device} if device is not None and takes_device(node.target) else {}
+        values[node] = _call(node.target, args, {**kwargs, **where})
+        del args, kwargs
+    result: Tensor = values[output]
+    return result
+
+
+def needed(output: fx.Node, inputs: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    """What has to be computed for ``output`` where the values of some nodes are known: in graph order."""
+    found: set[fx.Node] = set()
+    pending = [output]
+    while pending:
+        node = pending.pop()
+        if node not in found and node not in inputs:
+            found.add(node)
+            pending += node.all_input_nodes
+    return sorted(found)
+
+
+def _call(target: Any, args: Any, kwargs: Any) -> Any:
+    found = _REFERENCES.get(target, target)(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
+    return [_wide(value) for value in found] if isinstance(found, tuple | list) else _wide(found)
+
+
+def _wide(value: Any) -> Any:
+    """A tensor or an element type as float64 where it is floating; everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+def grouped_mm(
+    x: Tensor,
+    weight: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``aten._grouped_mm``, whose kernels take at most float32: rows of ``x: [rows, in]`` times the matrix of their
+    expert, ``weight: [experts, in, out]``, each group of rows up to its end in ``offs: int[experts]``. Rows behind the
+    last one are zeros. Without ``offs``, one product for each expert.
+
+    Raises:
+        NotImplementedError: for groups along other axes, which no forward pass has.
+    """
+    if weight.dim() != 3 or (x.dim() == 2) != (offs is not None):
+        raise NotImplementedError(f"groups of {tuple(x.shape)} by {tuple(weight.shape)}")
+    if offs is None:
+        found = x @ weight
+    else:
+        found = x.new_zeros(x.shape[0], weight.shape[-1])
+        ends = offs.tolist()
+        for start, end, matrix in zip([0, *ends], ends, weight, strict=False):
+            found[start:end] = x[start:end] @ matrix
+    return found if bias is None else found + bias
+
+
+_REFERENCES: Mapping[Any, Callable[..., Any]] = MappingProxyType({aten._grouped_mm.default: grouped_mm})
+"""Operators without a kernel for float64, and what computes the same."""

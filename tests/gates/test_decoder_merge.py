@@ -1,0 +1,110 @@
+"""Merging a real decoder: beside peft, in memory, and with more layers. One thread; times are of the processor."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graftc
+from graftc.runtime.demo.decoder import load_decoder
+from graftc.testing import perturb
+
+ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"]
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK = 8
+
+pytestmark = pytest.mark.gate
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Both sides run on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def adapted(layers: int | None = None) -> Any:
+    """A perturbed LoRA on all seven projections of the decoder, or of its first layers."""
+    spec = {"adapt": [{"method": "lora", "rank": RANK, "target": {"role": ROLES}}]}
+    compiled = graftc.compile(spec, load_decoder(layers).requires_grad_(False)).eval()
+    perturb(compiled)
+    return compiled
+
+
+def seconds(work: Callable[[], object], times: int = 3) -> float:
+    """The least time of the processor that it takes."""
+    found: list[float] = []
+    for _ in range(times):
+        start = time.process_time()
+        work()
+        found.append(time.process_time() - start)
+    return min(found)
+
+
+def peft_seconds() -> float:
+    """What peft takes to merge the same update, checks for finite values included; a merged model merges no more."""
+    import peft
+
+    found: list[float] = []
+    for _ in range(3):
+        model = peft.get_peft_model(load_decoder(), peft.LoraConfig(r=RANK, target_modules=PROJECTIONS))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        found.append(seconds(partial(model.merge_and_unload, safe_merge=True), times=1))
+    return min(found)
+
+
+def anonymous() -> int:
+    """Bytes of this process's memory that no file backs."""
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+
+
+def rise(work: Callable[[], object]) -> int:
+    """By how much anonymous memory goes up while something runs."""
+    before = most = anonymous()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.005):
+            most = max(most, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    kept = work()
+    done.set()
+    watcher.join()
+    del kept
+    return most - before
+
+
+def test_smollm2_merge() -> None:
+    """At most four times peft's time, and at most 1.2 times the weights beside what was there before."""
+    compiled = adapted()
+    weights = sum(p.numel() * p.element_size() for p in compiled.compilation.source.parameters())
+    more = rise(compiled.merge)
+    merged = compiled.merge()
+    assert merged.certificate.passed and len(merged.certificate.sites) == 210
+    del merged
+    ours, theirs = seconds(compiled.merge), peft_seconds()
+    print(f"merge {ours:.2f} s, peft {theirs:.2f} s; {more / weights:.2f} of the weights beside them")
+    assert more <= 1.2 * weights
+    assert ours <= 4 * theirs
+
+
+def test_layers_linear() -> None:
+    """Four times the layers take at most 4.5 times as long."""
+    few, many = (seconds(adapted(layers).merge) for layers in (6, 24))
+    print(f"6 layers {few:.2f} s, 24 layers {many:.2f} s")
+    assert many <= 4.5 * few
