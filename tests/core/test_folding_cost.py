@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import graftc
-from graftc.compiler import probing
-from graftc.compiler.foldable import foldable
 from graftc.passes.core.folds import FoldStep, LazyTensors
 from graftc.testing import perturb
 from tests.families import tiny
@@ -73,51 +68,3 @@ def test_merging_is_linear_in_layers(models: dict[int, Any]) -> None:
         model.merge()  # what is made once
     two, four, eight = (calls(model.merge) for model in models.values())
     assert eight - four <= 1.1 * 2 * (four - two)
-
-
-def test_two_tensors_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest tensor, a table that is looked up in parts, is there twice at most, whatever else there is."""
-    monkeypatch.setattr(probing, "LARGE", 2**12)
-    monkeypatch.setattr(probing, "PIECE", 2**10)
-    compiled = adapted(1, ["embed.word", "ffn.down"], vocab_size=4000, tie_word_embeddings=False)
-    largest = max(t.numel() for _, t in compilation_of(compiled).store.base()) * 8
-    alive = Alive()
-    with torch.no_grad(), alive:
-        made = probing.fold_tensors(compilation_of(compiled), foldable(compilation_of(compiled)).lazy)
-    assert all(site.passed and site.change > 0 for site in made.sites)
-    assert len(made.sites) == 2
-    assert largest <= alive.most <= 2.2 * largest
-
-
-def compilation_of(compiled: Any) -> Any:
-    """Its Compilation."""
-    return compiled._graftc.compilation
-
-
-class Alive(TorchDispatchMode):
-    """Counts the bytes of storages in float64 that are alive at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in torch.utils._pytree.tree_leaves(result):
-            if isinstance(value, Tensor) and value.dtype is torch.float64:
-                self._note(value.untyped_storage())
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, storage.nbytes())
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
