@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +27,9 @@ from graftc.passes.core.program import HistoryEntry, Mode, Program
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.sites import Applied, AttentionSite, LinearSite, ParameterSite, Site
 from graftc.passes.core.steering import STEP, no_steps
+from graftc.passes.core.store import Store
 from graftc.passes.core.verify import record_baseline, verify
-from graftc.passes.mode import to_eval
+from graftc.passes.mode import moded, to_eval
 from graftc.passes.recompute import recompute_weights
 from graftc.passes.tokens import insert_tokens
 from graftc.specs.diagnostics import GraftError
@@ -82,6 +83,32 @@ class Family:
     def source(self, mode: Mode) -> Program:
         """The source model's own Program of a mode."""
         return self.sources[0 if mode == "train" else 1]
+
+    @cached_property
+    def moded(self) -> frozenset[str]:
+        """Paths of the modules whose mode makes a difference."""
+        return frozenset(moded(self.train))
+
+    def mixed(self, evals: Collection[str], store: Store, *, source: bool = False) -> Program:
+        """The train Program with some modules in eval mode, adapted or the source model's own.
+
+        Args:
+            evals: their paths.
+            store: where tensors live.
+            source: the source model's own.
+
+        Raises:
+            GraftError: GC043 where the eval graph is no derived one.
+        """
+        if any(found.program.mode == "eval" for found in self.captures):
+            message = f"{min(evals) or 'the model'} alone is in another mode, and what that changes is not in the graph"
+            raise GraftError("GC043", message, hint="put the whole model into one mode with train() or eval()")
+        if source:
+            return to_eval(self.source("train"), only=evals)
+        program = to_eval(self.train, only=evals)
+        program.baseline = record_baseline(to_eval(self.base, only=evals)).baseline
+        verify(program, store, "mode(mixed)", types=True)
+        return program
 
     @property
     def graphs(self) -> dict[str, Program]:

@@ -17,7 +17,12 @@ from graftc.passes.core.updates import updates
 aten = torch.ops.aten
 
 
-def to_eval(program: Program, *, keep: Collection[object] = ()) -> Program:
+def moded(program: Program) -> set[str]:
+    """Paths of the modules whose mode makes a difference to a train Program."""
+    return {str(n.meta.get("module", "")) for n in program.graph.nodes if n.op == "call_function" and n.target in RULES}
+
+
+def to_eval(program: Program, *, keep: Collection[object] = (), only: Collection[str] | None = None) -> Program:
     """A new Program in eval mode.
 
     Dropout and stochastic depth disappear, attention drops nothing, batch normalisation uses its running statistics and
@@ -26,11 +31,13 @@ def to_eval(program: Program, *, keep: Collection[object] = ()) -> Program:
     Args:
         program: stays as it is.
         keep: operators that are left as they are in train mode.
+        only: paths of modules that are in eval mode while the others train; by default all are.
     """
-    result = program.copy(mode="eval")
+    result = program.copy(mode="eval" if only is None else program.mode)
     erased: dict[fx.Node, fx.Node] = {}
     for node in list(result.graph.nodes):
-        rule = RULES.get(node.target) if node.op == "call_function" and node.target not in keep else None
+        here = only is None or node.meta.get("module", "") in only
+        rule = RULES.get(node.target) if here and node.op == "call_function" and node.target not in keep else None
         if rule is _erase:
             erased[node] = node.all_input_nodes[0]
         if rule is not None:

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, NoReturn, ParamSpec, Self, TypeVar, cast
 
@@ -18,9 +19,11 @@ from graftc.compiler.pipeline import Compilation
 from graftc.compiler.signature import split
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.blocks import Root, Runner
+from graftc.passes.core.containers import OWN, constant, plain_attributes
 from graftc.passes.core.program import Mode, Program
-from graftc.passes.core.store import OWN, Store
+from graftc.passes.core.store import Store
 from graftc.passes.core.updates import as_source
+from graftc.passes.core.windows import wanted
 from graftc.runtime.checkpointing import Checkpointed
 from graftc.runtime.choosing import Choosing, with_choices
 from graftc.runtime.combine import Combining
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from graftc.runtime.merged import Merged
     from graftc.runtime.partial import Partial
 
+
+Modes = Mode | frozenset[str]
+"""The mode of all modules, or the paths of those that are in eval mode while the others train."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,6 +64,18 @@ def runner_of(module: nn.Module | Runner) -> Any:
     return module if isinstance(module, Runner) else vars(module)[OWN]
 
 
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, a module is in eval mode; afterwards it and all below are in the modes that they were in."""
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode
+
+
 class ModelRoot(Root):
     """A module with the interface of a source model."""
 
@@ -71,6 +89,13 @@ class ModelRoot(Root):
         """See `torch.nn.Module.train`."""
         super().train(self._graftc.entering(mode))
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """See `torch.nn.Module`. An attribute that the source model has is a constant of the graphs (GC043)."""
+        super().__setattr__(name, value)
+        own = vars(self).get(OWN)
+        if own is not None and name in own.constants and value != own.constants[name]:
+            constant(self, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves between devices retarget the graphs; another dtype needs another capture."""
@@ -125,6 +150,7 @@ class ModelRunner(Runner):
         self._compilation = compilation
         self._interface = Interface(model)
         self._dtype = dtype_of(model)
+        self.constants = plain_attributes(model)
         names = self._interface.parameters
         self.main_input_name = getattr(model, "main_input_name", names[0] if names else "")
         if (config := config_of(model)) is not None:
@@ -134,6 +160,9 @@ class ModelRunner(Runner):
         """See `Runner.adopt`."""
         super().adopt(module)
         module.train(self._compilation.model.training)
+        for path, source in self._compilation.model.named_modules(remove_duplicate=False):
+            if source.training != module.training:
+                module.get_submodule(path).training = source.training
 
     def entering(self, mode: bool) -> bool:
         """The mode that the module is put into when one is asked for."""
@@ -173,18 +202,28 @@ class ModelRunner(Runner):
         Raises:
             GraftError: GC031 where it cannot be.
         """
-        mode: Mode = "train" if self.training else "eval"
         found = self._compilation.find(present)
-        key = self._key(found, mode) if found is not None else None
+        key = self._key(found, self._mode(self._compilation.families[found])) if found is not None else None
         if key is None or key not in self._roots:
             if torch.compiler.is_compiling():
                 tensors, flags = split(present)
                 names = ", ".join([*tensors, *(name for name, _ in flags)])
                 raise GraftError("GC031", f"{names} have no graph yet; call the model once before compiling it")
             family = self._compilation.family(present)
+            mode = self._mode(family)
             key = self._key(family.key, mode)
             self.install(key, self._program_of(family, mode))
         return key
+
+    def _mode(self, family: Family) -> Modes:
+        """The mode that the modules are in; code of `torch.compile` looks at that of the whole model."""
+        if torch.compiler.is_compiling():
+            return "train" if self.training else "eval"
+        paths = family.moded
+        off = frozenset(path for path in paths if not self._store.container(path).training)
+        if self.training:
+            return off or "train"
+        return off if len(off) < len(paths) else "eval"
 
     def shared(self) -> list[Any]:
         """What a copy of the module has in common with it: Graphs, which hold no tensors, and the source model."""
@@ -203,18 +242,15 @@ class ModelRunner(Runner):
         """Flat outputs of the first signature in eval mode, whatever mode the model is in."""
         present = {**inputs, **dict(self._compilation.main.base.flags)}
         present = with_choices(self._compilation, present, {})
-        training = self.training
-        self.module.train(False)
-        try:
+        with in_eval_mode(self.module):
             return self.run(self.ready(present), present)
-        finally:
-            self.module.train(training)
 
-    def _key(self, family: tuple[str, ...], mode: Mode) -> str:
-        return f"{mode}:{','.join(family)}"
+    def _key(self, family: tuple[str, ...], mode: Modes) -> str:
+        name = mode if isinstance(mode, str) else f"train but for {' '.join(sorted(mode))}"
+        return f"{name}:{','.join(family)}"
 
-    def _program_of(self, family: Family, mode: Mode) -> Program:
-        return family.program(mode)
+    def _program_of(self, family: Family, mode: Modes) -> Program:
+        return family.program(mode) if isinstance(mode, str) else family.mixed(mode, self._store)
 
     def export(
         self,
@@ -376,8 +412,35 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
 
         return merge_partially(self, budget)
 
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `ModelRunner`.
+
+        Raises:
+            GraftError: GC044 where a base tensor has been unfrozen; code of `torch.compile` takes no notice.
+        """
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._check_frozen()
+        return super().call(args, kwargs)
+
+    def _check_frozen(self) -> None:
+        for table, name, path in self._frozen:
+            tensor = table[name]
+            if tensor.requires_grad and not wanted(tensor):
+                message = f"{path} wants a gradient, and it is the source model's"
+                module = path.rpartition(".")[0] or path
+                hint = f"put train: [{module}] into the spec, which trains a copy of it, or freeze it again"
+                raise GraftError("GC044", message, hint=hint)
+
+    @cached_property
+    def _frozen(self) -> list[tuple[dict[str, Any], str, str]]:
+        """Where base parameters are: their table, their name in it, and their full name."""
+        parameters = [name for name, tensor in self._store.base() if isinstance(tensor, nn.Parameter)]
+        split = ((name, *name.rpartition(".")) for name in parameters)
+        return [(self._store.owner(path)._parameters, last, name) for name, path, _, last in split]
+
     def copied(self) -> None:
         """See `ModelRunner`. What steers a training, and how far it is, is copied as well."""
+        vars(self).pop("_frozen", None)
         self._watch()
         self._pause()
 
@@ -399,13 +462,14 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
 
     _base_only = False
 
-    def _key(self, family: tuple[str, ...], mode: Mode) -> str:
+    def _key(self, family: tuple[str, ...], mode: Modes) -> str:
         return ("base " if self._base_only else "") + super()._key(family, mode)
 
-    def _program_of(self, family: Family, mode: Mode) -> Program:
-        if self._base_only:
-            return as_source(family.source(mode), self._store.updated)
-        return family.program(mode)
+    def _program_of(self, family: Family, mode: Modes) -> Program:
+        if not self._base_only:
+            return super()._program_of(family, mode)
+        own = family.source(mode) if isinstance(mode, str) else family.mixed(mode, self._store, source=True)
+        return as_source(own, self._store.updated)
 
 
 class Compiled(ModelRoot):

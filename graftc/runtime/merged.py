@@ -20,10 +20,10 @@ from graftc.compiler.probing import Advance, Folded, added_bias, fold_tensors
 from graftc.compiler.report import owner_of
 from graftc.compiler.samples import sample_inputs
 from graftc.passes.core.printer import structural_hash
-from graftc.passes.core.program import Mode, Program
+from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
 from graftc.passes.fold import take_out
-from graftc.runtime.compiled import ModelRoot, ModelRunner, Published, runner_of
+from graftc.runtime.compiled import ModelRoot, ModelRunner, Modes, Published, runner_of
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
@@ -44,9 +44,11 @@ class MergedRunner(ModelRunner):
     def __init__(self, compilation: Compilation, fold: Foldable, made: Folded) -> None:
         self._additions = made.additions
         self.folded, self.kept = fold.names, fold.reasons()
-        super().__init__(compilation, _folded_store(compilation.store, fold, made))
+        super().__init__(compilation, _folded_store(compilation.model, compilation.store, fold, made))
 
-    def _program_of(self, family: Family, mode: Mode) -> Program:
+    def _program_of(self, family: Family, mode: Modes) -> Program:
+        if mode != "eval":
+            raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
         return _folded_program(self._compilation, family, self.folded, self._additions)
 
     def entering(self, mode: bool) -> bool:
@@ -197,8 +199,9 @@ def fold(
     return merged
 
 
-def _folded_store(store: Store, fold: Foldable, made: Folded) -> Store:
+def _folded_store(model: nn.Module, store: Store, fold: Foldable, made: Folded) -> Store:
     folded = Store()
+    folded.shape(model)
     for name, tensor in store.base():
         value = tensor.detach().clone() if name in store.updated else tensor.detach()
         _add(folded, store, name, made.tensors.get(name, value))

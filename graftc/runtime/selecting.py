@@ -118,19 +118,20 @@ class Selecting(Steered, Runner):
     @contextmanager
     def _watched(self, tensors: Mapping[str, Tensor], take: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Inside, a backward pass gives the gradients of base tensors to ``take``, and makes no others."""
-        training, trained = self.training, [p for p in self.module.parameters() if p.requires_grad]
+        from graftc.runtime.compiled import in_eval_mode
+
+        trained = [p for p in self.module.parameters() if p.requires_grad]
         gradients = BaseGradients(take)
-        self.module.eval()
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)
             gradients.want(tensors)
-            yield
+            with in_eval_mode(self.module):
+                yield
         finally:
             gradients.release()
             for parameter in trained:
                 parameter.requires_grad_(True)
-            self.module.train(training)
 
     @property
     def stages_left(self) -> int:

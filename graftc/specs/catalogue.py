@@ -185,6 +185,13 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC040", _FAILED, "a pass broke an invariant",
      "The verifier found the graph wrong after a pass: a bug in graftc or in a method, not in the spec.",
      "Report it with the message, which names the pass and the node. Base weights are untouched."),
+    ("GC043", _SPEC, "a module of the tree has no life of its own",
+     "The modules of a compiled model hold tensors; the graphs of the whole model compute what they do. A hook on one "
+     "is never called, an attribute is a constant of the graphs, and a call has nothing to run.",
+     "Hook, call or change the source model and compile that, or use the compiled model as a whole."),
+    ("GC044", _SPEC, "a base tensor has been unfrozen",
+     "Base tensors belong to the source model and are never trained in place: no artifact would have them.",
+     "Name the module in `train:` of the spec, which trains a copy, or freeze it again."),
     ("GC045", _SPEC, "the method needs another optimiser",
      "The adaptation looks at what an optimiser of `graftc.optim` remembers of the gradients, and it trains with none.",
      "Train with the optimiser that the message names, and make it from the compiled model."),

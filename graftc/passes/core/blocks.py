@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from graftc.passes.core.codegen import Function, function_of
+from graftc.passes.core.containers import OWN, Container, Node, Tree
 from graftc.passes.core.program import Program
-from graftc.passes.core.store import OWN, Container, Store, Tree
+from graftc.passes.core.store import Store
 from graftc.passes.outline import outline
 
 
@@ -46,7 +47,7 @@ class Recompute:
         return save_on_cpu(pin_memory=True, device_type=devices.pop())
 
 
-class LayerCode:
+class LayerCode(Node):
     """What a Block runs.
 
     Attributes:
@@ -66,13 +67,25 @@ class Block(Container):
 
     _graftc: LayerCode
 
+    register_forward_hook = nn.Module.register_forward_hook
+    register_forward_pre_hook = nn.Module.register_forward_pre_hook
+    register_full_backward_hook = nn.Module.register_full_backward_hook
+    register_full_backward_pre_hook = nn.Module.register_full_backward_pre_hook
+
     def __init__(self) -> None:
         super().__init__()
         self._graftc = LayerCode()
 
-    def forward(self, key: str, *inputs: Any) -> Any:
-        """Run the part called ``key``."""
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Run a part of a Program: its key, and what it reads.
+
+        Raises:
+            GraftError: GC043 for a call as of the source's layer.
+        """
         code = self._graftc
+        key, *inputs = inputs or (None,)  # type: ignore[assignment]
+        if options or not isinstance(key, str):
+            return super().forward()
         function = code.functions[key]
         if code.checkpointing and self.training and torch.is_grad_enabled():
             return code.recompute(function, self, *inputs)

@@ -8,58 +8,13 @@ root, ``graftc.<adaptation>.<part>``, when several sites share them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
+from graftc.passes.core.containers import OWN, RESERVED, SOURCE, C, Container
 from graftc.specs.diagnostics import GraftError
-
-RESERVED = "graftc"
-"""Path segment under which every tensor that graftc added lives."""
-
-SOURCE = "_source"
-"""Under which of these the values are that base tensors have in the source model where graphs write to them."""
-
-OWN = "_graftc"
-"""The one attribute of a module in the tree that is graftc's own."""
-
-
-class Tree(nn.Module):
-    """A module whose children and tensors may have any name, those of methods as well."""
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """See `torch.nn.Module.get_submodule`."""
-        module: nn.Module = self
-        for segment in target.split(".") if target else ():
-            child = module._modules.get(segment)
-            if child is None:
-                raise AttributeError(f"{module._get_name()} has no child {segment!r}")  # type: ignore[no-untyped-call]
-            module = child
-        return module
-
-    def get_parameter(self, target: str) -> nn.Parameter:
-        """See `torch.nn.Module.get_parameter`."""
-        path, _, name = target.rpartition(".")
-        found = self.get_submodule(path)._parameters.get(name)
-        if found is None:
-            raise AttributeError(f"there is no parameter {target!r}")
-        return found
-
-    def get_buffer(self, target: str) -> torch.Tensor:
-        """See `torch.nn.Module.get_buffer`."""
-        path, _, name = target.rpartition(".")
-        found = self.get_submodule(path)._buffers.get(name)
-        if found is None:
-            raise AttributeError(f"there is no buffer {target!r}")
-        return found
-
-
-class Container(Tree):
-    """A node of the Store's tree: holds tensors and containers, computes nothing."""
-
-
-C = TypeVar("C", bound=Container)
 
 
 def _adopt(module: nn.Module, old: nn.Module) -> None:
@@ -83,6 +38,9 @@ def _names(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules(remove_duplicate=False):
         yield path
         yield from (f"{path}.{name}".lstrip(".") for name in (*module._parameters, *module._buffers))
+
+
+__all__ = ["RESERVED", "Store"]
 
 
 class Store:
@@ -122,6 +80,7 @@ class Store:
             message = f"{type(model).__name__} has a {taken[0]!r}, and graftc keeps {RESERVED!r} and {OWN!r} for itself"
             raise GraftError("GC030", message, hint="give it another name in the model's code")
         seen: dict[int, tuple[str, torch.Tensor]] = {}
+        store.shape(model)
         for path, module in model.named_modules(remove_duplicate=False):
             container = store.container(path)
             for name, parameter in module._parameters.items():
@@ -132,6 +91,13 @@ class Store:
                     persistent = name not in module._non_persistent_buffers_set
                     store._mirror(container, path, name, buffer, seen, persistent=persistent)
         return store
+
+    def shape(self, model: nn.Module) -> None:
+        """Make containers like the modules of a model, below the root."""
+        for path, module in model.named_modules(remove_duplicate=False):
+            parent, _, name = path.rpartition(".")
+            if path and self.owner(parent)._modules.get(name) is None:
+                self.owner(parent)._modules[name] = Container.like(module)
 
     def _mirror(
         self,
@@ -177,8 +143,8 @@ class Store:
 
     def replace_container(self, path: str, kind: type[C]) -> C:
         """Put a container of another kind at ``path``; it adopts all that the one there held."""
-        old, made = self.owner(path), kind()
-        made.training = old.training
+        old = self.owner(path)
+        made = kind.like(old)
         _adopt(made, old)
         parent, _, name = path.rpartition(".")
         self.owner(parent)._modules[name] = made
@@ -195,7 +161,7 @@ class Store:
             owner = self.owner(path)
         except KeyError:
             return False
-        return name in owner._parameters or name in owner._buffers
+        return owner._parameters.get(name) is not None or owner._buffers.get(name) is not None
 
     def get(self, fqn: str) -> torch.Tensor:
         """The tensor called ``fqn``; `KeyError` where there is none."""

@@ -31,6 +31,7 @@ class BaseGradients:
         """Let tensors, by name, have gradients in the passes that follow."""
         for name, tensor in tensors.items():
             tensor.requires_grad_(True)
+            tensor._graftc_wanted = True  # type: ignore[attr-defined]
             held, handles = self._held.get(name, (None, []))
             if held is not tensor or not handles:
                 # The first hook gets the gradient even where another holder's second one has been there already.
@@ -51,6 +52,7 @@ class BaseGradients:
         """No further pass shall give gradients; those of passes that have been run are still handed over."""
         for name, (tensor, handles) in list(self._held.items()):
             tensor.requires_grad_(False)
+            tensor._graftc_wanted = False  # type: ignore[attr-defined]
             if not handles:
                 del self._held[name]
 
@@ -67,6 +69,11 @@ class BaseGradients:
         copied = BaseGradients(copy.deepcopy(self._receive, memo))
         copied._held = {name: (copy.deepcopy(tensor, memo), []) for name, (tensor, _) in self._held.items()}
         return copied
+
+
+def wanted(tensor: Tensor) -> bool:
+    """Whether a base tensor wants a gradient because graftc does, and not because somebody has unfrozen it."""
+    return bool(getattr(tensor, "_graftc_wanted", False))
 
 
 def _let_go(tensor: Tensor) -> None:
