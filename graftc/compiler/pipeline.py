@@ -17,6 +17,7 @@ from graftc.compiler.copies import untied
 from graftc.compiler.defaults import default_signatures
 from graftc.compiler.family import Family, compile_family
 from graftc.compiler.interface import Flags
+from graftc.compiler.isolation import exclusive
 from graftc.compiler.plain import require_plain
 from graftc.compiler.resolve import TRAIN
 from graftc.compiler.signature import (
@@ -98,6 +99,11 @@ class Compilation:
         found = self.find(inputs)
         if found is not None:
             return self.families[found]
+        with exclusive():
+            found = self.find(inputs)  # another thread may have made it meanwhile
+            return self.families[found] if found is not None else self._new_family(inputs)
+
+    def _new_family(self, inputs: Mapping[str, Any]) -> Family:
         tensors, flags = split(inputs)
         chosen = [name for name in self.controls if name in tensors]
         tensors = {name: value for name, value in tensors.items() if name not in chosen}
@@ -155,6 +161,7 @@ class Compilation:
     def _unit_of(self) -> dict[str, Unit]:
         return {unit.name: unit for unit in self.units}
 
+    @exclusive()
     def add(self, axes: Sequence[Axis], flags: Flags = (), chosen: Sequence[str] = ()) -> Family:
         """Capture one more signature and adapt the same places there.
 
@@ -297,6 +304,7 @@ def _replace(store: Store, own: StoredRows, trained: str) -> WeightFunction:
     return stand_in
 
 
+@exclusive()
 def compile_model(
     spec: Spec,
     model: nn.Module,

@@ -11,6 +11,7 @@ from torch import nn
 from graftc.compiler.cache import captured
 from graftc.compiler.fresh import check_fresh
 from graftc.compiler.interface import ExampleInputs, Flags, Interface
+from graftc.compiler.isolation import exclusive
 from graftc.compiler.pipeline import compile_model, first_capture
 from graftc.compiler.plain import require_plain
 from graftc.compiler.report import Report, report
@@ -95,6 +96,7 @@ def check(
     return report(compilation)
 
 
+@exclusive()
 def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True) -> Structure:
     """The roles found in a model, with the evidence for each.
 

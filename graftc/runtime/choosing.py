@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graftc.compiler.compose import ACTIVE
 from graftc.compiler.interface import COUNT, dtype_of
+from graftc.compiler.isolation import is_traced
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import TRAIN
@@ -86,7 +87,7 @@ def _ids(bank: Bank, name: str, given: Any, rows: int, device: torch.device) -> 
     if not isinstance(given, Tensor):
         listed = [given] if isinstance(given, str | int) else list(given)
         given = torch.tensor([slot_of(bank, item) for item in listed], device=device)
-    elif not torch.compiler.is_compiling() and given.device.type == "cpu" and given.numel():
+    elif not is_traced() and given.device.type == "cpu" and given.numel():
         low, high = int(given.min()), int(given.max())
         if low < 0 or high >= len(bank.bank):
             bad = low if low < 0 else high

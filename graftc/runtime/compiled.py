@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.family import Family
 from graftc.compiler.interface import ExampleInputs, Interface, config_of, dtype_of
+from graftc.compiler.isolation import exclusive, is_traced, isolated
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.signature import split
 from graftc.compiler.snapshot import adapter_tensors
@@ -205,19 +206,21 @@ class ModelRunner(Runner):
         found = self._compilation.find(present)
         key = self._key(found, self._mode(self._compilation.families[found])) if found is not None else None
         if key is None or key not in self._roots:
-            if torch.compiler.is_compiling():
+            if is_traced():
                 tensors, flags = split(present)
                 names = ", ".join([*tensors, *(name for name, _ in flags)])
                 raise GraftError("GC031", f"{names} have no graph yet; call the model once before compiling it")
-            family = self._compilation.family(present)
-            mode = self._mode(family)
-            key = self._key(family.key, mode)
-            self.install(key, self._program_of(family, mode))
+            with exclusive():
+                family = self._compilation.family(present)
+                mode = self._mode(family)
+                key = self._key(family.key, mode)
+                if key not in self._roots:
+                    self.install(key, self._program_of(family, mode))
         return key
 
     def _mode(self, family: Family) -> Modes:
         """The mode that the modules are in; code of `torch.compile` looks at that of the whole model."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             return "train" if self.training else "eval"
         paths = family.moded
         off = frozenset(path for path in paths if not self._store.container(path).training)
@@ -252,6 +255,7 @@ class ModelRunner(Runner):
     def _program_of(self, family: Family, mode: Modes) -> Program:
         return family.program(mode) if isinstance(mode, str) else family.mixed(mode, self._store)
 
+    @isolated()
     def export(
         self,
         path: str | Path,
@@ -342,6 +346,7 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
 
+    @isolated()
     def save(
         self,
         path: str | Path,
@@ -382,6 +387,7 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
 
         return deployed(self)
 
+    @isolated()
     def merge(self, budget: float | None = None, *, progress: Callable[[float], None] | None = None) -> Merged:
         """Fold every adaptation into base weights and certify the result; this model stays as it is.
 
@@ -398,6 +404,7 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
         self.warn_of_unsteered()
         return merge(self, budget, progress or (lambda _: None))
 
+    @isolated()
     def merge_partially(self, budget: float | None = None) -> Partial:
         """Fold what folds, certify that, and compile the rest on a base that has the folded weights. What was trained
         with experts that are drawn becomes the simpler adaptation with their mean, whether anything folds or not.
@@ -538,6 +545,7 @@ def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compi
     return type(name, (Compiled,), {"forward": forward, "__module__": __name__})
 
 
+@exclusive()
 def make_compiled(compilation: Compilation) -> Compiled:
     """The module for a Compilation, its first signature lowered in both modes."""
     given = [n for n, c in compilation.controls.items() if not isinstance(c, Parallel)]

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from graftc.compiler.interface import COUNT
+from graftc.compiler.isolation import is_traced
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.steering import Steerings
 from graftc.passes.core.program import Program
@@ -88,7 +89,7 @@ class Repeated:
     def _wait(self, term: Tensor, outputs: tuple[Any, ...]) -> None:
         """Keep a term for the next `extra_loss`, until the passes that it belongs to have had their backward pass."""
         self._waiting.append(term)
-        if torch.compiler.is_compiling():
+        if is_traced():
             return
 
         def missed(gradient: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graftc.compiler.isolation import is_traced
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import Resolved
 from graftc.compiler.steering import Steerings, live_places, steerings
@@ -132,7 +133,7 @@ class Steered(Repeated):
 
     def _results(self, key: str, present: Mapping[str, Any]) -> tuple[Any, ...]:
         """See `Repeated`. Controllers are asked before; compiled code has no hooks, so they are not asked there."""
-        if not torch.compiler.is_compiling() and self._steering.controllers:
+        if not is_traced() and self._steering.controllers:
             if self.training and torch.is_grad_enabled() and not getattr(self, "_base_only", False):
                 for controller in self._steering.controllers.values():
                     controller.before_forward()

@@ -1,0 +1,123 @@
+"""Graphs are made by one thread at a time, in torch's own default state, whatever state the caller is in.
+
+What a tracer sees of autocast, grad mode, inference mode, default dtype and device, and of modes that intercept calls,
+would become part of the graph, and the graph is used under other states as well. torch.export keeps its state in
+globals of the process, and a capture changes the model for a while, so that two at once get in each other's way.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import _pop_mode, _push_mode
+from torch.utils._python_dispatch import _disable_current_modes
+
+_lock = threading.RLock()
+
+
+def _renew() -> None:
+    """A child process has only the thread that forked: nobody there would ever release the locks."""
+    global _lock
+    _lock = threading.RLock()
+    _default_dtype.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Inside, torch's state in this thread is as in a new process; afterwards it is the caller's again.
+
+    Autocast is off on every device, gradients are recorded, inference mode is off, the default dtype is float32 and the
+    default device the CPU, and no mode intercepts functions or operators. Flags that only choose among kernels
+    (deterministic algorithms, ``torch.backends``) and anomaly detection stay as they are.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_no_function_modes())
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(_no_autocast())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_default_dtype)
+        yield
+
+
+@contextmanager
+def exclusive() -> Iterator[None]:
+    """`isolated`, by one thread of the process at a time; re-entrant."""
+    with _lock, isolated():
+        yield
+
+
+def is_traced() -> bool:
+    """Whether a compiler is tracing what this thread does.
+
+    ``torch.compiler.is_compiling()`` is also true where another thread of the process is in torch.export.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and get_proxy_mode() is not None
+
+
+@contextmanager
+def _no_function_modes() -> Iterator[None]:
+    """The default device is such a mode too."""
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    devices = [kind for kind in _device_types() if torch.is_autocast_enabled(kind)]
+    for kind in devices:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        for kind in devices:
+            torch.set_autocast_enabled(kind, True)
+
+
+def _device_types() -> list[str]:
+    known = ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla", "ipu", "maia", torch._C._get_privateuse1_backend_name())
+    return [kind for kind in known if torch.amp.is_autocast_available(kind)]
+
+
+class _DefaultDtype:
+    """float32 while anybody is inside: unlike the rest, the default dtype is one of the whole process."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._before = torch.float32
+        self._lock = threading.Lock()
+
+    def renew(self) -> None:
+        """A lock that nobody holds."""
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._count == 0:
+                self._before = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                torch.set_default_dtype(self._before)
+
+
+_default_dtype = _DefaultDtype()

@@ -1,0 +1,165 @@
+"""Graphs do not depend on the state of the thread that makes them, and that state is the same afterwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import graftc
+from graftc.compiler.isolation import exclusive, isolated
+from graftc.passes.core.printer import format_program
+
+SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "fc"}}]}
+EXAMPLE = {"x": torch.zeros(2, 6)}
+
+
+class Net(nn.Module):
+    """Its forward makes tensors of the default dtype, on the default device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * torch.linspace(0, 1, 4) + torch.ones(4).softmax(-1)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+class Halving(TorchFunctionMode):
+    """Whatever is computed is half of it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return found / 2 if isinstance(found, torch.Tensor) and found.is_floating_point() else found
+
+
+class Failing(TorchDispatchMode):
+    """No operator works."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(str(func))
+
+
+STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast float16": lambda: torch.autocast("cpu", torch.float16),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "default dtype float64": lambda: default_dtype(torch.float64),
+    "default dtype bfloat16": lambda: default_dtype(torch.bfloat16),
+    "default device": lambda: default_device("meta"),
+    "device context": lambda: torch.device("meta"),
+    "function mode": Halving,
+    "dispatch mode": Failing,
+}
+
+
+def state() -> tuple[Any, ...]:
+    """What `isolated` changes, as it is now."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return (
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        [id(mode) for mode in modes],
+        [id(mode) for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack()],
+        torch.compiler.is_compiling(),
+        torch.compiler.is_exporting(),
+    )
+
+
+@pytest.fixture(scope="module")
+def source() -> nn.Module:
+    return Net().requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def plain(source: nn.Module) -> str:
+    return format_program(graftc.compile(SPEC, source, EXAMPLE, cache=False)._compilation.main.train)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_inside_torch_is_as_in_a_new_process_and_afterwards_as_before(name: str) -> None:
+    fresh = state()
+    with STATES[name]():
+        before = state()
+        assert before != fresh
+        for manager in (isolated, exclusive):
+            with manager():
+                assert state()[:1] + state()[2:] == fresh[:1] + fresh[2:]
+            assert state() == before
+            with pytest.raises(KeyError), manager(), manager():
+                raise KeyError
+            assert state() == before
+    assert state() == fresh
+
+
+@pytest.mark.parametrize("name", ["autocast bfloat16", "inference_mode", "default dtype float64", "default device"])
+def test_graphs_are_the_same_whatever_state_they_are_made_in(name: str, source: nn.Module, plain: str) -> None:
+    with STATES[name]():
+        before = state()
+        compiled = graftc.compile(SPEC, source, EXAMPLE, cache=False)
+        assert state() == before
+    assert format_program(compiled._compilation.main.train) == plain
+    assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in compiled.parameters())
+    assert not any(p.is_inference() for p in compiled.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_failed_compile_leaves_the_callers_state(name: str, source: nn.Module) -> None:
+    with STATES[name]():
+        before = state()
+        with pytest.raises(graftc.GraftError):
+            graftc.compile(
+                {"adapt": [{"method": "lora", "target": {"modules": "nowhere"}}]}, source, EXAMPLE, cache=False
+            )
+        assert state() == before
+
+
+def test_the_default_dtype_is_restored_when_threads_overlap() -> None:
+    """It is one of the whole process: the last to leave restores what the first found."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with isolated():
+            entered.set()
+            leave.wait(10)
+
+    with default_dtype(torch.float64):
+        thread = threading.Thread(target=other)
+        with isolated():
+            thread.start()
+            entered.wait(10)
+        assert torch.get_default_dtype() == torch.float32
+        leave.set()
+        thread.join()
+        assert torch.get_default_dtype() == torch.float64
