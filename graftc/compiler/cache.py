@@ -1,22 +1,26 @@
 """The capture cache: canonicalised, weightless graphs in the user's cache folder, as JSON.
 
-The key covers everything that a capture depends on: the model's class and its source, its config, the names, types
-and ties of its tensors, the signature (inputs and flags), and the versions of Python, torch, transformers and graftc.
-A model without a config is not cached: what its attributes do to its forward cannot be told. Set ``GRAFTC_CACHE`` to
-another folder, or to ``off``.
+The key covers everything that a capture depends on: what the modules hold and the code that they reach (`holdings`),
+the signature (inputs and flags), and the versions of Python, torch, transformers and graftc with graftc's own code. A
+model that holds something which cannot be written down has no key and is not kept; the report says what that is.
+
+Files are not trusted: one counts when it is a file of this user's that nobody else may write to, its first line is a
+digest of the rest, and it names the key that is looked for. Any other is captured anew. A digest tells damage and not
+intent, which is up to the permissions. Set ``GRAFTC_CACHE`` to another folder, or to ``off``.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import inspect
 import json
 import os
 import platform
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,13 +31,16 @@ from torch import nn
 
 import graftc
 from graftc.compiler.capture import Capture, capture
+from graftc.compiler.holdings import LARGEST_TENSOR, UnknownHoldingError, holdings
 from graftc.compiler.interface import Flags, device_of
 from graftc.compiler.signature import Axis
+from graftc.compiler.sources import own_digest
 from graftc.passes.core.program import Mode
 from graftc.passes.core.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES
 
-_LARGEST_CONSTANT = 65536
+_LARGEST_FILE = 256 * 2**20
+_STALE_SECONDS = 3600
 
 
 def folder() -> Path | None:
@@ -48,66 +55,30 @@ def folder() -> Path | None:
 
 
 def key(model: nn.Module, axes: Sequence[Axis], flags: Flags = (), mode: Mode = "train") -> str | None:
-    """The key of a capture; None for a model that cannot be told from its config."""
-    config = getattr(model, "config", None)
-    to_dict = getattr(config, "to_dict", None)
-    if to_dict is None or not type(model).__module__.startswith("transformers."):
+    """The key of a capture; None for a model that holds something which cannot be written down."""
+    try:
+        return _key(model, axes, flags, mode)
+    except UnknownHoldingError:
         return None
-    import transformers
 
-    owners: dict[int, str] = {}
-    tensors = []
-    for kind, named in (("parameter", model.named_parameters), ("buffer", model.named_buffers)):
-        for name, tensor in named(remove_duplicate=False):
-            owner = owners.setdefault(id(tensor), name)
-            tensors.append((kind, name, owner, str(tensor.dtype), list(tensor.shape)))
-    settings = {k: v for k, v in to_dict().items() if not k.startswith("_name_or_path")}
-    settings["_attn_implementation"] = getattr(config, "_attn_implementation", None)
-    # Modules may differ from what the config alone would build (a dropout switched off by hand), so their printed
-    # form belongs to the key as well.
+
+def _key(model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode) -> str:
     content = {
-        "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "source": _source_digest(model),
-        "config": json.loads(json.dumps(settings, sort_keys=True, default=str)),
-        "modules": repr(model),
-        "tensors": tensors,
+        "model": holdings(model),
         "axes": [(a.name, str(a.dtype), list(a.axes)) for a in axes],
         "flags": [list(flag) for flag in flags],
         "mode": mode,
-        "versions": [
-            platform.python_version(),
-            torch.__version__,
-            transformers.__version__,
-            graftc.__version__,
-        ],
-        "code": _own_digest(),
+        "versions": _versions(),
+        "code": own_digest(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _source_digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for path in sorted({f for m in model.modules() if (f := _file(type(m)))}):
-        digest.update(Path(path).read_bytes())
-    return digest.hexdigest()
+def _versions() -> list[str]:
+    import transformers
 
-
-def _file(cls: type[Any]) -> str | None:
-    if cls.__module__.startswith("torch."):
-        return None
-    try:
-        return inspect.getsourcefile(cls)
-    except TypeError:
-        return None
-
-
-def _own_digest() -> str:
-    """A digest of the code that makes captures: a change of it makes old entries unreachable."""
-    digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for path in (here / "capture.py", here / "signature.py", here.parent / "passes" / "canonicalise.py"):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return [platform.python_version(), torch.__version__, transformers.__version__, graftc.__version__]
 
 
 def lookup(model: nn.Module, axes: Sequence[Axis], flags: Flags = (), mode: Mode = "train") -> Capture | None:
@@ -134,7 +105,10 @@ def captured(
 
     See `graftc.compiler.capture.capture`.
     """
-    wanted = key(model, axes, flags, mode)
+    try:
+        wanted, aside = _key(model, axes, flags, mode), ""
+    except UnknownHoldingError as unknown:
+        wanted, aside = None, str(unknown)
     if wanted is not None and wanted in known:
         return replace(known[wanted](), key=wanted)
     entry = _read(wanted, device_of(model)) if use_cache else None
@@ -143,6 +117,8 @@ def captured(
     found = replace(capture(model, axes, flags=flags, mode=mode, canonical=canonical), key=wanted)
     if use_cache:
         _write(wanted, found)
+        if aside and folder() is not None:
+            found.notes += (f"not kept in the capture cache, since other models may differ in it: {aside}",)
     return found
 
 
@@ -152,32 +128,75 @@ def _read(wanted: str | None, device: torch.device) -> Capture | None:
         return None
     started = time.perf_counter()
     try:
-        data = json.loads(path.read_text())
+        text = _content(path)
+    except OSError:
+        return None
+    if text is None:
+        return None
+    try:
+        digest, _, content = text.partition(b"\n")
+        if digest.decode() != hashlib.sha256(content).hexdigest():
+            raise ValueError("damaged")
+        data = json.loads(content)
+        if data["key"] != wanted:
+            raise ValueError("the capture of something else")
         program = program_from_json(data["program"], device)
         constants = {name: _tensor(value, device) for name, value in data["constants"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        notes = tuple(str(note) for note in data["notes"])
+    except Exception:  # whatever is wrong with a file, it is not what was written, and the model is here to capture
+        with suppress(OSError):
+            path.unlink()
         return None
-    seconds = time.perf_counter() - started
-    return Capture(program, constants, seconds, cached=True, notes=tuple(data.get("notes", ())), key=wanted)
+    return Capture(program, constants, time.perf_counter() - started, cached=True, notes=notes, key=wanted)
+
+
+def _content(path: Path) -> bytes | None:
+    """What a file holds; None where it is not a file of our own that nobody else may write to."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_size > _LARGEST_FILE:
+            return None
+        if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+            return None
+        return file.read(_LARGEST_FILE + 1)
 
 
 def _write(wanted: str | None, found: Capture) -> None:
+    """Keep a capture; written beside and renamed. What cannot be kept, or not now, is passed over."""
     path = _path(wanted)
-    if path is None or any(t.numel() * t.element_size() > _LARGEST_CONSTANT for t in found.constants.values()):
+    if path is None or any(t.numel() * t.element_size() > LARGEST_TENSOR for t in found.constants.values()):
         return
     try:
-        constants = {name: _encode(tensor) for name, tensor in found.constants.items()}
         data = {
+            "key": wanted,
             "program": program_to_json(found.program),
-            "constants": constants,
+            "constants": {name: _encode(tensor) for name, tensor in found.constants.items()},
             "notes": list(found.notes),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(data, file, separators=(",", ":"))
-        os.replace(file.name, path)
-    except (SerialisationError, OSError):
+        content = json.dumps(data, separators=(",", ":")).encode()
+    except (SerialisationError, ValueError):
         return
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with open(handle, "wb") as file:
+                file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def _sweep(where: Path) -> None:
+    """Remove what writers that were killed have left behind."""
+    for path in where.glob("*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.lstat().st_mtime > _STALE_SECONDS:
+                path.unlink()
 
 
 def _path(wanted: str | None) -> Path | None:
