@@ -23,6 +23,7 @@ from graftc.compiler.structure import Structure, find_structure
 from graftc.compiler.tokens import TOKENS, token_sites
 from graftc.compiler.words import word_vectors
 from graftc.passes.core.builder import Builder
+from graftc.passes.core.effects import flaw
 from graftc.passes.core.program import HistoryEntry, Mode, Program
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.sites import Applied, AttentionSite, LinearSite, ParameterSite, Site
@@ -211,6 +212,10 @@ def _capture(compilation: Compilation, axes: Sequence[Axis], flags: Flags, mode:
     compilation.notes += [note for note in found.notes if note not in compilation.notes]
     for name, value in found.constants.items():
         store.add_constant(name, value)
+    write = flaw(found.program.graph, mode, store.is_buffer)
+    if write is not None:
+        message = f"{type(compilation.source).__name__} cannot be adapted: at {write[0].name} {write[1]}"
+        raise GraftError("GC030", message, hint="a forward may change buffers in train mode, and nothing else")
     for name in sorted(found.program.updates):
         store.own(name, compilation.values.get(name))
     return found

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graftc.passes.core.printer import mutates
 from graftc.passes.core.program import Program
 from graftc.passes.core.shapes import expression
 
@@ -54,12 +55,6 @@ def remove_dead(program: Program) -> None:
         unused = not node.users and node not in kept
         if unused and node.op in ("call_function", "get_attr") and not mutates(node):
             program.graph.erase_node(node)
-
-
-def mutates(node: fx.Node) -> bool:
-    """Whether a call changes one of its arguments."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def _value(node: Any) -> Any:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from graftc.passes.canonicalise import mutates
 from graftc.passes.core.layers import layer_path, repeated_layers
+from graftc.passes.core.printer import mutates
 from graftc.passes.core.program import Program, map_nodes, provenance
 
 

@@ -67,3 +67,22 @@ def own() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """It, with example inputs; the same weights each time."""
     torch.manual_seed(7)
     return Own().eval(), {"x": torch.zeros(2, 6)}
+
+
+def mend(artifact: Path) -> None:
+    """Seal an artifact again as it is now: sizes and digests of all files, and the manifest's own."""
+    from graftc.runtime.artifact.write import listed
+
+    edit_manifest(artifact, files=dict(listed(artifact)))
+
+
+def edit_json(artifact: Path, name: str, change: Any) -> None:
+    """Change the data of a JSON file of an artifact, or replace it by a text, and seal the artifact again."""
+    file = artifact / name
+    if isinstance(change, str):
+        file.write_text(change, encoding="utf-8")
+    else:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        found = change(data)
+        file.write_text(json.dumps(data if found is None else found, ensure_ascii=False), encoding="utf-8")
+    mend(artifact)

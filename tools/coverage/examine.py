@@ -106,6 +106,8 @@ def _compile(built: Built, record: Record, detail: bool, step: Callable[[str], N
             }
         graph = captures[0].program.graph
         record["captured"] = True
+        calls = (node for found in captures for node in found.program.graph.nodes if node.op == "call_function")
+        record["_operators"] = sorted({str(node.target) for node in calls if not isinstance(node.target, str)})
         found = structure.by_role() if structure is not None else {}
         record["attention"] = _attention(graph, structure)
         if structure is None:

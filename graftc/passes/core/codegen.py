@@ -33,6 +33,8 @@ def function_of(graph: fx.Graph, module: nn.Module, device: torch.device) -> Fun
     for node in placed.nodes:
         if node.op == "call_function" and takes_device(node.target) and not _follows_input(node.target):
             node.kwargs = {**node.kwargs, "device": device}
+        if node.op == "placeholder":
+            node.target = node.name  # one of its own: what a model or a file calls an input may be the name of a value
     placed.set_codegen(_Reading(_read_first(placed, module)))
     code = placed.python_code("self", verbose=False)
     key = (code.src, tuple(sorted(f"{k}={v!r}" for k, v in code.globals.items())))

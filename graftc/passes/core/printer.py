@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graftc.passes.core.effects import Memory
 from graftc.passes.core.program import Program, provenance
 from graftc.passes.core.shapes import DTYPE_NAMES, SymbolNames
 from graftc.passes.core.store import RESERVED
@@ -162,9 +163,23 @@ def value_numbers(program: Program, canonical: Callable[[str], str] = str) -> di
         program: the Program to number.
         canonical: maps a tensor's name to the name that owns it, so that tied names count as one.
     """
+    return _numbered(program, canonical)[0]
+
+
+def _numbered(program: Program, canonical: Callable[[str], str]) -> tuple[dict[fx.Node, str], list[str]]:
+    """The numbers, and those of the nodes that change a value in place. What reads a value depends on what changed it
+    before, and not only on what made it."""
     names = SymbolNames(program)
     digests: dict[fx.Node, str] = {}
     draws = 0
+    memory = Memory(program.graph) if any(mutates(node) for node in program.graph.nodes) else None
+    changed: dict[fx.Node, str] = {}
+    writes: list[str] = []
+
+    def text(source: fx.Node) -> str:
+        roots = sorted(memory.roots[source] & changed.keys()) if memory is not None else ()
+        return "+".join([digests[source], *(changed[root] for root in roots)])
+
     for node in program.graph.nodes:
         parts = [node.op]
         if node.op == "get_attr":
@@ -173,20 +188,30 @@ def value_numbers(program: Program, canonical: Callable[[str], str] = str) -> di
             parts.append(str(node.target))
         else:
             parts.append(target_name(node.target))
-            parts += [literal(a, digests.__getitem__, names) for a in node.args]
-            parts += [f"{k}={literal(v, digests.__getitem__, names)}" for k, v in sorted(node.kwargs.items())]
+            parts += [literal(a, text, names) for a in node.args]
+            parts += [f"{k}={literal(v, text, names)}" for k, v in sorted(node.kwargs.items())]
         if is_random(node):
             parts.append(f"draw {draws}")
             draws += 1
         digests[node] = hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:32]
-    return digests
+        if memory is not None and mutates(node):
+            writes.append(digests[node])
+            changed |= dict.fromkeys(memory.writes.get(node, ()), digests[node])
+    return digests, writes
 
 
 def structural_hash(program: Program, canonical: Callable[[str], str] = str) -> str:
-    """A digest of everything that a Program's outputs depend on."""
+    """A digest of everything that a Program's outputs depend on, and of what it changes in place."""
     interface = ",".join(sorted(f"{s.name}:{s.dtype}:{s.shape}" for s in program.inputs))
-    output = value_numbers(program, canonical)[program.output_node]
-    return hashlib.sha256(f"{interface}|{output}".encode()).hexdigest()[:32]
+    digests, writes = _numbered(program, canonical)
+    whole = "|".join([interface, digests[program.output_node], *writes])
+    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether a call changes one of its arguments in place."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def is_random(node: fx.Node) -> bool:

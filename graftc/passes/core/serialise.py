@@ -1,8 +1,9 @@
 """Programs as plain JSON and back: weightless, no pickle, nothing evaluated.
 
-Operators are looked up by name in a closed set of namespaces, classes of outputs among transformers' output classes,
-and sizes are parsed by hand, so a file can name nothing else. Names become part of generated code, so they are held
-to be names.
+Operators are looked up in a literal list, classes of outputs among those of transformers' own models, and sizes are
+parsed by hand, so a file can name nothing else. Names become part of generated code, so they are held to be names. What
+comes out is a whole Program of the right types throughout, whose operators accept their arguments and which writes to
+nothing that it must not, or nothing comes out at all.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ import keyword
 import math
 import operator
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graftc.passes.core.admit import admit
+from graftc.passes.core.allowed import OPERATORS
 from graftc.passes.core.program import HistoryEntry, InputSpec, OutputSpec, Program
 from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES, FakeContext, SymbolNames
-from graftc.passes.core.updates import updates
 
 SCHEMA = 3
-_NAMESPACES = frozenset({"aten", "graftc", "prims", "transformers"})
-_HOMES = {"graftc": "graftc.passes.core.ops", "transformers": "transformers.integrations.moe"}
+HOMES = {"graftc": "graftc.passes.core.ops", "transformers": "transformers.integrations.moe"}
 """Modules that register the operators of a namespace."""
 
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
@@ -40,14 +42,18 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 }
 _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _FORMATS = {str(f): f for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.strided)}
+_NAME = re.compile(r"[A-Za-z_][0-9A-Za-z_]*")
+_OUTPUTS = re.compile(r"transformers\.(modeling_outputs|models\.\w+\.(modeling|modular)_\w+)", re.ASCII)
 _PATH = re.compile(r"(?!__\w+__(\.|$))[\w -]+(\.(?!__\w+__(\.|$))[\w -]+)*")
 _DAMAGE = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     ImportError,
     LookupError,
     MemoryError,
     RecursionError,
+    RuntimeError,
     SyntaxError,
     TypeError,
     ValueError,
@@ -120,44 +126,103 @@ def program_from_json(data: Mapping[str, Any], device: torch.device) -> Program:
 
 
 def _program(data: Mapping[str, Any], device: torch.device) -> Program:
-    if data.get("schema") != SCHEMA:
+    if _typed(data, dict).get("schema") != SCHEMA:
         raise SerialisationError(f"schema {data.get('schema')} is not {SCHEMA}")
     context = FakeContext()
-    values = [_decode_value(value, context, device) for value in data["types"]]
+    values = [_decode_value(value, context, device) for value in _typed(data["types"], list)]
     graph = fx.Graph()
     nodes: list[fx.Node] = []
-    for entry in data["nodes"]:
-        args = _decode(entry["args"], nodes, context)
-        kwargs = {_identifier(k): _decode(v, nodes, context) for k, v in entry["kwargs"].items()}
-        if entry["op"] == "output":
-            node = graph.output(*args)
-        else:
-            target = _decode_target(entry["op"], entry["target"])
-            node = graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
-        node.meta = {"val": values[entry["type"]], "module": entry["module"]}
-        if "custom" in entry:
-            node.meta["custom"] = entry["custom"]
-        nodes.append(node)
-    inputs = tuple(_decode_input(entry) for entry in data["inputs"])
-    outputs, flags = _decode_output(data["outputs"]), tuple((str(name), value) for name, value in data["flags"])
-    history = [HistoryEntry(str(step), int(added), int(removed), 0.0) for step, added, removed in data["history"]]
-    written = frozenset(map(_path, data["updates"])) if "updates" in data else updates(graph)
-    return Program(
-        graph, inputs, outputs, mode=data["mode"], entry=data["entry"], flags=flags, history=history, updates=written
-    )
+    for entry in _typed(data["nodes"], list):
+        nodes.append(_decode_node(_typed(entry, dict), graph, nodes, values, context))
+    inputs = tuple(_decode_input(_typed(entry, dict)) for entry in _typed(data["inputs"], list))
+    flags = tuple((_identifier(name), _flag(value)) for name, value in _typed(data["flags"], list))
+    history = [
+        HistoryEntry(_typed(step, str), _typed(added, int), _typed(removed, int), 0.0)
+        for step, added, removed in _typed(data["history"], list)
+    ]
+    outputs = _decode_output(_typed(data["outputs"], dict))
+    mode, entry = _typed(data["mode"], str), _identifier(data["entry"])
+    if mode not in ("train", "eval"):
+        raise SerialisationError(f"mode {mode!r}")
+    written = frozenset(_path(_typed(name, str)) for name in _typed(data.get("updates", []), list))
+    program = Program(graph, inputs, outputs, mode=mode, entry=entry, flags=flags, history=history, updates=written)
+    flaw = admit(program)
+    if flaw is not None:
+        raise SerialisationError(flaw)
+    return program
+
+
+def _decode_node(
+    entry: dict[str, Any], graph: fx.Graph, nodes: list[fx.Node], values: list[Any], context: FakeContext
+) -> fx.Node:
+    kind, name, module = (_typed(entry[key], str) for key in ("op", "name", "module"))
+    args = _typed(_decode(entry["args"], nodes, context), tuple)
+    kwargs = {_identifier(k): _decode(v, nodes, context) for k, v in _typed(entry["kwargs"], dict).items()}
+    if nodes and nodes[-1].op == "output":
+        raise SerialisationError("a node behind the outputs")
+    if kind == "output":
+        (leaves,) = args
+        node: fx.Node = graph.output(_typed(leaves, tuple))
+    else:
+        target = _decode_target(kind, _typed(entry["target"], str))
+        if kind != "call_function" and (args or kwargs) and not (kind == "placeholder" and args == (None,)):
+            raise SerialisationError(f"arguments of {name!r}")
+        node = graph.create_node(kind, target, args, kwargs, name=_typed(_NAME.fullmatch(name), re.Match)[0])
+        if node.name != name or name == "self":
+            raise SerialisationError(f"name {name!r}")
+    number = _typed(entry["type"], int)
+    if number < 0:
+        raise SerialisationError(f"type {number}")
+    node.meta = {"val": values[number], "module": module}
+    if "custom" in entry:
+        node.meta["custom"] = {"graftc": _origin(entry["custom"])}
+    return node
+
+
+def _origin(data: Any) -> dict[str, str]:
+    """Who inserted a node: see `graftc.passes.core.program.provenance`."""
+    origin = _typed(_typed(data, dict)["graftc"], dict)
+    if len(data) != 1 or origin.keys() != {"adaptation", "method", "site", "part"}:
+        raise SerialisationError("an origin with other keys")
+    return {key: _typed(value, str) for key, value in origin.items()}
+
+
+def _typed(value: Any, wanted: type[Any]) -> Any:
+    """A value of exactly this type."""
+    if type(value) is not wanted:
+        raise SerialisationError(f"a {type(value).__name__} in the place of a {wanted.__name__}")
+    return value
+
+
+def _flag(value: Any) -> Any:
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise SerialisationError(f"flag {value!r}")
+    return value
 
 
 def _decode_input(data: Mapping[str, Any]) -> InputSpec:
-    ranges = tuple((int(low), None if high is None else int(high)) for low, high in data["ranges"])
-    return InputSpec(data["name"], DTYPES[data["dtype"]], tuple(data["shape"]), ranges)
+    ranges = tuple(
+        (_typed(low, int), None if high is None else _typed(high, int)) for low, high in _typed(data["ranges"], list)
+    )
+    shape = tuple(_typed(data["shape"], list))
+    for size in shape:
+        if isinstance(size, str):
+            _identifier(size)
+        elif _typed(size, int) < 0:
+            raise SerialisationError(f"size {size}")
+    if ranges and (len(ranges) != len(shape) or any(low < 0 or (high or low) < low for low, high in ranges)):
+        raise SerialisationError("ranges that do not fit")
+    return InputSpec(_identifier(data["name"]), DTYPES[data["dtype"]], shape, ranges)
 
 
 def _encode_target(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, str):
         return _path(target) if node.op == "get_attr" else target
-    if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
-        return f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
+    if isinstance(target, torch._ops.OpOverload):
+        name = f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
+        if name in OPERATORS:
+            return name
     if target in _FUNCTION_NAMES:
         return _FUNCTION_NAMES[target]
     raise SerialisationError(f"operator {target} at {node.name}")
@@ -168,19 +233,14 @@ def _decode_target(op: str, text: str) -> Any:
         return _identifier(text)
     if op == "get_attr":
         return _path(text)
-    if text in _FUNCTIONS:
+    if op == "call_function" and text in _FUNCTIONS:
         return _FUNCTIONS[text]
-    namespace, _, rest = text.partition(".")
-    name, _, overload = rest.rpartition(".")
-    if namespace in _HOMES:
-        importlib.import_module(_HOMES[namespace])
-    if op != "call_function" or namespace not in _NAMESPACES or not name.isidentifier():
+    if op != "call_function" or text not in OPERATORS:
         raise SerialisationError(f"operator {text!r}")
-    packet = getattr(getattr(torch.ops, namespace), name, None)
-    found = getattr(packet, overload, None)
-    if not isinstance(found, torch._ops.OpOverload):
-        raise SerialisationError(f"operator {text!r}")
-    return found
+    namespace, name, overload = text.split(".")
+    if namespace in HOMES:
+        importlib.import_module(HOMES[namespace])
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
 def _path(text: str) -> str:
@@ -190,10 +250,13 @@ def _path(text: str) -> str:
     return text
 
 
-def _identifier(text: str) -> str:
-    if not text.isidentifier() or keyword.iskeyword(text):
+def _identifier(text: Any) -> str:
+    """A name in generated code. Python reads other forms of a letter as the letter itself."""
+    plain = type(text) is str and text.isidentifier() and unicodedata.normalize("NFKC", text) == text
+    if not plain or keyword.iskeyword(text) or text == "self":
         raise SerialisationError(f"name {text!r}")
-    return text
+    name: str = text
+    return name
 
 
 def _encode(value: Any, index: Mapping[fx.Node, int], symbols: SymbolNames) -> Any:
@@ -223,16 +286,16 @@ def _decode(value: Any, nodes: list[fx.Node], context: FakeContext) -> Any:
         return value
     ((kind, inner),) = value.items()
     if kind == "node":
-        if inner < 0:
+        if _typed(inner, int) < 0:
             raise SerialisationError(f"argument {value!r}")
         return nodes[inner]
     if kind == "tuple":
-        return tuple(_decode(v, nodes, context) for v in inner)
+        return tuple(_decode(v, nodes, context) for v in _typed(inner, list))
     if kind == "dtype":
         return DTYPES[inner]
     if kind == "size":
-        return context.size(inner)
-    if kind == "float":
+        return context.size(_typed(inner, str))
+    if kind == "float" and inner in ("nan", "inf", "-inf"):
         return float(inner)
     if kind == "format":
         return _FORMATS[inner]
@@ -256,10 +319,13 @@ def _decode_value(value: Any, context: FakeContext, device: torch.device) -> Any
     if isinstance(value, list):
         return [_decode_value(v, context, device) for v in value]
     if not isinstance(value, dict):
-        return value
-    if "size" in value:
-        return context.size(value["size"])
-    return context.tensor(DTYPES[value["dtype"]], tuple(value["shape"]), device)
+        return _flag(value)
+    if value.keys() == {"size"}:
+        return context.size(_typed(value["size"], str))
+    if value.keys() != {"dtype", "shape"}:
+        raise SerialisationError("a type that is none")
+    shape = tuple(_typed(size, str) for size in _typed(value["shape"], list))
+    return context.tensor(DTYPES[value["dtype"]], shape, device)
 
 
 def _encode_output(spec: OutputSpec) -> dict[str, Any]:
@@ -270,24 +336,33 @@ def _encode_output(spec: OutputSpec) -> dict[str, Any]:
         data["children"] = [_encode_output(child) for child in spec.children]
     if spec.cls is not None:
         data["class"] = f"{spec.cls.__module__}:{spec.cls.__qualname__}"
-        if not spec.cls.__module__.startswith("transformers."):
+        if not _OUTPUTS.fullmatch(spec.cls.__module__):
             raise SerialisationError(f"output class {data['class']}")
     return data
 
 
 def _decode_output(data: Mapping[str, Any]) -> OutputSpec:
-    children = tuple(_decode_output(child) for child in data.get("children", ()))
-    cls = _output_class(data["class"]) if "class" in data else None
-    return OutputSpec(data["kind"], tuple(data.get("fields", ())), children, cls)
+    children = tuple(_decode_output(_typed(child, dict)) for child in _typed(data.get("children", []), list))
+    fields = tuple(_typed(name, str) for name in _typed(data.get("fields", []), list))
+    kind = _typed(data["kind"], str)
+    named, held = kind in ("dict", "class"), kind in ("dict", "class", "tuple", "list")
+    fits = len(fields) == (len(children) if named else 0) and len(set(fields)) == len(fields) and (held or not children)
+    if not (held or kind in ("leaf", "none")) or not fits or ("class" in data) != (kind == "class"):
+        raise SerialisationError(f"outputs of kind {kind!r}")
+    cls = _output_class(_typed(data["class"], str), fields) if kind == "class" else None
+    return OutputSpec(kind, fields, children, cls)
 
 
-def _output_class(text: str) -> type[Any]:
+def _output_class(text: str, fields: tuple[str, ...]) -> type[Any]:
+    """A class of outputs that a module of transformers' models defines itself; nothing else is imported."""
     from transformers.utils.generic import ModelOutput
 
     module, _, name = text.partition(":")
-    if not module.startswith("transformers.") or not name.isidentifier():
+    if not _OUTPUTS.fullmatch(module) or not name.isidentifier():
         raise SerialisationError(f"output class {text!r}")
-    cls = getattr(importlib.import_module(module), name, None)
-    if not (isinstance(cls, type) and issubclass(cls, ModelOutput)):
+    cls: Any = vars(importlib.import_module(module)).get(name)
+    own = isinstance(cls, type) and issubclass(cls, ModelOutput) and cls.__module__ == module
+    if not own or not set(fields) <= set(getattr(cls, "__dataclass_fields__", ())):
         raise SerialisationError(f"output class {text!r}")
-    return cls
+    found: type[Any] = cls
+    return found

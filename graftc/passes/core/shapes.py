@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import operator
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,23 +107,23 @@ class Sizes:
         return tuple(self.size(size) for size in value.shape)
 
 
-_CALLS: Mapping[str, Any] = {"FloorDiv": FloorDiv, "Mod": Mod, "Max": Max, "Min": Min}
-_OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.FloorDiv: lambda a, b: FloorDiv(a, b),
-    ast.Mod: lambda a, b: Mod(a, b),
-    ast.Pow: lambda a, b: _power(a, b),
+_CALLS: Mapping[str, tuple[Any, Callable[..., int]]] = {
+    "FloorDiv": (FloorDiv, operator.floordiv),
+    "Mod": (Mod, operator.mod),
+    "Max": (Max, max),
+    "Min": (Min, min),
 }
-_LONGEST = 2000
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    """A small power: text must not make numbers without end."""
-    if not (getattr(exponent, "is_Integer", False) and 0 <= exponent <= 8):
-        raise ValueError(f"not a size: an exponent of {exponent}")
-    return base**exponent
+_OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: FloorDiv,
+    ast.Mod: Mod,
+    ast.Pow: operator.pow,
+}
+_LONGEST, _DEEPEST, _LARGEST = 1000, 40, 2**63
+_SYMBOL = re.compile(r"[a-z]\d{1,4}", re.ASCII)
+_SYMBOLS = 256
 
 
 @dataclass
@@ -141,6 +143,8 @@ class FakeContext:
     def symbol(self, name: str) -> Any:
         """The symbol called ``name``, created at its first mention with a hint of its own."""
         if name not in self._symbols:
+            if len(self._symbols) >= _SYMBOLS:
+                raise ValueError("not a size: too many symbols")
             env = self.mode.shape_env
             assert env is not None
             hint = 3 + 4 * len(self._symbols)
@@ -159,14 +163,13 @@ class FakeContext:
         if text not in self._sizes:
             if len(text) > _LONGEST:
                 raise ValueError(f"not a size: {text[:20]}...")
-            expr = self._parse(ast.parse(text, mode="eval").body)
-            if isinstance(expr, int) or expr.is_number:
-                self._sizes[text] = int(expr)
+            expr, value = self._parse(ast.parse(text, mode="eval").body)
+            if expr.is_number:
+                self._sizes[text] = value
             else:
                 env = self.mode.shape_env
                 assert env is not None
-                hint = int(expr.xreplace({s: sympy.Integer(self._hint(s)) for s in expr.free_symbols}))
-                self._sizes[text] = env.create_symintnode(expr, hint=hint)
+                self._sizes[text] = env.create_symintnode(expr, hint=value)
         return self._sizes[text]
 
     def _hint(self, symbol: Any) -> int:
@@ -174,18 +177,44 @@ class FakeContext:
         assert env is not None
         return int(env.backed_var_to_val[symbol])
 
-    def _parse(self, node: ast.expr) -> Any:
-        if isinstance(node, ast.Name):
-            return self.symbol(node.id)
+    def _parse(self, node: ast.expr, depth: int = 0) -> tuple[Any, int]:
+        """An expression, and what it is for the hints of its symbols: text must not make numbers without end."""
+        if depth > _DEEPEST:
+            raise ValueError("not a size: too deep")
+        made = self._made(node, depth)
+        if abs(made[1]) >= _LARGEST:
+            raise ValueError("not a size: too large")
+        return made
+
+    def _made(self, node: ast.expr, depth: int) -> tuple[Any, int]:
+        if isinstance(node, ast.Name) and _SYMBOL.fullmatch(node.id):
+            symbol = self.symbol(node.id)
+            return symbol, self._hint(symbol)
         if isinstance(node, ast.Constant) and type(node.value) is int:
-            return sympy.Integer(node.value)
+            return sympy.Integer(node.value), node.value
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -self._parse(node.operand)
+            expr, value = self._parse(node.operand, depth + 1)
+            return -expr, -value
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            return _OPERATORS[type(node.op)](self._parse(node.left), self._parse(node.right))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CALLS:
-            return _CALLS[node.func.id](*(self._parse(argument) for argument in node.args))
-        raise ValueError(f"not a size: {ast.unparse(node)}")
+            (a, left), (b, right) = self._parse(node.left, depth + 1), self._parse(node.right, depth + 1)
+            if isinstance(node.op, ast.Pow) and not (b.is_Integer and 0 <= right <= 8):
+                raise ValueError(f"not a size: an exponent of {right}")
+            if isinstance(node.op, ast.FloorDiv | ast.Mod):
+                return _OPERATORS[type(node.op)](a, b), left // right if isinstance(
+                    node.op, ast.FloorDiv
+                ) else left % right
+            apply = _OPERATORS[type(node.op)]
+            return apply(a, b), apply(left, right)
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in _CALLS
+            and not node.keywords
+        ):
+            symbolic, apply = _CALLS[node.func.id]
+            parsed = [self._parse(argument, depth + 1) for argument in node.args]
+            return symbolic(*(expr for expr, _ in parsed)), int(apply(*(value for _, value in parsed)))
+        raise ValueError(f"not a size: {ast.unparse(node)[:40]}")
 
     def tensor(self, dtype: torch.dtype, shape: tuple[str, ...], device: torch.device) -> torch.Tensor:
         """A fake tensor; the same object for the same type."""

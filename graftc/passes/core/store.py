@@ -174,6 +174,10 @@ class Store:
             raise KeyError(fqn)
         return tensor
 
+    def is_buffer(self, fqn: str) -> bool:
+        """Whether the tensor called ``fqn`` is no parameter; `KeyError` where there is none."""
+        return not isinstance(self.get(fqn), nn.Parameter)
+
     def add_parameter(self, fqn: str, tensor: torch.Tensor, *, trainable: bool) -> None:
         """Add an adapter tensor. Raises `KeyError` when the name is taken."""
         if fqn in self:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.canonicalise import takes_device
+from graftc.passes.core.effects import flaw
 from graftc.passes.core.printer import format_around, literal, target_name
 from graftc.passes.core.program import Program, map_nodes, provenance
 from graftc.passes.core.shapes import Sizes, SymbolNames, expression
@@ -23,7 +24,7 @@ from graftc.passes.core.store import Store
 from graftc.specs.diagnostics import GraftError
 
 aten = torch.ops.aten
-_SIZE_CHOICES = ((2, 3, 5, 7), (5, 7, 3, 2))
+SIZE_CHOICES = ((2, 3, 5, 7), (5, 7, 3, 2))
 
 
 def record_baseline(program: Program) -> Program:
@@ -52,8 +53,8 @@ def verify(program: Program, store: Store, step: str, *, types: bool = False) ->
             _fail(program, step, *found)
     _gradient_paths(program, store)
     if types:
-        for sizes in _SIZE_CHOICES:
-            found = _types(program, store, sizes)
+        for sizes in SIZE_CHOICES:
+            found = check_types(program, sizes)
             if found is not None:
                 _fail(program, step, *found)
 
@@ -95,6 +96,10 @@ def _interface(program: Program, store: Store) -> Finding | None:
     if len(leaves) != len(program.outputs.names):
         return program.output_node, f"{len(leaves)} outputs, there were {len(program.outputs.names)}"
     return None
+
+
+def _effects(program: Program, store: Store) -> Finding | None:
+    return flaw(program.graph, program.mode, store.is_buffer)
 
 
 def _base_untouched(program: Program, store: Store) -> Finding | None:
@@ -146,6 +151,7 @@ _RULES: tuple[Callable[[Program, Store], Finding | None], ...] = (
     _interface,
     _base_untouched,
     _edits_keep_types,
+    _effects,
 )
 
 _STOPS_GRADIENT = {aten.detach.default, aten.sym_size.int, aten.argmax.default}
@@ -183,8 +189,14 @@ def _gradient_paths(program: Program, store: Store) -> None:
             )
 
 
-def _types(program: Program, store: Store, choice: tuple[int, ...]) -> Finding | None:
-    """Run the graph on the meta device with numbers for the symbols, and compare every type."""
+def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = False) -> Finding | None:
+    """Run the graph on the meta device with numbers for the symbols, and compare every type.
+
+    Args:
+        program: whose.
+        choice: numbers for the symbols.
+        strict: hold the base's own nodes to it as well, but for what depends on values.
+    """
     numbers, assigned = count(), {}
 
     def assign(symbol: str) -> int:
@@ -203,7 +215,10 @@ def _types(program: Program, store: Store, choice: tuple[int, ...]) -> Finding |
             return torch.empty(sizes.shape(value), dtype=value.dtype, device=meta)
         if isinstance(value, list | tuple):
             return tuple(concrete(v) for v in value)
-        return sizes.size(value)
+        return value if value is None or isinstance(value, bool | float) else sizes.size(value)
+
+    def number(value: Any) -> Any:
+        return sizes.size(value) if isinstance(value, torch.SymInt) else value
 
     for node in program.graph.nodes:
         if not _is_call(node):
@@ -211,6 +226,7 @@ def _types(program: Program, store: Store, choice: tuple[int, ...]) -> Finding |
                 values[node] = concrete(node.meta["val"])
             continue
         args, kwargs = map_nodes((node.args, dict(node.kwargs)), values.__getitem__)
+        args, kwargs = fx.node.map_aggregate((args, kwargs), number)
         if takes_device(node.target):
             kwargs = {**kwargs, "device": meta}
         expected = concrete(node.meta["val"])
@@ -220,14 +236,31 @@ def _types(program: Program, store: Store, choice: tuple[int, ...]) -> Finding |
             if key not in known:
                 known[key] = node.target(*args, **kwargs)
             values[node] = known[key]
-        except (NotImplementedError, RuntimeError, IndexError) as error:
-            if provenance(node) is not None:
+            if type(values[node]) is int and abs(values[node]) >= _LARGEST:
+                return node, "it gives a number without end"
+        except _REFUSALS as error:
+            if provenance(node) is not None or (strict and not _depends_on_values(node, error)):
                 return node, f"it does not run on the meta device: {error}"
             values[node] = expected
             continue
         if _plain(values[node]) != _plain(expected):
             return node, f"it gives {_plain(values[node])}, the graph says {_plain(expected)}"
     return None
+
+
+_LARGEST = 2**63
+_REFUSALS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def _depends_on_values(node: fx.Node, error: Exception) -> bool:
+    """Whether a call cannot be made on the meta device for no fault of its own."""
+    target = node.target
+    tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
+    return (
+        isinstance(error, NotImplementedError)
+        or torch.Tag.data_dependent_output in tags
+        or torch.Tag.dynamic_output_shape in tags
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -8,14 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
+from graftc.runtime.artifact.fields import (
+    MANIFEST_BYTES,
+    Count,
+    Digest,
+    DType,
+    File,
+    Flag,
+    Name,
+    Record,
+    Runs,
+    Shape,
+    Size,
+)
 from graftc.runtime.reference import Kind, Reference
 from graftc.specs.diagnostics import GraftError
+from graftc.specs.plain import read_json
 
 __all__ = ["SCHEMA_VERSION", "Manifest", "canonical_json", "read_manifest"]
 
@@ -25,19 +40,6 @@ CERTIFICATE = "certificates/fold.json"
 
 _FILE = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 _TENSOR = re.compile(r"[\w -]+(\.[\w -]+)*")
-
-Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Shape: TypeAlias = tuple[Annotated[int, Field(ge=0)], ...]
-Runs: TypeAlias = tuple[tuple[int, int], ...]
-Flag: TypeAlias = bool | int | float | str | None
-
-
-class Record(BaseModel):
-    """Base of everything in a manifest: frozen, closed, nothing converted."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class Versions(Record):
@@ -117,7 +119,7 @@ class Base(Record):
 class AdapterTensor(Record):
     """One tensor that graftc added."""
 
-    dtype: str
+    dtype: DType
     """Its element type, as `f32`."""
 
     shape: Shape
@@ -148,7 +150,7 @@ class Place(Record):
     part: str
     """Which rows of a fused tensor, by the last word of their role; empty for all."""
 
-    use: int
+    use: Count
     """Which use, for what is no tensor."""
 
     kind: str
@@ -157,7 +159,7 @@ class Place(Record):
     roles: tuple[str, ...]
     """What it does in the architecture."""
 
-    layer: int | None
+    layer: Count | None
     """Index of its layer."""
 
     stack: str
@@ -166,7 +168,7 @@ class Place(Record):
     rows: Runs | None
     """The own rows of the stored weight as half-open runs; null is all."""
 
-    uses: int
+    uses: Count
     """How often the graph reads it."""
 
     evidence: str
@@ -195,13 +197,13 @@ class Trained(Record):
 class Input(Record):
     """One input that the graphs were asked for."""
 
-    name: str
+    name: Name
     """Its name."""
 
-    dtype: str
+    dtype: DType
     """Its element type."""
 
-    axes: tuple[int | str, ...]
+    axes: Annotated[tuple[Size, ...], Field(max_length=16)]
     """Its axes; a name is a size that varies, the same wherever the name stands."""
 
 
@@ -243,7 +245,7 @@ class Signature(Record):
     inputs: tuple[Input, ...]
     """The tensors of a call."""
 
-    flags: tuple[tuple[str, Flag], ...]
+    flags: tuple[tuple[Name, Flag], ...]
     """Other keyword arguments, which are constants of the graphs."""
 
     captures: tuple[Captured, ...]
@@ -265,16 +267,6 @@ class Kept(Record):
     """Why."""
 
 
-class File(Record):
-    """One file of the folder."""
-
-    bytes: Annotated[int, Field(ge=0)]
-    """Its size."""
-
-    sha256: Digest
-    """Of its content."""
-
-
 class Manifest(Record):
     """Everything that an artifact says of itself."""
 
@@ -287,13 +279,13 @@ class Manifest(Record):
     versions: Versions
     """What wrote it."""
 
-    seed: int
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]
     """What initial values were drawn from."""
 
     base: Base
     """The model that it adapts."""
 
-    signatures: tuple[Signature, ...]
+    signatures: Annotated[tuple[Signature, ...], Field(min_length=1)]
     """Sets of inputs; the first is the one that the spec was resolved on."""
 
     sites: tuple[Place, ...]
@@ -319,6 +311,34 @@ class Manifest(Record):
 
     digest: Digest
     """SHA-256 of this manifest without its digest."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        """What one part says of another is so."""
+        base, owners = self.base, self.base.tensors.keys()
+        for alias, owner in base.aliases.items():
+            if alias in owners or owner not in owners:
+                raise ValueError(f"{alias} is no other name of {owner}")
+        for signature in self.signatures:
+            names = [entry.name for entry in signature.inputs]
+            if len(set(names)) != len(names) or not names:
+                raise ValueError("inputs of one name, or none")
+            if math.prod(size for entry in signature.inputs for size in entry.axes if isinstance(size, int)) > 2**32:
+                raise ValueError("inputs of a great size")
+            for captured in signature.captures:
+                if not set(captured.constants) <= self.constants.keys():
+                    raise ValueError("a constant that is not listed")
+                if signature.graphs and captured.graph not in signature.graphs:
+                    raise ValueError(f"no graph {captured.graph}")
+            if signature.graphs and not {"base.train", "base.eval", "train", "eval"} <= signature.graphs.keys():
+                raise ValueError("some of the graphs")
+        for place in self.sites:
+            if not set(place.tensors.values()) <= self.adapters.keys():
+                raise ValueError(f"tensors of {place.module} that are not listed")
+        for trained in self.trained:
+            if trained.tensor not in self.adapters or base.aliases.get(trained.base, trained.base) not in owners:
+                raise ValueError(f"{trained.tensor} is no copy of {trained.base}")
+        return self
 
     def named_files(self) -> Iterator[str]:
         """Every file that a field names."""
@@ -375,10 +395,10 @@ def unsealed(text: bytes, where: str, kind: str, version: int) -> dict[str, Any]
         GraftError: GC080 where it is not of this kind, GC081 of a newer version, GC082 where it was changed.
     """
     try:
-        data = json.loads(text)
+        data = read_json(text, MANIFEST_BYTES)
         canonical = canonical_json(data).encode()
     except (ValueError, RecursionError) as error:
-        raise damaged(where, MANIFEST, "is no JSON") from error
+        raise damaged(where, MANIFEST, f"is no plain JSON: {error}") from error
     if not isinstance(data, dict) or data.get(kind) != "graftc":
         raise GraftError("GC080", f"{where} is no {kind} of graftc", hint="graftc compile writes artifacts")
     found = data.get("schema_version")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -17,10 +16,12 @@ from graftc.compiler.capture import Capture
 from graftc.compiler.fingerprint import Identity, TensorIdentity, tensor_digest
 from graftc.compiler.signature import Axis
 from graftc.compiler.snapshot import SiteRecord, Snapshot, TensorRecord, TrainedRecord
+from graftc.passes.core.effects import updated
 from graftc.passes.core.program import Mode, Program
-from graftc.passes.core.serialise import SerialisationError, program_from_json
+from graftc.passes.core.serialise import program_from_json
 from graftc.passes.core.shapes import DTYPES
 from graftc.passes.core.sites import SiteKey
+from graftc.runtime.artifact.fields import GRAPH_BYTES, MANIFEST_BYTES, TEXT_BYTES
 from graftc.runtime.artifact.manifest import (
     ADAPTERS,
     CONSTANTS,
@@ -29,15 +30,18 @@ from graftc.runtime.artifact.manifest import (
     AdapterTensor,
     Captured,
     Manifest,
+    Signature,
     damaged,
     read_manifest,
     unsafe,
 )
+from graftc.runtime.artifact.records import content
 from graftc.runtime.artifact.write import file_digest
 from graftc.runtime.files import recover
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.document import Spec
 from graftc.specs.io import parse_spec
+from graftc.specs.plain import read_json
 
 __all__ = ["Artifact", "open_artifact"]
 
@@ -57,7 +61,11 @@ class Artifact:
     def spec(self) -> Spec:
         """What it was compiled from."""
         file = self.path / SPEC
-        return parse_spec(file.read_text(encoding="utf-8"), file=str(file))
+        try:
+            text = content(file, TEXT_BYTES).decode("utf-8")
+        except (OSError, ValueError) as error:
+            raise damaged(str(self.path), SPEC, f"cannot be read: {error}") from error
+        return parse_spec(text, file=str(file))
 
     @property
     def identity(self) -> Identity:
@@ -113,14 +121,45 @@ class Artifact:
         Raises:
             GraftError: GC082 where its file holds none, GC091 where the artifact has none.
         """
-        graphs = self.manifest.signatures[signature].graphs
-        graph = graphs.get("base.eval" if mode == "eval" else "base.train") if base else graphs.get(mode)
+        return self.graph(f"{'base.' if base else ''}{mode}", signature)
+
+    def graph(self, kind: str, signature: int = 0) -> Program:
+        """A graph by its name in the manifest; raises as `program`."""
+        entry = self.manifest.signatures[signature]
+        graph = {str(name): graph for name, graph in entry.graphs.items()}.get(kind)
         if graph is None:
             raise GraftError("GC091", f"{self.path} has no graphs", hint="graftc.load(path) captures the model anew")
+        return self._read(graph.file, kind, entry, torch.device("cpu"))
+
+    def _read(self, file: str, kind: str, signature: Signature, device: torch.device) -> Program:
+        """The graph of a file, which has to be what its signature says.
+
+        Raises:
+            GraftError: GC082.
+        """
         try:
-            return program_from_json(json.loads((self.path / graph.file).read_bytes()), torch.device("cpu"))
-        except (SerialisationError, ValueError) as error:
-            raise damaged(str(self.path), graph.file, f"holds no graph: {error}") from error
+            program = program_from_json(read_json(content(self.path / file, GRAPH_BYTES), GRAPH_BYTES), device)
+        except (OSError, ValueError) as error:
+            raise damaged(str(self.path), file, f"holds no graph: {error}") from error
+        flaw = self._flaw(program, kind, signature)
+        if flaw is not None:
+            raise damaged(str(self.path), file, f"holds another graph: {flaw}")
+        return program
+
+    def _flaw(self, program: Program, kind: str, signature: Signature) -> str | None:
+        if program.mode != kind.rpartition(".")[2]:
+            return f"one of {program.mode} mode"
+        if not kind.startswith("embeds.") and dict(program.flags) != dict(signature.flags):
+            return "one for other flags"
+        asked = {i.name: (DTYPES[i.dtype], len(i.axes)) for i in signature.inputs}
+        if any(asked.get(s.name, (s.dtype, len(s.shape))) != (s.dtype, len(s.shape)) for s in program.inputs):
+            return "one for other inputs"
+        base, aliases = self.manifest.base.tensors, self.manifest.base.aliases
+        for name in updated(program.graph):
+            held = base.get(aliases.get(name, name))
+            if held is None or held.parameter:
+                return f"one that writes to {name}"
+        return None
 
     def tensors(self) -> dict[str, Tensor]:
         """Adapter tensors by name, each checked.
@@ -142,14 +181,15 @@ class Artifact:
             for captured in entry.captures:
                 graph = entry.graphs.get(captured.graph)
                 if captured.key is not None and graph is not None:
-                    found[captured.key] = lambda c=captured, f=graph.file: self._capture(c, f, constants, device)
+                    found[captured.key] = lambda c=captured, f=graph.file, s=entry: self._capture(
+                        c, f, s, constants, device
+                    )
         return found
 
-    def _capture(self, captured: Captured, file: str, constants: Mapping[str, Tensor], device: torch.device) -> Capture:
-        try:
-            program = program_from_json(json.loads((self.path / file).read_bytes()), device)
-        except (SerialisationError, ValueError) as error:
-            raise damaged(str(self.path), file, f"holds no graph: {error}") from error
+    def _capture(
+        self, captured: Captured, file: str, signature: Signature, constants: Mapping[str, Tensor], device: torch.device
+    ) -> Capture:
+        program = self._read(file, captured.graph, signature, device)
         # What comes after capturing writes its own history.
         program.history = [entry for entry in program.history if entry.step == "canonicalise"]
         own = {name: constants[name].to(device) for name in captured.constants}
@@ -158,6 +198,7 @@ class Artifact:
     def _checked(self, file: str, table: Mapping[str, AdapterTensor]) -> dict[str, Tensor]:
         where, found = str(self.path), {}
         try:
+            _check_header(self.path / file)
             with safe_open(self.path / file, framework="pt") as opened:
                 names = list(opened.keys())
                 if sorted(names) != sorted(table):
@@ -174,6 +215,17 @@ class Artifact:
             if tensor_digest(tensor) != listed.sha256:
                 raise _foreign(where, file, f"{name} has other values than listed")
         return found
+
+
+def _check_header(path: Path) -> None:
+    """Refuse what the library lets pass: names that stand twice in the header of a safetensors file.
+
+    Raises:
+        ValueError, OSError.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        read_json(file.read(min(size, TEXT_BYTES + 1)), TEXT_BYTES)
 
 
 def _foreign(where: str, file: str, what: str) -> GraftError:
@@ -193,10 +245,16 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         what = "is no folder" if not folder.is_dir() else f"has no {MANIFEST}"
         raise GraftError("GC080", f"{path} {what}", hint="graftc compile SPEC --model MODEL --out DIR writes artifacts")
     present = set(files_of(folder, str(path)))
-    manifest = read_manifest((folder / MANIFEST).read_bytes(), str(path))
+    try:
+        raw = content(folder / MANIFEST, MANIFEST_BYTES)
+    except (OSError, ValueError) as error:
+        raise damaged(str(path), MANIFEST, f"cannot be read: {error}") from error
+    manifest = read_manifest(raw, str(path))
     check_files(
         folder, present - {MANIFEST}, {name: (f.bytes, f.sha256) for name, f in manifest.files.items()}, str(path)
     )
+    if Artifact(folder, manifest).identity.fingerprint != manifest.base.fingerprint:
+        raise damaged(str(path), MANIFEST, "has another fingerprint than the tensors of its base give")
     for required in (SPEC, ADAPTERS, *([CONSTANTS] if manifest.constants else [])):
         if required not in manifest.files:
             raise _missing(str(path), required)

@@ -16,7 +16,8 @@ from graftc.compiler.fingerprint import Identity
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.signature import Axis
 from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES
-from graftc.runtime.artifact.manifest import Digest, Flag, Input, Record
+from graftc.runtime.artifact.fields import Digest, Flag, Record
+from graftc.runtime.artifact.manifest import Input
 from graftc.runtime.reference import Kind, Reference
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import dump_spec

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from graftc.compiler.certify import Certificate
-from graftc.passes.core.printer import structural_hash
+from graftc.compiler.family import Family
+from graftc.passes.core.printer import structural_hash, value_numbers
 from graftc.runtime.artifact.entries import versions
+from graftc.runtime.artifact.fields import MANIFEST_BYTES
 from graftc.runtime.artifact.load import base_of, different_graph, load_artifact
 from graftc.runtime.artifact.manifest import MANIFEST, SCHEMA_VERSION, unsealed
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.artifact.read import Artifact, check_files, files_of, open_artifact
+from graftc.runtime.artifact.records import KeptCertificate, MergedRecord, content, read_model
 from graftc.runtime.artifact.write import certificate_of
 from graftc.specs.diagnostics import GraftError
 
@@ -143,8 +146,7 @@ def _graph_files(artifact: Artifact) -> tuple[bool | None, str]:
     count = 0
     for number, signature in enumerate(artifact.manifest.signatures):
         for kind, graph in signature.graphs.items():
-            mode, base = ("train" if kind.endswith("train") else "eval"), kind.startswith("base.")
-            program = artifact.program(mode, base=base, signature=number)  # type: ignore[arg-type]
+            program = artifact.graph(kind, number)
             if structural_hash(program, lambda name: canonical.get(name, name)) != graph.structure:
                 return False, f"{graph.file} holds another graph than listed"
             count += 1
@@ -155,7 +157,7 @@ def _graphs(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
     """Captured and rewritten anew, the graphs are the artifact's."""
     families = list(compiled.compilation.families.values())
     for number, (signature, family) in enumerate(zip(artifact.manifest.signatures, families, strict=True)):
-        other = different_graph(signature, compiled.compilation, family.key)
+        other = different_graph(signature, compiled.compilation, family.key) or _changed(artifact, number, family)
         if other is not None:
             if artifact.manifest.versions.model_dump() != versions():
                 return None, "other versions of the libraries give other graphs for the same places"
@@ -163,11 +165,30 @@ def _graphs(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
     return True, f"{len(families)} signatures captured and rewritten anew give the same graphs"
 
 
+def _changed(artifact: Artifact, number: int, family: Family) -> str | None:
+    """The first graph in a file that is not, node by node and interface and all, one that was made anew."""
+    canonical = artifact.manifest.base.aliases
+    for kind, program in family.graphs.items():
+        graph = artifact.manifest.signatures[number].graphs.get(kind)  # type: ignore[call-overload]
+        if graph is None:
+            continue
+        kept = artifact.graph(kind, number)
+        for other in (kept, program):
+            interface = (other.inputs, other.outputs, other.mode, other.entry, other.flags)
+            nodes = Counter(value_numbers(other, lambda name: canonical.get(name, name)).values())
+            if other is kept:
+                expected = interface, nodes
+            elif (interface, nodes) != expected:
+                return str(kind)
+    return None
+
+
 def _certificate(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
     """Folding anew passes as the kept certificate does."""
     if artifact.manifest.certificate is None:
         return None, "the artifact has none"
-    kept = json.loads((artifact.path / artifact.manifest.certificate).read_bytes())
+    file = artifact.manifest.certificate
+    kept = read_model(KeptCertificate, artifact.path / file, str(artifact.path), file)
     found, _ = certificate_of(compiled)
     if found is None:
         return False, "nothing folds any more"
@@ -183,13 +204,14 @@ def _certificate(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, s
     )
 
 
-def _disagreement(kept: dict[str, Any], found: Certificate) -> str | None:
+def _disagreement(kept: KeptCertificate, found: Certificate) -> str | None:
     """What a kept certificate says otherwise, numbers apart: those depend on the machine."""
     now = found.to_json()
     for key in ("passed", "base_structure", "structure", "additions", "dtype", "fingerprint"):
-        if kept.get(key) != now[key]:
-            return f"the kept certificate's {key} is another: {kept.get(key)}, not {now[key]}"
-    if [s["site"] for s in kept.get("sites", [])] != [s.site for s in found.sites]:
+        held = list(kept.additions) if key == "additions" else getattr(kept, key)
+        if held != now[key]:
+            return f"the kept certificate's {key} is another: {held}, not {now[key]}"
+    if [s.site for s in kept.sites] != [s.site for s in found.sites]:
         return "the kept certificate is of other sites"
     return None
 
@@ -198,16 +220,19 @@ def _verify_merged(folder: Path, where: str) -> Verification:
     """Hold the files of a merged model against its record."""
     found = Verification()
 
+    def record() -> MergedRecord:
+        unsealed(content(folder / RECORD, MANIFEST_BYTES), where, "merged", SCHEMA_VERSION)
+        return read_model(MergedRecord, folder / RECORD, where, RECORD)
+
     def files() -> tuple[bool, str]:
-        data = unsealed((folder / RECORD).read_bytes(), where, "merged", SCHEMA_VERSION)
-        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in data["files"].items()}
+        listed = {name: (entry.bytes, entry.sha256) for name, entry in record().files.items()}
         check_files(folder, set(files_of(folder, where)) - {RECORD}, listed, where)
         return True, f"{len(listed)} files are as they were written"
 
     def certificate() -> tuple[bool, str]:
-        kept = json.loads((folder / RECORD).read_bytes())["certificate"]
-        outputs = ", ".join(f"{name} {value:.1e}" for name, value in kept["outputs"].items())
-        return bool(kept["passed"]), f"kept from merging: outputs differ by at most {outputs}"
+        kept = record().certificate
+        outputs = ", ".join(f"{name} {value:.1e}" for name, value in kept.outputs.items())
+        return kept.passed, f"kept from merging: outputs differ by at most {outputs}"
 
     found.add("files", files)
     found.add("certificate", certificate)

@@ -1,0 +1,60 @@
+"""Types of what stands in a manifest: nothing is converted, everything is bounded. No torch."""
+
+from __future__ import annotations
+
+import keyword
+import math
+import unicodedata
+from typing import Annotated, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MANIFEST_BYTES, GRAPH_BYTES, TEXT_BYTES = 2**26, 2**26, 2**24
+"""What a manifest, a graph, and another text may have."""
+
+
+def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if math.prod(shape) >= 2**63:
+        raise ValueError("more elements than there are numbers")
+    return shape
+
+
+def _ascending(runs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    flat = [0, *(end for run in runs for end in run)]
+    if sorted(flat) != flat:
+        raise ValueError("runs that overlap, or are not in order")
+    return runs
+
+
+def _name(text: str) -> str:
+    if not text.isidentifier() or keyword.iskeyword(text) or unicodedata.normalize("NFKC", text) != text:
+        raise ValueError("no name of an input")
+    return text
+
+
+Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+Shape: TypeAlias = Annotated[tuple[Count, ...], Field(max_length=16), AfterValidator(_bounded)]
+Runs: TypeAlias = Annotated[tuple[tuple[Count, Count], ...], AfterValidator(_ascending)]
+Name: TypeAlias = Annotated[str, AfterValidator(_name)]
+Flag: TypeAlias = bool | int | float | str | None
+DType: TypeAlias = Annotated[str, Field(pattern=r"^(f64|f32|bf16|f16|i64|i32|i16|i8|u8|bool|c64)$")]
+Size: TypeAlias = Annotated[int, Field(ge=0, le=2**24)] | Name
+
+
+class Record(BaseModel):
+    """Base of everything in a manifest: frozen, closed, nothing converted."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class File(Record):
+    """One file of the folder."""
+
+    bytes: Count
+    """Its size."""
+
+    sha256: Digest
+    """Of its content."""

@@ -1,0 +1,61 @@
+"""JSON that somebody else may have written, read strictly. The standard library only."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+__all__ = ["read_json"]
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_WHOLE = 2**64
+
+
+def read_json(raw: bytes, most: int) -> Any:
+    """JSON data in which each key stands once, numbers are finite and of 64 bits, and texts are text.
+
+    Args:
+        raw: UTF-8.
+        most: bytes that it may have.
+
+    Raises:
+        ValueError: it is anything else, too large or too deep.
+    """
+    if len(raw) > most:
+        raise ValueError(f"it has {len(raw)} bytes, more than {most}")
+    text = raw.decode("utf-8")
+    if _SURROGATE.search(text):
+        raise ValueError("it holds half a character")
+    try:
+        return json.loads(
+            text, object_pairs_hook=_once, parse_constant=_constant, parse_int=_whole, parse_float=_finite
+        )
+    except RecursionError:
+        raise ValueError("it is too deep") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _whole(text: str) -> int:
+    number = int(text) if len(text) <= 20 else _WHOLE
+    if not -_WHOLE < number < _WHOLE:
+        raise ValueError(f"a number of {len(text)} digits")
+    return number
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
