@@ -425,7 +425,7 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
         Raises:
             GraftError: GC044 where a base tensor has been unfrozen; code of `torch.compile` takes no notice.
         """
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not is_traced():
             self._check_frozen()
         return super().call(args, kwargs)
 
