@@ -30,11 +30,13 @@ class _Outputs:
         names: of all.
         loss: which one is the loss; None where there is none.
         shift: how many positions after the one that predicts it a label stands.
+        counted: whether the loss is the mean over the labels of the whole step, which the call is told.
     """
 
     names: tuple[str, ...]
     loss: int | None
     shift: int
+    counted: bool = False
 
 
 class Waiting(list[Tensor]):
@@ -62,7 +64,7 @@ class Repeated:
         super().install(key, program)  # type: ignore[misc]
         names = program.outputs.names
         loss = names.index("loss") if "loss" in names else None
-        self._outputs[key] = _Outputs(names, loss, label_shift(program))
+        self._outputs[key] = _Outputs(names, loss, label_shift(program), _reads(program, COUNT))
 
     def _results(self, key: str, present: Mapping[str, Any]) -> tuple[Any, ...]:
         """Flat outputs of the first pass, with the terms of the others in the loss where there is one."""
@@ -77,7 +79,7 @@ class Repeated:
         counted = _counted(present.get(LABELS), shape.shift)
         terms = [objective.value(found[: objective.passes], counted) for objective in objectives.values()]
         term = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
-        term = term * share(present, shape.shift)
+        term = term * share(present, shape.shift) if shape.counted else term
         loss = first[shape.loss] if shape.loss is not None else None
         if isinstance(loss, Tensor) and loss.dim() == 0:
             assert shape.loss is not None
@@ -121,6 +123,10 @@ def _counted(labels: Any, shift: int) -> Tensor | None:
         return None
     counted = labels != IGNORED
     return functional.pad(counted[:, shift:], (0, shift)) if shift else counted
+
+
+def _reads(program: Program, name: str) -> bool:
+    return any(str(node.target) == name and node.users for node in program.placeholders())
 
 
 def share(present: Mapping[str, Any], shift: int) -> Tensor | float:

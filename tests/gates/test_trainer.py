@@ -44,7 +44,7 @@ def test_sixty_steps_interrupted_and_resumed(names: tuple[str, ...], tmp_path: P
 
     tokenizer = AutoTokenizer.from_pretrained(find_model())
     data = encode(tokenizer, load_r8().train.subset(600))
-    examples = [{"input_ids": ids, "labels": label} for ids, label in zip(data.ids, data.labels, strict=True)]
+    examples = [{"input_ids": list(ids), "labels": label} for ids, label in zip(data.ids, data.labels, strict=True)]
     started = time.perf_counter()
     run = Run(
         lambda: graftc.compile(SPEC, base(len(names))),

@@ -27,6 +27,8 @@ def trainer(folder: Path, compiled: Any, data: Sequence[Any], *, callback: bool 
     from transformers import Trainer, TrainingArguments
 
     class InOrder(Trainer):
+        loss_is_scaled_for_ga = False  # the class computes a mean by itself, and the Trainer takes it for counted
+
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
