@@ -91,6 +91,14 @@ def keep(model: nn.Module, axes: Sequence[Axis], found: Capture) -> None:
     _write(key(model, axes, found.program.flags, found.program.mode), found)
 
 
+def forget(model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode) -> None:
+    """Remove a kept capture that turned out to be wrong."""
+    path = _path(key(model, axes, flags, mode))
+    if path is not None:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
 def captured(
     model: nn.Module,
     axes: Sequence[Axis],

@@ -17,13 +17,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
 
+from graftc.compiler.assignments import Attributes, noticed
 from graftc.compiler.defaults import default_axes
 from graftc.compiler.interface import Flags, declared, device_of, is_transformers
 from graftc.compiler.ranges import InputSizes, fixed_notes
@@ -32,6 +33,9 @@ from graftc.passes.canonicalise import canonicalise
 from graftc.passes.core.program import HistoryEntry, InputSpec, Mode, OutputSpec, Program
 from graftc.passes.core.updates import updates
 from graftc.specs.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from graftc.compiler.anchor import Anchor
 
 _REPEAT = re.compile(r"@\d+")
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
@@ -48,6 +52,8 @@ class Capture:
         cached: whether it came from a file.
         notes: what capturing had to change, for people.
         key: what identifies the model and the request (`graftc.compiler.cache.key`); None where nothing does.
+        assigned: attributes of modules that the forward pass assigned while it was traced.
+        anchor: how it compares with the model itself.
     """
 
     program: Program
@@ -56,6 +62,8 @@ class Capture:
     cached: bool = False
     notes: tuple[str, ...] = ()
     key: str | None = None
+    assigned: tuple[str, ...] = ()
+    anchor: Anchor | None = None
 
 
 def capture(
@@ -83,25 +91,40 @@ def capture(
     inputs = {axis.name: axis.example(device) for axis in chosen}
     started = time.perf_counter()
     with ExitStack() as stack:
-        stack.enter_context(_as_before(model))
-        model.train(mode == "train")
-        notes = _without_random_structure(model)
+        notes = stack.enter_context(as_captured(model, chosen, flags, mode))
         stack.enter_context(_patches(model))
-        stack.enter_context(_flat_forward(model, chosen, flags))
+        assigned = stack.enter_context(noticed(model))
         try:
             exported, sizes = _export(model, chosen, inputs)
             result = _program(exported, sizes.specs(), canonical or {})
         except Exception as error:
             raise GraftError(
                 "GC030",
-                f"{type(model).__name__} cannot be captured with {described(chosen, flags)}: {_first_line(error)}",
+                f"{type(model).__name__} cannot be captured with {described(chosen, flags)}: {first_line(error)}",
                 hint="torch.export must be able to trace the model; value-dependent Python control flow cannot be",
             ) from error
     result.program.mode, result.program.flags = mode, flags
     notes += fixed_notes(chosen, result.program.inputs)
     result.seconds = time.perf_counter() - started
-    result.notes = tuple(notes)
+    result.notes, result.assigned = tuple(notes), tuple(assigned)
     return result
+
+
+@contextmanager
+def as_captured(model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode) -> Iterator[list[str]]:
+    """Inside, a model is as it is captured: in a mode, called by the names of its inputs alone, without a cache and
+    without what is drawn in Python. Afterwards it is as before. Gives notes on what was switched off.
+
+    Args:
+        model: any module.
+        axes, flags: its inputs, and what else it is called with.
+        mode: train or eval.
+    """
+    with _as_before(model), torch.no_grad():
+        model.train(mode == "train")
+        notes = _without_random_structure(model)
+        with _without_state(model), _flat_forward(model, axes, flags):
+            yield notes
 
 
 def _export(
@@ -149,7 +172,8 @@ def _silence() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -161,6 +185,7 @@ def _as_before(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
+    containers = [Attributes(module) for module in modules]
     tables = [{name: dict(vars(module)[name]) for name in _TABLES} for module in modules]
     configs = _configs(model)
     settings = [dict(vars(config)) for config in configs]
@@ -171,7 +196,8 @@ def _as_before(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, held, kept in zip(modules, attributes, tables, strict=True):
+        for module, held, kept, contents in zip(modules, attributes, tables, containers, strict=True):
+            contents.restore()
             _restore(vars(module), held)
             for name in _TABLES:
                 _restore(vars(module)[name], kept[name])
@@ -191,24 +217,50 @@ def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
         now.update(before)
 
 
-def _without_random_structure(model: nn.Module) -> list[str]:
-    """Switch off what decides in Python, while training, which layers run or which inputs are masked; report it."""
-    found: dict[str, Any] = {}
+def _random_structure(model: nn.Module) -> Iterator[tuple[Any, str, Any, str]]:
+    """What decides in Python, while training, which layers run or which inputs are masked: its owner and name, the
+    value that switches it off, and a note."""
     for where, owner in [*model.named_modules(), *(("config", config) for config in _configs(model))]:
         for name, value in list(vars(owner).items()):
             if name.endswith("layerdrop") and isinstance(value, float) and value > 0:
-                setattr(owner, name, 0.0)
-                found[f"{name} of {where or 'the model'} is {value} and was captured as 0"] = None
+                yield owner, name, 0.0, f"{name} of {where or 'the model'} is {value} and was captured as 0"
             elif name == "apply_spec_augment" and value is True:
-                setattr(owner, name, False)
-                found[f"{name} is on and was captured as off: which inputs it masks is drawn outside the graph"] = None
-    return list(found)
+                note = f"{name} is on and was captured as off: which inputs it masks is drawn outside the graph"
+                yield owner, name, False, note
+
+
+def random_structure(model: nn.Module) -> list[str]:
+    """Notes on what is drawn in Python while training, and is captured as switched off."""
+    return list(dict.fromkeys(note for *_, note in _random_structure(model)))
+
+
+def _without_random_structure(model: nn.Module) -> list[str]:
+    """Switch off what is drawn in Python; gives notes on it."""
+    notes = random_structure(model)
+    for owner, name, off, _ in list(_random_structure(model)):
+        setattr(owner, name, off)
+    return notes
+
+
+@contextmanager
+def _without_state(model: nn.Module) -> Iterator[None]:
+    """Nothing is remembered between calls: no cache, and nothing that transformers' models keep of one."""
+    with ExitStack() as stack:
+        if is_transformers(model):
+            from transformers.exporters import exporter_dynamo
+
+            exporter: Any = exporter_dynamo
+            stack.enter_context(exporter.reset_model_state(model))
+            for config in _configs(model):
+                if getattr(config, "use_cache", False):
+                    config.use_cache = False
+        yield
 
 
 @contextmanager
 def _patches(model: nn.Module) -> Iterator[None]:
+    """What the tracer needs to be other than it is."""
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
         if is_transformers(model):
             from transformers.exporters import exporter_dynamo
             from transformers.exporters.utils import apply_patches
@@ -216,10 +268,6 @@ def _patches(model: nn.Module) -> Iterator[None]:
             exporter: Any = exporter_dynamo
             exporter.register_cache_pytrees_for_model(model)
             stack.enter_context(apply_patches("dynamo"))
-            stack.enter_context(exporter.reset_model_state(model))
-            for config in _configs(model):
-                if getattr(config, "use_cache", False):
-                    config.use_cache = False
         yield
 
 
@@ -240,6 +288,7 @@ def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Itera
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(axis.name, kind, default=None) for axis in axes]
     )
+    forward.__module__ = getattr(original, "__module__", __name__)
     vars(model)["forward"] = forward
     try:
         yield
@@ -279,7 +328,7 @@ def _program(
         copied.meta = {"val": node.meta.get("val"), "module": path}
     spec = exported.call_spec.out_spec
     assert spec is not None
-    program = Program(graph, inputs, _output_spec(spec))
+    program = Program(graph, inputs, output_spec(spec))
     before = len(graph.nodes)
     started = time.perf_counter()
     canonicalise(program)
@@ -363,10 +412,11 @@ def _constants(
     return constants
 
 
-def _output_spec(spec: pytree.TreeSpec) -> OutputSpec:
+def output_spec(spec: pytree.TreeSpec) -> OutputSpec:
+    """How outputs are put together, from how pytree takes them apart."""
     if spec.is_leaf():
         return OutputSpec("leaf")
-    children = tuple(_output_spec(child) for child in spec.children())
+    children = tuple(output_spec(child) for child in spec.children())
     if spec.type in (tuple, list):
         return OutputSpec("tuple" if spec.type is tuple else "list", (), children)
     fields = tuple(str(key) for key in spec.context)

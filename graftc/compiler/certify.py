@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from graftc.compiler.anchor import Anchor
+
 ALGEBRA_BOUND = 1e-9
 """Largest relative difference of float64 results; sums of some thousand float64 products stay far below."""
 
@@ -79,6 +81,7 @@ class Certificate:
         additions: biases that folding had to add.
         fingerprint: of the base.
         collapses: what was drawn while training and is deployed as its mean, folded or not. Nothing is held against it.
+        anchors: how the base's graphs compare with the source model itself; without that, no graph is used.
     """
 
     sites: tuple[SiteEvidence, ...]
@@ -91,6 +94,7 @@ class Certificate:
     dtype: str = ""
     notes: tuple[str, ...] = field(default_factory=tuple)
     collapses: tuple[CollapseEvidence, ...] = ()
+    anchors: tuple[Anchor, ...] = ()
 
     @property
     def largest_difference(self) -> float:
@@ -131,5 +135,6 @@ class Certificate:
             "additions": list(self.additions),
             "notes": list(self.notes),
             "collapses": [asdict(item) for item in self.collapses],
+            "anchors": [item.to_json() for item in self.anchors],
             "largest_difference": self.largest_difference,
         }

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
 
-from graftc.compiler.cache import captured
-from graftc.compiler.capture import Capture
+from graftc.compiler.anchor import Anchor, anchor, draws
+from graftc.compiler.cache import captured, forget, keep
+from graftc.compiler.capture import Capture, capture, random_structure
 from graftc.compiler.compose import Unit, add_controls, check_units, insert_unit, placed, units
 from graftc.compiler.embeds import Plan, lengthened, planned, require_words
 from graftc.compiler.interface import Flags, dtype_of
@@ -33,7 +33,7 @@ from graftc.passes.core.verify import record_baseline, verify
 from graftc.passes.mode import moded, to_eval
 from graftc.passes.recompute import recompute_weights
 from graftc.passes.tokens import insert_tokens
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.diagnostics import GraftError, warn
 
 if TYPE_CHECKING:
     from graftc.compiler.pipeline import Compilation
@@ -50,6 +50,7 @@ class Family:
             word vectors where there are virtual tokens.
         sources: the source model's own graphs, in train and in eval mode.
         attentions: every attention of `train`.
+        anchors: how the source model's graphs compare with the model itself.
     """
 
     base: Program
@@ -63,6 +64,7 @@ class Family:
     captures: tuple[Capture, ...]
     sources: tuple[Program, Program]
     attentions: tuple[AttentionSite, ...]
+    anchors: tuple[Anchor, ...]
     key: tuple[str, ...] = ()
 
     @property
@@ -155,21 +157,22 @@ def compile_family(
         axes, flags: the inputs and flags of the source model.
         controls: inputs beside these, which choose among adaptations.
     """
-    found = _capture(compilation, axes, flags, "train")
-    base, clock = found.program, _Clock()
-    clock.entries += base.history
+    clock = _Clock()
+    found = _capture(compilation, axes, flags, "train", clock)
+    base = found.program
     main = compilation.main if compilation.families else None
     train = _adapted(compilation, found, clock, main, controls)
     train.program.history = list(clock.entries)
     captures, source_eval = list(train.captures), to_eval(base)
     eval_base = record_baseline(source_eval if train.base is base else to_eval(train.base))
-    if any(_draws(node) for node in eval_base.graph.nodes) or eval_base.updates:
-        # Random depth and moving averages leave more behind than dropout: what eval mode computes has to be looked at.
-        direct = _capture(compilation, axes, flags, "eval")
+    derived = [_anchored(compilation, c, source_eval if c is found else to_eval(c.program)) for c in train.captures]
+    if _is_unlike_eval(eval_base) or not all(held.passed for held in derived):
+        # Eval mode is more than train mode without dropout: what it computes has to be looked at.
+        direct = _capture(compilation, axes, flags, "eval", _Clock())
         own = _adapted(compilation, direct, _Clock(), train, controls)
         captures += own.captures
-        source_eval, eval_base = direct.program, own.base
-        adapted_eval = clock.step("mode(eval)", lambda: to_eval(own.program), train.program)
+        source_eval, eval_base, derived = direct.program, own.base, []
+        adapted_eval = clock.step("mode(eval)", lambda: to_eval(own.program, base=False), train.program)
     else:
         adapted_eval = clock.step("mode(eval)", lambda: to_eval(train.program), train.program)
     adapted_eval.baseline = eval_base.baseline
@@ -187,38 +190,111 @@ def compile_family(
         tuple(captures),
         (base, source_eval),
         train.attentions,
+        (*(c.anchor for c in captures if c.anchor is not None), *derived),
     )
 
 
-def _draws(node: fx.Node) -> bool:
-    """Whether a node of an eval graph draws random numbers; attention there drops nothing."""
-    target = node.target
-    if target is torch.ops.aten.scaled_dot_product_attention.default:
-        return False
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+def _is_unlike_eval(program: Program) -> bool:
+    """Whether something is left in a derived eval graph that eval mode seldom has: random depth and the like leave more
+    behind than dropout, and what updates buffers may do so in train mode only."""
+    return bool(program.updates) or any(draws(node) for node in program.graph.nodes)
 
 
-def _capture(compilation: Compilation, axes: Sequence[Axis], flags: Flags, mode: Mode) -> Capture:
-    store = compilation.store
+def _capture(compilation: Compilation, axes: Sequence[Axis], flags: Flags, mode: Mode, clock: _Clock) -> Capture:
+    """The source model's graph, verified and held against the model.
+
+    Raises:
+        GraftError: GC041 where they differ.
+    """
     found = captured(
         compilation.model,
         axes,
         flags,
         mode=mode,
-        canonical=store.aliases,
+        canonical=compilation.store.aliases,
         use_cache=compilation.use_cache,
         known=compilation.known,
     )
-    compilation.notes += [note for note in found.notes if note not in compilation.notes]
-    for name, value in found.constants.items():
-        store.add_constant(name, value)
-    write = flaw(found.program.graph, mode, store.is_buffer)
-    if write is not None:
-        message = f"{type(compilation.source).__name__} cannot be adapted: at {write[0].name} {write[1]}"
-        raise GraftError("GC030", message, hint="a forward may change buffers in train mode, and nothing else")
+    if found.cached:
+        try:
+            found = _checked(compilation, found, axes, clock)
+        except Exception:  # a graph from a file is no better than one that has to be captured
+            found = _captured_anew(compilation, found, axes, flags, mode, clock)
+    else:
+        found = _checked(compilation, found, axes, clock)
+    _note(compilation, found)
     for name in sorted(found.program.updates):
-        store.own(name, compilation.values.get(name))
+        compilation.store.own(name, compilation.values.get(name))
     return found
+
+
+def _captured_anew(
+    compilation: Compilation, stale: Capture, axes: Sequence[Axis], flags: Flags, mode: Mode, clock: _Clock
+) -> Capture:
+    """A capture in the place of a kept one that is not the model's graph; the cache has it from then on."""
+    model = compilation.model
+    if compilation.use_cache:
+        forget(model, axes, flags, mode)
+    fresh = capture(model, axes, flags=flags, mode=mode, canonical=compilation.store.aliases)
+    fresh = _checked(compilation, replace(fresh, key=stale.key), axes, clock)
+    if compilation.use_cache:
+        keep(model, axes, fresh)
+    return fresh
+
+
+def _checked(compilation: Compilation, found: Capture, axes: Sequence[Axis], clock: _Clock) -> Capture:
+    """A capture with its anchor.
+
+    Raises:
+        GraftError: GC030 where it writes to what it may not, GC040 where it is no graph of the Store's tensors, GC041
+            where it is not the model.
+    """
+    store, program = compilation.store, record_baseline(found.program)
+    clock.entries = list(program.history)
+    added = [name for name in found.constants if name not in store]
+    for name in added:
+        store.add_constant(name, found.constants[name])
+    try:
+        write = flaw(program.graph, program.mode, store.is_buffer)
+        if write is not None:
+            message = f"{type(compilation.source).__name__} cannot be adapted: at {write[0].name} {write[1]}"
+            raise GraftError("GC030", message, hint="a forward may change buffers in train mode, and nothing else")
+        clock.step("verify", lambda: verify(program, store, "canonicalise"), program)
+        held = _anchored(compilation, found, program)
+        differing = held.differing or (("it was not held against all kinds of inputs",) if held.plain else ())
+        if differing and (held.differing or found.cached):
+            where = f"{held.mode} mode with {held.inputs}"
+            message = f"the graph of {type(compilation.model).__name__} is not the model: in {where}, {differing[0]}"
+            raise GraftError("GC041", message, hint=_NOT_THE_MODEL, details=differing[1:5])
+    except Exception:
+        for name in added:
+            store.drop_constant(name)
+        raise
+    return replace(found, anchor=held)
+
+
+def _anchored(compilation: Compilation, found: Capture, program: Program) -> Anchor:
+    """A graph, captured or derived from one that was, held against the source model."""
+    axes = [Axis(spec.name, spec.dtype, spec.shape) for spec in program.inputs]
+    return anchor(compilation.model, program, found.constants, axes, compilation.store.aliases)
+
+
+_NOT_THE_MODEL = "what forward decides by values or keeps outside of tensors and buffers has no place in a graph"
+
+
+def _note(compilation: Compilation, found: Capture) -> None:
+    """Say what a graph has not of the model, each once."""
+    assigned = [*found.assigned, *(found.anchor.assigned if found.anchor is not None else ())]
+    written = [f"forward assigns to {name}" for name in assigned]
+    drawn = random_structure(compilation.model)
+    new = [note for note in dict.fromkeys([*found.notes, *drawn, *written]) if note not in compilation.notes]
+    compilation.notes += new
+    for note in new:
+        if note in written:
+            hint = "what it read there is a constant of the graph; keep what changes in buffers, or return it"
+            warn("GC042", f"{type(compilation.model).__name__}'s {note}, which its graph does not", hint=hint)
+        elif note in drawn:
+            warn("GC047", note, hint="set it to what is wanted before compiling, so that nobody misses it")
 
 
 @dataclass
@@ -239,14 +315,16 @@ def _adapted(
 ) -> _Adapted:
     """A capture's Program, adapted as the spec says, or at the places of ``main``."""
     spec, store, base = compilation.spec, compilation.store, found.program
-    record_baseline(base)
-    clock.step("verify", lambda: verify(base, store, "canonicalise"), base)
     program = clock.step("copy", base.copy, base)
     structure = clock.step("roles", lambda: find_structure(program.graph, found.constants), program)
     resolver = _resolver(compilation, program, structure)
     require_words(spec, compilation.model, resolver.table)
+    # What train mode alone reads is adapted there alone; another signature has to read every place.
+    every = not isinstance(main, _Adapted)
     resolved = clock.step(
-        "resolve", lambda: resolver.resolve(spec) if main is None else resolver.again(main.resolved), program
+        "resolve",
+        lambda: resolver.resolve(spec) if main is None else resolver.again(main.resolved, every=every),
+        program,
     )
     plan = planned(units(spec, resolved), resolver.table.words)
     captures = [found]
@@ -264,7 +342,7 @@ def _adapted(
         resolved = clock.step("resolve", lambda: resolver.again(resolved), program)
     trained = clock.step(
         "resolve train",
-        lambda: resolver.trained(spec) if main is None else resolver.trained_again(main.trained),
+        lambda: resolver.trained(spec) if main is None else resolver.trained_again(main.trained, every=every),
         program,
     )
     if main is None:
@@ -287,7 +365,7 @@ def _lengthened(compilation: Compilation, mode: Mode, table: SiteTable, plan: Pl
     """A base with room for virtual tokens, and the capture that its layers come from."""
 
     def capture(axes: Sequence[Axis], flags: Flags) -> Capture:
-        return _capture(compilation, axes, flags, mode)
+        return _capture(compilation, axes, flags, mode, _Clock())
 
     try:
         return lengthened(compilation.model, table, plan, capture)
@@ -341,6 +419,8 @@ def _insert_unit(compilation: Compilation, program: Program, unit: Unit) -> None
             compilation.parts.setdefault(owner, {}).update(parts)
         return
     (item,) = unit.members
+    if not item.sites:
+        return
     build = new(Builder, item.name, item.spec.method)
     try:
         _adapt(build, item)

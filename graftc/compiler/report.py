@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graftc.compiler.anchor import Anchor
 from graftc.compiler.collapse import collapsed_parameters
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import TRAIN
@@ -66,6 +67,8 @@ class Report:
         percent: ``100 t / (base + t)``.
         flops_per_token: of the base's linear maps and attention-free products.
         capture_seconds, rewrite_seconds: how long compiling took.
+        notes: what capturing had to change, and what could not be looked at.
+        anchors: how the base's graphs compare with the source model itself.
     """
 
     adaptations: tuple[AdaptationReport, ...]
@@ -79,10 +82,16 @@ class Report:
     rewrite_seconds: float
     cached: bool
     notes: tuple[str, ...] = ()
+    anchors: tuple[Anchor, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON data."""
-        return {**asdict(self), "adaptations": [asdict(a) for a in self.adaptations], "notes": list(self.notes)}
+        return {
+            **asdict(self),
+            "adaptations": [asdict(a) for a in self.adaptations],
+            "notes": list(self.notes),
+            "anchors": [{**a.to_json(), "seconds": a.seconds} for a in self.anchors],
+        }
 
 
 def report(compilation: Compilation) -> Report:
@@ -115,7 +124,8 @@ def report(compilation: Compilation) -> Report:
         family.capture_seconds,
         family.rewrite_seconds(),
         family.cached,
-        tuple(compilation.notes),
+        (*compilation.notes, *(f"not held against the model itself: {a.skipped}" for a in family.anchors if a.skipped)),
+        family.anchors,
     )
 
 

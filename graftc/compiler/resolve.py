@@ -135,8 +135,12 @@ class Resolver:
         others = [n for n in (first.use.weight, *self.table.store.tied(first.use.weight)) if n != own]
         return f"is tied to {', '.join(others)}" if others else f"is also read by {reader}"
 
-    def again(self, main: Iterable[Resolved]) -> list[Resolved]:
+    def again(self, main: Iterable[Resolved], *, every: bool = True) -> list[Resolved]:
         """The places that another Program's adaptations have, in this one.
+
+        Args:
+            main: what was found there.
+            every: all have to be here; otherwise those that are not are left out.
 
         Raises:
             GraftError: GC031 naming an adaptation and a place that this Program does not read.
@@ -146,7 +150,7 @@ class Resolver:
             sites: list[tuple[Site, MethodSpec]] = []
             for site, spec in resolved.places:
                 here = self.table.same(site)
-                if not here:
+                if not here and every:
                     raise not_read(self.table.program, str(site.key), resolved.name)
                 sites += [(other, spec) for other in here]
             found.append(self._resolved(resolved.spec, sites))
@@ -204,16 +208,20 @@ class Resolver:
             raise spec.locate(error) from error
         return list(sites.values())
 
-    def trained_again(self, main: Sequence[ParameterSite]) -> list[ParameterSite]:
+    def trained_again(self, main: Sequence[ParameterSite], *, every: bool = True) -> list[ParameterSite]:
         """The parameters that another Program trains, in this one.
+
+        Args:
+            main: what it trains.
+            every: all have to be here; otherwise those that are not are left out.
 
         Raises:
             GraftError: GC031 naming a parameter that this Program does not read.
         """
-        for site in main:
-            if not self.table.reads(site.tensor):
-                raise not_read(self.table.program, site.tensor, TRAIN)
-        return list(main)
+        missing = [site.tensor for site in main if not self.table.reads(site.tensor)]
+        if missing and every:
+            raise not_read(self.table.program, missing[0], TRAIN)
+        return [site for site in main if site.tensor not in missing]
 
     def _parameters(self, path: str) -> list[ParameterSite]:
         found: list[ParameterSite] = []

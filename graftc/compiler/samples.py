@@ -15,47 +15,93 @@ aten = torch.ops.aten
 
 
 def sample_inputs(
-    program: Program, store: Store, seed: int = 0, sizes: Sequence[int] = (2, 9), config: Any = None
+    program: Program,
+    store: Store,
+    seed: int = 0,
+    sizes: Sequence[int] = (3, 9),
+    config: Any = None,
+    *,
+    front: bool = True,
 ) -> dict[str, Tensor]:
-    """Random inputs for a Program: indices within their table, masks with padding at the end, normal floats.
+    """Random inputs for a Program: indices within their table, masks, normal floats. The rows of a batch differ in
+    where their padding stands: in front, inside, behind, nowhere, and so on.
 
     Args:
         program: whose inputs.
         store: where its tensors live: inputs are on their device.
         seed: of the values.
-        sizes: of the named axes in the order met; the last one holds for all further ones.
-        config: the model's config. Texts end with the end token that it names, and have it nowhere else, since some
-            heads look for it.
+        sizes: of the named axes in the order met; the last one holds for all further ones. An axis that the graph holds
+            for other sizes of gets the nearest.
+        config: the model's config. Padding has the number that it names. Texts end with the end token that it names,
+            and have it nowhere else, since some heads look for it.
+        front: whether padding may stand in front. Under a causal mask its rows see nothing then, and what attention
+            gives for them is up to the kernel: zeros in torch, a mean elsewhere.
     """
-    generator = torch.Generator().manual_seed(seed)
     device = next((t.device for _, t in store.base()), torch.device("cpu"))
+    return samples_on(device, program, seed, sizes, config, front=front)
+
+
+def samples_on(
+    device: torch.device, program: Program, seed: int, sizes: Sequence[int], config: Any, *, front: bool = True
+) -> dict[str, Tensor]:
+    """`sample_inputs`, on a device."""
+    generator = torch.Generator().manual_seed(seed)
     axes: dict[str, int] = {}
     inputs: dict[str, Tensor] = {}
     for spec, node in zip(program.inputs, program.placeholders(), strict=True):
         shape = []
-        for size in spec.shape:
+        for dim, size in enumerate(spec.shape):
             if isinstance(size, str):
-                axes.setdefault(size, sizes[min(len(axes), len(sizes) - 1)])
+                low, high = spec.ranges[dim] if spec.ranges else (0, None)
+                wanted = max(sizes[min(len(axes), len(sizes) - 1)], low)
+                axes.setdefault(size, wanted if high is None else min(wanted, high))
             shape.append(axes[size] if isinstance(size, str) else size)
         if spec.dtype.is_floating_point:
             value = torch.randn(shape, generator=generator).to(spec.dtype)
         elif (rows := _table_rows(node)) is not None:
-            value = _ended(torch.randint(0, rows, shape, generator=generator, dtype=spec.dtype), rows, config)
+            value = torch.randint(0, rows, shape, generator=generator, dtype=spec.dtype)
+            value = _with_padding(value, rows, config, front)
         else:
             value = torch.ones(shape, dtype=spec.dtype)
-            if len(shape) == 2 and shape[1] > 2:
-                value[-1, -2:] = 0
+            if value.dim() == 2:
+                value[_padding(*shape, front=front)] = 0
         inputs[spec.name] = value.to(device)
     return inputs
 
 
-def _ended(numbers: Tensor, rows: int, config: Any) -> Tensor:
-    end = getattr(config, "eos_token_id", None)
-    if numbers.dim() != 2 or not isinstance(end, int) or not 0 <= end < rows or rows < 2:
+def _padding(rows: int, length: int, *, front: bool) -> Tensor:
+    """Where a batch of texts has padding, ``bool[rows, length]``."""
+    count = min(2, (length - 1) // 3)
+    padding = torch.zeros(rows, length, dtype=torch.bool)
+    if count < 1:
+        return padding
+    middle = length // 2
+    behind = slice(length - count, length)
+    places = (slice(0, count) if front else behind, slice(middle, middle + count), behind)
+    for row in range(rows):
+        if row % 4 < len(places):
+            padding[row, places[row % 4]] = True
+    return padding
+
+
+def _with_padding(numbers: Tensor, rows: int, config: Any, front: bool) -> Tensor:
+    """Texts with their padding and the end token."""
+    if numbers.dim() != 2:
         return numbers
-    numbers = torch.where(numbers == end, (end + 1) % rows, numbers)
-    numbers[:, -1] = end
+    end, pad = (_token(config, name, rows) for name in ("eos_token_id", "pad_token_id"))
+    padding = _padding(*numbers.shape, front=front)
+    if end is not None and rows > 1:
+        numbers = torch.where(numbers == end, (end + 1) % rows, numbers)
+        last = torch.arange(numbers.shape[1]).mul(~padding).amax(1, keepdim=True)
+        numbers = numbers.scatter(1, last, end)
+    if pad is not None and pad != end:
+        numbers = torch.where(padding, pad, numbers)
     return numbers
+
+
+def _token(config: Any, name: str, rows: int) -> int | None:
+    number = getattr(config, name, None)
+    return number if isinstance(number, int) and 0 <= number < rows else None
 
 
 def _table_rows(node: fx.Node) -> int | None:

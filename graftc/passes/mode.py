@@ -22,7 +22,9 @@ def moded(program: Program) -> set[str]:
     return {str(n.meta.get("module", "")) for n in program.graph.nodes if n.op == "call_function" and n.target in RULES}
 
 
-def to_eval(program: Program, *, keep: Collection[object] = (), only: Collection[str] | None = None) -> Program:
+def to_eval(
+    program: Program, *, keep: Collection[object] = (), only: Collection[str] | None = None, base: bool = True
+) -> Program:
     """A new Program in eval mode.
 
     Dropout and stochastic depth disappear, attention drops nothing, batch normalisation uses its running statistics and
@@ -32,12 +34,14 @@ def to_eval(program: Program, *, keep: Collection[object] = (), only: Collection
         program: stays as it is.
         keep: operators that are left as they are in train mode.
         only: paths of modules that are in eval mode while the others train; by default all are.
+        base: whether the base's nodes are of train mode too; otherwise what was inserted among them is alone.
     """
     result = program.copy(mode="eval" if only is None else program.mode)
     erased: dict[fx.Node, fx.Node] = {}
     for node in list(result.graph.nodes):
         here = only is None or node.meta.get("module", "") in only
-        rule = RULES.get(node.target) if here and node.op == "call_function" and node.target not in keep else None
+        here = here and node.op == "call_function" and (base or provenance(node) is not None)
+        rule = RULES.get(node.target) if here and node.target not in keep else None
         if rule is _erase:
             erased[node] = node.all_input_nodes[0]
         if rule is not None:

@@ -230,7 +230,7 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budge
     family = compilation.main
     inputs = sample_inputs(family.base, compilation.store, config=getattr(compiled, "config", None))
     unfolded, folded = compiled.in_eval(inputs), merged.in_eval(inputs)
-    names = family.base.outputs.names
+    names = family.base_eval.outputs.names
     differences = {
         name: float((a.double() - b.double()).abs().max())
         for name, a, b in zip(names, unfolded, folded, strict=True)
@@ -254,6 +254,7 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budge
         fingerprint=identify(compilation.source, updated=compilation.store.updated).fingerprint,
         dtype=str(compiled.dtype).removeprefix("torch."),
         collapses=collapse_evidence(compilation),
+        anchors=family.anchors,
     )
 
 

@@ -162,7 +162,7 @@ def _with_outputs(certificate: Certificate, before: CompiledRunner, after: Compi
     inputs = sample_inputs(family.base, before.compilation.store, config=getattr(before, "config", None))
     found = [model.in_eval(inputs) for model in (before, after)]
     outputs = dict(certificate.outputs)
-    for name, a, b in zip(family.base.outputs.names, *found, strict=True):
+    for name, a, b in zip(family.base_eval.outputs.names, *found, strict=True):
         if isinstance(a, Tensor) and a.is_floating_point():
             outputs[name] = max(outputs[name], float((a.double() - b.double()).abs().max()))
     return replace(certificate, outputs=outputs)

@@ -185,6 +185,15 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC040", _FAILED, "a pass broke an invariant",
      "The verifier found the graph wrong after a pass: a bug in graftc or in a method, not in the spec.",
      "Report it with the message, which names the pass and the node. Base weights are untouched."),
+    ("GC041", _FAILED, "a graph is not the model",
+     "Run on the same inputs, the captured graph and the model itself give different outputs, so nothing that is made "
+     "of the graph would be an adaptation of the model.",
+     "Where forward decides by values of tensors, by attributes that it changes, or by what lies outside of the "
+     "module, write it in tensors and buffers. Where it should work, report the model's class and its inputs."),
+    ("GC042", _WARNING, "forward assigns to its module",
+     "A forward pass assigns attributes of a module: counters, caches, tensors that somebody reads later. A graph has "
+     "no attributes: nothing is assigned when it runs, and what forward read of them is a constant.",
+     "Keep what changes from call to call in buffers, and return what somebody reads later."),
     ("GC043", _SPEC, "a module of the tree has no life of its own",
      "The modules of a compiled model hold tensors; the graphs of the whole model compute what they do. A hook on one "
      "is never called, an attribute is a constant of the graphs, and a call has nothing to run.",
@@ -199,6 +208,11 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Entries have been replaced, and the optimiser knows nothing of it: what it remembers at their places belongs to "
      "the entries that stood there.",
      "Train with an optimiser of `graftc.optim`, made from the compiled model."),
+    ("GC047", _WARNING, "what is drawn while training is captured as off",
+     "While it trains, the model draws outside of tensors which layers run (layerdrop) or which inputs are masked "
+     "(SpecAugment). A graph cannot, and was captured without.",
+     "Set `layerdrop` to 0 and `apply_spec_augment` to False before compiling if that is right; mask inputs before "
+     "they go into the model."),
 
     # Folding and adapter tensors.
     ("GC050", _NO, "an adaptation cannot be folded",

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 EVIDENCE = {"site": "a", "adaptations": ["x"], "change": 0.5, "algebra": 0.0, "rounding": 0.5}
+ANCHOR = {"inputs": "input_ids", "mode": "eval", "difference": 0.0, "bound": 1e-5, "exact": True, "skipped": ""}
 CERTIFICATE: dict[str, Any] = {
     **{"passed": True, "sites": [EVIDENCE], "outputs": {"logits": 1e-6}, "budget": 1e-4, "structure": "1"},
     **{"base_structure": "1", "additions": [], "fingerprint": "2", "dtype": "float32", "notes": []},
     "collapses": [{"adaptation": "x", "site": "a", "routings": 4, "error": 0.1}],
+    "anchors": [ANCHOR],
     "largest_difference": 1e-6,
 }
 REPORT: dict[str, Any] = {
     **{"adaptations": [], "base_parameters": 9, "trainable_parameters": 1, "trained_in_full": 0, "percent": 10.0},
     **{"deployed_parameters": 1, "flops_per_token": 2, "capture_seconds": 0.1, "rewrite_seconds": 0.1},
-    **{"cached": False, "notes": []},
+    **{"cached": False, "notes": [], "anchors": [{**ANCHOR, "seconds": 0.1}]},
 }
 AGREEMENT = {"passed": True, "same_predictions": 1.0, "largest_difference": 1e-6, "tolerance": 1e-4}
 DEMO: dict[str, Any] = {

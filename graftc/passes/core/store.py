@@ -198,6 +198,12 @@ class Store:
             self.add_buffer(fqn, tensor, persistent=False)
             self.constants.add(fqn)
 
+    def drop_constant(self, fqn: str) -> None:
+        """Take out what `add_constant` added."""
+        path, _, name = fqn.rpartition(".")
+        del self.owner(path)._buffers[name]
+        self.constants.discard(fqn)
+
     def own(self, name: str, value: torch.Tensor | None = None) -> None:
         """Make a base tensor one's own that graphs write to, so that the source model's never changes. The source
         model's is still there, under a name of graftc's.

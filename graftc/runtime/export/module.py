@@ -92,10 +92,10 @@ class ExportModule:
         return inputs
 
     def _sample(self, seed: int, sizes: tuple[int, int]) -> dict[str, Tensor]:
-        inputs = sample_inputs(self._base, self._tensors, seed, sizes, self.config)
+        inputs = sample_inputs(self._base, self._tensors, seed, sizes, self.config, front=False)
         chosen = [name for name in self.program.signature if name not in inputs]
         if chosen:
-            every = sample_inputs(self.program, self._tensors, seed, sizes)
+            every = sample_inputs(self.program, self._tensors, seed, sizes, front=False)
             inputs |= {name: every[name] for name in chosen}
         return inputs
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -142,6 +142,36 @@ class TotalsData(CostData):
     """Sums over all adaptations, the `train:` list included."""
 
 
+class AnchorData(Result):
+    """How a base graph compares with the source model itself, run on the same inputs."""
+
+    inputs: str
+    """What both were called with: names of tensors, and flags."""
+
+    mode: Literal["train", "eval"]
+    """The mode of both."""
+
+    difference: float | None = Field(ge=0)
+    """The largest difference of any output or updated buffer, over its largest element; null where it was not looked
+    at."""
+
+    bound: float = Field(ge=0)
+    """What `difference` may be where kernels are others."""
+
+    exact: bool
+    """Whether all are equal to the bit."""
+
+    skipped: str
+    """Why it was not looked at; empty where it was."""
+
+
+class TimedAnchorData(AnchorData):
+    """The same, with its cost."""
+
+    seconds: float = Field(ge=0)
+    """How long it took."""
+
+
 class ReportData(Result):
     """What a spec adds to a model."""
 
@@ -176,7 +206,10 @@ class ReportData(Result):
     """Whether the captured graphs came from the cache."""
 
     notes: Items[str]
-    """What was done to the model so that it could be captured, for people."""
+    """What was done to the model so that it could be captured, and what could not be looked at, for people."""
+
+    anchors: Items[TimedAnchorData]
+    """The source model's graphs held against the model itself, in each mode."""
 
 
 class SiteEvidenceData(Result):
@@ -250,6 +283,9 @@ class CertificateData(Result):
 
     collapses: Items[CollapseEvidenceData]
     """What was drawn while training and is deployed as its mean, folded or not; nothing is held against it."""
+
+    anchors: Items[AnchorData]
+    """The base's graphs held against the source model itself, in each mode."""
 
     largest_difference: float = Field(ge=0)
     """The largest of `outputs`."""

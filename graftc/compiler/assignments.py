@@ -1,0 +1,141 @@
+"""What a forward pass assigns to its module: attributes, what is in their containers, tensors that it writes to.
+
+A graph has no attributes, so none of it happens when a graph runs, and what the forward pass read of it is constant.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+_LIBRARIES = ("torch.", "transformers.", "graftc.")
+_TORCHS_OWN = frozenset(vars(nn.Module()))
+_TABLES = ("_parameters", "_modules")
+_MISSING = object()
+
+
+class Attributes:
+    """The attributes of a module as they are now, and what is in those that are containers or plain objects.
+
+    Args:
+        module: whose.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._now = vars(module)
+        self._values = {name: value for name, value in self._now.items() if name not in _TORCHS_OWN}
+        self._held = {name: held for name, value in self._values.items() if (held := _Held.of(value)) is not None}
+        self._versions = {name: _version(value) for name, value in self._values.items() if isinstance(value, Tensor)}
+        self._tables = {name: dict(self._now[name]) for name in _TABLES}
+
+    def changed(self) -> list[str]:
+        """Names of those that are others, hold something else, or are tensors that were written to."""
+        now = {name: value for name, value in self._now.items() if name not in _TORCHS_OWN}
+        names = [name for name in {**self._values, **now} if not self._same(name, now)]
+        names += [name for name, version in self._versions.items() if _version(self._values[name]) != version]
+        for table, before in self._tables.items():
+            own = self._now[table]
+            names += [n for n in {**before, **own} if own.get(n, _MISSING) is not before.get(n, _MISSING)]
+        return list(dict.fromkeys(names))
+
+    def _same(self, name: str, now: Mapping[str, Any]) -> bool:
+        value = now.get(name, _MISSING)
+        held = self._held.get(name)
+        return held.same(value) if held is not None else value is self._values.get(name, _MISSING)
+
+    def restore(self) -> None:
+        """Put back what is in containers and plain objects; attributes themselves are put back by their owner."""
+        for held in self._held.values():
+            if not held.same(held.value):
+                held.restore()
+
+
+class _Held:
+    """What is in a container, or the attributes of a plain object, to a depth of two."""
+
+    def __init__(self, value: Any, depth: int) -> None:
+        self.value = value
+        self.items = _items(value)
+        inner = enumerate(self.items.values() if isinstance(self.items, dict) else self.items)
+        self.inner = {i: held for i, item in inner if depth and (held := _Held.of(item, depth - 1)) is not None}
+
+    @classmethod
+    def of(cls, value: Any, depth: int = 1) -> _Held | None:
+        """None for what holds nothing that could be another."""
+        return cls(value, depth) if _is_container(value) or _is_plain(value) else None
+
+    def same(self, other: Any) -> bool:
+        """Whether a value is this one, or a container of the same kind, with the same in it as before. The tracer puts
+        copies of containers in their places."""
+        if other is not self.value and not (_is_container(other) and type(other) is type(self.value)):
+            return False
+        now, before = _items(other), self.items
+        if len(now) != len(before):
+            return False
+        if isinstance(now, dict) and isinstance(before, dict):
+            if list(now) != list(before):
+                return False
+            now, before = list(now.values()), list(before.values())
+        pairs = enumerate(zip(now, before, strict=True))
+        return all(self.inner[i].same(a) if i in self.inner else a is b for i, (a, b) in pairs)
+
+    def restore(self) -> None:
+        """Put back what was in it."""
+        target = self.value if _is_container(self.value) else vars(self.value)
+        target.clear()
+        if isinstance(target, dict | set):
+            target.update(self.items)
+        else:
+            target.extend(self.items)
+        for held in self.inner.values():
+            held.restore()
+
+
+def _is_container(value: Any) -> bool:
+    return type(value) in (list, dict, set, deque)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is an object of the user's, whose attributes a forward pass may count in."""
+    if isinstance(value, nn.Module | Tensor | type | FunctionType | MethodType) or not hasattr(value, "__dict__"):
+        return False
+    return not (type(value).__module__ + ".").startswith(_LIBRARIES)
+
+
+def _items(value: Any) -> dict[Any, Any] | list[Any]:
+    if isinstance(value, dict):
+        return dict(value)
+    return list(value) if _is_container(value) else dict(vars(value))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def noticed(model: nn.Module) -> Iterator[list[str]]:
+    """Gives a list that afterwards has the attributes that were assigned inside, as ``path.attribute``.
+
+    What the layers of torch and transformers remember between calls are tables that grow with a text and the like:
+    those are looked at only where somebody has put another ``forward`` or a hook on the layer.
+    """
+    before = [(path, Attributes(module)) for path, module in model.named_modules() if _is_the_users(module)]
+    found: list[str] = []
+    yield found
+    for path, attributes in before:
+        found += [f"{path}.{name}".lstrip(".") for name in attributes.changed()]
+
+
+def _is_the_users(module: nn.Module) -> bool:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    code: list[Any] = [type(module), *hooks, *([vars(module)["forward"]] if "forward" in vars(module) else [])]
+    return any(not (_home(item) + ".").startswith(_LIBRARIES) for item in code)
+
+
+def _home(code: Any) -> str:
+    return getattr(code, "__module__", None) or type(code).__module__

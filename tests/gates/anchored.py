@@ -1,0 +1,134 @@
+"""The anchor's mutation test: corrupts a graph on its way into a compilation, and looks whether it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.compiler import cache, family
+from graftc.compiler.anchor import BOUNDS
+from graftc.compiler.capture import Capture
+from graftc.compiler.samples import samples_on
+from graftc.passes.core.program import Program
+from graftc.passes.core.reading import computed
+from graftc.passes.core.serialise import program_to_json
+from graftc.passes.mode import to_eval
+from graftc.runtime.artifact.manifest import canonical_json
+from graftc.specs.diagnostics import GraftError
+from graftc.testing.compare import flat
+from tests.artifact.support import edit_manifest
+from tests.families import tiny
+from tests.gates.mutants import mutants
+
+SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.{q,v}"}}]}
+FAMILIES = ("bert", "gpt2", "llama", "roberta", "t5")
+INPUTS = 20
+
+
+def differs(original: Program, mutant: Program, tensors: Any, config: Any) -> bool:
+    """Whether a mutant's outputs in eval mode are beyond the bound on any of 20 random inputs, or it does not run."""
+    bound = BOUNDS[torch.float32]
+    right, wrong = to_eval(original), to_eval(mutant)
+    for seed in range(100, 100 + INPUTS):
+        sizes = (2 + seed % 4, 5 + seed % 17, 4 + seed % 11)
+        inputs = samples_on(torch.device("cpu"), original, seed, sizes, config)
+        expected = _outputs(right, inputs, tensors)
+        try:
+            found = _outputs(wrong, inputs, tensors)
+        except Exception:
+            return True
+        if any(_apart(a, b) > bound for a, b in zip(expected, found, strict=True)):
+            return True
+    return False
+
+
+def _outputs(program: Program, inputs: Any, tensors: Any) -> list[Tensor]:
+    wanted = [node for node in program.output_node.args[0] if isinstance(node, torch.fx.Node)]  # type: ignore[union-attr]
+    return computed(wanted, lambda node: inputs[str(node.target)], tensors, torch.device("cpu"))
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return float("inf")
+    if torch.equal(a, b):
+        return 0.0
+    found = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30))
+    return found if found == found else float("inf")
+
+
+def _right(compiled: Any, model: nn.Module) -> bool:
+    """Whether a compiled model, untrained, is its source."""
+    compilation = compiled.compilation
+    inputs = samples_on(torch.device("cpu"), compilation.main.base, 7, (5, 13, 11), getattr(model, "config", None))
+    with torch.no_grad():
+        return all(_apart(a, b) == 0 for a, b in zip(flat(compiled(**inputs)), flat(model(**inputs)), strict=True))
+
+
+def entering(kind: str, count: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, bool, bool]]:
+    """Corrupt a graph in ``count`` ways. Gives what was done, whether outputs differ, and whether it was caught."""
+    names = FAMILIES[: max(1, min(len(FAMILIES), count // 6))]
+    for number, name in enumerate(names):
+        monkeypatch.setenv("GRAFTC_CACHE", str(folder / f"cache-{name}"))
+        model = tiny(name).eval().requires_grad_(False)
+        compiled = graftc.compile(SPEC, model).eval()
+        (found,) = compiled.compilation.main.captures
+        axes, store = compiled.compilation.main.axes, compiled.compilation.store
+        artifact = folder / f"artifact-{name}"
+        if kind == "artifact":
+            compiled.save(artifact, certify=False)
+        share = count // len(names) + (number < count % len(names))
+        for text, mutant in mutants(found.program, share, seed=number):
+            wrong = differs(found.program, mutant, store.get, getattr(model, "config", None))
+            caught = _ENTRIES[kind](model, axes, found, mutant, artifact, monkeypatch)
+            yield f"{name} {text}", wrong, caught
+
+
+def _captured(
+    model: nn.Module, axes: Any, found: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> bool:
+    """The tracer gives it."""
+    fresh = replace(found, program=mutant, cached=False, anchor=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(family, "captured", lambda *args, **options: fresh)
+        try:
+            graftc.compile(SPEC, model, cache=False)
+        except GraftError as error:
+            return error.code in ("GC040", "GC041")
+    return False
+
+
+def _cached(
+    model: nn.Module, axes: Any, found: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> bool:
+    """The cache holds it, with everything in order but the graph."""
+    cache.keep(model, axes, replace(found, program=mutant))
+    compiled = graftc.compile(SPEC, model).eval()
+    return not compiled.compilation.main.cached and _right(compiled, model)
+
+
+def _kept(
+    model: nn.Module, axes: Any, found: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> bool:
+    """An artifact holds it, sealed again."""
+    file = artifact / "programs" / "0.base.train.json"
+    before = file.read_bytes(), (artifact / "manifest.json").read_bytes()
+    file.write_text(canonical_json(program_to_json(mutant)), encoding="utf-8", newline="\n")
+    entry = {"bytes": file.stat().st_size, "sha256": graftc.runtime.artifact.write.file_digest(file)}
+    edit_manifest(artifact, files=lambda files: {**files, "programs/0.base.train.json": entry})
+    try:
+        return _right(graftc.load(artifact, model).eval(), model)
+    except GraftError:
+        return True
+    finally:
+        file.write_bytes(before[0])
+        (artifact / "manifest.json").write_bytes(before[1])
+
+
+_ENTRIES = {"captured": _captured, "cached": _cached, "artifact": _kept}
