@@ -79,10 +79,10 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
     assert all(torch.equal(t, expected[n]) for n, t in resumed.model.adapter_state_dict().items())
 
 
-def test_an_interrupted_and_accumulated_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+def test_an_interrupted_run_in_16_bits_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     """Accumulation, recomputed layers and the best model; no checkpoint holds the base. `tests/gates` has 60 steps of a
     real model."""
-    run = Run(lambda: trainer(tmp_path, 1).model, examples(), 6, {"bf16": False})
+    run = Run(lambda: trainer(tmp_path, 1).model, examples(), 6, {"bf16": True})
     outcome = interrupted(run, tmp_path)
     assert outcome.differences() == 0
     for folder in outcome.last:
