@@ -40,10 +40,10 @@ class Checkpointed(Runner):
             GraftError: GC034 where the model has no layers, GC072 for what cannot be done.
         """
         options = dict(activation_checkpointing_kwargs or {})
-        for name in options:
-            if name not in _OPTIONS:
-                close = nearest(name, _OPTIONS) or list(_OPTIONS)
-                raise GraftError("GC072", f"checkpointing has no option {name!r}", hint=f"there is {close[0]!r}")
+        for option in options:
+            if option not in _OPTIONS:
+                close = nearest(option, _OPTIONS) or list(_OPTIONS)
+                raise GraftError("GC072", f"checkpointing has no option {option!r}", hint=f"there is {close[0]!r}")
         if options.pop("use_reentrant", None):
             message = "layers are not recomputed by a backward pass of their own (use_reentrant=True)"
             raise GraftError("GC072", message, hint='give {"use_reentrant": False}, or leave it out')

@@ -92,7 +92,7 @@ class ModelRoot(Root):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """See `torch.nn.Module`. An attribute that the source model has is a constant of the graphs (GC043)."""
+        """See `torch.nn.Module`. An attribute that the source model has is a constant of the graphs (GC048)."""
         super().__setattr__(name, value)
         own = vars(self).get(OWN)
         if own is not None and name in own.constants and value != own.constants[name]:
@@ -160,6 +160,10 @@ class ModelRunner(Runner):
     def adopt(self, module: Root) -> None:
         """See `Runner.adopt`."""
         super().adopt(module)
+        self._start_in_modes(module)
+
+    def _start_in_modes(self, module: Root) -> None:
+        """Put every module into the mode of the source's."""
         module.train(self._compilation.model.training)
         for path, source in self._compilation.model.named_modules(remove_duplicate=False):
             if source.training != module.training:

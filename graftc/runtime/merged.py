@@ -19,6 +19,7 @@ from graftc.compiler.pipeline import Compilation
 from graftc.compiler.probing import Advance, Folded, added_bias, fold_tensors
 from graftc.compiler.report import owner_of
 from graftc.compiler.samples import sample_inputs
+from graftc.passes.core.blocks import Root
 from graftc.passes.core.printer import structural_hash
 from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
@@ -51,9 +52,13 @@ class MergedRunner(ModelRunner):
             raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
         return _folded_program(self._compilation, family, self.folded, self._additions)
 
+    def _start_in_modes(self, module: Root) -> None:
+        """See `ModelRunner`. In eval mode, whatever mode the source is in."""
+        module.eval()
+
     def entering(self, mode: bool) -> bool:
         """Folded models are for deployment: only eval mode exists."""
-        if mode and hasattr(self, "certificate"):  # not yet while it is made, in the mode of the source
+        if mode:
             raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
         return False
 

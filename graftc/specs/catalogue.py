@@ -196,7 +196,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Keep what changes from call to call in buffers, and return what somebody reads later."),
     ("GC043", _SPEC, "a module of the tree has no life of its own",
      "The modules of a compiled model hold tensors; the graphs of the whole model compute what they do. A hook on one "
-     "is never called, an attribute is a constant of the graphs, and a call has nothing to run.",
+     "is never called, and a call has nothing to run.",
      "Hook, call or change the source model and compile that, or use the compiled model as a whole."),
     ("GC044", _SPEC, "a base tensor has been unfrozen",
      "Base tensors belong to the source model and are never trained in place: no artifact would have them.",
@@ -213,6 +213,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "(SpecAugment). A graph cannot, and was captured without.",
      "Set `layerdrop` to 0 and `apply_spec_augment` to False before compiling if that is right; mask inputs before "
      "they go into the model."),
+    ("GC048", _WARNING, "a constant of the graphs was set",
+     "What an attribute of the source model was when it was captured is a constant of the graphs. Setting it on the "
+     "compiled model changes no result.",
+     "Set it on the source model, and compile that."),
 
     # Folding and adapter tensors.
     ("GC050", _NO, "an adaptation cannot be folded",

@@ -152,7 +152,7 @@ def test_a_part_cannot_be_called(compiled: Any, path: str) -> None:
     "path, name", [("", "scale"), ("layers.0", "scale"), ("tail.1", "p"), ("layers.1.norm", "eps")]
 )
 def test_setting_a_constant_is_warned_of(compiled: Any, path: str, name: str) -> None:
-    with pytest.warns(GraftWarning, match=f"GC043.*{name}"):
+    with pytest.warns(GraftWarning, match=f"GC048.*{name}"):
         setattr(compiled.get_submodule(path), name, 0.25)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
