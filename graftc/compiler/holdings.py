@@ -101,6 +101,7 @@ class _Walk:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._paths = {id(module): path for path, module in model.named_modules()}
+        self._kinds = {str(type(module)) for module in model.modules()}
         self._tensors: dict[int, str] = {}
         self._numbers: dict[int, int] = {}
         self._told: dict[tuple[int, bool], Any] = {}
@@ -218,7 +219,9 @@ class _Walk:
             return self._opaque(value, where, "", strict)
         data = [kind, self._class(type(value))]
         if isinstance(value, dict | types.MappingProxyType):
-            items = dict.items(value) if isinstance(value, dict) else value.items()
+            items = list(dict.items(value) if isinstance(value, dict) else value.items())
+            if type(value).__module__ == _RECORDING:  # grows with every class that the process makes a model of
+                items = [(k, v) for k, v in items if k in self._kinds]
             pairs = [[inner(k), inner(v, f"[{k!r:.40}]")] for k, v in items]
             data.append(pairs if strict else sorted(pairs, key=repr))
             data.append(inner(getattr(value, "default_factory", None)))
