@@ -80,7 +80,7 @@ class DoRAMethod(Method[DoRA]):
                 weight = added(weight, tensors["B"], tensors["A"], spec.scaling)
             norm = _direct_norm(weight)
             norm = norm.detach() if spec.norm_gradient == "detached" else norm
-            return weight.mul_((tensors["m"] / norm)[..., None]), bias
+            return weight * (tensors["m"] / norm)[..., None], bias
 
         return WeightFold(apply)
 

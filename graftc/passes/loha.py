@@ -45,7 +45,7 @@ class LoHaMethod(Method[LoHa]):
 
         def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             first = tensors["B1"] @ tensors["A1"]
-            return torch.add(weight, first.mul_(tensors["B2"] @ tensors["A2"]), alpha=spec.scaling), bias
+            return torch.add(weight, first * (tensors["B2"] @ tensors["A2"]), alpha=spec.scaling), bias
 
         return WeightFold(apply)
 
