@@ -16,7 +16,9 @@ SHAPES: tuple[tuple[int, int], ...] = ((5, 9), (1, 4), (2, 17))
 """Batch and sequence sizes that no capture uses."""
 
 
-def inputs_for(runner: ModelRoot, sizes: tuple[int, int] = SHAPES[0], seed: int = 0) -> dict[str, Tensor]:
+def inputs_for(
+    runner: ModelRoot, sizes: tuple[int, int] = SHAPES[0], seed: int = 0, *, front: bool = True
+) -> dict[str, Tensor]:
     """Random inputs of the signature that a model was compiled with.
 
     Args:
@@ -24,11 +26,13 @@ def inputs_for(runner: ModelRoot, sizes: tuple[int, int] = SHAPES[0], seed: int 
         sizes: batch and sequence; a model with a batch axis only takes the first. A target sequence, where there is
             one, is two shorter.
         seed: of the values.
+        front: whether some rows have padding in front. What a causal attention gives for such padding, which sees
+            nothing, differs between torch and ONNX Runtime; for real tokens both give the same.
     """
     own = runner_of(runner)
     compilation = own._compilation
     every = (*sizes, max(1, sizes[-1] - 2))
-    return sample_inputs(compilation.main.base, compilation.store, seed, every, getattr(own, "config", None))
+    return sample_inputs(compilation.main.base, compilation.store, seed, every, getattr(own, "config", None), front=front)
 
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:

@@ -83,7 +83,7 @@ def check(format: str, compiled: Compiled, other: ModelRoot, name: str, folder: 
     swapped = {n: t for n, t in other.state_dict().items() if n in tensors}
     assert list(tensors) and set(swapped) == set(tensors)
     for sizes in SHAPES:
-        inputs = inputs_for(compiled, sizes)
+        inputs = inputs_for(compiled, sizes, front=False)
         expected = outputs_of(compiled, inputs)
         found = run(inputs, tensors)
         assert largest_difference(found, plain(inputs, {})) <= tolerance
@@ -132,7 +132,7 @@ def test_the_files(tmp_path: Path) -> None:
     found = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(found["graftc.inputs"]) == ["prefix"]
     assert json.loads(found["graftc.certificate"]) == json.loads(json.dumps(partial.certificate.to_json()))
-    inputs = inputs_for(compiled)
+    inputs = inputs_for(compiled, front=False)
     assert largest_difference(in_onnx(path)(inputs, tensors), outputs_of(compiled, inputs)) <= 1e-4
 
     both = compiled.export(tmp_path / "both" / "model.onnx", inputs=["prefix", "low", "prefix"])
@@ -160,7 +160,7 @@ def test_a_bank_by_row(tmp_path: Path) -> None:
     adapt = [{**PREFIX, "name": "first"}, {**PREFIX, "name": "second"}]
     compiled = graftc.compile({"adapt": adapt, "compose": {"bank": ["first", "second"]}}, tiny("llama")).eval()
     perturb(compiled, 0.2)
-    inputs = inputs_for(compiled, (3, 6))
+    inputs = inputs_for(compiled, (3, 6), front=False)
     inputs["adapter_ids"] = torch.tensor([1, 0, 1])
     path = compiled.export(tmp_path / "bank.onnx", example_inputs=inputs, inputs=["first", "second"])
     tensors = {**beside(path, "first"), **beside(path, "second")}
