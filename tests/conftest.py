@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 QUICK_FAMILIES = frozenset({"bert", "gpt2"})
 """What runs once for each family is quick on these, and on its first family where it has none of them."""
 
-VARIANT_FAMILIES = 2
+VARIANT_FAMILIES = 1
 """On how many families the contract of another setting of a method, a class with ``variant = True``, runs in
 ``make test``. Which ones its name decides, so that all classes together meet them all; ``make test-full`` has the
 others."""
