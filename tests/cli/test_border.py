@@ -177,6 +177,8 @@ class Finder:
     def find_spec(self, name, *_):
         if name == {name!r}:
             os.kill(os.getpid(), signal.SIGINT)
+# A job in the background of a shell, which ignores interrupts, hands that down.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Finder())
 from graftc.runtime.cli import main
 sys.exit(main())

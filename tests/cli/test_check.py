@@ -69,6 +69,8 @@ def test_check_is_what_python_gives(capsys: pytest.CaptureFixture[str]) -> None:
     report = graftc.check("spec.yaml", bert()).to_json()
     report["adaptations"] = list(report["adaptations"])
     report["notes"] = list(report["notes"])
+    for found in (*data["anchors"], *report["anchors"]):
+        del found["seconds"]
     for key in report.keys() - {"capture_seconds", "rewrite_seconds", "cached"}:
         assert data[key] == report[key]
 
