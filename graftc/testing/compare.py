@@ -32,7 +32,8 @@ def inputs_for(
     own = runner_of(runner)
     compilation = own._compilation
     every = (*sizes, max(1, sizes[-1] - 2))
-    return sample_inputs(compilation.main.base, compilation.store, seed, every, getattr(own, "config", None), front=front)
+    config = getattr(own, "config", None)
+    return sample_inputs(compilation.main.base, compilation.store, seed, every, config, front=front)
 
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
