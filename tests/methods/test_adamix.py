@@ -83,7 +83,7 @@ def test_eval_is_the_mean_of_experts(entry: dict[str, Any]) -> None:
     for name, tensor in simple.adapter_state_dict().items():
         assert torch.equal(tensor, state[name].double().mean(0).float()), name
     inputs = inputs_for(compiled)
-    assert largest_difference(outputs_of(simple, inputs), outputs_of(compiled, inputs)) <= 2e-6
+    assert largest_difference(outputs_of(simple.module, inputs), outputs_of(compiled, inputs)) <= 2e-6
 
 
 def test_experts_start_different_or_alike() -> None:

@@ -131,7 +131,7 @@ def check(names: Sequence[str], kind: str) -> None:
     """The graph, `state_dict` and look-ups by name are those of the source model."""
     model, adapted, inputs = compiled(names, kind)
     assert torch.equal(adapted(inputs), model(inputs))
-    own, every = model.state_dict(), adapted.state_dict()
+    own, every = model.state_dict(), adapted.full_state_dict()
     assert {n: t.data_ptr() for n, t in own.items()}.items() <= {n: t.data_ptr() for n, t in every.items()}.items()
     for path, _ in model.named_modules():
         assert isinstance(adapted.get_submodule(path), nn.Module)
