@@ -1,0 +1,206 @@
+"""Thousands of changed artifacts, each sealed again, through everything that reads artifacts.
+
+Nothing but coded errors comes out; nothing hangs, takes much memory, or reads or writes a file outside. ``make fuzz``
+runs ``FUZZ`` of them, 3,000 by default; the ordinary tests a sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graftc
+from graftc.runtime.artifact import open_artifact
+from graftc.runtime.artifact.verify import verify
+from graftc.runtime.cli import main
+from graftc.specs.diagnostics import GraftError
+from graftc.testing.compare import inputs_for
+from tests.artifact.support import adapted, saved_base
+from tests.gates.mutate import mutate
+
+COUNT = int(os.environ.get("FUZZ") or "3000")
+SAMPLE = 60
+SECONDS = 5
+MEMORY = 1 << 30
+
+_WATCHED: list[tuple[str, str]] | None = None
+_CODE = tuple(p for p in (*sys.path, sys.prefix, sys.base_prefix, str(Path(__file__).parents[2])) if p)
+_SYSTEM = ("/proc/", "/sys/", "/dev/null", "/dev/urandom")
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    """Note every file that is opened or changed, and every program that is started."""
+    if _WATCHED is None or event not in ("open", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.system", "exec"):
+        return
+    if event in ("exec", "os.system"):
+        return
+    if isinstance(arguments[0], str | bytes | os.PathLike):
+        _WATCHED.append((event, os.fsdecode(arguments[0])))
+
+
+sys.addaudithook(_audit)
+
+
+@contextmanager
+def watched(*allowed: Path) -> Iterator[None]:
+    """Inside, no file is opened but below some folders, and those of Python and the system."""
+    global _WATCHED
+    _WATCHED = []
+    try:
+        yield
+    finally:
+        found, _WATCHED = _WATCHED, None
+    inside = tuple(str(folder) for folder in allowed)
+    outside = [
+        (event, path)
+        for event, path in found
+        if os.path.isabs(path) and not os.path.normpath(path).startswith((*inside, *_CODE, *_SYSTEM))
+    ]
+    assert not outside, outside[:5]
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Inside, some seconds of CPU and some memory may be taken."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGVTALRM, late)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) << 10
+    assert grown < MEMORY, f"{grown >> 20} MB more"
+
+
+class Fuzzed:
+    """One small artifact beside its base, and what is done with each changed copy of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        compiled = adapted(saved_base(folder / "base", num_hidden_layers=1))
+        self.intact = Path(compiled.save(folder / "artifact"))
+        self.base = compiled.compilation.source
+        self.state = copy.deepcopy(self.base.state_dict())
+        self.inputs = inputs_for(compiled)
+        self.run(0, change=False)  # imports what is imported late
+
+    def run(self, number: int, *, change: bool = True, every: int = 1) -> str:
+        """Change the artifact and read it in every way, loading one of ``every``; ``refused`` or ``read``."""
+        changed = self.folder / "changed"
+        shutil.rmtree(changed, ignore_errors=True)
+        shutil.copytree(self.intact, changed)
+        what = mutate(changed, number) if change else "nothing"
+        outcomes = []
+        ways = [self._verify, *([self._inspect, self._load] if number % every == 0 else [])]
+        for read in [*ways, *([self._commands] if number % (20 * every) == 0 else [])]:
+            try:
+                with bounded(), watched(self.folder, Path("/tmp")):
+                    read(changed)
+                outcomes.append("read")
+            except GraftError as error:
+                assert error.code != "GC099", what
+                outcomes.append("refused")
+            except BaseException as error:
+                raise AssertionError(f"{what}: {read.__name__}: {type(error).__name__}: {error}") from error
+        assert all(torch.equal(t, self.state[name]) for name, t in self.base.state_dict().items()), what
+        return "refused" if "refused" in outcomes else "read"
+
+    def _verify(self, changed: Path) -> None:
+        found = verify(changed, files_only=True)
+        if not found.passed:
+            raise GraftError("GC082", "verify says no")
+
+    def _inspect(self, changed: Path) -> None:
+        snapshot = open_artifact(changed).snapshot
+        for mode in ("train", "eval"):
+            snapshot.program(mode)
+
+    def _load(self, changed: Path) -> None:
+        compiled = graftc.load(changed, self.base, cache=False).eval()
+        compiled(**self.inputs)
+
+    def _commands(self, changed: Path) -> None:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            self._run(changed)
+
+    def _run(self, changed: Path) -> None:
+        for words in (["inspect"], ["inspect", "--graph"], ["verify", "--files-only"]):
+            assert main([words[0], str(changed), *words[1:], "--json"]) in (0, 1, 2, 3)
+        out = str(self.folder / "merged")
+        shutil.rmtree(out, ignore_errors=True)
+        assert main(["merge", str(changed), "--out", out, "--json"]) in (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Fuzzed:
+    return Fuzzed(tmp_path_factory.mktemp("fuzz"))
+
+
+def _many(fuzzed: Fuzzed, numbers: range, every: int = 1) -> None:
+    started, found = time.monotonic(), {"read": 0, "refused": 0}
+    failures = []
+    for number in numbers:
+        try:
+            found[fuzzed.run(number, every=every)] += 1
+        except AssertionError as error:
+            failures.append(f"{number}: {str(error)[:300]}")
+            print(failures[-1], flush=True)
+    print(f"{found} in {time.monotonic() - started:.0f} s")
+    assert not failures, "\n".join(failures[:20])
+    assert found["refused"] > len(numbers) // 4 and found["read"]
+
+
+def test_a_sample(fuzzed: Fuzzed) -> None:
+    _many(fuzzed, range(1, SAMPLE + 1), every=6)
+
+
+@pytest.mark.gate
+def test_all(fuzzed: Fuzzed) -> None:
+    _many(fuzzed, range(1, COUNT + 1))
+
+
+_WRITES = re.compile(r"(?:O_WRONLY|O_RDWR|O_CREAT|unlink|rename|mkdir|rmdir|link|chmod|truncate)")
+_PATH = re.compile(r'"((?:[^"\\]|\\.)*)"')
+
+
+@pytest.mark.gate
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed (apt-get install strace)")
+def test_what_the_system_sees(tmp_path: Path) -> None:
+    """Of 200 of them, every call that writes to a file system: none outside of the folder."""
+    log = tmp_path / "log"
+    script = (
+        "import pathlib, sys; from tests.gates.test_fuzz_artifacts import Fuzzed; "
+        "fuzzed = Fuzzed(pathlib.Path(sys.argv[1])); print('READY', open('/dev/null').close()); "
+        f"[fuzzed.run(number) for number in range(1, {min(COUNT, 200) + 1})]"
+    )
+    (tmp_path / "work").mkdir()
+    command = ["strace", "-f", "-qq", "-e", "trace=%file", "-o", str(log), sys.executable, "-c", script]
+    subprocess.run([*command, str(tmp_path / "work")], check=True, cwd=Path(__file__).parents[2])
+    lines = [line for line in log.read_text(errors="replace").splitlines() if " = -1 " not in line]
+    written = [path for line in lines if _WRITES.search(line) for path in _PATH.findall(line)]
+    allowed = (str(tmp_path), "/dev/null", os.environ.get("GRAFTC_CACHE", "/tmp/"), "/tmp/", "/proc/", "/dev/shm/")
+    outside = [path for path in written if os.path.isabs(path) and not path.startswith(allowed)]
+    assert not [path for path in outside if "__pycache__" not in path]
+    assert not [path for line in lines for path in _PATH.findall(line) if path == "/dev/zero"]
