@@ -25,7 +25,7 @@ from graftc.compiler.interface import device_of, dtype_of
 from graftc.compiler.samples import samples_on
 from graftc.compiler.signature import Axis, described
 from graftc.passes.canonicalise import takes_device
-from graftc.passes.core.program import Mode, Program, map_nodes
+from graftc.passes.core.program import Mode, Program, is_random, map_nodes
 
 aten = torch.ops.aten
 BOUNDS: Mapping[torch.dtype, float] = {
@@ -297,7 +297,7 @@ def draws(node: fx.Node) -> bool:
     if target is aten.scaled_dot_product_attention.default:
         dropped = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
         return bool(dropped != 0)
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    return is_random(node)
 
 
 class _EachFromTheSeed(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -37,7 +37,7 @@ from graftc.compiler.signature import Axis
 from graftc.compiler.sources import own_digest
 from graftc.passes.core.program import Mode
 from graftc.passes.core.serialise import SerialisationError, program_from_json, program_to_json
-from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES
+from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES, raw_bytes
 
 _LARGEST_FILE = 256 * 2**20
 _STALE_SECONDS = 3600
@@ -215,9 +215,8 @@ def _path(wanted: str | None) -> Path | None:
 def _encode(tensor: torch.Tensor) -> dict[str, Any]:
     if tensor.device.type == "meta":
         raise SerialisationError("a constant on the meta device")
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    shape = list(tensor.shape)
-    return {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data": base64.b64encode(raw).decode()}
+    data = base64.b64encode(raw_bytes(tensor)).decode()
+    return {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data": data}
 
 
 def _tensor(data: dict[str, Any], device: torch.device) -> torch.Tensor:

@@ -31,6 +31,7 @@ from graftc.compiler.ranges import InputSizes, fixed_notes
 from graftc.compiler.signature import Axis, described, tie_sizes
 from graftc.passes.canonicalise import canonicalise
 from graftc.passes.core.program import HistoryEntry, InputSpec, Mode, OutputSpec, Program
+from graftc.passes.core.shapes import raw_bytes
 from graftc.passes.core.updates import updates
 from graftc.specs.diagnostics import GraftError
 
@@ -405,7 +406,7 @@ def _constants(
             continue
         digest = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode())
         if value.device.type != "meta":
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(raw_bytes(value))
         renamed = f"{owner}.constant_{digest.hexdigest()[:12]}" if owner else f"constant_{digest.hexdigest()[:12]}"
         constants[renamed] = value.detach()
         node.target = renamed

@@ -8,10 +8,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from graftc.passes.core.shapes import DTYPE_NAMES
+from graftc.passes.core.shapes import DTYPE_NAMES, raw_bytes
 from graftc.passes.core.store import Store
 
 SAMPLES = 64
@@ -109,7 +108,7 @@ def tensor_digest(tensor: Tensor, *, full: bool = True) -> str:
         flat = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
     if not flat.numel():
         return hashlib.sha256().hexdigest()
-    return hashlib.sha256(flat.cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(raw_bytes(flat)).hexdigest()
 
 
 def _config_digest(config: Any) -> str:

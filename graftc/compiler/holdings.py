@@ -27,6 +27,7 @@ from torch import nn
 
 from graftc.compiler.objects import VALUES, closure_of, defined, is_fixed, is_foreign, is_plain, parts_of, slots_of
 from graftc.compiler.sources import digest_of, home_of, home_of_module, names_of
+from graftc.passes.core.shapes import raw_bytes
 
 LARGEST_TENSOR = 65536
 """Bytes of a tensor beside parameters and buffers; larger ones are not kept with a capture."""
@@ -250,9 +251,8 @@ class _Walk:
             return self._opaque(tensor, where, f"a tensor without readable values ({type(tensor).__name__})", strict)
         if size > LARGEST_TENSOR:
             return self._opaque(tensor, where, f"a tensor of {size} bytes that is no buffer", strict)
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        shape = list(tensor.shape)
-        return ["tensor", str(tensor.dtype), shape, tensor.requires_grad, hashlib.sha256(raw).hexdigest()]
+        digest = hashlib.sha256(raw_bytes(tensor)).hexdigest()
+        return ["tensor", str(tensor.dtype), list(tensor.shape), tensor.requires_grad, digest]
 
     def _number(self, value: Any) -> int:
         self._alive.append(value)

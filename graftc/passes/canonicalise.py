@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graftc.passes.core.printer import mutates
-from graftc.passes.core.program import Program
+from graftc.passes.core.program import Program, mutates
 from graftc.passes.core.shapes import expression
 
 aten = torch.ops.aten

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from graftc.passes.core.layers import layer_path, repeated_layers
-from graftc.passes.core.printer import mutates
-from graftc.passes.core.program import Program, map_nodes, provenance
+from graftc.passes.core.program import Program, map_nodes, mutates, provenance
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.program import Edit, follow, map_nodes, provenance
+from graftc.passes.core.program import Edit, follow, is_random, map_nodes, provenance
 from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import SublayerSite, ValueSite
 from graftc.passes.core.tensors import TensorBuilder
@@ -85,7 +85,7 @@ class BranchBuilder(TensorBuilder):
             return
         again: dict[fx.Node, fx.Node] = {value: after}
         for node in between:
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            if is_random(node):
                 message = f"{node.name} draws random numbers between the {place} of {site.key} and what is read there"
                 ours = provenance(node) is not None
                 hint = "put the adaptation that drops behind this one in adapt" if ours else "add at its branch"

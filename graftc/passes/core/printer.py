@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graftc.passes.core.effects import Memory
-from graftc.passes.core.program import Program, provenance
+from graftc.passes.core.program import Program, is_random, mutates, provenance
 from graftc.passes.core.shapes import DTYPE_NAMES, SymbolNames
 from graftc.passes.core.store import RESERVED
 
@@ -206,15 +206,3 @@ def structural_hash(program: Program, canonical: Callable[[str], str] = str) -> 
     digests, writes = _numbered(program, canonical)
     whole = "|".join([interface, digests[program.output_node], *writes])
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
-
-
-def mutates(node: fx.Node) -> bool:
-    """Whether a call changes one of its arguments in place."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether a call draws random numbers, so that no two such calls may be merged."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags

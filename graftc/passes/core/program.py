@@ -272,3 +272,15 @@ def nodes_in(value: Any) -> list[fx.Node]:
 
     map_nodes(value, note)
     return found
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether a call changes one of its arguments in place."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers, so that no two such calls may be merged."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.branches import BranchBuilder
-from graftc.passes.core.program import map_nodes, nodes_in
+from graftc.passes.core.program import is_random, map_nodes, nodes_in
 from graftc.passes.core.shapes import expression
 
 aten = torch.ops.aten
@@ -173,7 +173,7 @@ def _cone(mask: fx.Node, symbol: Any) -> list[fx.Node] | None:
 
 def _known_in_front(node: fx.Node, symbol: Any) -> bool:
     """Whether it can be told what stands in front: ones of a mask of tokens, numbers of positions, sizes."""
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+    if is_random(node):
         return False
     if node.target is aten.sym_size.int:
         expr = expression(node.meta["val"])

@@ -253,3 +253,9 @@ def fake_mode_of(program: Program) -> FakeTensorMode:
         if isinstance(mode, FakeTensorMode):
             return mode
     raise ValueError("the program has no fake values")
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements of a tensor that is not on the meta device, as they are in memory, in order."""
+    view: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view
