@@ -18,7 +18,6 @@ from graftc.compiler.defaults import default_signatures
 from graftc.compiler.family import Family, compile_family
 from graftc.compiler.interface import Flags
 from graftc.compiler.isolation import exclusive
-from graftc.compiler.plain import require_plain
 from graftc.compiler.resolve import TRAIN
 from graftc.compiler.signature import (
     Axis,
@@ -30,6 +29,7 @@ from graftc.compiler.signature import (
     signature_of_program,
     split,
 )
+from graftc.compiler.source_model import require_plain
 from graftc.compiler.tokens import TOKENS, with_room
 from graftc.passes.core.folds import FoldStep, Keep, LazyTensors, StandIn, TensorFold, WeightFunction
 from graftc.passes.core.layout import Layout

@@ -13,9 +13,9 @@ from graftc.compiler.fresh import check_fresh
 from graftc.compiler.interface import ExampleInputs, Flags, Interface
 from graftc.compiler.isolation import exclusive
 from graftc.compiler.pipeline import compile_model, first_capture
-from graftc.compiler.plain import require_plain
 from graftc.compiler.report import Report, report
 from graftc.compiler.signature import Axis, request
+from graftc.compiler.source_model import require_plain
 from graftc.compiler.structure import Structure, find_structure
 from graftc.passes.core.store import Store
 from graftc.runtime.compiled import Compiled, make_compiled

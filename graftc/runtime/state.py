@@ -11,7 +11,7 @@ from graftc.compiler.fingerprint import Identity, identify
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.blocks import Root, Runner
-from graftc.runtime.artifact.record import RECORD, as_tensor, from_tensor, record_of, weights_of
+from graftc.runtime.artifact.checkpoint_record import RECORD, as_tensor, from_tensor, record_of, weights_of
 from graftc.specs.diagnostics import GraftError
 
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})

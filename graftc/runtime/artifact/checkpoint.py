@@ -17,8 +17,8 @@ from graftc.compiler.fingerprint import identify
 from graftc.compiler.interface import device_of
 from graftc.compiler.pipeline import compile_model
 from graftc.passes.core.store import Store
+from graftc.runtime.artifact.checkpoint_record import RECORD, StateRecord, from_tensor
 from graftc.runtime.artifact.manifest import MANIFEST
-from graftc.runtime.artifact.record import RECORD, StateRecord, from_tensor
 from graftc.runtime.compiled import make_compiled
 from graftc.runtime.models import load_model
 from graftc.runtime.reference import find_base

@@ -30,7 +30,7 @@ from graftc.runtime.artifact.fields import (
 )
 from graftc.runtime.reference import Kind, Reference
 from graftc.specs.diagnostics import GraftError
-from graftc.specs.plain import read_json
+from graftc.specs.strict_json import read_json
 
 __all__ = ["SCHEMA_VERSION", "Manifest", "canonical_json", "read_manifest"]
 

@@ -41,7 +41,7 @@ from graftc.runtime.files import recover
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.document import Spec
 from graftc.specs.io import parse_spec
-from graftc.specs.plain import read_json
+from graftc.specs.strict_json import read_json
 
 __all__ = ["Artifact", "open_artifact"]
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from graftc.runtime.artifact.fields import TEXT_BYTES, File
 from graftc.runtime.artifact.manifest import damaged, first_error
-from graftc.specs.plain import read_json
+from graftc.specs.strict_json import read_json
 
 __all__ = ["KeptCertificate", "MergedRecord", "content", "read_model"]
 

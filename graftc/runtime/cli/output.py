@@ -38,7 +38,7 @@ _PIPED_WIDTH = 120
 
 def console(file: TextIO | None = None) -> Console:
     """A console on the standard output (or ``file``): colours on a terminal only, 120 columns where it is none."""
-    from graftc.runtime.cli.plain import PlainConsole
+    from graftc.runtime.cli.console import PlainConsole
 
     stream = sys.stdout if file is None else file
     # Rich keeps bold face without colours; whoever sets NO_COLOR wants no escape codes at all.
