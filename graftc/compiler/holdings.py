@@ -211,8 +211,8 @@ class _Walk:
             return ["operator", str(value)]
         if type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
             return [kind, str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
-        if isinstance(value, logging.Logger):
-            return ["logger"]
+        if isinstance(value, logging.Filterer):  # loggers, and handlers with their streams: neither is in a graph
+            return ["logging"]
         held = getattr(value, "__dict__", None)
         if isinstance(held, dict) and "__wrapped__" in held:
             return [kind, inner(held["__wrapped__"])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -12,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from logging import StreamHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -232,6 +234,21 @@ def test_models_of_every_family_have_a_key(family: str) -> None:
         ids = torch.ones(1, 4, dtype=torch.long)
         model(input_ids=ids, output_hidden_states=True, **({"decoder_input_ids": ids} if family == "t5" else {}))
         assert cache.key(model, axes) == found
+
+
+def test_a_key_does_not_depend_on_other_models_or_on_where_logs_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers keeps what the outputs of each class of model are recorded by, and a handler of its log with a
+    stream: neither is in a graph."""
+    from transformers.utils import logging, output_capturing
+
+    model = tiny("gpt2")
+    before = cache.key(model, default_axes(model))
+    monkeypatch.setattr(logging, "_default_handler", StreamHandler(io.StringIO()))
+    known = output_capturing._CAN_RECORD_REGISTRY
+    more = type(known)(known)
+    more[nn.Identity()] = {"hidden_states": nn.Linear}
+    monkeypatch.setattr(output_capturing, "_CAN_RECORD_REGISTRY", more)
+    assert cache.key(model, default_axes(model)) == before is not None
 
 
 def test_a_key_is_cheap() -> None:
