@@ -67,7 +67,9 @@ class BottleneckAdapter(Method[S]):
             build.add(site, delta)
 
     def branch(self, spec: S, build: Builder, read: fx.Node, width: int, dtype: torch.dtype) -> fx.Node:
-        """The adapter's function of ``read``, ``[..., width]``."""
+        """The adapter's function of ``read``, ``[..., width]``, worked out in the type of its own tensors."""
+        if read.meta["val"].dtype != dtype:  # experts add up in float32
+            read = build.call(aten.to.dtype, read, dtype, part="read")
         norm = spec.wiring(build.site.kind, build.site.roles).norm
         inner = spec.width(_width(read))
         if inner < 1:

@@ -21,6 +21,9 @@ __all__ = ["SECONDS", "RegexMatcher", "check_regex"]
 SECONDS = 1.0
 """Seconds of computing for all regular expressions of a spec together."""
 
+GROUPS = 50
+"""How deep groups are nested."""
+
 _COUNTED = re.compile(r"\{([0-9]*)(?:,([0-9]*))?\}")
 
 
@@ -36,15 +39,27 @@ def check_regex(text: str) -> int:
         if size > PATTERNS:
             hint = "names are short; '*' and '+' repeat as often as it fits"
             raise GraftError("GC009", f"{quoted(text)} repeats too much to be compiled", hint=hint)
+    if _depth(text) > GROUPS:
+        hint = f"write it with at most {GROUPS} groups inside of each other"
+        raise GraftError("GC009", f"{quoted(text)} nests groups too deeply", hint=hint)
     try:
         _compiled(text)
-    except RecursionError:
-        hint = "write it with fewer groups inside of groups"
-        raise GraftError("GC009", f"{quoted(text)} nests groups too deeply", hint=hint) from None
     except (re.error, ValueError, OverflowError) as error:
         hint = "a regular expression of Python that matches whole paths, such as '.*\\.(query|value)'"
         raise GraftError("GC002", f"{quoted(text)} is no regular expression: {error}", hint=hint) from None
     return size
+
+
+def _depth(text: str) -> int:
+    """How deep groups are nested at most; brackets in character sets count as well."""
+    depth = deepest = 0
+    for match in _BRACKETS.finditer(text):
+        depth += {"(": 1, ")": -1}.get(match[0], 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+_BRACKETS = re.compile(r"\\.|[()]", re.DOTALL)
 
 
 @lru_cache(maxsize=64)

@@ -79,6 +79,8 @@ class NodeBuilder:
         sources = nodes_in((args, kwargs))
         computed = [n for n in sources if n.op != "get_attr"]
         point: fx.Node = max(computed) if computed else self._first_call().prev
+        if point.op == "placeholder":  # inputs stay in front of everything that is computed
+            point = max(self.program.placeholders())
         with graph.inserting_after(point):
             node = graph.call_function(target, args, kwargs)
         for source in sources:

@@ -92,6 +92,9 @@ def _interface(program: Program, store: Store) -> Finding | None:
     names = tuple(str(node.target) for node in program.placeholders())
     if names != program.signature:
         return None, f"the inputs are {names}, they were {program.signature}"
+    computed = next((node for node in program.graph.nodes if _is_call(node)), None)
+    if computed is not None and any(node > computed for node in program.placeholders()):
+        return computed, "it stands in front of an input"
     leaves = program.output_node.args[0]
     assert isinstance(leaves, tuple)
     if len(leaves) != len(program.outputs.names):
@@ -232,6 +235,9 @@ def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = Fal
             kwargs = {**kwargs, "device": meta}
         expected = concrete(node.meta["val"])
         key = (node.target, repr(_plain(args)), repr(_plain(kwargs)))
+        mixed = _mixed_product(node.target, args)
+        if mixed and (strict or provenance(node) is not None):
+            return node, f"it multiplies {mixed}"
         try:
             # Identical layers make identical calls, and on the meta device a call's types are all there is to it.
             if key not in known:
@@ -249,6 +255,18 @@ def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = Fal
     return None
 
 
+def _mixed_product(target: Any, args: tuple[Any, ...]) -> str:
+    """The types of a product whose factors differ in theirs, which kernels refuse and the meta device takes."""
+    if target not in _PRODUCTS:
+        return ""
+    dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) if len(dtypes) > 1 else ""
+
+
+_PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "convolution")
+) | {getattr(torch.ops.aten, f"conv{n}d").default for n in (1, 2, 3)}
 _LARGEST = 2**63
 _REFUSALS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
