@@ -82,10 +82,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _in_make_test(item: pytest.Function, family: str) -> bool:
     """Whether a test of a contract is among those of ``make test`` on this family.
 
-    Exports and ``torch.compile``, which take seconds, run on a class's first family, on each one where it says
-    ``every_family = True``. Inductor has what says ``inductor = True``: one class for each mechanism. A folded export
-    is the base's graph with other weights (`MethodContract.test_fold`), so the classes that export every family have
-    it, and those that say ``folded = True``.
+    Exports and ``torch.compile``, which take seconds, run on the first family of the classes that say ``exported =
+    True``, and on each one where they say ``every_family = True``. Together they meet every operator that methods
+    insert, to which `tests/methods/test_exported_operators.py` holds them. Inductor has what says ``inductor = True``:
+    one class for each mechanism. A folded export is the base's graph with other weights (`MethodContract.test_fold`),
+    so those that say ``folded = True`` have it.
     """
     from graftc.testing import DeploymentContract
 
@@ -95,13 +96,12 @@ def _in_make_test(item: pytest.Function, family: str) -> bool:
         return False
     if not issubclass(of, DeploymentContract):
         return True
-    every = getattr(of, "every_family", False)
-    first = family == of.families[0]
+    every, first = getattr(of, "every_family", False), family == of.families[0]
     if test == "test_inductor":
         return first and getattr(of, "inductor", False)
     if test == "test_onnx_folded":
-        return every or (first and getattr(of, "folded", False))
-    return every or first
+        return first and getattr(of, "folded", False)
+    return every or (first and getattr(of, "exported", False))
 
 
 def _families_of_variant(of: type) -> set[str]:

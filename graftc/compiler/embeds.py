@@ -16,6 +16,7 @@ from graftc.compiler.signature import Axis
 from graftc.compiler.sitetable import SiteTable
 from graftc.compiler.structure import find_structure
 from graftc.compiler.words import WordVectors
+from graftc.passes.core.counted import counted_inputs
 from graftc.passes.core.program import Program, above
 from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import ValueSite
@@ -137,7 +138,24 @@ def lengthened(
         _check_room(program, stream, limits[stream.ids])
     own_ends = _ends(found)
     pairs = [(node, own_ends[stack]) for stack, node in ends.items() if stack in own_ends]
-    return lengthen(program, body.program, streams, pairs, limits), body
+    counted = _counted(program, table.structure, body.program, found)
+    return lengthen(program, body.program, streams, pairs, limits, counted), body
+
+
+def _counted(tokens: Program, structure: Structure, body: Program, own: Structure) -> list[tuple[fx.Node, fx.Node]]:
+    """Positions that are counted by ids, and the same positions in the capture with word vectors: one table's."""
+    numbers = {name: node for name, node in _positions(tokens, structure).items() if counted_inputs(node)}
+    return [(numbers[name], node) for name, node in _positions(body, own).items() if name in numbers]
+
+
+def _positions(program: Program, structure: Structure) -> dict[str, fx.Node]:
+    """Numbers of positions, by the table that they are looked up in."""
+    found = {}
+    for positions in position_readers(program.graph, structure.findings):
+        table, numbers = positions.reader.args[0], positions.reader.args[positions.index]
+        if positions.index == 1 and isinstance(table, fx.Node) and isinstance(numbers, fx.Node):
+            found[str(table.target)] = numbers
+    return found
 
 
 def _ends(structure: Structure) -> dict[str, fx.Node]:

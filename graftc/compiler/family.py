@@ -12,7 +12,7 @@ import torch
 
 from graftc.compiler.anchor import Anchor, anchor, draws
 from graftc.compiler.cache import captured, forget, keep
-from graftc.compiler.capture import Capture, capture, random_structure
+from graftc.compiler.capture import Capture, capture, first_line, random_structure
 from graftc.compiler.compose import Unit, add_controls, check_units, insert_unit, placed, units
 from graftc.compiler.embeds import Plan, lengthened, planned, require_words
 from graftc.compiler.interface import Flags, dtype_of
@@ -218,8 +218,9 @@ def _capture(compilation: Compilation, axes: Sequence[Axis], flags: Flags, mode:
     if found.cached:
         try:
             found = _checked(compilation, found, axes, clock)
-        except Exception:  # a graph from a file is no better than one that has to be captured
+        except Exception as error:  # a graph from a file is no better than one that has to be captured
             found = _captured_anew(compilation, found, axes, flags, mode, clock)
+            found.notes += (f"the graph that was kept for this model was captured anew: {first_line(error)}",)
     else:
         found = _checked(compilation, found, axes, clock)
     _note(compilation, found)
@@ -400,13 +401,23 @@ def _insert(
         clock.step("insert(train)", lambda: _overlay(build, trained), program)
         _collect(compilation, build)
         clock.step("verify", lambda: verify(program, store, "insert(train)"), program)
-    for unit in units(compilation.spec, resolved):
+    # Each of the first ones by itself, so that the one to blame is named; then only when the graph has doubled.
+    every, pending, verified = list(units(compilation.spec, resolved)), list[str](), 0
+    for number, unit in enumerate(every):
         clock.step(f"insert({unit.name})", partial(_insert_unit, compilation, program, unit), program)
-        clock.step("verify", partial(verify, program, store, f"insert({unit.name})"), program)
+        pending.append(unit.name)
+        if number < _VERIFIED_EACH or unit is every[-1] or len(program.graph.nodes) >= 2 * verified:
+            stage = f"insert({' to '.join(dict.fromkeys((pending[0], pending[-1])))})"
+            clock.step("verify", partial(verify, program, store, stage), program)
+            pending, verified = [], len(program.graph.nodes)
     if program.graph.find_nodes(op="call_function", target=torch.ops.graftc.sparse_weight.default):
         build = Builder(program, store, "", "", compilation.seed, compilation.values)
         clock.step("recompute", lambda: recompute_weights(build), program)
         clock.step("verify", lambda: verify(program, store, "recompute"), program)
+
+
+_VERIFIED_EACH = 8
+"""Adaptations behind each of which a graph is verified."""
 
 
 def _insert_unit(compilation: Compilation, program: Program, unit: Unit) -> None:

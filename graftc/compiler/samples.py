@@ -37,7 +37,7 @@ def sample_inputs(
         front: whether padding may stand in front. Under a causal mask its rows see nothing then, and what attention
             gives for them is up to the kernel: zeros in torch, a mean elsewhere.
     """
-    device = next((t.device for _, t in store.base()), torch.device("cpu"))
+    device = store.device()
     return samples_on(device, program, seed, sizes, config, front=front)
 
 

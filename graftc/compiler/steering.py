@@ -43,10 +43,26 @@ class Live(Mapping[str, Tensor]):
         return len(self._names)
 
 
+class LiveBase(Mapping[str, Tensor]):
+    """Base tensors of the Store by name, each looked up when it is asked for."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._store.get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self._store.base())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def live_places(compilation: Compilation, resolved: Resolved) -> tuple[list[Place[Any]], Live]:
     """The places of an adaptation with their tensors, and the tensors that it has as a whole."""
     store, parts = compilation.store, compilation.parts.get(resolved.name, {})
-    base = Live(store, {name: name for name, _ in store.base()})
+    base = LiveBase(store)
     places = [Place(site, spec, Live(store, parts.get(site.key, {})), base) for site, spec in resolved.places]
     return places, Live(store, parts.get(None, {}))
 

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from graftc.passes.canonicalise import remove_dead
+from graftc.passes.core.counted import counted_inputs, recounted
 from graftc.passes.core.inference import Inference
 from graftc.passes.core.program import InputSpec, Program, above, limited, map_nodes, nodes_in
 from graftc.passes.core.shapes import expression
@@ -31,6 +32,7 @@ def lengthen(
     streams: Sequence[Lengthened],
     ends: Sequence[tuple[fx.Node, fx.Node]],
     limits: Mapping[str, int | None],
+    counted: Sequence[tuple[fx.Node, fx.Node]] = (),
 ) -> Program:
     """The composed Program, in which every virtual token's vector is zeros.
 
@@ -40,19 +42,26 @@ def lengthen(
         streams: what to lengthen.
         ends: where layers end: a value of `tokens` and the same in `body`.
         limits: how many tokens the layers read at most, by input of token ids; None where nothing bounds them.
+        counted: positions in `tokens` that are counted by ids, which word vectors do not show, and the same in `body`.
 
     Raises:
         GraftError: GC019 where what comes behind the layers reads more than their results.
     """
-    made = _Composer(tokens, body, streams, ends).program()
+    made = _Composer(tokens, body, streams, ends, counted).program()
     return replace(made, inputs=_narrowed(tokens, streams, limits), updates=tokens.updates | body.updates)
 
 
 class _Composer:
     def __init__(
-        self, tokens: Program, body: Program, streams: Sequence[Lengthened], ends: Sequence[tuple[fx.Node, fx.Node]]
+        self,
+        tokens: Program,
+        body: Program,
+        streams: Sequence[Lengthened],
+        ends: Sequence[tuple[fx.Node, fx.Node]],
+        counted: Sequence[tuple[fx.Node, fx.Node]],
     ) -> None:
         self.tokens, self.body, self.streams, self.ends = tokens, body, streams, dict(ends)
+        self.counted = {own: numbers for numbers, own in counted}
         self.graph = fx.Graph()
         self.types = Inference(tokens)
         self.first: dict[fx.Node, fx.Node] = {}  # of `tokens`
@@ -69,6 +78,8 @@ class _Composer:
         for node in self.body.graph.nodes:
             if node.op == "placeholder":
                 self.second[node] = given[str(node.target)]
+            elif node in self.counted:
+                self.second[node] = self._recounted(self.counted[node], sequences)
             elif node.op != "output":
                 self._copy(node, self.second)
         leaves = self._outputs(sequences)
@@ -96,7 +107,24 @@ class _Composer:
                     f"nobody can say what the input {spec.name} has at virtual tokens",
                     hint="call the model without it",
                 )
-        return Sequenced(self.call, stream, self.first[stream.value], along, inputs[stream.ids])
+        numbers = [n for n in self.counted.values() if _reads(n, stream.ids)]
+        return Sequenced(self.call, stream, self.first[stream.value], along, inputs[stream.ids], *numbers[:1])
+
+    def _recounted(self, numbers: fx.Node, sequences: Sequence[Sequenced]) -> fx.Node:
+        """Positions that are counted by ids, of the longer ones."""
+        longer = {
+            node: s.values[str(node.target)]
+            for node in counted_inputs(numbers)
+            for s in sequences
+            if str(node.target) in s.values
+        }
+        return recounted(numbers, longer, self.call, self._of_tokens)
+
+    def _of_tokens(self, node: fx.Node) -> fx.Node:
+        for source in above([node]):
+            if source not in self.first:
+                self._copy(source, self.first)
+        return self.first[node]
 
     # --- nodes -----------------------------------------------------------------------------------------
 
@@ -167,6 +195,10 @@ class _Composer:
                 if expression(size) == wanted:
                     return self.call(aten.sym_size.int, self.first[placeholder], axis)
         raise GraftError("GC019", f"what comes behind the layers reads {node.name}, the size of a value within")
+
+
+def _reads(numbers: fx.Node, ids: str) -> bool:
+    return any(str(node.target) == ids for node in counted_inputs(numbers))
 
 
 def _cropped(value: fx.Node, sequences: Sequence[Sequenced]) -> fx.Node:

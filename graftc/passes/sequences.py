@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from graftc.passes.core.batch import Call
+from graftc.passes.core.counted import tokens_in_front
 from graftc.passes.core.program import VirtualTokens
 from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import SiteKey
@@ -54,6 +55,7 @@ class Sequenced:
 
     Attributes:
         values: the word vectors and the inputs beside them, as they are so far, by name.
+        numbers: positions that are counted by the ids of tokens, which go along then.
     """
 
     def __init__(
@@ -63,9 +65,13 @@ class Sequenced:
         value: fx.Node,
         along: Mapping[str, fx.Node],
         ids: fx.Node,
+        numbers: fx.Node | None = None,
     ) -> None:
         self.call, self.stream, self.ids, self.inputs = call, stream, ids, along
         self.values = {**along, stream.embeds: value}
+        self.numbers = numbers
+        if numbers is not None:
+            self.values[stream.ids] = ids
         self.rows: dict[tuple[int, int], fx.Node] = {}
         self.starts: dict[tuple[int, int], fx.Node | int] = {}
         self.ahead = {"front": 0, "after_bos": 0}
@@ -172,6 +178,9 @@ class Sequenced:
             width = int(value.meta["val"].shape[-1])
             self.rows[key] = self.call(aten.new_zeros.default, value, [batch, length, width])
             return self.rows[key]
+        if name == self.stream.ids:
+            assert self.numbers is not None
+            return tokens_in_front(self.call, self.numbers, value, length)
         if not _is_position(name):
             return self.call(FILLS[name.removeprefix("decoder_")], value, [batch, length])
         steps = self.call(aten.cumsum.default, self.call(aten.new_ones.default, value, [batch, length]), 1)

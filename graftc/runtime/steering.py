@@ -93,7 +93,7 @@ class Steered(Repeated):
         self._objectives_due = False
         terms = [objective.value() for objective in self._steering.objectives.values()] + self._waited()
         if not terms:
-            device = next((t.device for _, t in self._compilation.store.base()), torch.device("cpu"))
+            device = self._compilation.store.device()
             return torch.zeros((), device=device)
         return torch.stack([term.float() for term in terms]).sum()
 

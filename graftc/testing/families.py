@@ -112,19 +112,27 @@ FAMILIES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
 """Builders by family."""
 
 
-def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+_LAYERS = {"gpt2": "n_layer", "t5": "num_layers"}
+
+
+def tiny(
+    family: str, seed: int = 0, dtype: torch.dtype = torch.float32, layers: int | None = None, **changes: Any
+) -> nn.Module:
     """A tiny model of a family in eval mode; the same seed gives the same weights.
 
     Args:
         family: a key of `FAMILIES`.
         seed: of its weights.
         dtype: of its weights.
+        layers: how many; two by default.
         changes: values for its config.
 
     Raises:
         KeyError: there is no such family.
     """
     build = FAMILIES[family]
+    if layers is not None:
+        changes[_LAYERS.get(family, "num_hidden_layers")] = layers
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = build(**changes)

@@ -25,7 +25,8 @@ from graftc.runtime.files import recover
 from tests.artifact.support import adapted, saved_base, tree_bytes
 from tests.forks import Worker
 
-KILLS = 50
+KILLS = int(os.environ.get("GRAFTC_KILLS", "8"))
+"""Runs of each job that are killed; ``make gates`` has 50."""
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +102,14 @@ def test_killed_at_random(job: str, place: Path, worker: Worker) -> None:
     start()
     if over:
         assert worker.run(job.removesuffix(" over"))[0] == 0
-    takes = sorted(once() for _ in range(3))[1]
+    takes = min(once() for _ in range(2))
     rng, killed, found = random.Random(job), 0, set()
     readable: set[bytes] = set()  # what the same bytes give need not be read twice
-    for _ in range(KILLS):
+    for number in range(KILLS):
         if not over:
             start()
-        status, seconds = worker.run(job, rng.uniform(0, takes))
+        # One moment in each part of the time that it takes.
+        status, seconds = worker.run(job, takes * (number + rng.random()) / KILLS)
         killed += status == -9
         if status == 0:  # the machine was busier when it was measured
             takes = min(takes, seconds)
@@ -122,7 +124,7 @@ def test_killed_at_random(job: str, place: Path, worker: Worker) -> None:
         beside = {f"{name}.data"} if "onnx" in job else set()
         assert {p.name for p in out.iterdir()} <= {name, *beside}
         assert path.exists() or not any(out.iterdir())
-    assert killed > KILLS // 2
+    assert killed > KILLS // 3
     assert found == ({True} if over else {True, False})
     free = over or not path.exists()
     assert worker.run(job)[0] == (0 if free else 1)  # 1: something complete is in the way

@@ -16,7 +16,6 @@ from tests.cli.support import ROOT, run_apart
 
 ESCAPE = "\x1b"
 CHECK = ("check", "spec.yaml", "--model", "tests.families:bert")
-SLOW_CHECK = pytest.param(CHECK, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -66,16 +65,12 @@ def test_a_terminal_sees_colours_and_steps() -> None:
     assert "loading the model ..." in err and "compiling ..." in err
 
 
-@pytest.mark.parametrize(
-    "arguments", [("--help",), ("methods",), ("methods", "lorra"), ("methods", "lora"), SLOW_CHECK]
-)
+@pytest.mark.parametrize("arguments", [("--help",), ("methods",), ("methods", "lorra"), ("methods", "lora")])
 def test_no_color_is_without_escape_codes(arguments: tuple[str, ...]) -> None:
     assert ESCAPE not in "".join(on_a_terminal(*arguments, NO_COLOR="1"))
 
 
-@pytest.mark.parametrize(
-    "arguments", [("--help",), ("methods",), ("methods", "lorra"), ("check", "--help"), SLOW_CHECK]
-)
+@pytest.mark.parametrize("arguments", [("--help",), ("methods",), ("methods", "lorra"), ("check", "--help")])
 def test_what_is_no_terminal_sees_no_escape_codes(arguments: tuple[str, ...]) -> None:
     outcome = run_apart(*arguments, cwd=Path.cwd())
     assert ESCAPE not in outcome.out + outcome.err
@@ -86,6 +81,13 @@ def test_what_is_no_terminal_sees_no_escape_codes(arguments: tuple[str, ...]) ->
 def test_json_shows_no_steps() -> None:
     out, err = on_a_terminal(*CHECK, "--json")
     assert err == "" and out.startswith("{")
+
+
+@pytest.mark.slow
+def test_steps_without_colours() -> None:
+    """`tests/cli/test_check.py` has a check that sees no terminal."""
+    out, err = on_a_terminal(*CHECK, NO_COLOR="1")
+    assert ESCAPE not in out and "compiling" in err and f"{ESCAPE}[3" not in err
 
 
 def test_steps_are_silent_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:

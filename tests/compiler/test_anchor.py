@@ -222,14 +222,14 @@ def _assigning(where: str, act: Callable[[Any], None]) -> tuple[nn.Module, nn.Mo
 
 def test_what_is_drawn_outside_of_tensors_is_warned_of() -> None:
     """Layerdrop and SpecAugment that capturing switches off are GC047, from the cache and on the meta device too."""
-    from transformers import BartConfig, BartForSequenceClassification
+    from transformers import BartConfig, BartForConditionalGeneration
 
     sizes = {"d_model": 16, "vocab_size": 50, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16}
     heads = {"decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = BartConfig(**sizes, **heads, encoder_layerdrop=0.2, max_position_embeddings=32)
     with torch.device("meta"):
-        empty = BartForSequenceClassification(config)
-    for model, skipped in ((BartForSequenceClassification(config), False),) * 2 + ((empty, True),):
+        empty = BartForConditionalGeneration(config)
+    for model, skipped in ((BartForConditionalGeneration(config), False),) * 2 + ((empty, True),):
         with pytest.warns(GraftWarning, match=r"GC047.*layerdrop of .* is 0.2 and was captured as 0"):
             report = graftc.check(_lora(), model)
         assert config.encoder_layerdrop == 0.2

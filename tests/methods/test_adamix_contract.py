@@ -57,6 +57,7 @@ class TestTable(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports, which are of the mean, and compilation."""
 
+    exported = True
     adaptation = ADAMIX
     families = ("bert", "gpt2")
 

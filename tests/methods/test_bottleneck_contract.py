@@ -326,6 +326,7 @@ class TestLLMAdaptersDeployed(DeploymentContract):
 class TestEveryKnobDeployed(DeploymentContract):
     """Parallel branches."""
 
+    exported = True
     inductor = True
     adaptation: ClassVar[dict[str, Any]] = TestEveryKnob.adaptation
     families = ("gpt_neox",)

@@ -44,5 +44,6 @@ class TestLeft(MethodContract):
 class TestGatesDeployed(DeploymentContract):
     """Exports and compilation of the first training."""
 
+    exported = True
     adaptation: ClassVar[Mapping[str, Any]] = GATES
     perturbation = 0.1

@@ -93,6 +93,7 @@ class TestDeployed(DeploymentContract):
 class TestExpertsDeployed(DeploymentContract):
     """The same with experts."""
 
+    exported = True
     adaptation = TestExperts.adaptation
     families = ("mixtral",)
 
@@ -101,6 +102,7 @@ class TestExpertsDeployed(DeploymentContract):
 class TestOnLoRADeployed(DeploymentContract):
     """The same on top of another adaptation."""
 
+    exported = True
     adaptation = TestOnLoRA.adaptation
     families = ("gpt2",)
     compiled = TestOnLoRA.compiled

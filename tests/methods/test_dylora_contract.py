@@ -37,5 +37,6 @@ class TestTable(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 
+    exported = True
     adaptation = on_layers(DYLORA)
     families = ("gpt2", "bert")

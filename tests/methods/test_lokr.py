@@ -49,6 +49,7 @@ class TestExperts(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 
+    exported = True
     adaptation: ClassVar[dict[str, Any]] = TestLoKr.adaptation
     families = ("gpt_neox",)
     perturbation = 0.2

@@ -75,6 +75,8 @@ class TestWithHead(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation on every family, adapters in place and folded."""
 
+    folded = True
+    exported = True
     inductor = True
     every_family = True
     adaptation = TestLoRA.adaptation

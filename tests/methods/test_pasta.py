@@ -49,6 +49,7 @@ class TestShared(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 
+    exported = True
     adaptation: ClassVar[dict[str, Any]] = {**MANY, "slots": 3}
     families = ("bert", "gpt2", "t5")
 

@@ -74,6 +74,7 @@ class TestSecondStage(MethodContract):
 class TestDeployed(Pruned, DeploymentContract):
     """Exports and compilation, with scores."""
 
+    exported = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "pruning", "density": 0.3}
     families = ("gpt2",)
 
@@ -82,5 +83,6 @@ class TestDeployed(Pruned, DeploymentContract):
 class TestDeployedStage(DeploymentContract):
     """The same of a later stage."""
 
+    exported = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "pruning", "variant": "iterative", "stage": 2}
     families = ("bert",)

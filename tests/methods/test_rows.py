@@ -82,6 +82,7 @@ class TestRandomBlocks(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation, with rows along both axes."""
 
+    exported = True
     adaptation: ClassVar[Mapping[str, Any]] = TestTwoOfFour.adaptation
     families = ("gpt2",)
 

@@ -57,6 +57,7 @@ class TestMAM(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 
+    exported = True
     adaptation: ClassVar[dict[str, Any]] = APL
     families = ("bert",)
 

@@ -84,6 +84,7 @@ class TestPromptDeployed(DeploymentContract):
 class TestPreLayerDeployed(DeploymentContract):
     """Exports and compilation."""
 
+    exported = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "pre_layer", "length": 3, "infix": 2}
     families = ("llama", "t5")
 
@@ -149,6 +150,41 @@ def test_a_prompt_of_real_words_is_a_longer_text(family: str) -> None:
         expected = model(input_ids=longer, attention_mask=torch.ones_like(longer)).logits[:, len(OWN) :]
         found = compiled(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def padded(where: str, pad: int = 1) -> tuple[Tensor, Tensor]:
+    """`IDS` with the padding token of RoBERTa, and a mask; in the middle it is a token as any other."""
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    places = {"in front": slice(0, 3), "behind": slice(-2, None), "inside": slice(4, 6)}
+    ids[0, places[where]] = pad
+    if where != "inside":
+        mask[0, places[where]] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("where", ["in front", "behind", "inside"])
+def test_positions_that_are_counted_by_tokens(where: str) -> None:
+    """RoBERTa counts what is no padding, which word vectors do not show: real words in front are a longer text still,
+    and PreLayer is a prefix."""
+    config = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
+    torch.manual_seed(5)
+    words = transformers.RobertaForMaskedLM(
+        transformers.RobertaConfig(**config, vocab_size=101, max_position_embeddings=64)
+    )
+    model = randomised(words)
+    ids, mask = padded(where)
+    own = torch.tensor(OWN).expand(2, -1)
+    with torch.no_grad():
+        expected = model(torch.cat([own, ids], 1), attention_mask=torch.cat([torch.ones_like(own), mask], 1)).logits
+        found = prompted(model)(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(found[mask == 1], expected[:, len(OWN) :][mask == 1], rtol=0, atol=1e-5)
+    compiled = graftc.compile({"adapt": [{"method": "pre_layer", "length": 3}]}, model).eval()
+    perturb(compiled, 0.3)
+    simpler = deployed(compiled).eval()
+    assert [entry.method for entry in simpler.compilation.spec.adapt] == ["prefix"]
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=ids, attention_mask=mask).logits[mask == 1] for m in (compiled, simpler))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
@@ -296,7 +332,7 @@ def test_infix_tokens_stand_behind_a_word() -> None:
         torch.testing.assert_close(found[row], whole[row, kept[row]], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "llama", "mixtral", "gemma"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "gpt_neox", "llama", "mixtral", "gemma"])
 def test_pre_layer_is_a_prefix(family: str) -> None:
     """Deployed, virtual tokens in front are keys and values of every attention, rotated where the model rotates."""
     model = gemma() if family == "gemma" else tiny(family).eval()

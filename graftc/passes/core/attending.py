@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
+from graftc.passes.core.counted import counted_inputs, recounted, tokens_in_front
 from graftc.passes.core.program import follow, limited, map_nodes, nodes_in, provenance
 from graftc.passes.core.reading import read_tokens
 from graftc.passes.core.replay import ReplayBuilder, same_size, surplus
@@ -17,6 +19,7 @@ from graftc.specs.diagnostics import GraftError, Place
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
+_END = 2**63 - 1
 _ANY = (2, 2)
 """Tokens to count positions of: padding is 0 or 1 in most vocabularies."""
 
@@ -48,8 +51,20 @@ class AttentionBuilder(ReplayBuilder):
         numbers = positions.reader.args[positions.index]
         assert isinstance(numbers, fx.Node)
         self._leave_room(positions, numbers, length)
-        later = self.call(aten.add.Tensor, numbers, length, part="positions")
+        later = self._later(numbers, length)
         self._redirect(numbers, later, lambda user: user is positions.reader, narrow=True)
+
+    def _later(self, numbers: fx.Node, length: int) -> fx.Node:
+        """Numbers of positions behind ``length`` tokens."""
+        inputs = counted_inputs(numbers)
+        if not inputs:
+            return self.call(aten.add.Tensor, numbers, length, part="positions")
+        call = partial(self.call, part="counted")
+        longer = {
+            node: call(aten.cat.default, [tokens_in_front(call, numbers, node, length), node], 1) for node in inputs
+        }
+        every = recounted(numbers, longer, call, lambda node: node)
+        return call(aten.slice.Tensor, every, 1, length, _END)
 
     def _leave_room(self, positions: Positions, numbers: fx.Node, length: int) -> None:
         """Narrow the axis that counts the positions. Where a call gives their numbers, only it can know."""

@@ -178,7 +178,7 @@ class Runner:
         self._roots[key] = function_of(outlined.root, self.module, device)
 
     def _store_device(self) -> torch.device:
-        return next((t.device for _, t in self._store.base()), torch.device("cpu"))
+        return self._store.device()
 
     def run(self, key: str, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
         """Flat outputs of the Program installed as ``key``."""

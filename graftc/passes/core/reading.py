@@ -34,7 +34,7 @@ def read_tokens(program: Program, store: Store, tokens: Sequence[int], wanted: S
     made = to_eval(program)
     origin = {edit.after: edit.before for edit in made.edits}
     names = {node.name: node for node in made.graph.nodes}
-    device = next((t.device for _, t in store.base()), torch.device("cpu"))
+    device = store.device()
     inputs = {
         node: _input(spec, tokens).to(device) for spec, node in zip(made.inputs, made.placeholders(), strict=True)
     }

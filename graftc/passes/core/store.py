@@ -259,6 +259,20 @@ class Store:
             if not self.is_adapter(name) and name not in self.aliases:
                 yield name, tensor
 
+    def device(self, module: str = "") -> torch.device:
+        """Where the first base tensor in a module is, or the first of all; ``cpu`` where there is none."""
+        for path in dict.fromkeys((module, "")):
+            try:
+                owner = self.owner(path)
+            except KeyError:
+                continue
+            prefix = f"{path}." if path else ""
+            for named in (owner.named_parameters, owner.named_buffers):
+                for name, tensor in named():
+                    if not self.is_adapter(prefix + name):
+                        return tensor.device
+        return torch.device("cpu")
+
     def adapters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors that graftc added, frozen ones included."""
         for name, tensor in self.tensors():

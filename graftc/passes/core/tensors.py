@@ -137,7 +137,7 @@ class TensorBuilder(NodeBuilder):
     @property
     def without_values(self) -> bool:
         """Whether the base is on the meta device, where tensors have sizes and no values."""
-        return any(tensor.device.type == "meta" for _, tensor in self.store.base())
+        return self.store.device().type == "meta"
 
     def tensors(self) -> tuple[str, ...]:
         """Base tensors that the Program reads, in the order of the graph."""
@@ -154,9 +154,7 @@ class TensorBuilder(NodeBuilder):
     def _device(self) -> torch.device:
         if isinstance(self._site, LinearSite):
             return self.store.get(self._site.use.weight).device
-        module = f"{self._site.key.module}." if self._site is not None else ""
-        devices = {name.startswith(module): t.device for name, t in self.store.base()}
-        return devices.get(True) or devices.get(False) or torch.device("cpu")
+        return self.store.device(self._site.key.module if self._site is not None else "")
 
     def generator(self, name: str) -> torch.Generator:
         """What random values called ``name`` are drawn from."""
