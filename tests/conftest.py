@@ -7,12 +7,14 @@ import os
 import shutil
 import tempfile
 import zlib
+from collections.abc import Sequence
 
 import hypothesis
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.timing import SLOW, Timing, recorded
+from tests.timing import LONG, SLOW, Timing, name_of, recorded
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,34 +51,50 @@ def pytest_configure(config: pytest.Config) -> None:
 QUICK_FAMILIES = frozenset({"bert", "gpt2"})
 """What runs once for each family is quick on these, and on its first family where it has none of them."""
 
+SOME_FAMILIES = 2
+"""On how many families a long test that is no contract runs in ``make test``. Its name and its other parameters decide
+which ones, so that all tests together meet them all; ``make test-full`` has the others."""
+
 VARIANT_FAMILIES = 1
-"""On how many families the contract of another setting of a method, a class with ``variant = True``, runs in
-``make test``. Which ones its name decides, so that all classes together meet them all; ``make test-full`` has the
-others."""
+"""The same for the contract of another setting of a method, a class with ``variant = True``."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark before ``-m`` chooses, and put together what shares a model: a capture then happens in one process only."""
+    durations = recorded()
     families: dict[str, dict[str, list[pytest.Item]]] = {}
+    alike: dict[tuple[str, tuple[str, ...]], dict[str, pytest.Item]] = {}
     for item in items:
+        if durations.get(name_of(item.nodeid), 0.0) >= SLOW:
+            item.add_marker(pytest.mark.slow)
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             family = item.callspec.params.get("family")
-            if isinstance(family, str):
-                if item.cls is not None and not _in_make_test(item, family):
-                    item.add_marker(pytest.mark.full)
-                families.setdefault(item.nodeid.partition("[")[0], {}).setdefault(family, []).append(item)
+            if not isinstance(family, str):
+                continue
+            families.setdefault(name_of(item.nodeid), {}).setdefault(family, []).append(item)
+            if not _is_contract(item):
+                others = tuple(part for part in item.callspec.id.split("-") if part != family)
+                alike.setdefault((name_of(item.nodeid), others), {})[family] = item
+            elif not _in_make_test(item, family):
+                item.add_marker(pytest.mark.full)
     for found in families.values():
         quick = QUICK_FAMILIES & found.keys() or {next(iter(found))}
         for family, tests in found.items():
             if family not in quick:
                 for item in tests:
                     item.add_marker(pytest.mark.slow)
-    durations = recorded()
-    for item in items:
-        if durations.get(item.nodeid, 0.0) >= SLOW:
-            item.add_marker(pytest.mark.slow)
+    for (name, others), each in alike.items():
+        if durations.get(name, 0.0) >= LONG:
+            for family in each.keys() - _some(list(each), SOME_FAMILIES, "-".join((name, *others))):
+                each[family].add_marker(pytest.mark.full)
     _group(items)
+
+
+def _is_contract(item: pytest.Function) -> bool:
+    from graftc.testing.contract import Contract
+
+    return item.cls is not None and issubclass(item.cls, Contract)
 
 
 def _in_make_test(item: pytest.Function, family: str) -> bool:
@@ -92,7 +110,7 @@ def _in_make_test(item: pytest.Function, family: str) -> bool:
 
     of, test = item.cls, item.originalname
     assert of is not None
-    if getattr(of, "variant", False) and family not in _families_of_variant(of):
+    if getattr(of, "variant", False) and family not in _some(list(of.families), VARIANT_FAMILIES, of.__name__):
         return False
     if not issubclass(of, DeploymentContract):
         return True
@@ -104,11 +122,10 @@ def _in_make_test(item: pytest.Function, family: str) -> bool:
     return every or (first and getattr(of, "exported", False))
 
 
-def _families_of_variant(of: type) -> set[str]:
-    found = list(getattr(of, "families", ()))
-    start = zlib.crc32(of.__name__.encode())
-    step = max(1, len(found) // VARIANT_FAMILIES)
-    return {found[(start + index * step) % len(found)] for index in range(min(VARIANT_FAMILIES, len(found)))}
+def _some(families: Sequence[str], number: int, name: str) -> set[str]:
+    """Some of the families, evenly spread, from one on that the name decides."""
+    start, step = zlib.crc32(name.encode()), max(1, len(families) // number)
+    return {families[(start + index * step) % len(families)] for index in range(min(number, len(families)))}
 
 
 def _group(items: list[pytest.Item]) -> None:
@@ -130,6 +147,17 @@ def pytest_collection_finish() -> None:
     """What has been imported stays: no collection has to look at it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Between files, let go what torch keeps of every graph that was ever traced: without it a process has gigabytes at
+    the end, through which each collection of garbage goes, and the Trainer asks for one at its start and its end."""
+    if nextitem is None or nextitem.path != item.path:
+        FakeTensorMode.cache_clear()
+        torch._dynamo.reset()
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -1,13 +1,15 @@
 """Where the time of a run goes: processor seconds of every test, its own processes included.
 
 Processor time says the same on a busy machine and on a quiet one, nearly. Of it come the table by folder that
-continuous integration prints, and ``tests/durations.json``, by which tests are marked as slow.
+continuous integration prints, and ``tests/durations.json``, by which `tests/conftest.py` knows which
+tests are slow.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,8 +18,11 @@ from pathlib import Path
 import pytest
 
 FILE = Path(__file__).with_name("durations.json")
-SLOW = 0.5
-"""Processor seconds from which a test is slow."""
+SLOW = 0.15
+"""Processor seconds from which a test is slow, and recorded."""
+
+LONG = 0.5
+"""Processor seconds from which ``make test`` runs a test on some families only."""
 
 WARN = 20 * 60
 """Seconds of a whole run, without set-up, after which continuous integration warns."""
@@ -26,9 +31,15 @@ _PROPERTY = "processor seconds"
 
 
 def recorded() -> dict[str, float]:
-    """Tests that took `SLOW` or longer when durations were last recorded."""
+    """What tests took when durations were last recorded, by name: the mean over the parameters of each. Those that took
+    less than `SLOW` are not there."""
     found: dict[str, float] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
     return found
+
+
+def name_of(nodeid: str) -> str:
+    """A test's name without its parameters."""
+    return nodeid.partition("[")[0]
 
 
 def _used() -> float:
@@ -90,7 +101,11 @@ class Timing:
             terminalreporter.line(f"warning: {whole / 60:.0f} minutes; more than {WARN // 60} is too long", yellow=True)
 
     def _write(self) -> None:
-        kept = {nodeid: seconds for nodeid, seconds in recorded().items() if nodeid not in self.seconds}
-        slow = {nodeid: round(seconds, 1) for nodeid, seconds in self.seconds.items() if seconds >= SLOW}
+        found: dict[str, list[float]] = defaultdict(list)
+        for nodeid, seconds in self.seconds.items():
+            found[name_of(nodeid)].append(seconds)
+        means = {name: round(statistics.fmean(seconds), 2) for name, seconds in found.items()}
+        kept = {name: seconds for name, seconds in recorded().items() if name not in found}
+        slow = {name: mean for name, mean in means.items() if mean >= SLOW}
         text = json.dumps(dict(sorted({**kept, **slow}.items())), indent=0, ensure_ascii=False)
         FILE.write_text(text + "\n", encoding="utf-8")

@@ -18,12 +18,14 @@ from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 _lock = threading.RLock()
+_holder: int | None = None
+"""The thread that makes a graph."""
 
 
 def _renew() -> None:
     """A child process has only the thread that forked: nobody there would ever release the locks."""
-    global _lock
-    _lock = threading.RLock()
+    global _lock, _holder
+    _lock, _holder = threading.RLock(), None
     _default_dtype.renew()
 
 
@@ -52,17 +54,25 @@ def isolated() -> Iterator[None]:
 @contextmanager
 def exclusive() -> Iterator[None]:
     """`isolated`, by one thread of the process at a time; re-entrant."""
+    global _holder
     with _lock, isolated():
-        yield
+        before, _holder = _holder, threading.get_ident()
+        try:
+            yield
+        finally:
+            _holder = before
 
 
 def is_traced() -> bool:
     """Whether a compiler is tracing what this thread does.
 
-    ``torch.compiler.is_compiling()`` is also true where another thread of the process is in torch.export.
+    ``torch.compiler.is_compiling()`` is also true where another thread of the process is in torch.export, and for a
+    while the stack of proxy modes, which is the process's own, says the same.
     """
     if torch.compiler.is_dynamo_compiling():
         return True
+    if _holder not in (None, threading.get_ident()):
+        return False
     return torch.compiler.is_compiling() and get_proxy_mode() is not None
 
 

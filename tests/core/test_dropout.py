@@ -182,8 +182,10 @@ def test_there_is_none_in_eval_mode(compiled: Any) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_code_draws_the_same(compiled: Any) -> None:
-    """Whole graph, same seed: the same mask, so the same numbers but for rounding."""
+def test_compiled_code_draws_the_same() -> None:
+    """Whole graph of one layer, same seed: the same mask, so the same numbers but for rounding."""
+    compiled = graftc.compile({"adapt": [LORA]}, tiny("llama", layers=1))
+    perturb(compiled, 0.1)
     eager = step(compiled, compiled, 5)
     found = step(torch.compile(compiled, fullgraph=True, dynamic=True), compiled, 5)
     torch.testing.assert_close(found[0], eager[0], rtol=1e-4, atol=1e-5)

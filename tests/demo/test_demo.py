@@ -79,15 +79,17 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_quick_demo_from_end_to_end(tmp_path: Path) -> None:
+def test_the_quick_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer texts and steps than it has; ``make demo QUICK=1`` runs it as it is."""
     onnx = pytest.importorskip("onnx")
+    monkeypatch.setattr(demo, "_QUICK", replace(demo._QUICK, steps=24, train=384, test=100))
     text = io.StringIO()
     state = torch.random.get_rng_state()
     result = demo.run_demo(tmp_path / "out", quick=True, console=Console(file=text, width=100))
     assert result.passed, result.failures
     assert torch.equal(torch.random.get_rng_state(), state), "the caller's random numbers are its own"
-    assert result.baseline is None and result.examples == (640, 200)
-    assert result.after.accuracy > 0.75 > 0.5 > result.before.accuracy
+    assert result.baseline is None and result.examples == (384, 100)
+    assert result.after.accuracy > 0.65 > 0.5 > result.before.accuracy
     assert result.transformers.same_predictions == result.onnx.same_predictions == 1.0
     assert result.report["trainable_parameters"] == 6 * 8 * (4 * (384 + 384) + 2 * (384 + 1536))
 
