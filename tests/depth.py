@@ -82,7 +82,7 @@ def from_two_depths(adapt: Sequence[Mapping[str, Any]], described: Described) ->
 each_way = pytest.mark.parametrize(
     "count",
     [
-        pytest.param(from_two_depths, id="two depths", marks=pytest.mark.slow),
+        pytest.param(from_two_depths, id="two depths"),
         pytest.param(at_full_depth, id="full depth", marks=pytest.mark.full),
     ],
 )

@@ -90,7 +90,6 @@ def test_what_folds_was_adapted_where_it_had_to_be() -> None:
                 assert {"attn.q", "attn.v"} <= set(record["target"]), record
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", AGAIN)
 def test_examining_again_gives_the_committed_record(name: str) -> None:
     same_versions("transformers", "torch")
@@ -228,7 +227,6 @@ def test_kept_records_are_not_made_again(tmp_path: Path) -> None:
     assert [record["reason"] for record in found.values()] == ["kept"] * 3
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     names = "|".join(entry.name for entry in TINY)
     command = [sys.executable, "-m", "tools.coverage", "-j", "1", "--only", f"^({names})$", "--work", str(tmp_path)]
@@ -248,7 +246,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all(after[name] == time_ for name, time_ in done.items())
 
 
-@pytest.mark.slow
 def test_an_entry_that_takes_too_long_does_not_take_others_with_it(tmp_path: Path) -> None:
     kept = run.Kept(tmp_path, "now")
     started = time.monotonic()

@@ -13,8 +13,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PLUGIN = ROOT / "examples" / "plugin"
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -46,6 +44,7 @@ def test_listing_loads_no_torch(environment: dict[str, str], tmp_path: Path) -> 
 
 
 def test_it_passes_the_contract(environment: dict[str, str], tmp_path: Path) -> None:
-    found = run(environment, tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PLUGIN / "tests"))
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "bert or gpt2"]
+    found = run(environment, tmp_path, *command, str(PLUGIN / "tests"))
     assert found.returncode == 0, found.stdout[-3000:]
     assert " passed" in found.stdout

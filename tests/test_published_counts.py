@@ -231,9 +231,7 @@ T5_WIDTHS = {"small": (512, 51_200), "base": (768, 76_800), "large": (1024, 102_
 T5_WIDTHS["XXL"] = (4096, 409_600)
 
 
-@pytest.mark.parametrize(
-    "size", [pytest.param(s, marks=pytest.mark.slow if s in ("small", "XXL") else pytest.mark.full) for s in T5_WIDTHS]
-)
+@pytest.mark.parametrize("size", [pytest.param(s, marks=() if s == "small" else pytest.mark.full) for s in T5_WIDTHS])
 def test_published_prompts_of_t5(size: str) -> None:
     """100 virtual tokens in front of the encoder; depth does not matter. Twice as many numbers for both stacks."""
     width, published = T5_WIDTHS[size]
@@ -288,7 +286,6 @@ def test_published_subsets(number: str, model: Any, entry: dict[str, Any], train
         assert count([entry, last], model).trainable_parameters == 25_194_496
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, pytest.param(24, marks=pytest.mark.full)])
 def test_diff_pruning_of_bert_large(layers: int) -> None:
     """Row 4: 0.5 % of the model without its head, ``floor(0.005 N)``, after either training: 1,675,709."""

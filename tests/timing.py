@@ -21,8 +21,11 @@ FILE = Path(__file__).with_name("durations.json")
 SLOW = 0.15
 """Processor seconds from which a test is slow, and recorded."""
 
-LONG = 0.5
-"""Processor seconds from which ``make test`` runs a test on some families only."""
+LONG = 0.25
+"""Processor seconds from which ``make test`` runs a test that is no contract on two families only."""
+
+LONGEST = 4.0
+"""Processor seconds from which these are the quick families."""
 
 WARN = 20 * 60
 """Seconds of a whole run, without set-up, after which continuous integration warns."""

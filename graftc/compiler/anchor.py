@@ -38,6 +38,8 @@ BOUNDS: Mapping[torch.dtype, float] = {
 where they are the same there is none."""
 
 _SEED = 20
+_SHORT = 5
+"""Tokens of the shortest texts that a model is tried with."""
 _MORE_SAMPLES = 6
 _SMALL = 400_000_000
 """Products of parameters and positions that a pass over the samples may take."""
@@ -183,21 +185,26 @@ class _Runs:
         buffers = {aliases.get(n, n) for n, _ in model.named_buffers(remove_duplicate=False)}
         self._writable = buffers | constants.keys() | program.updates
         self._aliases = aliases
+        size = sum(parameter.numel() for parameter in model.parameters())
+        self._length = max(8, min(24, _SMALL // max(size, 1)))
 
     def first(self) -> tuple[_Run, bool]:
         """The model's outputs on samples, or, where it takes none such, on what it was captured with."""
-        try:
-            return self.model(self.sample(0)), False
-        except _NoRunError as error:
+        failure: _NoRunError | None = None
+        while self._length >= _SHORT:
             try:
-                return self.model({axis.name: axis.example(self._device) for axis in self._axes}), True
-            except _NoRunError:
-                raise error from None
+                return self.model(self.sample(0)), False
+            except _NoRunError as error:
+                failure = failure or error
+                self._length //= 2  # a table of positions may have no more rows
+        try:
+            return self.model({axis.name: axis.example(self._device) for axis in self._axes}), True
+        except _NoRunError as error:
+            raise (failure or error) from None
 
     def sample(self, seed: int) -> dict[str, Tensor]:
         """Random inputs; the larger the model, the fewer tokens."""
-        size = sum(parameter.numel() for parameter in self._model.parameters())
-        length = max(8, min(24, _SMALL // max(size, 1)))
+        length = self._length
         rows = 4 if length > 8 else 3
         config = getattr(self._model, "config", None)
         return samples_on(self._device, self._program, seed, (rows, length, length - 2), config)

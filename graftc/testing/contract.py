@@ -61,27 +61,22 @@ class Contract:
 
     def shared(self, family: str, *, perturbed: bool = False) -> tuple[nn.Module, Compiled]:
         """A model of ``family`` and the same adapted, made once for all tests of the class that only read them."""
-        made = self._made(family, "perturbed" if perturbed else "plain")
-        return made.model, made.compiled
+        made = self._made(family)
+        return made.model, made.perturbed if perturbed else made.plain
 
-    def _made(self, family: str, kind: str) -> _Made:
-        """What the tests of a class share: models ``plain`` and ``perturbed``, in eval mode, and one of another seed,
-        ``other``, for who trains it or writes to it. What another class shared is let go."""
-        key = (type(self), family, kind)
+    def _made(self, family: str) -> _Made:
+        """What the tests of a class share. What another class shared is let go."""
+        key = (type(self), family)
         if key not in _SHARED:
             for old in [old for old in _SHARED if old[0] is not type(self)]:
                 del _SHARED[old]
-            model = self.model(family)
-            if kind == "perturbed":
-                model.train()  # a mode that compiling and everything later has to leave alone
+            model = self.model(family).train()  # a mode that compiling and everything later has to leave alone
             reference = copy.deepcopy(model)
             addresses = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-            compiled = self.compiled(family, model, seed=1 if kind == "other" else 0)
-            start = {name: tensor.detach().clone() for name, tensor in compiled.adapter_state_dict().items()}
-            if kind == "perturbed":
-                self.perturb(family, compiled)
-                compiled.eval()
-            _SHARED[key] = _Made(model, compiled, reference, addresses, start)
+            compiled = self.compiled(family, model)
+            plain, perturbed = copy.deepcopy(compiled).eval(), copy.deepcopy(compiled)
+            self.perturb(family, perturbed)
+            _SHARED[key] = _Made(model, compiled, plain, perturbed.eval(), reference, addresses)
         return _SHARED[key]
 
     @property
@@ -95,19 +90,22 @@ class _Made:
     """A model and the same adapted.
 
     Attributes:
+        model: the source model, in train mode.
+        compiled: what compiling gave, over the source model's own tensors: for who trains it or writes to it.
+        plain, perturbed: copies in eval mode, one of them perturbed: for who only reads them.
         reference: a copy of the model from before it was compiled.
         addresses: where the model's tensors were then.
-        start: the adapter's tensors as compiling made them.
     """
 
     model: nn.Module
     compiled: Compiled
+    plain: Compiled
+    perturbed: Compiled
     reference: nn.Module
     addresses: Mapping[str, int]
-    start: Mapping[str, Tensor]
 
 
-_SHARED: dict[tuple[type[Contract], str, str], _Made] = {}
+_SHARED: dict[tuple[type[Contract], str], _Made] = {}
 
 
 class MethodContract(Contract):
@@ -141,13 +139,14 @@ class MethodContract(Contract):
 
     def test_initial_values_depend_on_the_seed_only(self, family: str) -> None:
         """Compiling twice gives the same tensors, from a source model in another mode too."""
-        first, second = (self._made(family, kind).start for kind in ("plain", "perturbed"))
+        first = self.shared(family)[1].adapter_state_dict()
+        second = self.compiled(family, self.model(family)).adapter_state_dict()
         assert list(first) == list(second)
         assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_only_own_tensors_train(self, family: str) -> None:
         """Three AdamW steps: base storage stays bit-identical, every tensor that is not inert gets a gradient."""
-        made = self._made(family, "other")
+        made = self._made(family)
         model, compiled = made.model, made.compiled
         frozen = {n: t.clone() for n, t in compiled.named_parameters() if not t.requires_grad}
         trainable = {n: t for n, t in compiled.named_parameters() if t.requires_grad}
@@ -168,9 +167,9 @@ class MethodContract(Contract):
 
     def test_source_model_is_left_alone(self, family: str) -> None:
         """Compiling changes neither the training flags nor ``requires_grad`` nor the outputs of the source model."""
-        made = self._made(family, "perturbed")
+        made = self._made(family)
         model, reference = made.model, made.reference
-        inputs = inputs_for(made.compiled)
+        inputs = inputs_for(made.plain)
         assert model.training
         flags = [parameter.requires_grad for parameter in reference.parameters()]
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
@@ -223,15 +222,14 @@ class MethodContract(Contract):
             assert hashes == {structural_hash(compiled.program("eval", base=True), canonical)}
 
     def test_state_dict_round_trip(self, family: str, tmp_path: Path) -> None:
-        """Adapter tensors written to a file and read into a model of another seed give the same outputs to the bit."""
+        """Adapter tensors written to a file and read into a model with other ones give the same outputs to the bit."""
         from safetensors.torch import load_file, save_file
 
         _, compiled = self.shared(family, perturbed=True)
         tensors = compiled.adapter_state_dict()
         assert tensors and all(Store.is_adapter(name) for name in tensors)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "adapters.safetensors")
-        other = self._made(family, "other").compiled
-        del _SHARED[type(self), family, "other"]  # which has this seed's start no longer
+        other = copy.deepcopy(self.shared(family)[1])
         inputs = inputs_for(compiled)
         assert largest_difference(outputs_of(other, inputs), outputs_of(compiled, inputs)) > 0
         other.load_adapter_state_dict(load_file(tmp_path / "adapters.safetensors"))

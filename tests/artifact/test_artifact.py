@@ -43,7 +43,7 @@ def refused(code: str, path: Path, *arguments: Any) -> GraftError:
 # --- the same model again --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f == "bert" else pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_round_trip(family: str, tmp_path: Path) -> None:
     """Outputs in both modes and a second artifact are the same to the bit; the base's folder is found."""
     spec = {"adapt": [SPEC["adapt"][0], {**SPEC["adapt"][1], "target": {"role": "experts"}}]}
@@ -87,7 +87,6 @@ def test_everything_that_trains_is_kept(family: str, changes: dict[str, Any], tm
         assert name == other and torch.equal(a, b)
 
 
-@pytest.mark.slow
 def test_signatures_come_along(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every graph that was captured is there after loading, and nothing is captured for it."""
     compiled = adapted(base).eval()
@@ -234,7 +233,6 @@ def test_every_value_counts_if_asked_for(base: Path, tmp_path: Path) -> None:
     refused("GC087", tmp_path / "full", model)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_base_is_the_same_in_memory_and_on_disk(family: str, tmp_path: Path) -> None:
     """What a config says or not after saving and loading does not make it another base."""

@@ -300,7 +300,6 @@ def _other_graph(artifact: Path) -> None:
     edit_manifest(artifact, signatures=change)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "check"),
     [

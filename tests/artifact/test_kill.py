@@ -80,7 +80,6 @@ JOBS: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.parametrize("job", JOBS)
 def test_killed_at_random(job: str, place: Path, worker: Worker) -> None:
@@ -125,6 +124,7 @@ def test_killed_at_random(job: str, place: Path, worker: Worker) -> None:
         assert {p.name for p in out.iterdir()} <= {name, *beside}
         assert path.exists() or not any(out.iterdir())
     assert killed > KILLS // 3
-    assert found == ({True} if over else {True, False})
+    assert found == {True} if over else False in found
+    assert over or KILLS < 50 or True in found, "none was killed when all was written"
     free = over or not path.exists()
     assert worker.run(job)[0] == (0 if free else 1)  # 1: something complete is in the way

@@ -115,7 +115,6 @@ def test_what_is_replaced_between_steps_counts_once() -> None:
     assert FLOAT * 100_000 < found.between <= found.peak < FLOAT * 101_000
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.full), True])
 def test_lora_of_both_libraries(checkpointing: bool) -> None:
     """As many values, the same loss, and memory whose parts are those of the model."""
@@ -168,7 +167,6 @@ def test_some_entries_bring_the_floor_and_lora() -> None:
     assert [each.name for each in chosen(ENTRIES, "full")] == ["floor", "full", LORA]
 
 
-@pytest.mark.slow
 def test_the_command_writes_all_figures(tmp_path: Path) -> None:
     chosen_options = ["--only", "SpIEL-MA", "--dtype", "float32", "--checkpointing", "off"]
     assert main(["--quick", "--out", str(tmp_path), *chosen_options]) == 0

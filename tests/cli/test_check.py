@@ -116,7 +116,6 @@ def test_roles_as_json(capsys: pytest.CaptureFixture[str], meta: bool) -> None:
     assert all(f["evidence"] for f in outcome.data["findings"]) and outcome.data["unresolved"] == []
 
 
-@pytest.mark.slow
 def test_another_process_gives_the_same_text_without_colours(tmp_path: Path) -> None:
     outcome = run_apart("check", "spec.yaml", "--model", BERT, cwd=tmp_path, PYTHONWARNINGS="default")
     assert outcome.status == 0 and "\x1b" not in outcome.out + outcome.err and "loading" not in outcome.err

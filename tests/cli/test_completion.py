@@ -45,7 +45,6 @@ def offered(words: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.slow
 def test_a_shell_is_offered_commands_options_and_values() -> None:
     assert {"compile", "methods", "schema", "roles", "check"} <= set(offered("graftc "))
     assert offered("graftc chec") == ["check"]

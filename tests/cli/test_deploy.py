@@ -154,7 +154,6 @@ def test_over_budget_nothing_is_written(capsys: pytest.CaptureFixture[str], here
     assert data["error"]["code"] == "GC051" and set(here.iterdir()) == before
 
 
-@pytest.mark.slow
 def test_what_does_not_fold_is_refused_by_name_or_kept(
     capsys: pytest.CaptureFixture[str], here: Path, tmp_path: Path
 ) -> None:
@@ -183,7 +182,6 @@ def test_partial_with_nothing_left_is_a_merge(capsys: pytest.CaptureFixture[str]
 # --- export ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("merge", [True, False])
 def test_export(capsys: pytest.CaptureFixture[str], here: Path, merge: bool) -> None:
     more = [] if merge else ["--no-merge"]
@@ -198,7 +196,6 @@ def test_export(capsys: pytest.CaptureFixture[str], here: Path, merge: bool) -> 
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_export_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "export", "trained", "-f", "pt2", "-o", "model.pt2")
     ids = torch.randint(0, 101, (3, 7))
@@ -207,7 +204,6 @@ def test_export_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.allclose(found, graftc.load("trained").eval()(input_ids=ids).logits, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_export_with_inputs(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     """One adaptation folds, and the other one is an input, without which it is refused."""
     (here / "both.yaml").write_text(BOTH)
@@ -332,7 +328,6 @@ def test_unknown_formats(capsys: pytest.CaptureFixture[str]) -> None:
     assert error["code"] == "GC090" and "onnx" in f"{error['message']} {error['hint']}"
 
 
-@pytest.mark.slow
 def test_in_processes_of_their_own(here: Path) -> None:
     """The test of the readme runs the whole path as a user has it; here is what it leaves out."""
     for command in (["merge", "artifact", "--out", "folded"], ["diff", "artifact", "artifact"]):

@@ -125,7 +125,6 @@ def test_what_is_wrong_is_told(live: Any, capsys: pytest.CaptureFixture[str]) ->
     assert run_here(capsys, "inspect", "missing", "--json").data["error"]["code"] == "GC080"
 
 
-@pytest.mark.slow
 def test_in_another_process(live: Any) -> None:
     outcome = run_apart("inspect", "artifact", "--diff", cwd=Path.cwd())
     assert (outcome.status, outcome.err) == (0, "") and outcome.out == live.diff()

@@ -133,7 +133,6 @@ def test_compile_to_diff(capsys: pytest.CaptureFixture[str]) -> None:
     assert valid("error", run_here(capsys, "inspect", "b", "--json"))["error"]["code"].startswith("GC08")
 
 
-@pytest.mark.slow
 def test_deploying(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     import graftc

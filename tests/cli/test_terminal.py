@@ -56,7 +56,6 @@ def _drained(end: int) -> str:
         found += part
 
 
-@pytest.mark.slow
 def test_a_terminal_sees_colours_and_steps() -> None:
     assert ESCAPE in on_a_terminal("methods")[0]
     assert f"{ESCAPE}[1;31mGC004:" in on_a_terminal("methods", "lorra")[1]
@@ -77,17 +76,15 @@ def test_what_is_no_terminal_sees_no_escape_codes(arguments: tuple[str, ...]) ->
     assert "loading" not in outcome.err
 
 
-@pytest.mark.slow
 def test_json_shows_no_steps() -> None:
     out, err = on_a_terminal(*CHECK, "--json")
     assert err == "" and out.startswith("{")
 
 
-@pytest.mark.slow
 def test_steps_without_colours() -> None:
     """`tests/cli/test_check.py` has a check that sees no terminal."""
     out, err = on_a_terminal(*CHECK, NO_COLOR="1")
-    assert ESCAPE not in out and "compiling" in err and f"{ESCAPE}[3" not in err
+    assert ESCAPE not in out + err
 
 
 def test_steps_are_silent_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:

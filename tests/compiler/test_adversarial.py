@@ -16,7 +16,7 @@ from tests.compiler.structure_cases import VALUES, Captured, captured
 from tests.compiler.structure_models import HEADS, INNER, D
 
 TRICKS = ("einsum", "lerp", "twice", "functional", "dropout")
-VARIANTS = [(), *(pytest.param((t,), marks=pytest.mark.slow) for t in TRICKS), TRICKS]
+VARIANTS = [(), *((t,) for t in TRICKS), TRICKS]
 
 
 class Block(nn.Module):

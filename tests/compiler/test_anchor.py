@@ -6,6 +6,7 @@ import random
 import warnings
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -314,3 +315,13 @@ def test_what_eval_mode_draws_stays() -> None:
     expected = model.eval().requires_grad_(False)(x)
     torch.manual_seed(5)
     assert torch.equal(compiled(x), expected)
+
+
+def test_a_short_table_of_positions_is_no_reason_to_look_less_closely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples are as long as the model takes them, so that a kept graph is held against them and used again."""
+    monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
+    reports = [graftc.check(_lora(), tiny("roberta", max_position_embeddings=12)) for _ in range(2)]
+    assert [report.cached for report in reports] == [False, True]
+    assert all(a.exact and not a.plain for report in reports for a in report.anchors)

@@ -268,13 +268,11 @@ def test_a_key_is_cheap() -> None:
         pytest.param(
             "llama",
             lambda m: [setattr(layer.self_attn, "scaling", 0.9) for layer in m.model.layers],
-            marks=pytest.mark.slow,
         ),
         ("gpt2", lambda m: [setattr(block.attn, "scaling", 0.9) for block in m.transformer.h]),
         pytest.param(
             "llama",
             lambda m: setattr(m.model.layers[0].mlp, "forward", lambda x: x * 0.5),
-            marks=pytest.mark.slow,
         ),
         ("bert", lambda m: m.bert.encoder.layer[0].register_forward_hook(lambda *a: a[-1] * 1.5)),
     ],

@@ -23,13 +23,10 @@ from graftc.passes.core.verify import record_baseline, verify
 from graftc.passes.mode import to_eval
 from tests import families
 
-QUICK = ("bert", "vit")
-FAMILIES = [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in families.FAMILIES]
 
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_derived_eval_is_a_direct_eval_capture(name: str) -> None:
-    model = getattr(families, name)()
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_derived_eval_is_a_direct_eval_capture(family: str) -> None:
+    model = getattr(families, family)()
     derived = to_eval(capture(model).program)
     direct = capture(model, mode="eval").program
     assert structural_hash(derived) == structural_hash(direct)
@@ -197,7 +194,7 @@ def test_an_operator_that_holds_code_is_refused_with_the_module_that_calls_it() 
     assert error.value.hint
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_gemma_3_with_images_is_refused_and_without_them_is_not() -> None:
     """The mask of image tokens is a function that is mapped over its indices; text alone has another."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig

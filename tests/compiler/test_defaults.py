@@ -112,13 +112,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int | str, ...]
         },
     ),
 }
-SLOW = (
-    *("text to text", "a decoder that wants the same text", "spectrograms of fixed length", "frames of features"),
-    *("raw audio", "spectrograms as images"),
-)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in MODELS])
+@pytest.mark.parametrize("name", list(MODELS))
 def test_default_inputs_are_captured(name: str) -> None:
     make, expected = MODELS[name]
     model = make().eval()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 import graftc
 from tests import families
 
@@ -36,7 +34,6 @@ def test_no_change_is_an_empty_diff() -> None:
     assert diff_programs(program, program.copy()) == ""
 
 
-@pytest.mark.slow
 def test_training_graphs_collapse_too_and_layers_need_not_be_neighbours() -> None:
     """What enters the first layer is another kind of value than what enters the next: both are ``%in``."""
     lora = {"method": "lora", "target": {"role": "attn.q", "layers": "::2"}, "rank": 4, "dropout": 0.1}
@@ -45,7 +42,6 @@ def test_training_graphs_collapse_too_and_layers_need_not_be_neighbours() -> Non
     assert "graftc.random_mask(%in, 0.1)" in text
 
 
-@pytest.mark.slow
 def test_both_stacks_of_an_encoder_decoder_collapse() -> None:
     lora = {"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}
     text = graftc.compile({"adapt": [lora]}, families.t5(num_layers=3)).diff()

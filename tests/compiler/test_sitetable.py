@@ -95,7 +95,7 @@ def test_experts() -> None:
     ]
 
 
-@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "bert"])
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_same_places_in_eval_mode(family: str) -> None:
     """Every place of the train graph is found in the eval graph, by the same keys."""
     model = tiny(family)
@@ -107,7 +107,6 @@ def test_same_places_in_eval_mode(family: str) -> None:
         assert [site.key for site in other.same(sites[0])][: len(sites)] == [site.key for site in sites]
 
 
-@pytest.mark.slow
 def test_a_place_that_another_signature_does_not_read() -> None:
     """LoRA on the table, then embeddings instead of tokens: refused, naming adaptation and place."""
     model = tiny("llama")

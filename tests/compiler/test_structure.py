@@ -94,7 +94,6 @@ def test_norm_scales_are_found_fused_and_written_out() -> None:
     assert {f.kind for f in (*bert, *llama)} == {SiteKind.NORM}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_are_whole_3d_weights(name: str) -> None:
     found = family(name).structure.by_role()["experts"]
@@ -104,14 +103,12 @@ def test_experts_are_whole_3d_weights(name: str) -> None:
     assert all(f.rows is None and f.use == 0 for f in found)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXERS)
 def test_projections_of_a_branch_that_mixes_positions_without_attention(name: str) -> None:
     found = family(name).structure.by_role()["mixer"]
     assert [f.parameter for f in found] == [f"{module}.weight" for module in MIXERS[name]]
 
 
-@pytest.mark.slow
 def test_keys_of_two_projections() -> None:
     """Keys are put together from a low-rank projection, and from rows of the first stage that the heads share."""
     found = {(f.parameter, f.rows) for f in family("deepseek").structure.having("attn.k") if f.layer == 0}
@@ -122,7 +119,6 @@ def test_keys_of_two_projections() -> None:
     }
 
 
-@pytest.mark.slow
 def test_a_shared_layer_is_told_apart_by_use() -> None:
     found = family("albert").structure.by_role()["attn.q"]
     assert [(f.layer, f.use) for f in found] == [(0, 0), (0, 1)]
@@ -324,7 +320,6 @@ def test_the_graph_is_left_as_it_was() -> None:
     assert str(graph) == before_text and [sorted(n.meta) for n in graph.nodes] == keys
 
 
-@pytest.mark.slow
 def test_a_real_size_on_meta_is_quick() -> None:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(

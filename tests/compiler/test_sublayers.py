@@ -189,7 +189,6 @@ def test_roles_of_sublayers_in_two_stacks() -> None:
     assert {(s.owner, s.use) for s in found} == {(f"{n}.block.{i}", 0) for n in ("encoder", "decoder") for i in (0, 1)}
 
 
-@pytest.mark.slow
 def test_a_shared_layer_has_each_sublayer_twice() -> None:
     found = family("albert").structure.sublayers
     assert [(s.roles, s.use) for s in found] == [

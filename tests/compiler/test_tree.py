@@ -79,7 +79,6 @@ def test_layers_that_differ_are_apart(change: Any, names: list[str]) -> None:
     assert spread == 4
 
 
-@pytest.mark.slow
 def test_other_shapes_or_types_are_apart() -> None:
     """T5's first layer has a table of relative positions that the others lack."""
     found = tree("t5", layers=3)

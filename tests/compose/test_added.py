@@ -162,7 +162,6 @@ def _step(compiled: Compiled) -> None:
     optimiser.step()
 
 
-@pytest.mark.slow
 def test_fusion_of_trained_adapters_exports(tmp_path: Path) -> None:
     """Two adapters are trained by themselves, then fused, then the fusion is trained, then it runs in ONNX Runtime."""
     ort = pytest.importorskip("onnxruntime")

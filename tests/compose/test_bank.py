@@ -114,7 +114,6 @@ def test_weights(method: str) -> None:
     assert largest_difference(rows(mixed, ~others), rows(ids, ~others)) <= TOLERANCE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=() if f in ("bert", "t5") else pytest.mark.full) for f in FAMILIES]
 )
@@ -138,7 +137,6 @@ def test_in_onnx_runtime(family: str, tmp_path: Path) -> None:
         assert largest_difference(rows(mixed, ~mask), rows(own, ~mask)) > 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_other_ids_compile_nothing(family: str) -> None:
     """Neither ids for each row nor the active slot are part of the compiled code."""
@@ -230,7 +228,6 @@ def test_shared_parts() -> None:
     assert largest_difference(fixed, before) <= TOLERANCE * max(1.0, float(before[0].abs().max()))
 
 
-@pytest.mark.slow
 def test_adding_a_pair_adds_what_one_has() -> None:
     """``layers * (2 d r + r + d + 2 d)``, for encoder and decoder."""
     model, inner = tiny("t5"), 6

@@ -58,7 +58,6 @@ def test_what_is_left_of_a_stack_keeps_its_order() -> None:
     assert largest_difference(outputs_of(partial.compiled.eval(), inputs), outputs_of(made, inputs)) <= 2e-5
 
 
-@pytest.mark.slow
 def test_a_bank_stays_beside_what_folds(tmp_path: Path) -> None:
     """And still chooses, also after it has been saved with its base."""
     made = compiled({"bank": ["x", "y"]}, {**LORA, "name": "low"}, *({**PFEIFFER, "name": n} for n in ("x", "y")))

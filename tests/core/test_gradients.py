@@ -262,7 +262,7 @@ def gradient(module: Map, run: Any, x: Tensor) -> Tensor:
     return module.weight.grad
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_traced_and_compiled(backend: str) -> None:
     """In one graph, in training and without gradients; counting on compiles nothing anew."""
     module, x = Map(), torch.randn(3, 5)

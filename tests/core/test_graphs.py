@@ -209,7 +209,6 @@ print(graphml_text(program) + dot_text(program), end="")
 """
 
 
-@pytest.mark.slow
 def test_the_same_in_every_process() -> None:
     program = graftc.compile(SPEC, tiny("bert")).program()
     environment = {**os.environ, "PYTHONHASHSEED": "2", "GRAFTC_CACHE": "off", "PYTHONPATH": str(ROOT)}

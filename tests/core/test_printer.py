@@ -125,7 +125,6 @@ print(format_program(program), end="")
 """
 
 
-@pytest.mark.slow
 def test_the_same_in_every_process(compiled: Any) -> None:
     """A fresh process with another hash seed and without a cache prints the same text and hash as this one."""
     program = compiled.program("train")

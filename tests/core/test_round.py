@@ -142,7 +142,7 @@ def test_bf16_fold_is_correctly_rounded() -> None:
     assert (twice != expected).mean() > 0.01, "rounding on the way is not told from rounding once"
 
 
-@pytest.mark.parametrize("family", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_bf16_model(family: str) -> None:
     """A bfloat16 model folds from end to end: every folded element is the correctly rounded float64 one."""
     role = ["attn.q", "attn.v", "ffn.down"]

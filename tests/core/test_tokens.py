@@ -18,7 +18,7 @@ from tests.families import tiny
 
 NEW = ["<one>", "<two>", "<three>"]
 TIED = {"gpt2": True, "llama": False}
-ONE_QUICK = ["gpt2", pytest.param("llama", marks=pytest.mark.slow)]
+ONE_QUICK = ["gpt2", "llama"]
 
 
 def adapted(model: nn.Module, **tokens: Any) -> Compiled:
@@ -106,7 +106,6 @@ def test_only_new_rows_train(family: str) -> None:
     assert torch.equal(compiled.compilation.store.get(table), before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", TIED)
 def test_fold(family: str, tmp_path: Path) -> None:
     """Folded equals unfolded, also in plain transformers after saving and loading, and in ONNX Runtime."""
@@ -148,7 +147,6 @@ def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("embed_tokens" in reason for reason in caught.value.details)
 
 
-@pytest.mark.slow
 def test_spare_rows() -> None:
     """With ``first``, rows that a padded table has to spare are trained, and nothing is resized."""
     model: Any = tiny("llama")

@@ -11,7 +11,6 @@ from graftc.runtime.demo import decoder
 from graftc.specs.diagnostics import GraftError
 
 
-@pytest.mark.slow
 def test_it_knows_what_it_learnt() -> None:
     """The weights are the trained ones and the tokenizer fits them."""
     from transformers import AutoTokenizer

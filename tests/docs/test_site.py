@@ -13,7 +13,6 @@ import pytest
 
 from tests.docs.blocks import ROOT
 
-pytestmark = pytest.mark.slow
 _NO_NETWORK = """\
 import socket, sys
 def refuse(*_, **__):

@@ -116,7 +116,6 @@ def _runnable() -> list[str]:
     return [page for page in pages() if any(block.mark == "run" for block in blocks(page))]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", _runnable())
 def test_the_page_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -161,7 +160,6 @@ def pairs() -> list[tuple[str, Block, Block]]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "config", "spec"), pairs(), ids=str)
 def test_a_peft_config_and_its_spec_train_as_much(family: str, config: Block, spec: Block) -> None:
     peft = pytest.importorskip("peft")

@@ -17,8 +17,6 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
-pytestmark = pytest.mark.slow
-
 
 def run(script: str, out: Path, folder: Path) -> str:
     """What a script prints."""

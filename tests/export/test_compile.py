@@ -11,7 +11,6 @@ from graftc.testing.deployment import check_compile
 from tests.families import tiny
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", pytest.param("llama", marks=pytest.mark.full)])
 def test_folded_model(family: str) -> None:
     """The folded model compiles like the adapted one, which the contract of LoRA's deployment checks."""
@@ -21,7 +20,6 @@ def test_folded_model(family: str) -> None:
     check_compile(compiled.merge(), backend="aot_eager")
 
 
-@pytest.mark.slow
 def test_the_check_notices_a_recompilation() -> None:
     """A model that asks for its batch size would be caught."""
 

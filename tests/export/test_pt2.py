@@ -14,7 +14,6 @@ from graftc.testing.compare import SHAPES, inputs_for
 from tests.families import tiny
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "fold"),
     [

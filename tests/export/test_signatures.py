@@ -30,7 +30,6 @@ def text(batch: int, length: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.slow
 def test_onnx_by_example_inputs(adapted: Any, tmp_path: Path) -> None:
     import onnxruntime
 

@@ -249,7 +249,6 @@ def test_what_parses_survives_being_written(parsed: list[Spec]) -> None:
         assert parse_spec(dump_spec(spec)) == spec
 
 
-@pytest.mark.slow
 def test_what_parses_compiles_or_is_refused(parsed: list[Spec], tmp_path: Path) -> None:
     made = bert()
     model, inputs = made if isinstance(made, tuple) else (made, None)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from graftc.testing import DeploymentContract, MethodContract
 from tests.methods.places import DENSE, on_a_table, on_experts, on_layers
 
@@ -36,7 +34,6 @@ class TestTable(MethodContract):
     perturbation = 0.2
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 

@@ -228,7 +228,7 @@ def test_collapse_evidence_is_measured() -> None:
     assert all(item.error < 1e-14 for item in compiled.merge_partially().certificate.collapses)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_merging_partially_leaves_one_adapter(family: str, tmp_path: Path) -> None:
     """Nothing folds and something collapses: an artifact with the plain adapter; beside LoRA, that folds."""
     for others in ([], [{"method": "lora", "target": {"role": "attn.q"}}]):

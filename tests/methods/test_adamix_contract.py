@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import pytest
-
 from graftc.testing import DeploymentContract, MethodContract
 from tests.methods.places import DENSE
 
@@ -53,7 +51,6 @@ class TestTable(MethodContract):
     families = ("bert",)
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports, which are of the mean, and compilation."""
 
@@ -62,7 +59,6 @@ class TestDeployed(DeploymentContract):
     families = ("bert", "gpt2")
 
 
-@pytest.mark.slow
 class TestLoRADeployed(DeploymentContract):
     """Unfolded it is exported as LoRA."""
 

@@ -110,7 +110,6 @@ def test_zero_up_is_the_base(name: str, family: str) -> None:
     assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 @pytest.mark.parametrize("name", EACH_WIRING)
 def test_zero_up_is_the_base_in_train_mode(name: str, family: str) -> None:

@@ -43,7 +43,6 @@ class TestHoulsbyEverywhere(TestHoulsby):
     families = OTHERS
 
 
-@pytest.mark.slow
 class TestHoulsbyWithNorms(MethodContract):
     """Every normalisation trains beside the adapters."""
 
@@ -107,7 +106,6 @@ class TestHeParallelEverywhere(TestHeParallel):
     families = tuple(name for name in FAMILIES if name != "gpt2")
 
 
-@pytest.mark.slow
 class TestHeParallelOfAttention(MethodContract):
     """From the stream to the heads."""
 
@@ -152,7 +150,6 @@ class TestLLMAdaptersEverywhere(TestLLMAdapters):
     families = tuple(name for name in PROJECTED if name != "gpt2")
 
 
-@pytest.mark.slow
 class TestLLMAdaptersParallel(MethodContract):
     """Beside single maps, rows of fused ones too, with biases and dropout."""
 
@@ -168,7 +165,6 @@ class TestLLMAdaptersParallel(MethodContract):
     families = PROJECTED
 
 
-@pytest.mark.slow
 class TestLLMAdaptersBesideExperts(MethodContract):
     """The attentions of a mixture of experts."""
 
@@ -181,14 +177,12 @@ class TestLLMAdaptersBesideExperts(MethodContract):
     families = ("mixtral",)
 
 
-@pytest.mark.slow
 class TestFeedForward(MethodContract):
     """The default of the mechanism: a feed-forward part's branch."""
 
     adaptation: ClassVar[dict[str, Any]] = {"method": "bottleneck", "reduction": 8}
 
 
-@pytest.mark.slow
 class TestEveryKnob(DrawnContract):
     """From behind a norm to before it, with norms of its own on both sides, a learned scale and dropout."""
 
@@ -207,7 +201,6 @@ class TestEveryKnob(DrawnContract):
     }
 
 
-@pytest.mark.slow
 class TestWithinASublayer(MethodContract):
     """From what the sublayer reads to what its last map reads, which is of another width."""
 
@@ -223,7 +216,6 @@ class TestWithinASublayer(MethodContract):
     families = PROJECTED
 
 
-@pytest.mark.slow
 class TestAroundTheLastMap(MethodContract):
     """From what the last map reads to what it gives, below its dropout."""
 
@@ -237,7 +229,6 @@ class TestAroundTheLastMap(MethodContract):
     families = PROJECTED
 
 
-@pytest.mark.slow
 class TestBehindALayer(DrawnContract):
     """From the sum to behind its norm, with a norm behind the adapter."""
 
@@ -253,7 +244,6 @@ class TestBehindALayer(DrawnContract):
     }
 
 
-@pytest.mark.slow
 class TestLinearMaps(MethodContract):
     """Beside linear maps, without a word about the wiring."""
 
@@ -266,7 +256,6 @@ class TestLinearMaps(MethodContract):
     families = PROJECTED
 
 
-@pytest.mark.slow
 class TestHoulsbyDeployed(DeploymentContract):
     """Exports and compilation."""
 
@@ -274,7 +263,6 @@ class TestHoulsbyDeployed(DeploymentContract):
     families = ("bert",)
 
 
-@pytest.mark.slow
 class TestPfeifferDeployed(DeploymentContract):
     """Norms that run twice, and a model without."""
 
@@ -298,7 +286,6 @@ class TestAdapterLDeployed(DeploymentContract):
     families = ("gpt2",)
 
 
-@pytest.mark.slow
 class TestHeParallelDeployed(DeploymentContract):
     """Experts."""
 
@@ -314,7 +301,6 @@ class TestHeSequentialDeployed(DeploymentContract):
     families = ("vit",)
 
 
-@pytest.mark.slow
 class TestLLMAdaptersDeployed(DeploymentContract):
     """The model of its paper."""
 
@@ -322,7 +308,6 @@ class TestLLMAdaptersDeployed(DeploymentContract):
     families = ("llama",)
 
 
-@pytest.mark.slow
 class TestEveryKnobDeployed(DeploymentContract):
     """Parallel branches."""
 

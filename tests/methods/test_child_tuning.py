@@ -47,7 +47,6 @@ class TestChosenOnce(MethodContract):
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "child_tuning", "variant": "D"}
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 
@@ -241,7 +240,6 @@ def test_nothing_is_copied(family: str) -> None:
     assert all(seen) and len(seen) == len(trained(child))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_a_compiled_step(backend: str) -> None:
     """In one graph: the same elements are kept, of the same gradients but for rounding; in the next step, others,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import pytest
-
 from graftc.testing import DeploymentContract, MethodContract
 from tests.methods.places import DENSE
 from tests.methods.test_diff_pruning import GATES
@@ -40,7 +38,6 @@ class TestLeft(MethodContract):
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "diff_pruning", "stage": 2, "density": 0.3}
 
 
-@pytest.mark.slow
 class TestGatesDeployed(DeploymentContract):
     """Exports and compilation of the first training."""
 

@@ -240,7 +240,6 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert same_bits(outputs_of(graftc.load(tmp_path / "kept", model=model), inputs), outputs_of(compiled, inputs))
 
 
-@pytest.mark.slow
 def test_pt2_holds_aten_only(tmp_path: Path) -> None:
     compiled = adapted(tiny("llama"))
     perturb(compiled, 0.1)

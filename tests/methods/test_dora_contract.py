@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import pytest
-
 from graftc.testing import DeploymentContract, MethodContract
 from tests.methods.places import DENSE, ROLES
 
@@ -80,7 +78,6 @@ class TestOnLoRA(MethodContract):
         assert compiled.report.trainable_parameters == trainable
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation, magnitudes in place and folded."""
 
@@ -89,7 +86,6 @@ class TestDeployed(DeploymentContract):
     families = ("bert", "llama")
 
 
-@pytest.mark.slow
 class TestExpertsDeployed(DeploymentContract):
     """The same with experts."""
 
@@ -98,7 +94,6 @@ class TestExpertsDeployed(DeploymentContract):
     families = ("mixtral",)
 
 
-@pytest.mark.slow
 class TestOnLoRADeployed(DeploymentContract):
     """The same on top of another adaptation."""
 

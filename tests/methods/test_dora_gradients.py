@@ -274,7 +274,6 @@ def test_autocast_computes_norms_in_float32() -> None:
     assert all(t.grad is not None and t.grad.dtype == t.dtype for t in trainable(compiled).values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "norm_gradient"), [("llama", "detached"), ("vit", "exact")])
 def test_compiled_training_steps(family: str, norm_gradient: str) -> None:
     """``torch.compile(fullgraph=True)`` of train mode, backward pass included, without and with biases."""

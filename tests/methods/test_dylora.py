@@ -210,7 +210,6 @@ def test_the_deployed_rank_is_kept(tmp_path: Any) -> None:
     assert max(last) > 1
 
 
-@pytest.mark.slow
 def test_exports_at_the_deployed_rank(tmp_path: Any) -> None:
     """Unfolded and folded."""
     compiled = adapted(family="gpt2").eval()

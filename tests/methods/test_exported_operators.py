@@ -32,7 +32,7 @@ def inserted(contract: type[DeploymentContract]) -> set[str]:
     return {str(node.target) for node in nodes if node.op == "call_function" and provenance(node) is not None}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_inserted_operator_is_exported() -> None:
     classes = deployed()
     exporting = [c for c in classes if getattr(c, "exported", False)]

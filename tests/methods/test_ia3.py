@@ -32,14 +32,12 @@ class TestIA3(MethodContract):
     families = ("gpt2",)
 
 
-@pytest.mark.slow
 class TestEverywhere(TestIA3):
     """The same with interleaved rows, grouped queries, cross-attention, and layers that keep them apart."""
 
     families = OTHERS
 
 
-@pytest.mark.slow
 class TestBesideExperts(MethodContract):
     """Where every feed-forward part is made of experts, the attentions alone."""
 
@@ -47,7 +45,6 @@ class TestBesideExperts(MethodContract):
     families = ("mixtral",)
 
 
-@pytest.mark.slow
 class TestInputs(MethodContract):
     """Inputs of every projection, those of rows of a fused matrix too."""
 
@@ -59,7 +56,6 @@ class TestInputs(MethodContract):
     families = ("gpt2", "gpt_neox", "t5")
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation: fused rows, and grouped queries with rotary positions."""
 

@@ -23,14 +23,12 @@ class TestLoHa(MethodContract):
     perturbation = 0.2
 
 
-@pytest.mark.slow
 class TestEverywhere(TestLoHa):
     """The same on the other families."""
 
     families = OTHERS
 
 
-@pytest.mark.slow
 class TestExperts(MethodContract):
     """Factors for each expert."""
 
@@ -39,7 +37,6 @@ class TestExperts(MethodContract):
     perturbation = 0.2
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 

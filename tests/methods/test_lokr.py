@@ -24,14 +24,12 @@ class TestLoKr(MethodContract):
     perturbation = 0.2
 
 
-@pytest.mark.slow
 class TestEverywhere(TestLoKr):
     """The same on the other families."""
 
     families = OTHERS
 
 
-@pytest.mark.slow
 class TestExperts(MethodContract):
     """Factors for each expert, both of them decomposed."""
 
@@ -45,7 +43,6 @@ class TestExperts(MethodContract):
     perturbation = 0.3
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 

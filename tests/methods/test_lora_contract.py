@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import pytest
-
 from graftc.testing import DeploymentContract, MethodContract
 from tests.methods.places import DENSE, ROLES
 
@@ -71,7 +69,6 @@ class TestWithHead(MethodContract):
     families = ("roberta",)
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation on every family, adapters in place and folded."""
 
@@ -83,7 +80,6 @@ class TestDeployed(DeploymentContract):
     families = DENSE
 
 
-@pytest.mark.slow
 class TestExpertsDeployed(DeploymentContract):
     """The same with experts."""
 

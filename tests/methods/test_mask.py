@@ -40,7 +40,6 @@ class TestMagnitude(MethodContract):
     }
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 

@@ -20,14 +20,12 @@ class TestNorms(MethodContract):
     families = ("bert",)
 
 
-@pytest.mark.slow
 class TestEverywhere(TestNorms):
     """Layer norms and RMS norms of the other families."""
 
     families = tuple(family for family in FAMILIES if family != "bert")
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation, with and without shifts."""
 

@@ -45,7 +45,6 @@ class TestShared(MethodContract):
     families = WITH_TOKENS
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 

@@ -45,7 +45,6 @@ class TestPTuningV2(MethodContract):
     adaptation: ClassVar[dict[str, Any]] = {"method": "p_tuning_v2", "length": 4}
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 
@@ -151,7 +150,6 @@ def test_a_network_is_ejected(family: str) -> None:
     assert largest_difference(outputs_of(deployed, inputs), outputs_of(compiled, inputs)) <= 2e-6
 
 
-@pytest.mark.slow
 def test_the_text_keeps_its_positions_or_not() -> None:
     """With learned positions and rotary ones the two differ; on T5, whose bias depends on distances, they do not."""
     for family, differs in (("bert", True), ("gpt2", True), ("llama", True), ("t5", False), ("vit", False)):
@@ -200,7 +198,6 @@ def test_texts_that_leave_no_room(family: str) -> None:
     assert caught.value.code == "GC020"
 
 
-@pytest.mark.slow
 def test_stacked_prefixes_are_one_longer() -> None:
     """The second stands before the first."""
     model, _, x = adapted("bool")

@@ -70,7 +70,6 @@ class TestSecondStage(MethodContract):
         pytest.skip("a later stage starts pruned")
 
 
-@pytest.mark.slow
 class TestDeployed(Pruned, DeploymentContract):
     """Exports and compilation, with scores."""
 
@@ -79,7 +78,6 @@ class TestDeployed(Pruned, DeploymentContract):
     families = ("gpt2",)
 
 
-@pytest.mark.slow
 class TestDeployedStage(DeploymentContract):
     """The same of a later stage."""
 

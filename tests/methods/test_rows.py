@@ -78,7 +78,6 @@ class TestRandomBlocks(MethodContract):
         return super().compiled(family, model, seed=0)
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation, with rows along both axes."""
 

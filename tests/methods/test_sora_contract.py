@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from graftc.testing import DeploymentContract, MethodContract
 from tests.methods.places import DENSE, on_a_table, on_experts, on_layers
 
@@ -33,7 +31,6 @@ class TestTable(MethodContract):
     families = ("bert",)
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 

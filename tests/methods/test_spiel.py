@@ -48,14 +48,14 @@ def own_entries(region: Region) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("family", "variant", "steps", "fields"),
     [
-        pytest.param("llama", "AG", 48, PUBLISHED, marks=pytest.mark.slow),
-        pytest.param("llama", "MA", 48, PUBLISHED, marks=pytest.mark.slow),
+        pytest.param("llama", "AG", 48, PUBLISHED),
+        pytest.param("llama", "MA", 48, PUBLISHED),
         ("llama", "AG", 13, {"decay": "cosine", "drop_fraction": 0.4}),
         ("llama", "AG", 10, {"interval": 3, "accumulation_steps": 3, "drop_fraction": 0.4}),
         ("gpt2", "AG", 13, {"target": {"role": ["attn.q", "ffn.up"]}, "drop_fraction": 0.4}),
         ("gpt2", "MA", 13, {"target": {"role": ["attn.q", "ffn.up"]}, "drop_fraction": 0.4}),
         ("gpt2", "MA", 13, {"target": {"modules": "**"}, "decay": "cosine"}),
-        pytest.param("gpt_neox", "MA", 9, {"target": {"role": "attn.v"}}, marks=pytest.mark.slow),
+        pytest.param("gpt_neox", "MA", 9, {"target": {"role": "attn.v"}}),
     ],
 )
 def test_a_dense_reference_agrees(family: str, variant: str, steps: int, fields: dict[str, Any]) -> None:
@@ -206,7 +206,6 @@ def test_dropping_takes_deltas_away_and_growing_changes_nothing(variant: str, fa
     assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
 
 
-@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(data=st.data(), variant=st.sampled_from(VARIANTS), decay=st.sampled_from(["linear", "cosine"]))
 def test_counts_places_and_bounds_hold_for_any_schedule(data: Any, variant: str, decay: str) -> None:
@@ -314,7 +313,6 @@ def test_nothing_grows_into_what_is_not_finite() -> None:
     assert largest_products(region, torch.tensor([1]), r, c, 6).tolist() == [0, 2, 3, 4, 5]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_unselected_entries_are_the_base_s_after_weight_decay(variant: str) -> None:
     """AdamW decays deltas alone: merged, at most K entries differ from the base's bits; in bfloat16 too."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from graftc.testing import DeploymentContract, MethodContract
 from tests.methods.places import DENSE, on_layers
 
@@ -26,7 +24,6 @@ class TestMA(MethodContract):
     adaptation = on_layers({"method": "spiel", "variant": "MA", "equivalent_rank": 4})
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 

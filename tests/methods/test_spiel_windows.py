@@ -122,7 +122,6 @@ def test_state_that_is_loaded_between_steps_holds_at_once() -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in compiled.adapter_state_dict().items())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_artifact_from_within_a_window_changes_nothing(variant: str, tmp_path: Path) -> None:
     """Saved, loaded and trained on; merging in between as well, also before the step is taken."""
@@ -326,7 +325,6 @@ def test_state_moves_with_the_model() -> None:
     assert all(e.tensor("candidates").device.type == "meta" for e in controller_of(compiled).entries)
 
 
-@pytest.mark.slow
 def test_compiled_code_trains_without_windows() -> None:
     """Nothing breaks. No entry is added, and a warning says so."""
     compiled = adapted()
@@ -345,7 +343,6 @@ def test_compiled_code_trains_without_windows() -> None:
     assert all(entries.tensor("delta").any() for entries in controller_of(compiled).entries)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_trainer_goes_on_where_it_stopped(variant: str, tmp_path: Path) -> None:
     """With the callback and an optimiser of ours: an uninterrupted run, and one from a checkpoint in a window; clipped

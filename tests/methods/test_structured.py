@@ -65,7 +65,6 @@ class TestFusedQueries(MethodContract):
     families = ("gpt2", "gpt_neox")
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 

@@ -53,7 +53,6 @@ class TestMAM(MethodContract):
     adaptation: ClassVar[dict[str, Any]] = MAM
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 

@@ -26,14 +26,12 @@ class TestVeRA(MethodContract):
     families = ("gpt2",)
 
 
-@pytest.mark.slow
 class TestEverywhere(TestVeRA):
     """The same on the other families."""
 
     families = OTHERS
 
 
-@pytest.mark.slow
 class TestBesideExperts(MethodContract):
     """The attentions of a mixture of experts."""
 
@@ -41,7 +39,6 @@ class TestBesideExperts(MethodContract):
     families = ("mixtral",)
 
 
-@pytest.mark.slow
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 

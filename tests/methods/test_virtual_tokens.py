@@ -72,7 +72,6 @@ class TestInfixPreLayer(MethodContract):
     adaptation: ClassVar[dict[str, Any]] = {"method": "pre_layer", "length": 3, "infix": 2}
 
 
-@pytest.mark.slow
 class TestPromptDeployed(DeploymentContract):
     """Exports and compilation."""
 
@@ -80,7 +79,6 @@ class TestPromptDeployed(DeploymentContract):
     families = ("gpt2", "bert", "t5")
 
 
-@pytest.mark.slow
 class TestPreLayerDeployed(DeploymentContract):
     """Exports and compilation."""
 

@@ -35,7 +35,6 @@ def adapted(family: str, model: nn.Module, seed: int = 0) -> Compiled:
     return graftc.compile(spec, model, wide.inputs() if wide.inputs else None, seed=seed)
 
 
-@pytest.mark.slow
 class TestLoRAByRole(MethodContract):
     """The method contract on every architecture."""
 

@@ -13,8 +13,6 @@ import pytest
 
 from tests.parity.adapterhub import ARCHITECTURES, TOLERANCE, adapted, reference
 
-pytestmark = pytest.mark.slow
-
 Entry = Mapping[str, Any]
 DOUBLE: Entry = {"method": "houlsby", "bottleneck": None, "reduction": 6, "activation": "silu"}
 SEQ: Entry = {"method": "pfeiffer", "reduction": 5}

@@ -19,8 +19,6 @@ from graftc.runtime.compiled import Compiled
 from graftc.testing import largest_difference
 from tests.parity.adapterhub import ARCHITECTURES, TOLERANCE, reference
 
-pytestmark = pytest.mark.slow
-
 SEQ = {"method": "pfeiffer", "reduction": 5}
 PAR = {"method": "he_parallel", "bottleneck": None, "reduction": 3}
 LORA = {"method": "lora", "rank": 3, "alpha": 3, "target": {"role": "attn.{q,v}"}}

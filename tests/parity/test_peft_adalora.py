@@ -88,7 +88,6 @@ def allocator_of(other: Any) -> Any:
     return other.base_model.rankallocator
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", MODULES)
 def test_outputs_and_objective(family: str) -> None:
     """Logits at three shapes, merged too; the objective is what peft adds to a loss."""

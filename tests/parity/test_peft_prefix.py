@@ -184,7 +184,6 @@ def test_encoders(family: str) -> None:
     assert largest_difference([found], [expected]) <= TOLERANCE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bloom", "mpt"])
 def test_written_out(family: str) -> None:
     """Attentions that transformers has no fused call for, with ALiBi; peft has no cache of the shape they take."""

@@ -147,7 +147,6 @@ def test_what_else_is_there_stays() -> None:
 PEFT: dict[Kind, str] = {"concatenation": "cat", "linear": "linear", "svd": "svd"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", PEFT)
 @pytest.mark.parametrize("weights", [(0.6, 0.4), (1.0, 2.0)])
 def test_as_peft_does(kind: Kind, weights: tuple[float, float]) -> None:

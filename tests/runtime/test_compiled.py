@@ -48,7 +48,6 @@ def test_loss_from_labels_is_the_models_own() -> None:
     assert type(found) is type(expected)
 
 
-@pytest.mark.slow
 def test_causal_loss_from_labels_is_the_models_own() -> None:
     model = families.llama().eval()
     adapted = compiled(model).eval()
@@ -58,7 +57,6 @@ def test_causal_loss_from_labels_is_the_models_own() -> None:
         assert torch.equal(adapted(**inputs, labels=inputs["input_ids"]).loss, expected)
 
 
-@pytest.mark.slow
 def test_float_labels_are_another_loss_than_integer_ones() -> None:
     model = families.bert().eval()
     adapted = compiled(model).eval()

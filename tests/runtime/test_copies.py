@@ -64,7 +64,6 @@ def test_a_copy_computes_the_same_and_shares_no_tensor(family: str) -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.slow
 def test_a_copy_is_a_whole_model() -> None:
     """New signatures, the base alone, merging, loading of adapters, copying again; as a part of a module, too."""
     compiled = adapted("gpt2", LORA, DORA)

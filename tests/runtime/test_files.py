@@ -96,11 +96,10 @@ def points() -> Iterator[Any]:
         for scenario in SCENARIOS:
             quick = fault == "enospc" or scenario in ("folder over folder", "pair over pair")
             for exchange, name in ((True, "exchange"), (False, "journal")):
-                marks = () if quick else pytest.mark.slow
+                marks = () if quick else pytest.mark.full
                 yield pytest.param(fault, scenario, exchange, id=f"{fault}-{scenario}-{name}", marks=marks)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "scenario", "exchange"), list(points()))
 def test_every_point(
     scenario: str, fault: Fault, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

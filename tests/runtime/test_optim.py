@@ -298,7 +298,6 @@ def test_settings_out_of_bounds() -> None:
             graftc.optim.SM3([p], **wrong)
 
 
-@pytest.mark.slow
 def test_the_facade_loads_it_when_it_is_used() -> None:
     """`import graftc` alone brings no torch; the module is listed."""
     code = (

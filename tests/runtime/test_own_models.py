@@ -46,8 +46,7 @@ def encoder() -> nn.Module:
     return nn.Sequential(randomise(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)), nn.Linear(16, 3))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("enabled", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("enabled", [True, False])
 def test_attention_of_torch_nn(enabled: bool) -> None:
     model = seeded(Attending)
     torch.backends.mha.set_fastpath_enabled(enabled)
@@ -159,7 +158,6 @@ def test_a_graph_never_serves_a_size_that_its_model_treats_otherwise() -> None:
             torch.testing.assert_close(adapted(states), expected(states), atol=2e-5, rtol=0)
 
 
-@pytest.mark.slow
 def test_a_bound_length_is_captured_anew_and_noted() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 

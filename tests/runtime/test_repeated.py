@@ -76,7 +76,6 @@ def no_warning() -> Iterator[None]:
 LABELS = torch.arange(5) % 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["alike", "attached"])
 def test_value_and_gradient_are_those_of_the_formula(kind: str) -> None:
     """Loss of the first pass plus the term, and the gradient of that, with the target detached or not."""
@@ -111,7 +110,6 @@ def test_detaching_changes_the_gradient_only() -> None:
     assert any((found[0][name] - found[1][name]).abs().max() > 1e-5 for name in found[0])
 
 
-@pytest.mark.slow
 def test_positions_of_a_causal_model() -> None:
     """Those that predict a label other than -100 count: exactly where the loss has a gradient."""
     compiled = adapted(SETTINGS["alike"], "gpt2")
@@ -143,7 +141,6 @@ def test_where_labels_stand(family: str) -> None:
     assert shift == (family != "t5")
 
 
-@pytest.mark.slow
 def test_one_logit_has_nothing_to_differ_in() -> None:
     """Regression: the term is zero, and the loss is that of the first pass."""
     model = tiny("bert", num_labels=1, **STILL["bert"])
@@ -275,7 +272,6 @@ def test_two_adaptations_have_a_term_each() -> None:
     torch.testing.assert_close(extra.detach(), 0.75 * divergence(*passes, True).mean() + alone)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_compiled_training_step(labelled: bool) -> None:
     """`torch.compile(fullgraph=True)` takes both passes and the term; the term without labels waits as well."""

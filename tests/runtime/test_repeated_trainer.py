@@ -64,7 +64,7 @@ def noted_states(run: Any) -> list[Tensor]:
     return states
 
 
-@pytest.mark.parametrize("callback", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("callback", [True, False])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_trainer_has_the_term(callback: bool, steps: int, tmp_path: Path) -> None:
     """With the callback and without it, with accumulation and without it: the values of a loop by hand, to the bit."""
@@ -95,7 +95,6 @@ def test_a_trainer_that_computes_the_loss_itself(tmp_path: Path) -> None:
         run.train()
 
 
-@pytest.mark.slow
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     """Routes and dropout masks come from torch's generator, which the Trainer keeps: to the bit."""
     settings = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2, "optim": "adamw_torch"}

@@ -121,7 +121,6 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", CALLS)
 def test_every_signature_gives_the_source_models_outputs(family: str) -> None:
     model = frozen(families.tiny(family))
@@ -160,10 +159,9 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
     "sequences": (lambda: families.tiny("t5"), {"labels": text(3, 5)["input_ids"]}),
     "images": (lambda: families.tiny("vit"), {"labels": torch.tensor([0, 2, 1]), **images()}),
 }
-QUICK = ("causal", "images")
 
 
-@pytest.mark.parametrize("name", [pytest.param(h, marks=() if h in QUICK else pytest.mark.slow) for h in HEADS])
+@pytest.mark.parametrize("name", list(HEADS))
 def test_labels_give_the_models_own_loss_to_the_bit(name: str) -> None:
     make, labels = HEADS[name]
     model = make()
@@ -201,7 +199,6 @@ def switching(family: str) -> tuple[nn.Module, Any, dict[str, dict[str, Any]]]:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_no_signature_forgets_an_adaptation(family: str) -> None:
     model, adapted, calls = switching(family)
@@ -220,7 +217,7 @@ def test_no_signature_forgets_an_adaptation(family: str) -> None:
             torch.testing.assert_close(outputs[name], outputs["usual"], atol=1e-6, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.slow), "llama"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
 def test_gradients_reach_the_same_tensors_in_every_signature(family: str) -> None:
     _, adapted, calls = switching(family)
     adapted.train()
@@ -241,7 +238,6 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.slow
 def test_switching_never_copies_a_tensor() -> None:
     import gc
 
@@ -282,7 +278,6 @@ def test_an_adapted_place_that_a_signature_does_not_read_is_an_error() -> None:
         adapted(**text())
 
 
-@pytest.mark.slow
 def test_packed_sequences_are_those_run_apart() -> None:
     model = frozen(families.tiny("llama"))
     adapted = graftc.compile({"adapt": [LORA]}, model).eval()
@@ -299,7 +294,6 @@ def test_packed_sequences_are_those_run_apart() -> None:
     assert float((joined - packed).abs().max()) > 1e-3
 
 
-@pytest.mark.slow
 def test_a_graph_is_made_once_per_signature() -> None:
     adapted = graftc.compile({"adapt": [LORA]}, families.tiny("bert")).eval()
     families_of = adapted.compilation.families
@@ -320,7 +314,6 @@ def test_a_graph_is_made_once_per_signature() -> None:
     assert [key for key in families_of if "output_hidden_states=True" in key]
 
 
-@pytest.mark.slow
 def test_a_flag_belongs_to_the_capture_cache(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
     model = families.tiny("llama").eval()
@@ -354,7 +347,6 @@ def test_flags_may_be_there_from_the_start() -> None:
         pytest.param(
             {"labels": torch.zeros(2, 3, 4)},
             r"GC031: no graph can be made: .*labels(.|\n)*hint: leave out labels",
-            marks=pytest.mark.slow,
         ),
         ({"output_hidden_states": "yes", "labels": torch.zeros(5, 5)}, r"output_hidden_states='yes'(.|\n)*leave out"),
     ],

@@ -57,8 +57,7 @@ def no_warning() -> Iterator[None]:
         yield
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["sora", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "sora")])
+@pytest.mark.parametrize("method", ["sora", *(m for m in METHODS if m != "sora")])
 def test_an_artifact_in_the_middle_of_training_changes_nothing(method: str, tmp_path: Path) -> None:
     """Saved, loaded and trained on: parameters and state end equal to the bit with an uninterrupted run."""
     whole = adapted(METHODS[method])

@@ -90,8 +90,8 @@ def plain_loop(compiled: Any, like: Any, epochs: int = 2, clip: float = 1.0) -> 
             optimiser.zero_grad()
 
 
-@pytest.mark.parametrize("method", [pytest.param("adalora", marks=pytest.mark.slow), "sora"])
-@pytest.mark.parametrize("clip", [1.0, pytest.param(0.05, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["adalora", "sora"])
+@pytest.mark.parametrize("clip", [1.0, 0.05])
 def test_a_plain_loop_and_the_callback_give_the_same(method: str, clip: float, tmp_path: Path) -> None:
     """Equal to the bit, with gradients clipped too: objectives are clipped with the loss."""
     first, second = adapted(METHODS[method]), adapted(METHODS[method])
@@ -103,8 +103,7 @@ def test_a_plain_loop_and_the_callback_give_the_same(method: str, clip: float, t
     assert expected[f"graftc.{method}.step"].tolist() == [8]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["adalora", pytest.param("sora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["adalora", "sora"])
 def test_accumulation_counts_once(method: str, tmp_path: Path) -> None:
     """Two half batches make one step: as many controller steps, the objective's gradient once, the same values."""
     whole, halves = adapted(METHODS[method]), adapted(METHODS[method])
@@ -159,7 +158,6 @@ def test_the_gradient_of_an_objective_is_counted_once(tmp_path: Path) -> None:
         assert gradient.any() and torch.equal(seen[0][name], gradient)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(method: str, tmp_path: Path) -> None:
     """From a checkpoint between and one within the epochs, dropout and draws included: to the bit."""
@@ -177,7 +175,6 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(method: str, tmp_pat
             assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.slow
 def test_a_second_training_goes_on_from_the_first(tmp_path: Path) -> None:
     """The schedule of a model that has been trained before has both trainings."""
     compiled = adapted(ADALORA)
@@ -187,7 +184,6 @@ def test_a_second_training_goes_on_from_the_first(tmp_path: Path) -> None:
     assert (controller.steps, controller.total) == (12, 12)
 
 
-@pytest.mark.slow
 def test_a_training_without_the_callback_is_noticed(tmp_path: Path) -> None:
     """GC025 when it is merged."""
     compiled = adapted(SORA)

@@ -108,7 +108,6 @@ def test_two_compiles_of_one_model_at_once(net: nn.Module) -> None:
             assert torch.equal(compiled.eval()(x), net(x))
 
 
-@pytest.mark.slow
 def test_a_compile_beside_models_that_run(net: nn.Module) -> None:
     """Neither another compiled model nor plain modules see that somebody is capturing."""
     given = calls()[1]

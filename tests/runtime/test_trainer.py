@@ -14,8 +14,6 @@ from tests import families
 from tests.parity.support import Case, Names, pair
 from tests.runtime.trainers import Run, check_checkpoint, interrupted
 
-pytestmark = pytest.mark.slow
-
 
 def examples(count: int = 48) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)

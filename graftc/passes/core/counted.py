@@ -15,8 +15,8 @@ aten = torch.ops.aten
 
 
 def counted_inputs(numbers: fx.Node) -> list[fx.Node]:
-    """The inputs whose values decide on positions; none where sizes and masks of tokens do, since they go along with a
-    longer sequence by themselves."""
+    """The inputs whose values decide on positions, ids of tokens among them; none where sizes and masks alone do, which
+    go along with a longer sequence by themselves, or where positions are given."""
     read = {
         source
         for node in above([numbers])
@@ -24,7 +24,7 @@ def counted_inputs(numbers: fx.Node) -> list[fx.Node]:
         for source in node.all_input_nodes
         if source.op == "placeholder"
     }
-    return sorted(read) if any(not _is_mask(node) for node in read) else []
+    return sorted(read) if any(str(node.target).endswith("input_ids") for node in read) else []
 
 
 def tokens_in_front(call: Call, numbers: fx.Node, ids: fx.Node, length: int) -> fx.Node:
