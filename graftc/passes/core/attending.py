@@ -20,6 +20,7 @@ from graftc.specs.diagnostics import GraftError, Place
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
 _END = 2**63 - 1
+_TAKEN = "positions taken"
 _ANY = (2, 2)
 """Tokens to count positions of: padding is 0 or 1 in most vocabularies."""
 
@@ -52,6 +53,7 @@ class AttentionBuilder(ReplayBuilder):
         assert isinstance(numbers, fx.Node)
         self._leave_room(positions, numbers, length)
         later = self._later(numbers, length)
+        later.meta[_TAKEN] = numbers.meta.get(_TAKEN, 0) + length
         self._redirect(numbers, later, lambda user: user is positions.reader, narrow=True)
 
     def _later(self, numbers: fx.Node, length: int) -> fx.Node:
@@ -77,11 +79,7 @@ class AttentionBuilder(ReplayBuilder):
             return
         if found.is_meta:
             return
-        rows, before = int(table.meta["val"].shape[0]), numbers
-        taken = length
-        while (provenance(before) or {}).get("part") == "positions":  # an earlier prefix
-            taken += int(before.args[1])  # type: ignore[arg-type]
-            before = before.all_input_nodes[0]
+        rows, taken = int(table.meta["val"].shape[0]), numbers.meta.get(_TAKEN, 0) + length
         most = rows - 1 - taken - int(found.max()) + len(_ANY)
         why = f"{self.adaptation!r} takes {length} of the {rows} positions of {table.target}"
         for spec, node in zip(self.program.inputs, self.program.placeholders(), strict=True):
