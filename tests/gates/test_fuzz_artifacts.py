@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,43 +35,50 @@ from graftc.testing.compare import inputs_for
 from tests.artifact.support import adapted, saved_base
 from tests.gates.mutate import mutate
 
-COUNT = int(os.environ.get("FUZZ") or "3000")
+COUNT = min(3000, int(os.environ.get("GRAFTC_FUZZ", "3000")))
 SAMPLE = 60
 SECONDS = 5
 MEMORY = 1 << 30
 
-_WATCHED: list[tuple[str, str]] | None = None
+_WATCHED: list[tuple[str, str, bool]] | None = None
 _CODE = tuple(p for p in (*sys.path, sys.prefix, sys.base_prefix, str(Path(__file__).parents[2])) if p)
 _SYSTEM = ("/proc/", "/sys/", "/dev/null", "/dev/urandom")
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     """Note every file that is opened or changed, and every program that is started."""
-    if _WATCHED is None or event not in ("open", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.system", "exec"):
-        return
-    if event in ("exec", "os.system"):
+    if _WATCHED is None or event not in _EVENTS:
         return
     if isinstance(arguments[0], str | bytes | os.PathLike):
-        _WATCHED.append((event, os.fsdecode(arguments[0])))
+        opened = event == "open"
+        writes = not opened or bool(int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        _WATCHED.append((event, os.fsdecode(arguments[0]), writes))
+
+
+_EVENTS = frozenset(
+    ("open", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+) | {"os.system", "os.posix_spawn", "os.exec", "subprocess.Popen"}
 
 
 sys.addaudithook(_audit)
 
 
 @contextmanager
-def watched(*allowed: Path) -> Iterator[None]:
-    """Inside, no file is opened but below some folders, and those of Python and the system."""
+def watched(folder: Path) -> Iterator[None]:
+    """Inside, no file is read but below a folder, and those of Python and the system; nothing is changed outside of the
+    folder, and no program is started."""
     global _WATCHED
     _WATCHED = []
     try:
         yield
     finally:
         found, _WATCHED = _WATCHED, None
-    inside = tuple(str(folder) for folder in allowed)
+    reads = (str(folder), *_CODE, *_SYSTEM)
     outside = [
         (event, path)
-        for event, path in found
-        if os.path.isabs(path) and not os.path.normpath(path).startswith((*inside, *_CODE, *_SYSTEM))
+        for event, path, writes in found
+        if not os.path.normpath(os.path.abspath(path)).startswith((str(folder), "/dev/null") if writes else reads)
+        and "__pycache__" not in path
     ]
     assert not outside, outside[:5]
 
@@ -92,6 +100,16 @@ def bounded() -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) << 10
     assert grown < MEMORY, f"{grown >> 20} MB more"
+
+
+@contextmanager
+def temporary(folder: Path) -> Iterator[None]:
+    """Inside, temporary files are below a folder."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 class Fuzzed:
@@ -116,7 +134,7 @@ class Fuzzed:
         ways = [self._verify, *([self._inspect, self._load] if number % every == 0 else [])]
         for read in [*ways, *([self._commands] if number % (20 * every) == 0 else [])]:
             try:
-                with bounded(), watched(self.folder, Path("/tmp")):
+                with bounded(), watched(self.folder), temporary(self.folder):
                     read(changed)
                 outcomes.append("read")
             except GraftError as error:
@@ -197,10 +215,16 @@ def test_what_the_system_sees(tmp_path: Path) -> None:
     )
     (tmp_path / "work").mkdir()
     command = ["strace", "-f", "-qq", "-e", "trace=%file", "-o", str(log), sys.executable, "-c", script]
-    subprocess.run([*command, str(tmp_path / "work")], check=True, cwd=Path(__file__).parents[2])
+    environment = {
+        **os.environ,
+        "TMPDIR": str(tmp_path),
+        "GRAFTC_CACHE": "off",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+    }
+    subprocess.run([*command, str(tmp_path / "work")], check=True, cwd=Path(__file__).parents[2], env=environment)
     lines = [line for line in log.read_text(errors="replace").splitlines() if " = -1 " not in line]
     written = [path for line in lines if _WRITES.search(line) for path in _PATH.findall(line)]
-    allowed = (str(tmp_path), "/dev/null", os.environ.get("GRAFTC_CACHE", "/tmp/"), "/tmp/", "/proc/", "/dev/shm/")
+    allowed = (str(tmp_path), "/dev/null", "/proc/self/")
     outside = [path for path in written if os.path.isabs(path) and not path.startswith(allowed)]
     assert not [path for path in outside if "__pycache__" not in path]
     assert not [path for line in lines for path in _PATH.findall(line) if path == "/dev/zero"]
