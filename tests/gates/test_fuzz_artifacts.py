@@ -52,8 +52,17 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if isinstance(arguments[0], str | bytes | os.PathLike):
         opened = event == "open"
         writes = not opened or bool(int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        _WATCHED.append((event, os.fsdecode(arguments[0]), writes))
+        path = os.fsdecode(arguments[0])
+        if not os.path.isabs(path):
+            if opened:  # which folder it is in is not told; the system's own log has it
+                return
+            folder = arguments[_FOLDER.get(event, 0)]
+            path = os.path.join(f"/proc/self/fd/{folder}" if type(folder) is int and folder >= 0 else ".", path)
+        _WATCHED.append((event, os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)), writes))
 
+
+_FOLDER = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2}
+"""Where an event has the descriptor of the folder that a path is in."""
 
 _EVENTS = frozenset(
     ("open", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
@@ -77,8 +86,7 @@ def watched(folder: Path) -> Iterator[None]:
     outside = [
         (event, path)
         for event, path, writes in found
-        if not os.path.normpath(os.path.abspath(path)).startswith((str(folder), "/dev/null") if writes else reads)
-        and "__pycache__" not in path
+        if not path.startswith((str(folder), "/dev/null") if writes else reads) and "__pycache__" not in path
     ]
     assert not outside, outside[:5]
 
