@@ -112,6 +112,7 @@ class Compilation:
         axes = axes_of(self.model, tensors, known)
         failure: GraftError | None = None
         for attempt in less_dynamic(axes, tensors):
+            known_before = set(self.families)
             try:
                 family = self.add(attempt, flags, chosen)
             except GraftError as error:
@@ -121,7 +122,16 @@ class Compilation:
             else:
                 if fits(family.train.inputs, inputs):
                     return family
+                if family.key not in known_before:
+                    self._forget(family)
         raise self._not_captured(axes, flags, failure)
+
+    def _forget(self, family: Family) -> None:
+        """Let a family go that nobody uses."""
+        del self.families[family.key]
+        for keys in self.variants.values():
+            if family.key in keys:
+                keys.remove(family.key)
 
     def _check_room(self, tensors: Mapping[str, Tensor]) -> None:
         """Whether adaptations that take positions of their own leave enough of them for a text.
@@ -175,10 +185,13 @@ class Compilation:
         always = [name for name, composition in self.controls.items() if isinstance(composition, Parallel)]
         family = compile_family(self, axes, flags, list(dict.fromkeys([*always, *chosen])))
         signature = signature_of_program(family.train.inputs, family.train.flags)
-        sizes = (
-            f"{s.name}.{i}={low}" for s in family.base.inputs for i, (low, high) in enumerate(s.ranges) if low == high
-        )
-        family.key = key = (*signature, *sizes)
+        bounds = [(f"{s.name}.{i}", low, high) for s in family.base.inputs for i, (low, high) in enumerate(s.ranges)]
+        key = (*signature, *(f"{axis}={low}" for axis, low, high in bounds if low == high))
+        if key in self.families:  # for other sizes of the same inputs the model may compute something else
+            key = (*key, *(f"{axis}={low}..{high}" for axis, low, high in bounds))
+        if key in self.families:
+            return self.families[key]
+        family.key = key
         self.families[key] = family
         self.variants.setdefault(signature, []).append(key)
         self.default = self.default or key

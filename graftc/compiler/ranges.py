@@ -18,6 +18,7 @@ from graftc.passes.core.program import InputSpec
 
 _UNBOUNDED = 2**31
 _PROBES = (5, 17, 101)
+_SIZES = (*range(2, 10), 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 255, 256, 257)
 _LEAST = 2
 """Symbols start here because 0 and 1 are special to torch's tracer; the operators themselves take those as well."""
 
@@ -63,7 +64,8 @@ class InputSizes:
             for captured, size in zip(axis.sizes, value.shape, strict=True):
                 symbol = _expression(size)
                 shape.append((self._name(symbol) if symbol is not None else None) or captured)
-                ranges.append(_range(self.environment, symbol) if symbol is not None else (captured, captured))
+                fixed = (captured, captured)
+                ranges.append(_range(self.environment, symbol, captured) if symbol is not None else fixed)
             found.append(InputSpec(axis.name, axis.dtype, tuple(shape), tuple(ranges)))
         return tuple(found)
 
@@ -92,18 +94,29 @@ def _expression(size: Any) -> Any:
     return None if not isinstance(size, torch.SymInt) or size.node.expr.is_number else size.node.expr
 
 
-def _range(environment: Any, symbol: Any) -> tuple[int, int | None]:
+def _range(environment: Any, symbol: Any, captured: int) -> tuple[int, int | None]:
+    """From the least size to the largest: on the captured side of single sizes that the graph does not hold for."""
     bounds = environment.var_to_range[symbol]
     low, high = int(bounds.lower), bounds.upper
     finite = isinstance(high, int | sympy.Integer) and int(high) < _UNBOUNDED
-    return low if low > _LEAST else 0, int(high) if finite else None
+    low, most = low if low > _LEAST else 0, int(high) if finite else None
+    for guard in environment.guards:
+        if isinstance(guard.expr, sympy.Ne) and symbol in guard.expr.args:
+            other = next(side for side in guard.expr.args if side != symbol)
+            if other.is_number and int(other) >= _LEAST:
+                if int(other) > captured:
+                    most = int(other) - 1 if most is None else min(most, int(other) - 1)
+                else:
+                    low = max(low, int(other) + 1)
+    return low, most
 
 
 def _bound(environment: Any, places: dict[Any, list[tuple[Axis, int]]]) -> set[Any]:
     """Symbols that a guard holds to their captured sizes.
 
-    Unnamed axes: by any guard but a plain range. Named ones: by what remains, once those have their numbers, of an
-    equation (divisibility, a product that must be another); inequalities there only tell sizes from 0 and 1.
+    Unnamed axes: by any guard but a plain range. Named ones: by what remains of a guard, once those have their numbers,
+    where it does not hold for other sizes: divisibility, a product that must be another or may not be too large. Most
+    inequalities only tell sizes from 0 and 1.
     """
     captured = {symbol: axis.sizes[dim] for symbol, ((axis, dim), *_) in places.items() if symbol.is_symbol}
     named = {s for s in captured if any(isinstance(axis.axes[dim], str) for axis, dim in places[s])}
@@ -113,15 +126,26 @@ def _bound(environment: Any, places: dict[Any, list[tuple[Axis, int]]]) -> set[A
     numbers = {symbol: sympy.Integer(captured[symbol]) for symbol in bound}
     for guard in guards:
         rest = guard.xreplace(numbers)
-        if isinstance(rest, sympy.Eq) and not all(_holds(rest, number) for number in _PROBES):
-            bound |= rest.free_symbols & captured.keys()
+        if not isinstance(rest, sympy.core.relational.Relational):
+            continue
+        symbols = rest.free_symbols & captured.keys()
+        single = len(rest.free_symbols) == 1 and not isinstance(rest, sympy.Eq)
+        if not all(_holds(rest, number) for number in (_allowed(environment, rest) if single else _PROBES)):
+            bound |= symbols
     return bound
 
 
-def _holds(equation: sympy.Eq, number: int) -> bool:
-    """Whether an equation holds with every symbol at about ``number``, no two the same."""
-    values = {s: sympy.Integer(number + 2 * i) for i, s in enumerate(sorted(equation.free_symbols, key=str))}
-    return bool(equation.xreplace(values) == sympy.true)
+def _allowed(environment: Any, guard: Any) -> list[int]:
+    """Sizes of its only symbol to try a guard at."""
+    (symbol,) = guard.free_symbols
+    bounds = environment.var_to_range.get(symbol)
+    return [size for size in _SIZES if bounds is None or bool(bounds.lower <= size <= bounds.upper)]
+
+
+def _holds(guard: Any, number: int) -> bool:
+    """Whether a guard holds with every symbol at about ``number``, no two the same."""
+    values = {s: sympy.Integer(number + 2 * i) for i, s in enumerate(sorted(guard.free_symbols, key=str))}
+    return bool(guard.xreplace(values) == sympy.true)
 
 
 def _is_range(guard: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import graftc
 from graftc.runtime.artifact import open_artifact
 from graftc.runtime.artifact.verify import verify
 from graftc.specs.diagnostics import GraftError
@@ -297,3 +300,26 @@ def test_verify_says_so_without_a_base(artifact: Path) -> None:
     edit_json(artifact, GRAPH, GRAPHS["another mode"])
     found = verify(artifact, files_only=True)
     assert [check.name for check in found.checks if check.passed is False] == ["graph files"]
+
+
+@pytest.mark.parametrize("name", ["spec.yaml", "programs/0.train.json"])
+def test_a_file_of_gigabytes_is_refused_before_it_is_read(name: str, tmp_path: Path) -> None:
+    """A hole takes no room on a disk, and hours to digest."""
+    path = Path(adapted(saved_base(tmp_path / "base")).save(tmp_path / "artifact"))
+    os.truncate(path / name, 8 << 30)
+    edit_manifest(path, files=lambda files: {**files, name: {**files[name], "bytes": 8 << 30}})
+    started = time.process_time()
+    with pytest.raises(GraftError, match=rf"GC082.*{name}"):
+        open_artifact(path)
+    assert time.process_time() - started < 5
+
+
+def test_what_is_not_finite_is_saved_without_a_certificate_only(tmp_path: Path) -> None:
+    compiled = adapted(saved_base(tmp_path / "base"))
+    with torch.no_grad():
+        next(p for p in compiled.parameters() if p.requires_grad).fill_(float("nan"))
+    with pytest.raises(GraftError, match=r"GC051.*not finite"):
+        compiled.save(tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
+    compiled.save(tmp_path / "artifact", certify=False)
+    assert any(t.isnan().any() for t in graftc.load(tmp_path / "artifact").adapter_state_dict().values())

@@ -397,3 +397,51 @@ def test_a_flag_under_torch_compile() -> None:
                 assert_same(whole(**text(2, 9), output_hidden_states=True), expected[1])
     finally:
         dynamo.reset()
+
+
+class Sizes(nn.Module):
+    """Computes something else from some number of rows or tokens on."""
+
+    def __init__(self, branch: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branch = branch
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        taken = {
+            "rows over 3": x.shape[0] > 3,
+            "rows over 5": x.shape[0] > 5,
+            "6 rows": x.shape[0] == 6,
+            "tokens over 3": x.shape[1] > 3,
+            "another layer": x.shape[0] > 3,
+            "every fourth": x.shape[0] % 4 == 3,
+            "many": x.shape[0] * x.shape[1] > 30,
+        }[self.branch]
+        if not taken:
+            return y
+        return torch.tanh(self.b(y)) if self.branch == "another layer" else y + 5
+
+
+BRANCHES = ["rows over 3", "rows over 5", "6 rows", "tokens over 3", "another layer", "every fourth", "many"]
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_other_sizes_get_the_graph_of_their_own_range(branch: str, tmp_path: Path) -> None:
+    """Not the code of the first one: in eval and train mode, in copies, merged, and read from an artifact."""
+    model = Sizes(branch).eval()
+    lora = {"method": "lora", "rank": 2, "target": {"modules": "a"}}
+    compiled = graftc.compile({"adapt": [lora]}, model, {"x": torch.randn(2, 3, 8)}).eval()
+    inputs = [torch.randn(rows, tokens, 8) for rows, tokens in ((2, 3), (6, 3), (6, 7), (2, 7), (4, 3), (7, 7))]
+
+    def held(made: Any) -> None:
+        for x in inputs:
+            torch.testing.assert_close(made(x), model(x), rtol=0, atol=1e-6)
+
+    held(compiled)
+    held(compiled)
+    held(compiled.train())
+    compiled.eval().save(tmp_path / "kept")
+    for made in (copy.deepcopy(compiled), compiled.merge(), graftc.load(tmp_path / "kept", model).eval()):
+        held(made)

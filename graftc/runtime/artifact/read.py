@@ -292,6 +292,8 @@ def check_files(folder: Path, present: set[str], listed: Mapping[str, tuple[int,
         actual = (folder / name).stat().st_size
         if actual != size:
             raise damaged(where, name, f"has {actual} bytes, not {size}")
+        if actual > GRAPH_BYTES and not name.endswith(".safetensors"):
+            raise damaged(where, name, f"has {actual} bytes; what holds no tensors has {GRAPH_BYTES} at most")
         if file_digest(folder / name) != digest:
             raise damaged(where, name, "has changed since it was written")
 

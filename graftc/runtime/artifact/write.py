@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -91,8 +92,16 @@ def require_values(compiled: CompiledRunner) -> None:
 
 
 def certificate_of(compiled: Compiled | CompiledRunner) -> tuple[Certificate | None, dict[str, str]]:
-    """The certificate of folding what folds, whether it passes or not, and what does not fold with the reason."""
+    """The certificate of folding what folds, whether it passes or not, and what does not fold with the reason.
+
+    Raises:
+        GraftError: GC051 where the model gives numbers that are not finite, of which there is nothing to certify.
+    """
     merged = fold(compiled)
+    if not all(map(math.isfinite, (*merged.certificate.outputs.values(), merged.certificate.budget))):
+        message = "the model gives numbers that are not finite, so that nothing can be certified"
+        hint = "look for NaN in what was trained and in buffers; certify=False saves it as it is"
+        raise GraftError("GC051", message, hint=hint)
     return (merged.certificate if merged.folded else None), dict(merged.kept)
 
 
