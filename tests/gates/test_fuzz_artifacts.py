@@ -209,7 +209,7 @@ def test_all(fuzzed: Fuzzed) -> None:
 
 
 _WRITES = re.compile(
-    r"\b(?:O_WRONLY|O_RDWR|O_CREAT|unlink\w*|rename\w*|mkdir\w*|rmdir|linkat|symlink\w*|\w*chmod\w*|truncate)\b"
+    r"^\d+\s+(?:unlink|rename|mkdir|rmdir|link|symlink|f?chmod|truncate|mknod)\w*\(|\bO_(?:WRONLY|RDWR|CREAT)\b"
 )
 _PATH = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
