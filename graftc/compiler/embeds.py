@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from torch import fx, nn
@@ -150,12 +150,15 @@ def _counted(tokens: Program, structure: Structure, body: Program, own: Structur
 
 def _positions(program: Program, structure: Structure) -> dict[str, fx.Node]:
     """Numbers of positions, by the table that they are looked up in."""
-    found = {}
+    return {str(table.target): numbers for table, numbers in _tables(program, structure)}
+
+
+def _tables(program: Program, structure: Structure) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Tables of positions with the numbers that are looked up in them."""
     for positions in position_readers(program.graph, structure.findings):
         table, numbers = positions.reader.args[0], positions.reader.args[positions.index]
         if positions.index == 1 and isinstance(table, fx.Node) and isinstance(numbers, fx.Node):
-            found[str(table.target)] = numbers
-    return found
+            yield table, numbers
 
 
 def _ends(structure: Structure) -> dict[str, fx.Node]:
@@ -191,10 +194,7 @@ def _most(body: Program, stream: Lengthened, structure: Structure) -> int | None
     bounds = [spec.ranges[1][1]] if isinstance(spec.shape[1], str) else []
     node = next(node for node in body.placeholders() if str(node.target) == stream.embeds)
     size = expression(node.meta["val"].shape[1])
-    for positions in position_readers(body.graph, structure.findings):
-        table, numbers = positions.reader.args[0], positions.reader.args[positions.index]
-        if positions.index != 1 or not isinstance(table, fx.Node) or not isinstance(numbers, fx.Node):
-            continue
+    for table, numbers in _tables(body, structure):
         if expression(numbers.meta["val"].shape[-1]) == size:
             bounds.append(int(table.meta["val"].shape[0]))
     return min((bound for bound in bounds if bound is not None), default=None)

@@ -95,9 +95,7 @@ class _Composer:
         return made
 
     def _sequence(self, stream: Lengthened, inputs: Mapping[str, fx.Node]) -> Sequenced:
-        for node in above([stream.value]):
-            if node not in self.first:
-                self._copy(node, self.first)
+        value = self._of_tokens(stream.value)
         beside = [s for s in self.body.inputs if s.name in inputs and _goes_along(s.shape, self.tokens, stream.ids)]
         along = {s.name: inputs[s.name] for s in beside}
         for spec in beside:
@@ -108,7 +106,7 @@ class _Composer:
                     hint="call the model without it",
                 )
         numbers = [n for n in self.counted.values() if _reads(n, stream.ids)]
-        return Sequenced(self.call, stream, self.first[stream.value], along, inputs[stream.ids], *numbers[:1])
+        return Sequenced(self.call, stream, value, along, inputs[stream.ids], *numbers[:1])
 
     def _recounted(self, numbers: fx.Node, sequences: Sequence[Sequenced]) -> fx.Node:
         """Positions that are counted by ids, of the longer ones."""

@@ -123,7 +123,7 @@ def test_killed_at_random(job: str, place: Path, worker: Worker) -> None:
         beside = {f"{name}.data"} if "onnx" in job else set()
         assert {p.name for p in out.iterdir()} <= {name, *beside}
         assert path.exists() or not any(out.iterdir())
-    assert killed > KILLS // 3
+    assert killed > KILLS // 2
     assert found == {True} if over else False in found
     assert over or KILLS < 50 or True in found, "none was killed when all was written"
     free = over or not path.exists()

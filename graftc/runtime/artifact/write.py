@@ -98,7 +98,7 @@ def certificate_of(compiled: Compiled | CompiledRunner) -> tuple[Certificate | N
         GraftError: GC051 where the model gives numbers that are not finite, of which there is nothing to certify.
     """
     merged = fold(compiled)
-    if not all(map(math.isfinite, (*merged.certificate.outputs.values(), merged.certificate.budget))):
+    if merged.folded and not all(map(math.isfinite, (*merged.certificate.outputs.values(), merged.certificate.budget))):
         message = "the model gives numbers that are not finite, so that nothing can be certified"
         hint = "look for NaN in what was trained and in buffers; certify=False saves it as it is"
         raise GraftError("GC051", message, hint=hint)
