@@ -82,22 +82,27 @@ class _Held:
                 return False
             now, before = list(now.values()), list(before.values())
         pairs = enumerate(zip(now, before, strict=True))
-        return all(self.inner[i].same(a) if i in self.inner else a is b for i, (a, b) in pairs)
+        return all(self.inner[i].same(a) if i in self.inner else _copied(a, b) for i, (a, b) in pairs)
 
     def restore(self) -> None:
         """Put back what was in it."""
         target = self.value if _is_container(self.value) else vars(self.value)
-        target.clear()
-        if isinstance(target, dict | set):
-            target.update(self.items)
-        else:
-            target.extend(self.items)
+        if not isinstance(target, tuple):
+            target.clear()
+            (target.update if isinstance(target, dict | set) else target.extend)(self.items)
         for held in self.inner.values():
             held.restore()
 
 
 def _is_container(value: Any) -> bool:
-    return type(value) in (list, dict, set, deque)
+    return isinstance(value, list | tuple | dict | set | deque)
+
+
+def _copied(value: Any, before: Any) -> bool:
+    """Whether a value is the one before, or may be its copy, where it is not looked into."""
+    if value is before:
+        return True
+    return _is_container(value) and type(value) is type(before) and len(value) == len(before)
 
 
 def _is_plain(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,26 +77,39 @@ def _type(tensor: TensorIdentity) -> str:
     return f"{tensor.dtype}[{', '.join(map(str, tensor.shape))}]"
 
 
-def identify(model: nn.Module, *, full: bool = False, updated: Collection[str] = ()) -> Identity:
+def identify(model: nn.Module, *, full: bool = False, replaced: Collection[str] = ()) -> Identity:
     """The identity of a base.
 
     Args:
         model: the source model.
         full: digest every value instead of `SAMPLES` of each tensor.
-        updated: tensors that graphs write to, whose values say nothing of which base it is.
+        replaced: tensors whose values say nothing of which base it is: see `replaced_tensors`.
     """
     tensors = {
         name: TensorIdentity(
             DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)),
             tuple(tensor.shape),
             tensor_digest(tensor[:0] if tensor.dim() else tensor.new_empty(0), full=full)
-            if name in updated
+            if name in replaced
             else tensor_digest(tensor, full=full),
             isinstance(tensor, nn.Parameter),
         )
         for name, tensor in Store.mirror(model).base()
     }
     return Identity(_config_digest(getattr(model, "config", None)), tensors, full)
+
+
+def replaced_tensors(updated: Iterable[str], trained: Iterable[str], aliases: Mapping[str, str]) -> frozenset[str]:
+    """Base tensors in whose place a compiled model has its own, so that any values of them will do.
+
+    Args:
+        updated: those that graphs write to.
+        trained: those that train in full, as a head does that is random in every base.
+        aliases: tied names, each to the name that owns the tensor. What is tied counts with its values: a spec may
+            untie it and train one of the two.
+    """
+    tied = {*aliases, *aliases.values()}
+    return frozenset({*updated, *(name for name in trained if name not in tied)})
 
 
 def tensor_digest(tensor: Tensor, *, full: bool = True) -> str:

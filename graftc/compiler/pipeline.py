@@ -16,6 +16,7 @@ from graftc.compiler.compose import Unit, averaged, controls, keep_composed, uni
 from graftc.compiler.copies import untied
 from graftc.compiler.defaults import default_signatures
 from graftc.compiler.family import Family, compile_family
+from graftc.compiler.fingerprint import replaced_tensors
 from graftc.compiler.interface import Flags
 from graftc.compiler.isolation import exclusive
 from graftc.compiler.resolve import TRAIN
@@ -77,6 +78,12 @@ class Compilation:
     source: nn.Module = field(kw_only=True)
     values: Mapping[str, Tensor] = field(default_factory=dict)
     known: Mapping[str, Callable[[], Capture]] = field(default_factory=dict)
+
+    @property
+    def replaced(self) -> frozenset[str]:
+        """Tensors of `source` whose values nothing here depends on: graphs have their own of them."""
+        trained = (base for _, _, base, own, _ in self.overlays if own.whole)
+        return replaced_tensors(self.store.updated, trained, Store.mirror(self.source).aliases)
 
     @property
     def main(self) -> Family:

@@ -256,7 +256,7 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budge
         structure=structural_hash(_without(program, additions), compilation.store.canonical),
         base_structure=structural_hash(family.base_eval, compilation.store.canonical),
         additions=additions,
-        fingerprint=identify(compilation.source, updated=compilation.store.updated).fingerprint,
+        fingerprint=identify(compilation.source, replaced=compilation.replaced).fingerprint,
         dtype=str(compiled.dtype).removeprefix("torch."),
         collapses=collapse_evidence(compilation),
         anchors=family.anchors,

@@ -22,7 +22,7 @@ from torch import nn
 
 from graftc.compiler.fresh import mark_fresh
 from graftc.compiler.interface import ExampleInputs
-from graftc.runtime.reference import is_callable, is_hub_id
+from graftc.runtime.reference import Built, is_callable, is_hub_id
 from graftc.specs.diagnostics import GraftError, nearest
 
 __all__ = [
@@ -103,19 +103,26 @@ def _fail(message: str, hint: str | None = None, *, cause: BaseException | None 
 # --- transformers folders and hub ids ---------------------------------------------------------------------------
 
 
-def load_folder(folder: Path, *, meta: bool = False) -> nn.Module:
+def load_folder(folder: Path, *, meta: bool = False, built: Built | None = None) -> nn.Module:
     """The model of a transformers folder, in eval mode. No code of the folder is run.
+
+    Args:
+        folder: where its files are.
+        meta: build it on the meta device.
+        built: the class, labels and dtype to build it with; those of its config by default.
 
     Raises:
         GraftError: GC032.
     """
     _check_folder(folder, meta)
     with quiet_transformers():
-        model: nn.Module = _from_transformers(str(folder), folder, meta)
+        model: nn.Module = _from_transformers(str(folder), folder, meta, built)
     return model
 
 
-def load_hub(name: str, *, meta: bool = False, revision: str | None = None) -> nn.Module:
+def load_hub(
+    name: str, *, meta: bool = False, revision: str | None = None, built: Built | None = None
+) -> nn.Module:
     """The model of a hub's repository, in eval mode; a folder of that name here is not it. No code of it is run.
 
     Raises:
@@ -127,7 +134,7 @@ def load_hub(name: str, *, meta: bool = False, revision: str | None = None) -> n
         except Exception as error:
             hint = _neighbour(Path(name)) or _cached(name) or _FORMS
             _fail(f"{name!r} is no folder here, and the hub gives no such model: {_reason(error)}", hint, cause=error)
-        model = _from_transformers(name, folder, meta)
+        model = _from_transformers(name, folder, meta, built)
     model.config._name_or_path, model.config._commit_hash = name, folder.name
     made: nn.Module = model
     return made
@@ -154,12 +161,20 @@ def _snapshot(name: str, meta: bool, revision: str | None) -> Path:
     return Path(found)
 
 
-def _from_transformers(text: str, folder: Path, meta: bool) -> Any:
+def _from_transformers(text: str, folder: Path, meta: bool, built: Built | None = None) -> Any:
     config = _config(text, folder)
     cls = _architecture(text, config)
+    options: dict[str, Any] = {}
+    if built is not None:
+        cls = _built_as(built.architecture, cls, config)
+        if built.labels is not None and isinstance(getattr(config, "id2label", None), dict):
+            config.id2label = dict(enumerate(built.labels))
+            config.label2id = {label: number for number, label in enumerate(built.labels)}
+        dtype = getattr(torch, built.dtype, None)
+        options = {"dtype": dtype} if isinstance(dtype, torch.dtype) and dtype.is_floating_point else {}
     try:
         if not meta:
-            return from_checkpoint(cls, folder, text, config=config)
+            return from_checkpoint(cls, folder, text, config=config, **options)
         with torch.device("meta"):
             made: nn.Module = cls._from_config(config, **_dtype(config))
         return made.to("meta").eval()
@@ -226,6 +241,15 @@ def _architecture(text: str, config: Any) -> Any:
         own = "a class of your own loads as package.module:callable"
         _fail(f"transformers has no model {names[0]!r}", f"did you mean {close[0]!r}?" if close else own)
     return cls
+
+
+def _built_as(name: str, cls: Any, config: Any) -> Any:
+    """The class of transformers that a file names, where it is for the same config; ``cls`` otherwise."""
+    import transformers
+
+    named = getattr(transformers, name, None) if name.isidentifier() else None
+    fits = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    return named if fits and getattr(named, "config_class", None) is type(config) else cls
 
 
 def _dtype(config: Any) -> dict[str, Any]:

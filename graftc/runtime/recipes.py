@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from graftc.compiler.fingerprint import identify
 from graftc.compiler.interface import ExampleInputs
 from graftc.runtime.api import SpecLike, compile
 from graftc.runtime.artifact.load import load
@@ -84,7 +83,7 @@ def tune(
             and as `graftc.compile`.
     """
     loaded = load_spec(spec)
-    kept = _Kept(Path(folder), loaded, model, seed) if folder is not None else None
+    kept = _Kept(Path(folder), loaded, seed) if folder is not None else None
     number, compiled = kept.latest(model) if kept is not None else (0, None)
     if compiled is None:
         compiled = compile(loaded, model, example_inputs, seed=seed)
@@ -129,9 +128,9 @@ class _Kept:
         GraftError: GC058 where it holds another recipe.
     """
 
-    def __init__(self, folder: Path, spec: Spec, model: nn.Module, seed: int) -> None:
+    def __init__(self, folder: Path, spec: Spec, seed: int) -> None:
         self.folder = folder
-        mine = {"spec": spec.model_dump(mode="json"), "seed": seed, "base": identify(model).fingerprint}
+        mine = {"spec": spec.model_dump(mode="json"), "seed": seed}
         folder.mkdir(parents=True, exist_ok=True)
         recover(folder)
         path = folder / RECIPE
@@ -147,11 +146,20 @@ class _Kept:
         """The training to go on with, and the model that it starts from; 0 and the trained model where all are done,
         0 and None where nothing is kept."""
         if (self.folder / RESULT).exists():
-            return 0, load(self.folder / RESULT, model)
+            return 0, self._load(RESULT, model)
         numbers = [int(path.name.partition("-")[2]) for path in self.folder.glob("stage-*")]
         if not numbers:
             return 0, None
-        return max(numbers), load(self.folder / f"stage-{max(numbers)}", model)
+        return max(numbers), self._load(f"stage-{max(numbers)}", model)
+
+    def _load(self, name: str, model: nn.Module) -> Compiled:
+        try:
+            return load(self.folder / name, model)
+        except GraftError as error:
+            if error.code != "GC087":
+                raise
+            message = f"{self.folder} holds a recipe of another base"
+            raise GraftError("GC058", message, details=[error.message]) from error
 
     def keep(self, compiled: Compiled, number: int) -> None:
         """Keep what a training starts from; 0 is the result."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -17,7 +17,7 @@ from graftc.specs.diagnostics import GraftError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Kind", "Reference", "find_base", "is_callable", "is_hub_id"]
+__all__ = ["Built", "Kind", "Reference", "find_base", "is_callable", "is_hub_id"]
 
 Kind: TypeAlias = Literal["folder", "hub", "callable", "inside"]
 """A transformers folder, a hub id, ``package.module:callable``, or a folder inside of the artifact."""
@@ -25,6 +25,9 @@ Kind: TypeAlias = Literal["folder", "hub", "callable", "inside"]
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,95}", re.ASCII)
+MOST_LABELS = 2**16
+"""Classes of a classifier whose names a file may have."""
+
 _INSIDE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -39,6 +42,34 @@ def is_hub_id(text: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Built:
+    """How a model was made of a folder's files, where its config leaves it open.
+
+    Attributes:
+        architecture: its class.
+        labels: names of the classes that it tells apart; None where its config has none.
+        dtype: its element type, as ``"float32"``.
+    """
+
+    architecture: str
+    labels: tuple[str, ...] | None
+    dtype: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Built:
+        """How a model was made."""
+        from graftc.compiler.interface import dtype_of
+
+        labels = getattr(getattr(model, "config", None), "id2label", None)
+        numbered = isinstance(labels, dict) and list(labels) == list(range(len(labels))) and len(labels) <= MOST_LABELS
+        return cls(
+            type(model).__name__,
+            tuple(map(str, labels.values())) if labels and numbered else None,
+            str(dtype_of(model)).removeprefix("torch."),
+        )
+
+
+@dataclass(frozen=True)
 class Reference:
     """Where a model came from.
 
@@ -47,12 +78,14 @@ class Reference:
         text: an absolute path, an id or a name.
         revision: commit of a hub's repository.
         relative: the folder as seen from an artifact, with ``/``; None where there is no such path.
+        built: how the model is made of what is there.
     """
 
     kind: Kind | None = None
     text: str | None = None
     revision: str | None = None
     relative: str | None = None
+    built: Built | None = None
 
     @classmethod
     def of(cls, model: nn.Module, text: str | None = None) -> Reference:
@@ -82,7 +115,7 @@ class Reference:
                 relative = Path(os.path.relpath(self.text, folder)).as_posix()
             except ValueError:  # another drive
                 relative = None
-        found = Reference(self.kind, self.text, self.revision, relative)
+        found = replace(self, relative=relative)
         return found if found.flaw() is None else self
 
     def flaw(self) -> str | None:
@@ -112,7 +145,8 @@ def _is_relative(path: str) -> bool:
 
 
 def find_base(reference: Reference, artifact: Path) -> nn.Module:
-    """Load the base that an artifact names. A folder that moved together with the artifact is found.
+    """Load the base that an artifact names, as it was built: with the class of transformers, the labels and the dtype
+    that it had. A folder that moved together with the artifact is found.
 
     Raises:
         GraftError: GC086 where it is not there, or where loading it would run code that the artifact names; GC032 where
@@ -131,9 +165,9 @@ def find_base(reference: Reference, artifact: Path) -> nn.Module:
         message = f"{artifact} was compiled from {text}, and no code is run because an artifact names it"
         raise GraftError("GC086", message, hint=f"say so yourself: --model {text}")
     if kind == "hub":
-        return load_hub(text, revision=reference.revision)
+        return load_hub(text, revision=reference.revision, built=reference.built)
     stated = Path(text) if kind == "folder" else None
     for place in (stated, artifact / relative if relative is not None else None):
         if place is not None and (place / "config.json").is_file():
-            return load_folder(Path(os.path.normpath(place)))
+            return load_folder(Path(os.path.normpath(place)), built=reference.built)
     raise GraftError("GC086", f"the base of {artifact} is not at {text}", hint=hint)

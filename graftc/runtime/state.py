@@ -47,7 +47,7 @@ class Stateful(Runner):
         source = self._compilation.source
         version = [(id(tensor), tensor._version) for tensor in [*source.parameters(), *source.buffers()]]
         if self._identified is None or self._identified[0] != version:
-            self._identified = version, identify(source)
+            self._identified = version, identify(source, replaced=self._compilation.replaced)
         return self._identified[1]
 
     def _persists(self, name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,7 +127,7 @@ class Assigning(Base):
     def build(self) -> None:
         self.calls, self.history, self.recent = 0, [1], deque([1], maxlen=3)
         self.table, self.seen, self.state = {"a": 1}, {1}, SimpleNamespace(calls=0)
-        self.nested = {"inner": [1]}
+        self.nested, self.paired, self.votes = {"inner": [1]}, ([1], 2), Counter("a")
         self.kept = torch.zeros(3)
         self.last: Any = None
 
@@ -160,6 +160,14 @@ def _appends_deeper(m: Any) -> None:
     m.nested["inner"].append(2)
 
 
+def _appends_in_a_pair(m: Any) -> None:
+    m.paired[0].append(2)
+
+
+def _counts_votes(m: Any) -> None:
+    m.votes["a"] += 1
+
+
 def _makes(m: Any) -> None:
     m.fresh = "new"
 
@@ -177,6 +185,8 @@ _ASSIGNMENTS: dict[str, Callable[[Any], None]] = {
     "recent": _queues,
     "state": _counts_outside,
     "nested": _appends_deeper,
+    "paired": _appends_in_a_pair,
+    "votes": _counts_votes,
     "fresh": _makes,
     "last": _deletes,
 }
@@ -195,6 +205,31 @@ def test_forward_that_assigns_is_warned_of_and_undone(name: str, where: str) -> 
     assert sum(str(w.message).startswith("GC042") for w in caught) == 1
     assert f"forward assigns to {path}{name}" in report.notes
     assert {key: repr(value) for key, value in vars(owner).items()} == before
+
+
+Pair = namedtuple("Pair", "a b")
+_HELD: dict[str, Any] = {
+    "tuple": (1, 2),
+    "pairs": ((1,), [2, (3, {"a": (4, [[(5,)]])})]),
+    "named": Pair(1, Pair(2, 3)),
+    "ordered": OrderedDict(a=(1,)),
+    "by default": defaultdict(list, {"a": [1]}),
+    "queue": deque([(1,)]),
+    "size": torch.Size([2, 3]),
+    "tensors": (torch.ones(2), [torch.ones(2)]),
+    "modules": (nn.Linear(2, 2),),
+    "object": SimpleNamespace(a=(1, 2)),
+    "not a number": float("nan"),
+}
+
+
+@pytest.mark.parametrize("name", _HELD)
+def test_what_a_module_holds_is_no_assignment(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    """The tracer puts copies of containers in their places."""
+    model = Base()
+    model.held = _HELD[name]
+    graftc.check(SPEC, model, example_inputs=(torch.randn(4, 8),), cache=False)
+    assert not [w for w in recwarn if str(w.message).startswith("GC042")] and model.held is _HELD[name]
 
 
 def _assigning(where: str, act: Callable[[Any], None]) -> tuple[nn.Module, nn.Module, str]:

@@ -16,6 +16,13 @@ from torch import fx, nn
 from graftc.passes.canonicalise import takes_device
 
 Function = Callable[..., Any]
+_OF_A_BATCH: dict[Any, Function] = {
+    torch.ops.aten.batch_norm.default: nn.functional.batch_norm,
+    torch.ops.aten.instance_norm.default: nn.functional.instance_norm,
+}
+"""Operators of statistics that torch's functions of the same name refuse to take of a single value, as they would be NaN:
+capture sees how many there are in its samples only."""
+
 _FUNCTIONS: dict[tuple[str, tuple[str, ...]], Function] = {}
 
 
@@ -33,6 +40,10 @@ def function_of(graph: fx.Graph, module: nn.Module, device: torch.device) -> Fun
     for node in placed.nodes:
         if node.op == "call_function" and takes_device(node.target) and not _follows_input(node.target):
             node.kwargs = {**node.kwargs, "device": device}
+        if node.op == "call_function" and node.target in _OF_A_BATCH and node.args[5]:
+            x, weight, bias, mean, variance, *settings = node.args[:-1]
+            node.args = (x, mean, variance, weight, bias, *settings)
+            node.target = _OF_A_BATCH[node.target]
         if node.op == "placeholder":
             node.target = node.name  # one of its own: what a model or a file calls an input may be the name of a value
     placed.set_codegen(_Reading(_read_first(placed, module)))

@@ -17,7 +17,7 @@ from graftc.compiler.fingerprint import identify
 from graftc.compiler.interface import device_of
 from graftc.compiler.pipeline import compile_model
 from graftc.passes.core.store import Store
-from graftc.runtime.artifact.checkpoint_record import RECORD, StateRecord, from_tensor
+from graftc.runtime.artifact.checkpoint_record import RECORD, StateRecord, from_tensor, weights_of
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.compiled import make_compiled
 from graftc.runtime.models import load_model
@@ -100,6 +100,9 @@ def _read(file: Path) -> dict[str, Tensor]:
 def _check_base(file: Path, record: StateRecord, model: nn.Module) -> None:
     if device_of(model).type == "meta":
         raise GraftError("GC087", "the base is on the meta device, so that its weights cannot be told")
-    if record.base.fingerprint != identify(model).fingerprint:
-        message = f"{file} adapts another model, a {record.base.model}, than this {type(model).__name__}"
+    found = identify(model, replaced=record.base.replaced)
+    if record.base.fingerprint != found.fingerprint:
+        same = record.base.weights in (None, weights_of(found))
+        message = f"{file} adapts another model, a {record.base.model}, than this {type(model).__name__}: its "
+        message += "config is another" if same else "weights are others"
         raise GraftError("GC087", message, hint="name the base: graftc.load(path, model=...)")

@@ -16,9 +16,9 @@ from graftc.compiler.fingerprint import Identity
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.signature import Axis
 from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES
-from graftc.runtime.artifact.fields import Digest, Flag, Record
+from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, Record
 from graftc.runtime.artifact.manifest import Input
-from graftc.runtime.reference import Kind, Reference
+from graftc.runtime.reference import Built, Kind, Reference
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
@@ -40,8 +40,17 @@ class BaseRecord(Record):
     revision: str | None
     """Commit of the hub's repository."""
 
-    model: str
+    model: ClassName
     """Its class."""
+
+    labels: Labels | None
+    """Names of the classes that its config tells apart; null where it has none."""
+
+    dtype: ElementType
+    """The element type that the graphs are for."""
+
+    replaced: tuple[str, ...]
+    """Tensors whose values do not matter, as the state dict has its own of them."""
 
     fingerprint: Digest
     """Of its config and all tensors."""
@@ -52,7 +61,7 @@ class BaseRecord(Record):
     @property
     def place(self) -> Reference:
         """Where it was."""
-        return Reference(self.kind, self.reference, self.revision)
+        return Reference(self.kind, self.reference, self.revision, built=Built(self.model, self.labels, self.dtype))
 
 
 class StateRecord(Record):
@@ -93,7 +102,7 @@ def record_of(compilation: Compilation, identity: Identity, *, values: bool) -> 
         identity: of its base.
         values: whether the base has any.
     """
-    reference = Reference.of(compilation.source)
+    reference, built = Reference.of(compilation.source), Built.of(compilation.source)
     main = compilation.main
     return StateRecord(
         artifact="graftc.state",
@@ -104,7 +113,10 @@ def record_of(compilation: Compilation, identity: Identity, *, values: bool) -> 
             kind=reference.kind,
             reference=reference.text,
             revision=reference.revision,
-            model=type(compilation.source).__name__,
+            model=built.architecture,
+            labels=built.labels,
+            dtype=built.dtype,
+            replaced=tuple(sorted(compilation.replaced)),
             fingerprint=identity.fingerprint,
             weights=weights_of(identity) if values else None,
         ),

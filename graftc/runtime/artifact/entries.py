@@ -19,7 +19,7 @@ from graftc.passes.core.serialise import SerialisationError, program_to_json
 from graftc.passes.core.shapes import DTYPE_NAMES
 from graftc.passes.core.store import Store
 from graftc.runtime.artifact.manifest import canonical_json
-from graftc.runtime.reference import Reference
+from graftc.runtime.reference import Built, Reference
 from graftc.specs.diagnostics import warn
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def base(compiled: CompiledRunner, reference: Reference, identity: Identity) -> 
         "relative": reference.relative,
         "revision": reference.revision,
         "model": f"{type(source).__module__}.{type(source).__qualname__}",
+        "labels": Built.of(source).labels,
         "dtype": str(compiled.dtype).removeprefix("torch."),
         "config": identity.config,
         "fingerprint": identity.fingerprint,

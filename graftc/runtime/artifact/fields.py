@@ -9,9 +9,10 @@ from typing import Annotated, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from graftc.runtime.reference import MOST_LABELS
+
 MANIFEST_BYTES, GRAPH_BYTES, TEXT_BYTES = 2**26, 2**26, 2**24
 """What a manifest, a graph, and another text may have."""
-
 
 def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
     if math.prod(shape) >= 2**63:
@@ -24,6 +25,12 @@ def _ascending(runs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]
     if sorted(flat) != flat:
         raise ValueError("runs that overlap, or are not in order")
     return runs
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("no name of a class")
+    return text
 
 
 def _name(text: str) -> str:
@@ -39,6 +46,9 @@ Runs: TypeAlias = Annotated[tuple[tuple[Count, Count], ...], AfterValidator(_asc
 Name: TypeAlias = Annotated[str, AfterValidator(_name)]
 Flag: TypeAlias = bool | int | float | str | None
 DType: TypeAlias = Annotated[str, Field(pattern=r"^(f64|f32|bf16|f16|i64|i32|i16|i8|u8|bool|c64)$")]
+ElementType: TypeAlias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+ClassName: TypeAlias = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_printable)]
+Labels: TypeAlias = Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=MOST_LABELS)]
 Size: TypeAlias = Annotated[int, Field(ge=0, le=2**24)] | Name
 
 

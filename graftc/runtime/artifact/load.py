@@ -62,7 +62,7 @@ def check_base(artifact: Artifact, model: nn.Module) -> None:
     manifest = artifact.manifest
     trained = (record.base for record in manifest.trained if record.rows is None)
     require_weights(model, trained, lambda name: manifest.base.aliases.get(name, name))
-    found = identify(model, full=expected.full, updated=artifact.updated)
+    found = identify(model, full=expected.full, replaced=artifact.replaced)
     differences = expected.differences(found)
     if differences:
         name = type(model).__name__

@@ -17,18 +17,21 @@ from pydantic import Field, ValidationError, model_validator
 
 from graftc.runtime.artifact.fields import (
     MANIFEST_BYTES,
+    ClassName,
     Count,
     Digest,
     DType,
+    ElementType,
     File,
     Flag,
+    Labels,
     Name,
     Record,
     Runs,
     Shape,
     Size,
 )
-from graftc.runtime.reference import Kind, Reference
+from graftc.runtime.reference import Built, Kind, Reference
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.strict_json import read_json
 
@@ -89,10 +92,13 @@ class Base(Record):
     revision: str | None
     """Commit of the hub's repository."""
 
-    model: str
+    model: ClassName
     """The class, with its module."""
 
-    dtype: str
+    labels: Labels | None
+    """Names of the classes that its config tells apart; null where it has none."""
+
+    dtype: ElementType
     """The element type that the graphs are for."""
 
     config: str
@@ -113,7 +119,8 @@ class Base(Record):
     @property
     def place(self) -> Reference:
         """Where it was."""
-        return Reference(self.kind, self.reference, self.revision, self.relative)
+        built = Built(self.model.rpartition(".")[2], self.labels, self.dtype)
+        return Reference(self.kind, self.reference, self.revision, self.relative, built)
 
 
 class AdapterTensor(Record):

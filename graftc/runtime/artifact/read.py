@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftc.compiler.capture import Capture
-from graftc.compiler.fingerprint import Identity, TensorIdentity, tensor_digest
+from graftc.compiler.fingerprint import Identity, TensorIdentity, replaced_tensors, tensor_digest
 from graftc.compiler.signature import Axis
 from graftc.compiler.snapshot import SiteRecord, Snapshot, TensorRecord, TrainedRecord
 from graftc.passes.core.effects import updated
@@ -78,6 +78,12 @@ class Artifact:
     def updated(self) -> frozenset[str]:
         """The base's tensors that graphs write to, so that the artifact has values of its own for them."""
         return frozenset(self.manifest.base.tensors.keys() & self.manifest.adapters.keys())
+
+    @property
+    def replaced(self) -> frozenset[str]:
+        """The base's tensors whose values do not matter: the artifact has its own of them."""
+        trained = (record.base for record in self.manifest.trained if record.rows is None)
+        return replaced_tensors(self.updated, trained, self.manifest.base.aliases)
 
     @property
     def snapshot(self) -> Snapshot:

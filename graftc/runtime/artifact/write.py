@@ -118,7 +118,7 @@ def _write(
 ) -> Manifest:
     compilation = compiled.compilation
     source = compilation.source
-    identity = identify(source, full=full, updated=compilation.store.updated)
+    identity = identify(source, full=full, replaced=compilation.replaced)
     reference = Reference("inside", BUNDLED) if bundled else Reference.of(source, base)
     signatures, graphs = entries.signatures(compiled)
     adapters, constants = dict(adapter_tensors(compilation.store)), entries.constants(compiled)

@@ -56,8 +56,7 @@ def compile(
         step("certifying")
         certificate, kept = certificate_of(compiled) if certify else (None, {})
         if to is None:
-            updated = compiled.compilation.store.updated
-            fingerprint = identify(loaded, full=full, updated=updated).fingerprint
+            fingerprint = identify(loaded, full=full, replaced=compiled.compilation.replaced).fingerprint
         else:
             step("writing")
             written = save(compiled, to, force=force, base=model, certificate=certificate, kept=kept, full=full)

@@ -74,7 +74,7 @@ def metadata(runner: ModelRunner, inputs: Sequence[str] = (), certificate: Certi
     compilation = runner._compilation
     found = {
         "graftc.spec": dump_spec(compilation.spec),
-        "graftc.fingerprint": identify(compilation.source, updated=compilation.store.updated).fingerprint,
+        "graftc.fingerprint": identify(compilation.source, replaced=compilation.replaced).fingerprint,
     }
     if inputs:
         found["graftc.inputs"] = json.dumps(list(inputs))

@@ -1,0 +1,129 @@
+"""A head that is new in every process, since the checkpoint lacks it, and trains in full: any base of the kind will do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification, BertModel
+
+import graftc
+from graftc.runtime.artifact import open_artifact
+from graftc.runtime.artifact.verify import verify
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import perturb
+from tests.artifact.support import edit_manifest
+from tests.families import tiny
+
+SPEC = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}}], "train": ["classifier"]}
+ALONE = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}}]}
+IDS = {"input_ids": torch.arange(1, 13).reshape(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of an encoder without a head."""
+    folder = tmp_path_factory.mktemp("base") / "encoder"
+    model = tiny("bert").bert
+    BertModel(model.config).save_pretrained(folder)
+    return folder
+
+
+def with_head(encoder: Path, seed: int, **options: Any) -> nn.Module:
+    """The encoder with a head that is drawn anew."""
+    torch.manual_seed(seed)
+    made: nn.Module = BertForSequenceClassification.from_pretrained(encoder, num_labels=5, **options)
+    return made.eval()
+
+
+def perturbed(model: nn.Module, spec: Any = SPEC) -> Any:
+    compiled = graftc.compile(spec, model)
+    perturb(compiled)
+    return compiled.eval()
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def written(request: Any, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, torch.dtype]:
+    """A folder with an artifact and a checkpoint, what the model gives, and its dtype."""
+    folder = tmp_path_factory.mktemp("written")
+    compiled = perturbed(with_head(encoder, 1, dtype=request.param))
+    compiled.save(folder / "artifact")
+    (folder / "checkpoint").mkdir()
+    save_file({n: t.contiguous() for n, t in compiled.state_dict().items()}, folder / "checkpoint/model.safetensors")
+    return folder, compiled(**IDS).logits, request.param
+
+
+@pytest.mark.parametrize("form", ["artifact", "checkpoint"])
+@pytest.mark.parametrize("given", [True, False], ids=["given", "found"])
+def test_loads(form: str, given: bool, encoder: Path, written: tuple[Path, Tensor, torch.dtype]) -> None:
+    """By the base of another process, and by the folder alone: class, labels and dtype are as they were."""
+    folder, expected, dtype = written
+    loaded = graftc.load(folder / form, with_head(encoder, 2, dtype=dtype) if given else None).eval()
+    assert torch.equal(loaded(**IDS).logits, expected)
+    assert type(loaded.compilation.source) is BertForSequenceClassification
+
+
+def test_state_dict_loads(encoder: Path, written: tuple[Path, Tensor, torch.dtype]) -> None:
+    """Into a model that was compiled for another random head."""
+    folder, expected, dtype = written
+    compiled = graftc.compile(SPEC, with_head(encoder, 3, dtype=dtype)).eval()
+    compiled.load_state_dict(graftc.load(folder / "artifact").state_dict())
+    assert torch.equal(compiled(**IDS).logits, expected)
+
+
+def test_verifies(written: tuple[Path, Tensor, torch.dtype]) -> None:
+    """With the certificate's fingerprint, which leaves the head out too."""
+    assert all(check.passed for check in verify(written[0] / "artifact").checks)
+
+
+@pytest.mark.parametrize("form", ["artifact", "checkpoint"])
+def test_the_rest_of_the_base_counts(
+    form: str, encoder: Path, written: tuple[Path, Tensor, torch.dtype], tmp_path: Path
+) -> None:
+    """Another encoder is another base, and so is another number of labels."""
+    folder, _, dtype = written
+    other = with_head(encoder, 1, dtype=dtype)
+    with torch.no_grad():
+        other.bert.encoder.layer[1].output.dense.weight.add_(1)
+    torch.manual_seed(1)
+    fewer = BertForSequenceClassification.from_pretrained(encoder, num_labels=4, dtype=dtype)
+    for base in (other, fewer):
+        with pytest.raises(GraftError) as caught:
+            graftc.load(folder / form, base)
+        assert caught.value.code == "GC087"
+
+
+def test_a_head_that_does_not_train_counts(encoder: Path, tmp_path: Path) -> None:
+    """Its values are those of the base, which has to be given then."""
+    artifact = perturbed(with_head(encoder, 1), ALONE).save(tmp_path / "artifact")
+    graftc.load(artifact, with_head(encoder, 1))
+    with pytest.raises(GraftError, match=r"classifier\.\w+ has other values"):
+        graftc.load(artifact, with_head(encoder, 2))
+    with pytest.raises(GraftError) as caught:
+        graftc.load(artifact)
+    assert caught.value.code == "GC089"
+
+
+@pytest.mark.parametrize("name", ["os.getcwd", "a.PreTrainedModel", "a.GPT2LMHeadModel", "a.no_class", "a.x\u202ey", ""])
+def test_a_class_is_a_name(name: str, encoder: Path, tmp_path: Path) -> None:
+    """What names no class of transformers for this config is not looked for anywhere else."""
+    artifact = Path(perturbed(with_head(encoder, 1)).save(tmp_path / "artifact"))
+    edit_manifest(artifact, base=lambda base: {**base, "model": name})
+    with pytest.raises(GraftError) as caught:
+        graftc.load(artifact)
+    assert caught.value.code in ("GC082", "GC087")
+
+
+def test_tied_tensors_count(tmp_path: Path) -> None:
+    """One of two names of a tensor may be untied and trained: the other one's values still say which base it is."""
+    spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}}], "train": ["lm_head"], "untie": ["lm_head"]}
+    model = tiny("gpt2")
+    assert open_artifact(perturbed(model, spec).save(tmp_path / "artifact")).replaced == frozenset()
+    with torch.no_grad():
+        model.transformer.wte.weight.add_(1)
+    with pytest.raises(GraftError, match="has other values"):
+        graftc.load(tmp_path / "artifact", model)
