@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graftc.compiler.assignments import noticed
-from graftc.compiler.capture import as_captured, first_line, output_spec
+from graftc.compiler.capture import as_captured, output_spec
 from graftc.compiler.interface import device_of, dtype_of
+from graftc.compiler.refusals import first_line
 from graftc.compiler.samples import samples_on
 from graftc.compiler.signature import Axis, described
 from graftc.passes.canonicalise import takes_device

@@ -28,17 +28,18 @@ from graftc.compiler.assignments import Attributes, noticed
 from graftc.compiler.defaults import default_axes
 from graftc.compiler.interface import Flags, declared, device_of, is_transformers
 from graftc.compiler.ranges import InputSizes, fixed_notes
-from graftc.compiler.signature import Axis, described, tie_sizes
+from graftc.compiler.refusals import not_captured, require_products
+from graftc.compiler.signature import Axis, tie_sizes
 from graftc.passes.canonicalise import canonicalise
 from graftc.passes.core.program import HistoryEntry, InputSpec, Mode, OutputSpec, Program
 from graftc.passes.core.shapes import raw_bytes
 from graftc.passes.core.updates import updates
-from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
     from graftc.compiler.anchor import Anchor
 
 _REPEAT = re.compile(r"@\d+")
+_TALKATIVE = {"fx.experimental.symbolic_shapes": logging.ERROR, "_subclasses.fake_tensor": logging.CRITICAL}
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
@@ -98,12 +99,9 @@ def capture(
         try:
             exported, sizes = _export(model, chosen, inputs)
             result = _program(exported, sizes.specs(), canonical or {})
+            require_products(result.program.graph)
         except Exception as error:
-            raise GraftError(
-                "GC030",
-                f"{type(model).__name__} cannot be captured with {described(chosen, flags)}: {first_line(error)}",
-                hint="torch.export must be able to trace the model; value-dependent Python control flow cannot be",
-            ) from error
+            raise not_captured(model, chosen, flags, inputs, error) from error
     result.program.mode, result.program.flags = mode, flags
     notes += fixed_notes(chosen, result.program.inputs)
     result.seconds = time.perf_counter() - started
@@ -163,21 +161,17 @@ def _may_vary(axis: Axis, dim: int) -> bool:
 @contextmanager
 def _silence() -> Iterator[None]:
     """torch prints the graph of a failed capture, and logs and warns besides: the error says it in one line."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(f"torch.{name}") for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    for logger, least in zip(loggers, _TALKATIVE.values(), strict=True):
+        logger.setLevel(least)
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
-
-
-def first_line(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

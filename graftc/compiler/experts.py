@@ -48,7 +48,7 @@ def _routes(labels: Labels, node: fx.Node, linear: Linear, held: list[Linear]) -
 def _count(labels: Labels, linear: Linear) -> int:
     """How many experts a 3-D weight has."""
     stored = next(n for n in labels.flow.parameters(linear.weight) if str(n.target) == linear.parameter)
-    return labels.flow.sizes.size(stored.meta["val"].shape[0])
+    return int(labels.flow.sizes.size(stored.meta["val"].shape[0]))
 
 
 def _chosen_in(labels: Labels, node: fx.Node) -> Residual | None:

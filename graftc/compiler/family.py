@@ -12,10 +12,11 @@ import torch
 
 from graftc.compiler.anchor import Anchor, anchor, draws
 from graftc.compiler.cache import captured, forget, keep
-from graftc.compiler.capture import Capture, capture, first_line, random_structure
+from graftc.compiler.capture import Capture, capture, random_structure
 from graftc.compiler.compose import Unit, add_controls, check_units, insert_unit, placed, units
 from graftc.compiler.embeds import Plan, lengthened, planned, require_words
 from graftc.compiler.interface import Flags, dtype_of
+from graftc.compiler.refusals import first_line
 from graftc.compiler.resolve import TRAIN, Resolved, Resolver
 from graftc.compiler.signature import Axis
 from graftc.compiler.sitetable import SiteTable

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.specs.arguments import as_mapping, kind_of
 from graftc.specs.diagnostics import GraftError, nearest
 
 Flag = bool | int | float | str | None
 Flags = tuple[tuple[str, Flag], ...]
-ExampleInputs = Mapping[str, Any] | Sequence[Any]
+ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor
 """Inputs by name, or in the order of ``forward``'s parameters."""
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _CACHES = ("cache", "past_key_values")
@@ -93,6 +94,20 @@ class Interface:
             for name in [*(self._accepted or ()), "return_dict"]
             if config is not None and (name.startswith("output_") or name == "return_dict")
         }
+
+    def examples(self, given: ExampleInputs) -> Mapping[str, Any]:
+        """Example inputs by name: they are given so, in order, or as the one tensor that there is.
+
+        Raises:
+            GraftError: GC031 for too many, GC073 for what is neither.
+        """
+        if isinstance(given, Mapping):
+            return as_mapping(given, "example inputs", object)
+        inputs = (given,) if isinstance(given, Tensor) else given
+        if not isinstance(inputs, list | tuple):
+            message = f"the example inputs are {kind_of(inputs)}"
+            raise GraftError("GC073", message, hint="give tensors by name, or a tuple of them in order")
+        return self.named(tuple(inputs), {})
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name.

@@ -158,10 +158,18 @@ class Compilation:
                     raise GraftError("GC020", message, hint="shorten the text")
 
     def _not_captured(self, axes: Sequence[Axis], flags: Flags, failure: GraftError | None) -> GraftError:
-        usual = {s.name for s in self.main.base.inputs} | set(self.main.base.flags)
-        new = [axis for axis in axes if axis.name not in usual], tuple(f for f in flags if f not in usual)
+        usual = {s.name: s.dtype for s in self.main.base.inputs}
+        new = (
+            [axis for axis in axes if axis.name not in usual],
+            tuple(f for f in flags if f not in self.main.base.flags),
+        )
+        other = next((axis for axis in axes if axis.dtype != usual.get(axis.name, axis.dtype)), None)
         reason = failure.message if failure is not None else f"{type(self.model).__name__} has none for these sizes"
-        hint = f"leave out {described(*new)}" if any(new) else "the model may not take inputs of these sizes"
+        hint = failure.hint if failure is not None else "the model may not take inputs of these sizes"
+        if any(new):
+            hint = f"leave out {described(*new)}"
+        elif other is not None:
+            hint = f"{other.name} is {_named(other.dtype)}; the model was compiled with {_named(usual[other.name])}"
         return GraftError("GC031", f"no graph can be made: {reason}", hint=hint)
 
     @cached_property
@@ -311,6 +319,10 @@ class Compilation:
     def lazy_tensors(self) -> LazyTensors:
         """The folded tensors: every base tensor that an adaptation changes, computed when asked for."""
         return LazyTensors(self.store, self.fold_steps())
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _changed(fold: TensorFold, region: Region) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from graftc.compiler.source_model import require_plain
 from graftc.compiler.structure import Structure, find_structure
 from graftc.passes.core.store import Store
 from graftc.runtime.compiled import Compiled, make_compiled
+from graftc.specs.arguments import as_path, as_seed
 from graftc.specs.document import Spec
 from graftc.specs.io import load_spec
 
@@ -48,7 +49,7 @@ def compile(
     Raises:
         GraftError: coded, for everything that is wrong with the spec, the model or their fit.
     """
-    loaded = load_spec(spec)
+    loaded, seed = load_spec(spec), as_seed(seed)
     axes, flags = _request(model, example_inputs)
     compilation = compile_model(loaded, model, axes, flags=flags, seed=seed, use_cache=cache)
     check_fresh(compilation)
@@ -71,11 +72,13 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool 
     Raises:
         GraftError: GC080 to GC085 for an artifact that is missing, of a newer format, damaged or not safe; GC086 when
             the base is not there; GC087 when it is another model; GC088 when the spec adapts other places now;
-            GC089 when its checkpoint lacks tensors.
+            GC089 when its checkpoint lacks tensors; GC073 for arguments of another kind.
     """
     from graftc.runtime.artifact.load import load as load_from
 
-    return load_from(path, model, cache=cache)
+    if model is not None and not isinstance(model, str):
+        require_plain(model)
+    return load_from(as_path(path), model, cache=cache)
 
 
 def check(
@@ -115,6 +118,4 @@ def _request(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[li
     require_plain(model)
     if example_inputs is None:
         return None, ()
-    if isinstance(example_inputs, Mapping):
-        return request(model, example_inputs)
-    return request(model, Interface(model).named(tuple(example_inputs), {}))
+    return request(model, Interface(model).examples(example_inputs))

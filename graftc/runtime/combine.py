@@ -18,6 +18,7 @@ from graftc.compiler.resolve import Resolved
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.folds import FoldStep
 from graftc.passes.core.sites import LinearSite, SiteKey
+from graftc.specs.arguments import kind_of
 from graftc.specs.compose import Bank, Stack
 from graftc.specs.diagnostics import GraftError, nearest
 from graftc.specs.document import Spec
@@ -116,6 +117,8 @@ class Combining:
 def _chosen(compilation: Compilation, names: Sequence[str]) -> list[Resolved]:
     """The adaptations, which have to be at the same places."""
     known = {r.name: r for r in compilation.main.resolved}
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise GraftError("GC073", f"the names are {kind_of(names)}", hint="give a list of adaptations")
     for name in names:
         if name not in known:
             close = nearest(name, known, n=1)

@@ -32,6 +32,7 @@ from graftc.runtime.ecosystem import Ecosystem, refuse_pickling
 from graftc.runtime.inspection import Inspected
 from graftc.runtime.selecting import Selecting
 from graftc.runtime.state import Stateful
+from graftc.specs.arguments import as_mapping, as_path, kind_of
 from graftc.specs.compose import Parallel
 from graftc.specs.diagnostics import GraftError
 
@@ -61,8 +62,15 @@ class Published(Generic[P, R]):
 
 def runner_of(module: nn.Module | Runner) -> Any:
     """The Runner of a compiled or merged model. It has everything that graftc offers, also where a child of the source
-    model has taken the name."""
-    return module if isinstance(module, Runner) else vars(module)[OWN]
+    model has taken the name.
+
+    Raises:
+        GraftError: GC073 for anything else.
+    """
+    found = module if isinstance(module, Runner) else getattr(module, "__dict__", {}).get(OWN)
+    if found is None:
+        raise GraftError("GC073", f"{kind_of(module)} is no compiled model", hint="give what graftc.compile returns")
+    return found
 
 
 @contextmanager
@@ -307,13 +315,12 @@ class ModelRunner(Runner):
             return simplest._export(path, format, example_inputs, inputs, certificate, force)
         family = self._compilation.main
         if example_inputs is not None:
-            if not isinstance(example_inputs, Mapping):
-                example_inputs = self._interface.named(tuple(example_inputs), {})
-            chosen = {n: v for n, v in example_inputs.items() if n in self._compilation.controls}
-            own = {n: v for n, v in example_inputs.items() if n not in chosen}
+            examples = self._interface.examples(example_inputs)
+            chosen = {n: v for n, v in examples.items() if n in self._compilation.controls}
+            own = {n: v for n, v in examples.items() if n not in chosen}
             present = with_choices(self._compilation, self._interface.read(own)[0], chosen)
             family = self._compilation.family(present)
-        return export_model(self, Path(path), format, family, inputs=inputs, certificate=certificate, force=force)
+        return export_model(self, as_path(path), format, family, inputs=inputs, certificate=certificate, force=force)
 
     def _deployed(self) -> ModelRunner:
         """What an export writes."""
@@ -335,8 +342,9 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
 
         Raises:
             GraftError: GC053 for missing, unknown or misshapen tensors, and for those of other rows than were chosen
-                here; nothing is copied then.
+                here, GC073 for what is no mapping of tensors; nothing is copied then.
         """
+        as_mapping(tensors, "adapter tensors", Tensor)
         own = dict(adapter_tensors(self._store))
         wrong = sorted(own.keys() ^ tensors.keys())
         wrong += [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
@@ -379,11 +387,12 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
         from graftc.runtime.files import check_destination
 
         require_values(self)
-        check_destination(Path(path), force=force, replaceable=is_ours)
+        place = as_path(path)
+        check_destination(place, force=force, replaceable=is_ours)
         self.warn_of_unsteered()
         certificate, kept = certificate_of(self) if certify else (None, {})
-        save(self, path, force=force, base=base, certificate=certificate, kept=kept, full=full)
-        return Path(path)
+        save(self, place, force=force, base=base, certificate=certificate, kept=kept, full=full)
+        return place
 
     def _deployed(self) -> ModelRunner:
         """See `ModelRunner`. Adaptations are in their simplest form."""

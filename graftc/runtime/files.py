@@ -109,7 +109,9 @@ def check_destination(
         if not os.path.lexists(taken):
             continue
         if not force:
-            raise GraftError("GC063", f"{taken} exists", hint="choose another path, or replace it with --force")
+            raise GraftError(
+                "GC063", f"{taken} exists", hint="choose another path, or replace it: --force, or force=True"
+            )
         if taken.is_symlink() or (replaceable(taken) if taken == path else taken.is_file()):
             continue
         what = "a folder that graftc did not write" if taken.is_dir() else "no folder that graftc wrote"

@@ -25,6 +25,7 @@ from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
 from graftc.passes.fold import take_out
 from graftc.runtime.compiled import ModelRoot, ModelRunner, Modes, Published, runner_of
+from graftc.specs.arguments import as_path
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class MergedRunner(ModelRunner):
         """
         from graftc.runtime.folder import save_merged
 
-        return save_merged(self, Path(path), force=force)
+        return save_merged(self, as_path(path), force=force)
 
     def to_transformers(self) -> Any:
         """A model of the source's own class with folded weights, which plain transformers saves and loads.

@@ -120,9 +120,7 @@ def load_folder(folder: Path, *, meta: bool = False, built: Built | None = None)
     return model
 
 
-def load_hub(
-    name: str, *, meta: bool = False, revision: str | None = None, built: Built | None = None
-) -> nn.Module:
+def load_hub(name: str, *, meta: bool = False, revision: str | None = None, built: Built | None = None) -> nn.Module:
     """The model of a hub's repository, in eval mode; a folder of that name here is not it. No code of it is run.
 
     Raises:

@@ -163,7 +163,7 @@ def find_base(reference: Reference, artifact: Path) -> nn.Module:
         raise GraftError("GC086", f"{artifact} names {flaw}, which is no place of a base", hint=hint)
     if kind == "callable":
         message = f"{artifact} was compiled from {text}, and no code is run because an artifact names it"
-        raise GraftError("GC086", message, hint=f"say so yourself: --model {text}")
+        raise GraftError("GC086", message, hint=f"say so yourself: --model {text}, or graftc.load(path, model=...)")
     if kind == "hub":
         return load_hub(text, revision=reference.revision, built=reference.built)
     stated = Path(text) if kind == "folder" else None

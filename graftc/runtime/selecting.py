@@ -184,7 +184,8 @@ class Selecting(Steered, Runner):
 
         mine = identify(self._compilation.source).fingerprint
         spec, values = self._compilation.spec, dict(self._others(()))
-        for other in map(runner_of, others):
+        for model in others:
+            other = runner_of(model)
             compilation = other.compilation
             if identify(compilation.source).fingerprint != mine:
                 raise GraftError("GC087", "models of different bases cannot be joined")

@@ -12,6 +12,7 @@ from graftc.compiler.pipeline import Compilation
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.blocks import Root, Runner
 from graftc.runtime.artifact.checkpoint_record import RECORD, as_tensor, from_tensor, record_of, weights_of
+from graftc.specs.arguments import kind_of
 from graftc.specs.diagnostics import GraftError
 
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
@@ -107,6 +108,8 @@ def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) ->
         name = _plain(key.removeprefix(prefix))
         if name in own and name not in kept and runner._persists(name):
             given = state.pop(key)
+            if not isinstance(given, Tensor):
+                raise GraftError("GC073", f"{name} of the state dict is {kind_of(given)}", hint="give tensors by name")
             if given.numel() and not _same(own[name], given):
                 other.append(name)
     if other:

@@ -1,4 +1,4 @@
-"""A head that is new in every process, since the checkpoint lacks it, and trains in full: any base of the kind will do."""
+"""A head that the checkpoint lacks is new in every process; where it trains in full, any will do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IDS = {"input_ids": torch.arange(1, 13).reshape(2, 6), "attention_mask": torch.o
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of an encoder without a head."""
     folder = tmp_path_factory.mktemp("base") / "encoder"
-    model = tiny("bert").bert
+    model: Any = tiny("bert").bert
     BertModel(model.config).save_pretrained(folder)
     return folder
 
@@ -86,7 +86,7 @@ def test_the_rest_of_the_base_counts(
 ) -> None:
     """Another encoder is another base, and so is another number of labels."""
     folder, _, dtype = written
-    other = with_head(encoder, 1, dtype=dtype)
+    other: Any = with_head(encoder, 1, dtype=dtype)
     with torch.no_grad():
         other.bert.encoder.layer[1].output.dense.weight.add_(1)
     torch.manual_seed(1)
@@ -108,7 +108,9 @@ def test_a_head_that_does_not_train_counts(encoder: Path, tmp_path: Path) -> Non
     assert caught.value.code == "GC089"
 
 
-@pytest.mark.parametrize("name", ["os.getcwd", "a.PreTrainedModel", "a.GPT2LMHeadModel", "a.no_class", "a.x\u202ey", ""])
+@pytest.mark.parametrize(
+    "name", ["os.getcwd", "a.PreTrainedModel", "a.GPT2LMHeadModel", "a.no_class", "a.x\u202ey", ""]
+)
 def test_a_class_is_a_name(name: str, encoder: Path, tmp_path: Path) -> None:
     """What names no class of transformers for this config is not looked for anywhere else."""
     artifact = Path(perturbed(with_head(encoder, 1)).save(tmp_path / "artifact"))
@@ -121,7 +123,7 @@ def test_a_class_is_a_name(name: str, encoder: Path, tmp_path: Path) -> None:
 def test_tied_tensors_count(tmp_path: Path) -> None:
     """One of two names of a tensor may be untied and trained: the other one's values still say which base it is."""
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}}], "train": ["lm_head"], "untie": ["lm_head"]}
-    model = tiny("gpt2")
+    model: Any = tiny("gpt2")
     assert open_artifact(perturbed(model, spec).save(tmp_path / "artifact")).replaced == frozenset()
     with torch.no_grad():
         model.transformer.wte.weight.add_(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,20 +16,18 @@ SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["inner"]}
 class Normed(nn.Module):
     """A map, a normalisation over the batch or the space, and a map."""
 
-    def __init__(self, norm: nn.Module, space: tuple[int, ...]) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.inner, self.norm, self.outer, self.space = nn.Linear(6, 8), norm, nn.Linear(8, 3), space
+        self.inner, self.norm, self.outer = nn.Linear(6, 8), norm, nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
-        if y.dim() > 2:
-            y = self.norm(y.transpose(1, 2)).transpose(1, 2)
-        else:
-            y = self.norm(y)
-        return self.outer(torch.relu(y))
+        y = self.norm(y.transpose(1, 2)).transpose(1, 2) if y.dim() > 2 else self.norm(y)
+        z: Tensor = self.outer(torch.relu(y))
+        return z
 
 
-CASES = {
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
     "batch": (lambda: nn.BatchNorm1d(8), (4, 6), (1, 6), (3, 6)),
     "batch without affine": (lambda: nn.BatchNorm1d(8, affine=False), (4, 6), (1, 6), (3, 6)),
     "batch without statistics": (lambda: nn.BatchNorm1d(8, track_running_stats=False), (4, 6), (1, 6), (3, 6)),
@@ -39,7 +39,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_one_value_raises(name: str) -> None:
     make, sample, single, enough = CASES[name]
-    model = Normed(make(), sample)
+    model = Normed(make())
     compiled = graftc.compile(SPEC, model, (torch.randn(sample),)).train()
     model.train()
     compiled(torch.randn(enough))
@@ -56,8 +56,8 @@ def test_one_value_raises(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name in ("batch", "batch without affine")])
 def test_one_value_is_enough_in_eval_mode(name: str) -> None:
-    make, sample, single, enough = CASES[name]
-    model = Normed(make(), sample)
+    make, sample, single, _ = CASES[name]
+    model = Normed(make())
     compiled = graftc.compile(SPEC, model, (torch.randn(sample),)).eval()
     x = torch.randn(single)
     assert torch.equal(compiled(x), model.eval()(x))

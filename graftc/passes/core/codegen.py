@@ -20,8 +20,7 @@ _OF_A_BATCH: dict[Any, Function] = {
     torch.ops.aten.batch_norm.default: nn.functional.batch_norm,
     torch.ops.aten.instance_norm.default: nn.functional.instance_norm,
 }
-"""Operators of statistics that torch's functions of the same name refuse to take of a single value, as they would be NaN:
-capture sees how many there are in its samples only."""
+"""Statistics of a single value are NaN, so that torch's functions refuse it: only a graph that runs knows how many."""
 
 _FUNCTIONS: dict[tuple[str, tuple[str, ...]], Function] = {}
 

@@ -89,17 +89,18 @@ class Sizes:
 
     def __init__(self, assign: Callable[[str], int]) -> None:
         self._assign = assign
-        self._memo: dict[Any, int] = {}
+        self._memo: dict[Any, Any] = {}
 
-    def size(self, size: Any) -> int:
-        """One size as a number."""
+    def size(self, size: Any) -> Any:
+        """One size as a number; what is made of sizes by division or roots, as a `float`."""
         expr = expression(size)
-        if isinstance(expr, int):
+        if isinstance(expr, int | float):
             return expr
         found = self._memo.get(expr)
         if found is None:
             values = {symbol: self._assign(str(symbol)) for symbol in expr.free_symbols}
-            found = self._memo[expr] = int(expr.subs(values))
+            number = expr.subs(values)
+            found = self._memo[expr] = float(number) if isinstance(size, torch.SymFloat) else int(number)
         return found
 
     def shape(self, value: torch.Tensor) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ has a gradient path. Once, at the end, all types are worked out anew at two diff
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
@@ -201,12 +201,15 @@ def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = Fal
         choice: numbers for the symbols.
         strict: hold the base's own nodes to it as well, but for what depends on values.
     """
-    numbers, assigned = count(), {}
+    numbers, assigned, ranges = count(), {}, _ranges(program)
 
     def assign(symbol: str) -> int:
         if symbol not in assigned:
             # How many rows the data select is free, but graphs divide it by other sizes.
-            assigned[symbol] = math.prod(choice) if symbol.startswith("u") else choice[next(numbers) % len(choice)]
+            free = math.prod(choice) if symbol.startswith("u") else choice[next(numbers) % len(choice)]
+            low, high = ranges.get(symbol, (0, None))
+            free = free if free >= low else low + free
+            assigned[symbol] = free if high is None else min(free, high)
         return assigned[symbol]
 
     sizes = Sizes(assign)
@@ -235,7 +238,7 @@ def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = Fal
             kwargs = {**kwargs, "device": meta}
         expected = concrete(node.meta["val"])
         key = (node.target, repr(_plain(args)), repr(_plain(kwargs)))
-        mixed = _mixed_product(node.target, args)
+        mixed = mixed_product(node.target, args)
         if mixed and (strict or provenance(node) is not None):
             return node, f"it multiplies {mixed}"
         try:
@@ -250,12 +253,22 @@ def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = Fal
                 return node, f"it does not run on the meta device: {error}"
             values[node] = expected
             continue
-        if _plain(values[node]) != _plain(expected):
+        if _kind(values[node]) != _kind(expected):
             return node, f"it gives {_plain(values[node])}, the graph says {_plain(expected)}"
     return None
 
 
-def _mixed_product(target: Any, args: tuple[Any, ...]) -> str:
+def _ranges(program: Program) -> dict[str, tuple[int, int | None]]:
+    """The sizes that each symbol of the inputs may have."""
+    found: dict[str, tuple[int, int | None]] = {}
+    for node, spec in zip(program.placeholders(), program.inputs, strict=False):
+        value = node.meta["val"]
+        for size, bounds in zip(value.shape if isinstance(value, Tensor) else (), spec.ranges, strict=False):
+            found.setdefault(str(expression(size)), bounds)
+    return found
+
+
+def mixed_product(target: Any, args: Sequence[Any]) -> str:
     """The types of a product whose factors differ in theirs, which kernels refuse and the meta device takes."""
     if target not in _PRODUCTS:
         return ""
@@ -280,6 +293,11 @@ def _depends_on_values(node: fx.Node, error: Exception) -> bool:
         or torch.Tag.data_dependent_output in tags
         or torch.Tag.dynamic_output_shape in tags
     )
+
+
+def _kind(value: Any) -> Any:
+    """The type of a value: sizes count, numbers that are made of sizes by division and roots do not."""
+    return float if isinstance(value, float) else _plain(value)
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from graftc.runtime.reference import MOST_LABELS
 MANIFEST_BYTES, GRAPH_BYTES, TEXT_BYTES = 2**26, 2**26, 2**24
 """What a manifest, a graph, and another text may have."""
 
+
 def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
     if math.prod(shape) >= 2**63:
         raise ValueError("more elements than there are numbers")

@@ -68,7 +68,12 @@ def check_base(artifact: Artifact, model: nn.Module) -> None:
         name = type(model).__name__
         message = f"{artifact.path} adapts another model than this {name}: {differences[0]}"
         more = [f"... and {len(differences) - 5} more"] if len(differences) > 5 else []
-        raise GraftError("GC087", message, hint="name the base: --model MODEL", details=[*differences[1:5], *more])
+        raise GraftError(
+            "GC087",
+            message,
+            hint="name the base: --model MODEL, or graftc.load(path, model=...)",
+            details=[*differences[1:5], *more],
+        )
 
 
 def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, recapture: bool = False) -> Compiled:

@@ -1,0 +1,64 @@
+"""Arguments of the Python interface: what is of another kind than a function takes is a coded error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graftc.specs.diagnostics import GraftError
+
+__all__ = ["as_mapping", "as_path", "as_seed", "kind_of"]
+
+
+def kind_of(value: Any) -> str:
+    """The kind of a value, for messages: ``"an int"``."""
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}" if value is not None else "None"
+
+
+def as_path(path: Any, what: str = "path") -> Path:
+    """A path.
+
+    Raises:
+        GraftError: GC073 for what is no text and no path, or empty.
+    """
+    if (
+        isinstance(path, str | os.PathLike)
+        and isinstance(found := os.fspath(path), str)
+        and found
+        and "\0" not in found
+    ):
+        return Path(found)
+    shown = repr(path) if isinstance(path, str) else kind_of(path)
+    raise GraftError("GC073", f"the {what} is {shown}", hint="give a text or a pathlib.Path")
+
+
+def as_seed(seed: Any) -> int:
+    """A seed.
+
+    Raises:
+        GraftError: GC073 for what is no whole number of 64 bits.
+    """
+    if isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**64:
+        return seed
+    shown = "beyond 64 bits" if isinstance(seed, int) and not isinstance(seed, bool) else kind_of(seed)
+    raise GraftError("GC073", f"the seed is {shown}", hint="give a whole number")
+
+
+def as_mapping(values: Any, what: str, kind: type) -> Mapping[str, Any]:
+    """A mapping from names to values of one kind.
+
+    Raises:
+        GraftError: GC073 for anything else.
+    """
+    hint = f"give {kind.__name__}s by name"
+    if not isinstance(values, Mapping):
+        raise GraftError("GC073", f"the {what} are {kind_of(values)}", hint=hint)
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, kind):
+            shown = f"{name!r} of the {what}" if isinstance(name, str) else f"a name in the {what}"
+            wrong = value if isinstance(name, str) else name
+            raise GraftError("GC073", f"{shown} is {kind_of(wrong)}", hint=hint)
+    return values

@@ -1,0 +1,115 @@
+"""Arguments of another kind are coded errors, and change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graftc
+from graftc.specs.diagnostics import GraftError
+
+SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["0"]}}]}
+INPUTS = (torch.ones(4, 6),)
+NO_PATH: list[Any] = [None, 5, b"bytes", "", "a\0b", ["a"], {}]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+
+
+@pytest.fixture(scope="module")
+def compiled(model: nn.Module) -> Any:
+    return graftc.compile(SPEC, model, INPUTS)
+
+
+@pytest.fixture(scope="module")
+def artifact(compiled: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(compiled.save(tmp_path_factory.mktemp("arguments") / "artifact"))
+
+
+def refused(call: Callable[[], Any]) -> GraftError:
+    with pytest.raises(GraftError) as caught:
+        call()
+    assert caught.value.code == "GC073" and caught.value.hint
+    return caught.value
+
+
+@pytest.mark.parametrize("path", NO_PATH, ids=repr)
+def test_paths(path: Any, compiled: Any, model: nn.Module) -> None:
+    merged = compiled.merge()
+    for call in (compiled.save, compiled.export, merged.save, merged.export, lambda p: graftc.load(p, model)):
+        refused(lambda call=call: call(path))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("base", [5, {"a": 1}, nn.Linear, torch.ones(2), ["a"]], ids=repr)
+def test_bases(base: Any, artifact: Path) -> None:
+    refused(lambda: graftc.load(artifact, base))
+    refused(lambda: graftc.compile(SPEC, base, INPUTS))
+
+
+def test_a_compiled_model_is_no_base(artifact: Path, compiled: Any) -> None:
+    refused(lambda: graftc.load(artifact, compiled))
+
+
+@pytest.mark.parametrize("seed", [None, "1", 1.0, True, 2**64, -(2**63) - 1, torch.tensor(1)], ids=repr)
+def test_seeds(seed: Any, model: nn.Module) -> None:
+    refused(lambda: graftc.compile(SPEC, model, INPUTS, seed=seed))
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**64 - 1])
+def test_seeds_of_64_bits_are_kept(seed: int, model: nn.Module, tmp_path: Path) -> None:
+    made = graftc.compile(SPEC, model, INPUTS, seed=seed)
+    loaded = graftc.load(made.save(tmp_path / "artifact"), model)
+    assert loaded.compilation.seed == seed
+
+
+@pytest.mark.parametrize("inputs", [5, "x", {1: torch.ones(2)}, iter([]), {torch.ones(2)}], ids=repr)
+def test_example_inputs(inputs: Any, model: nn.Module, compiled: Any, tmp_path: Path) -> None:
+    for call in (graftc.compile, graftc.check):
+        refused(lambda call=call: call(SPEC, model, inputs))  # type: ignore[misc]
+    refused(lambda: graftc.roles(model, inputs))
+    refused(lambda: compiled.export(tmp_path / "model.pt2", "pt2", inputs))
+
+
+def test_one_tensor_is_the_only_input(model: nn.Module) -> None:
+    assert graftc.compile(SPEC, model, INPUTS[0]).compilation.main.axes == (
+        graftc.compile(SPEC, model, INPUTS).compilation.main.axes
+    )
+
+
+@pytest.mark.parametrize("how", ["none", "number", "number for a tensor", "list", "number for a name", "text"])
+def test_adapter_tensors(how: str, compiled: Any) -> None:
+    own = compiled.adapter_state_dict()
+    name = next(iter(own))
+    given: dict[str, Any] = {
+        "none": None,
+        "number": 5,
+        "number for a tensor": {**own, name: 1},
+        "list": list(own.items()),
+        "number for a name": {**own, 1: own[name]},
+        "text": {**own, name: "tensor"},
+    }
+    before = {n: t.clone() for n, t in own.items()}
+    refused(lambda: compiled.load_adapter_state_dict(given[how]))
+    assert all(torch.equal(t, before[n]) for n, t in compiled.adapter_state_dict().items())
+
+
+@pytest.mark.parametrize("value", [None, 1, "tensor", [1.0]], ids=repr)
+def test_base_tensors_of_a_state_dict(value: Any, compiled: Any) -> None:
+    refused(lambda: compiled.load_state_dict({**compiled.state_dict(), "0.weight": value}))
+
+
+@pytest.mark.parametrize("other", [5, None, nn.Linear(2, 2), "model"], ids=repr)
+def test_joined(other: Any, compiled: Any) -> None:
+    refused(lambda: compiled.joined(other))
+
+
+@pytest.mark.parametrize("names", [5, None, "lora", {"lora"}], ids=repr)
+def test_combined(names: Any, compiled: Any) -> None:
+    refused(lambda: compiled.combine(names))
