@@ -7,6 +7,7 @@ Structural: the folded graph's hash equals the base's, up to declared additions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -44,6 +45,11 @@ class SiteEvidence:
     change: float
     algebra: float
     rounding: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the evidence is of numbers."""
+        return math.isfinite(self.algebra) and math.isfinite(self.rounding)
 
     @property
     def passed(self) -> bool:
@@ -102,6 +108,11 @@ class Certificate:
         return max(self.outputs.values(), default=0.0)
 
     @property
+    def finite(self) -> bool:
+        """Whether there are numbers to hold against one another; where a model gives NaN, there are none."""
+        return all(map(math.isfinite, (*self.outputs.values(), self.budget))) and all(s.finite for s in self.sites)
+
+    @property
     def passed(self) -> bool:
         """Every site's evidence holds, outputs keep to the budget, and the structure is the base's."""
         within = all(value <= self.budget for value in self.outputs.values())
@@ -113,11 +124,15 @@ class Certificate:
         found = [
             f"{s.site}: algebra {s.algebra:.2e} (at most {ALGEBRA_BOUND:.0e}), "
             f"rounding {s.rounding:.3f} ulp (at most 0.5)"
+            if s.finite
+            else f"{s.site}: what folds there is not finite"
             for s in self.sites
             if not s.passed
         ]
         found += [
             f"output {name} differs by {value:.3e}, the budget is {self.budget:.3e}"
+            if math.isfinite(value)
+            else f"output {name} is not finite, or only one of the two is"
             for name, value in self.outputs.items()
             if not value <= self.budget
         ]

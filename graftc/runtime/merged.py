@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from graftc.compiler.apart import largest_difference, largest_number
 from graftc.compiler.certify import DEFAULT_BUDGET, Certificate
 from graftc.compiler.collapse import collapse_evidence
 from graftc.compiler.family import Family
@@ -163,7 +164,8 @@ def require_passed(certificate: Certificate) -> None:
     """
     failures = tuple(certificate.failures())
     if failures:
-        raise GraftError("GC051", "the fold is not certified: " + "; ".join(failures[:3]), details=failures)
+        hint = None if certificate.finite else "look for NaN in what was trained and in buffers of the base"
+        raise GraftError("GC051", "the fold is not certified: " + "; ".join(failures[:3]), hint=hint, details=failures)
 
 
 def fold(
@@ -238,14 +240,14 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budge
     unfolded, folded = compiled.in_eval(inputs), merged.in_eval(inputs)
     names = family.base_eval.outputs.names
     differences = {
-        name: float((a.double() - b.double()).abs().max())
+        name: largest_difference(a, b)
         for name, a, b in zip(names, unfolded, folded, strict=True)
         if isinstance(a, Tensor) and a.is_floating_point()
     }
     if budget is None:
         budget = compilation.spec.fold.budget.logits
     if budget is None:
-        largest = max((float(a.abs().max()) for a in unfolded if isinstance(a, Tensor)), default=1.0)
+        largest = max((largest_number(a) for a in unfolded if isinstance(a, Tensor)), default=1.0)
         budget = DEFAULT_BUDGET.get(compiled.dtype, 1e-4) * max(1.0, largest)
     program = merged._programs[merged._key(compilation.default, "eval")]
     if merged.kept:

@@ -47,7 +47,7 @@ def test_paths(path: Any, compiled: Any, model: nn.Module) -> None:
         refused(lambda call=call: call(path))  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("base", [5, {"a": 1}, nn.Linear, torch.ones(2), ["a"]], ids=repr)
+@pytest.mark.parametrize("base", [5, {"a": 1}, nn.Linear, torch.ones(2), ["a"]], ids=str)
 def test_bases(base: Any, artifact: Path) -> None:
     refused(lambda: graftc.load(artifact, base))
     refused(lambda: graftc.compile(SPEC, base, INPUTS))
@@ -69,7 +69,10 @@ def test_seeds_of_64_bits_are_kept(seed: int, model: nn.Module, tmp_path: Path) 
     assert loaded.compilation.seed == seed
 
 
-@pytest.mark.parametrize("inputs", [5, "x", {1: torch.ones(2)}, iter([]), {torch.ones(2)}], ids=repr)
+NO_INPUTS = {"number": 5, "text": "x", "numbered": {1: torch.ones(2)}, "iterator": iter([]), "set": {1, 2}}
+
+
+@pytest.mark.parametrize("inputs", NO_INPUTS.values(), ids=NO_INPUTS)
 def test_example_inputs(inputs: Any, model: nn.Module, compiled: Any, tmp_path: Path) -> None:
     for call in (graftc.compile, graftc.check):
         refused(lambda call=call: call(SPEC, model, inputs))  # type: ignore[misc]

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from graftc.compiler.apart import largest_difference
 from graftc.compiler.diff import diff_programs
 from graftc.compiler.findings import format_runs
 from graftc.compiler.snapshot import SiteRecord
@@ -115,4 +116,4 @@ def _tensors(a: Artifact, b: Artifact) -> Iterator[TensorDifference]:
 def _largest(a: Tensor, b: Tensor) -> float | None:
     if a.shape != b.shape:
         return None
-    return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+    return largest_difference(a, b)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -98,7 +97,7 @@ def certificate_of(compiled: Compiled | CompiledRunner) -> tuple[Certificate | N
         GraftError: GC051 where the model gives numbers that are not finite, of which there is nothing to certify.
     """
     merged = fold(compiled)
-    if merged.folded and not all(map(math.isfinite, (*merged.certificate.outputs.values(), merged.certificate.budget))):
+    if merged.folded and not merged.certificate.finite:
         message = "the model gives numbers that are not finite, so that nothing can be certified"
         hint = "look for NaN in what was trained and in buffers; certify=False saves it as it is"
         raise GraftError("GC051", message, hint=hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from graftc.compiler.apart import largest_difference, largest_number
 from graftc.runtime.export import reason
 from graftc.runtime.export.module import ExportModule
 from graftc.specs.diagnostics import GraftError
@@ -114,14 +116,17 @@ def _compare(ort: Any, module: ExportModule, path: Path) -> None:
             expected = module.module(**inputs)
         found = session.run(list(names), {name: value.cpu().numpy() for name, value in module.flat(inputs).items()})
         for name, value in zip(names, found, strict=True):
-            reference = expected[name].float().cpu()
-            difference = float((reference - torch.from_numpy(value).float()).abs().max())
-            bound = _bound(expected[name].dtype) * max(1.0, float(reference.abs().max()))
+            reference = expected[name].cpu()
+            if reference.numel() and not bool(reference.isfinite().any()):
+                hint = "look for NaN in what was trained and in buffers of the base"
+                raise GraftError("GC060", f"{name} is not finite in torch, so nothing can be compared", hint=hint)
+            difference = largest_difference(reference, torch.from_numpy(value))
+            bound = _bound(expected[name].dtype) * max(1.0, largest_number(reference))
             if not difference <= bound:
-                raise GraftError(
-                    "GC060",
-                    f"ONNX Runtime's {name} differs from torch by {difference:.2e}, more than {bound:.0e}",
+                how = (
+                    f"by {difference:.2e}, more than {bound:.0e}" if math.isfinite(difference) else "in what is finite"
                 )
+                raise GraftError("GC060", f"ONNX Runtime's {name} differs from torch {how}")
 
 
 def _bound(dtype: torch.dtype) -> float:

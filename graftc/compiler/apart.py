@@ -1,0 +1,26 @@
+"""How far outputs are apart, where some of them may be infinite: masked scores are, and rows of nothing but padding."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference of two tensors of one shape.
+
+    Elements that are the same infinity, or no number in both, do not differ. NaN where only one of the two is a number,
+    and where none of ``a`` is: of such outputs there is nothing to say.
+    """
+    if not a.numel():
+        return 0.0
+    wide_a, wide_b = a.double(), b.to(a.device).double()
+    if not bool(wide_a.isfinite().any()):
+        return float("nan")
+    same = (wide_a == wide_b) | (wide_a.isnan() & wide_b.isnan())
+    return float((wide_a - wide_b).masked_fill(same, 0).abs().max())
+
+
+def largest_number(a: Tensor) -> float:
+    """The largest absolute value of those that are finite; 0 where none is."""
+    finite = a[a.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
