@@ -6,7 +6,9 @@ export records a guard; graphs here run without guards, so an axis that one of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -19,6 +21,7 @@ from graftc.passes.core.program import InputSpec
 _UNBOUNDED = 2**31
 _PROBES = (5, 17, 101)
 _SIZES = (*range(2, 10), 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 255, 256, 257)
+_SOME = (2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 128)
 _LEAST = 2
 """Symbols start here because 0 and 1 are special to torch's tracer; the operators themselves take those as well."""
 
@@ -67,7 +70,16 @@ class InputSizes:
                 fixed = (captured, captured)
                 ranges.append(_range(self.environment, symbol, captured) if symbol is not None else fixed)
             found.append(InputSpec(axis.name, axis.dtype, tuple(shape), tuple(ranges)))
+        if found:
+            found[0] = replace(found[0], apart=tuple(self._apart()))
         return tuple(found)
+
+    def _apart(self) -> Iterator[tuple[str, str]]:
+        """Pairs of named sizes that a guard wants to be different."""
+        for guard in _guards(self.environment) if self.places else ():
+            names = [self._name(side) for side in guard.args if side in self.places] if _are_two(guard) else []
+            if len(names) == 2 and None not in names:
+                yield str(names[0]), str(names[1])
 
     def _name(self, symbol: Any) -> str | None:
         """The name of any axis that has this size: equal sizes have one name."""
@@ -120,8 +132,7 @@ def _bound(environment: Any, places: dict[Any, list[tuple[Axis, int]]]) -> set[A
     """
     captured = {symbol: axis.sizes[dim] for symbol, ((axis, dim), *_) in places.items() if symbol.is_symbol}
     named = {s for s in captured if any(isinstance(axis.axes[dim], str) for axis, dim in places[s])}
-    guards = [environment.replace(guard.expr) for guard in environment.guards]
-    guards = [guard for guard in guards if not (guard == sympy.true or _is_range(guard))]
+    guards = [guard for guard in _guards(environment) if not (_are_two(guard) and set(guard.args) <= named)]
     bound = {symbol for guard in guards for symbol in guard.free_symbols & (captured.keys() - named)}
     numbers = {symbol: sympy.Integer(captured[symbol]) for symbol in bound}
     for guard in guards:
@@ -129,23 +140,44 @@ def _bound(environment: Any, places: dict[Any, list[tuple[Axis, int]]]) -> set[A
         if not isinstance(rest, sympy.core.relational.Relational):
             continue
         symbols = rest.free_symbols & captured.keys()
-        single = len(rest.free_symbols) == 1 and not isinstance(rest, sympy.Eq)
-        if not all(_holds(rest, number) for number in (_allowed(environment, rest) if single else _PROBES)):
+        if not all(_holds(rest, sizes) for sizes in _tried(environment, rest)):
             bound |= symbols
     return bound
 
 
-def _allowed(environment: Any, guard: Any) -> list[int]:
-    """Sizes of its only symbol to try a guard at."""
-    (symbol,) = guard.free_symbols
+def _guards(environment: Any) -> list[Any]:
+    """What must hold of sizes, beside the range of each."""
+    guards = [environment.replace(guard.expr) for guard in environment.guards]
+    return [guard for guard in guards if not (guard == sympy.true or _is_range(guard))]
+
+
+def _are_two(guard: Any) -> bool:
+    """Whether a guard says that two sizes are not the same."""
+    return isinstance(guard, sympy.Ne) and all(side.is_symbol for side in guard.args)
+
+
+def _tried(environment: Any, guard: Any) -> Iterable[tuple[int, ...]]:
+    """Sizes of its symbols to try a guard at: many of each for one or two symbols, a few for more."""
+    symbols = _ordered(guard)
+    if isinstance(guard, sympy.Eq) or len(symbols) > 2:
+        return [tuple(number + step * i for i in range(len(symbols))) for number in _PROBES for step in (2, -2, 0)]
+    most = _SIZES if len(symbols) == 1 else _SOME
+    return product(*([size for size in most if _is_size(environment, symbol, size)] for symbol in symbols))
+
+
+def _is_size(environment: Any, symbol: Any, size: int) -> bool:
     bounds = environment.var_to_range.get(symbol)
-    return [size for size in _SIZES if bounds is None or bool(bounds.lower <= size <= bounds.upper)]
+    return bounds is None or bool(bounds.lower <= size <= bounds.upper)
 
 
-def _holds(guard: Any, number: int) -> bool:
-    """Whether a guard holds with every symbol at about ``number``, no two the same."""
-    values = {s: sympy.Integer(number + 2 * i) for i, s in enumerate(sorted(guard.free_symbols, key=str))}
-    return bool(guard.xreplace(values) == sympy.true)
+def _holds(guard: Any, sizes: tuple[int, ...]) -> bool:
+    """Whether a guard holds with numbers for its symbols."""
+    numbers = {symbol: sympy.Integer(size) for symbol, size in zip(_ordered(guard), sizes, strict=True)}
+    return bool(guard.xreplace(numbers) == sympy.true)
+
+
+def _ordered(guard: Any) -> list[Any]:
+    return sorted(guard.free_symbols, key=str)
 
 
 def _is_range(guard: Any) -> bool:

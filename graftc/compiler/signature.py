@@ -62,7 +62,8 @@ def signature_of_program(inputs: Sequence[InputSpec], flags: Flags) -> tuple[str
 
 
 def fits(inputs: Sequence[InputSpec], present: Mapping[str, Any]) -> bool:
-    """Whether a graph holds for the sizes of tensors: they are in its ranges, and equal where they share a name."""
+    """Whether a graph holds for the sizes of tensors: they are in its ranges, equal where they share a name,
+    and others where the graph took a decision by that."""
     first: dict[str, Any] = {}
     for spec in inputs:
         shape = present[spec.name].shape
@@ -73,7 +74,7 @@ def fits(inputs: Sequence[InputSpec], present: Mapping[str, Any]) -> bool:
         for dim, name in enumerate(spec.shape):
             if isinstance(name, str) and first.setdefault(name, shape[dim]) != shape[dim]:
                 return False
-    return True
+    return not any(a in first and first[a] == first.get(b) for spec in inputs for a, b in spec.apart)
 
 
 def tie_sizes(axes: Sequence[Axis], inputs: Mapping[str, Tensor]) -> None:

@@ -106,3 +106,39 @@ def test_what_failed_changes_nothing() -> None:
     _refused(compiled, torch.ones(4, 7))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), state) and model.training
+
+
+BETWEEN: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "equal": lambda y, b, n: y * 2 if b == n else y * 3,
+    "fewer": lambda y, b, n: y * 2 if b < n else y * 3,
+    "more": lambda y, b, n: y * 2 if b > n else y * 3,
+    "not fewer": lambda y, b, n: y * 2 if b >= n else y * 3,
+    "twice": lambda y, b, n: y * 2 if 2 * b == n else y * 3,
+    "square": lambda y, b, n: y @ y.transpose(1, 2) if b * 2 >= n else y @ y.transpose(1, 2) + 1,
+    "together": lambda y, b, n: y * 2 if b * n > 30 else y * 3,
+    "divided": lambda y, b, n: y * 2 if (b * n) % 4 == 0 else y * 3,
+}
+
+
+class Between(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.embed, self.inner, self.way = nn.Embedding(9, 6), nn.Linear(6, 8), way
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return BETWEEN[self.way](self.inner(self.embed(input_ids)), *input_ids.shape)
+
+
+@pytest.mark.parametrize("way", BETWEEN)
+def test_decisions_between_two_sizes(way: str, tmp_path: Path) -> None:
+    """Batch against tokens: a graph is for the sizes that decide as those that it was captured with."""
+    model = Between(way).eval()
+    ids = {"input_ids": torch.ones(3, 7, dtype=torch.long)}
+    compiled = graftc.compile(SPEC, model, ids).eval()
+    sizes = [(3, 7), (4, 4), (7, 3), (2, 4), (5, 6), (1, 1), (4, 8), (9, 2), (6, 6)]
+    inputs = [torch.randint(9, size) for size in sizes]
+    for x in inputs:
+        assert torch.equal(compiled(x), model(x)), tuple(x.shape)
+    loaded = graftc.load(compiled.save(tmp_path / "artifact"), model).eval()
+    for x in inputs:
+        assert torch.equal(loaded(x), model(x)), tuple(x.shape)

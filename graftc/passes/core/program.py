@@ -28,12 +28,14 @@ class InputSpec:
         dtype: element type, as ``torch.int64``.
         shape: sizes; a string is a symbol shared by name with other inputs (``"batch"``, ``"sequence"``).
         ranges: the sizes that the graph holds for, least and greatest, per axis; empty where nothing was recorded.
+        apart: pairs of named sizes that the graph does not hold for where they are equal.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int | str, ...]
     ranges: tuple[tuple[int, int | None], ...] = ()
+    apart: tuple[tuple[str, str], ...] = ()
 
 
 def limited(inputs: Iterable[InputSpec], most: Mapping[str, int]) -> tuple[InputSpec, ...]:

@@ -94,7 +94,13 @@ def program_to_json(program: Program) -> dict[str, Any]:
             entry["custom"] = node.meta["custom"]
         nodes.append(entry)
     inputs = [
-        {"name": s.name, "dtype": DTYPE_NAMES[s.dtype], "shape": list(s.shape), "ranges": [list(r) for r in s.ranges]}
+        {
+            "name": s.name,
+            "dtype": DTYPE_NAMES[s.dtype],
+            "shape": list(s.shape),
+            "ranges": [list(r) for r in s.ranges],
+            **({"apart": [list(pair) for pair in s.apart]} if s.apart else {}),
+        }
         for s in program.inputs
     ]
     return {
@@ -212,7 +218,8 @@ def _decode_input(data: Mapping[str, Any]) -> InputSpec:
             raise SerialisationError(f"size {size}")
     if ranges and (len(ranges) != len(shape) or any(low < 0 or (high or low) < low for low, high in ranges)):
         raise SerialisationError("ranges that do not fit")
-    return InputSpec(_identifier(data["name"]), DTYPES[data["dtype"]], shape, ranges)
+    apart = tuple((_identifier(a), _identifier(b)) for a, b in _typed(data.get("apart", []), list))
+    return InputSpec(_identifier(data["name"]), DTYPES[data["dtype"]], shape, ranges, apart)
 
 
 def _encode_target(node: fx.Node) -> str:
