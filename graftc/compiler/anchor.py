@@ -6,27 +6,24 @@ forwards and its own kernels, without what the tracer changes; the graph runs no
 
 from __future__ import annotations
 
-import random
-import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graftc.compiler.assignments import noticed
 from graftc.compiler.capture import as_captured, output_spec
-from graftc.compiler.interface import device_of, dtype_of
+from graftc.compiler.draws import draws, same_draws
+from graftc.compiler.interface import device_of, dtype_of, is_transformers
 from graftc.compiler.refusals import first_line
 from graftc.compiler.samples import samples_on
 from graftc.compiler.signature import Axis, described
 from graftc.passes.canonicalise import takes_device
-from graftc.passes.core.program import Mode, Program, is_random, map_nodes
+from graftc.passes.core.program import Mode, Program, map_nodes
 
 aten = torch.ops.aten
 BOUNDS: Mapping[torch.dtype, float] = {
@@ -38,12 +35,13 @@ BOUNDS: Mapping[torch.dtype, float] = {
 """Largest difference by the model's dtype, relative to the largest element of an output, where kernels are others;
 where they are the same there is none."""
 
-_SEED = 20
 _SHORT = 5
 """Tokens of the shortest texts that a model is tried with."""
 _MORE_SAMPLES = 6
 _SMALL = 400_000_000
 """Products of parameters and positions that a pass over the samples may take."""
+_LARGE = 2_000_000
+"""Parameters of models that are tried at a size of 1 as seldom as may be."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ class Anchor:
         seconds: how long it took.
         assigned: attributes of modules that the forward pass assigned.
         plain: whether it could be run on plain inputs only, all ones, with the sizes that it was captured with.
+        from_two: named sizes of which 1 is special to the model, so that the graph is for those from 2.
     """
 
     inputs: str
@@ -72,6 +71,7 @@ class Anchor:
     seconds: float = field(default=0.0, compare=False)
     assigned: tuple[str, ...] = ()
     plain: bool = False
+    from_two: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -138,7 +138,8 @@ def anchor(
             break
         other_worst, differing = run.against(more, bound)
         worst = max(worst, other_worst)
-    return made(worst, differing=tuple(differing), assigned=tuple(run.assigned), plain=plain)
+    special = run.special_ones(bound) if not (differing or plain) else ()
+    return made(worst, differing=tuple(differing), assigned=tuple(run.assigned), plain=plain, from_two=special)
 
 
 def _other_interface(program: Program, axes: Sequence[Axis]) -> str | None:
@@ -186,8 +187,8 @@ class _Runs:
         buffers = {aliases.get(n, n) for n, _ in model.named_buffers(remove_duplicate=False)}
         self._writable = buffers | constants.keys() | program.updates
         self._aliases = aliases
-        size = sum(parameter.numel() for parameter in model.parameters())
-        self._length = max(8, min(24, _SMALL // max(size, 1)))
+        self._size = sum(parameter.numel() for parameter in model.parameters())
+        self._length = max(8, min(24, _SMALL // max(self._size, 1)))
 
     def first(self) -> tuple[_Run, bool]:
         """The model's outputs on samples, or, where it takes none such, on what it was captured with."""
@@ -203,12 +204,39 @@ class _Runs:
         except _NoRunError as error:
             raise (failure or error) from None
 
-    def sample(self, seed: int) -> dict[str, Tensor]:
-        """Random inputs; the larger the model, the fewer tokens."""
+    def special_ones(self, bound: float) -> tuple[str, ...]:
+        """Named sizes at 1 of which the model computes something else than its graph.
+
+        The tracer takes every size for greater than 1, and records nothing where a model asks whether one is. Each is
+        tried alone and all together; of a large model of transformers, whose classes ask for no more than a single
+        token, all together in eval mode, since a pass over its weights takes as long for a token as for a text.
+        """
+        names = [
+            size
+            for spec in self._program.inputs
+            for size, (low, _) in zip(spec.shape, spec.ranges, strict=False)
+            if isinstance(size, str) and low <= 1
+        ]
+        names = list(dict.fromkeys(names))
+        large = self._size > _LARGE and is_transformers(self._model)
+        if large and (self._program.mode == "train" or not self._differs_at(names, bound)):
+            return ()
+        found = [name for name in names if self._differs_at([name], bound)]
+        return tuple(found) if found or not self._differs_at(names, bound) else tuple(names)
+
+    def _differs_at(self, ones: Sequence[str], bound: float) -> bool:
+        try:
+            ours = self.model(self.sample(0, ones))
+        except _NoRunError:  # there is nothing to hold a graph against
+            return False
+        return bool(self.against(ours, bound)[1])
+
+    def sample(self, seed: int, ones: Collection[str] = ()) -> dict[str, Tensor]:
+        """Random inputs; the larger the model, the fewer tokens. Named sizes in ``ones`` are 1."""
         length = self._length
         rows = 4 if length > 8 else 3
         config = getattr(self._model, "config", None)
-        return samples_on(self._device, self._program, seed, (rows, length, length - 2), config)
+        return samples_on(self._device, self._program, seed, (rows, length, length - 2), config, ones=ones)
 
     def model(self, inputs: Mapping[str, Tensor]) -> _Run:
         """What the model gives.
@@ -218,7 +246,7 @@ class _Runs:
         """
         model, program = self._model, self._program
         given = {name: tensor.clone() for name, tensor in inputs.items()}
-        with _same_draws(self._device, self._draws), as_captured(model, self._axes, program.flags, program.mode):
+        with same_draws(self._device, self._draws), as_captured(model, self._axes, program.flags, program.mode):
             kept = _with_own_tensors(model, {self._aliases.get(n, n) for n in self._program.updates}, self._aliases)
             try:
                 with noticed(model) as assigned:
@@ -253,7 +281,7 @@ class _Runs:
         tensors = {n: t.clone() if n in self._writable else t for n, t in self._read().items()}
         given = {name: tensor.clone() for name, tensor in run.inputs.items()}
         try:
-            with _same_draws(self._device, self._draws), torch.no_grad():
+            with same_draws(self._device, self._draws), torch.no_grad():
                 leaves = _interpret(program, given, tensors, self._device)
         except Exception as error:
             return float("inf"), [f"it fails where the model does not: {first_line(error)}"]
@@ -297,67 +325,6 @@ def _interpret(
             if not readers[source]:
                 del values[source]
     raise ValueError("the graph has no outputs")
-
-
-def draws(node: fx.Node) -> bool:
-    """Whether a node draws random numbers; attention does where it drops something."""
-    target = node.target
-    if target is aten.scaled_dot_product_attention.default:
-        dropped = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return bool(dropped != 0)
-    return is_random(node)
-
-
-class _EachFromTheSeed(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every draw starts from the same seed, so what it gives does not depend on how many there were before it. A graph
-    has only those that its outputs depend on."""
-
-    def __init__(self, seed: Callable[[], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._seed = seed
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self._seed()
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _same_draws(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Inside, random numbers depend on their kind and shape only; afterwards the random states are as before.
-
-    Args:
-        device: where they are drawn, beside the CPU.
-        wanted: whether anything that counts is drawn.
-    """
-    own = [] if device.type == "cpu" else [device]
-    module = torch.get_device_module(device)
-    before = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpys = numpy.random.get_state() if numpy is not None else None
-
-    def seed() -> None:
-        torch.default_generator.manual_seed(_SEED)
-        if own:
-            module.manual_seed(_SEED)
-
-    with torch.random.fork_rng(devices=own, device_type=device.type if own else "cuda"):
-        seed()
-        random.seed(_SEED)
-        if numpy is not None:
-            numpy.random.seed(_SEED)
-        try:
-            if wanted:
-                with _EachFromTheSeed(seed):
-                    yield
-            else:
-                yield
-        finally:
-            random.setstate(before)
-            if numpy is not None:
-                numpy.random.set_state(numpys)
 
 
 def _with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mapping[str, str]) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graftc.compiler.anchor import Anchor, anchor, draws
+from graftc.compiler.anchor import Anchor, anchor
 from graftc.compiler.cache import captured, forget, keep
 from graftc.compiler.capture import Capture, capture, random_structure
 from graftc.compiler.compose import Unit, add_controls, check_units, insert_unit, placed, units
+from graftc.compiler.draws import draws
 from graftc.compiler.embeds import Plan, lengthened, planned, require_words
 from graftc.compiler.interface import Flags, dtype_of
 from graftc.compiler.refusals import first_line
@@ -25,7 +26,7 @@ from graftc.compiler.tokens import TOKENS, token_sites
 from graftc.compiler.words import word_vectors
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.effects import flaw
-from graftc.passes.core.program import HistoryEntry, Mode, Program
+from graftc.passes.core.program import HistoryEntry, Mode, Program, from_two
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.sites import Applied, AttentionSite, LinearSite, ParameterSite, Site
 from graftc.passes.core.steering import STEP, no_steps
@@ -177,6 +178,9 @@ def compile_family(
     else:
         adapted_eval = clock.step("mode(eval)", lambda: to_eval(train.program), train.program)
     adapted_eval.baseline = eval_base.baseline
+    special = {name for held in [*derived, *(c.anchor for c in captures if c.anchor)] for name in held.from_two}
+    for program in (base, source_eval, train.base, eval_base, train.program, adapted_eval):
+        program.inputs = from_two(program.inputs, special)
     clock.step("verify", lambda: verify(adapted_eval, compilation.store, "mode(eval)", types=True), adapted_eval)
     adapted_eval.history = list(clock.entries)
     return Family(
@@ -272,6 +276,7 @@ def _checked(compilation: Compilation, found: Capture, axes: Sequence[Axis], clo
         for name in added:
             store.drop_constant(name)
         raise
+    program.inputs = from_two(program.inputs, held.from_two)
     return replace(found, anchor=held)
 
 

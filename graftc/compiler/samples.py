@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -42,9 +42,16 @@ def sample_inputs(
 
 
 def samples_on(
-    device: torch.device, program: Program, seed: int, sizes: Sequence[int], config: Any, *, front: bool = True
+    device: torch.device,
+    program: Program,
+    seed: int,
+    sizes: Sequence[int],
+    config: Any,
+    *,
+    front: bool = True,
+    ones: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """`sample_inputs`, on a device."""
+    """`sample_inputs`, on a device; named sizes in ``ones`` are 1."""
     generator = torch.Generator().manual_seed(seed)
     axes: dict[str, int] = {}
     inputs: dict[str, Tensor] = {}
@@ -54,6 +61,7 @@ def samples_on(
             if isinstance(size, str):
                 low, high = spec.ranges[dim] if spec.ranges else (0, None)
                 wanted = max(sizes[min(len(axes), len(sizes) - 1)], low)
+                wanted = 1 if size in ones else wanted
                 axes.setdefault(size, wanted if high is None else min(wanted, high))
             shape.append(axes[size] if isinstance(size, str) else size)
         if spec.dtype.is_floating_point:

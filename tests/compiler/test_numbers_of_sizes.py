@@ -117,6 +117,13 @@ BETWEEN: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "square": lambda y, b, n: y @ y.transpose(1, 2) if b * 2 >= n else y @ y.transpose(1, 2) + 1,
     "together": lambda y, b, n: y * 2 if b * n > 30 else y * 3,
     "divided": lambda y, b, n: y * 2 if (b * n) % 4 == 0 else y * 3,
+    "one token": lambda y, b, n: y * 2 if n == 1 else y * 3,
+    "one text": lambda y, b, n: y * 2 if b == 1 else y * 3,
+    "one and one": lambda y, b, n: y * 2 if b == n == 1 else y * 3,
+    "one text of many": lambda y, b, n: y * 2 if b == 1 and n > 1 else y * 3,
+    "fewer than two": lambda y, b, n: y * 2 if n < 2 else y * 3,
+    "squeezed": lambda y, b, n: y.squeeze(1),
+    "squeezed wholly": lambda y, b, n: y.squeeze(),
 }
 
 
@@ -135,10 +142,27 @@ def test_decisions_between_two_sizes(way: str, tmp_path: Path) -> None:
     model = Between(way).eval()
     ids = {"input_ids": torch.ones(3, 7, dtype=torch.long)}
     compiled = graftc.compile(SPEC, model, ids).eval()
-    sizes = [(3, 7), (4, 4), (7, 3), (2, 4), (5, 6), (1, 1), (4, 8), (9, 2), (6, 6)]
+    sizes = [(3, 7), (4, 4), (7, 3), (2, 4), (5, 6), (1, 1), (4, 8), (9, 2), (6, 6), (4, 1), (1, 4)]
     inputs = [torch.randint(9, size) for size in sizes]
     for x in inputs:
         assert torch.equal(compiled(x), model(x)), tuple(x.shape)
     loaded = graftc.load(compiled.save(tmp_path / "artifact"), model).eval()
     for x in inputs:
         assert torch.equal(loaded(x), model(x)), tuple(x.shape)
+    merged = compiled.merge()
+    assert torch.equal(merged(inputs[0]), model(inputs[0]))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_decision_of_one_mode(mode: str) -> None:
+    """A size of 1 that is special in one mode only."""
+    model = Between("one token")
+    BETWEEN["in a mode"] = lambda y, b, n: y * 2 if n == 1 and model.training == (mode == "train") else y * 3
+    model.way = "in a mode"
+    compiled = graftc.compile(SPEC, model, {"input_ids": torch.ones(3, 7, dtype=torch.long)}, cache=False)
+    for training in (True, False):
+        model.train(training)
+        compiled.train(training)
+        for size in ((3, 7), (3, 1), (1, 7)):
+            x = torch.randint(9, size)
+            assert torch.equal(compiled(x), model(x)), (training, size)

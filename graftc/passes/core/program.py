@@ -38,6 +38,15 @@ class InputSpec:
     apart: tuple[tuple[str, str], ...] = ()
 
 
+def from_two(inputs: Iterable[InputSpec], names: Collection[str]) -> tuple[InputSpec, ...]:
+    """Inputs whose axes of some names have sizes of 2 and more."""
+
+    def bounds(size: int | str, low: int, high: int | None) -> tuple[int, int | None]:
+        return (max(2, low), high) if size in names else (low, high)
+
+    return _bounded(inputs, bounds)
+
+
 def limited(inputs: Iterable[InputSpec], most: Mapping[str, int]) -> tuple[InputSpec, ...]:
     """Inputs whose axes of some names have no greater sizes than given."""
 
@@ -46,6 +55,12 @@ def limited(inputs: Iterable[InputSpec], most: Mapping[str, int]) -> tuple[Input
             return low, high
         return low, most[size] if high is None else min(high, most[size])
 
+    return _bounded(inputs, bounds)
+
+
+def _bounded(
+    inputs: Iterable[InputSpec], bounds: Callable[[int | str, int, int | None], tuple[int, int | None]]
+) -> tuple[InputSpec, ...]:
     return tuple(
         replace(spec, ranges=tuple(bounds(size, *held) for size, held in zip(spec.shape, spec.ranges, strict=True)))
         for spec in inputs
