@@ -23,6 +23,7 @@ from graftc.compiler.signature import Axis
 from graftc.compiler.sitetable import SiteTable
 from graftc.compiler.structure import Structure, find_structure
 from graftc.compiler.tokens import TOKENS, token_sites
+from graftc.compiler.unkept import unkept
 from graftc.compiler.words import word_vectors
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.effects import flaw
@@ -294,12 +295,15 @@ def _note(compilation: Compilation, found: Capture) -> None:
     assigned = [*found.assigned, *(found.anchor.assigned if found.anchor is not None else ())]
     written = [f"forward assigns to {name}" for name in assigned]
     drawn = random_structure(compilation.model)
-    new = [note for note in dict.fromkeys([*found.notes, *drawn, *written]) if note not in compilation.notes]
+    lost = unkept(compilation.model)
+    new = [note for note in dict.fromkeys([*found.notes, *drawn, *written, *lost]) if note not in compilation.notes]
     compilation.notes += new
     for note in new:
         if note in written:
             hint = "what it read there is a constant of the graph; keep what changes in buffers, or return it"
             warn("GC042", f"{type(compilation.model).__name__}'s {note}, which its graph does not", hint=hint)
+        elif note in lost:
+            warn("GC049", note, hint="its graph has the gradients and the state that capturing it shows")
         elif note in drawn:
             warn("GC047", note, hint="set it to what is wanted before compiling, so that nobody misses it")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -14,8 +15,9 @@ from graftc.passes.core.shapes import DTYPE_NAMES, raw_bytes
 from graftc.passes.core.store import Store
 
 SAMPLES = 64
-_PASSING = frozenset({"transformers_version", "architectures", "dtype", "torch_dtype"})
-"""What a config says or not depending on how the model was made; dtypes are told from the tensors."""
+Setting: TypeAlias = bool | int | float | str
+_PASSING = frozenset({"transformers_version", "architectures", "dtype", "torch_dtype", "problem_type", "use_cache"})
+"""What a config says or not depending on how the model was made or what was run; dtypes are told from the tensors."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,13 @@ class Identity:
         config: SHA-256 of the model's config without what passes; empty where there is none.
         tensors: each by the name that owns it.
         full: whether digests are of every value instead of `SAMPLES` evenly spaced ones.
+        settings: what its config has of plain values, by name, to say where two configs differ.
     """
 
     config: str
     tensors: Mapping[str, TensorIdentity]
     full: bool = False
+    settings: Mapping[str, Setting] = field(default_factory=dict, compare=False)
 
     @property
     def fingerprint(self) -> str:
@@ -59,7 +63,7 @@ class Identity:
 
     def differences(self, other: Identity) -> list[str]:
         """In which ways ``other`` is another base, for people; empty where it is the same."""
-        found = [] if self.config == other.config else ["its config is another"]
+        found = [] if self.config == other.config else [self.other_config(other)]
         found += [f"it has no {name}" for name in self.tensors if name not in other.tensors]
         found += [f"it has a {name}, which was not there" for name in other.tensors if name not in self.tensors]
         for name, mine in self.tensors.items():
@@ -71,6 +75,14 @@ class Identity:
             else:
                 found.append(f"{name} has other values")
         return found
+
+    def other_config(self, other: Identity) -> str:
+        """How another base's config differs, for people."""
+        names = [*self.settings, *(name for name in other.settings if name not in self.settings)]
+        pairs = [(name, self.settings.get(name), other.settings.get(name)) for name in names]
+        shown = [f"{name} {theirs!r}, not {mine!r}" for name, mine, theirs in pairs if mine != theirs]
+        more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+        return f"its config has {', '.join(shown[:3])}{more}" if shown else "its config is another"
 
 
 def _type(tensor: TensorIdentity) -> str:
@@ -96,7 +108,8 @@ def identify(model: nn.Module, *, full: bool = False, replaced: Collection[str] 
         )
         for name, tensor in Store.mirror(model).base()
     }
-    return Identity(_config_digest(getattr(model, "config", None)), tensors, full)
+    config = getattr(model, "config", None)
+    return Identity(config_digest(config), tensors, full, settings_of(config))
 
 
 def replaced_tensors(updated: Iterable[str], trained: Iterable[str], aliases: Mapping[str, str]) -> frozenset[str]:
@@ -124,13 +137,29 @@ def tensor_digest(tensor: Tensor, *, full: bool = True) -> str:
     return hashlib.sha256(raw_bytes(flat)).hexdigest()
 
 
-def _config_digest(config: Any) -> str:
+def config_digest(config: Any) -> str:
+    """SHA-256 of a config without what passes; empty where there is none."""
+    settings = _all_settings(config)
+    return "" if settings is None else hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def settings_of(config: Any) -> dict[str, Setting]:
+    """Plain values of a config by name: numbers, words and truth values, but for what passes."""
+    found = (_all_settings(config) or {}).items()
+    return {k: v for k, v in found if isinstance(v, bool | int | float | str) and _is_short(v)}
+
+
+def _is_short(value: Setting) -> bool:
+    return len(value) <= 256 if isinstance(value, str) else math.isfinite(value) and abs(value) < 2**63
+
+
+def _all_settings(config: Any) -> dict[str, Any] | None:
     to_dict = getattr(config, "to_dict", None)
     if to_dict is None:
-        return ""
+        return None
     # Through JSON first: a config that was read from a file has text where one made in Python may have numbers.
-    settings = _without_passing(json.loads(json.dumps(to_dict(), default=str)))
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    settings: dict[str, Any] = _without_passing(json.loads(json.dumps(to_dict(), default=str)))
+    return settings
 
 
 def _without_passing(value: Any) -> Any:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import nn
 
+from graftc.compiler.fingerprint import config_digest
 from graftc.compiler.objects import VALUES, closure_of, defined, is_fixed, is_foreign, is_plain, parts_of, slots_of
 from graftc.compiler.sources import digest_of, home_of, home_of_module, names_of
 from graftc.passes.core.shapes import raw_bytes
@@ -55,6 +56,15 @@ _CALLS = frozenset({"forward", "train", "_call_impl", "_wrapped_call_impl", *(f"
 
 _MADE = _CALLS | {"__init__", "__new__", "__post_init__"}
 """The same for classes of which code may make instances."""
+
+_OUTSIDE_NAMES = """
+environ environb getenv argv open read_text read_bytes import_module __import__ globals locals vars eval exec compile
+backends get_num_threads get_float32_matmul_precision get_default_dtype getpid time perf_counter now today
+__doc__ __annotations__ _getframe stack currentframe
+"""
+_OUTSIDE = frozenset(_OUTSIDE_NAMES.split())
+"""What gives code and values that no model holds: the environment, files, modules by their names, settings of torch. A
+model whose own code mentions any is not kept."""
 
 _BUILTINS = (
     types.BuiltinFunctionType,
@@ -96,6 +106,29 @@ def holdings(model: nn.Module) -> list[Any]:
         raise UnknownHoldingError(type(model).__name__, f"{type(error).__name__} while it was looked at") from error
 
 
+def held_by(model: nn.Module) -> dict[str, str] | None:
+    """Digests of what the modules of a model hold, by the path of each attribute, and of the code that they reach; None
+    where something cannot be written down. Of a config it is what tells one base from another; which tensors want a
+    gradient is up to the user.
+    """
+    try:
+        tensors, modules, code = holdings(model)
+    except UnknownHoldingError:
+        return None
+    classes = {path: repr(type(module)) for path, module in model.named_modules(remove_duplicate=False)}
+    found: dict[str, Any] = {"config": config_digest(getattr(model, "config", None))}
+    for path, cls, *rest in modules:
+        if cls == "is":
+            found[f"the module {path}"] = rest
+            continue
+        children, values, buffers = rest
+        found[f"the module {path}".rstrip()] = [classes[path], children, buffers]
+        found |= {_join(path, name): value for name, value in values if name != "config"}
+    found["set of tensors"] = [tensor for tensor in tensors if isinstance(tensor, tuple)]
+    found["code"] = code
+    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in found.items()}
+
+
 class _Walk:
     """One walk. What was met is numbered in the order of meeting, so that equal models give equal data."""
 
@@ -133,8 +166,12 @@ class _Walk:
             for name, tensor in named(remove_duplicate=False):
                 owner = self._tensors.setdefault(id(tensor), name)
                 cls = type(tensor)
+                laid_out = None if tensor.layout != torch.strided or tensor.is_contiguous() else list(tensor.stride())
                 found.append(
-                    (kind, name, owner, str(tensor.dtype), list(tensor.shape), cls.__qualname__, tensor.device.type)
+                    (
+                        *(kind, name, owner, str(tensor.dtype), list(tensor.shape), cls.__qualname__),
+                        *(tensor.device.type, laid_out),
+                    )
                 )
         return found
 
@@ -157,7 +194,7 @@ class _Walk:
             [name, self._value(held[name], _join(path, name), strict=True)]
             for name in sorted(held.keys() - _MODULE - _ASIDE)
         ]
-        return [path, number, list(module._modules), values]
+        return [path, number, list(module._modules), values, sorted(module._non_persistent_buffers_set)]
 
     def _value(self, value: Any, where: str, *, strict: bool) -> Any:
         """A value as JSON data. What cannot be written down is refused, or just its type where not ``strict``."""
@@ -174,6 +211,8 @@ class _Walk:
         if isinstance(value, type):
             return ["class", self._class(value, made=True)]
         if isinstance(value, types.ModuleType):
+            if home_of_module(value.__name__) == "user":
+                return self._opaque(value, where, f"the module {value.__name__}", strict)
             return ["import", value.__name__]
         met = id(value), strict
         if met not in self._told:
@@ -320,7 +359,12 @@ class _Walk:
         self._fresh |= set(names) - self._names
         strict = home == "user"
         label = f"{function.__module__}.{function.__qualname__}"
+        outside = sorted(_OUTSIDE & set(names)) if strict else ()
+        if outside:
+            raise UnknownHoldingError(label, f"what {outside[0]} gives")
         held = [
+            self._value(vars(function), where, strict=strict) if vars(function) else None,
+            function.__name__,
             self._value(function.__defaults__, where, strict=strict),
             self._value(function.__kwdefaults__, where, strict=strict),
             [self._cell(cell, f"{label}: {n}", strict) for n, cell in closure_of(function)],
@@ -352,12 +396,11 @@ class _Walk:
         """A global that a function mentions; of a module, what the function mentions of it."""
         if name in reached:
             return
-        told = self._value(value, f"{label}: {name}", strict=strict)
         if isinstance(value, types.ModuleType):
             if id(value) in entered:
                 return
             entered.add(id(value))
-            reached[name] = told
+            reached[name] = ["import", value.__name__]
             inside, fixed = vars(value), home_of_module(value.__name__) == "fixed"
             for part in names:
                 if part not in inside:
@@ -367,7 +410,7 @@ class _Walk:
                     continue
                 self._global(path, own, label, names, strict, reached, entered)
         else:
-            reached[name] = told
+            reached[name] = self._value(value, f"{label}: {name}", strict=strict)
 
 
 def _join(path: str, name: str) -> str:

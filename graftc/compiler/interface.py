@@ -72,13 +72,14 @@ class Interface:
         model: its ``forward`` and its config as they are now.
 
     Attributes:
-        parameters: names in the order in which positional arguments fill them.
+        parameters: names that ``forward`` declares, in order.
     """
 
     def __init__(self, model: nn.Module) -> None:
         found = declared(model)
         self.model = type(model).__name__
         self.parameters = parameters(model)
+        self._positional = tuple(n for n in self.parameters if found[n].kind is not inspect.Parameter.KEYWORD_ONLY)
         self._defaults = {n: p.default for n, p in found.items() if p.default is not inspect.Parameter.empty}
         self._conventional = is_transformers(model)
         rest = next((p for p in found.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
@@ -115,9 +116,9 @@ class Interface:
         Raises:
             GraftError: GC031 for too many positional arguments, or one that is given twice.
         """
-        if len(args) > len(self.parameters):
-            raise GraftError("GC031", f"{len(args)} positional inputs; the model takes {len(self.parameters)}")
-        named = dict(zip(self.parameters, args, strict=False))
+        if len(args) > len(self._positional):
+            raise GraftError("GC031", f"{len(args)} positional inputs; the model takes {len(self._positional)}")
+        named = dict(zip(self._positional, args, strict=False))
         twice = named.keys() & kwargs.keys()
         if twice:
             raise GraftError("GC031", f"input {min(twice)!r} is given twice")

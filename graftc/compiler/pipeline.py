@@ -17,6 +17,7 @@ from graftc.compiler.copies import untied
 from graftc.compiler.defaults import default_signatures
 from graftc.compiler.family import Family, compile_family
 from graftc.compiler.fingerprint import replaced_tensors
+from graftc.compiler.holdings import held_by
 from graftc.compiler.interface import Flags
 from graftc.compiler.isolation import exclusive
 from graftc.compiler.resolve import TRAIN
@@ -41,7 +42,7 @@ from graftc.passes.core.store import Store
 from graftc.passes.core.stored import StoredRows
 from graftc.passes.core.uses import Dense
 from graftc.specs.compose import CompositionSpec, Parallel
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.diagnostics import GraftError, warn
 from graftc.specs.document import Spec
 
 
@@ -60,6 +61,7 @@ class Compilation:
         overlays: base tensors that are trained in place: adaptation, site, base name, rows, trained name.
         notes: what capturing had to change, for people.
         source: the model as it was given; `model` is a copy where the spec unties tensors or adds tokens.
+        held: digests of what it held when it was compiled, by name; None where that cannot be written down.
         values: adapter tensors that are there already, by name: those of an artifact.
         known: captures that are there already, by their key.
     """
@@ -76,6 +78,7 @@ class Compilation:
     default: tuple[str, ...] = ()
     use_cache: bool = True
     source: nn.Module = field(kw_only=True)
+    held: dict[str, str] | None = field(default=None, repr=False)
     values: Mapping[str, Tensor] = field(default_factory=dict)
     known: Mapping[str, Callable[[], Capture]] = field(default_factory=dict)
 
@@ -111,6 +114,7 @@ class Compilation:
             return self.families[found] if found is not None else self._new_family(inputs)
 
     def _new_family(self, inputs: Mapping[str, Any]) -> Family:
+        self._look_for_changes()
         tensors, flags = split(inputs)
         chosen = [name for name in self.controls if name in tensors]
         tensors = {name: value for name, value in tensors.items() if name not in chosen}
@@ -132,6 +136,22 @@ class Compilation:
                 if family.key not in known_before:
                     self._forget(family)
         raise self._not_captured(axes, flags, failure)
+
+    def _look_for_changes(self) -> None:
+        """Warn, once, where the source model is not what it was: graphs that are made now are of what it is now."""
+        if self.held is None:
+            return
+        now = held_by(self.source)
+        changed = [name for name in {**self.held, **(now or {})} if now is None or now.get(name) != self.held.get(name)]
+        if not changed:
+            return
+        name = type(self.source).__name__
+        first = changed[0].removeprefix("the module ").strip() or name
+        message = f"{name} has changed since it was compiled"
+        message += f" ({first})" if now is not None else ""
+        message += ": graphs that are made from now on show it, earlier ones do not"
+        warn("GC048", message, hint="compile it again")
+        self.held = None
 
     def _forget(self, family: Family) -> None:
         """Let a family go that nobody uses."""
@@ -375,6 +395,7 @@ def compile_model(
     compilation = Compilation(
         spec, model, Store.mirror(model), seed, use_cache=use_cache, source=source, values=values, known=known
     )
+    compilation.held = held_by(source)
     first_capture(model, axes, lambda attempt: compilation.add(attempt, flags))
     return compilation
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
 from graftc.passes.fold import take_out
 from graftc.runtime.compiled import ModelRoot, ModelRunner, Modes, Published, runner_of
-from graftc.specs.arguments import as_path
+from graftc.specs.arguments import as_budget, as_path
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
@@ -187,10 +186,7 @@ def fold(
         GraftError: GC050 on the meta device; with ``every``, GC050 or GC022 naming what does not fold; GC073 for a
             budget that is no number.
     """
-    given: Any = budget
-    if given is not None and (isinstance(given, bool) or not isinstance(given, Real)):
-        hint = "merge() folds every adaptation, merge_partially() those that fold"
-        raise GraftError("GC073", f"a budget is a number, not {given!r}", hint=hint)
+    budget = as_budget(budget)
     runner: CompiledRunner = runner_of(compiled)
     compilation = runner.compilation
     if runner.device.type == "meta":

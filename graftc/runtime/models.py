@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from graftc.compiler.fingerprint import settings_of
 from graftc.compiler.fresh import mark_fresh
 from graftc.compiler.interface import ExampleInputs
 from graftc.runtime.reference import Built, is_callable, is_hub_id
@@ -55,7 +57,7 @@ def local_folder(model: nn.Module) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def load_model(text: str, *, meta: bool = False, revision: str | None = None) -> nn.Module:
+def load_model(text: str, *, meta: bool = False, revision: str | None = None, built: Built | None = None) -> nn.Module:
     """The model that a MODEL argument names, in eval mode, as its source gives it otherwise.
 
     Args:
@@ -64,15 +66,16 @@ def load_model(text: str, *, meta: bool = False, revision: str | None = None) ->
             arguments, where the current folder counts as a place to import from.
         meta: build it on the meta device. A folder then needs no weights, and a hub id only its config.
         revision: commit of a hub's repository; its newest by default.
+        built: the class, labels, dtype and settings to build it with; a folder's or repository's own by default.
 
     Raises:
         GraftError: GC032 with the reason, and the nearest alternative where one can be told.
     """
-    return load_model_and_inputs(text, meta=meta, revision=revision)[0]
+    return load_model_and_inputs(text, meta=meta, revision=revision, built=built)[0]
 
 
 def load_model_and_inputs(
-    text: str, *, meta: bool = False, revision: str | None = None
+    text: str, *, meta: bool = False, revision: str | None = None, built: Built | None = None
 ) -> tuple[nn.Module, ExampleInputs | None]:
     """`load_model`, with the example inputs where a callable returns ``(model, example_inputs)``.
 
@@ -86,13 +89,13 @@ def load_model_and_inputs(
     if is_callable(text):
         model, inputs = _from_callable(text, meta)
     elif folder.is_dir():
-        model = load_folder(folder, meta=meta)
+        model = load_folder(folder, meta=meta, built=built)
     elif folder.is_file():
         _fail(f"{text!r} is a file, not a transformers folder", f"did you mean {str(folder.parent)!r}?")
     elif not is_hub_id(text):
         _fail(f"there is no folder {text!r}", _neighbour(folder) or _FORMS)
     else:
-        model = load_hub(text, meta=meta, revision=revision)
+        model = load_hub(text, meta=meta, revision=revision, built=built)
     return model.eval(), inputs
 
 
@@ -165,6 +168,8 @@ def _from_transformers(text: str, folder: Path, meta: bool, built: Built | None 
     options: dict[str, Any] = {}
     if built is not None:
         cls = _built_as(built.architecture, cls, config)
+        _set(config, built.settings)
+        _check_layers(text, folder, config)
         if built.labels is not None and isinstance(getattr(config, "id2label", None), dict):
             config.id2label = dict(enumerate(built.labels))
             config.label2id = {label: number for number, label in enumerate(built.labels)}
@@ -205,6 +210,31 @@ def _check_folder(folder: Path, meta: bool) -> None:
         _fail(f"{str(folder)!r} has no config.json", hint)
     if not meta and not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
         _fail(f"{str(folder)!r} has a config.json but no weights", "add --meta to work without weights")
+
+
+def _check_layers(text: str, folder: Path, config: Any) -> None:
+    """Refuse a config of more layers than there are weights, before they are made, which may take minutes."""
+    held = [name for file in sorted(folder.glob("*.safetensors")) for name in _names_in(file)]
+    most = max(_layers_of(config.to_dict()), default=0)
+    if held and most > len(held):
+        message = f"the config of {text!r} has {most} layers, and its files have {len(held)} tensors"
+        _fail(message, "take a complete checkpoint")
+
+
+def _layers_of(settings: Mapping[Any, Any]) -> Iterator[int]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _layers_of(value)
+        elif isinstance(name, str) and name.endswith(("layers", "_layer")) and type(value) is int:
+            yield value
+
+
+def _names_in(file: Path) -> list[str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        _fail(f"{str(file)!r} cannot be read: {error}", cause=error)
 
 
 def _base_of(adapter: Path) -> str | None:
@@ -248,6 +278,16 @@ def _built_as(name: str, cls: Any, config: Any) -> Any:
     named = getattr(transformers, name, None) if name.isidentifier() else None
     fits = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
     return named if fits and getattr(named, "config_class", None) is type(config) else cls
+
+
+def _set(config: Any, settings: Mapping[str, Any]) -> None:
+    """Set what a file says of a config: numbers and truth values that the config has too, none of which make the model
+    larger. A word may name code."""
+    for name, value in settings_of(config).items():
+        wanted = settings.get(name)
+        grows = type(value) is int and type(wanted) is int and wanted > value
+        if type(wanted) is type(value) and not isinstance(value, str) and wanted != value and not grows:
+            setattr(config, name, wanted)
 
 
 def _dtype(config: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -49,15 +50,18 @@ class Built:
         architecture: its class.
         labels: names of the classes that it tells apart; None where its config has none.
         dtype: its element type, as ``"float32"``.
+        settings: plain values of its config, by name.
     """
 
     architecture: str
     labels: tuple[str, ...] | None
     dtype: str
+    settings: Mapping[str, bool | int | float | str]
 
     @classmethod
     def of(cls, model: nn.Module) -> Built:
         """How a model was made."""
+        from graftc.compiler.fingerprint import settings_of
         from graftc.compiler.interface import dtype_of
 
         labels = getattr(getattr(model, "config", None), "id2label", None)
@@ -66,6 +70,7 @@ class Built:
             type(model).__name__,
             tuple(map(str, labels.values())) if labels and numbered else None,
             str(dtype_of(model)).removeprefix("torch."),
+            settings_of(getattr(model, "config", None)),
         )
 
 
@@ -163,7 +168,7 @@ def find_base(reference: Reference, artifact: Path) -> nn.Module:
         raise GraftError("GC086", f"{artifact} names {flaw}, which is no place of a base", hint=hint)
     if kind == "callable":
         message = f"{artifact} was compiled from {text}, and no code is run because an artifact names it"
-        raise GraftError("GC086", message, hint=f"say so yourself: --model {text}, or graftc.load(path, model=...)")
+        raise GraftError("GC086", message, hint=f"say so yourself: --model {text}")
     if kind == "hub":
         return load_hub(text, revision=reference.revision, built=reference.built)
     stated = Path(text) if kind == "folder" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from graftc.specs.diagnostics import GraftError
 
-__all__ = ["as_mapping", "as_path", "as_seed", "kind_of"]
+__all__ = ["as_budget", "as_mapping", "as_path", "as_seed", "kind_of"]
 
 
 def kind_of(value: Any) -> str:
@@ -45,6 +46,21 @@ def as_seed(seed: Any) -> int:
         return seed
     shown = "beyond 64 bits" if isinstance(seed, int) and not isinstance(seed, bool) else kind_of(seed)
     raise GraftError("GC073", f"the seed is {shown}", hint="give a whole number")
+
+
+def as_budget(budget: Any) -> float | None:
+    """A budget of a certificate: None, or a number from 0.
+
+    Raises:
+        GraftError: GC073 for anything else.
+    """
+    if budget is None:
+        return None
+    number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    if number and math.isfinite(budget) and budget >= 0:
+        return float(budget)
+    shown = repr(budget) if number else kind_of(budget)
+    raise GraftError("GC073", f"the budget is {shown}", hint="give a number from 0, or None for the spec's")
 
 
 def as_mapping(values: Any, what: str, kind: type) -> Mapping[str, Any]:

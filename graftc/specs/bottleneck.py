@@ -194,6 +194,9 @@ class Bottleneck(BottleneckSpec):
             message = f"a linear map has an input and an output, no '{odd[0]}'"
             field = "reads" if reads == odd[0] else "adds_to"
             reject(self, ((field,), GraftError("GC002", message, hint="use input or output for both")))
+        if adds_to == "input" and reads is None:
+            message = "an adapter that adds to the input of a linear map reads it too"
+            reject(self, (("adds_to",), GraftError("GC002", message, hint="write reads: input beside it")))
         if not linear and adds_to is not None and adds_to not in _GOALS:
             message = f"an adapter cannot add to the {adds_to} of a sublayer"
             hint = "it may add to inner, projection, branch or output"

@@ -217,6 +217,11 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "What an attribute of the source model was when it was captured is a constant of the graphs. Setting it on the "
      "compiled model changes no result.",
      "Set it on the source model, and compile that."),
+    ("GC049", _WARNING, "a graph lacks something of forward",
+     "A graph has the operators of a forward pass and torch's gradients of them. A backward pass of the model's own, "
+     "hooks on gradients, and answers to whether gradients, autocast or inference mode are on are not in it.",
+     "Nothing where the model is not trained through that place, or the answer makes no difference. Otherwise write it "
+     "in tensors: `x + (f(x) - x).detach()` has another value than gradient."),
 
     # Folding and adapter tensors.
     ("GC050", _NO, "an adaptation cannot be folded",

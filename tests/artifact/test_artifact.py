@@ -204,7 +204,7 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     [
         ({"seed": 1}, "has other values"),
         ({"num_labels": 5}, "its config is another"),
-        ({"hidden_act": "relu"}, "its config is another"),
+        ({"hidden_act": "relu"}, "its config has hidden_act 'relu', not 'gelu'"),
     ],
 )
 def test_another_base(kept: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,86 @@ def test_tied_tensors_count(tmp_path: Path) -> None:
         model.transformer.wte.weight.add_(1)
     with pytest.raises(GraftError, match="has other values"):
         graftc.load(tmp_path / "artifact", model)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "dropout": {"hidden_dropout_prob": 0.3},
+    "layers": {"num_hidden_layers": 1},
+    "labels": {"id2label": dict(enumerate("abcde")), "label2id": {c: i for i, c in enumerate("abcde")}},
+    "epsilon": {"layer_norm_eps": 1e-3},
+}
+
+
+@pytest.mark.parametrize("form", ["artifact", "checkpoint"])
+@pytest.mark.parametrize("how", ["found", "folder", "moved"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_base_is_built_as_it_was(form: str, how: str, change: str, encoder: Path, tmp_path: Path) -> None:
+    """From its folder, named or not, or from a copy of it."""
+    torch.manual_seed(1)
+    options = {} if change == "labels" else {"num_labels": 5}
+    model: Any = BertForSequenceClassification.from_pretrained(encoder, **options, **CHANGES[change])
+    compiled = perturbed(model.eval())
+    compiled.save(tmp_path / "artifact")
+    (tmp_path / "checkpoint").mkdir()
+    save_file({n: t.contiguous() for n, t in compiled.state_dict().items()}, tmp_path / "checkpoint/model.safetensors")
+    shutil.copytree(encoder, tmp_path / "moved")
+    base = {"found": None, "folder": str(encoder), "moved": str(tmp_path / "moved")}[how]
+    loaded = graftc.load(tmp_path / form, base).eval()
+    assert torch.equal(loaded(**IDS).logits, compiled(**IDS).logits)
+
+
+@pytest.mark.parametrize("form", ["artifact", "checkpoint"])
+def test_another_config_is_told_by_its_fields(
+    form: str, encoder: Path, written: tuple[Path, Tensor, torch.dtype]
+) -> None:
+    folder, _, dtype = written
+    with pytest.raises(GraftError, match=r"its config has hidden_dropout_prob 0\.4, not 0\.1") as caught:
+        graftc.load(folder / form, with_head(encoder, 1, dtype=dtype, hidden_dropout_prob=0.4))
+    assert caught.value.code == "GC087"
+
+
+def test_a_model_that_ran_with_labels_is_the_same_base(encoder: Path, tmp_path: Path) -> None:
+    """A forward of transformers may write to its config."""
+    used: Any = with_head(encoder, 1)
+    used(**IDS, labels=torch.zeros(2, dtype=torch.long))
+    assert used.config.problem_type is not None
+    artifact = perturbed(used).save(tmp_path / "used")
+    graftc.load(artifact, with_head(encoder, 2))
+    graftc.load(perturbed(with_head(encoder, 2)).save(tmp_path / "fresh"), used)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "larger": {"num_hidden_layers": 10**6, "hidden_size": 2**40, "vocab_size": 2**40},
+    "words": {"hidden_act": "os.system", "model_type": "payload", "attn_implementation": "org/kernel"},
+    "unknown": {"auto_map": "payload", "trust_remote_code": True, "forward": 1},
+    "other kinds": {"num_hidden_layers": 1.0, "hidden_dropout_prob": 1, "is_decoder": 1},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_a_file_neither_grow_a_model_nor_name_anything(name: str, encoder: Path, tmp_path: Path) -> None:
+    artifact = Path(perturbed(with_head(encoder, 1)).save(tmp_path / "artifact"))
+    edit_manifest(artifact, base=lambda base: {**base, "settings": {**base["settings"], **SETTINGS[name]}})
+    source: Any = graftc.load(artifact).compilation.source
+    held, given = vars(source.config), SETTINGS[name]
+    assert not any(held.get(key) == value and type(held.get(key)) is type(value) for key, value in given.items())
+    assert len(source.bert.encoder.layer) == 2
+
+
+@pytest.mark.parametrize("settings", [{"num_hidden_layers": -1}, {"num_attention_heads": 3}, {"hidden_size": 7}])
+def test_settings_that_make_no_model(settings: dict[str, Any], encoder: Path, tmp_path: Path) -> None:
+    artifact = Path(perturbed(with_head(encoder, 1)).save(tmp_path / "artifact"))
+    edit_manifest(artifact, base=lambda base: {**base, "settings": {**base["settings"], **settings}})
+    with pytest.raises(GraftError) as caught:
+        graftc.load(artifact)
+    assert caught.value.code in ("GC032", "GC087", "GC089")
+
+
+def test_another_head_is_told(encoder: Path, tmp_path: Path) -> None:
+    """What the base of the folder has not; the checkpoint's own gaps are another matter."""
+    model: Any = with_head(encoder, 1)
+    model.classifier = nn.Sequential(nn.Linear(model.config.hidden_size, 4), nn.Linear(4, 5))
+    artifact = perturbed(model).save(tmp_path / "artifact")
+    with pytest.raises(GraftError, match=r"it has no classifier\.0\.weight") as caught:
+        graftc.load(artifact)
+    assert caught.value.code == "GC087"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,20 @@ def test_constants_need_their_file(artifact: Path) -> None:
     with pytest.raises(GraftError) as caught:
         open_artifact(artifact)
     assert caught.value.code == "GC083"
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "nested"])
+def test_a_base_of_more_layers_than_weights_is_refused_at_once(field: str, intact: Path, tmp_path: Path) -> None:
+    """Making a hundred thousand layers takes minutes, whatever the files hold."""
+    base = tmp_path / "base"
+    shutil.copytree(intact.parent / "base", base)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"num_hidden_layers": 100_000} if field != "nested" else {"text_config": {"n_layer": 100_000}}
+    (base / "config.json").write_text(json.dumps(config))
+    artifact = tmp_path / "artifact"
+    shutil.copytree(intact, artifact)
+    edit_manifest(artifact, base=lambda b: {**b, "reference": str(base), "relative": "../base", "settings": {}})
+    started = time.monotonic()
+    with pytest.raises(GraftError, match="100000 layers, and its files have") as caught:
+        graftc.load(artifact)
+    assert caught.value.code == "GC032" and time.monotonic() - started < 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from logging import StreamHandler
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,47 @@ def closure(factor: float) -> Callable[[Tensor], Tensor]:
     return lambda x: x * factor
 
 
+def noted(value: float) -> Callable[[Tensor], Tensor]:
+    """A function that reads an attribute of its own."""
+
+    def scaled(x: Tensor) -> Tensor:
+        return x * scaled.value  # type: ignore[attr-defined, no-any-return]
+
+    scaled.value = value  # type: ignore[attr-defined]
+    return scaled
+
+
+def named(name: str) -> Callable[[Tensor], Tensor]:
+    function = closure(1.0)
+    function.__name__ = name
+    return function
+
+
+def from_environment(x: Tensor) -> Tensor:
+    return x.clamp(max=float(os.environ.get("CLAMP", "100")))
+
+
+def from_file(x: Tensor) -> Tensor:
+    with open(os.devnull) as file:
+        return x * (1 + len(file.read()))
+
+
+def from_a_name(x: Tensor) -> Tensor:
+    return x * float(globals()["GLOBAL"]["factor"])
+
+
+def from_an_import(x: Tensor) -> Tensor:
+    return x * importlib.import_module("math").pi  # type: ignore[no-any-return]
+
+
+def from_torchs_settings(x: Tensor) -> Tensor:
+    return x * 2 if torch.backends.cudnn.benchmark else x
+
+
+def from_threads(x: Tensor) -> Tensor:
+    return x * torch.get_num_threads()
+
+
 DIFFERENT: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "bool": (lambda: True, lambda: 1),
     "int": (lambda: 1, lambda: 2),
@@ -123,6 +165,8 @@ DIFFERENT: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "namespace": (lambda: SimpleNamespace(a=1), lambda: SimpleNamespace(a=2)),
     "method of an object": (lambda: [1].count, lambda: [2].count),
     "device": (lambda: torch.device("cpu"), lambda: torch.device("cuda:1")),
+    "attribute of a function": (lambda: noted(2.0), lambda: noted(3.0)),
+    "name of a function": (lambda: named("one"), lambda: named("other")),
 }
 
 
@@ -132,6 +176,19 @@ def test_what_a_module_holds_is_in_the_key(name: str) -> None:
     keys = key(Net(held=one())), key(Net(held=one())), key(Net(held=other()))
     assert keys[0] is not None and keys[0] == keys[1]
     assert keys[2] is not None and keys[2] != keys[0]
+
+
+def with_buffer(tensor: Tensor, *, persistent: bool = True) -> nn.Module:
+    model = Net()
+    model.register_buffer("kept", tensor, persistent=persistent)
+    return model
+
+
+def test_how_buffers_lie_and_whether_they_are_saved_is_in_the_key() -> None:
+    square = torch.ones(3, 3)
+    first, *others = map(key, (with_buffer(square), with_buffer(square[:, :1].expand(3, 3))))
+    other = key(with_buffer(square, persistent=False))
+    assert len({first, *others, other}) == 3 and None not in (first, *others, other)
 
 
 HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook")
@@ -151,6 +208,13 @@ UNKNOWN: dict[str, Callable[[nn.Module], Any]] = {
     "module outside of the tree": lambda m: setattr(m, "held", [nn.Linear(2, 2)]),
     "opaque global": lambda m: setattr(m, "held", with_opaque_global),
     "compiled": lambda m: m.compile(backend="eager"),
+    "environment": lambda m: setattr(m, "held", from_environment),
+    "file": lambda m: setattr(m, "held", from_file),
+    "globals by name": lambda m: setattr(m, "held", from_a_name),
+    "import by name": lambda m: setattr(m, "held", from_an_import),
+    "settings of torch": lambda m: setattr(m, "held", from_torchs_settings),
+    "threads of torch": lambda m: setattr(m, "held", from_threads),
+    "module that was made": lambda m: setattr(m, "held", ModuleType("made")),
     **{name: lambda m, name=name: getattr(m.fc, name)(lambda *args: None) for name in HOOKS},
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import graftc
 from graftc.passes.core.store import Store
+from graftc.runtime.artifact.verify import verify
 from graftc.runtime.compiled import Compiled
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.registry import method_specs
@@ -249,6 +250,23 @@ def test_a_saved_bank_keeps_its_slot(tmp_path: Path) -> None:
     assert same_bits(outputs_of(loaded, inputs), outputs_of(compiled, inputs))
     mixed = {**inputs, "adapter_ids": IDS}
     assert same_bits(outputs_of(loaded, mixed), outputs_of(compiled, mixed))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("chosen", ["adapter_ids", "adapter_weights"])
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_a_bank_that_rows_chose_from_is_loaded(family: str, chosen: str, method: str, tmp_path: Path) -> None:
+    """The graphs with and without choices, each as it was."""
+    model = tiny(family)
+    compiled = graftc.compile(spec_of(method), model).eval()
+    perturb(compiled, 0.05)
+    inputs = inputs_for(compiled, (8, 6))
+    mixed = {**inputs, chosen: IDS if chosen == "adapter_ids" else torch.rand(8, 4)}
+    expected = [outputs_of(compiled, given) for given in (inputs, mixed)]
+    loaded = graftc.load(compiled.save(tmp_path / "artifact"), model=model).eval()
+    for given, outputs in zip((inputs, mixed), expected, strict=True):
+        assert same_bits(outputs_of(loaded, given), outputs)
+    assert all(check.passed is not False for check in verify(tmp_path / "artifact", model).checks)
 
 
 def test_two_banks_and_an_adaptation_between() -> None:

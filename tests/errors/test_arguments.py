@@ -116,3 +116,36 @@ def test_joined(other: Any, compiled: Any) -> None:
 @pytest.mark.parametrize("names", [5, None, "lora", {"lora"}], ids=repr)
 def test_combined(names: Any, compiled: Any) -> None:
     refused(lambda: compiled.combine(names))
+
+
+@pytest.mark.parametrize("budget", [float("inf"), float("nan"), -1, -1e-9, True, "1", [1.0]], ids=repr)
+def test_budgets(budget: Any, compiled: Any) -> None:
+    refused(lambda: compiled.merge(budget))
+    refused(lambda: compiled.merge_partially(budget))
+
+
+class Keyword(nn.Module):
+    """The second input goes by its name only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("0", nn.Linear(6, 8))
+
+    def forward(self, x: torch.Tensor, *, k: torch.Tensor | None = None) -> torch.Tensor:
+        y: torch.Tensor = self._modules["0"](x)  # type: ignore[misc]
+        return y if k is None else y + k.sum()
+
+
+def test_what_goes_by_name_only_is_not_positional() -> None:
+    compiled = graftc.compile(SPEC, Keyword(), INPUTS)
+    with pytest.raises(GraftError, match="2 positional inputs; the model takes 1") as caught:
+        compiled(*INPUTS, *INPUTS)
+    assert caught.value.code == "GC031"
+    assert torch.equal(compiled(*INPUTS, k=INPUTS[0]), compiled(*INPUTS) + 24)
+
+
+def test_an_adapter_that_adds_to_an_input_reads_it() -> None:
+    spec = {"adapt": [{"method": "bottleneck", "bottleneck": 2, "adds_to": "input", "target": {"modules": ["0"]}}]}
+    with pytest.raises(GraftError, match="reads it too") as caught:
+        graftc.compile(spec, nn.Sequential(nn.Linear(6, 8)), INPUTS)
+    assert caught.value.code == "GC002"

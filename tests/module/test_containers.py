@@ -76,6 +76,42 @@ def test_classes_structure_and_attributes(both: tuple[nn.Module, Any]) -> None:
     assert repr(compiled.tail[0]) == repr(model.tail[0])
 
 
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "another dropout": lambda m: setattr(m.layers[0], "drop", nn.Identity()),
+    "another norm": lambda m: setattr(m.layers[0], "norm", nn.Identity()),
+    "another map": lambda m: setattr(m.layers[0], "linear", nn.Linear(4, 4)),
+    "no module": lambda m: setattr(m.layers[0], "norm", None),
+    "layers in another order": lambda m: m.layers.__setitem__(0, m.layers[1]),
+    "a layer less": lambda m: m.layers.__delitem__(0),
+    "a module less": lambda m: delattr(m.layers[0], "norm"),
+    "another head": lambda m: setattr(m, "heads", nn.ModuleDict()),
+    "no weight": lambda m: setattr(m.heads["a"], "weight", None),
+    "a bias less": lambda m: delattr(m.heads["a"], "bias"),
+    "no buffer": lambda m: setattr(m.layers[0].norm, "running_mean", None),
+    "a parametrization": lambda m: nn.utils.parametrizations.weight_norm(m.heads["a"]),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_the_tree_cannot_be_another_than_the_graphs(compiled: Any, edit: str) -> None:
+    """GC043, and it computes what it did."""
+    x = torch.randn(3, 4)
+    before = compiled.eval()(x)
+    with pytest.raises(GraftError) as caught:
+        EDITS[edit](compiled)
+    assert caught.value.code == "GC043" and torch.equal(compiled(x), before)
+
+
+def test_what_stays_the_same_may_be_set(compiled: Any) -> None:
+    """A module as it is, one around it, tensors of the same kind, and modules of other names."""
+    x = torch.randn(3, 4)
+    before = compiled.eval()(x)
+    compiled.heads["a"].bias = nn.Parameter(compiled.heads["a"].bias.detach().clone(), requires_grad=False)
+    compiled.layers[0].norm = compiled.layers[0].norm
+    compiled.metric = nn.Identity()
+    assert torch.equal(compiled(x), before)
+
+
 def frozen_norms(module: nn.Module) -> None:
     for each in module.modules():
         if isinstance(each, nn.BatchNorm1d):

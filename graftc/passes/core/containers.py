@@ -31,7 +31,24 @@ C = TypeVar("C", bound="Container")
 
 
 class Tree(nn.Module):
-    """A module whose children and tensors may have any name, those of methods as well."""
+    """A module whose children and tensors may have any name, those of methods as well. None of them can be taken away,
+    nor another put in the place of a child: graphs compute what the children of the source do."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        held = vars(self)
+        if OWN in held:
+            child = held["_modules"].get(name)
+            if child is not None and value is not child and not _wraps(value, child):
+                raise _fixed(self, name)
+            if value is None and (held["_parameters"].get(name) is not None or held["_buffers"].get(name) is not None):
+                raise _fixed(self, name)
+        nn.Module.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        held = vars(self)
+        if OWN in held and any(name in held[table] for table in ("_modules", "_parameters", "_buffers")):
+            raise _fixed(self, name)
+        nn.Module.__delattr__(self, name)
 
     def get_submodule(self, target: str) -> nn.Module:
         """See `torch.nn.Module.get_submodule`."""
@@ -58,6 +75,16 @@ class Tree(nn.Module):
         if found is None:
             raise AttributeError(f"there is no buffer {target!r}")
         return found
+
+
+def _wraps(value: Any, child: nn.Module) -> bool:
+    """Whether a module is one around a child, as libraries for training in parallel put there."""
+    return isinstance(value, nn.Module) and any(module is child for module in value.modules())
+
+
+def _fixed(module: nn.Module, name: str) -> GraftError:
+    message = f"{name} of {module._get_name()} is a part of the graphs"  # type: ignore[no-untyped-call]
+    return GraftError("GC043", message, hint="change it in the source model, and compile that")
 
 
 class Node:
@@ -97,7 +124,7 @@ class Container(Tree):
         """What source classes do with their subclasses is not for containers."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        nn.Module.__setattr__(self, name, value)
+        Tree.__setattr__(self, name, value)
         own = vars(self).get(OWN)
         if own is not None and name in own.constants:
             constant(self, name)

@@ -216,6 +216,7 @@ class Store:
         if name in self.updated or name in self.constants:
             return
         source = self.get(name)
+        self._require_alone(name, source)
         own = (source if value is None else value.to(source)).detach().clone()
         path, _, last = name.rpartition(".")
         self.updated[name] = f"{path}.{RESERVED}.{SOURCE}.{last}".lstrip(".")
@@ -225,6 +226,15 @@ class Store:
             owner = self.owner(alias.rpartition(".")[0])
             table: dict[str, Any] = owner._parameters if isinstance(source, nn.Parameter) else owner._buffers
             table[alias.rpartition(".")[2]] = made
+
+    def _require_alone(self, name: str, source: torch.Tensor) -> None:
+        """Refuse a tensor that shares memory with another one: of two copies, only one would be written to."""
+        begin, end = _memory(source)
+        for other, tensor in self.base():
+            first, last = _memory(tensor)
+            if other != name and first < end and begin < last:
+                message = f"the model writes to {name}, which shares memory with {other}"
+                raise GraftError("GC030", message, hint="give each buffer memory of its own")
 
     def alias(self, name: str, owner: str) -> None:
         """Give the tensor called ``owner`` another name."""
@@ -278,3 +288,11 @@ class Store:
         for name, tensor in self.tensors():
             if self.is_adapter(name):
                 yield name, tensor
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes in memory from a tensor's first element to its last; none on the meta device."""
+    if tensor.device.type == "meta" or tensor.layout != torch.strided or not tensor.numel():
+        return 0, 0
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()

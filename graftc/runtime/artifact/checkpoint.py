@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from graftc.compiler.fingerprint import identify
+from graftc.compiler.fingerprint import Identity, identify
 from graftc.compiler.interface import device_of
 from graftc.compiler.pipeline import compile_model
 from graftc.passes.core.store import Store
@@ -54,7 +54,7 @@ def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: 
     state = _read(file)
     record = from_tensor(state[RECORD], str(file))
     base = find_base(record.base.place, file.parent) if model is None else model
-    base = load_model(base) if isinstance(base, str) else base
+    base = load_model(base, built=record.base.built) if isinstance(base, str) else base
     _check_base(file, record, base)
     try:
         compilation = compile_model(
@@ -103,6 +103,7 @@ def _check_base(file: Path, record: StateRecord, model: nn.Module) -> None:
     found = identify(model, replaced=record.base.replaced)
     if record.base.fingerprint != found.fingerprint:
         same = record.base.weights in (None, weights_of(found))
-        message = f"{file} adapts another model, a {record.base.model}, than this {type(model).__name__}: its "
-        message += "config is another" if same else "weights are others"
+        message = f"{file} adapts another model, a {record.base.model}, than this {type(model).__name__}: "
+        mine = Identity("", {}, settings=record.base.settings)
+        message += mine.other_config(found) if same else "its weights are others"
         raise GraftError("GC087", message, hint="name the base: graftc.load(path, model=...)")

@@ -6,17 +6,17 @@ Trainers write state dicts to files of their own. With the record in it, such a 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from graftc.compiler.fingerprint import Identity
 from graftc.compiler.pipeline import Compilation
 from graftc.compiler.signature import Axis
 from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES
-from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, Record
+from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, Record, Settings
 from graftc.runtime.artifact.manifest import Input
 from graftc.runtime.reference import Built, Kind, Reference
 from graftc.specs.diagnostics import GraftError
@@ -46,6 +46,9 @@ class BaseRecord(Record):
     labels: Labels | None
     """Names of the classes that its config tells apart; null where it has none."""
 
+    settings: Settings
+    """Plain values of its config."""
+
     dtype: ElementType
     """The element type that the graphs are for."""
 
@@ -59,9 +62,14 @@ class BaseRecord(Record):
     """Of its tensors; null where they had no values."""
 
     @property
+    def built(self) -> Built:
+        """How it was made of what is there."""
+        return Built(self.model, self.labels, self.dtype, self.settings)
+
+    @property
     def place(self) -> Reference:
         """Where it was."""
-        return Reference(self.kind, self.reference, self.revision, built=Built(self.model, self.labels, self.dtype))
+        return Reference(self.kind, self.reference, self.revision, built=self.built)
 
 
 class StateRecord(Record):
@@ -87,6 +95,13 @@ class StateRecord(Record):
 
     flags: tuple[tuple[str, Flag], ...]
     """Other keyword arguments of it."""
+
+    @model_validator(mode="after")
+    def _once_each(self) -> Self:
+        names = [*(i.name for i in self.inputs), *(name for name, _ in self.flags)]
+        if len(set(names)) < len(names):
+            raise ValueError("an input stands there twice")
+        return self
 
     @property
     def axes(self) -> list[Axis]:
@@ -115,6 +130,7 @@ def record_of(compilation: Compilation, identity: Identity, *, values: bool) -> 
             revision=reference.revision,
             model=built.architecture,
             labels=built.labels,
+            settings=dict(built.settings),
             dtype=built.dtype,
             replaced=tuple(sorted(compilation.replaced)),
             fingerprint=identity.fingerprint,

@@ -41,13 +41,15 @@ def versions() -> dict[str, str]:
 def base(compiled: CompiledRunner, reference: Reference, identity: Identity) -> dict[str, Any]:
     """The entry for the base."""
     source, store = compiled.compilation.source, Store.mirror(compiled.compilation.source)
+    built = Built.of(source)
     return {
         "kind": reference.kind,
         "reference": reference.text,
         "relative": reference.relative,
         "revision": reference.revision,
         "model": f"{type(source).__module__}.{type(source).__qualname__}",
-        "labels": Built.of(source).labels,
+        "labels": built.labels,
+        "settings": dict(built.settings),
         "dtype": str(compiled.dtype).removeprefix("torch."),
         "config": identity.config,
         "fingerprint": identity.fingerprint,
@@ -117,6 +119,7 @@ def signatures(compiled: CompiledRunner) -> tuple[list[dict[str, Any]], dict[str
                     for axis in family.axes
                 ],
                 "flags": [list(flag) for flag in family.base.flags],
+                "choices": [s.name for s in family.train.inputs if s.name in compiled.compilation.controls],
                 "captures": [_capture(capture, family) for capture in family.captures],
                 "graphs": graphs,
             }

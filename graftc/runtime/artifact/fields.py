@@ -49,6 +49,7 @@ Flag: TypeAlias = bool | int | float | str | None
 DType: TypeAlias = Annotated[str, Field(pattern=r"^(f64|f32|bf16|f16|i64|i32|i16|i8|u8|bool|c64)$")]
 ElementType: TypeAlias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 ClassName: TypeAlias = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_printable)]
+Settings: TypeAlias = Annotated[dict[str, bool | int | float | str], Field(max_length=4096)]
 Labels: TypeAlias = Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=MOST_LABELS)]
 Size: TypeAlias = Annotated[int, Field(ge=0, le=2**24)] | Name
 

@@ -16,7 +16,7 @@ from graftc.compiler.pipeline import Compilation, compile_model
 from graftc.compiler.snapshot import SiteRecord, adapter_tensors, site_records
 from graftc.passes.core.printer import structural_hash
 from graftc.runtime.artifact.checkpoint import checkpoint_file, load_checkpoint
-from graftc.runtime.artifact.manifest import Signature
+from graftc.runtime.artifact.manifest import MANIFEST, Signature, damaged
 from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.compiled import make_compiled
 from graftc.runtime.models import load_model
@@ -45,7 +45,7 @@ def base_of(artifact: Artifact, model: nn.Module | str | None = None) -> nn.Modu
     if model is None:
         model = find_base(artifact.manifest.base.place, artifact.path)
     elif isinstance(model, str):
-        model = load_model(model)
+        model = load_model(model, built=artifact.manifest.base.built)
     check_base(artifact, model)
     return model
 
@@ -60,9 +60,10 @@ def check_base(artifact: Artifact, model: nn.Module) -> None:
     if device_of(model).type == "meta":
         raise GraftError("GC087", "the base is on the meta device, so that its weights cannot be told")
     manifest = artifact.manifest
-    trained = (record.base for record in manifest.trained if record.rows is None)
-    require_weights(model, trained, lambda name: manifest.base.aliases.get(name, name))
     found = identify(model, full=expected.full, replaced=artifact.replaced)
+    if found.tensors.keys() == expected.tensors.keys():
+        trained = (record.base for record in manifest.trained if record.rows is None)
+        require_weights(model, trained, lambda name: manifest.base.aliases.get(name, name))
     differences = expected.differences(found)
     if differences:
         name = type(model).__name__
@@ -103,7 +104,13 @@ def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, r
         known=known,
     )
     for number in others:
-        compilation.add(artifact.axes(number), flags[number])
+        choices = artifact.manifest.signatures[number].choices
+        unknown = [name for name in choices if name not in compilation.controls]
+        if unknown:
+            raise damaged(str(artifact.path), MANIFEST, f"nothing is chosen by {unknown[0]}")
+        compilation.add(artifact.axes(number), flags[number], choices)
+    if len(compilation.families) != len(flags):
+        raise damaged(str(artifact.path), MANIFEST, "has one signature twice")
     check_places(artifact, compilation)
     _take_values(artifact, compilation)
     compilation.values = {}

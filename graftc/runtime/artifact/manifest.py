@@ -28,6 +28,7 @@ from graftc.runtime.artifact.fields import (
     Name,
     Record,
     Runs,
+    Settings,
     Shape,
     Size,
 )
@@ -98,6 +99,9 @@ class Base(Record):
     labels: Labels | None
     """Names of the classes that its config tells apart; null where it has none."""
 
+    settings: Settings
+    """Plain values of its config."""
+
     dtype: ElementType
     """The element type that the graphs are for."""
 
@@ -119,8 +123,12 @@ class Base(Record):
     @property
     def place(self) -> Reference:
         """Where it was."""
-        built = Built(self.model.rpartition(".")[2], self.labels, self.dtype)
-        return Reference(self.kind, self.reference, self.revision, self.relative, built)
+        return Reference(self.kind, self.reference, self.revision, self.relative, self.built)
+
+    @property
+    def built(self) -> Built:
+        """How it was made of what is there."""
+        return Built(self.model.rpartition(".")[2], self.labels, self.dtype, self.settings)
 
 
 class AdapterTensor(Record):
@@ -254,6 +262,9 @@ class Signature(Record):
 
     flags: tuple[tuple[Name, Flag], ...]
     """Other keyword arguments, which are constants of the graphs."""
+
+    choices: tuple[Name, ...]
+    """Inputs by which a call chooses among adaptations."""
 
     captures: tuple[Captured, ...]
     """What was captured: train mode, and eval mode where it could not be derived; with token ids, and with word vectors

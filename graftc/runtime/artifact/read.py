@@ -72,7 +72,7 @@ class Artifact:
         """Which base it is for."""
         base = self.manifest.base
         tensors = {name: TensorIdentity(t.dtype, t.shape, t.sha256, t.parameter) for name, t in base.tensors.items()}
-        return Identity(base.config, tensors, base.full)
+        return Identity(base.config, tensors, base.full, base.settings)
 
     @property
     def updated(self) -> frozenset[str]:
@@ -249,7 +249,10 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     recover(folder.parent)
     if not (folder / MANIFEST).is_file():
         what = "is no folder" if not folder.is_dir() else f"has no {MANIFEST}"
-        raise GraftError("GC080", f"{path} {what}", hint="graftc compile SPEC --model MODEL --out DIR writes artifacts")
+        hint = "graftc compile SPEC --model MODEL --out DIR writes artifacts"
+        if (folder / "model.safetensors").is_file():
+            hint = "a trainer's checkpoint of a compiled model becomes one: graftc.load(path).save(other)"
+        raise GraftError("GC080", f"{path} {what}", hint=hint)
     present = set(files_of(folder, str(path)))
     try:
         raw = content(folder / MANIFEST, MANIFEST_BYTES)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graftc.runtime.cli.options import ArtifactArgument, BaseOption, Json
+
+if TYPE_CHECKING:
+    from graftc.runtime.artifact.verify import Verification
 
 __all__ = ["verify"]
 
@@ -37,8 +40,13 @@ def verify(
         words = {True: "passed", False: "FAILED", None: "-"}
         print_table(to, ("check", "", "found"), [(c.name, words[c.passed], c.detail) for c in found.checks])
         to.print()
-        to.print(
-            f"{directory}: {'verified' if found.passed else 'NOT as it was written'}", soft_wrap=True, markup=False
-        )
+        to.print(f"{directory}: {_verdict(found)}", soft_wrap=True, markup=False)
     if not found.passed:
         raise typer.Exit(1)
+
+
+def _verdict(found: Verification) -> str:
+    failed = next((check.name for check in found.checks if check.passed is False), None)
+    if failed is None:
+        return "verified"
+    return "NOT verified: its base is not here, or is another" if failed == "base" else "NOT as it was written"

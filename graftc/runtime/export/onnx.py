@@ -56,9 +56,22 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
             onnx.checker.check_model(str(path))
         except Exception as error:
             raise GraftError("GC060", f"onnx.checker rejects the export: {reason(error)}") from error
-        _compare(ort, module, path)
+        try:
+            _compare(ort, module, path)
+        except GraftError:
+            raise
+        except Exception as error:
+            raise _no_kernel(module, error) from error
 
     return write
+
+
+def _no_kernel(module: ExportModule, error: Exception) -> GraftError:
+    """The error where ONNX Runtime does not run what the exporter wrote."""
+    message = f"ONNX Runtime does not run the export: {reason(error)}"
+    dtypes = {tensor.dtype for tensor in module.module.state_dict().values()}
+    hint = "export to .pt2, or load the base in float32 or float16: ONNX Runtime has no bfloat16 on CPUs"
+    return GraftError("GC060", message, hint=hint if torch.bfloat16 in dtypes else None)
 
 
 def _package(name: str) -> Any:
