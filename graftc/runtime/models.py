@@ -29,6 +29,7 @@ from graftc.specs.diagnostics import GraftError, nearest
 
 __all__ = [
     "from_checkpoint",
+    "load_as_built",
     "load_folder",
     "load_hub",
     "load_model",
@@ -72,6 +73,20 @@ def load_model(text: str, *, meta: bool = False, revision: str | None = None, bu
         GraftError: GC032 with the reason, and the nearest alternative where one can be told.
     """
     return load_model_and_inputs(text, meta=meta, revision=revision, built=built)[0]
+
+
+def load_as_built(text: str, built: Built) -> nn.Module:
+    """The model that a MODEL argument names, built as another was; where its files do not fit that, as they say.
+
+    Raises:
+        GraftError: as `load_model`.
+    """
+    try:
+        return load_model(text, built=built)
+    except GraftError as error:
+        if error.code != "GC032":
+            raise
+        return load_model(text)
 
 
 def load_model_and_inputs(

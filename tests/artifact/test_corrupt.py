@@ -185,7 +185,7 @@ def test_a_file_name_that_leads_elsewhere(name: str, artifact: Path) -> None:
     assert code_of(artifact) == "GC085"
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", "a..b", "a\nb"])
+@pytest.mark.parametrize("name", ["../x", "", "a..b", "a\nb", "a\u202eb", "x" * 5000])
 def test_a_tensor_name_that_is_none(name: str, artifact: Path) -> None:
     edit_manifest(artifact, adapters=lambda adapters: {**adapters, name: next(iter(adapters.values()))})
     assert code_of(artifact) == "GC085"

@@ -121,7 +121,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "call of a module": lambda data: _call(data).update(op="call_module", target="bert"),
     "input that is code": _input(f"x={PAYLOAD}"),
     "input that is a keyword": _input("lambda"),
-    "tensor that is code": _named("get_attr", "target", f'a"), {PAYLOAD}, getattr(self, "b'),
+    "tensor of two lines": _named("get_attr", "target", f"a\n{PAYLOAD}"),
     "tensor of a hidden attribute": _named("get_attr", "target", "__class__"),
     "keyword that is code": lambda data: _call(data).update(kwargs={f"x={PAYLOAD}, y": 1}),
     "size that is code": _size(PAYLOAD),

@@ -67,6 +67,7 @@ OWN_NAMES = [
 ]
 FX_NAMES = ["code", "graph", "meta", "nodes", "recompile"]
 STRANGE_NAMES = ["class", "None", "lambda", "\u017felf", "größe", "self", "w0", "1x", "with-dash", "with space"]
+STRANGE_NAMES += ["en/de", "a'b", 'a"b', "a\\b", "[red]", "{x}", "%s", "*", "'] or quit() or ['", "#", "@"]
 
 
 class Leaf(nn.Module):

@@ -44,7 +44,8 @@ _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _FORMATS = {str(f): f for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.strided)}
 _NAME = re.compile(r"[A-Za-z_][0-9A-Za-z_]*")
 _OUTPUTS = re.compile(r"transformers\.(modeling_outputs|models\.\w+\.(modeling|modular)_\w+)", re.ASCII)
-_PATH = re.compile(r"(?!__\w+__(\.|$))[\w -]+(\.(?!__\w+__(\.|$))[\w -]+)*")
+_LONGEST_PATH = 4096
+_PATH = re.compile(r"(?!__\w+__(\.|$))[^.]+(\.(?!__\w+__(\.|$))[^.]+)*")
 _DAMAGE = (
     ArithmeticError,
     AssertionError,
@@ -251,8 +252,8 @@ def _decode_target(op: str, text: str) -> Any:
 
 
 def _path(text: str) -> str:
-    """The name of a tensor. Code reads it from a table, but a file has no use for more than words."""
-    if not _PATH.fullmatch(text):
+    """The name of a tensor: code reads it from a table, whatever characters are in it."""
+    if len(text) > _LONGEST_PATH or not text.isprintable() or not _PATH.fullmatch(text):
         raise SerialisationError(f"tensor {text!r}")
     return text
 

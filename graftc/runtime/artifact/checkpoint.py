@@ -20,7 +20,7 @@ from graftc.passes.core.store import Store
 from graftc.runtime.artifact.checkpoint_record import RECORD, StateRecord, from_tensor, weights_of
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.compiled import make_compiled
-from graftc.runtime.models import load_model
+from graftc.runtime.models import load_as_built
 from graftc.runtime.reference import find_base
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import parse_spec
@@ -54,7 +54,7 @@ def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: 
     state = _read(file)
     record = from_tensor(state[RECORD], str(file))
     base = find_base(record.base.place, file.parent) if model is None else model
-    base = load_model(base, built=record.base.built) if isinstance(base, str) else base
+    base = load_as_built(base, record.base.built) if isinstance(base, str) else base
     _check_base(file, record, base)
     try:
         compilation = compile_model(

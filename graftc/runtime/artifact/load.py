@@ -19,7 +19,7 @@ from graftc.runtime.artifact.checkpoint import checkpoint_file, load_checkpoint
 from graftc.runtime.artifact.manifest import MANIFEST, Signature, damaged
 from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.compiled import make_compiled
-from graftc.runtime.models import load_model
+from graftc.runtime.models import load_as_built
 from graftc.runtime.reference import find_base
 from graftc.specs.diagnostics import GraftError
 
@@ -45,7 +45,7 @@ def base_of(artifact: Artifact, model: nn.Module | str | None = None) -> nn.Modu
     if model is None:
         model = find_base(artifact.manifest.base.place, artifact.path)
     elif isinstance(model, str):
-        model = load_model(model, built=artifact.manifest.base.built)
+        model = load_as_built(model, artifact.manifest.base.built)
     check_base(artifact, model)
     return model
 

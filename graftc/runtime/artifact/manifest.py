@@ -43,7 +43,7 @@ MANIFEST, SPEC, ADAPTERS, CONSTANTS = "manifest.json", "spec.yaml", "adapters.sa
 CERTIFICATE = "certificates/fold.json"
 
 _FILE = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
-_TENSOR = re.compile(r"[\w -]+(\.[\w -]+)*")
+_TENSOR = re.compile(r"[^.]+(\.[^.]+)*")
 
 
 class Versions(Record):
@@ -438,7 +438,7 @@ def _check_names(data: dict[str, Any], where: str) -> None:
     for table, pattern in (("files", _FILE), ("adapters", _TENSOR), ("constants", _TENSOR)):
         found = data.get(table)
         for name in found if isinstance(found, dict) else ():
-            if not pattern.fullmatch(name):
+            if len(name) > 4096 or not name.isprintable() or not pattern.fullmatch(name):
                 raise unsafe(where, f"the {'file' if table == 'files' else 'tensor'} name {name!r}")
 
 
