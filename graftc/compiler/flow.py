@@ -303,7 +303,8 @@ class Flow:
         shape = self.sizes.shape(node.meta["val"])
         if not shape or any(self.sizes.shape(n.meta["val"]) != shape or not self.is_data(n) for n in operands):
             return
-        for stream, branch in (operands, operands[::-1]):
+        for operand, branch in (operands, operands[::-1]):
+            stream = _uncast(operand)
             base = next((b for b in self._bases(stream) if self._computed_from(b, branch)), None)
             if base is not None:
                 self.residuals[node] = Residual(node, stream, branch, base)
@@ -335,6 +336,16 @@ class Flow:
             return False
         later = (self.above[at] | 1 << at) & self._weighty & ~((1 << self.at[base] + 1) - 1)
         return any(self.above[i] >> self.at[base] & 1 for i in bits(later))
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """A value before casts to the type that it has: to the tracer the two are one, whichever the model adds to."""
+    while node.target is torch.ops.aten.to.dtype:
+        source = node.all_input_nodes[0]
+        if source.meta["val"].dtype != node.args[1]:
+            break
+        node = source
+    return node
 
 
 def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -14,6 +14,10 @@ from graftc.passes.core.verify import mixed_product
 from graftc.specs.diagnostics import GraftError
 
 
+class MixedProductError(TypeError):
+    """A product of different element types, which kernels refuse and the tracer takes."""
+
+
 def not_captured(
     model: nn.Module, axes: Sequence[Axis], flags: Flags, inputs: Mapping[str, Tensor], error: Exception
 ) -> GraftError:
@@ -27,7 +31,7 @@ def not_captured(
     """
     name, called = type(model).__name__, described(axes, flags) or "no inputs"
     own = _own_error(model, inputs)
-    if own is not None:
+    if own is not None and (type(own) is type(error) or isinstance(error, MixedProductError)):
         shown = ", ".join(_shown(axis) for axis in axes)
         with_what = f": it was run with {shown}" if shown else ""
         message = f"{name} does not run with {called}: {first_line(own)}"
@@ -62,13 +66,13 @@ def require_products(graph: fx.Graph) -> None:
     """Refuse what kernels refuse and the tracer takes: products of different element types.
 
     Raises:
-        TypeError: naming the operator and the types.
+        MixedProductError: naming the operator and the types.
     """
     for node in graph.nodes:
         if node.op == "call_function":
             values = [arg.meta.get("val") if isinstance(arg, fx.Node) else arg for arg in node.args]
             if mixed := mixed_product(node.target, values):
-                raise TypeError(f"{node.target} multiplies {mixed}")
+                raise MixedProductError(f"{node.target} multiplies {mixed}")
 
 
 def first_line(error: Exception) -> str:

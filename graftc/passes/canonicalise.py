@@ -1,9 +1,9 @@
 """Canonicalise a captured graph: drop what capture leaves behind and computes nothing, so that equal models print
 and hash alike and roles can be read off.
 
-Removed: metadata assertions, casts to the type a value has, full slices, ``+ 0``, ``* 1.0``, expansions to the same
-shape, copies of constants, concatenations with empty tensors, dropout that never drops, unused pure computations.
-Literal devices go too: a Program runs where its Store is, and lowering puts the device back.
+Removed: metadata assertions, casts of integers to the type they have, full slices, ``+ 0``, ``* 1.0``, expansions to
+the same shape, copies of constants, concatenations with empty tensors, dropout that never drops, unused pure
+computations. Literal devices go too: a Program runs where its Store is, and lowering puts the device back.
 """
 
 from __future__ import annotations
@@ -132,11 +132,12 @@ def _dropout(node: fx.Node) -> fx.Node | None:
 
 
 def _to(node: fx.Node) -> fx.Node | None:
-    """Casts lose their device, layout and copy arguments, and go where nothing changes."""
+    """Casts lose their device, layout and copy arguments, and go where nothing changes: those between floats stay, since
+    under autocast the value may have another type."""
     source = node.args[0]
     if not isinstance(source, fx.Node):
         return None
-    if _same_type(node, source):
+    if _same_type(node, source) and not _value(node).is_floating_point():
         return source
     node.target = aten.to.dtype
     node.args = (source, _value(node).dtype)

@@ -105,3 +105,43 @@ def test_a_model_that_is_trained_in_bfloat16_by_a_trainer(tmp_path: Path) -> Non
     module: nn.Module = compiled
     Trainer(module, arguments, train_dataset=Rows()).train()
     assert any(not torch.equal(tensor, before[name]) for name, tensor in compiled.adapter_state_dict().items())
+
+
+class Casting(nn.Module):
+    """Casts to the type that a value has outside of autocast."""
+
+    def __init__(self, cast: str) -> None:
+        super().__init__()
+        self.inner, self.cast = nn.Linear(6, 8), cast
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.inner(x)
+        casts: dict[str, Any] = {
+            "float": lambda: y.float(),
+            "to": lambda: y.to(torch.float32),
+            "to of an input": lambda: y.to(x.dtype),
+            "type": lambda: y.type(torch.float32),
+            "norm": lambda: y.float().pow(2).mean(-1, keepdim=True) * y.float(),
+        }
+        found: torch.Tensor = casts[self.cast]()
+        return found
+
+
+@pytest.mark.parametrize("cast", ["float", "to", "to of an input", "type", "norm"])
+def test_casts_to_the_same_type_hold_under_autocast(cast: str) -> None:
+    model = Casting(cast).eval()
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["inner"]}}]}
+    compiled = graftc.compile(spec, model, (torch.randn(3, 6),)).eval()
+    x = torch.randn(4, 6)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected, found = model(x), compiled(x)
+    assert found.dtype == expected.dtype == torch.float32 and torch.equal(found, expected)
+
+
+def test_experts_are_chosen_as_by_the_source() -> None:
+    """What a router computes in float32 it computes so under autocast."""
+    model = tiny("mixtral").eval()
+    compiled = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}, model).eval()
+    given = inputs("mixtral")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(compiled(**given).logits, model(**given).logits)
