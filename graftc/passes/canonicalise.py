@@ -132,8 +132,8 @@ def _dropout(node: fx.Node) -> fx.Node | None:
 
 
 def _to(node: fx.Node) -> fx.Node | None:
-    """Casts lose their device, layout and copy arguments, and go where nothing changes: those between floats stay, since
-    under autocast the value may have another type."""
+    """Casts lose their device, layout and copy arguments, and go where nothing changes. Those of floats stay: under
+    autocast the value may have another type."""
     source = node.args[0]
     if not isinstance(source, fx.Node):
         return None

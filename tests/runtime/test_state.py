@@ -239,3 +239,15 @@ def test_a_damaged_checkpoint_is_refused_by_code(model: Any, trained: Any, tmp_p
     assert code_of(load(**{name: state[name][:1].clone()})) == "GC084"
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 20)
     assert code_of(lambda: graftc.load(tmp_path, model)) == "GC082"
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_tensors_of_another_type_are_cast(assign: bool) -> None:
+    """With ``assign`` as well: graphs take the types that they were made for."""
+    compiled = graftc.compile(
+        {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}, tiny("bert")
+    ).eval()
+    state = {n: t.double() if t.is_floating_point() else t for n, t in compiled.state_dict().items()}
+    compiled.load_state_dict(state, assign=assign)
+    assert {t.dtype for t in compiled.adapter_state_dict().values()} == {torch.float32}
+    compiled(torch.ones(2, 3, dtype=torch.long))
