@@ -18,10 +18,11 @@ from torch import Tensor, fx, nn
 from graftc.compiler.assignments import noticed
 from graftc.compiler.capture import as_captured, output_spec
 from graftc.compiler.draws import draws, same_draws
-from graftc.compiler.interface import device_of, dtype_of, is_transformers
+from graftc.compiler.interface import device_of, dtype_of
 from graftc.compiler.refusals import first_line
 from graftc.compiler.samples import samples_on
 from graftc.compiler.signature import Axis, described
+from graftc.compiler.sources import home_of_module
 from graftc.passes.canonicalise import takes_device
 from graftc.passes.core.program import Mode, Program, map_nodes
 
@@ -40,8 +41,6 @@ _SHORT = 5
 _MORE_SAMPLES = 6
 _SMALL = 400_000_000
 """Products of parameters and positions that a pass over the samples may take."""
-_LARGE = 2_000_000
-"""Parameters of models that are tried at a size of 1 as seldom as may be."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +186,8 @@ class _Runs:
         buffers = {aliases.get(n, n) for n, _ in model.named_buffers(remove_duplicate=False)}
         self._writable = buffers | constants.keys() | program.updates
         self._aliases = aliases
-        self._size = sum(parameter.numel() for parameter in model.parameters())
-        self._length = max(8, min(24, _SMALL // max(self._size, 1)))
+        size = sum(parameter.numel() for parameter in model.parameters())
+        self._length = max(8, min(24, _SMALL // max(size, 1)))
 
     def first(self) -> tuple[_Run, bool]:
         """The model's outputs on samples, or, where it takes none such, on what it was captured with."""
@@ -208,8 +207,8 @@ class _Runs:
         """Named sizes at 1 of which the model computes something else than its graph.
 
         The tracer takes every size for greater than 1, and records nothing where a model asks whether one is. Each is
-        tried alone and all together; of a large model of transformers, whose classes ask for no more than a single
-        token, all together in eval mode, since a pass over its weights takes as long for a token as for a text.
+        tried alone and all together; where the class is a library's, which asks for no more than a single token, all
+        together in eval mode: a pass over the weights takes as long for a token as for a text.
         """
         names = [
             size
@@ -218,8 +217,8 @@ class _Runs:
             if isinstance(size, str) and low <= 1
         ]
         names = list(dict.fromkeys(names))
-        large = self._size > _LARGE and is_transformers(self._model)
-        if large and (self._program.mode == "train" or not self._differs_at(names, bound)):
+        library = home_of_module(type(self._model).__module__) == "library"
+        if library and (self._program.mode == "train" or not self._differs_at(names, bound)):
             return ()
         found = [name for name in names if self._differs_at([name], bound)]
         return tuple(found) if found or not self._differs_at(names, bound) else tuple(names)

@@ -145,10 +145,9 @@ class Compilation:
         changed = [name for name in {**self.held, **(now or {})} if now is None or now.get(name) != self.held.get(name)]
         if not changed:
             return
-        name = type(self.source).__name__
-        first = changed[0].removeprefix("the module ").strip() or name
-        message = f"{name} has changed since it was compiled"
-        message += f" ({first})" if now is not None else ""
+        where = changed[0].removeprefix("the module").strip()
+        message = f"{type(self.source).__name__} has changed since it was compiled"
+        message += f" ({where})" if where and now is not None else ""
         message += ": graphs that are made from now on show it, earlier ones do not"
         warn("GC048", message, hint="compile it again")
         self.held = None

@@ -69,7 +69,9 @@ def runner_of(module: nn.Module | Runner) -> Any:
     """
     found = module if isinstance(module, Runner) else getattr(module, "__dict__", {}).get(OWN)
     if found is None:
-        raise GraftError("GC073", f"{kind_of(module)} is no compiled model", hint="give what graftc.compile returns")
+        raise GraftError(
+            "GC073", f"what was given is {kind_of(module)}, no compiled model", hint="give what graftc.compile returns"
+        )
     return found
 
 

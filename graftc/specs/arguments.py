@@ -14,9 +14,8 @@ __all__ = ["as_budget", "as_mapping", "as_path", "as_seed", "kind_of"]
 
 
 def kind_of(value: Any) -> str:
-    """The kind of a value, for messages: ``"an int"``."""
-    name = type(value).__name__
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}" if value is not None else "None"
+    """The kind of a value, for messages: ``"of type int"``."""
+    return f"of type {type(value).__name__}" if value is not None else "None"
 
 
 def as_path(path: Any, what: str = "path") -> Path:
