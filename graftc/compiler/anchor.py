@@ -19,12 +19,12 @@ from graftc.compiler.assignments import noticed
 from graftc.compiler.capture import as_captured, output_spec
 from graftc.compiler.draws import draws, same_draws
 from graftc.compiler.interface import device_of, dtype_of
-from graftc.compiler.refusals import first_line
 from graftc.compiler.samples import samples_on
 from graftc.compiler.signature import Axis, described
 from graftc.compiler.sources import home_of_module
 from graftc.passes.canonicalise import takes_device
 from graftc.passes.core.program import Mode, Program, map_nodes
+from graftc.specs.diagnostics import first_line
 
 aten = torch.ops.aten
 BOUNDS: Mapping[torch.dtype, float] = {
@@ -210,18 +210,20 @@ class _Runs:
         tried alone and all together; where the class is a library's, which asks for no more than a single token, all
         together in eval mode: a pass over the weights takes as long for a token as for a text.
         """
-        names = [
+        named = (
             size
             for spec in self._program.inputs
             for size, (low, _) in zip(spec.shape, spec.ranges, strict=False)
             if isinstance(size, str) and low <= 1
-        ]
-        names = list(dict.fromkeys(names))
+        )
+        names = tuple(dict.fromkeys(named))
         library = home_of_module(type(self._model).__module__) == "library"
-        if library and (self._program.mode == "train" or not self._differs_at(names, bound)):
+        if not names or (library and (self._program.mode == "train" or not self._differs_at(names, bound))):
             return ()
-        found = [name for name in names if self._differs_at([name], bound)]
-        return tuple(found) if found or not self._differs_at(names, bound) else tuple(names)
+        if len(names) == 1:
+            return names if library or self._differs_at(names, bound) else ()
+        found = tuple(name for name in names if self._differs_at([name], bound))
+        return found or (names if library or self._differs_at(names, bound) else ())
 
     def _differs_at(self, ones: Sequence[str], bound: float) -> bool:
         try:

@@ -17,7 +17,6 @@ from graftc.compiler.compose import Unit, add_controls, check_units, insert_unit
 from graftc.compiler.draws import draws
 from graftc.compiler.embeds import Plan, lengthened, planned, require_words
 from graftc.compiler.interface import Flags, dtype_of
-from graftc.compiler.refusals import first_line
 from graftc.compiler.resolve import TRAIN, Resolved, Resolver
 from graftc.compiler.signature import Axis
 from graftc.compiler.sitetable import SiteTable
@@ -36,7 +35,7 @@ from graftc.passes.core.verify import record_baseline, verify
 from graftc.passes.mode import moded, to_eval
 from graftc.passes.recompute import recompute_weights
 from graftc.passes.tokens import insert_tokens
-from graftc.specs.diagnostics import GraftError, warn
+from graftc.specs.diagnostics import GraftError, first_line, warn
 
 if TYPE_CHECKING:
     from graftc.compiler.pipeline import Compilation

@@ -11,7 +11,7 @@ from graftc.compiler.interface import Flags
 from graftc.compiler.signature import Axis, described
 from graftc.passes.core.shapes import DTYPE_NAMES
 from graftc.passes.core.verify import mixed_product
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.diagnostics import GraftError, first_line
 
 
 class MixedProductError(TypeError):
@@ -73,9 +73,3 @@ def require_products(graph: fx.Graph) -> None:
             values = [arg.meta.get("val") if isinstance(arg, fx.Node) else arg for arg in node.args]
             if mixed := mixed_product(node.target, values):
                 raise MixedProductError(f"{node.target} multiplies {mixed}")
-
-
-def first_line(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

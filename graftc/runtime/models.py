@@ -25,7 +25,7 @@ from graftc.compiler.fingerprint import settings_of
 from graftc.compiler.fresh import mark_fresh
 from graftc.compiler.interface import ExampleInputs
 from graftc.runtime.reference import Built, is_callable, is_hub_id
-from graftc.specs.diagnostics import GraftError, nearest
+from graftc.specs.diagnostics import GraftError, first_line, nearest
 
 __all__ = [
     "from_checkpoint",
@@ -422,5 +422,4 @@ def _where(error: BaseException) -> tuple[str, ...]:
 
 
 def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    return first_line(error).rstrip(".")

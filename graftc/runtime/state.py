@@ -107,9 +107,8 @@ def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) ->
     for key in [key for key in state if key.startswith(prefix)]:
         name = _plain(key.removeprefix(prefix))
         if name in own and name in kept and isinstance(state[key], Tensor):
-            state[key] = state[key].to(
-                own[name].dtype
-            )  # as copying does; `assign` would put in what graphs cannot take
+            # As copying does: ``assign`` would put in what graphs cannot take.
+            state[key] = state[key].to(own[name].dtype)
         if name in own and name not in kept and runner._persists(name):
             given = state.pop(key)
             if not isinstance(given, Tensor):

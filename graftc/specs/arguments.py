@@ -18,7 +18,7 @@ def kind_of(value: Any) -> str:
     return f"of type {type(value).__name__}" if value is not None else "None"
 
 
-def as_path(path: Any, what: str = "path") -> Path:
+def as_path(path: Any) -> Path:
     """A path.
 
     Raises:
@@ -32,7 +32,7 @@ def as_path(path: Any, what: str = "path") -> Path:
     ):
         return Path(found)
     shown = repr(path) if isinstance(path, str) else kind_of(path)
-    raise GraftError("GC073", f"the {what} is {shown}", hint="give a text or a pathlib.Path")
+    raise GraftError("GC073", f"the path is {shown}", hint="give a text or a pathlib.Path")
 
 
 def as_seed(seed: Any) -> int:

@@ -18,7 +18,7 @@ from graftc.specs.text import printable
 _LONGEST = 200
 """Characters of a word that similar ones are looked for."""
 
-__all__ = ["CATALOGUE", "Code", "GraftError", "GraftWarning", "Place", "nearest", "warn"]
+__all__ = ["CATALOGUE", "Code", "GraftError", "GraftWarning", "Place", "first_line", "nearest", "warn"]
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,12 @@ def warn(
 ) -> None:
     """Issue a :class:`GraftWarning`; ``stacklevel`` counts from the caller as in :func:`warnings.warn`."""
     warnings.warn(GraftWarning(code, message, place=place, hint=hint, details=details), stacklevel=stacklevel + 1)
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:

@@ -83,10 +83,4 @@ def metadata(runner: ModelRunner, inputs: Sequence[str] = (), certificate: Certi
     return found
 
 
-def reason(error: BaseException) -> str:
-    """The first line of an exporter's error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-__all__ = ["export_model", "metadata", "reason"]
+__all__ = ["export_model", "metadata"]

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from graftc.compiler.apart import largest_difference, largest_number
-from graftc.runtime.export import reason
 from graftc.runtime.export.module import ExportModule
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.diagnostics import GraftError, first_line
 
 TOLERANCE = 1e-4
 """Largest difference from torch, relative to the largest output or 1, for a float32 export."""
@@ -41,7 +40,7 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
             config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=module.dynamic_shapes())
             exported = exporters.OnnxExporter().export(module.module, dict(module.inputs), config=config)
     except Exception as error:
-        raise GraftError("GC060", f"the ONNX exporter failed: {reason(error)}") from error
+        raise GraftError("GC060", f"the ONNX exporter failed: {first_line(error)}") from error
     model = exported.program
     _name_tensors(model, module)
     _name_axes(ir, model, module)
@@ -55,7 +54,7 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
         try:
             onnx.checker.check_model(str(path))
         except Exception as error:
-            raise GraftError("GC060", f"onnx.checker rejects the export: {reason(error)}") from error
+            raise GraftError("GC060", f"onnx.checker rejects the export: {first_line(error)}") from error
         try:
             _compare(ort, module, path)
         except GraftError:
@@ -68,7 +67,7 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
 
 def _no_kernel(module: ExportModule, error: Exception) -> GraftError:
     """The error where ONNX Runtime does not run what the exporter wrote."""
-    message = f"ONNX Runtime does not run the export: {reason(error)}"
+    message = f"ONNX Runtime does not run the export: {first_line(error)}"
     dtypes = {tensor.dtype for tensor in module.module.state_dict().values()}
     hint = "export to .pt2, or load the base in float32 or float16: ONNX Runtime has no bfloat16 on CPUs"
     return GraftError("GC060", message, hint=hint if torch.bfloat16 in dtypes else None)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from graftc.runtime.export import reason
 from graftc.runtime.export.module import ExportModule
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.diagnostics import GraftError, first_line
 
 
 def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[Path], None]:
@@ -32,7 +31,7 @@ def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[
                 module.module, (), dict(module.inputs), strict=False, dynamic_shapes=module.dynamic_shapes()
             )
     except Exception as error:
-        raise GraftError("GC060", f"torch.export failed: {reason(error)}") from error
+        raise GraftError("GC060", f"torch.export failed: {first_line(error)}") from error
 
     def write(path: Path) -> None:
         _reserve(path, module)
