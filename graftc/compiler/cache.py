@@ -35,7 +35,7 @@ from graftc.compiler.holdings import LARGEST_TENSOR, UnknownHoldingError, holdin
 from graftc.compiler.interface import Flags, device_of
 from graftc.compiler.signature import Axis
 from graftc.compiler.sources import own_digest
-from graftc.passes.core.program import Mode
+from graftc.passes.core.keys import Mode
 from graftc.passes.core.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES, raw_bytes
 

@@ -31,7 +31,8 @@ from graftc.compiler.ranges import InputSizes, fixed_notes
 from graftc.compiler.refusals import not_captured, require_products
 from graftc.compiler.signature import Axis, tie_sizes
 from graftc.passes.canonicalise import canonicalise
-from graftc.passes.core.program import HistoryEntry, InputSpec, Mode, OutputSpec, Program
+from graftc.passes.core.keys import Mode
+from graftc.passes.core.program import HistoryEntry, InputSpec, OutputSpec, Program
 from graftc.passes.core.shapes import raw_bytes
 from graftc.passes.core.updates import updates
 

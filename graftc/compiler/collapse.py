@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compiler.certify import CollapseEvidence
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.evaluating import evaluate
-from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import Resolved
 from graftc.compiler.samples import sample_inputs
 from graftc.compiler.slots import are_constant, slot_parameters, slot_values
@@ -113,7 +113,7 @@ def collapse_evidence(compilation: Compilation, seed: int = 0) -> tuple[Collapse
     found = [resolved for resolved in collapsing(compilation) if not resolved.spec.virtual_tokens()]
     if not found:
         return ()
-    train = compilation.main.train
+    train = compilation.program("train")
     routed, averaged = to_eval(train, keep={aten.index_select.default}), to_eval(train)
     places = [(r.name, str(site.key)) for r in found for site, _ in r.places]
     probe = _Routes(compilation, routed, averaged, places, seed)
@@ -189,7 +189,7 @@ class _Routes:
     def _sampled(self, nodes: Collection[fx.Node]) -> dict[fx.Node, Any]:
         """The values of nodes of the routed Program for the sample inputs."""
         compilation = self.compilation
-        base, config = compilation.main.base, getattr(compilation.source, "config", None)
+        base, config = compilation.program("train", "base"), getattr(compilation.source, "config", None)
         samples = sample_inputs(base, compilation.store, config=config)
         values = computed(list(nodes), lambda node: samples[str(node.target)], compilation.store.get, self.device)
         return dict(zip(nodes, values, strict=True))

@@ -11,8 +11,9 @@ from graftc.compiler.history import CAPTURE
 from graftc.compiler.lookup import Found, Index
 from graftc.compiler.origins import Origin, shared_origin
 from graftc.compiler.snapshot import Snapshot
+from graftc.passes.core.keys import Mode
 from graftc.passes.core.printer import tensor_name
-from graftc.passes.core.program import Mode, provenance
+from graftc.passes.core.program import provenance
 
 __all__ = ["Explanation", "explain"]
 

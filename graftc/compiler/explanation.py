@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from graftc.compiler.origins import Origin
-from graftc.passes.core.program import Mode
+from graftc.passes.core.keys import Mode
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from graftc.compiler.pipeline import Compilation
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.folding import fold_steps
 from graftc.compiler.resolve import TRAIN, Resolved
 from graftc.compiler.tokens import TOKENS
 from graftc.passes.core.folds import LazyTensors
@@ -47,13 +48,13 @@ def foldable(compilation: Compilation) -> Foldable:
             if below is not None:
                 message = f"{name!r} stands on {below[0]!r} at {below[1]}, which does not fold"
                 raise GraftError("GC050", message, hint="fold without it, or put it first in the spec")
-            if LazyTensors(store, compilation.fold_steps([name])).steps:
+            if LazyTensors(store, fold_steps(compilation, [name])).steps:
                 names.append(name)
         except GraftError as error:
             if error.code not in ("GC022", "GC050"):
                 raise
             kept[name] = error
-    lazy = LazyTensors(store, compilation.fold_steps(names))
+    lazy = LazyTensors(store, fold_steps(compilation, names))
     for unit in units.values():  # what becomes of a composition becomes of its members
         for member in unit.members:
             if unit.name in kept:

@@ -11,7 +11,7 @@ from torch import nn
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:
-    from graftc.compiler.pipeline import Compilation
+    from graftc.compiler.compilation import Compilation
 
 _FRESH: WeakKeyDictionary[nn.Module, tuple[str, tuple[str, ...]]] = WeakKeyDictionary()
 _SHOWN = 5

@@ -7,7 +7,8 @@ from itertools import takewhile
 from typing import Any
 
 from graftc.compiler.snapshot import Snapshot
-from graftc.passes.core.program import HistoryEntry, Mode, provenance
+from graftc.passes.core.keys import Mode
+from graftc.passes.core.program import HistoryEntry, provenance
 
 CAPTURE = "capture"
 """The step that base nodes come from."""

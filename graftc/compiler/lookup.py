@@ -10,8 +10,8 @@ from torch import fx
 
 from graftc.compiler.origins import Origin, origins
 from graftc.compiler.snapshot import Snapshot
+from graftc.passes.core.keys import Mode
 from graftc.passes.core.printer import Printer, tensor_name
-from graftc.passes.core.program import Mode
 from graftc.passes.core.store import RESERVED
 from graftc.specs.diagnostics import GraftError, nearest
 

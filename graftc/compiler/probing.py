@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compiler.certify import SiteEvidence
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.evaluating import evaluate
-from graftc.compiler.pipeline import Compilation
 from graftc.passes.core import folds
 from graftc.passes.core.folds import FoldGroup, LazyTensors
 from graftc.passes.core.layout import Layout
@@ -72,11 +72,10 @@ def fold_tensors(
         seed: of the probes.
         advance: is told how much has been done.
     """
-    family = compilation.main
-    adapted = Adapted(unfolded or family.eval)
+    adapted = Adapted(unfolded or compilation.program("eval"))
     uses: list[tuple[int, Use]] = []
     readers: dict[str, tuple[int, fx.Node]] = {}
-    for at, node in enumerate(family.base_eval.graph.nodes):
+    for at, node in enumerate(compilation.program("eval", "base").graph.nodes):
         if node.op == "get_attr" and lazy.chain(str(node.target)):
             readers.setdefault(str(node.target), (at, node))
         elif (use := linear_use(node)) is not None and any(lazy.chain(name) for name in _tensors_of(use)):

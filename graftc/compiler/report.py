@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from graftc.compiler.anchor import Anchor
 from graftc.compiler.collapse import collapsed_parameters
-from graftc.compiler.pipeline import Compilation
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve import TRAIN
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.compiler.steering import live_places
@@ -96,20 +96,21 @@ class Report:
 
 def report(compilation: Compilation) -> Report:
     """Count what a Compilation adds."""
-    store, family = compilation.store, compilation.main
+    store, main = compilation.store, compilation.main
+    adapted, base_eval = compilation.program("eval"), compilation.program("eval", "base")
     base = sum(t.numel() for _, t in store.base() if isinstance(t, nn.Parameter))
-    entries = [_entry(item.name, item.spec.method, len(item.places), family.eval, store) for item in family.resolved]
+    entries = [_entry(item.name, item.spec.method, len(item.places), adapted, store) for item in main.resolved]
     for unit in compilation.units:
         if unit.composition is not None:
             places = {site.key for member in unit.members for site, _ in member.places}
-            entries.append(_entry(unit.name, unit.composition.kind, len(places), family.eval, store))
+            entries.append(_entry(unit.name, unit.composition.kind, len(places), adapted, store))
     if compilation.spec.tokens is not None:
         tables = {base for owner, _, base, _, _ in compilation.overlays if owner == TOKENS}
-        entries.insert(0, _entry(TOKENS, TOKENS, len(tables), family.eval, store))
+        entries.insert(0, _entry(TOKENS, TOKENS, len(tables), adapted, store))
     trainable = sum(entry.trainable_parameters for entry in entries)
     full = 0
-    if family.trained:
-        entry = _entry(TRAIN, "full", len(family.trained), family.eval, store)
+    if main.trained:
+        entry = _entry(TRAIN, "full", len(main.trained), adapted, store)
         full = entry.trainable_parameters
         entries.append(entry)
     added = {entry.name: entry.trainable_parameters + entry.frozen_parameters for entry in entries}
@@ -120,12 +121,12 @@ def report(compilation: Compilation) -> Report:
         full,
         sum({**added, **collapsed_parameters(compilation), **_left(compilation)}.values()) - full,
         100 * trainable / (base + trainable) if trainable else 0.0,
-        flops_per_token(family.base_eval, family.base_eval.graph.nodes),
-        family.capture_seconds,
-        family.rewrite_seconds(),
-        family.cached,
-        (*compilation.notes, *(f"not held against the model itself: {a.skipped}" for a in family.anchors if a.skipped)),
-        family.anchors,
+        flops_per_token(base_eval, base_eval.graph.nodes),
+        main.capture_seconds,
+        sum(entry.seconds for entry in adapted.history),
+        main.cached,
+        (*compilation.notes, *(f"not held against the model itself: {a.skipped}" for a in main.anchors if a.skipped)),
+        main.anchors,
     )
 
 

@@ -41,7 +41,7 @@ class Axis:
         return torch.ones(self.sizes, dtype=self.dtype, device=device)
 
 
-def signature_of(present: Mapping[str, Any]) -> tuple[str, ...]:
+def inputs_of(present: Mapping[str, Any]) -> tuple[str, ...]:
     """What tells one set of inputs from another: names, element types and ranks of tensors, values of flags.
 
     A graph depends on all of them: models branch on the rank of a mask and on whether labels are floats.
@@ -55,8 +55,8 @@ def signature_of(present: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def signature_of_program(inputs: Sequence[InputSpec], flags: Flags) -> tuple[str, ...]:
-    """The signature that a Program serves."""
+def inputs_of_program(inputs: Sequence[InputSpec], flags: Flags) -> tuple[str, ...]:
+    """The same of the calls that a Program serves."""
     found = [f"{spec.name}:{DTYPE_NAMES.get(spec.dtype, 'other')}[{len(spec.shape)}]" for spec in inputs]
     return tuple(sorted([*found, *(f"{name}={value!r}" for name, value in flags)]))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.pipeline import Compilation
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve import Resolved
 from graftc.compiler.samples import sample_inputs
 from graftc.passes.core.reading import computed
@@ -21,17 +21,17 @@ def are_constant(compilation: Compilation, resolved: Resolved) -> bool:
     """Whether what every attention makes of an adaptation's virtual tokens is the same whatever the text: each layer of
     the only stack reads vectors of the adaptation's own there, and no map on the way depends on the row, as gated or
     chosen ones do."""
-    family = compilation.main
+    main, virtual = compilation.main, compilation.program("train").virtual
     read = {(site.stack, site.layer) for site, _ in resolved.sites}
-    attentions = family.attentions
+    attentions = main.attentions
     return (
-        all(tokens.starts == (0,) for tokens in family.train.virtual)
-        and len(family.train.virtual) == 1
+        all(tokens.starts == (0,) for tokens in virtual)
+        and len(virtual) == 1
         and all((site.stack, site.layer) in read for site in attentions)
         and len({site.stack for site in attentions}) == 1
         and all(site.operands is not None for site in attentions)
         and all(isinstance(composition, Stack | Average) for composition in compilation.spec.compose)
-        and not any(_may_differ(other) for other in family.resolved)
+        and not any(_may_differ(other) for other in main.resolved)
     )
 
 
@@ -51,10 +51,10 @@ def slot_parameters(compilation: Compilation, resolved: Resolved) -> int:
 def slot_values(compilation: Compilation, resolved: Resolved) -> dict[str, Tensor]:
     """The keys and values, ``[length, width]``, by the names that `prefix` has for them: what the attentions of the
     adapted graph read at virtual tokens, rotated where the model rotates."""
-    family, store = compilation.main, compilation.store
+    store = compilation.store
     length = sum(run.length for run in resolved.spec.virtual_tokens())
-    samples = sample_inputs(family.base, store)
-    nodes = {node.name: node for node in family.eval.graph.nodes}
+    samples = sample_inputs(compilation.program("train", "base"), store)
+    nodes = {node.name: node for node in compilation.program("eval").graph.nodes}
     found = list(_columns(compilation))
     operands: list[fx.Node] = []
     for site, _, _ in found:

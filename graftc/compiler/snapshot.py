@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.family import Family
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.findings import Finding, Structure
-from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import place_of
-from graftc.passes.core.program import Mode, Program
+from graftc.passes.core.keys import Mode
+from graftc.passes.core.program import Program
 from graftc.passes.core.rows import Rows
 from graftc.passes.core.shapes import DTYPE_NAMES
 from graftc.passes.core.sites import LinearSite, Site, SiteKey
@@ -130,7 +130,7 @@ class Snapshot:
 
 def snapshot(compilation: Compilation) -> Snapshot:
     """The live Compilation as data."""
-    store, family = compilation.store, compilation.main
+    store = compilation.store
     return Snapshot(
         type(compilation.model).__name__,
         compilation.spec,
@@ -139,7 +139,7 @@ def snapshot(compilation: Compilation) -> Snapshot:
         {name: TensorRecord.of(t) for name, t in store.base() if name not in store.constants},
         dict(store.aliases),
         {name: TensorRecord.of(t) for name, t in adapter_tensors(store) if name not in store.updated},
-        family.program,
+        lambda mode, base: compilation.program(mode, "base" if base else "adapted"),
     )
 
 
@@ -156,8 +156,7 @@ def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:
 
 def site_records(compilation: Compilation) -> Iterator[SiteRecord]:
     """The adapted places."""
-    family: Family = compilation.main
-    for resolved in family.resolved:
+    for resolved in compilation.main.resolved:
         uses: dict[SiteKey, int] = {}
         for site, _ in resolved.sites:
             uses[place_of(site)] = uses.get(place_of(site), 0) + 1

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.compose import Unit
-from graftc.compiler.pipeline import Compilation
 from graftc.compiler.resolve import Resolved
 from graftc.passes.compose import FusionObjective
 from graftc.passes.core.registry import method_for

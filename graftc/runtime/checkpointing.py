@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint
 
 from graftc.passes.core.blocks import LayerCode, Recompute, Runner
+from graftc.passes.core.keys import ProgramKey
 from graftc.passes.core.program import Program
 from graftc.specs.diagnostics import GraftError, nearest
 
@@ -85,7 +86,7 @@ class Checkpointed(Runner):
         """The older name of `is_activation_checkpointing`."""
         return self.is_activation_checkpointing
 
-    def install(self, key: str, program: Program) -> None:
+    def install(self, key: ProgramKey, program: Program) -> None:
         """See `Runner.install`. Another signature may have layers that the first one has not."""
         super().install(key, program)
         self._tell_blocks()

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.compose import ACTIVE
 from graftc.compiler.interface import COUNT, dtype_of
 from graftc.compiler.isolation import is_traced
-from graftc.compiler.pipeline import Compilation
+from graftc.compiler.pipeline import recompile
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import TRAIN
 from graftc.compiler.snapshot import adapter_tensors
@@ -56,7 +57,7 @@ def with_choices(compilation: Compilation, present: Mapping[str, Any], chosen: M
 
 def _batched(compilation: Compilation, present: Mapping[str, Any]) -> list[str]:
     """The tensors of a call whose first axis is the batch."""
-    known = {spec.name: spec.shape[:1] == (BATCH,) for spec in compilation.main.base.inputs}
+    known = {spec.name: spec.shape[:1] == (BATCH,) for spec in compilation.program("train", "base").inputs}
     sure = [n for n, v in present.items() if known.get(n) and isinstance(v, Tensor)]
     rows = present[sure[0]].shape[0] if sure else None
     alike = [n for n, v in present.items() if n not in known and n != COUNT and isinstance(v, Tensor) and v.dim()]
@@ -205,7 +206,7 @@ class Choosing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraftWarning)  # they have been given when it was compiled
             spec = _without(compilation.spec, found, next(iter(factors)), name)
-            rest = compilation.again(spec, _values(compilation, found, factors, name))
+            rest = recompile(compilation, spec, _values(compilation, found, factors, name))
         made: Compiled = make_compiled(rest).to(self.device)
         return made
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.compose import Unit
-from graftc.compiler.pipeline import Compilation
+from graftc.compiler.folding import site_steps
+from graftc.compiler.pipeline import recompile
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import Resolved
 from graftc.compiler.snapshot import adapter_tensors
@@ -109,7 +111,7 @@ class Combining:
         for resolved_name, tensors in _named(compilation, chosen[0], name, made, width).items():
             values[resolved_name] = tensors
         spec = _spec(compilation.spec, chosen[0], names, name, width)
-        result = make_compiled(compilation.again(spec, values))
+        result = make_compiled(recompile(compilation, spec, values))
         result.train(self.training)
         return Combined(result, name, errors)
 
@@ -177,7 +179,7 @@ def _update(compilation: Compilation, item: Resolved, site: LinearSite) -> Tenso
 
 
 def _step(compilation: Compilation, item: Resolved, site: LinearSite) -> FoldStep:
-    own = compilation.site_steps(Unit(None, (item,), 0))
+    own = site_steps(compilation, Unit(None, (item,), 0))
     steps = [s for s in own if s.site == str(site.key)]
     if len(steps) != 1:
         raise GraftError("GC029", f"{item.name!r} is no change of the weight alone at {site.key}")

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, NoReturn, 
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.family import Family
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.derived import program_of
 from graftc.compiler.interface import ExampleInputs, Interface, config_of, dtype_of
 from graftc.compiler.isolation import exclusive, is_traced, isolated
-from graftc.compiler.pipeline import Compilation
+from graftc.compiler.pipeline import signature_for
 from graftc.compiler.signature import split
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.blocks import Root, Runner
 from graftc.passes.core.containers import OWN, constant, plain_attributes
-from graftc.passes.core.program import Mode, Program
+from graftc.passes.core.keys import Modes, ProgramKey, Signature
+from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
 from graftc.passes.core.updates import as_source
 from graftc.passes.core.windows import wanted
@@ -41,10 +43,6 @@ if TYPE_CHECKING:
     from graftc.compiler.report import Report
     from graftc.runtime.merged import Merged
     from graftc.runtime.partial import Partial
-
-
-Modes = Mode | frozenset[str]
-"""The mode of all modules, or the paths of those that are in eval mode while the others train."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -207,36 +205,35 @@ class ModelRunner(Runner):
         outputs = self._programs[key].outputs.build(self._results(key, present))
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 
-    def _results(self, key: str, present: Mapping[str, Any]) -> tuple[Any, ...]:
+    def _results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
         """Flat outputs of a call."""
         return self.run(key, present)
 
-    def ready(self, present: Mapping[str, Any]) -> str:
+    def ready(self, present: Mapping[str, Any]) -> ProgramKey:
         """The key under which `run` has code for a call's tensors and flags; it is captured where it is missing.
 
         Raises:
             GraftError: GC031 where it cannot be.
         """
-        found = self._compilation.find(present)
-        key = self._key(found, self._mode(self._compilation.families[found])) if found is not None else None
+        signature = self._compilation.find(present)
+        key = self.key(signature, self._mode(signature)) if signature is not None else None
         if key is None or key not in self._roots:
             if is_traced():
                 tensors, flags = split(present)
                 names = ", ".join([*tensors, *(name for name, _ in flags)])
                 raise GraftError("GC031", f"{names} have no graph yet; call the model once before compiling it")
             with exclusive():
-                family = self._compilation.family(present)
-                mode = self._mode(family)
-                key = self._key(family.key, mode)
+                signature = signature_for(self._compilation, present)
+                key = self.key(signature, self._mode(signature))
                 if key not in self._roots:
-                    self.install(key, self._program_of(family, mode))
+                    self.install(key, self._program_of(key))
         return key
 
-    def _mode(self, family: Family) -> Modes:
+    def _mode(self, signature: Signature) -> Modes:
         """The mode that the modules are in; code of `torch.compile` looks at that of the whole model."""
         if is_traced():
             return "train" if self.training else "eval"
-        paths = family.moded
+        paths = self._compilation.signatures[signature].moded
         off = frozenset(path for path in paths if not self._store.container(path).training)
         if self.training:
             return off or "train"
@@ -248,26 +245,26 @@ class ModelRunner(Runner):
         found: list[Any] = [self._interface, *self._programs.values()]
         if compilation.store is not self._store:
             return [*found, compilation]
-        families = list(compilation.families.values())
         found += [compilation.model, compilation.source, compilation.spec, compilation.values, compilation.known]
-        return [*found, *families, *(site for f in families for r in f.resolved for site, _ in r.sites)]
+        found += [*compilation.programs.values(), *compilation.signatures.values()]
+        return [*found, *(site for r in compilation.main.resolved for site, _ in r.sites)]
 
     def copied(self) -> None:
         """Called when the module has been copied, on the copy's Runner."""
 
     def in_eval(self, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
         """Flat outputs of the first signature in eval mode, whatever mode the model is in."""
-        present = {**inputs, **dict(self._compilation.main.base.flags)}
+        present = {**inputs, **dict(self._compilation.program("train", "base").flags)}
         present = with_choices(self._compilation, present, {})
         with in_eval_mode(self.module):
             return self.run(self.ready(present), present)
 
-    def _key(self, family: tuple[str, ...], mode: Modes) -> str:
-        name = mode if isinstance(mode, str) else f"train but for {' '.join(sorted(mode))}"
-        return f"{name}:{','.join(family)}"
+    def key(self, signature: Signature, mode: Modes) -> ProgramKey:
+        """The key of what a call runs."""
+        return ProgramKey("forward", mode, signature)
 
-    def _program_of(self, family: Family, mode: Modes) -> Program:
-        return family.program(mode) if isinstance(mode, str) else family.mixed(mode, self._store)
+    def _program_of(self, key: ProgramKey) -> Program:
+        return program_of(self._compilation, key)
 
     @isolated()
     def export(
@@ -315,14 +312,14 @@ class ModelRunner(Runner):
         simplest = self._deployed()
         if simplest is not self:
             return simplest._export(path, format, example_inputs, inputs, certificate, force)
-        family = self._compilation.main
+        signature = self._compilation.main.signature
         if example_inputs is not None:
             examples = self._interface.examples(example_inputs)
             chosen = {n: v for n, v in examples.items() if n in self._compilation.controls}
             own = {n: v for n, v in examples.items() if n not in chosen}
             present = with_choices(self._compilation, self._interface.read(own)[0], chosen)
-            family = self._compilation.family(present)
-        return export_model(self, as_path(path), format, family, inputs=inputs, certificate=certificate, force=force)
+            signature = signature_for(self._compilation, present)
+        return export_model(self, as_path(path), format, signature, inputs=inputs, certificate=certificate, force=force)
 
     def _deployed(self) -> ModelRunner:
         """What an export writes."""
@@ -484,14 +481,13 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
 
     _base_only = False
 
-    def _key(self, family: tuple[str, ...], mode: Modes) -> str:
-        return ("base " if self._base_only else "") + super()._key(family, mode)
+    def key(self, signature: Signature, mode: Modes) -> ProgramKey:
+        """See `ModelRunner.key`."""
+        return ProgramKey("forward", mode, signature, "source" if self._base_only else "adapted")
 
-    def _program_of(self, family: Family, mode: Modes) -> Program:
-        if not self._base_only:
-            return super()._program_of(family, mode)
-        own = family.source(mode) if isinstance(mode, str) else family.mixed(mode, self._store, source=True)
-        return as_source(own, self._store.updated)
+    def _program_of(self, key: ProgramKey) -> Program:
+        found = super()._program_of(key)
+        return as_source(found, self._store.updated) if key.stage == "source" else found
 
 
 class Compiled(ModelRoot):
@@ -566,9 +562,8 @@ def make_compiled(compilation: Compilation) -> Compiled:
     given = [n for n, c in compilation.controls.items() if not isinstance(c, Parallel)]
     runner = CompiledRunner(compilation, compilation.store)
     compiled = compiled_class(compilation.model, given)(runner)
-    modes: tuple[Mode, ...] = ("train", "eval")
-    for mode in modes:
-        runner.install(runner._key(compilation.default, mode), runner._program_of(compilation.main, mode))
+    for key in (compilation.key("train"), compilation.key("eval")):
+        runner.install(key, compilation.programs[key])
     runner._watch()
     if compilation.spec.checkpoint == "layers":
         runner.gradient_checkpointing_enable()

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from graftc.compiler.collapse import collapsed_spec, collapsed_values, collapsing
+from graftc.compiler.pipeline import recompile
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.specs.diagnostics import GraftWarning
 
@@ -23,5 +24,5 @@ def deployed(compiled: CompiledRunner) -> CompiledRunner:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GraftWarning)  # they have been given when it was compiled
         values = dict(adapter_tensors(compilation.store)) | collapsed_values(compilation)
-        made = compilation.again(collapsed_spec(compilation), values)
+        made = recompile(compilation, collapsed_spec(compilation), values)
     return make_compiled(made).to(compiled.device)._graftc

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from graftc.compiler.pipeline import Compilation
+from graftc.compiler.compilation import Compilation
 from graftc.passes.core.blocks import Runner
 from graftc.passes.core.store import Store
 from graftc.specs.diagnostics import GraftError

@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from graftc.compiler.pipeline import Compilation
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.report import Report, report
 from graftc.compiler.snapshot import Snapshot, snapshot
+from graftc.passes.core.keys import Mode
 from graftc.passes.core.printer import format_program
-from graftc.passes.core.program import Mode, Program
+from graftc.passes.core.program import Program
 
 if TYPE_CHECKING:
     from graftc.compiler.explanation import Explanation
@@ -43,7 +44,7 @@ class Inspected:
 
     def program(self, mode: Mode = "eval", *, base: bool = False) -> Program:
         """The Program of the first signature: adapted, or the base's own."""
-        return self._compilation.main.program(mode, base)
+        return self._compilation.program(mode, "base" if base else "adapted")
 
     @property
     def snapshot(self) -> Snapshot:

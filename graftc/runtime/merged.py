@@ -12,19 +12,20 @@ from torch import Tensor, fx, nn
 from graftc.compiler.apart import largest_difference, largest_number
 from graftc.compiler.certify import DEFAULT_BUDGET, Certificate
 from graftc.compiler.collapse import collapse_evidence
-from graftc.compiler.family import Family
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.derived import program_of
 from graftc.compiler.fingerprint import identify
 from graftc.compiler.foldable import Foldable, foldable
-from graftc.compiler.pipeline import Compilation
 from graftc.compiler.probing import Advance, Folded, added_bias, fold_tensors
 from graftc.compiler.report import owner_of
 from graftc.compiler.samples import sample_inputs
 from graftc.passes.core.blocks import Root
+from graftc.passes.core.keys import ProgramKey
 from graftc.passes.core.printer import structural_hash
 from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
 from graftc.passes.fold import take_out
-from graftc.runtime.compiled import ModelRoot, ModelRunner, Modes, Published, runner_of
+from graftc.runtime.compiled import ModelRoot, ModelRunner, Published, runner_of
 from graftc.specs.arguments import as_budget, as_path
 from graftc.specs.diagnostics import GraftError
 
@@ -48,10 +49,10 @@ class MergedRunner(ModelRunner):
         self.folded, self.kept = fold.names, fold.reasons()
         super().__init__(compilation, _folded_store(compilation.model, compilation.store, fold, made))
 
-    def _program_of(self, family: Family, mode: Modes) -> Program:
-        if mode != "eval":
+    def _program_of(self, key: ProgramKey) -> Program:
+        if key.mode != "eval":
             raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
-        return _folded_program(self._compilation, family, self.folded, self._additions)
+        return _folded_program(program_of(self._compilation, key), self.folded, self._additions)
 
     def _start_in_modes(self, module: Root) -> None:
         """See `ModelRunner`. In eval mode, whatever mode the source is in."""
@@ -125,11 +126,9 @@ class Merged(ModelRoot):
         return self._graftc.kept
 
 
-def _folded_program(
-    compilation: Compilation, family: Family, names: Collection[str], additions: tuple[str, ...]
-) -> Program:
-    """The eval Program of a signature without what has folded, reading added biases where there are any."""
-    folded = take_out(family.eval, names)
+def _folded_program(program: Program, names: Collection[str], additions: tuple[str, ...]) -> Program:
+    """An eval Program without what has folded, reading added biases where there are any."""
+    folded = take_out(program, names)
     _add_biases(folded, additions)
     return folded
 
@@ -196,7 +195,7 @@ def fold(
         raise next(iter(found.kept.values()))
     # What stays in the graph is not the fold's: it is left out where the fold is looked at by itself.
     with torch.no_grad():
-        unfolded = take_out(compilation.main.eval, found.kept) if found.kept else None
+        unfolded = take_out(compilation.program("eval"), found.kept) if found.kept else None
         made = fold_tensors(compilation, found.lazy, unfolded, advance=advance)
         merged = Merged(MergedRunner(compilation, found, made))
         merged._graftc.certificate = _certify(runner, merged._graftc, made, budget)
@@ -231,10 +230,12 @@ def _add(folded: Store, store: Store, name: str, value: Tensor) -> None:
 
 def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budget: float | None) -> Certificate:
     compilation, additions = compiled.compilation, merged._additions
-    family = compilation.main
-    inputs = sample_inputs(family.base, compilation.store, config=getattr(compiled, "config", None))
+    base = compilation.program("eval", "base")
+    inputs = sample_inputs(
+        compilation.program("train", "base"), compilation.store, config=getattr(compiled, "config", None)
+    )
     unfolded, folded = compiled.in_eval(inputs), merged.in_eval(inputs)
-    names = family.base_eval.outputs.names
+    names = base.outputs.names
     differences = {
         name: largest_difference(a, b)
         for name, a, b in zip(names, unfolded, folded, strict=True)
@@ -245,7 +246,7 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budge
     if budget is None:
         largest = max((largest_number(a) for a in unfolded if isinstance(a, Tensor)), default=1.0)
         budget = DEFAULT_BUDGET.get(compiled.dtype, 1e-4) * max(1.0, largest)
-    program = merged._programs[merged._key(compilation.default, "eval")]
+    program = merged._programs[compilation.key("eval")]
     if merged.kept:
         program = take_out(program, merged.kept)
     return Certificate(
@@ -253,12 +254,12 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budge
         outputs=differences,
         budget=budget,
         structure=structural_hash(_without(program, additions), compilation.store.canonical),
-        base_structure=structural_hash(family.base_eval, compilation.store.canonical),
+        base_structure=structural_hash(base, compilation.store.canonical),
         additions=additions,
         fingerprint=identify(compilation.source, replaced=compilation.replaced).fingerprint,
         dtype=str(compiled.dtype).removeprefix("torch."),
         collapses=collapse_evidence(compilation),
-        anchors=family.anchors,
+        anchors=compilation.main.anchors,
     )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from graftc.compiler.apart import largest_difference
 from graftc.compiler.certify import Certificate
 from graftc.compiler.collapse import collapsed_spec, collapsed_values
-from graftc.compiler.pipeline import Compilation
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.pipeline import recompile
 from graftc.compiler.probing import Advance
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import TRAIN
@@ -110,7 +111,7 @@ def _partial(compiled: Compiled | CompiledRunner, merged: Merged) -> Partial:
     compilation = runner.compilation
     values = {n: t for n, t in adapter_tensors(compilation.store) if owner_of(n) in merged.kept}
     values |= collapsed_values(compilation)
-    rest = compilation.again(_rest(compilation, merged), values, merged.to_transformers())
+    rest = recompile(compilation, _rest(compilation, merged), values, merged.to_transformers())
     made = make_compiled(rest)
     certificate = _with_outputs(merged.certificate, runner, made._graftc)
     require_passed(certificate)
@@ -159,11 +160,11 @@ def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | Non
 @torch.no_grad()
 def _with_outputs(certificate: Certificate, before: CompiledRunner, after: CompiledRunner) -> Certificate:
     """The certificate with the largest difference of either: of folding, and of compiling anew on the result."""
-    family = before.compilation.main
-    inputs = sample_inputs(family.base, before.compilation.store, config=getattr(before, "config", None))
+    base = before.compilation.program("train", "base")
+    inputs = sample_inputs(base, before.compilation.store, config=getattr(before, "config", None))
     found = [model.in_eval(inputs) for model in (before, after)]
     outputs = dict(certificate.outputs)
-    for name, a, b in zip(family.base_eval.outputs.names, *found, strict=True):
+    for name, a, b in zip(base.outputs.names, *found, strict=True):
         if isinstance(a, Tensor) and a.is_floating_point():
             anew = largest_difference(a, b)
             outputs[name] = anew if not anew <= outputs[name] else outputs[name]  # NaN stays

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.interface import COUNT
 from graftc.compiler.isolation import is_traced
-from graftc.compiler.pipeline import Compilation
 from graftc.compiler.steering import Steerings
+from graftc.passes.core.keys import ProgramKey
 from graftc.passes.core.program import Program
 
 aten = torch.ops.aten
@@ -52,21 +53,21 @@ class Repeated:
     _compilation: Compilation
     _steering: Steerings
     training: bool
-    run: Callable[[str, Mapping[str, Any]], tuple[Any, ...]]
+    run: Callable[[ProgramKey, Mapping[str, Any]], tuple[Any, ...]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._waiting = Waiting()
-        self._outputs: dict[str, _Outputs] = {}
+        self._outputs: dict[ProgramKey, _Outputs] = {}
         super().__init__(*args, **kwargs)
 
-    def install(self, key: str, program: Program) -> None:
+    def install(self, key: ProgramKey, program: Program) -> None:
         """See `Runner.install`."""
         super().install(key, program)  # type: ignore[misc]
         names = program.outputs.names
         loss = names.index("loss") if "loss" in names else None
         self._outputs[key] = _Outputs(names, loss, label_shift(program), _reads(program, COUNT))
 
-    def _results(self, key: str, present: Mapping[str, Any]) -> tuple[Any, ...]:
+    def _results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
         """Flat outputs of the first pass, with the terms of the others in the loss where there is one."""
         first = self.run(key, present)
         objectives = self._steering.outputs

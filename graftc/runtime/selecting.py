@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.fingerprint import identify
+from graftc.compiler.pipeline import recompile
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import TRAIN, Resolved
 from graftc.compiler.snapshot import adapter_tensors
@@ -26,7 +27,7 @@ from graftc.specs.diagnostics import GraftError, GraftWarning
 from graftc.specs.document import Spec
 
 if TYPE_CHECKING:
-    from graftc.compiler.pipeline import Compilation
+    from graftc.compiler.compilation import Compilation
     from graftc.runtime.compiled import Compiled
 
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]
@@ -216,7 +217,7 @@ class Selecting(Steered, Runner):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraftWarning)  # they have been given when it was compiled
-            made = self._compilation.again(spec, values)
+            made = recompile(self._compilation, spec, values)
         compiled = make_compiled(made).to(self._store_device())
         compiled.train(self.training)
         return compiled

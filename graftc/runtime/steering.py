@@ -13,6 +13,7 @@ from graftc.compiler.isolation import is_traced
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import Resolved
 from graftc.compiler.steering import Steerings, live_places, steerings
+from graftc.passes.core.keys import ProgramKey
 from graftc.passes.core.registry import method_for
 from graftc.runtime.repeated import Repeated
 from graftc.specs.diagnostics import GraftError, nearest, warn
@@ -131,7 +132,7 @@ class Steered(Repeated):
             for controller in self._steering.controllers.values():
                 controller.pause()
 
-    def _results(self, key: str, present: Mapping[str, Any]) -> tuple[Any, ...]:
+    def _results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
         """See `Repeated`. Controllers are asked before; compiled code has no hooks, so they are not asked there."""
         if not is_traced() and self._steering.controllers:
             if self.training and torch.is_grad_enabled() and not getattr(self, "_base_only", False):

@@ -33,7 +33,7 @@ def inputs_for(
     compilation = own._compilation
     every = (*sizes, max(1, sizes[-1] - 2))
     config = getattr(own, "config", None)
-    return sample_inputs(compilation.main.base, compilation.store, seed, every, config, front=front)
+    return sample_inputs(compilation.program("train", "base"), compilation.store, seed, every, config, front=front)
 
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:

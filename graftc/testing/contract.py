@@ -191,7 +191,7 @@ class MethodContract(Contract):
         _, compiled = self.shared(family)
         compilation = compiled.compilation
         name = compilation.spec.adapt[0].name
-        for program in (compilation.main.train, compilation.main.eval):
+        for program in (compilation.program("train"), compilation.program("eval")):
             verify(program, compilation.store, "the contract", types=True)
             origins = [found for node in program.graph.nodes if (found := provenance(node)) is not None]
             assert any(origin["adaptation"] == name for origin in origins)

@@ -98,7 +98,7 @@ def test_signatures_come_along(base: Path, tmp_path: Path, monkeypatch: pytest.M
     loaded = graftc.load(tmp_path / "it").eval()
     found = loaded(**inputs)
     assert torch.equal(found.loss, expected.loss) and torch.equal(found.logits, expected.logits)
-    assert len(loaded.compilation.families) == 2 and loaded.report.cached
+    assert len(loaded.compilation.signatures) == 2 and loaded.report.cached
 
 
 def test_initial_values_are_not_worked_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

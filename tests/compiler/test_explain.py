@@ -14,8 +14,9 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 import graftc
 from graftc.compiler.explain import Explanation, explain
 from graftc.compiler.snapshot import Snapshot
+from graftc.passes.core.keys import Mode
 from graftc.passes.core.printer import Printer, tensor_name
-from graftc.passes.core.program import Mode, provenance
+from graftc.passes.core.program import provenance
 from tests.cli.support import check_golden
 from tests.families import tiny
 

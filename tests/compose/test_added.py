@@ -57,7 +57,7 @@ def test_every_kind_on_every_family(family: str, base: str, kind: str) -> None:
     """It verifies, computes something of its own, and every tensor that trains gets a gradient."""
     compiled = composed(family, BASES[base], KINDS[kind])
     compilation = compiled.compilation
-    for program in (compilation.main.train, compilation.main.eval):
+    for program in (compilation.program("train"), compilation.program("eval")):
         verify(program, compilation.store, "the test", types=True)
     inputs = inputs_for(compiled)
     with compiled.disabled():
@@ -216,7 +216,7 @@ class TestGates:
     @staticmethod
     def numbers(compiled: Compiled, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Every gate of a call."""
-        program = compiled.compilation.main.eval
+        program = compiled.compilation.program("eval")
         gates = [n for n in program.graph.nodes if (provenance(n) or {}).get("part") == "gate"]
         last = [n for n in gates if n.target in (torch.ops.aten.div.Tensor, torch.ops.aten.mean.dim)]
         assert last

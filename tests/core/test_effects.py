@@ -232,5 +232,5 @@ def test_no_eval_graph_updates_a_buffer() -> None:
 def test_what_is_captured_is_listed(family: str) -> None:
     """Every graph of it can be written; the contract asks the same of every method and family."""
     compiled = graftc.compile(SPEC, tiny(family))
-    for program in compiled.compilation.main.graphs.values():
+    for program in compiled.compilation.programs.values():
         assert program_to_json(program)["nodes"]

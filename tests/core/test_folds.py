@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import graftc
+from graftc.compiler.folding import lazy_tensors
 from graftc.passes.core.folds import FoldStep, Keep, LazyTensors
 from graftc.passes.core.layout import Layout
 from graftc.passes.core.rows import Rows
@@ -128,7 +129,7 @@ def test_two_adaptations_of_the_same_rows() -> None:
     inputs = inputs_for(compiled)
     assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) <= 2e-5
     module = "transformer.h.0.attn.c_attn"
-    update = compiled.compilation.lazy_tensors().exact(f"{module}.weight") - model.get_parameter(f"{module}.weight")
+    update = lazy_tensors(compiled.compilation).exact(f"{module}.weight") - model.get_parameter(f"{module}.weight")
     factors = [[tensors[f"{module}.graftc.{name}.v.{f}"].double() for f in "AB"] for name in ("first", "second")]
     expected = sum(scale / 3 * b @ a for scale, (a, b) in zip((16, 5), factors, strict=True))
     torch.testing.assert_close(update.T[96:], expected, rtol=0, atol=1e-7)

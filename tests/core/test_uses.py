@@ -296,7 +296,7 @@ def test_some_rows_of_a_grouped_convolution(method: str) -> None:
     merged = compiled.merge()
     assert largest_difference(outputs_of(merged, {"x": x}), outputs_of(compiled, {"x": x})) <= 2e-5
     if method == "lora":
-        build = Builder(compiled.compilation.main.train, compiled.compilation.store, "other", "lora")
+        build = Builder(compiled.compilation.program("train"), compiled.compilation.store, "other", "lora")
         with (
             build.on(sites[0]),
             pytest.raises(GraftError, match="is a convolution in groups") as error,

@@ -30,7 +30,7 @@ def compilation() -> Any:
 @pytest.fixture
 def program(compilation: Any) -> Program:
     """A copy of the adapted train Program."""
-    return compilation.main.train.copy()
+    return compilation.program("train").copy()
 
 
 def inserted(program: Program, part: str) -> fx.Node:
@@ -218,7 +218,7 @@ def test_no_gradient_path(how: str, program: Program, compilation: Any) -> None:
 
 def test_every_program_of_the_compilation_is_held(compilation: Any) -> None:
     """Both modes verify against their own base, and neither against a Store without its tensors."""
-    for held in (compilation.main.train, compilation.main.eval):
+    for held in (compilation.program("train"), compilation.program("eval")):
         verify(held, compilation.store, "nothing", types=True)
         with pytest.raises(GraftError, match="not in the Store"):
             verify(held, Store(), "nothing")

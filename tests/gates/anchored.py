@@ -66,7 +66,9 @@ def _apart(a: Tensor, b: Tensor) -> float:
 def _right(compiled: Any, model: nn.Module) -> bool:
     """Whether a compiled model, untrained, is its source."""
     compilation = compiled.compilation
-    inputs = samples_on(torch.device("cpu"), compilation.main.base, 7, (5, 13, 11), getattr(model, "config", None))
+    inputs = samples_on(
+        torch.device("cpu"), compilation.program("train", "base"), 7, (5, 13, 11), getattr(model, "config", None)
+    )
     with torch.no_grad():
         return all(_apart(a, b) == 0 for a, b in zip(flat(compiled(**inputs)), flat(model(**inputs)), strict=True))
 

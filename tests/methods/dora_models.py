@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
+from graftc.compiler.folding import lazy_tensors
 from graftc.testing.compare import flat
 
 ROLES = ["attn.q", "attn.v", "ffn.down"]
@@ -32,7 +33,7 @@ def trainable(compiled: Any) -> dict[str, Tensor]:
 
 def exact(compiled: Any, name: str) -> Tensor:
     """A folded base tensor in float64, before rounding."""
-    found: Tensor = compiled.compilation.lazy_tensors().exact(name)
+    found: Tensor = lazy_tensors(compiled.compilation).exact(name)
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
+from graftc.compiler.folding import lazy_tensors
 from graftc.passes.adalora import Budget, Orthogonality
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
@@ -201,11 +202,11 @@ def test_pruning_a_triplet_changes_the_update_by_exactly_its_part() -> None:
     compiled = adapted(alpha=5)
     state = perturb(compiled)
     a, e, b = (state[f"{QUERY}.graftc.adalora.{part}"] for part in "AEB")
-    before = compiled.compilation.lazy_tensors().exact(f"{QUERY}.weight")
+    before = lazy_tensors(compiled.compilation).exact(f"{QUERY}.weight")
     part = 5 / (6 + 1e-5) * float(e[2]) * torch.outer(b[:, 2].double(), a[2].double())
     with torch.no_grad():
         e[2] = 0
-    after = compiled.compilation.lazy_tensors().exact(f"{QUERY}.weight")
+    after = lazy_tensors(compiled.compilation).exact(f"{QUERY}.weight")
     torch.testing.assert_close(before - after, part, rtol=0, atol=1e-15)
     inputs = inputs_for(compiled)
     assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) <= 2e-5

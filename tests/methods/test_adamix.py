@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import graftc
+from graftc.compiler.folding import lazy_tensors
 from graftc.passes.core.routing import is_pick, is_route
 from graftc.runtime.artifact.verify import verify
 from graftc.specs.diagnostics import GraftError, GraftWarning
@@ -116,7 +117,7 @@ def test_the_expected_product_is_the_product_of_the_means() -> None:
     """`E[B_j A_i] = mean(B) mean(A)` over all pairs, and it is what folds."""
     compiled = adapted({**LORA, "share": "none", "experts": 3, "alpha": 5})
     perturb(compiled)
-    lazy = compiled.compilation.lazy_tensors()
+    lazy = lazy_tensors(compiled.compilation)
     for name in (n for n in lazy.names if n.endswith("weight")):
         prefix = name.removesuffix("weight") + "graftc.adamix_lora."
         a, b = (compiled.adapter_state_dict()[prefix + part].double() for part in "AB")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import graftc
+from graftc.compiler.pipeline import recompile
 from graftc.compiler.steering import live_places
 from graftc.passes.core.registry import method_for
 from graftc.passes.diff_pruning import OpenGates
@@ -70,7 +71,7 @@ def advanced(compiled: Compiled) -> Compiled:
     following = method.advance(resolved.spec, *live_places(compilation, resolved))
     assert following.spec.stage == 2 and not following.rewind
     spec = compilation.spec.model_copy(update={"adapt": (following.spec,)})
-    return make_compiled(compilation.again(spec, following.values))
+    return make_compiled(recompile(compilation, spec, following.values))
 
 
 def test_eval_mode_is_the_formula_without_noise() -> None:

@@ -28,7 +28,7 @@ def deployed() -> list[type[DeploymentContract]]:
 def inserted(contract: type[DeploymentContract]) -> set[str]:
     """Operators of the adaptation's nodes in eval mode, on the class's first family."""
     _, compiled = contract().shared(contract.families[0], perturbed=True)
-    nodes = runner_of(compiled).compilation.main.eval.graph.nodes
+    nodes = runner_of(compiled).compilation.program("eval").graph.nodes
     return {str(node.target) for node in nodes if node.op == "call_function" and provenance(node) is not None}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
+from graftc.compiler.folding import lazy_tensors
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
@@ -175,7 +176,7 @@ def test_overrides() -> None:
     compiled = adapted(model, entry)
     tensors = perturb(compiled, 0.3)
     assert [len(t) for t in tensors.values()] == [48, 80]
-    exact = compiled.compilation.lazy_tensors().exact
+    exact = lazy_tensors(compiled.compilation).exact
     for index, scale in enumerate(t.double() for t in tensors.values()):
         name = f"bert.encoder.layer.{index}.output.dense"
         weight, bias = (model.get_parameter(f"{name}.{part}").detach().double() for part in ("weight", "bias"))
@@ -216,7 +217,7 @@ def test_order_of_lora_and_ia3(family: str, side: str) -> None:
         compiled.load_adapter_state_dict(tensors)
         outputs = outputs_of(compiled, inputs)
         assert largest_difference(outputs_of(compiled.merge(), inputs), outputs) <= 2e-5
-        found.append((outputs, tensors, compiled.compilation.lazy_tensors()))
+        found.append((outputs, tensors, lazy_tensors(compiled.compilation)))
     assert largest_difference(found[0][0], found[1][0]) > 1e-2
     for name in found[0][2].names:
         if not name.endswith("weight"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import graftc
+from graftc.compiler.folding import lazy_tensors
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
@@ -71,7 +72,7 @@ def test_update(family: str) -> None:
     """``W' - W`` is ``s (B1 A1) * (B2 A2)``, of rank 9 at rank 3."""
     compiled = adapted(family)
     tensors = {name: tensor.double() for name, tensor in perturb(compiled, 0.5).items()}
-    lazy = compiled.compilation.lazy_tensors()
+    lazy = lazy_tensors(compiled.compilation)
     name = {"bert": "bert.encoder.layer.1.output.dense", "gpt2": "transformer.h.1.mlp.c_proj"}.get(
         family, "model.layers.1.mlp.down_proj"
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import graftc
+from graftc.compiler.folding import lazy_tensors
 from graftc.passes.lokr import split
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
@@ -115,7 +116,7 @@ def test_update(family: str, both: bool) -> None:
     """``W' - W`` is ``s kron(C, D)``."""
     compiled = adapted(family, decompose_both=both)
     tensors = {name: tensor.double() for name, tensor in perturb(compiled, 0.5).items()}
-    lazy = compiled.compilation.lazy_tensors()
+    lazy = lazy_tensors(compiled.compilation)
     name = next(iter(tensors)).partition(".graftc.")[0]
     update = lazy.exact(f"{name}.weight") - compiled.compilation.store.get(f"{name}.weight").double()
     own = {part: tensors[f"{name}.graftc.lokr.{part}"] for part in parts(compiled)}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.capture import capture
+from graftc.compiler.folding import lazy_tensors
 from graftc.passes.core.printer import structural_hash
 from graftc.passes.core.store import Store
 from graftc.passes.mode import to_eval
@@ -39,7 +40,7 @@ def trainable(compiled: Any) -> dict[str, Tensor]:
 
 def folded(compiled: Any, name: str) -> Tensor:
     """A folded base tensor in float64, before rounding."""
-    return compiled.compilation.lazy_tensors().exact(name)
+    return lazy_tensors(compiled.compilation).exact(name)
 
 
 DROPOUT = {

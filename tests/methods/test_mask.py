@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import graftc
+from graftc.compiler.pipeline import recompile
 from graftc.passes.core.program import provenance
 from graftc.runtime.compiled import Compiled
 from graftc.specs.diagnostics import GraftError
@@ -199,5 +200,5 @@ def test_indices_that_are_no_entries(tmp_path: Path) -> None:
         values = {n: t.clone() for n, t in compiled.adapter_state_dict().items()}
         values[name][0] = bad
         with pytest.raises(GraftError) as error:
-            compiled.compilation.again(compiled.compilation.spec, values)
+            recompile(compiled.compilation, compiled.compilation.spec, values)
         assert error.value.code == "GC053"

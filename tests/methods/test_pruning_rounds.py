@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import graftc
+from graftc.compiler.pipeline import recompile
 from graftc.compiler.steering import live_places
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.stages import Advance
@@ -27,7 +28,7 @@ def advanced(compiled: Compiled) -> tuple[Advance[Pruning], Compiled]:
     method = method_for("pruning")
     advance = method.advance(resolved.spec, *live_places(compiled.compilation, resolved))
     spec = compiled.compilation.spec.model_copy(update={"adapt": (advance.spec,)})
-    return advance, make_compiled(compiled.compilation.again(spec, advance.values))
+    return advance, make_compiled(recompile(compiled.compilation, spec, advance.values))
 
 
 @pytest.mark.parametrize("rewind", [False, True])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
+from graftc.compiler.pipeline import recompile
 from graftc.passes.rows import chosen_rows, named_rows, row_squares
 from graftc.runtime.compiled import Compiled
 from graftc.specs.diagnostics import GraftError
@@ -163,7 +164,7 @@ def test_rows_stay_where_the_base_changes_below_them() -> None:
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.copy_(parameter.flip(0))
-    again = compiled.compilation.again(compiled.compilation.spec, compiled.adapter_state_dict(), other)
+    again = recompile(compiled.compilation, compiled.compilation.spec, compiled.adapter_state_dict(), other)
     kept = dict(again.store.adapters())
     names = [name for name in kept if name.endswith(".chosen")]
     assert names and all(torch.equal(kept[name], compiled.get_buffer(name)) for name in names)

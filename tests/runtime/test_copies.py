@@ -73,7 +73,7 @@ def test_a_copy_is_a_whole_model() -> None:
     perturb(compiled, 0.1)
     with torch.no_grad():
         found = copied(**inputs, labels=inputs["input_ids"])
-    assert len(copied.compilation.families) == 2 and len(compiled.compilation.families) == 1
+    assert len(copied.compilation.signatures) == 2 and len(compiled.compilation.signatures) == 1
     assert same_bits([found.logits], expected)
     with copied.disabled():
         assert same_bits(outputs_of(copied, inputs), outputs_of(tiny("gpt2"), inputs))

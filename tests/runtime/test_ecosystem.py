@@ -189,9 +189,9 @@ def test_the_number_of_items_is_no_constant_of_a_graph(model: Any, compiled: Any
         loss = compiled(**inputs, num_items_in_batch=count).loss
         assert loss.dtype == model(**inputs, num_items_in_batch=count).loss.dtype
         torch.testing.assert_close(loss, model(**inputs, num_items_in_batch=count).loss, atol=1e-6, rtol=0)
-        before = len(compiled.compilation.families)
+        before = len(compiled.compilation.signatures)
         torch.testing.assert_close(compiled(**inputs, num_items_in_batch=count * 2).loss * 2, loss, atol=1e-6, rtol=0)
-    assert len(compiled.compilation.families) == before
+    assert len(compiled.compilation.signatures) == before
 
 
 def test_the_mean_over_items_is_that_of_all_adaptations_that_run_side_by_side(model: Any) -> None:

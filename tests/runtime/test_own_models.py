@@ -100,7 +100,7 @@ def test_inputs_by_position_and_a_number() -> None:
     with torch.no_grad():
         for arguments in ((), (1.0,), (2.5,), (3.0,)):
             assert torch.equal(adapted(left, right, *arguments)["sum"], model(left, right, *arguments)["sum"])
-    assert len(adapted.compilation.families) == 3
+    assert len(adapted.compilation.signatures) == 3
 
 
 class Unnamed(nn.Module):
@@ -171,7 +171,7 @@ def test_a_bound_length_is_captured_anew_and_noted() -> None:
             ids = torch.randint(0, 50, (batch, length))
             inputs = {"input_ids": ids, "attention_mask": mask(batch, length).long()}
             assert torch.equal(adapted(**inputs).logits, model(**inputs).logits)
-    assert len(adapted.compilation.families) == 2
+    assert len(adapted.compilation.signatures) == 2
     assert {name: t.data_ptr() for name, t in adapted.named_parameters()} == tensors
     perturb(adapted)
     assert adapted.merge().certificate.passed

@@ -259,7 +259,7 @@ def test_switching_never_copies_a_tensor() -> None:
     gc.collect()
     now = {name: (t.data_ptr(), t.nbytes) for name, t in [*adapted.named_parameters(), *adapted.named_buffers()]}
     assert now == tensors
-    assert len(adapted.compilation.families) == 4
+    assert len(adapted.compilation.signatures) == 4
     own = {name: t.data_ptr() for name, t in model.named_parameters()}
     assert {name: address for name, (address, _) in now.items() if name in own} == own
     assert size > 100e6
@@ -296,7 +296,7 @@ def test_packed_sequences_are_those_run_apart() -> None:
 
 def test_a_graph_is_made_once_per_signature() -> None:
     adapted = graftc.compile({"adapt": [LORA]}, families.tiny("bert")).eval()
-    families_of = adapted.compilation.families
+    families_of = adapted.compilation.signatures
     calls: list[dict[str, Any]] = [
         {},
         {"output_hidden_states": False},
@@ -311,7 +311,7 @@ def test_a_graph_is_made_once_per_signature() -> None:
                 adapted(**text(), **changes)
             adapted(**text(2, 9))
     assert len(families_of) == 3
-    assert [key for key in families_of if "output_hidden_states=True" in key]
+    assert [key for key in families_of if "output_hidden_states=True" in key.inputs]
 
 
 def test_a_flag_belongs_to_the_capture_cache(tmp_path: Path, monkeypatch: Any) -> None:
@@ -323,7 +323,7 @@ def test_a_flag_belongs_to_the_capture_cache(tmp_path: Path, monkeypatch: Any) -
             adapted = graftc.compile({"adapt": [LORA]}, model).eval()
             outputs = adapted(**text(), output_hidden_states=True)
             assert adapted.compilation.find({**text(), "output_hidden_states": True}) is not None
-            assert [f.cached for f in adapted.compilation.families.values()] == [cached, cached]
+            assert [f.cached for f in adapted.compilation.signatures.values()] == [cached, cached]
             assert_same(outputs, expected)
 
 
@@ -333,7 +333,7 @@ def test_flags_may_be_there_from_the_start() -> None:
     assert adapted.program().flags == (("output_hidden_states", True),)
     with torch.no_grad():
         assert_same(adapted(**text(), output_hidden_states=True), model(**text(), output_hidden_states=True))
-    assert len(adapted.compilation.families) == 1
+    assert len(adapted.compilation.signatures) == 1
     assert adapted.merge().certificate.passed
 
 

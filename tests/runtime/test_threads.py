@@ -88,7 +88,7 @@ def test_eight_threads_with_new_signatures(net: nn.Module, same: bool) -> None:
     for call, result in zip(given, results, strict=True):
         assert torch.equal(result, net(**call))
     assert vars(net) == before
-    assert len(compiled._compilation.families) == (2 if same else 8)
+    assert len(compiled._compilation.signatures) == (2 if same else 8)
 
 
 def test_both_modes_and_the_base_in_threads(net: nn.Module) -> None:

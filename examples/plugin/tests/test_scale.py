@@ -9,6 +9,7 @@ import torch
 from graftc_scale.method import ScaleMethod
 
 import graftc
+from graftc.compiler.folding import lazy_tensors
 from graftc.passes.core.folds import WeightFold
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, tiny
@@ -41,7 +42,7 @@ def test_fold_scales_rows_and_bias() -> None:
     module = "bert.encoder.layer.0.output.dense"
     scale = compiled.adapter_state_dict()[f"{module}.graftc.scale.scale"].double()
     assert scale.unique().numel() == 48
-    lazy, store = compiled.compilation.lazy_tensors(), compiled.compilation.store
+    lazy, store = lazy_tensors(compiled.compilation), compiled.compilation.store
     assert torch.equal(lazy.exact(f"{module}.weight"), scale[:, None] * store.get(f"{module}.weight").double())
     assert torch.equal(lazy.exact(f"{module}.bias"), scale * store.get(f"{module}.bias").double())
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graftc.passes.core.codegen import Function, function_of
 from graftc.passes.core.containers import OWN, Container, Node, Tree
+from graftc.passes.core.keys import ProgramKey
 from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
 from graftc.passes.outline import outline
@@ -140,8 +141,8 @@ class Runner:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._roots: dict[str, Function] = {}
-        self._programs: dict[str, Program] = {}
+        self._roots: dict[ProgramKey, Function] = {}
+        self._programs: dict[ProgramKey, Program] = {}
 
     def adopt(self, module: Root) -> None:
         """Make a module the root of the tree."""
@@ -158,12 +159,12 @@ class Runner:
         """Blocks by module path."""
         return {name: module for name, module in self.module.named_modules() if isinstance(module, Block)}
 
-    def install(self, key: str, program: Program) -> None:
+    def install(self, key: ProgramKey, program: Program) -> None:
         """Lower a Program to code; `run` runs it under ``key``."""
         self._programs[key] = program
         self._lower(key)
 
-    def _lower(self, key: str) -> None:
+    def _lower(self, key: ProgramKey) -> None:
         program = self._programs[key]
         outlined = outline(program)
         device = self._store_device()
@@ -180,7 +181,7 @@ class Runner:
     def _store_device(self) -> torch.device:
         return self._store.device()
 
-    def run(self, key: str, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    def run(self, key: ProgramKey, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
         """Flat outputs of the Program installed as ``key``."""
         program_inputs = [inputs[name] for name in self._programs[key].signature]
         outputs: tuple[Any, ...] = self._roots[key](self.module, *program_inputs)

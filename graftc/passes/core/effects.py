@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from graftc.passes.core.program import Mode, nodes_in
+from graftc.passes.core.keys import Mode
+from graftc.passes.core.program import nodes_in
 
 aten = torch.ops.aten
 

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
+from graftc.passes.core.keys import Mode
 from graftc.passes.core.stored import StoredRows
 
 if TYPE_CHECKING:
     import networkx as nx
 
     from graftc.passes.core.sites import SiteKey
-
-Mode = Literal["train", "eval"]
 
 
 @dataclass(frozen=True)

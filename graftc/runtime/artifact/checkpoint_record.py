@@ -12,8 +12,8 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.fingerprint import Identity
-from graftc.compiler.pipeline import Compilation
 from graftc.compiler.signature import Axis
 from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES
 from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, Record, Settings
@@ -137,7 +137,7 @@ def record_of(compilation: Compilation, identity: Identity, *, values: bool) -> 
             weights=weights_of(identity) if values else None,
         ),
         inputs=tuple(Input(name=a.name, dtype=DTYPE_NAMES[a.dtype], axes=a.axes) for a in main.axes),
-        flags=tuple(main.base.flags),
+        flags=tuple(compilation.program("train", "base").flags),
     )
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import graftc
 from graftc.compiler.capture import Capture
-from graftc.compiler.family import Family
 from graftc.compiler.fingerprint import Identity, tensor_digest
 from graftc.compiler.snapshot import TensorRecord, as_plain
 from graftc.passes.core.printer import structural_hash
+from graftc.passes.core.program import Program
 from graftc.passes.core.serialise import SerialisationError, program_to_json
 from graftc.passes.core.shapes import DTYPE_NAMES
 from graftc.passes.core.store import Store
@@ -99,12 +99,15 @@ def places(compiled: CompiledRunner) -> dict[str, Any]:
 def signatures(compiled: CompiledRunner) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The entries of all signatures, and the texts of their graphs by file."""
     texts: dict[str, str] = {}
-    store = compiled.compilation.store
+    compilation = compiled.compilation
+    store = compilation.store
     entries = []
-    for number, family in enumerate(compiled.compilation.families.values()):
+    for number, found in enumerate(compilation.signatures.values()):
+        programs = compilation.graphs(found.signature)
+        base, adapted = programs["base.train"], programs["train"]
         graphs: dict[str, Any] = {}
         try:
-            own = {f"programs/{number}.{kind}.json": (kind, program) for kind, program in family.graphs.items()}
+            own = {f"programs/{number}.{kind}.json": (kind, program) for kind, program in programs.items()}
             texts |= {file: canonical_json(program_to_json(program)) for file, (_, program) in own.items()}
             graphs = {
                 kind: {"file": file, "structure": structural_hash(program, store.canonical)}
@@ -116,20 +119,20 @@ def signatures(compiled: CompiledRunner) -> tuple[list[dict[str, Any]], dict[str
             {
                 "inputs": [
                     {"name": axis.name, "dtype": DTYPE_NAMES[axis.dtype], "axes": list(axis.axes)}
-                    for axis in family.axes
+                    for axis in found.axes
                 ],
-                "flags": [list(flag) for flag in family.base.flags],
-                "choices": [s.name for s in family.train.inputs if s.name in compiled.compilation.controls],
-                "captures": [_capture(capture, family) for capture in family.captures],
+                "flags": [list(flag) for flag in base.flags],
+                "choices": [s.name for s in adapted.inputs if s.name in compilation.controls],
+                "captures": [_capture(capture, programs) for capture in found.captures],
                 "graphs": graphs,
             }
         )
     return entries, texts
 
 
-def _capture(capture: Capture, family: Family) -> dict[str, Any]:
+def _capture(capture: Capture, programs: Mapping[str, Program]) -> dict[str, Any]:
     return {
-        "graph": next(name for name, program in family.graphs.items() if program is capture.program),
+        "graph": next(name for name, program in programs.items() if program is capture.program),
         "key": capture.key,
         "notes": list(capture.notes),
         "constants": sorted(capture.constants),
@@ -138,5 +141,5 @@ def _capture(capture: Capture, family: Family) -> dict[str, Any]:
 
 def constants(compiled: CompiledRunner) -> dict[str, Tensor]:
     """Tensors that graphs mention beside the model's and graftc's own."""
-    captures = [c for family in compiled.compilation.families.values() for c in family.captures]
+    captures = [c for found in compiled.compilation.signatures.values() for c in found.captures]
     return {name: tensor for c in captures for name, tensor in sorted(c.constants.items())}

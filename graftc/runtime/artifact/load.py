@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.fingerprint import identify
 from graftc.compiler.fresh import require_weights
 from graftc.compiler.interface import device_of
-from graftc.compiler.pipeline import Compilation, compile_model
+from graftc.compiler.pipeline import add_signature, compile_model
 from graftc.compiler.snapshot import SiteRecord, adapter_tensors, site_records
+from graftc.passes.core import keys
 from graftc.passes.core.printer import structural_hash
 from graftc.runtime.artifact.checkpoint import checkpoint_file, load_checkpoint
 from graftc.runtime.artifact.manifest import MANIFEST, Signature, damaged
@@ -108,8 +110,8 @@ def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, r
         unknown = [name for name in choices if name not in compilation.controls]
         if unknown:
             raise damaged(str(artifact.path), MANIFEST, f"nothing is chosen by {unknown[0]}")
-        compilation.add(artifact.axes(number), flags[number], choices)
-    if len(compilation.families) != len(flags):
+        add_signature(compilation, artifact.axes(number), flags[number], choices)
+    if len(compilation.signatures) != len(flags):
         raise damaged(str(artifact.path), MANIFEST, "has one signature twice")
     check_places(artifact, compilation)
     _take_values(artifact, compilation)
@@ -164,20 +166,19 @@ def check_graphs(artifact: Artifact, compilation: Compilation) -> None:
     Raises:
         GraftError: GC088 naming the first that is another.
     """
-    families = list(compilation.families.values())
-    for signature, family in zip(artifact.manifest.signatures, families, strict=True):
-        if [c.key for c in family.captures] != [c.key for c in signature.captures] or not family.captures[0].key:
+    for signature, found in zip(artifact.manifest.signatures, compilation.signatures.values(), strict=True):
+        if [c.key for c in found.captures] != [c.key for c in signature.captures] or not found.captures[0].key:
             continue  # other versions of the libraries: only the places have to be the same
-        other = different_graph(signature, compilation, family.key)
+        other = different_graph(signature, compilation, found.signature)
         if other is not None:
             message = f"{artifact.path} has another {other} graph than its spec gives"
             raise GraftError("GC088", message, hint="compile the spec again")
 
 
-def different_graph(signature: Signature, compilation: Compilation, key: tuple[str, ...]) -> str | None:
+def different_graph(kept: Signature, compilation: Compilation, signature: keys.Signature) -> str | None:
     """The first graph of a signature that is another than a Compilation's; None where all are the same."""
-    programs, canonical = compilation.families[key].graphs, compilation.store.canonical
-    for kind, graph in signature.graphs.items():
+    programs, canonical = compilation.graphs(signature), compilation.store.canonical
+    for kind, graph in kept.graphs.items():
         if kind not in programs or structural_hash(programs[kind], canonical) != graph.structure:
             return kind
     return None

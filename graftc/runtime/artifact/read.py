@@ -17,7 +17,8 @@ from graftc.compiler.fingerprint import Identity, TensorIdentity, replaced_tenso
 from graftc.compiler.signature import Axis
 from graftc.compiler.snapshot import SiteRecord, Snapshot, TensorRecord, TrainedRecord
 from graftc.passes.core.effects import updated
-from graftc.passes.core.program import Mode, Program
+from graftc.passes.core.keys import Mode
+from graftc.passes.core.program import Program
 from graftc.passes.core.serialise import program_from_json
 from graftc.passes.core.shapes import DTYPES
 from graftc.passes.core.sites import SiteKey

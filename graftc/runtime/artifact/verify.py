@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from graftc.compiler.certify import Certificate
-from graftc.compiler.family import Family
 from graftc.passes.core.printer import structural_hash, value_numbers
+from graftc.passes.core.program import Program
 from graftc.runtime.artifact.entries import versions
 from graftc.runtime.artifact.fields import MANIFEST_BYTES
 from graftc.runtime.artifact.load import base_of, different_graph, load_artifact
@@ -155,21 +155,23 @@ def _graph_files(artifact: Artifact) -> tuple[bool | None, str]:
 
 def _graphs(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
     """Captured and rewritten anew, the graphs are the artifact's."""
-    families = list(compiled.compilation.families.values())
-    for number, (signature, family) in enumerate(zip(artifact.manifest.signatures, families, strict=True)):
-        other = different_graph(signature, compiled.compilation, family.key) or _changed(artifact, number, family)
+    compilation = compiled.compilation
+    made = compilation.signatures.values()
+    for number, (signature, found) in enumerate(zip(artifact.manifest.signatures, made, strict=True)):
+        programs = compilation.graphs(found.signature)
+        other = different_graph(signature, compilation, found.signature) or _changed(artifact, number, programs)
         if other is not None:
-            same = [c.key for c in family.captures] == [c.key for c in signature.captures] and family.captures[0].key
+            same = [c.key for c in found.captures] == [c.key for c in signature.captures] and found.captures[0].key
             if not same and artifact.manifest.versions.model_dump() != versions():
                 return None, "other versions of the libraries give other graphs for the same places"
             return False, f"the {other} graph of signature {number} is another when it is captured anew"
-    return True, f"{len(families)} signatures captured and rewritten anew give the same graphs"
+    return True, f"{len(made)} signatures captured and rewritten anew give the same graphs"
 
 
-def _changed(artifact: Artifact, number: int, family: Family) -> str | None:
+def _changed(artifact: Artifact, number: int, programs: Mapping[str, Program]) -> str | None:
     """The first graph in a file that is not, node by node and interface and all, one that was made anew."""
     canonical = artifact.manifest.base.aliases
-    for kind, program in family.graphs.items():
+    for kind, program in programs.items():
         graph = artifact.manifest.signatures[number].graphs.get(kind)  # type: ignore[call-overload]
         if graph is None:
             continue

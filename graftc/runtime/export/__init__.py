@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from graftc.compiler.fingerprint import identify
+from graftc.passes.core.keys import Signature
 from graftc.runtime.files import check_destination, staged
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
 if TYPE_CHECKING:
     from graftc.compiler.certify import Certificate
-    from graftc.compiler.family import Family
     from graftc.runtime.compiled import ModelRunner
 
 Format = Literal["onnx", "pt2"]
@@ -24,7 +24,7 @@ def export_model(
     runner: ModelRunner,
     path: Path,
     format: Format,
-    family: Family,
+    signature: Signature,
     *,
     inputs: Sequence[str] = (),
     certificate: Certificate | None = None,
@@ -36,7 +36,7 @@ def export_model(
         runner: what to export, in eval mode.
         path: the file to write; nothing is there until it is complete and checked.
         format: ``"onnx"`` (weights in ``<name>.data`` beside it where they are large) or ``"pt2"``.
-        family: the signature to export.
+        signature: the one to export.
         inputs: adaptations whose tensors are inputs of the graph, each with its values in a file beside ``path``.
         certificate: what the file says of itself.
         force: replace what is there.
@@ -60,7 +60,7 @@ def export_model(
     beside = companions_of(path, inputs)
     companions = (f"{path.name}.data", *beside.values())
     check_destination(path, force=force, companions=companions)
-    module = ExportModule(runner, family, inputs)
+    module = ExportModule(runner, signature, inputs)
     write = prepare(module, metadata(runner, inputs, certificate))
     with staged(path, force=force, companions=companions) as file:
         write(file)

@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 from graftc.compiler.samples import sample_inputs
 from graftc.compiler.signature import Axis, tie_sizes
 from graftc.passes.core.codegen import function_of
+from graftc.passes.core.keys import Signature
 from graftc.passes.core.ops import DECOMPOSITIONS
 from graftc.passes.core.program import Program
 from graftc.runtime.export.inputs import ADAPTER_TENSORS, as_inputs, tensors_of, without
 
 if TYPE_CHECKING:
-    from graftc.compiler.family import Family
     from graftc.runtime.compiled import ModelRunner
 
 
@@ -35,7 +35,7 @@ class ExportModule:
 
     Args:
         runner: the compiled or merged model.
-        family: the signature.
+        signature: the one that is exported.
         names: adaptations whose tensors are inputs.
 
     Attributes:
@@ -50,11 +50,11 @@ class ExportModule:
         GraftError: as `graftc.runtime.export.inputs.tensors_of`.
     """
 
-    def __init__(self, runner: ModelRunner, family: Family, names: Sequence[str] = ()) -> None:
-        self.program: Program = runner._program_of(family, "eval")
+    def __init__(self, runner: ModelRunner, signature: Signature, names: Sequence[str] = ()) -> None:
+        self.program: Program = runner._program_of(runner.key(signature, "eval"))
         store = runner._store
         self.config = getattr(runner, "config", None)
-        self._base, self._tensors = family.base, store
+        self._base, self._tensors = runner._compilation.program("train", "base", signature), store
         self.adaptations = tensors_of(runner, self.program, names)
         self.tensors = {name: tensor for own in self.adaptations.values() for name, tensor in own.items()}
         self.inputs: Mapping[str, Any] = self.sample(sizes=(3, 7))

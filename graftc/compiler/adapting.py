@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 
 from graftc.compiler.anchor import Anchor, anchor
 from graftc.compiler.cache import captured, forget, keep
 from graftc.compiler.capture import Capture, capture, random_structure
+from graftc.compiler.compilation import Compilation, Resolution
 from graftc.compiler.compose import Unit, add_controls, check_units, insert_unit, placed, units
 from graftc.compiler.draws import draws
 from graftc.compiler.embeds import Plan, lengthened, planned, require_words
@@ -26,110 +27,16 @@ from graftc.compiler.unkept import unkept
 from graftc.compiler.words import word_vectors
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.effects import flaw
-from graftc.passes.core.program import HistoryEntry, Mode, Program, from_two
+from graftc.passes.core.keys import Entry, Mode, Signature, Stage
+from graftc.passes.core.program import HistoryEntry, Program, from_two
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.sites import Applied, AttentionSite, LinearSite, ParameterSite, Site
 from graftc.passes.core.steering import STEP, no_steps
-from graftc.passes.core.store import Store
 from graftc.passes.core.verify import record_baseline, verify
 from graftc.passes.mode import moded, to_eval
 from graftc.passes.recompute import recompute_weights
 from graftc.passes.tokens import insert_tokens
 from graftc.specs.diagnostics import GraftError, first_line, warn
-
-if TYPE_CHECKING:
-    from graftc.compiler.pipeline import Compilation
-
-
-@dataclass
-class Family:
-    """The Programs of one signature: the base and the adapted model, in train and eval mode.
-
-    Attributes:
-        base, base_eval: what is adapted: the source model's graph, with room for virtual tokens where there are some.
-        axes: the inputs that capturing was asked for.
-        captures: what was captured: train mode, and eval mode where it could not be derived; each with ids, and with
-            word vectors where there are virtual tokens.
-        sources: the source model's own graphs, in train and in eval mode.
-        attentions: every attention of `train`.
-        anchors: how the source model's graphs compare with the model itself.
-    """
-
-    base: Program
-    base_eval: Program
-    train: Program
-    eval: Program
-    structure: Structure
-    resolved: list[Resolved]
-    trained: list[ParameterSite]
-    axes: tuple[Axis, ...]
-    captures: tuple[Capture, ...]
-    sources: tuple[Program, Program]
-    attentions: tuple[AttentionSite, ...]
-    anchors: tuple[Anchor, ...]
-    key: tuple[str, ...] = ()
-
-    @property
-    def capture_seconds(self) -> float:
-        """What capturing train mode took."""
-        return sum(found.seconds for found in self.captures if found.program.mode == "train")
-
-    @property
-    def cached(self) -> bool:
-        """Whether what was captured came from files."""
-        return all(found.cached for found in self.captures)
-
-    def program(self, mode: Mode, base: bool = False) -> Program:
-        """The adapted Program of a mode, or the base's own."""
-        if base:
-            return self.base if mode == "train" else self.base_eval
-        return self.train if mode == "train" else self.eval
-
-    def source(self, mode: Mode) -> Program:
-        """The source model's own Program of a mode."""
-        return self.sources[0 if mode == "train" else 1]
-
-    @cached_property
-    def moded(self) -> frozenset[str]:
-        """Paths of the modules whose mode makes a difference."""
-        return frozenset(moded(self.train))
-
-    def mixed(self, evals: Collection[str], store: Store, *, source: bool = False) -> Program:
-        """The train Program with some modules in eval mode, adapted or the source model's own.
-
-        Args:
-            evals: their paths.
-            store: where tensors live.
-            source: the source model's own.
-
-        Raises:
-            GraftError: GC043 where the eval graph is no derived one.
-        """
-        if any(found.program.mode == "eval" for found in self.captures):
-            message = f"{min(evals) or 'the model'} alone is in another mode, and what that changes is not in the graph"
-            raise GraftError("GC043", message, hint="put the whole model into one mode with train() or eval()")
-        if source:
-            return to_eval(self.source("train"), only=evals)
-        program = to_eval(self.train, only=evals)
-        program.baseline = record_baseline(to_eval(self.base, only=evals)).baseline
-        verify(program, store, "mode(mixed)", types=True)
-        return program
-
-    @property
-    def graphs(self) -> dict[str, Program]:
-        """Every graph by name: ``train`` and ``eval``, the base's ``base.train`` and ``base.eval``, and what the base
-        is composed of where there are virtual tokens: ``tokens.train``, ``embeds.train``, and those of eval mode where
-        it could not be derived."""
-        named = {"base.train": self.base, "base.eval": self.base_eval, "train": self.train, "eval": self.eval}
-        for found in self.captures:
-            if not any(found.program is program for program in named.values()):
-                entry = "tokens" if any(found.program is source for source in self.sources) else "embeds"
-                named[f"{entry}.{found.program.mode}"] = found.program
-        return named
-
-    def rewrite_seconds(self) -> float:
-        """What everything after capture took."""
-        return sum(entry.seconds for entry in self.eval.history)
 
 
 class _Clock:
@@ -149,9 +56,13 @@ class _Clock:
         return result
 
 
-def compile_family(
+Graphs = dict[tuple[Entry, Mode, Stage], Program]
+"""The Programs of one signature."""
+
+
+def adapt_signature(
     compilation: Compilation, axes: Sequence[Axis], flags: Flags, controls: Sequence[str] = ()
-) -> Family:
+) -> tuple[Graphs, Resolution]:
     """Capture one signature and adapt it; the first one says which places are adapted, others adapt the same ones.
 
     Args:
@@ -162,7 +73,7 @@ def compile_family(
     clock = _Clock()
     found = _capture(compilation, axes, flags, "train", clock)
     base = found.program
-    main = compilation.main if compilation.families else None
+    main = compilation.main if compilation.signatures else None
     train = _adapted(compilation, found, clock, main, controls)
     train.program.history = list(clock.entries)
     captures, source_eval = list(train.captures), to_eval(base)
@@ -179,22 +90,30 @@ def compile_family(
         adapted_eval = clock.step("mode(eval)", lambda: to_eval(train.program), train.program)
     adapted_eval.baseline = eval_base.baseline
     special = {name for held in [*derived, *(c.anchor for c in captures if c.anchor)] for name in held.from_two}
-    for program in (base, source_eval, train.base, eval_base, train.program, adapted_eval):
+    graphs: Graphs = {
+        ("forward", "train", "base"): train.base,
+        ("forward", "eval", "base"): eval_base,
+        ("forward", "train", "adapted"): train.program,
+        ("forward", "eval", "adapted"): adapted_eval,
+        ("forward", "train", "source"): base,
+        ("forward", "eval", "source"): source_eval,
+    }
+    for program in graphs.values():
         program.inputs = from_two(program.inputs, special)
+    for each in captures:
+        if not any(each.program is program for program in graphs.values()):
+            graphs["embeds", each.program.mode, "source"] = each.program
     clock.step("verify", lambda: verify(adapted_eval, compilation.store, "mode(eval)", types=True), adapted_eval)
     adapted_eval.history = list(clock.entries)
-    return Family(
-        train.base,
-        eval_base,
-        train.program,
-        adapted_eval,
+    return graphs, Resolution(
+        Signature(()),
         train.structure,
         train.resolved,
         train.trained,
+        train.attentions,
+        frozenset(moded(train.program)),
         tuple(axes),
         tuple(captures),
-        (base, source_eval),
-        train.attentions,
         (*(c.anchor for c in captures if c.anchor is not None), *derived),
     )
 
@@ -321,7 +240,7 @@ class _Adapted:
 
 
 def _adapted(
-    compilation: Compilation, found: Capture, clock: _Clock, main: Family | _Adapted | None, controls: Sequence[str]
+    compilation: Compilation, found: Capture, clock: _Clock, main: Resolution | _Adapted | None, controls: Sequence[str]
 ) -> _Adapted:
     """A capture's Program, adapted as the spec says, or at the places of ``main``."""
     spec, store, base = compilation.spec, compilation.store, found.program

@@ -1,0 +1,177 @@
+"""Compilation: what was compiled, as data. What is done with one stands in files named for that: `adapting`,
+`folding`, `pipeline`, `report` and others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from graftc.compiler.anchor import Anchor
+from graftc.compiler.capture import Capture
+from graftc.compiler.compose import Unit, controls, units
+from graftc.compiler.fingerprint import replaced_tensors
+from graftc.compiler.resolve import Resolved
+from graftc.compiler.signature import Axis, fits, inputs_of
+from graftc.compiler.structure import Structure
+from graftc.passes.core.keys import Entry, Mode, ProgramKey, Signature, Stage
+from graftc.passes.core.program import Program
+from graftc.passes.core.sites import AttentionSite, ParameterSite, SiteKey
+from graftc.passes.core.store import Store
+from graftc.passes.core.stored import StoredRows
+from graftc.specs.compose import CompositionSpec
+from graftc.specs.document import Spec
+
+
+@dataclass
+class Resolution:
+    """What a spec resolved to in the graphs of one signature, and how these were made.
+
+    Attributes:
+        signature: which.
+        structure: the roles in the train graph.
+        resolved: the adaptations with their sites there.
+        trained: tensors that train in place.
+        attentions: every attention.
+        moded: paths of the modules whose mode makes a difference.
+        axes: the inputs that capturing was asked for.
+        captures: what was captured: train mode, and eval mode where it could not be derived; each with ids, and with
+            token embeddings where there are virtual tokens.
+        anchors: how the source model's graphs compare with the model itself.
+    """
+
+    signature: Signature
+    structure: Structure
+    resolved: list[Resolved]
+    trained: list[ParameterSite]
+    attentions: tuple[AttentionSite, ...]
+    moded: frozenset[str]
+    axes: tuple[Axis, ...]
+    captures: tuple[Capture, ...]
+    anchors: tuple[Anchor, ...]
+
+    @property
+    def capture_seconds(self) -> float:
+        """What capturing train mode took."""
+        return sum(found.seconds for found in self.captures if found.program.mode == "train")
+
+    @property
+    def cached(self) -> bool:
+        """Whether what was captured came from files."""
+        return all(found.cached for found in self.captures)
+
+
+@dataclass
+class Compilation:
+    """All Programs of one spec and model over one Store.
+
+    Attributes:
+        spec: what was asked for.
+        model: the source model; read when a new signature has to be captured, never changed.
+        store: every tensor.
+        seed: what initial values were drawn from.
+        programs: every graph.
+        signatures: what was found in the graphs of each signature, the first one first.
+        parts: adaptation, then site, to Store names by part.
+        overlays: base tensors that are trained in place: adaptation, site, base name, rows, trained name.
+        notes: what capturing had to change, for people.
+        source: the model as it was given; `model` is a copy where the spec unties tensors or adds tokens.
+        held: digests of what it held when it was compiled, by name; None where that cannot be written down.
+        values: adapter tensors that are there already, by name: those of an artifact.
+        known: captures that are there already, by their key.
+    """
+
+    spec: Spec
+    model: nn.Module
+    store: Store
+    seed: int = 0
+    programs: dict[ProgramKey, Program] = field(default_factory=dict)
+    signatures: dict[Signature, Resolution] = field(default_factory=dict)
+    parts: dict[str, dict[SiteKey | None, dict[str, str]]] = field(default_factory=dict)
+    overlays: list[tuple[str, SiteKey, str, StoredRows, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    use_cache: bool = True
+    source: nn.Module = field(kw_only=True)
+    held: dict[str, str] | None = field(default=None, repr=False)
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    known: Mapping[str, Callable[[], Capture]] = field(default_factory=dict)
+    _by_inputs: dict[tuple[str, ...], list[Signature]] = field(default_factory=dict, repr=False)
+
+    @property
+    def main(self) -> Resolution:
+        """What was found for the signature that was compiled first."""
+        return next(iter(self.signatures.values()))
+
+    def key(
+        self,
+        mode: Mode,
+        stage: Stage = "adapted",
+        signature: Signature | None = None,
+        *,
+        entry: Entry = "forward",
+    ) -> ProgramKey:
+        """The key of a Program, by default of the first signature's."""
+        return ProgramKey(entry, mode, self.main.signature if signature is None else signature, stage)
+
+    def program(self, mode: Mode, stage: Stage = "adapted", signature: Signature | None = None) -> Program:
+        """A Program that every signature has; by default one of the first signature."""
+        return self.programs[self.key(mode, stage, signature)]
+
+    def include(self, graphs: Mapping[tuple[Entry, Mode, Stage], Program], found: Resolution) -> None:
+        """Take in the graphs of a new signature."""
+        signature = found.signature
+        self.programs |= {ProgramKey(entry, mode, signature, stage): p for (entry, mode, stage), p in graphs.items()}
+        self.signatures[signature] = found
+        self._by_inputs.setdefault(signature.inputs, []).append(signature)
+
+    def forget(self, signature: Signature) -> None:
+        """Let the graphs of a signature go."""
+        del self.signatures[signature]
+        self._by_inputs[signature.inputs].remove(signature)
+        for key in [key for key in self.programs if key.signature == signature]:
+            del self.programs[key]
+
+    def find(self, inputs: Mapping[str, Any]) -> Signature | None:
+        """The signature whose Programs hold for a call's tensors and flags; None where there is none yet."""
+        for signature in self._by_inputs.get(inputs_of(inputs), ()):
+            if fits(self.programs[ProgramKey("forward", "train", signature)].inputs, inputs):
+                return signature
+        return None
+
+    def graphs(self, signature: Signature) -> dict[str, Program]:
+        """The graphs of a signature by the names that they have in files: ``train`` and ``eval``, the base's
+        ``base.train`` and ``base.eval``, and what was captured for these where there are virtual tokens:
+        ``tokens.train``, ``embeds.train``, and those of eval mode where it could not be derived."""
+        stages: tuple[tuple[str, Stage], ...] = (("base.", "base"), ("", "adapted"))
+        modes: tuple[Mode, ...] = ("train", "eval")
+        named = {f"{prefix}{mode}": self.program(mode, stage, signature) for prefix, stage in stages for mode in modes}
+        for found in self.signatures[signature].captures:
+            if not any(found.program is program for program in named.values()):
+                mode = found.program.mode
+                entry = "tokens" if found.program is self.program(mode, "source", signature) else "embeds"
+                named[f"{entry}.{mode}"] = found.program
+        return named
+
+    @property
+    def replaced(self) -> frozenset[str]:
+        """Tensors of `source` whose values nothing here depends on: graphs have their own of them."""
+        trained = (base for _, _, base, own, _ in self.overlays if own.whole)
+        return replaced_tensors(self.store.updated, trained, Store.mirror(self.source).aliases)
+
+    @cached_property
+    def controls(self) -> Mapping[str, CompositionSpec]:
+        """Inputs beside the source model's, by which a call chooses among adaptations."""
+        return controls(self.spec)
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """The adaptations as they are inserted: compositions, and single ones."""
+        return units(self.spec, self.main.resolved)
+
+    @cached_property
+    def unit_of(self) -> dict[str, Unit]:
+        """The same by name."""
+        return {unit.name: unit for unit in self.units}

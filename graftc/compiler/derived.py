@@ -1,0 +1,38 @@
+"""Programs that are derived from others when a call first needs them."""
+
+from __future__ import annotations
+
+from graftc.compiler.compilation import Compilation
+from graftc.passes.core.keys import ProgramKey, Stage
+from graftc.passes.core.program import Program
+from graftc.passes.core.verify import record_baseline, verify
+from graftc.passes.mode import to_eval
+from graftc.specs.diagnostics import GraftError
+
+
+def program_of(compilation: Compilation, key: ProgramKey) -> Program:
+    """The Program of a key: one that the Compilation has, or one that follows from it.
+
+    Raises:
+        GraftError: GC043 for modules in modes of their own where the eval graph is no derived one.
+    """
+    found = compilation.programs.get(key)
+    return _mixed(compilation, key) if found is None else found
+
+
+def _mixed(compilation: Compilation, key: ProgramKey) -> Program:
+    """The train Program with some modules in eval mode."""
+    evals = key.mode
+    assert isinstance(evals, frozenset)
+    if any(found.program.mode == "eval" for found in compilation.signatures[key.signature].captures):
+        message = f"{min(evals) or 'the model'} alone is in another mode, and what that changes is not in the graph"
+        raise GraftError("GC043", message, hint="put the whole model into one mode with train() or eval()")
+
+    def derived(stage: Stage) -> Program:
+        return to_eval(compilation.program("train", stage, key.signature), only=evals)
+
+    program = derived(key.stage)
+    if key.stage == "adapted":
+        program.baseline = record_baseline(derived("base")).baseline
+        verify(program, compilation.store, "mode(mixed)", types=True)
+    return program
