@@ -22,11 +22,13 @@ from graftc.compiler.signature import split
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.blocks import Root, Runner
 from graftc.passes.core.containers import OWN, constant, plain_attributes
-from graftc.passes.core.keys import Modes, ProgramKey, Signature
+from graftc.passes.core.keys import Entry, Modes, ProgramKey, Signature
 from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
 from graftc.passes.core.updates import as_source
 from graftc.passes.core.windows import wanted
+from graftc.passes.cut import FLAG, cut_at_hidden_state
+from graftc.runtime.base_model import install_base_model
 from graftc.runtime.checkpointing import Checkpointed
 from graftc.runtime.choosing import Choosing, with_choices
 from graftc.runtime.combine import Combining
@@ -168,6 +170,7 @@ class ModelRunner(Runner):
     def adopt(self, module: Root) -> None:
         """See `Runner.adopt`."""
         super().adopt(module)
+        self._base_model = install_base_model(self._store, self._compilation.model, self.hidden)
         self._start_in_modes(module)
 
     def _start_in_modes(self, module: Root) -> None:
@@ -180,6 +183,12 @@ class ModelRunner(Runner):
     def entering(self, mode: bool) -> bool:
         """The mode that the module is put into when one is asked for."""
         return mode
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without its head, as transformers has it: called, it gives ``last_hidden_state``. The model itself
+        where it has no head."""
+        return self.module if self._base_model is None else self._base_model
 
     @property
     def device(self) -> torch.device:
@@ -201,7 +210,21 @@ class ModelRunner(Runner):
         present, plain = self._interface.read(self._interface.named(args, kwargs))
         if self._compilation.controls:
             present = with_choices(self._compilation, present, chosen)
-        key = self.ready(present)
+        return self._outputs_of(self.ready(present), present, plain)
+
+    def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The last hidden state of a call, ``[batch, sequence, hidden]``, without the head: ``last_hidden_state``
+        of the source model's base model.
+
+        Raises:
+            GraftError: GC031 for inputs that cannot be captured, and where the model returns no hidden states.
+        """
+        present, plain = self._interface.read({**self._interface.named(args, kwargs), FLAG: True})
+        if self._compilation.controls:
+            present = with_choices(self._compilation, present, {})
+        return self._outputs_of(self.ready(present, "hidden"), present, plain)
+
+    def _outputs_of(self, key: ProgramKey, present: Mapping[str, Any], plain: bool) -> Any:
         outputs = self._programs[key].outputs.build(self._results(key, present))
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 
@@ -209,14 +232,14 @@ class ModelRunner(Runner):
         """Flat outputs of a call."""
         return self.run(key, present)
 
-    def ready(self, present: Mapping[str, Any]) -> ProgramKey:
+    def ready(self, present: Mapping[str, Any], entry: Entry = "forward") -> ProgramKey:
         """The key under which `run` has code for a call's tensors and flags; it is captured where it is missing.
 
         Raises:
             GraftError: GC031 where it cannot be.
         """
         signature = self._compilation.find(present)
-        key = self.key(signature, self._mode(signature)) if signature is not None else None
+        key = self.key(signature, self._mode(signature), entry) if signature is not None else None
         if key is None or key not in self._roots:
             if is_traced():
                 tensors, flags = split(present)
@@ -224,7 +247,7 @@ class ModelRunner(Runner):
                 raise GraftError("GC031", f"{names} have no graph yet; call the model once before compiling it")
             with exclusive():
                 signature = signature_for(self._compilation, present)
-                key = self.key(signature, self._mode(signature))
+                key = self.key(signature, self._mode(signature), entry)
                 if key not in self._roots:
                     self.install(key, self._program_of(key))
         return key
@@ -259,11 +282,15 @@ class ModelRunner(Runner):
         with in_eval_mode(self.module):
             return self.run(self.ready(present), present)
 
-    def key(self, signature: Signature, mode: Modes) -> ProgramKey:
+    def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
         """The key of what a call runs."""
-        return ProgramKey("forward", mode, signature)
+        return ProgramKey(entry, mode, signature)
 
     def _program_of(self, key: ProgramKey) -> Program:
+        if key.entry == "hidden":
+            from transformers.modeling_outputs import BaseModelOutput
+
+            return cut_at_hidden_state(self._program_of(key._replace(entry="forward")), BaseModelOutput)
         return program_of(self._compilation, key)
 
     @isolated()
@@ -481,13 +508,14 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
 
     _base_only = False
 
-    def key(self, signature: Signature, mode: Modes) -> ProgramKey:
+    def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
         """See `ModelRunner.key`."""
-        return ProgramKey("forward", mode, signature, "source" if self._base_only else "adapted")
+        return ProgramKey(entry, mode, signature, "source" if self._base_only else "adapted")
 
     def _program_of(self, key: ProgramKey) -> Program:
         found = super()._program_of(key)
-        return as_source(found, self._store.updated) if key.stage == "source" else found
+        ours = key.stage == "source" and key.entry == "forward"
+        return as_source(found, self._store.updated) if ours else found
 
 
 class Compiled(ModelRoot):

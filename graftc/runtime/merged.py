@@ -50,6 +50,8 @@ class MergedRunner(ModelRunner):
         super().__init__(compilation, _folded_store(compilation.model, compilation.store, fold, made))
 
     def _program_of(self, key: ProgramKey) -> Program:
+        if key.entry != "forward":
+            return super()._program_of(key)
         if key.mode != "eval":
             raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
         return _folded_program(program_of(self._compilation, key), self.folded, self._additions)
