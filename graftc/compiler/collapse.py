@@ -65,7 +65,7 @@ def collapsed_values(compilation: Compilation) -> dict[str, Tensor]:
         if resolved.spec.virtual_tokens():
             found |= slot_values(compilation, resolved)
             continue
-        for prefix, own in _places(compilation, resolved, lambda name: store.get(name).detach().double()):
+        for prefix, own in _places(compilation, resolved, lambda name: store.full(name).double()):
             dtype = store.get(prefix + next(iter(own.held))).dtype
             found |= {prefix + part: round_once(value, dtype).contiguous() for part, value in own.collapsed().items()}
     return found
@@ -158,7 +158,7 @@ class _Routes:
         return CollapseEvidence(adaptation, site, len(routings), error / change if change else error)
 
     def _tensor(self, name: str) -> Tensor:
-        return self.compilation.store.get(name).detach()
+        return self.compilation.store.full(name)
 
     @staticmethod
     def _spans(

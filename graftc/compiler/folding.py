@@ -52,7 +52,7 @@ def site_steps(compilation: Compilation, unit: Unit) -> list[FoldStep]:
     method = method_for(resolved.spec.method)
     steps: list[FoldStep] = []
     for site, spec in resolved.places:
-        tensors = averaged(unit, compilation.parts, site.key, compilation.store.get)
+        tensors = averaged(unit, compilation.parts, site.key, compilation.store.full)
         fold = keep_composed(method.fold(spec, site, tensors), unit)
         if isinstance(fold, StandIn):
             continue
@@ -120,6 +120,6 @@ def _changed(fold: TensorFold, region: Region) -> Callable[..., Any]:
 
 def _replace(store: Store, own: StoredRows, trained: str) -> WeightFunction:
     def stand_in(_: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return own.layout.orient(store.get(trained).detach().to(torch.float64, copy=True)), bias
+        return own.layout.orient(store.full(trained).to(torch.float64, copy=True)), bias
 
     return stand_in

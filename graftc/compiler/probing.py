@@ -149,7 +149,7 @@ class _Group:
         self.lazy, self.adapted, self.group = lazy, adapted, group
         self.values = lazy.widened(group)
         read = {name for _, use in uses for name in (use.weight, use.bias) if name is not None}
-        self.kept = {name: lazy.store.get(name).detach().double() for name in read - self.values.keys()}
+        self.kept = {name: lazy.store.full(name).double() for name in read - self.values.keys()}
         probes = [(at, _Probe(self, use, seed)) for at, use in uses]
         lone = [name for name in group.names if name in readers and name not in read]
         stand_ins = {name: _StandIn(self, name, readers[name][1], seed) for name in lone}
@@ -167,7 +167,7 @@ class _Group:
         for held in (self.values, self.kept):
             if name in held:
                 return held[name]
-        return self.lazy.store.get(name).detach()
+        return self.lazy.store.full(name)
 
 
 class _Probe:

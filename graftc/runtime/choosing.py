@@ -19,6 +19,7 @@ from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import TRAIN
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.batch import BATCH
+from graftc.passes.core.gathered import gathered
 from graftc.passes.core.store import RESERVED
 from graftc.specs.compose import Bank, CompositionSpec, Parallel
 from graftc.specs.diagnostics import GraftError, GraftWarning, nearest
@@ -243,8 +244,8 @@ def _values(
     """The adapter tensors with those of the bank added up under one name."""
     found: dict[str, Tensor] = {}
     terms: dict[str, list[Tensor]] = {}
-    for fqn, tensor in adapter_tensors(compilation.store):
-        owner = owner_of(fqn)
+    for fqn, held in adapter_tensors(compilation.store):
+        tensor, owner = gathered(held), owner_of(fqn)
         own = _renamed(fqn, name) if owner else fqn
         if owner == bank.name:
             found |= {} if fqn.endswith(f".{ACTIVE}") else {own: tensor}

@@ -19,6 +19,7 @@ from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import Resolved
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.folds import FoldStep
+from graftc.passes.core.gathered import gathered
 from graftc.passes.core.sites import LinearSite, SiteKey
 from graftc.specs.arguments import kind_of
 from graftc.specs.compose import Bank, Stack
@@ -107,7 +108,7 @@ class Combining:
             a, b, errors[str(site.key)] = _at(compilation, chosen, factors, site, kind, rank, density, seed)
             made[site.key] = a, b
         width = max(a.shape[-2] for a, _ in made.values())
-        values = {n: t for n, t in adapter_tensors(compilation.store) if owner_of(n) not in names}
+        values = {n: gathered(t) for n, t in adapter_tensors(compilation.store) if owner_of(n) not in names}
         for resolved_name, tensors in _named(compilation, chosen[0], name, made, width).items():
             values[resolved_name] = tensors
         spec = _spec(compilation.spec, chosen[0], names, name, width)
@@ -168,10 +169,10 @@ def _at(
 def _update(compilation: Compilation, item: Resolved, site: LinearSite) -> Tensor:
     """What an adaptation alone adds to the site's weight, by its own fold."""
     step = _step(compilation, item, site)
-    stored = compilation.store.get(step.weight).detach().double()
+    stored = compilation.store.full(step.weight).double()
     own = step.rows.take(step.layout.orient(stored), -2)
     held = step.bias is not None and step.bias in compilation.store
-    before = step.rows.take(compilation.store.get(str(step.bias)).detach().double(), -1) if held else None
+    before = step.rows.take(compilation.store.full(str(step.bias)).double(), -1) if held else None
     weight, after = step.apply(own, before)
     if after is not None and (before is None or not torch.equal(after, before)):
         raise GraftError("GC029", f"{item.name!r} changes the bias of {site.key}, which a LoRA cannot")
@@ -202,7 +203,7 @@ def _of_factors(
         if not isinstance(spec, LoRA) or "A0" in parts:
             hint = "svd, ties and dare take every method that folds"
             raise GraftError("GC029", f"{item.name!r} has no plain factors to combine by {kind}", hint=hint)
-        a, b = (compilation.store.get(parts[part]).detach().double() for part in ("A", "B"))
+        a, b = (compilation.store.full(parts[part]).double() for part in ("A", "B"))
         scale = weight * spec.scaling
         total = scale * b @ a if total is None else total + scale * b @ a
         # Half of the scale on either side; its sign on one.

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, NoReturn, ParamSpec, Self, TypeVar, cast
@@ -22,6 +23,7 @@ from graftc.compiler.signature import split
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.blocks import Root, Runner
 from graftc.passes.core.containers import OWN, constant, plain_attributes
+from graftc.passes.core.gathered import copy_whole, gathered
 from graftc.passes.core.keys import Entry, Modes, ProgramKey, Signature
 from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
@@ -85,6 +87,14 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for each, mode in modes:
             each.training = mode
+
+
+@dataclass(frozen=True)
+class _FlatCall:
+    """A call that wants the flat outputs of a graph."""
+
+    key: ProgramKey
+    present: Mapping[str, Any]
 
 
 class ModelRoot(Root):
@@ -206,6 +216,8 @@ class ModelRunner(Runner):
         Raises:
             GraftError: GC031 for inputs that cannot be captured.
         """
+        if args and isinstance(args[0], _FlatCall):
+            return self._flat(args[0])
         chosen = {name: kwargs.pop(name) for name in self._compilation.controls if name in kwargs}
         present, plain = self._interface.read(self._interface.named(args, kwargs))
         if self._compilation.controls:
@@ -280,7 +292,14 @@ class ModelRunner(Runner):
         present = {**inputs, **dict(self._compilation.program("train", "base").flags)}
         present = with_choices(self._compilation, present, {})
         with in_eval_mode(self.module):
-            return self.run(self.ready(present), present)
+            call = _FlatCall(self.ready(present), present)
+            # Hooks of the module gather what is sharded; others are not told of calls that nobody made.
+            sharded = hasattr(type(self.module), "unshard")
+            found: tuple[Any, ...] = self.module(call) if sharded else self._flat(call)
+            return found
+
+    def _flat(self, call: _FlatCall) -> tuple[Any, ...]:
+        return self.run(call.key, call.present)
 
     def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
         """The key of what a call runs."""
@@ -361,7 +380,7 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Every tensor that graftc added and that has to be kept, by its full name, detached: parameters, and what
         controllers remember."""
-        return {name: tensor.detach() for name, tensor in adapter_tensors(self._store)}
+        return {name: gathered(tensor) for name, tensor in adapter_tensors(self._store)}
 
     def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy adapter tensors in; names and shapes must be those of `adapter_state_dict`.
@@ -382,7 +401,7 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
             raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors are from")
         with torch.no_grad():
             for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+                copy_whole(own[name], tensor)
 
     @isolated()
     def save(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from graftc.compiler.collapse import collapsed_spec, collapsed_values, collapsing
 from graftc.compiler.pipeline import recompile
 from graftc.compiler.snapshot import adapter_tensors
+from graftc.passes.core.gathered import gathered
 from graftc.specs.diagnostics import GraftWarning
 
 if TYPE_CHECKING:
@@ -23,6 +24,6 @@ def deployed(compiled: CompiledRunner) -> CompiledRunner:
         return compiled
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GraftWarning)  # they have been given when it was compiled
-        values = dict(adapter_tensors(compilation.store)) | collapsed_values(compilation)
+        values = {n: gathered(t) for n, t in adapter_tensors(compilation.store)} | collapsed_values(compilation)
         made = recompile(compilation, collapsed_spec(compilation), values)
     return make_compiled(made).to(compiled.device)._graftc

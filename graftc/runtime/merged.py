@@ -20,6 +20,7 @@ from graftc.compiler.probing import Advance, Folded, added_bias, fold_tensors
 from graftc.compiler.report import owner_of
 from graftc.compiler.samples import sample_inputs
 from graftc.passes.core.blocks import Root
+from graftc.passes.core.gathered import gathered
 from graftc.passes.core.keys import ProgramKey
 from graftc.passes.core.printer import structural_hash
 from graftc.passes.core.program import Program
@@ -208,11 +209,11 @@ def _folded_store(model: nn.Module, store: Store, fold: Foldable, made: Folded) 
     folded = Store()
     folded.shape(model)
     for name, tensor in store.base():
-        value = tensor.detach().clone() if name in store.updated else tensor.detach()
+        value = gathered(tensor).clone() if name in store.updated else gathered(tensor)
         _add(folded, store, name, made.tensors.get(name, value))
     for name, tensor in store.adapters():
         if owner_of(name) in fold.kept:
-            _add(folded, store, name, tensor.detach())
+            _add(folded, store, name, gathered(tensor))
     for name in made.additions:
         folded.add_parameter(name, made.tensors[name], trainable=False)
     folded.constants = set(store.constants)

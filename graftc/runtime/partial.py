@@ -21,6 +21,7 @@ from graftc.compiler.resolve import TRAIN
 from graftc.compiler.samples import sample_inputs
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.compiler.tokens import TOKENS
+from graftc.passes.core.gathered import gathered
 from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
 from graftc.runtime.compiled import make_compiled, runner_of
@@ -109,7 +110,7 @@ def _require_any(merged: Merged) -> None:
 def _partial(compiled: Compiled | CompiledRunner, merged: Merged) -> Partial:
     runner: CompiledRunner = runner_of(compiled)
     compilation = runner.compilation
-    values = {n: t for n, t in adapter_tensors(compilation.store) if owner_of(n) in merged.kept}
+    values = {n: gathered(t) for n, t in adapter_tensors(compilation.store) if owner_of(n) in merged.kept}
     values |= collapsed_values(compilation)
     rest = recompile(compilation, _rest(compilation, merged), values, merged.to_transformers())
     made = make_compiled(rest)

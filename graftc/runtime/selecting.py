@@ -17,6 +17,7 @@ from graftc.compiler.resolve import TRAIN, Resolved
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.compiler.steering import live_places
 from graftc.passes.core.blocks import Runner
+from graftc.passes.core.gathered import gathered
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.scoring import Scoring
 from graftc.passes.core.windows import BaseGradients
@@ -203,7 +204,7 @@ class Selecting(Steered, Runner):
     def _others(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of adaptations other than these."""
         gone = set(names)
-        return {n: t.detach() for n, t in adapter_tensors(self._compilation.store) if owner_of(n) not in gone}
+        return {n: gathered(t) for n, t in adapter_tensors(self._compilation.store) if owner_of(n) not in gone}
 
     def _again(
         self, changed: Mapping[str, MethodSpec], values: Mapping[str, Tensor], others: Mapping[str, Tensor]

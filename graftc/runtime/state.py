@@ -11,6 +11,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.fingerprint import Identity, identify
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.blocks import Root, Runner
+from graftc.passes.core.gathered import gathered
 from graftc.runtime.artifact.checkpoint_record import RECORD, as_tensor, from_tensor, record_of, weights_of
 from graftc.specs.arguments import kind_of
 from graftc.specs.diagnostics import GraftError
@@ -36,7 +37,7 @@ class Stateful(Runner):
         """Every tensor, the base's too, by its name and detached; tied ones once, by the name that owns them."""
         kept = dict(adapter_tensors(self._store))
         base = {name: tensor for name, tensor in self._store.base() if name not in kept and self._persists(name)}
-        return {name: tensor.detach() for name, tensor in (base | kept).items()}
+        return {name: gathered(tensor) for name, tensor in (base | kept).items()}
 
     def record(self) -> Tensor:
         """What the tensors of a state dict belong to: spec, base and inputs, as ``uint8[bytes]``."""

@@ -172,7 +172,7 @@ class LazyTensors:
 
     def widened(self, group: FoldGroup) -> dict[str, Tensor]:
         """The base tensors of a group: copies in float64."""
-        held = ((name, self.store.get(name).detach()) for name in group.names if name in self.store)
+        held = ((name, self.store.full(name)) for name in group.names if name in self.store)
         return {name: tensor.to(torch.float64, copy=True) for name, tensor in held}
 
     def apply(self, group: FoldGroup, values: dict[str, Tensor]) -> None:

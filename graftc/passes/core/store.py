@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from graftc.passes.core.containers import OWN, RESERVED, SOURCE, C, Container
+from graftc.passes.core.gathered import gathered
 from graftc.specs.diagnostics import GraftError
 
 
@@ -173,6 +174,11 @@ class Store:
         if tensor is None:
             raise KeyError(fqn)
         return tensor
+
+    def full(self, fqn: str) -> torch.Tensor:
+        """The whole value of the tensor called ``fqn``, detached, also where it is sharded over processes: then all of
+        them have to ask. `KeyError` where there is none."""
+        return gathered(self.get(fqn))
 
     def is_buffer(self, fqn: str) -> bool:
         """Whether the tensor called ``fqn`` is no parameter; `KeyError` where there is none."""

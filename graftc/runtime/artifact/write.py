@@ -18,6 +18,7 @@ from torch import Tensor
 from graftc.compiler.certify import Certificate
 from graftc.compiler.fingerprint import identify
 from graftc.compiler.snapshot import adapter_tensors
+from graftc.passes.core.gathered import gathered
 from graftc.runtime.artifact import entries
 from graftc.runtime.artifact.manifest import (
     ADAPTERS,
@@ -120,7 +121,8 @@ def _write(
     identity = identify(source, full=full, replaced=compilation.replaced)
     reference = Reference("inside", BUNDLED) if bundled else Reference.of(source, base)
     signatures, graphs = entries.signatures(compiled)
-    adapters, constants = dict(adapter_tensors(compilation.store)), entries.constants(compiled)
+    adapters = {name: gathered(tensor) for name, tensor in adapter_tensors(compilation.store)}
+    constants = entries.constants(compiled)
     texts = {SPEC: dump_spec(compilation.spec), **graphs}
     if certificate is not None:
         texts[CERTIFICATE] = canonical_json(certificate.to_json())
@@ -155,7 +157,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {name: gathered(tensor).cpu().contiguous() for name, tensor in tensors.items()}
     shared: set[int] = set()
     for name, tensor in plain.items():
         if tensor.numel() and tensor.untyped_storage().data_ptr() in shared:
