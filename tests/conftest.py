@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import shutil
 import tempfile
@@ -56,6 +57,15 @@ SOME_FAMILIES = 2
 """On how many families a long test that is no contract runs in ``make test``. Its name and its other parameters decide
 which ones, so that all tests together meet them all; ``make test-full`` has the others."""
 
+BUDGET = 12.0
+"""Seconds that one parametrised test may take in ``make test`` where its other parameters are no families. Beyond that
+some of its cases run there, evenly spread, and all in ``make test-full``."""
+
+EVERY_CASE = frozenset(
+    {"tests/docs/test_snippets.py::test_the_page_runs", "tests/artifact/test_kill.py::test_killed_at_random"}
+)
+"""Tests of which each case is something of its own."""
+
 VARIANT_FAMILIES = 1
 """The same for the contract of another setting of a method, a class with ``variant = True``."""
 
@@ -65,6 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark before ``-m`` chooses, and put together what shares a model: a capture then happens in one process only."""
     durations = recorded()
     families: dict[str, dict[str, list[pytest.Item]]] = {}
+    cases: dict[str, list[pytest.Item]] = {}
     alike: dict[tuple[str, tuple[str, ...]], dict[str, pytest.Item]] = {}
     for item in items:
         if durations.get(name_of(item.nodeid), 0.0) >= SLOW:
@@ -72,6 +83,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             family = item.callspec.params.get("family")
             if not isinstance(family, str):
+                cases.setdefault(name_of(item.nodeid), []).append(item)
                 continue
             families.setdefault(name_of(item.nodeid), {}).setdefault(family, []).append(item)
             if not _is_contract(item):
@@ -90,6 +102,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             quick = QUICK_FAMILIES & each.keys() if durations[name] >= LONGEST else set[str]()
             for family in each.keys() - (quick or _some(list(each), SOME_FAMILIES, "-".join((name, *others)))):
                 each[family].add_marker(pytest.mark.full)
+    for name, found in cases.items():
+        kept = max(2, math.ceil(BUDGET / durations[name])) if name in durations else len(found)
+        if kept < len(found) and name not in EVERY_CASE:
+            chosen = _some([item.nodeid for item in found], kept, name)
+            for item in found:
+                if item.nodeid not in chosen:
+                    item.add_marker(pytest.mark.full)
     _group(items)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler import cache, family
+from graftc.compiler import adapting, cache
 from graftc.compiler.anchor import BOUNDS
 from graftc.compiler.capture import Capture
 from graftc.compiler.samples import samples_on
@@ -98,7 +98,7 @@ def _captured(
     """The tracer gives it."""
     fresh = replace(found, program=mutant, cached=False, anchor=None)
     with monkeypatch.context() as patch:
-        patch.setattr(family, "captured", lambda *args, **options: fresh)
+        patch.setattr(adapting, "captured", lambda *args, **options: fresh)
         try:
             graftc.compile(SPEC, model, cache=False)
         except GraftError as error:
