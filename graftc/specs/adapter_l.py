@@ -25,6 +25,7 @@ class AdapterL(BottleneckSpec):
     claims: ClassVar[Claims] = Claims(
         sites=frozenset({SiteKind.SUBLAYER}), identity_at_init=False, folds=FoldKind.NONE, bankable=True
     )
+    mechanism: ClassVar[str | None] = "bottleneck"
     paper: ClassVar[str] = (
         "Lin et al. 2020, Exploring Versatile Generative Language Model Via Parameter-Efficient Transfer Learning"
     )

@@ -26,6 +26,7 @@ class BapnaFirat(BottleneckSpec):
     claims: ClassVar[Claims] = Claims(
         sites=frozenset({SiteKind.SUBLAYER}), identity_at_init=False, folds=FoldKind.NONE, bankable=True
     )
+    mechanism: ClassVar[str | None] = "bottleneck"
     paper: ClassVar[str] = "Bapna and Firat 2019, Simple, Scalable Adaptation for Neural Machine Translation"
 
     method: Literal["bapna_firat"] = "bapna_firat"

@@ -39,6 +39,9 @@ class MethodSpec(SpecModel):
     claims: ClassVar[Claims]
     """What the method claims; the contract tests check it."""
 
+    mechanism: ClassVar[str | None] = None
+    """Of a preset, which sets defaults of another method and needs no code of its own: the tag of that method."""
+
     one_of: ClassVar[tuple[str, ...]] = ()
     """Fields of which one has to be given and no other; the first is the one that examples show."""
 

@@ -22,6 +22,7 @@ class CrossAttention(MethodSpec):
     claims: ClassVar[Claims] = Claims(
         sites=frozenset({SiteKind.LINEAR}), identity_at_init=True, folds=FoldKind.EXACT, inert=frozenset({"bias"})
     )
+    mechanism: ClassVar[str | None] = "full"
     paper: ClassVar[str] = (
         "Gheini et al. 2021, Cross-Attention is All You Need: Adapting Pretrained Transformers for Machine Translation"
     )

@@ -25,6 +25,7 @@ class HeSequential(BottleneckSpec):
     claims: ClassVar[Claims] = Claims(
         sites=frozenset({SiteKind.SUBLAYER}), identity_at_init=True, folds=FoldKind.NONE, bankable=True
     )
+    mechanism: ClassVar[str | None] = "bottleneck"
     paper: ClassVar[str] = "He et al. 2022, Towards a Unified View of Parameter-Efficient Transfer Learning"
 
     method: Literal["he_sequential"] = "he_sequential"

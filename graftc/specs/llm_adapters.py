@@ -28,6 +28,7 @@ class LLMAdapters(BottleneckSpec):
     claims: ClassVar[Claims] = Claims(
         sites=frozenset({SiteKind.LINEAR}), identity_at_init=False, folds=FoldKind.NONE, bankable=True
     )
+    mechanism: ClassVar[str | None] = "bottleneck"
     paper: ClassVar[str] = (
         "Hu et al. 2023, LLM-Adapters: An Adapter Family for Parameter-Efficient Fine-Tuning of Large Language Models"
     )

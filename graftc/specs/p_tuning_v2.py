@@ -19,6 +19,7 @@ class PTuningV2(PrefixSpec):
     tenth of its entries. What is pooled is the first token of the text. Name the head in `train:`.
     """
 
+    mechanism: ClassVar[str | None] = "prefix"
     paper: ClassVar[str] = (
         "Liu et al. 2022, P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Across Scales and Tasks"
     )

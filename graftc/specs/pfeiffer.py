@@ -26,6 +26,7 @@ class Pfeiffer(BottleneckSpec):
     claims: ClassVar[Claims] = Claims(
         sites=frozenset({SiteKind.SUBLAYER}), identity_at_init=False, folds=FoldKind.NONE, bankable=True
     )
+    mechanism: ClassVar[str | None] = "bottleneck"
     paper: ClassVar[str] = (
         "Pfeiffer et al. 2021, AdapterFusion: Non-Destructive Task Composition for Transfer Learning; "
         "Pfeiffer et al. 2020, MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer"

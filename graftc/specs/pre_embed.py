@@ -37,6 +37,7 @@ class PreEmbed(InfixSpec):
     Everything else is as for `prompt`.
     """
 
+    mechanism: ClassVar[str | None] = "prompt"
     paper: ClassVar[str] = "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models"
 
     method: Literal["pre_embed"] = "pre_embed"

@@ -31,12 +31,14 @@ _TAG = re.compile(r"[a-z][a-z0-9_]*")
 
 @dataclass(frozen=True)
 class SpecEntry:
-    """One method: its tag, its spec class, the module that defines the class, and the one with its code."""
+    """One method: its tag, its spec class, the module that defines the class, and the one with its code. A preset has
+    the tag of the method whose code it runs, its `mechanism`."""
 
     tag: str
     spec_class: type[MethodSpec]
     module: str
     method_module: str
+    mechanism: str | None = None
 
     @property
     def claims(self) -> Claims:
@@ -103,7 +105,8 @@ def _entry(spec_class: type[MethodSpec], method_module: str, where: str) -> Spec
         raise GraftError("GC071", f"the tag {tag!r} of {name} is not usable", hint=hint)
     if not isinstance(getattr(spec_class, "claims", None), Claims):
         raise GraftError("GC071", f"{name} has no claims", hint="set the class variable claims = Claims(...)")
-    return SpecEntry(tag, spec_class, where, method_module)
+    # A subclass of a preset with code of its own is no preset.
+    return SpecEntry(tag, spec_class, where, method_module, vars(spec_class).get("mechanism"))
 
 
 def _from_plugin(point: EntryPoint) -> list[SpecEntry]:

@@ -163,3 +163,35 @@ def test_claims_are_checked_where_they_are_made() -> None:
         Claims(frozenset(), identity_at_init=True, folds=FoldKind.NONE)
     with pytest.raises(ValueError, match="linaer"):
         Claims(frozenset({"linaer"}), identity_at_init=True, folds=FoldKind.NONE)  # type: ignore[arg-type]
+
+
+PRESET = '''
+from typing import ClassVar, Literal
+from graftc.specs.lora import LoRA
+
+class Rank4(LoRA):
+    """LoRA of rank 4."""
+    paper: ClassVar[str] = "Nobody 2024"
+    mechanism: ClassVar[str | None] = "{mechanism}"
+    method: Literal["rank4"] = "rank4"
+    rank: int = 4
+'''
+
+
+def test_a_preset_runs_the_code_of_its_mechanism(install: Install) -> None:
+    from graftc.passes.core.registry import method_for
+
+    assert method_for("pfeiffer") is method_for("bottleneck")
+    assert method_specs()["pfeiffer"].claims is not method_specs()["bottleneck"].claims
+    install("plug_preset", PRESET.format(mechanism="lora"))
+    assert method_for("rank4") is method_for("lora")
+
+
+@pytest.mark.parametrize("mechanism", ["nothing", "pfeiffer", "rank4"])
+def test_a_mechanism_is_a_method_with_code_of_its_own(install: Install, mechanism: str) -> None:
+    from graftc.passes.core.registry import method_for
+
+    install("plug_preset", PRESET.format(mechanism=mechanism))
+    with pytest.raises(GraftError) as error:
+        method_for("rank4")
+    assert error.value.code == "GC071" and mechanism in error.value.message

@@ -1,4 +1,4 @@
-"""Methods by tag: the pass file beside each spec file, and installed plugins."""
+"""Methods by tag: the pass file beside each spec file, that of its mechanism for a preset, and installed plugins."""
 
 from __future__ import annotations
 
@@ -9,24 +9,36 @@ from typing import Any
 
 from graftc.passes.core.method import Method
 from graftc.specs.diagnostics import GraftError
-from graftc.specs.registry import method_specs
+from graftc.specs.registry import SpecEntry, method_specs
 
 
-@cache
 def method_for(tag: str) -> Method[Any]:
     """The method with this tag.
 
     Raises:
-        GraftError: GC004 for an unknown tag; GC071 when its module holds no `Method` for its spec.
+        GraftError: GC004 for an unknown tag; GC071 when its module holds no `Method` for its spec, or when what a preset
+            names as its mechanism is no method with code of its own.
     """
     entries = method_specs()
     if tag not in entries:
         raise GraftError("GC004", f"method {tag!r} is unknown")
     entry = entries[tag]
+    if entry.mechanism is None:
+        return _method(entry)
+    mechanism = entries.get(entry.mechanism)
+    if mechanism is None or mechanism.mechanism is not None:
+        message = f"{tag!r} names {entry.mechanism!r} as its mechanism, which is no method with code of its own"
+        raise GraftError("GC071", message, hint="a mechanism is the tag of a method that is no preset")
+    return _method(mechanism)
+
+
+@cache
+def _method(entry: SpecEntry) -> Method[Any]:
     try:
         module = importlib.import_module(entry.method_module)
     except ImportError as error:
-        raise GraftError("GC071", f"{entry.method_module}, the code of {tag!r}, cannot be imported: {error}") from error
+        message = f"{entry.method_module}, the code of {entry.tag!r}, cannot be imported: {error}"
+        raise GraftError("GC071", message) from error
     for value in vars(module).values():
         is_method = inspect.isclass(value) and issubclass(value, Method) and not inspect.isabstract(value)
         if is_method and getattr(value, "spec_class", None) is entry.spec_class:
