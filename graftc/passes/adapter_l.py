@@ -7,6 +7,6 @@ from graftc.specs.adapter_l import AdapterL
 
 
 class AdapterLMethod(BottleneckAdapter[AdapterL]):
-    """``y + A(LN(y))`` behind a layer's feed-forward part, with the adapter's own layer norm."""
+    """``y + A(LN(y))`` after a layer's feed-forward part, with the adapter's own layer norm."""
 
     spec_class = AdapterL

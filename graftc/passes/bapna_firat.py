@@ -7,6 +7,6 @@ from graftc.specs.bapna_firat import BapnaFirat
 
 
 class BapnaFiratMethod(BottleneckAdapter[BapnaFirat]):
-    """``y + A(LN(y))`` behind a layer, with the adapter's own layer norm."""
+    """``y + A(LN(y))`` after a layer, with the adapter's own layer norm."""
 
     spec_class = BapnaFirat

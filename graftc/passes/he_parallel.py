@@ -7,6 +7,6 @@ from graftc.specs.he_parallel import HeParallel
 
 
 class HeParallelMethod(BottleneckAdapter[HeParallel]):
-    """``g + s A(x)`` from what the sublayer starts from; on an attention it adds to the heads."""
+    """``g + s A(x)``, reading the input of the sublayer; on an attention it adds to the heads."""
 
     spec_class = HeParallel

@@ -25,14 +25,14 @@ class MAMPrefix(PrefixPart):
     """How many positions the prefix has."""
 
     reparameterization: Reparameterization | None = Reparameterization(hidden=800)
-    """The network that gives keys and values while training; `null` trains themselves."""
+    """The network that produces the keys and values during training; `null` trains them directly."""
 
 
 class MAMAdapter(AdapterPart):
     """The parallel adapters of MAM adapters, wired as `he_parallel`; without a width their bottleneck is 512."""
 
     scale: float | Literal["learned"] = 4.0
-    """Factor of the result; `learned`: a number that trains, and starts at 1."""
+    """Factor applied to the result; `learned`: a trainable scalar, initialised to 1."""
 
 
 class MAM(PartsSpec):
@@ -52,10 +52,10 @@ class MAM(PartsSpec):
     """The method's tag."""
 
     target: Target = Target(role=["attn", "ffn.sublayer"])
-    """Which places of the model it is for; by default every attention, and the feed-forward part of every layer."""
+    """Which sites of the model to adapt; by default every attention, and the feed-forward part of every layer."""
 
     prefix: MAMPrefix = MAMPrefix()
-    """The keys and values in front of every attention's own."""
+    """The keys and values prepended to those of every attention."""
 
     adapter: MAMAdapter = MAMAdapter()
     """The adapters beside the feed-forward parts."""

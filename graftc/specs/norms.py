@@ -29,4 +29,4 @@ class Norms(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(role="norm")
-    """Which places of the model it is for; by default every normalisation."""
+    """Which sites of the model to adapt; by default every normalisation."""

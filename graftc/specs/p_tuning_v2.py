@@ -34,4 +34,4 @@ class PTuningV2(PrefixSpec):
     keeps its positions."""
 
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Probability of dropping an entry of the prefix while training."""
+    """Probability of dropping an entry of the prefix during training."""

@@ -29,16 +29,16 @@ class AdapterPart(SpecModel):
     """Width of the bottleneck. Give this or `reduction`."""
 
     reduction: float | None = Field(default=None, gt=0)
-    """Width of what is read over that of the bottleneck, rounded down: 16 makes 48 of 768."""
+    """Input width divided by bottleneck width, rounded down: 16 turns 768 into 48."""
 
     activation: Activation = "relu"
-    """The function between the two projections."""
+    """The activation function between the two projections."""
 
     init: Init = "lora"
     """How the projections start, as in `bottleneck`."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an entry of the bottleneck while training."""
+    """Probability of dropping an entry of the bottleneck during training."""
 
     @model_validator(mode="after")
     def _has_one_width(self) -> Self:
@@ -62,7 +62,7 @@ class PrefixPart(SpecModel):
     """How many positions the prefix has."""
 
     reparameterization: Reparameterization | None = Reparameterization()
-    """The network that gives keys and values while training; `null` trains themselves."""
+    """The network that produces the keys and values during training; `null` trains them directly."""
 
     positions: Literal["unshifted", "shifted"] = "unshifted"
     """Whether the text keeps its positions, or begins after the prefix."""
@@ -71,10 +71,11 @@ class PrefixPart(SpecModel):
     """Whether a window that slides leaves the prefix in sight, or hides it as it would hide tokens there."""
 
     init_std: float = Field(default=1.0, gt=0)
-    """Deviation of the normal that keys and values start from; of the vectors, with a reparameterisation."""
+    """Standard deviation of the normal initialisation of the keys and values; of the vectors, with a
+    reparameterisation."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an entry of the prefix while training."""
+    """Probability of dropping an entry of the prefix during training."""
 
     def fields(self) -> dict[str, Any]:
         """The values for the spec of a prefix."""
@@ -89,7 +90,7 @@ class PartsSpec(MethodSpec):
     """Where each part is by default."""
 
     prefix: PrefixPart = PrefixPart()
-    """The keys and values in front of every attention's own."""
+    """The keys and values prepended to those of every attention."""
 
     @model_validator(mode="before")
     @classmethod

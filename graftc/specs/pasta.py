@@ -39,7 +39,7 @@ class Pasta(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(role="layer.in")
-    """Which places of the model it is for; by default what every layer reads."""
+    """Which sites of the model to adapt; by default the input of every layer."""
 
     special_tokens: Items[Annotated[int, Field(ge=0)]] = Field(
         examples=[[101, 102]], json_schema_extra={"minItems": 1, "uniqueItems": True}

@@ -35,16 +35,16 @@ class Pfeiffer(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.sublayer")
-    """Which places of the model it is for; by default the feed-forward part of every layer."""
+    """Which sites of the model to adapt; by default the feed-forward part of every layer."""
 
     reduction: float | None = Field(default=16.0, gt=0)
-    """Width of what is read over that of the bottleneck, rounded down: 16 makes 48 of 768."""
+    """Input width divided by bottleneck width, rounded down: 16 turns 768 into 48."""
 
     activation: Activation = "relu"
-    """The function between the two projections."""
+    """The activation function between the two projections."""
 
     init: Init = "bert"
-    """How the projections start: `bert`, normal with deviation 0.02."""
+    """How the projections are initialised: `bert`, normal with standard deviation 0.02."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
         """See `BottleneckSpec.wiring`."""

@@ -43,5 +43,6 @@ class PreEmbed(InfixSpec):
     """The method's tag."""
 
     init: Literal["uniform", "normal", "vocabulary", "tokens"] = "vocabulary"
-    """What vectors start from. `uniform`: between -0.5 and 0.5. `normal`: of deviation `init_std`. `vocabulary`: those
-    of tokens that are drawn from the first `init_vocabulary` ids. `tokens`: those of `init_tokens`."""
+    """How the vectors are initialised. `uniform`: between -0.5 and 0.5. `normal`: with standard deviation `init_std`.
+    `vocabulary`: the embeddings of tokens drawn from the first `init_vocabulary` ids. `tokens`: the embeddings of
+    `init_tokens`."""

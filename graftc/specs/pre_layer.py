@@ -33,4 +33,4 @@ class PreLayer(InfixSpec):
     """What vectors start from. `uniform`: between -0.5 and 0.5. `normal`: of deviation `init_std`."""
 
     init_std: float = Field(default=0.02, gt=0)
-    """Deviation of the normal."""
+    """Standard deviation of the normal initialisation."""

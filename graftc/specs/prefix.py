@@ -45,7 +45,8 @@ class PrefixSpec(MethodSpec):
     )
 
     target: Target = Target(role="attn")
-    """Which places of the model it is for; by default every attention: of the encoder, of the decoder, and across."""
+    """Which sites of the model to adapt; by default every attention: in the encoder, in the decoder, and
+    cross-attention."""
 
     length: int = Field(default=10, ge=1, le=SIZE)
     """How many positions the prefix has."""
@@ -69,10 +70,11 @@ class PrefixSpec(MethodSpec):
     """With `init: tokens`, the id of the token that each position starts from."""
 
     init_std: float = Field(default=1.0, gt=0)
-    """Deviation of the normal that keys and values start from; of the vectors, with a reparameterisation."""
+    """Standard deviation of the normal initialisation of the keys and values; of the vectors, with a
+    reparameterisation."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an entry of the prefix while training."""
+    """Probability of dropping an entry of the prefix during training."""
 
     overrides: Items[PrefixOverride] = ()
     """Other lengths for some places; the first that matches a place holds."""

@@ -32,11 +32,12 @@ class VirtualTokenSpec(MethodSpec):
     """How many virtual tokens there are; in front, where there are infix ones too."""
 
     init: Literal["uniform", "normal", "vocabulary", "tokens"] = "uniform"
-    """What vectors start from. `uniform`: between -0.5 and 0.5. `normal`: of deviation `init_std`. `vocabulary`: those
-    of tokens that are drawn from the first `init_vocabulary` ids. `tokens`: those of `init_tokens`."""
+    """How the vectors are initialised. `uniform`: between -0.5 and 0.5. `normal`: with standard deviation `init_std`.
+    `vocabulary`: the embeddings of tokens drawn from the first `init_vocabulary` ids. `tokens`: the embeddings of
+    `init_tokens`."""
 
     init_std: float = Field(default=1.0, gt=0)
-    """Deviation of the normal."""
+    """Standard deviation of the normal initialisation."""
 
     init_vocabulary: int = Field(default=5000, ge=1)
     """How many ids tokens are drawn from: the most common ones are the first of most vocabularies."""

@@ -88,8 +88,8 @@ class Pruning(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(modules="**")
-    """Which places of the model it is for; by default all linear maps inside of layers. Others are pruned where a
-    target names them; a head that gives the outputs never is."""
+    """Which sites of the model to adapt; by default all linear maps inside layers. Other linear maps are pruned if a
+    target names them; a head that produces the outputs never is."""
 
     variant: Variant = "movement"
     """What says which entries are kept."""
@@ -123,7 +123,7 @@ class Pruning(MethodSpec):
     """Optimiser steps at the end for which the density is what it is in the end."""
 
     total_steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps of the whole training; by default what `compiled.begin` or the Trainer says."""
+    """Optimiser steps of the whole training run; by default the value given to `compiled.begin` or by the Trainer."""
 
     rounds: int = Field(default=5, ge=1)
     """How often `iterative` prunes; it takes a training more than that."""
@@ -139,7 +139,7 @@ class Pruning(MethodSpec):
     """Which training of `iterative` this is, from 1; recipes count it."""
 
     overrides: Items[PruningOverride] = ()
-    """Other values for some sites; the first that matches a site holds."""
+    """Other values for some sites; the first override that matches a site applies."""
 
     @model_validator(mode="after")
     def _values_fit(self) -> Self:

@@ -41,7 +41,7 @@ class SelectionSpec(BudgetSpec):
     """The share of entries where the spec gives neither a share nor a number."""
 
     target: Target = Target(modules="**")
-    """Which places of the model it is for; by default all but a head that gives the outputs."""
+    """Which sites of the model to adapt; by default all except a head that produces the outputs."""
 
     density: float | None = Field(default=None, gt=0, le=1)
     """Share of the target's entries that train, rounded down."""

@@ -59,10 +59,10 @@ class SoRA(MethodSpec):
     """Numerator of the scaling."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an input of the branch while training."""
+    """Probability of dropping an input of the branch during training."""
 
     dropout_mask: Literal["saved", "recomputed"] = "saved"
-    """What the backward pass has of the dropout mask: the mask itself, or a seed to make it anew from."""
+    """What is saved of the dropout mask for the backward pass: the mask itself, or a seed to recompute it from."""
 
     dropout_scope: Literal["input", "target"] = "input"
     """Whether sites that read the same input share one dropout mask, or each has its own."""
@@ -83,7 +83,7 @@ class SoRA(MethodSpec):
     """Weight of the mean absolute gate, as a term beside the loss; 0 leaves it out."""
 
     overrides: Items[SoRAOverride] = ()
-    """Other values for some sites; the first that matches a site holds."""
+    """Other values for some sites; the first override that matches a site applies."""
 
     @property
     def scaling(self) -> float:

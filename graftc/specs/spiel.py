@@ -52,8 +52,8 @@ class SpIEL(SelectionSpec):
     """The method's tag."""
 
     target: Target = Target(modules="**")
-    """Which places of the model it is for; by default the projections of attentions and feed-forward parts, gates
-    included where there are some. A head that gives the outputs is passed over."""
+    """Which sites of the model to adapt; by default the projections of attentions and feed-forward parts, including
+    gates if there are any. A head that produces the outputs is skipped."""
 
     variant: Literal["AG", "MA"] = "AG"
     """What chooses new entries: accumulated gradients, or approximate second moments."""
@@ -76,7 +76,7 @@ class SpIEL(SelectionSpec):
     """How the share falls to zero at the end of the training: `1 - t / total`, or `(1 + cos(pi t / total)) / 2`."""
 
     total_steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps of the whole training; by default what `compiled.begin` or the Trainer says."""
+    """Optimiser steps of the whole training run; by default the value given to `compiled.begin` or by the Trainer."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:

@@ -28,7 +28,7 @@ class UniPELTAdapter(AdapterPart):
     """The adapters of UniPELT, wired as `pfeiffer`; without a width their reduction is 16."""
 
     init: Init = "bert"
-    """How the projections start: `bert`, normal with deviation 0.02."""
+    """How the projections are initialised: `bert`, normal with standard deviation 0.02."""
 
 
 class LoRAPart(SpecModel):
@@ -38,7 +38,7 @@ class LoRAPart(SpecModel):
     """Rank of the update; at most min(in, out) of every site."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an input of the branch while training."""
+    """Probability of dropping an input of the branch during training."""
 
 
 class UniPELT(PartsSpec):
@@ -69,7 +69,7 @@ class UniPELT(PartsSpec):
     """The method's tag."""
 
     target: Target = Target(role=["ffn.sublayer", "attn", "attn.q", "attn.v"])
-    """Which places of the model it is for; by default those of its parts: the feed-forward part of every layer, every
+    """Which sites of the model to adapt; by default those of its parts: the feed-forward part of every layer, every
     attention, queries and values."""
 
     parts: Items[Part] = Field(

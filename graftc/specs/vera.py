@@ -40,7 +40,7 @@ class VeRA(MethodSpec):
     they depend on the seed of the compilation and the name of the adaptation, as all other initial values."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an input of the branch while training."""
+    """Probability of dropping an input of the branch during training."""
 
     @field_validator("d_initial")
     @classmethod
