@@ -7,6 +7,6 @@ from graftc.specs.pfeiffer import Pfeiffer
 
 
 class PfeifferMethod(BottleneckAdapter[Pfeiffer]):
-    """``y = LN(g + A(LN(g + h)) + h)``: read behind the norm, added to the branch, the norm applied twice."""
+    """``y = LN(g + A(LN(g + h)) + h)``: read after the norm, added to the branch, the norm applied twice."""
 
     spec_class = Pfeiffer

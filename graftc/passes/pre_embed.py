@@ -7,6 +7,6 @@ from graftc.specs.pre_embed import PreEmbed
 
 
 class PreEmbedMethod(VirtualTokenMethod[PreEmbed]):
-    """`VirtualTokenMethod` with a run in front and one within."""
+    """`VirtualTokenMethod` with one run in front of the text and one within it."""
 
     spec_class = PreEmbed

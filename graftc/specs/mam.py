@@ -22,14 +22,14 @@ class MAMPrefix(PrefixPart):
     """The prefix of MAM adapters."""
 
     length: int = Field(default=30, ge=1, le=SIZE)
-    """How many positions the prefix has."""
+    """Number of positions in the prefix."""
 
     reparameterization: Reparameterization | None = Reparameterization(hidden=800)
     """The network that produces the keys and values during training; `null` trains them directly."""
 
 
 class MAMAdapter(AdapterPart):
-    """The parallel adapters of MAM adapters, wired as `he_parallel`; without a width their bottleneck is 512."""
+    """The parallel adapters of MAM adapters, wired as `he_parallel`; if no width is given, their bottleneck is 512."""
 
     scale: float | Literal["learned"] = 4.0
     """Factor applied to the result; `learned`: a trainable scalar, initialised to 1."""
@@ -38,8 +38,8 @@ class MAMAdapter(AdapterPart):
 class MAM(PartsSpec):
     """MAM adapters: a prefix in front of every attention's keys, and a parallel adapter at every feed-forward part.
 
-    Both are as `prefix` and `he_parallel` have them, without gates: a small bottleneck where attention is changed, a
-    wide one beside the feed-forward part. The adapters change nothing at first; the prefix does.
+    Both work as in `prefix` and `he_parallel`, without gates: attention is changed with a small bottleneck, the
+    feed-forward part has a wide parallel one. The adapters initially change nothing; the prefix does.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -58,7 +58,7 @@ class MAM(PartsSpec):
     """The keys and values prepended to those of every attention."""
 
     adapter: MAMAdapter = MAMAdapter()
-    """The adapters beside the feed-forward parts."""
+    """The adapters parallel to the feed-forward parts."""
 
     def part_specs(self) -> Mapping[SiteKind, MethodSpec]:
         """See `PartsSpec.part_specs`."""

@@ -23,7 +23,7 @@ PARTS: Mapping[SiteKind, str] = {SiteKind.SUBLAYER: "adapter", SiteKind.ATTENTIO
 
 
 class AdapterPart(SpecModel):
-    """The bottleneck adapters of a method that has others beside them."""
+    """The bottleneck adapters of a method that combines them with other parts."""
 
     bottleneck: int | None = Field(default=None, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
@@ -35,7 +35,7 @@ class AdapterPart(SpecModel):
     """The activation function between the two projections."""
 
     init: Init = "lora"
-    """How the projections start, as in `bottleneck`."""
+    """How the projections are initialised, as in `bottleneck`."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability of dropping an entry of the bottleneck during training."""
@@ -56,10 +56,10 @@ class AdapterPart(SpecModel):
 
 
 class PrefixPart(SpecModel):
-    """The prefix of a method that has other parts beside it."""
+    """The prefix of a method that combines it with other parts."""
 
     length: int = Field(default=10, ge=1, le=SIZE)
-    """How many positions the prefix has."""
+    """Number of positions in the prefix."""
 
     reparameterization: Reparameterization | None = Reparameterization()
     """The network that produces the keys and values during training; `null` trains them directly."""
@@ -68,7 +68,7 @@ class PrefixPart(SpecModel):
     """Whether the text keeps its positions, or begins after the prefix."""
 
     window: Literal["visible", "masked"] = "visible"
-    """Whether a window that slides leaves the prefix in sight, or hides it as it would hide tokens there."""
+    """Whether a sliding window leaves the prefix visible, or hides it as it would hide tokens at these positions."""
 
     init_std: float = Field(default=1.0, gt=0)
     """Standard deviation of the normal initialisation of the keys and values; of the vectors, with a
@@ -83,11 +83,11 @@ class PrefixPart(SpecModel):
 
 
 class PartsSpec(MethodSpec):
-    """A method that is made of others: of adapters at sublayers, a prefix at attentions, low-rank updates at linear
-    maps. Without a target every part is at its own places."""
+    """A method composed of others: adapters at sublayers, a prefix at attentions, low-rank updates at linear maps.
+    Without a target, every part is at its own sites."""
 
     roles: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Where each part is by default."""
+    """The default sites of each part."""
 
     prefix: PrefixPart = PrefixPart()
     """The keys and values prepended to those of every attention."""

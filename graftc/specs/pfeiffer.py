@@ -15,12 +15,12 @@ __all__ = ["Pfeiffer"]
 
 
 class Pfeiffer(BottleneckSpec):
-    """Pfeiffer adapters: one bottleneck in every layer, which reads behind the norm and adds before it.
+    """Pfeiffer adapters: one bottleneck in every layer, which reads after the norm and adds before it.
 
-    With the branch `g` and the stream `h`, the adapter reads `u = LN(g + h)`, adds to the branch itself, and the
-    model's norm is applied once more: `y = LN(g + A(u) + h)`. In models whose norms stand before their sublayers there
-    is none to repeat: `u = g + h` and `y = g + A(u) + h`. They are the adapters of AdapterFusion and MAD-X.
-    With `init: bert` the model is not the base's at first.
+    With the branch `g` and the residual stream `h`, the adapter reads `u = LN(g + h)`, adds to the branch itself, and
+    the model's norm is applied once more: `y = LN(g + A(u) + h)`. In pre-norm models there is no norm to repeat: `u = g
+    + h` and `y = g + A(u) + h`. These are the adapters of AdapterFusion and MAD-X. With `init: bert` the model
+    initially differs from the base.
     """
 
     claims: ClassVar[Claims] = Claims(
