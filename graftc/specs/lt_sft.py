@@ -14,8 +14,7 @@ __all__ = ["LTSFT"]
 
 
 class LTSFT(StagedSpec):
-    """LT-SFT: everything trains, the most changed entries are selected, all values are reset, and the selected entries
-    train alone.
+    """LT-SFT: everything trains, the most changed entries are selected, all is reset, and these entries train alone.
 
     Each iteration takes two training runs: a dense one, which needs the memory of full fine-tuning, and a sparse one,
     which starts from the same point as the dense one. `Compiled.advance` moves from one to the next, and `graftc.tune`
