@@ -12,7 +12,7 @@ __all__ = ["Mask"]
 
 
 class Mask(SelectionSpec):
-    """Sparse fine-tuning: trains some entries of the base's tensors, selected once; the others stay exactly as they are.
+    """Sparse fine-tuning: trains some entries of the base's tensors, selected once; the others stay as they are.
 
     The trained parameters are the differences from the base at these entries, and the optimiser sees nothing else:
     weight decay pulls them towards the base, and no other entry can move. The differences and the indices of their
