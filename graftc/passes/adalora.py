@@ -158,8 +158,8 @@ class Orthogonality(TensorObjective[AdaLoRA]):
 class AdaLoRAMethod(Method[AdaLoRA]):
     """``y = W x + b + s B diag(E) A drop(x)`` with ``A: [rank, in]``, ``E: [rank]`` and ``B: [out, rank]``.
 
-    ``s`` is ``alpha / (rank + 1e-5)`` with the initial rank: the authors' code, which the paper does not have. ``E``
-    multiplies the smaller factor. Experts have a decomposition each, and every triplet of theirs counts.
+    ``s`` is ``alpha / (rank + 1e-5)`` with the initial rank, as in the authors' code; the paper does not have it. ``E``
+    multiplies the smaller factor. Each expert has its own decomposition, and each of its triplets counts.
     """
 
     spec_class = AdaLoRA

@@ -59,10 +59,10 @@ def _divergence(target: Tensor, other: Tensor, detach: bool) -> Tensor:
 
 
 class AdaMixMethod(BottleneckAdapter[AdaMix]):
-    """``g + s (U_j gelu(D_i g + b_i) + c_j)`` on a feed-forward part, ``D: [experts, bottleneck, width]`` and
-    ``U: [experts, width, bottleneck]``; a projection that is shared has no leading axis.
+    """``g + s (U_j gelu(D_i g + b_i) + c_j)`` on a feed-forward part, ``D: [experts, bottleneck, width]`` and ``U:
+    [experts, width, bottleneck]``; a shared projection has no leading axis.
 
-    A projection's weight and its bias are of the same expert. ``i`` and ``j`` are drawn for each site and projection.
+    A projection's weight and bias belong to the same expert. ``i`` and ``j`` are drawn for each site and projection.
     """
 
     spec_class = AdaMix

@@ -25,7 +25,7 @@ _SIDES = {"A": "down", "B": "up"}
 class AdaMixLoRAMethod(Method[AdaMixLoRA]):
     """``y = W x + b + s B_j A_i drop(x)`` with ``A: [experts, rank, in]`` and ``B: [experts, out, rank]``.
 
-    A factor that is shared has no leading axis. Where the site itself is a mixture of experts, its axis comes second.
+    A shared factor has no leading axis. If the site itself is a mixture of experts, its expert axis comes second.
     """
 
     spec_class = AdaMixLoRA

@@ -17,7 +17,7 @@ from graftc.specs.roles import parse_role
 
 
 class BitFitMethod(Method[BitFit]):
-    """Biases train as copies of the base's own; with `add_missing` maps without one get ``c: [out]``."""
+    """Biases train as copies of the base's own; with `add_missing`, linear maps without a bias get ``c: [out]``."""
 
     spec_class = BitFit
 

@@ -98,7 +98,7 @@ class BottleneckAdapter(Method[S]):
 
 
 class BottleneckMethod(BottleneckAdapter[Bottleneck]):
-    """`BottleneckAdapter` wired as its spec says."""
+    """`BottleneckAdapter`, wired as its spec specifies."""
 
     spec_class = Bottleneck
 

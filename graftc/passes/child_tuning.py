@@ -33,9 +33,9 @@ class Steps(Controller[ChildTuning]):
 
 
 class ChildTuningMethod(TrainedTensors[ChildTuning]):
-    """`TrainedTensors` whose gradients are masked: ``mask / p * gradient`` with another mask in every step.
+    """`TrainedTensors` with masked gradients: ``mask / p * gradient`` with a different mask in every step.
 
-    The other variant has `SparseTensors` in the layers, and trained copies elsewhere.
+    Variant `D` uses `SparseTensors` in the layers and trained copies elsewhere.
     """
 
     spec_class = ChildTuning

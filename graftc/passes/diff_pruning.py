@@ -57,10 +57,10 @@ class OpenGates(TensorObjective[DiffPruning]):
 
 
 class DiffPruningMethod(SparseTensors[DiffPruning]):
-    """``W' = W + z z_group w`` for every tensor, then ``W + scatter(indices, delta)`` for the entries that are left.
+    """``W' = W + z z_group w`` for every tensor, then ``W + scatter(indices, delta)`` for the remaining entries.
 
-    What is put in place is `graftc::gated_weight`, wherever a tensor is read. Where a site has some rows of a tensor,
-    its parameters are as large as these rows, which make a group of their own. The second training is `SparseTensors`.
+    `graftc::gated_weight` is inserted wherever a tensor is read. If a site owns only some rows of a tensor, its
+    parameters have the size of these rows, which form their own group. The second training run uses `SparseTensors`.
     """
 
     spec_class = DiffPruning

@@ -26,15 +26,15 @@ Scales = dict[SiteKey, fx.Node]
 class DoRAMethod(Method[DoRA]):
     """``y = c * (u + s B A x) + b`` with ``c = m / |W + s B A|`` and ``u = W x`` (arXiv:2402.09353).
 
-    ``m: [rows]`` starts as the norms of the rows of ``W``, which a constant holds as squares. The norms in ``c`` are
-    worked out from that constant by the same arithmetic, so that ``c`` is one at first, to the bit. The bias is kept by
-    ``y = c * (u + b) + s (c * B) A x + (1 - c) * b``, which at first is ``u + b`` to the bit.
+    ``m: [rows]`` is initialised to the norms of the rows of ``W``, whose squares are stored in a constant. The norms in
+    ``c`` are computed from that constant with the same arithmetic, so ``c`` is initially exactly one. The bias is
+    preserved by ``y = c * (u + b) + s (c * B) A x + (1 - c) * b``, which is initially equal to ``u + b`` bit for bit.
 
-    With dropout on the input the second product is ``W (x - x~)``, which takes the place of a part of the bias:
-    ``(1 - c) * (b + W (x - x~))``.
+    With dropout on the input, the second product is ``W (x - x~)``, which replaces part of the bias term: ``(1 - c) *
+    (b + W (x - x~))``.
 
-    On top of other adaptations ``W`` and ``b`` are what their folds make of the base's, and the norm is that of the
-    matrix itself.
+    On top of other adaptations, ``W`` and ``b`` are the results of applying their folds to the base's, and the norm is
+    that of the matrix itself.
     """
 
     spec_class = DoRA

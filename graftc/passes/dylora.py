@@ -37,8 +37,8 @@ class Drawn:
 class DyLoRAMethod(Method[DyLoRA]):
     """``y = W x + b + (alpha / r) B[:, :r] A[:r] drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
 
-    All sites of a pass have one ``r``, which is drawn outside the layers, so that a layer that is computed again in the
-    backward pass has the same. Ranks above it are multiplied by zero: sizes do not depend on what is drawn.
+    All sites use the same ``r`` in a pass; it is drawn outside the layers, so a layer that is recomputed in the
+    backward pass uses the same one. Ranks above it are multiplied by zero: sizes do not depend on the drawn value.
     """
 
     spec_class = DyLoRA

@@ -55,6 +55,6 @@ class TrainedTensors(Method[S]):
 
 
 class FullMethod(TrainedTensors[Full]):
-    """`TrainedTensors` of all places."""
+    """`TrainedTensors` of all sites."""
 
     spec_class = Full

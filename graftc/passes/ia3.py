@@ -22,11 +22,12 @@ class IA3Method(Method[IA3]):
     """``y = l * (W x + b)`` with ``l: [out]``, or ``y = W (l * x) + b`` with ``l: [in]``.
 
     A vector on keys or values acts before heads are split and before a rotary embedding, so it folds into rows of ``W``
-    and ``b``. One on inner activations acts on what the projection back reads, which is the same as scaling the result
-    of the activation function, or of the gated product; it folds into columns of ``W`` and leaves ``b`` alone.
+    and ``b``. A vector on inner activations acts on the input of the projection back, which is the same as scaling the
+    result of the activation function, or of the gated product; it folds into columns of ``W`` and leaves ``b``
+    unchanged.
 
-    On one site adaptations are functions of ``(W, b)``, one after the other: LoRA and then a vector on the input is
-    ``(W + B A) diag(l)``, the other way round it is ``W diag(l) + B A``.
+    On one site, adaptations are functions of ``(W, b)``, applied one after the other: LoRA followed by a vector on the
+    input is ``(W + B A) diag(l)``, the reverse order is ``W diag(l) + B A``.
     """
 
     spec_class = IA3

@@ -21,8 +21,8 @@ aten = torch.ops.aten
 class LoHaMethod(Method[LoHa]):
     """``y = W x + b + (s (B1 A1) * (B2 A2)) x`` with ``s = alpha / rank``.
 
-    ``A2`` is zero at first. The other factors are uniform within ``1 / sqrt(columns)``, Kaiming's bound at
-    ``a = sqrt(5)``. The scale is applied to ``B1``, the smallest matrix that it may stand at.
+    ``A2`` is initially zero. The other factors are uniform within ``1 / sqrt(columns)``, Kaiming's bound at ``a =
+    sqrt(5)``. The scale is applied to ``B1``, the smallest matrix to which it can be applied.
     """
 
     spec_class = LoHa

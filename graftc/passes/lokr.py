@@ -22,9 +22,9 @@ aten = torch.ops.aten
 class LoKrMethod(Method[LoKr]):
     """``y = W x + b + (s C ⊗ D) x`` with ``s = alpha / rank``.
 
-    The update's entry at row ``i d1 + k`` and column ``j d2 + l`` is ``s C[i, j] D[k, l]``. What is not zero at first
-    is uniform within ``1 / sqrt(columns)``, Kaiming's bound at ``a = sqrt(5)``. The scale is applied to ``C``, the
-    smaller matrix as a rule.
+    The update's entry at row ``i d1 + k`` and column ``j d2 + l`` is ``s C[i, j] D[k, l]``. Every matrix that is not
+    initially zero is uniform within ``1 / sqrt(columns)``, Kaiming's bound at ``a = sqrt(5)``. The scale is applied to
+    ``C``, usually the smaller matrix.
     """
 
     spec_class = LoKr

@@ -23,15 +23,15 @@ class LoRAMethod(Method[LoRA]):
     """``y = W x + b + s B A drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
 
     ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732).
-    ``kaiming`` and ``gaussian`` start at ``B = 0``. ``pissa`` (Meng et al. 2024, arXiv:2404.02948) and ``olora``
-    (Buyukakyuz 2024, arXiv:2406.01775) start ``B A`` at a part of ``W``; they conventionally take that part out of
-    ``W``. Here frozen copies of the starting factors are subtracted in the branch instead: the function at the start
-    is the base's to the bit, and ``W`` stays as it was.
+    ``kaiming`` and ``gaussian`` start with ``B = 0``. ``pissa`` (Meng et al. 2024, arXiv:2404.02948) and ``olora``
+    (Buyukakyuz 2024, arXiv:2406.01775) initialise ``B A`` to a part of ``W``; conventionally they subtract that part
+    from ``W``. Here frozen copies of the initial factors are subtracted in the branch instead: the initial function
+    equals the base's bit for bit, and ``W`` stays unchanged.
 
     The branch is scaled where it is narrowest, on the ``rank`` axis. Dropout acts on the branch's input only.
 
-    Experts have one pair of factors each, ``A: [experts, rank, in]`` and ``B: [experts, out, rank]``. In a
-    convolution ``in`` counts the entries of a patch. A table of embeddings starts at ``A = 0`` instead of ``B = 0``.
+    Each expert has its own pair of factors, ``A: [experts, rank, in]`` and ``B: [experts, out, rank]``. In a
+    convolution ``in`` counts the entries of a patch. An embedding table starts with ``A = 0`` instead of ``B = 0``.
     """
 
     spec_class = LoRA

@@ -46,7 +46,7 @@ class Distance(TensorObjective[LTSFT]):
 
 
 class LTSFTMethod(SparseTensors[LTSFT]):
-    """Trained copies of the target's tensors in dense trainings, and `SparseTensors` in sparse ones."""
+    """Trained copies of the target's tensors in dense training runs, and `SparseTensors` in sparse ones."""
 
     spec_class = LTSFT
     objective = Distance

@@ -133,7 +133,7 @@ class PrefixedAttention(Method[S]):
 
 
 class PrefixMethod(PrefixedAttention[Prefix]):
-    """`PrefixedAttention` as it is."""
+    """`PrefixedAttention` without changes."""
 
     spec_class = Prefix
 

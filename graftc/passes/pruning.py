@@ -57,12 +57,12 @@ class Start:
 
 
 class PruningMethod(TrainedTensors[Pruning]):
-    """``W' = W * M`` in the place of ``W``, wherever it is read.
+    """``W' = W * M`` in place of ``W``, wherever it is read.
 
-    Beside the copy of the weight, ``<tensor>_scores`` has its shape where scores train; ``<tensor>_threshold`` and
-    ``<tensor>_last``, one for each matrix, say which entries are kept. From the second stage on there are
-    ``<tensor>_indices: int32[k]`` (``int64`` from 2^31 entries on) and ``<tensor>_values: [k]`` instead of them and of
-    the copy.
+    In addition to the copy of the weight, ``<tensor>_scores`` has the weight's shape if scores train;
+    ``<tensor>_threshold`` and ``<tensor>_last``, one for each matrix, determine which entries are kept. From the second
+    stage on, ``<tensor>_indices: int32[k]`` (``int64`` from 2^31 entries on) and ``<tensor>_values: [k]`` replace these
+    tensors and the copy.
     """
 
     spec_class = Pruning

@@ -31,10 +31,10 @@ _BLOCK = 2**22
 
 
 class RowsMethod(Method[RowSelection]):
-    """``W[r]`` trains for the chosen rows ``r``, as a copy: ``[rows, in]``, in the layout of the base's weight.
+    """``W[r]`` trains for the selected rows ``r``, as a copy: ``[rows, in]``, in the layout of the base's weight.
 
-    Rows of a map are its output features, those of a table its entries, those of experts output features of each.
-    Sites that read one weight, as a table and the head that is tied to it, share one choice and one copy.
+    Rows of a linear map are its output features, rows of a table its entries, rows of experts the output features of
+    each. Sites that read the same weight, such as a table and the head tied to it, share one selection and one copy.
     """
 
     spec_class = RowSelection

@@ -76,10 +76,10 @@ class Sparsity(TensorObjective[SoRA]):
 
 
 class SoRAMethod(Method[SoRA]):
-    """``y = W x + b + s B (g * (A drop(x)))`` with ``A: [rank, in]``, ``g: [rank]``, ``B: [out, rank]`` and
-    ``s = alpha / rank``.
+    """``y = W x + b + s B (g * (A drop(x)))`` with ``A: [rank, in]``, ``g: [rank]``, ``B: [out, rank]`` and ``s = alpha
+    / rank``.
 
-    ``g`` multiplies the smaller factor. Experts have gates of their own.
+    ``g`` multiplies the smaller factor. Each expert has its own gates.
     """
 
     spec_class = SoRA

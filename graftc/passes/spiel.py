@@ -20,12 +20,12 @@ from graftc.specs.spiel import PROJECTIONS, SpIEL
 
 
 class SpIELMethod(SparseTensors[SpIEL]):
-    """See `SparseTensors`: weights of maps, and `Reselection` between optimiser steps.
+    """See `SparseTensors`: for the weights of linear maps, with `Reselection` between optimiser steps.
 
-    For ``AG`` every tensor has what a window gathers: ``<tensor>_candidates``, as the indices are, the sum
-    ``<tensor>_gradient: f32[k]`` over the micro-batches of a step, and ``<tensor>_sum`` and ``<tensor>_square``, those
-    of the steps' gradients and of their squares. ``seen: int64[tensors]`` says in which step of the window the
-    candidates were chosen, from 1; 0 is none.
+    With ``AG`` every tensor stores what a window gathers: ``<tensor>_candidates``, of the same form as the indices, the
+    sum ``<tensor>_gradient: f32[k]`` over the micro-batches of a step, and ``<tensor>_sum`` and ``<tensor>_square``,
+    the sums of the steps' gradients and of their squares. ``seen: int64[tensors]`` holds the step of the window in
+    which the candidates were selected, from 1; 0 means none.
     """
 
     spec_class = SpIEL

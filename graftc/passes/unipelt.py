@@ -27,8 +27,8 @@ class _Gated:
 
 
 class UniPELTMethod(PartsMethod[UniPELT]):
-    """Every part times the mean over tokens of ``sigmoid(w x + b)``: a number for each row, with ``x`` what the part
-    reads."""
+    """Every part is multiplied by the mean over tokens of ``sigmoid(w x + b)``: one number for each row, where ``x`` is
+    the part's input."""
 
     spec_class = UniPELT
 

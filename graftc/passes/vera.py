@@ -32,8 +32,8 @@ class VeRAMethod(Method[VeRA]):
     """``y = W x + c + b * (B d A drop(x))``, with ``d`` and ``b`` as diagonal matrices.
 
     ``A`` and ``B`` belong to the adaptation as a whole. Their elements are uniform within ``sqrt(6 / columns)``,
-    Kaiming's bound for a rectifier, where the columns are the largest ``in`` for ``A`` and the rank for ``B``. They are
-    kept with the adapters, so that loading does not depend on a random generator.
+    Kaiming's bound for a rectifier, where the number of columns is the largest ``in`` for ``A`` and the rank for ``B``.
+    They are saved with the adapters, so loading does not depend on a random generator.
     """
 
     spec_class = VeRA

@@ -14,13 +14,13 @@ __all__ = ["AdaLoRA", "AdaLoRAOverride"]
 
 
 class AdaLoRAOverride(Override):
-    """Other values of AdaLoRA for some of its sites; what is left out keeps the adaptation's value."""
+    """Other values of AdaLoRA for some of its sites; omitted fields keep the adaptation's value."""
 
     rank: int | None = Field(default=None, ge=1, le=SIZE)
     """Initial rank at these sites."""
 
     target_rank: int | None = Field(default=None, ge=1, le=SIZE)
-    """What these sites add to the budget that is left in the end."""
+    """How much these sites contribute to the final budget."""
 
     alpha: float | None = Field(default=None, gt=0)
     """Numerator of the scaling at these sites."""
@@ -30,21 +30,22 @@ class AdaLoRAOverride(Override):
 
 
 class AdaLoRA(MethodSpec):
-    """Low-rank adaptation with ranks where they matter: `y = W x + b + s B diag(E) A dropout(x)`.
+    """Low-rank adaptation with ranks allocated by importance: `y = W x + b + s B diag(E) A dropout(x)`.
 
     `A` is `[rank, in]`, `E` is `[rank]` and `B` is `[out, rank]`, in the weight's dtype; `s = alpha / (rank + 1e-5)`
-    with the initial rank, as the authors' code has it (the paper has no scale). `E` starts as zeros, `A` and `B` as
-    normal values of deviation 0.02, so that before training the adapted layer computes exactly what the base computes.
+    with the initial rank, as in the authors' code (the paper has no scale). `E` is initialised to zeros, `A` and `B` to
+    normal values with standard deviation 0.02, so before training the adapted layer computes exactly what the base
+    computes.
 
-    While training, all sites share a budget of ranks that falls from the sum of `rank` to the sum of `target_rank`:
-    after every `interval` optimiser steps the triplets of least importance get `E = 0`, exactly as many as the budget
-    says. A triplet may come back until the last `final_steps` steps. Importance is the smoothed product of weights and
-    gradients times its uncertainty; both are kept in buffers, in float32. `orthogonality` adds a term to the loss
+    During training, all sites share a budget of ranks that falls from the sum of `rank` to the sum of `target_rank`:
+    after every `interval` optimiser steps the least important triplets get `E = 0`, exactly as many as the budget
+    requires. A triplet may come back until the last `final_steps` steps. Importance is the smoothed product of weights
+    and gradients times its uncertainty; both are kept in buffers, in float32. `orthogonality` adds a term to the loss
     that keeps the rows of `A` and the columns of `B` orthonormal.
 
     A training loop calls `compiled.begin(total_steps)` once, `compiled.extra_loss()` for each optimiser step, and
     `compiled.after_step()` between `optimizer.step()` and `optimizer.zero_grad()`; the Trainer takes
-    `compiled.callback()`. `compiled.rank_pattern(name)` says which triplets are left. `s B diag(E) A` folds exactly.
+    `compiled.callback()`. `compiled.rank_pattern(name)` reports which triplets are left. `s B diag(E) A` folds exactly.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -63,45 +64,45 @@ class AdaLoRA(MethodSpec):
     """Initial rank of every site; at most min(in, out)."""
 
     target_rank: int | None = Field(default=None, ge=1, le=SIZE)
-    """Average rank in the end, at most `rank`; by default 8, or `rank` where that is less. With the value of `rank`
-    nothing is pruned."""
+    """Average final rank, at most `rank`; by default 8, or `rank` if that is smaller. If it equals `rank`, nothing is
+    pruned."""
 
     alpha: float = Field(default=16.0, gt=0)
     """Numerator of the scaling."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an input of the branch while training."""
+    """Probability of dropping an input of the branch during training."""
 
     dropout_mask: Literal["saved", "recomputed"] = "saved"
-    """What the backward pass has of the dropout mask: the mask itself, or a seed to make it anew from."""
+    """What is saved of the dropout mask for the backward pass: the mask itself, or a seed to recompute it from."""
 
     dropout_scope: Literal["input", "target"] = "input"
     """Whether sites that read the same input share one dropout mask, or each has its own."""
 
     orthogonality: float = Field(default=0.5, ge=0)
-    """Weight of the orthogonality term: times the mean over all `A` and `B` of the Frobenius norms of `A A^T - I` and
-    `B^T B - I`, not squared, as in the authors' code. 0 leaves the term out."""
+    """Weight of the orthogonality term: multiplies the mean over all `A` and `B` of the Frobenius norms of `A A^T - I`
+    and `B^T B - I`, not squared, as in the authors' code. 0 omits the term."""
 
     beta1: float = Field(default=0.85, gt=0, lt=1)
-    """Smoothing of the sensitivity."""
+    """Smoothing factor of the sensitivity."""
 
     beta2: float = Field(default=0.85, gt=0, lt=1)
-    """Smoothing of its uncertainty."""
+    """Smoothing factor of its uncertainty."""
 
     warmup_steps: int = Field(default=0, ge=0)
-    """Optimiser steps at the start that prune nothing (`tinit`)."""
+    """Optimiser steps at the start during which nothing is pruned (`tinit`)."""
 
     final_steps: int = Field(default=0, ge=0)
-    """Optimiser steps at the end in which the set of triplets stays as it is (`tfinal`)."""
+    """Optimiser steps at the end during which the set of triplets is fixed (`tfinal`)."""
 
     interval: int = Field(default=1, ge=1)
-    """Prune after every so many steps (`deltaT`)."""
+    """Number of steps between prunings (`deltaT`)."""
 
     total_steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps of the whole training; by default what `compiled.begin` or the Trainer says."""
+    """Optimiser steps of the whole training run; by default the value given to `compiled.begin` or by the Trainer."""
 
     overrides: Items[AdaLoRAOverride] = ()
-    """Other values for some sites; the first that matches a site holds."""
+    """Other values for some sites; the first override that matches a site applies."""
 
     @property
     def final_rank(self) -> int:

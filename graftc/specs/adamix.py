@@ -20,40 +20,42 @@ Share = Literal["up", "down", "none"]
 
 
 class Consistency(SpecModel):
-    """A term beside the loss that keeps two forward passes with other experts and dropout masks alike.
+    """A loss term that keeps two forward passes with different experts and dropout masks consistent.
 
     It is `weight / 2 (KL(p1 || p2) + KL(p2 || p1))` for the softmax of the logits of both, summed over classes and
-    averaged over the batch, and over positions where there are any; with labels for each position those of -100 do not
-    count. In a causal language model the position that predicts a label counts, not the one where the label stands.
-    A single logit has nothing to differ in. The loss itself is that of the first pass.
+    averaged over the batch, and over positions if there are any; with labels for each position, positions labelled -100
+    do not count. In a causal language model the position that predicts a label counts, not the position of the label
+    itself. A single logit contributes no difference. The loss itself is that of the first pass.
     """
 
     weight: float = Field(default=1.0, ge=0)
-    """Factor of the term; 0 leaves the second pass out. The authors' script for GPT-2 has 100."""
+    """Factor of the term; 0 omits the second pass. The authors' script for GPT-2 uses 100."""
 
     detach: bool = True
-    """Take the target of each divergence as a constant, as the authors' code does: the value is the same, and the
-    gradient is that of the other side only. `false` is the gradient of the term itself."""
+    """Treat the target of each divergence as a constant, as the authors' code does: the value is the same, and the
+    gradient flows through the other side only. `false` uses the gradient of the term itself."""
 
 
 class AdaMix(BottleneckSpec):
-    """Mixture of adapters: `g + up_j(gelu(down_i(g)))` behind the last map of every feed-forward part.
+    """Mixture of adapters: `g + up_j(gelu(down_i(g)))` after the last map of every feed-forward part.
 
-    It stands before the dropout and the residual of that part.
+    It is placed before the dropout and the residual of that part.
 
-    `i` and `j` are drawn uniformly in every forward pass while training, for every layer and for both projections
-    separately, outside the batch: all its rows have the same. Experts are one tensor with a leading axis, as
-    `down: [experts, bottleneck, width]`. In eval mode and in exports the weights are the mean of all experts;
-    `compiled.merge_partially()` leaves one adapter, the method `bottleneck` with that mean. Its function is not the
-    expectation of the routed one, since there is an activation between: the certificate says how far they are apart.
+    During training, `i` and `j` are drawn uniformly in every forward pass, separately for every layer and for both
+    projections, and once for the whole batch: all rows use the same experts. Experts are one tensor with a leading
+    axis, as in `down: [experts, bottleneck, width]`. In eval mode and in exports the weights are the mean of all
+    experts; `compiled.merge_partially()` leaves one adapter, the method `bottleneck` with that mean. Its function is
+    not the expectation of the routed one, because there is an activation in between: the certificate states the
+    distance between them.
 
-    Training runs the model twice for each batch, for the `consistency` of both. Where the model gives a loss it is part
-    of it, so that nothing else has to be done, with the Trainer and with gradient accumulation. Where the loss is
-    computed outside, add `compiled.extra_loss()` to it before its backward pass. Layers that train beside it,
-    batch normalisation for one, see both passes.
+    Training runs the model twice for each batch, to compute the `consistency` of the two passes. If the model returns a
+    loss, the term is part of it, so nothing else has to be done, including with the Trainer and with gradient
+    accumulation. If the loss is computed outside the model, add `compiled.extra_loss()` to it before the backward pass.
+    Other layers that train at the same time, such as batch normalisation, see both passes.
 
-    Experts that a pass does not pick have zero gradient; AdamW moves them all the same, by its momentum and its weight
-    decay. With `init: bert` the model is not the base's at first, and experts start different.
+    Experts that a pass does not select have zero gradient; AdamW moves them nevertheless, through its momentum and
+    weight decay. With `init: bert` the model initially differs from the base, and the experts start with different
+    values.
     """
 
     claims: ClassVar[Claims] = Claims(sites=frozenset({SiteKind.SUBLAYER}), identity_at_init=False, folds=FoldKind.NONE)
@@ -65,27 +67,27 @@ class AdaMix(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.sublayer")
-    """Which places of the model it is for; by default the feed-forward part of every layer."""
+    """Which sites of the model to adapt; by default the feed-forward part of every layer."""
 
     experts: int = Field(default=4, ge=1, le=64)
-    """How many copies there are of each projection that is not shared. The authors have 4 for BERT and RoBERTa, 8 for
-    GPT-2."""
+    """Number of copies of each projection that is not shared. The authors use 4 for BERT and RoBERTa, 8 for GPT-2."""
 
     share: Share = "up"
-    """Which projection all experts have in common: `up` (the authors' choice), `down`, or `none`."""
+    """Which projection is shared by all experts: `up` (the authors' choice), `down`, or `none`."""
 
     bottleneck: int | None = Field(default=16, ge=1, le=SIZE)
-    """Width of the bottleneck; give this or `reduction`. The authors have 16 for RoBERTa-large, 48 for BERT-base and 8
+    """Width of the bottleneck; give this or `reduction`. The authors use 16 for RoBERTa-large, 48 for BERT-base and 8
     for GPT-2 medium."""
 
     activation: Activation = "gelu"
-    """The function between the two projections."""
+    """The activation function between the two projections."""
 
     init: Init = "bert"
-    """How the projections start: `bert`, normal with deviation 0.02, every expert for itself."""
+    """How the projections are initialised: `bert`, normal with standard deviation 0.02, independently for each
+    expert."""
 
     consistency: Consistency = Consistency()
-    """The term beside the loss that keeps forward passes with other experts alike."""
+    """The loss term that keeps forward passes with different experts consistent."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
         """See `BottleneckSpec.wiring`."""

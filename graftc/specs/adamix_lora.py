@@ -17,17 +17,18 @@ __all__ = ["AdaMixLoRA"]
 class AdaMixLoRA(MethodSpec):
     """Mixture of low-rank updates: `y = W x + b + s B_j A_i dropout(x)` with `s = alpha / rank`.
 
-    `i` and `j` are drawn uniformly in every forward pass while training, for every place and for both factors
-    separately: q and v of one fused weight are two places, each with draws of its own. Experts are one tensor with a
-    leading axis, `A: [experts, rank, in]` and `B: [experts, out, rank]`, in the weight's dtype. All copies of `A` start
-    alike, uniform in ±1/sqrt(in), and `B` as zeros: before training the adapted layer computes exactly what the base
-    computes, and experts part through routing alone.
+    During training, `i` and `j` are drawn uniformly in every forward pass, separately for every site and for both
+    factors: q and v of one fused weight are two sites, each with its own draws. Experts are one tensor with a leading
+    axis, `A: [experts, rank, in]` and `B: [experts, out, rank]`, in the weight's dtype. All copies of `A` start with
+    the same values, uniform in ±1/sqrt(in), and `B` starts as zeros: before training the adapted layer computes exactly
+    what the base computes, and the experts diverge through routing alone.
 
-    In eval mode, in exports and when folding, factors are the mean of their experts. Since `i` and `j` are independent,
-    `mean(B) mean(A)` is the expectation of `B_j A_i`, and it folds exactly. What stays unfolded is deployed as `lora`.
+    In eval mode, in exports and when folding, each factor is the mean of its experts. Since `i` and `j` are
+    independent, `mean(B) mean(A)` is the expectation of `B_j A_i`, and it folds exactly. If left unfolded, it is
+    deployed as `lora`.
 
-    Training runs the model twice for each batch, for the `consistency` of both; see `adamix`, also for experts that a
-    pass does not pick.
+    Training runs the model twice for each batch, to compute the `consistency` of the two passes; see `adamix`, also for
+    experts that a pass does not select.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -44,10 +45,10 @@ class AdaMixLoRA(MethodSpec):
     """The method's tag."""
 
     experts: int = Field(default=8, ge=1, le=64)
-    """How many copies there are of each factor that is not shared; 8 in the authors' script for GPT-2."""
+    """Number of copies of each factor that is not shared; 8 in the authors' script for GPT-2."""
 
     share: Share = "up"
-    """Which factor all experts have in common: `up` (`B`, the authors' choice), `down` (`A`), or `none`."""
+    """Which factor is shared by all experts: `up` (`B`, the authors' choice), `down` (`A`), or `none`."""
 
     rank: int = Field(default=4, ge=1, le=SIZE)
     """Rank of the update; at most min(in, out) of every site. 4 in the authors' script for GPT-2."""
@@ -56,16 +57,16 @@ class AdaMixLoRA(MethodSpec):
     """Numerator of the scaling; 32 in the authors' script for GPT-2."""
 
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Probability of dropping an input of the branch while training; 0.1 in the authors' script for GPT-2."""
+    """Probability of dropping an input of the branch during training; 0.1 in the authors' script for GPT-2."""
 
     dropout_mask: Literal["saved", "recomputed"] = "saved"
-    """What the backward pass has of the dropout mask: the mask itself, or a seed to make it anew from."""
+    """What is saved of the dropout mask for the backward pass: the mask itself, or a seed to recompute it from."""
 
     dropout_scope: Literal["input", "target"] = "input"
     """Whether sites that read the same input share one dropout mask, or each has its own."""
 
     consistency: Consistency = Consistency()
-    """The term beside the loss that keeps forward passes with other experts alike."""
+    """The loss term that keeps forward passes with different experts consistent."""
 
     @property
     def scaling(self) -> float:

@@ -16,10 +16,10 @@ __all__ = ["AdapterL"]
 
 
 class AdapterL(BottleneckSpec):
-    """AdapterL: `y + up(relu(down(LN(y))))` behind the feed-forward part of every layer.
+    """AdapterL: `y + up(relu(down(LN(y))))` after the feed-forward part of every layer.
 
-    `y` is what the layer gives, after its residual, and the layer norm is the adapter's own. With `init: bert` the
-    model is not the base's at first.
+    `y` is the output of the layer, after its residual, and the layer norm is the adapter's own. With `init: bert` the
+    model initially differs from the base.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -34,16 +34,16 @@ class AdapterL(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.sublayer")
-    """Which places of the model it is for; by default the feed-forward part of every layer."""
+    """Which sites of the model to adapt; by default the feed-forward part of every layer."""
 
     bottleneck: int | None = Field(default=64, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     activation: Activation = "relu"
-    """The function between the two projections."""
+    """The activation function between the two projections."""
 
     init: Init = "bert"
-    """How the projections start: `bert`, normal with deviation 0.02."""
+    """How the projections are initialised: `bert`, normal with standard deviation 0.02."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
         """See `BottleneckSpec.wiring`."""

@@ -16,11 +16,11 @@ __all__ = ["BapnaFirat"]
 
 
 class BapnaFirat(BottleneckSpec):
-    """Bapna-Firat adapters: `y + up(relu(down(LN(y))))` behind every layer, for language pairs or domains.
+    """Bapna-Firat adapters: `y + up(relu(down(LN(y))))` after every layer, for language pairs or domains.
 
-    `y` is what the whole layer gives, and the layer norm is the adapter's own. An adapter for each language pair is a
-    bank (`compose: {bank: [...]}`): every row of a batch chooses its pair, and `share` says whether the pairs have one
-    norm or each their own. With `init: xavier` the model is not the base's at first.
+    `y` is the output of the whole layer, and the layer norm is the adapter's own. To have one adapter per language
+    pair, use a bank (`compose: {bank: [...]}`): each row of a batch selects its pair, and `share` determines whether
+    the pairs share one norm or each has its own. With `init: xavier` the model initially differs from the base.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -33,16 +33,16 @@ class BapnaFirat(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.sublayer")
-    """Which places of the model it is for; by default every layer: its last sublayer is the feed-forward part."""
+    """Which sites of the model to adapt; by default every layer: its last sublayer is the feed-forward part."""
 
     bottleneck: int | None = Field(default=64, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     activation: Activation = "relu"
-    """The function between the two projections."""
+    """The activation function between the two projections."""
 
     init: Init = "xavier"
-    """How the projections start: `xavier`, uniform in ±sqrt(6 / (in + out))."""
+    """How the projections are initialised: `xavier`, uniform in ±sqrt(6 / (in + out))."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
         """See `BottleneckSpec.wiring`."""

@@ -55,7 +55,7 @@ class MethodSpec(SpecModel):
     """The method's tag."""
 
     target: Target
-    """Which places of the model it is for."""
+    """Which sites of the model to adapt."""
 
     @field_validator("name")
     @classmethod

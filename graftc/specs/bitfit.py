@@ -12,14 +12,14 @@ __all__ = ["BitFit"]
 
 
 class BitFit(MethodSpec):
-    """BitFit: the biases of linear maps and norms train, the weights stay.
+    """BitFit: trains the biases of linear maps and norms; the weights stay unchanged.
 
-    A head that gives the outputs is left out: name it in `train:`. Biases of keys change nothing, since the softmax
-    does not see them, unless a prefix stands in front. What trains are copies that stand in for the base's tensors;
-    folding puts the trained values in their places.
+    A head that produces the outputs is left out: name it in `train:`. Biases of keys have no effect, because the
+    softmax is invariant to them, unless there is a prefix. The trained tensors are copies that stand in for the base's
+    tensors; folding writes the trained values in their place.
 
-    A model without biases has nothing to train, which is an error; with `add_missing` maps without one get one of
-    zeros.
+    A model without biases has nothing to train, which is an error; with `add_missing`, linear maps without a bias get
+    one, initialised to zeros.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -37,7 +37,7 @@ class BitFit(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(modules="**")
-    """Which places of the model it is for; by default every map and norm."""
+    """Which sites of the model to adapt; by default every linear map and norm."""
 
     add_missing: bool = False
-    """Give linear maps without a bias one that starts at zeros."""
+    """Add a bias, initialised to zeros, to linear maps without one."""

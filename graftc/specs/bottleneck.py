@@ -55,52 +55,52 @@ class Wiring:
 
 
 class BottleneckOverride(Override):
-    """Other values of a bottleneck adapter for some of its sites; what is left out keeps the adaptation's value."""
+    """Other values of a bottleneck adapter for some of its sites; omitted fields keep the adaptation's value."""
 
     bottleneck: int | None = Field(default=None, ge=1, le=SIZE)
     """Width of the bottleneck at these sites."""
 
     reduction: float | None = Field(default=None, gt=0)
-    """Width of what is read over that of the bottleneck, at these sites."""
+    """Input width divided by bottleneck width at these sites."""
 
     scale: float | None = None
-    """Factor of the result at these sites."""
+    """Factor applied to the result at these sites."""
 
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Probability of dropping an entry of the bottleneck at these sites."""
 
 
 class BottleneckSpec(MethodSpec):
-    """What all bottleneck adapters have. A subclass says what they read and where they add."""
+    """Fields common to all bottleneck adapters. A subclass defines what they read and where they add."""
 
     bottleneck: int | None = Field(default=None, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     reduction: float | None = Field(default=None, gt=0)
-    """Width of what is read over that of the bottleneck, rounded down: 16 makes 48 of 768."""
+    """Input width divided by bottleneck width, rounded down: 16 turns 768 into 48."""
 
     activation: Activation = "relu"
-    """The function between the two projections."""
+    """The activation function between the two projections."""
 
     bias: bool = True
     """Both projections have a bias."""
 
     init: Init = "lora"
-    """How the projections start; biases start at zero. `lora`: the first uniform in ±1/sqrt(in), the second zero, so
-    that the model is unchanged at first. `bert`: both normal with deviation 0.02. `houlsby`: both normal with deviation
-    0.001, cut off at twice that. `xavier`: both uniform in ±sqrt(6 / (in + out))."""
+    """How the projections are initialised; biases start at zero. `lora`: the first uniform in ±1/sqrt(in), the second
+    zero, so the model is initially unchanged. `bert`: both normal with standard deviation 0.02. `houlsby`: both normal
+    with standard deviation 0.001, truncated at twice that. `xavier`: both uniform in ±sqrt(6 / (in + out))."""
 
     init_std: float | None = Field(default=None, gt=0)
-    """Another deviation for `bert` or `houlsby`."""
+    """A different standard deviation for `bert` or `houlsby`."""
 
     scale: float | Literal["learned"] = 1.0
-    """Factor of the result; `learned`: a number that trains, and starts at 1."""
+    """Factor applied to the result; `learned`: a trainable scalar, initialised to 1."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an entry of the bottleneck while training."""
+    """Probability of dropping an entry of the bottleneck during training."""
 
     overrides: Items[BottleneckOverride] = ()
-    """Other values for some sites; the first that matches a site holds."""
+    """Other values for some sites; the first override that matches a site applies."""
 
     @model_validator(mode="after")
     def _one_width(self) -> Self:
@@ -150,11 +150,11 @@ class BottleneckSpec(MethodSpec):
 
 
 class Bottleneck(BottleneckSpec):
-    """Bottleneck adapter: `value + scale * up(activation(down(read)))`, wired as `reads` and `adds_to` say.
+    """Bottleneck adapter: `value + scale * up(activation(down(read)))`, wired by `reads` and `adds_to`.
 
-    On a sublayer (an attention or a feed-forward with its residual) it reads and adds at any of its values; on a linear
-    map it reads and adds at its input or its output. Named adapters of the literature are methods of their own
-    (`houlsby`, `pfeiffer`, `bapna_firat`, `adapter_l`, `he_parallel`, `he_sequential`, `llm_adapters`).
+    On a sublayer (an attention or a feed-forward part with its residual), it can read and add at any of the sublayer's
+    values; on a linear map, at its input or output. Named adapters from the literature are separate methods (`houlsby`,
+    `pfeiffer`, `bapna_firat`, `adapter_l`, `he_parallel`, `he_sequential`, `llm_adapters`).
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -169,21 +169,22 @@ class Bottleneck(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.sublayer")
-    """Which places of the model it is for; by default the feed-forward part of every layer."""
+    """Which sites of the model to adapt; by default the feed-forward part of every layer."""
 
     reduction: float | None = Field(default=16.0, gt=0)
-    """Width of what is read over that of the bottleneck, rounded down: 16 makes 48 of 768."""
+    """Input width divided by bottleneck width, rounded down: 16 turns 768 into 48."""
 
     reads: Place | None = None
-    """What goes into the adapter. Sublayers have `stream`, `normed`, `inner`, `projection`, `branch` (the default),
-    `sum` and `output`; linear maps have `input` (the default) and `output`."""
+    """The adapter's input. Sublayers have `stream`, `normed`, `inner`, `projection`, `branch` (the default), `sum` and
+    `output`; linear maps have `input` (the default) and `output`."""
 
     adds_to: Place | None = None
-    """What the result is added to: `inner`, `projection`, `branch` (the default) or `output` of a sublayer, `input` or
-    `output` (the default) of a linear map. Where it comes before what is read, what lies between is computed twice."""
+    """Where the result is added: `inner`, `projection`, `branch` (the default) or `output` of a sublayer, `input` or
+    `output` (the default) of a linear map. If this point comes before the one that is read, the computation in between
+    is repeated."""
 
     norm: Norm = "none"
-    """A layer norm of the adapter's own: `before` the first projection, `after` the second, or `both`."""
+    """The adapter's own layer norm: `before` the first projection, `after` the second, or `both`."""
 
     @model_validator(mode="after")
     def _wired_one_way(self) -> Self:

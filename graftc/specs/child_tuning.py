@@ -15,21 +15,21 @@ __all__ = ["ChildTuning"]
 
 
 class ChildTuning(BudgetSpec):
-    """Child-Tuning: fine-tuning of a child network, a part of all parameters.
+    """Child-Tuning: fine-tunes a child network, a subset of all parameters.
 
-    `F` takes another part at random in every step. What trains are copies in the base's dtype that stand in for the
-    base's tensors, as with `full`. Before an optimiser sees the gradient of an element, it is divided by `reserve_p` in
-    steps that keep the element, and zero in the others, so that the mean over steps is the gradient itself. Masks
-    follow from the seed, the tensor's name and the number of the step: they take no memory, the micro-batches of a step
-    share one, and a resumed training goes on with those that it would have had. Call `compiled.after_step()` after each
-    optimiser step, or give the Trainer `compiled.callback()`: it counts the steps, and without it every step has the
-    same masks (GC025). An element without a gradient still moves where an optimiser has momentum or weight decay, as in
-    the authors' code.
+    `F` draws a different random subset in every step. The trained tensors are copies in the base's dtype that stand in
+    for the base's tensors, as with `full`. Before the optimiser sees the gradient of an element, it is divided by
+    `reserve_p` in steps that keep the element and set to zero in all others, so the mean over steps is the gradient
+    itself. Masks are derived from the seed, the tensor's name and the step number: they take no memory, the
+    micro-batches of a step share one, and a resumed run continues with the same masks. Call `compiled.after_step()`
+    after each optimiser step, or give the Trainer `compiled.callback()`: it counts the steps, and without it every step
+    has the same masks (GC025). An element without a gradient still moves if the optimiser has momentum or weight decay,
+    as in the authors' code.
 
-    `D` takes one part for good, the share `reserve_p` of all layers' entries whose gradients had the largest mean
-    square over batches of examples: call `Compiled.select` before training. They train as differences to the base, so
-    that no optimiser can move another entry of the layers, which weight decay does in the authors' code. What is in no
-    layer trains as with `full`.
+    `D` selects one subset permanently: the share `reserve_p` of all entries in layers whose gradients had the largest
+    mean square over batches of examples. Call `Compiled.select` before training. These entries train as differences to
+    the base, so no optimiser can move any other entry of the layers, as weight decay does in the authors' code.
+    Parameters outside the layers train as with `full`.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -44,16 +44,17 @@ class ChildTuning(BudgetSpec):
     """The method's tag."""
 
     target: Target = Target(modules="**")
-    """Which places of the model it is for; by default all."""
+    """Which sites of the model to adapt; by default all."""
 
     variant: Literal["F", "D"] = "F"
-    """How the child network is chosen: `F` at random in every step, `D` once, by what examples say."""
+    """How the child network is chosen: `F` at random in every step, `D` once, based on examples."""
 
     reserve_p: float = Field(default=0.3, gt=0, le=1)
-    """Probability that a step keeps the gradient of an element; the share of the layers' entries that train, in `D`."""
+    """Probability that a step keeps the gradient of an element; with `D`, the share of the layers' entries that
+    train."""
 
     clip: float | None = Field(default=1.0, gt=0)
-    """Largest norm that a tensor's gradient has where examples choose; `null` for no limit."""
+    """Maximum norm of a tensor's gradient when selecting by examples; `null` for no limit."""
 
     def budget(self, total: int) -> int:
         """See `BudgetSpec.budget`."""

@@ -79,9 +79,10 @@ class CompositionSpec(SpecModel):
 
 
 class Stack(CompositionSpec):
-    """One after the other at each place, in this order: what stands later starts from what stands before it.
+    """Adaptations applied one after the other at each site, in this order: each one starts from the result of those
+    before it.
 
-    Adaptations of the same places are stacked anyway, in the order of the spec. Members may be other compositions.
+    Adaptations of the same sites stack by default, in spec order. Members may be other compositions.
     """
 
     kind: ClassVar[str] = "stack"
@@ -96,14 +97,14 @@ class Average(CompositionSpec):
     kind: ClassVar[str] = "average"
 
     average: Items[str] = Field(json_schema_extra=_SEVERAL)
-    """The adaptations; all at the same places."""
+    """The adaptations; all at the same sites."""
 
     weights: Items[float] | None = None
-    """A factor for each. Default: one over their number."""
+    """One factor for each adaptation. Default: one divided by their number."""
 
     of: Literal["outputs", "parameters"] = "outputs"
-    """`outputs`: what they add is averaged. `parameters`: their tensors are, which is one adaptation to compute, and
-    folds where the method does; they have to be alike but for their names."""
+    """`outputs`: average the adaptations' contributions. `parameters`: average their tensors, which costs only one
+    adaptation to compute, and folds if the method does; the adaptations must be identical except for their names."""
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> Self:
@@ -119,39 +120,41 @@ class Average(CompositionSpec):
 
 
 class Fuse(CompositionSpec):
-    """AdapterFusion: attention over what adaptations add, with what they read as the query (Pfeiffer et al. 2021)."""
+    """AdapterFusion: attention over the adaptations' contributions, with their input as the query (Pfeiffer et al.
+    2021)."""
 
     kind: ClassVar[str] = "fuse"
 
     fuse: Items[str] = Field(json_schema_extra=_SEVERAL)
-    """The adaptations; all at the same places, reading and adding the same values."""
+    """The adaptations; all at the same sites, reading and adding to the same values."""
 
     temperature: float = Field(default=1.0, gt=0)
-    """What scores are divided by before the softmax over adaptations."""
+    """Divisor of the scores before the softmax over adaptations."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping a score while training."""
+    """Probability of dropping a score during training."""
 
     values: bool = True
-    """What adaptations add goes through a square matrix of values, which starts near the identity."""
+    """Multiply the adaptations' contributions by a square value matrix, initialised near the identity."""
 
     regularization: float = Field(default=0.01, ge=0)
-    """Factor of the squared distance of the matrix of values from the identity, an objective beside the loss."""
+    """Factor of the squared distance of the value matrix from the identity, a term added to the loss."""
 
     train: Literal["fusion", "all"] = "fusion"
-    """`fusion`: the adaptations stay as they are, as in the paper's second stage. `all`: they train as well."""
+    """`fusion`: the adaptations stay frozen, as in the paper's second stage. `all`: they train as well."""
 
 
 class Split(CompositionSpec):
-    """Each adaptation has its own span of the sequence."""
+    """Each adaptation applies to its own span of the sequence."""
 
     kind: ClassVar[str] = "split"
 
     split: Items[str] = Field(json_schema_extra=_SEVERAL)
-    """The adaptations; all at the same places."""
+    """The adaptations; all at the same sites."""
 
     at: Items[Annotated[int, Field(ge=1)]]
-    """Where one span ends and the next begins: positions in the sequence from 0, one less than adaptations."""
+    """Where one span ends and the next begins: positions in the sequence, counted from 0, one fewer than
+    adaptations."""
 
     @model_validator(mode="after")
     def _spans_are_in_order(self) -> Self:
@@ -164,33 +167,33 @@ class Split(CompositionSpec):
 
 
 class Parallel(CompositionSpec):
-    """Every row of a batch goes through every adaptation: a batch of B comes out as one of n B, adaptation by
+    """Every row of a batch goes through every adaptation: a batch of size B becomes one of size n B, ordered by
     adaptation."""
 
     kind: ClassVar[str] = "parallel"
 
     parallel: Items[str] = Field(json_schema_extra=_SEVERAL)
-    """The adaptations, alike but for their names."""
+    """The adaptations, identical except for their names."""
 
 
 class Bank(CompositionSpec):
-    """Adaptations of one shape, of which every row of a batch, or every call, chooses one or a mixture.
+    """Adaptations of the same shape; each row of a batch, or each call, selects one of them or a mixture.
 
-    A call may give `adapter_ids`, one number (or name) for each row, or `adapter_weights`, `[rows, slots]`; without
-    either, the active one is used for all rows.
+    A call may pass `adapter_ids`, one number (or name) for each row, or `adapter_weights`, `[rows, slots]`; without
+    either, the active adaptation is used for all rows.
     """
 
     kind: ClassVar[str] = "bank"
     least: ClassVar[int] = 1
 
     bank: Items[str] = Field(json_schema_extra=_SOME)
-    """The adaptations, in the order of their slots; alike but for their names."""
+    """The adaptations, in slot order; identical except for their names."""
 
     share: Items[str] = Field(default=(), json_schema_extra={"uniqueItems": True})
-    """Parts of which all slots have one, by their names in print: `[norm_weight, norm_bias]`."""
+    """Parts that all slots have in common, by their printed names: `[norm_weight, norm_bias]`."""
 
     inputs: AdaptationName = "adapter"
-    """What the names of the inputs begin with."""
+    """Prefix of the names of the inputs."""
 
     @property
     def ids(self) -> str:
@@ -204,11 +207,11 @@ class Bank(CompositionSpec):
 
 
 class Gate(CompositionSpec):
-    """A number between 0 and 1 for each row, layer and adaptation, by which what it adds is multiplied.
+    """Multiplies the contribution of each adaptation by a gate between 0 and 1 for each row and layer.
 
-    The number is the mean over the row's tokens of `sigmoid(w x + b)`, with `x` what the adaptation reads
-    (UniPELT, Mao et al. 2022). Every adaptation has gates of its own at every place. The keys and values of a prefix
-    are both multiplied by one gate, which reads what the attention reads; shut, they still take part in the softmax.
+    The gate is the mean over the row's tokens of `sigmoid(w x + b)`, where `x` is the adaptation's input (UniPELT, Mao
+    et al. 2022). Every adaptation has its own gates at every site. The keys and values of a prefix are both multiplied
+    by one gate, which reads the attention's input; when the gate is closed, they still take part in the softmax.
     """
 
     kind: ClassVar[str] = "gate"
@@ -218,8 +221,8 @@ class Gate(CompositionSpec):
     """The adaptations, each with its own gate."""
 
     tokens: Literal["real", "all"] = "real"
-    """`real`: the mean is over tokens that the attention mask does not leave out. `all`: over padding too, as in the
-    paper's code, so that a gate depends on how long the padding is."""
+    """`real`: average over the tokens that the attention mask does not exclude. `all`: average over padding too, as in
+    the paper's code, so a gate depends on the length of the padding."""
 
 
 _KINDS: Mapping[str, type[CompositionSpec]] = {c.kind: c for c in (Stack, Average, Fuse, Split, Parallel, Bank, Gate)}

@@ -12,11 +12,11 @@ __all__ = ["CrossAttention"]
 
 
 class CrossAttention(MethodSpec):
-    """Fine-tuning of cross-attention: the projections of every attention from one stack to the other train.
+    """Cross-attention fine-tuning: trains the projections of every attention from one stack to the other.
 
-    It is for models of two stacks, to take a translation model to another language; new words have rows of their own
-    with `tokens:`. The encoder stays as it is, to the bit. What trains are copies, as with `full`; folding puts the
-    trained values in their places.
+    It is meant for encoder-decoder models, to adapt a translation model to another language; new words get their own
+    rows with `tokens:`. The encoder stays unchanged bit for bit. The trained tensors are copies, as with `full`;
+    folding writes the trained values in their place.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -31,4 +31,4 @@ class CrossAttention(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(role="cross.attn.{q,k,v,o}")
-    """Which places of the model it is for; by default the four projections of every cross-attention."""
+    """Which sites of the model to adapt; by default the four projections of every cross-attention."""

@@ -18,28 +18,28 @@ Stretch = Annotated[tuple[Annotated[float, Field(lt=0)], Annotated[float, Field(
 
 
 class DiffPruning(StagedSpec):
-    """Diff pruning: a sparse difference to the base's tensors, `W' = W + z z_group w`, found by gates under a penalty.
+    """Diff pruning: a sparse difference to the base's tensors, `W' = W + z z_group w`, found by penalised gates.
 
-    It takes two trainings. In the first one each entry of the target has a difference `w`, zero at first, and a gate
-    `z = clip(sigmoid(log(u / (1 - u)) + alpha) (high - low) + low, 0, 1)`, with `u` uniform between 0.0001 and 0.9999,
-    drawn anew in every forward pass, and `low` and `high` those of `stretch`. Each tensor has one more gate. All are
-    float32 (float64 for a base of float64): `<tensor>_w` and `<tensor>_alpha` of the tensor's shape, and
-    `<tensor>_group` with one element. A layer that is computed again has the same noise, and the backward pass keeps a
-    seed instead of the gates. In eval mode, and when merging, gates are those without noise, `u = 1/2`; the authors
-    evaluate with drawn ones.
+    It takes two training runs. In the first, each entry of the target has a difference `w`, initialised to zero, and a
+    gate `z = clip(sigmoid(log(u / (1 - u)) + alpha) (high - low) + low, 0, 1)`, where `u` is uniform between 0.0001 and
+    0.9999, drawn again in every forward pass, and `low` and `high` are the values of `stretch`. Each tensor has one
+    additional gate. All are float32 (float64 for a float64 base): `<tensor>_w` and `<tensor>_alpha` have the tensor's
+    shape, and `<tensor>_group` has one element. A recomputed layer has the same noise, and the backward pass keeps a
+    seed instead of the gates. Eval mode and merging use the gates without noise, `u = 1/2`; the authors evaluate with
+    drawn gates.
 
-    A training loop adds `compiled.extra_loss()`, which is `penalty` times how many gates are open on average, where
-    `P(z > 0)` is `sigmoid(alpha - log(-low / high))`. Gates of tensors add theirs, as in the authors' code; in the
-    paper's penalty they multiply those of their entries, see `group_penalty`.
+    A training loop adds `compiled.extra_loss()`, which is `penalty` times the expected number of open gates, where `P(z
+    > 0)` is `sigmoid(alpha - log(-low / high))`. The gates of tensors are added to this number, as in the authors'
+    code; in the paper's penalty they multiply the gates of their entries, see `group_penalty`.
 
-    The second training starts from as many of the largest `|z z_group w|` of all tensors together as the budget says,
-    of equal ones the first. These entries train as in `mask`, and all others are the base's to the bit. Without values
-    from a first one it starts from random entries.
+    The second training run starts from the largest `|z z_group w|` across all tensors, as many as the budget allows,
+    the first ones in case of ties. These entries train as in `mask`, and all others equal the base's bit for bit.
+    Without values from a first run, it starts from random entries.
 
-    The authors train two groups of parameters in the first training, `w` with a learning rate of 1e-5 to 5e-5 and
-    gates (names that end in `_alpha` or `_group`) with 0.1, both by AdamW, with gradients clipped to a norm of 1. With
-    `w`, `alpha` and `W'` beside `W` it takes about four times the model's memory, before gradients and the optimiser's
-    state, which are those of two models. A head that gives the outputs is passed over: name it in `train:`.
+    In the first run the authors train two parameter groups, `w` with a learning rate of 1e-5 to 5e-5 and the gates
+    (names that end in `_alpha` or `_group`) with 0.1, both with AdamW and gradients clipped to a norm of 1. With `w`,
+    `alpha` and `W'` in addition to `W`, it takes about four times the model's memory, before gradients and optimiser
+    state, which are those of two models. A head that produces the outputs is skipped: name it in `train:`.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -56,29 +56,29 @@ class DiffPruning(StagedSpec):
     """The method's tag."""
 
     density: float | None = Field(default=None, gt=0, le=1)
-    """Share of the target's entries that are left for the second training, rounded down; 0.005 by default."""
+    """Share of the target's entries that are left for the second training run, rounded down; 0.005 by default."""
 
     entries: int | None = Field(default=None, ge=1)
-    """How many entries are left, instead of a share."""
+    """Number of entries that are left, instead of a share."""
 
     stage: int = Field(default=1, ge=1, le=2)
-    """Which of its two trainings this is: gates, or the entries that are left; recipes count it."""
+    """Which of its two training runs this is: the gates, or the remaining entries; recipes count it."""
 
     structured: bool = True
-    """Whether each tensor has a gate too, beside those of its entries."""
+    """Whether each tensor has a gate too, in addition to those of its entries."""
 
     penalty: float = Field(default=1.25e-7, ge=0)
-    """Weight of the number of open gates; 0 leaves the term out."""
+    """Weight of the number of open gates; 0 omits the term."""
 
     group_penalty: Literal["sum", "product"] = "sum"
-    """How gates of tensors count in the penalty: beside those of their entries, as in the authors' code, or times them,
-    as in the paper."""
+    """How the gates of tensors enter the penalty: added to those of their entries, as in the authors' code, or
+    multiplied with them, as in the paper."""
 
     stretch: Stretch = (-1.5, 1.5)
-    """What gates are stretched to before they are clipped to 0 and 1."""
+    """The interval to which gates are stretched before they are clipped to 0 and 1."""
 
     initial_alpha: float = 5.0
-    """What `alpha` starts at, of entries and of tensors: gates are all but open."""
+    """Initial value of `alpha`, for entries and for tensors: gates start almost fully open."""
 
     @property
     def shift(self) -> float:

@@ -70,7 +70,7 @@ Adaptation: TypeAlias = Annotated[MethodSpec, _AnyMethod()]
 
 
 class Tokens(SpecModel):
-    """New tokens: trainable rows in the table of embeddings and in the head, which may be tied."""
+    """New tokens: trainable rows in the embedding table and in the head, which may be tied."""
 
     add: Items[str] = Field(
         max_length=TOKENS,
@@ -79,8 +79,8 @@ class Tokens(SpecModel):
     """The tokens, in the order of their ids. Give the tokenizer the same ones, in the same order."""
 
     first: int | None = Field(default=None, ge=0)
-    """Id of the first one. Default: the first id behind the table. A smaller one uses rows that the table has to
-    spare, as tables padded to a round number do."""
+    """Id of the first new token. Default: the first id after the end of the table. A smaller id uses spare rows of the
+    table, as in tables padded to a round number."""
 
     @field_validator("add")
     @classmethod
@@ -97,17 +97,17 @@ class Tokens(SpecModel):
 
 
 class Budget(SpecModel):
-    """How far folding may move outputs."""
+    """How far folding may change the outputs."""
 
     logits: float | None = Field(default=None, ge=0)
     """Largest allowed absolute difference of logits in the deployment dtype. Default: by dtype."""
 
 
 class FoldOptions(SpecModel):
-    """How adaptations are folded."""
+    """Options for folding adaptations."""
 
     budget: Budget = Budget()
-    """What the certificate of a fold must keep to."""
+    """The budget that the certificate of a fold must not exceed."""
 
 
 class Spec(SpecModel):
@@ -124,22 +124,22 @@ class Spec(SpecModel):
     """The adaptations, inserted in this order."""
 
     train: PatternList = ()
-    """Globs of modules that train in full beside the adaptations."""
+    """Globs of modules that train in full alongside the adaptations."""
 
     compose: Compositions = ()
-    """How adaptations of the same places work together: one composition, or a list of them. Left out, they stack."""
+    """How adaptations of the same sites are combined: one composition, or a list of them. By default they stack."""
 
     tokens: Tokens | None = None
     """Tokens to add, with trainable embeddings."""
 
     untie: PatternList = ()
-    """Globs of modules that share a tensor with others and get it for themselves, so that it can be folded."""
+    """Globs of modules that share a tensor with others and get their own copy of it, so that it can be folded."""
 
     checkpoint: Literal["layers"] | None = None
     """`layers`: recompute each layer's activations in the backward pass instead of keeping them."""
 
     fold: FoldOptions = FoldOptions()
-    """What folding has to keep to."""
+    """Constraints on folding."""
 
     _source: Source = PrivateAttr(default_factory=Source)
 

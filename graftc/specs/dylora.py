@@ -16,16 +16,16 @@ __all__ = ["DyLoRA"]
 class DyLoRA(MethodSpec):
     """Low-rank adaptation for many ranks: `y = W x + b + (alpha / r) B[:, :r] A[:r] dropout(x)`.
 
-    `A` is `[rank, in]`, uniform in ±1/sqrt(in) at first, and `B` is `[out, rank]`, zeros, both in the weight's dtype,
-    so that before training the adapted layer computes exactly what the base computes. In every forward pass while
-    training one `r`, the same for all sites, is drawn uniformly from 1 to `rank`. With gradient accumulation every
-    micro-batch has its own (the authors draw once per optimiser step).
+    `A` is `[rank, in]`, initially uniform in ±1/sqrt(in), and `B` is `[out, rank]`, initially zeros, both in the
+    weight's dtype, so before training the adapted layer computes exactly what the base computes. Every forward pass in
+    training draws one `r`, the same for all sites, uniformly from 1 to `rank`. With gradient accumulation every
+    micro-batch draws its own (the authors draw once per optimiser step).
 
     In eval mode, in exports and when folding, `r` is the deployed rank, which is `rank` until
-    `compiled.deploy_rank(name, r)` sets it; it is kept with the tensors. The update for a rank is a part of that for
-    every higher one, and folds exactly.
+    `compiled.deploy_rank(name, r)` sets it; it is saved with the tensors. The update for a rank is part of the update
+    for every higher rank, and folds exactly.
 
-    Rows that the pass does not train have zero gradient. AdamW moves them all the same, by its momentum and its weight
+    Rows that the pass does not train have zero gradient. AdamW moves them nevertheless, through its momentum and weight
     decay: that only one row changes holds for gradients, and for plain SGD.
     """
 
@@ -54,10 +54,10 @@ class DyLoRA(MethodSpec):
     ones take part without a gradient. False trains all of the first `r`."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an input of the branch while training."""
+    """Probability of dropping an input of the branch during training."""
 
     dropout_mask: Literal["saved", "recomputed"] = "saved"
-    """What the backward pass has of the dropout mask: the mask itself, or a seed to make it anew from."""
+    """What is saved of the dropout mask for the backward pass: the mask itself, or a seed to recompute it from."""
 
     dropout_scope: Literal["input", "target"] = "input"
     """Whether sites that read the same input share one dropout mask, or each has its own."""

@@ -15,14 +15,14 @@ TENSORS = frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS, Site
 
 
 class Full(MethodSpec):
-    """Full fine-tuning: every parameter of the model trains, or every one of the places that a target selects.
+    """Full fine-tuning: trains every parameter of the model, or every parameter of the sites that a target selects.
 
-    What trains are copies in the base's dtype that stand in for the base's tensors, so the base is never written, other
-    adaptations beside it see it as it was, and the model is unchanged to the bit at first. A tensor that is used in
-    several places (a head tied to the table of words) has one copy. What no output needs is left out. Folding puts the
-    trained values in their places.
+    The trained tensors are copies in the base's dtype that stand in for the base's tensors, so the base is never
+    written, other adaptations alongside see it unchanged, and the model is initially unchanged bit for bit. A tensor
+    that is used in several places (a head tied to the embedding table) has one copy. Parameters that no output depends
+    on are left out. Folding writes the trained values in their place.
 
-    `train:` does the same for modules beside an adaptation; this is an adaptation of its own, with roles and layers.
+    `train:` does the same for modules alongside an adaptation; this is an adaptation of its own, with roles and layers.
     """
 
     claims: ClassVar[Claims] = Claims(sites=TENSORS, identity_at_init=True, folds=FoldKind.EXACT)
@@ -34,4 +34,4 @@ class Full(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(modules="**")
-    """Which places of the model it is for; by default all."""
+    """Which sites of the model to adapt; by default all."""

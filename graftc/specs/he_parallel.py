@@ -16,11 +16,11 @@ __all__ = ["HeParallel"]
 
 
 class HeParallel(BottleneckSpec):
-    """Parallel adapters: `g + scale * up(relu(down(x)))`, where `x` is what the sublayer starts from.
+    """Parallel adapters: `g + scale * up(relu(down(x)))`, where `x` is the input of the sublayer.
 
-    `x` is the residual stream, before the norm in models whose norms stand before their sublayers, and `g` the branch
-    before it is added. On an attention (`target: {role: attn.sublayer}`) the result is added to its heads, before the
-    output projection. With `init: lora` the model is unchanged at first.
+    `x` is the residual stream, before the norm in pre-norm models, and `g` is the branch before it is added. On an
+    attention (`target: {role: attn.sublayer}`) the result is added to its heads, before the output projection. With
+    `init: lora` the model is initially unchanged.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -33,20 +33,20 @@ class HeParallel(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.sublayer")
-    """Which places of the model it is for; by default the feed-forward part of every layer."""
+    """Which sites of the model to adapt; by default the feed-forward part of every layer."""
 
     bottleneck: int | None = Field(default=512, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     activation: Activation = "relu"
-    """The function between the two projections."""
+    """The activation function between the two projections."""
 
     init: Init = "lora"
-    """How the projections start: `lora`, the first uniform in ±1/sqrt(in), the second zero."""
+    """How the projections are initialised: `lora`, the first uniform in ±1/sqrt(in), the second zero."""
 
     scale: float | Literal["learned"] = 4.0
-    """Factor of the result: 4 for summarisation and translation, 2 for GLUE in the paper; `learned`: a number that
-    trains, and starts at 1."""
+    """Factor applied to the result: 4 for summarisation and translation, 2 for GLUE in the paper; `learned`: a
+    trainable scalar, initialised to 1."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
         """See `BottleneckSpec.wiring`."""

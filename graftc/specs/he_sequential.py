@@ -18,8 +18,8 @@ __all__ = ["HeSequential"]
 class HeSequential(BottleneckSpec):
     """Sequential adapters: `g + scale * up(relu(down(g)))` on a sublayer's branch, before the residual is added.
 
-    The counterpart of `he_parallel` in the unified view: Houlsby's place with another start. With `init: lora` the
-    model is unchanged at first.
+    This is the counterpart of `he_parallel` in the unified view: at the same position as Houlsby adapters, with a
+    different initialisation. With `init: lora` the model is initially unchanged.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -32,16 +32,16 @@ class HeSequential(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.sublayer")
-    """Which places of the model it is for; by default the feed-forward part of every layer."""
+    """Which sites of the model to adapt; by default the feed-forward part of every layer."""
 
     bottleneck: int | None = Field(default=512, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     activation: Activation = "relu"
-    """The function between the two projections."""
+    """The activation function between the two projections."""
 
     init: Init = "lora"
-    """How the projections start: `lora`, the first uniform in ±1/sqrt(in), the second zero."""
+    """How the projections are initialised: `lora`, the first uniform in ±1/sqrt(in), the second zero."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
         """See `BottleneckSpec.wiring`."""

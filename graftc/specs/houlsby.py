@@ -21,9 +21,9 @@ __all__ = ["Houlsby"]
 class Houlsby(BottleneckSpec):
     """Houlsby adapters: `a + up(gelu(down(a)))` on the branches of every attention and feed-forward part.
 
-    They stand behind the output projection and its dropout, before the residual is added. The paper trains the
-    normalisations as well (`norms: true`). With `init: houlsby` the model is the base's up to about one part in ten
-    thousand at first.
+    They are placed after the output projection and its dropout, before the residual is added. The paper trains the
+    normalisations as well (`norms: true`). With `init: houlsby` the model initially differs from the base by about one
+    part in ten thousand.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -35,19 +35,19 @@ class Houlsby(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role=("attn.sublayer", "ffn.sublayer"))
-    """Which places of the model it is for; by default every attention and feed-forward part."""
+    """Which sites of the model to adapt; by default every attention and feed-forward part."""
 
     bottleneck: int | None = Field(default=64, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     activation: Activation = "gelu_tanh"
-    """The function between the two projections."""
+    """The activation function between the two projections."""
 
     init: Init = "houlsby"
-    """How the projections start: `houlsby`, normal with deviation 0.001, cut off at twice that."""
+    """How the projections are initialised: `houlsby`, normal with standard deviation 0.001, truncated at twice that."""
 
     norms: bool = False
-    """Train the scale and the shift of every normalisation as well, as the paper does."""
+    """Also train the scale and the shift of every normalisation, as the paper does."""
 
     @model_validator(mode="after")
     def _norms_are_places(self) -> Self:

@@ -15,23 +15,23 @@ Side = Literal["auto", "output", "input"]
 
 
 class IA3Override(Override):
-    """Another side for some of the sites of (IA)^3."""
+    """A different side for some of the sites of (IA)^3."""
 
     side: Side | None = None
-    """Which end of the map is scaled at these sites."""
+    """Which side of the map is scaled at these sites."""
 
 
 class IA3(MethodSpec):
     """Learned vectors that scale keys, values and inner activations: `l * (W x + b)` or `W (l * x) + b`.
 
-    (IA)^3 stands for infused adapter by inhibiting and amplifying inner activations.
-    Every attention has a vector for its keys and one for its values, `[out]` of the projection, cross-attentions
-    included; every feed-forward part has one for its inner activations, `[in]` of the projection back to the model's
-    width. They are in the weight's dtype and start as ones, so that the model is unchanged to the bit. Each folds
+    (IA)^3 stands for infused adapter by inhibiting and amplifying inner activations. Every attention, including
+    cross-attention, has a vector for its keys and one for its values, with the size `[out]` of the projection; every
+    feed-forward part has one for its inner activations, with the size `[in]` of the projection back to the model's
+    width. They are in the weight's dtype and initialised to ones, so the model is unchanged bit for bit. Each folds
     exactly: into rows of a weight and its bias, or into columns of a weight.
 
-    `target` has these places as its default and may name others. Experts are not adapted: in a model whose feed-forward
-    parts are all experts, name the roles of the attentions.
+    By default `target` selects these sites; it may name others. Experts are not adapted: in a model whose feed-forward
+    parts are all experts, name the attention roles.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -45,12 +45,12 @@ class IA3(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(role=("attn.k", "attn.v", "ffn.down"))
-    """Which places of the model it is for; by default keys, values and inner activations of every layer."""
+    """Which sites of the model to adapt; by default the keys, values and inner activations of every layer."""
 
     side: Side = "auto"
-    """`output`: scale what the map gives, its bias included, by a vector of `[out]`. `input`: scale what it reads, by
-    one of `[in]`; not possible for convolutions over more than a point. `auto`: `input` for sites of the role
-    `ffn.down`, `output` for all others."""
+    """`output`: scale the map's output, including its bias, by a vector of size `[out]`. `input`: scale its input by a
+    vector of size `[in]`; not possible for convolutions with a kernel larger than one point. `auto`: `input` for sites
+    with the role `ffn.down`, `output` for all others."""
 
     overrides: Items[IA3Override] = ()
-    """Other sides for some sites; the first that matches a site holds."""
+    """Other sides for some sites; the first override that matches a site applies."""

@@ -17,11 +17,11 @@ __all__ = ["LastLayers"]
 
 
 class LastLayers(MethodSpec):
-    """Fine-tuning of the last `count` layers: all of their parameters train, the others stay.
+    """Fine-tuning of the last `count` layers: trains all of their parameters; the others stay unchanged.
 
-    In a model of two stacks these are the last of each; `layers` of a target say otherwise. The backward pass ends at
-    the first layer that trains. What trains are copies, as with `full`; the norm behind the layers can be named beside
-    it with `norms`.
+    In an encoder-decoder model these are the last layers of each stack; use the `layers` of a target to change this.
+    The backward pass ends at the first layer that trains. The trained tensors are copies, as with `full`; to train the
+    norm after the layers too, add `norms`.
     """
 
     claims: ClassVar[Claims] = Claims(sites=TENSORS, identity_at_init=True, folds=FoldKind.EXACT)
@@ -31,7 +31,7 @@ class LastLayers(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(modules="**", layers="-2:")
-    """Which places of the model it is for; by default all of the last `count` layers."""
+    """Which sites of the model to adapt; by default all of the last `count` layers."""
 
     count: int = Field(default=2, ge=1, le=SIZE)
     """How many layers of each stack train."""

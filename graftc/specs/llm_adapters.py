@@ -21,8 +21,8 @@ class LLMAdapters(BottleneckSpec):
 
     `input`: `W (x + s U f(D x))`. `output`: `z + s U f(D z)` with `z = W x`. `parallel`: `W x + s U f(D x)`. `series`
     is `output` on the maps that end a sublayer and `input` on all others. The paper's best placements are series on
-    `ffn.down`, which is the default, and parallel on `ffn.up` and `ffn.down`. With `init: bert` the model is not the
-    base's at first.
+    `ffn.down`, which is the default, and parallel on `ffn.up` and `ffn.down`. With `init: bert` the model initially
+    differs from the base.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -37,22 +37,22 @@ class LLMAdapters(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.down")
-    """Which places of the model it is for; by default the projections back to the model's width."""
+    """Which sites of the model to adapt; by default the projections back to the model's width."""
 
     placement: Literal["series", "input", "output", "parallel"] = "series"
-    """Where the adapter stands: see above."""
+    """Where the adapter is placed: see above."""
 
     bottleneck: int | None = Field(default=256, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     activation: Activation = "tanh"
-    """The function between the two projections."""
+    """The activation function between the two projections."""
 
     bias: bool = False
     """Both projections have a bias."""
 
     init: Init = "bert"
-    """How the projections start: `bert`, normal with deviation 0.02."""
+    """How the projections are initialised: `bert`, normal with standard deviation 0.02."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
         """See `BottleneckSpec.wiring`."""

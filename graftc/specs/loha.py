@@ -14,7 +14,7 @@ __all__ = ["LoHa", "LoHaOverride"]
 
 
 class LoHaOverride(Override):
-    """Other values of LoHa for some of its sites; what is left out keeps the adaptation's value."""
+    """Other values of LoHa for some of its sites; omitted fields keep the adaptation's value."""
 
     rank: int | None = Field(default=None, ge=1, le=SIZE)
     """Rank of both products at these sites."""
@@ -26,12 +26,12 @@ class LoHaOverride(Override):
 class LoHa(MethodSpec):
     """Low-rank Hadamard product: `W + s (B1 A1) * (B2 A2)`, elementwise, with `s = alpha / rank`.
 
-    `A1` and `A2` are `[rank, in]`, `B1` and `B2` are `[out, rank]`, all in the weight's dtype. The product has up to
-    `rank` squared ranks with the parameters of twice the rank. `A2` starts as zeros, so that the model is unchanged at
-    first; the update folds exactly into `W`.
+    `A1` and `A2` are `[rank, in]`, `B1` and `B2` are `[out, rank]`, all in the weight's dtype. The product has a rank
+    of up to `rank` squared, with the parameters of twice the rank. `A2` is initialised to zeros, so the model is
+    initially unchanged; the update folds exactly into `W`.
 
-    Linear maps are layers, convolutions (`in` counts the entries of a patch) and experts (factors for each of them).
-    A forward pass makes the whole update, a matrix of the weight's size, at every site.
+    Linear maps are layers, convolutions (`in` counts the entries of a patch) and experts (separate factors for each). A
+    forward pass materialises the whole update, a matrix of the weight's size, at every site.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -52,7 +52,7 @@ class LoHa(MethodSpec):
     """Numerator of the scaling."""
 
     overrides: Items[LoHaOverride] = ()
-    """Other values for some sites; the first that matches a site holds."""
+    """Other values for some sites; the first override that matches a site applies."""
 
     @property
     def scaling(self) -> float:

@@ -16,7 +16,7 @@ __all__ = ["LoKr", "LoKrOverride"]
 
 
 class LoKrOverride(Override):
-    """Other values of LoKr for some of its sites; what is left out keeps the adaptation's value."""
+    """Other values of LoKr for some of its sites; omitted fields keep the adaptation's value."""
 
     rank: int | None = Field(default=None, ge=1, le=SIZE)
     """Rank of the decomposed factors at these sites."""
@@ -28,14 +28,14 @@ class LoKrOverride(Override):
 class LoKr(MethodSpec):
     """Low-rank Kronecker product: `W + s C ⊗ D` with `s = alpha / rank`.
 
-    `out` and `in` are each split into two numbers, `out = c1 d1` and `in = c2 d2`; `C` is `[c1, c2]` and `D`, as a rule
+    `out` and `in` are each split into two factors, `out = c1 d1` and `in = c2 d2`; `C` is `[c1, c2]` and `D`, usually
     the larger one, is `[d1, d2]`. `D` is the product of `DB`, `[d1, rank]`, and `DA`, `[rank, d2]`, unless the rank is
-    at least half of its larger side; then it is one full matrix. `C` is full, or with `decompose_both` treated in the
-    same way. All are in the weight's dtype. `C` starts as zero (decomposed: `CB`), so that the model is unchanged at
-    first; the update folds exactly into `W`.
+    at least half of its larger side; then it is one full matrix. `C` is full, or treated in the same way with
+    `decompose_both`. All are in the weight's dtype. `C` is initialised to zero (if decomposed, `CB` is), so the model
+    is initially unchanged; the update folds exactly into `W`.
 
-    Linear maps are layers, convolutions (`in` counts the entries of a patch, and is what is split) and experts (factors
-    for each of them). A forward pass makes the whole update, a matrix of the weight's size, at every site.
+    Linear maps are layers, convolutions (`in` counts the entries of a patch, and is split) and experts (separate
+    factors for each). A forward pass materialises the whole update, a matrix of the weight's size, at every site.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -50,21 +50,22 @@ class LoKr(MethodSpec):
     """The method's tag."""
 
     rank: int = Field(default=8, ge=1, le=SIZE)
-    """Rank of the decomposed factors, and denominator of the scaling also where none is decomposed. A rank of half the
-    larger side of a factor or more leaves that factor full."""
+    """Rank of the decomposed factors, and denominator of the scaling even if nothing is decomposed. A rank of at least
+    half the larger side of a factor leaves that factor full."""
 
     alpha: float = Field(default=8.0, gt=0)
     """Numerator of the scaling."""
 
     factor: int = Field(default=-1, ge=-1, json_schema_extra={"not": {"const": 0}})
-    """The first number of each split, where it divides the side; otherwise the largest divisor that is at most this and
-    at most the root of the side. -1: the largest divisor that is at most the root, for the most even split."""
+    """The first number of each split, if it divides the side; otherwise the largest divisor that is at most this number
+    and at most the square root of the side. -1: the largest divisor that is at most the square root, for the most even
+    split."""
 
     decompose_both: bool = False
     """Decompose `C` as well."""
 
     overrides: Items[LoKrOverride] = ()
-    """Other values for some sites; the first that matches a site holds."""
+    """Other values for some sites; the first override that matches a site applies."""
 
     @field_validator("factor")
     @classmethod

@@ -15,7 +15,7 @@ __all__ = ["LoRA", "LoRAOverride"]
 
 
 class LoRAOverride(Override):
-    """Other values of LoRA for some of its sites; what is left out keeps the adaptation's value."""
+    """Other values of LoRA for some of its sites; omitted fields keep the adaptation's value."""
 
     rank: int | None = Field(default=None, ge=1, le=SIZE)
     """Rank of the update at these sites."""
@@ -33,9 +33,9 @@ class LoRAOverride(Override):
 class LoRA(MethodSpec):
     """Low-rank adaptation of linear maps: `y = W x + b + s B A dropout(x)` with `s = alpha / rank`.
 
-    Linear maps are layers, convolutions, tables of embeddings, and experts (one pair of factors each). `A` is
-    `[rank, in]` and `B` is `[out, rank]`, both in the weight's dtype. Before training the adapted layer computes
-    exactly what the base computes, and `s B A` folds exactly into `W`.
+    Linear maps are layers, convolutions, embedding tables, and experts (one pair of factors each). `A` is `[rank, in]`
+    and `B` is `[out, rank]`, both in the weight's dtype. Before training the adapted layer computes exactly what the
+    base computes, and `s B A` folds exactly into `W`.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -59,29 +59,29 @@ class LoRA(MethodSpec):
     """Numerator of the scaling."""
 
     rslora: bool = False
-    """Scale by `alpha / sqrt(rank)`, which keeps the size of updates alike over ranks."""
+    """Scale by `alpha / sqrt(rank)`, which keeps the magnitude of updates similar across ranks."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an input of the branch while training."""
+    """Probability of dropping an input of the branch during training."""
 
     dropout_mask: Literal["saved", "recomputed"] = "saved"
-    """What the backward pass has of the dropout mask: the mask itself, or a seed to make it anew from (less
+    """What is saved of the dropout mask for the backward pass: the mask itself, or a seed to recompute it from (less
     memory, more time)."""
 
     dropout_scope: Literal["input", "target"] = "input"
     """`input`: the sites of the adaptation that read the same input share one mask, which saves memory. `target`: each
-    site has a mask of its own, as in PEFT."""
+    site has its own mask, as in PEFT."""
 
     init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
-    """`kaiming`: A uniform in ±1/sqrt(in), B zero. `gaussian`: A normal with deviation 1/rank, B zero. In a table of
-    embeddings both make A zero and B standard normal. `pissa`: principal singular vectors of W. `olora`: its QR
-    factors. The last two subtract their initial product, so that the model is unchanged at first."""
+    """`kaiming`: A uniform in ±1/sqrt(in), B zero. `gaussian`: A normal with standard deviation 1/rank, B zero. In an
+    embedding table both make A zero and B standard normal. `pissa`: principal singular vectors of W. `olora`: its QR
+    factors. The last two subtract their initial product, so the model is initially unchanged."""
 
     bias: Literal["none", "lora_only", "all"] = "none"
-    """Which biases train as well: none, those of the adapted layers, or all of the model."""
+    """Which biases train as well: none, those of the adapted layers, or all biases of the model."""
 
     overrides: Items[LoRAOverride] = ()
-    """Other values for some sites; the first that matches a site holds."""
+    """Other values for some sites; the first override that matches a site applies."""
 
     @property
     def scaling(self) -> float:

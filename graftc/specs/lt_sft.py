@@ -14,16 +14,17 @@ __all__ = ["LTSFT"]
 
 
 class LTSFT(StagedSpec):
-    """LT-SFT: everything trains, what has changed most is chosen, all goes back, and the chosen entries train alone.
+    """LT-SFT: everything trains, the most changed entries are selected, all is reset, and these entries train alone.
 
-    Two trainings for each iteration: a dense one, which needs the memory of full fine-tuning, and a sparse one, which
-    starts from where the dense one started. `Compiled.advance` goes from one to the next, and `graftc.tune` runs all.
-    Every iteration adds its share of the budget to what was chosen before, and starts from what the one before has
-    trained. What `train:` names, a head, trains in full in both, and goes back too.
+    Each iteration takes two training runs: a dense one, which needs the memory of full fine-tuning, and a sparse one,
+    which starts from the same point as the dense one. `Compiled.advance` moves from one to the next, and `graftc.tune`
+    runs all of them. Every iteration adds its share of the budget to the entries selected before, and starts from the
+    values that the previous iteration trained. Modules named in `train:`, such as a head, train in full in both runs,
+    and are reset too.
 
-    The result adds to a base, so that fine-tunes of a task and of a language can be put on one another:
-    `Compiled.joined`. Of equal changes the first are chosen, so that there are exactly as many entries as the budget
-    says; the authors' code takes all of them, and drops changes below 1e-7 when it keeps the result.
+    The result adds to a base, so fine-tunes of a task and of a language can be combined: `Compiled.joined`. In case of
+    equal changes the first entries are selected, so there are exactly as many entries as the budget requires; the
+    authors' code takes all of them, and drops changes below 1e-7 when it saves the result.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -36,10 +37,10 @@ class LTSFT(StagedSpec):
     """The method's tag."""
 
     iterations: int = Field(default=1, ge=1)
-    """In how many turns the entries are chosen."""
+    """Number of rounds in which the entries are selected."""
 
     penalty: float = Field(default=0.0, ge=0)
-    """Weight of the mean distance of an entry from the base, a term beside the loss."""
+    """Weight of the mean distance of an entry from the base, a term added to the loss."""
 
     @property
     def dense(self) -> bool:

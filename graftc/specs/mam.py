@@ -22,24 +22,24 @@ class MAMPrefix(PrefixPart):
     """The prefix of MAM adapters."""
 
     length: int = Field(default=30, ge=1, le=SIZE)
-    """How many positions the prefix has."""
+    """Number of positions in the prefix."""
 
     reparameterization: Reparameterization | None = Reparameterization(hidden=800)
-    """The network that gives keys and values while training; `null` trains themselves."""
+    """The network that produces the keys and values during training; `null` trains them directly."""
 
 
 class MAMAdapter(AdapterPart):
-    """The parallel adapters of MAM adapters, wired as `he_parallel`; without a width their bottleneck is 512."""
+    """The parallel adapters of MAM adapters, wired as `he_parallel`; if no width is given, their bottleneck is 512."""
 
     scale: float | Literal["learned"] = 4.0
-    """Factor of the result; `learned`: a number that trains, and starts at 1."""
+    """Factor applied to the result; `learned`: a trainable scalar, initialised to 1."""
 
 
 class MAM(PartsSpec):
     """MAM adapters: a prefix in front of every attention's keys, and a parallel adapter at every feed-forward part.
 
-    Both are as `prefix` and `he_parallel` have them, without gates: a small bottleneck where attention is changed, a
-    wide one beside the feed-forward part. The adapters change nothing at first; the prefix does.
+    Both work as in `prefix` and `he_parallel`, without gates: attention is changed with a small bottleneck, the
+    feed-forward part has a wide parallel one. The adapters initially change nothing; the prefix does.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -52,13 +52,13 @@ class MAM(PartsSpec):
     """The method's tag."""
 
     target: Target = Target(role=["attn", "ffn.sublayer"])
-    """Which places of the model it is for; by default every attention, and the feed-forward part of every layer."""
+    """Which sites of the model to adapt; by default every attention, and the feed-forward part of every layer."""
 
     prefix: MAMPrefix = MAMPrefix()
-    """The keys and values in front of every attention's own."""
+    """The keys and values prepended to those of every attention."""
 
     adapter: MAMAdapter = MAMAdapter()
-    """The adapters beside the feed-forward parts."""
+    """The adapters parallel to the feed-forward parts."""
 
     def part_specs(self) -> Mapping[SiteKind, MethodSpec]:
         """See `PartsSpec.part_specs`."""

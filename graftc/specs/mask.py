@@ -12,15 +12,17 @@ __all__ = ["Mask"]
 
 
 class Mask(SelectionSpec):
-    """Sparse fine-tuning: some entries of the base's tensors train, chosen once, and the others stay to the bit.
+    """Sparse fine-tuning: trains some entries of the base's tensors, selected once; the others stay as they are.
 
-    What trains is the difference to the base at these entries, and an optimiser sees nothing else: weight decay pulls
-    it towards the base, and no other entry can move. Kept are the differences and the numbers of their entries.
+    The trained parameters are the differences from the base at these entries, and the optimiser sees nothing else:
+    weight decay pulls them towards the base, and no other entry can move. The differences and the indices of their
+    entries are saved.
 
-    `random` and `magnitude` choose when the model is compiled. `fish` and `movement` look at examples: the entries are
-    random until `Compiled.select` has chosen them. `fish` takes those whose gradient has the largest mean square over
-    single examples (the diagonal of the empirical Fisher information), `movement` those that a step of descent would
-    move away from zero most. Exactly as many are chosen as the budget says, of equal ones the first.
+    `random` and `magnitude` select when the model is compiled. `fish` and `movement` use examples: the entries are
+    random until `Compiled.select` has selected them. `fish` takes the entries whose gradient has the largest mean
+    square over single examples (the diagonal of the empirical Fisher information), `movement` those that a step of
+    gradient descent would move away from zero most. Exactly as many are selected as the budget requires, the first ones
+    in case of ties.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -33,7 +35,8 @@ class Mask(SelectionSpec):
     """The method's tag."""
 
     selection: Literal["random", "magnitude", "movement", "fish"] = "fish"
-    """What chooses the entries."""
+    """How the entries are selected."""
 
     allocation: Literal["global", "per_tensor"] = "global"
-    """Whether tensors compete for entries, or each has as many as its size says; at random it is always the latter."""
+    """Whether tensors compete for entries, or each gets a number in proportion to its size; random selection always
+    does the latter."""

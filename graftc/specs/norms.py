@@ -12,11 +12,11 @@ __all__ = ["Norms"]
 
 
 class Norms(MethodSpec):
-    """LayerNorm tuning: the scale and the shift of every normalisation train, the rest of the model stays.
+    """LayerNorm tuning: trains the scale and the shift of every normalisation; the rest of the model stays unchanged.
 
-    Layer norms have both, `[width]` each; RMS norms have a scale alone. What trains are copies in the base's dtype that
-    stand in for the base's tensors, so the model is unchanged to the bit at first, and folding puts the trained values
-    in their places.
+    Layer norms have both, `[width]` each; RMS norms have only a scale. The trained tensors are copies in the base's
+    dtype that stand in for the base's tensors, so the model is initially unchanged bit for bit, and folding writes the
+    trained values in their place.
     """
 
     claims: ClassVar[Claims] = Claims(sites=frozenset({SiteKind.NORM}), identity_at_init=True, folds=FoldKind.EXACT)
@@ -29,4 +29,4 @@ class Norms(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(role="norm")
-    """Which places of the model it is for; by default every normalisation."""
+    """Which sites of the model to adapt; by default every normalisation."""

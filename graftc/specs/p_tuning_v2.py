@@ -13,10 +13,10 @@ __all__ = ["PTuningV2"]
 
 
 class PTuningV2(PrefixSpec):
-    """P-tuning v2: trained keys and values in front of those of every attention, beside a task head that trains.
+    """P-tuning v2: trained keys and values in front of those of every attention, together with a trained task head.
 
-    It is `prefix` with the authors' defaults: the text begins after the prefix, which is trained as it is and drops a
-    tenth of its entries. What is pooled is the first token of the text. Name the head in `train:`.
+    It is `prefix` with the authors' defaults: the text begins after the prefix, which is trained directly and has a
+    tenth of its entries dropped. The pooled token is the first token of the text. Name the head in `train:`.
     """
 
     mechanism: ClassVar[str | None] = "prefix"
@@ -28,11 +28,11 @@ class PTuningV2(PrefixSpec):
     """The method's tag."""
 
     length: int = Field(default=20, ge=1, le=SIZE)
-    """How many positions the prefix has; the authors take 4 to 128, by task."""
+    """Number of positions in the prefix; the authors use 4 to 128, depending on the task."""
 
     positions: Literal["unshifted", "shifted"] = "shifted"
-    """`shifted`: the text begins after the prefix, and learned positions have to suffice for both. `unshifted`: it
+    """`shifted`: the text begins after the prefix, and learned positions must suffice for both. `unshifted`: the text
     keeps its positions."""
 
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Probability of dropping an entry of the prefix while training."""
+    """Probability of dropping an entry of the prefix during training."""

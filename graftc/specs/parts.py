@@ -23,22 +23,22 @@ PARTS: Mapping[SiteKind, str] = {SiteKind.SUBLAYER: "adapter", SiteKind.ATTENTIO
 
 
 class AdapterPart(SpecModel):
-    """The bottleneck adapters of a method that has others beside them."""
+    """The bottleneck adapters of a method that combines them with other parts."""
 
     bottleneck: int | None = Field(default=None, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     reduction: float | None = Field(default=None, gt=0)
-    """Width of what is read over that of the bottleneck, rounded down: 16 makes 48 of 768."""
+    """Input width divided by bottleneck width, rounded down: 16 turns 768 into 48."""
 
     activation: Activation = "relu"
-    """The function between the two projections."""
+    """The activation function between the two projections."""
 
     init: Init = "lora"
-    """How the projections start, as in `bottleneck`."""
+    """How the projections are initialised, as in `bottleneck`."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an entry of the bottleneck while training."""
+    """Probability of dropping an entry of the bottleneck during training."""
 
     @model_validator(mode="after")
     def _has_one_width(self) -> Self:
@@ -56,25 +56,26 @@ class AdapterPart(SpecModel):
 
 
 class PrefixPart(SpecModel):
-    """The prefix of a method that has other parts beside it."""
+    """The prefix of a method that combines it with other parts."""
 
     length: int = Field(default=10, ge=1, le=SIZE)
-    """How many positions the prefix has."""
+    """Number of positions in the prefix."""
 
     reparameterization: Reparameterization | None = Reparameterization()
-    """The network that gives keys and values while training; `null` trains themselves."""
+    """The network that produces the keys and values during training; `null` trains them directly."""
 
     positions: Literal["unshifted", "shifted"] = "unshifted"
     """Whether the text keeps its positions, or begins after the prefix."""
 
     window: Literal["visible", "masked"] = "visible"
-    """Whether a window that slides leaves the prefix in sight, or hides it as it would hide tokens there."""
+    """Whether a sliding window leaves the prefix visible, or hides it as it would hide tokens at these positions."""
 
     init_std: float = Field(default=1.0, gt=0)
-    """Deviation of the normal that keys and values start from; of the vectors, with a reparameterisation."""
+    """Standard deviation of the normal initialisation of the keys and values; of the vectors, with a
+    reparameterisation."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an entry of the prefix while training."""
+    """Probability of dropping an entry of the prefix during training."""
 
     def fields(self) -> dict[str, Any]:
         """The values for the spec of a prefix."""
@@ -82,14 +83,14 @@ class PrefixPart(SpecModel):
 
 
 class PartsSpec(MethodSpec):
-    """A method that is made of others: of adapters at sublayers, a prefix at attentions, low-rank updates at linear
-    maps. Without a target every part is at its own places."""
+    """A method composed of others: adapters at sublayers, a prefix at attentions, low-rank updates at linear maps.
+    Without a target, every part is at its own sites."""
 
     roles: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Where each part is by default."""
+    """The default sites of each part."""
 
     prefix: PrefixPart = PrefixPart()
-    """The keys and values in front of every attention's own."""
+    """The keys and values prepended to those of every attention."""
 
     @model_validator(mode="before")
     @classmethod

@@ -17,17 +17,17 @@ __all__ = ["Pasta"]
 
 
 class Pasta(MethodSpec):
-    """PASTA: a trained vector for each special token, added to what every layer reads.
+    """PASTA: a trained vector for each special token, added to the input of every layer.
 
-    Before every layer `x_t + e_j` stands for `x_t` where token `t` is the `j`-th special one of its row; every other
-    position stays as it is.
+    Before every layer, `x_t` is replaced by `x_t + e_j` if token `t` is the `j`-th special one of its row; all other
+    positions stay unchanged.
 
-    Queries, keys, values and the residual all read the sum. Special tokens are found by their ids, row by row, so rows
-    with one text and rows with two may stand in one batch. Those behind the last slot share its vector: with two slots
-    and `[CLS] a [SEP] b [SEP]`, both separators have the second. In a model with an encoder and a decoder each layer
-    goes by the ids of its own stack.
+    Queries, keys, values and the residual all read the sum. Special tokens are found by their ids, row by row, so one
+    batch may mix rows with one text and rows with two. Special tokens beyond the last slot share its vector: with two
+    slots and `[CLS] a [SEP] b [SEP]`, both separators get the second. In an encoder-decoder model each layer uses the
+    ids of its own stack.
 
-    With `init: zeros` the model is the base's at first; as the authors have it, it is not.
+    With `init: zeros` the model initially equals the base; with the authors' initialisation it does not.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -39,28 +39,29 @@ class Pasta(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(role="layer.in")
-    """Which places of the model it is for; by default what every layer reads."""
+    """Which sites of the model to adapt; by default the input of every layer."""
 
     special_tokens: Items[Annotated[int, Field(ge=0)]] = Field(
         examples=[[101, 102]], json_schema_extra={"minItems": 1, "uniqueItems": True}
     )
-    """The ids of the special tokens, as `[101, 102]` for BERT's `[CLS]` and `[SEP]`."""
+    """The ids of the special tokens, such as `[101, 102]` for BERT's `[CLS]` and `[SEP]`."""
 
     slots: int = Field(default=2, ge=1, le=SIZE)
-    """How many vectors a layer has: 2 for single texts, 3 for pairs (`[CLS] a [SEP] b [SEP]`), 4 where a pair has two
-    separators in the middle, as RoBERTa's."""
+    """Number of vectors per layer: 2 for single texts, 3 for pairs (`[CLS] a [SEP] b [SEP]`), 4 if a pair has two
+    separators in the middle, as with RoBERTa."""
 
     shared: bool = False
     """One vector for all slots of a layer: the paper's ablation."""
 
     init: Literal["normal", "zeros"] = "normal"
-    """How the vectors start: `normal`, as the authors' code, or `zeros`, so that the model is unchanged at first."""
+    """How the vectors are initialised: `normal`, as in the authors' code, or `zeros`, so that the model is initially
+    unchanged."""
 
     init_std: float = Field(default=0.02, gt=0)
-    """Deviation of `normal`."""
+    """Standard deviation of `normal`."""
 
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Probability of dropping an entry of what is added, while training."""
+    """Probability of dropping an entry of the added vectors during training."""
 
     @field_validator("special_tokens")
     @classmethod

@@ -15,12 +15,12 @@ __all__ = ["Pfeiffer"]
 
 
 class Pfeiffer(BottleneckSpec):
-    """Pfeiffer adapters: one bottleneck in every layer, which reads behind the norm and adds before it.
+    """Pfeiffer adapters: one bottleneck in every layer, which reads after the norm and adds before it.
 
-    With the branch `g` and the stream `h`, the adapter reads `u = LN(g + h)`, adds to the branch itself, and the
-    model's norm is applied once more: `y = LN(g + A(u) + h)`. In models whose norms stand before their sublayers there
-    is none to repeat: `u = g + h` and `y = g + A(u) + h`. They are the adapters of AdapterFusion and MAD-X.
-    With `init: bert` the model is not the base's at first.
+    With the branch `g` and the residual stream `h`, the adapter reads `u = LN(g + h)`, adds to the branch itself, and
+    the model's norm is applied once more: `y = LN(g + A(u) + h)`. In pre-norm models there is no norm to repeat: `u = g
+    + h` and `y = g + A(u) + h`. These are the adapters of AdapterFusion and MAD-X. With `init: bert` the model
+    initially differs from the base.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -36,16 +36,16 @@ class Pfeiffer(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.sublayer")
-    """Which places of the model it is for; by default the feed-forward part of every layer."""
+    """Which sites of the model to adapt; by default the feed-forward part of every layer."""
 
     reduction: float | None = Field(default=16.0, gt=0)
-    """Width of what is read over that of the bottleneck, rounded down: 16 makes 48 of 768."""
+    """Input width divided by bottleneck width, rounded down: 16 turns 768 into 48."""
 
     activation: Activation = "relu"
-    """The function between the two projections."""
+    """The activation function between the two projections."""
 
     init: Init = "bert"
-    """How the projections start: `bert`, normal with deviation 0.02."""
+    """How the projections are initialised: `bert`, normal with standard deviation 0.02."""
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
         """See `BottleneckSpec.wiring`."""

@@ -15,14 +15,15 @@ __all__ = ["InfixSpec", "PreEmbed"]
 
 
 class InfixSpec(VirtualTokenSpec):
-    """What PreEmbed and PreLayer have in common: virtual tokens in front, and within."""
+    """Fields common to PreEmbed and PreLayer: virtual tokens in front of the text and within it."""
 
     infix: int = Field(default=0, ge=0, le=SIZE)
-    """How many virtual tokens stand within the text."""
+    """Number of virtual tokens within the text."""
 
     infix_after: int | None = Field(default=None, ge=0, le=SIZE)
-    """The id of a token: infix ones stand behind the first one of this id in each row, for example a separator between
-    a question and its answer. Without it, or in a row that has none, behind the last real token."""
+    """The id of a token: the infix tokens are inserted after the first token with this id in each row, for example a
+    separator between a question and its answer. Without it, or in a row without such a token, they are inserted after
+    the last real token."""
 
     def virtual_tokens(self) -> Sequence[VirtualRun]:
         """See `MethodSpec.virtual_tokens`."""
@@ -32,9 +33,9 @@ class InfixSpec(VirtualTokenSpec):
 
 
 class PreEmbed(InfixSpec):
-    """PreEmbed: virtual tokens with trained word vectors, `length` in front of the text and `infix` within.
+    """PreEmbed: virtual tokens with trained embeddings, `length` in front of the text and `infix` within it.
 
-    Everything else is as for `prompt`.
+    Everything else is as in `prompt`.
     """
 
     mechanism: ClassVar[str | None] = "prompt"
@@ -44,5 +45,6 @@ class PreEmbed(InfixSpec):
     """The method's tag."""
 
     init: Literal["uniform", "normal", "vocabulary", "tokens"] = "vocabulary"
-    """What vectors start from. `uniform`: between -0.5 and 0.5. `normal`: of deviation `init_std`. `vocabulary`: those
-    of tokens that are drawn from the first `init_vocabulary` ids. `tokens`: those of `init_tokens`."""
+    """How the vectors are initialised. `uniform`: between -0.5 and 0.5. `normal`: with standard deviation `init_std`.
+    `vocabulary`: the embeddings of tokens drawn from the first `init_vocabulary` ids. `tokens`: the embeddings of
+    `init_tokens`."""

@@ -15,10 +15,10 @@ __all__ = ["PreLayer"]
 class PreLayer(InfixSpec):
     """PreLayer: virtual tokens whose activations are trained at the input of every layer.
 
-    There are `length` in front of the text and `infix` within. What a layer computes for them is left out: each layer
-    reads one trained vector for every virtual token. What the last layer gives for them is read by nothing, so there is
-    none for that. Without infix tokens it is deployed as keys and values of every attention (`prefix`), which are what
-    the layers make of these vectors.
+    There are `length` in front of the text and `infix` within it. The outputs of a layer for them are discarded: each
+    layer reads one trained vector for every virtual token. Nothing reads the last layer's outputs for them, so there
+    are no vectors for those. Without infix tokens it is deployed as keys and values of every attention (`prefix`),
+    which the layers compute from these vectors.
     """
 
     paper: ClassVar[str] = "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models"
@@ -27,10 +27,11 @@ class PreLayer(InfixSpec):
     """The method's tag."""
 
     target: Target = Target(role="layer.in")
-    """Which layers it is for; by default every one."""
+    """Which layers to adapt; by default every layer."""
 
     init: Literal["uniform", "normal"] = "normal"
-    """What vectors start from. `uniform`: between -0.5 and 0.5. `normal`: of deviation `init_std`."""
+    """How the vectors are initialised. `uniform`: between -0.5 and 0.5. `normal`: with standard deviation
+    `init_std`."""
 
     init_std: float = Field(default=0.02, gt=0)
-    """Deviation of the normal."""
+    """Standard deviation of the normal initialisation."""

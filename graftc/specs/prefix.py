@@ -17,65 +17,69 @@ __all__ = ["Prefix", "PrefixOverride", "PrefixSpec", "Reparameterization"]
 
 
 class Reparameterization(SpecModel):
-    """Keys and values as a small network of one vector for each position, while training.
+    """During training, a small network produces the keys and values from one vector for each position.
 
-    `W2 tanh(W1 e + b1) + b2`, where `e` are the vectors and `W1` is shared by all places. It is worked out once and
-    left out of what is deployed.
+    It computes `W2 tanh(W1 e + b1) + b2`, where `e` are the vectors and `W1` is shared by all sites. It is evaluated
+    once and not deployed.
     """
 
     hidden: int = Field(default=512, ge=1, le=SIZE)
     """Width of the network's hidden layer."""
 
     width: int | None = Field(default=None, ge=1, le=SIZE)
-    """Width of the vectors. Default: that of the queries of the first place, which is the model's in most."""
+    """Width of the vectors. Default: the width of the queries at the first site, which in most models is the model's
+    width."""
 
 
 class PrefixOverride(Override):
-    """Another length for some of the places of a prefix."""
+    """A different length for some of the sites of a prefix."""
 
     length: int | None = Field(default=None, ge=1, le=SIZE)
-    """How many positions there are at these places."""
+    """Number of positions at these sites."""
 
 
 class PrefixSpec(MethodSpec):
-    """What prefix tuning and P-tuning v2 have in common."""
+    """Fields common to prefix tuning and P-tuning v2."""
 
     claims: ClassVar[Claims] = Claims(
         sites=frozenset({SiteKind.ATTENTION}), identity_at_init=False, folds=FoldKind.NONE, bankable=True
     )
 
     target: Target = Target(role="attn")
-    """Which places of the model it is for; by default every attention: of the encoder, of the decoder, and across."""
+    """Which sites of the model to adapt; by default every attention: in the encoder, in the decoder, and
+    cross-attention."""
 
     length: int = Field(default=10, ge=1, le=SIZE)
-    """How many positions the prefix has."""
+    """Number of positions in the prefix."""
 
     positions: Literal["unshifted", "shifted"] = "unshifted"
-    """`unshifted`: the text keeps its positions. `shifted`: it begins after the prefix, as where a cache holds the
-    prefix (the authors' code, PEFT); learned positions have to suffice for both."""
+    """`unshifted`: the text keeps its positions. `shifted`: it begins after the prefix, as it does when a cache holds
+    the prefix (the authors' code, PEFT); learned positions must suffice for both."""
 
     window: Literal["visible", "masked"] = "visible"
-    """`visible`: a window that slides leaves the prefix in sight. `masked`: it hides the prefix as it would hide tokens
-    there, as where a cache holds the prefix (PEFT)."""
+    """`visible`: a sliding window leaves the prefix visible. `masked`: it hides the prefix as it would hide tokens at
+    these positions, as it does when a cache holds the prefix (PEFT)."""
 
     reparameterization: Reparameterization | None = None
-    """Train a small network that gives the keys and values, instead of themselves."""
+    """Train a small network that produces the keys and values, instead of training them directly."""
 
     init: Literal["normal", "tokens"] = "normal"
-    """What keys and values start from. `normal`: a normal of deviation `init_std`. `tokens`: what the base's own
-    attention has for `init_tokens`, which it reads as a text of their own."""
+    """How the keys and values are initialised. `normal`: from a normal distribution with standard deviation `init_std`.
+    `tokens`: to the keys and values that the base's own attention computes for `init_tokens`, read as a separate
+    text."""
 
     init_tokens: Items[int] = ()
-    """With `init: tokens`, the id of the token that each position starts from."""
+    """With `init: tokens`, the id of the token from which each position is initialised."""
 
     init_std: float = Field(default=1.0, gt=0)
-    """Deviation of the normal that keys and values start from; of the vectors, with a reparameterisation."""
+    """Standard deviation of the normal initialisation of the keys and values; of the vectors, with a
+    reparameterisation."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an entry of the prefix while training."""
+    """Probability of dropping an entry of the prefix during training."""
 
     overrides: Items[PrefixOverride] = ()
-    """Other lengths for some places; the first that matches a place holds."""
+    """Other lengths for some sites; the first override that matches a site applies."""
 
     @model_validator(mode="after")
     def _tokens_fit(self) -> Self:
@@ -92,16 +96,17 @@ class PrefixSpec(MethodSpec):
 
 
 class Prefix(PrefixSpec):
-    """Prefix tuning: every query attends to `length` trained keys and values besides those of the text.
+    """Prefix tuning: every query attends to `length` trained keys and values in addition to those of the text.
 
-    They stand in front, after heads are split: `softmax(q [P; K]^T) [U; V]`. Every query sees all of them, whatever the
-    mask says of the text, unless `window` is `masked`. They have the widths of the projected keys and values, so heads
-    that share keys share the prefix, and they are not rotated. A bias of positions (T5, ALiBi) is that of tokens in
-    front of the text; what is made from activations, or comes in as a mask of pairs, is zero for them. An adaptation of
-    the bias itself goes before the prefix in `adapt`.
+    They are prepended after heads are split: `softmax(q [P; K]^T) [U; V]`. Every query sees all of them, regardless of
+    the text's mask, unless `window` is `masked`. They have the widths of the projected keys and values, so heads that
+    share keys share the prefix, and no rotary embedding is applied to them. A position bias (T5, ALiBi) treats them as
+    tokens in front of the text; a bias that is computed from activations, or is passed in as a pairwise mask, is zero
+    for them. An adaptation of the bias itself must come before the prefix in `adapt`.
 
-    The model is not the base's at first, with zeros neither: keys of zeros take part in the softmax. With
-    `init: tokens` and `positions: shifted`, a decoder starts as the base that has read these tokens before the text.
+    The model initially differs from the base, even with zeros, because zero keys take part in the softmax. With `init:
+    tokens` and `positions: shifted`, a decoder initially behaves like the base after reading these tokens before the
+    text.
     """
 
     paper: ClassVar[str] = "Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation"

@@ -19,31 +19,34 @@ __all__ = ["Prompt", "VirtualTokenSpec"]
 
 
 class VirtualTokenSpec(MethodSpec):
-    """What methods have in common that train the vectors of virtual tokens."""
+    """Fields common to methods that train the embeddings of virtual tokens."""
 
     claims: ClassVar[Claims] = Claims(
         sites=frozenset({SiteKind.VALUE}), identity_at_init=False, folds=FoldKind.NONE, bankable=True
     )
 
     target: Target = Target(role="embed.token")
-    """Which sequence it is for. In a model of two stacks that is the encoder's; `decoder.embed.token` is the other."""
+    """Which sequence to adapt. In an encoder-decoder model the default is the encoder's; `decoder.embed.token` is the
+    other."""
 
     length: int = Field(default=100, ge=1, le=SIZE)
-    """How many virtual tokens there are; in front, where there are infix ones too."""
+    """Number of virtual tokens; in front of the text, if there are infix ones too."""
 
     init: Literal["uniform", "normal", "vocabulary", "tokens"] = "uniform"
-    """What vectors start from. `uniform`: between -0.5 and 0.5. `normal`: of deviation `init_std`. `vocabulary`: those
-    of tokens that are drawn from the first `init_vocabulary` ids. `tokens`: those of `init_tokens`."""
+    """How the vectors are initialised. `uniform`: between -0.5 and 0.5. `normal`: with standard deviation `init_std`.
+    `vocabulary`: the embeddings of tokens drawn from the first `init_vocabulary` ids. `tokens`: the embeddings of
+    `init_tokens`."""
 
     init_std: float = Field(default=1.0, gt=0)
-    """Deviation of the normal."""
+    """Standard deviation of the normal initialisation."""
 
     init_vocabulary: int = Field(default=5000, ge=1)
-    """How many ids tokens are drawn from: the most common ones are the first of most vocabularies."""
+    """Number of ids from which tokens are drawn: in most vocabularies the first ids are the most common tokens."""
 
     init_tokens: Items[int | Items[int]] = ()
-    """With `init: tokens`, the id that each virtual token starts from, or a list of ids, whose mean it starts from, for
-    a word of several pieces. Where there are fewer than virtual tokens, the others are drawn as by `vocabulary`."""
+    """With `init: tokens`, the id from which each virtual token is initialised, or a list of ids whose mean is used,
+    for a word of several pieces. If there are fewer entries than virtual tokens, the remaining ones are drawn as with
+    `vocabulary`."""
 
     @property
     def total(self) -> int:
@@ -62,11 +65,11 @@ class VirtualTokenSpec(MethodSpec):
 
 
 class Prompt(VirtualTokenSpec):
-    """Prompt tuning: `length` trained vectors stand among the word vectors of the text.
+    """Prompt tuning: inserts `length` trained vectors among the token embeddings of the text.
 
-    They take part in every layer as tokens do: they have positions, and everything that may look at them does. What the
-    model gives for them is left out of its outputs, and a head that takes the first token takes the text's. Nothing of
-    it folds: the tokens stay, at the cost of a text that is longer by so many.
+    They take part in every layer like tokens: they have positions, and every token that may attend to them does. Their
+    outputs are removed from the model's outputs, and a head that reads the first token reads the first token of the
+    text. Nothing folds: the tokens remain and make the text longer by `length`.
     """
 
     paper: ClassVar[str] = "Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning"
@@ -75,8 +78,8 @@ class Prompt(VirtualTokenSpec):
     """The method's tag."""
 
     placement: Literal["front", "after_bos", "suffix"] = "front"
-    """Where they stand. `after_bos`: behind the first token of each row, where texts are not padded on the left.
-    `suffix`: behind the last real token of each row, by the attention mask."""
+    """Where they are inserted. `after_bos`: after the first token of each row, for texts without left padding.
+    `suffix`: after the last real token of each row, according to the attention mask."""
 
     def virtual_tokens(self) -> Sequence[VirtualRun]:
         """See `MethodSpec.virtual_tokens`."""

@@ -41,38 +41,41 @@ _FIELDS: dict[str, frozenset[str]] = {
 
 
 class PruningOverride(Override):
-    """Other values of pruning for some of its sites; what is left out keeps the adaptation's value."""
+    """Other values of pruning for some of its sites; omitted fields keep the adaptation's value."""
 
     density: float | None = Field(default=None, gt=0, le=1)
-    """Share of the entries of these sites that is kept in the end."""
+    """Final share of the entries of these sites that is kept."""
 
     threshold: float | None = Field(default=None, ge=0, lt=1)
-    """What sigmoids of scores have to exceed in the end at these sites."""
+    """Final value that sigmoids of scores must exceed at these sites."""
 
 
 class Pruning(MethodSpec):
-    """Pruning: `W' = W * M` trains, where `M` is 1 for entries that are kept and 0 for the others.
+    """Pruning: trains `W' = W * M`, where `M` is 1 for entries that are kept and 0 for the others.
 
-    `W` is a copy of the base's weight in its dtype, and `M` follows from scores, of which the largest are kept:
+    `W` is a copy of the base's weight in its dtype, and `M` keeps the entries with the largest scores:
 
-    - `magnitude`: the scores are `|W|` as it is now. An entry that is not kept has no gradient.
-    - `movement`: scores `S` in float32 train beside `W`, from zeros. Their gradient goes straight through the choice,
-      `dL/dS = dL/dW' * W` for all entries, kept or not: what moves away from zero gains, and may come back.
-    - `soft_movement`: kept are entries with `sigmoid(S) > threshold`, and `penalty` times the mean of `sigmoid(S)` is
-      added to the loss. How many are kept shows while training.
-    - `iterative`: train, keep the largest of what is left, train on; `rounds` times. From the second training on, what
-      is kept is all that trains, as `<tensor>_indices` and `<tensor>_values`, so that nothing an optimiser does can
-      reach a zero.
+    - `magnitude`: the scores are the current `|W|`. Entries that are not kept have no gradient.
+    - `movement`: scores `S` in float32 train along with `W`, starting from zeros. Their gradient is a straight-through
+      estimate, `dL/dS = dL/dW' * W` for all entries, kept or not: entries that move away from zero gain, and may come
+      back.
+    - `soft_movement`: entries with `sigmoid(S) > threshold` are kept, and `penalty` times the mean of `sigmoid(S)` is
+      added to the loss. The number of entries kept emerges during training.
+    - `iterative`: train, keep the largest of the remaining entries, continue training; `rounds` times. From the second
+      training run on, only the kept entries train, as `<tensor>_indices` and `<tensor>_values`, so the optimiser cannot
+      affect a zero.
 
-    `density` is the share that is *kept*, not the sparsity: 0.15 leaves 15 of 100 entries. Of each matrix exactly the
-    share is kept, rounded down, at least one; of equal scores the first ones. It falls from `initial_density` in a
-    cubic curve after `warmup_steps` and is `density` for the last `final_steps`. No mask is stored: a threshold and the
-    place of the last kept among equals say all of it, so that a resumed training goes on to the bit.
+    `density` is the share that is *kept*, not the sparsity: 0.15 leaves 15 of 100 entries. In each matrix exactly this
+    share is kept, rounded down, but at least one entry; in case of equal scores the first ones. It falls from
+    `initial_density` along a cubic curve after `warmup_steps` and equals `density` for the last `final_steps`. No mask
+    is stored: a threshold and the position of the last kept entry among ties determine it completely, so training
+    resumes bit for bit.
 
-    Weights of maps train; embeddings, norms, biases and heads do not, and may be trained beside it. A training loop
-    calls `compiled.begin(total_steps)` once, `compiled.extra_loss()` for the penalty, and `compiled.after_step()` after
-    `optimizer.step()`; the Trainer takes `compiled.callback()`. The authors train scores with a rate of 1e-2 and the
-    weights with 3e-5: put parameters whose name ends in `_scores` into a group of their own, without weight decay.
+    The weights of linear maps train; embeddings, norms, biases and heads do not, and may be trained in addition. A
+    training loop calls `compiled.begin(total_steps)` once, `compiled.extra_loss()` for the penalty, and
+    `compiled.after_step()` after `optimizer.step()`; the Trainer takes `compiled.callback()`. The authors train scores
+    with a learning rate of 1e-2 and the weights with 3e-5: put parameters whose name ends in `_scores` into a separate
+    group without weight decay.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -88,58 +91,59 @@ class Pruning(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(modules="**")
-    """Which places of the model it is for; by default all linear maps inside of layers. Others are pruned where a
-    target names them; a head that gives the outputs never is."""
+    """Which sites of the model to adapt; by default all linear maps inside layers. Other linear maps are pruned if a
+    target names them; a head that produces the outputs never is."""
 
     variant: Variant = "movement"
-    """What says which entries are kept."""
+    """How the entries to keep are determined."""
 
     density: float = Field(default=0.15, gt=0, le=1)
-    """Share of the entries that is kept in the end."""
+    """Final share of the entries that is kept."""
 
     initial_density: float = Field(default=1.0, gt=0, le=1)
-    """Share that is kept at first, with `magnitude`; with another one than 1 the model is pruned before it trains."""
+    """Initial share that is kept, with `magnitude`; with a value other than 1 the model is pruned before it trains."""
 
     allocation: Literal["per_tensor", "global"] = "per_tensor"
-    """Whether the share is kept of each matrix, or of all together, where one may lose all its entries. All together
-    takes memory for one more copy of the scores after each step."""
+    """Whether the share applies to each matrix, or to all of them together, in which case a matrix may lose all its
+    entries. Together they need memory for one more copy of the scores after each step."""
 
     threshold: float = Field(default=0.1, ge=0, lt=1)
-    """What sigmoids of scores have to exceed in the end, with `soft_movement`."""
+    """Final value that sigmoids of scores must exceed, with `soft_movement`."""
 
     initial_threshold: float = Field(default=0.0, ge=0, lt=0.5)
-    """The same at first."""
+    """Initial value of the threshold."""
 
     penalty: float = Field(default=400.0, ge=0)
-    """Weight of the mean sigmoid of scores in the end, with `soft_movement`; it rises from 0 as the threshold does."""
+    """Final weight of the mean sigmoid of scores, with `soft_movement`; it rises from 0 along with the threshold."""
 
     least_density: float = Field(default=0.005, ge=0, le=1)
-    """Share of each matrix that is kept at the least, with `soft_movement`."""
+    """Minimum share of each matrix that is kept, with `soft_movement`."""
 
     warmup_steps: int = Field(default=0, ge=0)
-    """Optimiser steps at the start that prune nothing further."""
+    """Optimiser steps at the start during which nothing more is pruned."""
 
     final_steps: int = Field(default=0, ge=0)
-    """Optimiser steps at the end for which the density is what it is in the end."""
+    """Optimiser steps at the end during which the density has its final value."""
 
     total_steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps of the whole training; by default what `compiled.begin` or the Trainer says."""
+    """Optimiser steps of the whole training run; by default the value given to `compiled.begin` or by the Trainer."""
 
     rounds: int = Field(default=5, ge=1)
-    """How often `iterative` prunes; it takes a training more than that."""
+    """Number of times `iterative` prunes; it takes one more training run than that."""
 
     fraction: float | None = Field(default=None, gt=0, lt=1)
-    """Share of what is left that each round prunes, in the place of `density`: `(1 - fraction) ** rounds` remains. By
-    default each round prunes the same share, and `density` remains."""
+    """Share of the remaining entries that each round prunes, instead of `density`: `(1 - fraction) ** rounds` remains.
+    By default each round prunes the same share, and `density` remains."""
 
     rewind: bool = False
-    """Whether kept entries start each training with the base's values; otherwise they go on from where they are."""
+    """Whether kept entries start each training run from the base's values; otherwise they continue from their current
+    values."""
 
     stage: int = Field(default=1, ge=1)
-    """Which training of `iterative` this is, from 1; recipes count it."""
+    """Which training run of `iterative` this is, from 1; recipes count it."""
 
     overrides: Items[PruningOverride] = ()
-    """Other values for some sites; the first that matches a site holds."""
+    """Other values for some sites; the first override that matches a site applies."""
 
     @model_validator(mode="after")
     def _values_fit(self) -> Self:

@@ -19,18 +19,19 @@ __all__ = ["RowSelection"]
 
 
 class RowSelection(MethodSpec):
-    """Training of some rows of matrices and tables as they are: tokens of a table, blocks of rows, or n of every m.
+    """Trains some rows of matrices and tables directly: tokens of an embedding table, blocks of rows, or n of every m.
 
-    A row is an output feature of a linear map, an entry of a table of embeddings (a token), or an output feature of
-    every expert, the same ones for all of them. Of a part of a fused weight (`attn.q` of GPT-2) rows are counted from
-    the part's own first. Which rows is said in one of three ways: `rows` names them, `n_of_m` takes some of every few
-    consecutive ones, `density` a part of all blocks. The last two go by the base's values or draw, once, for each
-    weight by itself, and what they chose is kept with the trained tensors: an artifact has the same rows for good.
+    A row is an output feature of a linear map, an entry of an embedding table (a token), or an output feature of every
+    expert, the same ones for all of them. In a part of a fused weight (`attn.q` of GPT-2), rows are counted from the
+    first row of that part. The rows are specified in one of three ways: `rows` names them, `n_of_m` takes some of every
+    few consecutive ones, `density` takes a share of all blocks. The last two select by the base's values or at random,
+    once, for each weight separately, and their selection is saved with the trained tensors: an artifact always has the
+    same rows.
 
-    What trains are copies of these rows in the base's dtype that stand in for them, so the base is never written,
-    nothing else changes, and the model is unchanged to the bit at first. Optimisers have state for these rows alone; a
-    forward pass puts them in place in a copy of the weight. A table that is tied to a head has one copy for both.
-    Folding writes the trained rows into the weights. New tokens are another thing: see `tokens:`.
+    The trained tensors are copies of these rows in the base's dtype that stand in for them, so the base is never
+    written, nothing else changes, and the model is initially unchanged bit for bit. Optimisers have state for these
+    rows only; a forward pass puts them in place in a copy of the weight. A table that is tied to a head has one copy
+    for both. Folding writes the trained rows into the weights. For new tokens, see `tokens:`.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -49,28 +50,28 @@ class RowSelection(MethodSpec):
     """The method's tag."""
 
     rows: Items[RowNumber] | None = Field(default=None, json_schema_extra={"minItems": 1})
-    """Numbers of rows and slices of them, as `[0, 7, "100:116", "-4:"]`; negative ones count from the end, and a slice
-    ends where the rows do."""
+    """Row numbers and slices, such as `[0, 7, "100:116", "-4:"]`; negative numbers count from the end, and a slice ends
+    at the last row at the latest."""
 
     n_of_m: Items[Annotated[int, Field(ge=1)]] | None = Field(
         default=None, examples=[[2, 4]], json_schema_extra={"minItems": 2, "maxItems": 2}
     )
-    """Two numbers: how many rows of every how many consecutive ones, as `[2, 4]`. The last ones, where fewer are left,
-    give as many as they can."""
+    """Two numbers, n and m: take n of every m consecutive rows, as in `[2, 4]`. If fewer than m rows are left at the
+    end, as many as possible are taken."""
 
     density: float | None = Field(default=None, gt=0, le=1, examples=[0.1])
-    """Which part of all blocks of rows, rounded down to whole blocks; one at least."""
+    """Share of all blocks of rows, rounded down to whole blocks, but at least one."""
 
     block: int = Field(default=1, ge=1)
-    """How many consecutive rows a block of `density` has; the last one may have fewer."""
+    """Number of consecutive rows in a block of `density`; the last block may have fewer."""
 
     selection: Literal["magnitude", "random"] = "magnitude"
-    """Which rows `n_of_m` and `density` take: those of the base's weight with the greatest norms, the earlier of equal
-    ones (blocks go by the mean of squares of their rows), or random ones, which depend on the seed of the compilation
-    and the name of the adaptation."""
+    """Which rows `n_of_m` and `density` take: the rows of the base's weight with the largest norms, the earlier ones in
+    case of ties (blocks are compared by the mean square of their rows), or random rows, which depend on the compilation
+    seed and the name of the adaptation."""
 
     bias: bool = False
-    """Train the entries of the bias that belong to the rows as well, where a map has one."""
+    """Also train the bias entries that belong to the rows, if a map has a bias."""
 
     @field_validator("rows")
     @classmethod

@@ -22,7 +22,7 @@ def share(density: float, total: int) -> int:
 
 
 class BudgetSpec(MethodSpec):
-    """Base of methods that train so many entries of the base's tensors."""
+    """Base of methods that train a given number of entries of the base's tensors."""
 
     def budget(self, total: int) -> int:
         """How many of ``total`` entries train."""
@@ -35,19 +35,19 @@ class BudgetSpec(MethodSpec):
 
 
 class SelectionSpec(BudgetSpec):
-    """Base of those whose budget is a share or a number."""
+    """Base of methods whose budget is a share or a number."""
 
     usual_density: ClassVar[float]
-    """The share of entries where the spec gives neither a share nor a number."""
+    """The share of entries if the spec gives neither a share nor a number."""
 
     target: Target = Target(modules="**")
-    """Which places of the model it is for; by default all but a head that gives the outputs."""
+    """Which sites of the model to adapt; by default all except a head that produces the outputs."""
 
     density: float | None = Field(default=None, gt=0, le=1)
     """Share of the target's entries that train, rounded down."""
 
     entries: int | None = Field(default=None, ge=1)
-    """How many entries train, instead of a share."""
+    """Number of entries that train, instead of a share."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
@@ -69,7 +69,7 @@ class SelectionSpec(BudgetSpec):
 
 
 class StagedSpec(SelectionSpec):
-    """Base of those that take several trainings."""
+    """Base of methods that take several training runs."""
 
     stage: int = Field(default=1, ge=1)
-    """Which of its trainings this is, from 1; recipes count it."""
+    """Which of its training runs this is, from 1; recipes count it."""

@@ -14,7 +14,7 @@ __all__ = ["SoRA", "SoRAOverride"]
 
 
 class SoRAOverride(Override):
-    """Other values of SoRA for some of its sites; what is left out keeps the adaptation's value."""
+    """Other values of SoRA for some of its sites; omitted fields keep the adaptation's value."""
 
     rank: int | None = Field(default=None, ge=1, le=SIZE)
     """Rank at these sites."""
@@ -30,14 +30,14 @@ class SoRA(MethodSpec):
     """Sparse low-rank adaptation: `y = W x + b + s B (g * (A dropout(x)))` with `s = alpha / rank`.
 
     `A` is `[rank, in]`, the gate `g` is `[rank]` and `B` is `[out, rank]`, in the weight's dtype. `A` starts uniform in
-    ±1/sqrt(in), `g` standard normal and `B` as zeros, so that before training the adapted layer computes exactly what
-    the base computes. After each optimiser step a proximal operator shrinks the gates and sets small ones to zero;
-    ranks whose gate is zero can be removed without any change. `g` goes into `B` when folding, exactly.
+    ±1/sqrt(in), `g` standard normal and `B` as zeros, so before training the adapted layer computes exactly what the
+    base computes. After each optimiser step a proximal operator shrinks the gates and sets small ones to zero; ranks
+    whose gate is zero can be removed without any change. When folding, `g` is multiplied into `B`, exactly.
 
     A training loop calls `compiled.after_step()` after `optimizer.step()`, and `compiled.extra_loss()` for `l1`; the
-    Trainer takes `compiled.callback()`. `compiled.rank_pattern(name)` says which ranks are left. The authors give the
-    gates no weight decay: put parameters whose name ends in `.gate` into a group of their own. Adaptive optimisers move
-    a gate away from zero again where its gradient exceeds the threshold.
+    Trainer takes `compiled.callback()`. `compiled.rank_pattern(name)` reports which ranks are left. The authors use no
+    weight decay for the gates: put parameters whose name ends in `.gate` into a separate group. Adaptive optimisers
+    move a gate away from zero again if its gradient exceeds the threshold.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -59,31 +59,32 @@ class SoRA(MethodSpec):
     """Numerator of the scaling."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an input of the branch while training."""
+    """Probability of dropping an input of the branch during training."""
 
     dropout_mask: Literal["saved", "recomputed"] = "saved"
-    """What the backward pass has of the dropout mask: the mask itself, or a seed to make it anew from."""
+    """What is saved of the dropout mask for the backward pass: the mask itself, or a seed to recompute it from."""
 
     dropout_scope: Literal["input", "target"] = "input"
     """Whether sites that read the same input share one dropout mask, or each has its own."""
 
     threshold: float = Field(default=1e-3, ge=0)
-    """By how much every gate shrinks after each optimiser step. It is not multiplied by the learning rate. 0 leaves the
-    gates alone."""
+    """Amount by which every gate shrinks after each optimiser step. It is not multiplied by the learning rate. 0 leaves
+    the gates unchanged."""
 
     final_threshold: float | None = Field(default=None, ge=0)
-    """Where the threshold ends, going there in equal steps over the whole training; by default it stays as it is."""
+    """Final value of the threshold, reached in equal steps over the whole training run; by default it stays
+    constant."""
 
     prox: Literal["paper", "reference"] = "paper"
-    """`paper`: soft threshold, the proximal operator of the L1 norm: what is below the threshold becomes zero.
-    `reference`: as the authors' code does, what is below twice the threshold becomes zero. Others shrink by the
-    threshold in both."""
+    """`paper`: soft threshold, the proximal operator of the L1 norm: values below the threshold become zero.
+    `reference`: as in the authors' code, values below twice the threshold become zero. In both, all others shrink by
+    the threshold."""
 
     l1: float = Field(default=0.0, ge=0)
-    """Weight of the mean absolute gate, as a term beside the loss; 0 leaves it out."""
+    """Weight of the mean absolute gate, as a term added to the loss; 0 omits it."""
 
     overrides: Items[SoRAOverride] = ()
-    """Other values for some sites; the first that matches a site holds."""
+    """Other values for some sites; the first override that matches a site applies."""
 
     @property
     def scaling(self) -> float:

@@ -138,23 +138,24 @@ PatternList: TypeAlias = Annotated[
 
 
 class Target(SpecModel):
-    """Which places of the model an adaptation is for.
+    """Which sites of the model an adaptation applies to.
 
-    A site is selected if it meets every one of ``role``, ``modules`` and ``regex`` that is given; ``layers``
-    and ``exclude`` then narrow. Every list item and every brace branch must end up with a site.
+    A site is selected if it matches each of ``role``, ``modules`` and ``regex`` that is given; ``layers`` and
+    ``exclude`` then narrow the selection. Every list item and every brace branch must select a site.
     """
 
     role: Roles | None = None
     """A role such as `attn.q`, or a list of them; `graftc roles MODEL` prints those of a model."""
 
     modules: Patterns | None = None
-    """Globs of module paths: `*` within one segment, `**` any segments, `{a,b}` either."""
+    """Globs of module paths: `*` matches within one segment, `**` any number of segments, `{a,b}` either
+    alternative."""
 
     regex: Regexes | None = None
     """Regular expressions that match whole module paths."""
 
     layers: Layers | None = None
-    """Layers of each stack: an index, a slice `"0:6"` or a list of them; negative ones count from the end."""
+    """Layers of each stack: an index, a slice `"0:6"` or a list of them; negative values count from the end."""
 
     exclude: Patterns | None = None
     """Globs of module paths to leave out."""

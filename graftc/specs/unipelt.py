@@ -25,32 +25,32 @@ Part = Literal["adapter", "prefix", "lora"]
 
 
 class UniPELTAdapter(AdapterPart):
-    """The adapters of UniPELT, wired as `pfeiffer`; without a width their reduction is 16."""
+    """The adapters of UniPELT, wired as `pfeiffer`; if no width is given, their reduction is 16."""
 
     init: Init = "bert"
-    """How the projections start: `bert`, normal with deviation 0.02."""
+    """How the projections are initialised: `bert`, normal with standard deviation 0.02."""
 
 
 class LoRAPart(SpecModel):
-    """The low-rank updates of UniPELT, whose gates stand in the place of alpha over rank."""
+    """The low-rank updates of UniPELT, whose gates replace alpha over rank."""
 
     rank: int = Field(default=8, ge=1, le=SIZE)
     """Rank of the update; at most min(in, out) of every site."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an input of the branch while training."""
+    """Probability of dropping an input of the branch during training."""
 
 
 class UniPELT(PartsSpec):
-    """UniPELT: adapters, a prefix and low-rank updates in every layer, each times a gate of its own.
+    """UniPELT: adapters, a prefix and low-rank updates in every layer, each multiplied by its own gate.
 
-    A gate is a number between 0 and 1 for each row and place, the mean over tokens of `sigmoid(w x + b)` with `x` what
-    the part reads. The adapters are Pfeiffer's, `g + G(u) A(u)`; keys and values of the prefix are both multiplied by
-    one gate, which reads what the attention reads; queries and values have updates `G(x) B A x`, with the gate in the
-    place of alpha over rank. `parts: [adapter, prefix]` is the paper's AP, all three its APL.
+    A gate is a number between 0 and 1 for each row and site, the mean over tokens of `sigmoid(w x + b)`, where `x` is
+    the part's input. The adapters are Pfeiffer's, `g + G(u) A(u)`; keys and values of the prefix are both multiplied by
+    one gate, which reads the attention's input; queries and values have updates `G(x) B A x`, with the gate in place of
+    alpha over rank. `parts: [adapter, prefix]` is the paper's AP, all three parts are its APL.
 
-    Gates are near a half at first. Shut ones take adapters and updates away, not the prefix: its keys are then zeros,
-    which take part in the softmax. A gate depends on the row, so nothing folds.
+    Gates are initially close to one half. Closed gates remove adapters and updates, but not the prefix: its keys are
+    then zeros, which take part in the softmax. A gate depends on the row, so nothing folds.
     """
 
     claims: ClassVar[Claims] = Claims(
@@ -69,20 +69,20 @@ class UniPELT(PartsSpec):
     """The method's tag."""
 
     target: Target = Target(role=["ffn.sublayer", "attn", "attn.q", "attn.v"])
-    """Which places of the model it is for; by default those of its parts: the feed-forward part of every layer, every
+    """Which sites of the model to adapt; by default those of its parts: the feed-forward part of every layer, every
     attention, queries and values."""
 
     parts: Items[Part] = Field(
         default=("adapter", "prefix", "lora"), json_schema_extra={"minItems": 1, "uniqueItems": True}
     )
-    """Which parts there are."""
+    """Which parts to use."""
 
     tokens: Literal["all", "real"] = "all"
-    """What a gate is a mean over. `all`: padding too, as in the paper, so that a gate depends on how long the padding
-    is. `real`: tokens that the attention mask does not leave out."""
+    """The tokens over which a gate is averaged. `all`: padding too, as in the paper, so a gate depends on the length of
+    the padding. `real`: tokens that the attention mask does not exclude."""
 
     adapter: UniPELTAdapter = UniPELTAdapter()
-    """The adapters behind the feed-forward parts."""
+    """The adapters after the feed-forward parts."""
 
     lora: LoRAPart = LoRAPart()
     """The low-rank updates of queries and values."""

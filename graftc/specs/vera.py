@@ -19,8 +19,8 @@ class VeRA(MethodSpec):
     """Vector-based random matrix adaptation: `y = W x + c + b * (B (d * (A dropout(x))))` with random, frozen A and B.
 
     One pair serves the whole adaptation: `A` is `[rank, largest in]` and `B` is `[largest out, rank]`, and a site uses
-    the first `in` columns and `out` rows of them. A site trains `d`, `[rank]`, and `b`, `[out]`, which is zero at
-    first, so that the model is unchanged. All are in the weights' dtype. `diag(b) B diag(d) A` folds exactly into `W`.
+    their first `in` columns and `out` rows. A site trains `d`, `[rank]`, and `b`, `[out]`, which is initially zero, so
+    the model is unchanged. All are in the weights' dtype. `diag(b) B diag(d) A` folds exactly into `W`.
     """
 
     claims: ClassVar[Claims] = Claims(sites=frozenset({SiteKind.LINEAR}), identity_at_init=True, folds=FoldKind.EXACT)
@@ -30,17 +30,17 @@ class VeRA(MethodSpec):
     """The method's tag."""
 
     rank: int = Field(default=256, ge=1, le=SIZE)
-    """Rows of A and columns of B. A site trains `rank + out` parameters, so it may well be over min(in, out)."""
+    """Rows of A and columns of B. A site trains `rank + out` parameters, so the rank may exceed min(in, out)."""
 
     d_initial: float = Field(default=0.1, json_schema_extra={"not": {"const": 0}})
-    """What the elements of `d` are at first; not 0, with which no gradient would reach `b`."""
+    """Initial value of the elements of `d`; must not be 0, with which no gradient would reach `b`."""
 
     projection_seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """Seed from which A and B alone are drawn; they are then those of PEFT for this `projection_prng_key`. By default
-    they depend on the seed of the compilation and the name of the adaptation, as all other initial values."""
+    """Seed from which only A and B are drawn; they are then identical to PEFT's for this `projection_prng_key`. By
+    default they depend on the compilation seed and the name of the adaptation, like all other initial values."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability of dropping an input of the branch while training."""
+    """Probability of dropping an input of the branch during training."""
 
     @field_validator("d_initial")
     @classmethod

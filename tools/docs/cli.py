@@ -16,15 +16,15 @@ __all__ = ["commands", "render_cli"]
 
 _STATUS = (
     ("0", "done"),
-    ("1", "the answer is no: over budget, an adaptation that does not fold, a failed verification, a difference"),
+    ("1", "negative result: over budget, an adaptation that does not fold, a failed verification, a difference"),
     ("2", "the command line or the spec is wrong"),
-    ("3", "the files or the model failed: missing, damaged, not captured"),
+    ("3", "a file or the model failed: missing, damaged, not capturable"),
     ("130", "interrupted"),
 )
 _ERRORS = """\
-An error is printed on the standard error: its [code](errors.md), the place in the spec, a hint, and the corrected line
-where one can be guessed. With `--json` the standard output holds `{"error": {...}}` instead. No traceback is printed
-unless `GRAFTC_DEBUG=1` is in the environment. Warnings go to the standard error, or with `--json` into `"warnings"`.
+Errors are printed to standard error: the [code](errors.md), the location in the spec, a hint, and the corrected line
+if one can be guessed. With `--json`, standard output contains `{"error": {...}}` instead. No traceback is printed
+unless `GRAFTC_DEBUG=1` is set in the environment. Warnings go to standard error, or with `--json` into `"warnings"`.
 """
 
 
@@ -61,7 +61,7 @@ def render_cli() -> str:
         "## Exit status\n",
         table(("status", "meaning"), _STATUS),
         _ERRORS,
-        f"What commands print with `--json` has JSON Schemas: {_schemas()}.\n",
+        f"The `--json` output of every command conforms to a published JSON Schema: {_schemas()}.\n",
         *(_command(name, command) for name, command in held.items()),
     ]
     return "\n".join(parts)

@@ -20,26 +20,27 @@ __all__ = ["Example", "examples", "render_errors"]
 
 _GROUPS = (
     ("GC00", "Reading a spec"),
-    ("GC01", "Places of a model"),
-    ("GC02", "Specs and models that do not go together"),
+    ("GC01", "Sites of a model"),
+    ("GC02", "Specs that do not fit the model"),
     ("GC03", "Capturing and running a model"),
     ("GC04", "Rewriting"),
     ("GC05", "Folding and adapter tensors"),
     ("GC06", "Files and packages"),
     ("GC07", "Methods and plugins"),
     ("GC08", "Artifacts"),
-    ("GC09", "The command line, and looking at graphs"),
+    ("GC09", "The command line, and inspecting graphs"),
 )
 _INTRO = """\
-Every failure that a spec, a model or a file can cause has a stable code. An error ends what was asked for and gives the
-exit status of the command; in Python it is a `graftc.GraftError` with `code`, `message`, `place`, `hint` and
-`exit_code`, and `to_json()` gives all of it as data. A warning is a `graftc.GraftWarning`, and the work goes on.
+Every failure that a spec, a model or a file can cause has a stable code. An error aborts the operation and determines
+the exit status of the command; in Python it is a `graftc.GraftError` with `code`, `message`, `place`, `hint` and
+`exit_code`, and `to_json()` returns all of these as data. A warning is a `graftc.GraftWarning`, and the operation
+continues.
 """
 _STATUS = {
-    0: "none, the work goes on",
-    1: "1, the answer is no",
+    0: "none, the operation continues",
+    1: "1, negative result",
     2: "2, the command line or the spec is wrong",
-    3: "3, the files or the model failed",
+    3: "3, a file or the model failed",
 }
 _LINKS = {
     "spec reference": "[spec reference](spec.md)",

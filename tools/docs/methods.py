@@ -21,21 +21,21 @@ from tools.docs.spec import SECTIONS
 __all__ = ["built_in", "example", "render_methods"]
 
 _INTRO = """\
-A method is what an entry of `adapt` names as `method`. `graftc methods` prints this list, with the plugins that are
-installed, and `graftc methods NAME` a method's page.
+Each entry of `adapt` names one of these methods as `method`. `graftc methods` prints this list, including installed
+plugins, and `graftc methods NAME` prints a method's page.
 """
 _CLAIMS = """\
-The columns are claims. The [contract tests](../writing-a-method.md#hold-it-to-the-contract) hold each method to them:
+The columns are claims. The [contract tests](../writing-a-method.md#hold-it-to-the-contract) check them for each method:
 
-- **sites**: the kinds of place it can adapt; the [roles](../spec.md#roles) say which place is of which kind.
-- **identity at init**: before training, the adapted model computes what its base computes, to the bit.
-- **folds**: `exact` and `approximate` ones can be merged into base weights; `none` stays in the graph.
-- **bankable**: several adaptations of one shape could be stacked in one tensor, to be chosen from by row.
+- **sites**: the kinds of site the method can adapt; the table of [roles](../spec.md#roles) gives the kind of each role.
+- **identity at init**: before training, the outputs of the adapted model equal the base's bit for bit.
+- **folds**: `exact` and `approximate` folds can be merged into base weights; `none` means that it stays in the graph.
+- **bankable**: several adaptations of the same shape could be stacked in one tensor, and one selected per row.
 """
 _FOLDS = {
     FoldKind.EXACT: "yes, into base weights that compute the same function",
-    FoldKind.APPROXIMATE: "yes, into base weights that compute a close function",
-    FoldKind.NONE: "no: it stays in the graph",
+    FoldKind.APPROXIMATE: "yes, into base weights that compute nearly the same function",
+    FoldKind.NONE: "no, it stays in the graph",
 }
 
 
@@ -67,7 +67,7 @@ def _index(entries: list[SpecEntry]) -> str:
         _INTRO,
         table(("method", "sites", "identity at init", "folds", "bankable", "summary"), rows),
         _CLAIMS,
-        "A method of your own is two modules in a package: [Writing a method](../writing-a-method.md).\n",
+        "To add your own method, write two modules in a package: see [Writing a method](../writing-a-method.md).\n",
     ]
     return "\n".join(parts)
 
@@ -116,7 +116,7 @@ def _inner(spec_class: type[MethodSpec]) -> list[str]:
             continue
         parts += [f"### {model.__name__}\n", prose(getdoc(model) or "") + "\n"]
         if issubclass(model, Override):
-            parts.append("`role`, `modules` and `layers` say where it holds, [as in a target](../spec.md#overrides).\n")
+            parts.append("`role`, `modules` and `layers` select its sites, [as in a target](../spec.md#overrides).\n")
         without = set(Override.model_fields) if issubclass(model, Override) else set()
         parts.append(field_table(model, _link, without=without))
     return parts

@@ -48,54 +48,56 @@ fold: {budget: {logits: 0.001}}
 """
 
 _INTRO = """\
-A spec says which places of a model get which adaptation, and what else trains. YAML, JSON, TOML and Python hold the
-same document; this page shows YAML. `graftc schema` prints its JSON Schema, which editors can check against.
+A spec says which sites of a model get which adaptation, and what else is trained. The same document can be written in
+YAML, JSON, TOML or Python; this page shows YAML. `graftc schema` prints its JSON Schema, which editors can use for
+validation.
 
-Every model here is closed and strict: an unknown field is an error ([GC003](errors.md#gc003)), a text is not taken for
-a number, and every pattern has to match something ([GC011](errors.md#gc011)).
+All objects described here are closed and strict: an unknown field is an error ([GC003](errors.md#gc003)), a string is
+not converted to a number, and every pattern must match something ([GC011](errors.md#gc011)).
 """
 
 _ADAPTATIONS = """\
-An entry of `adapt`. The fields below are common to all methods; each method has more of its own, listed on
-[its page](methods/index.md). Adaptations are inserted, and folded, in the order of the list; two of them may stack on
-the same rows of one weight.
+An entry of `adapt`. The fields below are common to all methods; each method has additional fields, listed on [its
+page](methods/index.md). Adaptations are inserted and folded in list order; several of them may stack on the same rows
+of one weight.
 """
 
 _TARGETS_AFTER = """\
-Selectors add up: a site has to meet each of `role`, `modules` and `regex` that is given, then be in `layers`, then
-not be in `exclude`. A site is a stored weight, or the rows of one that a role owns, however often the model uses it.
+Selectors are combined with AND: a site must match each of `role`, `modules` and `regex` that is given, must be in
+`layers`, and must not be in `exclude`. A site is a stored weight, or the rows of one that belong to a role, however
+often the model uses it.
 
-Nothing is skipped silently. Every item of a list, every branch of a brace, every entry of `layers` and every exclusion
-must match; a role that some layers have and others lack is an error as well, unless `layers` or `expect` says so.
+Nothing is skipped silently. Every list item, every brace branch, every entry of `layers` and every exclusion must
+match; a role that only some layers have is an error as well, unless `layers` or `expect` allows for it.
 """
 
 _GLOBS_TEXT = """\
-`modules` and `exclude` match whole paths of modules, as `model.named_modules()` gives them. `*` stands for any
-characters within one segment, `**` as a segment for any number of segments, `{a,b}` for either. Quote a pattern that
-starts with `*`: YAML reads it as something else.
+`modules` and `exclude` match whole module paths, as returned by `model.named_modules()`. `*` matches any characters
+within one segment, `**` as a segment matches any number of segments, and `{a,b}` matches either alternative. Quote a
+pattern that starts with `*`, because YAML gives an unquoted `*` another meaning.
 """
 _REGEX_TEXT = """\
-`regex` holds regular expressions of Python. They match the whole path, so one for the end of a path starts with `.*`.
-Looking ahead and behind works. Matching has limited time ([GC008](errors.md#gc008)): repetitions inside of repetitions
-may take longer than that, which globs never do.
+`regex` takes Python regular expressions. They match the whole path, so an expression for the end of a path starts
+with `.*`. Lookahead and lookbehind are supported. Matching time is limited ([GC008](errors.md#gc008)): nested
+repetitions may exceed the limit, which globs never do.
 """
 _LAYERS_TEXT = """\
-Layers count from 0 in each stack of repeated layers; in an encoder-decoder model `layers` applies to both stacks unless
-the role says `encoder.` or `decoder.`. Slices are those of Python, written as text.
+Layers are numbered from 0 in each stack of repeated layers; in an encoder-decoder model `layers` applies to both stacks
+unless the role has the prefix `encoder.` or `decoder.`. Slices follow Python and are written as strings.
 """
 _OVERRIDES = """\
-A method with a field `overrides` takes other values for some of its sites. Each override says where it holds, among the
-sites that the target selected, and what changes there. The first that matches a site holds, and one that is never used
-is an error. Which values can change is on the method's page.
+A method with an `overrides` field can use different values for some of its sites. Each override specifies to which of
+the sites selected by the target it applies, and which values change there. The first override that matches a site
+applies, and an override that is never used is an error. The method's page lists the values that can change.
 """
 _LIMITS = """\
-What exceeds one of these is an error ([GC009](errors.md#gc009)) before anything else is looked at, in a file as in
-Python.
+Exceeding one of these limits is an error ([GC009](errors.md#gc009)) that is raised before anything else is checked, for
+files and in Python alike.
 """
 _ROLES_TEXT = """\
-A role says what a site does in the architecture. Roles are found from the data flow of the graph, not from names;
-`graftc roles MODEL` prints those of a model with the evidence for each, and what it could not resolve.
-[Coverage](coverage.md) lists how far this works for the architectures of transformers.
+A role describes what a site does in the architecture. Roles are derived from the data flow of the graph, not from
+names; `graftc roles MODEL` prints the roles of a model with the evidence for each, and the sites it could not
+resolve. [Coverage](coverage.md) reports how well this works for the architectures in transformers.
 """
 
 _PATHS = (
@@ -149,21 +151,21 @@ def render_spec() -> str:
 
 def _limits() -> list[tuple[str, str]]:
     return [
-        ("a file, or a text that is parsed", f"{limits.FILE:,} bytes"),
+        ("a file, or a string that is parsed", f"{limits.FILE:,} bytes"),
         ("nesting", f"{limits.DEPTH} levels"),
-        ("values, mappings and lists included; what an alias stands for counts each time", f"{limits.VALUES:,}"),
+        ("values, including mappings and lists; the values behind an alias count each time", f"{limits.VALUES:,}"),
         ("adaptations, and compositions", f"{limits.ADAPTATIONS:,} each"),
         ("tokens to add", f"{limits.TOKENS:,}"),
-        ("a text, a key, a pattern", f"{limits.TEXT:,} characters"),
+        ("a string, a key, a pattern", f"{limits.TEXT:,} characters"),
         ("the name of an adaptation or composition", f"{limits.NAME} characters"),
-        ("an integer", "63 bits and a sign; of a layer or row 9 digits"),
+        ("an integer", "63 bits and a sign; 9 digits for a layer or row"),
         ("a rank, width or length", f"{limits.SIZE:,}"),
         ("alternatives of a pattern with braces", f"{BRANCHES:,}; braces {NESTED} deep"),
         (
-            "all patterns together, braces expanded, and the counts `{n}` of regular expressions multiplied",
+            "all patterns together, with braces expanded and counts `{n}` in regular expressions multiplied out",
             f"{PATTERNS:,} characters",
         ),
-        ("time for matching all regular expressions of a spec", f"{SECONDS:g} s of computing"),
+        ("time for matching all regular expressions of a spec", f"{SECONDS:g} s of CPU time"),
     ]
 
 
@@ -198,12 +200,13 @@ def _languages() -> list[str]:
         "### Regular expressions\n",
         _REGEX_TEXT,
         "### Braces in roles\n",
-        f"Roles have no wildcards, but braces: {code(brace)} is {' and '.join(map(code, expand_braces(brace)))}.\n",
+        f"Roles have no wildcards, but they may contain braces: {code(brace)} stands for "
+        f"{' and '.join(map(code, expand_braces(brace)))}.\n",
         "### Layers\n",
         _LAYERS_TEXT,
         f"In a stack of {_DEPTH} layers:\n",
         table(("entry", "layers"), [(entry, ", ".join(map(str, found))) for entry, found in layers.items()]),
-        'Several entries stand in a list: `layers: [0, "4:"]`.\n',
+        'Write several entries as a list: `layers: [0, "4:"]`.\n',
     ]
 
 
@@ -219,5 +222,5 @@ def _roles() -> list[str]:
         _ROLES_TEXT,
         table(("role", "kind of site", "meaning"), rows),
         f"A role may have prefixes: {', '.join(code(prefix + '.') for prefix in PREFIXES)}, in this order. A site\n"
-        f"answers to its full role and to every shorter spelling: a {code(role)} is selected by {spellings}.\n",
+        f"matches its full role and every shorter spelling: a {code(role)} is selected by {spellings}.\n",
     ]

@@ -16,8 +16,8 @@ def method_for(tag: str) -> Method[Any]:
     """The method with this tag.
 
     Raises:
-        GraftError: GC004 for an unknown tag; GC071 when its module holds no `Method` for its spec, or when what a preset
-            names as its mechanism is no method with code of its own.
+        GraftError: GC004 for an unknown tag; GC071 when its module holds no `Method` for its spec, or when the
+            mechanism that a preset names is no method with code of its own.
     """
     entries = method_specs()
     if tag not in entries:
