@@ -28,12 +28,12 @@ from graftc.compiler.words import word_vectors
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.effects import flaw
 from graftc.passes.core.keys import Entry, Mode, Signature, Stage
+from graftc.passes.core.mode import moded, to_eval
 from graftc.passes.core.program import HistoryEntry, Program, from_two
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.sites import Applied, AttentionSite, LinearSite, ParameterSite, Site
 from graftc.passes.core.steering import STEP, no_steps
 from graftc.passes.core.verify import record_baseline, verify
-from graftc.passes.mode import moded, to_eval
 from graftc.passes.recompute import recompute_weights
 from graftc.passes.tokens import insert_tokens
 from graftc.specs.diagnostics import GraftError, first_line, warn

@@ -22,7 +22,7 @@ from graftc.compiler.interface import device_of, dtype_of
 from graftc.compiler.samples import samples_on
 from graftc.compiler.signature import Axis, described
 from graftc.compiler.sources import home_of_module
-from graftc.passes.canonicalise import takes_device
+from graftc.passes.core.cleaning import takes_device
 from graftc.passes.core.keys import Mode
 from graftc.passes.core.program import Program, map_nodes
 from graftc.specs.diagnostics import first_line

@@ -21,11 +21,11 @@ from graftc.compiler.samples import sample_inputs
 from graftc.compiler.slots import are_constant, slot_parameters, slot_values
 from graftc.passes.compose import GATE
 from graftc.passes.core.folds import round_once
+from graftc.passes.core.mode import to_eval
 from graftc.passes.core.program import Program, provenance
 from graftc.passes.core.reading import computed
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.routing import is_pick, is_route
-from graftc.passes.mode import to_eval
 from graftc.specs.base import MethodSpec
 from graftc.specs.document import Spec
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.keys import ProgramKey, Stage
+from graftc.passes.core.mode import to_eval
 from graftc.passes.core.program import Program
 from graftc.passes.core.verify import record_baseline, verify
-from graftc.passes.mode import to_eval
 from graftc.specs.diagnostics import GraftError
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.canonicalise import takes_device
+from graftc.passes.core.cleaning import takes_device
 from graftc.passes.core.program import map_nodes
 
 aten = torch.ops.aten

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from graftc.passes.core.blocks import Root
+from graftc.passes.core.containers import Tree
 from graftc.specs.diagnostics import GraftError
 
 _PLAIN = "it has the adaptation in its weights"
@@ -22,7 +22,7 @@ def require_plain(model: Any) -> None:
         raise _no_module(model)
     for path, module in model.named_modules():
         where = f"{type(model).__name__} holds {{}} at {path!r}" if path else "{} is no base"
-        if isinstance(module, Root):
+        if isinstance(module, Tree):
             what = f"a {type(module).__name__}"
             hint = (
                 "name both adaptations in one spec, and compile the model that this one was made from; or compile "

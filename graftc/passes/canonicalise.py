@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from graftc.passes.core.program import Program, mutates
+from graftc.passes.core.cleaning import remove_dead
+from graftc.passes.core.program import Program
 from graftc.passes.core.shapes import expression
 
 aten = torch.ops.aten
@@ -45,15 +46,6 @@ def canonicalise(program: Program) -> Program:
     _share_sizes(program)
     remove_dead(program)
     return program
-
-
-def remove_dead(program: Program) -> None:
-    """Erase computations that nothing uses and that change nothing. Inputs stay, and what an edit replaced."""
-    kept = {edit.before for edit in program.edits}
-    for node in reversed(list(program.graph.nodes)):
-        unused = not node.users and node not in kept
-        if unused and node.op in ("call_function", "get_attr") and not mutates(node):
-            program.graph.erase_node(node)
 
 
 def _value(node: Any) -> Any:
@@ -169,18 +161,6 @@ def _is_view(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return True
     return any(argument.alias_info is not None for argument in target._schema.arguments)
-
-
-_HAS_DEVICE: dict[Any, bool] = {}
-
-
-def takes_device(target: Any) -> bool:
-    """Whether an operator makes a tensor on a device named by a ``device`` argument."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if target not in _HAS_DEVICE:
-        _HAS_DEVICE[target] = any(a.name == "device" for a in target._schema.arguments)
-    return _HAS_DEVICE[target]
 
 
 def _drop_device(node: fx.Node) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from graftc.passes.canonicalise import remove_dead
+from graftc.passes.core.cleaning import remove_dead
 from graftc.passes.core.program import OutputSpec, Program
 from graftc.specs.diagnostics import GraftError
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from graftc.passes.canonicalise import remove_dead
+from graftc.passes.core.cleaning import remove_dead
 from graftc.passes.core.program import Edit, Program, follow
 
 

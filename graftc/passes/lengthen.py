@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graftc.passes.canonicalise import remove_dead
+from graftc.passes.core.cleaning import remove_dead
 from graftc.passes.core.counted import counted_inputs, recounted
 from graftc.passes.core.inference import Inference
 from graftc.passes.core.program import InputSpec, Program, above, limited, map_nodes, nodes_in

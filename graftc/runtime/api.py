@@ -74,7 +74,7 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool 
             the base is not there; GC087 when it is another model; GC088 when the spec adapts other places now;
             GC089 when its checkpoint lacks tensors; GC073 for arguments of another kind.
     """
-    from graftc.runtime.artifact.load import load as load_from
+    from graftc.runtime.loading.load import load as load_from
 
     if model is not None and not isinstance(model, str):
         require_plain(model)

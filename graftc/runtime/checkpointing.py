@@ -8,9 +8,9 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
-from graftc.passes.core.blocks import LayerCode, Recompute, Runner
 from graftc.passes.core.keys import ProgramKey
 from graftc.passes.core.program import Program
+from graftc.runtime.blocks import LayerCode, Recompute, Runner
 from graftc.specs.diagnostics import GraftError, nearest
 
 _DEFAULTS = {name: p.default for name, p in inspect.signature(checkpoint).parameters.items()}

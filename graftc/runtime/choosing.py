@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.compose import ACTIVE
 from graftc.compiler.interface import COUNT, dtype_of
 from graftc.compiler.isolation import is_traced
-from graftc.compiler.pipeline import recompile
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import TRAIN
 from graftc.compiler.snapshot import adapter_tensors
@@ -22,7 +20,7 @@ from graftc.passes.core.batch import BATCH
 from graftc.passes.core.gathered import gathered
 from graftc.passes.core.store import RESERVED
 from graftc.specs.compose import Bank, CompositionSpec, Parallel
-from graftc.specs.diagnostics import GraftError, GraftWarning, nearest
+from graftc.specs.diagnostics import GraftError, nearest
 from graftc.specs.document import Spec
 
 if TYPE_CHECKING:
@@ -133,6 +131,7 @@ class Choosing:
 
     _compilation: Compilation
     device: torch.device
+    sibling: Callable[..., Compiled]
 
     def activate(self, choice: str | int, bank: str | None = None) -> None:
         """Choose the adaptation that calls use which choose none. No graph changes: it may differ from call to call.
@@ -194,8 +193,6 @@ class Choosing:
         Raises:
             GraftError: GC038 where there is no such slot, GC091 where there is no such bank.
         """
-        from graftc.runtime.compiled import make_compiled
-
         compilation = self._compilation
         found = _bank(compilation.spec, bank)
         factors = dict(choice) if isinstance(choice, Mapping) else {found.members[slot_of(found, choice)]: 1.0}
@@ -204,12 +201,8 @@ class Choosing:
         if not factors:
             raise GraftError("GC038", f"nothing is chosen from {found.name!r}")
         name = next(iter(factors)) if len(factors) == 1 else str(found.name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", GraftWarning)  # they have been given when it was compiled
-            spec = _without(compilation.spec, found, next(iter(factors)), name)
-            rest = recompile(compilation, spec, _values(compilation, found, factors, name))
-        made: Compiled = make_compiled(rest).to(self.device)
-        return made
+        spec = _without(compilation.spec, found, next(iter(factors)), name)
+        return self.sibling(spec, _values(compilation, found, factors, name))
 
 
 def _bank(spec: Spec, name: str | None) -> CompositionSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.compose import Unit
 from graftc.compiler.folding import site_steps
-from graftc.compiler.pipeline import recompile
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import Resolved
 from graftc.compiler.snapshot import adapter_tensors
@@ -60,6 +59,7 @@ class Combining:
 
     training: bool
     _compilation: Compilation
+    sibling: Callable[..., Compiled]
 
     def combine(
         self,
@@ -90,8 +90,6 @@ class Combining:
             GraftError: GC002 for arguments that do not fit, GC029 for adaptations that cannot be combined so, GC091 for
                 names that are none.
         """
-        from graftc.runtime.compiled import make_compiled
-
         compilation = self._compilation
         chosen = _chosen(compilation, names)
         factors = [1.0] * len(names) if weights is None else list(weights)
@@ -112,7 +110,7 @@ class Combining:
         for resolved_name, tensors in _named(compilation, chosen[0], name, made, width).items():
             values[resolved_name] = tensors
         spec = _spec(compilation.spec, chosen[0], names, name, width)
-        result = make_compiled(recompile(compilation, spec, values))
+        result = self.sibling(spec, values)
         result.train(self.training)
         return Combined(result, name, errors)
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from graftc.compiler.compilation import Compilation
-from graftc.passes.core.blocks import Runner
 from graftc.passes.core.store import Store
+from graftc.runtime.blocks import Runner
 from graftc.specs.diagnostics import GraftError
 
 COPIED = ("accepts_loss_kwargs", "base_model_prefix", "generation_config", "loss_type", "model_tags", "name_or_path")

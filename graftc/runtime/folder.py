@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from graftc.compiler.interface import config_of
 from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
 from graftc.runtime.artifact.places import RECORD, is_ours
-from graftc.runtime.artifact.write import listed, save_tensors, writing
-from graftc.runtime.compiled import runner_of
+from graftc.runtime.artifact.write import listed
 from graftc.runtime.files import staged
 from graftc.runtime.interop.transformers import no_place
 from graftc.runtime.models import local_folder, quiet_transformers
+from graftc.runtime.runner import runner_of
+from graftc.runtime.tensor_files import save_tensors, writing
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 

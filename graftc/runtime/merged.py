@@ -19,14 +19,15 @@ from graftc.compiler.foldable import Foldable, foldable
 from graftc.compiler.probing import Advance, Folded, added_bias, fold_tensors
 from graftc.compiler.report import owner_of
 from graftc.compiler.samples import sample_inputs
-from graftc.passes.core.blocks import Root
 from graftc.passes.core.gathered import gathered
 from graftc.passes.core.keys import ProgramKey
 from graftc.passes.core.printer import structural_hash
 from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
 from graftc.passes.fold import take_out
-from graftc.runtime.compiled import ModelRoot, ModelRunner, Published, runner_of
+from graftc.runtime.blocks import Root
+from graftc.runtime.export.exporting import Exporting
+from graftc.runtime.runner import ModelRoot, Published, runner_of
 from graftc.specs.arguments import as_budget, as_path
 from graftc.specs.diagnostics import GraftError
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled, CompiledRunner
 
 
-class MergedRunner(ModelRunner):
+class MergedRunner(Exporting):
     """All that a `Merged` does.
 
     Attributes:
@@ -203,6 +204,20 @@ def fold(
         merged = Merged(MergedRunner(compilation, found, made))
         merged._graftc.certificate = _certify(runner, merged._graftc, made, budget)
     return merged
+
+
+def certificate_of(compiled: Compiled | CompiledRunner) -> tuple[Certificate | None, dict[str, str]]:
+    """The certificate of folding what folds, whether it passes or not, and what does not fold with the reason.
+
+    Raises:
+        GraftError: GC051 where the model gives numbers that are not finite, of which there is nothing to certify.
+    """
+    merged = fold(compiled)
+    if merged.folded and not merged.certificate.finite:
+        message = "the model gives numbers that are not finite, so that nothing can be certified"
+        hint = "look for NaN in what was trained and in buffers; certify=False saves it as it is"
+        raise GraftError("GC051", message, hint=hint)
+    return (merged.certificate if merged.folded else None), dict(merged.kept)
 
 
 def _folded_store(model: nn.Module, store: Store, fold: Foldable, made: Folded) -> Store:

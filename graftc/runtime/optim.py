@@ -19,7 +19,8 @@ from graftc.passes.core.moments import Seen, SparseOptimiser
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.store import Store
 from graftc.passes.selection import SparseTensors, regions_at
-from graftc.runtime.compiled import Compiled, runner_of
+from graftc.runtime.compiled import Compiled
+from graftc.runtime.runner import runner_of
 
 __all__ = ["SM3", "AgedAdamW"]
 

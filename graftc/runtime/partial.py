@@ -14,7 +14,6 @@ from graftc.compiler.apart import largest_difference
 from graftc.compiler.certify import Certificate
 from graftc.compiler.collapse import collapsed_spec, collapsed_values
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.pipeline import recompile
 from graftc.compiler.probing import Advance
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import TRAIN
@@ -24,9 +23,9 @@ from graftc.compiler.tokens import TOKENS
 from graftc.passes.core.gathered import gathered
 from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
-from graftc.runtime.compiled import make_compiled, runner_of
 from graftc.runtime.folder import write_merged
 from graftc.runtime.merged import Merged, fold, require_passed
+from graftc.runtime.runner import runner_of
 from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.document import Spec
@@ -112,8 +111,7 @@ def _partial(compiled: Compiled | CompiledRunner, merged: Merged) -> Partial:
     compilation = runner.compilation
     values = {n: gathered(t) for n, t in adapter_tensors(compilation.store) if owner_of(n) in merged.kept}
     values |= collapsed_values(compilation)
-    rest = recompile(compilation, _rest(compilation, merged), values, merged.to_transformers())
-    made = make_compiled(rest)
+    made = runner.sibling(_rest(compilation, merged), values, merged.to_transformers())
     certificate = _with_outputs(merged.certificate, runner, made._graftc)
     require_passed(certificate)
     return Partial(merged, made, certificate)

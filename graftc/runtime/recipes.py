@@ -13,9 +13,9 @@ from torch import nn
 
 from graftc.compiler.interface import ExampleInputs
 from graftc.runtime.api import SpecLike, compile
-from graftc.runtime.artifact.load import load
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.files import recover, write_text
+from graftc.runtime.loading.load import load
 from graftc.runtime.selecting import Loss
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.document import Spec

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,20 +10,20 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.fingerprint import identify
-from graftc.compiler.pipeline import recompile
 from graftc.compiler.report import owner_of
 from graftc.compiler.resolve import TRAIN, Resolved
 from graftc.compiler.snapshot import adapter_tensors
 from graftc.compiler.steering import live_places
-from graftc.passes.core.blocks import Runner
 from graftc.passes.core.gathered import gathered
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.scoring import Scoring
 from graftc.passes.core.windows import BaseGradients
 from graftc.passes.selection import SELECTED
+from graftc.runtime.blocks import Runner
+from graftc.runtime.runner import in_eval_mode, runner_of
 from graftc.runtime.steering import Steered
 from graftc.specs.base import MethodSpec
-from graftc.specs.diagnostics import GraftError, GraftWarning
+from graftc.specs.diagnostics import GraftError
 from graftc.specs.document import Spec
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ class Selecting(Steered, Runner):
     """The part of `Compiled` that makes the model of the next training."""
 
     _compilation: Compilation
+    sibling: Callable[..., Compiled]
 
     @property
     def unselected(self) -> tuple[str, ...]:
@@ -120,8 +120,6 @@ class Selecting(Steered, Runner):
     @contextmanager
     def _watched(self, tensors: Mapping[str, Tensor], take: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Inside, a backward pass gives the gradients of base tensors to ``take``, and makes no others."""
-        from graftc.runtime.compiled import in_eval_mode
-
         trained = [p for p in self.module.parameters() if p.requires_grad]
         gradients = BaseGradients(take)
         try:
@@ -182,8 +180,6 @@ class Selecting(Steered, Runner):
         Raises:
             GraftError: GC087 where another has another base, GC005 where two adaptations have one name.
         """
-        from graftc.runtime.compiled import runner_of
-
         mine = identify(self._compilation.source).fingerprint
         spec, values = self._compilation.spec, dict(self._others(()))
         for model in others:
@@ -214,12 +210,7 @@ class Selecting(Steered, Runner):
         return self._made(spec.model_copy(update={"adapt": adapt}), {**others, **values})
 
     def _made(self, spec: Spec, values: Mapping[str, Tensor]) -> Compiled:
-        from graftc.runtime.compiled import make_compiled
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", GraftWarning)  # they have been given when it was compiled
-            made = recompile(self._compilation, spec, values)
-        compiled = make_compiled(made).to(self._store_device())
+        compiled = self.sibling(spec, values)
         compiled.train(self.training)
         return compiled
 

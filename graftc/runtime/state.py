@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.fingerprint import Identity, identify
 from graftc.compiler.snapshot import adapter_tensors
-from graftc.passes.core.blocks import Root, Runner
 from graftc.passes.core.gathered import gathered
 from graftc.runtime.artifact.checkpoint_record import RECORD, as_tensor, from_tensor, record_of, weights_of
+from graftc.runtime.blocks import Root, Runner
 from graftc.specs.arguments import kind_of
 from graftc.specs.diagnostics import GraftError
 

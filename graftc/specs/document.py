@@ -10,7 +10,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from graftc.specs.base import Items, MethodSpec, SpecModel, check_name
-from graftc.specs.compose import Bank, Compositions, CompositionSpec, Stack
+from graftc.specs.compose import Bank, Compositions, CompositionSpec, Stack, composition_kinds
 from graftc.specs.diagnostics import GraftError, Place, nearest
 from graftc.specs.limits import ADAPTATIONS, TOKENS
 from graftc.specs.patterns import PATTERNS, measure_braces
@@ -18,7 +18,7 @@ from graftc.specs.registry import method_specs, unknown_method
 from graftc.specs.source import Source
 from graftc.specs.target import PatternList
 from graftc.specs.text import quoted, shown, some
-from graftc.specs.validation import reject
+from graftc.specs.validation import CONCRETE, reject
 
 __all__ = ["Budget", "FoldOptions", "Spec", "Tokens"]
 
@@ -67,6 +67,19 @@ def _adaptation(value: Any) -> MethodSpec:
 
 
 Adaptation: TypeAlias = Annotated[MethodSpec, _AnyMethod()]
+
+
+def _method_class(data: Mapping[Any, Any]) -> type[MethodSpec]:
+    entry = method_specs().get(str(data.get("method")))
+    return MethodSpec if entry is None else entry.spec_class
+
+
+def _composition_class(data: Mapping[Any, Any]) -> type[CompositionSpec]:
+    return next((cls for kind, cls in composition_kinds().items() if kind in data), CompositionSpec)
+
+
+CONCRETE[MethodSpec] = _method_class
+CONCRETE[CompositionSpec] = _composition_class
 
 
 class Tokens(SpecModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -184,6 +184,10 @@ def _fields_at(root: type[BaseModel], data: object, path: Sequence[str | int]) -
     return list(names)
 
 
+CONCRETE: dict[type[BaseModel], Callable[[Mapping[Any, Any]], type[BaseModel]]] = {}
+"""For a base class whose subclasses documents tell apart by themselves: which one a mapping is of."""
+
+
 def _annotation(model: type[BaseModel], field: str) -> Any:
     info = model.model_fields.get(field)
     return None if info is None else info.annotation
@@ -196,14 +200,5 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _concrete(model: type[BaseModel], data: object) -> type[BaseModel]:
-    """The class of a method or of a kind of composition, where the annotation only says that it is one."""
-    from graftc.specs.base import MethodSpec
-    from graftc.specs.compose import CompositionSpec, composition_kinds
-    from graftc.specs.registry import method_specs
-
-    if model is MethodSpec and isinstance(data, Mapping):
-        entry = method_specs().get(str(data.get("method")))
-        return model if entry is None else entry.spec_class
-    if model is CompositionSpec and isinstance(data, Mapping):
-        return next((cls for kind, cls in composition_kinds().items() if kind in data), model)
-    return model
+    """The class that data is of, where the annotation only says that it is one of several."""
+    return CONCRETE[model](data) if model in CONCRETE and isinstance(data, Mapping) else model

@@ -48,8 +48,13 @@ def _nothing_is_used(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReq
     def used(*_: object, **__: object) -> Any:
         raise AssertionError("a damaged artifact was used")
 
-    for name in ("read.parse_spec", "read.program_from_json", "load.compile_model", "load.find_base"):
-        monkeypatch.setattr(f"graftc.runtime.artifact.{name}", used)
+    for name in (
+        "artifact.read.parse_spec",
+        "artifact.read.program_from_json",
+        "loading.load.compile_model",
+        "loading.load.find_base",
+    ):
+        monkeypatch.setattr(f"graftc.runtime.{name}", used)
 
 
 def code_of(path: Path) -> str:

@@ -15,7 +15,7 @@ import torch
 
 import graftc
 from graftc.runtime.artifact import open_artifact
-from graftc.runtime.artifact.verify import verify
+from graftc.runtime.loading.verify import verify
 from graftc.specs.diagnostics import GraftError
 from tests.artifact.support import adapted, edit_json, edit_manifest, mend, saved_base
 

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from graftc.runtime.artifact import open_artifact
-from graftc.runtime.artifact.verify import verify
 from graftc.runtime.files import recover
+from graftc.runtime.loading.verify import verify
 from tests.artifact.support import adapted, saved_base, tree_bytes
 from tests.forks import Worker
 

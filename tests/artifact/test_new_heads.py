@@ -14,7 +14,7 @@ from transformers import BertForSequenceClassification, BertModel
 
 import graftc
 from graftc.runtime.artifact import open_artifact
-from graftc.runtime.artifact.verify import verify
+from graftc.runtime.loading.verify import verify
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import perturb
 from tests.artifact.support import edit_manifest

@@ -12,9 +12,10 @@ import pytest
 
 import graftc
 from graftc.runtime.artifact import open_artifact
-from graftc.runtime.artifact.verify import verify
+from graftc.runtime.loading.base import find_base
+from graftc.runtime.loading.verify import verify
 from graftc.runtime.models import load_hub
-from graftc.runtime.reference import Reference, find_base
+from graftc.runtime.reference import Reference
 from graftc.specs.diagnostics import GraftError
 from tests.artifact.support import adapted, edit_manifest, saved_base
 

@@ -16,11 +16,11 @@ from graftc.compiler import cache
 from graftc.compiler.capture import capture
 from graftc.compiler.defaults import default_axes
 from graftc.compiler.signature import Axis
+from graftc.passes.core.mode import to_eval
 from graftc.passes.core.printer import format_program, structural_hash
 from graftc.passes.core.sites import linear_use
 from graftc.passes.core.store import Store
 from graftc.passes.core.verify import record_baseline, verify
-from graftc.passes.mode import to_eval
 from tests import families
 
 

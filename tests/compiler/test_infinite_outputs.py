@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.apart import largest_difference, largest_number
-from graftc.runtime.artifact.verify import verify
+from graftc.runtime.loading.verify import verify
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import perturb
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import graftc
 from graftc.passes.core.store import Store
-from graftc.runtime.artifact.verify import verify
 from graftc.runtime.compiled import Compiled
+from graftc.runtime.loading.verify import verify
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.registry import method_specs
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits

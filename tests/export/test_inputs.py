@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.runtime.compiled import Compiled, ModelRoot
+from graftc.runtime.compiled import Compiled
+from graftc.runtime.runner import ModelRoot
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import SHAPES, inputs_for

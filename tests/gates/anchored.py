@@ -16,10 +16,10 @@ from graftc.compiler import adapting, cache
 from graftc.compiler.anchor import BOUNDS
 from graftc.compiler.capture import Capture
 from graftc.compiler.samples import samples_on
+from graftc.passes.core.mode import to_eval
 from graftc.passes.core.program import Program
 from graftc.passes.core.reading import computed
 from graftc.passes.core.serialise import program_to_json
-from graftc.passes.mode import to_eval
 from graftc.runtime.artifact.manifest import canonical_json
 from graftc.specs.diagnostics import GraftError
 from graftc.testing.compare import flat

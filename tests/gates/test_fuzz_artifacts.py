@@ -28,8 +28,8 @@ import torch
 
 import graftc
 from graftc.runtime.artifact import open_artifact
-from graftc.runtime.artifact.verify import verify
 from graftc.runtime.cli import main
+from graftc.runtime.loading.verify import verify
 from graftc.specs.diagnostics import GraftError
 from graftc.testing.compare import inputs_for
 from tests.artifact.support import adapted, saved_base

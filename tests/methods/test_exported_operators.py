@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from graftc.passes.core.verify import provenance
-from graftc.runtime.compiled import runner_of
+from graftc.runtime.runner import runner_of
 from graftc.testing import DeploymentContract
 
 HERE = Path(__file__).parent

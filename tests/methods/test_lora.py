@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import graftc
 from graftc.compiler.capture import capture
 from graftc.compiler.folding import lazy_tensors
+from graftc.passes.core.mode import to_eval
 from graftc.passes.core.printer import structural_hash
 from graftc.passes.core.store import Store
-from graftc.passes.mode import to_eval
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for

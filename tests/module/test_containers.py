@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.core.blocks import Block
+from graftc.runtime.blocks import Block
 from graftc.specs.diagnostics import GraftError, GraftWarning
 
 LORA = {"method": "lora", "rank": 2, "target": {"modules": "**.linear"}}

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.runtime.compiled import Compiled, CompiledRunner, runner_of
+from graftc.runtime.compiled import Compiled, CompiledRunner
 from graftc.runtime.merged import Merged
+from graftc.runtime.runner import runner_of
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import perturb, randomise
 

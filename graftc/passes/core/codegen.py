@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graftc.passes.canonicalise import takes_device
+from graftc.passes.core.cleaning import takes_device
 
 Function = Callable[..., Any]
 _OF_A_BATCH: dict[Any, Function] = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 
-from graftc.passes.canonicalise import takes_device
+from graftc.passes.core.cleaning import takes_device
 from graftc.passes.core.program import Program, map_nodes
 from graftc.passes.core.shapes import fake_mode_of, types_of
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.canonicalise import takes_device
+from graftc.passes.core.cleaning import takes_device
+from graftc.passes.core.mode import to_eval
 from graftc.passes.core.program import InputSpec, Program, follow, map_nodes
 from graftc.passes.core.store import Store
-from graftc.passes.mode import to_eval
 from graftc.specs.diagnostics import GraftError, Place
 
 

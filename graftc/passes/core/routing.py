@@ -2,7 +2,7 @@
 
 Experts are one tensor with a leading axis. A route is a number that is drawn in the graph, so that every forward pass,
 compiled or not, has its own, and a layer that is computed again in the backward pass has the same one. What is picked
-by it is the only reader: deriving the eval graph makes each pick a mean (`graftc.passes.mode`).
+by it is the only reader: deriving the eval graph makes each pick a mean (`graftc.passes.core.mode`).
 """
 
 from __future__ import annotations

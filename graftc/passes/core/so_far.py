@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from graftc.passes.canonicalise import takes_device
 from graftc.passes.core.builder import Builder
+from graftc.passes.core.cleaning import takes_device
 from graftc.passes.core.folds import Keep, WeightFold
 from graftc.passes.core.program import map_nodes
 from graftc.passes.core.sites import Applied, LinearSite

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.canonicalise import takes_device
+from graftc.passes.core.cleaning import takes_device
 from graftc.passes.core.effects import flaw
 from graftc.passes.core.printer import format_around, literal, target_name
 from graftc.passes.core.program import Program, map_nodes, provenance

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from graftc.compiler.certify import Certificate
 from graftc.compiler.fingerprint import identify
@@ -33,11 +27,11 @@ from graftc.runtime.artifact.manifest import (
     sealed,
 )
 from graftc.runtime.artifact.places import is_ours
-from graftc.runtime.compiled import runner_of
 from graftc.runtime.files import staged
-from graftc.runtime.merged import fold
 from graftc.runtime.models import local_folder
 from graftc.runtime.reference import Reference
+from graftc.runtime.runner import runner_of
+from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
@@ -91,20 +85,6 @@ def require_values(compiled: CompiledRunner) -> None:
         raise GraftError("GC053", "there is nothing to save on the meta device", hint="compile a model with weights")
 
 
-def certificate_of(compiled: Compiled | CompiledRunner) -> tuple[Certificate | None, dict[str, str]]:
-    """The certificate of folding what folds, whether it passes or not, and what does not fold with the reason.
-
-    Raises:
-        GraftError: GC051 where the model gives numbers that are not finite, of which there is nothing to certify.
-    """
-    merged = fold(compiled)
-    if merged.folded and not merged.certificate.finite:
-        message = "the model gives numbers that are not finite, so that nothing can be certified"
-        hint = "look for NaN in what was trained and in buffers; certify=False saves it as it is"
-        raise GraftError("GC051", message, hint=hint)
-    return (merged.certificate if merged.folded else None), dict(merged.kept)
-
-
 def _write(
     compiled: CompiledRunner,
     folder: Path,
@@ -149,38 +129,6 @@ def _write(
     text = sealed(data)
     (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
     return read_manifest(text.encode(), str(path))
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. Tensors that share storage are written each by itself.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    plain = {name: gathered(tensor).cpu().contiguous() for name, tensor in tensors.items()}
-    shared: set[int] = set()
-    for name, tensor in plain.items():
-        if tensor.numel() and tensor.untyped_storage().data_ptr() in shared:
-            plain[name] = tensor.clone()
-        shared.add(tensor.untyped_storage().data_ptr())
-    with writing(path):
-        save_file(plain, path)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Around writers of other libraries: their errors of input and output become `OSError`."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(_number(str(error)), str(error), str(path)) from error
-
-
-def _number(text: str) -> int:
-    """The system's number of an error, from the text that Rust gives it: ``... (os error 28)``."""
-    _, found, rest = text.partition("(os error ")
-    number = rest.partition(")")[0]
-    return int(number) if found and number.isdigit() else errno.EIO
 
 
 def listed(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:

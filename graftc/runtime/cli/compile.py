@@ -45,7 +45,8 @@ def compile(
 
         from graftc.compiler.fingerprint import identify
         from graftc.runtime.api import compile as compile_spec
-        from graftc.runtime.artifact.write import certificate_of, save
+        from graftc.runtime.artifact.write import save
+        from graftc.runtime.merged import certificate_of
         from graftc.runtime.models import load_model_and_inputs
 
         started = time.perf_counter()

@@ -9,7 +9,7 @@ import typer
 from graftc.runtime.cli.options import ArtifactArgument, BaseOption, Json
 
 if TYPE_CHECKING:
-    from graftc.runtime.artifact.verify import Verification
+    from graftc.runtime.loading.verify import Verification
 
 __all__ = ["verify"]
 
@@ -26,7 +26,7 @@ def verify(
     from graftc.runtime.cli.output import console, print_json, print_table, steps, working
 
     with working(json) as warnings, steps(json) as step:
-        from graftc.runtime.artifact.verify import verify as verify_folder
+        from graftc.runtime.loading.verify import verify as verify_folder
 
         found = verify_folder(directory, model, files_only=files_only, step=step)
     if json:

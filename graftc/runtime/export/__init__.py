@@ -15,7 +15,7 @@ from graftc.specs.io import dump_spec
 
 if TYPE_CHECKING:
     from graftc.compiler.certify import Certificate
-    from graftc.runtime.compiled import ModelRunner
+    from graftc.runtime.runner import ModelRunner
 
 Format = Literal["onnx", "pt2"]
 
@@ -48,9 +48,9 @@ def export_model(
     """
     if format not in ("onnx", "pt2"):
         raise GraftError("GC060", f"format {format!r} is unknown", hint="the formats are onnx and pt2")
-    from graftc.runtime.artifact.write import save_tensors
     from graftc.runtime.export.inputs import companions_of
     from graftc.runtime.export.module import ExportModule
+    from graftc.runtime.tensor_files import save_tensors
 
     if format == "onnx":
         from graftc.runtime.export.onnx import prepare_onnx as prepare

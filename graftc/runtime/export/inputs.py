@@ -15,7 +15,7 @@ from graftc.passes.core.store import Store
 from graftc.specs.diagnostics import GraftError, nearest
 
 if TYPE_CHECKING:
-    from graftc.runtime.compiled import ModelRoot, ModelRunner
+    from graftc.runtime.runner import ModelRoot, ModelRunner
 
 ADAPTER_TENSORS = "adapter_tensors"
 """The keyword of a ``.pt2`` program under which it takes tensors of adaptations, by their full names."""
@@ -32,7 +32,7 @@ def require_known(runner: ModelRunner | ModelRoot, names: Iterable[str]) -> None
     Raises:
         GraftError: GC091 with the nearest names.
     """
-    from graftc.runtime.compiled import runner_of
+    from graftc.runtime.runner import runner_of
 
     runner = runner_of(runner)
     tensors = [found for found in adapter_tensors(runner._store) if owner_of(found[0])]

@@ -18,7 +18,7 @@ from graftc.passes.core.program import Program
 from graftc.runtime.export.inputs import ADAPTER_TENSORS, as_inputs, tensors_of, without
 
 if TYPE_CHECKING:
-    from graftc.runtime.compiled import ModelRunner
+    from graftc.runtime.runner import ModelRunner
 
 
 def _decomposed(program: Program, inputs: Sequence[str]) -> fx.Graph:

@@ -20,8 +20,8 @@ from graftc.passes.core.store import Store
 from graftc.runtime.artifact.checkpoint_record import RECORD, StateRecord, from_tensor, weights_of
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.compiled import make_compiled
+from graftc.runtime.loading.base import find_base
 from graftc.runtime.models import load_as_built
-from graftc.runtime.reference import find_base
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 import graftc.passes.core.ops  # noqa: F401, registers the operators
-from graftc.passes.canonicalise import remove_dead
+from graftc.passes.core.cleaning import remove_dead
 from graftc.passes.core.program import Program, follow, provenance
 from graftc.passes.core.routing import is_pick
 from graftc.passes.core.updates import updates

@@ -17,12 +17,12 @@ from graftc.compiler.pipeline import add_signature, compile_model
 from graftc.compiler.snapshot import SiteRecord, adapter_tensors, site_records
 from graftc.passes.core import keys
 from graftc.passes.core.printer import structural_hash
-from graftc.runtime.artifact.checkpoint import checkpoint_file, load_checkpoint
 from graftc.runtime.artifact.manifest import MANIFEST, Signature, damaged
 from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.compiled import make_compiled
+from graftc.runtime.loading.base import find_base
+from graftc.runtime.loading.checkpoint import checkpoint_file, load_checkpoint
 from graftc.runtime.models import load_as_built
-from graftc.runtime.reference import find_base
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:

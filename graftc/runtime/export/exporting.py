@@ -1,0 +1,80 @@
+"""The part of a compiled or merged model that exports it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from graftc.compiler.interface import ExampleInputs
+from graftc.compiler.isolation import isolated
+from graftc.compiler.pipeline import signature_for
+from graftc.runtime.choosing import with_choices
+from graftc.runtime.runner import ModelRunner
+from graftc.specs.arguments import as_path
+
+if TYPE_CHECKING:
+    from graftc.compiler.certify import Certificate
+
+
+class Exporting(ModelRunner):
+    """A Runner whose Programs can be exported."""
+
+    @isolated()
+    def export(
+        self,
+        path: str | Path,
+        format: Literal["onnx", "pt2"] = "onnx",
+        example_inputs: ExampleInputs | None = None,
+        *,
+        inputs: Sequence[str] = (),
+        force: bool = False,
+    ) -> Path:
+        """Export the model in eval mode: a compiled one with its adapters, experts averaged, a merged one folded, with
+        its certificate in the metadata.
+
+        The tensors of ``inputs`` are no constants of the graph, but inputs by their full names, so that one file serves
+        every adaptation of these shapes; in ``.pt2`` they are one keyword, ``adapter_tensors``, a mapping of names to
+        tensors. Their values lie beside it, in ``<file>.<adaptation>.safetensors``.
+
+        Args:
+            path: the file to write.
+            format: ``"onnx"`` or ``"pt2"``.
+            example_inputs: a call whose signature is exported, by name or in order; by default the one that the model
+                was compiled with. Values of tensors do not matter.
+            inputs: names of adaptations that are in the graph.
+            force: replace what is there.
+
+        Raises:
+            GraftError: GC031 for example inputs that have no graph, GC060 when the exporter or the check of its result
+                fails, GC061 without the ``export`` extra, GC063 when ``path`` exists, GC064 when it cannot be written,
+                GC065 for an input of which the graph reads nothing, GC091 for one that there is not.
+        """
+        return self._export(path, format, example_inputs, inputs, getattr(self, "certificate", None), force)
+
+    def _export(
+        self,
+        path: str | Path,
+        format: Literal["onnx", "pt2"],
+        example_inputs: ExampleInputs | None,
+        inputs: Sequence[str],
+        certificate: Certificate | None,
+        force: bool,
+    ) -> Path:
+        from graftc.runtime.export import export_model
+
+        simplest = self._deployed()
+        if simplest is not self:
+            return simplest._export(path, format, example_inputs, inputs, certificate, force)
+        signature = self._compilation.main.signature
+        if example_inputs is not None:
+            examples = self._interface.examples(example_inputs)
+            chosen = {n: v for n, v in examples.items() if n in self._compilation.controls}
+            own = {n: v for n, v in examples.items() if n not in chosen}
+            present = with_choices(self._compilation, self._interface.read(own)[0], chosen)
+            signature = signature_for(self._compilation, present)
+        return export_model(self, as_path(path), format, signature, inputs=inputs, certificate=certificate, force=force)
+
+    def _deployed(self) -> Exporting:
+        """What an export writes."""
+        return self

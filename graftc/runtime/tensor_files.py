@@ -1,0 +1,46 @@
+"""Writing files of tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from graftc.passes.core.gathered import gathered
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Tensors that share storage are written each by itself.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    plain = {name: gathered(tensor).cpu().contiguous() for name, tensor in tensors.items()}
+    shared: set[int] = set()
+    for name, tensor in plain.items():
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in shared:
+            plain[name] = tensor.clone()
+        shared.add(tensor.untyped_storage().data_ptr())
+    with writing(path):
+        save_file(plain, path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around writers of other libraries: their errors of input and output become `OSError`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(_number(str(error)), str(error), str(path)) from error
+
+
+def _number(text: str) -> int:
+    """The system's number of an error, from the text that Rust gives it: ``... (os error 28)``."""
+    _, found, rest = text.partition("(os error ")
+    number = rest.partition(")")[0]
+    return int(number) if found and number.isdigit() else errno.EIO
