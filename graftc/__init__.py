@@ -19,11 +19,12 @@ _FACADE = {
     "tune": "graftc.runtime.recipes",
     "methods": "graftc.specs.listing",
 }
-_MODULES = {"optim": "graftc.runtime.optim"}
+_MODULES = {"extend": "graftc.extend", "optim": "graftc.runtime.optim", "testing": "graftc.testing"}
 
 if TYPE_CHECKING:
     from typing import Any
 
+    from graftc import extend, testing
     from graftc.runtime import optim
     from graftc.runtime.api import check, compile, load, roles
     from graftc.runtime.recipes import tune
@@ -39,11 +40,13 @@ __all__ = [
     "__version__",
     "check",
     "compile",
+    "extend",
     "load",
     "load_spec",
     "methods",
     "optim",
     "roles",
+    "testing",
     "tune",
 ]
 
@@ -59,4 +62,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_FACADE, *_MODULES])
+    return sorted(__all__)

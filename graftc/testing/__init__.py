@@ -16,7 +16,7 @@ What is checked follows from the method's claims. Nothing here imports pytest.
 
 from __future__ import annotations
 
-from graftc.testing.compare import largest_difference, outputs_of, same_bits
+from graftc.testing.compare import inputs_for, largest_difference, outputs_of, same_bits
 from graftc.testing.contract import MethodContract
 from graftc.testing.deployment import DeploymentContract
 from graftc.testing.families import FAMILIES, tiny
@@ -26,6 +26,7 @@ __all__ = [
     "FAMILIES",
     "DeploymentContract",
     "MethodContract",
+    "inputs_for",
     "largest_difference",
     "outputs_of",
     "perturb",

@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.passes.core.builder import Builder
-from graftc.passes.core.folds import Fold, WeightFold
-from graftc.passes.core.method import Method
-from graftc.passes.core.sites import LinearSite, Site
+from graftc.extend import Builder, Fold, LinearSite, Method, Site, WeightFold
 from graftc_scale.spec import Scale
 
 

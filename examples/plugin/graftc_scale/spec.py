@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from graftc.specs.base import MethodSpec
-from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.extend import Claims, FoldKind, MethodSpec, SiteKind
 
 
 class Scale(MethodSpec):

@@ -9,12 +9,17 @@ import torch
 from graftc_scale.method import ScaleMethod
 
 import graftc
-from graftc.compiler.folding import lazy_tensors
-from graftc.passes.core.folds import WeightFold
-from graftc.specs.diagnostics import GraftError
-from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, tiny
-from graftc.testing.compare import inputs_for
-from graftc.testing.families import FAMILIES
+from graftc.extend import GraftError, WeightFold
+from graftc.testing import (
+    FAMILIES,
+    DeploymentContract,
+    MethodContract,
+    inputs_for,
+    largest_difference,
+    outputs_of,
+    perturb,
+    tiny,
+)
 
 TARGET = {"role": ["attn.q", "attn.v", "ffn.down"]}
 SCALE: dict[str, Any] = {"method": "scale", "target": TARGET}
@@ -37,14 +42,16 @@ class TestScaleDeployed(DeploymentContract):
 
 
 def test_fold_scales_rows_and_bias() -> None:
-    compiled = graftc.compile({"adapt": [SCALE]}, tiny("bert"))
+    model = tiny("bert")
+    compiled = graftc.compile({"adapt": [SCALE]}, model)
     perturb(compiled)
     module = "bert.encoder.layer.0.output.dense"
     scale = compiled.adapter_state_dict()[f"{module}.graftc.scale.scale"].double()
     assert scale.unique().numel() == 48
-    lazy, store = lazy_tensors(compiled.compilation), compiled.compilation.store
-    assert torch.equal(lazy.exact(f"{module}.weight"), scale[:, None] * store.get(f"{module}.weight").double())
-    assert torch.equal(lazy.exact(f"{module}.bias"), scale * store.get(f"{module}.bias").double())
+    folded, base = compiled.merge().folded_state_dict(), model.state_dict()
+    weight = scale[:, None] * base[f"{module}.weight"].double()
+    assert torch.equal(folded[f"{module}.weight"], weight.float())
+    assert torch.equal(folded[f"{module}.bias"], (scale * base[f"{module}.bias"].double()).float())
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])

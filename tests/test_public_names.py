@@ -1,0 +1,60 @@
+"""What is public: names of the package, of what methods are written with, and of a compiled model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import graftc
+import graftc.extend
+import graftc.testing
+from graftc.runtime.compiled import Compiled
+from graftc.runtime.runner import Published
+
+PACKAGE = """
+    GraftError GraftWarning Spec __version__ check compile extend load load_spec methods optim roles testing tune
+"""
+
+COMPILED = """
+    activate adapter_state_dict advance after_step begin callback disabled explain export extra_loss full_state_dict
+    load_adapter_state_dict merge merge_partially report save select train_only
+"""
+"""What is graftc's whatever the children of a source model are called: at most 20 names."""
+
+
+def test_the_package_has_these_names_and_shows_no_others() -> None:
+    assert sorted(graftc.__all__) == sorted(PACKAGE.split()) == dir(graftc)
+    assert all(getattr(graftc, name) is not None for name in graftc.__all__)
+
+
+def test_a_compiled_model_keeps_at_most_twenty_names() -> None:
+    own = {n for n, v in vars(Compiled).items() if isinstance(v, Published | property) and not n.startswith("_")}
+    assert own == set(COMPILED.split()) and len(own) <= 20
+
+
+@pytest.mark.parametrize("module", [graftc.extend, graftc.testing], ids=["extend", "testing"])
+def test_every_public_name_is_there_and_documented(module: object) -> None:
+    names = module.__all__  # type: ignore[attr-defined]
+    assert len(names) == len(set(names))
+    for name in names:
+        found = getattr(module, name)
+        assert found is not None
+        if callable(found) and getattr(found, "__module__", "").startswith("graftc"):
+            assert found.__doc__, name
+
+
+def test_a_module_of_specs_loads_no_torch() -> None:
+    code = (
+        "import sys; from graftc.extend import Claims, MethodSpec, Override, Target; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_example_imports_nothing_else() -> None:
+    folder = Path(__file__).parents[1] / "examples" / "plugin"
+    lines = [line.strip() for file in folder.rglob("*.py") for line in file.read_text(encoding="utf-8").splitlines()]
+    imports = {line.split()[1] for line in lines if line.startswith(("from graftc.", "import graftc."))}
+    assert imports == {"graftc.extend", "graftc.testing"}
