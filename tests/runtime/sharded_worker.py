@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import graftc
+from graftc.runtime.artifact import open_artifact
 from graftc.testing.perturb import perturb
 from tests.families import tiny
 
@@ -55,6 +56,8 @@ def main(rank: int, processes: int, folder: Path) -> None:
     if rank == 0:
         loaded = graftc.load(folder / "artifact-0", tiny("llama")).eval()
         same(loaded.adapter_state_dict(), adapters)
+        records = open_artifact(folder / "artifact-0").manifest.adapters
+        assert records and all(record.trainable for record in records.values())
     compiled.train()
     compiled(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in compiled.parameters() if p.requires_grad)

@@ -13,6 +13,7 @@ import graftc
 from graftc.compiler.capture import Capture
 from graftc.compiler.fingerprint import Identity, tensor_digest
 from graftc.compiler.snapshot import TensorRecord, as_plain
+from graftc.passes.core.gathered import gathered
 from graftc.passes.core.printer import structural_hash
 from graftc.passes.core.program import Program
 from graftc.passes.core.serialise import SerialisationError, program_to_json
@@ -74,7 +75,7 @@ def tensors(found: Mapping[str, Tensor]) -> dict[str, Any]:
             "dtype": record.dtype,
             "shape": list(record.shape),
             "trainable": record.trainable,
-            "sha256": tensor_digest(tensor),
+            "sha256": tensor_digest(gathered(tensor)),
         }
         for name, tensor in found.items()
         for record in (TensorRecord.of(tensor),)

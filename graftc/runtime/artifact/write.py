@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from graftc.compiler.certify import Certificate
 from graftc.compiler.fingerprint import identify
 from graftc.compiler.snapshot import adapter_tensors
-from graftc.passes.core.gathered import gathered
 from graftc.runtime.artifact import entries
 from graftc.runtime.artifact.manifest import (
     ADAPTERS,
@@ -101,7 +100,7 @@ def _write(
     identity = identify(source, full=full, replaced=compilation.replaced)
     reference = Reference("inside", BUNDLED) if bundled else Reference.of(source, base)
     signatures, graphs = entries.signatures(compiled)
-    adapters = {name: gathered(tensor) for name, tensor in adapter_tensors(compilation.store)}
+    adapters = dict(adapter_tensors(compilation.store))
     constants = entries.constants(compiled)
     texts = {SPEC: dump_spec(compilation.spec), **graphs}
     if certificate is not None:
