@@ -72,10 +72,10 @@ def site_steps(compilation: Compilation, unit: Unit) -> list[FoldStep]:
             FoldStep(
                 unit.name,
                 str(site.key),
-                site.use.weight,
-                site.use.bias or _new_bias(compilation, site),
+                site.own.tensor,
+                site.use.bias.tensor if site.use.bias is not None else _new_bias(compilation, site),
                 site.rows,
-                site.use.layout,
+                Layout(str(site.own.layout)),
                 fold.apply,
                 everywhere=True,
             )

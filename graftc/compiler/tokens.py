@@ -94,8 +94,8 @@ def _readers(table: SiteTable, name: str, rows: Rows) -> list[LinearSite]:
     sites: list[LinearSite] = []
     for weight in table.weights.values():
         for index, use in enumerate(weight.uses):
-            if use.weight == name:
-                own = use.stored if isinstance(use, Lookup) else rows
+            if use.weight.tensor == name:
+                own = use.weight if isinstance(use, Lookup) else use.weight.at(rows.runs)
                 sites.append(site_of(use, SiteKey(weight.module, weight.name, use=index), own))
     return sites
 

@@ -43,7 +43,7 @@ class BitFitMethod(Method[BitFit]):
         """
         if isinstance(site, LinearSite):
             if site.use.bias is not None:
-                build.overlay(site.use.bias, site.rows)
+                build.overlay(site.use.bias.tensor, site.rows)
             else:
                 build.add(site, build.parameter("added", (site.out_features,), zeros, dtype=site.dtype), "bias")
         elif isinstance(site, NormSite):

@@ -73,7 +73,7 @@ class LoRAMethod(Method[LoRA]):
             delta = build.call(aten.sub.Tensor, delta, start, part="minus start")
         build.add(site, delta)
         if spec.bias == "lora_only" and site.use.bias is not None:
-            build.overlay(site.use.bias, site.rows)
+            build.overlay(site.use.bias.tensor, site.rows)
 
     def fold(self, spec: LoRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
         """``W' = W + s B A``, less ``s B0 A0`` where the factors started from ``W``."""

@@ -102,10 +102,10 @@ class PruningMethod(TrainedTensors[Pruning]):
         """
         assert isinstance(site, LinearSite)
         if spec.stage == 1:
-            build.overlay(site.use.weight, build.stored(site), through=partial(self._pruned, spec, site, shared, build))
+            build.overlay(site.own.tensor, build.stored(site), through=partial(self._pruned, spec, site, shared, build))
         elif _key(site) not in shared.placed:
             shared.placed.add(_key(site))
-            build.instead(site.use.weight, partial(self._sparse, spec, site, shared, build), build.stored(site))
+            build.instead(site.own.tensor, partial(self._sparse, spec, site, shared, build), build.stored(site))
 
     def _pruned(self, spec: Pruning, site: LinearSite, shared: Start, build: Builder, trained: fx.Node) -> fx.Node:
         if spec.variant == "iterative" or not prunes(spec):
@@ -178,7 +178,7 @@ class PruningMethod(TrainedTensors[Pruning]):
         for place, own, kept in _next(spec, places):
             site = place.site
             assert isinstance(site, LinearSite)
-            source = own_part(site, place.base[site.use.weight]).detach() if spec.rewind else own
+            source = own_part(site, place.base[site.own.tensor]).detach() if spec.rewind else own
             name = partial(tensor_name, site, spec.name)
             values[name(f"{part_name(site)}_indices")] = kept.to(torch.int32 if own.numel() < SMALL else torch.int64)
             values[name(f"{part_name(site)}_values")] = source.reshape(-1)[kept]
@@ -238,9 +238,9 @@ def _largest(scores: Tensor, groups: int, share: Fraction) -> Tensor:
 
 
 def _key(site: LinearSite) -> tuple[str, str]:
-    return site.use.weight, str(site.rows)
+    return site.own.tensor, str(site.rows)
 
 
 def _base(site: LinearSite, build: Builder) -> Tensor:
     """The own part of the base's weight, as it is stored."""
-    return own_part(site, build.store.get(site.use.weight).detach())
+    return own_part(site, build.store.get(site.own.tensor).detach())

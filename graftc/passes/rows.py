@@ -52,7 +52,7 @@ class RowsMethod(Method[RowSelection]):
                 too.
         """
         assert isinstance(site, LinearSite)
-        base, layout, own = site.use.weight, site.use.layout, site.rows
+        base, layout, own = site.own.tensor, Layout(str(site.own.layout)), site.rows
         if isinstance(site, EmbeddingSite):
             layout, own = Layout.PLAIN, Rows(site.in_features)
         shape = build.store.get(base).shape
@@ -63,7 +63,7 @@ class RowsMethod(Method[RowSelection]):
         rows = Rows(own.total, runs_of(numbers))
         build.overlay(base, StoredRows.of(rows, layout, shape), index)
         if spec.bias and site.use.bias is not None:
-            build.overlay(site.use.bias, rows, index)
+            build.overlay(site.use.bias.tensor, rows, index)
 
     def fold(self, spec: RowSelection, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
         """The trained rows take the places of the base's."""

@@ -154,15 +154,13 @@ def test_bf16_model(family: str) -> None:
     wrong = total = 0
     for resolved in compiled.compilation.main.resolved:
         for site, _ in resolved.sites:
-            held = compiled.compilation.store.get(site.use.weight).double()
-            after = merged.folded_state_dict()[site.use.weight]
+            held = site.own.operand(compiled.compilation.store.get(site.own.tensor).double())
+            after = site.own.operand(merged.folded_state_dict()[site.own.tensor])
             assert after.dtype is torch.bfloat16
-            if site.use.layout is Layout.COLUMNS:
-                held, after = held.T, after.T
             name = ".".join(p for p in (site.key.module, "graftc.lora", site.key.part) if p)
             a, b = (tensors[f"{name}.{factor}"].double() for factor in "AB")
-            exact = site.rows.take(held) + 6 / 4 * torch.einsum("or,ri->oi", b, a)
-            distance = np.abs(held_bits(site.rows.take(after)) - bf16_bits(exact))
+            exact = held + 6 / 4 * torch.einsum("or,ri->oi", b, a)
+            distance = np.abs(held_bits(after) - bf16_bits(exact))
             assert distance.max() <= 1
             wrong, total = wrong + int((distance != 0).sum()), total + distance.size
     assert total > 16_000

@@ -91,8 +91,9 @@ def regions_of(site: Site, store: Store | Mapping[str, Tensor], *, biases: bool 
         return Region(tensor.rpartition(".")[2], tensor, tuple(held.shape), own(held.shape))
 
     if isinstance(site, LinearSite):
-        found = [region(site.use.weight, site.stored)]
-        return (*found, region(site.use.bias, site.stored)) if biases and site.use.bias is not None else tuple(found)
+        found = [region(site.own.tensor, site.stored)]
+        bias = site.own_bias
+        return (*found, region(bias.tensor, site.stored)) if biases and bias is not None else tuple(found)
     if isinstance(site, NormSite):
         return tuple(region(tensor) for tensor in (site.weight, site.bias) if tensor is not None)
     return (region(site.tensor),) if isinstance(site, ParameterSite) else ()

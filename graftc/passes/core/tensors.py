@@ -14,6 +14,7 @@ from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite, Site
 from graftc.passes.core.store import RESERVED
 from graftc.passes.core.stored import StoredRows
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.specs.diagnostics import GraftError
 
 aten = torch.ops.aten
@@ -86,7 +87,7 @@ class TensorBuilder(NodeBuilder):
         if name not in self.store:
             self.store.add_buffer(name, value().detach(), persistent=False)
         if isinstance(self._site, LinearSite):
-            base = self._site.use.weight
+            base = self._site.own.tensor
             self.program.derived.setdefault(base, []).append((self.adaptation, self.stored(self._site)))
         return self.attribute(name, part)
 
@@ -145,15 +146,14 @@ class TensorBuilder(NodeBuilder):
 
     def read_weight(self, site: LinearSite) -> Tensor:
         """The values of the site's own rows of the base weight, ``[..., rows, in]``: for initialisers."""
-        held = self.store.get(site.use.weight).detach()
-        return site.rows.take(site.use.layout.orient(held), -2)
+        return site.own.operand(self.store.get(site.own.tensor).detach())
 
     def _name(self, part: str) -> str:
         return tensor_name(self._site, self.adaptation, part)
 
     def _device(self) -> torch.device:
         if isinstance(self._site, LinearSite):
-            return self.store.get(self._site.use.weight).device
+            return self.store.get(self._site.own.tensor).device
         return self.store.device(self._site.key.module if self._site is not None else "")
 
     def generator(self, name: str) -> torch.Generator:
@@ -163,7 +163,7 @@ class TensorBuilder(NodeBuilder):
 
     def stored(self, site: LinearSite) -> StoredRows:
         """The own rows of the weight of a site as the Store holds them."""
-        return site.stored(self.store.get(site.use.weight).shape)
+        return site.stored(self.store.get(site.own.tensor).shape)
 
     def overlay(
         self,
@@ -309,7 +309,7 @@ class TensorBuilder(NodeBuilder):
                     hint=f"put {self.adaptation!r} before {owner!r} in the spec, or leave the place out of one of them",
                 )
 
-    def _index(self, rows: Rows) -> fx.Node:
+    def _index(self, rows: Rows | WeightSlice) -> fx.Node:
         """A constant with the numbers of ``rows``; shared by everything that selects the same rows."""
         digest = hashlib.sha256(str(rows.spans).encode()).hexdigest()[:12]
         assert self._site is not None
