@@ -26,11 +26,10 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.evaluating import evaluate
 from graftc.passes.core import folds
 from graftc.passes.core.folds import FoldGroup, LazyTensors
-from graftc.passes.core.layout import Layout
 from graftc.passes.core.program import Program, follow
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import Use, linear_use
 from graftc.passes.core.uses import PROBES, Lookup
+from graftc.passes.core.weight_slice import WeightSlice
 
 PIECE = 2**16
 """Elements that are rounded and checked at a time: they stay in the processor's cache."""
@@ -200,10 +199,13 @@ class _Probe:
         """Of a table that is too large to look all of it up, what stands in for some entries is looked up as well."""
         if not isinstance(self.use, Lookup) or probe.numel() == self.use.in_features:
             return probe
-        steps = [s for s in self.lazy.chain(self.use.weight.tensor) if s.layout is Layout.PLAIN and not s.rows.whole]
-        if not steps:
+        table = self.use.weight
+        entries = [
+            s.weight for s in self.lazy.chain(table.tensor) if s.weight.axis != table.axis and not s.weight.whole
+        ]
+        if not entries:
             return probe
-        replaced = torch.cat([s.rows.index(probe.device) for s in steps])[: probe.numel()]
+        replaced = torch.cat([own.index(probe.device) for own in entries])[: probe.numel()]
         return torch.cat([probe, replaced.expand(*probe.shape[:-1], -1)], -1)
 
     def _parts(self) -> Iterator[dict[fx.Node, Tensor]]:
@@ -219,21 +221,23 @@ class _Probe:
         """Each site of the map: what folds there, and the columns of the result that are its own."""
         use = self.use
         mine = {own.tensor for own in (use.weight, use.bias) if own is not None}
-        steps = [step for step in self.group.group.steps if step.weight in mine]
+        steps = [step for step in self.group.group.steps if step.weight.tensor in mine]
         who: dict[str, dict[str, None]] = {}
         for step in steps:
             who.setdefault(step.site, {})[step.adaptation] = None
-        all_rows = Rows(use.weight.total, use.weight.rows), Layout(str(use.weight.layout))
-        held = {(s.site, s.rows, s.layout): None for s in steps} or {(use.weight.tensor, *all_rows): None}
-        columns = ((site, self._columns(rows, layout)) for site, rows, layout in held)
+        # Equal rows of a weight and of its bias are one.
+        held = {(s.site, s.weight.layout, s.weight.total, s.weight.rows): s.weight for s in steps}
+        slices = [(site, own) for (site, *_), own in held.items()] or [(use.weight.tensor, use.weight)]
+        columns = ((site, self._columns(own)) for site, own in slices)
         return [(site, tuple(who.get(site, ())), own) for site, own in columns if own is not None]
 
-    def _columns(self, rows: Rows, layout: Layout) -> Tensor | None:
-        """Columns of the result that these stored rows are; None where this use does not read them."""
+    def _columns(self, changed: WeightSlice) -> Tensor | None:
+        """Columns of the result that these rows, of the weight or the bias, are; None where this use does not read
+        them."""
         weight = self.use.weight
-        if layout.axis % len(weight.shape) != weight.axis:  # inputs of the map, or experts: any column may change
-            return Rows(self.use.out_features).index(self.device)
-        own = weight.at(rows.runs)
+        if changed.axis != weight.axis:  # inputs of the map, or experts: any column may change
+            return torch.arange(weight.count, device=self.device)
+        own = weight.at(changed.rows)
         return own.within(weight).index(self.device) if weight.covers(own) else None
 
     def _seen(self, output: Tensor) -> list[Tensor]:

@@ -134,7 +134,7 @@ def snapshot(compilation: Compilation) -> Snapshot:
         type(compilation.model).__name__,
         compilation.spec,
         tuple(site_records(compilation)),
-        tuple(TrainedRecord(owner, base, own.rows.runs, name) for owner, _, base, own, name in compilation.overlays),
+        tuple(TrainedRecord(owner, own.tensor, own.rows, name) for owner, _, own, name in compilation.overlays),
         {name: TensorRecord.of(t) for name, t in store.base() if name not in store.constants},
         dict(store.aliases),
         {name: TensorRecord.of(t) for name, t in adapter_tensors(store) if name not in store.updated},

@@ -10,6 +10,8 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
 """Inserts a call of an operator."""
+Index = Callable[[], fx.Node]
+"""Makes a constant of numbers."""
 Runs = tuple[tuple[int, int], ...]
 MAX_SLICES = 4
 """Up to this many runs are cut with slices; beyond, one index selects them."""
@@ -57,7 +59,7 @@ def places(own: Runs, among: Runs) -> Runs:
     return joined(found)
 
 
-def cut(emit: Emit, node: fx.Node, axis: int, runs: Runs, index: Callable[[], fx.Node]) -> fx.Node:
+def cut(emit: Emit, node: fx.Node, axis: int, runs: Runs, index: Index) -> fx.Node:
     """The node for the part of ``node`` that runs along an axis are; ``index`` makes their numbers a constant."""
     if len(runs) > MAX_SLICES:
         return emit(aten.index_select.default, node, axis, index())
@@ -65,9 +67,7 @@ def cut(emit: Emit, node: fx.Node, axis: int, runs: Runs, index: Callable[[], fx
     return parts[0] if len(parts) == 1 else emit(aten.cat.default, parts, axis)
 
 
-def put(
-    emit: Emit, node: fx.Node, own: fx.Node, axis: int, runs: Runs, total: int, index: Callable[[], fx.Node]
-) -> fx.Node:
+def put(emit: Emit, node: fx.Node, own: fx.Node, axis: int, runs: Runs, total: int, index: Index) -> fx.Node:
     """The node for ``node``, which has ``total`` along an axis, with ``own`` in the place of what `cut` gives."""
     if len(runs) > MAX_SLICES:
         return emit(aten.index_copy.default, node, axis, index(), own)

@@ -10,8 +10,6 @@ from torch import Tensor, fx
 
 from graftc.passes.core.folds import Fold
 from graftc.passes.core.readers import linear_use
-from graftc.passes.core.rows import Rows
-from graftc.passes.core.stored import StoredRows
 from graftc.passes.core.uses import Use
 from graftc.passes.core.weight_slice import WeightSlice
 from graftc.specs.claims import SiteKind
@@ -132,13 +130,9 @@ class LinearSite(Site):
         return None if self.use.bias is None else self.use.bias.at(self.own.rows)
 
     @property
-    def rows(self) -> Rows:  # TEMP
-        return Rows(self.own.total, self.own.rows)
-
-    def stored(self, shape: torch.Size) -> StoredRows:  # TEMP
-        from graftc.passes.core.layout import Layout as Old
-
-        return StoredRows.of(self.rows, Old(str(self.use.weight.layout)), shape)
+    def slices(self) -> tuple[WeightSlice, ...]:
+        """What belongs to it of stored tensors: of the weight, and of the bias where there is one."""
+        return (self.own,) if self.own_bias is None else (self.own, self.own_bias)
 
     @property
     def columns(self) -> WeightSlice:

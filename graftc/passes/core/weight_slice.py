@@ -9,7 +9,6 @@ with scales, is one more `Layout` that these four methods know.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core import runs
-from graftc.passes.core.runs import Emit, Runs
+from graftc.passes.core.runs import Emit, Index, Runs
 
 aten = torch.ops.aten
 SMALL = 2**31
@@ -189,7 +188,12 @@ class WeightSlice:
         assert stored is not None
         return stored.index_copy(self.axis, self.index(stored.device), own)
 
-    def read(self, emit: Emit, node: fx.Node, index: Callable[[], fx.Node], axis: int | None = None) -> fx.Node:
+    @property
+    def _node_axis(self) -> int:
+        """`axis` as it is in graphs: matrices come last, whatever leads."""
+        return self.axis - len(self.shape) if self.axis else 0
+
+    def read(self, emit: Emit, node: fx.Node, index: Index, axis: int | None = None) -> fx.Node:
         """The node for what `take` gives of ``node``.
 
         Args:
@@ -198,15 +202,25 @@ class WeightSlice:
             index: makes a constant of `index`; asked where there are many runs.
             axis: which axis of the node counts the rows; by default that of the stored tensor.
         """
-        axis = self.axis if axis is None else axis
+        axis = self._node_axis if axis is None else axis
         return node if self.whole else runs.cut(emit, node, axis, self.spans, index)
 
     def write(
-        self, emit: Emit, node: fx.Node, own: fx.Node, index: Callable[[], fx.Node], axis: int | None = None
+        self, emit: Emit, node: fx.Node, own: fx.Node, index: Index | fx.Node, axis: int | None = None
     ) -> fx.Node:
-        """The node for what `put` gives: ``node`` with ``own`` in the place of the part that `read` gives of it."""
-        axis = self.axis if axis is None else axis
-        return own if self.whole else runs.put(emit, node, own, axis, self.spans, self.total, index)
+        """The node for what `put` gives: ``node`` with ``own`` in the place of the part that `read` gives of it.
+
+        Args:
+            emit, node, axis: see `read`.
+            own: the other part.
+            index: see `read`; a node has the numbers already, and is used however few the runs are.
+        """
+        axis = self._node_axis if axis is None else axis
+        if self.whole:
+            return own
+        if isinstance(index, fx.Node):
+            return emit(aten.index_copy.default, node, axis, index, own)
+        return runs.put(emit, node, own, axis, self.spans, self.total, index)
 
     # --- values as the map has them ------------------------------------------------------------------------
 
@@ -240,7 +254,7 @@ class WeightSlice:
             return operand.transpose(-1, -2)
         return operand.reshape(operand.shape[0], *self.shape[1:]) if self.layout is Layout.KERNEL else operand
 
-    def read_operand(self, call: Emit, node: fx.Node, index: Callable[[], fx.Node]) -> fx.Node:
+    def read_operand(self, call: Emit, node: fx.Node, index: Index) -> fx.Node:
         """The node for what `operand` gives of ``node``, the stored tensor or what stands for it.
 
         Args:
