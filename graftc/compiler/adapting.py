@@ -310,8 +310,8 @@ def _insert_tokens(compilation: Compilation, program: Program, table: SiteTable,
         found = token_sites(compilation.model, store, table, spec.tokens)
     except GraftError as error:
         raise spec.locate(error) from error
-    for tensor, rows, sites in found:
-        clock.step("insert(tokens)", partial(insert_tokens, build, sites, tensor, rows), program)
+    for rows, sites in found:
+        clock.step("insert(tokens)", partial(insert_tokens, build, sites, rows), program)
     _collect(compilation, build)
     clock.step("verify", lambda: verify(program, store, "insert(tokens)"), program)
 
@@ -390,7 +390,7 @@ def _adapt(build: Builder, item: Resolved) -> None:
 
 def _collect(compilation: Compilation, build: Builder) -> None:
     compilation.parts.setdefault(build.adaptation, {}).update(build.parts)
-    known = {(owner, key, base) for owner, key, base, _, _ in compilation.overlays}
-    for key, base, rows, name in build.overlays:
-        if (build.adaptation, key, base) not in known:
-            compilation.overlays.append((build.adaptation, key, base, rows, name))
+    known = {(owner, key, own.tensor) for owner, key, own, _ in compilation.overlays}
+    for key, own, name in build.overlays:
+        if (build.adaptation, key, own.tensor) not in known:
+            compilation.overlays.append((build.adaptation, key, own, name))

@@ -21,7 +21,7 @@ from graftc.passes.core.keys import Entry, Mode, ProgramKey, Signature, Stage
 from graftc.passes.core.program import Program
 from graftc.passes.core.sites import AttentionSite, ParameterSite, SiteKey
 from graftc.passes.core.store import Store
-from graftc.passes.core.stored import StoredRows
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.specs.compose import CompositionSpec
 from graftc.specs.document import Spec
 
@@ -76,7 +76,7 @@ class Compilation:
         programs: every graph.
         signatures: what was found in the graphs of each signature, the first one first.
         parts: adaptation, then site, to Store names by part.
-        overlays: base tensors that are trained in place: adaptation, site, base name, rows, trained name.
+        overlays: base tensors that are trained in place: adaptation, site, what of the base, trained name.
         notes: what capturing had to change, for people.
         source: the model as it was given; `model` is a copy where the spec unties tensors or adds tokens.
         held: digests of what it held when it was compiled, by name; None where that cannot be written down.
@@ -91,7 +91,7 @@ class Compilation:
     programs: dict[ProgramKey, Program] = field(default_factory=dict)
     signatures: dict[Signature, Resolution] = field(default_factory=dict)
     parts: dict[str, dict[SiteKey | None, dict[str, str]]] = field(default_factory=dict)
-    overlays: list[tuple[str, SiteKey, str, StoredRows, str]] = field(default_factory=list)
+    overlays: list[tuple[str, SiteKey, WeightSlice, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     use_cache: bool = True
     source: nn.Module = field(kw_only=True)
@@ -158,7 +158,7 @@ class Compilation:
     @property
     def replaced(self) -> frozenset[str]:
         """Tensors of `source` whose values nothing here depends on: graphs have their own of them."""
-        trained = (base for _, _, base, own, _ in self.overlays if own.whole)
+        trained = (own.tensor for _, _, own, _ in self.overlays if own.whole)
         return replaced_tensors(self.store.updated, trained, Store.mirror(self.source).aliases)
 
     @cached_property

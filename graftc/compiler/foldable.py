@@ -73,6 +73,6 @@ def _below(resolved: Mapping[str, Resolved], name: str, kept: Mapping[str, Graft
         for site, _ in resolved[other].places:
             for own in mine:
                 same = (own.key.module, own.key.name) == (site.key.module, site.key.name)
-                if same and isinstance(site, LinearSite) and own.rows.overlaps(site.rows):
+                if same and isinstance(site, LinearSite) and own.own.overlaps(site.own):
                     return other, own.key
     return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +11,13 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.compose import Unit, averaged, keep_composed
 from graftc.compiler.resolve import TRAIN
 from graftc.compiler.tokens import TOKENS
+from graftc.passes.core.entries import slices_of
 from graftc.passes.core.folds import FoldStep, Keep, LazyTensors, StandIn, TensorFold, WeightFunction
-from graftc.passes.core.layout import Layout
-from graftc.passes.core.regions import Region, regions_of
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.sites import LinearSite, Site
 from graftc.passes.core.store import Store
-from graftc.passes.core.stored import StoredRows
 from graftc.passes.core.uses import Dense
+from graftc.passes.core.weight_slice import Layout, WeightSlice
 from graftc.specs.diagnostics import GraftError
 
 
@@ -37,8 +35,8 @@ def fold_steps(compilation: Compilation, only: Sequence[str] | None = None) -> l
     for name in names:
         below += _overlay_steps(compilation, name)
         own = site_steps(compilation, found[name]) if name in found else []
-        below += [step for step in own if step.layout is Layout.PLAIN]
-        steps += [step for step in own if step.layout is not Layout.PLAIN]
+        below += [step for step in own if step.weight.layout is Layout.PLAIN]
+        steps += [step for step in own if step.weight.layout is not Layout.PLAIN]
     return [*below, *steps]
 
 
@@ -68,43 +66,30 @@ def site_steps(compilation: Compilation, unit: Unit) -> list[FoldStep]:
                 f"{unit.name!r} would fold into {site.key}, which {resolved.shared[site.key]}",
                 hint="folding would change both; break the tie in the model first, or leave this site out",
             )
-        steps.append(
-            FoldStep(
-                unit.name,
-                str(site.key),
-                site.use.weight,
-                site.use.bias or _new_bias(compilation, site),
-                site.rows,
-                site.use.layout,
-                fold.apply,
-                everywhere=True,
-            )
-        )
+        bias = site.own_bias or _new_bias(compilation, site)
+        steps.append(FoldStep(unit.name, str(site.key), site.own, bias, fold.apply))
     return steps
 
 
 def _tensor_steps(compilation: Compilation, name: str, site: Site, fold: TensorFold) -> list[FoldStep]:
     steps: list[FoldStep] = []
-    for region in regions_of(site, compilation.store):
-        if region.part in fold.changes:
-            every, change = StoredRows.every(region.shape), _changed(fold, region)
-            key = str(site.key)
-            steps.append(FoldStep(name, key, region.tensor, None, every.rows, every.layout, change, everywhere=True))
+    for own in slices_of(site, compilation.store):
+        if own.part in fold.changes:
+            every = own.at(None).as_stored
+            steps.append(FoldStep(name, str(site.key), every, None, _changed(fold.changes[own.part])))
     return steps
 
 
-def _new_bias(compilation: Compilation, site: LinearSite) -> str | None:
-    """Name of a bias that folding may add; None where the call takes none, or the module has another use of it."""
+def _new_bias(compilation: Compilation, site: LinearSite) -> WeightSlice | None:
+    """A bias that folding may add; None where the call takes none, or the module has another use of it."""
     name = f"{site.key.module}.bias".lstrip(".")
-    return None if not isinstance(site.use, Dense) or name in compilation.store else name
+    return None if not isinstance(site.use, Dense) or name in compilation.store else site.own.companion(name)
 
 
 def _overlay_steps(compilation: Compilation, name: str) -> list[FoldStep]:
     return [
-        FoldStep(
-            name, str(key), base, None, own.rows, own.layout, _replace(compilation.store, own, trained), everywhere=True
-        )
-        for owner, key, base, own, trained in compilation.overlays
+        FoldStep(name, str(key), own, None, _replace(compilation.store, own, trained))
+        for owner, key, own, trained in compilation.overlays
         if owner == name
     ]
 
@@ -114,12 +99,12 @@ def lazy_tensors(compilation: Compilation) -> LazyTensors:
     return LazyTensors(compilation.store, fold_steps(compilation))
 
 
-def _changed(fold: TensorFold, region: Region) -> Callable[..., Any]:
-    return lambda tensor, bias: (fold.changes[region.part](tensor), bias)
+def _changed(change: Callable[[Tensor], Tensor]) -> WeightFunction:
+    return lambda tensor, bias: (change(tensor), bias)
 
 
-def _replace(store: Store, own: StoredRows, trained: str) -> WeightFunction:
+def _replace(store: Store, own: WeightSlice, trained: str) -> WeightFunction:
     def stand_in(_: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return own.layout.orient(store.full(trained).to(torch.float64, copy=True)), bias
+        return own.oriented(store.full(trained).to(torch.float64, copy=True)), bias
 
     return stand_in

@@ -32,7 +32,7 @@ def check_fresh(compilation: Compilation) -> None:
     """
     canonical = compilation.store.canonical
     require_weights(
-        compilation.source, (canonical(base) for _, _, base, own, _ in compilation.overlays if own.whole), canonical
+        compilation.source, (canonical(own.tensor) for _, _, own, _ in compilation.overlays if own.whole), canonical
     )
 
 

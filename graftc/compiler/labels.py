@@ -15,7 +15,7 @@ from graftc.compiler.flow import Attention, Flow, bits
 from graftc.compiler.indices import Runs
 from graftc.compiler.maps import Linear
 from graftc.compiler.weights import parameter_rows
-from graftc.passes.core.rows import runs_of
+from graftc.passes.core.runs import runs_of
 from graftc.specs.claims import SiteKind
 
 

@@ -30,7 +30,7 @@ def other_parameters(store: Store, read: Container[str], entries: Sequence[Seque
 
 def _tensors(site: Site) -> tuple[str | None, ...]:
     if isinstance(site, LinearSite):
-        return site.use.weight, site.use.bias
+        return tuple(own.tensor for own in site.slices)
     if isinstance(site, NormSite):
         return site.weight, site.bias
     return (site.tensor,) if isinstance(site, ParameterSite) else ()

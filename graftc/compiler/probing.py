@@ -26,11 +26,10 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.evaluating import evaluate
 from graftc.passes.core import folds
 from graftc.passes.core.folds import FoldGroup, LazyTensors
-from graftc.passes.core.layout import Layout
 from graftc.passes.core.program import Program, follow
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import Use, linear_use
 from graftc.passes.core.uses import PROBES, Lookup
+from graftc.passes.core.weight_slice import WeightSlice
 
 PIECE = 2**16
 """Elements that are rounded and checked at a time: they stay in the processor's cache."""
@@ -102,7 +101,7 @@ def fold_tensors(
 
 def _tensors_of(use: Use) -> tuple[str, str]:
     """The tensors that a map reads; a bias by the name that it has where folding adds it."""
-    return use.weight, use.bias or added_bias(use.node)
+    return use.weight.tensor, added_bias(use.node) if use.bias is None else use.bias.tensor
 
 
 def added_bias(node: fx.Node) -> str:
@@ -148,7 +147,7 @@ class _Group:
     ) -> None:
         self.lazy, self.adapted, self.group = lazy, adapted, group
         self.values = lazy.widened(group)
-        read = {name for _, use in uses for name in (use.weight, use.bias) if name is not None}
+        read = {own.tensor for _, use in uses for own in (use.weight, use.bias) if own is not None}
         self.kept = {name: lazy.store.full(name).double() for name in read - self.values.keys()}
         probes = [(at, _Probe(self, use, seed)) for at, use in uses]
         lone = [name for name in group.names if name in readers and name not in read]
@@ -179,7 +178,7 @@ class _Probe:
 
     def __init__(self, group: _Group, use: Use, seed: int) -> None:
         self.group, self.use, self.lazy, self.store = group, use, group.lazy, group.lazy.store
-        self.device = self.store.get(use.weight).device
+        self.device = self.store.get(use.weight.tensor).device
         generator = torch.Generator().manual_seed(seed)
         probes = {node: value.to(self.device) for node, value in use.probe(generator).items()}
         self.inputs = {node: self._with_replaced(value) for node, value in probes.items()}
@@ -200,10 +199,13 @@ class _Probe:
         """Of a table that is too large to look all of it up, what stands in for some entries is looked up as well."""
         if not isinstance(self.use, Lookup) or probe.numel() == self.use.in_features:
             return probe
-        steps = [s for s in self.lazy.chain(self.use.weight) if s.layout is Layout.PLAIN and not s.rows.whole]
-        if not steps:
+        table = self.use.weight
+        entries = [
+            s.weight for s in self.lazy.chain(table.tensor) if s.weight.axis != table.axis and not s.weight.whole
+        ]
+        if not entries:
             return probe
-        replaced = torch.cat([s.rows.index(probe.device) for s in steps])[: probe.numel()]
+        replaced = torch.cat([own.index(probe.device) for own in entries])[: probe.numel()]
         return torch.cat([probe, replaced.expand(*probe.shape[:-1], -1)], -1)
 
     def _parts(self) -> Iterator[dict[fx.Node, Tensor]]:
@@ -218,20 +220,25 @@ class _Probe:
     def _spans(self) -> list[tuple[str, tuple[str, ...], Tensor]]:
         """Each site of the map: what folds there, and the columns of the result that are its own."""
         use = self.use
-        steps = [step for step in self.group.group.steps if step.weight in (use.weight, use.bias)]
+        mine = {own.tensor for own in (use.weight, use.bias) if own is not None}
+        steps = [step for step in self.group.group.steps if step.weight.tensor in mine]
         who: dict[str, dict[str, None]] = {}
         for step in steps:
             who.setdefault(step.site, {})[step.adaptation] = None
-        held = {(s.site, s.rows, s.layout): None for s in steps} or {(use.weight, use.stored, use.layout): None}
-        columns = ((site, self._columns(rows, layout)) for site, rows, layout in held)
+        # Equal rows of a weight and of its bias are one.
+        held = {(s.site, s.weight.layout, s.weight.total, s.weight.rows): s.weight for s in steps}
+        slices = [(site, own) for (site, *_), own in held.items()] or [(use.weight.tensor, use.weight)]
+        columns = ((site, self._columns(own)) for site, own in slices)
         return [(site, tuple(who.get(site, ())), own) for site, own in columns if own is not None]
 
-    def _columns(self, rows: Rows, layout: Layout) -> Tensor | None:
-        """Columns of the result that these stored rows are; None where this use does not read them."""
-        dims = self.store.get(self.use.weight).dim()
-        if (layout.axis - self.use.layout.axis) % dims:  # inputs of the map, or experts: any column may change
-            return Rows(self.use.out_features).index(self.device)
-        return rows.within(self.use.stored).index(self.device) if self.use.stored.covers(rows) else None
+    def _columns(self, changed: WeightSlice) -> Tensor | None:
+        """Columns of the result that these rows, of the weight or the bias, are; None where this use does not read
+        them."""
+        weight = self.use.weight
+        if changed.axis != weight.axis:  # inputs of the map, or experts: any column may change
+            return torch.arange(weight.count, device=self.device)
+        own = weight.at(changed.rows)
+        return own.within(weight).index(self.device) if weight.covers(own) else None
 
     def _seen(self, output: Tensor) -> list[Tensor]:
         """What is compared of an output: every site's columns, and all of them, or random sums of these."""
@@ -257,7 +264,7 @@ class _Probe:
         ]
         # Rows that no site owns must not have moved: a fold that writes to the wrong rows shows here as well.
         if not found:
-            return [SiteEvidence(use.weight, (), self.changes[-1], worst, ulps)]
+            return [SiteEvidence(use.weight.tensor, (), self.changes[-1], worst, ulps)]
         if not worst <= _largest(*own):
             found[0] = replace(found[0], algebra=worst)
         return found

@@ -11,8 +11,8 @@ from graftc.compiler.select import check_overrides, depths, match_modules, selec
 from graftc.compiler.sitetable import BlockedSite, SiteTable
 from graftc.passes.core.program import Program
 from graftc.passes.core.registry import method_for
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey, SublayerSite, ValueSite
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
 from graftc.specs.diagnostics import GraftError, Place, warn
@@ -132,7 +132,7 @@ class Resolver:
             return None
         first = sites[0]
         own = f"{first.key.module}.{first.key.name}"
-        others = [n for n in (first.use.weight, *self.table.store.tied(first.use.weight)) if n != own]
+        others = [n for n in (first.own.tensor, *self.table.store.tied(first.own.tensor)) if n != own]
         return f"is tied to {', '.join(others)}" if others else f"is also read by {reader}"
 
     def again(self, main: Iterable[Resolved], *, every: bool = True) -> list[Resolved]:
@@ -158,26 +158,26 @@ class Resolver:
 
     def _conflicts(self, spec: Spec, found: Sequence[Resolved]) -> None:
         """Rows of one weight belong to one adaptation, or to several that name exactly the same rows."""
-        owners: dict[tuple[str, str], dict[Rows, list[str]]] = defaultdict(dict)
+        owners: dict[tuple[str, str], dict[WeightSlice, list[str]]] = defaultdict(dict)
         for index, resolved in enumerate(found):
             for site, _ in resolved.places:
                 if not isinstance(site, LinearSite):
                     continue
                 held = owners[site.key.module, site.key.name]
-                for rows, names in held.items():  # as many as there are parts of a weight, not as adaptations
-                    same = rows == site.rows and names[-1] != resolved.name
-                    if rows.overlaps(site.rows) and not same:
+                for own, names in held.items():  # as many as there are parts of a weight, not as adaptations
+                    same = own == site.own and names[-1] != resolved.name
+                    if own.overlaps(site.own) and not same:
                         raise spec.locate(
                             GraftError(
                                 "GC021",
-                                f"{resolved.name!r} adapts {_rows(site.rows)} of {site.key.module}, "
-                                f"{names[0]!r} adapts {_rows(rows)} of it",
+                                f"{resolved.name!r} adapts {_rows(site.own)} of {site.key.module}, "
+                                f"{names[0]!r} adapts {_rows(own)} of it",
                                 place=Place(path=f"adapt[{index}].target"),
                                 hint="adaptations stack on exactly the same rows; leave one of them out, or name "
                                 "the same rows in both",
                             )
                         )
-                held.setdefault(site.rows, []).append(resolved.name)
+                held.setdefault(site.own, []).append(resolved.name)
 
     def _warn(self, spec: Spec, found: Sequence[Resolved]) -> None:
         for index, resolved in enumerate(found):
@@ -258,8 +258,8 @@ def not_read(program: Program, place: str, owner: str) -> GraftError:
     )
 
 
-def _rows(rows: Rows) -> str:
-    return "all rows" if rows.whole else f"rows {rows}"
+def _rows(own: WeightSlice) -> str:
+    return "all rows" if own.whole else str(own)
 
 
 def _blocked(site: BlockedSite, path: str) -> GraftError:

@@ -16,7 +16,6 @@ from graftc.compiler.positions import position_readers
 from graftc.compiler.values import attended, value_sites
 from graftc.compiler.words import WordVectors
 from graftc.passes.core.program import Program, above
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import (
     AttentionSite,
     EmbeddingSite,
@@ -34,6 +33,7 @@ from graftc.passes.core.sites import (
 from graftc.passes.core.store import Store
 from graftc.passes.core.uses import Experts, Lookup
 from graftc.passes.core.views import only_moves
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import widen
 
@@ -93,7 +93,7 @@ class SiteTable:
         self.candidates: list[Candidate] = []
         self.weights: dict[tuple[str, str], _Weight] = {}
         self._attributes = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
-        self._same: dict[tuple[SiteKey, Rows], list[Site]] = {}
+        self._same: dict[tuple[SiteKey, WeightSlice], list[Site]] = {}
         self._by_node: dict[fx.Node, list[Finding]] = defaultdict(list)
         for finding in structure.findings:
             self._by_node[finding.node].append(finding)
@@ -132,7 +132,7 @@ class SiteTable:
         """Module and parameter name: the calling module's own name for the tensor, or the first one of all. A module
         that is registered under several paths goes by the first."""
         calling = str(use.node.meta["module"])
-        names = [use.weight, *self.store.tied(use.weight)]
+        names = [use.weight.tensor, *self.store.tied(use.weight.tensor)]
         chosen = next((n for n in names if n.rpartition(".")[0] == calling), names[0])
         owner = self.modules.get(chosen.rpartition(".")[0])
         same = (n for n in names if owner is not None and self.modules.get(n.rpartition(".")[0]) is owner)
@@ -142,37 +142,36 @@ class SiteTable:
     def _weight(self, weight: _Weight) -> None:
         """The whole weight, where a use reads all of it, and the rows that roles own."""
         findings = [f for use in weight.uses for f in self._by_node.get(use.node, ())]
-        spans: dict[Rows, list[Finding]] = {}
-        whole = Rows(weight.uses[0].stored.total)
-        if any(use.stored.whole for use in weight.uses):
+        spans: dict[WeightSlice, list[Finding]] = {}
+        whole = weight.uses[0].weight.at(None)
+        if any(use.weight.whole for use in weight.uses):
             spans[whole] = []
         for finding in findings:
-            rows = whole if finding.rows is None else Rows(whole.total, finding.rows)
-            spans.setdefault(rows, []).append(finding)
+            spans.setdefault(whole.at(finding.rows), []).append(finding)
         for use in weight.uses:  # rows that no role owns and no whole covers are reached by name
-            if whole not in spans and not any(rows.overlaps(use.stored) for rows in spans):
-                spans.setdefault(use.stored, [])
+            if whole not in spans and not any(own.overlaps(use.weight) for own in spans):
+                spans.setdefault(use.weight, [])
         parts: set[str] = set()
-        for rows, found in spans.items():
-            part = "" if rows.whole else _unique(found[0].role.rpartition(".")[2] if found else "rows", parts)
-            sites = self.linear_sites(SiteKey(weight.module, weight.name, part), rows, found)
+        for own, found in spans.items():
+            part = "" if own.whole else _unique(found[0].role.rpartition(".")[2] if found else "rows", parts)
+            sites = self.linear_sites(SiteKey(weight.module, weight.name, part), own, found)
             if sites:
-                self._add(sites, part=not rows.whole and whole in spans)
+                self._add(sites, part=not own.whole and whole in spans)
 
     def linear_sites(
-        self, key: SiteKey, rows: Rows, found: Sequence[Finding] = (), like: Site | None = None
+        self, key: SiteKey, own: WeightSlice, found: Sequence[Finding] = (), like: Site | None = None
     ) -> list[Site]:
         """The sites of some rows of a weight, one per use that reads all of those rows. A use that reads the tensor the
         other way round than the first has other rows, and is another reader."""
         weight = self.weights.get((key.module, key.name))
-        alike = [u for u in weight.uses if u.layout is weight.uses[0].layout] if weight else []
-        uses = [u for u in alike if u.stored.covers(rows)]
+        alike = [u for u in weight.uses if u.weight.layout is weight.uses[0].weight.layout] if weight else []
+        uses = [u for u in alike if u.weight.covers(own)]
         if like is not None:
             roles, layer, stack = like.roles, like.layer, like.stack
         else:
             roles = tuple(dict.fromkeys(f.role for f in found))
             layer, stack = (found[0].layer, found[0].stack) if found else place(key.module)
-        return [site_of(use, replace(key, use=index), rows, roles, layer, stack) for index, use in enumerate(uses)]
+        return [site_of(use, replace(key, use=index), own, roles, layer, stack) for index, use in enumerate(uses)]
 
     def reads(self, tensor: str) -> bool:
         """Whether the Program reads a tensor of the Store."""
@@ -181,11 +180,12 @@ class SiteTable:
     def read_elsewhere(self, sites: Sequence[LinearSite]) -> str | None:
         """What else reads the rows of these sites of one weight, so that folding into it would change that too."""
         adapted = {site.use.node for site in sites}
-        name, rows = sites[0].use.weight, sites[0].rows
-        mine = {use.node: use for w in self.weights.values() for use in w.uses if use.weight == name}
+        own = sites[0].own
+        name = own.tensor
+        mine = {use.node: use for w in self.weights.values() for use in w.uses if use.weight.tensor == name}
         for reader in _readers(self._attributes.get(name)):
             use = mine.get(reader)
-            apart = use is not None and use.layout is sites[0].use.layout and not use.stored.overlaps(rows)
+            apart = use is not None and not use.weight.overlaps(own)
             if reader in adapted or apart:
                 continue
             return f"{reader.name} in {reader.meta['module'] or 'the model'}"
@@ -318,7 +318,7 @@ class SiteTable:
         """The sites here at the place of a site of another Program; empty where the place is not read here."""
         if isinstance(site, LinearSite):
             # Adaptations that stack on a place share its sites: these know what stands there so far.
-            spot = site.key.place, site.rows
+            spot = site.key.place, site.own
             if spot not in self._same:
                 self._same[spot] = self.linear_sites(*spot, like=site)
             return self._same[spot]
@@ -328,7 +328,7 @@ class SiteTable:
 
 
 def site_of(
-    use: Use, key: SiteKey, rows: Rows, roles: tuple[str, ...] = (), layer: int | None = None, stack: str = ""
+    use: Use, key: SiteKey, own: WeightSlice, roles: tuple[str, ...] = (), layer: int | None = None, stack: str = ""
 ) -> LinearSite:
     """The typed site of some rows of a use."""
     cls, kind = LinearSite, SiteKind.LINEAR
@@ -336,7 +336,7 @@ def site_of(
         cls, kind = ExpertsSite, SiteKind.EXPERTS
     elif isinstance(use, Lookup):
         cls, kind = EmbeddingSite, SiteKind.EMBEDDING
-    return cls(key, roles, layer, stack, kind=kind, use=use, rows=rows)
+    return cls(key, roles, layer, stack, kind=kind, use=use, own=use.weight.at(own.rows))
 
 
 def _sublayer_site(sublayer: Sublayer, key: SiteKey, last: Use | None) -> SublayerSite:
@@ -360,7 +360,7 @@ def _sublayer_site(sublayer: Sublayer, key: SiteKey, last: Use | None) -> Sublay
 def _end(sublayer: Sublayer) -> str | fx.Node:
     """The weight that a branch ends in, or its sum where several meet: what two runs of one sublayer share."""
     last = _last_map(sublayer.projection)
-    return last.weight if last is not None else sublayer.sum
+    return last.weight.tensor if last is not None else sublayer.sum
 
 
 def _last_map(projection: fx.Node) -> Use | None:

@@ -14,7 +14,6 @@ from graftc.compiler.findings import Finding, Structure
 from graftc.compiler.resolve import place_of
 from graftc.passes.core.keys import Mode
 from graftc.passes.core.program import Program
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.shapes import DTYPE_NAMES
 from graftc.passes.core.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.store import Store
@@ -135,7 +134,7 @@ def snapshot(compilation: Compilation) -> Snapshot:
         type(compilation.model).__name__,
         compilation.spec,
         tuple(site_records(compilation)),
-        tuple(TrainedRecord(owner, base, own.rows.runs, name) for owner, _, base, own, name in compilation.overlays),
+        tuple(TrainedRecord(owner, own.tensor, own.rows, name) for owner, _, own, name in compilation.overlays),
         {name: TensorRecord.of(t) for name, t in store.base() if name not in store.constants},
         dict(store.aliases),
         {name: TensorRecord.of(t) for name, t in adapter_tensors(store) if name not in store.updated},
@@ -178,7 +177,7 @@ def _record(compilation: Compilation, name: str, method: str, site: Site, uses: 
         site.roles,
         site.layer,
         site.stack,
-        site.rows.runs if isinstance(site, LinearSite) else None,
+        site.own.rows if isinstance(site, LinearSite) else None,
         uses,
         _evidence(compilation.main.structure, site),
         dict(compilation.parts.get(name, {}).get(site.key, {})),
@@ -194,7 +193,7 @@ def _evidence(structure: Structure, site: Site) -> str:
 def _same_rows(finding: Finding, site: Site) -> bool:
     if not isinstance(site, LinearSite) or finding.rows is None:
         return True
-    return Rows(site.rows.total, finding.rows) == site.rows
+    return site.own.at(finding.rows) == site.own
 
 
 def as_plain(record: SiteRecord) -> dict[str, Any]:

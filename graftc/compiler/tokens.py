@@ -9,10 +9,10 @@ from torch import nn
 
 from graftc.compiler.copies import sharing_copy
 from graftc.compiler.sitetable import SiteTable, site_of
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite, SiteKey
 from graftc.passes.core.store import Store
 from graftc.passes.core.uses import Lookup
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.document import Tokens
 
@@ -54,14 +54,14 @@ def with_room(model: nn.Module, tokens: Tokens) -> nn.Module:
 
 def token_sites(
     model: nn.Module, store: Store, table: SiteTable, tokens: Tokens
-) -> list[tuple[str, Rows, list[LinearSite]]]:
-    """The tensors that hold the new rows, which rows those are, and everything that reads them in one Program.
+) -> list[tuple[WeightSlice, list[LinearSite]]]:
+    """The new rows of every tensor that holds them, and everything that reads it in one Program.
 
     Raises:
         GraftError: GC018 where a tensor is read in a way that new rows cannot be put into, GC031 where the Program
             does not look up the table.
     """
-    found: list[tuple[str, Rows, list[LinearSite]]] = []
+    found: list[tuple[WeightSlice, list[LinearSite]]] = []
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), store.canonical(name))
@@ -69,9 +69,9 @@ def token_sites(
     for tensor in {id(t): t for t in tensors}.values():
         entries = tensor.shape[0]
         first = tokens.first if tokens.first is not None else entries - len(tokens.add)
-        rows = Rows(entries, ((first, first + len(tokens.add)),))
         name = names[id(tensor)]
-        sites = _readers(table, name, rows)
+        rows = WeightSlice.every(name, tensor).at(((first, first + len(tokens.add)),))
+        sites = _readers(table, rows)
         others = table.read_elsewhere(sites) if sites else None
         if others:
             raise GraftError("GC018", f"{name} is also read by {others}, where new rows cannot be put", place=_PLACE)
@@ -83,19 +83,19 @@ def token_sites(
                 hint="call the model with token ids",
             )
         if sites:
-            found.append((name, rows, sites))
+            found.append((rows, sites))
     return found
 
 
 _PLACE = Place(path="tokens")
 
 
-def _readers(table: SiteTable, name: str, rows: Rows) -> list[LinearSite]:
+def _readers(table: SiteTable, rows: WeightSlice) -> list[LinearSite]:
     sites: list[LinearSite] = []
     for weight in table.weights.values():
         for index, use in enumerate(weight.uses):
-            if use.weight == name:
-                own = use.stored if isinstance(use, Lookup) else rows
+            if use.weight.tensor == rows.tensor:
+                own = use.weight if isinstance(use, Lookup) else use.weight.at(rows.rows)
                 sites.append(site_of(use, SiteKey(weight.module, weight.name, use=index), own))
     return sites
 

@@ -42,8 +42,8 @@ class BitFitMethod(Method[BitFit]):
             GraftError: GC021 where another adaptation trains it too.
         """
         if isinstance(site, LinearSite):
-            if site.use.bias is not None:
-                build.overlay(site.use.bias, site.rows)
+            if site.own_bias is not None:
+                build.overlay(site.own_bias)
             else:
                 build.add(site, build.parameter("added", (site.out_features,), zeros, dtype=site.dtype), "bias")
         elif isinstance(site, NormSite):

@@ -21,7 +21,7 @@ from graftc.passes.core.lowrank import normal, zeros
 from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import AttentionSite, LinearSite, Site, SublayerSite
 from graftc.passes.core.steering import TensorObjective
-from graftc.passes.core.stored import StoredRows
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.specs.compose import Average, CompositionSpec, Fuse, Gate, Split
 from graftc.specs.diagnostics import GraftError
 
@@ -114,13 +114,13 @@ class Collecting(Builder):
             raise self._refusal("it puts keys and values in front of an attention's own")
         self.ahead.append(Ahead(keys, values, window))
 
-    def trained_rows(self, base: str, own: StoredRows) -> fx.Node:
+    def trained_rows(self, own: WeightSlice) -> fx.Node:
         """Only what is added can be composed.
 
         Raises:
             GraftError: GC036.
         """
-        raise self._refusal(f"it trains {base} itself")
+        raise self._refusal(f"it trains {own.tensor} itself")
 
     def parameter(
         self, part: str, shape: tuple[int, ...], init: Initialiser, *, dtype: torch.dtype, trainable: bool = True

@@ -10,14 +10,14 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from graftc.passes.core.builder import Builder, Initialiser
+from graftc.passes.core.entries import largest, slices_of
 from graftc.passes.core.folds import Fold, TensorFold
 from graftc.passes.core.hashing import SEEDS
 from graftc.passes.core.lowrank import zeros
-from graftc.passes.core.regions import Region, largest, regions_of
 from graftc.passes.core.sites import LinearSite, Site
 from graftc.passes.core.stages import Advance
 from graftc.passes.core.steering import Place, TensorObjective
-from graftc.passes.core.stored import StoredRows
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.passes.selection import Chosen, SparseTensors, budget_of, entry_values, key_of, regions_at
 from graftc.specs.diff_pruning import DiffPruning
 
@@ -87,17 +87,17 @@ class DiffPruningMethod(SparseTensors[DiffPruning]):
         if spec.stage > 1:
             super().insert(spec, site, shared, build)
             return
-        for region in regions_of(site, build.store, biases=self.biases):
+        for region in slices_of(site, build.store, biases=self.biases):
             key = key_of(region)
             if key not in shared.placed:
                 shared.placed.add(key)
-                build.stand_in(region.tensor, partial(_gated, spec, build, region), region.where, within=True)
+                build.stand_in(region, partial(_gated, spec, build, region), within=True)
 
     def fold(self, spec: DiffPruning, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
         """The sums are the new values, with gates that have no noise."""
         if spec.stage > 1:
             return super().fold(spec, site, tensors)
-        return TensorFold({p: _added(site, partial(difference, spec, tensors, p)) for p in _tensors_of(tensors)})
+        return TensorFold({p: _added(site, p, partial(difference, spec, tensors, p)) for p in _tensors_of(tensors)})
 
     def stages(self, spec: DiffPruning) -> int:
         """Two."""
@@ -146,7 +146,7 @@ def _entries(places: Sequence[Place[DiffPruning]]) -> int:
     return sum(p.tensors[f"{part}_w"].numel() for p in places for part in _tensors_of(p.tensors))
 
 
-def _gated(spec: DiffPruning, build: Builder, region: Region, tensor: fx.Node) -> fx.Node:
+def _gated(spec: DiffPruning, build: Builder, region: WeightSlice, tensor: fx.Node) -> fx.Node:
     dtype = torch.promote_types(build.store.get(region.tensor).dtype, torch.float32)
     part, shape, start = region.part, region.own_shape, _constant(spec.initial_alpha)
     w = build.parameter(f"{part}_w", shape, zeros, dtype=dtype)
@@ -165,11 +165,12 @@ def _constant(value: float) -> Initialiser:
     return fill
 
 
-def _added(site: Site, own: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+def _added(site: Site, part: str, own: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
     """Adds to the site's own part of a tensor as it is stored."""
+    parts = {held.part: held for held in site.slices} if isinstance(site, LinearSite) else {}
 
     def change(tensor: Tensor) -> Tensor:
-        where = site.stored(tensor.shape) if isinstance(site, LinearSite) else StoredRows.every(tensor.shape)
+        where = parts.get(part) or WeightSlice.every(part, tensor)
         return where.put(tensor, where.take(tensor) + own())
 
     return change

@@ -35,9 +35,8 @@ class TrainedTensors(Method[S]):
         """
         overlay = partial(build.overlay, through=partial(self.read, spec, shared, build))
         if isinstance(site, LinearSite):
-            overlay(site.use.weight, build.stored(site))
-            if site.use.bias is not None:
-                overlay(site.use.bias, site.rows)
+            for own in site.slices:
+                overlay(own)
         elif isinstance(site, NormSite):
             for tensor in filter(None, (site.weight, site.bias)):
                 overlay(tensor)

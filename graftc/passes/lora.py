@@ -72,8 +72,8 @@ class LoRAMethod(Method[LoRA]):
             start = build.low_rank(site, x, a0, b0, spec.scaling)
             delta = build.call(aten.sub.Tensor, delta, start, part="minus start")
         build.add(site, delta)
-        if spec.bias == "lora_only" and site.use.bias is not None:
-            build.overlay(site.use.bias, site.rows)
+        if spec.bias == "lora_only" and site.own_bias is not None:
+            build.overlay(site.own_bias)
 
     def fold(self, spec: LoRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
         """``W' = W + s B A``, less ``s B0 A0`` where the factors started from ``W``."""

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.builder import Builder
+from graftc.passes.core.entries import largest, slices_of
 from graftc.passes.core.folds import Fold, StandIn
-from graftc.passes.core.regions import Region, largest, regions_of
 from graftc.passes.core.sites import Site
 from graftc.passes.core.sparse import written
 from graftc.passes.core.stages import Advance
 from graftc.passes.core.steering import Place, TensorObjective
 from graftc.passes.core.tensors import tensor_name
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.passes.selection import Chosen, SparseTensors, budget_of, entry_values, key_of, regions_at
 from graftc.specs.lt_sft import LTSFT
 
@@ -38,7 +39,7 @@ class Distance(TensorObjective[LTSFT]):
             base, held = place.base[region.tensor], place.tensors
             size += region.size
             if self.spec.dense:
-                own = region.own(base).to(held[region.part].dtype)
+                own = region.entries(base).to(held[region.part].dtype)
                 total = total.to(own.device) + (_own(place, region) - own).abs().sum()
             elif f"{region.part}_delta" in held:
                 total = total.to(base.device) + held[f"{region.part}_delta"].abs().sum()
@@ -67,11 +68,11 @@ class LTSFTMethod(SparseTensors[LTSFT]):
         if not spec.dense:
             super().insert(spec, site, shared, build)
             return
-        for region in regions_of(site, build.store):
+        for region in slices_of(site, build.store):
             if key_of(region) in shared.placed:
                 continue
             shared.placed.add(key_of(region))
-            build.overlay(region.tensor, region.where)
+            build.overlay(region)
             for kind in KEPT:
                 part = f"{region.part}_{kind}"
                 held = build.known(tensor_name(site, build.adaptation, part))
@@ -112,12 +113,12 @@ class LTSFTMethod(SparseTensors[LTSFT]):
         return values
 
 
-def _own(place: Place[LTSFT], region: Region) -> Tensor:
-    """The trained copy of a region, flat, in the order of its own entries."""
+def _own(place: Place[LTSFT], region: WeightSlice) -> Tensor:
+    """The trained copy of a part of a tensor, flat, in the order of its own entries."""
     return place.tensors[region.part].reshape(-1)
 
 
-def _before(place: Place[LTSFT], region: Region) -> tuple[Tensor, Tensor]:
+def _before(place: Place[LTSFT], region: WeightSlice) -> tuple[Tensor, Tensor]:
     """The entries that earlier iterations have chosen, and how far these were from the base at the start."""
     held = place.tensors
     if f"{region.part}_indices" not in held:
@@ -127,17 +128,17 @@ def _before(place: Place[LTSFT], region: Region) -> tuple[Tensor, Tensor]:
     return region.numbers(indices), start
 
 
-def _changes(place: Place[LTSFT], region: Region) -> Tensor:
+def _changes(place: Place[LTSFT], region: WeightSlice) -> Tensor:
     """How far every entry has moved in a dense training; those that are chosen already are out of it."""
     base = place.base[region.tensor].detach()
     before, start = _before(place, region)
     if before.numel():
-        base = written(base, region.stored(before), start)
-    moved = (_own(place, region).detach().float() - region.own(base).float()).abs()
+        base = written(base, region.places(before), start)
+    moved = (_own(place, region).detach().float() - region.entries(base).float()).abs()
     return moved.index_fill(0, before, -1.0)
 
 
-def _dense_values(spec: LTSFT, place: Place[LTSFT], region: Region) -> dict[str, Tensor]:
+def _dense_values(spec: LTSFT, place: Place[LTSFT], region: WeightSlice) -> dict[str, Tensor]:
     """What a dense training after a sparse one starts from at one tensor."""
     base, held, name = place.base[region.tensor].detach(), place.tensors, str(spec.name)
     if f"{region.part}_delta" not in held:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from graftc.passes.core.builder import Builder
-from graftc.passes.core.regions import Region
 from graftc.passes.core.scoring import Fisher, Movement, Scoring
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.passes.selection import Chosen, Key, SparseTensors, largest_entries
 from graftc.specs.mask import Mask
 
@@ -24,13 +24,13 @@ class MaskMethod(SparseTensors[Mask]):
         """See `SparseTensors.each`."""
         return spec.allocation == "per_tensor"
 
-    def choose(self, spec: Mask, regions: Mapping[Key, Region], build: Builder) -> Chosen:
+    def choose(self, spec: Mask, regions: Mapping[Key, WeightSlice], build: Builder) -> Chosen:
         """The largest entries by magnitude; random ones for every other selection, until examples are looked at."""
         if spec.selection != "magnitude" or build.without_values:
             return super().choose(spec, regions, build)
         return largest_entries(
             spec,
             regions,
-            lambda key: regions[key].own(build.store.get(key[0]).detach()).abs(),
+            lambda key: regions[key].entries(build.store.get(key[0]).detach()).abs(),
             each=self.each(spec),
         )

@@ -15,12 +15,12 @@ from graftc.passes.core.builder import Builder
 from graftc.passes.core.folds import Fold, StandIn, TensorFold
 from graftc.passes.core.lowrank import zeros
 from graftc.passes.core.pruned import Edge, dropped, edge_of
-from graftc.passes.core.regions import SMALL
 from graftc.passes.core.sites import LinearSite, Site
 from graftc.passes.core.stages import Advance
 from graftc.passes.core.steering import Place as Adapted
 from graftc.passes.core.steering import check_phases
 from graftc.passes.core.tensors import tensor_name
+from graftc.passes.core.weight_slice import SMALL, WeightSlice
 from graftc.passes.full import TrainedTensors
 from graftc.passes.pruning_steps import (
     PENALTY,
@@ -29,7 +29,6 @@ from graftc.passes.pruning_steps import (
     deployed_of,
     left_of,
     logit,
-    own_part,
     part_name,
     prunes,
     size_of,
@@ -51,9 +50,9 @@ class Start:
         placed: tensors that have been put in place in this Program.
     """
 
-    edges: Mapping[tuple[str, str], Edge] = field(default_factory=dict)
-    kept: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
-    placed: set[tuple[str, str]] = field(default_factory=set)
+    edges: Mapping[WeightSlice, Edge] = field(default_factory=dict)
+    kept: Mapping[WeightSlice, Tensor] = field(default_factory=dict)
+    placed: set[WeightSlice] = field(default_factory=set)
 
 
 class PruningMethod(TrainedTensors[Pruning]):
@@ -102,10 +101,10 @@ class PruningMethod(TrainedTensors[Pruning]):
         """
         assert isinstance(site, LinearSite)
         if spec.stage == 1:
-            build.overlay(site.use.weight, build.stored(site), through=partial(self._pruned, spec, site, shared, build))
+            build.overlay(site.own, through=partial(self._pruned, spec, site, shared, build))
         elif _key(site) not in shared.placed:
             shared.placed.add(_key(site))
-            build.instead(site.use.weight, partial(self._sparse, spec, site, shared, build), build.stored(site))
+            build.instead(site.own, partial(self._sparse, spec, site, shared, build))
 
     def _pruned(self, spec: Pruning, site: LinearSite, shared: Start, build: Builder, trained: fx.Node) -> fx.Node:
         if spec.variant == "iterative" or not prunes(spec):
@@ -154,14 +153,13 @@ class PruningMethod(TrainedTensors[Pruning]):
             return StandIn()
 
         def change(stored: Tensor) -> Tensor:
-            rows = site.stored(stored.shape)
-            own = rows.take(stored)
+            own = site.own.take(stored)
             if sparse:
                 indices, values = tensors[f"{part}_indices"].long(), tensors[f"{part}_values"]
-                return rows.put(stored, own.new_zeros(own.numel()).index_put((indices,), values).view(own.shape))
+                return site.own.put(stored, own.new_zeros(own.numel()).index_put((indices,), values).view(own.shape))
             scores = tensors.get(f"{part}_scores", own.abs())  # what has been trained stands in already
             gone = dropped(scores, tensors[f"{part}_threshold"], tensors[f"{part}_last"].long())
-            return rows.put(stored, own.masked_fill(gone, 0))
+            return site.own.put(stored, own.masked_fill(gone, 0))
 
         return TensorFold({part: change})
 
@@ -178,7 +176,7 @@ class PruningMethod(TrainedTensors[Pruning]):
         for place, own, kept in _next(spec, places):
             site = place.site
             assert isinstance(site, LinearSite)
-            source = own_part(site, place.base[site.use.weight]).detach() if spec.rewind else own
+            source = site.own.take(place.base[site.own.tensor]).detach() if spec.rewind else own
             name = partial(tensor_name, site, spec.name)
             values[name(f"{part_name(site)}_indices")] = kept.to(torch.int32 if own.numel() < SMALL else torch.int64)
             values[name(f"{part_name(site)}_values")] = source.reshape(-1)[kept]
@@ -237,10 +235,10 @@ def _largest(scores: Tensor, groups: int, share: Fraction) -> Tensor:
     return _within(scores, [edge_of([group], kept)[0] for group in scores.reshape(groups, size)])
 
 
-def _key(site: LinearSite) -> tuple[str, str]:
-    return site.use.weight, str(site.rows)
+def _key(site: LinearSite) -> WeightSlice:
+    return site.own.as_stored
 
 
 def _base(site: LinearSite, build: Builder) -> Tensor:
     """The own part of the base's weight, as it is stored."""
-    return own_part(site, build.store.get(site.use.weight).detach())
+    return site.own.take(build.store.get(site.own.tensor).detach())

@@ -158,7 +158,7 @@ def left_of(place: Adapted[Pruning]) -> tuple[Tensor, Tensor]:
         own = place.tensors[part].detach()
         return own, torch.ones_like(own, dtype=torch.bool)
     values, indices = place.tensors[f"{part}_values"].detach(), place.tensors[f"{part}_indices"].long()
-    shape = own_part(site, place.base[site.use.weight]).shape
+    shape = site.own.own_shape
     own, left = values.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=values.device)
     own.view(-1)[indices], left.view(-1)[indices] = values, True
     return own, left
@@ -203,9 +203,4 @@ def wide_of(tensor: Tensor) -> torch.dtype:
 
 def part_name(site: LinearSite) -> str:
     """What the weight of a site is called within its module."""
-    return site.use.weight.rpartition(".")[2]
-
-
-def own_part(site: LinearSite, stored: Tensor) -> Tensor:
-    """The part of a stored weight that is the site's."""
-    return site.stored(stored.shape).take(stored)
+    return site.own.part

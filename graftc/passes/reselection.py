@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.passes.core.entries import largest
 from graftc.passes.core.moments import Seen, SparseOptimiser
-from graftc.passes.core.regions import Region, largest
 from graftc.passes.core.steering import Controller, Place, unknown_length
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.passes.core.windows import BaseGradients
 from graftc.passes.selection import regions_at
 from graftc.specs.diagnostics import GraftError, warn
@@ -35,7 +36,7 @@ class Entries:
     """
 
     place: Place[SpIEL]
-    region: Region
+    region: WeightSlice
     number: int
 
     def tensor(self, kind: str) -> Tensor:
@@ -141,8 +142,8 @@ class Reselection(Controller[SpIEL]):
         for entries in self._by_tensor[name]:
             candidates = entries.tensor("candidates")
             if entries.number not in self._chosen:
-                numbers = _largest(entries.region.own(gradient).abs(), candidates.numel())
-                candidates.copy_(entries.region.stored(numbers).sort().values)
+                numbers = _largest(entries.region.entries(gradient).abs(), candidates.numel())
+                candidates.copy_(entries.region.places(numbers).sort().values)
                 self.shared["seen"][entries.number] = self._position
                 self._chosen.add(entries.number)
             entries.tensor("gradient").add_(gradient.reshape(-1).index_select(0, candidates))
@@ -270,7 +271,7 @@ def _largest(scores: Tensor, count: int) -> Tensor:
     return largest([lambda: scores], count)[0]
 
 
-def largest_products(region: Region, active: Tensor, rows: Tensor, columns: Tensor, count: int) -> Tensor:
+def largest_products(region: WeightSlice, active: Tensor, rows: Tensor, columns: Tensor, count: int) -> Tensor:
     """The entries of a weight, of those that are not active, with the largest ``rows[i] * columns[j]``.
 
     Among equals the first are taken. They are worked out in blocks of rows, `BLOCK` at a time.
@@ -286,25 +287,18 @@ def largest_products(region: Region, active: Tensor, rows: Tensor, columns: Tens
     """
     rows, columns = rows.nan_to_num(0.0), columns.nan_to_num(0.0)  # infinite times zero is no score
     width, device = columns.numel(), columns.device
-    own_rows = own_columns = None
-    if not region.where.whole:
-        own = torch.zeros(region.where.rows.total, dtype=torch.bool, device=device)
-        own[region.where.rows.index(device)] = True
-        axis, outer = range(len(region.shape))[region.where.axis], region.shape[:-1]
-        if axis == len(outer):
-            own_columns = own
-        else:
-            own_rows = own.view([-1 if axis == i else 1 for i in range(len(outer))]).expand(outer).reshape(-1)
+    others = None
+    if not region.whole:  # by row and column, of which one has a single value
+        mask = ~region.mask(device)
+        others = mask.expand(*region.shape[:-1], -1).reshape(-1, mask.shape[-1])
     taken = active.sort().values
     height = max(1, BLOCK // width)
 
     def products(start: int) -> Tensor:
         stop = min(start + height, rows.numel())
         found = torch.outer(rows[start:stop], columns)
-        if own_columns is not None:
-            found[:, ~own_columns] = -torch.inf
-        if own_rows is not None:
-            found[~own_rows[start:stop]] = -torch.inf
+        if others is not None:
+            found.masked_fill_(others[start:stop], -torch.inf)
         edges = torch.tensor([start * width, stop * width], device=device, dtype=taken.dtype)
         low, high = torch.searchsorted(taken, edges).tolist()
         flat = found.view(-1)

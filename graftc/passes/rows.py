@@ -10,11 +10,9 @@ from torch import Tensor, fx
 
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.folds import Fold, StandIn
-from graftc.passes.core.layout import Layout
 from graftc.passes.core.method import Method
-from graftc.passes.core.rows import Rows, runs_of
 from graftc.passes.core.sites import EmbeddingSite, LinearSite, Site
-from graftc.passes.core.stored import StoredRows
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.patterns import parse_slice
 from graftc.specs.rows import RowSelection
@@ -22,9 +20,9 @@ from graftc.specs.selection import share
 
 Scores = Callable[[int], Tensor]
 """A number for each block of so many rows: ``float64[blocks]``, on the CPU."""
-Chosen = dict[tuple[str, int, Rows], tuple[fx.Node | None, Tensor]]
-"""Rows that were chosen, by weight, the axis that counts its rows, and which of them there were to choose from: their
-node and numbers."""
+Chosen = dict[tuple[int, WeightSlice], tuple[fx.Node | None, Tensor]]
+"""Rows that were chosen, by the axis that counts rows and which of them there were to choose from: their node and
+numbers."""
 
 _BLOCK = 2**22
 """How many elements of a weight are widened at a time."""
@@ -52,24 +50,23 @@ class RowsMethod(Method[RowSelection]):
                 too.
         """
         assert isinstance(site, LinearSite)
-        base, layout, own = site.use.weight, site.use.layout, site.rows
-        if isinstance(site, EmbeddingSite):
-            layout, own = Layout.PLAIN, Rows(site.in_features)
-        shape = build.store.get(base).shape
-        key = base, layout.axis % len(shape), own
+        own = build.every(site.own.tensor) if isinstance(site, EmbeddingSite) else site.own
+        key = own.axis, own.as_stored
         if key not in shared:
             shared[key] = self._chosen(spec, site, own, build)
         index, numbers = shared[key]
-        rows = Rows(own.total, runs_of(numbers))
-        build.overlay(base, StoredRows.of(rows, layout, shape), index)
+        rows = own.picked(numbers)
+        build.overlay(rows, index)
         if spec.bias and site.use.bias is not None:
-            build.overlay(site.use.bias, rows, index)
+            build.overlay(rows.companion(site.use.bias.tensor), index)
 
     def fold(self, spec: RowSelection, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
         """The trained rows take the places of the base's."""
         return StandIn()
 
-    def _chosen(self, spec: RowSelection, site: LinearSite, own: Rows, build: Builder) -> tuple[fx.Node | None, Tensor]:
+    def _chosen(
+        self, spec: RowSelection, site: LinearSite, own: WeightSlice, build: Builder
+    ) -> tuple[fx.Node | None, Tensor]:
         """Which of its own rows, in order, and their node where the graph is to read them from one."""
         every = own.index()
         if spec.rows is not None:

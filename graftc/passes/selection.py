@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.builder import Builder
+from graftc.passes.core.entries import drawn, largest, shares, slices_of
 from graftc.passes.core.folds import Fold, TensorFold
 from graftc.passes.core.lowrank import zeros
 from graftc.passes.core.method import Method
-from graftc.passes.core.regions import SMALL, Region, drawn, largest, regions_of, shares
 from graftc.passes.core.sites import LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.steering import Place as Adapted
 from graftc.passes.core.store import Store
 from graftc.passes.core.tensors import tensor_name
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.roles import parse_role
 from graftc.specs.selection import BudgetSpec
@@ -86,25 +87,27 @@ class SparseTensors(Method[S]):
                 self._check(names[key], regions[key], held)
         return Chosen({key: 0 if held is None else held.numel() for key, held in known.items()}, {})
 
-    def tensors_of(self, sites: Sequence[Site], store: Store | Mapping[str, Tensor]) -> dict[Key, tuple[Site, Region]]:
+    def tensors_of(
+        self, sites: Sequence[Site], store: Store | Mapping[str, Tensor]
+    ) -> dict[Key, tuple[Site, WeightSlice]]:
         """Every tensor once, with the first site that has it."""
-        found: dict[Key, tuple[Site, Region]] = {}
+        found: dict[Key, tuple[Site, WeightSlice]] = {}
         for site in sites:
-            for region in regions_of(site, store, biases=self.biases):
+            for region in slices_of(site, store, biases=self.biases):
                 found.setdefault(key_of(region), (site, region))
         return found
 
-    def _check(self, name: str, region: Region, indices: Tensor) -> None:
+    def _check(self, name: str, region: WeightSlice, indices: Tensor) -> None:
         """Kernels take indices as they are."""
         if indices.device.type == "meta":
             return
         ordered = indices.sort().values if self.moving else indices
         good = indices.dim() == 1 and not indices.is_floating_point() and bool((ordered[1:] > ordered[:-1]).all())
-        if not good or not (int(ordered[0]) >= 0 and int(ordered[-1]) < region.total):
+        if not good or not (int(ordered[0]) >= 0 and int(ordered[-1]) < region.numel):
             order = "different" if self.moving else "ascending"
-            raise GraftError("GC053", f"{name} are no {order} numbers below {region.total}")
+            raise GraftError("GC053", f"{name} are no {order} numbers below {region.numel}")
 
-    def choose(self, spec: S, regions: Mapping[Key, Region], build: Builder) -> Chosen:
+    def choose(self, spec: S, regions: Mapping[Key, WeightSlice], build: Builder) -> Chosen:
         """The entries that are selected at first: as many of each tensor as its size says, at random."""
         sizes = [region.size for region in regions.values()]
         counts = dict(zip(regions, shares(budget_of(spec, sum(sizes)), sizes), strict=True))
@@ -116,18 +119,17 @@ class SparseTensors(Method[S]):
         Raises:
             GraftError: GC021 where another adaptation trains one of them as a whole, or takes it as constant.
         """
-        for region in regions_of(site, build.store, biases=self.biases):
+        for region in slices_of(site, build.store, biases=self.biases):
             key = key_of(region)
             if not shared.counts[key] or key in shared.placed:
                 continue
             shared.placed.add(key)
-            build.stand_in(region.tensor, partial(self._changed, build, region, shared), region.where)
+            build.stand_in(region, partial(self._changed, build, region, shared))
 
-    def _changed(self, build: Builder, region: Region, shared: Chosen, tensor: fx.Node) -> fx.Node:
+    def _changed(self, build: Builder, region: WeightSlice, shared: Chosen, tensor: fx.Node) -> fx.Node:
         key = key_of(region)
         count = shared.counts[key]
-        dtype = torch.int32 if region.total < SMALL else torch.int64
-        make = _placed(region, shared.indices.get(key), count, dtype)
+        make = _placed(region, shared.indices.get(key), count)
         indices = build.buffer(f"{region.part}_indices", make)
         wide = torch.promote_types(build.store.get(region.tensor).dtype, torch.float32)
         delta = build.parameter(f"{region.part}_delta", (count,), zeros, dtype=wide)
@@ -141,7 +143,7 @@ class SparseTensors(Method[S]):
         """See `Method.selected`."""
         found = {key_of(region): (place, region) for place, region in regions_at(places, biases=self.biases)}
         regions = {key: region for key, (_, region) in found.items()}
-        chosen = largest_entries(spec, regions, lambda key: regions[key].own(scores[key[0]]), each=self.each(spec))
+        chosen = largest_entries(spec, regions, lambda key: regions[key].entries(scores[key[0]]), each=self.each(spec))
         values = {tensor_name(None, _name(spec), SELECTED): torch.ones(1, dtype=torch.bool)}
         for key, (place, region) in found.items():
             values |= entry_values(place, region, chosen.indices[key])
@@ -171,17 +173,19 @@ def budget_of(spec: BudgetSpec, total: int) -> int:
     raise GraftError("GC020", message, place=Place(path=field), hint=f"{'raise' if not count else 'lower'} {field}")
 
 
-def regions_at(places: Sequence[Adapted[S]], *, biases: bool = True) -> Iterator[tuple[Adapted[S], Region]]:
+def regions_at(places: Sequence[Adapted[S]], *, biases: bool = True) -> Iterator[tuple[Adapted[S], WeightSlice]]:
     """Every tensor once, with the first place that has it."""
     seen: set[Key] = set()
     for place in places:
-        for region in regions_of(place.site, place.base, biases=biases):
+        for region in slices_of(place.site, place.base, biases=biases):
             if key_of(region) not in seen:
                 seen.add(key_of(region))
                 yield place, region
 
 
-def entry_values(place: Adapted[S], region: Region, numbers: Tensor, delta: Tensor | None = None) -> dict[str, Tensor]:
+def entry_values(
+    place: Adapted[S], region: WeightSlice, numbers: Tensor, delta: Tensor | None = None
+) -> dict[str, Tensor]:
     """The tensors for entries of one tensor, by their Store names; none where there are no entries.
 
     Args:
@@ -192,7 +196,7 @@ def entry_values(place: Adapted[S], region: Region, numbers: Tensor, delta: Tens
     """
     if not numbers.numel():
         return {}
-    indices, order = region.stored(numbers).sort()
+    indices, order = region.places(numbers).sort()
     wide = torch.promote_types(place.base[region.tensor].dtype, torch.float32)
     start = torch.zeros(numbers.shape, device=numbers.device) if delta is None else delta[order]
     names = (tensor_name(place.site, _name(place.spec), f"{region.part}_{kind}") for kind in ("indices", "delta"))
@@ -204,7 +208,7 @@ def _name(spec: BudgetSpec) -> str:
     return spec.name
 
 
-def random_entries(counts: Mapping[Key, int], regions: Mapping[Key, Region], build: Builder) -> dict[Key, Tensor]:
+def random_entries(counts: Mapping[Key, int], regions: Mapping[Key, WeightSlice], build: Builder) -> dict[Key, Tensor]:
     """So many entries of each tensor, drawn from the adaptation's seed and the tensor's name."""
     return {
         key: drawn(count, regions[key].size, build.generator(f"{build.adaptation}:{key[0]}:{key[1]}"))
@@ -214,7 +218,7 @@ def random_entries(counts: Mapping[Key, int], regions: Mapping[Key, Region], bui
 
 
 def largest_entries(
-    spec: BudgetSpec, regions: Mapping[Key, Region], score: Callable[[Key], Tensor], *, each: bool = False
+    spec: BudgetSpec, regions: Mapping[Key, WeightSlice], score: Callable[[Key], Tensor], *, each: bool = False
 ) -> Chosen:
     """The entries with the greatest scores: of all tensors together, or so many of each as its size says."""
     sizes = [region.size for region in regions.values()]
@@ -227,18 +231,18 @@ def largest_entries(
     return Chosen({k: n.numel() for k, n in zip(regions, found, strict=True)}, dict(zip(regions, found, strict=True)))
 
 
-def key_of(region: Region) -> Key:
-    """What tells the region of a tensor from others."""
-    return region.tensor, str(region.where)
+def key_of(region: WeightSlice) -> Key:
+    """What tells a part of a tensor from others."""
+    return region.tensor, str(region)
 
 
-def _placed(region: Region, numbers: Tensor | None, count: int, dtype: torch.dtype) -> Callable[[torch.device], Tensor]:
+def _placed(region: WeightSlice, numbers: Tensor | None, count: int) -> Callable[[torch.device], Tensor]:
     """Makes the indices; without numbers, on the meta device or for tensors that are given, their type alone."""
 
     def make(device: torch.device) -> Tensor:
         if numbers is None:
-            return torch.zeros(count, dtype=dtype, device=device)
-        return region.stored(numbers).sort().values.to(device)
+            return torch.zeros(count, dtype=region.index_dtype, device=device)
+        return region.places(numbers).sort().values.to(device)
 
     return make
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.builder import Builder
-from graftc.passes.core.regions import SMALL, Region, regions_of, shares
+from graftc.passes.core.entries import shares, slices_of
 from graftc.passes.core.sites import LinearSite, Site
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.passes.reselection import Reselection
 from graftc.passes.selection import Chosen, Key, SparseTensors, budget_of, key_of, random_entries
 from graftc.specs.diagnostics import GraftError, Place
@@ -55,7 +56,7 @@ class SpIELMethod(SparseTensors[SpIEL]):
             build.keep_buffer("seen", partial(_zeros, count, torch.int64))
         return chosen
 
-    def choose(self, spec: SpIEL, regions: Mapping[Key, Region], build: Builder) -> Chosen:
+    def choose(self, spec: SpIEL, regions: Mapping[Key, WeightSlice], build: Builder) -> Chosen:
         """As many entries of each tensor as its size says, rounded down, at random.
 
         Raises:
@@ -73,16 +74,16 @@ class SpIELMethod(SparseTensors[SpIEL]):
         """See `SparseTensors.insert`."""
         before = set(shared.placed)
         super().insert(spec, site, shared, build)
-        for region in regions_of(site, build.store, biases=self.biases) if spec.variant == "AG" else ():
+        for region in slices_of(site, build.store, biases=self.biases) if spec.variant == "AG" else ():
             key = key_of(region)
             if key in shared.placed and key not in before:
-                dtype = torch.int32 if region.total < SMALL else torch.int64
-                build.keep_buffer(f"{region.part}_candidates", partial(_zeros, shared.counts[key], dtype))
+                places = partial(_zeros, shared.counts[key], region.index_dtype)
+                build.keep_buffer(f"{region.part}_candidates", places)
                 for kind in ("gradient", "sum", "square"):
                     build.keep_buffer(f"{region.part}_{kind}", partial(_zeros, shared.counts[key], torch.float32))
 
 
-def _budget(spec: SpIEL, regions: Mapping[Any, Region]) -> int:
+def _budget(spec: SpIEL, regions: Mapping[Any, WeightSlice]) -> int:
     total = sum(region.size for region in regions.values())
     if spec.equivalent_rank is None:
         return budget_of(spec, total)

@@ -10,26 +10,24 @@ import torch
 from torch import fx
 
 from graftc.passes.core.builder import Builder
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import EmbeddingSite, LinearSite
-from graftc.passes.core.stored import StoredRows
+from graftc.passes.core.weight_slice import WeightSlice
 
 aten = torch.ops.aten
 
 
-def insert_tokens(build: Builder, sites: list[LinearSite], tensor: str, rows: Rows) -> None:
+def insert_tokens(build: Builder, sites: list[LinearSite], rows: WeightSlice) -> None:
     """Train ``rows`` of a table in place of the base's.
 
     Args:
         build: builds into one Program.
         sites: everything that reads the table: look-ups, and the head where it is tied; or the head's own matrix.
-        tensor: Store name of the table, ``[entries, width]``.
-        rows: which entries are new, in one run.
+        rows: which entries of the table, ``[entries, width]``, are new, in one run.
     """
     ((first, end),) = rows.spans
     for site in sites:
         with build.on(site):
-            trained = build.trained_rows(tensor, StoredRows(rows))
+            trained = build.trained_rows(rows)
             if isinstance(site, EmbeddingSite):
                 _look_up(build, site, trained, first, end)
             else:

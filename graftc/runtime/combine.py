@@ -167,10 +167,9 @@ def _at(
 def _update(compilation: Compilation, item: Resolved, site: LinearSite) -> Tensor:
     """What an adaptation alone adds to the site's weight, by its own fold."""
     step = _step(compilation, item, site)
-    stored = compilation.store.full(step.weight).double()
-    own = step.rows.take(step.layout.orient(stored), -2)
-    held = step.bias is not None and step.bias in compilation.store
-    before = step.rows.take(compilation.store.full(str(step.bias)).double(), -1) if held else None
+    store, bias = compilation.store, step.bias
+    own = step.weight.operand(store.full(step.weight.tensor).double())
+    before = None if bias is None or bias.tensor not in store else bias.take(store.full(bias.tensor).double())
     weight, after = step.apply(own, before)
     if after is not None and (before is None or not torch.equal(after, before)):
         raise GraftError("GC029", f"{item.name!r} changes the bias of {site.key}, which a LoRA cannot")

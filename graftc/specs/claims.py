@@ -22,10 +22,9 @@ class SiteKind(StrEnum):
 
 
 class FoldKind(StrEnum):
-    """How an adaptation disappears into base weights: the same function, a close one, or not at all."""
+    """How an adaptation disappears into base weights: the same function, or not at all."""
 
     EXACT = "exact"
-    APPROXIMATE = "approximate"
     NONE = "none"
 
 

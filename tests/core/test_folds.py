@@ -11,9 +11,9 @@ from torch import Tensor
 import graftc
 from graftc.compiler.folding import lazy_tensors
 from graftc.passes.core.folds import FoldStep, Keep, LazyTensors
-from graftc.passes.core.layout import Layout
-from graftc.passes.core.rows import Rows
+from graftc.passes.core.runs import Runs
 from graftc.passes.core.store import Store
+from graftc.passes.core.weight_slice import Layout, WeightSlice
 from graftc.passes.lora import LoRAMethod
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
@@ -30,9 +30,10 @@ def store(bias: bool = True) -> Store:
     return made
 
 
-def step(apply: Any, rows: Rows | None = None, layout: Layout = Layout.ROWS) -> FoldStep:
+def step(apply: Any, rows: Runs | None = None, layout: Layout = Layout.ROWS) -> FoldStep:
     """A step on that map."""
-    return FoldStep("some", "map.weight", "map.weight", "map.bias", rows or Rows(6), layout, apply)
+    own = WeightSlice("map.weight", (6, 4) if layout is Layout.ROWS else (4, 6), layout, rows)
+    return FoldStep("some", "map.weight", own, own.companion("map.bias"), apply)
 
 
 def plus(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -85,7 +86,7 @@ def test_rows_and_orientation() -> None:
     """A step sees its own rows of ``[out, in]`` only, however the Store holds the tensor."""
     held = Store()
     held.add_parameter("map.weight", torch.randn(4, 6), trainable=False)
-    rows = Rows(6, ((1, 3), (5, 6)))
+    rows = ((1, 3), (5, 6))
     seen: list[tuple[int, ...]] = []
 
     def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -101,20 +102,11 @@ def test_rows_and_orientation() -> None:
 def test_bias_that_was_not_there() -> None:
     """A bias that a step makes is an addition, zero on rows that are not its own; one that stays zero is none."""
     held = store(bias=False)
-    made = step(lambda w, b: (w, torch.full((2,), 7.0, dtype=torch.float64)), Rows(6, ((2, 4),)))
+    made = step(lambda w, b: (w, torch.full((2,), 7.0, dtype=torch.float64)), ((2, 4),))
     lazy = LazyTensors(held, [step(plus), made])
     assert lazy.additions() == ("map.bias",)
     assert lazy.folded("map.bias").tolist() == [0, 0, 7, 7, 0, 0]
     assert LazyTensors(held, [step(plus), step(times)]).additions() == ()
-
-
-def test_tied_tensors_do_not_fold() -> None:
-    """Folding into a tensor that has another name would change both places."""
-    held = store()
-    held.alias("other.weight", "map.weight")
-    with pytest.raises(GraftError, match=r"other\.weight") as error:
-        LazyTensors(held, [step(plus)])
-    assert error.value.code == "GC022"
 
 
 def test_two_adaptations_of_the_same_rows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.compiler import pipeline
+from graftc.compiler import foldable, folding
+from graftc.compiler.compilation import Compilation
 from graftc.passes.core import folds
 from graftc.passes.core.folds import FoldStep, WeightFold
-from graftc.passes.core.rows import Rows
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.passes.lora import LoRAMethod
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import outputs_of, perturb, same_bits
@@ -94,10 +96,10 @@ def test_wrong_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_wrong_site_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """One element wrong in one layer of one site is named, alone."""
     compiled = adapted("llama", ["attn.q", "ffn.down"])
-    steps = pipeline.Compilation.fold_steps
+    steps = folding.fold_steps
 
-    def wrong(self: pipeline.Compilation, only: Any = None) -> list[FoldStep]:
-        found = steps(self, only)
+    def wrong(compilation: Compilation, only: Any = None) -> list[FoldStep]:
+        found = steps(compilation, only)
         if not found:
             return found
         last = found[-1]
@@ -109,7 +111,8 @@ def test_one_wrong_site_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return [*found[:-1], FoldStep(**{**vars(last), "apply": apply})]
 
-    monkeypatch.setattr(pipeline.Compilation, "fold_steps", wrong)
+    for module in (folding, foldable):
+        monkeypatch.setattr(module, "fold_steps", wrong)
     (reason,) = refused(compiled)
     assert reason.startswith("model.layers.1.mlp.down_proj.weight")
 
@@ -129,22 +132,23 @@ def test_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def shifted(*args: Any, **kwargs: Any) -> FoldStep:
         step = FoldStep(*args, **kwargs)
-        return FoldStep(**{**vars(step), "rows": Rows(step.rows.total, ((48, 96),))})
+        assert step.bias is not None
+        return replace(step, weight=step.weight.at(((48, 96),)), bias=step.bias.at(((48, 96),)))
 
-    monkeypatch.setattr(pipeline, "FoldStep", shifted)
+    monkeypatch.setattr(folding, "FoldStep", shifted)
     assert all("c_attn" in reason for reason in refused(compiled))
 
 
 def test_rows_of_another_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing back more than the site's own rows is caught although the own rows are right."""
     compiled = adapted("gpt2", "attn.q")
-    put = Rows.put
+    put = WeightSlice.put
 
-    def spilling(self: Rows, tensor: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
-        result = put(self, tensor, rows, dim)
-        return result if self.whole else torch.cat([result[:-1], 1.0001 * result[-1:]])
+    def spilling(self: WeightSlice, stored: Tensor | None, own: Tensor) -> Tensor:
+        result = put(self, stored, own)
+        return result if self.whole else torch.cat([result[..., :-1], 1.0001 * result[..., -1:]], -1)
 
-    monkeypatch.setattr(Rows, "put", spilling)
+    monkeypatch.setattr(WeightSlice, "put", spilling)
     assert all("c_attn" in reason for reason in refused(compiled))
 
 
@@ -153,7 +157,7 @@ def test_without_bias(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trained biases of adapted layers forgotten."""
     compiled = adapted(family, "attn.q", bias="lora_only")
     assert passes(compiled)
-    monkeypatch.setattr(pipeline.Compilation, "_overlay_steps", lambda self, name: [])
+    monkeypatch.setattr(folding, "_overlay_steps", lambda compilation, name: [])
     assert refused(compiled)
 
 

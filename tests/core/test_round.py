@@ -15,9 +15,8 @@ from torch import Tensor
 
 import graftc
 from graftc.passes.core.folds import FoldStep, LazyTensors, round_once
-from graftc.passes.core.layout import Layout
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.store import Store
+from graftc.passes.core.weight_slice import Layout, WeightSlice
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from tests.families import tiny
@@ -130,7 +129,8 @@ def test_bf16_fold_is_correctly_rounded() -> None:
     def apply(w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return w + 2.0 * (b.double() @ a.double()), bias
 
-    step = FoldStep("lora", "map.weight", "map.weight", "map.bias", Rows(512), Layout.ROWS, apply)
+    own = WeightSlice("map.weight", (512, 1024), Layout.ROWS)
+    step = FoldStep("lora", "map.weight", own, own.companion("map.bias"), apply)
     found = held_bits(LazyTensors(store, [step]).folded("map.weight"))
     # Products of two 8-bit significands and sums of 8 of them are exact in float64: this is the true value.
     exact = weight.double() + 2.0 * torch.einsum("or,ri->oi", b.double(), a.double())
@@ -154,15 +154,13 @@ def test_bf16_model(family: str) -> None:
     wrong = total = 0
     for resolved in compiled.compilation.main.resolved:
         for site, _ in resolved.sites:
-            held = compiled.compilation.store.get(site.use.weight).double()
-            after = merged.folded_state_dict()[site.use.weight]
+            held = site.own.operand(compiled.compilation.store.get(site.own.tensor).double())
+            after = site.own.operand(merged.folded_state_dict()[site.own.tensor])
             assert after.dtype is torch.bfloat16
-            if site.use.layout is Layout.COLUMNS:
-                held, after = held.T, after.T
             name = ".".join(p for p in (site.key.module, "graftc.lora", site.key.part) if p)
             a, b = (tensors[f"{name}.{factor}"].double() for factor in "AB")
-            exact = site.rows.take(held) + 6 / 4 * torch.einsum("or,ri->oi", b, a)
-            distance = np.abs(held_bits(site.rows.take(after)) - bf16_bits(exact))
+            exact = held + 6 / 4 * torch.einsum("or,ri->oi", b, a)
+            distance = np.abs(held_bits(after) - bf16_bits(exact))
             assert distance.max() <= 1
             wrong, total = wrong + int((distance != 0).sum()), total + distance.size
     assert total > 16_000

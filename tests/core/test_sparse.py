@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftc.passes.core.regions import drawn, largest, shares
+from graftc.passes.core.entries import drawn, largest, shares
 from graftc.passes.core.sparse import sparse_linear_decomposed, sparse_weight_decomposed
 
 ops = torch.ops.graftc

@@ -290,7 +290,7 @@ def test_some_rows_of_a_grouped_convolution(method: str) -> None:
     spec = {"adapt": [{"name": "a", "method": method, "target": {"role": ["attn.q", "attn.v"]}, "rank": 2}]}
     compiled = graftc.compile(spec, model, {"x": x}).eval()
     sites = [site for site, _ in compiled.compilation.main.resolved[0].sites]
-    assert [str(site.rows) for site in sites if isinstance(site, LinearSite)] == ["0:12", "24:36"]
+    assert [str(site.own) for site in sites if isinstance(site, LinearSite)] == ["rows 0:12", "rows 24:36"]
     assert same_bits(outputs_of(compiled, {"x": x}), outputs_of(model, {"x": x}))
     perturb(compiled, 0.1)
     merged = compiled.merge()

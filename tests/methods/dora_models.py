@@ -54,10 +54,10 @@ def reference(
         for site, spec in resolved.places:
             names = compilation.parts[resolved.name][site.key]
             own = {part: tensors[name] for part, name in names.items()}
-            stored = weights.get(site.use.weight, model.get_parameter(site.use.weight).detach())
-            oriented = site.use.layout.orient(stored)
-            rows = written_out(site.rows.take(oriented, -2), own, spec.scaling, spec.norm_gradient == "detached")
-            weights[site.use.weight] = site.use.layout.restore(site.rows.put(oriented, rows, -2), stored.shape)
+            name = site.own.tensor
+            stored = weights.get(name, model.get_parameter(name).detach())
+            rows = written_out(site.own.operand(stored), own, spec.scaling, spec.norm_gradient == "detached")
+            weights[name] = site.own.put_operand(stored, rows)
     found = torch.func.functional_call(model, weights, kwargs=dict(inputs))
     return [leaf for leaf in flat(found) if leaf.is_floating_point()]
 

@@ -70,6 +70,6 @@ def train(compiled: Any, optimiser: Any, steps: Iterable[int], micro: int = 1) -
 
 def changed(entries: Entries) -> Tensor:
     """The dense change of a weight, flat."""
-    dense = torch.zeros(entries.region.total, dtype=entries.tensor("delta").dtype)
+    dense = torch.zeros(entries.region.numel, dtype=entries.tensor("delta").dtype)
     dense[entries.tensor("indices").long()] = entries.tensor("delta").detach()
     return dense

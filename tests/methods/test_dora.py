@@ -39,7 +39,7 @@ def test_row_norms_of_the_folded_weight_are_the_magnitudes(family: str) -> None:
     compilation = compiled.compilation
     (resolved,) = compilation.main.resolved
     for site, _ in resolved.places:
-        folded = site.rows.take(site.use.layout.orient(exact(compiled, site.use.weight)), -2)
+        folded = site.own.operand(exact(compiled, site.own.tensor))
         magnitude = compilation.store.get(compilation.parts["dora"][site.key]["m"]).detach().double()
         torch.testing.assert_close(torch.linalg.vector_norm(folded, dim=-1), magnitude.abs(), rtol=1e-14, atol=0)
 

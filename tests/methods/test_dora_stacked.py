@@ -262,7 +262,7 @@ def test_any_method_that_trains_the_weight_later_is_refused(
     monkeypatch: pytest.MonkeyPatch, family: str, roles: str
 ) -> None:
     """Also where the stored tensor holds rows as columns, or experts; below DoRA the method is welcome."""
-    monkeypatch.setattr(LoRAMethod, "insert", lambda _, spec, site, shared, build: build.overlay(site.use.weight))
+    monkeypatch.setattr(LoRAMethod, "insert", lambda _, spec, site, shared, build: build.overlay(site.own.tensor))
     monkeypatch.setattr(LoRAMethod, "fold", lambda *args: WeightFold(lambda weight, bias: (weight, bias)))
     with pytest.raises(GraftError, match=r"GC021: 'a1' would train all of .* constants to 'a0'"):
         stacked(tiny(family), "dora", "lora", roles=roles)

@@ -13,10 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graftc
-from graftc.passes.core.layout import Layout
-from graftc.passes.core.regions import Region
-from graftc.passes.core.rows import Rows
-from graftc.passes.core.stored import StoredRows
+from graftc.passes.core.weight_slice import Layout, WeightSlice
 from graftc.passes.reselection import largest_products
 from graftc.testing import outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
@@ -37,12 +34,12 @@ VARIANTS = ("AG", "MA")
 PUBLISHED = {"interval": 20, "accumulation_steps": 5, "total_steps": 60}
 
 
-def own_entries(region: Region) -> torch.Tensor:
-    """Flat numbers of the entries that a region has, by hand."""
-    every = torch.arange(region.total).view(region.shape)
-    if region.where.layout is Layout.COLUMNS:
+def own_entries(region: WeightSlice) -> torch.Tensor:
+    """Flat numbers of the entries that a part of a matrix has, by hand."""
+    every = torch.arange(region.numel).view(region.shape)
+    if region.layout is Layout.COLUMNS:
         every = every.T
-    return torch.cat([every[start:stop].flatten() for start, stop in region.where.rows.spans]).sort().values
+    return torch.cat([every[start:stop].flatten() for start, stop in region.spans]).sort().values
 
 
 @pytest.mark.parametrize(
@@ -127,7 +124,7 @@ def test_by_default_the_projections_of_layers_train() -> None:
         assert {site.key.module.rpartition(".")[2] for site in sites} == names
         assert all(site.layer is not None for site in sites)
         assert compiled.report.trainable_parameters <= 0.01 * sum(
-            e.region.total for e in controller_of(compiled).entries
+            e.region.numel for e in controller_of(compiled).entries
         )
 
 
@@ -252,7 +249,7 @@ def test_among_equals_the_first_go() -> None:
     entries = controller.entries[1]
     with torch.no_grad():
         entries.tensor("delta").fill_(1)
-        free = torch.arange(entries.region.total, dtype=torch.int32)
+        free = torch.arange(entries.region.numel, dtype=torch.int32)
         free = free[~torch.isin(free, entries.tensor("indices"))]
         entries.tensor("candidates").copy_(free[: entries.tensor("candidates").numel()])
         entries.tensor("sum").fill_(-2)
@@ -277,8 +274,8 @@ def test_largest_products_are_those_of_the_outer_product(data: Any) -> None:
     layout = data.draw(st.sampled_from([Layout.ROWS, Layout.COLUMNS]))
     outer = height if layout is Layout.ROWS else width
     start = data.draw(st.integers(0, outer - 1))
-    rows = Rows(outer, ((start, data.draw(st.integers(start + 1, outer))),))
-    region = Region("weight", "weight", (height, width), StoredRows.of(rows, layout, torch.Size((height, width))))
+    rows = ((start, data.draw(st.integers(start + 1, outer))),)
+    region = WeightSlice("weight", (height, width), layout, rows)
     own = own_entries(region)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     r, c = (torch.randint(0, 4, (n,), generator=generator).float() for n in (height, width))
@@ -308,7 +305,7 @@ def test_nothing_grows_into_what_is_not_finite() -> None:
     controller.shared["step"].fill_(5)
     controller.after_step()
     assert all(torch.equal(before[n], entries.tensor("indices")) for n, entries in entries_of(compiled).items())
-    region = Region("weight", "weight", (2, 3), StoredRows(Rows(2)))
+    region = WeightSlice("weight", (2, 3))
     r, c = torch.tensor([torch.inf, 0.0]), torch.tensor([0.0, torch.inf, torch.nan])
     assert largest_products(region, torch.tensor([1]), r, c, 6).tolist() == [0, 2, 3, 4, 5]
 

@@ -59,7 +59,7 @@ class TestLoRAByRole(MethodContract):
         _, compiled = self.shared(family)
         (resolved,) = compiled.compilation.main.resolved
         sites = [site for site, _ in resolved.places if isinstance(site, LinearSite)]
-        found = sorted(f"{site.key.module}.{site.key.name} {site.rows}" for site in sites)
+        found = sorted(f"{site.key.module}.{site.key.name} {str(site.own).removeprefix('rows ')}" for site in sites)
         assert found == FAMILIES[family].expected()
 
     def test_one_pair_of_factors_for_each_place(self, family: str) -> None:

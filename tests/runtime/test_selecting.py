@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.core.regions import regions_of
+from graftc.passes.core.entries import slices_of
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.recipes import Stage
 from graftc.specs.diagnostics import GraftError, GraftWarning
@@ -52,7 +52,7 @@ def deltas(compiled: Compiled) -> dict[str, tuple[str, Tensor]]:
     for resolved in compilation.main.resolved:
         for site, _ in resolved.places:
             parts = compilation.parts[resolved.name].get(site.key, {})
-            for region in regions_of(site, compilation.store):
+            for region in slices_of(site, compilation.store):
                 if f"{region.part}_indices" in parts:
                     indices = compilation.store.get(parts[f"{region.part}_indices"])
                     found[region.tensor] = parts.get(f"{region.part}_delta", parts.get(region.part, "")), indices

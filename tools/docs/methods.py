@@ -29,12 +29,11 @@ The columns are claims. The [contract tests](../writing-a-method.md#hold-it-to-t
 
 - **sites**: the kinds of site the method can adapt; the table of [roles](../spec.md#roles) gives the kind of each role.
 - **identity at init**: before training, the outputs of the adapted model equal the base's bit for bit.
-- **folds**: `exact` and `approximate` folds can be merged into base weights; `none` means that it stays in the graph.
+- **folds**: `exact` folds can be merged into base weights; `none` means that it stays in the graph.
 - **bankable**: several adaptations of the same shape could be stacked in one tensor, and one selected per row.
 """
 _FOLDS = {
     FoldKind.EXACT: "yes, into base weights that compute the same function",
-    FoldKind.APPROXIMATE: "yes, into base weights that compute nearly the same function",
     FoldKind.NONE: "no, it stays in the graph",
 }
 

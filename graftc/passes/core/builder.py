@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from torch import fx
 
-from graftc.passes.core.layout import Layout
 from graftc.passes.core.ops import SEEDS
 from graftc.passes.core.program import follow, provenance
 from graftc.passes.core.sites import LinearSite
@@ -81,11 +80,11 @@ class Builder(VirtualBuilder):
             return own
         shape = [columns.total, int(own.meta["val"].shape[-1])]
         zeros = self.call(aten.new_zeros.default, own, shape, part="all rows")
-        return columns.write(self._emit("all rows"), zeros, own, 0, lambda: self._index(columns))
+        return columns.write(self._emit("all rows"), zeros, own, lambda: self._index(columns), axis=0)
 
     def _own_columns(self, site: LinearSite, found: fx.Node) -> fx.Node:
         columns = site.columns
-        return columns.read(self._emit("own rows"), found, -1, lambda: self._index(columns))
+        return columns.read(self._emit("own rows"), found, lambda: self._index(columns), axis=-1)
 
     def per_row(self, site: LinearSite, value: fx.Node) -> fx.Node:
         """``value: [..., rows]`` (experts lead), one for each of the site's own rows, as it broadcasts to `output`."""
@@ -96,7 +95,8 @@ class Builder(VirtualBuilder):
         addend = site.use.addend
         if addend is None:
             return self.bias(site)
-        own = site.columns.read(self._emit("own rows"), addend, site.use.axis, lambda: self._index(site.columns))
+        columns = site.columns
+        own = columns.read(self._emit("own rows"), addend, lambda: self._index(columns), axis=site.use.axis)
         return site.use.columns_last(self.call, own)
 
     def output(self, site: LinearSite) -> fx.Node:
@@ -105,8 +105,8 @@ class Builder(VirtualBuilder):
 
     def _own(self, site: LinearSite) -> fx.Node:
         """The own part of the result, in the base's layout."""
-        columns = site.columns
-        return columns.read(self._emit("own rows"), site.use.output, site.use.axis, lambda: self._index(columns))
+        columns, use = site.columns, site.use
+        return columns.read(self._emit("own rows"), use.output, lambda: self._index(columns), axis=use.axis)
 
     def set_output(self, site: LinearSite, own: fx.Node, part: str = "") -> None:
         """Make ``own`` (``[..., rows]``) the site's result for everything that read it."""
@@ -114,7 +114,7 @@ class Builder(VirtualBuilder):
 
     def _put(self, site: LinearSite, own: fx.Node, part: str = "") -> None:
         before, columns, axis = site.use.output, site.columns, site.use.axis
-        after = columns.write(self._emit(part or "write rows"), before, own, axis, lambda: self._index(columns))
+        after = columns.write(self._emit(part or "write rows"), before, own, lambda: self._index(columns), axis=axis)
         self._finish(site, before, after)
 
     def add(self, site: LinearSite, delta: fx.Node, part: str = "add") -> None:
@@ -160,7 +160,7 @@ class Builder(VirtualBuilder):
         """Make ``own`` the site's part of the base's result, below everything that is inserted there."""
         use, columns = site.use, site.columns
         before = use.node
-        after = columns.write(self._emit("write rows"), before, own, use.axis, lambda: self._index(columns))
+        after = columns.write(self._emit("write rows"), before, own, lambda: self._index(columns), axis=use.axis)
         edits = self.program.edits
         edits[:] = [replace(e, before=after) if e.before is before and not e.narrow else e for e in edits]
         self._redirect(before, after, lambda user: True)
@@ -183,19 +183,14 @@ class Builder(VirtualBuilder):
 
     def weight(self, site: LinearSite) -> fx.Node:
         """The site's own rows of the weight, ``[..., rows, in]``."""
-        node = self._current(site.use.weight)
-        if site.use.layout is Layout.COLUMNS:
-            node = self.call(aten.transpose.int, node, -2, -1, part="weight")
-        elif site.use.layout is Layout.KERNEL:
-            node = self.call(aten.flatten.using_ints, node, 1, part="weight")
-        return site.rows.read(self._emit("weight rows"), node, -2, lambda: self._index(site.rows))
+        return site.own.read_operand(self.call, self._current(site.own.tensor), lambda: self._index(site.own))
 
     def bias(self, site: LinearSite) -> fx.Node | None:
         """The site's own rows of the bias, ``[rows]``; None where there is none."""
-        if site.use.bias is None:
+        own = site.own_bias
+        if own is None:
             return None
-        node = self._current(site.use.bias)
-        return site.rows.read(self._emit("bias rows"), node, 0, lambda: self._index(site.rows))
+        return own.read(self._emit("bias rows"), self._current(own.tensor), lambda: self._index(own))
 
     def is_overlaid(self, name: str) -> bool:
         """Whether something trained stands in for a base tensor, or for some of its rows."""

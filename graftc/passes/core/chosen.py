@@ -17,8 +17,8 @@ from graftc.passes.core.batch import Batch
 from graftc.passes.core.builder import Builder, Initialiser
 from graftc.passes.core.shapes import expression
 from graftc.passes.core.sites import LinearSite, SiteKey, SublayerSite, ValueSite
-from graftc.passes.core.stored import StoredRows
 from graftc.passes.core.uses import Dense
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.specs.diagnostics import GraftError
 
 aten = torch.ops.aten
@@ -105,13 +105,13 @@ class ChosenBuilder(Builder):
         """
         raise self._refusal(f"it keeps state ({part})")
 
-    def trained_rows(self, base: str, own: StoredRows) -> fx.Node:
+    def trained_rows(self, own: WeightSlice) -> fx.Node:
         """A trained copy of a base tensor can stand in for it once only.
 
         Raises:
             GraftError: GC036.
         """
-        raise self._refusal(f"it trains {base} itself")
+        raise self._refusal(f"it trains {own.tensor} itself")
 
     def _refusal(self, reason: str) -> GraftError:
         names = ", ".join(self.members)

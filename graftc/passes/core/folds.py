@@ -13,9 +13,8 @@ from functools import cached_property
 import networkx as nx
 import torch
 
-from graftc.passes.core.layout import Layout
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.store import Store
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.specs.diagnostics import GraftError
 
 Tensor = torch.Tensor
@@ -68,27 +67,21 @@ class FoldStep:
     Attributes:
         adaptation: who changes them.
         site: where, as text.
-        weight: Store name of the weight, or of the single tensor that is replaced.
-        bias: Store name of the bias, also where a fold would have to add it; None for a single tensor.
-        rows: the site's own rows of the fused tensor.
-        layout: how the Store holds the weight.
-        apply: the function on oriented rows.
-        everywhere: the step changes every use of the tensor alike, tied names included.
+        weight: the site's own rows of its weight, or what is replaced of a single tensor.
+        bias: the same of the bias, also where a fold would have to add it; None for a single tensor.
+        apply: the function on the weight's operand.
     """
 
     adaptation: str
     site: str
-    weight: str
-    bias: str | None
-    rows: Rows
-    layout: Layout
+    weight: WeightSlice
+    bias: WeightSlice | None
     apply: WeightFunction
-    everywhere: bool = False
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of what it changes."""
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+        return (self.weight.tensor,) if self.bias is None else (self.weight.tensor, self.bias.tensor)
 
 
 @dataclass(frozen=True)
@@ -107,14 +100,12 @@ class FoldGroup:
 class LazyTensors:
     """Folded tensors that are computed when asked for: a base reference and a chain of steps.
 
-    Nothing is kept: whoever needs a tensor more than once, or many of them, goes through `groups`.
+    Nothing is kept: whoever needs a tensor more than once, or many of them, goes through `groups`. A tensor that has
+    other names changes under all of them.
 
     Args:
         store: holds the base tensors, which are read and never written.
         steps: fold steps in insertion order.
-
-    Raises:
-        GraftError: GC022 when a step would change a tensor that has other names (tied weights).
     """
 
     def __init__(self, store: Store, steps: Iterable[FoldStep]) -> None:
@@ -124,13 +115,6 @@ class LazyTensors:
         for step in self.steps:
             for name in step.tensors:
                 self._chains.setdefault(name, []).append(step)
-                others = () if step.everywhere else store.tied(name)
-                if others:
-                    raise GraftError(
-                        "GC022",
-                        f"{step.adaptation!r} would fold into {name}, which is tied to {', '.join(others)}",
-                        hint="folding would change both; break the tie in the model first, or leave this site out",
-                    )
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -163,7 +147,7 @@ class LazyTensors:
         for name in self._chains:
             names_of.setdefault(group_of[name], []).append(name)
         for step in self.steps:
-            steps_of.setdefault(group_of[step.weight], []).append(step)
+            steps_of.setdefault(group_of[step.weight.tensor], []).append(step)
         return tuple(FoldGroup(tuple(names), tuple(steps_of[at])) for at, names in names_of.items())
 
     @cached_property
@@ -192,31 +176,28 @@ class LazyTensors:
 
     @staticmethod
     def _apply(step: FoldStep, values: dict[str, Tensor]) -> None:
-        stored = values.pop(step.weight)
-        shape, oriented = stored.shape, step.layout.orient(stored)
-        plain = step.layout is Layout.PLAIN
-        axis = 0 if plain else -2
-        bias = values.get(step.bias) if step.bias is not None else None
-        own_bias = None if bias is None else step.rows.take(bias, -1)
-        zeros = torch.zeros(oriented.shape[:-1], dtype=torch.float64, device=oriented.device)
-        own = [step.rows.take(oriented, axis)]
-        del stored
-        if step.rows.whole:
-            oriented = zeros  # nobody but the step has the tensor now, so it can let it go
-        weight, new_bias = step.apply(own.pop(), own_bias)
-        values[step.weight] = step.layout.restore(step.rows.put(oriented, weight, axis), shape)
-        if step.bias is None:
+        own, own_bias = step.weight, step.bias
+        bias = None if own_bias is None else values.get(own_bias.tensor)
+        operand = [own.operand(values[own.tensor])]
+        # Where all rows are folded nobody but the step has the tensor now, so it can let it go.
+        stored = None if own.whole else values[own.tensor]
+        del values[own.tensor]
+        weight, new_bias = step.apply(operand.pop(), None if bias is None or own_bias is None else own_bias.take(bias))
+        values[own.tensor] = own.put_operand(stored, weight)
+        if own_bias is None:
             if new_bias is not None:
                 raise GraftError("GC050", f"{step.adaptation!r} needs a bias, and {step.site} has no place for one")
             return
         if new_bias is None:
-            new_bias = zeros.new_zeros(*zeros.shape[:-1], step.rows.count)
-        if bias is not None or bool(new_bias.any()):
-            values[step.bias] = step.rows.put(zeros if bias is None else bias, new_bias, -1)
+            new_bias = torch.zeros(own_bias.own_shape, dtype=torch.float64, device=weight.device)
+        if bias is None and bool(new_bias.any()):
+            bias = torch.zeros(own_bias.shape, dtype=torch.float64, device=weight.device)
+        if bias is not None:
+            values[own_bias.tensor] = own_bias.put(bias, new_bias)
 
     def dtype(self, name: str) -> torch.dtype:
         """What a folded tensor is rounded to: its base's type, or that of the weight beside which it is added."""
-        return self.store.get(name if name in self.store else self.chain(name)[0].weight).dtype
+        return self.store.get(name if name in self.store else self.chain(name)[0].weight.tensor).dtype
 
     def folded(self, name: str) -> Tensor:
         """The folded tensor in its base's dtype and layout, rounded once."""

@@ -16,7 +16,7 @@ from graftc.passes.core.inference import Inference
 from graftc.passes.core.program import Edit, Program, nodes_in
 from graftc.passes.core.sites import Site, SiteKey
 from graftc.passes.core.store import Store
-from graftc.passes.core.stored import StoredRows
+from graftc.passes.core.weight_slice import WeightSlice
 
 aten = torch.ops.aten
 
@@ -49,10 +49,10 @@ class NodeBuilder:
         self.seed = seed
         self.values = values
         self.parts: dict[SiteKey | None, dict[str, str]] = {}
-        self.overlays: list[tuple[SiteKey, str, StoredRows, str]] = []
+        self.overlays: list[tuple[SiteKey, WeightSlice, str]] = []
         self._types = Inference(program)
         self._attributes: dict[str, fx.Node] = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
-        self._overlaid: dict[tuple[str, StoredRows], str] = {}
+        self._overlaid: dict[WeightSlice, str] = {}
         self._dropouts: dict[tuple[fx.Node, float, bool, SiteKey | None], fx.Node] = {}
         self._site: Site | None = None
         self._emitted: set[fx.Node] = set()

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from graftc.passes.core.keys import Mode
-from graftc.passes.core.stored import StoredRows
+from graftc.passes.core.weight_slice import WeightSlice
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -185,16 +185,16 @@ class Program:
     baseline: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     """Base nodes as they were when captured, by name: what the verifier holds later passes against."""
 
-    claims: dict[str, list[tuple[str, StoredRows]]] = field(default_factory=dict)
+    claims: dict[str, list[tuple[str, WeightSlice]]] = field(default_factory=dict)
     """Which adaptation trains which rows of a base tensor."""
 
-    summands: dict[str, list[tuple[str, StoredRows]]] = field(default_factory=dict)
+    summands: dict[str, list[tuple[str, WeightSlice]]] = field(default_factory=dict)
     """Which adaptation adds to entries of which rows of a base tensor."""
 
     limits: dict[str, str] = field(default_factory=dict)
     """Why axes of some names have no greater sizes than the base's, for people."""
 
-    derived: dict[str, list[tuple[str, StoredRows]]] = field(default_factory=dict)
+    derived: dict[str, list[tuple[str, WeightSlice]]] = field(default_factory=dict)
     """Which adaptation has constants that follow from which rows of a base tensor."""
 
     virtual: tuple[VirtualTokens, ...] = ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from graftc.passes.core.layout import Layout
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.uses import Dense, Experts, Kernel, Left, Lookup, Use
 from graftc.passes.core.views import View, view_of
+from graftc.passes.core.weight_slice import Layout
 
 aten = torch.ops.aten
 
@@ -37,35 +35,26 @@ def _product(node: fx.Node, x: int, w: int, b: int | None, *, out_first: bool) -
     if view.source.meta["val"].dim() == 3:
         return _experts(node, x, w, view, out_first=out_first)
     bias = node.args[b] if b is not None and len(node.args) > b else None
-    traced = view.rows(out_axis=0 if out_first else 1)
-    if traced is None or (bias is not None and not isinstance(bias, fx.Node)):
+    weight = view.matrix(out_axis=0 if out_first else 1)
+    if weight is None or (bias is not None and not isinstance(bias, fx.Node)):
         return None
-    rows, flipped, in_features = traced
-    name = None
+    addend = None
     if isinstance(bias, fx.Node):
         held = view_of(bias)
-        if held is None or held.vector_rows() != rows:
+        addend = None if held is None else held.vector()
+        if addend is None or addend != weight.companion(addend.tensor):
             return None
-        name = str(held.source.target)
-    layout = Layout.COLUMNS if flipped else Layout.ROWS
     data = node.args[x]
     if x > w and isinstance(data, fx.Node) and data.meta["val"].dim() < 2:
         return None
     made = Left if x > w else Dense
-    return made(node, str(view.source.target), name, layout, in_features, rows, x, w, output=node)
+    return made(node, weight, addend, x, w, output=node)
 
 
 def _experts(node: fx.Node, x: int, w: int, view: View, *, out_first: bool) -> Use | None:
     """One matrix per expert: the operand picks experts and swaps the matrix axes, nothing else."""
-    swapped = view.swaps_matrix()
-    if swapped is None:
-        return None
-    leading, *sizes = (int(size) for size in view.source.meta["val"].shape)
-    out_in = out_first != swapped
-    out, into = sizes if out_in else sizes[::-1]
-    layout = Layout.ROWS if out_in else Layout.COLUMNS
-    name = str(view.source.target)
-    return Experts(node, name, None, layout, into, Rows(out), x, w, output=node, leading=(leading,), view=view)
+    weight = view.matrices(out_first=out_first)
+    return None if weight is None else Experts(node, weight, None, x, w, output=node, view=view)
 
 
 def _addmm(node: fx.Node) -> Use | None:
@@ -95,21 +84,19 @@ def _conv(node: fx.Node) -> Use | None:
     view = view_of(weight)
     if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)) or view is None or not view.is_whole():
         return None
-    shape = [int(size) for size in weight.meta["val"].shape]
-    if x.meta["val"].dim() != len(shape) or not (bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")):
+    if x.meta["val"].dim() != weight.meta["val"].dim():
         return None
-    name = None if bias is None else str(bias.target)
-    rows = Rows(shape[0])
-    return Kernel(node, str(view.source.target), name, Layout.KERNEL, math.prod(shape[1:]), rows, 0, 1, output=node)
+    if not (bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")):
+        return None
+    kernel = view.slice(Layout.KERNEL)
+    return Kernel(node, kernel, None if bias is None else kernel.companion(str(bias.target)), 0, 1, output=node)
 
 
 def _embedding(node: fx.Node) -> Use | None:
     table, indices = node.args[:2]
     if not (isinstance(table, fx.Node) and table.op == "get_attr" and isinstance(indices, fx.Node)):
         return None
-    entries, width = (int(size) for size in table.meta["val"].shape)
-    name = str(table.target)
-    return Lookup(node, name, None, Layout.COLUMNS, entries, Rows(width), 1, 0, output=node)
+    return Lookup(node, View((table,)).slice(Layout.COLUMNS), None, 1, 0, output=node)
 
 
 _READERS: Mapping[Any, Callable[[fx.Node], Use | None]] = {

@@ -10,9 +10,8 @@ from torch import Tensor, fx
 
 from graftc.passes.core.folds import Fold
 from graftc.passes.core.readers import linear_use
-from graftc.passes.core.rows import Rows
-from graftc.passes.core.stored import StoredRows
 from graftc.passes.core.uses import Use
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import parse_role
 
@@ -112,12 +111,12 @@ class LinearSite(Site):
 
     Attributes:
         use: the map in this Program.
-        rows: the own rows of the stored weight, seen as ``[out, in]``.
+        own: the own rows of the stored weight.
         applied: what has been inserted here so far, in order.
     """
 
     use: Use = field(kw_only=True)
-    rows: Rows = field(kw_only=True)
+    own: WeightSlice = field(kw_only=True)
     applied: list[Applied] = field(default_factory=list, kw_only=True)
 
     @property
@@ -125,14 +124,20 @@ class LinearSite(Site):
         """See `Site.scope`. A module may hold several weights: experts, `nn.MultiheadAttention`."""
         return "" if self.key.name == "weight" else self.key.name
 
-    def stored(self, shape: torch.Size) -> StoredRows:
-        """The own rows in the weight as it is stored, with these sizes."""
-        return StoredRows.of(self.rows, self.use.layout, shape)
+    @property
+    def own_bias(self) -> WeightSlice | None:
+        """The own entries of the bias; None where there is none."""
+        return None if self.use.bias is None else self.use.bias.at(self.own.rows)
 
     @property
-    def columns(self) -> Rows:
-        """The own columns of the use's output."""
-        return self.rows.within(self.use.stored)
+    def slices(self) -> tuple[WeightSlice, ...]:
+        """What belongs to it of stored tensors: of the weight, and of the bias where there is one."""
+        return (self.own,) if self.own_bias is None else (self.own, self.own_bias)
+
+    @property
+    def columns(self) -> WeightSlice:
+        """The own rows among those of the use: the own columns of its output."""
+        return self.own.within(self.use.weight)
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -147,7 +152,7 @@ class LinearSite(Site):
     @property
     def out_features(self) -> int:
         """Number of the site's own output rows."""
-        return self.rows.count
+        return self.own.count
 
     @property
     def dtype(self) -> torch.dtype:

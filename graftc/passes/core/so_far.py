@@ -53,7 +53,7 @@ def so_far(build: Builder, site: LinearSite) -> SoFar:
     if site.applied and build.composed:
         raise _refusal(build, site, site.applied[-1].adaptation, "a bank starts from one weight for all of its slots")
     if not site.applied:
-        return SoFar(weight, offset, not build.is_overlaid(site.use.weight), lambda: build.read_weight(site))
+        return SoFar(weight, offset, not build.is_overlaid(site.own.tensor), lambda: build.read_weight(site))
     wide = torch.promote_types(weight.meta["val"].dtype, torch.float32)
     bias = build.bias(site)
     tensors = [build.attribute(name) for applied in site.applied for name in applied.parts.values()]
@@ -67,8 +67,8 @@ def so_far(build: Builder, site: LinearSite) -> SoFar:
     def value() -> Tensor:
         held = [build.store.get(str(n.target)).detach() for n in tensors]
         own = [build.read_weight(site)]
-        if site.use.bias is not None:
-            own.append(site.rows.take(build.store.get(site.use.bias).detach()))
+        if site.own_bias is not None:
+            own.append(site.own_bias.take(build.store.get(site.own_bias.tensor).detach()))
         cast = [t.to(wide) if t.is_floating_point() else t for t in (*own, *held)]
         with torch.no_grad():
             result: Tensor = function(*cast)[0]

@@ -10,10 +10,9 @@ from torch import Tensor, fx
 
 from graftc.passes.core.nodes import NodeBuilder
 from graftc.passes.core.program import follow
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.sites import LinearSite, Site
 from graftc.passes.core.store import RESERVED
-from graftc.passes.core.stored import StoredRows
+from graftc.passes.core.weight_slice import WeightSlice
 from graftc.specs.diagnostics import GraftError
 
 aten = torch.ops.aten
@@ -86,8 +85,8 @@ class TensorBuilder(NodeBuilder):
         if name not in self.store:
             self.store.add_buffer(name, value().detach(), persistent=False)
         if isinstance(self._site, LinearSite):
-            base = self._site.use.weight
-            self.program.derived.setdefault(base, []).append((self.adaptation, self.stored(self._site)))
+            own = self._site.own
+            self.program.derived.setdefault(own.tensor, []).append((self.adaptation, own))
         return self.attribute(name, part)
 
     def buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> fx.Node:
@@ -145,15 +144,14 @@ class TensorBuilder(NodeBuilder):
 
     def read_weight(self, site: LinearSite) -> Tensor:
         """The values of the site's own rows of the base weight, ``[..., rows, in]``: for initialisers."""
-        held = self.store.get(site.use.weight).detach()
-        return site.rows.take(site.use.layout.orient(held), -2)
+        return site.own.operand(self.store.get(site.own.tensor).detach())
 
     def _name(self, part: str) -> str:
         return tensor_name(self._site, self.adaptation, part)
 
     def _device(self) -> torch.device:
         if isinstance(self._site, LinearSite):
-            return self.store.get(self._site.use.weight).device
+            return self.store.get(self._site.own.tensor).device
         return self.store.device(self._site.key.module if self._site is not None else "")
 
     def generator(self, name: str) -> torch.Generator:
@@ -161,112 +159,100 @@ class TensorBuilder(NodeBuilder):
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
-    def stored(self, site: LinearSite) -> StoredRows:
-        """The own rows of the weight of a site as the Store holds them."""
-        return site.stored(self.store.get(site.use.weight).shape)
+    def every(self, tensor: str) -> WeightSlice:
+        """All of a tensor of the Store."""
+        return WeightSlice.every(tensor, self.store.get(tensor))
 
     def overlay(
         self,
-        base: str,
-        rows: Rows | StoredRows | None = None,
+        base: str | WeightSlice,
         index: fx.Node | None = None,
         through: Callable[[fx.Node], fx.Node] = lambda trained: trained,
     ) -> fx.Node:
-        """Train a copy of ``rows`` of a base tensor in its place; the base is never written.
+        """Train a copy of a base tensor, or of rows of one, in its place; the base is never written.
 
         Returns the node of the trained tensor, which is as the base's rows are stored. It folds by standing in for
         them.
 
         Args:
-            base: Store name of the tensor.
-            rows: which rows, along its first axis where they do not say otherwise; by default all.
+            base: rows of it; all of the tensor that a Store name names.
             index: their numbers, where the graph has them; by default constants of it.
             through: makes what is read in its place of the trained tensor, of the same type. Where the value is
                 another, the method folds what has been made of it.
         """
-        tensor = self.store.get(base)
-        own = StoredRows(rows) if isinstance(rows, Rows) else rows or StoredRows.every(tensor.shape)
+        own = self.every(base) if isinstance(base, str) else base
         known = len(self._overlaid)
-        trained = self.trained_rows(base, own)
-        current = self._attributes.get(base)
+        trained = self.trained_rows(own)
+        current = self._attributes.get(own.tensor)
         if len(self._overlaid) > known and current is not None:
-            emit, axis = self._emit("overlay"), own.axis
-            if index is None or own.whole:
-                after = own.rows.write(emit, current, through(trained), axis, lambda: self._index(own.rows))
-            else:
-                after = emit(aten.index_copy.default, current, axis, index, through(trained))
+            numbers = index if index is not None else lambda: self._index(own)
+            after = own.write(self._emit("overlay"), current, through(trained), numbers)
             self._redirect(current, after, lambda user: True)
         return trained
 
-    def trained_rows(self, base: str, own: StoredRows) -> fx.Node:
-        """The node of a trained copy of rows of a base tensor. The caller puts it in place wherever they are read."""
+    def trained_rows(self, own: WeightSlice) -> fx.Node:
+        """The node of a trained copy of rows of a base tensor, as they are stored. The caller puts it in place wherever
+        they are read."""
         assert self._site is not None
-        tensor = self.store.get(base)
-        part = base.rpartition(".")[2]
-        if (base, own) in self._overlaid:
-            return self.attribute(self._overlaid[base, own], part)
-        name = self._overlaid[base, own] = self._name(part)
+        own, part = own.as_stored, own.part
+        if own in self._overlaid:
+            return self.attribute(self._overlaid[own], part)
+        name = self._overlaid[own] = self._name(part)
         if name not in self.store:
-            value = own.take(tensor.detach())
+            value = own.take(self.store.get(own.tensor).detach())
             if name in self.values:
                 value = self._given(name, tuple(value.shape), value.dtype, value.device)
             else:
                 value = value.clone()
             self.store.add_parameter(name, value, trainable=True)
         self.parts.setdefault(self._site.key, {})[part] = name
-        self._claim(base, own)
-        self.overlays.append((self._site.key, base, own, name))
+        self._claim(own)
+        self.overlays.append((self._site.key, own, name))
         return self.attribute(name, part)
 
-    def instead(self, base: str, make: Callable[[], fx.Node], rows: StoredRows | None = None) -> None:
+    def instead(self, own: WeightSlice, make: Callable[[], fx.Node]) -> None:
         """Put something in place of rows of a base tensor, of which nothing remains.
 
         Args:
-            base: its Store name.
+            own: the rows.
             make: gives a node of their type. Where it is `graftc::sparse_weight`, products with it are taken over.
-            rows: by default all.
 
         Raises:
             GraftError: GC021 where another adaptation trains them, or takes them as constants.
         """
-        own = rows or StoredRows.every(self.store.get(base).shape)
-        self._claim(base, own)
-        node, current = make(), self._attributes.get(base)
+        self._claim(own)
+        node, current = make(), self._attributes.get(own.tensor)
         if current is not None:
-            after = own.rows.write(self._emit("instead"), current, node, own.axis, lambda: self._index(own.rows))
+            after = own.write(self._emit("instead"), current, node, lambda: self._index(own))
             self._redirect(current, after, lambda user: True)
 
     def known(self, name: str) -> Tensor | None:
         """A tensor of the adaptation by its Store name, if it is there already: made for another Program, or given."""
         return self.store.get(name) if name in self.store else self.values.get(name)
 
-    def stand_in(
-        self, base: str, make: Callable[[fx.Node], fx.Node], rows: StoredRows | None = None, *, within: bool = False
-    ) -> None:
+    def stand_in(self, own: WeightSlice, make: Callable[[fx.Node], fx.Node], *, within: bool = False) -> None:
         """Put what is made of a base tensor in its place, wherever it is read. What other adaptations have put there is
         what it is made of.
 
         Args:
-            base: its Store name.
-            make: from the tensor's node to one of the same type, which adds to entries of it.
-            rows: which rows these are in; all by default.
+            own: the rows that it is made of.
+            make: from the tensor's node to one of the same type, which adds to entries of these rows.
             within: ``make`` has these rows alone.
 
         Raises:
             GraftError: GC021 where another adaptation trains them in another way, or takes them as constants.
         """
-        own = rows or StoredRows.every(self.store.get(base).shape)
-        self._check_unclaimed(base, own)
-        self.program.summands.setdefault(base, []).append((self.adaptation, own))
-        read = self._attributes.get(base)
+        self._check_unclaimed(own)
+        self.program.summands.setdefault(own.tensor, []).append((self.adaptation, own))
+        read = self._attributes.get(own.tensor)
         if read is not None:
             current = follow(read, {e.before: e.after for e in self.program.edits if not e.narrow})
             changed = self._within(current, make, own) if within else make(current)
             self._redirect(current, changed, lambda user: True)
 
-    def _within(self, tensor: fx.Node, make: Callable[[fx.Node], fx.Node], own: StoredRows) -> fx.Node:
-        part = own.rows.read(self._emit("own rows"), tensor, own.axis, lambda: self._index(own.rows))
-        return own.rows.write(self._emit("write rows"), tensor, make(part), own.axis, lambda: self._index(own.rows))
+    def _within(self, tensor: fx.Node, make: Callable[[fx.Node], fx.Node], own: WeightSlice) -> fx.Node:
+        part = own.read(self._emit("own rows"), tensor, lambda: self._index(own))
+        return own.write(self._emit("write rows"), tensor, make(part), lambda: self._index(own))
 
     def settled(self, part: str, value: Callable[[torch.Generator], Tensor]) -> tuple[fx.Node, Tensor]:
         """Numbers by which the graph is made: worked out once and kept with the parameters, so that every graph, and
@@ -286,34 +272,35 @@ class TensorBuilder(NodeBuilder):
         held = self.store.get(name)
         return self.attribute(name, part), value(self.generator(name)) if held.is_meta else held.cpu()
 
-    def _claim(self, base: str, rows: StoredRows) -> None:
+    def _claim(self, own: WeightSlice) -> None:
         """Rows of a base tensor are trained by one adaptation only, and not where another has taken them as fixed."""
-        self._check_unclaimed(base, rows, summands=True)
-        self.program.claims.setdefault(base, []).append((self.adaptation, rows))
+        self._check_unclaimed(own, summands=True)
+        self.program.claims.setdefault(own.tensor, []).append((self.adaptation, own))
 
-    def _check_unclaimed(self, base: str, rows: StoredRows, *, summands: bool = False) -> None:
+    def _check_unclaimed(self, own: WeightSlice, *, summands: bool = False) -> None:
         """Raise GC021 where another adaptation has rows of a base tensor."""
+        base = own.tensor
         added = self.program.summands.get(base, ()) if summands else ()
         for owner, held in (*self.program.claims.get(base, ()), *added):
-            if held.overlaps(rows):
+            if held.overlaps(own):
                 raise GraftError(
                     "GC021",
-                    f"{self.adaptation!r} and {owner!r} would both train {rows} of {base}",
+                    f"{self.adaptation!r} and {owner!r} would both train {own} of {base}",
                     hint="leave the tensor out of one of them",
                 )
         for owner, held in self.program.derived.get(base, ()):
-            if owner != self.adaptation and held.overlaps(rows):
+            if owner != self.adaptation and held.overlaps(own):
                 raise GraftError(
                     "GC021",
-                    f"{self.adaptation!r} would train {rows} of {base}, whose values are constants to {owner!r}",
+                    f"{self.adaptation!r} would train {own} of {base}, whose values are constants to {owner!r}",
                     hint=f"put {self.adaptation!r} before {owner!r} in the spec, or leave the place out of one of them",
                 )
 
-    def _index(self, rows: Rows) -> fx.Node:
-        """A constant with the numbers of ``rows``; shared by everything that selects the same rows."""
-        digest = hashlib.sha256(str(rows.spans).encode()).hexdigest()[:12]
+    def _index(self, own: WeightSlice) -> fx.Node:
+        """A constant with the numbers of rows; shared by everything that selects the same ones."""
+        digest = hashlib.sha256(str(own.spans).encode()).hexdigest()[:12]
         assert self._site is not None
         name = f"{self._site.key.module}.{RESERVED}.{self.adaptation}.rows_{digest}".lstrip(".")
         if name not in self.store:
-            self.store.add_buffer(name, rows.index(self._device()), persistent=False)
+            self.store.add_buffer(name, own.index(self._device()), persistent=False)
         return self.attribute(name, "rows")

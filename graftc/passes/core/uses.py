@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.layout import Layout
-from graftc.passes.core.rows import Rows
 from graftc.passes.core.shapes import Sizes
 from graftc.passes.core.views import View
+from graftc.passes.core.weight_slice import WeightSlice
 
 aten = torch.ops.aten
 Call = Callable[..., fx.Node]
@@ -38,26 +37,19 @@ class Use(ABC):
 
     Attributes:
         node: the base's own call.
-        weight, bias: Store names; bias is None where there is none.
-        layout: how the Store holds the weight.
-        leading: sizes of the axes before ``out`` and ``in``: the number of experts, or nothing.
-        in_features: columns of the oriented weight.
-        stored: which rows of the oriented weight the output's columns are, in order.
+        weight: the rows of the stored weight that the output's columns are, in order.
+        bias: the same of the bias; None where there is none.
         input_index: which argument of `node` is the input.
         weight_index: which argument of `node` the weight arrives at.
         output: the node that stands for the result now, after the edits so far.
     """
 
     node: fx.Node
-    weight: str
-    bias: str | None
-    layout: Layout
-    in_features: int
-    stored: Rows
+    weight: WeightSlice
+    bias: WeightSlice | None
     input_index: int
     weight_index: int
     output: fx.Node
-    leading: tuple[int, ...] = ()
 
     axis = -1
     """Which axis of the output counts its columns."""
@@ -85,9 +77,19 @@ class Use(ABC):
         return None
 
     @property
+    def leading(self) -> tuple[int, ...]:
+        """Sizes of the weight's axes before ``out`` and ``in``: the number of experts, or nothing."""
+        return self.weight.leading
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.weight.in_features
+
+    @property
     def out_features(self) -> int:
         """Columns of the output."""
-        return self.stored.count
+        return self.weight.count
 
     @abstractmethod
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
@@ -179,14 +181,12 @@ class Kernel(Use):
 
     @property
     def _kernel(self) -> tuple[int, ...]:
-        weight = self.node.args[self.weight_index]
-        assert isinstance(weight, fx.Node)
-        return tuple(int(size) for size in weight.meta["val"].shape[1:])
+        """Channels of a group, and sizes."""
+        return self.weight.shape[1:]
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
         """See `Use.map`."""
-        rows = int(weight.meta["val"].shape[0])
-        kernel = call(aten.view.default, weight, [rows, *self._kernel], part=part)
+        kernel = self.weight.restore(call, weight, part)
         found = call(self.node.target, x, kernel, None, *self.node.args[3:], part=part)
         return self.columns_last(call, found)
 
@@ -253,10 +253,9 @@ class Experts(Use):
         return call(aten.constant_pad_nd.default, value, [0, 0] * (-axis - 1) + [0, missing], part=part)
 
     def _product(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
-        if self.layout is Layout.COLUMNS:
-            weight = call(aten.transpose.int, weight, -1, -2, part=part)
         assert self.view is not None
-        operand = self.view.replay(lambda target, *args: call(target, *args, part=part), weight)
+        stored = self.weight.restore(call, weight, part)
+        operand = self.view.replay(lambda target, *args: call(target, *args, part=part), stored)
         if self.node.target is aten.baddbmm.default:
             return call(aten.bmm.default, x, operand, part=part)
         if self.node.target is aten.linear.default:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.program import nodes_in
-from graftc.passes.core.rows import Rows, runs_of
+from graftc.passes.core.runs import Runs, runs_of
+from graftc.passes.core.weight_slice import Layout, WeightSlice
 
 
 def _names(text: str) -> frozenset[str]:
@@ -52,6 +53,14 @@ class View:
         """The ``get_attr`` node."""
         return self.chain[0]
 
+    def slice(self, layout: Layout, rows: Runs | None = None) -> WeightSlice:
+        """Rows of the stored tensor."""
+        return WeightSlice(str(self.source.target), self._shape, layout, rows)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return tuple(int(size) for size in self.source.meta["val"].shape)
+
     @property
     def others(self) -> tuple[fx.Node, ...]:
         """What the chain reads beside the stored tensor: the numbers of picked experts."""
@@ -59,22 +68,20 @@ class View:
 
     def is_whole(self) -> bool:
         """Whether the operand is the stored tensor, shape and order and all."""
-        shape = self.source.meta["val"].shape
         if len(self.chain) == 1:
             return True
-        numbers = torch.arange(math.prod(int(size) for size in shape)).reshape(*(int(size) for size in shape))
+        numbers = torch.arange(math.prod(self._shape)).reshape(self._shape)
         held = self._run(numbers)
         return held is not None and torch.equal(held, numbers)
 
-    def rows(self, out_axis: int) -> tuple[Rows, bool, int] | None:
-        """For a matrix: rows of the oriented tensor that ``out_axis`` counts, whether it is stored ``[in, out]``, and
-        the number of columns. None where the rows are permuted, or some columns are missing or permuted."""
-        shape = self.source.meta["val"].shape
-        if len(shape) != 2:
+    def matrix(self, out_axis: int) -> WeightSlice | None:
+        """For a matrix: its rows that ``out_axis`` of the operand counts. None where they are permuted, or some columns
+        are missing or permuted."""
+        if len(self._shape) != 2:
             return None
-        first, second = (int(size) for size in shape)
+        first, second = self._shape
         if len(self.chain) == 1:
-            return (Rows(first), False, second) if out_axis == 0 else (Rows(second), True, first)
+            return self.slice(Layout.ROWS if out_axis == 0 else Layout.COLUMNS)
         if any(_name(node) in _PICKING for node in self.chain):
             return None
         numbers = torch.arange(first)[:, None].expand(first, second), torch.arange(second).expand(first, second)
@@ -85,28 +92,26 @@ class View:
             return None
         outs = [t.select(1 - out_axis, 0) for t in (by_row, by_column)]
         ins = [t.select(out_axis, 0) for t in (by_row, by_column)]
-        for flipped, out, into, total, width in (
-            (False, outs[0], ins[1], first, second),
-            (True, outs[1], ins[0], second, first),
+        for layout, out, into, width in (
+            (Layout.ROWS, outs[0], ins[1], second),
+            (Layout.COLUMNS, outs[1], ins[0], first),
         ):
             if torch.equal(into, torch.arange(width)) and bool((out[1:] > out[:-1]).all()):
-                return Rows(total, runs_of(out)), flipped, width
+                return self.slice(layout, runs_of(out))
         return None
 
-    def vector_rows(self) -> Rows | None:
-        """For a vector: which of its entries the operand holds; None where they are permuted."""
-        shape = self.source.meta["val"].shape
-        if len(shape) != 1:
+    def vector(self) -> WeightSlice | None:
+        """For a vector: those of its entries that the operand holds; None where they are permuted."""
+        if len(self._shape) != 1:
             return None
-        total = int(shape[0])
-        held = self._run(torch.arange(total))
+        held = self._run(torch.arange(*self._shape))
         if held is None or held.dim() != 1 or not bool((held[1:] > held[:-1]).all()):
             return None
-        return Rows(total, runs_of(held))
+        return self.slice(Layout.PLAIN, runs_of(held))
 
-    def swaps_matrix(self) -> bool | None:
-        """For one matrix per expert: whether the last two axes are swapped. None where the chain does more than that
-        and picking experts."""
+    def matrices(self, *, out_first: bool) -> WeightSlice | None:
+        """For one matrix per expert: all of them, whose rows the first or the second of the operand's last two axes
+        counts. None where the chain does more than swap these two and pick experts."""
         swapped = False
         for before, node in pairwise(self.chain):
             name = _name(node)
@@ -116,7 +121,7 @@ class View:
                 swapped = not swapped
             elif not (name in _PICKING or name == "select") or not _picks_first(node):
                 return None
-        return swapped
+        return self.slice(Layout.ROWS if out_first != swapped else Layout.COLUMNS)
 
     def replay(self, call: Callable[..., fx.Node], stored: fx.Node) -> fx.Node:
         """The same operators on another tensor, which has the stored one's leading axis."""
