@@ -1,0 +1,87 @@
+"""Artifacts that earlier versions wrote load, and give what they gave."""
+
+from __future__ import annotations
+
+import pytest
+
+import graftc
+from graftc.runtime.artifact.verify import verify
+from graftc.runtime.compiled import Compiled
+from graftc.specs.diagnostics import GraftError
+from graftc.testing import largest_difference, outputs_of
+from tests.artifact.stored.write import HERE, STORED, artifact_of, kept_call
+
+TOLERANCE = 1e-6
+"""Of the largest output: kernels of another processor round in another way."""
+
+VERIFIED = ("dora_llama", "lora_head_bert")
+"""What is captured and certified anew in ``make test``; it takes two seconds for each."""
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, Compiled]:
+    """Artifacts over their bases, by name: each is loaded once."""
+    return {}
+
+
+def load(name: str, loaded: dict[str, Compiled]) -> Compiled:
+    if name not in loaded:
+        loaded[name] = graftc.load(artifact_of(name), STORED[name].base()).eval()
+    return loaded[name]
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_outputs_are_what_they_were(name: str, loaded: dict[str, Compiled]) -> None:
+    """Within `TOLERANCE`; the base gives others."""
+    compiled = load(name, loaded)
+    inputs, expected = kept_call(name)
+    largest = max(float(tensor.abs().max()) for tensor in expected)
+    assert largest_difference(outputs_of(compiled, inputs), expected) <= TOLERANCE * largest
+    with compiled.disabled():
+        assert largest_difference(outputs_of(compiled, inputs), expected) > 1e-3 * largest
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_merging(name: str, loaded: dict[str, Compiled]) -> None:
+    """What folds gives the kept outputs merged as well; of the others the code says that they do not."""
+    compiled = load(name, loaded)
+    if not STORED[name].folds:
+        with pytest.raises(GraftError) as caught:
+            compiled.merge()
+        assert caught.value.code == "GC050"
+        return
+    merged = compiled.merge()
+    inputs, expected = kept_call(name)
+    largest = max(float(tensor.abs().max()) for tensor in expected)
+    assert merged.certificate.passed
+    assert largest_difference(outputs_of(merged, inputs), expected) <= 1e-5 * largest
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_files(name: str) -> None:
+    """Files, tensors and graphs in files are as the artifact says."""
+    found = verify(artifact_of(name), files_only=True)
+    assert found.passed, [check for check in found.checks if check.passed is False]
+
+
+@pytest.mark.parametrize("name", VERIFIED)
+def test_verifies(name: str) -> None:
+    """Files, tensors, base, places, graphs and certificate are as the artifact says, all of them worked out anew."""
+    verified(name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in STORED if name not in VERIFIED])
+def test_the_others_verify(name: str) -> None:
+    """The same."""
+    verified(name)
+
+
+def verified(name: str) -> None:
+    found = verify(artifact_of(name), STORED[name].base())
+    assert found.passed, [check for check in found.checks if check.passed is False]
+
+
+def test_everything_that_is_stored_is_tried() -> None:
+    """Each folder has its entry."""
+    assert {path.parent.name for path in HERE.glob("*/artifact")} == STORED.keys()
