@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import graftc
-from graftc.compiler import pipeline
+from graftc.compiler.tokens import TOKENS
 from graftc.runtime.artifact import open_artifact
 from graftc.runtime.models import load_model
 from graftc.specs.diagnostics import GraftError, GraftWarning
@@ -336,4 +336,4 @@ def test_what_does_not_fold_is_listed(tmp_path: Path) -> None:
     manifest = open_artifact(tmp_path / "it").manifest
     assert manifest.certificate is None
     assert [k.name for k in manifest.kept] == ["head"] and "tied to" in manifest.kept[0].reason
-    assert pipeline.TOKENS not in {k.name for k in manifest.kept}
+    assert TOKENS not in {k.name for k in manifest.kept}

@@ -21,7 +21,7 @@ def jobs(folder: Path) -> dict[str, Callable[[], object]]:
 
     compiled = graftc.load(folder / "artifact")
     merged = compiled.merge()
-    module = ExportModule(merged._graftc, compiled.compilation.main)
+    module = ExportModule(merged._graftc, compiled.compilation.main.signature)
     onnx.LARGE = 1024  # so that the weights go into a file of their own
     for exporter, name in ((onnx, "prepare_onnx"), (pt2, "prepare_pt2")):
         ready = getattr(exporter, name)(module, {"graftc.note": "prepared"})
