@@ -130,17 +130,17 @@ def test_fold(family: str, tmp_path: Path) -> None:
 
 def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two new rows exchanged while folding: the certificate fails."""
-    from graftc.compiler import pipeline
+    from graftc.compiler import folding
 
     compiled = adapted(tiny("llama"))
     perturb(compiled, 0.1)
-    replace = pipeline._replace
+    replace = folding._replace
 
     def exchanged(*args: Any) -> Any:
         apply = replace(*args)
         return lambda weight, bias: (apply(weight, bias)[0].flip(0), bias)
 
-    monkeypatch.setattr(pipeline, "_replace", exchanged)
+    monkeypatch.setattr(folding, "_replace", exchanged)
     with pytest.raises(GraftError) as caught:
         compiled.merge()
     assert caught.value.code == "GC051"

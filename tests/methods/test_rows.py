@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler import pipeline
+from graftc.compiler import folding
 from graftc.passes.core.uses import Lookup
 from graftc.runtime.compiled import Compiled
 from graftc.specs.diagnostics import GraftError
@@ -229,12 +229,12 @@ def test_rows_that_fold_to_wrong_places_are_found(
     """The certificate does not go by the fold's own rows."""
     compiled = graftc.compile({"adapt": [entry(**fields)]}, tiny(family)).eval()
     perturb(compiled, 0.1)
-    right = pipeline._replace
+    right = folding._replace
 
     def swapped(*args: Any) -> Any:
         return lambda weight, bias: (right(*args)(weight, bias)[0].flip(-2), bias)
 
-    monkeypatch.setattr(pipeline, "_replace", swapped)
+    monkeypatch.setattr(folding, "_replace", swapped)
     with pytest.raises(GraftError) as error:
         compiled.merge()
     assert error.value.code == "GC051"

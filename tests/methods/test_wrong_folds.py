@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.compiler import pipeline
+from graftc.compiler import folding
 from graftc.passes.core.folds import WeightFold
 from graftc.passes.ia3 import IA3Method
 from graftc.passes.loha import LoHaMethod
@@ -115,8 +115,8 @@ def test_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = graftc.compile({"adapt": [{"method": "norms"}]}, tiny("llama")).eval()
     perturb(compiled)
     assert compiled.merge().certificate.passed
-    replaced = pipeline._replace
-    monkeypatch.setattr(pipeline, "_replace", lambda *args: lambda w, b: (w + replaced(*args)(w, b)[0], b))
+    replaced = folding._replace
+    monkeypatch.setattr(folding, "_replace", lambda *args: lambda w, b: (w + replaced(*args)(w, b)[0], b))
     with pytest.raises(GraftError) as error:
         compiled.merge(budget=WITHOUT_LIMIT)
     assert error.value.code == "GC051"
