@@ -9,7 +9,8 @@ from graftc.compiler.columns import Through
 from graftc.compiler.findings import Heads
 from graftc.compiler.flow import Attention, tensor_nodes
 from graftc.compiler.labels import Labels
-from graftc.compiler.operators import MOVING, PASSING, op_name
+from graftc.compiler.operators import MOVING, PASSING
+from graftc.passes.core.calls import op_name
 from graftc.passes.core.sites import Operands
 from graftc.specs.claims import SiteKind
 

@@ -31,8 +31,8 @@ from graftc.compiler.operators import (
     POOLING,
     RESIZING,
     SHAPING,
-    op_name,
 )
+from graftc.passes.core.calls import op_name
 from graftc.passes.core.program import map_nodes
 
 aten = torch.ops.aten

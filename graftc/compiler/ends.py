@@ -9,7 +9,8 @@ from torch import Tensor, fx
 from graftc.compiler.columns import Through
 from graftc.compiler.flow import bits, tensor_nodes
 from graftc.compiler.labels import Labels
-from graftc.compiler.operators import PASSING, op_name
+from graftc.compiler.operators import PASSING
+from graftc.passes.core.calls import op_name
 from graftc.specs.claims import SiteKind
 
 _SELECTING = frozenset({"gather", "index", "index_select", "take_along_dim", "embedding"})

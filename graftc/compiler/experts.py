@@ -7,7 +7,8 @@ from torch import fx
 from graftc.compiler.flow import Residual
 from graftc.compiler.labels import Labels
 from graftc.compiler.maps import Linear
-from graftc.compiler.operators import SOFTMAX, op_name
+from graftc.compiler.operators import SOFTMAX
+from graftc.passes.core.calls import op_name
 
 _CHOOSING = frozenset({"topk", "argmax", "max", "sort"})
 

@@ -11,7 +11,7 @@ from graftc.compiler.flow import bits, tensor_nodes
 from graftc.compiler.labels import Labels
 from graftc.compiler.maps import Linear
 from graftc.compiler.mixers import mixing, read_mixers
-from graftc.compiler.operators import op_name
+from graftc.passes.core.calls import op_name
 
 
 def read_branches(labels: Labels) -> None:

@@ -14,19 +14,9 @@ import torch
 from torch import fx
 
 from graftc.compiler.maps import Linear, read_map
-from graftc.compiler.operators import (
-    ADDING,
-    CONVOLUTIONS,
-    MOVING,
-    PASSING,
-    PRODUCTS,
-    RESHAPING,
-    SOFTMAX,
-    VIEWING,
-    WRITING,
-    op_name,
-)
+from graftc.compiler.operators import ADDING, MOVING, PASSING, PRODUCTS, RESHAPING, SOFTMAX, VIEWING, WRITING
 from graftc.compiler.scores import keys_are_second
+from graftc.passes.core.calls import is_convolution, op_name
 from graftc.passes.core.shapes import Sizes
 
 _SDPA = "scaled_dot_product_attention"
@@ -185,7 +175,7 @@ class Flow:
         elif name == _SDPA:
             query, key, value = tensor_nodes(node.args[:3])
             self.attentions[node] = Attention(node, query, key, value, self._called(_SDPA))
-        elif name in CONVOLUTIONS:
+        elif is_convolution(node):
             self.convolutions.append(node)
         elif name == "embedding":
             self.embeddings.append(node)
@@ -238,7 +228,7 @@ class Flow:
                     self.scores.add(node)
                     if second is not None:
                         found.append(factors if second else factors[::-1])
-            elif name not in ("embedding", _SDPA) and name not in CONVOLUTIONS:
+            elif name not in ("embedding", _SDPA) and not is_convolution(node):
                 pending += node.all_input_nodes
         return found
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.operators import CONVOLUTIONS, PASSING, PRODUCTS, SELECTING, op_name
+from graftc.compiler.operators import PASSING, SELECTING
+from graftc.passes.core.calls import Operands, is_convolution, op_name, products
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,16 @@ Size = Callable[[Any], int]
 
 def read_map(node: fx.Node, weights: Weights, size: Size) -> Linear | None:
     """The linear map that a call is, or None."""
-    name = op_name(node)
-    if name == "linear":
-        return _product(node, node.args[0], node.args[1], 0, weights, size)
-    if name == "addmm":
-        return _product(node, node.args[1], node.args[2], 1, weights, size)
-    if name == "baddbmm":
-        return _product(node, node.args[1], node.args[2], 1, weights, size)
-    if name == "einsum":
+    if op_name(node) == "einsum":
         return _index_expression(node, weights, size)
-    if name in PRODUCTS or name == "mm" or "grouped_mm" in name:
-        return _product(node, node.args[0], node.args[1], 1, weights, size) or _flipped(node, weights, size)
-    if name in CONVOLUTIONS:
+    if is_convolution(node):
         return _convolution(node, weights, size)
+    for operands in products(node):
+        given = operands.given(node)
+        read = _flipped if operands.flipped else _product
+        found = read(node, *given, operands, weights, size) if given is not None else None
+        if found is not None:
+            return found
     return None
 
 
@@ -85,9 +83,10 @@ def _name(stored: list[fx.Node]) -> str | None:
     return str(stored[0].target) if len(stored) == 1 else None
 
 
-def _product(node: fx.Node, data: Any, weight: Any, out_axis: int, weights: Weights, size: Size) -> Linear | None:
-    if not (isinstance(data, fx.Node) and isinstance(weight, fx.Node)):
-        return None
+def _product(
+    node: fx.Node, data: fx.Node, weight: fx.Node, operands: Operands, weights: Weights, size: Size
+) -> Linear | None:
+    out_axis = 0 if operands.out_first else 1
     dims = weight.meta["val"].dim()
     stored = _selected(weight)
     if dims == 3 and stored is None:
@@ -103,10 +102,11 @@ def _product(node: fx.Node, data: Any, weight: Any, out_axis: int, weights: Weig
     return Linear(node, data, weight, _name(found), out, out_axes=(out_axis,))
 
 
-def _flipped(node: fx.Node, weights: Weights, size: Size) -> Linear | None:
+def _flipped(
+    node: fx.Node, data: fx.Node, weight: fx.Node, operands: Operands, weights: Weights, size: Size
+) -> Linear | None:
     """``W @ x``: the weight comes first, and rows of the result are the columns."""
-    weight, data = node.args[:2]
-    if not (isinstance(data, fx.Node) and isinstance(weight, fx.Node)) or weight.meta["val"].dim() != 2:
+    if weight.meta["val"].dim() != 2:
         return None
     found = weights(weight)
     if not found or weights(data) or data.meta["val"].dim() < 2:

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from graftc.compiler.flow import Residual, bits
 from graftc.compiler.indices import varying
 from graftc.compiler.labels import Labels
-from graftc.compiler.operators import PADDING, POOLING, RESIZING, RUNNING, SOFTMAX, op_name
+from graftc.compiler.operators import PADDING, POOLING, RESIZING, RUNNING, SOFTMAX
+from graftc.passes.core.calls import op_name
 
 _SUMMING = POOLING - RUNNING
 _WEIGHING = SOFTMAX | {"logsumexp", "log_softmax"}

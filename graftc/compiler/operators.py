@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-import operator
-from typing import Any
-
-import torch
-from torch import fx
-
-_NAMES: dict[Any, str] = {}
-
-
-def op_name(node: fx.Node) -> str:
-    """Name of the operator without namespace, overload and in-place mark; empty for other nodes."""
-    if node.op != "call_function":
-        return ""
-    name = _NAMES.get(node.target)
-    if name is None:
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload):
-            name = target._schema.name.split("::")[1]
-            name = name if name.endswith("__") else name.removesuffix("_")
-        else:
-            name = "getitem" if target is operator.getitem else getattr(target, "__name__", str(target))
-        _NAMES[target] = name
-    return name
-
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-CONVOLUTIONS = _names("conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d")
 PASSING = _names(
     """
     to _to_copy type_as dropout native_dropout feature_dropout contiguous clone detach alias

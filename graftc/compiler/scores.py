@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from graftc.compiler.indices import varying
 from graftc.compiler.maps import columns_along
-from graftc.compiler.operators import JOINING, PICKING, SHAPING, op_name
+from graftc.compiler.operators import JOINING, PICKING, SHAPING
+from graftc.passes.core.calls import op_name
 from graftc.passes.core.program import map_nodes
 from graftc.passes.core.shapes import Sizes
 

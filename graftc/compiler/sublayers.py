@@ -11,7 +11,8 @@ from graftc.compiler.columns import Through
 from graftc.compiler.findings import Sublayer, place
 from graftc.compiler.flow import Residual, bits, tensor_nodes
 from graftc.compiler.labels import Labels
-from graftc.compiler.operators import NORMALISING, PADDING, PASSING, SHAPING, op_name
+from graftc.compiler.operators import NORMALISING, PADDING, PASSING, SHAPING
+from graftc.passes.core.calls import op_name
 
 _COPYING = frozenset({"contiguous", "clone", "detach", "alias", "getitem"})
 _ENDS = {"attn.o": "attn.sublayer", "ffn.down": "ffn.sublayer", "experts": "ffn.sublayer"}

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 from graftc.compiler.flow import Flow
 from graftc.compiler.maps import Linear, columns_along
-from graftc.compiler.operators import PASSING, op_name
+from graftc.compiler.operators import PASSING
+from graftc.passes.core.calls import op_name
 from graftc.passes.core.program import map_nodes
 
 _ELEMENTWISE = PASSING | {"mul", "div", "add"}

@@ -1,0 +1,85 @@
+"""Calls that multiply a value by a weight: one table of where their operands stand, for roles and for sites."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+_NAMES: dict[Any, str] = {}
+
+
+def op_name(node: fx.Node) -> str:
+    """Name of the operator without namespace, overload and in-place mark; empty for other nodes."""
+    if node.op != "call_function":
+        return ""
+    name = _NAMES.get(node.target)
+    if name is None:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            name = target._schema.name.split("::")[1]
+            name = name if name.endswith("__") else name.removesuffix("_")
+        else:
+            name = "getitem" if target is operator.getitem else getattr(target, "__name__", str(target))
+        _NAMES[target] = name
+    return name
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Where the operands of a product stand among the arguments of a call.
+
+    Attributes:
+        data, weight: the value and the matrix; the other way round, where the matrix stands first.
+        out_first: whether rows of the map are the first of the matrix's last two axes, and not the last.
+        bias: what is added, one number for each row of the map; None where the call adds nothing of this kind.
+    """
+
+    data: int
+    weight: int
+    out_first: bool
+    bias: int | None = None
+
+    @property
+    def flipped(self) -> bool:
+        """Whether the matrix stands before the value: the columns of the result are then its rows."""
+        return self.weight < self.data
+
+    def given(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The value and the matrix of a call; None where one of them is no node."""
+        if len(node.args) <= max(self.data, self.weight):
+            return None
+        data, weight = node.args[self.data], node.args[self.weight]
+        return (data, weight) if isinstance(data, fx.Node) and isinstance(weight, fx.Node) else None
+
+
+_EITHER = (Operands(0, 1, False), Operands(1, 0, True))
+_PRODUCTS: dict[str, tuple[Operands, ...]] = {
+    "linear": (Operands(0, 1, True, bias=2),),
+    "addmm": (Operands(1, 2, False, bias=0),),
+    "baddbmm": (Operands(1, 2, False),),
+    "mm": _EITHER,
+    "bmm": _EITHER,
+    "matmul": _EITHER,
+}
+_GROUPED = (Operands(0, 1, False),)
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d"})
+
+
+def products(node: fx.Node) -> tuple[Operands, ...]:
+    """The ways in which a call may be the product of a value with a matrix, most likely first; none where it is not."""
+    name = op_name(node)
+    return _GROUPED if is_grouped(node) else _PRODUCTS.get(name, ())
+
+
+def is_grouped(node: fx.Node) -> bool:
+    """Whether a call multiplies groups of rows, each by a matrix of its own."""
+    return "grouped_mm" in op_name(node)
+
+
+def is_convolution(node: fx.Node) -> bool:
+    """Whether a call is a convolution: of its first argument, with its second one as the kernel."""
+    return op_name(node) in _CONVOLUTIONS

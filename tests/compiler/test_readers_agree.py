@@ -1,0 +1,30 @@
+"""Roles and sites read the same maps off a graph."""
+
+from __future__ import annotations
+
+import pytest
+
+import graftc
+from graftc.compiler.flow import Flow
+from graftc.passes.core.readers import linear_use
+from graftc.passes.core.shapes import Sizes
+from graftc.passes.core.uses import Experts, Lookup
+from graftc.testing import FAMILIES
+from tests.families import tiny
+
+SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_use_is_a_map_of_the_same_operands(family: str) -> None:
+    base = graftc.compile(SPEC, tiny(family)).compilation.program("train", "base")
+    flow = Flow(base.graph, Sizes(lambda symbol: 4))
+    uses = [use for node in base.graph.nodes if (use := linear_use(node)) is not None and not isinstance(use, Lookup)]
+    assert uses
+    for use in uses:
+        found = flow.linears.get(use.node) or flow.depthwise.get(use.node)
+        assert found is not None, use.node
+        assert found.input is use.input and found.parameter == use.weight.tensor
+        assert found.experts == isinstance(use, Experts)
+        if not found.experts:
+            assert found.out == use.out_features
