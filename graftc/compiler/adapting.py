@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from graftc.compiler.anchor import Anchor, anchor
-from graftc.compiler.cache import captured, forget, keep
-from graftc.compiler.capture import Capture, capture, random_structure
+from graftc.compiler.capture.anchor import Anchor, anchor
+from graftc.compiler.capture.cache import captured, forget, keep
+from graftc.compiler.capture.capture import Capture, capture, random_structure
+from graftc.compiler.capture.draws import draws
+from graftc.compiler.capture.interface import Flags, dtype_of
+from graftc.compiler.capture.signature import Axis
+from graftc.compiler.capture.untraced import unkept
 from graftc.compiler.compilation import Compilation, Resolution
-from graftc.compiler.compose import Unit, add_controls, check_units, insert_unit, placed, units
-from graftc.compiler.draws import draws
-from graftc.compiler.embeds import Plan, lengthened, planned, require_words
-from graftc.compiler.interface import Flags, dtype_of
-from graftc.compiler.resolve import TRAIN, Resolved, Resolver
-from graftc.compiler.signature import Axis
-from graftc.compiler.sitetable import SiteTable
-from graftc.compiler.structure import Structure, find_structure
-from graftc.compiler.tokens import TOKENS, token_sites
-from graftc.compiler.unkept import unkept
-from graftc.compiler.words import word_vectors
+from graftc.compiler.resolve.compose import Unit, add_controls, check_units, insert_unit, placed, units
+from graftc.compiler.resolve.embeds import Plan, lengthened, planned, require_words
+from graftc.compiler.resolve.resolver import TRAIN, Resolved, Resolver
+from graftc.compiler.resolve.sitetable import SiteTable
+from graftc.compiler.resolve.token_embeddings import word_vectors
+from graftc.compiler.resolve.tokens import TOKENS, token_sites
+from graftc.compiler.roles.structure import Structure, find_structure
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.effects import flaw
 from graftc.passes.core.keys import Entry, Mode, Signature, Stage

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graftc.compiler.anchor import Anchor
-from graftc.compiler.capture import Capture
-from graftc.compiler.compose import Unit, controls, units
-from graftc.compiler.fingerprint import replaced_tensors
-from graftc.compiler.resolve import Resolved
-from graftc.compiler.signature import Axis, fits, inputs_of
-from graftc.compiler.structure import Structure
+from graftc.compiler.capture.anchor import Anchor
+from graftc.compiler.capture.capture import Capture
+from graftc.compiler.capture.fingerprint import replaced_tensors
+from graftc.compiler.capture.signature import Axis, fits, inputs_of
+from graftc.compiler.resolve.compose import Unit, controls, units
+from graftc.compiler.resolve.resolver import Resolved
+from graftc.compiler.roles.structure import Structure
 from graftc.passes.core.keys import Entry, Mode, ProgramKey, Signature, Stage
 from graftc.passes.core.program import Program
 from graftc.passes.core.sites import AttentionSite, ParameterSite, SiteKey

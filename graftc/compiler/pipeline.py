@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.adapting import adapt_signature
-from graftc.compiler.capture import Capture
+from graftc.compiler.capture.capture import Capture
+from graftc.compiler.capture.capture_key import held_by
+from graftc.compiler.capture.defaults import default_signatures
+from graftc.compiler.capture.interface import Flags
+from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.capture.signature import Axis, axes_of, described, fits, inputs_of_program, less_dynamic, split
+from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.copies import untied
-from graftc.compiler.defaults import default_signatures
-from graftc.compiler.holdings import held_by
-from graftc.compiler.interface import Flags
-from graftc.compiler.isolation import exclusive
-from graftc.compiler.signature import Axis, axes_of, described, fits, inputs_of_program, less_dynamic, split
-from graftc.compiler.source_model import require_plain
-from graftc.compiler.tokens import with_room
+from graftc.compiler.resolve.tokens import with_room
+from graftc.compiler.resolve.untie import untied
 from graftc.passes.core.keys import Signature
 from graftc.passes.core.store import Store
 from graftc.specs.compose import Parallel

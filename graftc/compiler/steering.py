@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.compose import Unit
-from graftc.compiler.resolve import Resolved
+from graftc.compiler.resolve.compose import Unit
+from graftc.compiler.resolve.resolver import Resolved
 from graftc.passes.compose import FusionObjective
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.steering import Controller, OutputObjective, Place, TensorObjective

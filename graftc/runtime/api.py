@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from graftc.compiler.cache import captured
+from graftc.compiler.capture.cache import captured
+from graftc.compiler.capture.interface import ExampleInputs, Flags, Interface
+from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.capture.signature import Axis, request
+from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.fresh import check_fresh
-from graftc.compiler.interface import ExampleInputs, Flags, Interface
-from graftc.compiler.isolation import exclusive
+from graftc.compiler.inspect.report import Report, report
 from graftc.compiler.pipeline import compile_model, first_capture
-from graftc.compiler.report import Report, report
-from graftc.compiler.signature import Axis, request
-from graftc.compiler.source_model import require_plain
-from graftc.compiler.structure import Structure, find_structure
+from graftc.compiler.roles.structure import Structure, find_structure
 from graftc.passes.core.store import Store
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.specs.arguments import as_path, as_seed

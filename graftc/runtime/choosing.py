@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graftc.compiler.capture.interface import COUNT, dtype_of
+from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.compose import ACTIVE
-from graftc.compiler.interface import COUNT, dtype_of
-from graftc.compiler.isolation import is_traced
-from graftc.compiler.report import owner_of
-from graftc.compiler.resolve import TRAIN
-from graftc.compiler.snapshot import adapter_tensors
+from graftc.compiler.inspect.report import owner_of
+from graftc.compiler.inspect.snapshot import adapter_tensors
+from graftc.compiler.resolve.compose import ACTIVE
+from graftc.compiler.resolve.resolver import TRAIN
 from graftc.passes.core.batch import BATCH
 from graftc.passes.core.gathered import gathered
 from graftc.passes.core.store import RESERVED

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.compose import Unit
-from graftc.compiler.folding import site_steps
-from graftc.compiler.report import owner_of
-from graftc.compiler.resolve import Resolved
-from graftc.compiler.snapshot import adapter_tensors
+from graftc.compiler.folding.steps import site_steps
+from graftc.compiler.inspect.report import owner_of
+from graftc.compiler.inspect.snapshot import adapter_tensors
+from graftc.compiler.resolve.compose import Unit
+from graftc.compiler.resolve.resolver import Resolved
 from graftc.passes.core.folds import FoldStep
 from graftc.passes.core.gathered import gathered
 from graftc.passes.core.sites import LinearSite, SiteKey

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compiler.capture.isolation import exclusive, is_traced, isolated
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.isolation import exclusive, is_traced, isolated
+from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.compiler.pipeline import recompile
-from graftc.compiler.snapshot import adapter_tensors
 from graftc.passes.core.gathered import copy_whole, gathered
 from graftc.passes.core.keys import Entry, Modes, ProgramKey, Signature
 from graftc.passes.core.program import Program
@@ -37,7 +37,7 @@ from graftc.specs.diagnostics import GraftError, GraftWarning
 from graftc.specs.document import Spec
 
 if TYPE_CHECKING:
-    from graftc.compiler.report import Report
+    from graftc.compiler.inspect.report import Report
     from graftc.runtime.merged import Merged
     from graftc.runtime.partial import Partial
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from graftc.compiler.collapse import collapsed_spec, collapsed_values, collapsing
-from graftc.compiler.snapshot import adapter_tensors
+from graftc.compiler.folding.collapse import collapsed_spec, collapsed_values, collapsing
+from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.passes.core.gathered import gathered
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftc.compiler.interface import config_of
+from graftc.compiler.capture.interface import config_of
 from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
 from graftc.runtime.artifact.places import RECORD, is_ours
 from graftc.runtime.artifact.write import listed

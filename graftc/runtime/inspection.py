@@ -6,15 +6,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.report import Report, report
-from graftc.compiler.snapshot import Snapshot, snapshot
+from graftc.compiler.inspect.report import Report, report
+from graftc.compiler.inspect.snapshot import Snapshot, snapshot
 from graftc.passes.core.keys import Mode
 from graftc.passes.core.printer import format_program
 from graftc.passes.core.program import Program
 
 if TYPE_CHECKING:
-    from graftc.compiler.explanation import Explanation
-    from graftc.compiler.tree import TreeNode
+    from graftc.compiler.inspect.explanation import Explanation
+    from graftc.compiler.inspect.tree import TreeNode
 
 
 class Inspected:
@@ -57,7 +57,7 @@ class Inspected:
 
     def diff(self, mode: Mode = "eval") -> str:
         """The graph before and after, with identical layers collapsed and counted."""
-        from graftc.compiler.diff import diff_programs
+        from graftc.compiler.inspect.diff import diff_programs
 
         return diff_programs(self.program(mode, base=True), self.program(mode))
 
@@ -67,12 +67,12 @@ class Inspected:
         Raises:
             GraftError: GC091 where nothing is called so, or several things are.
         """
-        from graftc.compiler.explain import explain
+        from graftc.compiler.inspect.explain import explain
 
         return explain(self.snapshot, name, mode)
 
     def tree(self) -> TreeNode:
         """The source model's modules with what was added to them, layers that are alike once; print it to read it."""
-        from graftc.compiler.tree import model_tree
+        from graftc.compiler.inspect.tree import model_tree
 
         return model_tree(self.snapshot)

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from graftc.compiler.apart import largest_difference, largest_number
-from graftc.compiler.certify import DEFAULT_BUDGET, Certificate
-from graftc.compiler.collapse import collapse_evidence
+from graftc.compiler.capture.fingerprint import identify
+from graftc.compiler.capture.samples import sample_inputs
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import program_of
-from graftc.compiler.fingerprint import identify
-from graftc.compiler.foldable import Foldable, foldable
-from graftc.compiler.probing import Advance, Folded, added_bias, fold_tensors
-from graftc.compiler.report import owner_of
-from graftc.compiler.samples import sample_inputs
+from graftc.compiler.folding.certificate import DEFAULT_BUDGET, Certificate
+from graftc.compiler.folding.collapse import collapse_evidence
+from graftc.compiler.folding.differences import largest_difference, largest_number
+from graftc.compiler.folding.fold_verification import Advance, Folded, added_bias, fold_tensors
+from graftc.compiler.folding.foldable import Foldable, foldable
+from graftc.compiler.inspect.report import owner_of
 from graftc.passes.core.gathered import gathered
 from graftc.passes.core.keys import ProgramKey
 from graftc.passes.core.printer import structural_hash

@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from graftc.compiler.fingerprint import settings_of
+from graftc.compiler.capture.fingerprint import settings_of
+from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.fresh import mark_fresh
-from graftc.compiler.interface import ExampleInputs
 from graftc.runtime.reference import Built, is_callable, is_hub_id
 from graftc.specs.diagnostics import GraftError, first_line, nearest
 

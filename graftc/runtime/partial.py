@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from graftc.compiler.apart import largest_difference
-from graftc.compiler.certify import Certificate
-from graftc.compiler.collapse import collapsed_spec, collapsed_values
+from graftc.compiler.capture.samples import sample_inputs
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.probing import Advance
-from graftc.compiler.report import owner_of
-from graftc.compiler.resolve import TRAIN
-from graftc.compiler.samples import sample_inputs
-from graftc.compiler.snapshot import adapter_tensors
-from graftc.compiler.tokens import TOKENS
+from graftc.compiler.folding.certificate import Certificate
+from graftc.compiler.folding.collapse import collapsed_spec, collapsed_values
+from graftc.compiler.folding.differences import largest_difference
+from graftc.compiler.folding.fold_verification import Advance
+from graftc.compiler.inspect.report import owner_of
+from graftc.compiler.inspect.snapshot import adapter_tensors
+from graftc.compiler.resolve.resolver import TRAIN
+from graftc.compiler.resolve.tokens import TOKENS
 from graftc.passes.core.gathered import gathered
 from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
@@ -31,7 +31,7 @@ from graftc.specs.diagnostics import GraftError
 from graftc.specs.document import Spec
 
 if TYPE_CHECKING:
-    from graftc.compiler.interface import ExampleInputs
+    from graftc.compiler.capture.interface import ExampleInputs
     from graftc.runtime.compiled import Compiled, CompiledRunner
 
 

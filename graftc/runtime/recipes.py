@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from graftc.compiler.interface import ExampleInputs
+from graftc.compiler.capture.interface import ExampleInputs
 from graftc.runtime.api import SpecLike, compile
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.files import recover, write_text

@@ -59,8 +59,8 @@ class Built:
     @classmethod
     def of(cls, model: nn.Module) -> Built:
         """How a model was made."""
-        from graftc.compiler.fingerprint import settings_of
-        from graftc.compiler.interface import dtype_of
+        from graftc.compiler.capture.fingerprint import settings_of
+        from graftc.compiler.capture.interface import dtype_of
 
         labels = getattr(getattr(model, "config", None), "id2label", None)
         numbered = isinstance(labels, dict) and list(labels) == list(range(len(labels))) and len(labels) <= MOST_LABELS

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from graftc.compiler.capture.interface import COUNT
+from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.interface import COUNT
-from graftc.compiler.isolation import is_traced
 from graftc.compiler.steering import Steerings
 from graftc.passes.core.keys import ProgramKey
 from graftc.passes.core.program import Program

@@ -11,12 +11,12 @@ from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from graftc.compiler.capture.interface import Interface, config_of, dtype_of
+from graftc.compiler.capture.isolation import exclusive, is_traced
+from graftc.compiler.capture.signature import split
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import program_of
-from graftc.compiler.interface import Interface, config_of, dtype_of
-from graftc.compiler.isolation import exclusive, is_traced
 from graftc.compiler.pipeline import signature_for
-from graftc.compiler.signature import split
 from graftc.passes.core.containers import OWN, constant, plain_attributes
 from graftc.passes.core.keys import Entry, Modes, ProgramKey, Signature
 from graftc.passes.core.program import Program

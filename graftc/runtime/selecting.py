@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graftc.compiler.fingerprint import identify
-from graftc.compiler.report import owner_of
-from graftc.compiler.resolve import TRAIN, Resolved
-from graftc.compiler.snapshot import adapter_tensors
+from graftc.compiler.capture.fingerprint import identify
+from graftc.compiler.inspect.report import owner_of
+from graftc.compiler.inspect.snapshot import adapter_tensors
+from graftc.compiler.resolve.resolver import TRAIN, Resolved
 from graftc.compiler.steering import live_places
 from graftc.passes.core.gathered import gathered
 from graftc.passes.core.registry import method_for

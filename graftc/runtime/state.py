@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compiler.capture.fingerprint import Identity, identify
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.fingerprint import Identity, identify
-from graftc.compiler.snapshot import adapter_tensors
+from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.passes.core.gathered import gathered
 from graftc.runtime.artifact.checkpoint_record import RECORD, as_tensor, from_tensor, record_of, weights_of
 from graftc.runtime.blocks import Root, Runner

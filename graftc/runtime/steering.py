@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graftc.compiler.isolation import is_traced
-from graftc.compiler.report import owner_of
-from graftc.compiler.resolve import Resolved
+from graftc.compiler.capture.isolation import is_traced
+from graftc.compiler.inspect.report import owner_of
+from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.steering import Steerings, live_places, steerings
 from graftc.passes.core.keys import ProgramKey
 from graftc.passes.core.registry import method_for

@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from graftc.compiler.samples import sample_inputs
+from graftc.compiler.capture.samples import sample_inputs
 from graftc.runtime.runner import ModelRoot, runner_of
 
 SHAPES: tuple[tuple[int, int], ...] = ((5, 9), (1, 4), (2, 17))

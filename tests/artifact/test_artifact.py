@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import graftc
-from graftc.compiler.tokens import TOKENS
+from graftc.compiler.resolve.tokens import TOKENS
 from graftc.runtime.artifact import open_artifact
 from graftc.runtime.models import load_model
 from graftc.specs.diagnostics import GraftError, GraftWarning
@@ -94,7 +94,7 @@ def test_signatures_come_along(base: Path, tmp_path: Path, monkeypatch: pytest.M
     expected = compiled(**inputs)
     compiled.save(tmp_path / "it")
     monkeypatch.setenv("GRAFTC_CACHE", "off")
-    monkeypatch.setattr("graftc.compiler.cache.capture", _never)
+    monkeypatch.setattr("graftc.compiler.capture.cache.capture", _never)
     loaded = graftc.load(tmp_path / "it").eval()
     found = loaded(**inputs)
     assert torch.equal(found.loss, expected.loss) and torch.equal(found.logits, expected.logits)

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 import graftc
-from graftc.compiler.certify import Certificate
+from graftc.compiler.folding.certificate import Certificate
 from graftc.runtime.models import load_model
 from graftc.testing import FAMILIES, perturb
 from tests.artifact.support import SPEC, saved_base, tree_bytes

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.structure import Finding
+from graftc.compiler.roles.structure import Finding
 from tests.compiler.structure_cases import Captured
 
 

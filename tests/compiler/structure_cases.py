@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graftc.compiler.capture import capture
-from graftc.compiler.flow import Flow
-from graftc.compiler.signature import Axis
-from graftc.compiler.structure import Structure, captured_sizes, find_structure
+from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.signature import Axis
+from graftc.compiler.roles.flow import Flow
+from graftc.compiler.roles.structure import Structure, captured_sizes, find_structure
 from graftc.passes.core.program import map_nodes
 from graftc.passes.core.shapes import Sizes
 from tests.compiler.structure_models import HEADS, INNER, MODELS, VOCABULARY, D

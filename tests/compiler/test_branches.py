@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftc.compiler.signature import Axis
+from graftc.compiler.capture.signature import Axis
 from tests.compiler.perturbation import attention_of, moved, noise, own_rows, perturbed
 from tests.compiler.structure_cases import VALUES, Captured, captured
 from tests.compiler.structure_models import HEADS, INNER, D

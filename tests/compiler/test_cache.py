@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graftc
-from graftc.compiler import cache
-from graftc.compiler.defaults import default_axes
-from graftc.compiler.holdings import UnknownHoldingError, holdings
-from graftc.compiler.signature import Axis
-from graftc.compiler.sources import own_files
+from graftc.compiler.capture import cache
+from graftc.compiler.capture.capture_key import UnknownHoldingError, holdings
+from graftc.compiler.capture.defaults import default_axes
+from graftc.compiler.capture.signature import Axis
+from graftc.compiler.capture.sources import own_files
 from graftc.testing import tiny
 from graftc.testing.families import FAMILIES
 
@@ -360,8 +360,8 @@ def test_a_changed_model_never_gets_the_graph_of_a_plain_one(
 def test_the_digest_of_our_own_code_covers_what_is_imported() -> None:
     package = Path(graftc.__file__).parent
     names = {str(path.relative_to(package)) for path in own_files(package)}
-    expected = {"capture", "cache", "ranges", "interface", "defaults", "signature", "holdings", "sources", "objects"}
-    assert {f"compiler/{name}.py" for name in expected} <= names
+    expected = {"capture", "cache", "ranges", "interface", "defaults", "signature", "capture_key", "sources", "objects"}
+    assert {f"compiler/capture/{name}.py" for name in expected} <= names
     assert {f"passes/core/{name}.py" for name in ("serialise", "program", "shapes")} <= names
     assert "passes/canonicalise.py" in names
 

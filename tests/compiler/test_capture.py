@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graftc
-from graftc.compiler import cache
-from graftc.compiler.capture import capture
-from graftc.compiler.defaults import default_axes
-from graftc.compiler.signature import Axis
+from graftc.compiler.capture import cache
+from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.defaults import default_axes
+from graftc.compiler.capture.signature import Axis
 from graftc.passes.core.mode import to_eval
 from graftc.passes.core.printer import format_program, structural_hash
 from graftc.passes.core.sites import linear_use

@@ -12,8 +12,8 @@ import transformers as tf
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler.capture import capture
-from graftc.compiler.defaults import default_axes, default_signatures
+from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.defaults import default_axes, default_signatures
 from graftc.compiler.pipeline import first_capture
 
 TINY: dict[str, Any] = {

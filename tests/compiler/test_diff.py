@@ -27,7 +27,7 @@ def test_layers_that_differ_are_shown_apart() -> None:
 
 
 def test_no_change_is_an_empty_diff() -> None:
-    from graftc.compiler.diff import diff_programs
+    from graftc.compiler.inspect.diff import diff_programs
 
     spec = {"adapt": [{"method": "lora", "target": {"role": "attn.q"}, "rank": 4}]}
     program = graftc.compile(spec, families.bert()).program(base=True)
@@ -52,7 +52,7 @@ def test_both_stacks_of_an_encoder_decoder_collapse() -> None:
 
 
 def test_counts_are_those_of_the_graphs_and_names_are_unique() -> None:
-    from graftc.compiler.diff import diff
+    from graftc.compiler.inspect.diff import diff
 
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}], "train": "classifier"}
     compiled = graftc.compile(spec, families.bert(num_hidden_layers=3))

@@ -12,8 +12,8 @@ import pytest
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 import graftc
-from graftc.compiler.explain import Explanation, explain
-from graftc.compiler.snapshot import Snapshot
+from graftc.compiler.inspect.explain import Explanation, explain
+from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.passes.core.keys import Mode
 from graftc.passes.core.printer import Printer, tensor_name
 from graftc.passes.core.program import provenance

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import graftc
-from graftc.compiler.history import history, history_columns
-from graftc.compiler.report import report
-from graftc.compiler.summary import summary
+from graftc.compiler.inspect.history import history, history_columns
+from graftc.compiler.inspect.report import report
+from graftc.compiler.inspect.summary import summary
 from graftc.passes.core.program import provenance
 from tests.families import tiny
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler.apart import largest_difference, largest_number
+from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.runtime.loading.verify import verify
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import perturb

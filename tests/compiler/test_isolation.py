@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graftc
-from graftc.compiler.isolation import exclusive, isolated
+from graftc.compiler.capture.isolation import exclusive, isolated
 from graftc.passes.core.printer import format_program
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "fc"}}]}

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 import graftc
-from graftc.compiler.cache import captured
-from graftc.compiler.defaults import default_axes
-from graftc.compiler.samples import sample_inputs
-from graftc.compiler.sitetable import SiteTable
-from graftc.compiler.structure import find_structure
+from graftc.compiler.capture.cache import captured
+from graftc.compiler.capture.defaults import default_axes
+from graftc.compiler.capture.samples import sample_inputs
+from graftc.compiler.resolve.sitetable import SiteTable
+from graftc.compiler.roles.structure import find_structure
 from graftc.passes.core.builder import Builder
 from graftc.passes.core.program import map_nodes
 from graftc.passes.core.sites import LinearSite, SublayerSite, ValueSite

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import graftc
-from graftc.compiler.flow import Flow
+from graftc.compiler.roles.flow import Flow
 from graftc.passes.core.readers import linear_use
 from graftc.passes.core.shapes import Sizes
 from graftc.passes.core.uses import Experts, Lookup

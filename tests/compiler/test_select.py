@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftc.compiler.candidates import Candidate, depths
-from graftc.compiler.select import check_overrides, select
+from graftc.compiler.resolve.candidates import Candidate, depths
+from graftc.compiler.resolve.select import check_overrides, select
 from graftc.specs import LoRA, SiteKind, Target, widen
 from graftc.specs.diagnostics import GraftError
 

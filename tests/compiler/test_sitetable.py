@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import graftc
-from graftc.compiler.cache import captured
-from graftc.compiler.capture import capture
-from graftc.compiler.defaults import default_axes
-from graftc.compiler.sitetable import SiteTable
-from graftc.compiler.structure import find_structure
+from graftc.compiler.capture.cache import captured
+from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.defaults import default_axes
+from graftc.compiler.resolve.sitetable import SiteTable
+from graftc.compiler.roles.structure import find_structure
 from graftc.passes.core.sites import (
     AttentionSite,
     EmbeddingSite,

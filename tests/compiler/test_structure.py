@@ -11,10 +11,10 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftc.compiler.capture import capture
-from graftc.compiler.findings import format_layers, format_runs
-from graftc.compiler.signature import Axis
-from graftc.compiler.structure import Finding, find_structure
+from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.signature import Axis
+from graftc.compiler.roles.findings import format_layers, format_runs
+from graftc.compiler.roles.structure import Finding, find_structure
 from graftc.passes.core.runs import runs_of
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import parse_role

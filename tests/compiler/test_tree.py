@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import graftc
-from graftc.compiler.report import report
-from graftc.compiler.tree import TreeNode, model_tree
+from graftc.compiler.inspect.report import report
+from graftc.compiler.inspect.tree import TreeNode, model_tree
 from tests.cli.support import check_golden
 from tests.families import tiny
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx
 
-from graftc.compiler.evaluating import evaluate, grouped_mm
+from graftc.compiler.folding.evaluating import evaluate, grouped_mm
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.compiler.folding import lazy_tensors
+from graftc.compiler.folding.steps import lazy_tensors
 from graftc.passes.core.folds import FoldStep, Keep, LazyTensors
 from graftc.passes.core.runs import Runs
 from graftc.passes.core.store import Store

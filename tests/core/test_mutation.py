@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.compiler import foldable, folding
 from graftc.compiler.compilation import Compilation
+from graftc.compiler.folding import foldable
+from graftc.compiler.folding import steps as folding
 from graftc.passes.core import folds
 from graftc.passes.core.folds import FoldStep, WeightFold
 from graftc.passes.core.weight_slice import WeightSlice

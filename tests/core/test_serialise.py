@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.compiler.capture import capture
+from graftc.compiler.capture.capture import capture
 from graftc.passes.core.codegen import function_of
 from graftc.passes.core.printer import format_program, structural_hash
 from graftc.passes.core.serialise import SerialisationError, program_from_json, program_to_json

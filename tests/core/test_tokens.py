@@ -130,7 +130,7 @@ def test_fold(family: str, tmp_path: Path) -> None:
 
 def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two new rows exchanged while folding: the certificate fails."""
-    from graftc.compiler import folding
+    from graftc.compiler.folding import steps as folding
 
     compiled = adapted(tiny("llama"))
     perturb(compiled, 0.1)

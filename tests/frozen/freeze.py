@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor
 
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.foldable import foldable
+from graftc.compiler.folding.foldable import foldable
 from graftc.passes.core.keys import Mode, Stage
 from graftc.passes.core.printer import Printer, format_program, structural_hash
 from graftc.passes.core.program import Program

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler import adapting, cache
-from graftc.compiler.anchor import BOUNDS
-from graftc.compiler.capture import Capture
-from graftc.compiler.samples import samples_on
+from graftc.compiler import adapting
+from graftc.compiler.capture import cache
+from graftc.compiler.capture.anchor import BOUNDS
+from graftc.compiler.capture.capture import Capture
+from graftc.compiler.capture.samples import samples_on
 from graftc.passes.core.mode import to_eval
 from graftc.passes.core.program import Program
 from graftc.passes.core.reading import computed

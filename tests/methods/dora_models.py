@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler.folding import lazy_tensors
+from graftc.compiler.folding.steps import lazy_tensors
 from graftc.testing.compare import flat
 
 ROLES = ["attn.q", "attn.v", "ffn.down"]

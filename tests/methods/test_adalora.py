@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler.folding import lazy_tensors
+from graftc.compiler.folding.steps import lazy_tensors
 from graftc.passes.adalora import Budget, Orthogonality
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.compiler.folding import lazy_tensors
+from graftc.compiler.folding.steps import lazy_tensors
 from graftc.passes.core.routing import is_pick, is_route
 from graftc.runtime.loading.verify import verify
 from graftc.specs.diagnostics import GraftError, GraftWarning

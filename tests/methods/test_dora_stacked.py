@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler.folding import lazy_tensors
+from graftc.compiler.folding.steps import lazy_tensors
 from graftc.passes.core.folds import Keep, WeightFold
 from graftc.passes.lora import LoRAMethod
 from graftc.specs.diagnostics import GraftError

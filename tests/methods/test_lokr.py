@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.compiler.folding import lazy_tensors
+from graftc.compiler.folding.steps import lazy_tensors
 from graftc.passes.lokr import split
 from graftc.specs.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb

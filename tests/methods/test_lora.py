@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler.capture import capture
-from graftc.compiler.folding import lazy_tensors
+from graftc.compiler.capture.capture import capture
+from graftc.compiler.folding.steps import lazy_tensors
 from graftc.passes.core.mode import to_eval
 from graftc.passes.core.printer import structural_hash
 from graftc.passes.core.store import Store

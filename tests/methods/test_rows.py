@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler import folding
+from graftc.compiler.folding import steps as folding
 from graftc.passes.core.uses import Lookup
 from graftc.runtime.compiled import Compiled
 from graftc.specs.diagnostics import GraftError

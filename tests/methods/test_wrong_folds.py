@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.compiler import folding
+from graftc.compiler.folding import steps as folding
 from graftc.passes.core.folds import WeightFold
 from graftc.passes.ia3 import IA3Method
 from graftc.passes.loha import LoHaMethod

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler.isolation import exclusive
+from graftc.compiler.capture.isolation import exclusive
 from graftc.testing import tiny
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.down"]}}]}

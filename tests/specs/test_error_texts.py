@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from graftc.compiler.candidates import Candidate, depths
-from graftc.compiler.select import check_overrides, select
+from graftc.compiler.resolve.candidates import Candidate, depths
+from graftc.compiler.resolve.select import check_overrides, select
 from graftc.specs import GraftError, SiteKind, parse_spec
 from graftc.specs.diagnostics import CATALOGUE
 

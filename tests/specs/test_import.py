@@ -27,7 +27,7 @@ def test_nothing_in_specs_imports_torch() -> None:
         "for m in pkgutil.iter_modules(s.__path__): importlib.import_module('graftc.specs.' + m.name)\n"
         "s.parse_spec('adapt: [{method: lora, target: {role: attn.q}}]')\n"
         "s.Spec.model_json_schema(), [getattr(s, n) for n in s.__all__]\n"
-        "import graftc.compiler.select\n"
+        "import graftc.compiler.resolve.select\n"
         "print(sorted({'torch', 'numpy', 'transformers', 'networkx'} & set(sys.modules)))"
     )
     assert run(code) == "[]"

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from graftc.compiler.candidates import Candidate
-from graftc.compiler.select import select
+from graftc.compiler.resolve.candidates import Candidate
+from graftc.compiler.resolve.select import select
 from graftc.specs import GraftError, LoRA, SiteKind, Spec, Target, load_spec, parse_spec
 from graftc.specs.patterns import expand_braces, glob_to_regex, measure_braces
 from graftc.specs.regexes import RegexMatcher, check_regex

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 import graftc
 from graftc.compiler import capture as capturing
-from graftc.compiler.structure import Structure, place
+from graftc.compiler.roles.structure import Structure, place
 from graftc.runtime.compiled import Compiled
 from graftc.specs.diagnostics import GraftError
 from graftc.testing.compare import inputs_for, largest_difference, outputs_of, same_bits

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.interface import declared
+from graftc.compiler.capture.interface import declared
 
 BATCH, SEQUENCE, TARGET = 3, 7, 5
 SAMPLES = (6400, 16000)

@@ -12,9 +12,9 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
+from graftc.compiler.capture.fingerprint import Identity
+from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.fingerprint import Identity
-from graftc.compiler.signature import Axis
 from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES
 from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, Record, Settings
 from graftc.runtime.artifact.manifest import Input

@@ -9,10 +9,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from graftc.compiler.apart import largest_difference
-from graftc.compiler.diff import diff_programs
-from graftc.compiler.findings import format_runs
-from graftc.compiler.snapshot import SiteRecord
+from graftc.compiler.folding.differences import largest_difference
+from graftc.compiler.inspect.diff import diff_programs
+from graftc.compiler.inspect.snapshot import SiteRecord
+from graftc.compiler.roles.findings import format_runs
 from graftc.runtime.artifact.manifest import SPEC
 from graftc.runtime.artifact.read import Artifact
 from graftc.specs.io import dump_spec

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.compiler.capture import Capture
-from graftc.compiler.fingerprint import Identity, tensor_digest
-from graftc.compiler.snapshot import TensorRecord, as_plain
+from graftc.compiler.capture.capture import Capture
+from graftc.compiler.capture.fingerprint import Identity, tensor_digest
+from graftc.compiler.inspect.snapshot import TensorRecord, as_plain
 from graftc.passes.core.gathered import gathered
 from graftc.passes.core.printer import structural_hash
 from graftc.passes.core.program import Program

@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from graftc.compiler.capture import Capture
-from graftc.compiler.fingerprint import Identity, TensorIdentity, replaced_tensors, tensor_digest
-from graftc.compiler.signature import Axis
-from graftc.compiler.snapshot import SiteRecord, Snapshot, TensorRecord, TrainedRecord
+from graftc.compiler.capture.capture import Capture
+from graftc.compiler.capture.fingerprint import Identity, TensorIdentity, replaced_tensors, tensor_digest
+from graftc.compiler.capture.signature import Axis
+from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord, TrainedRecord
 from graftc.passes.core.effects import updated
 from graftc.passes.core.keys import Mode
 from graftc.passes.core.program import Program

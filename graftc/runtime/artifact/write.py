@@ -9,9 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from graftc.compiler.certify import Certificate
-from graftc.compiler.fingerprint import identify
-from graftc.compiler.snapshot import adapter_tensors
+from graftc.compiler.capture.fingerprint import identify
+from graftc.compiler.folding.certificate import Certificate
+from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.runtime.artifact import entries
 from graftc.runtime.artifact.manifest import (
     ADAPTERS,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from graftc.runtime.cli.options import Json, Meta, ModelOption, SpecArgument
 
 if TYPE_CHECKING:
-    from graftc.compiler.report import Report
+    from graftc.compiler.inspect.report import Report
 
 __all__ = ["check", "print_report", "totals"]
 

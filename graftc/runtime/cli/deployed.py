@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graftc.compiler.certify import Certificate
+    from graftc.compiler.folding.certificate import Certificate
 
 __all__ = ["files_in", "print_certificate", "print_files"]
 

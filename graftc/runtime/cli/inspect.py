@@ -15,8 +15,8 @@ from graftc.runtime.cli.options import ArtifactArgument, Json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from graftc.compiler.snapshot import Snapshot
-    from graftc.compiler.summary import Summary
+    from graftc.compiler.inspect.snapshot import Snapshot
+    from graftc.compiler.inspect.summary import Summary
 
 __all__ = ["inspect"]
 
@@ -71,7 +71,7 @@ def inspect(
         made = {name: make() for name, make in views.items()}
         files = _write(snapshot, mode.value, targets, force)
         if json or not (made or files):
-            from graftc.compiler.summary import summary
+            from graftc.compiler.inspect.summary import summary
 
             made["summary"] = _summary_view(str(directory), summary(snapshot))
     if json:
@@ -120,7 +120,7 @@ def _graph_view(snapshot: Snapshot, mode: Any) -> _View:
 
 
 def _diff_view(snapshot: Snapshot, mode: Any) -> _View:
-    from graftc.compiler.diff import diff
+    from graftc.compiler.inspect.diff import diff
 
     found = diff(snapshot.program(mode, base=True), snapshot.program(mode))
     text = found.text() or f"{mode}: nothing changed\n"
@@ -129,7 +129,7 @@ def _diff_view(snapshot: Snapshot, mode: Any) -> _View:
 
 
 def _history_view(snapshot: Snapshot, mode: Any) -> _View:
-    from graftc.compiler.history import history, history_columns
+    from graftc.compiler.inspect.history import history, history_columns
 
     rows = history(snapshot, mode)
 
@@ -143,7 +143,7 @@ def _history_view(snapshot: Snapshot, mode: Any) -> _View:
 
 
 def _tree_view(snapshot: Snapshot) -> _View:
-    from graftc.compiler.tree import model_tree
+    from graftc.compiler.inspect.tree import model_tree
 
     found = model_tree(snapshot)
     mark = "  + "
@@ -151,7 +151,7 @@ def _tree_view(snapshot: Snapshot) -> _View:
 
 
 def _explanation_view(snapshot: Snapshot, name: str, mode: Any) -> _View:
-    from graftc.compiler.explain import explain
+    from graftc.compiler.inspect.explain import explain
 
     found = explain(snapshot, name, mode)
     first = found.title

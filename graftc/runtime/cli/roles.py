@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from graftc.runtime.cli.options import Json, Meta, ModelArgument
 
 if TYPE_CHECKING:
-    from graftc.compiler.structure import Structure
+    from graftc.compiler.roles.structure import Structure
 
 __all__ = ["roles"]
 

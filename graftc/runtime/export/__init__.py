@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from graftc.compiler.fingerprint import identify
+from graftc.compiler.capture.fingerprint import identify
 from graftc.passes.core.keys import Signature
 from graftc.runtime.files import check_destination, staged
 from graftc.specs.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
 if TYPE_CHECKING:
-    from graftc.compiler.certify import Certificate
+    from graftc.compiler.folding.certificate import Certificate
     from graftc.runtime.runner import ModelRunner
 
 Format = Literal["onnx", "pt2"]

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from graftc.compiler.interface import ExampleInputs
-from graftc.compiler.isolation import isolated
+from graftc.compiler.capture.interface import ExampleInputs
+from graftc.compiler.capture.isolation import isolated
 from graftc.compiler.pipeline import signature_for
 from graftc.runtime.choosing import with_choices
 from graftc.runtime.runner import ModelRunner
 from graftc.specs.arguments import as_path
 
 if TYPE_CHECKING:
-    from graftc.compiler.certify import Certificate
+    from graftc.compiler.folding.certificate import Certificate
 
 
 class Exporting(ModelRunner):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
-from graftc.compiler.report import owner_of
-from graftc.compiler.snapshot import adapter_tensors
+from graftc.compiler.inspect.report import owner_of
+from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.passes.core.program import Program
 from graftc.passes.core.store import Store
 from graftc.specs.diagnostics import GraftError, nearest

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from graftc.compiler.samples import sample_inputs
-from graftc.compiler.signature import Axis, tie_sizes
+from graftc.compiler.capture.samples import sample_inputs
+from graftc.compiler.capture.signature import Axis, tie_sizes
 from graftc.passes.core.codegen import function_of
 from graftc.passes.core.keys import Signature
 from graftc.passes.core.ops import DECOMPOSITIONS

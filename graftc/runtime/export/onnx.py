@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from graftc.compiler.apart import largest_difference, largest_number
+from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.runtime.export.module import ExportModule
 from graftc.specs.diagnostics import GraftError, first_line
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graftc.compiler.interface import config_of
+from graftc.compiler.capture.interface import config_of
 from graftc.specs.diagnostics import GraftError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from graftc.compiler.fingerprint import Identity, identify
-from graftc.compiler.interface import device_of
+from graftc.compiler.capture.fingerprint import Identity, identify
+from graftc.compiler.capture.interface import device_of
 from graftc.compiler.pipeline import compile_model
 from graftc.passes.core.store import Store
 from graftc.runtime.artifact.checkpoint_record import RECORD, StateRecord, from_tensor, weights_of

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from graftc.compiler.capture.fingerprint import identify
+from graftc.compiler.capture.interface import device_of
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.fingerprint import identify
 from graftc.compiler.fresh import require_weights
-from graftc.compiler.interface import device_of
+from graftc.compiler.inspect.snapshot import SiteRecord, adapter_tensors, site_records
 from graftc.compiler.pipeline import add_signature, compile_model
-from graftc.compiler.snapshot import SiteRecord, adapter_tensors, site_records
 from graftc.passes.core import keys
 from graftc.passes.core.printer import structural_hash
 from graftc.runtime.artifact.manifest import MANIFEST, Signature, damaged

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from graftc.compiler.certify import Certificate
+from graftc.compiler.folding.certificate import Certificate
 from graftc.passes.core.printer import structural_hash, value_numbers
 from graftc.passes.core.program import Program
 from graftc.runtime.artifact.entries import versions

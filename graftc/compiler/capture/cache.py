@@ -1,0 +1,227 @@
+"""The capture cache: canonicalised, weightless graphs in the user's cache folder, as JSON.
+
+The key covers everything that a capture depends on: what the modules hold and the code that they reach (`holdings`),
+the signature (inputs and flags), and the versions of Python, torch, transformers and graftc with graftc's own code. A
+model that holds something which cannot be written down has no key and is not kept; the report says what that is.
+
+Files are not trusted: one counts when it is a file of this user's that nobody else may write to, its first line is a
+digest of the rest, and it names the key that is looked for. Any other is captured anew. A digest tells damage and not
+intent, which is up to the permissions. Set ``GRAFTC_CACHE`` to another folder, or to ``off``.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import platform
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+import graftc
+from graftc.compiler.capture.capture import Capture, capture
+from graftc.compiler.capture.capture_key import LARGEST_TENSOR, UnknownHoldingError, holdings
+from graftc.compiler.capture.interface import Flags, device_of
+from graftc.compiler.capture.signature import Axis
+from graftc.compiler.capture.sources import own_digest
+from graftc.passes.core.keys import Mode
+from graftc.passes.core.serialise import SerialisationError, program_from_json, program_to_json
+from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES, raw_bytes
+
+_LARGEST_FILE = 256 * 2**20
+_STALE_SECONDS = 3600
+
+
+def folder() -> Path | None:
+    """Where captures are kept; None when the cache is off."""
+    setting = os.environ.get("GRAFTC_CACHE", "")
+    if setting.lower() in ("off", "0"):
+        return None
+    if setting:
+        return Path(setting)
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "graftc" / "captures"
+
+
+def key(model: nn.Module, axes: Sequence[Axis], flags: Flags = (), mode: Mode = "train") -> str | None:
+    """The key of a capture; None for a model that holds something which cannot be written down."""
+    try:
+        return _key(model, axes, flags, mode)
+    except UnknownHoldingError:
+        return None
+
+
+def _key(model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode) -> str:
+    content = {
+        "model": holdings(model),
+        "axes": [(a.name, str(a.dtype), list(a.axes)) for a in axes],
+        "flags": [list(flag) for flag in flags],
+        "mode": mode,
+        "versions": _versions(),
+        "code": own_digest(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _versions() -> list[str]:
+    import transformers
+
+    return [platform.python_version(), torch.__version__, transformers.__version__, graftc.__version__]
+
+
+def lookup(model: nn.Module, axes: Sequence[Axis], flags: Flags = (), mode: Mode = "train") -> Capture | None:
+    """The kept capture, with fake values on the model's device, or None."""
+    return _read(key(model, axes, flags, mode), device_of(model))
+
+
+def keep(model: nn.Module, axes: Sequence[Axis], found: Capture) -> None:
+    """Keep a capture; written beside and renamed. What cannot be kept is passed over silently."""
+    _write(key(model, axes, found.program.flags, found.program.mode), found)
+
+
+def forget(model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode) -> None:
+    """Remove a kept capture that turned out to be wrong."""
+    path = _path(key(model, axes, flags, mode))
+    if path is not None:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def captured(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    flags: Flags = (),
+    *,
+    mode: Mode = "train",
+    canonical: Mapping[str, str],
+    use_cache: bool = True,
+    known: Mapping[str, Callable[[], Capture]] = MappingProxyType({}),
+) -> Capture:
+    """A capture that is known under its key, one from the cache, or a new one that goes there.
+
+    See `graftc.compiler.capture.capture.capture`.
+    """
+    try:
+        wanted, aside = _key(model, axes, flags, mode), ""
+    except UnknownHoldingError as unknown:
+        wanted, aside = None, str(unknown)
+    if wanted is not None and wanted in known:
+        return replace(known[wanted](), key=wanted)
+    entry = _read(wanted, device_of(model)) if use_cache else None
+    if entry is not None:
+        return entry
+    found = replace(capture(model, axes, flags=flags, mode=mode, canonical=canonical), key=wanted)
+    if use_cache:
+        _write(wanted, found)
+        if aside and folder() is not None:
+            found.notes += (f"not kept in the capture cache, since other models may differ in it: {aside}",)
+    return found
+
+
+def _read(wanted: str | None, device: torch.device) -> Capture | None:
+    path = _path(wanted)
+    if path is None:
+        return None
+    started = time.perf_counter()
+    try:
+        text = _content(path)
+    except OSError:
+        return None
+    if text is None:
+        return None
+    try:
+        digest, _, content = text.partition(b"\n")
+        if digest.decode() != hashlib.sha256(content).hexdigest():
+            raise ValueError("damaged")
+        data = json.loads(content)
+        if data["key"] != wanted:
+            raise ValueError("the capture of something else")
+        program = program_from_json(data["program"], device)
+        constants = {name: _tensor(value, device) for name, value in data["constants"].items()}
+        notes = tuple(str(note) for note in data["notes"])
+    except Exception:  # whatever is wrong with a file, it is not what was written, and the model is here to capture
+        with suppress(OSError):
+            path.unlink()
+        return None
+    return Capture(program, constants, time.perf_counter() - started, cached=True, notes=notes, key=wanted)
+
+
+def _content(path: Path) -> bytes | None:
+    """What a file holds; None where it is not a file of our own that nobody else may write to."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_size > _LARGEST_FILE:
+            return None
+        if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+            return None
+        return file.read(_LARGEST_FILE + 1)
+
+
+def _write(wanted: str | None, found: Capture) -> None:
+    """Keep a capture; written beside and renamed. What cannot be kept, or not now, is passed over."""
+    path = _path(wanted)
+    if path is None or any(t.numel() * t.element_size() > LARGEST_TENSOR for t in found.constants.values()):
+        return
+    try:
+        data = {
+            "key": wanted,
+            "program": program_to_json(found.program),
+            "constants": {name: _encode(tensor) for name, tensor in found.constants.items()},
+            "notes": list(found.notes),
+        }
+        content = json.dumps(data, separators=(",", ":")).encode()
+    except (SerialisationError, ValueError):
+        return
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with open(handle, "wb") as file:
+                file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def _sweep(where: Path) -> None:
+    """Remove what writers that were killed have left behind."""
+    for path in where.glob("*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.lstat().st_mtime > _STALE_SECONDS:
+                path.unlink()
+
+
+def _path(wanted: str | None) -> Path | None:
+    base = folder()
+    return base / f"{wanted}.json" if base is not None and wanted is not None else None
+
+
+def _encode(tensor: torch.Tensor) -> dict[str, Any]:
+    if tensor.device.type == "meta":
+        raise SerialisationError("a constant on the meta device")
+    data = base64.b64encode(raw_bytes(tensor)).decode()
+    return {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data": data}
+
+
+def _tensor(data: dict[str, Any], device: torch.device) -> torch.Tensor:
+    raw = bytearray(base64.b64decode(data["data"]))
+    dtype = DTYPES[data["dtype"]]
+    if not raw:
+        return torch.empty(data["shape"], dtype=dtype, device=device)
+    return torch.frombuffer(raw, dtype=dtype).reshape(data["shape"]).to(device)

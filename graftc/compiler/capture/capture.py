@@ -1,0 +1,422 @@
+"""Capture a model as a Program: ATen training IR with dynamic batch and sequence, canonicalised.
+
+transformers models go through the helpers of ``transformers.exporters`` (an experimental module, so it is used here
+and in the exports only); any `nn.Module` goes through ``torch.export`` all the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import io
+import logging
+import re
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch._ops import HigherOrderOperator
+
+from graftc.compiler.capture.assignments import Attributes, noticed
+from graftc.compiler.capture.defaults import default_axes
+from graftc.compiler.capture.interface import Flags, declared, device_of, is_transformers
+from graftc.compiler.capture.ranges import InputSizes, fixed_notes
+from graftc.compiler.capture.refusals import not_captured, require_products
+from graftc.compiler.capture.signature import Axis, tie_sizes
+from graftc.passes.canonicalise import canonicalise
+from graftc.passes.core.keys import Mode
+from graftc.passes.core.program import HistoryEntry, InputSpec, OutputSpec, Program
+from graftc.passes.core.shapes import raw_bytes
+from graftc.passes.core.updates import updates
+
+if TYPE_CHECKING:
+    from graftc.compiler.capture.anchor import Anchor
+
+_REPEAT = re.compile(r"@\d+")
+_TALKATIVE = {"fx.experimental.symbolic_shapes": logging.ERROR, "_subclasses.fake_tensor": logging.CRITICAL}
+_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+
+
+@dataclass
+class Capture:
+    """A captured Program.
+
+    Attributes:
+        program: the base's graph.
+        constants: tensors that it mentions beyond the model's own, by name.
+        seconds: how long it took.
+        cached: whether it came from a file.
+        notes: what capturing had to change, for people.
+        key: what identifies the model and the request (`graftc.compiler.capture.cache.key`); None where nothing does.
+        assigned: attributes of modules that the forward pass assigned while it was traced.
+        anchor: how it compares with the model itself.
+    """
+
+    program: Program
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+    cached: bool = False
+    notes: tuple[str, ...] = ()
+    key: str | None = None
+    assigned: tuple[str, ...] = ()
+    anchor: Anchor | None = None
+
+
+def capture(
+    model: nn.Module,
+    axes: Sequence[Axis] | None = None,
+    *,
+    flags: Flags = (),
+    mode: Mode = "train",
+    canonical: Mapping[str, str] | None = None,
+) -> Capture:
+    """Capture ``model`` for one signature.
+
+    Args:
+        model: any module; its training flags, config and parameters are as before afterwards.
+        axes: the inputs; for a transformers model the default is its main input and attention mask.
+        flags: other keyword arguments; they become constants of the graph.
+        mode: capture in train mode (the default) or in eval mode.
+        canonical: tied tensor names to the name that owns the tensor.
+
+    Raises:
+        GraftError: GC030 when torch.export cannot capture the model.
+    """
+    chosen = list(axes) if axes is not None else default_axes(model)
+    device = device_of(model)
+    inputs = {axis.name: axis.example(device) for axis in chosen}
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        notes = stack.enter_context(as_captured(model, chosen, flags, mode))
+        stack.enter_context(_patches(model))
+        assigned = stack.enter_context(noticed(model))
+        try:
+            exported, sizes = _export(model, chosen, inputs)
+            result = _program(exported, sizes.specs(), canonical or {})
+            require_products(result.program.graph)
+        except Exception as error:
+            raise not_captured(model, chosen, flags, inputs, error) from error
+    result.program.mode, result.program.flags = mode, flags
+    notes += fixed_notes(chosen, result.program.inputs)
+    result.seconds = time.perf_counter() - started
+    result.notes, result.assigned = tuple(notes), tuple(assigned)
+    return result
+
+
+@contextmanager
+def as_captured(model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode) -> Iterator[list[str]]:
+    """Inside, a model is as it is captured: in a mode, called by the names of its inputs alone, without a cache and
+    without what is drawn in Python. Afterwards it is as before. Gives notes on what was switched off.
+
+    Args:
+        model: any module.
+        axes, flags: its inputs, and what else it is called with.
+        mode: train or eval.
+    """
+    with _as_before(model), torch.no_grad():
+        model.train(mode == "train")
+        notes = _without_random_structure(model)
+        with _without_state(model), _flat_forward(model, axes, flags):
+            yield notes
+
+
+def _export(
+    model: nn.Module, axes: Sequence[Axis], inputs: Mapping[str, torch.Tensor]
+) -> tuple[torch.export.ExportedProgram, InputSizes]:
+    """Export with every axis as dynamic as it can be, and again with those fixed that turned out to be bound."""
+    auto = torch.export.Dim.AUTO
+    dynamic = {a.name: {i: auto for i in range(len(a.axes)) if _may_vary(a, i)} for a in axes}
+    while True:
+        # Remembering calls costs more than it saves where sizes are symbols: a fifth to two fifths of a capture.
+        with _silence(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+            found = torch.export.export(
+                model, (), copy.deepcopy(dict(inputs)), strict=False, dynamic_shapes=copy.deepcopy(dynamic)
+            )
+        names = set(found.graph_signature.user_inputs)
+        sizes = InputSizes(axes, [n for n in found.graph.find_nodes(op="placeholder") if n.name in names])
+        undecided = sizes.undecided()
+        if not undecided:
+            return found, sizes
+        for name, dims in undecided.items():
+            for dim in dims:
+                del dynamic[name][dim]
+
+
+def _may_vary(axis: Axis, dim: int) -> bool:
+    """Whether to ask for an axis that varies.
+
+    A size of 0 or 1 is special to the tracer. Patches, windows and strides bind the sizes of images, and finding that
+    out takes the tracer a minute, so only a named axis of an image varies.
+    """
+    image = axis.dtype.is_floating_point and len(axis.axes) >= 4
+    return axis.sizes[dim] > 1 and (isinstance(axis.axes[dim], str) or not image)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """torch prints the graph of a failed capture, and logs and warns besides: the error says it in one line."""
+    loggers = [logging.getLogger(f"torch.{name}") for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    for logger, least in zip(loggers, _TALKATIVE.values(), strict=True):
+        logger.setLevel(least)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Put back, afterwards, whatever a forward pass or this module changes on the model: attributes (training flags,
+    values that layers remember), hooks (transformers installs some to record outputs), the config (losses write to it).
+    """
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    containers = [Attributes(module) for module in modules]
+    tables = [{name: dict(vars(module)[name]) for name in _TABLES} for module in modules]
+    configs = _configs(model)
+    settings = [dict(vars(config)) for config in configs]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    # Eager attention of torch.nn takes another path in eval mode, which zeroes padded rows.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, held, kept, contents in zip(modules, attributes, tables, containers, strict=True):
+            contents.restore()
+            _restore(vars(module), held)
+            for name in _TABLES:
+                _restore(vars(module)[name], kept[name])
+        for config, before in zip(configs, settings, strict=True):
+            _restore(vars(config), before)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs of a model and of the models in it; parts of a model may hold a copy of their own."""
+    found = {id(config): config for m in model.modules() if hasattr(config := getattr(m, "config", None), "to_dict")}
+    return list(found.values())
+
+
+def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
+    if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
+        now.clear()
+        now.update(before)
+
+
+def _random_structure(model: nn.Module) -> Iterator[tuple[Any, str, Any, str]]:
+    """What decides in Python, while training, which layers run or which inputs are masked: its owner and name, the
+    value that switches it off, and a note."""
+    for where, owner in [*model.named_modules(), *(("config", config) for config in _configs(model))]:
+        for name, value in list(vars(owner).items()):
+            if name.endswith("layerdrop") and isinstance(value, float) and value > 0:
+                yield owner, name, 0.0, f"{name} of {where or 'the model'} is {value} and was captured as 0"
+            elif name == "apply_spec_augment" and value is True:
+                note = f"{name} is on and was captured as off: which inputs it masks is drawn outside the graph"
+                yield owner, name, False, note
+
+
+def random_structure(model: nn.Module) -> list[str]:
+    """Notes on what is drawn in Python while training, and is captured as switched off."""
+    return list(dict.fromkeys(note for *_, note in _random_structure(model)))
+
+
+def _without_random_structure(model: nn.Module) -> list[str]:
+    """Switch off what is drawn in Python; gives notes on it."""
+    notes = random_structure(model)
+    for owner, name, off, _ in list(_random_structure(model)):
+        setattr(owner, name, off)
+    return notes
+
+
+@contextmanager
+def _without_state(model: nn.Module) -> Iterator[None]:
+    """Nothing is remembered between calls: no cache, and nothing that transformers' models keep of one."""
+    with ExitStack() as stack:
+        if is_transformers(model):
+            from transformers.exporters import exporter_dynamo
+
+            exporter: Any = exporter_dynamo
+            stack.enter_context(exporter.reset_model_state(model))
+            for config in _configs(model):
+                if getattr(config, "use_cache", False):
+                    config.use_cache = False
+        yield
+
+
+@contextmanager
+def _patches(model: nn.Module) -> Iterator[None]:
+    """What the tracer needs to be other than it is."""
+    with ExitStack() as stack:
+        if is_transformers(model):
+            from transformers.exporters import exporter_dynamo
+            from transformers.exporters.utils import apply_patches
+
+            exporter: Any = exporter_dynamo
+            exporter.register_cache_pytrees_for_model(model)
+            stack.enter_context(apply_patches("dynamo"))
+        yield
+
+
+@contextmanager
+def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Iterator[None]:
+    """Give ``forward`` a flat signature of the present inputs, and tell the tracer which sizes are one."""
+    original = model.forward
+    owned = "forward" in vars(model)
+    positional = [n for n, p in declared(model).items() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
+
+    def forward(**inputs: torch.Tensor) -> Any:
+        tie_sizes(axes, inputs)
+        given: dict[str, Any] = {**inputs, **dict(flags)}
+        first = [given.pop(name) for name in positional if name in given]
+        return original(*first, **given)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(axis.name, kind, default=None) for axis in axes]
+    )
+    forward.__module__ = getattr(original, "__module__", __name__)
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        if owned:
+            vars(model)["forward"] = original
+        else:
+            del vars(model)["forward"]
+
+
+def _program(
+    exported: torch.export.ExportedProgram, inputs: tuple[InputSpec, ...], canonical: Mapping[str, str]
+) -> Capture:
+    names = _numbered(exported)
+    module = exported.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    attributes: dict[str, fx.Node] = {}
+    for node in module.graph.nodes:
+        _require_plain(module, node)
+        if node.op == "get_attr":
+            name = names.get(str(node.target), str(node.target))
+            target = canonical.get(name, name)
+            if target in attributes:
+                mapping[node] = attributes[target]
+                continue
+        if node.op == "output":
+            leaves = pytree.tree_leaves(node.args[0])
+            copied = graph.output(tuple(mapping[n] if isinstance(n, fx.Node) else n for n in leaves))
+        elif node.op == "get_attr":
+            attributes[target] = copied = graph.create_node("get_attr", target, name=name)
+        else:
+            copied = graph.node_copy(node, lambda old: mapping[old])
+        mapping[node] = copied
+        path = target.rpartition(".")[0] if node.op == "get_attr" else _module_path(node)
+        copied.meta = {"val": node.meta.get("val"), "module": path}
+    spec = exported.call_spec.out_spec
+    assert spec is not None
+    program = Program(graph, inputs, output_spec(spec))
+    before = len(graph.nodes)
+    started = time.perf_counter()
+    canonicalise(program)
+    seconds = time.perf_counter() - started
+    program.updates = updates(graph)
+    program.history.append(HistoryEntry("canonicalise", 0, before - len(graph.nodes), seconds))
+    return Capture(program, _constants(program, exported, names))
+
+
+def _require_plain(module: fx.GraphModule, node: fx.Node) -> None:
+    """Whether a node is an operator on values, or a tensor: a call that holds code or structure of its own is neither.
+
+    Raises:
+        TypeError: naming the operator and the module that calls it.
+    """
+    if node.op == "get_attr":
+        owner, _, name = str(node.target).rpartition(".")
+        value = getattr(module.get_submodule(owner), name)
+        if isinstance(value, torch.Tensor):
+            return
+        holder = next(iter(node.users), node)
+    elif isinstance(node.target, HigherOrderOperator):
+        holder = node
+    else:
+        return
+    stack = list((holder.meta.get("nn_module_stack") or {}).values())
+    path, cls = stack[-1] if stack else ("", type(module))
+    where = _REPEAT.sub("", str(path)) or "the model"
+    of = cls if isinstance(cls, str) else cls.__qualname__
+    raise TypeError(f"{where} ({of.rpartition('.')[2]}) calls {holder.target}, which is not an operator on tensors")
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    return "" if path.startswith("_empty_nn_module_stack") else _REPEAT.sub("", path)
+
+
+def _numbered(exported: torch.export.ExportedProgram) -> dict[str, str]:
+    """Give the tensors of an exported program numbers for names; returns the names by number.
+
+    Only some do for attributes of a `torch.fx.GraphModule`: ``code`` and ``graph`` are its own, ``class`` is none.
+    """
+    numbers: dict[str, str] = {}
+
+    def number(name: str) -> str:
+        return numbers.setdefault(name, f"tensor_{len(numbers)}")
+
+    signature = exported.graph_signature
+    for spec in (*signature.input_specs, *signature.output_specs):
+        if spec.target is not None and spec.kind.name not in ("USER_INPUT_MUTATION",):
+            spec.target = number(spec.target)
+    for table in (exported.state_dict, exported.constants):
+        held = dict(table)
+        table.clear()
+        table.update({number(name): value for name, value in held.items()})
+    return {number: name for name, number in numbers.items()}
+
+
+def _constants(
+    program: Program, exported: torch.export.ExportedProgram, names: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """Tensors that the forward made by itself, named by what they hold so that signatures share them."""
+    own = {names[n] for n in (*exported.state_dict, *exported.graph_signature.non_persistent_buffers)}
+    values = {names[number]: value for number, value in exported.constants.items()}
+    constants: dict[str, torch.Tensor] = {}
+    for node in program.graph.find_nodes(op="get_attr"):
+        target = str(node.target)
+        if target in own:
+            continue
+        owner = target.rpartition(".")[0]
+        value = values.get(target)
+        if not isinstance(value, torch.Tensor):
+            continue
+        digest = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode())
+        if value.device.type != "meta":
+            digest.update(raw_bytes(value))
+        renamed = f"{owner}.constant_{digest.hexdigest()[:12]}" if owner else f"constant_{digest.hexdigest()[:12]}"
+        constants[renamed] = value.detach()
+        node.target = renamed
+    return constants
+
+
+def output_spec(spec: pytree.TreeSpec) -> OutputSpec:
+    """How outputs are put together, from how pytree takes them apart."""
+    if spec.is_leaf():
+        return OutputSpec("leaf")
+    children = tuple(output_spec(child) for child in spec.children())
+    if spec.type in (tuple, list):
+        return OutputSpec("tuple" if spec.type is tuple else "list", (), children)
+    fields = tuple(str(key) for key in spec.context)
+    if spec.type is dict:
+        return OutputSpec("dict", fields, children)
+    return OutputSpec("class", fields, children, spec.type)

@@ -1,0 +1,442 @@
+"""What the capture of a model depends on, as data: everything that its modules hold, and the code that they reach.
+
+The walk starts at the modules of the tree. Values are written down as they are; functions by their code, their
+defaults, what they close over, and the globals that they mention, and so on; of classes, what reached code mentions by
+name. torch and Python are known by their versions and not walked, unless something of theirs was replaced. Where
+anything is met that cannot be written down, two models could differ in it unseen, and the walk says what and where.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import functools
+import hashlib
+import json
+import logging
+import pathlib
+import re
+import types
+import weakref
+from collections.abc import Sequence, Set
+from typing import Any
+
+import torch
+import torch.nn.modules.module as torch_module
+from torch import nn
+
+from graftc.compiler.capture.fingerprint import config_digest
+from graftc.compiler.capture.objects import (
+    VALUES,
+    closure_of,
+    defined,
+    is_fixed,
+    is_foreign,
+    is_plain,
+    parts_of,
+    slots_of,
+)
+from graftc.compiler.capture.sources import digest_of, home_of, home_of_module, names_of
+from graftc.passes.core.shapes import raw_bytes
+
+LARGEST_TENSOR = 65536
+"""Bytes of a tensor beside parameters and buffers; larger ones are not kept with a capture."""
+
+_RUN_BY_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_RECORDING = "transformers.utils.output_capturing"
+"""Its hooks are put on a model by its first forward pass, a captured one as well."""
+
+_ASIDE = frozenset(
+    {"name_or_path", "_name_or_path", "_commit_hash", "_original_object_hash", "_output_capturing_hooks_installed"}
+)
+"""Attributes that say where a model came from, or whether it has run, and a hash that is another in each process."""
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), type(NotImplemented))
+_NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, pathlib.PurePath, range)
+_PROTOCOL = """
+    call getattr getattribute setattr delattr getitem setitem delitem missing contains iter next len length_hint bool
+    enter exit await eq ne lt le gt ge hash neg pos abs invert add sub mul matmul truediv floordiv mod divmod pow lshift
+    rshift and or xor radd rsub rmul rmatmul rtruediv rfloordiv rmod rdivmod rpow rlshift rrshift rand ror rxor iadd
+    isub imul imatmul itruediv ifloordiv imod ipow ilshift irshift iand ior ixor int float complex index round trunc
+    floor ceil str format get set delete torch_function torch_dispatch instancecheck subclasscheck class_getitem
+"""
+_CALLS = frozenset({"forward", "train", "_call_impl", "_wrapped_call_impl", *(f"__{n}__" for n in _PROTOCOL.split())})
+"""Methods that run without being mentioned."""
+
+_MADE = _CALLS | {"__init__", "__new__", "__post_init__"}
+"""The same for classes of which code may make instances."""
+
+_OUTSIDE_NAMES = """
+environ environb getenv argv open read_text read_bytes import_module __import__ globals locals vars eval exec compile
+backends get_num_threads get_float32_matmul_precision get_default_dtype getpid time perf_counter now today
+__doc__ __annotations__ _getframe stack currentframe
+"""
+_OUTSIDE = frozenset(_OUTSIDE_NAMES.split())
+"""What gives code and values that no model holds: the environment, files, modules by their names, settings of torch. A
+model whose own code mentions any is not kept."""
+
+_BUILTINS = (
+    types.BuiltinFunctionType,
+    types.MethodWrapperType,
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+)
+_DESCRIPTORS = (types.MethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType)
+_METHODS = (types.FunctionType, staticmethod, classmethod, functools.partialmethod)
+
+
+class UnknownHoldingError(Exception):
+    """Something that a capture may depend on and that cannot be written down.
+
+    Attributes:
+        where: the module's path and the attribute.
+        what: why not.
+    """
+
+    def __init__(self, where: str, what: str) -> None:
+        super().__init__(f"{where}: {what}")
+        self.where, self.what = where, what
+
+
+def holdings(model: nn.Module) -> list[Any]:
+    """Everything that a capture of ``model`` depends on beside the request and versions, as JSON data.
+
+    Values of parameters and buffers do not belong to it, nor does the mode: graphs read them.
+
+    Raises:
+        UnknownHoldingError: something cannot be written down: an object of unknown kind, a hook, a replaced method.
+    """
+    try:
+        return _Walk(model).run()
+    except UnknownHoldingError:
+        raise
+    except Exception as error:  # what modules hold may be of any kind, and looking at it may run its code
+        raise UnknownHoldingError(type(model).__name__, f"{type(error).__name__} while it was looked at") from error
+
+
+def held_by(model: nn.Module) -> dict[str, str] | None:
+    """Digests of what the modules of a model hold, by the path of each attribute, and of the code that they reach; None
+    where something cannot be written down. Of a config it is what tells one base from another; which tensors want a
+    gradient is up to the user.
+    """
+    try:
+        tensors, modules, code = holdings(model)
+    except UnknownHoldingError:
+        return None
+    classes = {path: repr(type(module)) for path, module in model.named_modules(remove_duplicate=False)}
+    found: dict[str, Any] = {"config": config_digest(getattr(model, "config", None))}
+    for path, cls, *rest in modules:
+        if cls == "is":
+            found[f"the module {path}"] = rest
+            continue
+        children, values, buffers = rest
+        found[f"the module {path}".rstrip()] = [classes[path], children, buffers]
+        found |= {_join(path, name): value for name, value in values if name != "config"}
+    found["set of tensors"] = [tensor for tensor in tensors if isinstance(tensor, tuple)]
+    found["code"] = code
+    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in found.items()}
+
+
+class _Walk:
+    """One walk. What was met is numbered in the order of meeting, so that equal models give equal data."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._kinds = {str(type(module)) for module in model.modules()}
+        self._tensors: dict[int, str] = {}
+        self._numbers: dict[int, int] = {}
+        self._told: dict[tuple[int, bool], Any] = {}
+        self._alive: list[Any] = []
+        self._functions: list[tuple[types.FunctionType, str]] = []
+        self._classes: dict[type, dict[str, list[Any]]] = {}
+        self._pending: list[tuple[type, Set[str]]] = []
+        self._made: set[type] = set()
+        self._found: list[Any] = []
+        self._names: set[str] = set()
+        self._fresh: set[str] = set()
+
+    def run(self) -> list[Any]:
+        """See `holdings`."""
+        for kind, hooks in vars(torch_module).items():
+            if kind.startswith("_global_") and kind.endswith("_hooks") and hooks and "state" not in kind:
+                raise UnknownHoldingError(kind.strip("_"), "hooks on every module of the process")
+        tensors = self._stored()
+        modules = [self._module(path, module) for path, module in self._model.named_modules(remove_duplicate=False)]
+        code = self._reached()
+        if "requires_grad" in self._names:
+            tensors.append([p.requires_grad for p in self._model.parameters()])
+        return [tensors, modules, code]
+
+    def _stored(self) -> list[Any]:
+        found: list[Any] = []
+        for kind, named in (("parameter", self._model.named_parameters), ("buffer", self._model.named_buffers)):
+            for name, tensor in named(remove_duplicate=False):
+                owner = self._tensors.setdefault(id(tensor), name)
+                cls = type(tensor)
+                laid_out = None if tensor.layout != torch.strided or tensor.is_contiguous() else list(tensor.stride())
+                found.append(
+                    (
+                        *(kind, name, owner, str(tensor.dtype), list(tensor.shape), cls.__qualname__),
+                        *(tensor.device.type, laid_out),
+                    )
+                )
+        return found
+
+    def _module(self, path: str, module: nn.Module) -> list[Any]:
+        if self._paths[id(module)] != path:
+            return [path, "is", self._paths[id(module)]]
+        held = vars(module)
+        for table in _RUN_BY_CALLS:
+            for hook in held[table].values():
+                if getattr(hook, "__module__", None) != _RECORDING or not isinstance(hook, types.FunctionType):
+                    raise UnknownHoldingError(path or "the model", f"a hook ({table.strip('_')})")
+        if module._compiled_call_impl is not None:
+            raise UnknownHoldingError(path or "the model", "a compiled call")
+        number = self._class(type(module))
+        known = self._classes[type(module)]
+        for name in held:
+            if name not in _MODULE and any(isinstance(value, _METHODS) for value in known.get(name, ())):
+                raise UnknownHoldingError(_join(path, name), "replaces a method of the class")
+        values = [
+            [name, self._value(held[name], _join(path, name), strict=True)]
+            for name in sorted(held.keys() - _MODULE - _ASIDE)
+        ]
+        return [path, number, list(module._modules), values, sorted(module._non_persistent_buffers_set)]
+
+    def _value(self, value: Any, where: str, *, strict: bool) -> Any:
+        """A value as JSON data. What cannot be written down is refused, or just its type where not ``strict``."""
+        if type(value) in _PLAIN:
+            return [type(value).__name__, repr(value)]
+        if isinstance(value, nn.Module):
+            if id(value) in self._paths:
+                return ["module", self._paths[id(value)]]
+            return self._opaque(value, where, "a module outside of the tree", strict)
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, where, strict)
+        if isinstance(value, types.FunctionType):
+            return ["function", self._function(value, where)]
+        if isinstance(value, type):
+            return ["class", self._class(value, made=True)]
+        if isinstance(value, types.ModuleType):
+            if home_of_module(value.__name__) == "user":
+                return self._opaque(value, where, f"the module {value.__name__}", strict)
+            return ["import", value.__name__]
+        met = id(value), strict
+        if met not in self._told:
+            self._told[met] = ["itself"]
+            self._alive.append(value)
+            told = self._composed(value, where, strict)
+            text = json.dumps(told)
+            self._told[met] = told if len(text) < 100 else ["digest", hashlib.sha256(text.encode()).hexdigest()]
+        return self._told[met]
+
+    def _composed(self, value: Any, where: str, strict: bool) -> Any:
+        def inner(part: Any, name: str = "") -> Any:
+            return self._value(part, where + name, strict=strict)
+
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        if isinstance(value, enum.Enum):
+            return [kind, value.name, inner(value.value)]
+        if isinstance(value, _NAMED):
+            return [kind, str(value)]
+        if isinstance(value, functools.partial):
+            return ["partial", inner(value.func), inner(value.args), inner(value.keywords)]
+        if isinstance(value, types.MethodType):
+            return ["method", inner(value.__func__), inner(value.__self__)]
+        if isinstance(value, _BUILTINS):
+            owner = getattr(value, "__self__", None)
+            bound = owner is not None and not isinstance(owner, types.ModuleType | type)
+            return ["builtin", str(getattr(value, "__module__", "")), value.__qualname__, inner(owner) if bound else ""]
+        if isinstance(value, weakref.ref):
+            return ["reference", inner(value())]
+        if isinstance(value, re.Pattern):
+            return ["pattern", repr(value.pattern), int(value.flags)]
+        if isinstance(value, slice):
+            return ["slice", inner((value.start, value.stop, value.step))]
+        if isinstance(value, torch._ops.OperatorBase | torch._ops.OpOverloadPacket):
+            return ["operator", str(value)]
+        if type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
+            return [kind, str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+        if isinstance(value, logging.Filterer):  # loggers, and handlers with their streams: neither is in a graph
+            return ["logging"]
+        held = getattr(value, "__dict__", None)
+        if isinstance(held, dict) and "__wrapped__" in held:
+            return [kind, inner(held["__wrapped__"])]
+        if not is_plain(type(value)):
+            return self._opaque(value, where, "", strict)
+        data = [kind, self._class(type(value))]
+        if isinstance(value, dict | types.MappingProxyType):
+            items = list(dict.items(value) if isinstance(value, dict) else value.items())
+            if type(value).__module__ == _RECORDING:  # grows with every class that the process makes a model of
+                items = [(k, v) for k, v in items if k in self._kinds]
+            pairs = [[inner(k), inner(v, f"[{k!r:.40}]")] for k, v in items]
+            data.append(pairs if strict else sorted(pairs, key=repr))
+            data.append(inner(getattr(value, "default_factory", None)))
+        elif isinstance(value, set | frozenset):
+            data.append(sorted(map(inner, value), key=repr))
+        elif isinstance(value, list | tuple | collections.deque):
+            data.append([inner(item, f"[{i}]") for i, item in enumerate(value)])
+        elif isinstance(value, VALUES):
+            data.append(next(base for base in VALUES if isinstance(value, base)).__repr__(value))
+        state = {**(held or {}), **slots_of(value)}
+        data.append([[name, inner(state[name], f".{name}")] for name in sorted(state.keys() - _ASIDE)])
+        return data
+
+    def _opaque(self, value: Any, where: str, what: str, strict: bool) -> Any:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        if strict:
+            raise UnknownHoldingError(where, what or f"a {kind}")
+        return ["some", kind]
+
+    def _tensor(self, tensor: torch.Tensor, where: str, strict: bool) -> Any:
+        owner = self._tensors.get(id(tensor))
+        if owner is not None:
+            return ["stored", owner]
+        size = tensor.numel() * tensor.element_size()
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device.type == "meta" or tensor.is_sparse:
+            return self._opaque(tensor, where, f"a tensor without readable values ({type(tensor).__name__})", strict)
+        if size > LARGEST_TENSOR:
+            return self._opaque(tensor, where, f"a tensor of {size} bytes that is no buffer", strict)
+        digest = hashlib.sha256(raw_bytes(tensor)).hexdigest()
+        return ["tensor", str(tensor.dtype), list(tensor.shape), tensor.requires_grad, digest]
+
+    def _number(self, value: Any) -> int:
+        self._alive.append(value)
+        return self._numbers.setdefault(id(value), len(self._numbers))
+
+    def _function(self, function: types.FunctionType, where: str) -> Any:
+        if is_fixed(function):
+            return f"{function.__module__}.{function.__qualname__}"
+        if id(function) not in self._numbers:
+            self._number(function)
+            self._functions.append((function, where))
+        return self._numbers[id(function)]
+
+    def _class(self, cls: type, *, made: bool = False) -> Any:
+        """A class's number. Where only code mentions it, instances may be ``made``; those of a library's are what the
+        library makes of them."""
+        if cls not in self._classes:
+            home = home_of_module(cls.__module__)
+            if (home == "fixed" and (made or not issubclass(cls, nn.Module))) or (home == "library" and made):
+                return f"{cls.__module__}.{cls.__qualname__}"
+            self._number(cls)
+            self._classes[cls] = defined(cls)
+            self._pending.append((cls, _CALLS | self._names))
+            self._found.append(["class", self._numbers[id(cls)], cls.__module__, cls.__qualname__])
+        if made and cls not in self._made and home_of_module(cls.__module__) == "user":
+            self._made.add(cls)
+            self._pending.append((cls, _MADE))
+        return self._numbers[id(cls)]
+
+    def _reached(self) -> list[Any]:
+        """Code of everything that calls of the modules may reach, until nothing new is."""
+        found = self._found
+        while self._functions or self._pending or self._fresh:
+            pending, self._pending = self._pending, []
+            functions, self._functions = self._functions, []
+            fresh, self._fresh = self._fresh, set()
+            self._names |= fresh
+            for cls in list(self._classes) if fresh else ():
+                pending.append((cls, fresh))
+            for cls, names in pending:
+                found += self._members(cls, names)
+            found += [self._code(function, where) for function, where in functions]
+        return found
+
+    def _members(self, cls: type, names: Set[str]) -> list[Any]:
+        """What a class and its bases define under these names."""
+        known, number = self._classes[cls], self._numbers[id(cls)]
+        strict = home_of_module(cls.__module__) == "user"
+        found: list[Any] = []
+        for name in sorted(known.keys() & names):
+            if name in _UNTOLD:
+                continue
+            for value in known[name]:
+                if isinstance(value, _DESCRIPTORS):
+                    continue
+                for part in parts_of(value):
+                    if not (isinstance(part, types.FunctionType) and is_fixed(part)):
+                        told = self._value(part, f"{cls.__qualname__}.{name}", strict=strict)
+                        found.append([number, name, told])
+        return found
+
+    def _code(self, function: types.FunctionType, where: str) -> Any:
+        home, code = home_of(function), function.__code__
+        names = names_of(code) if home != "fixed" else ()
+        self._fresh |= set(names) - self._names
+        strict = home == "user"
+        label = f"{function.__module__}.{function.__qualname__}"
+        outside = sorted(_OUTSIDE & set(names)) if strict else ()
+        if outside:
+            raise UnknownHoldingError(label, f"what {outside[0]} gives")
+        held = [
+            self._value(vars(function), where, strict=strict) if vars(function) else None,
+            function.__name__,
+            self._value(function.__defaults__, where, strict=strict),
+            self._value(function.__kwdefaults__, where, strict=strict),
+            [self._cell(cell, f"{label}: {n}", strict) for n, cell in closure_of(function)],
+        ]
+        reached: dict[str, Any] = {}
+        scope, entered = function.__globals__, set[int]()
+        for name in names:
+            if name in scope:
+                self._global(name, scope[name], label, names, strict, reached, entered)
+        return ["code", self._numbers[id(function)], label, digest_of(code), held, sorted(reached.items())]
+
+    def _cell(self, cell: types.CellType, where: str, strict: bool) -> Any:
+        try:
+            value = cell.cell_contents
+        except ValueError:
+            return ["empty"]
+        return self._value(value, where, strict=strict)
+
+    def _global(
+        self,
+        name: str,
+        value: Any,
+        label: str,
+        names: Sequence[str],
+        strict: bool,
+        reached: dict[str, Any],
+        entered: set[int],
+    ) -> None:
+        """A global that a function mentions; of a module, what the function mentions of it."""
+        if name in reached:
+            return
+        if isinstance(value, types.ModuleType):
+            if id(value) in entered:
+                return
+            entered.add(id(value))
+            reached[name] = ["import", value.__name__]
+            inside, fixed = vars(value), home_of_module(value.__name__) == "fixed"
+            for part in names:
+                if part not in inside:
+                    continue
+                own, path = inside[part], f"{name}.{part}"
+                if fixed and not is_foreign(own):
+                    continue
+                self._global(path, own, label, names, strict, reached, entered)
+        else:
+            reached[name] = self._value(value, f"{label}: {name}", strict=strict)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+_MODULE = frozenset(vars(nn.Module()))
+"""Attributes that every module has: tables of tensors, modules and hooks, and its mode."""
+
+_UNTOLD = frozenset(
+    {"__dict__", "__weakref__", "__module__", "__annotations__", "__doc__", "__slots__", "__abstractmethods__"}
+)
+_UNTOLD |= {
+    "__firstlineno__",
+    "__static_attributes__",
+    "__qualname__",
+    "__annotate__",
+    "__annotate_func__",
+    "_abc_impl",
+}

@@ -1,0 +1,89 @@
+"""What can be seen of functions, classes and objects without running any of their code."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import types
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from graftc.compiler.capture.sources import home_of, home_of_module
+
+VALUES: tuple[Any, ...] = (int, float, complex, str, bytes)
+_COLLECTIONS = (dict, collections.OrderedDict, collections.defaultdict, list, tuple, set, frozenset, collections.deque)
+_TRANSPARENT = frozenset({object, types.SimpleNamespace, types.MappingProxyType, *VALUES, *_COLLECTIONS})
+"""Classes of which all that an object holds can be seen, beside those that are written in Python."""
+
+_HEAP = 1 << 9
+"""Flag of classes that were made while the program ran, which those of Python code are."""
+
+
+def is_fixed(function: types.FunctionType) -> bool:
+    """Whether a function is torch's or Python's and nothing else: what decorates may have a user's function inside."""
+    return home_of(function) == "fixed" and not function.__closure__
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether something in a module of torch's or Python's is not theirs: it was put there."""
+    if isinstance(value, types.FunctionType):
+        return not is_fixed(value)
+    if isinstance(value, types.ModuleType):
+        return True
+    return isinstance(value, type) and home_of_module(value.__module__) != "fixed"
+
+
+def defined(cls: type) -> dict[str, list[Any]]:
+    """What a class and its bases define, each name with all its definitions: a method may call the one that it
+    overrides. Python's own classes are the same everywhere; those of `nn.Module` may have had something replaced."""
+    found: dict[str, list[Any]] = {}
+    for base in cls.__mro__:
+        if home_of_module(base.__module__) != "fixed" or issubclass(base, nn.Module):
+            for name, value in vars(base).items():
+                found.setdefault(name, []).append(value)
+    return found
+
+
+def parts_of(value: Any) -> list[Any]:
+    """The functions behind an attribute of a class."""
+    if isinstance(value, staticmethod | classmethod):
+        return [value.__func__]
+    if isinstance(value, property):
+        return [part for part in (value.fget, value.fset) if part is not None]
+    if isinstance(value, functools.cached_property):
+        return [value.func]
+    if isinstance(value, functools.partialmethod):
+        return [value.func, value.args, value.keywords]
+    return [value]
+
+
+def closure_of(function: types.FunctionType) -> Iterable[tuple[str, types.CellType]]:
+    return zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+
+
+def is_plain(cls: type) -> bool:
+    """Whether all that an object of this class holds can be seen: its attributes, and its items."""
+    for base in cls.__mro__:
+        if base in _TRANSPARENT:
+            continue
+        parent = base.__base__
+        slots = sum(isinstance(value, types.MemberDescriptorType) for value in vars(base).values())
+        hidden = base.__basicsize__ - (parent.__basicsize__ if parent is not None else 0) - 8 * (slots + 2)
+        if not base.__flags__ & _HEAP or hidden > 0:
+            return False
+    return True
+
+
+def slots_of(value: Any) -> dict[str, Any]:
+    """What an object has in the slots of its classes."""
+    found: dict[str, Any] = {}
+    for base in type(value).__mro__:
+        if base not in _TRANSPARENT:
+            for name, slot in vars(base).items():
+                if isinstance(slot, types.MemberDescriptorType):
+                    with suppress(AttributeError):
+                        found[name] = slot.__get__(value)
+    return found

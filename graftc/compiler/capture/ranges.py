@@ -1,0 +1,187 @@
+"""Which sizes a captured graph holds for.
+
+torch.export makes every axis as dynamic as it can. Where the model's code took a decision that depends on a size, the
+export records a guard; graphs here run without guards, so an axis that one of them binds is held to its captured size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch import fx
+
+from graftc.compiler.capture.signature import Axis
+from graftc.passes.core.program import InputSpec
+
+_UNBOUNDED = 2**31
+_PROBES = (5, 17, 101)
+_SIZES = (*range(2, 10), 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 255, 256, 257)
+_SOME = (2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 128)
+_LEAST = 2
+"""Symbols start here because 0 and 1 are special to torch's tracer; the operators themselves take those as well."""
+
+
+class InputSizes:
+    """The sizes of a captured graph's inputs.
+
+    Args:
+        axes: what was asked for.
+        placeholders: the graph's inputs, with their types.
+    """
+
+    def __init__(self, axes: Sequence[Axis], placeholders: Sequence[fx.Node]) -> None:
+        self.axes = axes
+        self.values = [node.meta["val"] for node in placeholders]
+        self.environment = next(
+            (size.node.shape_env for value in self.values for size in value.shape if isinstance(size, torch.SymInt)),
+            None,
+        )
+        self.places: dict[Any, list[tuple[Axis, int]]] = {}
+        for axis, value in zip(axes, self.values, strict=True):
+            for dim, size in enumerate(value.shape):
+                if (expr := _expression(size)) is not None:
+                    self.places.setdefault(expr, []).append((axis, dim))
+
+    def undecided(self) -> dict[str, set[int]]:
+        """Axes that vary in the graph although it holds for their captured size only: to be captured fixed."""
+        found: dict[str, set[int]] = {}
+        bound = _bound(self.environment, self.places) if self.places else set()
+        for expr, places in self.places.items():
+            repeated = len(places) > 1 and self._name(expr) is None
+            if not expr.is_symbol or expr in bound or repeated:
+                for axis, dim in places:
+                    found.setdefault(axis.name, set()).add(dim)
+        return found
+
+    def specs(self) -> tuple[InputSpec, ...]:
+        """The inputs, with the sizes that each axis may have. A named axis that has one size only loses its name."""
+        found = []
+        for axis, value in zip(self.axes, self.values, strict=True):
+            shape: list[int | str] = []
+            ranges: list[tuple[int, int | None]] = []
+            for captured, size in zip(axis.sizes, value.shape, strict=True):
+                symbol = _expression(size)
+                shape.append((self._name(symbol) if symbol is not None else None) or captured)
+                fixed = (captured, captured)
+                ranges.append(_range(self.environment, symbol, captured) if symbol is not None else fixed)
+            found.append(InputSpec(axis.name, axis.dtype, tuple(shape), tuple(ranges)))
+        if found:
+            found[0] = replace(found[0], apart=tuple(self._apart()))
+        return tuple(found)
+
+    def _apart(self) -> Iterator[tuple[str, str]]:
+        """Pairs of named sizes that a guard wants to be different."""
+        for guard in _guards(self.environment) if self.places else ():
+            names = [self._name(side) for side in guard.args if side in self.places] if _are_two(guard) else []
+            if len(names) == 2 and None not in names:
+                yield str(names[0]), str(names[1])
+
+    def _name(self, symbol: Any) -> str | None:
+        """The name of any axis that has this size: equal sizes have one name."""
+        names = (axis.axes[dim] for axis, dim in self.places[symbol])
+        return next((name for name in names if isinstance(name, str)), None)
+
+
+def fixed_notes(axes: Sequence[Axis], inputs: Iterable[InputSpec]) -> list[str]:
+    """What to tell people of axes that should vary and do not."""
+    named = {
+        name: spec.shape[dim]
+        for axis, spec in zip(axes, inputs, strict=True)
+        for dim, name in enumerate(axis.axes)
+        if isinstance(name, str) and isinstance(spec.shape[dim], int)
+    }
+    return [
+        f"the graph holds for one {name} size only, here {size}: each other size is captured when it comes"
+        for name, size in named.items()
+    ]
+
+
+def _expression(size: Any) -> Any:
+    """What a size depends on; None where it is a number."""
+    return None if not isinstance(size, torch.SymInt) or size.node.expr.is_number else size.node.expr
+
+
+def _range(environment: Any, symbol: Any, captured: int) -> tuple[int, int | None]:
+    """From the least size to the largest: on the captured side of single sizes that the graph does not hold for."""
+    bounds = environment.var_to_range[symbol]
+    low, high = int(bounds.lower), bounds.upper
+    finite = isinstance(high, int | sympy.Integer) and int(high) < _UNBOUNDED
+    low, most = low if low > _LEAST else 0, int(high) if finite else None
+    for guard in environment.guards:
+        if isinstance(guard.expr, sympy.Ne) and symbol in guard.expr.args:
+            other = next(side for side in guard.expr.args if side != symbol)
+            if other.is_number and int(other) >= _LEAST:
+                if int(other) > captured:
+                    most = int(other) - 1 if most is None else min(most, int(other) - 1)
+                else:
+                    low = max(low, int(other) + 1)
+    return low, most
+
+
+def _bound(environment: Any, places: dict[Any, list[tuple[Axis, int]]]) -> set[Any]:
+    """Symbols that a guard holds to their captured sizes.
+
+    Unnamed axes: by any guard but a plain range. Named ones: by what remains of a guard, once those have their numbers,
+    where it does not hold for other sizes: divisibility, a product that must be another or may not be too large. Most
+    inequalities only tell sizes from 0 and 1.
+    """
+    captured = {symbol: axis.sizes[dim] for symbol, ((axis, dim), *_) in places.items() if symbol.is_symbol}
+    named = {s for s in captured if any(isinstance(axis.axes[dim], str) for axis, dim in places[s])}
+    guards = [guard for guard in _guards(environment) if not (_are_two(guard) and set(guard.args) <= named)]
+    bound = {symbol for guard in guards for symbol in guard.free_symbols & (captured.keys() - named)}
+    numbers = {symbol: sympy.Integer(captured[symbol]) for symbol in bound}
+    for guard in guards:
+        rest = guard.xreplace(numbers)
+        if not isinstance(rest, sympy.core.relational.Relational):
+            continue
+        symbols = rest.free_symbols & captured.keys()
+        if not all(_holds(rest, sizes) for sizes in _tried(environment, rest)):
+            bound |= symbols
+    return bound
+
+
+def _guards(environment: Any) -> list[Any]:
+    """What must hold of sizes, beside the range of each."""
+    guards = [environment.replace(guard.expr) for guard in environment.guards]
+    return [guard for guard in guards if not (guard == sympy.true or _is_range(guard))]
+
+
+def _are_two(guard: Any) -> bool:
+    """Whether a guard says that two sizes are not the same."""
+    return isinstance(guard, sympy.Ne) and all(side.is_symbol for side in guard.args)
+
+
+def _tried(environment: Any, guard: Any) -> Iterable[tuple[int, ...]]:
+    """Sizes of its symbols to try a guard at: many of each for one or two symbols, a few for more."""
+    symbols = _ordered(guard)
+    if isinstance(guard, sympy.Eq) or len(symbols) > 2:
+        return [tuple(number + step * i for i in range(len(symbols))) for number in _PROBES for step in (2, -2, 0)]
+    most = _SIZES if len(symbols) == 1 else _SOME
+    return product(*([size for size in most if _is_size(environment, symbol, size)] for symbol in symbols))
+
+
+def _is_size(environment: Any, symbol: Any, size: int) -> bool:
+    bounds = environment.var_to_range.get(symbol)
+    return bounds is None or bool(bounds.lower <= size <= bounds.upper)
+
+
+def _holds(guard: Any, sizes: tuple[int, ...]) -> bool:
+    """Whether a guard holds with numbers for its symbols."""
+    numbers = {symbol: sympy.Integer(size) for symbol, size in zip(_ordered(guard), sizes, strict=True)}
+    return bool(guard.xreplace(numbers) == sympy.true)
+
+
+def _ordered(guard: Any) -> list[Any]:
+    return sorted(guard.free_symbols, key=str)
+
+
+def _is_range(guard: Any) -> bool:
+    if not isinstance(guard, sympy.core.relational.Relational) or isinstance(guard, sympy.Eq):
+        return False
+    sides = guard.lhs, guard.rhs
+    return any(s.is_symbol for s in sides) and any(s.is_number for s in sides)

@@ -1,0 +1,75 @@
+"""Why there is no graph: the model itself refuses the inputs, or it takes them and the tracer does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from graftc.compiler.capture.interface import Flags
+from graftc.compiler.capture.signature import Axis, described
+from graftc.passes.core.shapes import DTYPE_NAMES
+from graftc.passes.core.verify import mixed_product
+from graftc.specs.diagnostics import GraftError, first_line
+
+
+class MixedProductError(TypeError):
+    """A product of different element types, which kernels refuse and the tracer takes."""
+
+
+def not_captured(
+    model: nn.Module, axes: Sequence[Axis], flags: Flags, inputs: Mapping[str, Tensor], error: Exception
+) -> GraftError:
+    """The error for a capture that failed, to be called where the model is as it is captured.
+
+    Args:
+        model: the model; it runs once on the inputs, unless they are on the meta device.
+        axes, flags: what it was captured with.
+        inputs: the examples that it was captured with.
+        error: what the tracer raised.
+    """
+    name, called = type(model).__name__, described(axes, flags) or "no inputs"
+    own = _own_error(model, inputs)
+    if own is not None and (type(own) is type(error) or isinstance(error, MixedProductError)):
+        shown = ", ".join(_shown(axis) for axis in axes)
+        with_what = f": it was run with {shown}" if shown else ""
+        message = f"{name} does not run with {called}: {first_line(own)}"
+        return GraftError("GC030", message, hint=f"the model itself raises this{with_what}")
+    return GraftError(
+        "GC030",
+        f"{name} cannot be captured with {called}: {first_line(error)}",
+        hint="torch.export must be able to trace the model; value-dependent Python control flow cannot be",
+    )
+
+
+def _own_error(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None:
+    """What the model itself raises; None where it runs, and where that cannot be tried."""
+    tensors = [*model.parameters(), *model.buffers(), *inputs.values()]
+    if any(tensor.device.type == "meta" for tensor in tensors):
+        return None
+    buffers = {path: buffer.clone() for path, buffer in model.named_buffers()}
+    devices = [tensor.device for tensor in tensors if tensor.device.type == "cuda"]
+    try:
+        with torch.random.fork_rng(list(dict.fromkeys(devices))), torch.no_grad():
+            torch.func.functional_call(model, buffers, (), {name: tensor.clone() for name, tensor in inputs.items()})
+    except Exception as error:
+        return error
+    return None
+
+
+def _shown(axis: Axis) -> str:
+    return f"{axis.name} {DTYPE_NAMES.get(axis.dtype, str(axis.dtype))}{list(axis.sizes)}"
+
+
+def require_products(graph: fx.Graph) -> None:
+    """Refuse what kernels refuse and the tracer takes: products of different element types.
+
+    Raises:
+        MixedProductError: naming the operator and the types.
+    """
+    for node in graph.nodes:
+        if node.op == "call_function":
+            values = [arg.meta.get("val") if isinstance(arg, fx.Node) else arg for arg in node.args]
+            if mixed := mixed_product(node.target, values):
+                raise MixedProductError(f"{node.target} multiplies {mixed}")

@@ -1,0 +1,152 @@
+"""Code as part of a key: digests of functions, the names that they mention, where they come from, graftc's own files.
+
+What is digested is what Python runs, not a file: a class of a notebook has no file, and a function that was put in the
+place of another is in the wrong one.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from functools import cache, lru_cache
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any, Literal
+
+import torch
+
+Home = Literal["fixed", "library", "user"]
+"""Whose code something is: torch's and Python's, which their versions say all about; an installed package's; the
+user's."""
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_STANDARD = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
+_INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
+_BY_NAME = ("getattr", "hasattr", "attrgetter", "methodcaller")
+
+
+@lru_cache(maxsize=32768)
+def home_of_file(file: str) -> Home:
+    """Whose code a file has."""
+    if file.startswith(_TORCH) or file.startswith("<frozen "):
+        return "fixed"
+    if any(part in file for part in _INSTALLED):
+        return "library"
+    return "fixed" if file.startswith(_STANDARD) else "user"
+
+
+@lru_cache(maxsize=4096)
+def home_of_module(name: str) -> Home:
+    """Whose code a module has, by its name."""
+    root = name.partition(".")[0]
+    if root == "transformers":
+        return "library"
+    if root == "builtins":
+        return "fixed"
+    module = sys.modules.get(name) or sys.modules.get(root)
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return "fixed" if root in sys.stdlib_module_names and root != "__main__" else "user"
+    return home_of_file(file)
+
+
+def home_of(function: FunctionType) -> Home:
+    """Whose code a function has: that of its file, and for code that was generated that of the module it runs in."""
+    return _home(function.__code__.co_filename, str(function.__globals__.get("__name__", "")))
+
+
+@lru_cache(maxsize=32768)
+def _home(file: str, module: str) -> Home:
+    if not file.startswith("<") or file.startswith("<frozen "):
+        return "library" if module.startswith("transformers.") and "transformers" in file else home_of_file(file)
+    return home_of_module(module)
+
+
+@lru_cache(maxsize=32768)
+def _digest(number: int, code: CodeType) -> str:
+    parts = [
+        code.co_code.hex(),
+        repr((code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)),
+        repr((code.co_flags, code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)),
+        *(_constant(value) for value in code.co_consts),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def digest_of(code: CodeType) -> str:
+    """A digest of what a function does, whatever file and line it stands in."""
+    return _digest(id(code), code)  # equal code in other places is equal to Python, but its constants may be NaN
+
+
+def _constant(value: Any) -> str:
+    if isinstance(value, CodeType):
+        return digest_of(value)
+    if isinstance(value, frozenset):
+        return repr(sorted(map(_constant, value)))
+    if isinstance(value, tuple):
+        return repr(tuple(map(_constant, value)))
+    return f"{type(value).__name__} {value!r}"
+
+
+@lru_cache(maxsize=32768)
+def _names(number: int, code: CodeType) -> tuple[str, ...]:
+    nested = [value for value in code.co_consts if isinstance(value, CodeType)]
+    found = dict.fromkeys(code.co_names)
+    if not found.keys().isdisjoint(_BY_NAME):
+        found.update(dict.fromkeys(v for v in code.co_consts if isinstance(v, str) and v.isidentifier()))
+    for inner in nested:
+        found.update(dict.fromkeys(names_of(inner)))
+    return tuple(found)
+
+
+def names_of(code: CodeType) -> tuple[str, ...]:
+    """Globals and attributes that a function mentions, and the functions within it."""
+    return _names(id(code), code)
+
+
+@cache
+def own_digest() -> str:
+    """A digest of every file of graftc that takes part in making and reading captures: a change makes old ones
+    unreachable. The files are those that the two modules import, and so on."""
+    package = Path(__file__).parents[2]
+    digest = hashlib.sha256()
+    for path in own_files(package):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def own_files(package: Path) -> list[Path]:
+    """Files under ``package`` that ``compiler/capture/capture.py`` and ``compiler/capture/cache.py`` need, sorted."""
+    capture = package / "compiler" / "capture"
+    waiting = [capture / "capture.py", capture / "cache.py"]
+    found: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting += [other for name in _imports(path) if (other := _file(package, name)) is not None]
+    return sorted(found)
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _file(package: Path, name: str) -> Path | None:
+    root, *parts = name.split(".")
+    if root != package.name or not parts:
+        return None
+    path = package.joinpath(*parts)
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None

@@ -1,0 +1,70 @@
+"""What a graph does not keep of a model: backward passes of its own, and what its code asks of torch's state.
+
+A graph has the operators that a forward pass ran, and torch's gradients of them. A forward that brings a backward pass
+of its own, or that asks whether gradients are wanted, is another function there, and no outputs of samples show it.
+Looked at is the user's code, from ``forward`` on through what it mentions by name; libraries are taken at their word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftc.compiler.capture.sources import home_of, names_of
+
+_STATES = {
+    "is_grad_enabled": "whether gradients are enabled",
+    "is_inference_mode_enabled": "whether inference mode is on",
+    "is_inference": "whether a tensor is of inference mode",
+    "is_autocast_enabled": "whether autocast is on",
+    "is_contiguous": "how an input lies in memory",
+    "requires_grad": "whether a tensor wants a gradient",
+}
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+
+def unkept(model: nn.Module) -> list[str]:
+    """What graphs of a model have not of it, for people, each once."""
+    found: dict[str, None] = {}
+    classes: set[type] = set()
+    for path, module in model.named_modules():
+        if any(vars(module)[table] for table in _BACKWARD_HOOKS):
+            found[f"a hook on the backward pass of {path or 'the model'}"] = None
+        own = vars(module).get("forward")
+        if type(module) not in classes or own is not None:
+            classes.add(type(module))
+            found |= dict.fromkeys(_of_code(type(module), own))
+    return list(found)
+
+
+def _of_code(cls: type, own: Any) -> Iterator[str]:
+    """What the forward of a class, or one that was put in its place, has that a graph has not."""
+    pending = [function for function in (_function(own), _function(getattr(cls, "forward", None))) if function]
+    seen: set[int] = set()
+    while pending:
+        function = pending.pop()
+        if id(function) in seen or home_of(function) != "user":
+            continue
+        seen.add(id(function))
+        where = f"{function.__module__}.{function.__qualname__}"
+        for name in names_of(function.__code__):
+            if name in _STATES:
+                yield f"{where} asks {_STATES[name]}"
+            if name == "register_hook":
+                yield f"{where} puts hooks on gradients"
+            value = function.__globals__.get(name)
+            if isinstance(value, type) and issubclass(value, torch.autograd.Function):
+                yield f"{where} has a backward pass of its own, {value.__name__}"
+            for called in (_function(value), _function(getattr(cls, name, None))):
+                if called is not None:
+                    pending.append(called)
+
+
+def _function(value: Any) -> FunctionType | None:
+    while isinstance(value, MethodType):
+        value = value.__func__
+    return value if isinstance(value, FunctionType) else None

@@ -1,0 +1,156 @@
+"""Certificates: evidence that a fold computes the same function, from something other than the fold's own formula.
+
+Numeric: the *unfolded subgraph* between a linear map's input and its output, run in float64 on random probes, against
+the folded tensors, per site (`graftc.compiler.folding.fold_verification`); then the outputs of the whole model in its own
+dtype.
+Structural: the folded graph's hash equals the base's, up to declared additions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from graftc.compiler.capture.anchor import Anchor
+
+ALGEBRA_BOUND = 1e-9
+"""Largest relative difference of float64 results; sums of some thousand float64 products stay far below."""
+
+DEFAULT_BUDGET: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+"""Largest difference of outputs by dtype, relative to the largest output or 1."""
+
+
+@dataclass(frozen=True)
+class SiteEvidence:
+    """What probing showed at one site.
+
+    Attributes:
+        site: the SiteKey, or the tensor's name.
+        adaptations: what folds there.
+        change: largest change of the output by the adaptation, so that a vacuous check shows.
+        algebra: difference of unfolded and folded output in float64, before rounding, over the largest output.
+        rounding: largest distance of a folded element from its float64 value, in units in the last place.
+    """
+
+    site: str
+    adaptations: tuple[str, ...]
+    change: float
+    algebra: float
+    rounding: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the evidence is of numbers."""
+        return math.isfinite(self.algebra) and math.isfinite(self.rounding)
+
+    @property
+    def passed(self) -> bool:
+        """The algebra holds and rounding was to nearest."""
+        return self.algebra <= ALGEBRA_BOUND and self.rounding <= 0.5000001
+
+
+@dataclass(frozen=True)
+class CollapseEvidence:
+    """How far an adaptation's deployed form is from what it was in training, at one site.
+
+    Attributes:
+        adaptation, site: whose, and where.
+        routings: how many ways there are to draw its routes; all were run.
+        error: largest difference, on random probes in float64, between the mean of all of them and the deployed form,
+            over the largest change that this makes. Within rounding where the two are the same function.
+    """
+
+    adaptation: str
+    site: str
+    routings: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The evidence for one fold.
+
+    Attributes:
+        sites: evidence per site.
+        outputs: largest absolute difference of each output, folded against unfolded, in the model's dtype.
+        budget: what `outputs` may differ by.
+        structure: hash of the folded graph.
+        base_structure: hash of the base's graph.
+        additions: biases that folding had to add.
+        fingerprint: of the base.
+        collapses: what was drawn while training and is deployed as its mean, folded or not. Nothing is held against it.
+        anchors: how the base's graphs compare with the source model itself; without that, no graph is used.
+    """
+
+    sites: tuple[SiteEvidence, ...]
+    outputs: Mapping[str, float]
+    budget: float
+    structure: str
+    base_structure: str
+    additions: tuple[str, ...] = ()
+    fingerprint: str = ""
+    dtype: str = ""
+    notes: tuple[str, ...] = field(default_factory=tuple)
+    collapses: tuple[CollapseEvidence, ...] = ()
+    anchors: tuple[Anchor, ...] = ()
+
+    @property
+    def largest_difference(self) -> float:
+        """The largest difference of any output."""
+        return max(self.outputs.values(), default=0.0)
+
+    @property
+    def finite(self) -> bool:
+        """Whether there are numbers to hold against one another; where a model gives NaN, there are none."""
+        return all(map(math.isfinite, (*self.outputs.values(), self.budget))) and all(s.finite for s in self.sites)
+
+    @property
+    def passed(self) -> bool:
+        """Every site's evidence holds, outputs keep to the budget, and the structure is the base's."""
+        within = all(value <= self.budget for value in self.outputs.values())
+        same = self.structure == self.base_structure
+        return bool(self.sites or self.collapses) and within and same and all(site.passed for site in self.sites)
+
+    def failures(self) -> list[str]:
+        """Why it did not pass, for people."""
+        found = [
+            f"{s.site}: algebra {s.algebra:.2e} (at most {ALGEBRA_BOUND:.0e}), "
+            f"rounding {s.rounding:.3f} ulp (at most 0.5)"
+            if s.finite
+            else f"{s.site}: what folds there is not finite"
+            for s in self.sites
+            if not s.passed
+        ]
+        found += [
+            f"output {name} differs by {value:.3e}, the budget is {self.budget:.3e}"
+            if math.isfinite(value)
+            else f"output {name} is not finite, or only one of the two is"
+            for name, value in self.outputs.items()
+            if not value <= self.budget
+        ]
+        if self.structure != self.base_structure:
+            found.append("the folded graph is not the base's graph")
+        return found or ([] if self.sites or self.collapses else ["nothing was folded"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON data."""
+        return {
+            "passed": self.passed,
+            **asdict(self),
+            "sites": [{**asdict(site), "adaptations": list(site.adaptations)} for site in self.sites],
+            "outputs": dict(self.outputs),
+            "additions": list(self.additions),
+            "notes": list(self.notes),
+            "collapses": [asdict(item) for item in self.collapses],
+            "anchors": [item.to_json() for item in self.anchors],
+            "largest_difference": self.largest_difference,
+        }

@@ -1,0 +1,233 @@
+"""Collapsing: what an adaptation is deployed as where it does not fold, and how far that is from what was trained.
+
+The evidence runs the train Program's own nodes at a site, once for every way in which its routes can be drawn, and
+compares the mean of the results with what the same nodes give in eval mode.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.capture.samples import sample_inputs
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.folding.certificate import CollapseEvidence
+from graftc.compiler.folding.evaluating import evaluate
+from graftc.compiler.folding.virtual_keys import are_constant, slot_parameters, slot_values
+from graftc.compiler.resolve.resolver import Resolved
+from graftc.passes.compose import GATE
+from graftc.passes.core.folds import round_once
+from graftc.passes.core.mode import to_eval
+from graftc.passes.core.program import Program, provenance
+from graftc.passes.core.reading import computed
+from graftc.passes.core.registry import method_for
+from graftc.passes.core.routing import is_pick, is_route
+from graftc.specs.base import MethodSpec
+from graftc.specs.document import Spec
+
+aten = torch.ops.aten
+
+
+def collapsing(compilation: Compilation) -> list[Resolved]:
+    """The adaptations that are deployed as simpler ones."""
+    return [resolved for resolved in compilation.main.resolved if _simpler(compilation, resolved) is not None]
+
+
+def collapsed_spec(compilation: Compilation, names: Collection[str] | None = None) -> Spec:
+    """The spec with simpler adaptations in the places of those that collapse.
+
+    Args:
+        compilation: what was trained.
+        names: which adaptations to keep, collapsed or not; all by default.
+    """
+    simpler = {resolved.name: _simpler(compilation, resolved) for resolved in compilation.main.resolved}
+    spec = compilation.spec
+    kept = (a for a in spec.adapt if names is None or a.name in names)
+    return spec.model_copy(update={"adapt": tuple(simpler.get(str(a.name)) or a for a in kept)})
+
+
+def _simpler(compilation: Compilation, resolved: Resolved) -> MethodSpec | None:
+    """What an adaptation is deployed as; None where that is itself."""
+    if resolved.spec.virtual_tokens() and not are_constant(compilation, resolved):
+        return None
+    return method_for(resolved.spec.method).collapse(resolved.spec)
+
+
+def collapsed_values(compilation: Compilation) -> dict[str, Tensor]:
+    """The tensors of the simpler adaptations by their full names, rounded once."""
+    store = compilation.store
+    found: dict[str, Tensor] = {}
+    for resolved in collapsing(compilation):
+        if resolved.spec.virtual_tokens():
+            found |= slot_values(compilation, resolved)
+            continue
+        for prefix, own in _places(compilation, resolved, lambda name: store.full(name).double()):
+            dtype = store.get(prefix + next(iter(own.held))).dtype
+            found |= {prefix + part: round_once(value, dtype).contiguous() for part, value in own.collapsed().items()}
+    return found
+
+
+def collapsed_parameters(compilation: Compilation) -> dict[str, int]:
+    """How many elements the simpler adaptations have, by name; counted from shapes."""
+    return {resolved.name: _parameters(compilation, resolved) for resolved in collapsing(compilation)}
+
+
+def _parameters(compilation: Compilation, resolved: Resolved) -> int:
+    if resolved.spec.virtual_tokens():
+        return slot_parameters(compilation, resolved)
+    store = compilation.store
+
+    def shaped(name: str) -> Tensor:
+        return torch.empty(store.get(name).shape, dtype=torch.float64, device="meta")
+
+    return sum(v.numel() for _, own in _places(compilation, resolved, shaped) for v in own.collapsed().values())
+
+
+class _Own:
+    """The tensors of one place: its own, ``held``, and what they collapse to."""
+
+    def __init__(self, spec: MethodSpec, held: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
+        self.spec, self.held, self.shared = spec, held, shared
+
+    def collapsed(self) -> Mapping[str, Tensor]:
+        gates = {part: value for part, value in self.held.items() if part in GATE}
+        return {**gates, **method_for(self.spec.method).collapsed(self.spec, {**self.shared, **self.held})}
+
+
+def _places(compilation: Compilation, resolved: Resolved, read: Any) -> Iterator[tuple[str, _Own]]:
+    """Every place with what its tensors' names begin with."""
+    parts = compilation.parts[resolved.name]
+    shared = {part: read(name) for part, name in parts.get(None, {}).items()}
+    for site, spec in resolved.places:
+        names = parts[site.key]
+        prefix = next(name.removesuffix(part) for part, name in names.items())
+        yield prefix, _Own(spec, {part: read(name) for part, name in names.items()}, shared)
+
+
+def collapse_evidence(compilation: Compilation, seed: int = 0) -> tuple[CollapseEvidence, ...]:
+    """How far each place's deployed function is from the mean of all that training can draw."""
+    found = [resolved for resolved in collapsing(compilation) if not resolved.spec.virtual_tokens()]
+    if not found:
+        return ()
+    train = compilation.program("train")
+    routed, averaged = to_eval(train, keep={aten.index_select.default}), to_eval(train)
+    places = [(r.name, str(site.key)) for r in found for site, _ in r.places]
+    probe = _Routes(compilation, routed, averaged, places, seed)
+    return tuple(probe.evidence(*place) for place in places)
+
+
+class _Routes:
+    """Sites of a Program whose routes are drawn, and of the same with their mean."""
+
+    def __init__(
+        self,
+        compilation: Compilation,
+        routed: Program,
+        averaged: Program,
+        places: Sequence[tuple[str, str]],
+        seed: int,
+    ) -> None:
+        self.compilation, self.seed = compilation, seed
+        self.averaged = {node.name: node for node in averaged.graph.nodes}
+        self.device = next(t.device for _, t in compilation.store.adapters())
+        self.spans = self._spans(routed, places)
+        self.read = {end: self._boundary(place, start, end) for place, (start, end) in self.spans.items()}
+        self.samples = self._sampled(dict.fromkeys(node for nodes in self.read.values() for node in nodes))
+
+    def evidence(self, adaptation: str, site: str) -> CollapseEvidence:
+        """What one site shows."""
+        start, end = self.spans[adaptation, site]
+        inputs = self._inputs(end)
+        draws = sorted(self._draws(end, inputs))
+        deployed = evaluate(
+            self.averaged[end.name],
+            {self.averaged[n.name]: value for n, value in inputs.items() if n.name in self.averaged},
+            self._tensor,
+        )
+        total = torch.zeros_like(deployed)
+        routings = list(itertools.product(*(range(int(draw.args[2])) for draw in draws)))  # type: ignore[arg-type]
+        for numbers in routings:
+            chosen = {d: torch.tensor([i], device=total.device) for d, i in zip(draws, numbers, strict=True)}
+            total += evaluate(end, {**inputs, **chosen}, self._tensor)
+        error = float((total / len(routings) - deployed).abs().max())
+        change = float((deployed if start is None else deployed - inputs[start]).abs().max())
+        return CollapseEvidence(adaptation, site, len(routings), error / change if change else error)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.compilation.store.full(name)
+
+    @staticmethod
+    def _spans(
+        routed: Program, places: Sequence[tuple[str, str]]
+    ) -> dict[tuple[str, str], tuple[fx.Node | None, fx.Node]]:
+        """What each adaptation has put in the place of what, at each site. Within a composition it replaces nothing by
+        itself: then its own result, in the place of None."""
+        edits = {(e.adaptation, e.site): (e.before, e.after) for e in routed.edits if not e.narrow}
+        results: dict[tuple[str, str], fx.Node] = {}
+        for node in routed.graph.nodes:
+            mine = _owner(node)
+            if any(_owner(user) != mine for user in node.users):
+                results[mine] = node
+        return {place: edits.get(place) or (None, results[place]) for place in places}
+
+    def _inputs(self, end: fx.Node) -> dict[fx.Node, Any]:
+        """Values for what the adaptation reads at a site, in float64: those that are floating are random, in the sizes
+        that they have for the sample inputs; masks, numbers and sizes are what they are there."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def random(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            return torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+
+        return {node: random(self.samples[node]) for node in self.read[end]}
+
+    def _sampled(self, nodes: Collection[fx.Node]) -> dict[fx.Node, Any]:
+        """The values of nodes of the routed Program for the sample inputs."""
+        compilation = self.compilation
+        base, config = compilation.program("train", "base"), getattr(compilation.source, "config", None)
+        samples = sample_inputs(base, compilation.store, config=config)
+        values = computed(list(nodes), lambda node: samples[str(node.target)], compilation.store.get, self.device)
+        return dict(zip(nodes, values, strict=True))
+
+    @staticmethod
+    def _boundary(mine: tuple[str, str], start: fx.Node | None, end: fx.Node) -> list[fx.Node]:
+        """What the nodes of an adaptation at a site read from outside, but for tensors and routes."""
+        found: dict[fx.Node, None] = {} if start is None else {start: None}
+        pending, seen = [end], set(found)
+        while pending:
+            node = pending.pop()
+            if node in seen or node.op == "get_attr" or is_route(node):
+                continue
+            seen.add(node)
+            if _owner(node) == mine:
+                pending += node.all_input_nodes
+            else:
+                found[node] = None
+        return list(found)
+
+    @staticmethod
+    def _draws(end: fx.Node, inputs: Mapping[fx.Node, Any]) -> set[fx.Node]:
+        """The routes that decide what stands at a site."""
+        found: set[fx.Node] = set()
+        pending, seen = [end], set(inputs)
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if is_route(node) and any(is_pick(user) for user in node.users):
+                found.add(node)
+            else:
+                pending += node.all_input_nodes
+        return found
+
+
+def _owner(node: fx.Node) -> tuple[str, str]:
+    """The adaptation and the site that a node was inserted for."""
+    origin = provenance(node) or {}
+    return origin.get("adaptation", ""), origin.get("site", "")

@@ -1,0 +1,78 @@
+"""Which adaptations of a Compilation fold, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.folding.steps import fold_steps
+from graftc.compiler.resolve.resolver import TRAIN, Resolved
+from graftc.compiler.resolve.tokens import TOKENS
+from graftc.passes.core.folds import LazyTensors
+from graftc.passes.core.registry import method_for
+from graftc.passes.core.sites import LinearSite, SiteKey
+from graftc.specs.diagnostics import GraftError
+
+
+@dataclass(frozen=True)
+class Foldable:
+    """What folds.
+
+    Attributes:
+        lazy: the folded tensors.
+        names: whose adaptations fold, in the order in which they were inserted; ``tokens`` and ``trained`` among them.
+        kept: the others, each with the error that says why.
+    """
+
+    lazy: LazyTensors
+    names: tuple[str, ...]
+    kept: Mapping[str, GraftError]
+
+    def reasons(self) -> dict[str, str]:
+        """Why the others stay, for people."""
+        return {name: error.message for name, error in self.kept.items()}
+
+
+def foldable(compilation: Compilation) -> Foldable:
+    """Try every adaptation. One that was inserted on top of another one that stays has to stay as well: folding it
+    into the weights would apply it first. What stands in for base tensors is on top of nothing."""
+    store = compilation.store
+    units = {unit.name: unit for unit in compilation.units}
+    resolved = {name: unit.members[0] for name, unit in units.items()}
+    names: list[str] = []
+    kept: dict[str, GraftError] = {}
+    for name in [TOKENS, TRAIN, *resolved]:
+        below = _below(resolved, name, kept)
+        try:
+            if below is not None:
+                message = f"{name!r} stands on {below[0]!r} at {below[1]}, which does not fold"
+                raise GraftError("GC050", message, hint="fold without it, or put it first in the spec")
+            if LazyTensors(store, fold_steps(compilation, [name])).steps:
+                names.append(name)
+        except GraftError as error:
+            if error.code not in ("GC022", "GC050"):
+                raise
+            kept[name] = error
+    lazy = LazyTensors(store, fold_steps(compilation, names))
+    for unit in units.values():  # what becomes of a composition becomes of its members
+        for member in unit.members:
+            if unit.name in kept:
+                kept.setdefault(member.name, kept[unit.name])
+            elif unit.name in names and member.name not in names:
+                names.append(member.name)
+    return Foldable(lazy, tuple(names), kept)
+
+
+def _below(resolved: Mapping[str, Resolved], name: str, kept: Mapping[str, GraftError]) -> tuple[str, SiteKey] | None:
+    """An adaptation that stays, and a place of its that ``name`` adapts as well."""
+    if name not in resolved or method_for(resolved[name].spec.method).stands_in:
+        return None
+    mine = [site for site, _ in resolved[name].places if isinstance(site, LinearSite)]
+    for other in filter(resolved.__contains__, kept):
+        for site, _ in resolved[other].places:
+            for own in mine:
+                same = (own.key.module, own.key.name) == (site.key.module, site.key.name)
+                if same and isinstance(site, LinearSite) and own.own.overlaps(site.own):
+                    return other, own.key
+    return None

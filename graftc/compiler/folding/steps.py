@@ -1,0 +1,110 @@
+"""Folding: what every adaptation changes of base tensors, as steps in the order in which they apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.resolve.compose import Unit, averaged, keep_composed
+from graftc.compiler.resolve.resolver import TRAIN
+from graftc.compiler.resolve.tokens import TOKENS
+from graftc.passes.core.entries import slices_of
+from graftc.passes.core.folds import FoldStep, Keep, LazyTensors, StandIn, TensorFold, WeightFunction
+from graftc.passes.core.registry import method_for
+from graftc.passes.core.sites import LinearSite, Site
+from graftc.passes.core.store import Store
+from graftc.passes.core.uses import Dense
+from graftc.passes.core.weight_slice import Layout, WeightSlice
+from graftc.specs.diagnostics import GraftError
+
+
+def fold_steps(compilation: Compilation, only: Sequence[str] | None = None) -> list[FoldStep]:
+    """Every adaptation's change of base tensors, in the order in which they apply: what stands in for tensors, and
+    what is made of that, is below everything that stands at sites, and either is in insertion order.
+
+    Raises:
+        GraftError: GC050 naming the adaptation that cannot fold and why.
+    """
+    found = compilation.unit_of
+    names = only if only is not None else [TOKENS, TRAIN, *found]
+    below: list[FoldStep] = []
+    steps: list[FoldStep] = []
+    for name in names:
+        below += _overlay_steps(compilation, name)
+        own = site_steps(compilation, found[name]) if name in found else []
+        below += [step for step in own if step.weight.layout is Layout.PLAIN]
+        steps += [step for step in own if step.weight.layout is not Layout.PLAIN]
+    return [*below, *steps]
+
+
+def site_steps(compilation: Compilation, unit: Unit) -> list[FoldStep]:
+    """What an adaptation, or a composition, changes of its sites' weights.
+
+    Raises:
+        GraftError: GC050 where it cannot fold, GC022 where something else reads a weight.
+    """
+    resolved = unit.members[0]
+    method = method_for(resolved.spec.method)
+    steps: list[FoldStep] = []
+    for site, spec in resolved.places:
+        tensors = averaged(unit, compilation.parts, site.key, compilation.store.full)
+        fold = keep_composed(method.fold(spec, site, tensors), unit)
+        if isinstance(fold, StandIn):
+            continue
+        if isinstance(fold, Keep):
+            raise GraftError("GC050", f"{unit.name!r} cannot fold at {site.key}: {fold.reason}")
+        if isinstance(fold, TensorFold):
+            steps += _tensor_steps(compilation, unit.name, site, fold)
+            continue
+        assert isinstance(site, LinearSite)
+        if site.key in resolved.shared:
+            raise GraftError(
+                "GC022",
+                f"{unit.name!r} would fold into {site.key}, which {resolved.shared[site.key]}",
+                hint="folding would change both; break the tie in the model first, or leave this site out",
+            )
+        bias = site.own_bias or _new_bias(compilation, site)
+        steps.append(FoldStep(unit.name, str(site.key), site.own, bias, fold.apply))
+    return steps
+
+
+def _tensor_steps(compilation: Compilation, name: str, site: Site, fold: TensorFold) -> list[FoldStep]:
+    steps: list[FoldStep] = []
+    for own in slices_of(site, compilation.store):
+        if own.part in fold.changes:
+            every = own.at(None).as_stored
+            steps.append(FoldStep(name, str(site.key), every, None, _changed(fold.changes[own.part])))
+    return steps
+
+
+def _new_bias(compilation: Compilation, site: LinearSite) -> WeightSlice | None:
+    """A bias that folding may add; None where the call takes none, or the module has another use of it."""
+    name = f"{site.key.module}.bias".lstrip(".")
+    return None if not isinstance(site.use, Dense) or name in compilation.store else site.own.companion(name)
+
+
+def _overlay_steps(compilation: Compilation, name: str) -> list[FoldStep]:
+    return [
+        FoldStep(name, str(key), own, None, _replace(compilation.store, own, trained))
+        for owner, key, own, trained in compilation.overlays
+        if owner == name
+    ]
+
+
+def lazy_tensors(compilation: Compilation) -> LazyTensors:
+    """The folded tensors: every base tensor that an adaptation changes, computed when asked for."""
+    return LazyTensors(compilation.store, fold_steps(compilation))
+
+
+def _changed(change: Callable[[Tensor], Tensor]) -> WeightFunction:
+    return lambda tensor, bias: (change(tensor), bias)
+
+
+def _replace(store: Store, own: WeightSlice, trained: str) -> WeightFunction:
+    def stand_in(_: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return own.oriented(store.full(trained).to(torch.float64, copy=True)), bias
+
+    return stand_in

@@ -1,0 +1,82 @@
+"""Virtual tokens whose activations are constants at every layer, as keys and values of every attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.capture.samples import sample_inputs
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.resolve.resolver import Resolved
+from graftc.passes.core.reading import computed
+from graftc.passes.core.sites import AttentionSite, LinearSite
+from graftc.passes.core.tensors import tensor_name
+from graftc.specs.claims import FoldKind
+from graftc.specs.compose import Average, Stack
+
+
+def are_constant(compilation: Compilation, resolved: Resolved) -> bool:
+    """Whether what every attention makes of an adaptation's virtual tokens is the same whatever the text: each layer of
+    the only stack reads vectors of the adaptation's own there, and no map on the way depends on the row, as gated or
+    chosen ones do."""
+    main, virtual = compilation.main, compilation.program("train").virtual
+    read = {(site.stack, site.layer) for site, _ in resolved.sites}
+    attentions = main.attentions
+    return (
+        all(tokens.starts == (0,) for tokens in virtual)
+        and len(virtual) == 1
+        and all((site.stack, site.layer) in read for site in attentions)
+        and len({site.stack for site in attentions}) == 1
+        and all(site.operands is not None for site in attentions)
+        and all(isinstance(composition, Stack | Average) for composition in compilation.spec.compose)
+        and not any(_may_differ(other) for other in main.resolved)
+    )
+
+
+def _may_differ(resolved: Resolved) -> bool:
+    """Whether an adaptation may make another map for each row: one that is in a map and is no change of its weight."""
+    stays = resolved.spec.claims.folds is FoldKind.NONE
+    return stays and any(isinstance(site, LinearSite) for site, _ in resolved.sites)
+
+
+def slot_parameters(compilation: Compilation, resolved: Resolved) -> int:
+    """How many numbers the keys and values have."""
+    length = sum(run.length for run in resolved.spec.virtual_tokens())
+    return sum(length * (_width(keys) + _width(values)) for _, keys, values in _columns(compilation))
+
+
+@torch.no_grad()
+def slot_values(compilation: Compilation, resolved: Resolved) -> dict[str, Tensor]:
+    """The keys and values, ``[length, width]``, by the names that `prefix` has for them: what the attentions of the
+    adapted graph read at virtual tokens, rotated where the model rotates."""
+    store = compilation.store
+    length = sum(run.length for run in resolved.spec.virtual_tokens())
+    samples = sample_inputs(compilation.program("train", "base"), store)
+    nodes = {node.name: node for node in compilation.program("eval").graph.nodes}
+    found = list(_columns(compilation))
+    operands: list[fx.Node] = []
+    for site, _, _ in found:
+        assert site.operands is not None
+        operands += [nodes[operand.name] for operand in (site.operands.keys, site.operands.values)]
+    device = next(iter(samples.values())).device
+    values = iter(computed(operands, lambda node: samples[str(node.target)], store.get, device))
+    made: dict[str, Tensor] = {}
+    for site, *each in found:
+        for part, columns in zip(("keys", "values"), each, strict=True):
+            heads = next(values)[0, :, :length].transpose(0, 1)
+            table = heads.new_zeros(length, _width(columns))
+            table[:, columns.flatten().to(table.device)] = heads.flatten(1)
+            made[tensor_name(site, resolved.name, part)] = table
+    return made
+
+
+def _columns(compilation: Compilation) -> Iterator[tuple[AttentionSite, Tensor, Tensor]]:
+    for site in compilation.main.attentions:
+        assert site.keys is not None and site.values is not None
+        yield site, site.keys, site.values
+
+
+def _width(columns: Tensor) -> int:
+    return int(columns.max()) + 1

@@ -1,0 +1,1 @@
+"""A Compilation as data and text: reports, explanations, diffs, trees. Changes nothing."""

@@ -1,0 +1,228 @@
+"""What changed between two Programs, with layers that changed alike collapsed and counted."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from graftc.compiler.roles.findings import format_layers
+from graftc.passes.core.layers import layer_path
+from graftc.passes.core.printer import Printer, tensor_name
+from graftc.passes.core.program import Program, provenance
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change, and the layers that it was made in.
+
+    Attributes:
+        layers: their paths; one empty path is what stands outside the layers.
+        lines: a unified diff of canonical text, in which paths and numbers are relative to the layer.
+        added, removed, changed: nodes in each of the layers; a changed one has other arguments.
+    """
+
+    layers: tuple[str, ...]
+    lines: tuple[str, ...]
+    added: int
+    removed: int
+    changed: int
+
+    @property
+    def title(self) -> str:
+        """Which layers, in words."""
+        return title(self.layers)
+
+
+@dataclass(frozen=True)
+class Diff:
+    """All changes from one Program to another."""
+
+    mode: str
+    changes: tuple[Change, ...]
+
+    @property
+    def added(self) -> int:
+        """Nodes added in all layers."""
+        return sum(c.added * len(c.layers) for c in self.changes)
+
+    @property
+    def removed(self) -> int:
+        """Nodes removed in all layers."""
+        return sum(c.removed * len(c.layers) for c in self.changes)
+
+    @property
+    def changed(self) -> int:
+        """Nodes with other arguments in all layers."""
+        return sum(c.changed * len(c.layers) for c in self.changes)
+
+    def text(self) -> str:
+        """For people; empty where nothing changed."""
+        if not self.changes:
+            return ""
+        lines = [f"{self.mode}: {self.added} nodes added, {self.removed} removed, {self.changed} read other values"]
+        for change in self.changes:
+            lines += [f"@@ {change.title} @@", *change.lines]
+        return "\n".join(lines) + "\n"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        changes = [
+            {
+                "layers": list(c.layers),
+                "added": c.added,
+                "removed": c.removed,
+                "changed": c.changed,
+                "lines": list(c.lines),
+            }
+            for c in self.changes
+        ]
+        totals = {"added": self.added, "removed": self.removed, "changed": self.changed}
+        return {"mode": self.mode, **totals, "changes": changes}
+
+
+def diff_programs(before: Program, after: Program, context: int = 1) -> str:
+    """The text of `diff`."""
+    return diff(before, after, context).text()
+
+
+def diff(before: Program, after: Program, context: int = 1) -> Diff:
+    """What changed, by layer; layers of one stack with the same change are shown once.
+
+    Values are numbered within their layer, and base nodes have the numbers of ``before`` in both. ``%in`` is what
+    enters a layer from another one, or what no other layer of the stack reads.
+
+    Args:
+        before: the base.
+        after: the rewritten Program.
+        context: unchanged lines around a change.
+    """
+    names = _Names(before, after)
+    old, new = _by_layer(before, names), _by_layer(after, names)
+    found: dict[tuple[str, tuple[str, ...]], tuple[list[str], tuple[str, ...]]] = {}
+    for layer in dict.fromkeys([*new, *old]):
+        lines = tuple(_diff(old.get(layer, []), new.get(layer, []), context))
+        changed = tuple(line for line in lines if line[0] in "+-")
+        if changed:
+            # What stands around a change may be numbered otherwise in the first layer of a stack.
+            found.setdefault((_stack(layer), changed), ([], lines))[0].append(layer)
+    return Diff(after.mode, tuple(_change(layers, lines) for layers, lines in found.values()))
+
+
+def _change(layers: list[str], lines: tuple[str, ...]) -> Change:
+    gone, come = (Counter(line[1:].split(": ", 1)[0] for line in lines if line[0] == mark) for mark in "-+")
+    changed = (gone & come).total()
+    return Change(tuple(layers), lines, come.total() - changed, gone.total() - changed, changed)
+
+
+def _stack(layer: str) -> str:
+    return layer.rpartition(".")[0]
+
+
+def title(layers: Sequence[str]) -> str:
+    """Layers of one stack as text: ``h.0 ... 3: 4 layers alike``."""
+    if len(layers) == 1:
+        return layers[0] or "outside the layers"
+    stack, numbers = _stack(layers[0]), [int(layer.rpartition(".")[2]) for layer in layers]
+    spans = format_layers(numbers)
+    if "," not in spans:
+        spans = f"{min(numbers)} ... {max(numbers)}"
+    return f"{stack + '.' if stack else ''}{spans}: {len(layers)} layers alike"
+
+
+class _Names:
+    """Names of values in two Programs, the same for layers that compute the same.
+
+    Nodes of the base keep their fx names when a graph is rewritten, so they are told by them.
+    """
+
+    def __init__(self, before: Program, after: Program) -> None:
+        self._local: dict[tuple[str, str], str] = {}
+        self._numbers: Counter[tuple[str, str]] = Counter()
+        self._entering: dict[tuple[str, str], str] = {}
+        self._counts: Counter[str] = Counter()
+        self._readers: dict[str, set[str]] = defaultdict(set)
+        for program in (before, after):
+            stems = Printer(program, numbered=False).names
+            for node in program.graph.nodes:
+                if node.op == "get_attr":
+                    continue
+                key = self._key(node)
+                if key not in self._local:
+                    layer, stem = _layer(node), stems[node]
+                    number = self._numbers[layer, stem]
+                    self._numbers[layer, stem] += 1
+                    self._local[key] = f"{stem}_{number}" if number else stem
+                self._readers[node.name] |= {layer for layer in map(_layer, node.users) if layer}
+
+    @staticmethod
+    def _key(node: fx.Node) -> tuple[str, str]:
+        # An inserted node's fx name may be another's in another Program.
+        return node.name, "" if provenance(node) is None else str(provenance(node))
+
+    def seen_from(self, layer: str, node: fx.Node) -> str:
+        """What a node is called in the text of a layer."""
+        if node.op == "get_attr":
+            return _relative(tensor_name(str(node.target)), layer)
+        home, local = _layer(node), self._local[self._key(node)]
+        if home == layer:
+            return local
+        siblings = {other for other in self._readers[node.name] if _stack(other) == _stack(layer)}
+        if not layer:
+            return f"%{'.'.join(home.split('.')[-2:])}:{local[1:]}"
+        if not home and siblings != {layer}:
+            return local
+        place = (layer, node.name)
+        if place not in self._entering:
+            number = self._counts[layer]
+            self._counts[layer] += 1
+            self._entering[place] = f"%in_{number}" if number else "%in"
+        return self._entering[place]
+
+
+class _Seen(dict[fx.Node, str]):
+    """Names of nodes as seen from one layer, made when they are asked for."""
+
+    def __init__(self, names: _Names, layer: str) -> None:
+        super().__init__()
+        self._names, self._layer = names, layer
+
+    def __missing__(self, node: fx.Node) -> str:
+        self[node] = text = self._names.seen_from(self._layer, node)
+        return text
+
+
+def _layer(node: fx.Node) -> str:
+    return layer_path(node.meta.get("module", "")) if node.op == "call_function" else ""
+
+
+def _by_layer(program: Program, names: _Names) -> dict[str, list[str]]:
+    """The lines of a Program by layer."""
+    printer = Printer(program, numbered=False)
+    seen: dict[str, _Seen] = {}
+    found: dict[str, list[str]] = defaultdict(list)
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            continue
+        layer = _layer(node)
+        printer.names = seen.setdefault(layer, _Seen(names, layer))
+        found[layer].append(_relative(printer.line(node), layer))
+    return dict(found)
+
+
+def _relative(text: str, layer: str) -> str:
+    """A text with paths relative to the layer."""
+    return text.replace(f"{layer}.", "") if layer else text
+
+
+def _diff(old: list[str], new: list[str], context: int) -> Iterator[str]:
+    lines = list(difflib.unified_diff(old, new, lineterm="", n=context))[2:]
+    for index, line in enumerate(lines):
+        if not line.startswith("@@"):
+            yield line
+        elif index:
+            yield "  ..."

@@ -1,0 +1,78 @@
+"""What every step of the pipeline did to a Program, as rows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from typing import Any
+
+from graftc.compiler.inspect.snapshot import Snapshot
+from graftc.passes.core.keys import Mode
+from graftc.passes.core.program import HistoryEntry, provenance
+
+CAPTURE = "capture"
+"""The step that base nodes come from."""
+
+_VERIFY, _INSERT = "verify", "insert("
+
+
+@dataclass(frozen=True)
+class HistoryRow:
+    """One step.
+
+    Attributes:
+        step: its name.
+        added, removed: how many nodes.
+        nodes: how many there are after it.
+        inserted: how many of them adaptations inserted.
+        verified: whether the verifier ran on its result.
+        seconds: how long it took; None where that is not known.
+    """
+
+    step: str
+    added: int
+    removed: int
+    nodes: int
+    inserted: int
+    verified: bool
+    seconds: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def history(snapshot: Snapshot, mode: Mode = "eval") -> tuple[HistoryRow, ...]:
+    """The steps from the capture to the adapted Program of a mode. The verifier's runs are marks on other rows."""
+    program = snapshot.program(mode)
+    # Both modes start from what was captured in train mode.
+    before = list(takewhile(lambda entry: entry.step != _VERIFY, program.history))
+    captured = len(snapshot.program("train", base=True).graph.nodes) + sum(e.removed - e.added for e in before)
+    entries = [HistoryEntry(CAPTURE, captured, 0, 0.0), *program.history]
+    rows: list[HistoryRow] = []
+    nodes = inserted = 0
+    for index, entry in enumerate(entries):
+        if entry.step == _VERIFY:
+            continue
+        nodes += entry.added - entry.removed
+        inserted += entry.added if entry.step.startswith(_INSERT) else 0
+        if all(later.step == _VERIFY for later in entries[index + 1 :]):
+            # A mode drops inserted nodes as well: how many, the graph itself says.
+            inserted = sum(provenance(node) is not None for node in program.graph.nodes)
+        verified = index + 1 < len(entries) and entries[index + 1].step == _VERIFY
+        seconds = entry.seconds if entry.seconds > 0 else None
+        rows.append(HistoryRow(entry.step, entry.added, entry.removed, nodes, inserted, verified, seconds))
+    return tuple(rows)
+
+
+def history_columns(rows: tuple[HistoryRow, ...]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Column names and lines of a table of `history`; times only where there are any."""
+    timed = any(row.seconds is not None for row in rows)
+    columns = ("step", "added", "removed", "nodes", "inserted", "verified", *(["seconds"] if timed else []))
+    lines = []
+    for row in rows:
+        changes = (f"+{row.added}" if row.added else "", f"-{row.removed}" if row.removed else "")
+        seconds = ([f"{row.seconds:.3f}" if row.seconds is not None else ""]) if timed else []
+        line = (row.step, *changes, str(row.nodes), str(row.inserted), "yes" if row.verified else "", *seconds)
+        lines.append(line)
+    return columns, lines

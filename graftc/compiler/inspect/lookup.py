@@ -1,0 +1,194 @@
+"""Finding what somebody means by a name: a printed value, an fx node, a place or a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+
+from graftc.compiler.inspect.origins import Origin, origins
+from graftc.compiler.inspect.snapshot import Snapshot
+from graftc.passes.core.keys import Mode
+from graftc.passes.core.printer import Printer, tensor_name
+from graftc.passes.core.store import RESERVED
+from graftc.specs.diagnostics import GraftError, nearest
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a name means: one of these."""
+
+    node: fx.Node | None = None
+    tensor: str = ""
+    site: str = ""
+    module: str = ""
+
+
+class Index:
+    """The names of everything in a Compilation's adapted Program.
+
+    Args:
+        snapshot: the Compilation.
+        mode: of the Program.
+    """
+
+    def __init__(self, snapshot: Snapshot, mode: Mode) -> None:
+        self.snapshot = snapshot
+        self.mode = mode
+        self.program = snapshot.program(mode)
+        self.printer = Printer(self.program)
+        self.names = self.printer.names
+        self.stems = Printer(self.program, numbered=False).names
+        self.nodes = [node for node in self.program.graph.nodes if node.op != "get_attr"]
+        self.attributes: dict[str, fx.Node] = {str(n.target): n for n in self.program.graph.find_nodes(op="get_attr")}
+        self.origins = origins(snapshot)
+        self.tensors = dict.fromkeys([*snapshot.base, *snapshot.aliases, *snapshot.adapters, *self.attributes])
+
+    def canonical(self, tensor: str) -> str:
+        """The name that owns a tensor."""
+        return self.snapshot.aliases.get(tensor, tensor)
+
+    def type_of(self, tensor: str) -> str:
+        """A tensor's type as text."""
+        record = self.snapshot.base.get(tensor) or self.snapshot.adapters.get(tensor)
+        if record is not None:
+            return str(record)
+        return self.printer.symbols.type(self.attributes[tensor].meta.get("val"))
+
+    def module_of(self, tensor: str) -> str:
+        """The path of the module that a tensor belongs to, or whose adaptation it belongs to."""
+        segments = tensor.split(".")
+        return ".".join(segments[: segments.index(RESERVED)] if RESERVED in segments else segments[:-1])
+
+    def on_tensor(self, tensor: str) -> list[Origin]:
+        """The adaptations that a tensor belongs to, or at the places that a base tensor is."""
+        names = {tensor, *(alias for alias, owner in self.snapshot.aliases.items() if owner == tensor)}
+        return [o for o in self.origins if tensor in o.tensors or _tensor_of(o.site) in names]
+
+    def base_tensor(self, site: str) -> str:
+        """The base tensor that a place is; empty where it is none."""
+        name = self.canonical(_tensor_of(site))
+        return name if name in self.snapshot.base else ""
+
+    @staticmethod
+    def within(module: str, path: str) -> bool:
+        """Whether a module is the one at ``path``, or below it."""
+        return module == path or module.startswith(f"{path}.") or not path
+
+    @cached_property
+    def values(self) -> dict[str, fx.Node]:
+        """Printed names of values."""
+        return {self.names[node]: node for node in self.nodes}
+
+    @cached_property
+    def modules(self) -> dict[str, None]:
+        """Paths of modules that have nodes, tensors or adapted places, and of those above them."""
+        paths = [str(node.meta.get("module") or "") for node in self.nodes]
+        paths += [self.module_of(tensor) for tensor in self.tensors] + [origin.module for origin in self.origins]
+        found: dict[str, None] = {}
+        for path in dict.fromkeys(paths):
+            segments = path.split(".")
+            found |= dict.fromkeys(".".join(segments[:end]) for end in range(1, len(segments) + 1))
+        found.pop("", None)
+        return found
+
+    def find(self, name: str) -> Found:
+        """What a name means.
+
+        Raises:
+            GraftError: GC091.
+        """
+        asked = name.strip()
+        value = self.values.get(asked if asked.startswith("%") else f"%{asked}")
+        if value is None and asked == "return":
+            value = self.program.output_node
+        if value is not None:
+            return Found(value)
+        if asked.startswith("@"):
+            tensors = [tensor for tensor in self.tensors if tensor_name(tensor) == asked]
+            if tensors:
+                return Found(tensor=tensors[0])
+        if asked in self._fx:
+            return self._of_node(self._fx[asked])
+        sites = {origin.site for origin in self.origins if origin.site}
+        for spelling in (asked, asked.partition("#")[0]):
+            if spelling in sites:
+                return Found(site=spelling)
+        if asked in self.modules:
+            return Found(module=asked)
+        if asked in self.tensors:
+            return Found(tensor=asked)
+        return self._by_segments(asked, name)
+
+    @cached_property
+    def _fx(self) -> dict[str, fx.Node]:
+        return {node.name: node for node in self.program.graph.nodes}
+
+    @staticmethod
+    def _of_node(node: fx.Node) -> Found:
+        return Found(tensor=str(node.target)) if node.op == "get_attr" else Found(node)
+
+    def _by_segments(self, asked: str, name: str) -> Found:
+        """What has the asked segments in this order, the last one last."""
+        if not asked or asked.startswith("%"):
+            raise self._unknown(name)
+        if asked.startswith("@"):
+            short = {tensor_name(tensor): tensor for tensor in self.tensors}
+            fits = _having(asked, short)
+            if len(fits) == 1:
+                return Found(tensor=short[fits[0]])
+        else:
+            fits = _having(asked, self.modules)
+            if len(fits) == 1:
+                return Found(module=fits[0])
+            if not fits:
+                fits = _having(asked, self.tensors)
+                if len(fits) == 1:
+                    return Found(tensor=fits[0])
+        if not fits:
+            raise self._unknown(name)
+        more = [f"and {len(fits) - _SHOWN} more"] if len(fits) > _SHOWN else []
+        raise GraftError(
+            "GC091",
+            f"'{name}' may be any of {len(fits)}",
+            hint=f"give more of the path, for example '{fits[0]}'",
+            details=[*fits[:_SHOWN], *more],
+        )
+
+    def _unknown(self, name: str) -> GraftError:
+        asked = name.strip()
+        message = f"nothing in the {self.mode} graph is called '{name}'"
+        other: Mode = "train" if self.mode == "eval" else "eval"
+        values = Printer(self.snapshot.program(other)).names.values()
+        if (asked if asked.startswith(("%", "@")) else f"%{asked}") in values:
+            return GraftError("GC091", message, hint=f"the {other} graph has it: look there with mode {other}")
+        near = nearest(asked, self._candidates(asked))
+        hint = f"did you mean {' or '.join(repr(c) for c in near)}?" if near else "print the graph to see its names"
+        return GraftError("GC091", message, hint=hint)
+
+    def _candidates(self, asked: str) -> Iterable[str]:
+        if asked.startswith("%"):
+            return list(self.values)
+        if asked.startswith("@"):
+            return [tensor_name(tensor) for tensor in self.tensors]
+        return [*(value[1:] for value in self.values), *self.modules, *self.tensors]
+
+
+def _tensor_of(site: str) -> str:
+    """A SiteKey's text without rows and use."""
+    return site.partition("[")[0].partition("#")[0]
+
+
+def _having(asked: str, candidates: Iterable[str]) -> Sequence[str]:
+    """Candidates that have the segments of ``asked`` in order, the last one last."""
+    wanted = asked.split(".")
+    return [candidate for candidate in candidates if _in_order(wanted, candidate.split("."))]
+
+
+def _in_order(wanted: Sequence[str], segments: Sequence[str]) -> bool:
+    rest = iter(segments)
+    return wanted[-1] == segments[-1] and all(segment in rest for segment in wanted)

@@ -1,0 +1,187 @@
+"""Why an adaptation is at a place: the line of the spec, the target that selected it, the role and its evidence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TrainedRecord
+from graftc.compiler.resolve.resolver import TRAIN
+from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.roles.findings import format_runs
+from graftc.specs.base import MethodSpec
+from graftc.specs.diagnostics import Place
+from graftc.specs.patterns import as_items, expand_braces, glob_to_regex
+from graftc.specs.roles import widen
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Why an adaptation is at a place.
+
+    Attributes:
+        adaptation, method: whose; the ``train`` list is ``trained``, new tokens are ``tokens``.
+        step: the pass that inserted it.
+        site: the place; empty for what all places of the adaptation share.
+        module: path of its module.
+        kind: what kind of site it is.
+        roles: what it does in the architecture, most specific first.
+        evidence: why it has its role; empty where a target named it by path.
+        layer, stack: index of its layer and path of the layer list; None and empty outside the layers.
+        rows: the own rows of the weight, as text; empty for all of them.
+        selected_by: what of the target matches it, as ``"role attn.q"``.
+        place: where the spec says so.
+        tensors: Store names of what the adaptation has there.
+    """
+
+    adaptation: str
+    method: str
+    step: str
+    site: str
+    module: str
+    kind: str
+    roles: tuple[str, ...]
+    evidence: str
+    layer: int | None
+    stack: str
+    rows: str
+    selected_by: tuple[str, ...]
+    place: Place
+    tensors: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "adaptation": self.adaptation,
+            "method": self.method,
+            "step": self.step,
+            "site": self.site,
+            "module": self.module,
+            "kind": self.kind,
+            "roles": list(self.roles),
+            "evidence": self.evidence,
+            "layer": self.layer,
+            "stack": self.stack,
+            "rows": self.rows,
+            "selected_by": list(self.selected_by),
+            "file": self.place.file,
+            "line": self.place.line,
+            "column": self.place.column,
+            "path": self.place.path,
+            "source": self.place.text,
+            "tensors": list(self.tensors),
+        }
+
+
+def origins(snapshot: Snapshot) -> tuple[Origin, ...]:
+    """Every adapted place, in the order of the spec, then what trains in full."""
+    sites = tuple(_of_site(snapshot, record) for record in snapshot.sites)
+    known = {name for origin in sites for name in origin.tensors}
+    trained = tuple(_of_trained(snapshot, record) for record in snapshot.trained if record.tensor not in known)
+    return sites + trained
+
+
+def shared_origin(snapshot: Snapshot, adaptation: str) -> Origin:
+    """Of what belongs to an adaptation as a whole."""
+    method = snapshot.spec.owners.get(adaptation, adaptation)
+    place = _spec_place(snapshot, adaptation, "")
+    return Origin(adaptation, method, _step(snapshot, adaptation), "", "", "", (), "", None, "", "", (), place, ())
+
+
+def _of_site(snapshot: Snapshot, record: SiteRecord) -> Origin:
+    adaptation = next((a for a in snapshot.spec.adapt if a.name == record.adaptation), None)
+    selectors = list(_selectors(adaptation, record)) if adaptation is not None else []
+    return Origin(
+        record.adaptation,
+        record.method,
+        _step(snapshot, record.adaptation),
+        str(record.key),
+        record.key.module,
+        record.kind,
+        record.roles,
+        record.evidence,
+        record.layer,
+        record.stack,
+        "" if record.rows is None else format_runs(record.rows),
+        tuple(text for _, text in selectors),
+        _spec_place(snapshot, record.adaptation, selectors[0][0] if selectors else ""),
+        tuple(record.tensors.values()),
+    )
+
+
+def _of_trained(snapshot: Snapshot, record: TrainedRecord) -> Origin:
+    owner, module = record.owner, record.base.rpartition(".")[0]
+    method = snapshot.spec.owners.get(owner, owner)
+    selected: list[tuple[str, str]] = []
+    if owner == TRAIN:
+        ancestors = [module[:end] for end in _ends(module)]
+        selected = [
+            (f"[{index}]", f"train {glob}")
+            for index, glob in enumerate(snapshot.spec.train)
+            if any(glob_to_regex(glob).fullmatch(path) for path in ancestors)
+        ]
+    return Origin(
+        owner,
+        method,
+        _step(snapshot, owner),
+        record.base,
+        module,
+        "parameter",
+        (),
+        "",
+        None,
+        "",
+        "" if record.rows is None else format_runs(record.rows),
+        tuple(text for _, text in selected),
+        _spec_place(snapshot, owner, selected[0][0] if selected else ""),
+        (record.tensor,),
+    )
+
+
+def _ends(path: str) -> Iterator[int]:
+    yield from (match.start() for match in re.finditer(r"\.", path))
+    yield len(path)
+
+
+def _step(snapshot: Snapshot, adaptation: str) -> str:
+    """The step that inserted it: that of its composition, where it is part of one."""
+    composition = snapshot.spec.composition_of(adaptation)
+    name = adaptation if composition is None else composition.name
+    return f"insert({'train' if name == TRAIN else name})"
+
+
+def _selectors(adaptation: MethodSpec, record: SiteRecord) -> Iterator[tuple[str, str]]:
+    """What of a target matches a place: the path below the target, and the words."""
+    target = adaptation.target
+    spellings = {spelling for role in record.roles for spelling in widen(role)}
+    tests: dict[str, Callable[[str], bool]] = {
+        "role": lambda item: any(branch in spellings for branch in expand_braces(item)),
+        "modules": lambda item: glob_to_regex(item).fullmatch(record.key.module) is not None,
+        "regex": lambda item: re.fullmatch(item, record.key.module) is not None,
+    }
+    for name, fits in tests.items():
+        value = getattr(target, name)
+        for index, item in enumerate(as_items(value)):
+            if fits(item):
+                step = f".{name}[{index}]" if isinstance(value, tuple) else f".{name}"
+                yield step, f"{name} {item}"
+    if target.layers is not None:
+        yield ".layers", f"layers {', '.join(map(str, as_items(target.layers)))}"
+
+
+def _spec_place(snapshot: Snapshot, owner: str, below: str) -> Place:
+    """Where the spec names an adaptation's places; ``below`` is the part that selected one."""
+    spec = snapshot.spec
+    if owner in (TRAIN, TOKENS):
+        path = "train" if owner == TRAIN else "tokens"
+    else:
+        index = next((i for i, a in enumerate(spec.adapt) if a.name == owner), None)
+        if index is None:
+            return spec.place(f"compose[{next(i for i, c in enumerate(spec.compose) if c.name == owner)}]")
+        if "target" not in spec.adapt[index].model_fields_set:
+            return spec.place(f"adapt[{index}]")
+        path = f"adapt[{index}].target"
+    exact = spec.place(path + below)
+    return exact if exact.line is not None else Place(exact.file, path=path)

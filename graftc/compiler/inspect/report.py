@@ -1,0 +1,198 @@
+"""The report: what every adaptation adds, counted from the graph, on the meta device too.
+
+The task head is not counted (it trains anyway); a percentage is of base plus added parameters, as PEFT prints it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graftc.compiler.capture.anchor import Anchor
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.folding.collapse import collapsed_parameters
+from graftc.compiler.inspect.snapshot import adapter_tensors
+from graftc.compiler.resolve.resolver import TRAIN
+from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.steering import live_places
+from graftc.passes.core.program import Program, provenance
+from graftc.passes.core.registry import method_for
+from graftc.passes.core.shapes import Sizes
+from graftc.passes.core.sites import linear_use
+from graftc.passes.core.store import RESERVED, Store
+from graftc.passes.core.uses import Lookup
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class AdaptationReport:
+    """One adaptation.
+
+    Attributes:
+        name, method: of the adaptation.
+        sites: how many sites it adapts.
+        trainable_parameters: elements that train.
+        frozen_parameters: elements it adds that do not train.
+        bytes: of all tensors it adds and keeps: parameters, and what controllers and selections remember.
+        flops_per_token: added to a forward pass in eval mode, two per multiply-add, over batch times sequence.
+    """
+
+    name: str
+    method: str
+    sites: int
+    trainable_parameters: int
+    frozen_parameters: int
+    bytes: int
+    flops_per_token: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A Compilation's cost.
+
+    Attributes:
+        adaptations: one entry each, the ``train:`` list last.
+        base_parameters: elements of the base's parameters, tied ones once.
+        trainable_parameters: of all adaptations, without the task head and the ``train:`` list.
+        trained_in_full: elements of the modules in ``train:``.
+        deployed_parameters: what has to ship beside the base if nothing is folded; of experts that are averaged,
+            one; of what a later training or the end of this one prunes, what it leaves. Ranks without an effect count
+            (`Compiled.rank_pattern` has them): their tensors ship as well.
+        percent: ``100 t / (base + t)``.
+        flops_per_token: of the base's linear maps and attention-free products.
+        capture_seconds, rewrite_seconds: how long compiling took.
+        notes: what capturing had to change, and what could not be looked at.
+        anchors: how the base's graphs compare with the source model itself.
+    """
+
+    adaptations: tuple[AdaptationReport, ...]
+    base_parameters: int
+    trainable_parameters: int
+    trained_in_full: int
+    deployed_parameters: int
+    percent: float
+    flops_per_token: float
+    capture_seconds: float
+    rewrite_seconds: float
+    cached: bool
+    notes: tuple[str, ...] = ()
+    anchors: tuple[Anchor, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON data."""
+        return {
+            **asdict(self),
+            "adaptations": [asdict(a) for a in self.adaptations],
+            "notes": list(self.notes),
+            "anchors": [{**a.to_json(), "seconds": a.seconds} for a in self.anchors],
+        }
+
+
+def report(compilation: Compilation) -> Report:
+    """Count what a Compilation adds."""
+    store, main = compilation.store, compilation.main
+    adapted, base_eval = compilation.program("eval"), compilation.program("eval", "base")
+    base = sum(t.numel() for _, t in store.base() if isinstance(t, nn.Parameter))
+    entries = [_entry(item.name, item.spec.method, len(item.places), adapted, store) for item in main.resolved]
+    for unit in compilation.units:
+        if unit.composition is not None:
+            places = {site.key for member in unit.members for site, _ in member.places}
+            entries.append(_entry(unit.name, unit.composition.kind, len(places), adapted, store))
+    if compilation.spec.tokens is not None:
+        tables = {own.tensor for owner, _, own, _ in compilation.overlays if owner == TOKENS}
+        entries.insert(0, _entry(TOKENS, TOKENS, len(tables), adapted, store))
+    trainable = sum(entry.trainable_parameters for entry in entries)
+    full = 0
+    if main.trained:
+        entry = _entry(TRAIN, "full", len(main.trained), adapted, store)
+        full = entry.trainable_parameters
+        entries.append(entry)
+    added = {entry.name: entry.trainable_parameters + entry.frozen_parameters for entry in entries}
+    return Report(
+        tuple(entries),
+        base,
+        trainable,
+        full,
+        sum({**added, **collapsed_parameters(compilation), **_left(compilation)}.values()) - full,
+        100 * trainable / (base + trainable) if trainable else 0.0,
+        flops_per_token(base_eval, base_eval.graph.nodes),
+        main.capture_seconds,
+        sum(entry.seconds for entry in adapted.history),
+        main.cached,
+        (*compilation.notes, *(f"not held against the model itself: {a.skipped}" for a in main.anchors if a.skipped)),
+        main.anchors,
+    )
+
+
+def _left(compilation: Compilation) -> dict[str, int]:
+    """What adaptations say themselves of how many elements they are deployed with, by name."""
+    found: dict[str, int] = {}
+    for item in compilation.main.resolved:
+        count = method_for(item.spec.method).deployed(item.spec, live_places(compilation, item)[0])
+        if count is not None:
+            found[item.name] = count
+    return found
+
+
+def _entry(name: str, method: str, sites: int, program: Program, store: Store) -> AdaptationReport:
+    kept = [tensor for fqn, tensor in adapter_tensors(store) if owner_of(fqn) == name]
+    tensors = [tensor for tensor in kept if isinstance(tensor, nn.Parameter)]
+    inserted = [n for n in program.graph.nodes if (provenance(n) or {}).get("adaptation") == name]
+    return AdaptationReport(
+        name,
+        method,
+        sites,
+        sum(t.numel() for t in tensors if t.requires_grad),
+        sum(t.numel() for t in tensors if not t.requires_grad),
+        sum(t.numel() * t.element_size() for t in kept),
+        flops_per_token(program, inserted),
+    )
+
+
+def owner_of(fqn: str) -> str:
+    """The adaptation that a tensor belongs to; empty for one of the base."""
+    segments = fqn.split(".")
+    return segments[segments.index(RESERVED) + 1] if RESERVED in segments else ""
+
+
+def flops_per_token(program: Program, nodes: Iterable[fx.Node]) -> float:
+    """Multiply-adds of matrix products, times two, for one token: the total over batch times sequence."""
+    batch, sequence = 2, 3
+    axes: dict[str, int] = {}
+    for spec, node in zip(program.inputs, program.placeholders(), strict=True):
+        for axis, size in zip(spec.shape, node.meta["val"].shape, strict=True):
+            if isinstance(axis, str):
+                axes[str(getattr(getattr(size, "node", None), "expr", size))] = batch if axis == "batch" else sequence
+    sizes = Sizes(lambda symbol: axes.get(symbol, sequence))
+    tokens = batch * (sequence if any("sequence" in s.shape for s in program.inputs) else 1)
+    total = 0
+    for node in nodes:
+        summed = _summed(node)
+        value = node.meta.get("val")
+        if summed and isinstance(value, Tensor):
+            total += 2 * math.prod(sizes.shape(value)) * math.prod(sizes.size(size) for size in summed)
+    return total / tokens
+
+
+def _summed(node: fx.Node) -> Sequence[Any]:
+    """Sizes of the axes that a product sums over; empty for other nodes."""
+    use = linear_use(node) if node.op == "call_function" else None
+    if use is not None:
+        return () if isinstance(use, Lookup) else (use.in_features,)
+    operand = node.args[_CONTRACTED[node.target]] if node.target in _CONTRACTED else None
+    return operand.meta["val"].shape[-1:] if isinstance(operand, fx.Node) else ()
+
+
+_CONTRACTED: Mapping[Any, int] = {
+    aten.linear.default: 0,
+    aten.addmm.default: 1,
+    aten.mm.default: 0,
+    aten.bmm.default: 0,
+    aten.matmul.default: 0,
+}

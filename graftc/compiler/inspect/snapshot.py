@@ -1,0 +1,217 @@
+"""What a Compilation is, as data: places, tensors and Programs. A live model and an artifact on disk give the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.resolve.resolver import place_of
+from graftc.compiler.roles.findings import Finding, Structure
+from graftc.passes.core.keys import Mode
+from graftc.passes.core.program import Program
+from graftc.passes.core.shapes import DTYPE_NAMES
+from graftc.passes.core.sites import LinearSite, Site, SiteKey
+from graftc.passes.core.store import Store
+from graftc.specs.document import Spec
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A tensor without its values.
+
+    Attributes:
+        dtype: its element type, as ``"f32"``.
+        shape: its sizes.
+        trainable: whether it trains.
+        parameter: whether it is a parameter, trainable or not, and no buffer.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    trainable: bool = False
+    parameter: bool = True
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorRecord:
+        """The record of a tensor."""
+        dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+        parameter = isinstance(tensor, nn.Parameter)
+        return cls(dtype, tuple(tensor.shape), parameter and tensor.requires_grad, parameter)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+    @property
+    def numel(self) -> int:
+        """How many elements."""
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One adapted place.
+
+    Attributes:
+        adaptation, method: whose.
+        key: the place; its use is 0.
+        kind: what kind of site it is.
+        roles: what it does in the architecture, most specific first.
+        layer, stack: index of its layer and path of the layer list; None and empty outside the layers.
+        rows: the own rows of the stored weight, as half-open runs; None is all of them.
+        uses: how often the graph reads it.
+        evidence: why it has its role, for people; empty where a target named it by path.
+        tensors: the adaptation's tensors there, part to Store name.
+    """
+
+    adaptation: str
+    method: str
+    key: SiteKey
+    kind: str
+    roles: tuple[str, ...]
+    layer: int | None
+    stack: str
+    rows: tuple[tuple[int, int], ...] | None
+    uses: int
+    evidence: str
+    tensors: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TrainedRecord:
+    """A base tensor, or rows of one, that a trained copy stands in for.
+
+    Attributes:
+        owner: the adaptation, ``trained`` for the spec's ``train`` list, ``tokens`` for new tokens.
+        base: Store name of the base tensor.
+        rows: which rows, as half-open runs; None is all of them.
+        tensor: Store name of the trained copy.
+    """
+
+    owner: str
+    base: str
+    rows: tuple[tuple[int, int], ...] | None
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A Compilation as data.
+
+    Attributes:
+        model: name of the source model's class.
+        spec: what it was compiled from.
+        sites: every adapted place, in the order of the spec's adaptations.
+        trained: base tensors that train.
+        base: the base's tensors, in the source model's order; tied ones under the name that owns them.
+        aliases: tied names to the name that owns the tensor.
+        adapters: what graftc added.
+        read: gives the Program of the first signature for a mode, adapted or the base's own.
+    """
+
+    model: str
+    spec: Spec
+    sites: tuple[SiteRecord, ...]
+    trained: tuple[TrainedRecord, ...]
+    base: Mapping[str, TensorRecord]
+    aliases: Mapping[str, str]
+    adapters: Mapping[str, TensorRecord]
+    read: Callable[[Mode, bool], Program]
+
+    def program(self, mode: Mode = "eval", *, base: bool = False) -> Program:
+        """The Program of the first signature: adapted, or the base's own."""
+        return self.read(mode, base)
+
+
+def snapshot(compilation: Compilation) -> Snapshot:
+    """The live Compilation as data."""
+    store = compilation.store
+    return Snapshot(
+        type(compilation.model).__name__,
+        compilation.spec,
+        tuple(site_records(compilation)),
+        tuple(TrainedRecord(owner, own.tensor, own.rows, name) for owner, _, own, name in compilation.overlays),
+        {name: TensorRecord.of(t) for name, t in store.base() if name not in store.constants},
+        dict(store.aliases),
+        {name: TensorRecord.of(t) for name, t in adapter_tensors(store) if name not in store.updated},
+        lambda mode, base: compilation.program(mode, "base" if base else "adapted"),
+    )
+
+
+def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:
+    """What has to be kept beside the base: what graftc added, parameters, frozen ones too, and persistent buffers; and
+    the base's tensors that graphs update."""
+    for name, tensor in store.adapters():
+        path, _, last = name.rpartition(".")
+        if isinstance(tensor, nn.Parameter) or last not in store.owner(path)._non_persistent_buffers_set:
+            yield name, tensor
+    for name in store.updated:
+        yield name, store.get(name)
+
+
+def site_records(compilation: Compilation) -> Iterator[SiteRecord]:
+    """The adapted places."""
+    for resolved in compilation.main.resolved:
+        uses: dict[SiteKey, int] = {}
+        for site, _ in resolved.sites:
+            uses[place_of(site)] = uses.get(place_of(site), 0) + 1
+        for site, _ in resolved.places:
+            yield _record(compilation, resolved.name, resolved.spec.method, site, uses[place_of(site)])
+    for unit in compilation.units:
+        if unit.composition is not None:
+            own = compilation.parts.get(unit.name, {})
+            for site in {s.key: s for member in unit.members for s, _ in member.places if s.key in own}.values():
+                yield _record(compilation, unit.name, unit.composition.kind, site, 1)
+
+
+def _record(compilation: Compilation, name: str, method: str, site: Site, uses: int) -> SiteRecord:
+    return SiteRecord(
+        name,
+        method,
+        site.key,
+        str(site.kind),
+        site.roles,
+        site.layer,
+        site.stack,
+        site.own.rows if isinstance(site, LinearSite) else None,
+        uses,
+        _evidence(compilation.main.structure, site),
+        dict(compilation.parts.get(name, {}).get(site.key, {})),
+    )
+
+
+def _evidence(structure: Structure, site: Site) -> str:
+    node = site.use.node if isinstance(site, LinearSite) else getattr(site, "node", None)
+    found = (f for f in structure.findings if f.role in site.roles and f.node is node and _same_rows(f, site))
+    return next((f.evidence for f in found), "")
+
+
+def _same_rows(finding: Finding, site: Site) -> bool:
+    if not isinstance(site, LinearSite) or finding.rows is None:
+        return True
+    return site.own.at(finding.rows) == site.own
+
+
+def as_plain(record: SiteRecord) -> dict[str, Any]:
+    """A site record as JSON data."""
+    key = record.key
+    return {
+        "adaptation": record.adaptation,
+        "method": record.method,
+        "module": key.module,
+        "name": key.name,
+        "part": key.part,
+        "use": key.use,
+        "kind": record.kind,
+        "roles": list(record.roles),
+        "layer": record.layer,
+        "stack": record.stack,
+        "rows": None if record.rows is None else [list(run) for run in record.rows],
+        "uses": record.uses,
+        "evidence": record.evidence,
+        "tensors": dict(record.tensors),
+    }

@@ -1,0 +1,125 @@
+"""A Compilation in a few lines: what is adapted, and how much trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from graftc.compiler.inspect.report import owner_of
+from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
+from graftc.compiler.resolve.resolver import TRAIN
+from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.roles.findings import format_layers
+from graftc.passes.core.program import provenance
+
+
+@dataclass(frozen=True)
+class AdaptationSummary:
+    """One adaptation.
+
+    Attributes:
+        name, method: of the adaptation; the ``train`` list is ``trained``, new tokens are ``tokens``.
+        places: how many places it adapts; for what trains in full, how many base tensors.
+        roles: the roles of its places, most specific ones.
+        layers: the layers that they are in, as text; several stacks after another.
+        trainable_parameters, frozen_parameters: elements that it adds.
+        tensors: how many tensors those are.
+        nodes: how many nodes of the eval graph it inserted.
+    """
+
+    name: str
+    method: str
+    places: int
+    roles: tuple[str, ...]
+    layers: str
+    trainable_parameters: int
+    frozen_parameters: int
+    tensors: int
+    nodes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A Compilation.
+
+    Attributes:
+        model: class of the source model.
+        adaptations: new tokens first, the ``train`` list last.
+        base_parameters: elements of the base's parameters, tied ones once.
+        base_tensors: how many tensors the base has, buffers included, tied ones once.
+        trainable_parameters: of all adaptations without the ``train`` list.
+        trained_in_full: elements of the ``train`` list.
+        percent: ``100 t / (base + t)``.
+        nodes, inserted: of the eval graph, without reads of tensors: all of them, and those that were inserted.
+    """
+
+    model: str
+    adaptations: tuple[AdaptationSummary, ...]
+    base_parameters: int
+    base_tensors: int
+    trainable_parameters: int
+    trained_in_full: int
+    percent: float
+    nodes: int
+    inserted: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        adaptations = [{**asdict(a), "roles": list(a.roles)} for a in self.adaptations]
+        return {**asdict(self), "adaptations": adaptations}
+
+
+def summary(snapshot: Snapshot) -> Summary:
+    """The summary of a Compilation."""
+    entries = [_adaptation(snapshot, name, method) for name, method in snapshot.spec.owners.items()]
+    if snapshot.spec.tokens is not None:
+        entries.insert(0, _adaptation(snapshot, TOKENS, TOKENS))
+    if any(record.owner == TRAIN for record in snapshot.trained):
+        entries.append(_adaptation(snapshot, TRAIN, "full"))
+    base = sum(t.numel for t in snapshot.base.values() if t.parameter)
+    full = sum(e.trainable_parameters for e in entries if e.name == TRAIN)
+    trainable = sum(e.trainable_parameters for e in entries) - full
+    nodes = [n for n in snapshot.program().graph.nodes if n.op != "get_attr"]
+    return Summary(
+        snapshot.model,
+        tuple(entries),
+        base,
+        len(snapshot.base),
+        trainable,
+        full,
+        100 * trainable / (base + trainable) if trainable else 0.0,
+        len(nodes),
+        sum(provenance(n) is not None for n in nodes),
+    )
+
+
+def _adaptation(snapshot: Snapshot, name: str, method: str) -> AdaptationSummary:
+    composed = next((c.members for c in snapshot.spec.compose if c.name == name), ())
+    places = {site.key: site for site in snapshot.sites if site.adaptation == name or site.adaptation in composed}
+    sites = list(places.values())
+    trained = {record.base for record in snapshot.trained if record.owner == name}
+    tensors = [t for fqn, t in snapshot.adapters.items() if owner_of(fqn) == name]
+    nodes = (n for n in snapshot.program().graph.nodes if n.op != "get_attr")
+    return AdaptationSummary(
+        name,
+        method,
+        len(sites) or len(trained),
+        tuple(dict.fromkeys(site.roles[0] for site in sites if site.roles)),
+        _layers(sites),
+        sum(t.numel for t in tensors if t.trainable),
+        sum(t.numel for t in tensors if t.parameter and not t.trainable),
+        len(tensors),
+        sum((provenance(n) or {}).get("adaptation") == name for n in nodes),
+    )
+
+
+def _layers(sites: Iterable[SiteRecord]) -> str:
+    """The layers of places: ``0-5``, with the stack where there are several."""
+    stacks: dict[str, list[int]] = {}
+    for site in sites:
+        if site.layer is not None:
+            stacks.setdefault(site.stack, []).append(site.layer)
+    if len(stacks) == 1:
+        return format_layers(next(iter(stacks.values())))
+    return ", ".join(f"{stack} {format_layers(layers)}" for stack, layers in stacks.items())

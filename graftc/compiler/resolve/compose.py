@@ -1,0 +1,332 @@
+"""Which adaptations are inserted together, and as what: the compositions of a spec in one Program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.resolve.resolver import Resolved, place_of
+from graftc.passes.compose import Collecting, insert_composed
+from graftc.passes.core.batch import BATCH, batch_input
+from graftc.passes.core.builder import Builder
+from graftc.passes.core.chosen import ChosenBuilder, RowsBuilder, active, average, by_index, by_weights
+from graftc.passes.core.folds import Fold, Keep
+from graftc.passes.core.program import InputSpec, Program
+from graftc.passes.core.registry import method_for
+from graftc.passes.core.shapes import fake_mode_of
+from graftc.passes.core.sites import Applied, LinearSite, Site, SiteKey
+from graftc.specs.compose import Average, Bank, CompositionSpec, Fuse, Gate, Parallel, Stack
+from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.document import Spec
+
+ACTIVE = "active"
+"""Part name of the buffer with the slot of a bank that is used where a call chooses none."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Adaptations that are inserted together.
+
+    Attributes:
+        composition: how they work together; None for a single one.
+        members: the adaptations.
+        index: place of the composition, or of the adaptation, in its list of the spec.
+    """
+
+    composition: CompositionSpec | None
+    members: tuple[Resolved, ...]
+    index: int
+
+    @property
+    def name(self) -> str:
+        """Who owns its nodes."""
+        return self.members[0].name if self.composition is None else str(self.composition.name)
+
+    @property
+    def of_one_shape(self) -> bool:
+        """Whether its members become one adaptation whose tensors are chosen or averaged."""
+        return is_of_one_shape(self.composition)
+
+    @property
+    def path(self) -> str:
+        """Where it is in the spec."""
+        return f"{'adapt' if self.composition is None else 'compose'}[{self.index}]"
+
+
+def is_of_one_shape(composition: CompositionSpec | None) -> bool:
+    """Whether the members of a composition are one adaptation with tensors that are chosen or averaged."""
+    averaged = isinstance(composition, Average) and composition.of == "parameters"
+    return averaged or isinstance(composition, Bank | Parallel)
+
+
+def units(spec: Spec, resolved: Sequence[Resolved]) -> list[Unit]:
+    """The adaptations in the order in which they are inserted, those of a composition together."""
+    by_name = {item.name: item for item in resolved}
+    places = {
+        name: place for place in enumerate(spec.compose) if not isinstance(place[1], Stack) for name in place[1].members
+    }
+    found: dict[str, Unit] = {}
+    for index, adaptation in enumerate(spec.adapt):
+        name = str(adaptation.name)
+        if name not in places:
+            found[name] = Unit(None, (by_name[name],), index)
+            continue
+        at, composition = places[name]
+        if composition.name not in found:
+            found[str(composition.name)] = Unit(composition, tuple(by_name[n] for n in composition.members), at)
+    return [found[name] for name in _order(spec, list(found))]
+
+
+def _order(spec: Spec, names: Sequence[str]) -> list[str]:
+    """The order of the document, in which each stack stands where its first member does."""
+    stacks = {name: c for c in reversed(spec.compose) if isinstance(c, Stack) for name in c.members}
+    order: dict[str, None] = {}
+    for name in names:
+        order |= dict.fromkeys(stacks[name].members if name in stacks else [name])
+    return list(order)
+
+
+def check_units(spec: Spec, found: Sequence[Unit]) -> None:
+    """Whether the members of every composition fit together.
+
+    Raises:
+        GraftError: GC036 naming the one that differs.
+    """
+    for unit in found:
+        if unit.composition is None:
+            continue
+        try:
+            _check(unit)
+        except GraftError as error:
+            raise placed(spec, unit, error) from error
+
+
+def _check(unit: Unit) -> None:
+    assert unit.composition is not None
+    first = unit.members[0]
+    kind = unit.composition.kind
+    for index, member in enumerate(unit.members):
+        place = Place(path=f"{kind}[{index}]")
+        if unit.of_one_shape and not member.spec.claims.bankable:
+            message = f"{member.spec.method} cannot share a {kind}: its tensors cannot be chosen row by row or averaged"
+            raise GraftError("GC036", message, place=place)
+        if unit.of_one_shape and (difference := _difference(first, member)) is not None:
+            hint = "what shares a bank is alike but for its name"
+            message = f"{member.name!r} and {first.name!r} differ in {difference}"
+            raise GraftError("GC036", message, place=place, hint=hint)
+        if kind != "gate":
+            theirs, ours = ({str(place_of(s)): None for s, _ in m.sites} for m in (member, first))
+            odd = [key for key in theirs if key not in ours] + [key for key in ours if key not in theirs]
+            if odd:
+                message = f"{member.name!r} and {first.name!r} are not at the same places: {odd[0]} is one's only"
+                raise GraftError("GC036", message, place=place, hint="give them the same target")
+
+
+def _difference(first: Resolved, other: Resolved) -> str | None:
+    """The field in which two specs differ, beside their names."""
+    fields = type(first.spec).model_fields
+    if type(other.spec) is not type(first.spec):
+        return "method"
+    return next((f for f in fields if f != "name" and getattr(first.spec, f) != getattr(other.spec, f)), None)
+
+
+def placed(spec: Spec, unit: Unit, error: GraftError) -> GraftError:
+    """An error with its place in the spec; methods and compositions name a field of theirs."""
+    path = unit.path + (f".{error.place.path}" if error.place is not None else "")
+    return spec.locate(
+        GraftError(error.code, error.message, place=Place(path=path), hint=error.hint, details=error.details)
+    )
+
+
+# --- inputs -------------------------------------------------------------------------------------------------
+
+
+def controls(spec: Spec) -> dict[str, CompositionSpec]:
+    """Inputs that choose among adaptations, by name."""
+    found: dict[str, CompositionSpec] = {}
+    for composition in spec.compose:
+        if isinstance(composition, Bank):
+            found |= {composition.ids: composition, composition.mixture: composition}
+        elif isinstance(composition, Parallel):
+            found[f"{composition.name}_ids"] = composition
+    return found
+
+
+def add_controls(program: Program, spec: Spec, names: Sequence[str], dtype: torch.dtype) -> None:
+    """Give a Program inputs that choose among adaptations.
+
+    Args:
+        program: changed in place.
+        spec: says what there is to choose from.
+        names: which of `controls`.
+        dtype: of weights.
+
+    Raises:
+        GraftError: GC037 where the model has no batch of any size, GC038 for ids and weights of one bank.
+    """
+    known = controls(spec)
+    source = batch_input(program) if names else None
+    if names and source is None:
+        raise GraftError("GC037", f"none of the inputs {', '.join(program.signature)} has a batch of any size")
+    for name in names:
+        composition = known[name]
+        if isinstance(composition, Bank) and {composition.ids, composition.mixture} <= set(names):
+            message = f"{composition.ids} and {composition.mixture} both choose from {composition.name!r}"
+            raise GraftError("GC038", message, hint="give one of them")
+        mixture = isinstance(composition, Bank) and name == composition.mixture
+        shape: tuple[int | str, ...] = (BATCH, len(composition.members)) if mixture else (BATCH,)
+        kind = dtype if mixture else torch.int64
+        assert source is not None
+        last = program.placeholders()[-1]
+        with program.graph.inserting_after(last):
+            node = program.graph.placeholder(name)
+        sizes = [source.meta["val"].shape[0], *shape[1:]]
+        with fake_mode_of(program):
+            value = torch.empty(sizes, dtype=kind, device=source.meta["val"].device)
+        node.meta = {"val": value, "module": ""}
+        slots = ((len(composition.members), len(composition.members)),) if mixture else ()
+        program.inputs = (*program.inputs, InputSpec(name, kind, shape, ((0, None), *slots)))
+
+
+# --- inserting ----------------------------------------------------------------------------------------------
+
+Insert = Callable[[Builder, Resolved], None]
+Parts = Mapping[SiteKey | None, dict[str, str]]
+
+
+def insert_unit(unit: Unit, program: Program, spec: Spec, new: Callable[..., Any], insert: Insert) -> dict[str, Parts]:
+    """Insert a composition.
+
+    Args:
+        unit: what to insert; its `composition` is not None.
+        program: changed in place.
+        spec: the whole document.
+        new: makes a builder of a class: ``new(cls, name, method, **options)``.
+        insert: inserts one adaptation with a builder.
+
+    Returns:
+        The tensors of each owner, by site and part.
+
+    Raises:
+        GraftError: GC036 and others, with their place in the spec.
+    """
+    try:
+        if unit.of_one_shape:
+            return _insert_chosen(unit, program, new, insert)
+        return _insert_added(unit, new)
+    except GraftError as error:
+        raise placed(spec, unit, error) from error
+
+
+def _insert_chosen(unit: Unit, program: Program, new: Callable[..., Any], insert: Insert) -> dict[str, Parts]:
+    composition, first = unit.composition, unit.members[0]
+    assert composition is not None
+    inputs = {str(node.target): node for node in program.placeholders()}
+    options: dict[str, Any] = {"members": composition.members, "share": getattr(composition, "share", ())}
+    cls: type[ChosenBuilder] = RowsBuilder
+    if isinstance(composition, Average):
+        cls, options["mixing"] = ChosenBuilder, average(composition.factors)
+    elif isinstance(composition, Bank) and composition.mixture in inputs:
+        options["mixing"] = by_weights(inputs[composition.mixture])
+    elif (given := inputs.get(composition.ids if isinstance(composition, Bank) else f"{unit.name}_ids")) is not None:
+        options["mixing"] = by_index(given)
+    else:
+        cls = ChosenBuilder
+    build = new(cls, unit.name, first.spec.method, **options)
+    if "mixing" not in options:
+        build.mixing = active(build.state(ACTIVE, _first_slot))
+    insert(build, first)
+    for site, _ in first.sites:
+        if isinstance(site, LinearSite):
+            site.applied[-1] = _stays(unit)
+    unused = sorted(set(build.share) - build.shared)
+    if unused:
+        parts = sorted({part for held in build.member_parts[first.name].values() for part in held} | build.shared)
+        message = f"{first.spec.method} has no part {unused[0]!r}"
+        raise GraftError("GC036", message, place=Place(path="share"), hint=f"it has: {', '.join(parts)}")
+    return {**build.member_parts, unit.name: build.parts}
+
+
+def _first_slot(device: torch.device) -> Tensor:
+    return torch.zeros(1, dtype=torch.int64, device=device)
+
+
+def _insert_added(unit: Unit, new: Callable[..., Any]) -> dict[str, Parts]:
+    composition = unit.composition
+    assert composition is not None
+    build: Builder = new(Builder, unit.name, composition.kind)
+    trains = not (isinstance(composition, Fuse) and composition.train == "fusion")
+    builders: dict[str, Collecting] = {}
+    sites: dict[SiteKey, tuple[Site, list[tuple[str, Any]]]] = {}
+    shared: dict[str, Any] = {}
+    for item in unit.members:
+        method, gates = item.spec.method, isinstance(composition, Gate)
+        member = builders[item.name] = Collecting(build, item.name, method, trains=trains, attends=gates)
+        shared[item.name] = method_for(item.spec.method).prepare(item.spec, [site for site, _ in item.sites], member)
+        for site, own in item.sites:
+            sites.setdefault(site.key, (site, []))[1].append((item.name, own))
+    for site, members in sites.values():
+        with build.on(site):
+            for name, own in members:
+                with builders[name].on(site):
+                    method_for(own.method).insert(own, site, shared[name], builders[name])
+            with ExitStack() as stack:  # a composition may make tensors that are its members'
+                here = [builders[name] for name, _ in members]
+                for member in here:
+                    stack.enter_context(member.on(site))
+                insert_composed(composition, build, site, here)
+        if isinstance(site, LinearSite):
+            site.applied.append(_stays(unit))
+    return {**{name: member.parts for name, member in builders.items()}, unit.name: build.parts}
+
+
+def _stays(unit: Unit) -> Applied:
+    return Applied(unit.name, lambda tensors: Keep("it is a composition of adaptations"), {})
+
+
+def keep_composed(fold: Fold, unit: Unit) -> Fold:
+    """Why a composition stays, or the fold of one that averages parameters."""
+    if unit.composition is None or (isinstance(unit.composition, Average) and unit.of_one_shape):
+        return fold
+    reason = (
+        "each call chooses"
+        if unit.of_one_shape
+        else f"what they add goes through a composition ({unit.composition.kind})"
+    )
+    return Keep(reason)
+
+
+def averaged(
+    unit: Unit, parts: Mapping[str, Parts], key: SiteKey | None, get: Callable[[str], Tensor]
+) -> Mapping[str, Tensor]:
+    """The tensors of a unit at a place, by part, float64: its own, or the average of its members'. Each is made when it
+    is read, and not kept."""
+    factors = unit.composition.factors if isinstance(unit.composition, Average) else (1.0,)
+    held = [parts.get(member.name, {}) for member, _ in zip(unit.members, factors, strict=False)]
+    return _Widened([{**own.get(None, {}), **own.get(key, {})} for own in held], factors, get)
+
+
+class _Widened(Mapping[str, Tensor]):
+    """Sums of stored tensors, float64, by part."""
+
+    def __init__(
+        self, names: Sequence[Mapping[str, str]], factors: Sequence[float], get: Callable[[str], Tensor]
+    ) -> None:
+        self._names, self._factors, self._get = names, factors, get
+
+    def __getitem__(self, part: str) -> Tensor:
+        first, *others = [self._get(names[part]).detach().double() for names in self._names]
+        if not others:
+            return first
+        return torch.stack([f * t for f, t in zip(self._factors, [first, *others], strict=True)]).sum(0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names[0])
+
+    def __len__(self) -> int:
+        return len(self._names[0])

@@ -1,0 +1,212 @@
+"""The entry ``embeds``: Programs with room for virtual tokens, whose layers are captured with word vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+from torch import fx, nn
+
+from graftc.compiler.capture.capture import Capture
+from graftc.compiler.capture.interface import Flags
+from graftc.compiler.capture.signature import Axis
+from graftc.compiler.resolve.compose import Unit
+from graftc.compiler.resolve.sitetable import SiteTable
+from graftc.compiler.resolve.token_embeddings import WordVectors
+from graftc.compiler.roles.findings import Structure
+from graftc.compiler.roles.positions import position_readers
+from graftc.compiler.roles.structure import find_structure
+from graftc.passes.core.counted import counted_inputs
+from graftc.passes.core.program import Program, above
+from graftc.passes.core.shapes import expression
+from graftc.passes.core.sites import ValueSite
+from graftc.passes.lengthen import lengthen
+from graftc.passes.sequences import Lengthened
+from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.document import Spec
+
+_HINT = "use a method that adds no virtual tokens, for example prefix"
+
+
+Plan: TypeAlias = Mapping[str, Sequence[tuple[Unit, Sequence[ValueSite]]]]
+"""Which adaptations have virtual tokens in a sequence, and at which values of it; by input of token ids."""
+
+
+def require_words(spec: Spec, model: nn.Module, table: SiteTable) -> None:
+    """Whether virtual tokens have a place in a graph, where a spec has some.
+
+    Raises:
+        GraftError: GC019.
+    """
+    given = ", ".join(table.program.signature)
+    for index, adaptation in enumerate(spec.adapt):
+        if adaptation.virtual_tokens() and not table.words:
+            message = f"{type(model).__name__} takes no word vectors (inputs_embeds) in the place of {given}"
+            hint = _HINT
+            if "inputs_embeds" in table.program.signature:
+                message = f"virtual tokens stand among words that the model looks up, and {given} are given"
+                hint = "call the model with input_ids"
+            raise spec.locate(GraftError("GC019", message, place=Place(path=f"adapt[{index}].method"), hint=hint))
+
+
+def planned(units: Iterable[Unit], vectors: Sequence[WordVectors]) -> Plan:
+    """Which adaptations have virtual tokens in which sequence, and where.
+
+    Raises:
+        GraftError: GC019 where the sequence of a place cannot be lengthened, GC036 in compositions that cannot have
+            virtual tokens.
+    """
+    found: dict[str, list[tuple[Unit, list[ValueSite]]]] = {}
+    for unit in units:
+        for member in unit.members:
+            if not member.spec.virtual_tokens():
+                continue
+            if unit.composition is not None and not unit.of_one_shape:
+                kind = unit.composition.kind
+                raise GraftError("GC036", f"{member.name!r} adds virtual tokens, which no {kind} can compose")
+            sites: dict[str, list[ValueSite]] = {}
+            for site, _ in member.sites:
+                assert isinstance(site, ValueSite)
+                sites.setdefault(_sequence(site, member.sites, vectors).ids, []).append(site)
+            for ids, own in sites.items():
+                found.setdefault(ids, []).append((unit, own))
+            break
+    return found
+
+
+def _sequence(site: ValueSite, sites: Iterable[tuple[object, object]], vectors: Sequence[WordVectors]) -> WordVectors:
+    """The sequence that a site is a value of: the only one that the first layer of its stack is made from."""
+    for own in vectors:
+        if own.node is site.node:
+            return own
+    same = [s for s, _ in sites if isinstance(s, ValueSite) and s.stack == site.stack]
+    sources = set(above([min(site.node for site in same)]))
+    reached = [own for own in vectors if own.node in sources]
+    if len(reached) != 1:
+        message = (
+            f"{site.key} cannot have virtual tokens: the model takes no word vectors in the place of its token ids"
+        )
+        raise GraftError("GC019", message, hint=_HINT)
+    return reached[0]
+
+
+def lengthened(
+    model: nn.Module,
+    table: SiteTable,
+    plan: Plan,
+    capture: Callable[[Sequence[Axis], Flags], Capture],
+) -> tuple[Program, Capture]:
+    """A Program with room for virtual tokens, and the capture that its layers come from.
+
+    Args:
+        model: the source model.
+        table: the sites of its capture with token ids.
+        plan: what to add; see `planned`.
+        capture: captures the model for other inputs.
+
+    Raises:
+        GraftError: GC019 where the model cannot be captured with word vectors, or its layers' end is not found; GC020
+            where no room is left for a text.
+    """
+    program, vectors = table.program, table.words
+    streams = [
+        Lengthened(
+            own.ids,
+            own.embeds,
+            own.node,
+            tuple(
+                (unit.name, frozenset(s.key for s in sites), tuple(unit.members[0].spec.virtual_tokens()))
+                for unit, sites in plan[own.ids]
+            ),
+        )
+        for own in vectors
+        if own.ids in plan
+    ]
+    ends = _ends(table.structure)
+    if not ends:
+        raise GraftError("GC019", f"the layers of {type(model).__name__} are not found", hint=_HINT)
+    axes = _axes(program, streams, list(ends.values()))
+    try:
+        body = capture(axes, program.flags)
+    except GraftError as error:
+        if error.code != "GC030":
+            raise
+        raise GraftError("GC019", f"it cannot be called with word vectors: {error.message}", hint=_HINT) from error
+    found = find_structure(body.program.graph, body.constants)
+    limits = {stream.ids: _most(body.program, stream, found) for stream in streams}
+    for stream in streams:
+        _check_room(program, stream, limits[stream.ids])
+    own_ends = _ends(found)
+    pairs = [(node, own_ends[stack]) for stack, node in ends.items() if stack in own_ends]
+    counted = _counted(program, table.structure, body.program, found)
+    return lengthen(program, body.program, streams, pairs, limits, counted), body
+
+
+def _counted(tokens: Program, structure: Structure, body: Program, own: Structure) -> list[tuple[fx.Node, fx.Node]]:
+    """Positions that are counted by ids, and the same positions in the capture with word vectors: one table's."""
+    numbers = {name: node for name, node in _positions(tokens, structure).items() if counted_inputs(node)}
+    return [(numbers[name], node) for name, node in _positions(body, own).items() if name in numbers]
+
+
+def _positions(program: Program, structure: Structure) -> dict[str, fx.Node]:
+    """Numbers of positions, by the table that they are looked up in."""
+    return {str(table.target): numbers for table, numbers in _tables(program, structure)}
+
+
+def _tables(program: Program, structure: Structure) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Tables of positions with the numbers that are looked up in them."""
+    for positions in position_readers(program.graph, structure.findings):
+        table, numbers = positions.reader.args[0], positions.reader.args[positions.index]
+        if positions.index == 1 and isinstance(table, fx.Node) and isinstance(numbers, fx.Node):
+            yield table, numbers
+
+
+def _ends(structure: Structure) -> dict[str, fx.Node]:
+    """What the last sublayer of each stack gives."""
+    return {sublayer.stack: sublayer.output for sublayer in structure.sublayers if sublayer.roles}
+
+
+def _axes(program: Program, streams: Sequence[Lengthened], ends: Sequence[fx.Node]) -> list[Axis]:
+    """The inputs that the layers need, with word vectors in the place of ids."""
+    needed = set(above(ends))
+    by_ids = {stream.ids: stream for stream in streams}
+    longer = {s.shape[1]: by_ids[s.name].length for s in program.inputs if s.name in by_ids}
+    axes = []
+    for spec, node in zip(program.inputs, program.placeholders(), strict=True):
+        if node not in needed:
+            continue
+        shape = tuple(
+            size + longer.get(size, 0) if axis == 1 and isinstance(size, int) else size
+            for axis, size in enumerate(spec.shape)
+        )
+        if spec.name in by_ids:
+            value = by_ids[spec.name].value.meta["val"]
+            axes.append(Axis(by_ids[spec.name].embeds, value.dtype, (*shape, int(value.shape[-1]))))
+        else:
+            axes.append(Axis(spec.name, spec.dtype, shape))
+    return axes
+
+
+def _most(body: Program, stream: Lengthened, structure: Structure) -> int | None:
+    """How many tokens the layers read at most, by what bounds their graph and by tables of positions; None where
+    nothing does."""
+    spec = next(spec for spec in body.inputs if spec.name == stream.embeds)
+    bounds = [spec.ranges[1][1]] if isinstance(spec.shape[1], str) else []
+    node = next(node for node in body.placeholders() if str(node.target) == stream.embeds)
+    size = expression(node.meta["val"].shape[1])
+    for table, numbers in _tables(body, structure):
+        if expression(numbers.meta["val"].shape[-1]) == size:
+            bounds.append(int(table.meta["val"].shape[0]))
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _check_room(program: Program, stream: Lengthened, limit: int | None) -> None:
+    """Whether the text that a model is captured with has room beside virtual tokens."""
+    text = stream.value.meta["val"].shape[1]
+    least = text if isinstance(text, int) else int(text.node.hint)
+    if limit is not None and least + stream.length > limit:
+        raise GraftError(
+            "GC020",
+            f"{stream.length} virtual tokens leave no room for a text of {least}: the model reads {limit} at most",
+            hint="take fewer virtual tokens, or shorter texts",
+        )

@@ -1,0 +1,271 @@
+"""From a spec's targets to the sites of one Program, and the conflicts among them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from graftc.compiler.resolve.select import check_overrides, depths, match_modules, select
+from graftc.compiler.resolve.sitetable import BlockedSite, SiteTable
+from graftc.compiler.roles.findings import place
+from graftc.passes.core.program import Program
+from graftc.passes.core.registry import method_for
+from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey, SublayerSite, ValueSite
+from graftc.passes.core.weight_slice import WeightSlice
+from graftc.specs.base import MethodSpec
+from graftc.specs.claims import SiteKind
+from graftc.specs.diagnostics import GraftError, Place, warn
+from graftc.specs.document import Spec
+from graftc.specs.regexes import RegexMatcher
+
+TRAIN = "trained"
+"""Name under which the spec's ``train:`` list owns its overlays."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """One adaptation with its sites in one Program.
+
+    Attributes:
+        spec: the adaptation.
+        sites: every use of every place, each with the spec that holds for it.
+        shared: places whose tensor something else reads too, which therefore cannot fold, with what that is.
+    """
+
+    spec: MethodSpec
+    sites: tuple[tuple[Site, MethodSpec], ...]
+    shared: Mapping[SiteKey, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The adaptation's name."""
+        assert self.spec.name is not None
+        return self.spec.name
+
+    @property
+    def places(self) -> tuple[tuple[Site, MethodSpec], ...]:
+        """The first use of every place: what tensors, folds and counts go by."""
+        found: dict[SiteKey, tuple[Site, MethodSpec]] = {}
+        for site, spec in self.sites:
+            found.setdefault(place_of(site), (site, spec))
+        return tuple(found.values())
+
+
+def place_of(site: Site) -> SiteKey:
+    """Uses of one weight are one place, and so are sublayers that end in one and the values of a layer that runs
+    several times; each use of anything else is its own."""
+    return site.key.place if isinstance(site, LinearSite | SublayerSite | ValueSite) else site.key
+
+
+class Resolver:
+    """Resolves a spec on one Program.
+
+    Args:
+        table: its sites.
+    """
+
+    def __init__(self, table: SiteTable) -> None:
+        self.table = table
+
+    def resolve(self, spec: Spec) -> list[Resolved]:
+        """The sites of every adaptation.
+
+        Raises:
+            GraftError: GC011 to GC017 for targets, GC021 for rows with two owners, GC023 for sites that no output
+                needs.
+        """
+        found: list[Resolved] = []
+        matcher = RegexMatcher()
+        for index, adaptation in enumerate(spec.adapt):
+            where = f"adapt[{index}]"
+            try:
+                found.append(self._one(adaptation, where, matcher))
+            except GraftError as error:
+                raise spec.locate(error) from error
+        self._conflicts(spec, found)
+        self._warn(spec, found)
+        return found
+
+    def _one(self, adaptation: MethodSpec, where: str, matcher: RegexMatcher) -> Resolved:
+        chosen = select(
+            adaptation.target,
+            self.table.candidates,
+            f"{where}.target",
+            kinds=adaptation.claims.sites,
+            method=adaptation.method,
+            missing=self.table.missing,
+            matcher=matcher,
+        )
+        stack_depths = depths(self.table.candidates)
+        check_overrides(adaptation, chosen, where, depth=stack_depths)
+        method = method_for(adaptation.method)
+        sites: list[tuple[Site, MethodSpec]] = []
+        for candidate in chosen:
+            index = candidate.key
+            assert isinstance(index, int)
+            entry = self.table.entries[index]
+            depth = stack_depths.get(candidate.stack)
+            own = adaptation.for_site(candidate.module, candidate.roles, candidate.layer, depth=depth)
+            if not method.applies(own, entry[0]):
+                continue
+            if isinstance(entry[0], BlockedSite):
+                raise _blocked(entry[0], f"{where}.target")
+            sites += [(site, own) for site in entry]
+        if not sites:
+            message = f"none of the {len(chosen)} places has anything that {adaptation.method} trains"
+            raise GraftError("GC014", message, place=Place(path=f"{where}.target"), hint=method.remedy(adaptation))
+        return self._resolved(adaptation, sites)
+
+    def _resolved(self, adaptation: MethodSpec, sites: Sequence[tuple[Site, MethodSpec]]) -> Resolved:
+        groups: dict[SiteKey, list[LinearSite]] = defaultdict(list)
+        for site, _ in sites:
+            if isinstance(site, LinearSite):
+                groups[place_of(site)].append(site)
+        shared = {key: found for key, group in groups.items() if (found := self._shared(group))}
+        return Resolved(adaptation, tuple(sites), shared)
+
+    def _shared(self, sites: Sequence[LinearSite]) -> str | None:
+        """What shares the tensor of a place and is not adapted with it, in words."""
+        reader = self.table.read_elsewhere(sites)
+        if reader is None:
+            return None
+        first = sites[0]
+        own = f"{first.key.module}.{first.key.name}"
+        others = [n for n in (first.own.tensor, *self.table.store.tied(first.own.tensor)) if n != own]
+        return f"is tied to {', '.join(others)}" if others else f"is also read by {reader}"
+
+    def again(self, main: Iterable[Resolved], *, every: bool = True) -> list[Resolved]:
+        """The places that another Program's adaptations have, in this one.
+
+        Args:
+            main: what was found there.
+            every: all have to be here; otherwise those that are not are left out.
+
+        Raises:
+            GraftError: GC031 naming an adaptation and a place that this Program does not read.
+        """
+        found: list[Resolved] = []
+        for resolved in main:
+            sites: list[tuple[Site, MethodSpec]] = []
+            for site, spec in resolved.places:
+                here = self.table.same(site)
+                if not here and every:
+                    raise not_read(self.table.program, str(site.key), resolved.name)
+                sites += [(other, spec) for other in here]
+            found.append(self._resolved(resolved.spec, sites))
+        return found
+
+    def _conflicts(self, spec: Spec, found: Sequence[Resolved]) -> None:
+        """Rows of one weight belong to one adaptation, or to several that name exactly the same rows."""
+        owners: dict[tuple[str, str], dict[WeightSlice, list[str]]] = defaultdict(dict)
+        for index, resolved in enumerate(found):
+            for site, _ in resolved.places:
+                if not isinstance(site, LinearSite):
+                    continue
+                held = owners[site.key.module, site.key.name]
+                for own, names in held.items():  # as many as there are parts of a weight, not as adaptations
+                    same = own == site.own and names[-1] != resolved.name
+                    if own.overlaps(site.own) and not same:
+                        raise spec.locate(
+                            GraftError(
+                                "GC021",
+                                f"{resolved.name!r} adapts {_rows(site.own)} of {site.key.module}, "
+                                f"{names[0]!r} adapts {_rows(own)} of it",
+                                place=Place(path=f"adapt[{index}].target"),
+                                hint="adaptations stack on exactly the same rows; leave one of them out, or name "
+                                "the same rows in both",
+                            )
+                        )
+                held.setdefault(site.own, []).append(resolved.name)
+
+    def _warn(self, spec: Spec, found: Sequence[Resolved]) -> None:
+        for index, resolved in enumerate(found):
+            if method_for(resolved.spec.method).stands_in:
+                continue
+            place = spec.place(f"adapt[{index}].target")
+            for site, _ in resolved.places:
+                reader = resolved.shared.get(place_of(site))
+                if reader is not None:
+                    message = f"{site.key} {reader}: {resolved.name!r} trains there but will not fold"
+                    warn("GC024", message, place=place, hint="exclude it, or deploy with the adaptation in the graph")
+
+    def trained(self, spec: Spec) -> list[ParameterSite]:
+        """The parameters of the modules that ``train:`` names, as sites.
+
+        Raises:
+            GraftError: GC011 for a pattern that matches no module, GC022 for a tied tensor, GC023 for one that no
+                output needs.
+        """
+        if not spec.train:
+            return []
+        sites: dict[str, ParameterSite] = {}
+        try:
+            for path in match_modules(spec.train, [m for m in self.table.modules if m]):
+                for site in self._parameters(path):
+                    sites.setdefault(site.tensor, site)
+        except GraftError as error:
+            raise spec.locate(error) from error
+        return list(sites.values())
+
+    def trained_again(self, main: Sequence[ParameterSite], *, every: bool = True) -> list[ParameterSite]:
+        """The parameters that another Program trains, in this one.
+
+        Args:
+            main: what it trains.
+            every: all have to be here; otherwise those that are not are left out.
+
+        Raises:
+            GraftError: GC031 naming a parameter that this Program does not read.
+        """
+        missing = [site.tensor for site in main if not self.table.reads(site.tensor)]
+        if missing and every:
+            raise not_read(self.table.program, missing[0], TRAIN)
+        return [site for site in main if site.tensor not in missing]
+
+    def _parameters(self, path: str) -> list[ParameterSite]:
+        found: list[ParameterSite] = []
+        where = Place(path="train")
+        for name, _ in self.table.modules[path].named_parameters(path, remove_duplicate=False):
+            if self.table.store.tied(name):
+                others = ", ".join(self.table.store.tied(name))
+                raise GraftError(
+                    "GC022",
+                    f"{path} would train {name}, which is tied to {others}",
+                    place=where,
+                    hint="training one use of a tied tensor changes the other; break the tie in the model first",
+                )
+            if not self.table.reads(name):
+                raise GraftError(
+                    "GC023",
+                    f"{name} is not needed for any output of the model, so it would never learn",
+                    place=where,
+                    hint="leave its module out of train",
+                )
+            module, _, last = name.rpartition(".")
+            layer, stack = place(module)
+            key = SiteKey(module, last)
+            found.append(ParameterSite(key, (), layer, stack, kind=SiteKind.PARAMETER, tensor=name))
+        return found
+
+
+def not_read(program: Program, place: str, owner: str) -> GraftError:
+    """The error for a signature whose graph does not read a place that is adapted."""
+    return GraftError(
+        "GC031",
+        f"with the inputs {', '.join(program.signature)} the model does not read {place}, which {owner!r} adapts",
+        hint="leave that place out of the spec, or call the model with the inputs it was compiled with",
+    )
+
+
+def _rows(own: WeightSlice) -> str:
+    return "all rows" if own.whole else str(own)
+
+
+def _blocked(site: BlockedSite, path: str) -> GraftError:
+    if site.unused:
+        hint = "exclude it, or use a model head that reads it"
+        return GraftError("GC023", f"{site.key.module} {site.reason}", place=Place(path=path), hint=hint)
+    return GraftError(
+        "GC017", f"{site.key.module} {site.reason}", place=Place(path=path), hint="leave it out with exclude"
+    )

@@ -1,0 +1,399 @@
+"""Every site of one Program, as candidates for targets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from graftc.compiler.resolve.candidates import Candidate
+from graftc.compiler.resolve.token_embeddings import WordVectors
+from graftc.compiler.roles.findings import Finding, Structure, Sublayer, place
+from graftc.compiler.roles.layer_values import attended, value_sites
+from graftc.compiler.roles.parameters import other_parameters
+from graftc.compiler.roles.positions import position_readers
+from graftc.passes.core.program import Program, above
+from graftc.passes.core.sites import (
+    AttentionSite,
+    EmbeddingSite,
+    ExpertsSite,
+    LinearSite,
+    NormSite,
+    ParameterSite,
+    Site,
+    SiteKey,
+    SublayerSite,
+    Use,
+    ValueSite,
+    linear_use,
+)
+from graftc.passes.core.store import Store
+from graftc.passes.core.uses import Experts, Lookup
+from graftc.passes.core.views import only_moves
+from graftc.passes.core.weight_slice import WeightSlice
+from graftc.specs.claims import SiteKind
+from graftc.specs.roles import widen
+
+
+@dataclass(eq=False)
+class BlockedSite(Site):
+    """A place that a target may name and no method can adapt.
+
+    Attributes:
+        reason: why.
+        unused: no output needs it.
+    """
+
+    reason: str = ""
+    unused: bool = False
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One stored weight under the name that its module has for it, and all its uses there."""
+
+    module: str
+    name: str
+    uses: list[Use]
+
+
+class SiteTable:
+    """All sites of one Program.
+
+    A stored weight is one candidate however often it is used, or one per role where roles own some of its rows only.
+
+    Args:
+        program: the base as captured, canonicalised.
+        store: its tensors.
+        structure: the roles found in it.
+        modules: the source model's modules by path, to tell a wrong name from a module that no output needs.
+        words: where it looks words up.
+
+    Attributes:
+        entries: the sites of each candidate: one per use of its tensor.
+        candidates: what targets select from; a candidate's key is its position in `entries`.
+        weights: stored weights with their uses, by module and parameter name.
+        words: where the model looks words up.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        store: Store,
+        structure: Structure,
+        modules: Mapping[str, nn.Module],
+        words: Sequence[WordVectors] = (),
+    ) -> None:
+        self.program, self.store, self.structure, self.modules = program, store, structure, modules
+        self.words = words
+        self.entries: list[list[Site]] = []
+        self.candidates: list[Candidate] = []
+        self.weights: dict[tuple[str, str], _Weight] = {}
+        self._attributes = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
+        self._same: dict[tuple[SiteKey, WeightSlice], list[Site]] = {}
+        self._by_node: dict[fx.Node, list[Finding]] = defaultdict(list)
+        for finding in structure.findings:
+            self._by_node[finding.node].append(finding)
+        self._positions = position_readers(program.graph, structure.findings)
+        read = self._read_uses()
+        for weight in self.weights.values():
+            self._weight(weight)
+        for finding in structure.findings:
+            if finding.kind == SiteKind.ATTENTION:
+                self._attention(finding)
+            elif finding.kind == SiteKind.PARAMETER:
+                self._parameter(finding)
+            elif finding.kind in _MAPS and finding.node not in read:
+                self._blocked(finding)
+        self._norms()
+        self._sublayers()
+        self._other_modules()
+        for site in list(other_parameters(store, self._attributes, self.entries)):
+            self._add([site])
+        self._values()
+        self._words(words)
+
+    # --- weights ---------------------------------------------------------------------------------------
+
+    def _read_uses(self) -> set[fx.Node]:
+        read: set[fx.Node] = set()
+        for node in self.program.graph.nodes:
+            use = linear_use(node)
+            if use is not None:
+                read.add(node)
+                key = self._owner(use)
+                self.weights.setdefault(key, _Weight(*key, [])).uses.append(use)
+        return read
+
+    def _owner(self, use: Use) -> tuple[str, str]:
+        """Module and parameter name: the calling module's own name for the tensor, or the first one of all. A module
+        that is registered under several paths goes by the first."""
+        calling = str(use.node.meta["module"])
+        names = [use.weight.tensor, *self.store.tied(use.weight.tensor)]
+        chosen = next((n for n in names if n.rpartition(".")[0] == calling), names[0])
+        owner = self.modules.get(chosen.rpartition(".")[0])
+        same = (n for n in names if owner is not None and self.modules.get(n.rpartition(".")[0]) is owner)
+        module, _, name = next(same, chosen).rpartition(".")
+        return module, name
+
+    def _weight(self, weight: _Weight) -> None:
+        """The whole weight, where a use reads all of it, and the rows that roles own."""
+        findings = [f for use in weight.uses for f in self._by_node.get(use.node, ())]
+        spans: dict[WeightSlice, list[Finding]] = {}
+        whole = weight.uses[0].weight.at(None)
+        if any(use.weight.whole for use in weight.uses):
+            spans[whole] = []
+        for finding in findings:
+            spans.setdefault(whole.at(finding.rows), []).append(finding)
+        for use in weight.uses:  # rows that no role owns and no whole covers are reached by name
+            if whole not in spans and not any(own.overlaps(use.weight) for own in spans):
+                spans.setdefault(use.weight, [])
+        parts: set[str] = set()
+        for own, found in spans.items():
+            part = "" if own.whole else _unique(found[0].role.rpartition(".")[2] if found else "rows", parts)
+            sites = self.linear_sites(SiteKey(weight.module, weight.name, part), own, found)
+            if sites:
+                self._add(sites, part=not own.whole and whole in spans)
+
+    def linear_sites(
+        self, key: SiteKey, own: WeightSlice, found: Sequence[Finding] = (), like: Site | None = None
+    ) -> list[Site]:
+        """The sites of some rows of a weight, one per use that reads all of those rows. A use that reads the tensor the
+        other way round than the first has other rows, and is another reader."""
+        weight = self.weights.get((key.module, key.name))
+        alike = [u for u in weight.uses if u.weight.layout is weight.uses[0].weight.layout] if weight else []
+        uses = [u for u in alike if u.weight.covers(own)]
+        if like is not None:
+            roles, layer, stack = like.roles, like.layer, like.stack
+        else:
+            roles = tuple(dict.fromkeys(f.role for f in found))
+            layer, stack = (found[0].layer, found[0].stack) if found else place(key.module)
+        return [site_of(use, replace(key, use=index), own, roles, layer, stack) for index, use in enumerate(uses)]
+
+    def reads(self, tensor: str) -> bool:
+        """Whether the Program reads a tensor of the Store."""
+        return tensor in self._attributes
+
+    def read_elsewhere(self, sites: Sequence[LinearSite]) -> str | None:
+        """What else reads the rows of these sites of one weight, so that folding into it would change that too."""
+        adapted = {site.use.node for site in sites}
+        own = sites[0].own
+        name = own.tensor
+        mine = {use.node: use for w in self.weights.values() for use in w.uses if use.weight.tensor == name}
+        for reader in _readers(self._attributes.get(name)):
+            use = mine.get(reader)
+            apart = use is not None and not use.weight.overlaps(own)
+            if reader in adapted or apart:
+                continue
+            return f"{reader.name} in {reader.meta['module'] or 'the model'}"
+        return None
+
+    # --- other sites -----------------------------------------------------------------------------------
+
+    def _attention(self, finding: Finding) -> None:
+        key = SiteKey(finding.module, finding.role, use=finding.use)
+        heads = self.structure.heads.get(finding.node)
+        made = set(above([finding.node]))
+        self._add(
+            [
+                AttentionSite(
+                    key,
+                    *_where(finding),
+                    kind=SiteKind.ATTENTION,
+                    node=finding.node,
+                    keys=heads.keys if heads is not None else None,
+                    values=heads.values if heads is not None else None,
+                    operands=heads.operands if heads is not None else None,
+                    positions=tuple(p for p in self._positions if p.reader in made),
+                    read=attended(finding.node, self.structure.sublayers),
+                )
+            ]
+        )
+
+    def _parameter(self, finding: Finding) -> None:
+        assert finding.parameter is not None
+        module, _, name = finding.parameter.rpartition(".")
+        key = SiteKey(module, name)
+        self._add([ParameterSite(key, *_where(finding), kind=SiteKind.PARAMETER, tensor=finding.parameter)])
+
+    def _norms(self) -> None:
+        norms: dict[str, list[Finding]] = defaultdict(list)
+        for finding in self.structure.findings:
+            if finding.kind == SiteKind.NORM and finding.parameter is not None:
+                norms[finding.parameter].append(finding)
+        for tensor, found in norms.items():
+            module, _, name = tensor.rpartition(".")
+            bias = f"{module}.bias".lstrip(".")
+            shift = bias if bias != tensor and bias in self._attributes else None
+            self._add(
+                [
+                    NormSite(
+                        SiteKey(module, name, use=index),
+                        *_where(finding),
+                        kind=SiteKind.NORM,
+                        node=finding.node,
+                        weight=tensor,
+                        bias=shift,
+                    )
+                    for index, finding in enumerate(found)
+                ]
+            )
+
+    def _sublayers(self) -> None:
+        """Sublayers that end in the same weight are uses of one place; others of their roles in a layer are told apart
+        by number."""
+        places: dict[tuple[str, str], dict[Any, list[Site]]] = defaultdict(dict)
+        for sublayer in self.structure.sublayers:
+            if not sublayer.roles:
+                continue
+            role, last = " ".join(sublayer.roles), _last_map(sublayer.projection)
+            known = places[sublayer.owner, role]
+            end = _end(sublayer)
+            sites = known.setdefault(end, [])
+            number = list(known).index(end) + 1
+            key = SiteKey(sublayer.owner, role, str(number) if number > 1 else "", len(sites))
+            sites.append(_sublayer_site(sublayer, key, last))
+        for known in places.values():
+            for sites in known.values():
+                self._add(sites)
+
+    def _values(self) -> None:
+        """What every layer reads, and what it gives. Runs of one layer are uses of one place."""
+        for sites in value_sites(self.program.graph, self.structure, _end):
+            self._add(sites)
+
+    def _words(self, words: Sequence[WordVectors]) -> None:
+        """The word vectors of every sequence. Without a prefix the role means the first one's, an encoder's."""
+        for own in words:
+            key = SiteKey(own.module, own.role)
+            named = {own.role} if own.role.startswith("decoder.") else None
+            self._add([ValueSite(key, (own.role,), None, "", kind=SiteKind.VALUE, node=own.node)], named=named)
+
+    def _blocked(self, finding: Finding) -> None:
+        name = (finding.parameter or finding.role).rpartition(".")[2]
+        reason = "has a weight that is more than rows of one stored tensor, in order"
+        site = BlockedSite(SiteKey(finding.module, name), *_where(finding), kind=finding.kind, reason=reason)
+        self._add([site])
+
+    def _other_modules(self) -> None:
+        """Weights without a site are candidates too, so that naming one says what is wrong."""
+        present = {candidate.module for candidate in self.candidates}
+        for path, module in self.modules.items():
+            weight = module._parameters.get("weight")
+            if weight is None or weight.dim() < 2 or path in present:
+                continue
+            layer, stack = place(path)
+            unused = self.store.canonical(f"{path}.weight") not in self._attributes
+            reason = (
+                "is not needed for any output of the model, so it would never learn"
+                if unused
+                else "has a weight that is no linear map's, or is read as more than rows of the stored tensor"
+            )
+            key = SiteKey(path, "weight")
+            self._add([BlockedSite(key, (), layer, stack, kind=SiteKind.LINEAR, reason=reason, unused=unused)])
+
+    def _add(self, sites: Sequence[Site], part: bool = False, named: Iterable[str] | None = None) -> None:
+        first = sites[0]
+        roles = frozenset(r for site in sites for role in site.roles for r in widen(role))
+        roles = frozenset(named) if named is not None else roles
+        label = first.key.module + (f"[{first.key.part}]" if first.key.part else "")
+        index = len(self.entries)
+        self.entries.append(list(sites))
+        self.candidates.append(
+            Candidate(index, first.key.module, roles, first.kind, first.layer, first.stack, label, part)
+        )
+
+    def missing(self, spot: tuple[str, int] | None) -> list[str]:
+        """What was left without a role in a layer (its stack and number), or in the whole model, and why."""
+        return [
+            f"{entry.module}: {entry.reason}"
+            for entry in self.structure.unresolved
+            if spot is None or (entry.stack, entry.layer) == spot
+        ]
+
+    def same(self, site: Site) -> list[Site]:
+        """The sites here at the place of a site of another Program; empty where the place is not read here."""
+        if isinstance(site, LinearSite):
+            # Adaptations that stack on a place share its sites: these know what stands there so far.
+            spot = site.key.place, site.own
+            if spot not in self._same:
+                self._same[spot] = self.linear_sites(*spot, like=site)
+            return self._same[spot]
+        key, shared = site.key, isinstance(site, SublayerSite | ValueSite)
+        here = (s for sites in self.entries for s in sites if type(s) is type(site))
+        return [s for s in here if (s.key.place == key.place if shared else s.key == key)]
+
+
+def site_of(
+    use: Use, key: SiteKey, own: WeightSlice, roles: tuple[str, ...] = (), layer: int | None = None, stack: str = ""
+) -> LinearSite:
+    """The typed site of some rows of a use."""
+    cls, kind = LinearSite, SiteKind.LINEAR
+    if isinstance(use, Experts):
+        cls, kind = ExpertsSite, SiteKind.EXPERTS
+    elif isinstance(use, Lookup):
+        cls, kind = EmbeddingSite, SiteKind.EMBEDDING
+    return cls(key, roles, layer, stack, kind=kind, use=use, own=use.weight.at(own.rows))
+
+
+def _sublayer_site(sublayer: Sublayer, key: SiteKey, last: Use | None) -> SublayerSite:
+    return SublayerSite(
+        key,
+        sublayer.roles,
+        sublayer.layer,
+        sublayer.stack,
+        kind=SiteKind.SUBLAYER,
+        stream=sublayer.stream,
+        normed=sublayer.normed,
+        inner=last.input if last is not None else None,
+        projection=sublayer.projection,
+        branch=sublayer.branch,
+        sum=sublayer.sum,
+        post_norm=sublayer.post_norm,
+        output=sublayer.output,
+    )
+
+
+def _end(sublayer: Sublayer) -> str | fx.Node:
+    """The weight that a branch ends in, or its sum where several meet: what two runs of one sublayer share."""
+    last = _last_map(sublayer.projection)
+    return last.weight.tensor if last is not None else sublayer.sum
+
+
+def _last_map(projection: fx.Node) -> Use | None:
+    """The linear map that a branch ends in; None where several meet."""
+    node = projection
+    while (use := linear_use(node)) is None:
+        sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        if len(sources) != 1:
+            return None
+        node = sources[0]
+    return use
+
+
+_MAPS = (SiteKind.LINEAR, SiteKind.EXPERTS, SiteKind.EMBEDDING)
+
+
+def _where(finding: Finding) -> tuple[tuple[str, ...], int | None, str]:
+    return (finding.role,), finding.layer, finding.stack
+
+
+def _unique(word: str, taken: set[str]) -> str:
+    name, number = word, 1
+    while name in taken:
+        number += 1
+        name = f"{word}{number}"
+    taken.add(name)
+    return name
+
+
+def _readers(node: fx.Node | None) -> Iterator[fx.Node]:
+    """What reads a stored tensor, through views of it."""
+    for user in node.users if node is not None else ():
+        if only_moves(user) and user.args[0] is node:
+            yield from _readers(user)
+        else:
+            yield user

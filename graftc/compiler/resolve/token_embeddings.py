@@ -1,0 +1,76 @@
+"""Where a model looks its words up, and where it takes their vectors instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from graftc.compiler.capture.interface import parameters
+from graftc.passes.core.program import Program
+
+_INPUTS = {"input_ids": "inputs_embeds", "decoder_input_ids": "decoder_inputs_embeds"}
+
+
+@dataclass(frozen=True)
+class WordVectors:
+    """The word vectors of one sequence, in one Program.
+
+    Attributes:
+        ids: the input with the token ids.
+        embeds: the input that takes their vectors instead.
+        role: ``embed.token``, with its stack where there are two.
+        module: path of the module that looks them up.
+        node: their value.
+    """
+
+    ids: str
+    embeds: str
+    role: str
+    module: str
+    node: fx.Node
+
+
+def word_vectors(model: nn.Module, program: Program) -> list[WordVectors]:
+    """Where a Program looks words up, for each of its sequences; none where the model takes no vectors instead."""
+    pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    known = parameters(model)
+    inputs = {str(node.target): node for node in program.placeholders()}
+    found = []
+    for ids, embeds in _INPUTS.items():
+        if ids not in inputs or embeds not in known:
+            continue
+        stack = "decoder" if ids.startswith("decoder_") else "encoder" if pair else ""
+        module = _looking_up(model, stack)
+        paths = [path for path, own in model.named_modules(remove_duplicate=False) if own is module]
+        node = _value(program.graph, paths, inputs[ids])
+        if node is not None:
+            role = f"{stack}.embed.token".lstrip(".")
+            found.append(WordVectors(ids, embeds, role, str(node.meta["module"]), node))
+    return found
+
+
+def _looking_up(model: nn.Module, stack: str) -> object:
+    """The module that looks words up, by the convention of transformers; None where a model does not follow it."""
+    owner: Any = model
+    try:
+        if stack:
+            owner = owner.get_encoder() if stack == "encoder" else owner.get_decoder()
+        return owner.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _value(graph: fx.Graph, paths: Sequence[str], ids: fx.Node) -> fx.Node | None:
+    """The last value that a module computes from some ids."""
+    below: set[fx.Node] = {ids}
+    found = None
+    for node in graph.nodes:
+        if node.op == "call_function" and not below.isdisjoint(node.all_input_nodes):
+            below.add(node)
+            path = str(node.meta.get("module", ""))
+            if any(path == own or path.startswith(f"{own}.") for own in paths):
+                found = node
+    return found

@@ -1,0 +1,126 @@
+"""Tokens to add: a source model with room for them, and the sites where their rows are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftc.compiler.resolve.sitetable import SiteTable, site_of
+from graftc.compiler.resolve.untie import sharing_copy
+from graftc.passes.core.sites import LinearSite, SiteKey
+from graftc.passes.core.store import Store
+from graftc.passes.core.uses import Lookup
+from graftc.passes.core.weight_slice import WeightSlice
+from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.document import Tokens
+
+TOKENS = "tokens"
+"""Name under which a spec's ``tokens`` owns its rows."""
+
+
+def with_room(model: nn.Module, tokens: Tokens) -> nn.Module:
+    """``model`` itself where its table has the rows; else a copy with a longer table and head, which shares all other
+    storage. New rows start at the mean of the others. The model is not changed.
+
+    Raises:
+        GraftError: GC018 for a model whose table cannot be told or resized.
+    """
+    table = _table(model)
+    entries = table.shape[0]
+    first = entries if tokens.first is None else tokens.first
+    needed = first + len(tokens.add)
+    if first > entries:
+        raise GraftError(
+            "GC018",
+            f"the first new id is {first}, which leaves a gap: the table has {entries} entries",
+            place=Place(path="tokens.first"),
+            hint=f"leave first out, or set it to at most {entries}",
+        )
+    if needed <= entries:
+        return model
+    longer = sharing_copy(model)
+    if not hasattr(longer, "resize_token_embeddings"):
+        raise _cannot(model)
+    devices = [t.device for t in (table,) if t.device.type == "cuda"]
+    with torch.random.fork_rng(devices), torch.no_grad():
+        longer.resize_token_embeddings(needed, mean_resizing=False)
+        for tensor in {id(t): t for t in (_table(longer), _head(longer)) if t is not None}.values():
+            if tensor.device.type != "meta" and tensor.shape[0] == needed:
+                tensor[entries:] = tensor[:entries].float().mean(0).to(tensor.dtype)
+    return longer  # type: ignore[no-any-return]
+
+
+def token_sites(
+    model: nn.Module, store: Store, table: SiteTable, tokens: Tokens
+) -> list[tuple[WeightSlice, list[LinearSite]]]:
+    """The new rows of every tensor that holds them, and everything that reads it in one Program.
+
+    Raises:
+        GraftError: GC018 where a tensor is read in a way that new rows cannot be put into, GC031 where the Program
+            does not look up the table.
+    """
+    found: list[tuple[WeightSlice, list[LinearSite]]] = []
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), store.canonical(name))
+    tensors = [t for t in (_table(model), _head(model)) if t is not None]
+    for tensor in {id(t): t for t in tensors}.values():
+        entries = tensor.shape[0]
+        first = tokens.first if tokens.first is not None else entries - len(tokens.add)
+        name = names[id(tensor)]
+        rows = WeightSlice.every(name, tensor).at(((first, first + len(tokens.add)),))
+        sites = _readers(table, rows)
+        others = table.read_elsewhere(sites) if sites else None
+        if others:
+            raise GraftError("GC018", f"{name} is also read by {others}, where new rows cannot be put", place=_PLACE)
+        if not sites and tensor is tensors[0]:
+            inputs = ", ".join(table.program.signature)
+            raise GraftError(
+                "GC031",
+                f"with the inputs {inputs} the model looks up no tokens, and the spec adds some",
+                hint="call the model with token ids",
+            )
+        if sites:
+            found.append((rows, sites))
+    return found
+
+
+_PLACE = Place(path="tokens")
+
+
+def _readers(table: SiteTable, rows: WeightSlice) -> list[LinearSite]:
+    sites: list[LinearSite] = []
+    for weight in table.weights.values():
+        for index, use in enumerate(weight.uses):
+            if use.weight.tensor == rows.tensor:
+                own = use.weight if isinstance(use, Lookup) else use.weight.at(rows.rows)
+                sites.append(site_of(use, SiteKey(weight.module, weight.name, use=index), own))
+    return sites
+
+
+def _table(model: Any) -> torch.Tensor:
+    try:
+        weight = model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        weight = None
+    if not isinstance(weight, torch.Tensor):
+        raise _cannot(model)
+    return weight
+
+
+def _head(model: Any) -> torch.Tensor | None:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    weight = getattr(head, "weight", None)
+    return weight if isinstance(weight, torch.Tensor) else None
+
+
+def _cannot(model: nn.Module) -> GraftError:
+    return GraftError(
+        "GC018",
+        f"{type(model).__name__} does not say which table holds its tokens",
+        place=_PLACE,
+        hint="it needs get_input_embeddings and resize_token_embeddings, as transformers models have them",
+    )

@@ -1,0 +1,102 @@
+"""Copies of a source model that share its storage, for specs that need another set of tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from graftc.compiler.capture.defaults import default_axes
+from graftc.compiler.capture.interface import device_of
+from graftc.compiler.capture.signature import Axis
+from graftc.compiler.resolve.select import match_modules
+from graftc.specs.diagnostics import GraftError, Place
+
+
+def sharing_copy(model: nn.Module) -> Any:
+    """A copy of ``model`` with handles of its own on the same storage: rebinding one does not reach the source."""
+    shared = {id(t): _handle(t) for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shared)
+
+
+def _handle(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+    return tensor.detach()
+
+
+def untied(model: nn.Module, patterns: Sequence[str], axes: Sequence[Axis] | None = None) -> nn.Module:
+    """A copy of ``model`` in which the modules that ``patterns`` name have tensors of their own.
+
+    Storage is shared until something is folded, so untying costs no memory. A transformers config says afterwards that
+    embeddings are not tied, so that a merged model stays as it is.
+
+    Args:
+        model: the source, which is not changed.
+        patterns: globs of module paths, as in a spec's ``untie``.
+        axes: the model's inputs; its usual ones by default.
+
+    Raises:
+        GraftError: GC011 for a pattern that matches no module, GC027 for one whose modules have nothing that is tied,
+            GC028 for a class that computes something else when its config says that nothing is tied.
+    """
+    result = sharing_copy(model)
+    modules = dict(result.named_modules(remove_duplicate=False))
+    for index, pattern in enumerate(patterns):
+        tied = False
+        for path in match_modules([pattern], [name for name in modules if name]):
+            tied |= _untie(result, modules[path], path)
+        if not tied:
+            raise GraftError(
+                "GC027",
+                f"nothing in {pattern} is tied to anything outside of it",
+                place=Place(path=f"untie[{index}]"),
+                hint="leave it out of untie",
+            )
+    if getattr(getattr(result, "config", None), "tie_word_embeddings", False):
+        result.config.tie_word_embeddings = False
+        _check_function(model, result, axes)
+    return result  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _check_function(model: nn.Module, other: nn.Module, axes: Sequence[Axis] | None) -> None:
+    """Some classes scale what goes into a tied head, and ask their config whether it is."""
+    device = device_of(model)
+    if device.type == "meta":
+        return
+    chosen = list(axes) if axes is not None else default_axes(model)
+    inputs = {axis.name: axis.example(device) for axis in chosen}
+    found = []
+    for each in (model, other):
+        training = each.training
+        try:
+            found.append(pytree.tree_leaves(each.eval()(**inputs)))
+        finally:
+            each.train(training)
+    pairs = [(a, b) for a, b in zip(*found, strict=True) if isinstance(a, torch.Tensor)]
+    if not all(torch.equal(a, b) for a, b in pairs):
+        raise GraftError(
+            "GC028",
+            f"{type(model).__name__} computes something else when its embeddings are not tied",
+            place=Place(path="untie"),
+            hint="adapt the shared tensor without untying, and deploy with the adaptation in the graph",
+        )
+
+
+def _untie(root: nn.Module, module: nn.Module, path: str) -> bool:
+    """Give a module's parameters handles of their own where others have them too; whether any did."""
+    outside = {
+        id(p) for name, p in root.named_parameters(remove_duplicate=False) if not f"{name}.".startswith(f"{path}.")
+    }
+    found = False
+    for inner in module.modules():
+        for name, parameter in inner._parameters.items():
+            if parameter is not None and id(parameter) in outside:
+                inner._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+                found = True
+    return found

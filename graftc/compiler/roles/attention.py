@@ -1,0 +1,216 @@
+"""Attention projections, and which attentions look across to another stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.roles.columns import Through
+from graftc.compiler.roles.findings import Heads
+from graftc.compiler.roles.flow import Attention, tensor_nodes
+from graftc.compiler.roles.labels import Labels
+from graftc.compiler.roles.operators import MOVING, PASSING
+from graftc.passes.core.calls import op_name
+from graftc.passes.core.sites import Operands
+from graftc.specs.claims import SiteKind
+
+
+def read_attentions(labels: Labels) -> None:
+    """Label attentions with their query, key, value and output projections, and low-rank stages before those."""
+    _find_crosses(labels)
+    attentions = [a for a in labels.flow.attentions.values() if not _pools_stream(labels, a)]
+    for attention in attentions:
+        name = attention.name
+        labels.add("attn", SiteKind.ATTENTION, attention.node, None, f"is {name}", attention=attention.node)
+        for letter, operand in (("q", attention.query), ("k", attention.key), ("v", attention.value)):
+            _projection(labels, attention, letter, operand)
+    for attention in attentions:
+        _output(labels, attention)
+    for attention in attentions:
+        _low_rank(labels, attention)
+
+
+def _pools_stream(labels: Labels, attention: Attention) -> bool:
+    """A constant query without a projection over values of the stream itself weighs layers, not projections."""
+    if labels.flow.is_data(attention.query) or labels.linear_columns(attention.query):
+        return False
+    if all(n in labels.flow.linears for n in labels.nearest(attention.key)):
+        return False
+    labels.fail(
+        attention.node, f"{attention.name} weighs values of the stream by a constant query, without projections"
+    )
+    return True
+
+
+def _projection(labels: Labels, attention: Attention, letter: str, operand: fx.Node) -> None:
+    found = labels.linear_columns(operand)
+    for node, columns in found.items():
+        linear = labels.flow.linears[node]
+        if linear.experts:
+            labels.fail(node, f"a 3-D weight, reaches {letter} of {attention.name}")
+            continue
+        evidence = f"{letter}: reaches {attention.name}{labels.journey(operand)}"
+        labels.linear(f"attn.{letter}", linear, columns, evidence, attention=attention.node)
+    if found:
+        return
+    nearest = labels.nearest(operand)
+    if not labels.flow.is_data(operand) and not nearest:
+        reason = f"{letter} of {attention.name} is a constant"
+    elif any(n in labels.flow.linears for n in nearest):
+        reason = f"columns of {letter} of {attention.name} cannot be followed"
+        for node in nearest:
+            if node in labels.flow.linears:
+                labels.fail(node, f"reaches {letter} of {attention.name}, but its columns cannot be followed")
+    else:
+        reason = f"{letter} of {attention.name} has no projection of its own"
+    labels.fail(attention.node, reason)
+
+
+def _output(labels: Labels, attention: Attention) -> None:
+    number = labels.columns.number[attention.node]
+    for node, linear in labels.flow.linears.items():
+        if labels.columns.front.get(linear.input, 0) >> number & 1 and not labels.has_role(node):
+            evidence = f"o: reads the output of {attention.name}"
+            if labels.columns.through.get(linear.input, Through.NOTHING) & Through.NONLINEAR:
+                evidence += " times a gate"
+            labels.linear("attn.o", linear, None, evidence, attention=attention.node)
+
+
+def _low_rank(labels: Labels, attention: Attention) -> None:
+    """Stages before the projections: linear maps whose columns the projections read."""
+    queries = _stages(labels, (attention.query,))
+    keys = _stages(labels, (attention.key, attention.value))
+    for role, stages in (("lowrank.q", queries), ("lowrank.kv", keys)):
+        for node, columns in stages.items():
+            if node in queries and node in keys and bool(torch.isin(queries[node], keys[node]).any()):
+                labels.fail(node, f"feeds the queries and the keys or values of {attention.name} alike")
+                continue
+            letters = role.removeprefix("lowrank.")
+            evidence = f"feeds the {letters} projection of {attention.name}"
+            labels.linear(role, labels.flow.linears[node], columns, evidence, attention=attention.node)
+
+
+def _stages(labels: Labels, operands: tuple[fx.Node, ...]) -> dict[fx.Node, Tensor]:
+    found: dict[fx.Node, Tensor] = {}
+    for operand in operands:
+        for node in labels.linear_columns(operand):
+            for first, columns in labels.linear_columns(labels.flow.linears[node].input).items():
+                if labels.has_role(first, columns) or labels.in_stream(first):
+                    continue
+                if labels.flow.linears[first].mixes:
+                    labels.fail(first, f"a convolution over positions before {labels.short(node)}")
+                else:
+                    both = [found[first], columns] if first in found else [columns]
+                    found[first] = torch.unique(torch.cat(both))
+    return found
+
+
+def _find_crosses(labels: Labels) -> None:
+    """Cross-attention: keys come from a stream that is not the queries' own and that reads nothing of that one."""
+    lines = _Lines(labels)
+    first: Attention | None = None
+    for attention in labels.flow.attentions.values():
+        query, key = lines.of(attention.query), lines.of(attention.key)
+        if query and key and not query & key and not any(lines.depends(k, q) for k in key for q in query):
+            labels.crosses.add(attention.node)
+            first = first or attention
+    if first is not None:
+        flow = labels.flow
+        memory = 0
+        for node in labels.linear_columns(first.key):
+            at = flow.at[flow.linears[node].input]
+            memory |= flow.above[at] | 1 << at
+        at = flow.at[first.query]
+        labels.encoder = memory & ~(flow.above[at] | 1 << at)
+
+
+class _Lines:
+    """Residual streams: all adds on one stream, and what the stream starts from, are one line."""
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels = labels
+        self._parent: dict[int, int] = {}
+        for residual in labels.flow.residuals.values():
+            own = labels.columns.number[residual.node]
+            for source in labels.nearest(residual.stream):
+                self._join(own, labels.columns.number[source])
+
+    def of(self, node: fx.Node) -> set[int]:
+        """Lines that ``node`` is read from, through any number of weights."""
+        labels = self.labels
+        roots = {*labels.flow.embeddings, *(n for n in labels.columns.sources if n.op == "placeholder")}
+        found: set[int] = set()
+        pending, seen = labels.nearest(node), set()
+        while pending:
+            source = pending.pop()
+            if source in seen:
+                continue
+            seen.add(source)
+            number = labels.columns.number[source]
+            if number not in self._parent and source not in roots:
+                attention = labels.flow.attentions.get(source)
+                above = [attention.query] if attention else source.all_input_nodes
+                pending += [n for operand in above for n in labels.nearest(operand)]
+            else:
+                found.add(self._root(number))
+        return found
+
+    def depends(self, line: int, other: int) -> bool:
+        """Whether a branch of one line reads what the other line starts from."""
+        flow, sources = self.labels.flow, self.labels.columns.sources
+        members = [(self._root(number), sources[number]) for number in self._parent]
+        starts = sum(1 << flow.at[n] for root, n in members if root == other and n not in flow.residuals)
+        return any(flow.above[flow.at[n]] & starts for root, n in members if root == line and n in flow.residuals)
+
+    def _root(self, number: int) -> int:
+        while self._parent.get(number, number) != number:
+            number = self._parent[number]
+        return number
+
+    def _join(self, first: int, second: int) -> None:
+        for number in (first, second):
+            self._parent.setdefault(number, number)
+        self._parent[self._root(second)] = self._root(first)
+
+
+def read_heads(labels: Labels) -> dict[fx.Node, Heads]:
+    """What each head's keys and values are made of, where every position has the same columns."""
+    found = {}
+    for node, attention in labels.flow.attentions.items():
+        keys, values = (_headed(labels, attention, operand) for operand in (attention.key, attention.value))
+        if keys is not None and values is not None:
+            operands = Operands(attention.query, keys[0], values[0])
+            found[node] = Heads(keys[1], values[1], operands)
+    return found
+
+
+def _headed(labels: Labels, attention: Attention, operand: fx.Node) -> tuple[fx.Node, Tensor] | None:
+    """The value ``[rows, heads, keys, width]`` that an operand is a view of (itself, where the call is fused), and each
+    head's columns of it."""
+    if not attention.written_out:
+        columns = _columns(labels, operand)
+        return None if columns is None else (operand, columns)
+    node = operand
+    while op_name(node) in _LAID_OUT:
+        columns = _columns(labels, node)
+        if columns is not None:
+            return node, columns
+        source = next((n for n in tensor_nodes(node.args[:2]) if labels.flow.is_data(n)), None)
+        if source is None:
+            return None
+        node = source
+    return None
+
+
+_LAID_OUT = MOVING | PASSING | {"mul", "div"}
+
+
+def _columns(labels: Labels, operand: fx.Node) -> Tensor | None:
+    index = labels.columns.index(operand)
+    if index is None or index.dim() != 4 or index.shape != labels.columns.shape(operand):
+        return None
+    first = index[:1, :, :1]
+    if not bool((index == first).all()) or bool((first < 0).any()):
+        return None
+    numbers: Tensor = torch.unique(first[0, :, 0], return_inverse=True)[1]
+    return numbers

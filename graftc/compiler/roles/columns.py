@@ -1,0 +1,382 @@
+"""Column indices: which output columns of which source every value of a graph is made of.
+
+The graph is run on small ``int64`` tensors. A source (a linear map, an embedding, an attention, a residual add)
+gives ``source << 32 | column``; shape operators run for real on those numbers, so heads may be split, interleaved,
+repeated or permuted in any way; elementwise operators pass their first tracked operand; normalisations pass through;
+statistics are untracked. What reaches a value is kept as a bit set of sources, the nearest ones only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import IntFlag
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.roles.flow import Flow, tensor_nodes, view_chain
+from graftc.compiler.roles.indices import SHIFT, distinct, varying
+from graftc.compiler.roles.maps import columns_along
+from graftc.compiler.roles.operators import (
+    CREATING,
+    FILLING,
+    JOINING,
+    NONLINEAR,
+    NORMALISING,
+    PADDING,
+    PASSING,
+    PICKING,
+    POINTWISE,
+    POOLING,
+    RESIZING,
+    SHAPING,
+)
+from graftc.passes.core.calls import op_name
+from graftc.passes.core.program import map_nodes
+
+aten = torch.ops.aten
+
+UNTRACKED = -1
+
+
+class Through(IntFlag):
+    """What a value has gone through since its nearest sources."""
+
+    NOTHING = 0
+    NONLINEAR = 1
+    NORM = 2
+    ROTARY = 4
+    STATISTIC = 8
+    ROOT = 16
+    NORMALISED = 32
+
+
+class Columns:
+    """The propagated indices of one graph.
+
+    Attributes:
+        sources: source nodes; their position is their number in bit sets and indices.
+        number: source node to number.
+        front: per node, the nearest sources that reach it, as a bit set.
+        through: per node, what lies between those and it.
+    """
+
+    def __init__(self, flow: Flow, constants: Mapping[str, Tensor]) -> None:
+        self.flow = flow
+        self.constants = constants
+        self.sources: list[fx.Node] = []
+        self.number: dict[fx.Node, int] = {}
+        self.front: dict[fx.Node, int] = {}
+        self.through: dict[fx.Node, Through] = {}
+        self.failures: list[fx.Node] = []
+        self._index: dict[fx.Node, Any] = {}
+        self._shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self._columns: dict[fx.Node, dict[int, Tensor]] = {}
+        self._known: dict[fx.Node, Tensor | None] = {}
+        self._writes = any(op_name(n) in ("copy", "index_put", "slice_scatter") for n in flow.order)
+        sources = {*flow.linears, *flow.attentions, *flow.residuals, *flow.convolutions, *flow.embeddings}
+        with torch.no_grad():
+            for node in flow.order:
+                self._visit(node, node in sources)
+
+    # --- reading ---------------------------------------------------------------------------------------
+
+    def columns(self, node: fx.Node) -> dict[int, Tensor]:
+        """Source number to the sorted columns of it that ``node`` holds."""
+        if node not in self._columns:
+            index = self._index.get(node)
+            self._columns[node] = distinct(index) if isinstance(index, Tensor) else {}
+        return self._columns[node]
+
+    def tracked(self, node: fx.Node) -> bool:
+        """Whether column indices of ``node`` are known."""
+        return isinstance(self._index.get(node), Tensor)
+
+    def index(self, node: fx.Node) -> Tensor | None:
+        """The column indices of ``node``, None where they are not known."""
+        held = self._index.get(node)
+        return held if isinstance(held, Tensor) else None
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """The small shape of a tensor node; an empty one counts as a failure."""
+        found = self._shapes.get(node)
+        if found is None:
+            found = self._shapes[node] = self.flow.sizes.shape(node.meta["val"])
+            if any(size < 1 for size in found):
+                self.failures.append(node)
+        return found
+
+    # --- propagation -----------------------------------------------------------------------------------
+
+    def _visit(self, node: fx.Node, is_source: bool) -> None:
+        value = node.meta.get("val")
+        if is_source or (node.op == "placeholder" and isinstance(value, Tensor) and value.is_floating_point()):
+            self._source(node)
+            return
+        front, through = 0, Through.NOTHING
+        for source in node.all_input_nodes if not isinstance(value, torch.SymInt | int) else ():
+            front |= self.front.get(source, 0)
+            through |= self.through.get(source, Through.NOTHING)
+        self.front[node] = front
+        if node.op != "call_function":
+            self.through[node] = through
+            return
+        name = op_name(node)
+        self.through[node] = self._path(node, name, through)
+        if not isinstance(value, Tensor | list | tuple):
+            return
+        try:
+            self._index[node] = self._run(node, name)
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            # Sizes that break an operator say nothing about columns: the value is untracked, never guessed.
+            self.failures.append(node)
+            self._index[node] = None
+
+    def _source(self, node: fx.Node) -> None:
+        number = self.number[node] = len(self.sources)
+        self.sources.append(node)
+        self.front[node] = 1 << number
+        self.through[node] = Through.NOTHING
+        if isinstance(node.meta.get("val"), Tensor):
+            shape = self.shape(node)
+            if shape:
+                self._index[node] = columns_along(shape, self._axes(node, shape)) + (number << SHIFT)
+
+    def _axes(self, node: fx.Node, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes that count a source's columns: the weight says so, an add keeps those of what it adds."""
+        if node in self.flow.linears:
+            return self.flow.linears[node].axes
+        if node in self.flow.residuals:
+            for operand in (self.flow.residuals[node].stream, self.flow.residuals[node].branch):
+                index = self._index.get(operand)
+                axes = varying(index) if isinstance(index, Tensor) and index.shape == shape else ()
+                if len(axes) == 1:
+                    return axes
+        return (-1,)
+
+    def _path(self, node: fx.Node, name: str, through: Through) -> Through:
+        if name in NONLINEAR:
+            through |= Through.NONLINEAR
+        elif name in ("cos", "sin"):
+            through |= Through.ROTARY
+        elif name in NORMALISING:
+            through |= Through.NORM
+        elif name in ("mean", "var", "var_mean", "sum", "linalg_vector_norm", "norm"):
+            through |= Through.STATISTIC
+        elif name in ("rsqrt", "sqrt", "reciprocal") or (name == "pow" and node.args[1] in (0.5, -0.5)):
+            through |= Through.ROOT if through & Through.STATISTIC else Through.NOTHING
+        elif name in ("mul", "div"):
+            through = self._product(node, through)
+        return through
+
+    def _product(self, node: fx.Node, through: Through) -> Through:
+        """A value times its own inverse deviation is normalised; a scale on top of that ends the pattern."""
+        operands = tensor_nodes(node.args[:2])
+        if len(operands) != 2:
+            return through
+        marks = [self.through.get(n, Through.NOTHING) for n in operands]
+        for value, other in ((0, 1), (1, 0)):
+            if marks[other] & Through.ROOT and not marks[value] & Through.ROOT and self.tracked(operands[value]):
+                return through & ~(Through.ROOT | Through.STATISTIC) | Through.NORMALISED | Through.NORM
+        if any(not self.flow.is_data(n) for n in operands):
+            return through & ~Through.NORMALISED
+        return through
+
+    def _run(self, node: fx.Node, name: str) -> Any:
+        if name == "getitem":
+            held: Any = self._index.get(node.args[0])  # type: ignore[arg-type]
+            index: Any = node.args[1]
+            return held[index] if isinstance(held, list | tuple) else held
+        if name == "copy" and self._writes:
+            return self._copy(node)
+        if name in CREATING:
+            return torch.full(self.shape(node), UNTRACKED) if self._writes and self._is_written(node) else None
+        first = node.args[0] if node.args else None
+        if name in JOINING or name in FILLING:
+            return self._join(node)
+        if name in PASSING or name in NORMALISING:
+            return self._index.get(first) if isinstance(first, fx.Node) else None
+        if name in SHAPING or name in PADDING:
+            return self._shape(node, name)
+        if name == "view_as_complex" or name == "view_as_real":
+            return self._complex(node, name)
+        if name in POOLING:
+            return self._pooled(node)
+        if name in RESIZING or node in self.flow.depthwise:
+            return self._resized(node)
+        if name in PICKING:
+            return self._rowwise(node)
+        target = node.target
+        tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
+        if torch.Tag.pointwise in tags or name in POINTWISE:
+            return self._pointwise(node)
+        return None
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            held = self._index.get(value)
+            if held is not None:
+                return held
+            known = value.meta.get("val")
+            if isinstance(known, Tensor):
+                return torch.full(self.shape(value), UNTRACKED)
+            return self.flow.sizes.size(known)
+        if isinstance(value, torch.SymInt):
+            return self.flow.sizes.size(value)
+        if isinstance(value, list | tuple):
+            return [self._argument(v) for v in value]
+        return value
+
+    def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return target(*[self._argument(a) for a in args], **{k: self._argument(v) for k, v in kwargs.items()})
+
+    def _shape(self, node: fx.Node, name: str) -> Any:
+        if self._index.get(node.args[0]) is None:  # type: ignore[arg-type]
+            return None
+        target: Any = node.target
+        if name in ("view", "_unsafe_view"):
+            # Repeated rows are stride-0 views here, where a view of the real tensor needed no copy.
+            target = aten.reshape.default
+        if name in PADDING:
+            index = self._index[node.args[0]]  # type: ignore[index]
+            return aten.constant_pad_nd.default(index, self._argument(node.args[1]), UNTRACKED)
+        return self._call(target, *node.args, **node.kwargs)
+
+    def _join(self, node: fx.Node) -> Tensor | None:
+        if all(self._index.get(n) is None for n in node.all_input_nodes):
+            return None
+        assert callable(node.target)
+        joined: Tensor = self._call(node.target, *node.args, **node.kwargs)
+        return joined
+
+    def _pointwise(self, node: fx.Node) -> Tensor | None:
+        shape = self.shape(node)
+        for source in node.all_input_nodes:
+            index = self._index.get(source)
+            if isinstance(index, Tensor):
+                return index if index.shape == shape else index.expand(shape)
+        return None
+
+    def _pooled(self, node: fx.Node) -> Any:
+        """Pooling keeps columns, where all that is pooled has the same ones."""
+        index = self._index.get(node.args[0])  # type: ignore[arg-type]
+        if not isinstance(index, Tensor) or len(node.args) < 2:
+            return None
+        dims = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
+        places = {d % index.dim() for d in dims if isinstance(d, int)}
+        if len(places) < len(dims) or not places or places & set(varying(index)):
+            return None
+        value = node.meta["val"]
+        pair = isinstance(value, list | tuple)
+        shape = self.flow.sizes.shape(value[0]) if pair else self.shape(node)
+        for place in sorted(places, reverse=True):
+            index = index.narrow(place, 0, 1) if len(shape) == index.dim() else index.select(place, 0)
+        index = index.expand(shape)
+        return (index, None) if pair else index
+
+    def _resized(self, node: fx.Node) -> Tensor | None:
+        """What changes sizes along other axes than the columns' own keeps columns."""
+        index, shape = self._index.get(node.args[0]), self.shape(node)  # type: ignore[arg-type]
+        if not isinstance(index, Tensor) or len(shape) != index.dim() or not index.numel():
+            return None
+        axes = varying(index)
+        if len(axes) > 1 or any(shape[a] != index.shape[a] for a in axes):
+            return None
+        for axis in set(range(len(shape))) - set(axes):
+            index = index.narrow(axis, 0, 1)
+        return index.expand(shape)
+
+    def _rowwise(self, node: fx.Node) -> Tensor | None:
+        """Picking rows keeps columns, where all rows have the same ones."""
+        index, shape = self._index.get(node.args[0]), self.shape(node)  # type: ignore[arg-type]
+        if not isinstance(index, Tensor):
+            return None
+        picked = self._picked(node, index)
+        if picked is not None:
+            return picked
+        if not shape or not index.numel():
+            return None
+        if op_name(node) in ("gather", "index_select") and isinstance(node.args[1], int):
+            touched = node.args[1] % index.dim()
+            return None if touched in varying(index) else self._resized(node)
+        if index.shape[-1] != shape[-1] or _touches_last(node, index.dim()):
+            return None
+        row = index.reshape(-1, index.shape[-1])[0]
+        return row.expand(shape) if torch.equal(index, row.expand_as(index)) else None
+
+    def _picked(self, node: fx.Node, index: Tensor) -> Tensor | None:
+        """The real result, where the places to pick are known."""
+        places = [self._numbers(n) if isinstance(n, fx.Node) else n for n in _flat(node.args[1:])]
+        if any(p is None and n is not None for p, n in zip(places, _flat(node.args[1:]), strict=True)):
+            return None
+        known = iter(places)
+        args = [[next(known) for _ in a] if isinstance(a, list | tuple) else next(known) for a in node.args[1:]]
+        assert callable(node.target)
+        picked: Tensor = node.target(index, *args)
+        return picked
+
+    def _numbers(self, node: fx.Node) -> Tensor | int | None:
+        """The value of an integer node that depends on sizes and known constants only."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return self.flow.sizes.size(value) if isinstance(value, torch.SymInt | int) else None
+        if node not in self._known:
+            self._known[node] = None if value.is_floating_point() else self._computed(node)
+        return self._known[node]
+
+    def _computed(self, node: fx.Node) -> Tensor | None:
+        if node.op == "get_attr":
+            constant = self.constants.get(str(node.target))
+            return constant if constant is not None and constant.device.type != "meta" else None
+        if node.op != "call_function" or self.flow.is_data(node) or not callable(node.target):
+            return None
+        known = {n: self._numbers(n) for n in node.all_input_nodes}
+        if any(v is None for v in known.values()):
+            return None
+        found = node.target(*map_nodes(node.args, known.__getitem__), **map_nodes(node.kwargs, known.__getitem__))
+        return found if isinstance(found, Tensor) and found.device.type != "meta" else None
+
+    def _complex(self, node: fx.Node, name: str) -> Tensor | None:
+        """Doubles hold every index exactly, so a complex number can carry two of them."""
+        index = self._index.get(node.args[0])  # type: ignore[arg-type]
+        if not isinstance(index, Tensor):
+            return None
+        if name == "view_as_complex":
+            return torch.view_as_complex(index.double().contiguous())
+        return torch.view_as_real(index.resolve_conj()).round().long()
+
+    def _is_written(self, node: fx.Node) -> bool:
+        pending, seen = [node], {node}
+        while pending:
+            for user in pending.pop().users:
+                if op_name(user) == "copy":
+                    return True
+                if op_name(user) in SHAPING and user not in seen:
+                    seen.add(user)
+                    pending.append(user)
+        return False
+
+    def _copy(self, node: fx.Node) -> Tensor | None:
+        """Writing into a slice changes the tensor that the slice is a view of, here as there."""
+        target, source = node.args[0], node.args[1]
+        assert isinstance(target, fx.Node) and isinstance(source, fx.Node)
+        held, written = self._index.get(target), self._index.get(source)
+        if isinstance(held, Tensor) and isinstance(written, Tensor) and held.shape == written.expand_as(held).shape:
+            held.copy_(written)
+        for base in view_chain(target):
+            self.front[base] = self.front.get(base, 0) | self.front.get(source, 0)
+            self.through[base] = self.through.get(base, Through.NOTHING) | self.through.get(source, Through.NOTHING)
+        return held if isinstance(held, Tensor) else None
+
+
+def _flat(args: Any) -> list[Any]:
+    return [leaf for a in args for leaf in (a if isinstance(a, list | tuple) else [a])]
+
+
+def _touches_last(node: fx.Node, rank: int) -> bool:
+    """Whether an indexing picks along the last axis of an operand of this rank."""
+    if len(node.args) < 2:
+        return True
+    dims = node.args[1]
+    return not isinstance(dims, list | tuple) or (len(dims) == rank and dims[-1] is not None)

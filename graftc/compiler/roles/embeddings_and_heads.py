@@ -1,0 +1,188 @@
+"""Both ends of a model: embedding tables, output projections; and the normalisations in between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from graftc.compiler.roles.columns import Through
+from graftc.compiler.roles.flow import bits, tensor_nodes
+from graftc.compiler.roles.labels import Labels
+from graftc.compiler.roles.operators import PASSING
+from graftc.passes.core.calls import op_name
+from graftc.specs.claims import SiteKind
+
+_SELECTING = frozenset({"gather", "index", "index_select", "take_along_dim", "embedding"})
+_SLICING = frozenset({"slice", "view", "unsqueeze", "expand", "reshape", "index", "index_select"})
+_COUNTING = frozenset({"arange", "cumsum", "linspace"})
+
+
+def read_ends(labels: Labels) -> None:
+    """Label the last linear maps before the outputs, and the ones that feed only those."""
+    output = labels.flow.order[-1]
+    heads = [n for n in labels.nearest_linears(output) if not labels.has_role(n)]
+    for head in heads:
+        labels.linear("head", labels.flow.linears[head], None, "the last linear map before the output", bare=True)
+    pending = heads
+    while pending:
+        reader = pending.pop(0)
+        above = labels.nearest(labels.flow.linears[reader].input)
+        linear = labels.flow.linears.get(above[0]) if len(above) == 1 else None
+        if linear is None or linear.mixes or labels.has_role(linear.node) or _feeds_stream(labels, linear.node):
+            continue
+        evidence = f"feeds {labels.short(reader)} outside the residual branches"
+        labels.linear("head.transform", linear, None, evidence, bare=True)
+        pending.append(linear.node)
+
+
+def _feeds_stream(labels: Labels, node: fx.Node) -> bool:
+    return any(labels.flow.is_above(node, r) for r in labels.flow.residuals)
+
+
+# --- tables --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Origin:
+    """Where the numbers that look up a table come from."""
+
+    inputs: set[str] = field(default_factory=set)
+    stored: list[fx.Node] = field(default_factory=list)
+    counted: bool = False
+    filled: bool = False
+
+
+def read_tables(labels: Labels) -> None:
+    """Label embedding tables by what looks them up: token numbers, or positions."""
+    for node in labels.flow.embeddings:
+        table = node.args[0]
+        if not isinstance(table, fx.Node) or labels.flow.is_data(table):
+            continue
+        stored = labels.flow.parameters(table)
+        parameter = str(stored[0].target) if len(stored) == 1 else None
+        if labels.stream and not labels.in_stream(node):
+            labels.fail(node, "an embedding table whose rows do not enter the residual stream (relative positions?)")
+            continue
+        role, why = _table_role(node, table)
+        if role:
+            labels.add(role, SiteKind.EMBEDDING, node, parameter, why)
+        else:
+            labels.fail(node, why)
+    _added_positions(labels)
+
+
+def _table_role(node: fx.Node, table: fx.Node) -> tuple[str, str]:
+    origin = _origin(node.args[1])
+    rows = int(table.meta["val"].shape[0])
+    if origin.counted:
+        return "embed.position", "looked up by counted positions"
+    for name in sorted(origin.inputs):
+        if "position" in name:
+            return "embed.position", f"looked up by the input {name}"
+        if "token_type" in name or "segment" in name:
+            return "", f"a table of segments, looked up by the input {name}"
+    if origin.inputs:
+        return "embed", f"looked up by the input {', '.join(sorted(origin.inputs))}"
+    if origin.stored and all(int(s.meta["val"].shape[-1]) <= rows for s in origin.stored):
+        return "embed.position", f"looked up by the stored numbers {origin.stored[0].target}"
+    return "", "a table looked up by constants that count no positions (segments?)"
+
+
+def _origin(index: object) -> _Origin:
+    """Follow values, not choices of place: what a gather picks from counts, where it picks does not."""
+    origin = _Origin()
+    pending, seen = [index], set()
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, fx.Node) or node in seen or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        seen.add(node)
+        name = op_name(node)
+        if node.op == "placeholder":
+            origin.inputs.add(node.name)
+        elif node.op == "get_attr":
+            origin.stored.append(node)
+        elif name in _COUNTING:
+            origin.counted = True
+        elif name in _SELECTING:
+            pending.append(node.args[0])
+        else:
+            pending += node.all_input_nodes
+    return origin
+
+
+def _added_positions(labels: Labels) -> None:
+    """A stored matrix added to a stream before its first branch, one row per position."""
+    flow, seen = labels.flow, 0
+    adds = sum(1 << flow.at[r] for r in flow.residuals)
+    for residual in flow.residuals.values():
+        before = flow.above[flow.at[residual.stream]] | 1 << flow.at[residual.stream]
+        if before & adds:
+            continue
+        for node in (flow.order[i] for i in bits(before & ~seen)):
+            if op_name(node) != "add" or node in flow.residuals:
+                continue
+            operands = tensor_nodes(node.args[:2])
+            for stored, value in (operands, operands[::-1]) if len(operands) == 2 else ():
+                matrix = _stored_matrix(stored)
+                if matrix is not None and flow.is_data(value):
+                    why = "a stored matrix, added to the stream before the first residual branch"
+                    labels.add("embed.position", SiteKind.PARAMETER, node, str(matrix.target), why)
+        seen |= before
+
+
+def _stored_matrix(node: fx.Node) -> fx.Node | None:
+    while op_name(node) in PASSING or op_name(node) in _SLICING:
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return None
+        node = source
+    if node.op != "get_attr":
+        return None
+    shape = node.meta["val"].shape
+    return node if len(shape) >= 2 and int(shape[-2]) > 1 else None
+
+
+# --- normalisations ------------------------------------------------------------------------------------
+
+
+def read_norms(labels: Labels) -> None:
+    """Label normalisation scales, as arguments of a fused call or as a product with a normalised value."""
+    for node in labels.flow.order:
+        name = op_name(node)
+        if name in ("layer_norm", "rms_norm", "native_layer_norm"):
+            weight = node.args[2] if len(node.args) > 2 else None
+            bias = node.args[3] if len(node.args) > 3 and name != "rms_norm" else None
+            stored = weight if isinstance(weight, fx.Node) else bias
+            if isinstance(stored, fx.Node):
+                labels.add("norm", SiteKind.NORM, node, _vector(stored), f"the scale of {name}")
+        elif name == "mul":
+            _written_norm(labels, node)
+
+
+def _written_norm(labels: Labels, node: fx.Node) -> None:
+    operands = tensor_nodes(node.args[:2])
+    if len(operands) != 2:
+        return
+    for scale, value in (operands, operands[::-1]):
+        marks = labels.columns.through.get(value, Through.NOTHING)
+        if not marks & Through.NORMALISED or labels.flow.is_data(scale):
+            continue
+        parameter = _vector(scale)
+        if parameter is not None:
+            labels.add("norm", SiteKind.NORM, node, parameter, "scales a value divided by its own deviation")
+            return
+
+
+def _vector(node: fx.Node) -> str | None:
+    """Name of the stored vector that ``node`` is, up to casts, reshapes and adding a number."""
+    while node.op == "call_function":
+        numeric = op_name(node) == "add" and not isinstance(node.args[1], fx.Node)
+        if not (numeric or op_name(node) in PASSING or op_name(node) in ("view", "unsqueeze", "reshape", "expand")):
+            return None
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return None
+        node = source
+    return str(node.target) if node.op == "get_attr" and node.meta["val"].dim() == 1 else None

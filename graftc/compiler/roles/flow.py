@@ -1,0 +1,354 @@
+"""What flows into what in one graph: ancestors, weights in use, attentions and residual adds.
+
+Nothing here reads a model type, a class or a parameter's name: a weight is what depends on no input, an attention is
+a fused call or a softmax between two products, a residual add joins a value with something computed from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from graftc.compiler.roles.maps import Linear, read_map
+from graftc.compiler.roles.operators import ADDING, MOVING, PASSING, PRODUCTS, RESHAPING, SOFTMAX, VIEWING, WRITING
+from graftc.compiler.roles.scores import keys_are_second
+from graftc.passes.core.calls import is_convolution, op_name
+from graftc.passes.core.shapes import Sizes
+
+_SDPA = "scaled_dot_product_attention"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention: a fused call, or the product of a softmax with the values.
+
+    Attributes:
+        node: the call, or the product.
+        query, key, value: its operands; those of the product of scores, where it is written out.
+        name: for people.
+        written_out: whether it is no single call.
+    """
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    name: str
+    written_out: bool = False
+
+
+@dataclass(frozen=True)
+class Residual:
+    """One residual add: ``node = stream + branch``.
+
+    Attributes:
+        node: the add, or another call that joins the two with fixed weights.
+        stream, branch: the operands.
+        base: what the branch is computed from: the stream, up to scaling, or the stream of an add before it.
+    """
+
+    node: fx.Node
+    stream: fx.Node
+    branch: fx.Node
+    base: fx.Node
+
+
+def bits(mask: int) -> Iterator[int]:
+    """Positions of the set bits, lowest first."""
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+def tensor_nodes(values: Iterable[Any]) -> list[fx.Node]:
+    """The nodes among ``values`` that hold a tensor."""
+    return [v for v in values if isinstance(v, fx.Node) and isinstance(v.meta.get("val"), torch.Tensor)]
+
+
+def view_chain(node: fx.Node) -> list[fx.Node]:
+    """A tensor and the ones that it is a view of, nearest first."""
+    chain = [node]
+    while op_name(chain[-1]) in VIEWING and isinstance(chain[-1].args[0], fx.Node):
+        chain.append(chain[-1].args[0])
+    return chain
+
+
+class Flow:
+    """Facts of one graph that need no values.
+
+    Attributes:
+        order, at: nodes in graph order, and each one's position; bit sets count positions.
+        above: per node, all its ancestors, as a bit set.
+        data: nodes that depend on the values (not only the sizes) of an input, as a bit set.
+        linears: linear maps, convolutions with a stored kernel among them, by node in graph order.
+        depthwise: convolutions of each channel with itself: they pass columns on.
+        convolutions: those whose kernel is computed.
+        attentions, residuals, embeddings: the others that were recognised.
+        working: linear maps, convolutions and attentions, as a bit set.
+        products: products of two values that both depend on data.
+        scores: those that the softmax of an attention is taken of.
+    """
+
+    def __init__(self, graph: fx.Graph, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self.order: list[fx.Node] = list(graph.nodes)
+        self.at: dict[fx.Node, int] = {node: i for i, node in enumerate(self.order)}
+        self.above: list[int] = []
+        self.data = 0
+        self.linears: dict[fx.Node, Linear] = {}
+        self.depthwise: dict[fx.Node, Linear] = {}
+        self.attentions: dict[fx.Node, Attention] = {}
+        self.residuals: dict[fx.Node, Residual] = {}
+        self.convolutions: list[fx.Node] = []
+        self.embeddings: list[fx.Node] = []
+        self.products: list[fx.Node] = []
+        self.scores: set[fx.Node] = set()
+        self._scoring: set[fx.Node] = set()
+        self._ancestors()
+        for node in self.order:
+            if node.op == "call_function":
+                self._recognise(node)
+        for node in self.order:
+            if op_name(node) in SOFTMAX:
+                self._score_nodes(node)
+        # A channel's convolution with itself, with a skip, is no branch of a stream: the channel passes on.
+        self._weighty = sum(1 << self.at[node] for node in (*self.linears, *self.attentions, *self.convolutions))
+        self.working = self._weighty | sum(1 << self.at[node] for node in self.depthwise)
+        for node in self.order:
+            if op_name(node) in ADDING and node not in self._scoring:
+                self._residual(node)
+
+    def _ancestors(self) -> None:
+        written: dict[fx.Node, int] = {}
+        for position, node in enumerate(self.order):
+            mask, data = 0, node.op == "placeholder"
+            for source in node.all_input_nodes:
+                at = self.at[source]
+                mask |= self.above[at] | 1 << at | written.get(source, 0)
+                data = data or bool(self.data >> at & 1)
+            if op_name(node) in WRITING and isinstance(node.args[0], fx.Node):
+                for base in view_chain(node.args[0]):
+                    written[base] = written.get(base, 0) | mask | 1 << position
+                    if data:
+                        self.data |= 1 << self.at[base]
+            self.above.append(mask)
+            if data and not isinstance(node.meta.get("val"), torch.SymInt | int):
+                self.data |= 1 << position
+
+    def is_data(self, node: fx.Node) -> bool:
+        """Whether ``node`` depends on the values of an input."""
+        return bool(self.data >> self.at[node] & 1)
+
+    def is_above(self, first: fx.Node, second: fx.Node) -> bool:
+        """Whether ``second`` is computed from ``first``."""
+        return bool(self.above[self.at[second]] >> self.at[first] & 1)
+
+    def parameters(self, weight: fx.Node) -> list[fx.Node]:
+        """Stored matrices that a constant expression is made of."""
+        if weight.op == "get_attr":
+            return [weight]
+        found = [self.order[i] for i in bits(self.above[self.at[weight]])]
+        return [n for n in found if n.op == "get_attr" and n.meta["val"].dim() >= 2]
+
+    def weights(self, value: Any) -> list[fx.Node]:
+        """Stored matrices that a value is made of; none where it depends on data."""
+        if not isinstance(value, fx.Node) or self.is_data(value):
+            return []
+        return self.parameters(value)
+
+    def _recognise(self, node: fx.Node) -> None:
+        name = op_name(node)
+        linear = read_map(node, self.weights, self.sizes.size)
+        if linear is not None:
+            (self.depthwise if linear.own else self.linears)[node] = linear
+        elif name in PRODUCTS:
+            factors = _factors(node)
+            if factors is not None:
+                if all(self.is_data(n) for n in factors):
+                    self.products.append(node)
+                self._written_out(node, *factors)
+        elif name == _SDPA:
+            query, key, value = tensor_nodes(node.args[:3])
+            self.attentions[node] = Attention(node, query, key, value, self._called(_SDPA))
+        elif is_convolution(node):
+            self.convolutions.append(node)
+        elif name == "embedding":
+            self.embeddings.append(node)
+
+    # --- attentions ------------------------------------------------------------------------------------
+
+    def _called(self, name: str) -> str:
+        return f"{name}#{len(self.attentions)}"
+
+    def _written_out(self, node: fx.Node, first: fx.Node, second: fx.Node) -> None:
+        """``softmax(Q K^T) V``, spelled out: follow the weights back to a softmax, then on to the scores."""
+        for weights, value in ((first, second), (second, first)):
+            softmax = self._softmax(weights) if self.is_data(value) else None
+            scores = self._scores(softmax) if softmax is not None else []
+            if softmax is not None and scores:
+                near = [s for s in scores if self._share_input(s[1], value)] or scores
+                query, key = near[0]
+                name = self._called("softmax attention")
+                self.attentions[node] = Attention(node, query, key, value, name, written_out=True)
+                return
+
+    def _softmax(self, node: fx.Node) -> fx.Node | None:
+        for _ in range(32):
+            name = op_name(node)
+            if name in SOFTMAX:
+                return node
+            if name not in PASSING and name not in MOVING and name not in ("mul", "where", "masked_fill", "nan_to_num"):
+                return None
+            sources = [n for n in tensor_nodes(node.all_input_nodes) if n.meta["val"].is_floating_point()]
+            sources = [n for n in sources if self.is_data(n)]
+            if not sources:
+                return None
+            node = sources[0]
+        return None
+
+    def _scores(self, softmax: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+        """Operands of the products that make the scores, in the order met from the softmax upwards."""
+        found: list[tuple[fx.Node, fx.Node]] = []
+        pending, seen = [softmax.args[0]], set()
+        while pending:
+            node = pending.pop(0)
+            if not isinstance(node, fx.Node) or node in seen or node in self.linears or not self.is_data(node):
+                continue
+            seen.add(node)
+            name = op_name(node)
+            if name in PRODUCTS:
+                factors = _factors(node)
+                if factors is not None:
+                    second = keys_are_second(node, self._between(node, softmax.args[0]), softmax, self.sizes)
+                    self.scores.add(node)
+                    if second is not None:
+                        found.append(factors if second else factors[::-1])
+            elif name not in ("embedding", _SDPA) and not is_convolution(node):
+                pending += node.all_input_nodes
+        return found
+
+    def _between(self, first: fx.Node, last: Any) -> list[fx.Node]:
+        """Nodes that are computed from ``first`` and lead to ``last`` or are it, in graph order."""
+        above = self.above[self.at[last]] | 1 << self.at[last]
+        after = above & ~((1 << self.at[first] + 1) - 1)
+        return [self.order[i] for i in bits(after) if self.above[i] >> self.at[first] & 1]
+
+    def _score_nodes(self, softmax: fx.Node) -> None:
+        """Sums on the way to a softmax add masks and biases to scores: no residual adds."""
+        pending = [n for n in softmax.all_input_nodes if self.is_data(n)]
+        while pending:
+            node = pending.pop()
+            name = op_name(node)
+            passing = name in PASSING or name in MOVING or name in ("add", "mul", "div", "where", "masked_fill", "sub")
+            if node in self._scoring or not passing or node in self.linears:
+                continue
+            self._scoring.add(node)
+            pending += [n for n in node.all_input_nodes if self.is_data(n)]
+
+    def _share_input(self, first: fx.Node, second: fx.Node) -> bool:
+        """Whether the nearest weights above two values read the same node."""
+        return bool(self._nearest_inputs(first) & self._nearest_inputs(second))
+
+    def _nearest_inputs(self, node: fx.Node) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        pending, seen = [node], set()
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in self.linears:
+                found.add(self._bare(self.linears[node].input))
+            else:
+                pending += [n for n in node.all_input_nodes if self.is_data(n)]
+        return found
+
+    # --- residual adds ---------------------------------------------------------------------------------
+
+    def _bare(self, node: fx.Node) -> fx.Node:
+        """``node`` without casts, reshapes, dropout and scaling by what no input decides on top."""
+        while node.op == "call_function":
+            name = op_name(node)
+            sources = tensor_nodes(node.args[:1])
+            if name in ("mul", "div"):
+                sources = [n for n in tensor_nodes(node.args[:2]) if self.is_data(n)]
+            elif name not in PASSING and name not in RESHAPING:
+                break
+            if len(sources) != 1:
+                break
+            node = sources[0]
+        return node
+
+    def _residual(self, node: fx.Node) -> None:
+        if not isinstance(node.meta["val"], torch.Tensor):  # sizes are added as well
+            return
+        operands = self._joined(node)
+        if not operands:
+            return
+        shape = self.sizes.shape(node.meta["val"])
+        if not shape or any(self.sizes.shape(n.meta["val"]) != shape or not self.is_data(n) for n in operands):
+            return
+        for operand, branch in (operands, operands[::-1]):
+            stream = _uncast(operand)
+            base = next((b for b in self._bases(stream) if self._computed_from(b, branch)), None)
+            if base is not None:
+                self.residuals[node] = Residual(node, stream, branch, base)
+                return
+
+    def _joined(self, node: fx.Node) -> list[fx.Node]:
+        """The two values that a call adds, each with a weight that no input decides."""
+        name = op_name(node)
+        if name == "addcmul":
+            terms = tensor_nodes(node.args[:3])
+            operands = [*terms[:1], *(n for n in terms[1:] if self.is_data(n))]
+        else:
+            operands = tensor_nodes(node.args[:2])
+        if name == "lerp" and isinstance(node.args[2], fx.Node) and self.is_data(node.args[2]):
+            return []
+        return operands if len(operands) == 2 else []
+
+    def _bases(self, stream: fx.Node) -> list[fx.Node]:
+        """What a branch on ``stream`` may start from: the stream here, and before its last adds (parallel branches)."""
+        bases = [stream, self._bare(stream)]
+        while bases[-1] in self.residuals and len(bases) < 4:
+            bases.append(self._bare(self.residuals[bases[-1]].stream))
+        return bases
+
+    def _computed_from(self, base: fx.Node, branch: fx.Node) -> bool:
+        """Whether a weight or an attention lies on the way from ``base`` to ``branch``."""
+        at = self.at[branch]
+        if not self.is_above(base, branch):
+            return False
+        later = (self.above[at] | 1 << at) & self._weighty & ~((1 << self.at[base] + 1) - 1)
+        return any(self.above[i] >> self.at[base] & 1 for i in bits(later))
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """A value before casts to the type that it has: to the tracer the two are one, whichever the model adds to."""
+    while node.target is torch.ops.aten.to.dtype:
+        source = node.all_input_nodes[0]
+        if source.meta["val"].dtype != node.args[1]:
+            break
+        node = source
+    return node
+
+
+def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two operands of a product; the second holds the last axis of the result."""
+    name = op_name(node)
+    if name == "einsum":
+        equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+        inputs, _, output = equation.partition("->")
+        if not isinstance(operands, list | tuple) or len(operands) != 2 or not output:
+            return None
+        first, second = operands
+        if output[-1] not in inputs.split(",")[1]:
+            first, second = second, first
+    else:
+        first, second = node.args[1:3] if name == "baddbmm" else node.args[:2]
+    return (first, second) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None

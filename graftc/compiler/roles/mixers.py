@@ -1,0 +1,125 @@
+"""Branches that mix positions without a softmax attention: state-space, linear-attention and convolutional layers.
+
+The rule is one of data flow. A residual branch mixes positions where a value in it is a convolution with a kernel, a
+product of two values of the data, a running sum, a Fourier transform, a shift along positions, a pooling window, or
+a linear map over positions. A plain sum or mean is no such sign by itself: what it runs over cannot always be told.
+Every linear map or convolution before, behind or in such a place, or before one of those, is a ``mixer``, unless an
+attention lies on its way: what that is for cannot be told.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from graftc.compiler.roles.flow import Residual, bits
+from graftc.compiler.roles.indices import varying
+from graftc.compiler.roles.labels import Labels
+from graftc.compiler.roles.operators import PADDING, POOLING, RESIZING, RUNNING, SOFTMAX
+from graftc.passes.core.calls import op_name
+
+_SUMMING = POOLING - RUNNING
+_WEIGHING = SOFTMAX | {"logsumexp", "log_softmax"}
+
+
+def read_mixers(labels: Labels, residual: Residual) -> None:
+    """Label the projections of a branch that mixes positions."""
+    flow = labels.flow
+    branch = flow.at[residual.branch]
+    inside = labels.inside(residual.base, residual.branch)
+    above = flow.above[branch] | 1 << branch
+    places = [i for i in bits(above & mixing(labels)) if flow.above[i] >> flow.at[residual.base] & 1]
+    attentions = [flow.at[n] for n in inside if n in flow.attentions]
+    soft = [at for at in places if _sums(labels, flow.order[at]) and _weighted(labels, residual, at)]
+    pooled = [at for at in places if op_name(flow.order[at]) in _SUMMING and at not in soft]
+    places = [at for at in places if at not in soft and at not in pooled]
+    mixers: list[fx.Node] = []
+    for node in reversed(inside):
+        linear = flow.linears.get(node) or flow.depthwise.get(node)
+        if linear is None or linear.experts or labels.has_role(node) or _met(labels, node, attentions):
+            continue
+        met, pool = _met(labels, node, places), _met(labels, node, pooled)
+        weighed = _met(labels, node, soft)
+        fed = next((n for n in mixers if flow.is_above(node, n)), None)
+        if weighed is not None:
+            labels.fail(node, f"{weighed.name} weighs by a softmax, but is no attention of a known form")
+            continue
+        if met is node:
+            evidence = "mixes positions, with no attention on its way"
+        elif met is not None:
+            side = "leads to" if flow.is_above(node, met) else "reads from"
+            evidence = f"{side} {met.name}, which mixes positions without attention"
+        elif fed is not None:
+            evidence = f"feeds {labels.short(fed)} in a branch that mixes positions without attention"
+        elif pool is not None:
+            labels.fail(node, f"{pool.name} pools along positions, or along copies of the same columns")
+            continue
+        else:
+            continue
+        mixers.append(node)
+        labels.linear("mixer", linear, None, evidence)
+
+
+def _met(labels: Labels, node: fx.Node, places: list[int]) -> fx.Node | None:
+    """The first of some places that a node leads to, reads from or is."""
+    others = (labels.flow.order[at] for at in places)
+    flow = labels.flow
+    return next((n for n in others if n is node or flow.is_above(node, n) or flow.is_above(n, node)), None)
+
+
+def _weighted(labels: Labels, residual: Residual, at: int) -> bool:
+    """Whether a softmax in the branch lies above a node."""
+    flow = labels.flow
+    above = (flow.order[i] for i in bits(flow.above[at] & ~((1 << flow.at[residual.base]) - 1)))
+    return any(op_name(n) in _WEIGHING and flow.is_above(residual.base, n) for n in above)
+
+
+def mixing(labels: Labels) -> int:
+    """Nodes that mix positions and are no part of an attention, as a bit set."""
+    if labels.mixing is None:
+        found = (i for i, node in enumerate(labels.flow.order) if _mixes(labels, node))
+        labels.mixing = sum(1 << i for i in found)
+    return labels.mixing
+
+
+def _mixes(labels: Labels, node: fx.Node) -> bool:
+    flow, name = labels.flow, op_name(node)
+    linear = flow.linears.get(node) or flow.depthwise.get(node)
+    if linear is not None:
+        return linear.mixes or (linear.axes == (-1,) and _along_positions(labels, linear.input))
+    if node in flow.convolutions:
+        return True
+    if node in flow.attentions or node in flow.scores or not labels.columns.front.get(node):
+        return False
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
+        return False
+    if name in PADDING:
+        pads = node.args[1]
+        return isinstance(pads, list | tuple) and any(not isinstance(p, int) or p < 0 for p in pads[2:])
+    if name in _SUMMING:
+        return _pools_positions(labels, node)
+    return node in flow.products or name in RUNNING or (name in RESIZING and "pool" in name)
+
+
+def _sums(labels: Labels, node: fx.Node) -> bool:
+    return node in labels.flow.products or op_name(node) in _SUMMING
+
+
+def _pools_positions(labels: Labels, node: fx.Node) -> bool:
+    """Whether what is pooled holds the same columns all along: then the axis counts something else."""
+    value = node.args[0]
+    index = labels.columns.index(value) if isinstance(value, fx.Node) else None
+    if index is None or len(node.args) < 2:
+        return False
+    dims = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
+    axes = {d % index.dim() for d in dims if isinstance(d, int)} - set(varying(index))
+    return bool(axes)
+
+
+def _along_positions(labels: Labels, value: fx.Node) -> bool:
+    """Whether the last axis of a value counts positions: all of it has the same columns, which another axis counts."""
+    index = labels.columns.index(value)
+    if not isinstance(index, Tensor) or index.shape[-1] < 2:
+        return False
+    axes = varying(index)
+    return bool(axes) and index.dim() - 1 not in axes

@@ -1,0 +1,36 @@
+"""Parameters that belong to no map and to no norm: :func:`other_parameters`."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+
+from torch import nn
+
+from graftc.compiler.roles.findings import place
+from graftc.passes.core.sites import LinearSite, NormSite, ParameterSite, Site, SiteKey
+from graftc.passes.core.store import Store
+from graftc.specs.claims import SiteKind
+
+
+def other_parameters(store: Store, read: Container[str], entries: Sequence[Sequence[Site]]) -> Iterator[ParameterSite]:
+    """The base's parameters that no site has so far, as wholes.
+
+    Args:
+        store: the tensors.
+        read: names of those that a graph reads.
+        entries: the sites so far.
+    """
+    known = {name for sites in entries for site in sites for name in _tensors(site)}
+    for name, tensor in store.base():
+        if isinstance(tensor, nn.Parameter) and name in read and name not in known:
+            module, _, last = name.rpartition(".")
+            layer, stack = place(module)
+            yield ParameterSite(SiteKey(module, last), (), layer, stack, kind=SiteKind.PARAMETER, tensor=name)
+
+
+def _tensors(site: Site) -> tuple[str | None, ...]:
+    if isinstance(site, LinearSite):
+        return tuple(own.tensor for own in site.slices)
+    if isinstance(site, NormSite):
+        return site.weight, site.bias
+    return (site.tensor,) if isinstance(site, ParameterSite) else ()

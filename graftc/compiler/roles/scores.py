@@ -1,0 +1,80 @@
+"""Which operand of a product of scores holds the queries, and which the keys: a softmax runs over keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.roles.indices import varying
+from graftc.compiler.roles.maps import columns_along
+from graftc.compiler.roles.operators import JOINING, PICKING, SHAPING
+from graftc.passes.core.calls import op_name
+from graftc.passes.core.program import map_nodes
+from graftc.passes.core.shapes import Sizes
+
+_MOVING = SHAPING | JOINING | PICKING | {"getitem", "diagonal"}
+
+
+def keys_are_second(product: fx.Node, between: Sequence[fx.Node], softmax: fx.Node, sizes: Sizes) -> bool | None:
+    """Whether the last axis of a product is what a softmax further down runs over; None where that cannot be told.
+
+    Args:
+        product: the scores as computed.
+        between: nodes from there to what the softmax reads, in graph order.
+        softmax: the call.
+        sizes: numbers for symbolic sizes. Where no operator moves entries, the axis alone decides; else the numbers
+            of the axis are moved as the scores are.
+    """
+    dim = softmax.args[1]
+    assert isinstance(dim, int)
+    shape = sizes.shape(product.meta["val"])
+    rank = len(shape)
+    if all(op_name(n) not in _MOVING and _rank(n) == rank for n in between):
+        return {rank - 1: True, rank - 2: False}.get(dim % rank)
+    for axis, second in ((-1, True), (-2, False)):
+        try:
+            numbers = _moved(product, columns_along(shape, (axis,)), between, sizes)
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            continue
+        axes = varying(numbers) if isinstance(numbers, Tensor) else ()
+        if isinstance(numbers, Tensor) and axes:
+            return second if dim % numbers.dim() in axes else not second
+    return None
+
+
+def _rank(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else -1
+
+
+def _moved(product: fx.Node, numbers: Tensor, between: Sequence[fx.Node], sizes: Sizes) -> Any:
+    """The numbers at the last of some nodes."""
+    held: dict[fx.Node, Any] = {product: numbers}
+    for node in between:
+        held[node] = _step(node, held, sizes)
+    return held[between[-1]] if between else numbers
+
+
+def _step(node: fx.Node, held: Mapping[fx.Node, Any], sizes: Sizes) -> Any:
+    known = [held[n] for n in node.all_input_nodes if held.get(n) is not None]
+    if not known:
+        return None
+    name, target, value = op_name(node), node.target, node.meta.get("val")
+    if name in _MOVING:
+        assert callable(target)
+
+        def fill(source: fx.Node) -> Any:
+            other = source.meta.get("val")
+            if held.get(source) is not None:
+                return held[source]
+            return torch.full(sizes.shape(other), -1) if isinstance(other, Tensor) else sizes.size(other)
+
+        call: Callable[..., Any] = torch.ops.aten.reshape.default if name in ("view", "_unsafe_view") else target
+        return call(*map_nodes(node.args, fill), **map_nodes(node.kwargs, fill))
+    if not isinstance(value, Tensor) or not isinstance(known[0], Tensor):
+        return None
+    shape = sizes.shape(value)
+    return known[0].expand(shape) if known[0].dim() <= len(shape) else None

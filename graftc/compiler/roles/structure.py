@@ -1,0 +1,77 @@
+"""Roles of a captured transformer, from data flow only: :func:`find_structure`.
+
+A role says what a weight does in the architecture (``attn.q``, ``ffn.down``, ...). It is read from where the columns
+of the weight's output go, never from the model's type or the names of its modules. What does not fit is reported as
+unresolved with a reason; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, fx
+
+from graftc.compiler.roles.attention import read_attentions, read_heads
+from graftc.compiler.roles.columns import Columns
+from graftc.compiler.roles.embeddings_and_heads import read_ends, read_norms, read_tables
+from graftc.compiler.roles.feedforward import read_branches
+from graftc.compiler.roles.findings import Finding, Structure, Sublayer, Unresolved, place
+from graftc.compiler.roles.flow import Flow
+from graftc.compiler.roles.labels import Labels
+from graftc.compiler.roles.sublayers import read_sublayers
+from graftc.passes.core.shapes import Sizes
+
+__all__ = ["Finding", "Structure", "Sublayer", "Unresolved", "find_structure", "place"]
+
+_SMALL = 2
+
+
+def find_structure(graph: fx.Graph, constants: Mapping[str, Tensor] | None = None) -> Structure:
+    """The roles in a canonical graph.
+
+    Args:
+        graph: ATen training IR; every node has ``meta["val"]`` (fake tensors, symbolic batch and sequence sizes) and
+            ``meta["module"]`` (dotted path of its owning module). It is not changed; its weights are not read, so a
+            model on ``meta`` will do.
+        constants: integer tensors that the graph mentions beyond the model's own, by name; some models pick heads
+            with them. Default none: columns picked by such a tensor are then unresolved.
+
+    Returns:
+        Findings in graph order, weights without a role with the reason, and the residual branches.
+    """
+    columns = _propagate(graph, constants or {})
+    labels = Labels(columns.flow, columns)
+    read_attentions(labels)
+    read_branches(labels)
+    read_ends(labels)
+    read_tables(labels)
+    read_norms(labels)
+    labels.report_rest()
+    return labels.structure(read_sublayers(labels), read_heads(labels))
+
+
+def _propagate(graph: fx.Graph, constants: Mapping[str, Tensor]) -> Columns:
+    """Small sizes first. Where they break an operator, the sizes that the graph was captured with do not."""
+    best: Columns | None = None
+    hints = captured_sizes(graph)
+    for sizes in (Sizes(lambda _: _SMALL), Sizes(lambda symbol: hints.get(symbol, _SMALL))):
+        try:
+            found = Columns(Flow(graph, sizes), constants)
+        except ZeroDivisionError:
+            continue
+        if best is None or len(found.failures) < len(best.failures):
+            best = found
+        if not best.failures:
+            break
+    assert best is not None
+    return best
+
+
+def captured_sizes(graph: fx.Graph) -> dict[str, int]:
+    """The sizes that the graph was captured with, by symbol name."""
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        env = getattr(mode, "shape_env", None)
+        if env is not None:
+            return {str(symbol): int(value) for symbol, value in env.backed_var_to_val.items()}
+    return {}

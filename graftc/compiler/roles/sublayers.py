@@ -1,0 +1,219 @@
+"""Residual branches, with the nodes that methods work at: :func:`read_sublayers`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, fx
+
+from graftc.compiler.roles.columns import Through
+from graftc.compiler.roles.findings import Sublayer, place
+from graftc.compiler.roles.flow import Residual, bits, tensor_nodes
+from graftc.compiler.roles.labels import Labels
+from graftc.compiler.roles.operators import NORMALISING, PADDING, PASSING, SHAPING
+from graftc.passes.core.calls import op_name
+
+_COPYING = frozenset({"contiguous", "clone", "detach", "alias", "getitem"})
+_ENDS = {"attn.o": "attn.sublayer", "ffn.down": "ffn.sublayer", "experts": "ffn.sublayer"}
+
+
+@dataclass
+class _Joint:
+    """Branches that start from one value and end in one sum."""
+
+    stream: fx.Node
+    base: fx.Node
+    sum: fx.Node
+    branches: list[fx.Node] = field(default_factory=list)
+
+
+def read_sublayers(labels: Labels) -> list[Sublayer]:
+    """The branches of all residual adds, in graph order; parallel ones share their stream and their sum."""
+    normed = _Norms(labels)
+    found: list[Sublayer] = []
+    uses: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
+    for joint in _joints(labels):
+        post_norm = normed.after(joint)
+        for branch in sorted(joint.branches, key=labels.flow.at.__getitem__):
+            sublayer = _sublayer(labels, joint, branch, post_norm)
+            key = sublayer.owner, sublayer.roles
+            found.append(replace(sublayer, use=uses[key]))
+            uses[key] += 1
+    return found
+
+
+def _joints(labels: Labels) -> list[_Joint]:
+    """Residual adds; a chain of adds whose branches all start from its first operand is one."""
+    joints: dict[fx.Node, _Joint] = {}
+    for residual in labels.flow.residuals.values():
+        before = joints.get(residual.stream)
+        if before is not None and before.base is residual.base and set(residual.stream.users) == {residual.node}:
+            del joints[residual.stream]
+            joint = replace(before, sum=residual.node)
+        else:
+            joint = _Joint(residual.stream, residual.base, residual.node)
+        joint.branches = [*joint.branches, *_terms(labels, residual, residual.branch)]
+        joints[residual.node] = joint
+    return list(joints.values())
+
+
+def _terms(labels: Labels, residual: Residual, branch: fx.Node) -> list[fx.Node]:
+    """A branch, or the sublayers that it is a sum of."""
+    node = branch
+    while op_name(node) in PASSING and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    operands = tensor_nodes(node.args[:2]) if op_name(node) == "add" and node not in labels.flow.residuals else []
+    if len(operands) == 2:
+        first, second = (_kinds(labels, n) for n in operands)
+        if first and second and not first & second:
+            return [term for operand in operands for term in _terms(labels, residual, operand)]
+    return [branch]
+
+
+def _kinds(labels: Labels, branch: fx.Node) -> set[str]:
+    kinds = {"attn.sublayer" for n in labels.nearest(branch) if n in labels.flow.attentions}
+    for source in labels.nearest(branch):
+        kinds |= {_ENDS[role] for role in labels.roles.get(source, ()) if role in _ENDS}
+        if "attn.o" in labels.roles.get(source, ()) and _reads_inner(labels, source):
+            kinds.add("ffn.sublayer")
+    return kinds
+
+
+def _reads_inner(labels: Labels, node: fx.Node) -> bool:
+    """Whether an output projection also reads the inner activation of a feed-forward."""
+    inner = labels.nearest_linears(labels.flow.linears[node].input)
+    return any(role in ("ffn.up", "ffn.gate") for n in inner for role in labels.roles.get(n, ()))
+
+
+def _sublayer(labels: Labels, joint: _Joint, branch: fx.Node, post_norm: fx.Node | None) -> Sublayer:
+    module = labels.module(joint.sum)
+    layer, stack = place(module)
+    crossing = next((n for n in labels.crosses if labels.between(joint.base, n, branch)), None)
+    names = sorted(_kinds(labels, branch))
+    roles = tuple(labels.prefix(joint.sum, crossing if name == "attn.sublayer" else None) + name for name in names)
+    return Sublayer(
+        roles=roles,
+        stream=joint.stream,
+        normed=_normed(labels, joint, branch),
+        projection=_projection(labels, joint, branch),
+        branch=branch,
+        sum=joint.sum,
+        post_norm=post_norm,
+        module=module,
+        layer=layer,
+        stack=stack,
+    )
+
+
+def _normed(labels: Labels, joint: _Joint, branch: fx.Node) -> fx.Node:
+    """The last value that all of a branch is computed from, before heads, windows or rows are split off."""
+    flow, base = labels.flow, joint.base
+    common = -1
+    for entry in _entries(labels, base, branch):
+        common &= flow.above[flow.at[entry]] | 1 << flow.at[entry]
+    node = base
+    for at in reversed(list(bits(common & ~((1 << flow.at[base]) - 1)))):
+        candidate = flow.order[at]
+        if isinstance(candidate.meta.get("val"), Tensor) and (candidate is base or flow.is_above(base, candidate)):
+            node = candidate
+            break
+    while node is not base and op_name(node) in SHAPING | PADDING | _COPYING and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _entries(labels: Labels, base: fx.Node, branch: fx.Node) -> list[fx.Node]:
+    """What the first weights and attentions after ``base`` read."""
+    flow = labels.flow
+    inside = labels.inside(base, branch)
+    found = []
+    for node in inside:
+        attention = flow.attentions.get(node)
+        linear = flow.linears.get(node) or flow.depthwise.get(node)
+        reads = [attention.query, attention.key, attention.value] if attention else node.all_input_nodes
+        for operand in [linear.input] if linear else reads:
+            starts = operand is base or flow.is_above(base, operand)
+            if starts and not any(n is operand or flow.is_above(n, operand) for n in inside):
+                found.append(operand)
+    return found
+
+
+def _projection(labels: Labels, joint: _Joint, branch: fx.Node) -> fx.Node:
+    """Up from the branch through dropout, norms, scales and shapes to what they work on."""
+    path = [branch]
+    while path[-1] not in labels.columns.number:
+        above = _carried(labels, path[-1])
+        if above is None:
+            break
+        path.append(above)
+    found = path[-1]
+    shape = labels.flow.sizes.shape(branch.meta["val"])
+    for node in reversed(path):
+        if node is not found and op_name(node) not in SHAPING | _COPYING:
+            return found
+        if labels.flow.sizes.shape(node.meta["val"]) == shape:
+            return node
+    return found
+
+
+def _carried(labels: Labels, node: fx.Node) -> fx.Node | None:
+    """The operand that a node passes on, scaled or normalised at most."""
+    name = op_name(node)
+    if name in PASSING or name in SHAPING or name in PADDING or name in NORMALISING or name == "getitem":
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    if name not in ("mul", "div", "add", "sub"):
+        return None
+    operands = tensor_nodes(node.args[:2])
+    moving = [n for n in operands if labels.flow.is_data(n)]
+    if len(moving) == 2 and name in ("mul", "div", "sub"):
+        measures = Through.STATISTIC | Through.ROOT
+        marks = [labels.columns.through.get(n, Through.NOTHING) & measures for n in moving]
+        moving = [n for n, mark in zip(moving, marks, strict=True) if not mark] if any(marks) else moving
+    return moving[0] if len(moving) == 1 else None
+
+
+class _Norms:
+    """Norms that stand right behind a residual add."""
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels = labels
+        self.found: dict[fx.Node, fx.Node] = {}
+        self._behind: dict[int, list[fx.Node]] = defaultdict(list)
+        scales = {f.node for f in labels.findings if f.role.endswith("norm")}
+        for node in labels.flow.order:
+            front = labels.columns.front.get(node, 0)
+            is_norm = node in scales or op_name(node) in NORMALISING
+            if is_norm and front and front & (front - 1) == 0:
+                self._behind[front].append(node)
+
+    def after(self, joint: _Joint) -> fx.Node | None:
+        """The norm behind a sum that the residual stream goes on from; None where it goes on from the sum."""
+        labels = self.labels
+        number = 1 << labels.columns.number[joint.sum]
+        norm = next((n for n in self._behind[number] if self._only_way(joint.sum, n)), None)
+        if norm is None:
+            return None
+        later = [r for r in labels.flow.residuals.values() if labels.columns.front.get(r.stream, 0) == number]
+        if later:
+            goes_on = any(r.stream is norm or labels.flow.is_above(norm, r.stream) for r in later)
+        else:
+            own = labels.nearest(joint.stream)
+            goes_on = len(own) == 1 and own[0] in self.found
+        if goes_on:
+            self.found[joint.sum] = norm
+        return norm if goes_on else None
+
+    def _only_way(self, start: fx.Node, norm: fx.Node) -> bool:
+        pending, seen = [start], {start, norm}
+        while pending:
+            for user in pending.pop().users:
+                if user in seen or not isinstance(user.meta.get("val"), Tensor | tuple | list):
+                    if user.op == "output":
+                        return False
+                    continue
+                if user in self.labels.columns.number:
+                    return False
+                seen.add(user)
+                pending.append(user)
+        return True

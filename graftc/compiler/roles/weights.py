@@ -1,0 +1,83 @@
+"""Which rows of a stored parameter the output columns of a linear map are, where the weight is an expression on it.
+
+``nn.MultiheadAttention`` reads slices of one parameter, other models multiply by ``W.T``: the shape operators in
+between are run on row and column numbers, as broadcast views that cost no memory.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.roles.flow import Flow
+from graftc.compiler.roles.maps import Linear, columns_along
+from graftc.compiler.roles.operators import PASSING
+from graftc.passes.core.calls import op_name
+from graftc.passes.core.program import map_nodes
+
+_ELEMENTWISE = PASSING | {"mul", "div", "add"}
+
+
+def parameter_rows(flow: Flow, linear: Linear) -> tuple[Tensor, int] | None:
+    """Row of the parameter for each output column, and how many rows the parameter has.
+
+    Rows are the ones of the weight seen as ``[out, in]``, however it is stored.
+
+    Returns:
+        ``int64[out]`` and the total; None where the weight is the parameter itself, or where it cannot be told.
+    """
+    if linear.weight.op == "get_attr" or linear.experts or linear.parameter is None:
+        return None
+    chain = _chain(flow, linear)
+    if chain is None:
+        return None
+    shape = tuple(int(size) for size in chain[0].meta["val"].shape)
+    # A matrix may be stored either way round; the first axis of a kernel is its rows.
+    for axis in range(2 if len(shape) == 2 else 1):
+        total = shape[axis]
+        numbers = _run(flow, chain, columns_along(shape, (axis,)))
+        if numbers is None or numbers.dim() <= max(linear.out_axes):
+            continue
+        others = [axis for axis in range(numbers.dim()) if axis not in linear.out_axes]
+        oriented = numbers.permute(*linear.out_axes, *others).reshape(linear.out, -1)
+        own = oriented[:, 0]
+        if torch.equal(oriented, own[:, None].expand_as(oriented)) and torch.unique(own).numel() == linear.out:
+            return own, total
+    return None
+
+
+def _chain(flow: Flow, linear: Linear) -> list[fx.Node] | None:
+    """Nodes from the stored parameter to the weight."""
+    chain = [linear.weight]
+    while chain[0].op == "call_function":
+        sources = [n for n in chain[0].all_input_nodes if _leads_to(flow, n, str(linear.parameter))]
+        if not sources:
+            return None
+        chain.insert(0, sources[0])
+    return chain
+
+
+def _leads_to(flow: Flow, node: fx.Node, parameter: str) -> bool:
+    return any(str(n.target) == parameter for n in flow.parameters(node))
+
+
+def _run(flow: Flow, chain: list[fx.Node], numbers: Tensor) -> Tensor | None:
+    held: Any = numbers
+    for before, node in pairwise(chain):
+        if op_name(node) in _ELEMENTWISE:
+            continue
+        current = held
+
+        def argument(source: fx.Node, before: fx.Node = before, current: Any = current) -> Any:
+            return current if source is before else flow.sizes.size(source.meta["val"])
+
+        target = node.target
+        assert callable(target)
+        try:
+            held = target(*map_nodes(node.args, argument), **map_nodes(node.kwargs, argument))
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            return None
+    return held if isinstance(held, Tensor) else None
