@@ -43,6 +43,7 @@ _METHOD = {
     "ValueSite": "graftc.passes.core.sites",
     "WeightFold": "graftc.passes.core.folds",
     "check_rank": "graftc.passes.core.lowrank",
+    "effective_weight": "graftc.passes.core.effective_weight",
     "factors": "graftc.passes.core.lowrank",
     "normal": "graftc.passes.core.lowrank",
     "pick": "graftc.passes.core.routing",
@@ -54,6 +55,7 @@ _METHOD = {
 
 if TYPE_CHECKING:
     from graftc.passes.core.builder import Builder
+    from graftc.passes.core.effective_weight import effective_weight
     from graftc.passes.core.folds import Fold, Keep, StandIn, TensorFold, WeightFold
     from graftc.passes.core.lowrank import check_rank, factors, normal, uniform, zeros
     from graftc.passes.core.method import Method
@@ -111,6 +113,7 @@ __all__ = [
     "VirtualRun",
     "WeightFold",
     "check_rank",
+    "effective_weight",
     "factors",
     "normal",
     "pick",

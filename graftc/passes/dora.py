@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.builder import Builder
+from graftc.passes.core.effective_weight import EffectiveWeight, effective_weight, trace
 from graftc.passes.core.folds import Fold, Keep, WeightFold
 from graftc.passes.core.lowrank import added, check_rank, factors, normal, uniform, zeros
 from graftc.passes.core.magnitude import SMALLEST, TINY, norm_of_squares, squares
 from graftc.passes.core.method import Method
 from graftc.passes.core.sites import EmbeddingSite, LinearSite, Site, SiteKey
-from graftc.passes.core.so_far import SoFar, so_far, trace
 from graftc.specs.dora import DoRA
 
 aten = torch.ops.aten
@@ -51,7 +51,7 @@ class DoRAMethod(Method[DoRA]):
                 no equivalent change of weights.
         """
         assert isinstance(site, LinearSite)
-        base = so_far(build, site)
+        base = effective_weight(build, site)
         pair = _factors(spec, site, build) if spec.direction else ()
         scale = _scale(spec, site, base, pair, shared, build)
         delta = lost = None
@@ -107,7 +107,7 @@ def _scaled_up(build: Builder, b: fx.Node, scale: fx.Node, whole: bool) -> fx.No
 
 
 def _scale(
-    spec: DoRA, site: LinearSite, base: SoFar, pair: Sequence[fx.Node], shared: Scales, build: Builder
+    spec: DoRA, site: LinearSite, base: EffectiveWeight, pair: Sequence[fx.Node], shared: Scales, build: Builder
 ) -> fx.Node:
     """``m / |V|`` of a place, ``[..., rows]``."""
     square = build.constant("square", lambda: squares(base.value())) if base.fixed else None
@@ -118,7 +118,9 @@ def _scale(
     return shared[site.key.place]
 
 
-def _first_norm(spec: DoRA, base: SoFar, square: fx.Node | None, pair: Sequence[fx.Node], build: Builder) -> Tensor:
+def _first_norm(
+    spec: DoRA, base: EffectiveWeight, square: fx.Node | None, pair: Sequence[fx.Node], build: Builder
+) -> Tensor:
     """What `_norm` gives before training, by the same arithmetic. A product with zeros changes no bit of a square."""
     if square is not None:
         return norm_of_squares(build.store.get(str(square.target)))
@@ -126,7 +128,9 @@ def _first_norm(spec: DoRA, base: SoFar, square: fx.Node | None, pair: Sequence[
     return _norm_with_update(base.value(), *held, scaling=spec.scaling)[0]
 
 
-def _norm(spec: DoRA, base: SoFar, square: fx.Node | None, pair: Sequence[fx.Node], build: Builder) -> fx.Node:
+def _norm(
+    spec: DoRA, base: EffectiveWeight, square: fx.Node | None, pair: Sequence[fx.Node], build: Builder
+) -> fx.Node:
     """``|W + s B A|``."""
     weight = base.weight
     if spec.norm_gradient == "detached":

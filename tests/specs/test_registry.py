@@ -195,3 +195,15 @@ def test_a_mechanism_is_a_method_with_code_of_its_own(install: Install, mechanis
     with pytest.raises(GraftError) as error:
         method_for("rank4")
     assert error.value.code == "GC071" and mechanism in error.value.message
+
+
+def test_a_method_that_cannot_be_parsed_is_told_by_its_name(install: Install) -> None:
+    from graftc.passes.core.registry import method_for
+
+    install("plug_broken", SPEC.format(name="Scale", tag="scale"))
+    entry = method_specs()["scale"]
+    folder = Path(sys.modules[entry.module].__file__ or "").parent
+    (folder / "method.py").write_text("class Broken(:\n")
+    with pytest.raises(GraftError) as error:
+        method_for("scale")
+    assert error.value.code == "GC071" and "plug_broken.method" in error.value.message

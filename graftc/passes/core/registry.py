@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from graftc.passes.core.method import Method
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.diagnostics import GraftError, first_line
 from graftc.specs.registry import SpecEntry, method_specs
 
 
@@ -36,8 +36,8 @@ def method_for(tag: str) -> Method[Any]:
 def _method(entry: SpecEntry) -> Method[Any]:
     try:
         module = importlib.import_module(entry.method_module)
-    except ImportError as error:
-        message = f"{entry.method_module}, the code of {entry.tag!r}, cannot be imported: {error}"
+    except Exception as error:  # a plugin's import may fail in any way, and the message must name the plugin
+        message = f"{entry.method_module}, the code of {entry.tag!r}, cannot be imported: {first_line(error)}"
         raise GraftError("GC071", message) from error
     for value in vars(module).values():
         is_method = inspect.isclass(value) and issubclass(value, Method) and not inspect.isabstract(value)

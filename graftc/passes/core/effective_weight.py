@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class SoFar:
+class EffectiveWeight:
     """What a site computes so far.
 
     Attributes:
@@ -42,7 +42,7 @@ class SoFar:
     value: Callable[[], Tensor]
 
 
-def so_far(build: Builder, site: LinearSite) -> SoFar:
+def effective_weight(build: Builder, site: LinearSite) -> EffectiveWeight:
     """What ``site`` computes before the adaptation that ``build`` builds.
 
     Raises:
@@ -53,7 +53,7 @@ def so_far(build: Builder, site: LinearSite) -> SoFar:
     if site.applied and build.composed:
         raise _refusal(build, site, site.applied[-1].adaptation, "a bank starts from one weight for all of its slots")
     if not site.applied:
-        return SoFar(weight, offset, not build.is_overlaid(site.own.tensor), lambda: build.read_weight(site))
+        return EffectiveWeight(weight, offset, not build.is_overlaid(site.own.tensor), lambda: build.read_weight(site))
     wide = torch.promote_types(weight.meta["val"].dtype, torch.float32)
     bias = build.bias(site)
     tensors = [build.attribute(name) for applied in site.applied for name in applied.parts.values()]
@@ -74,7 +74,7 @@ def so_far(build: Builder, site: LinearSite) -> SoFar:
             result: Tensor = function(*cast)[0]
         return result
 
-    return SoFar(found[0], offset, False, value)
+    return EffectiveWeight(found[0], offset, False, value)
 
 
 def trace(build: Builder, function: Callable[..., Any], nodes: Sequence[fx.Node], part: str) -> list[fx.Node]:
