@@ -16,7 +16,7 @@ from unittest import mock
 from torch import Tensor, fx, nn
 
 import graftc
-from graftc.compiler import capture as capturing
+from graftc.compiler.capture import capture as capturing
 from graftc.compiler.roles.structure import Structure, place
 from graftc.runtime.compiled import Compiled
 from graftc.specs.diagnostics import GraftError
