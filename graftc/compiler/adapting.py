@@ -15,7 +15,7 @@ from graftc.compiler.capture.cache import captured, forget, keep
 from graftc.compiler.capture.capture import Capture, capture, random_structure
 from graftc.compiler.capture.draws import draws
 from graftc.compiler.capture.interface import Flags, dtype_of
-from graftc.compiler.capture.signature import Axis
+from graftc.compiler.capture.signature import Axis, inputs_of_program
 from graftc.compiler.capture.untraced import unkept
 from graftc.compiler.compilation import Compilation, Resolution
 from graftc.compiler.resolve.compose import Unit, add_controls, check_units, insert_unit, placed, units
@@ -106,7 +106,7 @@ def adapt_signature(
     clock.step("verify", lambda: verify(adapted_eval, compilation.store, "mode(eval)", types=True), adapted_eval)
     adapted_eval.history = list(clock.entries)
     return graphs, Resolution(
-        Signature(()),
+        _signature(compilation, train.program, train.base),
         train.structure,
         train.resolved,
         train.trained,
@@ -116,6 +116,16 @@ def adapt_signature(
         tuple(captures),
         (*(c.anchor for c in captures if c.anchor is not None), *derived),
     )
+
+
+def _signature(compilation: Compilation, adapted: Program, base: Program) -> Signature:
+    """What tells the calls of a graph from those of others."""
+    bounds = [(f"{s.name}.{i}", low, high) for s in base.inputs for i, (low, high) in enumerate(s.ranges)]
+    fixed = tuple(f"{axis}={low}" for axis, low, high in bounds if low == high)
+    signature = Signature(inputs_of_program(adapted.inputs, adapted.flags), fixed)
+    if signature in compilation.signatures:  # for other sizes of the same inputs the model may compute something else
+        signature = signature._replace(sizes=(*fixed, *(f"{axis}={low}..{high}" for axis, low, high in bounds)))
+    return signature
 
 
 def _is_unlike_eval(program: Program) -> bool:

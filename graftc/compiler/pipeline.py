@@ -15,7 +15,7 @@ from graftc.compiler.capture.capture_key import held_by
 from graftc.compiler.capture.defaults import default_signatures
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.isolation import exclusive
-from graftc.compiler.capture.signature import Axis, axes_of, described, fits, inputs_of_program, less_dynamic, split
+from graftc.compiler.capture.signature import Axis, axes_of, described, fits, less_dynamic, split
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.tokens import with_room
@@ -140,16 +140,9 @@ def add_signature(
     """
     always = [name for name, composition in compilation.controls.items() if isinstance(composition, Parallel)]
     graphs, found = adapt_signature(compilation, axes, flags, list(dict.fromkeys([*always, *chosen])))
-    train, base = graphs["forward", "train", "adapted"], graphs["forward", "train", "base"]
-    bounds = [(f"{s.name}.{i}", low, high) for s in base.inputs for i, (low, high) in enumerate(s.ranges)]
-    fixed = tuple(f"{axis}={low}" for axis, low, high in bounds if low == high)
-    signature = Signature(inputs_of_program(train.inputs, train.flags), fixed)
-    if signature in compilation.signatures:  # for other sizes of the same inputs the model may compute something else
-        signature = signature._replace(sizes=(*fixed, *(f"{axis}={low}..{high}" for axis, low, high in bounds)))
-    if signature not in compilation.signatures:
-        found.signature = signature
+    if found.signature not in compilation.signatures:
         compilation.include(graphs, found)
-    return signature
+    return found.signature
 
 
 def recompile(

@@ -13,11 +13,10 @@ from graftc.compiler.capture.interface import COUNT, dtype_of
 from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.report import owner_of
-from graftc.compiler.inspect.snapshot import adapter_tensors
+from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.compose import ACTIVE
 from graftc.compiler.resolve.resolver import TRAIN
 from graftc.passes.core.batch import BATCH
-from graftc.passes.core.gathered import gathered
 from graftc.passes.core.store import RESERVED
 from graftc.specs.compose import Bank, CompositionSpec, Parallel
 from graftc.specs.diagnostics import GraftError, nearest
@@ -237,8 +236,8 @@ def _values(
     """The adapter tensors with those of the bank added up under one name."""
     found: dict[str, Tensor] = {}
     terms: dict[str, list[Tensor]] = {}
-    for fqn, held in adapter_tensors(compilation.store):
-        tensor, owner = gathered(held), owner_of(fqn)
+    for fqn, tensor in adapter_values(compilation.store):
+        owner = owner_of(fqn)
         own = _renamed(fqn, name) if owner else fqn
         if owner == bank.name:
             found |= {} if fqn.endswith(f".{ACTIVE}") else {own: tensor}

@@ -14,11 +14,10 @@ from torch import Tensor
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.steps import site_steps
 from graftc.compiler.inspect.report import owner_of
-from graftc.compiler.inspect.snapshot import adapter_tensors
+from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.compose import Unit
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.passes.core.folds import FoldStep
-from graftc.passes.core.gathered import gathered
 from graftc.passes.core.sites import LinearSite, SiteKey
 from graftc.specs.arguments import kind_of
 from graftc.specs.compose import Bank, Stack
@@ -106,7 +105,7 @@ class Combining:
             a, b, errors[str(site.key)] = _at(compilation, chosen, factors, site, kind, rank, density, seed)
             made[site.key] = a, b
         width = max(a.shape[-2] for a, _ in made.values())
-        values = {n: gathered(t) for n, t in adapter_tensors(compilation.store) if owner_of(n) not in names}
+        values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) not in names}
         for resolved_name, tensors in _named(compilation, chosen[0], name, made, width).items():
             values[resolved_name] = tensors
         spec = _spec(compilation.spec, chosen[0], names, name, width)

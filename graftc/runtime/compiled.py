@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from graftc.compiler.capture.isolation import exclusive, is_traced, isolated
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.inspect.snapshot import adapter_tensors
+from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_values
 from graftc.compiler.pipeline import recompile
-from graftc.passes.core.gathered import copy_whole, gathered
+from graftc.passes.core.gathered import copy_whole
 from graftc.passes.core.keys import Entry, Modes, ProgramKey, Signature
 from graftc.passes.core.program import Program
 from graftc.passes.core.updates import as_source
@@ -50,7 +50,7 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Every tensor that graftc added and that has to be kept, by its full name, detached: parameters, and what
         controllers remember."""
-        return {name: gathered(tensor) for name, tensor in adapter_tensors(self._store)}
+        return dict(adapter_values(self._store))
 
     def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy adapter tensors in; names and shapes must be those of `adapter_state_dict`.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from graftc.compiler.folding.collapse import collapsed_spec, collapsed_values, collapsing
-from graftc.compiler.inspect.snapshot import adapter_tensors
-from graftc.passes.core.gathered import gathered
+from graftc.compiler.inspect.snapshot import adapter_values
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import CompiledRunner
@@ -17,5 +16,5 @@ def deployed(compiled: CompiledRunner) -> CompiledRunner:
     compilation = compiled.compilation
     if not collapsing(compilation):
         return compiled
-    values = {n: gathered(t) for n, t in adapter_tensors(compilation.store)} | collapsed_values(compilation)
+    values = dict(adapter_values(compilation.store)) | collapsed_values(compilation)
     return compiled.sibling(collapsed_spec(compilation), values)._graftc

@@ -224,8 +224,11 @@ def _folded_store(model: nn.Module, store: Store, fold: Foldable, made: Folded) 
     folded = Store()
     folded.shape(model)
     for name, tensor in store.base():
-        value = gathered(tensor).clone() if name in store.updated else gathered(tensor)
-        _add(folded, store, name, made.tensors.get(name, value))
+        if name in made.tensors:
+            _add(folded, store, name, made.tensors[name])
+        else:
+            value = gathered(tensor)
+            _add(folded, store, name, value.clone() if name in store.updated else value)
     for name, tensor in store.adapters():
         if owner_of(name) in fold.kept:
             _add(folded, store, name, gathered(tensor))

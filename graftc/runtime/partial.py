@@ -17,10 +17,9 @@ from graftc.compiler.folding.collapse import collapsed_spec, collapsed_values
 from graftc.compiler.folding.differences import largest_difference
 from graftc.compiler.folding.fold_verification import Advance
 from graftc.compiler.inspect.report import owner_of
-from graftc.compiler.inspect.snapshot import adapter_tensors
+from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.resolve.tokens import TOKENS
-from graftc.passes.core.gathered import gathered
 from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
 from graftc.runtime.folder import write_merged
@@ -109,7 +108,7 @@ def _require_any(merged: Merged) -> None:
 def _partial(compiled: Compiled | CompiledRunner, merged: Merged) -> Partial:
     runner: CompiledRunner = runner_of(compiled)
     compilation = runner.compilation
-    values = {n: gathered(t) for n, t in adapter_tensors(compilation.store) if owner_of(n) in merged.kept}
+    values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) in merged.kept}
     values |= collapsed_values(compilation)
     made = runner.sibling(_rest(compilation, merged), values, merged.to_transformers())
     certificate = _with_outputs(merged.certificate, runner, made._graftc)

@@ -199,11 +199,7 @@ class ModelRunner(Runner):
         """
         if args and isinstance(args[0], _FlatCall):
             return self._flat(args[0])
-        chosen = {name: kwargs.pop(name) for name in self._compilation.controls if name in kwargs}
-        present, plain = self._interface.read(self._interface.named(args, kwargs))
-        if self._compilation.controls:
-            present = with_choices(self._compilation, present, chosen)
-        return self._outputs_of(self.ready(present), present, plain)
+        return self._run(args, kwargs)
 
     def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The last hidden state of a call, ``[batch, sequence, hidden]``, without the head: ``last_hidden_state``
@@ -212,12 +208,14 @@ class ModelRunner(Runner):
         Raises:
             GraftError: GC031 for inputs that cannot be captured, and where the model returns no hidden states.
         """
-        present, plain = self._interface.read({**self._interface.named(args, kwargs), FLAG: True})
-        if self._compilation.controls:
-            present = with_choices(self._compilation, present, {})
-        return self._outputs_of(self.ready(present, "hidden"), present, plain)
+        return self._run(args, kwargs, "hidden", **{FLAG: True})
 
-    def _outputs_of(self, key: ProgramKey, present: Mapping[str, Any], plain: bool) -> Any:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry = "forward", **flags: Any) -> Any:
+        chosen = {name: kwargs.pop(name) for name in self._compilation.controls if name in kwargs}
+        present, plain = self._interface.read({**self._interface.named(args, kwargs), **flags})
+        if self._compilation.controls:
+            present = with_choices(self._compilation, present, chosen)
+        key = self.ready(present, entry)
         outputs = self._programs[key].outputs.build(self._results(key, present))
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 

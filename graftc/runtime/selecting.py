@@ -11,10 +11,9 @@ from torch import Tensor
 
 from graftc.compiler.capture.fingerprint import identify
 from graftc.compiler.inspect.report import owner_of
-from graftc.compiler.inspect.snapshot import adapter_tensors
+from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.resolver import TRAIN, Resolved
 from graftc.compiler.steering import live_places
-from graftc.passes.core.gathered import gathered
 from graftc.passes.core.registry import method_for
 from graftc.passes.core.scoring import Scoring
 from graftc.passes.core.windows import BaseGradients
@@ -200,7 +199,7 @@ class Selecting(Steered, Runner):
     def _others(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of adaptations other than these."""
         gone = set(names)
-        return {n: gathered(t) for n, t in adapter_tensors(self._compilation.store) if owner_of(n) not in gone}
+        return {n: t for n, t in adapter_values(self._compilation.store) if owner_of(n) not in gone}
 
     def _again(
         self, changed: Mapping[str, MethodSpec], values: Mapping[str, Tensor], others: Mapping[str, Tensor]

@@ -76,6 +76,7 @@ class TestDeployed(DeploymentContract):
     exported = True
     inductor = True
     every_family = True
+    every_layer = True
     adaptation = TestLoRA.adaptation
     families = DENSE
 

@@ -103,3 +103,15 @@ def test_wrong_inputs_are_told_as_by_the_model() -> None:
     with pytest.raises(GraftError) as error:
         compiled_of("llama").base_model(inputs=IDS)
     assert error.value.code == "GC031"
+
+
+def test_rows_choose_from_a_bank() -> None:
+    target = {"role": ["attn.q", "attn.v"]}
+    adapt = [{"method": "lora", "rank": 2, "name": name, "target": target} for name in ("a", "b")]
+    compiled = compiled_of("llama", {"adapt": adapt, "compose": {"bank": ["a", "b"]}})
+    ids = ["a", "b"]
+    with torch.no_grad():
+        found = compiled.base_model(input_ids=IDS, adapter_ids=ids).last_hidden_state
+        other = compiled.base_model(input_ids=IDS, adapter_ids=["b", "b"]).last_hidden_state
+    assert torch.equal(found, last(compiled, input_ids=IDS, adapter_ids=ids))
+    assert not torch.allclose(found[0], other[0]) and torch.equal(found[1], other[1])

@@ -81,10 +81,8 @@ def _page(entry: SpecEntry) -> str:
     ]
     if claims.inert:
         facts.append(("tensors without a gradient at first", ", ".join(map(code, sorted(claims.inert)))))
-    runs = f"runs the code of {code(entry.mechanism)}" if entry.mechanism else code(entry.method_module)
-    facts.append(
-        ("defined in", f"{code(entry.module)}, {runs}" if entry.mechanism else f"{code(entry.module)} and {runs}")
-    )
+    runs = f", runs the code of {code(entry.mechanism)}" if entry.mechanism else f" and {code(entry.method_module)}"
+    facts.append(("defined in", code(entry.module) + runs))
     parts = [
         header(entry.tag),
         prose(getdoc(entry.spec_class) or "") + "\n",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import place_of
 from graftc.compiler.roles.findings import Finding, Structure
+from graftc.passes.core.gathered import gathered
 from graftc.passes.core.keys import Mode
 from graftc.passes.core.program import Program
 from graftc.passes.core.shapes import DTYPE_NAMES
@@ -151,6 +152,11 @@ def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
     for name in store.updated:
         yield name, store.get(name)
+
+
+def adapter_values(store: Store) -> Iterator[tuple[str, Tensor]]:
+    """The same with whole values, detached, of tensors that are sharded over processes too."""
+    return ((name, gathered(tensor)) for name, tensor in adapter_tensors(store))
 
 
 def site_records(compilation: Compilation) -> Iterator[SiteRecord]:

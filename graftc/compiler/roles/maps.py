@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compiler.roles.operators import PASSING, SELECTING
-from graftc.passes.core.calls import Operands, is_convolution, op_name, products
+from graftc.passes.core.calls import is_convolution, op_name, products
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,12 @@ def read_map(node: fx.Node, weights: Weights, size: Size) -> Linear | None:
         return _convolution(node, weights, size)
     for operands in products(node):
         given = operands.given(node)
-        read = _flipped if operands.flipped else _product
-        found = read(node, *given, operands, weights, size) if given is not None else None
+        if given is None:
+            continue
+        if operands.flipped:
+            found = _flipped(node, *given, weights, size)
+        else:
+            found = _product(node, *given, 0 if operands.out_first else 1, weights, size)
         if found is not None:
             return found
     return None
@@ -84,9 +88,8 @@ def _name(stored: list[fx.Node]) -> str | None:
 
 
 def _product(
-    node: fx.Node, data: fx.Node, weight: fx.Node, operands: Operands, weights: Weights, size: Size
+    node: fx.Node, data: fx.Node, weight: fx.Node, out_axis: int, weights: Weights, size: Size
 ) -> Linear | None:
-    out_axis = 0 if operands.out_first else 1
     dims = weight.meta["val"].dim()
     stored = _selected(weight)
     if dims == 3 and stored is None:
@@ -102,9 +105,7 @@ def _product(
     return Linear(node, data, weight, _name(found), out, out_axes=(out_axis,))
 
 
-def _flipped(
-    node: fx.Node, data: fx.Node, weight: fx.Node, operands: Operands, weights: Weights, size: Size
-) -> Linear | None:
+def _flipped(node: fx.Node, data: fx.Node, weight: fx.Node, weights: Weights, size: Size) -> Linear | None:
     """``W @ x``: the weight comes first, and rows of the result are the columns."""
     if weight.meta["val"].dim() != 2:
         return None
