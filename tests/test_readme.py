@@ -8,7 +8,7 @@ from typing import Any
 
 import graftc
 from graftc.specs.io import parse_spec
-from tests.cli.support import run_apart
+from tests.cli.support import run_warm
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -35,6 +35,6 @@ def test_the_python_example_and_the_commands_run(tmp_path: Path, monkeypatch: An
     (tmp_path / "spec.yaml").write_text(spec)
     for line in console.splitlines():
         program, *arguments = line.split()
-        outcome = run_apart(*arguments, cwd=tmp_path)
+        outcome = run_warm(*arguments, cwd=tmp_path)
         assert program == "graftc" and outcome.status == 0, f"{line}\n{outcome.out}{outcome.err}"
     assert {"artifact", "merged", "merged.onnx"} <= {path.name for path in tmp_path.iterdir()}

@@ -17,17 +17,16 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 FILE = Path(__file__).with_name("durations.json")
 SLOW = 0.15
 """Processor seconds from which a test is slow, and recorded."""
 
 LONG = 0.25
-"""Processor seconds from which ``make test`` runs a test that is no contract on two families only."""
+"""Processor seconds from which ``make test`` runs a test that is no contract on one family only."""
 
-LONGEST = 4.0
-"""Processor seconds from which these are the quick families."""
-
-WARN = 20 * 60
+WARN = 15 * 60
 """Seconds of a whole run, without set-up, after which continuous integration warns."""
 
 _PROPERTY = "processor seconds"
@@ -47,7 +46,7 @@ def name_of(nodeid: str) -> str:
 
 def _used() -> float:
     now = os.times()
-    return now.user + now.system + now.children_user + now.children_system
+    return now.user + now.system + now.children_user + now.children_system + warm.spent
 
 
 class Timing:

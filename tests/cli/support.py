@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from graftc.runtime.cli import main
+from tests import warm
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cli"
 ROOT = Path(__file__).parents[2]
@@ -47,6 +49,14 @@ def run_apart(*arguments: str, cwd: Path | None = None, **environment: str) -> O
     command = [sys.executable, "-m", "graftc", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, env=env, timeout=120)
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def run_warm(*arguments: str, cwd: Path, **environment: str) -> Outcome:
+    """Run graftc in another process that has torch already: see `tests.warm`."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        status = warm.run("graftc", *arguments, cwd=cwd, out=out, err=err, environment=environment)
+        return Outcome(status, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
 
 
 def check_golden(name: str, text: str) -> None:

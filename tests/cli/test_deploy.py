@@ -18,7 +18,7 @@ from graftc.runtime.cli.results import published_schema
 from graftc.runtime.models import load_model
 from graftc.testing import perturb
 from tests.artifact.support import saved_base, tree_bytes
-from tests.cli.support import Outcome, check_golden, run_apart, run_here
+from tests.cli.support import Outcome, check_golden, run_here, run_warm
 
 SPEC = """\
 version: 1
@@ -331,5 +331,5 @@ def test_unknown_formats(capsys: pytest.CaptureFixture[str]) -> None:
 def test_in_processes_of_their_own(here: Path) -> None:
     """The test of the readme runs the whole path as a user has it; here is what it leaves out."""
     for command in (["merge", "artifact", "--out", "folded"], ["diff", "artifact", "artifact"]):
-        outcome = run_apart(*command, cwd=here)
+        outcome = run_warm(*command, cwd=here)
         assert (outcome.status, outcome.err) == (0, ""), command

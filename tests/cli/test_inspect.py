@@ -18,7 +18,7 @@ from graftc.compiler.inspect.history import history
 from graftc.compiler.inspect.summary import summary
 from graftc.passes.core.graphs import dot_text, graph_data, graphml_text
 from graftc.runtime.artifact import open_artifact
-from tests.cli.support import Outcome, check_golden, run_apart, run_here
+from tests.cli.support import Outcome, check_golden, run_here, run_warm
 from tests.families import bert
 
 SPEC = {
@@ -126,6 +126,6 @@ def test_what_is_wrong_is_told(live: Any, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_in_another_process(live: Any) -> None:
-    outcome = run_apart("inspect", "artifact", "--diff", cwd=Path.cwd())
+    outcome = run_warm("inspect", "artifact", "--diff", cwd=Path.cwd())
     assert (outcome.status, outcome.err) == (0, "") and outcome.out == live.diff()
     assert open_artifact("artifact").snapshot.model == "BertForSequenceClassification"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from graftc.runtime.cli import output
+from tests import warm
 from tests.cli.support import ROOT, run_apart
 
 ESCAPE = "\x1b"
@@ -27,19 +28,32 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def on_a_terminal(*arguments: str, **environment: str) -> tuple[str, str]:
-    """What a command shows where the standard output and the standard error are two terminals."""
-    ends = [pty.openpty(), pty.openpty()]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", "graftc", *arguments]
-    (out, out_slave), (err, err_slave) = ends
-    done = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out_slave, stderr=err_slave, env=env)
-    for slave in (out_slave, err_slave):
-        os.close(slave)
-    # Both at once: a terminal that nobody reads blocks the command.
-    with ThreadPoolExecutor(2) as pool:
+def on_a_terminal(*arguments: str, fresh: bool = True, **environment: str) -> tuple[str, str]:
+    """What a command shows where the standard output and the standard error are two terminals.
+
+    Without ``fresh`` it runs in an interpreter that has torch already.
+    """
+    (out, out_slave), (err, err_slave) = pty.openpty(), pty.openpty()
+
+    def command() -> None:
+        try:
+            if not fresh:
+                names = {"out": os.ttyname(out_slave), "err": os.ttyname(err_slave)}
+                warm.run("graftc", *arguments, cwd=Path.cwd(), **names, environment=environment)
+            else:
+                env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+                started = [sys.executable, "-m", "graftc", *arguments]
+                ends = {"stdin": subprocess.DEVNULL, "stdout": out_slave, "stderr": err_slave}
+                subprocess.run(started, **ends, env={**env, **environment}, timeout=120)
+        finally:
+            for slave in (out_slave, err_slave):
+                os.close(slave)
+
+    # All at once: a terminal that nobody reads blocks the command.
+    with ThreadPoolExecutor(3) as pool:
+        done = pool.submit(command)
         shown, told = pool.map(_drained, (out, err))
-    done.wait(timeout=120)
+        done.result()
     return shown, told
 
 
@@ -77,13 +91,13 @@ def test_what_is_no_terminal_sees_no_escape_codes(arguments: tuple[str, ...]) ->
 
 
 def test_json_shows_no_steps() -> None:
-    out, err = on_a_terminal(*CHECK, "--json")
+    out, err = on_a_terminal(*CHECK, "--json", fresh=False)
     assert err == "" and out.startswith("{")
 
 
 def test_steps_without_colours() -> None:
     """`tests/cli/test_check.py` has a check that sees no terminal."""
-    out, err = on_a_terminal(*CHECK, NO_COLOR="1")
+    out, err = on_a_terminal(*CHECK, fresh=False, NO_COLOR="1")
     assert ESCAPE not in out + err
 
 

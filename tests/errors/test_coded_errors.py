@@ -16,7 +16,7 @@ import pytest
 
 import graftc
 from graftc.specs.diagnostics import CATALOGUE, GraftError, GraftWarning
-from tests.cli.support import check_golden, run_apart, run_here
+from tests.cli.support import check_golden, run_here, run_warm
 
 BERT, GPT2 = "tests.families:bert", "tests.families:gpt2"
 OWN = "tests.errors.models"
@@ -145,7 +145,7 @@ def test_a_failed_compile_leaves_the_model_usable() -> None:
 
 def test_the_error_of_another_process_has_no_traceback() -> None:
     Path("spec.yaml").write_text(CASES[3].spec, encoding="utf-8")
-    outcome = run_apart("check", "spec.yaml", "--model", BERT, cwd=Path.cwd())
+    outcome = run_warm("check", "spec.yaml", "--model", BERT, cwd=Path.cwd())
     assert (outcome.status, outcome.out) == (2, "")
     check_golden(f"errors/{CASES[3].name}", outcome.err)
 

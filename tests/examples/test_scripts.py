@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
+from tests import warm
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
 
 def run(script: str, out: Path, folder: Path) -> str:
     """What a script prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(EXAMPLES / script), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with tempfile.TemporaryDirectory() as texts:
+        shown, told = Path(texts, "out"), Path(texts, "err")
+        status = warm.run(str(EXAMPLES / script), str(out), cwd=folder, out=shown, err=told, environment={})
+        assert status == 0, told.read_text(encoding="utf-8")
+        return shown.read_text(encoding="utf-8")
 
 
 def test_quickstart(tmp_path: Path) -> None:

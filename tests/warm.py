@@ -1,0 +1,79 @@
+"""Commands and scripts in processes of their own that have torch and transformers already.
+
+Half of what a short command takes is importing the two. A server that has imported them forks one process for each
+command; that one imports graftc itself, and has its own environment, folder, arguments and output. Where the start of
+the interpreter is what a test asks about, it starts one (`tests.cli.support.run_apart`).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PRELOADED = "tests.preloaded"
+TIME = 300
+"""Seconds that one may take."""
+
+spent = 0.0
+"""Processor seconds of all that ran here: they are no children of this process, which therefore does not count them."""
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload([PRELOADED])
+
+
+def run(
+    program: str, *arguments: str, cwd: Path, out: str | Path, err: str | Path, environment: Mapping[str, str]
+) -> int:
+    """The status of a program that writes to two files.
+
+    Args:
+        program: a module, run as ``python -m`` does, or the path of a script.
+        arguments: its arguments.
+        cwd: where it runs.
+        out, err: where its standard output and its standard error go: files or terminals.
+        environment: what is set beside this process's variables.
+    """
+    values = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    global spent
+    with tempfile.TemporaryDirectory() as folder:
+        took = Path(folder, "seconds")
+        texts = [str(cwd), str(out), str(err), str(took)]
+        process = _CONTEXT.Process(target=_started, args=(program, arguments, *texts, values))
+        process.start()
+        process.join(TIME)
+        if process.exitcode is None:
+            process.kill()
+            raise AssertionError(f"{program} {' '.join(arguments)} is not done after {TIME} s")
+        spent += float(took.read_text(encoding="utf-8")) if took.is_file() else 0.0
+    return process.exitcode
+
+
+def _started(
+    program: str, arguments: tuple[str, ...], cwd: str, out: str, err: str, took: str, environment: dict[str, str]
+) -> None:
+    """In the new process."""
+    graftc = [name for name in sys.modules if name.partition(".")[0] in ("graftc", "rich", "typer", "click")]
+    assert not graftc, f"they read the environment when they are imported: {graftc}"
+    for number, path in ((1, out), (2, err)):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY, 0o644)
+        os.dup2(opened, number)
+    sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    script = program.endswith(".py")
+    sys.argv = [program, *arguments]
+    sys.path[:0] = [str(Path(program).parent) if script else cwd, str(ROOT)]
+    try:
+        if script:
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+    finally:
+        Path(took).write_text(str(sum(os.times()[:4])), encoding="utf-8")
