@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tests.timing import LONG, LONGEST, SLOW, Timing, name_of, recorded
+from tests.timing import LONG, SLOW, Timing, name_of, recorded
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -53,63 +53,109 @@ def pytest_configure(config: pytest.Config) -> None:
 QUICK_FAMILIES = frozenset({"bert", "gpt2"})
 """What runs once for each family is quick on these, and on its first family where it has none of them."""
 
-SOME_FAMILIES = 2
-"""On how many families a long test that is no contract runs in ``make test``. Its name and its other parameters decide
-which ones, so that all tests together meet them all; ``make test-full`` has the others."""
+TRANSPOSED = "gpt2"
+"""Each contract runs on this family, whose weights are fused and transposed, where the class has it."""
 
-BUDGET = 12.0
-"""Seconds that one parametrised test may take in ``make test`` where its other parameters are no families. Beyond that
-some of its cases run there, evenly spread, and all in ``make test-full``."""
+CONTRACT_SHARE = 4
+"""One in so many of a class's families runs its contract in ``make test``, two at least."""
 
-EVERY_CASE = frozenset(
-    {"tests/docs/test_snippets.py::test_the_page_runs", "tests/artifact/test_kill.py::test_killed_at_random"}
-)
-"""Tests of which each case is something of its own."""
+EXPORTED_SHARE = 2
+"""The same for exports of the classes that say ``every_family = True``."""
 
 VARIANT_FAMILIES = 1
-"""The same for the contract of another setting of a method, a class with ``variant = True``."""
+"""On how many families the contract of another setting of a method runs there, a class with ``variant = True``."""
+
+BUDGET = 1.0
+"""Processor seconds that the cases of one parametrised test may take there. Those that fit, one at least, are evenly
+spread, from one on that the test's name decides."""
+
+EVERY_CASE = frozenset({"tests/docs/test_snippets.py::test_the_page_runs"})
+"""Tests of which each case is something of its own."""
+
+RARE = frozenset(
+    {
+        *(f"tests/methods/test_{name}.py" for name in ("bottleneck_stacks", "dora_stacked", "prefix_masks")),
+        *("tests/methods/test_prefix_tokens.py", "tests/parity/test_adapterhub_compose.py"),
+        *("tests/compose/test_rest.py", "tests/runtime/test_repeated_trainer.py"),
+        *(f"tests/benchmarks/test_{name}.py" for name in ("adapters", "inputs", "sparse", "train")),
+    }
+)
+"""Files about rare combinations, and about benchmarks, which are no part of the product."""
+
+RARE_SHARE = 4
+"""One in so many of their tests runs in ``make test``."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark before ``-m`` chooses, and put together what shares a model: a capture then happens in one process only."""
     durations = recorded()
-    families: dict[str, dict[str, list[pytest.Item]]] = {}
-    cases: dict[str, list[pytest.Item]] = {}
-    alike: dict[tuple[str, tuple[str, ...]], dict[str, pytest.Item]] = {}
+    tests: dict[str, list[pytest.Function]] = {}
     for item in items:
         if durations.get(name_of(item.nodeid), 0.0) >= SLOW:
             item.add_marker(pytest.mark.slow)
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            family = item.callspec.params.get("family")
-            if not isinstance(family, str):
-                cases.setdefault(name_of(item.nodeid), []).append(item)
-                continue
-            families.setdefault(name_of(item.nodeid), {}).setdefault(family, []).append(item)
-            if not _is_contract(item):
-                others = tuple(part for part in item.callspec.id.split("-") if part != family)
-                alike.setdefault((name_of(item.nodeid), others), {})[family] = item
-            elif not _in_make_test(item, family):
+            tests.setdefault(name_of(item.nodeid), []).append(item)
+    for name, cases in tests.items():
+        _mark_slow_families(cases)
+        if _is_contract(cases[0]):
+            chosen = [item for item in cases if _in_make_test(item, item.callspec.params["family"])]
+        else:
+            chosen = [item for item in cases if item.get_closest_marker("full") is None]
+            chosen = _of_one_family(name, chosen, durations.get(name, 0.0))
+            if name in durations and name not in EVERY_CASE:
+                chosen = _within_budget(name, chosen, durations[name])
+        for item in cases:
+            if item not in chosen:
                 item.add_marker(pytest.mark.full)
-    for found in families.values():
-        quick = QUICK_FAMILIES & found.keys() or {next(iter(found))}
-        for family, tests in found.items():
-            if family not in quick:
-                for item in tests:
-                    item.add_marker(pytest.mark.slow)
-    for (name, others), each in alike.items():
-        if durations.get(name, 0.0) >= LONG:
-            quick = QUICK_FAMILIES & each.keys() if durations[name] >= LONGEST else set[str]()
-            for family in each.keys() - (quick or _some(list(each), SOME_FAMILIES, "-".join((name, *others)))):
-                each[family].add_marker(pytest.mark.full)
-    for name, found in cases.items():
-        kept = max(2, math.ceil(BUDGET / durations[name])) if name in durations else len(found)
-        if kept < len(found) and name not in EVERY_CASE:
-            chosen = _some([item.nodeid for item in found], kept, name)
-            for item in found:
-                if item.nodeid not in chosen:
-                    item.add_marker(pytest.mark.full)
+    for path in RARE:
+        _sample_of_file(path, [item for item in items if item.nodeid.startswith(f"{path}::")])
     _group(items)
+
+
+def _sample_of_file(path: str, items: Sequence[pytest.Item]) -> None:
+    """Leave one in `RARE_SHARE` of the tests of a file to ``make test``, evenly spread."""
+    names = list(dict.fromkeys(name_of(item.nodeid) for item in items))
+    chosen = _some(names, math.ceil(len(names) / RARE_SHARE), path)
+    for item in items:
+        if name_of(item.nodeid) not in chosen:
+            item.add_marker(pytest.mark.full)
+
+
+def _family(item: pytest.Function) -> str | None:
+    family = item.callspec.params.get("family")
+    return family if isinstance(family, str) else None
+
+
+def _mark_slow_families(cases: Sequence[pytest.Function]) -> None:
+    """Mark as slow the cases of families that are not quick."""
+    families = dict.fromkeys(family for item in cases if (family := _family(item)) is not None)
+    quick = QUICK_FAMILIES & families.keys() or set(list(families)[:1])
+    for item in cases:
+        if (family := _family(item)) is not None and family not in quick:
+            item.add_marker(pytest.mark.slow)
+
+
+def _of_one_family(name: str, cases: list[pytest.Function], seconds: float) -> list[pytest.Function]:
+    """The cases of a test of so many seconds that ``make test`` may run: each set of its other parameters on one family
+    where the test is long, which the name and these decide, so that all tests together meet all families."""
+    if seconds < LONG:
+        return cases
+    alike: dict[tuple[str, ...], dict[str, pytest.Function]] = {}
+    chosen = [item for item in cases if _family(item) is None]
+    for item in cases:
+        if (family := _family(item)) is not None:
+            others = tuple(part for part in item.callspec.id.split("-") if part != family)
+            alike.setdefault(others, {})[family] = item
+    for others, each in alike.items():
+        chosen += [each[family] for family in _some(list(each), 1, "-".join((name, *others)))]
+    return chosen
+
+
+def _within_budget(name: str, cases: list[pytest.Function], seconds: float) -> list[pytest.Function]:
+    """As many of the cases, each of so many seconds, as fit into `BUDGET`."""
+    chosen = _some([item.nodeid for item in cases], math.ceil(BUDGET / seconds), name)
+    return [item for item in cases if item.nodeid in chosen]
 
 
 def _is_contract(item: pytest.Function) -> bool:
@@ -121,32 +167,45 @@ def _is_contract(item: pytest.Function) -> bool:
 def _in_make_test(item: pytest.Function, family: str) -> bool:
     """Whether a test of a contract is among those of ``make test`` on this family.
 
-    Whether a seed decides alone is seen on a class's first family. Exports and ``torch.compile``, which take seconds,
-    run there for the classes that say ``exported = True``, and on each family where they say ``every_family = True``.
-    Together they meet every operator that methods insert, to which `tests/methods/test_exported_operators.py` holds
-    them. Inductor has what says ``inductor = True``: one class for each mechanism. A folded export is the base's graph
-    with other weights (`MethodContract.test_fold`), so those that say ``folded = True`` have it.
+    It is on `TRANSPOSED` and on others that the class's name decides. Whether a seed decides alone is seen on one of
+    them. Exports and ``torch.compile``, which take seconds, run on a class's first family for the classes that say
+    ``exported = True``, and on several where they say ``every_family = True``. Together they meet every operator that
+    methods insert, to which `tests/methods/test_exported_operators.py` holds them. Inductor has what says ``inductor =
+    True``. A folded export is the base's graph with other weights (`MethodContract.test_fold`), so those that say
+    ``folded = True`` have it.
     """
     from graftc.testing import DeploymentContract
 
     of, test = item.cls, item.originalname
     assert of is not None
     if getattr(of, "variant", False):
-        return family in _some(list(of.families), VARIANT_FAMILIES, of.__name__)
+        return family in _some(of.families, VARIANT_FAMILIES, of.__name__)
     if not issubclass(of, DeploymentContract):
-        return test != "test_initial_values_depend_on_the_seed_only" or family == of.families[0]
-    every, first = getattr(of, "every_family", False), family == of.families[0]
+        chosen = _sample(of.families, CONTRACT_SHARE, of.__name__)
+        return family in (chosen[:1] if test == "test_initial_values_depend_on_the_seed_only" else chosen)
+    first = family == of.families[0]
     if test == "test_inductor":
         return first and getattr(of, "inductor", False)
     if test == "test_onnx_folded":
         return first and getattr(of, "folded", False)
-    return every or (first and getattr(of, "exported", False))
+    if getattr(of, "every_family", False):
+        return family in _sample(of.families, EXPORTED_SHARE, of.__name__)
+    return first and getattr(of, "exported", False)
+
+
+def _sample(families: Sequence[str], share: int, name: str) -> list[str]:
+    """One in ``share`` of the families, two at least: `TRANSPOSED` where it is among them, then some others."""
+    chosen = [family for family in families if family == TRANSPOSED]
+    rest = [family for family in families if family != TRANSPOSED]
+    number = max(2, math.ceil(len(families) / share)) - len(chosen)
+    return chosen + [family for family in rest if family in _some(rest, number, name)]
 
 
 def _some(families: Sequence[str], number: int, name: str) -> set[str]:
     """Some of the families, evenly spread, from one on that the name decides."""
-    start, step = zlib.crc32(name.encode()), max(1, len(families) // number)
-    return {families[(start + index * step) % len(families)] for index in range(min(number, len(families)))}
+    number = min(number, len(families))  # none where there are none
+    start = zlib.crc32(name.encode())
+    return {families[(start + index * len(families) // number) % len(families)] for index in range(number)}
 
 
 def _group(items: list[pytest.Item]) -> None:

@@ -43,8 +43,16 @@ def test_listing_loads_no_torch(environment: dict[str, str], tmp_path: Path) -> 
     assert found.stdout.split() == ["True", "False"], found.stderr
 
 
-def test_it_passes_the_contract(environment: dict[str, str], tmp_path: Path) -> None:
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "bert or gpt2"]
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        "(bert or gpt2) and not roberta and not inductor and not folded",
+        pytest.param("bert or gpt2", marks=pytest.mark.full),
+    ],
+    ids=["some", "all"],
+)
+def test_it_passes_the_contract(chosen: str, environment: dict[str, str], tmp_path: Path) -> None:
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
     found = run(environment, tmp_path, *command, str(PLUGIN / "tests"))
     assert found.returncode == 0, found.stdout[-3000:]
     assert " passed" in found.stdout

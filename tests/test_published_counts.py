@@ -303,13 +303,13 @@ def test_diff_pruning_of_bert_large(layers: int) -> None:
 
 
 @each_way
-def test_cross_attention_of_published_sizes(count: Any) -> None:
-    """``4 L (d^2 + d)`` of a translation model, 6 layers of 512 and 12 of 1024."""
-    for layers, width, published in ((6, 512, 6_303_744), (12, 1024, 50_380_800)):
-        config = {"d_model": width, "encoder_layers": 1, "decoder_layers": layers, "vocab_size": 100}
-        config |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_attention_heads": 8}
-        described = ("BartForConditionalGeneration", "BartConfig", {**config, "encoder_attention_heads": 8})
-        assert count([{"method": "cross_attention"}], described).trainable_parameters == published
+@pytest.mark.parametrize(("layers", "width", "published"), [(6, 512, 6_303_744), (12, 1024, 50_380_800)])
+def test_cross_attention_of_published_sizes(layers: int, width: int, published: int, count: Any) -> None:
+    """``4 L (d^2 + d)`` of a translation model."""
+    config = {"d_model": width, "encoder_layers": 1, "decoder_layers": layers, "vocab_size": 100}
+    config |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_attention_heads": 8}
+    described = ("BartForConditionalGeneration", "BartConfig", {**config, "encoder_attention_heads": 8})
+    assert count([{"method": "cross_attention"}], described).trainable_parameters == published
 
 
 @each_way

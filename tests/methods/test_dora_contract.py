@@ -81,7 +81,6 @@ class TestOnLoRA(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation, magnitudes in place and folded."""
 
-    inductor = True
     adaptation = TestDoRA.adaptation
     families = ("bert", "llama")
 

@@ -84,7 +84,6 @@ class TestDeployed(DeploymentContract):
 class TestExpertsDeployed(DeploymentContract):
     """The same with experts."""
 
-    inductor = True
     folded = True
     adaptation = TestExperts.adaptation
     families = ("mixtral",)

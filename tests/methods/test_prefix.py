@@ -48,7 +48,6 @@ class TestPTuningV2(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 
-    inductor = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "prefix", "length": 3, "positions": "shifted"}
     families = ("gpt2", "llama", "bert", "t5")
 

@@ -27,6 +27,5 @@ class TestMA(MethodContract):
 class TestDeployed(DeploymentContract):
     """Exports and compilation."""
 
-    inductor = True
     adaptation = AG
     families = ("gpt2",)

@@ -27,7 +27,7 @@ SPEC: dict[str, Any] = {
     "train": ["classifier"],
 }
 
-KILLS = int(os.environ.get("GRAFTC_KILLS", "20")) // 5
+KILLS = int(os.environ.get("GRAFTC_KILLS", "10")) // 5
 """Kills of one run; ``make gates`` has ten."""
 
 
