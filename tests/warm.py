@@ -13,10 +13,13 @@ import runpy
 import sys
 import tempfile
 from collections.abc import Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = "tests.preloaded"
+SEED = "1"
+"""Of the server's hashes, which are therefore others than those of this process, whose own are random."""
 TIME = 300
 """Seconds that one may take."""
 
@@ -25,6 +28,16 @@ spent = 0.0
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([PRELOADED])
+
+
+def output(code: str, *arguments: str, **environment: str) -> str:
+    """What Python code prints that runs in a process of its own, in another folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        (script, out, err) = (Path(folder, name) for name in ("script.py", "out", "err"))
+        script.write_text(code, encoding="utf-8")
+        status = run(str(script), *arguments, cwd=Path(folder), out=out, err=err, environment=environment)
+        assert status == 0, err.read_text(encoding="utf-8")
+        return out.read_text(encoding="utf-8")
 
 
 def run(
@@ -41,6 +54,7 @@ def run(
     """
     values = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     global spent
+    _start()
     with tempfile.TemporaryDirectory() as folder:
         took = Path(folder, "seconds")
         texts = [str(cwd), str(out), str(err), str(took)]
@@ -52,6 +66,18 @@ def run(
             raise AssertionError(f"{program} {' '.join(arguments)} is not done after {TIME} s")
         spent += float(took.read_text(encoding="utf-8")) if took.is_file() else 0.0
     return process.exitcode
+
+
+def _start() -> None:
+    """Start the server unless it runs."""
+    before = os.environ.get("PYTHONHASHSEED")
+    os.environ["PYTHONHASHSEED"] = SEED
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONHASHSEED")
+        if before is not None:
+            os.environ["PYTHONHASHSEED"] = before
 
 
 def _started(
@@ -69,7 +95,8 @@ def _started(
     os.chdir(cwd)
     script = program.endswith(".py")
     sys.argv = [program, *arguments]
-    sys.path[:0] = [str(Path(program).parent) if script else cwd, str(ROOT)]
+    paths = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [str(Path(program).parent) if script else cwd, *filter(None, paths), str(ROOT)]
     try:
         if script:
             runpy.run_path(program, run_name="__main__")

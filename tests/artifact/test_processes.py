@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,8 +16,8 @@ import graftc
 from graftc.compiler.folding.certificate import Certificate
 from graftc.runtime.models import load_model
 from graftc.testing import FAMILIES, perturb
+from tests import warm
 from tests.artifact.support import SPEC, saved_base, tree_bytes
-from tests.cli.support import ROOT
 
 _LATER = """
 import sys
@@ -63,15 +60,7 @@ def test_one_process_or_several(family: str, tmp_path: Path) -> None:
     merged.save(here / "merged")
     merged.export(here / "model.onnx")
     merged.export(here / "model.pt2", format="pt2")
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads()), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [sys.executable, "-c", _LATER, str(there)],
-        capture_output=True,
-        text=True,
-        env={**environment, "HF_HUB_OFFLINE": "1", "GRAFTC_CACHE": "off"},
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    warm.output(_LATER, str(there), OMP_NUM_THREADS=str(torch.get_num_threads()), GRAFTC_CACHE="off")
     assert _same(load_file(here / "merged/model.safetensors"), load_file(there / "merged/model.safetensors"))
     assert _onnx_tensors(here / "model.onnx") == _onnx_tensors(there / "model.onnx")
     assert _same(_pt2_tensors(here / "model.pt2"), _pt2_tensors(there / "model.pt2"))
@@ -107,18 +96,11 @@ def test_artifacts_do_not_depend_on_hash_seeds(
     """Captured with one seed, captured with another, and taken from the cache: byte for byte the same."""
     for family in families:
         saved_base(tmp_path / family / "base", family)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PYTHONHASHSEED": "1",
-        "GRAFTC_CACHE": str(tmp_path / "cache"),
-    }
-    command = [sys.executable, "-c", _COMPILE, str(tmp_path), "one", *families]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["False"] * len(families)
+    cache = str(tmp_path / "cache")
+    found = warm.output(_COMPILE, str(tmp_path), "one", *families, GRAFTC_CACHE=cache)  # with the seed of `tests.warm`
+    assert found.split() == ["False"] * len(families)
     compile_all(tmp_path, "two", families)  # with this process's seed
-    monkeypatch.setenv("GRAFTC_CACHE", environment["GRAFTC_CACHE"])
+    monkeypatch.setenv("GRAFTC_CACHE", cache)
     assert compile_all(tmp_path, "three", families) == [True] * len(families)
     for family in families:
         first = tree_bytes(tmp_path / family / "one")
