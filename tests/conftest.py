@@ -59,7 +59,7 @@ TRANSPOSED = "gpt2"
 CONTRACT_SHARE = 4
 """One in so many of a class's families runs its contract in ``make test``, two at least."""
 
-EXPORTED_SHARE = 2
+EXPORTED_SHARE = 3
 """The same for exports of the classes that say ``every_family = True``."""
 
 VARIANT_FAMILIES = 1
@@ -115,7 +115,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _sample_of_file(path: str, items: Sequence[pytest.Item]) -> None:
     """Leave one in `RARE_SHARE` of the tests of a file to ``make test``, evenly spread."""
-    names = list(dict.fromkeys(name_of(item.nodeid) for item in items))
+    names = list(dict.fromkeys(name_of(i.nodeid) for i in items if i.get_closest_marker("full") is None))
     chosen = _some(names, math.ceil(len(names) / RARE_SHARE), path)
     for item in items:
         if name_of(item.nodeid) not in chosen:

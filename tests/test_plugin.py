@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 ROOT = Path(__file__).parent.parent
 PLUGIN = ROOT / "examples" / "plugin"
 
@@ -52,7 +54,8 @@ def test_listing_loads_no_torch(environment: dict[str, str], tmp_path: Path) -> 
     ids=["some", "all"],
 )
 def test_it_passes_the_contract(chosen: str, environment: dict[str, str], tmp_path: Path) -> None:
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
-    found = run(environment, tmp_path, *command, str(PLUGIN / "tests"))
-    assert found.returncode == 0, found.stdout[-3000:]
-    assert " passed" in found.stdout
+    out = tmp_path / "out"
+    command = ["pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, str(PLUGIN / "tests")]
+    status = warm.run(*command, cwd=tmp_path, out=out, err=out, environment=environment)
+    text = out.read_text(encoding="utf-8")
+    assert status == 0 and " passed" in text, text[-3000:]

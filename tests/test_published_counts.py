@@ -239,7 +239,7 @@ def test_published_prompts_of_t5(size: str) -> None:
     model = on_meta(("T5ForConditionalGeneration", "T5Config", config))
     report = graftc.check({"adapt": [{"method": "prompt"}]}, model)
     assert (report.trainable_parameters, report.deployed_parameters) == (published, published)
-    if size == "small":
+    if size == "base":
         both = {"method": "prompt", "target": {"role": ["encoder.embed.token", "decoder.embed.token"]}}
         assert graftc.check({"adapt": [both]}, model).trainable_parameters == 2 * published
 

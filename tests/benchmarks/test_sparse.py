@@ -167,6 +167,7 @@ def test_some_entries_bring_the_floor_and_lora() -> None:
     assert [each.name for each in chosen(ENTRIES, "full")] == ["floor", "full", LORA]
 
 
+@pytest.mark.full
 def test_the_command_writes_all_figures(tmp_path: Path) -> None:
     chosen_options = ["--only", "SpIEL-MA", "--dtype", "float32", "--checkpointing", "off"]
     assert main(["--quick", "--out", str(tmp_path), *chosen_options]) == 0

@@ -181,12 +181,14 @@ def test_there_is_none_in_eval_mode(compiled: Any) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_compiled_code_draws_the_same() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_compiled_code_draws_the_same(backend: str) -> None:
     """Whole graph of one layer, same seed: the same mask, so the same numbers but for rounding."""
     compiled = graftc.compile({"adapt": [{**LORA, "target": {"role": "attn.q"}}]}, tiny("llama", layers=1))
     perturb(compiled, 0.1)
     eager = step(compiled, compiled, 5)
-    found = step(torch.compile(compiled, fullgraph=True, dynamic=True), compiled, 5)
+    whole: Any = torch.compile(compiled, fullgraph=True, dynamic=True, backend=backend)
+    found = step(whole, compiled, 5)
     torch.testing.assert_close(found[0], eager[0], rtol=1e-4, atol=1e-5)
     for a, b in zip(found[1], eager[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
