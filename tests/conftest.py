@@ -101,7 +101,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if _is_contract(cases[0]):
             chosen = [item for item in cases if _in_make_test(item, item.callspec.params["family"])]
         else:
-            chosen = [item for item in cases if item.get_closest_marker("full") is None]
+            elsewhere = ("full", "gate", "gpu")  # by hand
+            chosen = [item for item in cases if not any(map(item.get_closest_marker, elsewhere))]
             chosen = _of_one_family(name, chosen, durations.get(name, 0.0))
             if name in durations and name not in EVERY_CASE:
                 chosen = _within_budget(name, chosen, durations[name])
