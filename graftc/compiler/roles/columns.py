@@ -32,8 +32,8 @@ from graftc.compiler.roles.operators import (
     RESIZING,
     SHAPING,
 )
-from graftc.passes.core.calls import op_name
-from graftc.passes.core.program import map_nodes
+from graftc.passes.core.ir.program import map_nodes
+from graftc.passes.core.sites.calls import op_name
 
 aten = torch.ops.aten
 

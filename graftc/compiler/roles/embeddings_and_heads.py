@@ -10,7 +10,7 @@ from graftc.compiler.roles.columns import Through
 from graftc.compiler.roles.flow import bits, tensor_nodes
 from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.operators import PASSING
-from graftc.passes.core.calls import op_name
+from graftc.passes.core.sites.calls import op_name
 from graftc.specs.claims import SiteKind
 
 _SELECTING = frozenset({"gather", "index", "index_select", "take_along_dim", "embedding"})

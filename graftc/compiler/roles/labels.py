@@ -15,7 +15,7 @@ from graftc.compiler.roles.flow import Attention, Flow, bits
 from graftc.compiler.roles.indices import Runs
 from graftc.compiler.roles.maps import Linear
 from graftc.compiler.roles.weights import parameter_rows
-from graftc.passes.core.runs import runs_of
+from graftc.passes.core.weights.runs import runs_of
 from graftc.specs.claims import SiteKind
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from graftc.compiler.roles.indices import varying
 from graftc.compiler.roles.maps import columns_along
 from graftc.compiler.roles.operators import JOINING, PICKING, SHAPING
-from graftc.passes.core.calls import op_name
-from graftc.passes.core.program import map_nodes
-from graftc.passes.core.shapes import Sizes
+from graftc.passes.core.ir.program import map_nodes
+from graftc.passes.core.ir.shapes import Sizes
+from graftc.passes.core.sites.calls import op_name
 
 _MOVING = SHAPING | JOINING | PICKING | {"getitem", "diagonal"}
 

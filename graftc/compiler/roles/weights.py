@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from graftc.compiler.roles.flow import Flow
 from graftc.compiler.roles.maps import Linear, columns_along
 from graftc.compiler.roles.operators import PASSING
-from graftc.passes.core.calls import op_name
-from graftc.passes.core.program import map_nodes
+from graftc.passes.core.ir.program import map_nodes
+from graftc.passes.core.sites.calls import op_name
 
 _ELEMENTWISE = PASSING | {"mul", "div", "add"}
 
