@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from graftc.compiler.roles.indices import Runs
+from graftc.passes.core.runs import Runs
 from graftc.passes.core.sites import Operands
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import widen
