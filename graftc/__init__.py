@@ -8,8 +8,8 @@ TYPE_CHECKING = False
 __version__ = "0.1.0.dev0"
 
 _FACADE = {
-    "GraftError": "graftc.specs.diagnostics",
-    "GraftWarning": "graftc.specs.diagnostics",
+    "GraftError": "graftc.specs.errors.diagnostics",
+    "GraftWarning": "graftc.specs.errors.diagnostics",
     "Spec": "graftc.specs.document",
     "load_spec": "graftc.specs.io",
     "compile": "graftc.runtime.api",
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from graftc.runtime import optim
     from graftc.runtime.api import check, compile, load, roles
     from graftc.runtime.recipes import tune
-    from graftc.specs.diagnostics import GraftError, GraftWarning
     from graftc.specs.document import Spec
+    from graftc.specs.errors.diagnostics import GraftError, GraftWarning
     from graftc.specs.io import load_spec
     from graftc.specs.listing import methods
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 _SPEC = {
     "Claims": "graftc.specs.claims",
     "FoldKind": "graftc.specs.claims",
-    "GraftError": "graftc.specs.diagnostics",
+    "GraftError": "graftc.specs.errors.diagnostics",
     "Items": "graftc.specs.base_model",
     "MethodSpec": "graftc.specs.base",
     "Override": "graftc.specs.overrides",
@@ -21,46 +21,48 @@ _SPEC = {
 """What a module of specs needs."""
 
 _METHOD = {
-    "Advance": "graftc.passes.core.stages",
-    "AttentionSite": "graftc.passes.core.sites",
-    "BaseGradients": "graftc.passes.core.windows",
-    "Builder": "graftc.passes.core.builder",
-    "Controller": "graftc.passes.core.steering",
-    "Fold": "graftc.passes.core.folds",
-    "Keep": "graftc.passes.core.folds",
-    "LinearSite": "graftc.passes.core.sites",
-    "Method": "graftc.passes.core.method",
-    "NormSite": "graftc.passes.core.sites",
-    "OutputObjective": "graftc.passes.core.steering",
-    "ParameterSite": "graftc.passes.core.sites",
-    "Place": "graftc.passes.core.steering",
-    "Site": "graftc.passes.core.sites",
-    "SiteKey": "graftc.passes.core.sites",
-    "StandIn": "graftc.passes.core.folds",
-    "SublayerSite": "graftc.passes.core.sites",
-    "TensorFold": "graftc.passes.core.folds",
-    "TensorObjective": "graftc.passes.core.steering",
-    "ValueSite": "graftc.passes.core.sites",
-    "WeightFold": "graftc.passes.core.folds",
-    "check_rank": "graftc.passes.core.lowrank",
-    "effective_weight": "graftc.passes.core.effective_weight",
-    "factors": "graftc.passes.core.lowrank",
-    "normal": "graftc.passes.core.lowrank",
-    "pick": "graftc.passes.core.routing",
-    "route": "graftc.passes.core.routing",
-    "uniform": "graftc.passes.core.lowrank",
-    "zeros": "graftc.passes.core.lowrank",
+    "Advance": "graftc.passes.core.method.stages",
+    "AttentionSite": "graftc.passes.core.sites.sites",
+    "BaseGradients": "graftc.passes.core.method.base_gradients",
+    "Builder": "graftc.passes.core.build.builder",
+    "Controller": "graftc.passes.core.method.steering",
+    "Fold": "graftc.passes.core.weights.folds",
+    "Keep": "graftc.passes.core.weights.folds",
+    "LinearSite": "graftc.passes.core.sites.sites",
+    "Method": "graftc.passes.core.method.method",
+    "NormSite": "graftc.passes.core.sites.sites",
+    "OutputObjective": "graftc.passes.core.method.steering",
+    "ParameterSite": "graftc.passes.core.sites.sites",
+    "Place": "graftc.passes.core.method.steering",
+    "Site": "graftc.passes.core.sites.sites",
+    "SiteKey": "graftc.passes.core.sites.sites",
+    "StandIn": "graftc.passes.core.weights.folds",
+    "SublayerSite": "graftc.passes.core.sites.sites",
+    "TensorFold": "graftc.passes.core.weights.folds",
+    "TensorObjective": "graftc.passes.core.method.steering",
+    "ValueSite": "graftc.passes.core.sites.sites",
+    "WeightFold": "graftc.passes.core.weights.folds",
+    "check_rank": "graftc.passes.core.method.lowrank",
+    "effective_weight": "graftc.passes.core.build.effective_weight",
+    "factors": "graftc.passes.core.method.lowrank",
+    "normal": "graftc.passes.core.method.lowrank",
+    "pick": "graftc.passes.core.build.routing",
+    "route": "graftc.passes.core.build.routing",
+    "uniform": "graftc.passes.core.method.lowrank",
+    "zeros": "graftc.passes.core.method.lowrank",
 }
 """What the code of a method needs."""
 
 if TYPE_CHECKING:
-    from graftc.passes.core.builder import Builder
-    from graftc.passes.core.effective_weight import effective_weight
-    from graftc.passes.core.folds import Fold, Keep, StandIn, TensorFold, WeightFold
-    from graftc.passes.core.lowrank import check_rank, factors, normal, uniform, zeros
-    from graftc.passes.core.method import Method
-    from graftc.passes.core.routing import pick, route
-    from graftc.passes.core.sites import (
+    from graftc.passes.core.build.builder import Builder
+    from graftc.passes.core.build.effective_weight import effective_weight
+    from graftc.passes.core.build.routing import pick, route
+    from graftc.passes.core.method.base_gradients import BaseGradients
+    from graftc.passes.core.method.lowrank import check_rank, factors, normal, uniform, zeros
+    from graftc.passes.core.method.method import Method
+    from graftc.passes.core.method.stages import Advance
+    from graftc.passes.core.method.steering import Controller, OutputObjective, Place, TensorObjective
+    from graftc.passes.core.sites.sites import (
         AttentionSite,
         LinearSite,
         NormSite,
@@ -70,13 +72,11 @@ if TYPE_CHECKING:
         SublayerSite,
         ValueSite,
     )
-    from graftc.passes.core.stages import Advance
-    from graftc.passes.core.steering import Controller, OutputObjective, Place, TensorObjective
-    from graftc.passes.core.windows import BaseGradients
+    from graftc.passes.core.weights.folds import Fold, Keep, StandIn, TensorFold, WeightFold
     from graftc.specs.base import MethodSpec
     from graftc.specs.base_model import Items
     from graftc.specs.claims import Claims, FoldKind, SiteKind
-    from graftc.specs.diagnostics import GraftError
+    from graftc.specs.errors.diagnostics import GraftError
     from graftc.specs.overrides import Override
     from graftc.specs.target import Target
     from graftc.specs.virtual import VirtualRun

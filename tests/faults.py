@@ -50,7 +50,7 @@ def run_with_fault(work: Callable[[], object], fault: Fault, passing: int | None
         0 it was done, ``FAILED`` it raised a GraftError of code GC064, ``CRASHED`` it raised anything else, or the
         negative number of the signal that ended it.
     """
-    from graftc.specs.diagnostics import GraftError
+    from graftc.specs.errors.diagnostics import GraftError
 
     child = os.fork()
     if child == 0:

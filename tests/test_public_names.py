@@ -12,7 +12,7 @@ import graftc
 import graftc.extend
 import graftc.testing
 from graftc.runtime.compiled import Compiled
-from graftc.runtime.runner import Published
+from graftc.runtime.model.runner import Published
 
 PACKAGE = """
     GraftError GraftWarning Spec __version__ check compile extend load load_spec methods optim roles testing tune

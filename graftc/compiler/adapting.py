@@ -25,18 +25,18 @@ from graftc.compiler.resolve.sitetable import SiteTable
 from graftc.compiler.resolve.token_embeddings import word_vectors
 from graftc.compiler.resolve.tokens import TOKENS, token_sites
 from graftc.compiler.roles.structure import Structure, find_structure
-from graftc.passes.core.builder import Builder
-from graftc.passes.core.effects import flaw
-from graftc.passes.core.keys import Entry, Mode, Signature, Stage
-from graftc.passes.core.mode import moded, to_eval
-from graftc.passes.core.program import HistoryEntry, Program, from_two
-from graftc.passes.core.registry import method_for
-from graftc.passes.core.sites import Applied, AttentionSite, LinearSite, ParameterSite, Site
-from graftc.passes.core.steering import STEP, no_steps
-from graftc.passes.core.verify import record_baseline, verify
-from graftc.passes.recompute import recompute_weights
-from graftc.passes.tokens import insert_tokens
-from graftc.specs.diagnostics import GraftError, first_line, warn
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.ir.effects import flaw
+from graftc.passes.core.ir.eval_mode import moded, to_eval
+from graftc.passes.core.ir.program import HistoryEntry, Program, from_two
+from graftc.passes.core.ir.program_key import Entry, Mode, Signature, Stage
+from graftc.passes.core.ir.verify import record_baseline, verify
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.method.steering import STEP, no_steps
+from graftc.passes.core.sites.sites import Applied, AttentionSite, LinearSite, ParameterSite, Site
+from graftc.passes.graph.added_tokens import insert_tokens
+from graftc.passes.methods.sparse_products import recompute_weights
+from graftc.specs.errors.diagnostics import GraftError, first_line, warn
 
 
 class _Clock:

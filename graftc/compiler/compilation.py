@@ -17,11 +17,11 @@ from graftc.compiler.capture.signature import Axis, fits, inputs_of
 from graftc.compiler.resolve.compose import Unit, controls, units
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.roles.structure import Structure
-from graftc.passes.core.keys import Entry, Mode, ProgramKey, Signature, Stage
-from graftc.passes.core.program import Program
-from graftc.passes.core.sites import AttentionSite, ParameterSite, SiteKey
-from graftc.passes.core.store import Store
-from graftc.passes.core.weight_slice import WeightSlice
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import Entry, Mode, ProgramKey, Signature, Stage
+from graftc.passes.core.sites.sites import AttentionSite, ParameterSite, SiteKey
+from graftc.passes.core.weights.store import Store
+from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.compose import CompositionSpec
 from graftc.specs.document import Spec
 

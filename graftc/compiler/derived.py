@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from graftc.compiler.compilation import Compilation
-from graftc.passes.core.keys import ProgramKey, Stage
-from graftc.passes.core.mode import to_eval
-from graftc.passes.core.program import Program
-from graftc.passes.core.verify import record_baseline, verify
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.ir.eval_mode import to_eval
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import ProgramKey, Stage
+from graftc.passes.core.ir.verify import record_baseline, verify
+from graftc.specs.errors.diagnostics import GraftError
 
 
 def program_of(compilation: Compilation, key: ProgramKey) -> Program:

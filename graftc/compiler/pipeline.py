@@ -20,11 +20,11 @@ from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.tokens import with_room
 from graftc.compiler.resolve.untie import untied
-from graftc.passes.core.keys import Signature
-from graftc.passes.core.store import Store
+from graftc.passes.core.ir.program_key import Signature
+from graftc.passes.core.weights.store import Store
 from graftc.specs.compose import Parallel
-from graftc.specs.diagnostics import GraftError, warn
 from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, warn
 
 
 def signature_for(compilation: Compilation, inputs: Mapping[str, Any]) -> Signature:

@@ -11,10 +11,10 @@ from torch import Tensor
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.compose import Unit
 from graftc.compiler.resolve.resolver import Resolved
-from graftc.passes.compose import FusionObjective
-from graftc.passes.core.registry import method_for
-from graftc.passes.core.steering import Controller, OutputObjective, Place, TensorObjective
-from graftc.passes.core.store import Store
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.method.steering import Controller, OutputObjective, Place, TensorObjective
+from graftc.passes.core.weights.store import Store
+from graftc.passes.graph.compose import FusionObjective
 from graftc.specs.compose import Fuse
 
 

@@ -13,11 +13,11 @@ from graftc.compiler.capture.interface import ExampleInputs, Flags, Interface
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.signature import Axis, request
 from graftc.compiler.capture.source_model import require_plain
-from graftc.compiler.fresh import check_fresh
 from graftc.compiler.inspect.report import Report, report
+from graftc.compiler.missing_weights import check_fresh
 from graftc.compiler.pipeline import compile_model, first_capture
 from graftc.compiler.roles.structure import Structure, find_structure
-from graftc.passes.core.store import Store
+from graftc.passes.core.weights.store import Store
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.specs.arguments import as_path, as_seed
 from graftc.specs.document import Spec

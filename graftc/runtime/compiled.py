@@ -17,29 +17,29 @@ from graftc.compiler.capture.isolation import exclusive, is_traced, isolated
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_values
 from graftc.compiler.pipeline import recompile
-from graftc.passes.core.gathered import copy_whole
-from graftc.passes.core.keys import Entry, Modes, ProgramKey, Signature
-from graftc.passes.core.program import Program
-from graftc.passes.core.updates import as_source
-from graftc.passes.core.windows import wanted
-from graftc.runtime.checkpointing import Checkpointed
-from graftc.runtime.choosing import Choosing
-from graftc.runtime.combine import Combining
-from graftc.runtime.ecosystem import Ecosystem
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import Entry, Modes, ProgramKey, Signature
+from graftc.passes.core.ir.updates import as_source
+from graftc.passes.core.method.base_gradients import wanted
+from graftc.passes.core.weights.sharding import copy_whole
+from graftc.runtime.deploy.combine import Combining
 from graftc.runtime.export.exporting import Exporting
-from graftc.runtime.inspection import Inspected
-from graftc.runtime.runner import ModelRoot, Published
-from graftc.runtime.selecting import Selecting
+from graftc.runtime.model.checkpointing import Checkpointed
+from graftc.runtime.model.choosing import Choosing
+from graftc.runtime.model.ecosystem import Ecosystem
+from graftc.runtime.model.inspection import Inspected
+from graftc.runtime.model.runner import ModelRoot, Published
 from graftc.runtime.state import Stateful
+from graftc.runtime.training.selecting import Selecting
 from graftc.specs.arguments import as_mapping, as_path
 from graftc.specs.compose import Parallel
-from graftc.specs.diagnostics import GraftError, GraftWarning
 from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 
 if TYPE_CHECKING:
     from graftc.compiler.inspect.report import Report
-    from graftc.runtime.merged import Merged
-    from graftc.runtime.partial import Partial
+    from graftc.runtime.deploy.merged import Merged
+    from graftc.runtime.deploy.partial import Partial
 
 
 class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Combining, Selecting, Exporting):
@@ -99,8 +99,8 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
         """
         from graftc.runtime.artifact.places import is_ours
         from graftc.runtime.artifact.write import require_values, save
+        from graftc.runtime.deploy.merged import certificate_of
         from graftc.runtime.files import check_destination
-        from graftc.runtime.merged import certificate_of
 
         require_values(self)
         place = as_path(path)
@@ -112,7 +112,7 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
 
     def _deployed(self) -> Exporting:
         """See `ModelRunner`. Adaptations are in their simplest form."""
-        from graftc.runtime.deployed import deployed
+        from graftc.runtime.deploy.deployed import deployed
 
         return deployed(self)
 
@@ -142,7 +142,7 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
             GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC073 for a budget
                 that is no number.
         """
-        from graftc.runtime.merged import merge
+        from graftc.runtime.deploy.merged import merge
 
         self.warn_of_unsteered()
         return merge(self, budget, progress or (lambda _: None))
@@ -158,7 +158,7 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
         Raises:
             GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor.
         """
-        from graftc.runtime.partial import merge_partially
+        from graftc.runtime.deploy.partial import merge_partially
 
         return merge_partially(self, budget)
 

@@ -23,9 +23,9 @@ from torch import nn
 
 from graftc.compiler.capture.fingerprint import settings_of
 from graftc.compiler.capture.interface import ExampleInputs
-from graftc.compiler.fresh import mark_fresh
+from graftc.compiler.missing_weights import mark_fresh
 from graftc.runtime.reference import Built, is_callable, is_hub_id
-from graftc.specs.diagnostics import GraftError, first_line, nearest
+from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
 
 __all__ = [
     "from_checkpoint",
@@ -203,8 +203,8 @@ def _from_transformers(text: str, folder: Path, meta: bool, built: Built | None 
 def from_checkpoint(cls: Any, folder: Path, where: str, **options: Any) -> nn.Module:
     """A model of a transformers class (an auto class too) with the weights of a folder, in eval mode.
 
-    Tensors that the folder lacks are drawn from a fixed seed, and noted: `graftc.compiler.fresh` has what may become
-    of them.
+    Tensors that the folder lacks are drawn from a fixed seed, and noted: `graftc.compiler.missing_weights` has what may
+    become of them.
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.steering import live_places
-from graftc.passes.core.moments import Seen, SparseOptimiser
-from graftc.passes.core.registry import method_for
-from graftc.passes.core.store import Store
-from graftc.passes.selection import SparseTensors, regions_at
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.method.sparse_optimiser import Seen, SparseOptimiser
+from graftc.passes.core.weights.store import Store
+from graftc.passes.methods.selection import SparseTensors, regions_at
 from graftc.runtime.compiled import Compiled
-from graftc.runtime.runner import runner_of
+from graftc.runtime.model.runner import runner_of
 
 __all__ = ["SM3", "AgedAdamW"]
 

@@ -16,9 +16,9 @@ from graftc.runtime.api import SpecLike, compile
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.files import recover, write_text
 from graftc.runtime.loading.load import load
-from graftc.runtime.selecting import Loss
-from graftc.specs.diagnostics import GraftError
+from graftc.runtime.training.selecting import Loss
 from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import load_spec
 
 RECIPE = "recipe.json"

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from graftc.compiler.capture.fingerprint import Identity, identify
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_tensors
-from graftc.passes.core.gathered import gathered
+from graftc.passes.core.weights.sharding import gathered
 from graftc.runtime.artifact.checkpoint_record import RECORD, as_tensor, from_tensor, record_of, weights_of
-from graftc.runtime.blocks import Root, Runner
+from graftc.runtime.model.blocks import Root, Runner
 from graftc.specs.arguments import kind_of
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 

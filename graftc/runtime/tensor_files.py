@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from graftc.passes.core.gathered import gathered
+from graftc.passes.core.weights.sharding import gathered
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

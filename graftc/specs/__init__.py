@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from graftc.specs.claims import Claims as Claims
     from graftc.specs.claims import FoldKind as FoldKind
     from graftc.specs.claims import SiteKind as SiteKind
-    from graftc.specs.diagnostics import CATALOGUE as CATALOGUE
-    from graftc.specs.diagnostics import Code as Code
-    from graftc.specs.diagnostics import GraftError as GraftError
-    from graftc.specs.diagnostics import GraftWarning as GraftWarning
-    from graftc.specs.diagnostics import Place as Place
-    from graftc.specs.diagnostics import nearest as nearest
-    from graftc.specs.diagnostics import warn as warn
     from graftc.specs.document import Budget as Budget
     from graftc.specs.document import FoldOptions as FoldOptions
     from graftc.specs.document import Spec as Spec
+    from graftc.specs.errors.diagnostics import CATALOGUE as CATALOGUE
+    from graftc.specs.errors.diagnostics import Code as Code
+    from graftc.specs.errors.diagnostics import GraftError as GraftError
+    from graftc.specs.errors.diagnostics import GraftWarning as GraftWarning
+    from graftc.specs.errors.diagnostics import Place as Place
+    from graftc.specs.errors.diagnostics import nearest as nearest
+    from graftc.specs.errors.diagnostics import warn as warn
     from graftc.specs.io import dump_spec as dump_spec
     from graftc.specs.io import load_spec as load_spec
     from graftc.specs.io import parse_spec as parse_spec
-    from graftc.specs.lora import LoRA as LoRA
-    from graftc.specs.lora import LoRAOverride as LoRAOverride
+    from graftc.specs.methods.lora import LoRA as LoRA
+    from graftc.specs.methods.lora import LoRAOverride as LoRAOverride
     from graftc.specs.overrides import Override as Override
     from graftc.specs.registry import SpecEntry as SpecEntry
     from graftc.specs.registry import method_specs as method_specs
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _HOME = {
     "base": ("Items", "MethodSpec", "SpecModel"),
     "claims": ("Claims", "FoldKind", "SiteKind"),
-    "diagnostics": ("CATALOGUE", "Code", "GraftError", "GraftWarning", "Place", "nearest", "warn"),
+    "errors.diagnostics": ("CATALOGUE", "Code", "GraftError", "GraftWarning", "Place", "nearest", "warn"),
     "document": ("Budget", "FoldOptions", "Spec"),
     "io": ("dump_spec", "load_spec", "parse_spec"),
     "overrides": ("Override",),

@@ -13,14 +13,14 @@ from pydantic_core import CoreSchema
 
 from graftc.specs.base_model import Items, SpecModel
 from graftc.specs.claims import Claims
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import quoted
 from graftc.specs.limits import NAME
 from graftc.specs.overrides import Override
 from graftc.specs.roles import ROLES
 from graftc.specs.schema import AdaptationName, needs_one_of
+from graftc.specs.spec_errors import reject
 from graftc.specs.target import Target
-from graftc.specs.text import quoted
-from graftc.specs.validation import reject
 from graftc.specs.virtual import VirtualRun
 
 __all__ = ["RESERVED_NAMES", "Items", "MethodSpec", "Override", "SpecModel", "check_name"]

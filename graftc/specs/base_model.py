@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import check_limits
 from graftc.specs.schema import SchemaWriter, without_raises
-from graftc.specs.validation import explain
+from graftc.specs.spec_errors import explain
 
 __all__ = ["Items", "SpecModel"]
 

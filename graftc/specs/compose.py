@@ -18,11 +18,11 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from graftc.specs.base import Items, SpecModel, check_name
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import quoted
 from graftc.specs.limits import ADAPTATIONS
 from graftc.specs.schema import AdaptationName
-from graftc.specs.text import quoted
-from graftc.specs.validation import reject
+from graftc.specs.spec_errors import reject
 
 __all__ = [
     "Average",

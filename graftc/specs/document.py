@@ -11,14 +11,14 @@ from pydantic_core import CoreSchema, core_schema
 
 from graftc.specs.base import Items, MethodSpec, SpecModel, check_name
 from graftc.specs.compose import Bank, Compositions, CompositionSpec, Stack, composition_kinds
-from graftc.specs.diagnostics import GraftError, Place, nearest
+from graftc.specs.errors.diagnostics import GraftError, Place, nearest
+from graftc.specs.errors.text import quoted, shown, some
 from graftc.specs.limits import ADAPTATIONS, TOKENS
 from graftc.specs.patterns import PATTERNS, measure_braces
 from graftc.specs.registry import method_specs, unknown_method
 from graftc.specs.source import Source
+from graftc.specs.spec_errors import CONCRETE, reject
 from graftc.specs.target import PatternList
-from graftc.specs.text import quoted, shown, some
-from graftc.specs.validation import CONCRETE, reject
 
 __all__ = ["Budget", "FoldOptions", "Spec", "Tokens"]
 

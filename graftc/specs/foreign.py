@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.errors.diagnostics import GraftError, Place
 
 __all__ = ["refuse_foreign"]
 

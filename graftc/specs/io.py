@@ -11,13 +11,13 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from graftc.specs.base_model import SpecModel
-from graftc.specs.diagnostics import GraftError, Place, nearest
 from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, Place, nearest
+from graftc.specs.errors.text import quoted
 from graftc.specs.foreign import refuse_foreign
 from graftc.specs.limits import check_limits
 from graftc.specs.source import FILE, Source, beyond, core_resolvers, read_json, read_toml, read_yaml
-from graftc.specs.text import quoted
-from graftc.specs.validation import explain
+from graftc.specs.spec_errors import explain
 
 __all__ = ["dump_spec", "load_spec", "parse_spec"]
 

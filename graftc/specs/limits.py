@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import quoted
 from graftc.specs.source import DEPTH, FILE, VALUES, beyond, format_path
-from graftc.specs.text import quoted
 
 __all__ = ["ADAPTATIONS", "DEPTH", "FILE", "INTEGER", "NAME", "SIZE", "TEXT", "TOKENS", "VALUES", "check_limits"]
 

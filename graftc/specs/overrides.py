@@ -10,7 +10,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from graftc.specs.base_model import SpecModel
-from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.patterns import (
     as_items,
     count_sites,
@@ -21,8 +21,8 @@ from graftc.specs.patterns import (
     suggest,
 )
 from graftc.specs.schema import needs_one_of
+from graftc.specs.spec_errors import reject
 from graftc.specs.target import Layers, Patterns, Roles
-from graftc.specs.validation import reject
 
 __all__ = ["Override", "SiteLike", "check_used"]
 

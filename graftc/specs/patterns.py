@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from graftc.specs.diagnostics import GraftError, Place, nearest
-from graftc.specs.text import quoted
+from graftc.specs.errors.diagnostics import GraftError, Place, nearest
+from graftc.specs.errors.text import quoted
 
 __all__ = [
     "BRANCHES",

@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import quoted
 from graftc.specs.patterns import PATTERNS
-from graftc.specs.text import quoted
 
 if TYPE_CHECKING:
-    from graftc.specs.diagnostics import Place
+    from graftc.specs.errors.diagnostics import Place
 
 __all__ = ["SECONDS", "RegexMatcher", "check_regex"]
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims
-from graftc.specs.diagnostics import GraftError, nearest
-from graftc.specs.text import shown
+from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.text import shown
 
 __all__ = ["GROUP", "SpecEntry", "method_specs", "reload_methods", "unknown_method"]
 
@@ -79,13 +79,13 @@ def reload_methods() -> None:
 
 @cache
 def _discover() -> MappingProxyType[str, SpecEntry]:
-    import graftc.specs as package
+    import graftc.specs.methods as package
 
     found: dict[str, SpecEntry] = {}
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
         for spec_class in _spec_classes(module):
-            _add(found, _entry(spec_class, f"graftc.passes.{info.name}", module.__name__))
+            _add(found, _entry(spec_class, f"graftc.passes.methods.{info.name}", module.__name__))
     for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, p.value)):
         for entry in _from_plugin(point):
             _add(found, entry)

@@ -7,8 +7,8 @@ from functools import cache
 from itertools import combinations
 
 from graftc.specs.claims import SiteKind
-from graftc.specs.diagnostics import GraftError, Place, nearest
-from graftc.specs.text import quoted
+from graftc.specs.errors.diagnostics import GraftError, Place, nearest
+from graftc.specs.errors.text import quoted
 
 __all__ = ["PREFIXES", "ROLES", "Role", "RoleInfo", "parse_role", "widen"]
 

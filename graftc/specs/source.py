@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
-from graftc.specs.diagnostics import GraftError, Place
-from graftc.specs.text import printable, quoted, shortened
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import printable, quoted, shortened
 
 __all__ = [
     "DEPTH",

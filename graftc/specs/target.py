@@ -8,7 +8,8 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from graftc.specs.base_model import SpecModel
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import shown
 from graftc.specs.patterns import (
     as_items,
     expand_braces,
@@ -20,8 +21,7 @@ from graftc.specs.patterns import (
 from graftc.specs.regexes import check_regex
 from graftc.specs.roles import parse_role
 from graftc.specs.schema import Glob, Layer, Regex, RoleName
-from graftc.specs.text import shown
-from graftc.specs.validation import reject
+from graftc.specs.spec_errors import reject
 
 __all__ = [
     "Layers",

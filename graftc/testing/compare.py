@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graftc.compiler.capture.samples import sample_inputs
-from graftc.runtime.runner import ModelRoot, runner_of
+from graftc.runtime.model.runner import ModelRoot, runner_of
 
 SHAPES: tuple[tuple[int, int], ...] = ((5, 9), (1, 4), (2, 17))
 """Batch and sequence sizes that no capture uses."""

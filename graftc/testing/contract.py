@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.core.printer import structural_hash
-from graftc.passes.core.program import provenance
-from graftc.passes.core.sites import LinearSite
-from graftc.passes.core.store import Store
-from graftc.passes.core.verify import verify
+from graftc.passes.core.ir.printer import structural_hash
+from graftc.passes.core.ir.program import provenance
+from graftc.passes.core.ir.verify import verify
+from graftc.passes.core.sites.sites import LinearSite
+from graftc.passes.core.weights.store import Store
 from graftc.runtime.compiled import Compiled
 from graftc.specs.claims import Claims, FoldKind
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import SHAPES, flat, inputs_for, largest_difference, outputs_of, same_bits
 from graftc.testing.families import FAMILIES, tiny
 from graftc.testing.perturb import perturb

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from graftc.runtime.compiled import Compiled
-from graftc.runtime.runner import ModelRoot
+from graftc.runtime.model.runner import ModelRoot
 from graftc.specs.claims import FoldKind
 from graftc.testing.compare import SHAPES, inputs_for, largest_difference, outputs_of
 from graftc.testing.contract import Contract

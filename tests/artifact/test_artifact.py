@@ -15,7 +15,7 @@ import graftc
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.runtime.artifact import open_artifact
 from graftc.runtime.models import load_model
-from graftc.specs.diagnostics import GraftError, GraftWarning
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import FAMILIES, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.artifact.support import SPEC, adapted, edit_manifest, own, saved_base, tree_bytes
@@ -132,7 +132,7 @@ def test_no_base_is_needed_to_look_at_it(tmp_path: Path) -> None:
     snapshot, live = open_artifact(tmp_path / "it").snapshot, compiled.snapshot
     for field in ("model", "spec", "sites", "trained", "base", "aliases", "adapters"):
         assert getattr(snapshot, field) == getattr(live, field), field
-    from graftc.passes.core.printer import format_program, structural_hash
+    from graftc.passes.core.ir.printer import format_program, structural_hash
 
     for mode in ("train", "eval"):
         for is_base in (True, False):

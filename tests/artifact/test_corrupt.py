@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import graftc
 from graftc.runtime.artifact import open_artifact
 from graftc.runtime.artifact.write import file_digest
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from tests.artifact.support import adapted, edit_manifest, saved_base, tree_bytes
 from tests.cli.support import run_here
 

@@ -18,7 +18,7 @@ import pytest
 
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.export import onnx, pt2
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from tests.artifact.support import adapted, saved_base, tree_bytes
 
 ROOM = (8, 40, 120, 240)

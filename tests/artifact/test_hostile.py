@@ -16,7 +16,7 @@ import torch
 import graftc
 from graftc.runtime.artifact import open_artifact
 from graftc.runtime.loading.verify import verify
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from tests.artifact.support import adapted, edit_json, edit_manifest, mend, saved_base
 
 GRAPH = "programs/0.eval.json"

@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification, BertModel
 import graftc
 from graftc.runtime.artifact import open_artifact
 from graftc.runtime.loading.verify import verify
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
 from tests.artifact.support import edit_manifest
 from tests.families import tiny

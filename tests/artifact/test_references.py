@@ -16,7 +16,7 @@ from graftc.runtime.loading.base import find_base
 from graftc.runtime.loading.verify import verify
 from graftc.runtime.models import load_hub
 from graftc.runtime.reference import Reference
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from tests.artifact.support import adapted, edit_manifest, saved_base
 
 PAYLOAD = "raise SystemExit(__import__('pathlib').Path('pwned').write_text(__name__))\n"

@@ -7,7 +7,7 @@ import pytest
 import graftc
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.loading.verify import verify
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of
 from tests.artifact.stored.write import HERE, STORED, artifact_of, kept_call
 

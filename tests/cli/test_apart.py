@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from graftc.runtime.artifact import open_artifact
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from tests.artifact.support import SPEC, adapted, saved_base, tree_bytes
 from tests.cli.support import run_here
 

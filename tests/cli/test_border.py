@@ -14,7 +14,7 @@ import pytest
 
 from graftc.runtime.cli import output
 from graftc.specs import GraftError, Place
-from graftc.specs.text import printable
+from graftc.specs.errors.text import printable
 from tests.cli.support import ROOT, run_apart, run_here
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -186,7 +186,7 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize(
-    "name", ["graftc.runtime.cli.app", "typer", "graftc.specs.diagnostics", "graftc.specs.listing", "pydantic"]
+    "name", ["graftc.runtime.cli.app", "typer", "graftc.specs.errors.diagnostics", "graftc.specs.listing", "pydantic"]
 )
 def test_an_interrupt_while_modules_are_imported(name: str) -> None:
     """From the command's first line on; before that the interpreter itself is starting."""

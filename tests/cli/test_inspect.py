@@ -16,7 +16,7 @@ import graftc
 from graftc.compiler.inspect.diff import diff
 from graftc.compiler.inspect.history import history
 from graftc.compiler.inspect.summary import summary
-from graftc.passes.core.graphs import dot_text, graph_data, graphml_text
+from graftc.passes.core.ir.graph_formats import dot_text, graph_data, graphml_text
 from graftc.runtime.artifact import open_artifact
 from tests.cli.support import Outcome, check_golden, run_apart, run_here
 from tests.families import bert

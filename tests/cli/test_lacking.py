@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import graftc
 from graftc.runtime.models import load_model
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from tests.artifact.support import SPEC, adapted, saved_base
 from tests.cli.support import run_here
 

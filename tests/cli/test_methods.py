@@ -8,7 +8,7 @@ import pytest
 
 import graftc
 from graftc.specs.listing import MethodInfo
-from graftc.specs.lora import LoRA
+from graftc.specs.methods.lora import LoRA
 from graftc.specs.registry import method_specs
 from tests.cli.support import check_golden, run_here
 
@@ -46,7 +46,7 @@ def test_the_list_as_json_is_what_python_gives(capsys: pytest.CaptureFixture[str
         "bankable": True,
         "inert": [],
     }
-    assert lora["module"] == "graftc.specs.lora" and "Hu et al. 2021" in lora["paper"]
+    assert lora["module"] == "graftc.specs.methods.lora" and "Hu et al. 2021" in lora["paper"]
 
 
 def test_methods_of_the_facade() -> None:

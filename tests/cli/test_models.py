@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from graftc.runtime.models import load_model
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from tests.families import bert, tiny
 
 CALLABLES = """\

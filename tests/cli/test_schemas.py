@@ -24,7 +24,7 @@ from graftc.runtime.cli.results import (
     VerifyResult,
     published_schema,
 )
-from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.registry import method_specs
 from tests.cli.samples import CERTIFICATE, DEMO, REPORT
 from tests.cli.support import ROOT, Outcome, run_here

@@ -14,8 +14,8 @@ from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.roles.flow import Flow
 from graftc.compiler.roles.structure import Structure, captured_sizes, find_structure
-from graftc.passes.core.program import map_nodes
-from graftc.passes.core.shapes import Sizes
+from graftc.passes.core.ir.program import map_nodes
+from graftc.passes.core.ir.shapes import Sizes
 from tests.compiler.structure_models import HEADS, INNER, MODELS, VOCABULARY, D
 
 

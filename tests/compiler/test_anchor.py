@@ -18,7 +18,7 @@ import graftc
 from graftc.compiler.capture.anchor import anchor
 from graftc.compiler.capture.capture import capture
 from graftc.runtime.compiled import Compiled
-from graftc.specs.diagnostics import GraftError, GraftWarning
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing.compare import flat, same_bits
 from graftc.testing.families import FAMILIES, tiny
 from graftc.testing.perturb import perturb

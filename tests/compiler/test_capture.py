@@ -16,11 +16,11 @@ from graftc.compiler.capture import cache
 from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.signature import Axis
-from graftc.passes.core.mode import to_eval
-from graftc.passes.core.printer import format_program, structural_hash
-from graftc.passes.core.sites import linear_use
-from graftc.passes.core.store import Store
-from graftc.passes.core.verify import record_baseline, verify
+from graftc.passes.core.ir.eval_mode import to_eval
+from graftc.passes.core.ir.printer import format_program, structural_hash
+from graftc.passes.core.ir.verify import record_baseline, verify
+from graftc.passes.core.sites.sites import linear_use
+from graftc.passes.core.weights.store import Store
 from tests import families
 
 

@@ -14,9 +14,9 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 import graftc
 from graftc.compiler.inspect.explain import Explanation, explain
 from graftc.compiler.inspect.snapshot import Snapshot
-from graftc.passes.core.keys import Mode
-from graftc.passes.core.printer import Printer, tensor_name
-from graftc.passes.core.program import provenance
+from graftc.passes.core.ir.printer import Printer, tensor_name
+from graftc.passes.core.ir.program import provenance
+from graftc.passes.core.ir.program_key import Mode
 from tests.cli.support import check_golden
 from tests.families import tiny
 

@@ -13,7 +13,7 @@ import graftc
 from graftc.compiler.inspect.history import history, history_columns
 from graftc.compiler.inspect.report import report
 from graftc.compiler.inspect.summary import summary
-from graftc.passes.core.program import provenance
+from graftc.passes.core.ir.program import provenance
 from tests.families import tiny
 
 SPEC: Any = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.runtime.loading.verify import verify
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
 
 INFINITE, NONE = float("inf"), float("nan")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import graftc
 from graftc.compiler.capture.isolation import exclusive, isolated
-from graftc.passes.core.printer import format_program
+from graftc.passes.core.ir.printer import format_program
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "fc"}}]}
 EXAMPLE = {"x": torch.zeros(2, 6)}

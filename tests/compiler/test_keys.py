@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.passes.core.keys import ProgramKey, Signature
+from graftc.passes.core.ir.program_key import ProgramKey, Signature
 from tests.families import tiny
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}

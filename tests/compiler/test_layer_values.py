@@ -15,11 +15,11 @@ from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.samples import sample_inputs
 from graftc.compiler.resolve.sitetable import SiteTable
 from graftc.compiler.roles.structure import find_structure
-from graftc.passes.core.builder import Builder
-from graftc.passes.core.program import map_nodes
-from graftc.passes.core.sites import LinearSite, SublayerSite, ValueSite
-from graftc.passes.core.store import Store
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.ir.program import map_nodes
+from graftc.passes.core.sites.sites import LinearSite, SublayerSite, ValueSite
+from graftc.passes.core.weights.store import Store
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import FAMILIES
 from tests.families import tiny
 from tests.wide import FAMILIES as WIDE

@@ -6,9 +6,9 @@ import pytest
 
 import graftc
 from graftc.compiler.roles.flow import Flow
-from graftc.passes.core.readers import linear_use
-from graftc.passes.core.shapes import Sizes
-from graftc.passes.core.uses import Experts, Lookup
+from graftc.passes.core.ir.shapes import Sizes
+from graftc.passes.core.sites.readers import linear_use
+from graftc.passes.core.sites.uses import Experts, Lookup
 from graftc.testing import FAMILIES
 from tests.families import tiny
 

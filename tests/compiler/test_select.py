@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from graftc.compiler.resolve.candidates import Candidate, depths
 from graftc.compiler.resolve.select import check_overrides, select
 from graftc.specs import LoRA, SiteKind, Target, widen
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 
 LINEAR = frozenset({SiteKind.LINEAR})
 PROJECTIONS = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}

@@ -13,7 +13,7 @@ from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.resolve.sitetable import SiteTable
 from graftc.compiler.roles.structure import find_structure
-from graftc.passes.core.sites import (
+from graftc.passes.core.sites.sites import (
     AttentionSite,
     EmbeddingSite,
     ExpertsSite,
@@ -22,8 +22,8 @@ from graftc.passes.core.sites import (
     Site,
     SublayerSite,
 )
-from graftc.passes.core.store import Store
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.weights.store import Store
+from graftc.specs.errors.diagnostics import GraftError
 from tests.families import tiny
 from tests.wide import FAMILIES
 

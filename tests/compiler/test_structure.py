@@ -15,7 +15,7 @@ from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.roles.findings import format_layers, format_runs
 from graftc.compiler.roles.structure import Finding, find_structure
-from graftc.passes.core.runs import runs_of
+from graftc.passes.core.weights.runs import runs_of
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import parse_role
 from tests.compiler.perturbation import attention_of, moved, noise, own_rows, perturbed, stored_rows

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.specs.diagnostics import GraftError, GraftWarning
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["inner"]}}]}
 X = torch.randn(4, 6)

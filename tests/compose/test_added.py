@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.passes.core.program import provenance
-from graftc.passes.core.verify import verify
+from graftc.passes.core.ir.program import provenance
+from graftc.passes.core.ir.verify import verify
 from graftc.runtime.compiled import Compiled
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import FAMILIES, tiny

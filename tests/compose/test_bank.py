@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.passes.core.store import Store
+from graftc.passes.core.weights.store import Store
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.loading.verify import verify
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.registry import method_specs
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import graftc
-from graftc.passes.core.dropout import LEVELS, level
-from graftc.passes.core.ops import DECOMPOSITIONS
+from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
+from graftc.passes.core.ops.dropout import LEVELS, level
 from graftc.testing import perturb
 from graftc.testing.compare import inputs_for
 from tests.families import tiny
@@ -223,7 +223,7 @@ def test_an_artifact_keeps_train_graphs(compiled: Any, tmp_path: Path) -> None:
 
 def test_a_train_graph_exports_to_aten(compiled: Any, tmp_path: Path) -> None:
     """With the operators' ATen forms a train graph is one that torch alone can load, and it still drops."""
-    from graftc.passes.core.codegen import function_of
+    from graftc.passes.core.ir.codegen import function_of
 
     program = compiled.program("train").copy()
     for node in program.graph.nodes:

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 import graftc
-from graftc.passes.core.folds import FoldStep, LazyTensors
+from graftc.passes.core.weights.folds import FoldStep, LazyTensors
 from graftc.testing import perturb
 from tests.families import tiny
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 import graftc
 from graftc.compiler.folding.steps import lazy_tensors
-from graftc.passes.core.folds import FoldStep, Keep, LazyTensors
-from graftc.passes.core.runs import Runs
-from graftc.passes.core.store import Store
-from graftc.passes.core.weight_slice import Layout, WeightSlice
-from graftc.passes.lora import LoRAMethod
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.weights.folds import FoldStep, Keep, LazyTensors
+from graftc.passes.core.weights.runs import Runs
+from graftc.passes.core.weights.store import Store
+from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
+from graftc.passes.methods.lora import LoRAMethod
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

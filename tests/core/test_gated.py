@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftc.passes.core import gated
-from graftc.passes.core.gated import EDGE, noise
-from graftc.passes.core.ops import DECOMPOSITIONS
+from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
+from graftc.passes.core.ops.decompositions import hard_concrete as gated
+from graftc.passes.core.ops.hard_concrete import EDGE, noise
 
 op = torch.ops.graftc.gated_weight.default
 gradients = torch.ops.graftc.gated_gradients.default

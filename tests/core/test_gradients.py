@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graftc.passes.core import gradients
-from graftc.passes.core.ops import DECOMPOSITIONS
+from graftc.passes.core.ops.decompositions import DECOMPOSITIONS, gradients
 
 view = torch.ops.graftc.grad_mask.default
 masked = torch.ops.graftc.masked_gradient.default

@@ -18,9 +18,9 @@ import torch
 from torch import fx
 
 import graftc
-from graftc.passes.core.graphs import dot_text, graph_data, graphml_text, to_networkx
-from graftc.passes.core.printer import Printer, format_program
-from graftc.passes.core.program import InputSpec, OutputSpec, Program, provenance
+from graftc.passes.core.ir.graph_formats import dot_text, graph_data, graphml_text, to_networkx
+from graftc.passes.core.ir.printer import Printer, format_program
+from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program, provenance
 from tests.families import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -201,7 +201,7 @@ def test_plain_data_has_the_same_keys_for_every_node(compiled: Any) -> None:
 SCRIPT = """
 import sys
 import graftc
-from graftc.passes.core.graphs import dot_text, graphml_text
+from graftc.passes.core.ir.graph_formats import dot_text, graphml_text
 from tests.core.test_graphs import SPEC
 from tests.families import tiny
 program = graftc.compile(SPEC, tiny("bert")).program()

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.core.folds import Keep
-from graftc.passes.ia3 import IA3Method
-from graftc.passes.lora import LoRAMethod
-from graftc.runtime.merged import fold
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.weights.folds import Keep
+from graftc.passes.methods.ia3 import IA3Method
+from graftc.passes.methods.lora import LoRAMethod
+from graftc.runtime.deploy.merged import fold
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from tests.families import tiny
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftc.passes.core.magnitude import SMALLEST, norm_of_squares, squares, wide_product
-from graftc.passes.core.ops import DECOMPOSITIONS
+from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
+from graftc.passes.core.ops.magnitude import SMALLEST, norm_of_squares, squares, wide_product
 
 row_norm = torch.ops.graftc.row_norm.default
 rescale = torch.ops.graftc.rescale.default
@@ -64,7 +64,7 @@ def test_without_an_update_the_norm_is_the_first_one_to_the_bit(dtype: torch.dty
 def test_a_wide_product_goes_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, a, _ = factors((2,), torch.bfloat16)
     whole = wide_product(weight, a.float())
-    monkeypatch.setattr("graftc.passes.core.magnitude._BLOCK", 30)
+    monkeypatch.setattr("graftc.passes.core.ops.magnitude._BLOCK", 30)
     torch.testing.assert_close(wide_product(weight, a.float()), whole, rtol=1e-6, atol=1e-6)
 
 

@@ -15,11 +15,11 @@ import graftc
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding import foldable
 from graftc.compiler.folding import steps as folding
-from graftc.passes.core import folds
-from graftc.passes.core.folds import FoldStep, WeightFold
-from graftc.passes.core.weight_slice import WeightSlice
-from graftc.passes.lora import LoRAMethod
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.weights import folds
+from graftc.passes.core.weights.folds import FoldStep, WeightFold
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.lora import LoRAMethod
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

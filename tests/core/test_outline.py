@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import graftc
-from graftc.passes.outline import outline
+from graftc.passes.graph.outline import outline
 from tests.families import tiny
 
 

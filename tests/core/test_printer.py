@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import graftc
-from graftc.passes.core.printer import format_around, format_program, structural_hash
-from graftc.passes.core.program import provenance
+from graftc.passes.core.ir.printer import format_around, format_program, structural_hash
+from graftc.passes.core.ir.program import provenance
 from tests.families import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -80,8 +80,8 @@ def test_operand_order_and_draws_count() -> None:
     import torch
     from torch import fx
 
-    from graftc.passes.core.printer import value_numbers
-    from graftc.passes.core.program import InputSpec, OutputSpec, Program
+    from graftc.passes.core.ir.printer import value_numbers
+    from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program
 
     def program(swap: bool) -> tuple[Program, fx.Node, fx.Node]:
         graph = fx.Graph()
@@ -116,7 +116,7 @@ def test_around_a_node(compiled: Any) -> None:
 
 SCRIPT = """
 import graftc
-from graftc.passes.core.printer import format_program, structural_hash
+from graftc.passes.core.ir.printer import format_program, structural_hash
 from tests.core.test_printer import SPEC
 from tests.families import tiny
 program = graftc.compile(SPEC, tiny("bert")).program("train")

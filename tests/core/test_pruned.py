@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftc.passes.core.ops import DECOMPOSITIONS
-from graftc.passes.core.pruned import dropped, edge_of
+from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
+from graftc.passes.core.ops.pruned import dropped, edge_of
 
 pruned_weight = torch.ops.graftc.pruned_weight.default
 

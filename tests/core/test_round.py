@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import graftc
-from graftc.passes.core.folds import FoldStep, LazyTensors, round_once
-from graftc.passes.core.store import Store
-from graftc.passes.core.weight_slice import Layout, WeightSlice
+from graftc.passes.core.weights.folds import FoldStep, LazyTensors, round_once
+from graftc.passes.core.weights.store import Store
+from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

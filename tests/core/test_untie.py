@@ -10,7 +10,7 @@ import torch
 
 import graftc
 from graftc.runtime.models import load_model
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.artifact.support import saved_base

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.core.builder import Builder
-from graftc.passes.core.sites import EmbeddingSite, ExpertsSite, LinearSite
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.sites.sites import EmbeddingSite, ExpertsSite, LinearSite
 from graftc.runtime.compiled import Compiled
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 
 WIDTH = 12

@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 import graftc
-from graftc.passes.core.program import Edit, Program, provenance
-from graftc.passes.core.store import Store
-from graftc.passes.core.verify import verify
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.ir.program import Edit, Program, provenance
+from graftc.passes.core.ir.verify import verify
+from graftc.passes.core.weights.store import Store
+from graftc.specs.errors.diagnostics import GraftError
 from tests.families import tiny
 
 aten = torch.ops.aten

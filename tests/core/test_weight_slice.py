@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graftc.passes.core.runs import MAX_SLICES
-from graftc.passes.core.weight_slice import Layout, WeightSlice
+from graftc.passes.core.weights.runs import MAX_SLICES
+from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
 
 SETTINGS = settings(max_examples=150, deadline=None)
 RANKS = {Layout.ROWS: (2, 3), Layout.COLUMNS: (2, 3), Layout.KERNEL: (3, 5), Layout.PLAIN: (1, 3)}

@@ -23,7 +23,7 @@ from graftc.runtime.demo.data import (
     read_tab,
     training_batches,
 )
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 
 HEADER = "Category\tText\nd\tstring\nclass\t\n"
 MISSING = """\

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from graftc.runtime.demo import decoder
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 
 
 def test_it_knows_what_it_learnt() -> None:

@@ -14,7 +14,7 @@ from graftc.runtime.demo import demo
 from graftc.runtime.demo.data import find_model
 from graftc.runtime.demo.result import Agreement, DemoResult
 from graftc.runtime.demo.training import Scores
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 
 GOOD = DemoResult(

@@ -23,7 +23,7 @@ from graftc.runtime.cli.results.publish import published_schema
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.models import load_model
 from graftc.specs import registry
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, tiny
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from graftc.specs.catalogue import CATALOGUE
 from graftc.specs.claims import FoldKind
+from graftc.specs.errors.catalogue import CATALOGUE
 from graftc.specs.registry import method_specs
 from tests.docs.blocks import DOCS, ROOT
 from tools.docs.__main__ import main

@@ -96,6 +96,6 @@ def test_a_reader_needs_no_network(site: Path, held: dict[Path, _Page]) -> None:
 
 
 def test_codes_have_their_anchors(held: dict[Path, _Page], site: Path) -> None:
-    from graftc.specs.catalogue import CATALOGUE
+    from graftc.specs.errors.catalogue import CATALOGUE
 
     assert {code.lower() for code in CATALOGUE} <= held[site / "errors.html"].anchors

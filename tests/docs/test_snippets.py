@@ -17,7 +17,7 @@ import pytest
 import graftc
 from graftc.runtime.cli import main
 from graftc.specs import registry
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 from graftc.testing import tiny
 from tests.docs.blocks import DOCS, ROOT, Block, blocks, pages

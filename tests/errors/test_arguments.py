@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import graftc
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["0"]}}]}
 INPUTS = (torch.ones(4, 6),)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import graftc
-from graftc.specs.diagnostics import CATALOGUE, GraftError, GraftWarning
+from graftc.specs.errors.diagnostics import CATALOGUE, GraftError, GraftWarning
 from tests.cli.support import check_golden, run_apart, run_here
 
 BERT, GPT2 = "tests.families:bert", "tests.families:gpt2"

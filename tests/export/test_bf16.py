@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
 from tests.families import tiny
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import graftc
 from graftc.runtime.compiled import Compiled
-from graftc.runtime.runner import ModelRoot
-from graftc.specs.diagnostics import GraftError
+from graftc.runtime.model.runner import ModelRoot
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import SHAPES, inputs_for
 from tests.families import tiny

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import SHAPES, inputs_for
 from graftc.testing.deployment import check_onnx

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.foldable import foldable
-from graftc.passes.core.keys import Mode, Stage
-from graftc.passes.core.printer import Printer, format_program, structural_hash
-from graftc.passes.core.program import Program
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.ir.printer import Printer, format_program, structural_hash
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import Mode, Stage
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import MethodContract
 
 HERE = Path(__file__).parent

@@ -17,12 +17,12 @@ from graftc.compiler.capture import cache
 from graftc.compiler.capture.anchor import BOUNDS
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.samples import samples_on
-from graftc.passes.core.mode import to_eval
-from graftc.passes.core.program import Program
-from graftc.passes.core.reading import computed
-from graftc.passes.core.serialise import program_to_json
+from graftc.passes.core.build.base_activations import computed
+from graftc.passes.core.ir.eval_mode import to_eval
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.serialise import program_to_json
 from graftc.runtime.artifact.manifest import canonical_json
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import flat
 from tests.artifact.support import edit_manifest
 from tests.families import tiny

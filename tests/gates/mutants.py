@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.program import Program, nodes_in
-from graftc.passes.core.shapes import expression
+from graftc.passes.core.ir.program import Program, nodes_in
+from graftc.passes.core.ir.shapes import expression
 
 aten = torch.ops.aten
 _OTHER = {

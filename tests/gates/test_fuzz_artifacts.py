@@ -30,7 +30,7 @@ import graftc
 from graftc.runtime.artifact import open_artifact
 from graftc.runtime.cli import main
 from graftc.runtime.loading.verify import verify
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import inputs_for
 from tests.artifact.support import adapted, saved_base
 from tests.gates.mutate import mutate

@@ -21,10 +21,10 @@ import pytest
 
 import graftc
 from graftc.specs import GraftError, Spec, parse_spec
+from graftc.specs.errors.text import printable
 from graftc.specs.io import dump_spec
 from graftc.specs.registry import method_specs
 from graftc.specs.roles import ROLES
-from graftc.specs.text import printable
 from tests.families import bert
 
 COUNT = int(os.environ.get("GRAFTC_FUZZ", "200"))

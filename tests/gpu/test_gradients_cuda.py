@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graftc.passes.core import gradients
-from graftc.passes.core.ops import DECOMPOSITIONS
+from graftc.passes.core.ops.decompositions import DECOMPOSITIONS, gradients
 
 pytestmark = [
     pytest.mark.gpu,

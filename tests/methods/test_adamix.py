@@ -15,9 +15,9 @@ from torch import Tensor
 
 import graftc
 from graftc.compiler.folding.steps import lazy_tensors
-from graftc.passes.core.routing import is_pick, is_route
+from graftc.passes.core.ir.routes import is_pick, is_route
 from graftc.runtime.loading.verify import verify
-from graftc.specs.diagnostics import GraftError, GraftWarning
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import flat, inputs_for
 from graftc.testing.deployment import check_onnx

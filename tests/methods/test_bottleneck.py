@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import graftc
-from graftc.passes.core.branches import BranchBuilder
-from graftc.passes.core.program import Program, provenance
+from graftc.passes.core.build.residual import BranchBuilder
+from graftc.passes.core.ir.program import Program, provenance
 from graftc.testing import FAMILIES, largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import flat, inputs_for
 from tests.families import tiny

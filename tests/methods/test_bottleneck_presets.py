@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.passes.core.printer import structural_hash
+from graftc.passes.core.ir.printer import structural_hash
 from graftc.runtime.compiled import Compiled
 from graftc.testing import FAMILIES
 from tests.families import tiny

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.core.verify import verify
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.ir.verify import verify
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.passes.core.program import provenance
-from graftc.passes.core.steering import STEP
-from graftc.passes.outline import outline
-from graftc.specs.diagnostics import GraftError, GraftWarning
+from graftc.passes.core.ir.program import provenance
+from graftc.passes.core.method.steering import STEP
+from graftc.passes.graph.outline import outline
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import DeploymentContract, MethodContract
 from graftc.testing.compare import flat, inputs_for
 from tests.families import tiny

@@ -15,10 +15,10 @@ from torch.func import functional_call
 import graftc
 from graftc.compiler.pipeline import recompile
 from graftc.compiler.steering import live_places
-from graftc.passes.core.registry import method_for
-from graftc.passes.diff_pruning import OpenGates
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.methods.diff_pruning import OpenGates
 from graftc.runtime.compiled import Compiled, make_compiled
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

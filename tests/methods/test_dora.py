@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.core.program import provenance
-from graftc.passes.core.store import RESERVED
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.ir.program import provenance
+from graftc.passes.core.weights.store import RESERVED
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import SHAPES, flat, inputs_for
 from tests.families import tiny

@@ -175,7 +175,7 @@ def test_gradients_with_dropout(dropout_on: str, bias: bool) -> None:
 
 def drawn_mask(x: Tensor) -> Tensor:
     """The factors that dropout of ``x`` multiplies with after ``manual_seed(5)``."""
-    from graftc.passes.core.ops import SEEDS, dropout_mask
+    from graftc.passes.core.ops.decompositions import SEEDS, dropout_mask
 
     torch.manual_seed(5)
     seed = torch.randint_like(torch.zeros(1, dtype=torch.int64), 0, SEEDS)

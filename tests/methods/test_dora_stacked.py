@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.folding.steps import lazy_tensors
-from graftc.passes.core.folds import Keep, WeightFold
-from graftc.passes.lora import LoRAMethod
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.weights.folds import Keep, WeightFold
+from graftc.passes.methods.lora import LoRAMethod
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import SHAPES, inputs_for
 from tests.families import tiny

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import graftc
 from graftc.compiler.folding.steps import lazy_tensors
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import flat, inputs_for
 from graftc.testing.deployment import check_onnx

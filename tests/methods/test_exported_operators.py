@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from graftc.passes.core.verify import provenance
-from graftc.runtime.runner import runner_of
+from graftc.passes.core.ir.verify import provenance
+from graftc.runtime.model.runner import runner_of
 from graftc.testing import DeploymentContract
 
 HERE = Path(__file__).parent

@@ -9,8 +9,8 @@ import torch
 
 import graftc
 from graftc.compiler.folding.steps import lazy_tensors
-from graftc.passes.lokr import split
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.methods.lokr import split
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

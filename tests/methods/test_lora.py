@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import graftc
 from graftc.compiler.capture.capture import capture
 from graftc.compiler.folding.steps import lazy_tensors
-from graftc.passes.core.mode import to_eval
-from graftc.passes.core.printer import structural_hash
-from graftc.passes.core.store import Store
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.ir.eval_mode import to_eval
+from graftc.passes.core.ir.printer import structural_hash
+from graftc.passes.core.weights.store import Store
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

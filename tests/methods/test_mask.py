@@ -12,9 +12,9 @@ from torch import Tensor
 
 import graftc
 from graftc.compiler.pipeline import recompile
-from graftc.passes.core.program import provenance
+from graftc.passes.core.ir.program import provenance
 from graftc.runtime.compiled import Compiled
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, outputs_of, perturb
 from graftc.testing.compare import flat, inputs_for, largest_difference
 from tests.families import tiny

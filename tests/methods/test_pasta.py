@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.runtime.compiled import Compiled
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import (
     FAMILIES,
     DeploymentContract,

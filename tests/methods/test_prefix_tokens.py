@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, same_bits
 from tests.families import tiny
 

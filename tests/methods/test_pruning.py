@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.pruning_steps import Masks, Penalty, kept_entries
+from graftc.passes.methods.pruning_steps import Masks, Penalty, kept_entries
 from graftc.runtime.compiled import Compiled
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from graftc.passes.pruning_steps import kept_entries
+from graftc.passes.methods.pruning_steps import kept_entries
 from graftc.runtime.compiled import Compiled
 from graftc.testing import DeploymentContract, MethodContract
 from graftc.testing.contract import Contract

@@ -11,11 +11,11 @@ import torch
 import graftc
 from graftc.compiler.pipeline import recompile
 from graftc.compiler.steering import live_places
-from graftc.passes.core.registry import method_for
-from graftc.passes.core.stages import Advance
-from graftc.passes.pruning_steps import kept_entries
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.method.stages import Advance
+from graftc.passes.methods.pruning_steps import kept_entries
 from graftc.runtime.compiled import Compiled, make_compiled
-from graftc.specs.pruning import Pruning
+from graftc.specs.methods.pruning import Pruning
 from graftc.testing import outputs_of, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.folding import steps as folding
-from graftc.passes.core.uses import Lookup
+from graftc.passes.core.sites.uses import Lookup
 from graftc.runtime.compiled import Compiled
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, outputs_of, perturb
 from graftc.testing.compare import flat, inputs_for, largest_difference
 from graftc.testing.families import FAMILIES

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.pipeline import recompile
-from graftc.passes.rows import chosen_rows, named_rows, row_squares
+from graftc.passes.methods.rows import chosen_rows, named_rows, row_squares
 from graftc.runtime.compiled import Compiled
-from graftc.specs.diagnostics import GraftError
-from graftc.specs.rows import RowSelection
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.methods.rows import RowSelection
 from graftc.specs.target import Target
 from graftc.testing import outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for, largest_difference

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import graftc
 from graftc.compiler.folding.steps import lazy_tensors
-from graftc.passes.sora import Prox, shrink
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.methods.sora import Prox, shrink
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from tests.cli.support import check_golden
 from tests.methods.spiel_models import adapted, controller_of, entries_of, optimiser_for, train
 

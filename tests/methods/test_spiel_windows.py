@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.runtime.callbacks import steering_callback
+from graftc.runtime.training.callbacks import steering_callback
 from graftc.testing import outputs_of, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

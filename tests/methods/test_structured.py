@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.runtime.compiled import Compiled
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, outputs_of, perturb, same_bits
 from graftc.testing.compare import flat, inputs_for, largest_difference
 from tests.families import tiny

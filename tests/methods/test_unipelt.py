@@ -10,7 +10,7 @@ from torch import Tensor
 
 import graftc
 from graftc.runtime.compiled import Compiled
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import (
     FAMILIES,
     DeploymentContract,

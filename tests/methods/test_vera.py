@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.folding.steps import lazy_tensors
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.depth import each_way

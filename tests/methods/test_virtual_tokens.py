@@ -11,11 +11,11 @@ import transformers
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.core.reading import computed
-from graftc.runtime import deployed as simplest
+from graftc.passes.core.build.base_activations import computed
 from graftc.runtime.compiled import Compiled
-from graftc.runtime.runner import runner_of
-from graftc.specs.diagnostics import GraftError
+from graftc.runtime.deploy import deployed as simplest
+from graftc.runtime.model.runner import runner_of
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.perturb import randomise

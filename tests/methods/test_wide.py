@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import graftc
-from graftc.passes.core.sites import LinearSite
+from graftc.passes.core.sites.sites import LinearSite
 from graftc.runtime.compiled import Compiled
 from graftc.testing.compare import inputs_for, largest_difference, outputs_of
 from graftc.testing.contract import MethodContract

@@ -11,12 +11,12 @@ from torch import Tensor
 
 import graftc
 from graftc.compiler.folding import steps as folding
-from graftc.passes.core.folds import WeightFold
-from graftc.passes.ia3 import IA3Method
-from graftc.passes.loha import LoHaMethod
-from graftc.passes.lokr import LoKrMethod
-from graftc.passes.vera import VeRAMethod
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.weights.folds import WeightFold
+from graftc.passes.methods.ia3 import IA3Method
+from graftc.passes.methods.loha import LoHaMethod
+from graftc.passes.methods.lokr import LoKrMethod
+from graftc.passes.methods.vera import VeRAMethod
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
 from tests.families import tiny
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.runtime.blocks import Block
-from graftc.specs.diagnostics import GraftError, GraftWarning
+from graftc.runtime.model.blocks import Block
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 
 LORA = {"method": "lora", "rank": 2, "target": {"modules": "**.linear"}}
 

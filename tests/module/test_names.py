@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.runtime.compiled import Compiled, CompiledRunner
-from graftc.runtime.merged import Merged
-from graftc.runtime.runner import runner_of
-from graftc.specs.diagnostics import GraftError
+from graftc.runtime.deploy.merged import Merged
+from graftc.runtime.model.runner import runner_of
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, randomise
 
 OWN_NAMES = [

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.core.updates import updates
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.ir.updates import updates
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "first"}}]}

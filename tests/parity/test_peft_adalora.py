@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.passes.adalora import Budget
+from graftc.passes.methods.adalora import Budget
 from graftc.testing import largest_difference, perturb
 from graftc.testing.compare import SHAPES, flat, inputs_for, outputs_of
 from tests.families import tiny

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.perturb import perturb
 from tests.families import tiny
 

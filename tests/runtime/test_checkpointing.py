@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, tiny
 
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "dropout": 0.3, "target": {"role": "attn.q"}}]}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.runtime.combine import Kind
-from graftc.specs.diagnostics import GraftError
+from graftc.runtime.deploy.combine import Kind
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.runtime.blocks import Block
+from graftc.runtime.model.blocks import Block
 from tests import families
 
 LORA = {"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}

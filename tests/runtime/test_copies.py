@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import graftc
-from graftc.specs.diagnostics import GraftWarning
+from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.runtime.ecosystem import ELSEWHERE
-from graftc.runtime.repeated import share
-from graftc.specs.diagnostics import GraftError
+from graftc.runtime.model.ecosystem import ELSEWHERE
+from graftc.runtime.training.repeated import share
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import tiny
 
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}]}

@@ -14,7 +14,7 @@ import pytest
 
 from graftc.runtime import files
 from graftc.runtime.files import recover, staged, write_text
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from tests.faults import FAILED, Fault, requests_of, run_with_fault
 
 OLD, NEW = "old", "new"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.core.moments import Seen
+from graftc.passes.core.method.sparse_optimiser import Seen
 from graftc.runtime import optim
 from tests.families import tiny
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.signature import Axis
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, randomise
 from tests.cli.support import run_here
 

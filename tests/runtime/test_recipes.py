@@ -15,7 +15,7 @@ from torch import Tensor
 import graftc
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.recipes import Stage
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

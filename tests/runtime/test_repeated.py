@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import graftc
-from graftc.specs.diagnostics import GraftWarning
+from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.testing import perturb
 from graftc.testing.compare import flat, inputs_for
 from tests.families import tiny

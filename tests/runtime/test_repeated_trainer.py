@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftc.specs.diagnostics import GraftWarning
+from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.testing import same_bits
 from tests.runtime.test_repeated import SETTINGS, adapted, like, no_warning
 

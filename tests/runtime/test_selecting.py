@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.core.entries import slices_of
+from graftc.passes.core.sites.entries import slices_of
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.recipes import Stage
-from graftc.specs.diagnostics import GraftError, GraftWarning
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import outputs_of, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.specs.diagnostics import GraftError, GraftWarning
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import perturb
 from graftc.testing.compare import inputs_for
 from tests.families import tiny

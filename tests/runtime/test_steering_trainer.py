@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.runtime.callbacks import steering_callback
-from graftc.specs.diagnostics import GraftWarning
+from graftc.runtime.training.callbacks import steering_callback
+from graftc.specs.errors.diagnostics import GraftWarning
 from tests.families import tiny
 
 TARGET = {"role": ["attn.q", "ffn.down"]}

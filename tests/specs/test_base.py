@@ -13,8 +13,8 @@ from pydantic import Field
 
 from graftc.specs.base import RESERVED_NAMES, Items, MethodSpec, check_name
 from graftc.specs.claims import Claims, FoldKind, SiteKind
-from graftc.specs.diagnostics import GraftError
-from graftc.specs.lora import LoRA, LoRAOverride
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.methods.lora import LoRA, LoRAOverride
 from graftc.specs.overrides import Override, check_used
 from graftc.specs.registry import method_specs
 from graftc.specs.target import Target

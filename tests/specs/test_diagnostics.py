@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftc.specs.diagnostics import CATALOGUE, GraftError, GraftWarning, Place, nearest, warn
+from graftc.specs.errors.diagnostics import CATALOGUE, GraftError, GraftWarning, Place, nearest, warn
 
 
 def test_the_catalogue_is_complete_and_ordered() -> None:

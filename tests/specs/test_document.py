@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from graftc.specs import LoRA, Spec, Target, load_spec
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.registry import method_specs
 
 Q = {"role": "attn.q"}

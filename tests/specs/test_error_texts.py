@@ -15,7 +15,7 @@ import pytest
 from graftc.compiler.resolve.candidates import Candidate, depths
 from graftc.compiler.resolve.select import check_overrides, select
 from graftc.specs import GraftError, SiteKind, parse_spec
-from graftc.specs.diagnostics import CATALOGUE
+from graftc.specs.errors.diagnostics import CATALOGUE
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "errors"
 BREAK = "=====\n"

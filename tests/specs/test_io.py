@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftc.specs import LoRA, LoRAOverride, Spec, Target, dump_spec, load_spec, parse_spec
-from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.document import Budget, FoldOptions
+from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.roles import ROLES
 from graftc.specs.source import format_path, parse_path, read_yaml
 

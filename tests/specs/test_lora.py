@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftc.specs.claims import FoldKind, SiteKind
-from graftc.specs.diagnostics import GraftError
-from graftc.specs.lora import LoRA
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.methods.lora import LoRA
 from graftc.specs.target import Target
 
 TARGET = Target(role=["attn.q", "attn.v"])

@@ -12,7 +12,7 @@ import pytest
 import graftc.specs
 from graftc.specs import LoRA, Spec, load_spec, parse_spec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.registry import method_specs, reload_methods, unknown_method
 
 SPEC = '''
@@ -66,7 +66,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 def test_built_in_methods_are_found_with_their_code_beside_them() -> None:
     entry = method_specs()["lora"]
     assert entry.spec_class is LoRA
-    assert (entry.module, entry.method_module) == ("graftc.specs.lora", "graftc.passes.lora")
+    assert (entry.module, entry.method_module) == ("graftc.specs.methods.lora", "graftc.passes.methods.lora")
     assert entry.claims is LoRA.claims and entry.paper == LoRA.paper
     assert entry.summary.startswith("Low-rank adaptation of linear maps")
 
@@ -126,7 +126,7 @@ def test_two_plugins_with_one_tag_are_named(install: Install) -> None:
 
 def test_a_plugin_may_not_take_a_built_in_tag(install: Install) -> None:
     install("plug_taken", SPEC.format(name="MyLoRA", tag="lora"))
-    with pytest.raises(GraftError, match=r"defined in graftc\.specs\.lora and in plug_taken\.spec") as caught:
+    with pytest.raises(GraftError, match=r"defined in graftc\.specs\.methods\.lora and in plug_taken\.spec") as caught:
         method_specs()
     assert caught.value.code == "GC070"
 
@@ -139,7 +139,7 @@ def test_a_plugin_may_not_take_a_built_in_tag(install: Install) -> None:
         ("", "has no method in plug_bad.spec"),
         (SPEC.format(name="Scale", tag="My-Scale"), "the tag 'My-Scale' of plug_bad.spec.Scale is not usable"),
         (SPEC.format(name="Scale", tag="scale").replace("claims:", "claim:"), "plug_bad.spec.Scale has no claims"),
-        ("from graftc.specs.lora import LoRA", "has no method in plug_bad.spec"),
+        ("from graftc.specs.methods.lora import LoRA", "has no method in plug_bad.spec"),
     ],
 )
 def test_a_broken_plugin_is_named(install: Install, spec: str | None, message: str) -> None:
@@ -167,7 +167,7 @@ def test_claims_are_checked_where_they_are_made() -> None:
 
 PRESET = '''
 from typing import ClassVar, Literal
-from graftc.specs.lora import LoRA
+from graftc.specs.methods.lora import LoRA
 
 class Rank4(LoRA):
     """LoRA of rank 4."""
@@ -179,7 +179,7 @@ class Rank4(LoRA):
 
 
 def test_a_preset_runs_the_code_of_its_mechanism(install: Install) -> None:
-    from graftc.passes.core.registry import method_for
+    from graftc.passes.core.method.registry import method_for
 
     assert method_for("pfeiffer") is method_for("bottleneck")
     assert method_specs()["pfeiffer"].claims is not method_specs()["bottleneck"].claims
@@ -189,7 +189,7 @@ def test_a_preset_runs_the_code_of_its_mechanism(install: Install) -> None:
 
 @pytest.mark.parametrize("mechanism", ["nothing", "pfeiffer", "rank4"])
 def test_a_mechanism_is_a_method_with_code_of_its_own(install: Install, mechanism: str) -> None:
-    from graftc.passes.core.registry import method_for
+    from graftc.passes.core.method.registry import method_for
 
     install("plug_preset", PRESET.format(mechanism=mechanism))
     with pytest.raises(GraftError) as error:
@@ -198,7 +198,7 @@ def test_a_mechanism_is_a_method_with_code_of_its_own(install: Install, mechanis
 
 
 def test_a_method_that_cannot_be_parsed_is_told_by_its_name(install: Install) -> None:
-    from graftc.passes.core.registry import method_for
+    from graftc.passes.core.method.registry import method_for
 
     install("plug_broken", SPEC.format(name="Scale", tag="scale"))
     entry = method_specs()["scale"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from graftc.specs.claims import SiteKind
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.roles import PREFIXES, ROLES, parse_role, widen
 
 

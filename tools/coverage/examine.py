@@ -19,7 +19,7 @@ import graftc
 from graftc.compiler.capture import capture as capturing
 from graftc.compiler.roles.structure import Structure, place
 from graftc.runtime.compiled import Compiled
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import inputs_for, largest_difference, outputs_of, same_bits
 from graftc.testing.perturb import perturb
 from tools.coverage.build import Built, NotBuiltError, build

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftc.specs.catalogue import CATALOGUE, Code
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.catalogue import CATALOGUE, Code
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 from tools.docs.markdown import fence, header, table
 

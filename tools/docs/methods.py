@@ -7,7 +7,7 @@ import json
 import re
 from inspect import getdoc
 
-from graftc.passes.core.registry import method_for
+from graftc.passes.core.method.registry import method_for
 from graftc.specs.base import MethodSpec, Override
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.io import parse_spec

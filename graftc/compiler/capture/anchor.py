@@ -22,10 +22,10 @@ from graftc.compiler.capture.interface import device_of, dtype_of
 from graftc.compiler.capture.samples import samples_on
 from graftc.compiler.capture.signature import Axis, described
 from graftc.compiler.capture.sources import home_of_module
-from graftc.passes.core.cleaning import takes_device
-from graftc.passes.core.keys import Mode
-from graftc.passes.core.program import Program, map_nodes
-from graftc.specs.diagnostics import first_line
+from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.ir.program import Program, map_nodes
+from graftc.passes.core.ir.program_key import Mode
+from graftc.specs.errors.diagnostics import first_line
 
 aten = torch.ops.aten
 BOUNDS: Mapping[torch.dtype, float] = {

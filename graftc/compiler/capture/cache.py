@@ -35,9 +35,9 @@ from graftc.compiler.capture.capture_key import LARGEST_TENSOR, UnknownHoldingEr
 from graftc.compiler.capture.interface import Flags, device_of
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.capture.sources import own_digest
-from graftc.passes.core.keys import Mode
-from graftc.passes.core.serialise import SerialisationError, program_from_json, program_to_json
-from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES, raw_bytes
+from graftc.passes.core.ir.program_key import Mode
+from graftc.passes.core.ir.serialise import SerialisationError, program_from_json, program_to_json
+from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES, raw_bytes
 
 _LARGEST_FILE = 256 * 2**20
 _STALE_SECONDS = 3600

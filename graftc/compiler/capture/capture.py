@@ -30,11 +30,11 @@ from graftc.compiler.capture.interface import Flags, declared, device_of, is_tra
 from graftc.compiler.capture.ranges import InputSizes, fixed_notes
 from graftc.compiler.capture.refusals import not_captured, require_products
 from graftc.compiler.capture.signature import Axis, tie_sizes
-from graftc.passes.canonicalise import canonicalise
-from graftc.passes.core.keys import Mode
-from graftc.passes.core.program import HistoryEntry, InputSpec, OutputSpec, Program
-from graftc.passes.core.shapes import raw_bytes
-from graftc.passes.core.updates import updates
+from graftc.passes.core.ir.program import HistoryEntry, InputSpec, OutputSpec, Program
+from graftc.passes.core.ir.program_key import Mode
+from graftc.passes.core.ir.shapes import raw_bytes
+from graftc.passes.core.ir.updates import updates
+from graftc.passes.graph.canonicalise import canonicalise
 
 if TYPE_CHECKING:
     from graftc.compiler.capture.anchor import Anchor

@@ -37,7 +37,7 @@ from graftc.compiler.capture.objects import (
     slots_of,
 )
 from graftc.compiler.capture.sources import digest_of, home_of, home_of_module, names_of
-from graftc.passes.core.shapes import raw_bytes
+from graftc.passes.core.ir.shapes import raw_bytes
 
 LARGEST_TENSOR = 65536
 """Bytes of a tensor beside parameters and buffers; larger ones are not kept with a capture."""

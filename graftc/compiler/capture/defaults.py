@@ -13,7 +13,7 @@ from torch import nn
 
 from graftc.compiler.capture.interface import declared, dtype_of, parameters
 from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 
 _MASKED = ("input_ids", "inputs_embeds")
 _NESTED = ("vision_config", "audio_config", "encoder", "backbone_config")

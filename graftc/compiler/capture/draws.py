@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graftc.passes.core.program import is_random
+from graftc.passes.core.ir.program import is_random
 
 aten = torch.ops.aten
 _SEED = 20

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from graftc.passes.core.shapes import DTYPE_NAMES, raw_bytes
-from graftc.passes.core.store import Store
+from graftc.passes.core.ir.shapes import DTYPE_NAMES, raw_bytes
+from graftc.passes.core.weights.store import Store
 
 SAMPLES = 64
 Setting: TypeAlias = bool | int | float | str

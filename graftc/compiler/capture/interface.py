@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.specs.arguments import as_mapping, kind_of
-from graftc.specs.diagnostics import GraftError, nearest
+from graftc.specs.errors.diagnostics import GraftError, nearest
 
 Flag = bool | int | float | str | None
 Flags = tuple[tuple[str, Flag], ...]

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graftc.compiler.capture.signature import Axis
-from graftc.passes.core.program import InputSpec
+from graftc.passes.core.ir.program import InputSpec
 
 _UNBOUNDED = 2**31
 _PROBES = (5, 17, 101)

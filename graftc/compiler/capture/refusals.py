@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.signature import Axis, described
-from graftc.passes.core.shapes import DTYPE_NAMES
-from graftc.passes.core.verify import mixed_product
-from graftc.specs.diagnostics import GraftError, first_line
+from graftc.passes.core.ir.shapes import DTYPE_NAMES
+from graftc.passes.core.ir.verify import mixed_product
+from graftc.specs.errors.diagnostics import GraftError, first_line
 
 
 class MixedProductError(TypeError):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.program import Program
-from graftc.passes.core.store import Store
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.weights.store import Store
 
 aten = torch.ops.aten
 

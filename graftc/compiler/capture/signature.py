@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import COUNT, Flags, Interface, parameters
-from graftc.passes.core.program import InputSpec
-from graftc.passes.core.shapes import DTYPE_NAMES
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.ir.program import InputSpec
+from graftc.passes.core.ir.shapes import DTYPE_NAMES
+from graftc.specs.errors.diagnostics import GraftError
 
 BATCH, SEQUENCE, TARGET = "batch", "sequence", "target_sequence"
 _SIZES = {BATCH: 3, SEQUENCE: 7}

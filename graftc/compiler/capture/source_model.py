@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from graftc.passes.core.containers import Tree
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.weights.containers import Tree
+from graftc.specs.errors.diagnostics import GraftError
 
 _PLAIN = "it has the adaptation in its weights"
 

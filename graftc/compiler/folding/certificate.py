@@ -1,7 +1,7 @@
 """Certificates: evidence that a fold computes the same function, from something other than the fold's own formula.
 
 Numeric: the *unfolded subgraph* between a linear map's input and its output, run in float64 on random probes, against
-the folded tensors, per site (`graftc.compiler.folding.fold_verification`); then the outputs of the whole model in its
+the folded tensors, per site (`graftc.compiler.folding.certify`); then the outputs of the whole model in its
 own dtype.
 Structural: the folded graph's hash equals the base's, up to declared additions.
 """

@@ -19,13 +19,13 @@ from graftc.compiler.folding.certificate import CollapseEvidence
 from graftc.compiler.folding.evaluating import evaluate
 from graftc.compiler.folding.virtual_keys import are_constant, slot_parameters, slot_values
 from graftc.compiler.resolve.resolver import Resolved
-from graftc.passes.compose import GATE
-from graftc.passes.core.folds import round_once
-from graftc.passes.core.mode import to_eval
-from graftc.passes.core.program import Program, provenance
-from graftc.passes.core.reading import computed
-from graftc.passes.core.registry import method_for
-from graftc.passes.core.routing import is_pick, is_route
+from graftc.passes.core.build.base_activations import computed
+from graftc.passes.core.ir.eval_mode import to_eval
+from graftc.passes.core.ir.program import Program, provenance
+from graftc.passes.core.ir.routes import is_pick, is_route
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.weights.folds import round_once
+from graftc.passes.graph.compose import GATE
 from graftc.specs.base import MethodSpec
 from graftc.specs.document import Spec
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.cleaning import takes_device
-from graftc.passes.core.program import map_nodes
+from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.ir.program import map_nodes
 
 aten = torch.ops.aten
 

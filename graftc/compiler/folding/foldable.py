@@ -9,10 +9,10 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.steps import fold_steps
 from graftc.compiler.resolve.resolver import TRAIN, Resolved
 from graftc.compiler.resolve.tokens import TOKENS
-from graftc.passes.core.folds import LazyTensors
-from graftc.passes.core.registry import method_for
-from graftc.passes.core.sites import LinearSite, SiteKey
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.sites.sites import LinearSite, SiteKey
+from graftc.passes.core.weights.folds import LazyTensors
+from graftc.specs.errors.diagnostics import GraftError
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.compose import Unit, averaged, keep_composed
 from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.resolve.tokens import TOKENS
-from graftc.passes.core.entries import slices_of
-from graftc.passes.core.folds import FoldStep, Keep, LazyTensors, StandIn, TensorFold, WeightFunction
-from graftc.passes.core.registry import method_for
-from graftc.passes.core.sites import LinearSite, Site
-from graftc.passes.core.store import Store
-from graftc.passes.core.uses import Dense
-from graftc.passes.core.weight_slice import Layout, WeightSlice
-from graftc.specs.diagnostics import GraftError
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.sites.entries import slices_of
+from graftc.passes.core.sites.sites import LinearSite, Site
+from graftc.passes.core.sites.uses import Dense
+from graftc.passes.core.weights.folds import FoldStep, Keep, LazyTensors, StandIn, TensorFold, WeightFunction
+from graftc.passes.core.weights.store import Store
+from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
+from graftc.specs.errors.diagnostics import GraftError
 
 
 def fold_steps(compilation: Compilation, only: Sequence[str] | None = None) -> list[FoldStep]:

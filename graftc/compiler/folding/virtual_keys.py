@@ -10,9 +10,9 @@ from torch import Tensor, fx
 from graftc.compiler.capture.samples import sample_inputs
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
-from graftc.passes.core.reading import computed
-from graftc.passes.core.sites import AttentionSite, LinearSite
-from graftc.passes.core.tensors import tensor_name
+from graftc.passes.core.build.base_activations import computed
+from graftc.passes.core.build.tensors import tensor_name
+from graftc.passes.core.sites.sites import AttentionSite, LinearSite
 from graftc.specs.claims import FoldKind
 from graftc.specs.compose import Average, Stack
 

@@ -11,9 +11,9 @@ from typing import Any
 from torch import fx
 
 from graftc.compiler.roles.findings import format_layers
-from graftc.passes.core.layers import layer_path
-from graftc.passes.core.printer import Printer, tensor_name
-from graftc.passes.core.program import Program, provenance
+from graftc.passes.core.ir.layers import layer_path
+from graftc.passes.core.ir.printer import Printer, tensor_name
+from graftc.passes.core.ir.program import Program, provenance
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from graftc.compiler.inspect.history import CAPTURE
 from graftc.compiler.inspect.lookup import Found, Index
 from graftc.compiler.inspect.origins import Origin, shared_origin
 from graftc.compiler.inspect.snapshot import Snapshot
-from graftc.passes.core.keys import Mode
-from graftc.passes.core.printer import tensor_name
-from graftc.passes.core.program import provenance
+from graftc.passes.core.ir.printer import tensor_name
+from graftc.passes.core.ir.program import provenance
+from graftc.passes.core.ir.program_key import Mode
 
 __all__ = ["Explanation", "explain"]
 

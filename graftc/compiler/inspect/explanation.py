@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from graftc.compiler.inspect.origins import Origin
-from graftc.passes.core.keys import Mode
+from graftc.passes.core.ir.program_key import Mode
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from itertools import takewhile
 from typing import Any
 
 from graftc.compiler.inspect.snapshot import Snapshot
-from graftc.passes.core.keys import Mode
-from graftc.passes.core.program import HistoryEntry, provenance
+from graftc.passes.core.ir.program import HistoryEntry, provenance
+from graftc.passes.core.ir.program_key import Mode
 
 CAPTURE = "capture"
 """The step that base nodes come from."""

@@ -10,10 +10,10 @@ from torch import fx
 
 from graftc.compiler.inspect.origins import Origin, origins
 from graftc.compiler.inspect.snapshot import Snapshot
-from graftc.passes.core.keys import Mode
-from graftc.passes.core.printer import Printer, tensor_name
-from graftc.passes.core.store import RESERVED
-from graftc.specs.diagnostics import GraftError, nearest
+from graftc.passes.core.ir.printer import Printer, tensor_name
+from graftc.passes.core.ir.program_key import Mode
+from graftc.passes.core.weights.store import RESERVED
+from graftc.specs.errors.diagnostics import GraftError, nearest
 
 _SHOWN = 10
 

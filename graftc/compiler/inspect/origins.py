@@ -12,7 +12,7 @@ from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.roles.findings import format_runs
 from graftc.specs.base import MethodSpec
-from graftc.specs.diagnostics import Place
+from graftc.specs.errors.diagnostics import Place
 from graftc.specs.patterns import as_items, expand_braces, glob_to_regex
 from graftc.specs.roles import widen
 

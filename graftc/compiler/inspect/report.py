@@ -20,12 +20,12 @@ from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.steering import live_places
-from graftc.passes.core.program import Program, provenance
-from graftc.passes.core.registry import method_for
-from graftc.passes.core.shapes import Sizes
-from graftc.passes.core.sites import linear_use
-from graftc.passes.core.store import RESERVED, Store
-from graftc.passes.core.uses import Lookup
+from graftc.passes.core.ir.program import Program, provenance
+from graftc.passes.core.ir.shapes import Sizes
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.sites.sites import linear_use
+from graftc.passes.core.sites.uses import Lookup
+from graftc.passes.core.weights.store import RESERVED, Store
 
 aten = torch.ops.aten
 

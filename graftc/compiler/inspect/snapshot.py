@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import place_of
 from graftc.compiler.roles.findings import Finding, Structure
-from graftc.passes.core.gathered import gathered
-from graftc.passes.core.keys import Mode
-from graftc.passes.core.program import Program
-from graftc.passes.core.shapes import DTYPE_NAMES
-from graftc.passes.core.sites import LinearSite, Site, SiteKey
-from graftc.passes.core.store import Store
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import Mode
+from graftc.passes.core.ir.shapes import DTYPE_NAMES
+from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey
+from graftc.passes.core.weights.sharding import gathered
+from graftc.passes.core.weights.store import Store
 from graftc.specs.document import Spec
 
 

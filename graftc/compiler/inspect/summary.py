@@ -11,7 +11,7 @@ from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
 from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.roles.findings import format_layers
-from graftc.passes.core.program import provenance
+from graftc.passes.core.ir.program import provenance
 
 
 @dataclass(frozen=True)

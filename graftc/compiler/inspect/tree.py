@@ -10,7 +10,7 @@ from graftc.compiler.inspect.diff import title
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord
 from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.roles.findings import format_runs
-from graftc.passes.core.store import RESERVED
+from graftc.passes.core.weights.store import RESERVED
 
 
 @dataclass(frozen=True)

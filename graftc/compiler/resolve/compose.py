@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.resolve.resolver import Resolved, place_of
-from graftc.passes.compose import Collecting, insert_composed
-from graftc.passes.core.batch import BATCH, batch_input
-from graftc.passes.core.builder import Builder
-from graftc.passes.core.chosen import ChosenBuilder, RowsBuilder, active, average, by_index, by_weights
-from graftc.passes.core.folds import Fold, Keep
-from graftc.passes.core.program import InputSpec, Program
-from graftc.passes.core.registry import method_for
-from graftc.passes.core.shapes import fake_mode_of
-from graftc.passes.core.sites import Applied, LinearSite, Site, SiteKey
+from graftc.passes.core.build.bank import ChosenBuilder, RowsBuilder, active, average, by_index, by_weights
+from graftc.passes.core.build.batch import BATCH, batch_input
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.ir.program import InputSpec, Program
+from graftc.passes.core.ir.shapes import fake_mode_of
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.sites.sites import Applied, LinearSite, Site, SiteKey
+from graftc.passes.core.weights.folds import Fold, Keep
+from graftc.passes.graph.compose import Collecting, insert_composed
 from graftc.specs.compose import Average, Bank, CompositionSpec, Fuse, Gate, Parallel, Stack
-from graftc.specs.diagnostics import GraftError, Place
 from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, Place
 
 ACTIVE = "active"
 """Part name of the buffer with the slot of a bank that is used where a call chooses none."""

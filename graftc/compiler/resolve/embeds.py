@@ -16,14 +16,14 @@ from graftc.compiler.resolve.token_embeddings import WordVectors
 from graftc.compiler.roles.findings import Structure
 from graftc.compiler.roles.positions import position_readers
 from graftc.compiler.roles.structure import find_structure
-from graftc.passes.core.counted import counted_inputs
-from graftc.passes.core.program import Program, above
-from graftc.passes.core.shapes import expression
-from graftc.passes.core.sites import ValueSite
-from graftc.passes.lengthen import lengthen
-from graftc.passes.sequences import Lengthened
-from graftc.specs.diagnostics import GraftError, Place
+from graftc.passes.core.build.position_ids import counted_inputs
+from graftc.passes.core.ir.program import Program, above
+from graftc.passes.core.ir.shapes import expression
+from graftc.passes.core.sites.sites import ValueSite
+from graftc.passes.graph.lengthen import lengthen
+from graftc.passes.graph.sequences import Lengthened
 from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, Place
 
 _HINT = "use a method that adds no virtual tokens, for example prefix"
 

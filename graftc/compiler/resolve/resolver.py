@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from graftc.compiler.resolve.select import check_overrides, depths, match_modules, select
 from graftc.compiler.resolve.sitetable import BlockedSite, SiteTable
 from graftc.compiler.roles.findings import place
-from graftc.passes.core.program import Program
-from graftc.passes.core.registry import method_for
-from graftc.passes.core.sites import LinearSite, ParameterSite, Site, SiteKey, SublayerSite, ValueSite
-from graftc.passes.core.weight_slice import WeightSlice
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.sites.sites import LinearSite, ParameterSite, Site, SiteKey, SublayerSite, ValueSite
+from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
-from graftc.specs.diagnostics import GraftError, Place, warn
 from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, Place, warn
 from graftc.specs.regexes import RegexMatcher
 
 TRAIN = "trained"

@@ -13,7 +13,8 @@ from typing import Any
 from graftc.compiler.resolve.candidates import Candidate, depths
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
-from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import quoted, some
 from graftc.specs.overrides import check_used
 from graftc.specs.patterns import (
     as_items,
@@ -29,7 +30,6 @@ from graftc.specs.patterns import (
 from graftc.specs.regexes import RegexMatcher
 from graftc.specs.roles import ROLES, parse_role
 from graftc.specs.target import Target
-from graftc.specs.text import quoted, some
 
 __all__ = ["Candidate", "check_overrides", "depths", "match_modules", "select"]
 

@@ -15,8 +15,8 @@ from graftc.compiler.roles.findings import Finding, Structure, Sublayer, place
 from graftc.compiler.roles.layer_values import attended, value_sites
 from graftc.compiler.roles.parameters import other_parameters
 from graftc.compiler.roles.positions import position_readers
-from graftc.passes.core.program import Program, above
-from graftc.passes.core.sites import (
+from graftc.passes.core.ir.program import Program, above
+from graftc.passes.core.sites.sites import (
     AttentionSite,
     EmbeddingSite,
     ExpertsSite,
@@ -30,10 +30,10 @@ from graftc.passes.core.sites import (
     ValueSite,
     linear_use,
 )
-from graftc.passes.core.store import Store
-from graftc.passes.core.uses import Experts, Lookup
-from graftc.passes.core.views import only_moves
-from graftc.passes.core.weight_slice import WeightSlice
+from graftc.passes.core.sites.uses import Experts, Lookup
+from graftc.passes.core.sites.views import only_moves
+from graftc.passes.core.weights.store import Store
+from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import widen
 

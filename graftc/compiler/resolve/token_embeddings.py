@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from graftc.compiler.capture.interface import parameters
-from graftc.passes.core.program import Program
+from graftc.passes.core.ir.program import Program
 
 _INPUTS = {"input_ids": "inputs_embeds", "decoder_input_ids": "decoder_inputs_embeds"}
 

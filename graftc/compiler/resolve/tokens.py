@@ -9,12 +9,12 @@ from torch import nn
 
 from graftc.compiler.resolve.sitetable import SiteTable, site_of
 from graftc.compiler.resolve.untie import sharing_copy
-from graftc.passes.core.sites import LinearSite, SiteKey
-from graftc.passes.core.store import Store
-from graftc.passes.core.uses import Lookup
-from graftc.passes.core.weight_slice import WeightSlice
-from graftc.specs.diagnostics import GraftError, Place
+from graftc.passes.core.sites.sites import LinearSite, SiteKey
+from graftc.passes.core.sites.uses import Lookup
+from graftc.passes.core.weights.store import Store
+from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.document import Tokens
+from graftc.specs.errors.diagnostics import GraftError, Place
 
 TOKENS = "tokens"
 """Name under which a spec's ``tokens`` owns its rows."""

@@ -14,7 +14,7 @@ from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import device_of
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.resolve.select import match_modules
-from graftc.specs.diagnostics import GraftError, Place
+from graftc.specs.errors.diagnostics import GraftError, Place
 
 
 def sharing_copy(model: nn.Module) -> Any:

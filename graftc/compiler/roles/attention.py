@@ -10,8 +10,8 @@ from graftc.compiler.roles.findings import Heads
 from graftc.compiler.roles.flow import Attention, tensor_nodes
 from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.operators import MOVING, PASSING
-from graftc.passes.core.calls import op_name
-from graftc.passes.core.sites import Operands
+from graftc.passes.core.sites.calls import op_name
+from graftc.passes.core.sites.sites import Operands
 from graftc.specs.claims import SiteKind
 
 

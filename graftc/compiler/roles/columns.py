@@ -28,9 +28,9 @@ from graftc.compiler.roles.operators import (
     RESIZING,
     SHAPING,
 )
-from graftc.passes.core.calls import op_name
+from graftc.passes.core.ir.program import map_nodes, nodes_in
 from graftc.passes.core.moves import BREAKS, HOLE, Move, move_of, moved
-from graftc.passes.core.program import map_nodes, nodes_in
+from graftc.passes.core.sites.calls import op_name
 
 
 class Through(IntFlag):

@@ -8,7 +8,7 @@ from graftc.compiler.roles.flow import Residual
 from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.maps import Linear
 from graftc.compiler.roles.operators import SOFTMAX
-from graftc.passes.core.calls import op_name
+from graftc.passes.core.sites.calls import op_name
 
 _CHOOSING = frozenset({"topk", "argmax", "max", "sort"})
 

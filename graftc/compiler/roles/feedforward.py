@@ -11,7 +11,7 @@ from graftc.compiler.roles.flow import bits, tensor_nodes
 from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.maps import Linear
 from graftc.compiler.roles.mixers import mixing, read_mixers
-from graftc.passes.core.calls import op_name
+from graftc.passes.core.sites.calls import op_name
 
 
 def read_branches(labels: Labels) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from graftc.passes.core.runs import Runs
-from graftc.passes.core.sites import Operands
+from graftc.passes.core.sites.sites import Operands
+from graftc.passes.core.weights.runs import Runs
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import widen
 

@@ -16,8 +16,8 @@ from torch import fx
 from graftc.compiler.roles.maps import Linear, read_map
 from graftc.compiler.roles.operators import ADDING, MOVING, PASSING, PRODUCTS, RESHAPING, SOFTMAX, VIEWING, WRITING
 from graftc.compiler.roles.scores import keys_are_second
-from graftc.passes.core.calls import is_convolution, op_name
-from graftc.passes.core.shapes import Sizes
+from graftc.passes.core.ir.shapes import Sizes
+from graftc.passes.core.sites.calls import is_convolution, op_name
 
 _SDPA = "scaled_dot_product_attention"
 

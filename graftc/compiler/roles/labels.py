@@ -14,7 +14,7 @@ from graftc.compiler.roles.findings import Finding, Heads, Structure, Sublayer, 
 from graftc.compiler.roles.flow import Attention, Flow, bits
 from graftc.compiler.roles.maps import Linear
 from graftc.compiler.roles.weights import parameter_rows
-from graftc.passes.core.runs import Runs, runs_of
+from graftc.passes.core.weights.runs import Runs, runs_of
 from graftc.specs.claims import SiteKind
 
 

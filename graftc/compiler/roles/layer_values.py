@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from graftc.compiler.roles.findings import Finding, Structure, Sublayer
-from graftc.passes.core.program import above
-from graftc.passes.core.shapes import expression
-from graftc.passes.core.sites import SiteKey, TokenNumbers, ValueSite
+from graftc.passes.core.ir.program import above
+from graftc.passes.core.ir.shapes import expression
+from graftc.passes.core.sites.sites import SiteKey, TokenNumbers, ValueSite
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import parse_role
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compiler.roles.operators import PASSING, SELECTING
-from graftc.passes.core.calls import is_convolution, op_name, products
+from graftc.passes.core.sites.calls import is_convolution, op_name, products
 
 
 @dataclass(frozen=True)

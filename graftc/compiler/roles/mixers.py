@@ -15,7 +15,7 @@ from graftc.compiler.roles.flow import Residual, bits
 from graftc.compiler.roles.indices import varying
 from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.operators import PADDING, POOLING, RESIZING, RUNNING, SOFTMAX
-from graftc.passes.core.calls import op_name
+from graftc.passes.core.sites.calls import op_name
 
 _SUMMING = POOLING - RUNNING
 _WEIGHING = SOFTMAX | {"logsumexp", "log_softmax"}

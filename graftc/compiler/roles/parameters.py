@@ -7,8 +7,8 @@ from collections.abc import Container, Iterator, Sequence
 from torch import nn
 
 from graftc.compiler.roles.findings import place
-from graftc.passes.core.sites import LinearSite, NormSite, ParameterSite, Site, SiteKey
-from graftc.passes.core.store import Store
+from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site, SiteKey
+from graftc.passes.core.weights.store import Store
 from graftc.specs.claims import SiteKind
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compiler.roles.findings import Finding
-from graftc.passes.core.sites import Positions
+from graftc.passes.core.sites.sites import Positions
 from graftc.specs.roles import parse_role
 
 aten = torch.ops.aten

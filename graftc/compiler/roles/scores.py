@@ -10,9 +10,9 @@ from torch import Tensor, fx
 
 from graftc.compiler.roles.indices import varying
 from graftc.compiler.roles.maps import columns_along
-from graftc.passes.core.calls import op_name
+from graftc.passes.core.ir.shapes import Sizes
 from graftc.passes.core.moves import BREAKS, HOLE, MOVES, Move, moved, names_of
-from graftc.passes.core.shapes import Sizes
+from graftc.passes.core.sites.calls import op_name
 
 _MOVING = frozenset(MOVES) - names_of(Move.COPY, Move.CAST)
 

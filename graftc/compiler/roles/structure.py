@@ -19,7 +19,7 @@ from graftc.compiler.roles.findings import Finding, Structure, Sublayer, Unresol
 from graftc.compiler.roles.flow import Flow
 from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.sublayers import read_sublayers
-from graftc.passes.core.shapes import Sizes
+from graftc.passes.core.ir.shapes import Sizes
 
 __all__ = ["Finding", "Structure", "Sublayer", "Unresolved", "find_structure", "place"]
 

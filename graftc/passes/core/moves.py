@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.calls import op_name
+from graftc.passes.core.sites.calls import op_name
 
 aten = torch.ops.aten
 

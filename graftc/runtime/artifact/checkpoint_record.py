@@ -15,11 +15,11 @@ from torch import Tensor
 from graftc.compiler.capture.fingerprint import Identity
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
-from graftc.passes.core.shapes import DTYPE_NAMES, DTYPES
+from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
 from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, Record, Settings
 from graftc.runtime.artifact.manifest import Input
 from graftc.runtime.reference import Built, Kind, Reference
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
 RECORD = "_extra_state"

@@ -13,15 +13,15 @@ import graftc
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.fingerprint import Identity, tensor_digest
 from graftc.compiler.inspect.snapshot import TensorRecord, as_plain
-from graftc.passes.core.gathered import gathered
-from graftc.passes.core.printer import structural_hash
-from graftc.passes.core.program import Program
-from graftc.passes.core.serialise import SerialisationError, program_to_json
-from graftc.passes.core.shapes import DTYPE_NAMES
-from graftc.passes.core.store import Store
+from graftc.passes.core.ir.printer import structural_hash
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.serialise import SerialisationError, program_to_json
+from graftc.passes.core.ir.shapes import DTYPE_NAMES
+from graftc.passes.core.weights.sharding import gathered
+from graftc.passes.core.weights.store import Store
 from graftc.runtime.artifact.manifest import canonical_json
 from graftc.runtime.reference import Built, Reference
-from graftc.specs.diagnostics import warn
+from graftc.specs.errors.diagnostics import warn
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import CompiledRunner

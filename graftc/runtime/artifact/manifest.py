@@ -33,7 +33,7 @@ from graftc.runtime.artifact.fields import (
     Size,
 )
 from graftc.runtime.reference import Built, Kind, Reference
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.strict_json import read_json
 
 __all__ = ["SCHEMA_VERSION", "Manifest", "canonical_json", "read_manifest"]

@@ -16,12 +16,12 @@ from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.fingerprint import Identity, TensorIdentity, replaced_tensors, tensor_digest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord, TrainedRecord
-from graftc.passes.core.effects import updated
-from graftc.passes.core.keys import Mode
-from graftc.passes.core.program import Program
-from graftc.passes.core.serialise import program_from_json
-from graftc.passes.core.shapes import DTYPES
-from graftc.passes.core.sites import SiteKey
+from graftc.passes.core.ir.effects import updated
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import Mode
+from graftc.passes.core.ir.serialise import program_from_json
+from graftc.passes.core.ir.shapes import DTYPES
+from graftc.passes.core.sites.sites import SiteKey
 from graftc.runtime.artifact.fields import GRAPH_BYTES, MANIFEST_BYTES, TEXT_BYTES
 from graftc.runtime.artifact.manifest import (
     ADAPTERS,
@@ -39,8 +39,8 @@ from graftc.runtime.artifact.manifest import (
 from graftc.runtime.artifact.records import content
 from graftc.runtime.artifact.write import file_digest
 from graftc.runtime.files import recover
-from graftc.specs.diagnostics import GraftError
 from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 from graftc.specs.strict_json import read_json
 

@@ -27,11 +27,11 @@ from graftc.runtime.artifact.manifest import (
 )
 from graftc.runtime.artifact.places import is_ours
 from graftc.runtime.files import staged
+from graftc.runtime.model.runner import runner_of
 from graftc.runtime.models import local_folder
 from graftc.runtime.reference import Reference
-from graftc.runtime.runner import runner_of
 from graftc.runtime.tensor_files import save_tensors
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
 if TYPE_CHECKING:

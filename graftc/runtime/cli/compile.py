@@ -46,7 +46,7 @@ def compile(
         from graftc.compiler.capture.fingerprint import identify
         from graftc.runtime.api import compile as compile_spec
         from graftc.runtime.artifact.write import save
-        from graftc.runtime.merged import certificate_of
+        from graftc.runtime.deploy.merged import certificate_of
         from graftc.runtime.models import load_model_and_inputs
 
         started = time.perf_counter()

@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from graftc.specs.text import printable
+from graftc.specs.errors.text import printable
 
 __all__ = ["PlainConsole"]
 

@@ -21,8 +21,8 @@ from graftc.runtime.cli.options import (
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
-    from graftc.runtime.merged import Merged
-    from graftc.runtime.partial import Partial
+    from graftc.runtime.deploy.merged import Merged
+    from graftc.runtime.deploy.partial import Partial
 
 __all__ = ["export"]
 
@@ -103,8 +103,8 @@ def _folded(compiled: Compiled, budget: float | None, inputs: Sequence[str]) -> 
     """
     if not inputs:
         return compiled.merge(budget)
-    from graftc.runtime.partial import merge_what_folds
-    from graftc.specs.diagnostics import GraftError
+    from graftc.runtime.deploy.partial import merge_what_folds
+    from graftc.specs.errors.diagnostics import GraftError
 
     made = merge_what_folds(compiled, budget)
     composed = {composition.name for composition in compiled.compilation.spec.compose}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, TextIO, TypeVar
 
 from graftc.runtime.cli.process import INTERRUPTED
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 
 T = TypeVar("T")
 

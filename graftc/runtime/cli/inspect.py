@@ -110,8 +110,8 @@ def _views(snapshot: Snapshot, mode: Any, name: str | None) -> dict[str, Callabl
 
 
 def _graph_view(snapshot: Snapshot, mode: Any) -> _View:
-    from graftc.passes.core.graphs import graph_data
-    from graftc.passes.core.printer import format_program
+    from graftc.passes.core.ir.graph_formats import graph_data
+    from graftc.passes.core.ir.printer import format_program
 
     program = snapshot.program(mode)
     text = format_program(program)
@@ -208,7 +208,7 @@ def _write(snapshot: Snapshot, mode: Any, paths: dict[str, Path | None], force: 
     """Write the graph to files and return their paths."""
     if not any(paths.values()):
         return []
-    from graftc.passes.core.graphs import dot_text, graphml_text
+    from graftc.passes.core.ir.graph_formats import dot_text, graphml_text
     from graftc.runtime.files import write_text
 
     texts = {"graphml": graphml_text, "dot": dot_text}

@@ -46,7 +46,7 @@ def merge(
             check_destination(to, force=force, replaceable=is_ours)
         step("loading")
         from graftc.runtime.api import load
-        from graftc.runtime.partial import merge_what_folds
+        from graftc.runtime.deploy.partial import merge_what_folds
 
         compiled = load(directory, model)
         advance = time_left(step, "folding and certifying")

@@ -9,7 +9,7 @@ from typing import Annotated, TypeAlias
 import typer
 
 from graftc.runtime.cli import completion
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = [
     "ArtifactArgument",

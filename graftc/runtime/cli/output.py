@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from graftc.specs.diagnostics import GraftWarning
-from graftc.specs.text import printable
+from graftc.specs.errors.diagnostics import GraftWarning
+from graftc.specs.errors.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,7 +9,7 @@ import torch
 
 from graftc.runtime.demo.data import Encoded
 from graftc.runtime.demo.training import Scores, predict, score
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
     from torch import nn

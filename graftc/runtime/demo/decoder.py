@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from graftc.runtime.files import staged
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = ["find_decoder", "load_decoder"]
 

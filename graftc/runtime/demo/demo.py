@@ -25,19 +25,19 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from graftc.compiler.fresh import require_weights
+from graftc.compiler.missing_weights import require_weights
 from graftc.runtime.demo.baseline import embed, logistic_regression
 from graftc.runtime.demo.data import Dataset, Encoded, Split, encode, find_model, load_r8, training_batches
 from graftc.runtime.demo.result import Agreement, DemoResult
 from graftc.runtime.demo.training import Scores, predict, score, train_classifier
 from graftc.runtime.files import check_apart
 from graftc.runtime.models import from_checkpoint, quiet_transformers
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
-    from graftc.runtime.merged import Merged
+    from graftc.runtime.deploy.merged import Merged
 
 __all__ = ["SPEC", "run_demo"]
 

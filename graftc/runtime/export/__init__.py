@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from graftc.compiler.capture.fingerprint import identify
-from graftc.passes.core.keys import Signature
+from graftc.passes.core.ir.program_key import Signature
 from graftc.runtime.files import check_destination, staged
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
 if TYPE_CHECKING:
     from graftc.compiler.folding.certificate import Certificate
-    from graftc.runtime.runner import ModelRunner
+    from graftc.runtime.model.runner import ModelRunner
 
 Format = Literal["onnx", "pt2"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.isolation import isolated
 from graftc.compiler.pipeline import signature_for
-from graftc.runtime.choosing import with_choices
-from graftc.runtime.runner import ModelRunner
+from graftc.runtime.model.choosing import with_choices
+from graftc.runtime.model.runner import ModelRunner
 from graftc.specs.arguments import as_path
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from torch import Tensor, fx
 
 from graftc.compiler.inspect.report import owner_of
 from graftc.compiler.inspect.snapshot import adapter_tensors
-from graftc.passes.core.program import Program
-from graftc.passes.core.store import Store
-from graftc.specs.diagnostics import GraftError, nearest
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.weights.store import Store
+from graftc.specs.errors.diagnostics import GraftError, nearest
 
 if TYPE_CHECKING:
-    from graftc.runtime.runner import ModelRoot, ModelRunner
+    from graftc.runtime.model.runner import ModelRoot, ModelRunner
 
 ADAPTER_TENSORS = "adapter_tensors"
 """The keyword of a ``.pt2`` program under which it takes tensors of adaptations, by their full names."""
@@ -32,7 +32,7 @@ def require_known(runner: ModelRunner | ModelRoot, names: Iterable[str]) -> None
     Raises:
         GraftError: GC091 with the nearest names.
     """
-    from graftc.runtime.runner import runner_of
+    from graftc.runtime.model.runner import runner_of
 
     runner = runner_of(runner)
     tensors = [found for found in adapter_tensors(runner._store) if owner_of(found[0])]

@@ -11,14 +11,14 @@ from torch import Tensor, fx, nn
 
 from graftc.compiler.capture.samples import sample_inputs
 from graftc.compiler.capture.signature import Axis, tie_sizes
-from graftc.passes.core.codegen import function_of
-from graftc.passes.core.keys import Signature
-from graftc.passes.core.ops import DECOMPOSITIONS
-from graftc.passes.core.program import Program
+from graftc.passes.core.ir.codegen import function_of
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import Signature
+from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
 from graftc.runtime.export.inputs import ADAPTER_TENSORS, as_inputs, tensors_of, without
 
 if TYPE_CHECKING:
-    from graftc.runtime.runner import ModelRunner
+    from graftc.runtime.model.runner import ModelRunner
 
 
 def _decomposed(program: Program, inputs: Sequence[str]) -> fx.Graph:

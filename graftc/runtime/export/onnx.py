@@ -15,7 +15,7 @@ import torch
 
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.runtime.export.module import ExportModule
-from graftc.specs.diagnostics import GraftError, first_line
+from graftc.specs.errors.diagnostics import GraftError, first_line
 
 TOLERANCE = 1e-4
 """Largest difference from torch, relative to the largest output or 1, for a float32 export."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from graftc.runtime.export.module import ExportModule
-from graftc.specs.diagnostics import GraftError, first_line
+from graftc.specs.errors.diagnostics import GraftError, first_line
 
 
 def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[Path], None]:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from graftc.compiler.capture.interface import config_of
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
-    from graftc.runtime.merged import MergedRunner
+    from graftc.runtime.deploy.merged import MergedRunner
 
 
 def no_place(missing: Sequence[str], source: nn.Module) -> GraftError:

@@ -9,7 +9,7 @@ from torch import nn
 
 from graftc.runtime.models import load_folder, load_hub
 from graftc.runtime.reference import Reference
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 
 
 def find_base(reference: Reference, artifact: Path) -> nn.Module:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from graftc.compiler.capture.fingerprint import Identity, identify
 from graftc.compiler.capture.interface import device_of
 from graftc.compiler.pipeline import compile_model
-from graftc.passes.core.store import Store
+from graftc.passes.core.weights.store import Store
 from graftc.runtime.artifact.checkpoint_record import RECORD, StateRecord, from_tensor, weights_of
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.compiled import make_compiled
 from graftc.runtime.loading.base import find_base
 from graftc.runtime.models import load_as_built
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 
 if TYPE_CHECKING:

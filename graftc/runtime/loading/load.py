@@ -12,18 +12,18 @@ from torch import nn
 from graftc.compiler.capture.fingerprint import identify
 from graftc.compiler.capture.interface import device_of
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.fresh import require_weights
 from graftc.compiler.inspect.snapshot import SiteRecord, adapter_tensors, site_records
+from graftc.compiler.missing_weights import require_weights
 from graftc.compiler.pipeline import add_signature, compile_model
-from graftc.passes.core import keys
-from graftc.passes.core.printer import structural_hash
+from graftc.passes.core.ir import program_key as keys
+from graftc.passes.core.ir.printer import structural_hash
 from graftc.runtime.artifact.manifest import MANIFEST, Signature, damaged
 from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.compiled import make_compiled
 from graftc.runtime.loading.base import find_base
 from graftc.runtime.loading.checkpoint import checkpoint_file, load_checkpoint
 from graftc.runtime.models import load_as_built
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled

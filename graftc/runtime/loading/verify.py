@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from graftc.compiler.folding.certificate import Certificate
-from graftc.passes.core.printer import structural_hash, value_numbers
-from graftc.passes.core.program import Program
+from graftc.passes.core.ir.printer import structural_hash, value_numbers
+from graftc.passes.core.ir.program import Program
 from graftc.runtime.artifact.entries import versions
 from graftc.runtime.artifact.fields import MANIFEST_BYTES
 from graftc.runtime.artifact.manifest import MANIFEST, SCHEMA_VERSION, unsealed
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.artifact.read import Artifact, check_files, files_of, open_artifact
 from graftc.runtime.artifact.records import KeptCertificate, MergedRecord, content, read_model
+from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.loading.load import base_of, different_graph, load_artifact
-from graftc.runtime.merged import certificate_of
-from graftc.specs.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled

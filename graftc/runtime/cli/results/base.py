@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from graftc.specs.base_model import Items
-from graftc.specs.text import encodable
+from graftc.specs.errors.text import encodable
 
 __all__ = [
     "AdaptationData",

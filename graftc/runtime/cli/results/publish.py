@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
-from graftc.specs.diagnostics import GraftError, nearest
+from graftc.specs.errors.diagnostics import GraftError, nearest
 from graftc.specs.schema import SchemaWriter
 
 __all__ = ["DIALECT", "SCHEMA_NAMES", "published_schema", "published_schemas"]

@@ -1,0 +1,347 @@
+"""Folding with evidence: every base tensor that folding changes is folded once, probed, rounded, checked and let go.
+
+Tensors are taken one group at a time: what is folded together, or read by one call. In float64 there are at any time
+the group's tensors before or while they are folded, and the same afterwards: at most two tensors of the largest one's
+size, but for what a method's own graph or fold makes beside them. Whatever else is large is looked at in pieces.
+
+What the evidence shows. A linear map is run on `PROBES` random inputs, unfolded and folded; a table is looked up at
+every entry (of more than 2**26 numbers, at 4,096 of them, and as many of those that something replaces); a tensor of no
+map is compared as a whole. What is large is multiplied by random vectors before it is compared. A folded tensor that
+differs from the right one in any element changes such products with probability one; differences below `ALGEBRA_BOUND`
+of the largest output are taken for rounding. That folded tensors are rounded to nearest is checked for every element.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.folding.certificate import SiteEvidence
+from graftc.compiler.folding.evaluating import evaluate
+from graftc.passes.core.ir.program import Program, follow
+from graftc.passes.core.sites.sites import Use, linear_use
+from graftc.passes.core.sites.uses import PROBES, Lookup
+from graftc.passes.core.weights import folds
+from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
+from graftc.passes.core.weights.weight_slice import WeightSlice
+
+PIECE = 2**16
+"""Elements that are rounded and checked at a time: they stay in the processor's cache."""
+LARGE = 2**21
+"""Elements from which on outputs are looked up, and compared, in parts."""
+Advance = Callable[[float], None]
+"""Told how much of the work is done, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What folding gives.
+
+    Attributes:
+        tensors: the folded tensors by name, each in its base's element type, biases that had to be added among them.
+        additions: names of the latter.
+        sites: the evidence, in the order of the graph.
+    """
+
+    tensors: dict[str, Tensor]
+    additions: tuple[str, ...]
+    sites: tuple[SiteEvidence, ...]
+
+
+def fold_tensors(
+    compilation: Compilation,
+    lazy: LazyTensors,
+    unfolded: Program | None = None,
+    seed: int = 0,
+    advance: Advance = lambda _: None,
+) -> Folded:
+    """Fold every tensor, probe every map that this changes, and compare every other folded tensor to what stands in for
+    it in the graph.
+
+    Args:
+        compilation: what is folded.
+        lazy: the tensors.
+        unfolded: the graph with just the adaptations that fold; that of the Compilation by default.
+        seed: of the probes.
+        advance: is told how much has been done.
+    """
+    adapted = Adapted(unfolded or compilation.program("eval"))
+    uses: list[tuple[int, Use]] = []
+    readers: dict[str, tuple[int, fx.Node]] = {}
+    for at, node in enumerate(compilation.program("eval", "base").graph.nodes):
+        if node.op == "get_attr" and lazy.chain(str(node.target)):
+            readers.setdefault(str(node.target), (at, node))
+        elif (use := linear_use(node)) is not None and any(lazy.chain(name) for name in _tensors_of(use)):
+            uses.append((at, use))
+    groups = lazy.groups(_tensors_of(use) for _, use in uses)
+    group_of = {name: index for index, group in enumerate(groups) for name in group.names}
+    uses_of: dict[int, list[tuple[int, Use]]] = {}
+    for at, use in uses:
+        index = next(group_of[name] for name in _tensors_of(use) if name in group_of)
+        uses_of.setdefault(index, []).append((at, use))
+    work = [sum(lazy.store.get(n).numel() for n in group.names if n in lazy.store) for group in groups]
+    done = list(itertools.accumulate(work))
+    tensors: dict[str, Tensor] = {}
+    found: list[tuple[int, SiteEvidence]] = []
+    for index, group in enumerate(groups):
+        made = _Group(adapted, lazy, group, uses_of.get(index, []), readers, seed)
+        found += made.evidence
+        tensors |= made.rounded
+        advance(done[index] / max(done[-1], 1))
+    order = [name for group in groups for name in group.names]
+    additions = tuple(name for name in order if name in tensors and name not in lazy.store)
+    return Folded(tensors, additions, tuple(item for _, item in sorted(found, key=lambda pair: pair[0])))
+
+
+def _tensors_of(use: Use) -> tuple[str, str]:
+    """The tensors that a map reads; a bias by the name that it has where folding adds it."""
+    return use.weight.tensor, added_bias(use.node) if use.bias is None else use.bias.tensor
+
+
+def added_bias(node: fx.Node) -> str:
+    """Name of the bias that folding adds to a map that has none."""
+    return f"{node.meta['module']}.bias".lstrip(".")
+
+
+class Adapted:
+    """Where nodes of the base are in the adapted graph.
+
+    Args:
+        program: the adapted graph.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._nodes = {node.name: node for node in program.graph.nodes}
+        self._forward = {edit.before: edit.after for edit in program.edits if not edit.narrow}
+        self._backward = {edit.after: edit.before for edit in program.edits}
+
+    def stages(self, node: fx.Node) -> list[fx.Node]:
+        """What stands for a base node's value, from before any edit to after the last."""
+        found = [follow(self._nodes[node.name], self._backward)]
+        while found[-1] in self._forward:
+            found.append(self._forward[found[-1]])
+        return found
+
+    def last(self, node: fx.Node) -> fx.Node:
+        """What stands for a base node after every edit."""
+        return follow(self._nodes[node.name], self._forward)
+
+
+class _Group:
+    """Tensors that are folded together: `evidence`, with places in the graph, and what they are `rounded` to."""
+
+    def __init__(
+        self,
+        adapted: Adapted,
+        lazy: LazyTensors,
+        group: FoldGroup,
+        uses: list[tuple[int, Use]],
+        readers: dict[str, tuple[int, fx.Node]],
+        seed: int,
+    ) -> None:
+        self.lazy, self.adapted, self.group = lazy, adapted, group
+        self.values = lazy.widened(group)
+        read = {own.tensor for _, use in uses for own in (use.weight, use.bias) if own is not None}
+        self.kept = {name: lazy.store.full(name).double() for name in read - self.values.keys()}
+        probes = [(at, _Probe(self, use, seed)) for at, use in uses]
+        lone = [name for name in group.names if name in readers and name not in read]
+        stand_ins = {name: _StandIn(self, name, readers[name][1], seed) for name in lone}
+        lazy.apply(group, self.values)
+        rounding: dict[str, float] = {}
+        self.rounded: dict[str, Tensor] = {}
+        for name, exact in self.values.items():
+            self.rounded[name], rounding[name] = rounded(exact, lazy.dtype(name))
+        self.evidence = [(at, item) for at, probe in probes for item in probe.evidence(rounding)]
+        self.evidence += [(readers[name][0], stand_ins[name].evidence(rounding[name])) for name in lone]
+        del self.values, self.kept
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as it is now: the base's, or the folded one."""
+        for held in (self.values, self.kept):
+            if name in held:
+                return held[name]
+        return self.lazy.store.full(name)
+
+
+class _Probe:
+    """One map, unfolded and folded, on the same random inputs in float64.
+
+    Unfolded, the adapted graph between the map's input and its last result runs over the base's tensors and the
+    adapters. Folded, the base's own call runs over the folded ones.
+    """
+
+    def __init__(self, group: _Group, use: Use, seed: int) -> None:
+        self.group, self.use, self.lazy, self.store = group, use, group.lazy, group.lazy.store
+        self.device = self.store.get(use.weight.tensor).device
+        generator = torch.Generator().manual_seed(seed)
+        probes = {node: value.to(self.device) for node, value in use.probe(generator).items()}
+        self.inputs = {node: self._with_replaced(value) for node, value in probes.items()}
+        self.spans = self._spans()
+        entries = sum(value.shape[-1] for value in self.inputs.values()) * use.out_features
+        self.random = isinstance(use, Lookup) and entries > LARGE
+        self.vectors = _vectors(use.out_features, generator, self.device) if self.random else None
+        self.unfolded: list[list[Tensor]] = []
+        self.changes = [0.0] * (len(self.spans) + 1)
+        for inputs in self._parts():
+            values = {s: value for node, value in inputs.items() for s in group.adapted.stages(node)}
+            seen = self._seen(evaluate(group.adapted.last(use.node), values, group.tensor))
+            before = self._seen(evaluate(use.node, inputs, group.tensor))
+            self.changes = [_largest(c, _distance(*pair)) for c, *pair in zip(self.changes, seen, before, strict=True)]
+            self.unfolded.append(seen)
+
+    def _with_replaced(self, probe: Tensor) -> Tensor:
+        """Of a table that is too large to look all of it up, what stands in for some entries is looked up as well."""
+        if not isinstance(self.use, Lookup) or probe.numel() == self.use.in_features:
+            return probe
+        table = self.use.weight
+        entries = [
+            s.weight for s in self.lazy.chain(table.tensor) if s.weight.axis != table.axis and not s.weight.whole
+        ]
+        if not entries:
+            return probe
+        replaced = torch.cat([own.index(probe.device) for own in entries])[: probe.numel()]
+        return torch.cat([probe, replaced.expand(*probe.shape[:-1], -1)], -1)
+
+    def _parts(self) -> Iterator[dict[fx.Node, Tensor]]:
+        """The inputs: all at once, or some entries of a large table at a time."""
+        if not self.random:
+            yield self.inputs
+            return
+        ((node, numbers),) = self.inputs.items()
+        for part in torch.split(numbers, max(1, LARGE // self.use.out_features), -1):
+            yield {node: part}
+
+    def _spans(self) -> list[tuple[str, tuple[str, ...], Tensor]]:
+        """Each site of the map: what folds there, and the columns of the result that are its own."""
+        use = self.use
+        mine = {own.tensor for own in (use.weight, use.bias) if own is not None}
+        steps = [step for step in self.group.group.steps if step.weight.tensor in mine]
+        who: dict[str, dict[str, None]] = {}
+        for step in steps:
+            who.setdefault(step.site, {})[step.adaptation] = None
+        # Equal rows of a weight and of its bias are one.
+        held = {(s.site, s.weight.layout, s.weight.total, s.weight.rows): s.weight for s in steps}
+        slices = [(site, own) for (site, *_), own in held.items()] or [(use.weight.tensor, use.weight)]
+        columns = ((site, self._columns(own)) for site, own in slices)
+        return [(site, tuple(who.get(site, ())), own) for site, own in columns if own is not None]
+
+    def _columns(self, changed: WeightSlice) -> Tensor | None:
+        """Columns of the result that these rows, of the weight or the bias, are; None where this use does not read
+        them."""
+        weight = self.use.weight
+        if changed.axis != weight.axis:  # inputs of the map, or experts: any column may change
+            return torch.arange(weight.count, device=self.device)
+        own = weight.at(changed.rows)
+        return own.within(weight).index(self.device) if weight.covers(own) else None
+
+    def _seen(self, output: Tensor) -> list[Tensor]:
+        """What is compared of an output: every site's columns, and all of them, or random sums of these."""
+        axis = self.use.axis
+        parts = (own for _, _, own in self.spans)
+        found = [output if len(own) == output.shape[axis] else output.index_select(axis, own) for own in parts]
+        found.append(output)
+        return found if self.vectors is None else [part @ self.vectors[: part.shape[-1]] for part in found]
+
+    def evidence(self, rounding: dict[str, float]) -> list[SiteEvidence]:
+        """What the probes show for each site of the map, from the largest errors of rounding by tensor."""
+        use = self.use
+        ulps = _largest(*(rounding.get(name, 0.0) for name in _tensors_of(use)))
+        scale = _largest(1e-30, *(float(seen[-1].abs().max()) for seen in self.unfolded))
+        errors = [0.0] * (len(self.spans) + 1)
+        for inputs, before in zip(self._parts(), self.unfolded, strict=True):
+            seen = self._seen(self._with_added_bias(evaluate(use.node, inputs, self.group.tensor)))
+            errors = [_largest(e, _distance(*pair)) for e, *pair in zip(errors, before, seen, strict=True)]
+        *own, worst = (error / scale for error in errors)
+        found = [
+            SiteEvidence(site, names, change, error, ulps)
+            for (site, names, _), change, error in zip(self.spans, self.changes[:-1], own, strict=True)
+        ]
+        # Rows that no site owns must not have moved: a fold that writes to the wrong rows shows here as well.
+        if not found:
+            return [SiteEvidence(use.weight.tensor, (), self.changes[-1], worst, ulps)]
+        if not worst <= _largest(*own):
+            found[0] = replace(found[0], algebra=worst)
+        return found
+
+    def _with_added_bias(self, folded: Tensor) -> Tensor:
+        name = added_bias(self.use.node)
+        if self.use.bias is not None or name in self.store or name not in self.group.values:
+            return folded
+        return folded.movedim(self.use.axis, -1).add(self.group.values[name]).movedim(-1, self.use.axis)
+
+
+class _StandIn:
+    """A tensor that is no linear map's: what stands in for it in the adapted graph, in float64, against the folded."""
+
+    def __init__(self, group: _Group, name: str, node: fx.Node, seed: int) -> None:
+        self.group, self.name = group, name
+        base = group.tensor(name)
+        generator = torch.Generator().manual_seed(seed)
+        self.vectors = _vectors(base.shape[-1], generator, base.device) if base.numel() > LARGE else None
+        self.unfolded = self._seen(evaluate(group.adapted.last(node), {}, group.tensor))
+        self.change = _distance(self.unfolded, self._seen(base))
+
+    def _seen(self, value: Tensor) -> Tensor:
+        return value if self.vectors is None else value @ self.vectors
+
+    def evidence(self, rounding: float) -> SiteEvidence:
+        """What comparing shows."""
+        scale = _largest(1e-30, float(self.unfolded.abs().max()) if self.unfolded.numel() else 0.0)
+        error = _distance(self.unfolded, self._seen(self.group.tensor(self.name)))
+        adaptations = tuple(dict.fromkeys(s.adaptation for s in self.group.lazy.chain(self.name)))
+        return SiteEvidence(self.name, adaptations, self.change, error / scale, rounding)
+
+
+def _vectors(width: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """`PROBES` random vectors, as columns."""
+    return torch.randn(width, PROBES, generator=generator, dtype=torch.float64).to(device)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference; NaN where there is one."""
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def _largest(*values: float) -> float:
+    """The largest number; NaN where there is one, which Python's ``max`` may pass over."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def rounded(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """A float64 tensor rounded once to ``dtype``, contiguous, and the largest error in units in the last place."""
+    result = torch.empty(exact.shape, dtype=dtype, device=exact.device)
+    worst = 0.0
+    for own, into in _pieces(exact, result):
+        into.copy_(folds.round_once(own, dtype))
+        worst = _largest(worst, units_in_last_place(into, own))
+    return result, worst
+
+
+def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two tensors of one shape in parts of at most `PIECE` elements, however they are laid out."""
+    if not a.numel():
+        return
+    if not a.dim():
+        yield a.reshape(1), b.view(1)
+        return
+    count = PIECE // a[0].numel()
+    if count:
+        yield from zip(torch.split(a, count), torch.split(b, count), strict=True)
+        return
+    for one, other in zip(a, b, strict=True):
+        yield from _pieces(one, other)
+
+
+def units_in_last_place(found: Tensor, exact: Tensor) -> float:
+    """Largest ``|found - exact|`` in units in the last place of ``found``'s dtype, at the exact value."""
+    info = torch.finfo(found.dtype)
+    # A float64 whose mantissa is cleared is the power of two below: below the least normal one units stay as they are.
+    power = (exact.abs().contiguous().view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
+    error = (found.double() - exact).div_(power.clamp_min_(info.tiny))
+    return float(error.abs_().max()) / info.eps

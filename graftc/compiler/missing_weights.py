@@ -1,0 +1,66 @@
+"""Tensors that a model's checkpoint lacks: loading draws them at random, which only what trains in full may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from graftc.specs.errors.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from graftc.compiler.compilation import Compilation
+
+_FRESH: WeakKeyDictionary[nn.Module, tuple[str, tuple[str, ...]]] = WeakKeyDictionary()
+_SHOWN = 5
+
+
+def mark_fresh(model: nn.Module, names: Iterable[str], where: str) -> None:
+    """Remember which tensors of a model were drawn anew, because ``where`` has none of their names or sizes."""
+    found = tuple(sorted(names))
+    if found:
+        _FRESH[model] = (where, found)
+
+
+def check_fresh(compilation: Compilation) -> None:
+    """Refuse a base with random tensors, unless the spec trains all of each.
+
+    Raises:
+        GraftError: GC089 naming the tensors.
+    """
+    canonical = compilation.store.canonical
+    require_weights(
+        compilation.source, (canonical(own.tensor) for _, _, own, _ in compilation.overlays if own.whole), canonical
+    )
+
+
+def require_weights(model: nn.Module, trained: Iterable[str] = (), canonical: Callable[[str], str] = str) -> None:
+    """Refuse a model whose checkpoint lacks tensors.
+
+    Args:
+        model: the model.
+        trained: names of tensors that train in full, for which it does not matter.
+        canonical: maps a tensor's name to the one that owns it.
+
+    Raises:
+        GraftError: GC089 naming the others.
+    """
+    where, names = _FRESH.get(model, ("", ()))
+    known = set(trained)
+    lacking = [name for name in names if canonical(name) not in known]
+    if not lacking:
+        return
+    count = f"{len(lacking)} tensors" if len(lacking) > 1 else "a tensor"
+    more = [f"... and {len(lacking) - _SHOWN} more"] if len(lacking) > _SHOWN else []
+    modules = sorted({name.rpartition(".")[0] for name in lacking})
+    hint = "take a complete checkpoint"
+    if len(modules) <= _SHOWN:
+        hint += f", or train what is new in full: train: [{', '.join(modules)}]"
+    raise GraftError(
+        "GC089",
+        f"{where} lacks {count} of {type(model).__name__}, which would be random",
+        hint=hint,
+        details=[*lacking[:_SHOWN], *more],
+    )

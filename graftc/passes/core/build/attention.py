@@ -1,0 +1,301 @@
+"""The part of the `Builder` that works at attentions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.position_ids import counted_inputs, recounted, tokens_in_front
+from graftc.passes.core.ir.program import follow, limited, map_nodes, nodes_in, provenance
+from graftc.passes.core.build.base_activations import read_tokens
+from graftc.passes.core.build.masks import ReplayBuilder, same_size, surplus
+from graftc.passes.core.ir.shapes import expression
+from graftc.passes.core.sites.sites import AttentionSite, Positions
+from graftc.specs.errors.diagnostics import GraftError, Place
+
+aten = torch.ops.aten
+_SDPA = aten.scaled_dot_product_attention.default
+_END = 2**63 - 1
+_TAKEN = "positions taken"
+_ANY = (2, 2)
+"""Tokens to count positions of: padding is 0 or 1 in most vocabularies."""
+
+Window = Literal["visible", "masked"]
+
+
+class AttentionBuilder(ReplayBuilder):
+    """Puts keys and values in front of those of an attention."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._widened: dict[tuple[fx.Node, int, Window, bool], fx.Node] = {}
+
+    def numbers(self, part: str, value: Tensor) -> fx.Node:
+        """A constant of the current site that follows from the architecture alone."""
+        return self.constant(part, lambda: value.to(self._device()))
+
+    def batched(self, node: fx.Node, like: fx.Node, part: str) -> fx.Node:
+        """``[heads, length, width]`` for every row of ``like: [rows, heads, keys, width]``."""
+        value = node.meta["val"]
+        if value.dim() == 3:
+            node = self.call(aten.unsqueeze.default, node, 0, part=part)
+        rows = like.meta["val"].shape[0]
+        size = rows if isinstance(expression(rows), int) else self.call(aten.sym_size.int, like, 0, part="rows")
+        return self.call(aten.expand.default, node, [size, -1, -1, -1], part=part)
+
+    def shift(self, positions: Positions, length: int) -> None:
+        """Let the tokens' positions begin at ``length``; the Program takes no more tokens than a table has rows for."""
+        numbers = positions.reader.args[positions.index]
+        assert isinstance(numbers, fx.Node)
+        self._leave_room(positions, numbers, length)
+        later = self._later(numbers, length)
+        later.meta[_TAKEN] = numbers.meta.get(_TAKEN, 0) + length
+        self._redirect(numbers, later, lambda user: user is positions.reader, narrow=True)
+
+    def _later(self, numbers: fx.Node, length: int) -> fx.Node:
+        """Numbers of positions behind ``length`` tokens."""
+        inputs = counted_inputs(numbers)
+        if not inputs:
+            return self.call(aten.add.Tensor, numbers, length, part="positions")
+        call = partial(self.call, part="counted")
+        longer = {
+            node: call(aten.cat.default, [tokens_in_front(call, numbers, node, length), node], 1) for node in inputs
+        }
+        every = recounted(numbers, longer, call, lambda node: node)
+        return call(aten.slice.Tensor, every, 1, length, _END)
+
+    def _leave_room(self, positions: Positions, numbers: fx.Node, length: int) -> None:
+        """Narrow the axis that counts the positions. Where a call gives their numbers, only it can know."""
+        table = positions.reader.args[0]
+        if positions.index != 1 or not isinstance(table, fx.Node) or table.op != "get_attr":
+            return
+        try:
+            (found,) = read_tokens(self.program, self.store, _ANY, [numbers])
+        except GraftError:
+            return
+        if found.is_meta:
+            return
+        rows, taken = int(table.meta["val"].shape[0]), numbers.meta.get(_TAKEN, 0) + length
+        most = rows - 1 - taken - int(found.max()) + len(_ANY)
+        why = f"{self.adaptation!r} takes {length} of the {rows} positions of {table.target}"
+        for spec, node in zip(self.program.inputs, self.program.placeholders(), strict=True):
+            for name, size in zip(spec.shape, node.meta["val"].shape, strict=True):
+                if isinstance(name, str) and surplus(numbers.meta["val"].shape[-1], size) is not None:
+                    self.program.limits.setdefault(name, why)
+                    self.program.inputs = limited(self.program.inputs, {name: most})
+
+    def attended(self, site: AttentionSite) -> fx.Node:
+        """What an attention reads now, ``[batch, sequence, width]``, before its projections.
+
+        Raises:
+            GraftError: GC017 where it is in no residual branch.
+        """
+        if site.read is None:
+            message = f"{site.key} is in no residual branch, so that nobody knows what it reads"
+            raise GraftError("GC017", message, hint="leave it out with exclude")
+        return follow(site.read, {e.before: e.after for e in self.program.edits if not e.narrow})
+
+    def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node, *, window: Window = "visible") -> None:
+        """Let every query of an attention see keys and values in front of its own, ``[rows, heads, length, width]``.
+
+        A mask or bias is worked out anew for keys in front of the text (`longer`), so that a bias of positions goes on
+        there. Where that cannot be done, it gets columns that let everything through. A causal attention without a mask
+        stays one: queries of zeros stand in front as well, whose results are cut off, so that the fused kernel keeps
+        its mask. An attention that is written out is so again, from keys and values on.
+
+        Args:
+            site: the attention.
+            keys, values: what stands in front.
+            window: whether a window that slides leaves them out as it would tokens there.
+
+        Raises:
+            GraftError: GC017 where the attention cannot be written anew, or where its window cannot be followed.
+        """
+        node = self._current_attention(site)
+        if node.target is _SDPA:
+            after = self._fused(site, node, keys, values, window)
+        else:
+            after = self._written_out(site, node, keys, values, window)
+        self._redirect(node, after, lambda user: True)
+
+    def _fused(self, site: AttentionSite, node: fx.Node, keys: fx.Node, values: fx.Node, window: Window) -> fx.Node:
+        args = dict(zip(_NAMES, [*node.args, *_DEFAULTS[len(node.args) :]], strict=True)) | dict(node.kwargs)
+        length = int(keys.meta["val"].shape[2])
+        query, mask, causal = args["query"], args["attn_mask"], bool(args["is_causal"])
+        key = self.call(aten.cat.default, [keys, args["key"]], 2, part="keys")
+        value = self.call(aten.cat.default, [values, args["value"]], 2, part="values")
+        if isinstance(mask, fx.Node):
+            mask = self._wider(site, mask, length, window)
+        elif causal:
+            query = self.call(aten.constant_pad_nd.default, query, [0, 0, length, 0], part="queries")
+        rest = (mask, args["dropout_p"], causal)
+        options = {name: args[name] for name in ("scale", "enable_gqa") if args.get(name) is not None}
+        after = self.call(node.target, query, key, value, *rest, part="attend", **options)
+        if causal and not isinstance(mask, fx.Node):
+            after = self.call(aten.slice.Tensor, after, 2, length, 2**63 - 1, part="attend")
+        return after
+
+    def _current_attention(self, site: AttentionSite) -> fx.Node:
+        """The call that stands at the site now: that of the last prefix, where there is one."""
+        node = follow(site.node, {e.before: e.after for e in self.program.edits if not e.narrow})
+        tag = provenance(node)
+        if node.target is _SDPA or tag is None or tag["part"] == "attend":
+            return node
+        message = f"{site.key} has been replaced by something that is no attention"
+        raise GraftError("GC017", message, hint="put the prefix before what adds to the heads")
+
+    # --- masks -----------------------------------------------------------------------------------------
+
+    def _wider(self, site: AttentionSite, mask: fx.Node, length: int, window: Window, sees: bool = True) -> fx.Node:
+        """A mask with columns for ``length`` keys in front.
+
+        A bias is what it would be for tokens there. Nothing can be told of a mask of pairs that is an input, or that is
+        made from activations: zeros stand in front of a bias, and a mask of bools lets everything through.
+
+        Args:
+            site: the attention.
+            mask: ``[..., rows, keys]``, of bools, or added to scores.
+            length: how many keys.
+            window: see `attend`.
+            sees: the bool that lets a key be seen.
+        """
+        key = (mask, length, window, sees)
+        if key not in self._widened:
+            self._widened[key] = self._made_wider(site, mask, length, window, sees)
+        return self._widened[key]
+
+    def _made_wider(self, site: AttentionSite, mask: fx.Node, length: int, window: Window, sees: bool) -> fx.Node:
+        own = mask.meta["val"].dtype == torch.bool
+        if own and window == "visible":
+            return self._in_front(mask, length, sees)
+        wide = self.longer(mask, self._keys(site), length)
+        if wide is None:
+            if window == "masked" and not _is_input(mask):
+                message = f"what the window of {site.key} would hide of a prefix cannot be told from this graph"
+                hint = "use window: visible, or inputs whose sequence may vary"
+                raise GraftError("GC017", message, place=Place(path="window"), hint=hint)
+            return self._in_front(mask, length, sees and own)
+        return wide if own or window == "masked" else self._unhidden(site, wide)
+
+    def _keys(self, site: AttentionSite) -> Any:
+        """How many keys the base has."""
+        assert site.operands is not None
+        return site.operands.keys.meta["val"].shape[2]
+
+    def _in_front(self, mask: fx.Node, length: int, ones: bool) -> fx.Node:
+        sizes: list[Any] = [self._size(mask, axis) for axis in range(mask.meta["val"].dim() - 1)]
+        fill = aten.new_ones.default if ones else aten.new_zeros.default
+        front = self.call(fill, mask, [*sizes, length], part="mask")
+        return self.call(aten.cat.default, [front, mask], -1, part="mask")
+
+    def _unhidden(self, site: AttentionSite, wide: fx.Node) -> fx.Node:
+        """A bias in which nothing hides what stands in front of the text: zero where it is about the least number."""
+        value = wide.meta["val"]
+        count = surplus(value.shape[-1], self._keys(site))
+        assert count is not None
+        front = self.call(aten.slice.Tensor, wide, -1, 0, count, part="mask")
+        rest = self.call(aten.slice.Tensor, wide, -1, count, 2**63 - 1, part="mask")
+        least = torch.finfo(value.dtype).min / 2
+        hidden = self.call(aten.lt.Scalar, front, least, part="mask")
+        front = self.call(aten.masked_fill.Scalar, front, hidden, 0.0, part="mask")
+        return self.call(aten.cat.default, [front, rest], -1, part="mask")
+
+    # --- attentions that are written out ---------------------------------------------------------------
+
+    def _written_out(
+        self, site: AttentionSite, node: fx.Node, keys: fx.Node, values: fx.Node, window: Window
+    ) -> fx.Node:
+        """From keys and values on, all is computed again with what stands in front: scores, caps, masks, softmax."""
+        assert site.operands is not None
+        links = {e.before: e.after for e in self.program.edits if not e.narrow}
+        own = [self._foremost(site, follow(n, links)) for n in (site.operands.keys, site.operands.values)]
+        parts = zip(own, (keys, values), ("keys", "values"), strict=True)
+        again = {n: self.call(aten.cat.default, [front, n], 2, part=part) for n, front, part in parts}
+        region = _between(node, own, follow(site.operands.query, links))
+        spot = _Spot(site, int(keys.meta["val"].shape[2]), own[0].meta["val"].shape[2], window, {*region, *own})
+        try:
+            if len(again) < 2:
+                raise ValueError("keys and values are one")
+            for step in region:
+                arguments = {n: again.get(n) or self._leaf(spot, n, step) for n in step.all_input_nodes}
+                args, kwargs = map_nodes((step.args, dict(step.kwargs)), arguments.__getitem__)
+                again[step] = self.call(step.target, *args, part="attend", **kwargs)
+            before, now = (n.meta["val"].shape for n in (node, again[node]))
+            if len(before) != len(now) or not all(map(same_size, before, now)):
+                raise ValueError("it has another shape")
+        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+            message = f"{site.key} is written out in a way that no keys can be put in front of"
+            hint = "load the model with attn_implementation='sdpa', where it has that, or leave it out with exclude"
+            raise GraftError("GC017", message, hint=hint) from error
+        return again[node]
+
+    def _foremost(self, site: AttentionSite, operand: fx.Node) -> fx.Node:
+        """Keys or values with what earlier prefixes have put in front of them."""
+        mine = str(site.key)
+        while True:
+            joined = [n for n in operand.users if n.target is aten.cat.default and nodes_in(n.args)[-1] is operand]
+            joined = [n for n in joined if (provenance(n) or {}).get("site") == mine]
+            if not joined:
+                return operand
+            operand = joined[-1]
+
+    def _leaf(self, spot: _Spot, source: fx.Node, reader: fx.Node) -> fx.Node:
+        """An operand of a written-out attention that depends on no keys: a mask or a bias, if it has their axis."""
+        site, value = spot.site, source.meta["val"]
+        assert site.operands is not None
+        if not isinstance(value, Tensor) or value.dim() == 0 or source is site.operands.query:
+            return source
+        if source.op == "get_attr" or not same_size(value.shape[-1], spot.count):
+            return source
+        if value.dtype == torch.bool and reader.target in _MASKING:
+            sees = reader.args[0] is source and reader.args[1] in spot.inside
+            return self._wider(site, source, spot.length, spot.window, sees)
+        if value.is_floating_point() and reader.target in (aten.add.Tensor, aten.baddbmm.default):
+            return self._wider(site, source, spot.length, spot.window)
+        wide = self.longer(source, self._keys(site), spot.length)
+        if wide is None:
+            raise ValueError(f"{source.name} cannot be made longer")
+        return wide
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """An attention that is written again: how many keys come in front of how many, and the calls that are written."""
+
+    site: AttentionSite
+    length: int
+    count: Any
+    window: Window
+    inside: set[fx.Node]
+
+
+_MASKING = (aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_DEFAULTS = (None, None, None, None, 0.0, False)
+
+
+def _is_input(mask: fx.Node) -> bool:
+    """Whether a mask is one that a call is given, up to its type."""
+    while mask.op == "call_function" and len(mask.all_input_nodes) == 1:
+        mask = mask.all_input_nodes[0]
+    return mask.op == "placeholder" and mask.meta["val"].dim() > 2
+
+
+def _between(last: fx.Node, first: list[fx.Node], query: fx.Node) -> list[fx.Node]:
+    """Calls from some operands to ``last``, in graph order; the queries lead to none of them."""
+    above: set[fx.Node] = set()
+    pending = [last]
+    while pending:
+        node = pending.pop()
+        if node not in above and node not in first and node is not query:
+            above.add(node)
+            pending += node.all_input_nodes
+    found: set[fx.Node] = set(first)
+    for node in sorted(above):
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return sorted(found.difference(first))

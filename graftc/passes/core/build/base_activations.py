@@ -1,0 +1,131 @@
+"""What a base computes when it reads given tokens: for tensors that start from activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.ir.eval_mode import to_eval
+from graftc.passes.core.ir.program import InputSpec, Program, follow, map_nodes
+from graftc.passes.core.weights.store import Store
+from graftc.specs.errors.diagnostics import GraftError, Place
+
+
+def read_tokens(program: Program, store: Store, tokens: Sequence[int], wanted: Sequence[fx.Node]) -> list[Tensor]:
+    """Values of nodes when the base, in eval mode, reads one row of tokens: without anything that was inserted so far.
+
+    Both stacks of an encoder-decoder model read them.
+
+    Args:
+        program: the base's graph, with or without adaptations.
+        store: its tensors.
+        tokens: their ids.
+        wanted: nodes of the base.
+
+    Raises:
+        GraftError: GC039 for a token that the vocabulary does not have; GC017 where the graph takes something else than
+            tokens, or no row of so many.
+    """
+    made = to_eval(program)
+    origin = {edit.after: edit.before for edit in made.edits}
+    names = {node.name: node for node in made.graph.nodes}
+    device = store.device()
+    inputs = {
+        node: _input(spec, tokens).to(device) for spec, node in zip(made.inputs, made.placeholders(), strict=True)
+    }
+    targets = [follow(names[node.name], origin) for node in wanted]
+    try:
+        return computed(targets, inputs.__getitem__, store.get, device, origin)
+    except IndexError as error:
+        _check_ids(made, tokens)
+        raise _refused(f"no row of {len(tokens)} tokens goes through it: {error}") from error
+    except RuntimeError as error:
+        raise _refused(f"no row of {len(tokens)} tokens goes through it: {error}") from error
+
+
+@torch.no_grad()
+def computed(
+    nodes: Sequence[fx.Node],
+    given: Callable[[fx.Node], Tensor],
+    tensor: Callable[[str], Tensor],
+    device: torch.device | None = None,
+    links: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+) -> list[Tensor]:
+    """The values of some nodes.
+
+    Args:
+        nodes: what to compute, with everything that it is made from.
+        given: the value of an input of the graph.
+        tensor: gives a tensor of the Store by name.
+        device: where they are; by default torch's.
+        links: nodes in whose places others are read, for example from *after* to *before* of edits.
+    """
+    values: dict[fx.Node, Any] = {}
+    for node in _needed(nodes, links):
+        if node.op == "placeholder":
+            values[node] = given(node)
+        elif node.op == "get_attr":
+            values[node] = tensor(str(node.target)).detach()
+        else:
+            args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: values[follow(n, links)])
+            where = {"device": device} if device is not None and takes_device(node.target) else {}
+            values[node] = node.target(*args, **{**kwargs, **where})  # type: ignore[operator]
+    return [values[node] for node in nodes]
+
+
+def _needed(nodes: Sequence[fx.Node], links: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += [follow(source, links) for source in node.all_input_nodes]
+    return sorted(found)
+
+
+def unknown_token(number: int, entries: int, path: str) -> GraftError:
+    """The error for a token that the vocabulary does not have.
+
+    Args:
+        number: its id.
+        entries: how many the vocabulary has.
+        path: where in the adaptation it stands.
+    """
+    message = f"token {number} is not in the vocabulary, whose ids end at {entries - 1}"
+    return GraftError("GC039", message, place=Place(path=path))
+
+
+def _input(spec: InputSpec, tokens: Sequence[int]) -> Tensor:
+    if spec.dtype.is_floating_point and not spec.name.endswith("mask"):
+        raise _refused(f"it takes {spec.name}, which no tokens give")
+    if spec.name.endswith("input_ids"):
+        return torch.tensor([tokens], dtype=spec.dtype)
+    if spec.name.endswith("position_ids"):
+        return torch.arange(len(tokens), dtype=spec.dtype)[None]
+    fill = torch.ones if spec.name.endswith("mask") else torch.zeros
+    return fill(1, len(tokens), dtype=spec.dtype)
+
+
+def _check_ids(program: Program, tokens: Sequence[int]) -> None:
+    """Raise GC039 for a token that the first table, which the tokens are looked up in, has no row for."""
+    lookups = program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
+    rows = min((int(node.args[0].meta["val"].shape[0]) for node in lookups if _reads_tokens(node)), default=None)
+    for index, number in enumerate(tokens):
+        if rows is not None and not 0 <= number < rows:
+            raise unknown_token(number, rows, f"init_tokens[{index}]")
+
+
+def _reads_tokens(lookup: fx.Node) -> bool:
+    source = lookup.args[1]
+    return isinstance(source, fx.Node) and source.op == "placeholder" and str(source.target).endswith("input_ids")
+
+
+def _refused(reason: str) -> GraftError:
+    message = f"nothing can start from what the model reads: {reason}"
+    return GraftError("GC017", message, place=Place(path="init"), hint="leave out init and init_tokens")

@@ -1,0 +1,121 @@
+"""Which axis of a value counts the rows of the batch, and how to put that axis first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.shapes import expression
+from graftc.specs.errors.diagnostics import GraftError
+
+aten = torch.ops.aten
+Call = Callable[..., fx.Node]
+"""Inserts a call: `Builder.call`."""
+
+BATCH = "batch"
+"""What an axis of an input is called that counts the rows of the batch."""
+
+
+def batch_input(program: Program) -> fx.Node | None:
+    """An input whose first axis counts the rows of the batch; None where there is none."""
+    for spec, node in zip(program.inputs, program.placeholders(), strict=True):
+        if spec.shape[:1] == (BATCH,):
+            return node
+    return None
+
+
+class Batch:
+    """The batch of one Program.
+
+    Args:
+        program: where the values are.
+        call: inserts nodes.
+
+    Raises:
+        GraftError: GC037 where no input has a batch.
+    """
+
+    def __init__(self, program: Program, call: Call) -> None:
+        source = batch_input(program)
+        if source is None:
+            message = f"none of the inputs {', '.join(program.signature)} has a batch of any size"
+            raise GraftError("GC037", message, hint="choose for the whole call")
+        self._call = call
+        self._source = source
+        self._size = expression(source.meta["val"].shape[0])
+        self._first: dict[fx.Node, fx.Node] = {}
+
+    @property
+    def size(self) -> Any:
+        """How many rows there are, a symbolic size."""
+        return self._source.meta["val"].shape[0]
+
+    def first(self, node: fx.Node, where: str) -> fx.Node:
+        """``node`` as ``[batch, ...]``.
+
+        Raises:
+            GraftError: GC037 where no axis counts rows, or positions row by row.
+        """
+        if node not in self._first:
+            self._first[node] = self._put_first(node, where)
+        return self._first[node]
+
+    def _put_first(self, node: fx.Node, where: str) -> fx.Node:
+        axis = self._axis(node)
+        if axis == 0:
+            return node
+        if axis is not None:
+            return self._call(aten.movedim.int, node, axis, 0, part="rows first")
+        if not self._folded(node):
+            message = f"no axis of {node.name} at {where} counts the rows of the batch"
+            raise GraftError("GC037", message, hint="leave the place out, or choose for the whole call")
+        rest = [self._static(node, i) for i in range(1, node.meta["val"].dim())]
+        rows = self._call(aten.sym_size.int, self._source, 0, part="rows")
+        return self._call(aten.view.default, node, [rows, -1, *rest], part="rows first")
+
+    def home(self, node: fx.Node, like: fx.Node) -> fx.Node:
+        """The way back from `first` to the axes of ``like``, whose last axis may be of another size."""
+        axis = self._axis(like)
+        if axis == 0:
+            return node
+        if axis is not None:
+            return self._call(aten.movedim.int, node, 0, axis, part="rows home")
+        return self._call(aten.flatten.using_ints, node, 0, 1, part="rows home")
+
+    def _axis(self, node: fx.Node) -> int | None:
+        sizes = [expression(size) for size in node.meta["val"].shape]
+        return next((i for i, size in enumerate(sizes) if size == self._size), None)
+
+    def _folded(self, node: fx.Node) -> bool:
+        """Whether the first axis counts rows of the batch and, within each, something else, as a view left it."""
+        size = expression(node.meta["val"].shape[0])
+        if isinstance(size, int) or not size.has(self._size):
+            return False
+        pending, seen = [node], {node}
+        while pending:
+            current = pending.pop()
+            for source in current.all_input_nodes:
+                value = source.meta.get("val")
+                if not isinstance(value, Tensor) or not value.dim() or source in seen:
+                    continue
+                first = expression(value.shape[0])
+                if first == self._size and current.target in _FOLDING:
+                    return True
+                if first == size and current.target not in _MIXING:
+                    seen.add(source)
+                    pending.append(source)
+        return False
+
+    def _static(self, node: fx.Node, axis: int) -> Any:
+        size = node.meta["val"].shape[axis]
+        if isinstance(expression(size), int):
+            return int(size)
+        return self._call(aten.sym_size.int, node, axis, part="size")
+
+
+_FOLDING = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten._unsafe_view.default})
+_MIXING = frozenset({aten.index_select.default, aten.index.Tensor, aten.permute.default, aten.transpose.int})

@@ -1,0 +1,162 @@
+"""What a site computes so far, as one weight and one offset in the graph.
+
+Where nothing stands at the site, that is the base's own weight. Otherwise the folds of what stands there are written as
+nodes, in order: a fold is a pure function ``(W, b) -> (W', b')``, so a method that needs the weight as adapted so far
+works on top of every method that folds, without knowing any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.weights.folds import Keep, WeightFold
+from graftc.passes.core.ir.program import map_nodes
+from graftc.passes.core.sites.sites import Applied, LinearSite
+from graftc.specs.errors.diagnostics import GraftError
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class EffectiveWeight:
+    """What a site computes so far.
+
+    Attributes:
+        weight: ``[..., rows, in]``: the base's in its dtype, an adapted one in float32 or better.
+        offset: what is added to ``W x``, as it broadcasts to the site's output; None where nothing is.
+        fixed: nothing trains in the weight, and it is the base's.
+        value: makes the weight's value now, in the dtype of the node.
+    """
+
+    weight: fx.Node
+    offset: fx.Node | None
+    fixed: bool
+    value: Callable[[], Tensor]
+
+
+def effective_weight(build: Builder, site: LinearSite) -> EffectiveWeight:
+    """What ``site`` computes before the adaptation that ``build`` builds.
+
+    Raises:
+        GraftError: GC017 where something stands there that has no equivalent change of weights.
+    """
+    weight, offset = build.weight(site), build.offset(site)
+    _check_known(build, site)
+    if site.applied and build.composed:
+        raise _refusal(build, site, site.applied[-1].adaptation, "a bank starts from one weight for all of its slots")
+    if not site.applied:
+        return EffectiveWeight(weight, offset, not build.is_overlaid(site.own.tensor), lambda: build.read_weight(site))
+    wide = torch.promote_types(weight.meta["val"].dtype, torch.float32)
+    bias = build.bias(site)
+    tensors = [build.attribute(name) for applied in site.applied for name in applied.parts.values()]
+    biased = bias is not None
+    sources = [weight, *([bias] if bias is not None else []), *tensors]
+    function = _chain(build, site, site.applied, biased)
+    found = trace(build, function, [_widened(build, node, wide) for node in sources], "weight so far")
+    if len(found) > 1:
+        offset = found[1]
+
+    def value() -> Tensor:
+        held = [build.store.get(str(n.target)).detach() for n in tensors]
+        own = [build.read_weight(site)]
+        if site.own_bias is not None:
+            own.append(site.own_bias.take(build.store.get(site.own_bias.tensor).detach()))
+        cast = [t.to(wide) if t.is_floating_point() else t for t in (*own, *held)]
+        with torch.no_grad():
+            result: Tensor = function(*cast)[0]
+        return result
+
+    return EffectiveWeight(found[0], offset, False, value)
+
+
+def trace(build: Builder, function: Callable[..., Any], nodes: Sequence[fx.Node], part: str) -> list[fx.Node]:
+    """Write what ``function`` computes from the values of ``nodes`` into the graph; returns the nodes of its results.
+
+    Args:
+        build: inserts them.
+        function: takes tensors and returns a sequence of them; it may look at their types only, not at their values.
+        nodes: its arguments.
+        part: of the new nodes, for people.
+
+    Raises:
+        RuntimeError: the function decides by a value.
+    """
+    with build.fake():
+        # Equal types share one value, and tracing tells its arguments apart by that.
+        values = [torch.empty_like(node.meta["val"]) for node in nodes]
+        traced = make_fx(function, pre_dispatch=True)(*values).graph
+    known: dict[fx.Node, fx.Node] = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
+    for node in traced.nodes:
+        if node.op == "get_attr":
+            raise RuntimeError(f"it makes a tensor of its own ({node.target})")
+        if node.op != "call_function":
+            continue
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), known.__getitem__)
+        if takes_device(node.target):
+            kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}
+        known[node] = build.call(node.target, *args, part=part, **kwargs)
+    (results,) = traced.output_node().args
+    return [known[node] for node in results]  # type: ignore[union-attr,index]
+
+
+def _chain(build: Builder, site: LinearSite, applied: Sequence[Applied], biased: bool) -> Callable[..., list[Tensor]]:
+    """The folds of ``applied`` as one function of the weight, the bias where there is one, and all their tensors."""
+
+    def function(weight: Tensor, *rest: Tensor) -> list[Tensor]:
+        bias, tensors = (rest[0], list(rest[1:])) if biased else (None, list(rest))
+        for item in applied:
+            own, tensors = tensors[: len(item.parts)], tensors[len(item.parts) :]
+            weight, bias = _apply(build, site, item, dict(zip(item.parts, own, strict=True)), weight, bias)
+        return [weight] if bias is None else [weight, bias]
+
+    return function
+
+
+def _apply(
+    build: Builder, site: LinearSite, item: Applied, tensors: dict[str, Tensor], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    try:
+        fold = item.fold(tensors)
+        if isinstance(fold, WeightFold):
+            return fold.apply(weight, bias)
+    except RuntimeError as error:
+        raise _refusal(build, site, item.adaptation, f"its fold decides by values: {error}") from error
+    if isinstance(fold, Keep):
+        raise _refusal(build, site, item.adaptation, fold.reason)
+    return weight, bias
+
+
+def _check_known(build: Builder, site: LinearSite) -> None:
+    """Rows that something other than an adaptation has replaced, new tokens, are no part of any fold."""
+    links = {edit.before: edit for edit in build.program.edits if not edit.narrow}
+    names = {item.adaptation for item in site.applied}
+    tensor, node = str(site.key.whole), site.use.node
+    while node in links:
+        edit = links[node]
+        if edit.adaptation not in names and edit.site == tensor:
+            raise _refusal(build, site, edit.adaptation, "it replaces rows where they are read")
+        node = edit.after
+
+
+def _refusal(build: Builder, site: LinearSite, other: str, reason: str) -> GraftError:
+    return GraftError(
+        "GC017",
+        f"{build.adaptation!r} starts from the weight of {site.key} as adapted so far, and {other!r}, which stands "
+        f"there, has no such weight: {reason}",
+        hint=f"put {build.adaptation!r} before {other!r} in the spec, or leave the place out of one of them",
+    )
+
+
+def _widened(build: Builder, node: fx.Node, wide: torch.dtype) -> fx.Node:
+    value = node.meta["val"]
+    if not value.is_floating_point() or value.dtype == wide:
+        return node
+    return build.call(aten.to.dtype, node, wide, part="widen")

@@ -1,0 +1,306 @@
+"""The part of the `Builder` that makes tensors: parameters, state, and trained copies of the base's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.nodes import NodeBuilder
+from graftc.passes.core.ir.program import follow
+from graftc.passes.core.sites.sites import LinearSite, Site
+from graftc.passes.core.weights.store import RESERVED
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.specs.errors.diagnostics import GraftError
+
+aten = torch.ops.aten
+Initialiser = Callable[[Tensor, torch.Generator], None]
+"""Fills a float32 CPU tensor in place, drawing from the generator only."""
+
+
+def tensor_name(site: Site | None, adaptation: str, part: str) -> str:
+    """The name of a tensor of an adaptation at a site; or of one that all its sites share."""
+    if site is None:
+        return f"{RESERVED}.{adaptation}.{part}"
+    segments = [site.key.module, RESERVED, adaptation, site.scope, site.key.part, part]
+    return ".".join(s for s in segments if s)
+
+
+class TensorBuilder(NodeBuilder):
+    """Makes the tensors of one adaptation, each once: Programs share them."""
+
+    def parameter(
+        self,
+        part: str,
+        shape: tuple[int, ...],
+        init: Initialiser,
+        *,
+        dtype: torch.dtype,
+        trainable: bool = True,
+    ) -> fx.Node:
+        """A tensor of the current site (or of the whole adaptation, outside `on`), created once.
+
+        Args:
+            part: its name within the adaptation, as ``"A"``.
+            shape: its sizes.
+            init: fills a float32 CPU tensor; not called on the meta device.
+            dtype: element type it is kept in.
+            trainable: False for constants that the method reads.
+        """
+        key = self._site.key if self._site is not None else None
+        name = self._name(part)
+        if name not in self.store:
+            self.store.add_parameter(name, self._initial(name, shape, init, dtype), trainable=trainable)
+        self.parts.setdefault(key, {})[part] = name
+        return self.attribute(name, part)
+
+    def trained(self, part: str, value: Callable[[], Tensor]) -> fx.Node:
+        """A trainable tensor of the current site that starts at a value which is worked out, created once.
+
+        Args:
+            part: its name within the adaptation, as ``"m"``.
+            value: makes its first value, on the site's device; element type and sizes are those for good.
+        """
+        key = self._site.key if self._site is not None else None
+        name = self._name(part)
+        if name not in self.store:
+            first = value().detach().clone()
+            if name in self.values:
+                first = self._given(name, tuple(first.shape), first.dtype, first.device)
+            self.store.add_parameter(name, first, trainable=True)
+        self.parts.setdefault(key, {})[part] = name
+        return self.attribute(name, part)
+
+    def constant(self, part: str, value: Callable[[], Tensor]) -> fx.Node:
+        """A constant of the current site that follows from its rows of the base's weight: worked out once, never kept
+        in files. Nothing that is inserted later may train these rows.
+
+        Args:
+            part: its name within the adaptation.
+            value: makes it, on the site's device.
+        """
+        name = self._name(part)
+        if name not in self.store:
+            self.store.add_buffer(name, value().detach(), persistent=False)
+        if isinstance(self._site, LinearSite):
+            own = self._site.own
+            self.program.derived.setdefault(own.tensor, []).append((self.adaptation, own))
+        return self.attribute(name, part)
+
+    def buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> fx.Node:
+        """State of the current site (or of the whole adaptation, outside `on`), kept with the parameters.
+
+        Args:
+            part: its name within the adaptation.
+            value: makes its first value on a device; element type and sizes are those for good.
+        """
+        name = self.keep_buffer(part, value)
+        return self.attribute(name, part)
+
+    def keep_buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> str:
+        """`buffer` without a node: state that only a controller reads. Returns its Store name."""
+        key = self._site.key if self._site is not None else None
+        name = self._name(part)
+        if name not in self.store:
+            first = value(self._device())
+            if name in self.values:
+                first = self._given(name, tuple(first.shape), first.dtype, first.device)
+            self.store.add_buffer(name, first, persistent=True)
+        self.parts.setdefault(key, {})[part] = name
+        return name
+
+    def drawn(self, deployed: fx.Node, low: int, high: int, part: str = "draw") -> fx.Node:
+        """A whole number of ``[low, high)``, drawn anew in every forward pass while training; in eval mode it is
+        ``deployed``, an ``int64`` buffer of the adaptation."""
+        return self.call(aten.randint_like.low_dtype, deployed, low, high, part=part)
+
+    def _initial(self, name: str, shape: tuple[int, ...], init: Initialiser, dtype: torch.dtype) -> Tensor:
+        device = self._device()
+        if name in self.values:
+            return self._given(name, shape, dtype, device)
+        if device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device=device)
+        value = torch.empty(shape)
+        init(value, self.generator(name))
+        return value.to(device=device, dtype=dtype)
+
+    def _given(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        value = self.values[name]
+        if (tuple(value.shape), value.dtype) != (shape, dtype):
+            found, wanted = f"{value.dtype}{list(value.shape)}", f"{dtype}{list(shape)}"
+            raise GraftError("GC053", f"{name} is {found}, it must be {wanted}")
+        return value.detach().to(device, copy=True)
+
+    @property
+    def without_values(self) -> bool:
+        """Whether the base is on the meta device, where tensors have sizes and no values."""
+        return self.store.device().type == "meta"
+
+    def tensors(self) -> tuple[str, ...]:
+        """Base tensors that the Program reads, in the order of the graph."""
+        return tuple(name for name in self._attributes if not self.store.is_adapter(name))
+
+    def read_weight(self, site: LinearSite) -> Tensor:
+        """The values of the site's own rows of the base weight, ``[..., rows, in]``: for initialisers."""
+        return site.own.operand(self.store.get(site.own.tensor).detach())
+
+    def _name(self, part: str) -> str:
+        return tensor_name(self._site, self.adaptation, part)
+
+    def _device(self) -> torch.device:
+        if isinstance(self._site, LinearSite):
+            return self.store.get(self._site.own.tensor).device
+        return self.store.device(self._site.key.module if self._site is not None else "")
+
+    def generator(self, name: str) -> torch.Generator:
+        """What random values called ``name`` are drawn from."""
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def every(self, tensor: str) -> WeightSlice:
+        """All of a tensor of the Store."""
+        return WeightSlice.every(tensor, self.store.get(tensor))
+
+    def overlay(
+        self,
+        base: str | WeightSlice,
+        index: fx.Node | None = None,
+        through: Callable[[fx.Node], fx.Node] = lambda trained: trained,
+    ) -> fx.Node:
+        """Train a copy of a base tensor, or of rows of one, in its place; the base is never written.
+
+        Returns the node of the trained tensor, which is as the base's rows are stored. It folds by standing in for
+        them.
+
+        Args:
+            base: rows of it; all of the tensor that a Store name names.
+            index: their numbers, where the graph has them; by default constants of it.
+            through: makes what is read in its place of the trained tensor, of the same type. Where the value is
+                another, the method folds what has been made of it.
+        """
+        own = self.every(base) if isinstance(base, str) else base
+        known = len(self._overlaid)
+        trained = self.trained_rows(own)
+        current = self._attributes.get(own.tensor)
+        if len(self._overlaid) > known and current is not None:
+            numbers = index if index is not None else lambda: self._index(own)
+            after = own.write(self._emit("overlay"), current, through(trained), numbers)
+            self._redirect(current, after, lambda user: True)
+        return trained
+
+    def trained_rows(self, own: WeightSlice) -> fx.Node:
+        """The node of a trained copy of rows of a base tensor, as they are stored. The caller puts it in place wherever
+        they are read."""
+        assert self._site is not None
+        own, part = own.as_stored, own.part
+        if own in self._overlaid:
+            return self.attribute(self._overlaid[own], part)
+        name = self._overlaid[own] = self._name(part)
+        if name not in self.store:
+            value = own.take(self.store.get(own.tensor).detach())
+            if name in self.values:
+                value = self._given(name, tuple(value.shape), value.dtype, value.device)
+            else:
+                value = value.clone()
+            self.store.add_parameter(name, value, trainable=True)
+        self.parts.setdefault(self._site.key, {})[part] = name
+        self._claim(own)
+        self.overlays.append((self._site.key, own, name))
+        return self.attribute(name, part)
+
+    def instead(self, own: WeightSlice, make: Callable[[], fx.Node]) -> None:
+        """Put something in place of rows of a base tensor, of which nothing remains.
+
+        Args:
+            own: the rows.
+            make: gives a node of their type. Where it is `graftc::sparse_weight`, products with it are taken over.
+
+        Raises:
+            GraftError: GC021 where another adaptation trains them, or takes them as constants.
+        """
+        self._claim(own)
+        node, current = make(), self._attributes.get(own.tensor)
+        if current is not None:
+            after = own.write(self._emit("instead"), current, node, lambda: self._index(own))
+            self._redirect(current, after, lambda user: True)
+
+    def known(self, name: str) -> Tensor | None:
+        """A tensor of the adaptation by its Store name, if it is there already: made for another Program, or given."""
+        return self.store.get(name) if name in self.store else self.values.get(name)
+
+    def stand_in(self, own: WeightSlice, make: Callable[[fx.Node], fx.Node], *, within: bool = False) -> None:
+        """Put what is made of a base tensor in its place, wherever it is read. What other adaptations have put there is
+        what it is made of.
+
+        Args:
+            own: the rows that it is made of.
+            make: from the tensor's node to one of the same type, which adds to entries of these rows.
+            within: ``make`` has these rows alone.
+
+        Raises:
+            GraftError: GC021 where another adaptation trains them in another way, or takes them as constants.
+        """
+        self._check_unclaimed(own)
+        self.program.summands.setdefault(own.tensor, []).append((self.adaptation, own))
+        read = self._attributes.get(own.tensor)
+        if read is not None:
+            current = follow(read, {e.before: e.after for e in self.program.edits if not e.narrow})
+            changed = self._within(current, make, own) if within else make(current)
+            self._redirect(current, changed, lambda user: True)
+
+    def _within(self, tensor: fx.Node, make: Callable[[fx.Node], fx.Node], own: WeightSlice) -> fx.Node:
+        part = own.read(self._emit("own rows"), tensor, lambda: self._index(own))
+        return own.write(self._emit("write rows"), tensor, make(part), lambda: self._index(own))
+
+    def settled(self, part: str, value: Callable[[torch.Generator], Tensor]) -> tuple[fx.Node, Tensor]:
+        """Numbers by which the graph is made: worked out once and kept with the parameters, so that every graph, and
+        one that is made from a file, goes by the same ones.
+
+        Args:
+            part: their name within the adaptation.
+            value: works them out, on the CPU, drawing from the generator only, which depends on the seed and the
+                tensor's name; sizes are those for good. On the meta device it is asked for every graph.
+
+        Returns:
+            Their node, and the numbers themselves on the CPU.
+        """
+        name = self._name(part)
+        self.keep_buffer(part, lambda device: value(self.generator(name)).to(device))
+        self.store.settled.add(name)
+        held = self.store.get(name)
+        return self.attribute(name, part), value(self.generator(name)) if held.is_meta else held.cpu()
+
+    def _claim(self, own: WeightSlice) -> None:
+        """Rows of a base tensor are trained by one adaptation only, and not where another has taken them as fixed."""
+        self._check_unclaimed(own, summands=True)
+        self.program.claims.setdefault(own.tensor, []).append((self.adaptation, own))
+
+    def _check_unclaimed(self, own: WeightSlice, *, summands: bool = False) -> None:
+        """Raise GC021 where another adaptation has rows of a base tensor."""
+        base = own.tensor
+        added = self.program.summands.get(base, ()) if summands else ()
+        for owner, held in (*self.program.claims.get(base, ()), *added):
+            if held.overlaps(own):
+                raise GraftError(
+                    "GC021",
+                    f"{self.adaptation!r} and {owner!r} would both train {own} of {base}",
+                    hint="leave the tensor out of one of them",
+                )
+        for owner, held in self.program.derived.get(base, ()):
+            if owner != self.adaptation and held.overlaps(own):
+                raise GraftError(
+                    "GC021",
+                    f"{self.adaptation!r} would train {own} of {base}, whose values are constants to {owner!r}",
+                    hint=f"put {self.adaptation!r} before {owner!r} in the spec, or leave the place out of one of them",
+                )
+
+    def _index(self, own: WeightSlice) -> fx.Node:
+        """A constant with the numbers of rows; shared by everything that selects the same ones."""
+        digest = hashlib.sha256(str(own.spans).encode()).hexdigest()[:12]
+        assert self._site is not None
+        name = f"{self._site.key.module}.{RESERVED}.{self.adaptation}.rows_{digest}".lstrip(".")
+        if name not in self.store:
+            self.store.add_buffer(name, own.index(self._device()), persistent=False)
+        return self.attribute(name, "rows")

@@ -1,0 +1,68 @@
+"""The part of the `Builder` that fills virtual tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.attention import AttentionBuilder
+from graftc.passes.core.ir.program import VirtualTokens, above
+from graftc.passes.core.build.base_activations import computed
+from graftc.passes.core.sites.sites import ValueSite
+from graftc.specs.errors.diagnostics import GraftError
+
+aten = torch.ops.aten
+
+
+class VirtualBuilder(AttentionBuilder):
+    """Fills virtual tokens, where words are looked up and at any layer."""
+
+    def virtual(self, site: ValueSite) -> VirtualTokens:
+        """The adaptation's virtual tokens in the sequence of a site."""
+        held = self.program.virtual
+        return next(v for v in held if v.owner == self.adaptation and site.key in v.sites)
+
+    def fill(self, site: ValueSite, run: int, vectors: fx.Node, part: str = "tokens") -> None:
+        """Make ``vectors: [length, width]``, or ``[batch, length, width]``, the word vectors of a run."""
+        rows = self.virtual(site).rows[run]
+        self._redirect(rows, self._for_rows(vectors, rows, part), lambda user: True)
+
+    def hold(self, site: ValueSite, run: int, vectors: fx.Node, part: str = "tokens") -> None:
+        """Put ``vectors: [length, width]``, or ``[batch, length, width]``, in the place of what the virtual tokens of a
+        run have at a value of a layer."""
+        value, start = self.value(site), self.virtual(site).starts[run]
+        made = self._for_rows(vectors, value, part)
+        length = int(made.meta["val"].shape[1])
+        if isinstance(start, fx.Node):
+            index = self.call(aten.add.Tensor, start, self.numbers(f"offsets_{run}", torch.arange(length)), part=part)
+            width = int(value.meta["val"].shape[-1])
+            index = self.call(aten.expand.default, self.call(aten.unsqueeze.default, index, -1), [-1, -1, width])
+            self.set_value(site, self.call(aten.scatter.src, value, 1, index, made, part=part))
+            return
+        pieces = [made, self.call(aten.slice.Tensor, value, 1, start + length, 2**63 - 1, part=part)]
+        if start:
+            pieces.insert(0, self.call(aten.slice.Tensor, value, 1, 0, start, part=part))
+        self.set_value(site, self.call(aten.cat.default, pieces, 1, part=part))
+
+    def _for_rows(self, vectors: fx.Node, like: fx.Node, part: str) -> fx.Node:
+        if vectors.meta["val"].dim() == 3:
+            return vectors
+        sizes = [self._size(like, 0), -1, -1]
+        return self.call(aten.expand.default, self.call(aten.unsqueeze.default, vectors, 0, part=part), sizes)
+
+    def vocabulary(self, site: ValueSite) -> int:
+        """How many tokens there are to look up.
+
+        Raises:
+            GraftError: GC019 where they are not looked up in a table.
+        """
+        tables = [n.args[0] for n in above([site.node]) if n.target is aten.embedding.default]
+        sizes = [int(t.meta["val"].shape[0]) for t in tables if isinstance(t, fx.Node)]
+        if not sizes:
+            raise GraftError("GC019", f"the vectors of {site.key} are not looked up in a table")
+        return min(sizes)
+
+    def embedded(self, site: ValueSite, ids: Tensor) -> Tensor:
+        """What the model looks up for some tokens: ``ids: int64[n]`` to ``[n, width]``, float32 on the CPU."""
+        given = ids[None].to(self._device())
+        return computed([site.node], lambda node: given, self.store.get, given.device)[0][0].float().cpu()

@@ -1,0 +1,104 @@
+"""Whether a Program that came from a file may be used at all: what can be told of it without a model.
+
+Its interface fits together, no value is larger than its tensors give reason for, every operator takes its arguments and
+gives what the graph says, and nothing is written to that is not the graph's own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.ir.effects import flaw
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.verify import SIZE_CHOICES, check_types
+
+NODES = 200_000
+"""Nodes that a graph may have."""
+
+ELEMENTS = 2**28
+"""Elements of a value beyond four times those of the largest tensor that the graph reads; at the sizes of capturing."""
+
+PARTS = 2**16
+"""Tensors that one call may give."""
+
+aten = torch.ops.aten
+
+
+def admit(program: Program) -> str | None:
+    """What is wrong with a Program by itself, for people; None where nothing is."""
+    found = _interface(program) or _sizes(program)
+    if found is not None:
+        return found
+    write = flaw(program.graph, program.mode, program.updates.__contains__)
+    if write is not None:
+        return f"{write[0].name}: {write[1]}"
+    for choice in SIZE_CHOICES:
+        node, message = check_types(program, choice, strict=True) or (None, None)
+        if node is not None:
+            return f"{node.name}: {message}"
+    return None
+
+
+def _interface(program: Program) -> str | None:
+    nodes = list(program.graph.nodes)
+    first = program.placeholders()
+    if len(nodes) > NODES:
+        return f"it has more than {NODES} nodes"
+    calls = [node.op for node in nodes if node.op in ("placeholder", "call_function")]
+    if not nodes or nodes[-1].op != "output" or "placeholder" in calls[len(first) :]:
+        return "its inputs are not in front, or no outputs behind"
+    if len(set(program.signature)) != len(program.signature) or tuple(n.target for n in first) != program.signature:
+        return "its inputs are not those of its signature"
+    defaults = [bool(node.args) for node in first]
+    if sorted(defaults) != defaults:
+        return "an input that need not be given is in front of one that must"
+    for node, spec in zip(first, program.inputs, strict=True):
+        value = node.meta["val"]
+        if not isinstance(value, Tensor) or value.dtype != spec.dtype or value.dim() != len(spec.shape):
+            return f"the input {spec.name} is of another type than its signature says"
+    if len(nodes[-1].args[0]) != len(program.outputs.names):
+        return "it has another number of outputs than it names"
+    return None
+
+
+def _sizes(program: Program) -> str | None:
+    read = program.graph.find_nodes(op="get_attr")
+    for node in read:
+        value = node.meta["val"]
+        if not isinstance(value, Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
+            return f"{node.target} is no tensor of fixed sizes"
+    most = ELEMENTS + 4 * max((node.meta["val"].numel() for node in read), default=0)
+    for node in program.graph.nodes:
+        value = node.meta["val"]
+        values = value if isinstance(value, list) else [value]
+        if len(values) > PARTS or (node.op == "call_function" and _parts(node) > PARTS):
+            return f"{node.name} gives more than {PARTS} tensors"
+        if any(isinstance(v, Tensor) and _elements(v) > most for v in values):
+            return f"{node.name} has more than {most} elements"
+    return None
+
+
+def _elements(value: Tensor) -> int:
+    return math.prod(_number(size) for size in value.shape)
+
+
+def _number(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def _parts(node: fx.Node) -> int:
+    """How many tensors a call gives, before it is made."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not any("List" in str(r.type) for r in target._schema.returns):
+        return 1
+    source = node.args[0] if node.args else None
+    value = source.meta["val"] if isinstance(source, fx.Node) else None
+    longest = max((_number(size) for size in value.shape), default=1) if isinstance(value, Tensor) else 1
+    literals = [abs(a) for a in node.args[1:] if type(a) is int]
+    if target in (aten.unbind.int, aten.split.Tensor):
+        return longest if target is aten.unbind.int else -(-longest // max(1, literals[0] if literals else 1))
+    return max([len(node.all_input_nodes), *literals])

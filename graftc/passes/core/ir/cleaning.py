@@ -1,0 +1,29 @@
+"""What passes share that clean graphs up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graftc.passes.core.ir.program import Program, mutates
+
+_HAS_DEVICE: dict[Any, bool] = {}
+
+
+def remove_dead(program: Program) -> None:
+    """Erase computations that nothing uses and that change nothing. Inputs stay, and what an edit replaced."""
+    kept = {edit.before for edit in program.edits}
+    for node in reversed(list(program.graph.nodes)):
+        unused = not node.users and node not in kept
+        if unused and node.op in ("call_function", "get_attr") and not mutates(node):
+            program.graph.erase_node(node)
+
+
+def takes_device(target: Any) -> bool:
+    """Whether an operator makes a tensor on a device named by a ``device`` argument."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target not in _HAS_DEVICE:
+        _HAS_DEVICE[target] = any(a.name == "device" for a in target._schema.arguments)
+    return _HAS_DEVICE[target]

@@ -1,0 +1,126 @@
+"""What a graph writes to: which of its nodes change a value in place, and whose memory that is.
+
+Operators state in their schemas which arguments they change, and whose memory their results share. A few say nothing of
+it and are listed here. Along these a written value is followed back to where its memory came from: an input, a tensor
+of the Store, or a value that the graph made itself.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from graftc.passes.core.ir.program import nodes_in
+from graftc.passes.core.ir.program_key import Mode
+
+aten = torch.ops.aten
+
+SHARING = frozenset(
+    {
+        *("alpha_dropout", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "cartesian_prod"),
+        *("combinations", "dropout", "einsum", "feature_alpha_dropout", "feature_dropout", "meshgrid", "pixel_shuffle"),
+        *("pixel_unshuffle", "rrelu", "tensordot", "type_as"),
+    }
+)
+"""ATen operators whose result may be an argument or a view of one, and whose schemas do not say so."""
+
+_STATISTICS = {
+    aten.batch_norm.default: "training",
+    aten.cudnn_batch_norm.default: "training",
+    aten.instance_norm.default: "use_input_stats",
+    aten.miopen_batch_norm.default: "training",
+    aten.native_batch_norm.default: "training",
+}
+"""Operators that update the statistics they are given, and do not say so, with the argument by which they do."""
+
+
+class Memory:
+    """Whose memory the values of a graph are.
+
+    Attributes:
+        roots: for every node, the nodes whose memory its value may be: itself where it is new.
+        writes: every node that changes a value in place, with the nodes whose memory that may be, in graph order.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.roots: dict[fx.Node, frozenset[fx.Node]] = {}
+        self.writes: dict[fx.Node, frozenset[fx.Node]] = {}
+        for node in graph.nodes:
+            given = dict(_arguments(node))
+            shared = self._of(v for name, v in given.items() if _shares(node.target, name))
+            self.roots[node] = shared or frozenset({node})
+            written = self._of(v for name, v in given.items() if _writes(node, name, given))
+            if written:
+                self.writes[node] = written
+
+    def _of(self, values: Iterable[Any]) -> frozenset[fx.Node]:
+        found: frozenset[fx.Node] = frozenset()
+        for value in values:
+            found = found.union(*(self.roots[source] for source in nodes_in(value)))
+        return found
+
+
+def updated(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Tensors of the Store that a graph writes to, by name, each with the first node that does."""
+    found: dict[str, fx.Node] = {}
+    for node, roots in Memory(graph).writes.items():
+        for root in roots:
+            if root.op == "get_attr":
+                found.setdefault(str(root.target), node)
+    return found
+
+
+def flaw(graph: fx.Graph, mode: Mode, is_buffer: Callable[[str], bool]) -> tuple[fx.Node, str] | None:
+    """The first write that no graph may make, with what is wrong with it; None where there is none.
+
+    A graph may change values that it made itself, and, in train mode, buffers.
+    """
+    for node, roots in Memory(graph).writes.items():
+        for root in sorted(roots):
+            if root.op == "placeholder":
+                return node, f"it writes to the input {root.target}"
+            if root.op == "get_attr" and not is_buffer(str(root.target)):
+                return node, f"it writes to the parameter {root.target}"
+            if root.op == "get_attr" and mode != "train":
+                return node, f"it writes to {root.target}, which only train mode may"
+    return None
+
+
+def _arguments(node: fx.Node) -> Iterator[tuple[str, Any]]:
+    """Arguments of a call by the names in its schema; of functions of Python by their place."""
+    target = node.target
+    if node.op != "call_function":
+        return
+    if not isinstance(target, torch._ops.OpOverload):
+        yield from ((str(i), value) for i, value in enumerate(node.args))
+        return
+    yield from zip((argument.name for argument in target._schema.arguments), node.args, strict=False)
+    yield from node.kwargs.items()
+
+
+def _shares(target: Any, name: str) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem and name == "0"
+    if target not in _ALIASES:
+        schema = target._schema
+        whole = target.namespace == "aten" and schema.name.removeprefix("aten::") in SHARING
+        _ALIASES[target] = frozenset(a.name for a in schema.arguments if whole or a.alias_info is not None)
+    return name in _ALIASES[target]
+
+
+_ALIASES: dict[Any, Collection[str]] = {}
+
+
+def _writes(node: fx.Node, name: str, given: dict[str, Any]) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target in _STATISTICS:
+        return name in ("running_mean", "running_var") and given.get(_STATISTICS[target]) is not False
+    if not target._schema.is_mutable:
+        return False
+    return any(a.name == name and a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments)

@@ -1,0 +1,156 @@
+"""Derive the eval Program from the train Program: what torch's ``eval()`` would have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+import graftc.passes.core.ops.decompositions  # noqa: F401, registers the operators
+from graftc.passes.core.ir.cleaning import remove_dead
+from graftc.passes.core.ir.program import Program, follow, provenance
+from graftc.passes.core.ir.routes import is_pick
+from graftc.passes.core.ir.updates import updates
+
+aten = torch.ops.aten
+
+
+def moded(program: Program) -> set[str]:
+    """Paths of the modules whose mode makes a difference to a train Program."""
+    return {str(n.meta.get("module", "")) for n in program.graph.nodes if n.op == "call_function" and n.target in RULES}
+
+
+def to_eval(
+    program: Program, *, keep: Collection[object] = (), only: Collection[str] | None = None, base: bool = True
+) -> Program:
+    """A new Program in eval mode.
+
+    Dropout and stochastic depth disappear, attention drops nothing, batch normalisation uses its running statistics and
+    counts no batch. A test asserts that the result hash-equals a direct capture in eval mode.
+
+    Args:
+        program: stays as it is.
+        keep: operators that are left as they are in train mode.
+        only: paths of modules that are in eval mode while the others train; by default all are.
+        base: whether the base's nodes are of train mode too; otherwise what was inserted among them is alone.
+    """
+    result = program.copy(mode="eval" if only is None else program.mode)
+    erased: dict[fx.Node, fx.Node] = {}
+    for node in list(result.graph.nodes):
+        here = only is None or node.meta.get("module", "") in only
+        here = here and node.op == "call_function" and (base or provenance(node) is not None)
+        rule = RULES.get(node.target) if here and node.target not in keep else None
+        if rule is _erase:
+            erased[node] = node.all_input_nodes[0]
+        if rule is not None:
+            erased |= rule(node) or {}
+    edits = (replace(e, before=follow(e.before, erased), after=follow(e.after, erased)) for e in result.edits)
+    result.edits = [edit for edit in edits if edit.before is not edit.after]
+    remove_dead(result)
+    result.updates = updates(result.graph)
+    return result
+
+
+def _erase(node: fx.Node) -> None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
+
+
+def _attention(node: fx.Node) -> None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    defaults = (None, None, None, None, 0.0, False)
+    args = [*node.args, *defaults[len(node.args) :]]
+    args[names.index("dropout_p")] = 0.0
+    while len(args) > 3 and args[-1] == defaults[len(args) - 1]:
+        args.pop()
+    node.args = tuple(args)
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "dropout_p"}
+
+
+def _batch_norm(node: fx.Node) -> None:
+    args = list(node.args)
+    args[5] = False
+    node.args = tuple(args)
+
+
+def _counter(node: fx.Node) -> None:
+    """The in-place count of batches: a buffer plus one."""
+    source = node.args[0]
+    if isinstance(source, fx.Node) and str(source.target).endswith("num_batches_tracked"):
+        node.replace_all_uses_with(source)
+        node.graph.erase_node(node)
+
+
+def _drop_path(node: fx.Node) -> dict[fx.Node, fx.Node]:
+    """Stochastic depth: ``(x / keep) * floor(uniform + keep)`` is ``x``, which is returned for the product."""
+    erased: dict[fx.Node, fx.Node] = {}
+    source = node.args[0]
+    operands = source.args if isinstance(source, fx.Node) and source.target is aten.add.Tensor else ()
+    if not any(isinstance(x, fx.Node) and x.target is aten.rand.default for x in operands):
+        return erased
+    for user in list(node.users):
+        scaled = next((x for x in user.args if x is not node), None)
+        if user.target is aten.mul.Tensor and isinstance(scaled, fx.Node) and scaled.target is aten.div.Tensor:
+            value = scaled.args[0]
+            assert isinstance(value, fx.Node)
+            user.replace_all_uses_with(value)
+            node.graph.erase_node(user)
+            erased[user] = value
+    return erased
+
+
+def _drawn(node: fx.Node) -> None:
+    """A number that an adaptation draws while training, in the likeness of the one that it is deployed with."""
+    source = node.args[0]
+    if provenance(node) is not None and isinstance(source, fx.Node) and source.op == "get_attr":
+        _erase(node)
+
+
+def _mean_of_experts(node: fx.Node) -> None:
+    """What picks one expert while training."""
+    if is_pick(node):
+        node.target, node.args = aten.mean.dim, (node.args[0], [0], True)
+
+
+def _detached(node: fx.Node) -> None:
+    """Where an adaptation chooses to stop a gradient: no choice is drawn in eval mode. What is always a constant for
+    the backward pass stays one."""
+    if provenance(node) is not None and any(user.target is aten.where.self for user in node.users):
+        _erase(node)
+
+
+def _alike(node: fx.Node) -> None:
+    """A choice of an adaptation between a value and the same without its gradient."""
+    _, a, b = node.args
+    if provenance(node) is not None and a is b and isinstance(a, fx.Node):
+        node.replace_all_uses_with(a)
+        node.graph.erase_node(node)
+
+
+def _lost(node: fx.Node) -> None:
+    """Nothing is lost to a dropout, and gates have no noise."""
+    node.args = (*node.args[:4], None, *node.args[5:])
+
+
+RULES: dict[object, Callable[[fx.Node], dict[fx.Node, fx.Node] | None]] = {
+    aten.dropout.default: _erase,
+    torch.ops.graftc.masked_dropout.default: _erase,
+    torch.ops.graftc.seeded_dropout.default: _erase,
+    torch.ops.graftc.grad_mask.default: _erase,
+    torch.ops.graftc.rescale.default: _lost,
+    torch.ops.graftc.gated_weight.default: _lost,
+    aten.feature_dropout.default: _erase,
+    aten.alpha_dropout.default: _erase,
+    aten.scaled_dot_product_attention.default: _attention,
+    aten.batch_norm.default: _batch_norm,
+    aten.add_.Tensor: _counter,
+    aten.floor.default: _drop_path,
+    aten.randint_like.low_dtype: _drawn,
+    aten.index_select.default: _mean_of_experts,
+    aten.detach.default: _detached,
+    aten.where.self: _alike,
+}

@@ -1,0 +1,161 @@
+"""A Program as a graph for other tools: networkx, GraphML, DOT. The same on every run and machine.
+
+Nodes are called what the printed text calls them; tensors of the Store are nodes too. An edge goes from a value to what
+reads it and says in which argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import networkx as nx
+from torch import fx
+
+from graftc.passes.core.ir.layers import layer_path, repeated_layers
+from graftc.passes.core.ir.printer import Printer, target_name
+from graftc.passes.core.ir.program import Program, provenance
+from graftc.passes.core.weights.store import RESERVED
+
+_PROVENANCE = ("adaptation", "method", "site", "part")
+_PALETTE = ("#f4b183", "#9dc3e6", "#a9d18e", "#ffd966", "#c9a6e4", "#f19ca7")
+
+
+def to_networkx(program: Program) -> nx.MultiDiGraph[str]:
+    """The Program as a networkx graph.
+
+    Nodes are keyed by their printed names and have plain attributes: ``order`` in the graph, ``op`` (placeholder,
+    get_attr, call_function, output), ``target`` (the operator, the input's or the Store's name), ``type``, ``module``,
+    ``text`` (the printed line), and, where an adaptation inserted them, ``adaptation``, ``method``, ``site`` and
+    ``part``. Edges are keyed by ``position``: the index of the argument, or its keyword, with the index in a list
+    after a dot. There is one for every time that a value is read.
+    """
+    printer = Printer(program)
+    graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(entry=program.entry, mode=program.mode)
+    for order, node in enumerate(program.graph.nodes):
+        graph.add_node(printer.names[node], order=order, **_attributes(node, printer))
+    for node in program.graph.nodes:
+        for position, source in reads(node):
+            graph.add_edge(printer.names[source], printer.names[node], key=position, position=position)
+    return graph
+
+
+def reads(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
+    """Every value that a node reads, as often as it does, with the position of the argument."""
+    arguments = [(str(i), a) for i, a in enumerate(node.args)] + list(node.kwargs.items())
+    for position, argument in arguments:
+        yield from _within(position, argument)
+
+
+def _within(position: str, value: Any) -> Iterator[tuple[str, fx.Node]]:
+    if isinstance(value, fx.Node):
+        yield position, value
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _within(f"{position}.{index}", item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _within(f"{position}.{key}", item)
+    elif isinstance(value, slice):
+        for name in ("start", "stop", "step"):
+            yield from _within(f"{position}.{name}", getattr(value, name))
+
+
+def _attributes(node: fx.Node, printer: Printer) -> dict[str, str]:
+    own = {
+        "op": node.op,
+        "target": target_name(node.target),
+        "type": "" if node.op == "output" else printer.symbols.type(node.meta.get("val")),
+        "module": str(node.meta.get("module") or ""),
+        "text": f"{printer.names[node]}: {printer.symbols.type(node.meta.get('val'))}"
+        if node.op == "get_attr"
+        else printer.line(node),
+    }
+    origin = provenance(node)
+    return own if origin is None else {**own, **{key: origin[key] for key in _PROVENANCE}}
+
+
+def graph_data(program: Program) -> dict[str, Any]:
+    """The graph of `to_networkx` as JSON data: nodes with the same attributes, None where they have none, and edges."""
+    graph = to_networkx(program)
+    absent = dict.fromkeys(_PROVENANCE)
+    nodes = [{"name": name, **absent, **data} for name, data in graph.nodes(data=True)]
+    edges = [{"source": a, "target": b, "position": data["position"]} for a, b, data in graph.edges(data=True)]
+    return {"nodes": nodes, "edges": edges}
+
+
+def graphml_text(program: Program) -> str:
+    """The graph of `to_networkx` as GraphML, with names for its edges, which the format wants to be unique."""
+    named: nx.MultiDiGraph[str] = nx.MultiDiGraph()
+    plain = to_networkx(program)
+    named.graph.update(plain.graph)
+    named.add_nodes_from(plain.nodes(data=True))
+    for index, (source, reader, data) in enumerate(plain.edges(data=True)):
+        named.add_edge(source, reader, key=f"e{index}", **data)
+    lines = nx.generate_graphml(named, named_key_ids=True)
+    return "\n".join(['<?xml version="1.0" encoding="utf-8"?>', *lines]) + "\n"
+
+
+def dot_text(program: Program) -> str:
+    """The Program in Graphviz' language: repeated layers are clusters, every adaptation has its own colour."""
+    graph = to_networkx(program)
+    layers = repeated_layers(program)
+    colours: dict[str, str] = {}
+    clusters: dict[str, list[str]] = {"": []}
+    for name, data in graph.nodes(data=True):
+        if "adaptation" in data:
+            colours.setdefault(data["adaptation"], _PALETTE[len(colours) % len(_PALETTE)])
+        layer = layer_path(_home(data))
+        clusters.setdefault(layer if layer in layers else "", []).append(_dot_node(name, data, colours))
+    lines = [
+        f"digraph {_quoted(f'{program.entry} ({program.mode})')} {{",
+        "  rankdir=TB;",
+        '  node [shape=box, style="rounded,filled", fillcolor=white, fontname="Helvetica", fontsize=10];',
+        '  edge [color="#666666"];',
+        *(f"  {line}" for line in clusters.pop("")),
+    ]
+    for index, (layer, members) in enumerate(clusters.items()):
+        lines += [f"  subgraph cluster_{index} {{", f"    label={_quoted(layer)};", '    color="#999999";']
+        lines += [*(f"    {line}" for line in members), "  }"]
+    lines += _legend(colours)
+    for source, reader, data in graph.edges(data=True):
+        tip = _quoted(f"argument {data['position']}")
+        lines.append(f"  {_quoted(source)} -> {_quoted(reader)} [tooltip={tip}];")
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _home(data: dict[str, Any]) -> str:
+    """The module that a node stands in; a tensor stands with the module that holds it."""
+    if data["op"] != "get_attr":
+        return str(data["module"]) if data["op"] == "call_function" else ""
+    segments = str(data["target"]).split(".")
+    return ".".join(segments[: segments.index(RESERVED) if RESERVED in segments else len(segments) - 1])
+
+
+def _dot_node(name: str, data: dict[str, Any], colours: dict[str, str]) -> str:
+    words = {"placeholder": "input", "get_attr": "tensor", "output": "output"}
+    label = "\n".join(text for text in (name, words.get(data["op"], data["target"]), data["type"]) if text)
+    marks = {"label": _quoted(label), "tooltip": _quoted(data["text"])}
+    if data["op"] == "get_attr":
+        marks |= {"shape": "cylinder", "style": "filled", "fillcolor": _quoted("#eeeeee")}
+    elif data["op"] in words:
+        marks["shape"] = "ellipse"
+    if "adaptation" in data:
+        marks["fillcolor"] = _quoted(colours[data["adaptation"]])
+    return f"{_quoted(name)} [{', '.join(f'{key}={value}' for key, value in marks.items())}];"
+
+
+def _legend(colours: dict[str, str]) -> list[str]:
+    if not colours:
+        return []
+    lines = ["  subgraph cluster_legend {", '    label="inserted by";']
+    for name, colour in colours.items():
+        marks = f"label={_quoted(name)}, shape=plaintext, style=filled, fillcolor={_quoted(colour)}"
+        lines.append(f"    {_quoted(f'inserted by {name}')} [{marks}];")
+    return [*lines, "  }"]
+
+
+def _quoted(text: str) -> str:
+    r"""A quoted string: every character stands for itself, a line break is ``\n``."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'

@@ -1,0 +1,26 @@
+"""Layers: numbered segments of module paths."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from graftc.passes.core.ir.program import Program
+
+
+def layer_path(module: str) -> str:
+    """The path up to and including its first numbered segment; empty where there is none."""
+    segments = module.split(".")
+    for index, segment in enumerate(segments):
+        if segment.isdigit():
+            return ".".join(segments[: index + 1])
+    return ""
+
+
+def repeated_layers(program: Program) -> set[str]:
+    """Layer paths that have a sibling: a numbered path alone is no repeated layer."""
+    siblings: dict[str, set[str]] = defaultdict(set)
+    for node in program.graph.nodes:
+        path = layer_path(node.meta.get("module", ""))
+        if path:
+            siblings[path.rpartition(".")[0]].add(path)
+    return {path for group in siblings.values() if len(group) > 1 for path in group}

@@ -1,0 +1,208 @@
+"""The canonical text of a Program and its structural hash: stable across runs and machines.
+
+Symbols are renumbered, paths and addresses never printed. The hash numbers values by what computes them (target,
+ordered arguments, literals), in linear time, so node order and names do not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from graftc.passes.core.ir.effects import Memory
+from graftc.passes.core.ir.program import Program, is_random, mutates, provenance
+from graftc.passes.core.ir.shapes import DTYPE_NAMES, SymbolNames
+from graftc.passes.core.weights.store import RESERVED
+
+
+def target_name(target: Any) -> str:
+    """A call target as text: ``aten.linear``, ``aten.add.Tensor``, ``getitem``."""
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, name = target.namespace, target._schema.name.split("::")[1]
+        overload = target._overloadname
+        return f"{namespace}.{name}" if overload == "default" else f"{namespace}.{name}.{overload}"
+    if target is operator.getitem:
+        return "getitem"
+    return str(getattr(target, "__name__", target))
+
+
+def tensor_name(fqn: str) -> str:
+    """A Store name as text: ``@base.q.weight``, or ``@attention.q.A`` for a tensor of the adaptation *attention*."""
+    segments = fqn.split(".")
+    if RESERVED not in segments:
+        return f"@base.{fqn}"
+    at = segments.index(RESERVED)
+    adaptation, part = segments[at + 1], segments[at + 2 :]
+    return "@" + ".".join([adaptation, *segments[:at], *part])
+
+
+def literal(value: Any, node_text: Callable[[fx.Node], str], names: SymbolNames) -> str:
+    """An argument as text."""
+    if isinstance(value, fx.Node):
+        return node_text(value)
+    if isinstance(value, list | tuple):
+        inner = ", ".join(literal(item, node_text, names) for item in value)
+        return f"[{inner}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {literal(v, node_text, names)}" for k, v in value.items()) + "}"
+    if isinstance(value, torch.dtype):
+        return DTYPE_NAMES.get(value, str(value))
+    if isinstance(value, torch.SymInt):
+        return names.size(value)
+    if isinstance(value, torch.device | torch.layout | torch.memory_format):
+        return str(value)
+    return repr(value)
+
+
+def _stem(node: fx.Node) -> str:
+    """What a value is called: ``query`` for the result of the module *query*'s own weight, ``query.down`` for a part of
+    an adaptation there, and otherwise the operator's name."""
+    if node.op == "placeholder":
+        return str(node.target)
+    module = str(node.meta.get("module", ""))
+    leaf = module.rpartition(".")[2]
+    origin = provenance(node)
+    if origin is not None:
+        site = origin["site"]
+        rows = site[site.index("[") + 1 : site.index("]")] if "[" in site else ""
+        return ".".join(word for word in (leaf, rows, origin["part"].replace(" ", "_")) if word)
+    if leaf and any(n.op == "get_attr" and _owner(n) == module for n in node.all_input_nodes):
+        return leaf
+    words = target_name(node.target).split(".")
+    return words[1] if len(words) > 1 else words[0]
+
+
+def _owner(node: fx.Node) -> str:
+    """The module whose tensor a node reads, past what an adaptation put in its place."""
+    segments = str(node.target).split(".")
+    end = segments.index(RESERVED) if RESERVED in segments else len(segments) - 1
+    return ".".join(segments[:end])
+
+
+class Printer:
+    """Prints nodes of one Program, naming values by what computes them.
+
+    Args:
+        program: whose nodes.
+        numbered: tell values of one name apart by number; without, equal layers print alike.
+    """
+
+    def __init__(self, program: Program, *, numbered: bool = True) -> None:
+        self.program = program
+        self.symbols = SymbolNames(program)
+        self.names: dict[fx.Node, str] = {}
+        counts: Counter[str] = Counter()
+        taken: set[str] = set()
+        for node in program.graph.nodes:
+            if node.op == "get_attr":
+                self.names[node] = tensor_name(str(node.target))
+                continue
+            name = base = f"%{_stem(node)}"
+            # A module may be called like a numbered value: ln and ln_1.
+            while numbered and name in taken:
+                counts[base] += 1
+                name = f"{base}_{counts[base]}"
+            taken.add(name)
+            self.names[node] = name
+
+    def line(self, node: fx.Node) -> str:
+        """One node as one line; `get_attr` nodes have none of their own."""
+        if node.op == "placeholder":
+            return f"{self.names[node]}: {self.symbols.type(node.meta.get('val'))} = input"
+        if node.op == "output":
+            return f"return {self.arguments(node)}"
+        call = f"{target_name(node.target)}({self.arguments(node)})"
+        text = f"{self.names[node]}: {self.symbols.type(node.meta.get('val'))} = {call}"
+        return f"{text}  # {self.comment(node)}"
+
+    def arguments(self, node: fx.Node) -> str:
+        """The arguments of a call, in order, keywords last."""
+        parts = [literal(a, self.names.__getitem__, self.symbols) for a in node.args]
+        parts += [f"{k}={literal(v, self.names.__getitem__, self.symbols)}" for k, v in node.kwargs.items()]
+        return ", ".join(parts)
+
+    @staticmethod
+    def comment(node: fx.Node) -> str:
+        """Who the node belongs to: its module, or the adaptation that inserted it."""
+        origin = provenance(node)
+        if origin is None:
+            return str(node.meta.get("module") or "(root)")
+        return f"+ {origin['adaptation']} ({origin['method']}) {origin['part']} @ {origin['site']}"
+
+    def lines(self, nodes: Iterable[fx.Node] | None = None) -> list[str]:
+        """The lines of ``nodes``, the whole graph by default."""
+        chosen = self.program.graph.nodes if nodes is None else nodes
+        return [self.line(node) for node in chosen if node.op != "get_attr"]
+
+
+def format_program(program: Program) -> str:
+    """The canonical text of a Program."""
+    header = f"program {program.entry} ({program.mode})"
+    return "\n".join([header, *Printer(program).lines()]) + "\n"
+
+
+def format_around(program: Program, node: fx.Node, context: int = 4) -> str:
+    """The lines around a node, the node marked: what an error shows."""
+    nodes = [n for n in program.graph.nodes if n.op != "get_attr"]
+    printer = Printer(program)
+    at = nodes.index(node) if node in nodes else 0
+    chosen = nodes[max(0, at - context) : at + context + 1]
+    return "\n".join(("> " if n is node else "  ") + printer.line(n) for n in chosen)
+
+
+def value_numbers(program: Program, canonical: Callable[[str], str] = str) -> dict[fx.Node, str]:
+    """A digest for every node of what it computes: target, arguments in order, literals.
+
+    Args:
+        program: the Program to number.
+        canonical: maps a tensor's name to the name that owns it, so that tied names count as one.
+    """
+    return _numbered(program, canonical)[0]
+
+
+def _numbered(program: Program, canonical: Callable[[str], str]) -> tuple[dict[fx.Node, str], list[str]]:
+    """The numbers, and those of the nodes that change a value in place. What reads a value depends on what changed it
+    before, and not only on what made it."""
+    names = SymbolNames(program)
+    digests: dict[fx.Node, str] = {}
+    draws = 0
+    memory = Memory(program.graph) if any(mutates(node) for node in program.graph.nodes) else None
+    changed: dict[fx.Node, str] = {}
+    writes: list[str] = []
+
+    def text(source: fx.Node) -> str:
+        roots = sorted(memory.roots[source] & changed.keys()) if memory is not None else ()
+        return "+".join([digests[source], *(changed[root] for root in roots)])
+
+    for node in program.graph.nodes:
+        parts = [node.op]
+        if node.op == "get_attr":
+            parts.append(canonical(str(node.target)))
+        elif node.op == "placeholder":
+            parts.append(str(node.target))
+        else:
+            parts.append(target_name(node.target))
+            parts += [literal(a, text, names) for a in node.args]
+            parts += [f"{k}={literal(v, text, names)}" for k, v in sorted(node.kwargs.items())]
+        if is_random(node):
+            parts.append(f"draw {draws}")
+            draws += 1
+        digests[node] = hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:32]
+        if memory is not None and mutates(node):
+            writes.append(digests[node])
+            changed |= dict.fromkeys(memory.writes.get(node, ()), digests[node])
+    return digests, writes
+
+
+def structural_hash(program: Program, canonical: Callable[[str], str] = str) -> str:
+    """A digest of everything that a Program's outputs depend on, and of what it changes in place."""
+    interface = ",".join(sorted(f"{s.name}:{s.dtype}:{s.shape}" for s in program.inputs))
+    digests, writes = _numbered(program, canonical)
+    whole = "|".join([interface, digests[program.output_node], *writes])
+    return hashlib.sha256(whole.encode()).hexdigest()[:32]

@@ -1,0 +1,302 @@
+"""Program: one graph for one (entry, mode, signature). It names tensors of the Store and owns none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import fx
+
+from graftc.passes.core.ir.program_key import Mode
+from graftc.passes.core.weights.weight_slice import WeightSlice
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    from graftc.passes.core.sites.sites import SiteKey
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a Program.
+
+    Attributes:
+        name: the model's own name for it.
+        dtype: element type, as ``torch.int64``.
+        shape: sizes; a string is a symbol shared by name with other inputs (``"batch"``, ``"sequence"``).
+        ranges: the sizes that the graph holds for, least and greatest, per axis; empty where nothing was recorded.
+        apart: pairs of named sizes that the graph does not hold for where they are equal.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+    ranges: tuple[tuple[int, int | None], ...] = ()
+    apart: tuple[tuple[str, str], ...] = ()
+
+
+def from_two(inputs: Iterable[InputSpec], names: Collection[str]) -> tuple[InputSpec, ...]:
+    """Inputs whose axes of some names have sizes of 2 and more."""
+
+    def bounds(size: int | str, low: int, high: int | None) -> tuple[int, int | None]:
+        return (max(2, low), high) if size in names else (low, high)
+
+    return _bounded(inputs, bounds)
+
+
+def limited(inputs: Iterable[InputSpec], most: Mapping[str, int]) -> tuple[InputSpec, ...]:
+    """Inputs whose axes of some names have no greater sizes than given."""
+
+    def bounds(size: int | str, low: int, high: int | None) -> tuple[int, int | None]:
+        if not isinstance(size, str) or size not in most:
+            return low, high
+        return low, most[size] if high is None else min(high, most[size])
+
+    return _bounded(inputs, bounds)
+
+
+def _bounded(
+    inputs: Iterable[InputSpec], bounds: Callable[[int | str, int, int | None], tuple[int, int | None]]
+) -> tuple[InputSpec, ...]:
+    return tuple(
+        replace(spec, ranges=tuple(bounds(size, *held) for size, held in zip(spec.shape, spec.ranges, strict=True)))
+        for spec in inputs
+    )
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """How the flat outputs are put together again: a leaf, a container, or a ``ModelOutput`` class with fields."""
+
+    kind: Literal["leaf", "none", "tuple", "list", "dict", "class"]
+    fields: tuple[str, ...] = ()
+    children: tuple[OutputSpec, ...] = ()
+    cls: type[Any] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A name for every flat output, in order: field names, numbered where a field holds several."""
+        return tuple(self._names(""))
+
+    def _names(self, prefix: str) -> Iterable[str]:
+        if self.kind == "leaf":
+            yield prefix or "output"
+        for index, child in enumerate(self.children):
+            own = self.fields[index] if self.fields else str(index)
+            yield from child._names(f"{prefix}.{own}" if prefix else own)
+
+    def build(self, leaves: Iterable[Any]) -> Any:
+        """Rebuild the model's own output object from flat values."""
+        return self._build(iter(leaves))
+
+    def _build(self, leaves: Any) -> Any:
+        if self.kind == "leaf":
+            return next(leaves)
+        if self.kind == "none":
+            return None
+        values = [child._build(leaves) for child in self.children]
+        if self.kind == "tuple":
+            return tuple(values)
+        if self.kind == "list":
+            return values
+        mapping = dict(zip(self.fields, values, strict=True))
+        if self.kind == "dict":
+            return mapping
+        assert self.cls is not None
+        return self.cls(**mapping)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One replacement that an adaptation made: every use of ``before`` now reads ``after``.
+
+    Attributes:
+        adaptation, site: who made it, and where.
+        before, after: what was replaced, and by what.
+        narrow: only the readers at ``site`` read ``after``: what goes into the site was replaced, not a result; or, of
+            a sublayer, what is inserted there later does, since an adapter still reads what it replaced.
+    """
+
+    adaptation: str
+    site: str
+    before: fx.Node
+    after: fx.Node
+    narrow: bool = False
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """What one pass did to a Program; ``seconds`` are 0 where it came from a file."""
+
+    step: str
+    added: int
+    removed: int
+    seconds: float
+
+    @property
+    def modified(self) -> bool:
+        """Whether the pass changed the number of nodes either way."""
+        return bool(self.added or self.removed)
+
+
+@dataclass(frozen=True)
+class VirtualTokens:
+    """An adaptation's virtual tokens in one sequence.
+
+    Attributes:
+        owner: the adaptation.
+        sites: the values of that sequence that it adapts.
+        rows: their vectors for each run, ``[batch, length, width]``: zeros until a method fills them.
+        starts: where each run begins in the lengthened sequence: a number, or ``int64[batch, 1]``.
+    """
+
+    owner: str
+    sites: frozenset[SiteKey]
+    rows: tuple[fx.Node, ...]
+    starts: tuple[fx.Node | int, ...]
+
+    def mapped(self, mapping: Mapping[fx.Node, fx.Node]) -> VirtualTokens:
+        """The same in a copy of the graph."""
+        starts = tuple(mapping[s] if isinstance(s, fx.Node) else s for s in self.starts)
+        return replace(self, rows=tuple(mapping[row] for row in self.rows), starts=starts)
+
+
+@dataclass
+class Program:
+    """One captured graph in ATen training IR.
+
+    Nodes are ``placeholder``, ``get_attr`` (target: a name in the Store), ``call_function`` and ``output``. Each
+    carries ``meta["val"]`` (fake tensor or symbolic size) and ``meta["module"]`` (path of its owning module);
+    inserted ones also ``meta["custom"]["graftc"]`` (provenance).
+    """
+
+    graph: fx.Graph
+    inputs: tuple[InputSpec, ...]
+    outputs: OutputSpec
+    mode: Mode = "train"
+    entry: str = "forward"
+    flags: tuple[tuple[str, bool | int | float | str | None], ...] = ()
+    """Keyword arguments that are constants of the graph."""
+
+    edits: list[Edit] = field(default_factory=list)
+    history: list[HistoryEntry] = field(default_factory=list)
+    baseline: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Base nodes as they were when captured, by name: what the verifier holds later passes against."""
+
+    claims: dict[str, list[tuple[str, WeightSlice]]] = field(default_factory=dict)
+    """Which adaptation trains which rows of a base tensor."""
+
+    summands: dict[str, list[tuple[str, WeightSlice]]] = field(default_factory=dict)
+    """Which adaptation adds to entries of which rows of a base tensor."""
+
+    limits: dict[str, str] = field(default_factory=dict)
+    """Why axes of some names have no greater sizes than the base's, for people."""
+
+    derived: dict[str, list[tuple[str, WeightSlice]]] = field(default_factory=dict)
+    """Which adaptation has constants that follow from which rows of a base tensor."""
+
+    virtual: tuple[VirtualTokens, ...] = ()
+    """Virtual tokens that stand in its sequences."""
+
+    updates: frozenset[str] = frozenset()
+    """Tensors that it may write to, as it was captured: buffers of the base, in train mode."""
+
+    @property
+    def signature(self) -> tuple[str, ...]:
+        """Names of the inputs, in the model's order."""
+        return tuple(spec.name for spec in self.inputs)
+
+    @property
+    def output_node(self) -> fx.Node:
+        """The graph's output node."""
+        return self.graph.output_node()
+
+    def placeholders(self) -> list[fx.Node]:
+        """Input nodes in order."""
+        return self.graph.find_nodes(op="placeholder")
+
+    def to_networkx(self) -> nx.MultiDiGraph[str]:
+        """The graph for networkx, nodes by their printed names: see `graph_formats.to_networkx`."""
+        from graftc.passes.core.ir.graph_formats import to_networkx
+
+        return to_networkx(self)
+
+    def copy(self, **changes: Any) -> Program:
+        """A Program with its own copy of the graph; metadata values and Store tensors are shared."""
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            copied = graph.node_copy(node, lambda old: mapping[old])
+            if "custom" in copied.meta:
+                copied.meta["custom"] = dict(copied.meta["custom"])
+            mapping[node] = copied
+        edits = [replace(e, before=mapping[e.before], after=mapping[e.after]) for e in self.edits]
+        fields: dict[str, Any] = {
+            "graph": graph,
+            "edits": edits,
+            "history": list(self.history),
+            "claims": {name: list(held) for name, held in self.claims.items()},
+            "summands": {name: list(held) for name, held in self.summands.items()},
+            "limits": dict(self.limits),
+            "derived": {name: list(held) for name, held in self.derived.items()},
+            "virtual": tuple(v.mapped(mapping) for v in self.virtual),
+            **changes,
+        }
+        return replace(self, **fields)
+
+
+def provenance(node: fx.Node) -> dict[str, str] | None:
+    """Who inserted a node: ``adaptation``, ``method``, ``site`` and ``part``; None for the base's own nodes."""
+    custom = node.meta.get("custom") or {}
+    found: dict[str, str] | None = custom.get("graftc")
+    return found
+
+
+def follow(node: fx.Node, links: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """The end of a chain of replacements, for example from *before* to *after* of edits."""
+    while node in links:
+        node = links[node]
+    return node
+
+
+def above(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> list[fx.Node]:
+    """Some nodes and everything that they are made from, in graph order, not beyond those of ``stop``."""
+    found = set(nodes)
+    pending = [node for node in found if node not in stop]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                pending += [source] if source not in stop else []
+    return sorted(found)
+
+
+def map_nodes(value: Any, fn: Callable[[fx.Node], Any]) -> Any:
+    """``value`` (arguments of a node) with ``fn`` applied to every node in it."""
+    return fx.node.map_arg(value, fn)
+
+
+def nodes_in(value: Any) -> list[fx.Node]:
+    """Every node in ``value`` (arguments of a node), in order, as often as it stands there."""
+    found: list[fx.Node] = []
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    map_nodes(value, note)
+    return found
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether a call changes one of its arguments in place."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers, so that no two such calls may be merged."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags

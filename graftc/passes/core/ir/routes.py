@@ -1,0 +1,23 @@
+"""Nodes that route among experts of an adaptation: how a graph is told to have them."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from graftc.passes.core.ir.program import provenance
+
+aten = torch.ops.aten
+
+
+def is_pick(node: fx.Node) -> bool:
+    """Whether a node picks an expert by a route."""
+    if node.target is not aten.index_select.default or provenance(node) is None:
+        return False
+    chosen = node.args[2]
+    return isinstance(chosen, fx.Node) and provenance(chosen) is not None and is_route(chosen)
+
+
+def is_route(node: fx.Node) -> bool:
+    """Whether a node is a random whole number."""
+    return node.target is aten.randint_like.low_dtype

@@ -1,0 +1,262 @@
+"""Types of values: printing symbolic shapes, evaluating them at chosen sizes, and making them anew from text."""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
+
+from graftc.passes.core.ir.program import Program
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+    torch.complex64: "c64",
+}
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+def expression(size: Any) -> Any:
+    """The sympy expression of a symbolic size, or the plain number."""
+    return size.node.expr if isinstance(size, torch.SymInt | torch.SymBool | torch.SymFloat) else size
+
+
+class SymbolNames:
+    """Stable names ``s0, s1, ...`` for the symbols of a Program, in the order in which its inputs show them."""
+
+    def __init__(self, program: Program) -> None:
+        self._names: dict[sympy.Symbol, sympy.Symbol] = {}
+        self._memo: dict[Any, str] = {}
+        for node in program.placeholders():
+            value = node.meta.get("val")
+            for size in value.shape if isinstance(value, torch.Tensor) else ():
+                self._register(expression(size))
+
+    def _register(self, expr: Any) -> None:
+        for symbol in sorted(getattr(expr, "free_symbols", ()), key=str):
+            if symbol not in self._names:
+                self._names[symbol] = sympy.Symbol(f"s{len(self._names)}", integer=True, positive=True)
+
+    @property
+    def symbols(self) -> dict[sympy.Symbol, str]:
+        """Captured symbol to stable name."""
+        return {symbol: str(name) for symbol, name in self._names.items()}
+
+    def size(self, size: Any) -> str:
+        """One size as text."""
+        expr = expression(size)
+        text = self._memo.get(expr)
+        if text is None:
+            self._register(expr)
+            renamed = expr.xreplace(self._names) if isinstance(expr, sympy.Basic) else expr
+            text = self._memo[expr] = str(renamed)
+        return text
+
+    def type(self, value: Any) -> str:
+        """A value's type as text: ``f32[s0, s1, 384]``, a symbolic size, or a tuple of those."""
+        if isinstance(value, torch.Tensor):
+            dims = ", ".join(self.size(size) for size in value.shape)
+            return f"{DTYPE_NAMES.get(value.dtype, str(value.dtype))}[{dims}]"
+        if isinstance(value, list | tuple):
+            return "(" + ", ".join(self.type(item) for item in value) + ")"
+        if value is None:
+            return "none"
+        if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
+            return f"int {self.size(value)}"
+        return type(value).__name__
+
+
+class Sizes:
+    """Evaluates symbolic sizes with numbers put in for the symbols; remembers every expression it has seen."""
+
+    def __init__(self, assign: Callable[[str], int]) -> None:
+        self._assign = assign
+        self._memo: dict[Any, Any] = {}
+
+    def size(self, size: Any) -> Any:
+        """One size as a number; what is made of sizes by division or roots, as a `float`."""
+        expr = expression(size)
+        if isinstance(expr, int | float):
+            return expr
+        found = self._memo.get(expr)
+        if found is None:
+            values = {symbol: self._assign(str(symbol)) for symbol in expr.free_symbols}
+            number = expr.subs(values)
+            found = self._memo[expr] = float(number) if isinstance(size, torch.SymFloat) else int(number)
+        return found
+
+    def shape(self, value: torch.Tensor) -> tuple[int, ...]:
+        """A tensor's shape as numbers."""
+        return tuple(self.size(size) for size in value.shape)
+
+
+_CALLS: Mapping[str, tuple[Any, Callable[..., int]]] = {
+    "FloorDiv": (FloorDiv, operator.floordiv),
+    "Mod": (Mod, operator.mod),
+    "Max": (Max, max),
+    "Min": (Min, min),
+}
+_OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: FloorDiv,
+    ast.Mod: Mod,
+    ast.Pow: operator.pow,
+}
+_LONGEST, _DEEPEST, _LARGEST = 1000, 40, 2**63
+_SYMBOL = re.compile(r"[a-z]\d{1,4}", re.ASCII)
+_SYMBOLS = 256
+
+
+@dataclass
+class FakeContext:
+    """Makes fake tensors and symbolic sizes anew from their text, all in one shape environment.
+
+    Text is parsed by hand: names, whole numbers, ``+ - * // % **`` and four functions, nothing else.
+    """
+
+    mode: FakeTensorMode = field(
+        default_factory=lambda: FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    )
+    _symbols: dict[str, Any] = field(default_factory=dict)
+    _sizes: dict[str, Any] = field(default_factory=dict)
+    _tensors: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+
+    def symbol(self, name: str) -> Any:
+        """The symbol called ``name``, created at its first mention with a hint of its own."""
+        if name not in self._symbols:
+            if len(self._symbols) >= _SYMBOLS:
+                raise ValueError("not a size: too many symbols")
+            env = self.mode.shape_env
+            assert env is not None
+            hint = 3 + 4 * len(self._symbols)
+            source = ConstantSource(f"graftc_{name}")
+            self._symbols[name] = env.create_symbol(
+                hint,
+                source,
+                dynamic_dim=DimDynamic.DYNAMIC,
+                constraint_dim=None,
+                do_not_specialize_zero_one=True,
+            )
+        return self._symbols[name]
+
+    def size(self, text: str) -> Any:
+        """A size: an `int`, or a symbolic one."""
+        if text not in self._sizes:
+            if len(text) > _LONGEST:
+                raise ValueError(f"not a size: {text[:20]}...")
+            expr, value = self._parse(ast.parse(text, mode="eval").body)
+            if expr.is_number:
+                self._sizes[text] = value
+            else:
+                env = self.mode.shape_env
+                assert env is not None
+                self._sizes[text] = env.create_symintnode(expr, hint=value)
+        return self._sizes[text]
+
+    def _hint(self, symbol: Any) -> int:
+        env = self.mode.shape_env
+        assert env is not None
+        return int(env.backed_var_to_val[symbol])
+
+    def _parse(self, node: ast.expr, depth: int = 0) -> tuple[Any, int]:
+        """An expression, and what it is for the hints of its symbols: text must not make numbers without end."""
+        if depth > _DEEPEST:
+            raise ValueError("not a size: too deep")
+        made = self._made(node, depth)
+        if abs(made[1]) >= _LARGEST:
+            raise ValueError("not a size: too large")
+        return made
+
+    def _made(self, node: ast.expr, depth: int) -> tuple[Any, int]:
+        if isinstance(node, ast.Name) and _SYMBOL.fullmatch(node.id):
+            symbol = self.symbol(node.id)
+            return symbol, self._hint(symbol)
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return sympy.Integer(node.value), node.value
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            expr, value = self._parse(node.operand, depth + 1)
+            return -expr, -value
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            (a, left), (b, right) = self._parse(node.left, depth + 1), self._parse(node.right, depth + 1)
+            if isinstance(node.op, ast.Pow) and not (b.is_Integer and 0 <= right <= 8):
+                raise ValueError(f"not a size: an exponent of {right}")
+            if isinstance(node.op, ast.FloorDiv | ast.Mod):
+                return _OPERATORS[type(node.op)](a, b), left // right if isinstance(
+                    node.op, ast.FloorDiv
+                ) else left % right
+            apply = _OPERATORS[type(node.op)]
+            return apply(a, b), apply(left, right)
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in _CALLS
+            and not node.keywords
+        ):
+            symbolic, apply = _CALLS[node.func.id]
+            parsed = [self._parse(argument, depth + 1) for argument in node.args]
+            return symbolic(*(expr for expr, _ in parsed)), int(apply(*(value for _, value in parsed)))
+        raise ValueError(f"not a size: {ast.unparse(node)[:40]}")
+
+    def tensor(self, dtype: torch.dtype, shape: tuple[str, ...], device: torch.device) -> torch.Tensor:
+        """A fake tensor; the same object for the same type."""
+        key = (dtype, shape, device)
+        if key not in self._tensors:
+            sizes = [self.size(text) for text in shape]
+            with self.mode:
+                self._tensors[key] = torch.empty(sizes, dtype=dtype, device=device)
+        return self._tensors[key]
+
+
+def types_of(value: Any) -> Any:
+    """Arguments of a call with types for values, as something to look results up by."""
+    if isinstance(value, torch.fx.Node):
+        return _type(value.meta["val"])
+    if isinstance(value, list | tuple):
+        return tuple(types_of(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, types_of(v)) for k, v in value.items())
+    return (type(value), value)
+
+
+def _type(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, value.device, tuple(expression(size) for size in value.shape))
+    if isinstance(value, list | tuple):
+        return tuple(_type(v) for v in value)
+    return expression(value)
+
+
+def fake_mode_of(program: Program) -> FakeTensorMode:
+    """The fake mode that a Program's values live in."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        mode = getattr(value, "fake_mode", None)
+        if isinstance(mode, FakeTensorMode):
+            return mode
+    raise ValueError("the program has no fake values")
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements of a tensor that is not on the meta device, as they are in memory, in order."""
+    view: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view

@@ -1,0 +1,310 @@
+"""The verifier: run at every pass boundary, on by default.
+
+It holds a Program against the base as it was captured: the graph is sound, the interface is as it was, base nodes are
+untouched, every inserted node says who inserted it, every replacement keeps its type, and every trainable tensor
+has a gradient path. Once, at the end, all types are worked out anew at two different sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.ir.effects import flaw
+from graftc.passes.core.ir.printer import format_around, literal, target_name
+from graftc.passes.core.ir.program import Program, map_nodes, provenance
+from graftc.passes.core.ir.shapes import Sizes, SymbolNames, expression
+from graftc.passes.core.weights.store import Store
+from graftc.specs.errors.diagnostics import GraftError
+
+aten = torch.ops.aten
+SIZE_CHOICES = ((2, 3, 5, 7), (5, 7, 3, 2))
+
+
+def record_baseline(program: Program) -> Program:
+    """Remember the base's nodes as they are now; later passes are held against them."""
+    names = SymbolNames(program)
+    program.baseline = {n.name: _fingerprint(n, names, {}) for n in program.graph.nodes if _is_call(n)}
+    return program
+
+
+def verify(program: Program, store: Store, step: str, *, types: bool = False) -> None:
+    """Check every invariant after the pass called ``step``.
+
+    Args:
+        program: the Program as the pass left it.
+        store: where its tensors live.
+        step: named in the error.
+        types: also work out all types anew, at two sizes.
+
+    Raises:
+        GraftError: GC040 naming the pass and the node, with the graph around it; GC023 for a trainable tensor
+            that reaches no output in train mode.
+    """
+    for rule in _RULES:
+        found = rule(program, store)
+        if found is not None:
+            _fail(program, step, *found)
+    if program.mode == "train":
+        _gradient_paths(program, store)
+    if types:
+        for sizes in SIZE_CHOICES:
+            found = check_types(program, sizes)
+            if found is not None:
+                _fail(program, step, *found)
+
+
+Finding = tuple[fx.Node | None, str]
+
+
+def _fail(program: Program, step: str, node: fx.Node | None, message: str) -> None:
+    where = f" at {node.name}" if node is not None else ""
+    details = (format_around(program, node),) if node is not None else ()
+    raise GraftError("GC040", f"after {step}{where}: {message}", details=details)
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_function"
+
+
+def _sound(program: Program, store: Store) -> Finding | None:
+    try:
+        program.graph.lint()
+    except RuntimeError as error:
+        return None, f"the graph is not sound: {error}"
+    for node in program.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name not in store:
+            return node, f"{name} is not in the Store"
+        held, value = store.get(name), node.meta.get("val")
+        if not isinstance(value, Tensor) or value.dtype != held.dtype or tuple(value.shape) != tuple(held.shape):
+            return node, f"{name} is {held.dtype} {list(held.shape)} in the Store, the graph says otherwise"
+    return None
+
+
+def _interface(program: Program, store: Store) -> Finding | None:
+    names = tuple(str(node.target) for node in program.placeholders())
+    if names != program.signature:
+        return None, f"the inputs are {names}, they were {program.signature}"
+    computed = next((node for node in program.graph.nodes if _is_call(node)), None)
+    if computed is not None and any(node > computed for node in program.placeholders()):
+        return computed, "it stands in front of an input"
+    leaves = program.output_node.args[0]
+    assert isinstance(leaves, tuple)
+    if len(leaves) != len(program.outputs.names):
+        return program.output_node, f"{len(leaves)} outputs, there were {len(program.outputs.names)}"
+    return None
+
+
+def _effects(program: Program, store: Store) -> Finding | None:
+    return flaw(program.graph, program.mode, store.is_buffer)
+
+
+def _base_untouched(program: Program, store: Store) -> Finding | None:
+    names = SymbolNames(program)
+    origin = {edit.after: edit.before for edit in program.edits}
+    own = 0
+    for node in program.graph.nodes:
+        if not _is_call(node) or provenance(node) is not None:
+            continue
+        own += 1
+        expected = program.baseline.get(node.name)
+        if expected is None:
+            return node, "an inserted node says nothing of who inserted it"
+        if _fingerprint(node, names, origin) != expected:
+            return node, "a node of the base was changed"
+    if own != len(program.baseline):
+        present = {node.name for node in program.graph.nodes}
+        missing = [name for name in program.baseline if name not in present]
+        return None, f"nodes of the base are gone: {', '.join(missing[:3])}"
+    return None
+
+
+def _fingerprint(node: fx.Node, names: SymbolNames, origin: dict[fx.Node, fx.Node]) -> tuple[Any, ...]:
+    """Target and arguments, with every replacement traced back to what it replaced."""
+
+    def text(source: fx.Node) -> str:
+        while source in origin:
+            source = origin[source]
+        return source.name
+
+    arguments = literal(node.args, text, names), literal(dict(node.kwargs), text, names)
+    return (target_name(node.target), *arguments)
+
+
+def _edits_keep_types(program: Program, store: Store) -> Finding | None:
+    for edit in program.edits:
+        a, b = edit.before.meta["val"], edit.after.meta["val"]
+        same = a.dtype == b.dtype and len(a.shape) == len(b.shape)
+        if not same or any(expression(x) != expression(y) for x, y in zip(a.shape, b.shape, strict=True)):
+            return (
+                edit.after,
+                f"{edit.adaptation!r} replaced a {a.dtype} {list(a.shape)} by {b.dtype} {list(b.shape)}",
+            )
+    return None
+
+
+_RULES: tuple[Callable[[Program, Store], Finding | None], ...] = (
+    _sound,
+    _interface,
+    _base_untouched,
+    _edits_keep_types,
+    _effects,
+)
+
+_STOPS_GRADIENT = {aten.detach.default, aten.sym_size.int, aten.argmax.default}
+
+
+def _carries_gradient(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return node.target not in _STOPS_GRADIENT and any(
+        isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()) for v in values
+    )
+
+
+def reachable(program: Program) -> set[fx.Node]:
+    """Nodes from which a gradient path leads to an output."""
+    found: set[fx.Node] = set()
+    pending = [n for n in program.output_node.all_input_nodes if _carries_gradient(n)]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += [source for source in node.all_input_nodes if _carries_gradient(source)]
+    return found
+
+
+def _gradient_paths(program: Program, store: Store) -> None:
+    reached = reachable(program)
+    for node in program.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if store.is_adapter(name) and store.get(name).requires_grad and node not in reached:
+            raise GraftError(
+                "GC023",
+                f"{name} is trainable, but no gradient path leads from it to an output",
+                hint="leave the site out of the target, or use a model head that reads it",
+            )
+
+
+def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = False) -> Finding | None:
+    """Run the graph on the meta device with numbers for the symbols, and compare every type.
+
+    Args:
+        program: whose.
+        choice: numbers for the symbols.
+        strict: hold the base's own nodes to it as well, but for what depends on values.
+    """
+    numbers, assigned, ranges = count(), {}, _ranges(program)
+
+    def assign(symbol: str) -> int:
+        if symbol not in assigned:
+            # How many rows the data select is free, but graphs divide it by other sizes.
+            free = math.prod(choice) if symbol.startswith("u") else choice[next(numbers) % len(choice)]
+            low, high = ranges.get(symbol, (0, None))
+            free = free if free >= low else low + free
+            assigned[symbol] = free if high is None else min(free, high)
+        return assigned[symbol]
+
+    sizes = Sizes(assign)
+    meta = torch.device("meta")
+    values: dict[fx.Node, Any] = {}
+    known: dict[Any, Any] = {}
+
+    def concrete(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty(sizes.shape(value), dtype=value.dtype, device=meta)
+        if isinstance(value, list | tuple):
+            return tuple(concrete(v) for v in value)
+        return value if value is None or isinstance(value, bool | float) else sizes.size(value)
+
+    def number(value: Any) -> Any:
+        return sizes.size(value) if isinstance(value, torch.SymInt) else value
+
+    for node in program.graph.nodes:
+        if not _is_call(node):
+            if node.op != "output":
+                values[node] = concrete(node.meta["val"])
+            continue
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), values.__getitem__)
+        args, kwargs = fx.node.map_aggregate((args, kwargs), number)
+        if takes_device(node.target):
+            kwargs = {**kwargs, "device": meta}
+        expected = concrete(node.meta["val"])
+        key = (node.target, repr(_plain(args)), repr(_plain(kwargs)))
+        mixed = mixed_product(node.target, args)
+        if mixed and (strict or provenance(node) is not None):
+            return node, f"it multiplies {mixed}"
+        try:
+            # Identical layers make identical calls, and on the meta device a call's types are all there is to it.
+            if key not in known:
+                known[key] = node.target(*args, **kwargs)
+            values[node] = known[key]
+            if type(values[node]) is int and abs(values[node]) >= _LARGEST:
+                return node, "it gives a number without end"
+        except _REFUSALS as error:
+            if provenance(node) is not None or (strict and not _depends_on_values(node, error)):
+                return node, f"it does not run on the meta device: {error}"
+            values[node] = expected
+            continue
+        if _kind(values[node]) != _kind(expected):
+            return node, f"it gives {_plain(values[node])}, the graph says {_plain(expected)}"
+    return None
+
+
+def _ranges(program: Program) -> dict[str, tuple[int, int | None]]:
+    """The sizes that each symbol of the inputs may have."""
+    found: dict[str, tuple[int, int | None]] = {}
+    for node, spec in zip(program.placeholders(), program.inputs, strict=False):
+        value = node.meta["val"]
+        for size, bounds in zip(value.shape if isinstance(value, Tensor) else (), spec.ranges, strict=False):
+            found.setdefault(str(expression(size)), bounds)
+    return found
+
+
+def mixed_product(target: Any, args: Sequence[Any]) -> str:
+    """The types of a product whose factors differ in theirs, which kernels refuse and the meta device takes."""
+    if target not in _PRODUCTS:
+        return ""
+    dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) if len(dtypes) > 1 else ""
+
+
+_PRODUCTS = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "convolution")
+) | {getattr(torch.ops.aten, f"conv{n}d").default for n in (1, 2, 3)}
+_LARGEST = 2**63
+_REFUSALS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+def _depends_on_values(node: fx.Node, error: Exception) -> bool:
+    """Whether a call cannot be made on the meta device for no fault of its own."""
+    target = node.target
+    tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
+    return (
+        isinstance(error, NotImplementedError)
+        or torch.Tag.data_dependent_output in tags
+        or torch.Tag.dynamic_output_shape in tags
+    )
+
+
+def _kind(value: Any) -> Any:
+    """The type of a value: sizes count, numbers that are made of sizes by division and roots do not."""
+    return float if isinstance(value, float) else _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return (str(value.dtype), tuple(value.shape))
+    if isinstance(value, list | tuple):
+        return tuple(_plain(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value

@@ -1,0 +1,73 @@
+"""What methods with a pair of factors share: their sizes, their start, and a gate between them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.sites.sites import LinearSite
+from graftc.specs.errors.diagnostics import GraftError, Place
+
+aten = torch.ops.aten
+
+
+def check_rank(site: LinearSite, rank: int) -> None:
+    """Refuse a rank that a site has no use for.
+
+    Raises:
+        GraftError: GC020 when it exceeds ``min(in, out)``.
+    """
+    limit = min(site.in_features, site.out_features)
+    if rank > limit:
+        raise GraftError(
+            "GC020",
+            f"rank {rank} exceeds {site.key}, which is {site.out_features} x {site.in_features}",
+            place=Place(path="rank"),
+            hint=f"a rank of at most {limit} fits; leave smaller sites out, or use overrides where the method has them",
+        )
+
+
+def factors(build: Builder, site: LinearSite, rank: int, down: Initialiser, up: Initialiser) -> tuple[fx.Node, fx.Node]:
+    """``A: [..., rank, in]`` and ``B: [..., out, rank]`` in the site's dtype; experts lead."""
+    a = build.parameter("A", (*site.leading, rank, site.in_features), down, dtype=site.dtype)
+    b = build.parameter("B", (*site.leading, site.out_features, rank), up, dtype=site.dtype)
+    return a, b
+
+
+def gated(build: Builder, site: LinearSite, a: fx.Node, b: fx.Node, gate: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The factors of ``B diag(gate) A``: ``gate: [..., rank]`` goes into the smaller one, which works for every kind of
+    site, experts and convolutions included."""
+    if site.in_features < site.out_features:
+        column = build.call(aten.unsqueeze.default, gate, -1, part="gate")
+        return build.call(aten.mul.Tensor, a, column, part="gated"), b
+    row = build.call(aten.unsqueeze.default, gate, -2, part="gate")
+    return a, build.call(aten.mul.Tensor, b, row, part="gated")
+
+
+def added(weight: Tensor, b: Tensor, a: Tensor, scale: float = 1) -> Tensor:
+    """``weight + scale * b @ a`` for ``weight: [..., out, in]``; nothing else of its size is made beside the result."""
+    product = torch.addmm if weight.dim() == 2 else torch.baddbmm
+    return product(weight, b, a, alpha=scale)
+
+
+def uniform(tensor: Tensor, generator: torch.Generator) -> None:
+    """Uniform within ``1 / sqrt(in)``: Kaiming's bound at ``a = sqrt(5)``, the field's default."""
+    bound = 1 / math.sqrt(tensor.shape[-1])
+    tensor.uniform_(-bound, bound, generator=generator)
+
+
+def normal(deviation: float) -> Initialiser:
+    """Normal with mean 0."""
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.normal_(0, deviation, generator=generator)
+
+    return fill
+
+
+def zeros(tensor: Tensor, generator: torch.Generator) -> None:
+    """Zeros."""
+    tensor.zero_()

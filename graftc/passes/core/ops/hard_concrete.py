@@ -1,0 +1,175 @@
+"""The operator on a weight whose differences have gates: ``W' = W + z z_group w`` (hard concrete, arXiv:1712.01312).
+
+A gate is ``z = clip(sigmoid(log(u / (1 - u)) + alpha) (high - low) + low, 0, 1)`` with ``u`` uniform, or without its
+noise. The noise is a hash of an entry's number, keyed by a seed, so that parameters and the seed are all that is kept
+for the backward pass. All is worked out part by part: what lies between is never as large as the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.ops.hashing import hashed
+
+EDGE = 1e-4
+"""How far the noise stays from 0 and from 1."""
+
+_BITS = 23
+"""How many bits the noise has: in the middle of ``2**_BITS`` equal parts, which 32 bits hold exactly."""
+
+_PART, _LARGE_PART = 2**16, 2**24
+"""How many entries are worked out at a time, on a CPU, where they stay in the cache, and elsewhere."""
+
+_GROUP = -1
+"""The number of the group's noise; entries count from 0."""
+
+
+def noise(count: int, seed: Tensor, dtype: torch.dtype, start: int = 0) -> Tensor:
+    """``log(u / (1 - u))`` of entries ``start`` to ``start + count``, with ``u`` uniform in ``(EDGE, 1 - EDGE)``.
+
+    Args:
+        count: how many.
+        seed: ``int64[1]``; gives the device.
+        dtype: what it is worked out in.
+        start: the first entry's number. Numbers that are equal modulo ``2**32`` have the same noise.
+    """
+    first = (start + 2**31) % 2**32 - 2**31
+    numbers = torch.arange(count, device=seed.device, dtype=torch.int32) + first
+    bits = hashed(numbers, seed) & (2**_BITS - 1)
+    uniform: Tensor = bits.to(dtype).add_(0.5).mul_((1 - 2 * EDGE) / 2**_BITS).add_(EDGE)
+    return uniform.logit_()
+
+
+def _unclipped(alpha: Tensor, seed: Tensor | None, low: float, high: float, start: int = 0) -> Tensor:
+    """What is clipped to get the gates: a new tensor of ``alpha``'s shape."""
+    noisy = alpha if seed is None else alpha + noise(alpha.numel(), seed, alpha.dtype, start).view(alpha.shape)
+    return noisy.sigmoid().mul_(high - low).add_(low)
+
+
+def _slope(raw: Tensor, low: float, high: float) -> Tensor:
+    """The derivative of gates by alpha, from what is clipped: ``(high - low) s (1 - s)``, zero where it is clipped."""
+    return ((raw - low) * (high - raw) / (high - low)).masked_fill_((raw <= 0) | (raw >= 1), 0)
+
+
+def gated_weight_decomposed(
+    weight: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
+) -> Tensor:
+    """`gated_weight` in ATen."""
+    delta = _unclipped(alpha, seed, low, high).clamp(0, 1) * w
+    if group is not None:
+        delta = delta * _unclipped(group, seed, low, high, _GROUP).clamp(0, 1)
+    return (weight.to(w.dtype) + delta).to(weight.dtype)
+
+
+def _parts(size: int, device: torch.device) -> Iterator[slice]:
+    step = _PART if device.type == "cpu" else _LARGE_PART
+    return (slice(start, start + step) for start in range(0, size, step))
+
+
+@torch.library.custom_op("graftc::gated_weight", mutates_args=())
+def gated_weight(
+    weight: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
+) -> Tensor:
+    """``weight + z z_group w``, where gates ``z`` follow from ``alpha``, and ``z_group`` from ``group``.
+
+    Args:
+        weight: any shape.
+        w: differences, of the weight's shape, in a dtype at least as wide, which all is worked out in.
+        alpha: where the gates are, like ``w``.
+        group: ``[1]`` in the dtype of ``w``: one more gate, of all entries; None for none.
+        seed: ``int64[1]``, drawn in the graph, so that each forward pass has its own and recomputation the same one;
+            None for gates without noise.
+        low: what gates are stretched to before they are clipped, below 0.
+        high: likewise, above 1.
+
+    Returns:
+        A contiguous tensor of the weight's shape and dtype, each entry rounded once, also under autocast.
+    """
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    source, filled = weight.reshape(-1), result.view(-1)
+    differences, places = w.reshape(-1), alpha.reshape(-1)
+    outer = None if group is None else _unclipped(group, seed, low, high, _GROUP).clamp_(0, 1)
+    for part in _parts(w.numel(), w.device):
+        delta = _unclipped(places[part], seed, low, high, part.start).clamp_(0, 1).mul_(differences[part])
+        if outer is not None:
+            delta.mul_(outer)
+        filled[part] = delta.add_(source[part])
+    return result
+
+
+@gated_weight.register_fake
+def _(
+    weight: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
+) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("graftc::gated_gradients", mutates_args=())
+def gated_gradients(
+    grad: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``w``, ``alpha`` and ``group`` from that of `gated_weight`'s result.
+
+    Args:
+        grad: of the result's shape.
+        w: as for `gated_weight`, as are all others.
+
+    Returns:
+        ``g z z_group``, ``g w z_group dz/dalpha`` and the sum of ``g w z dz_group/dgroup``, like what they are of; the
+        last has no entries without a group. A gate that is clipped has none.
+    """
+    grad_w = torch.empty_like(w, memory_format=torch.contiguous_format)
+    grad_alpha = torch.empty_like(alpha, memory_format=torch.contiguous_format)
+    into_w, into_alpha = grad_w.view(-1), grad_alpha.view(-1)
+    coming, differences, places = grad.reshape(-1), w.reshape(-1), alpha.reshape(-1)
+    raw_outer = None if group is None else _unclipped(group, seed, low, high, _GROUP)
+    outer = None if raw_outer is None else raw_outer.clamp(0, 1)
+    total = w.new_zeros(1 if group is not None else 0)
+    for part in _parts(w.numel(), w.device):
+        raw = _unclipped(places[part], seed, low, high, part.start)
+        own = coming[part].to(w.dtype)
+        slope = _slope(raw, low, high).mul_(own).mul_(differences[part])
+        own = own * raw.clamp_(0, 1)
+        if outer is not None:
+            total += torch.dot(own, differences[part])
+            own.mul_(outer)
+            slope.mul_(outer)
+        into_w[part] = own
+        into_alpha[part] = slope
+    return grad_w, grad_alpha, total if raw_outer is None else total.mul_(_slope(raw_outer, low, high))
+
+
+@gated_gradients.register_fake
+def _(
+    grad: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    like_w, like_alpha = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (w, alpha))
+    return like_w, like_alpha, w.new_empty(1 if group is not None else 0)
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", float, float]
+
+
+def _setup(ctx: Any, inputs: Inputs, output: Tensor) -> None:
+    _, w, alpha, group, seed, ctx.low, ctx.high = inputs
+    ctx.save_for_backward(w, alpha, group, seed)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    w, alpha, group, seed = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    own: tuple[Tensor | None, ...] = (None, None, None)
+    if any(needs[1:4]):
+        found = torch.ops.graftc.gated_gradients(grad, w, alpha, group, seed, ctx.low, ctx.high)
+        own = tuple(value if need else None for value, need in zip(found, needs[1:4], strict=True))
+    return grad if needs[0] else None, *own, None, None, None
+
+
+gated_weight.register_autograd(_backward, setup_context=_setup)
+
+DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {torch.ops.graftc.gated_weight.default: gated_weight_decomposed}
+"""ATen forms by operator: what exports write instead."""

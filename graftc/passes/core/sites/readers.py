@@ -1,0 +1,73 @@
+"""Readers: which use of a stored weight a call is."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from graftc.passes.core.sites.calls import Operands, is_grouped, op_name, products
+from graftc.passes.core.sites.uses import Dense, Experts, Kernel, Left, Lookup, Use
+from graftc.passes.core.sites.views import View, view_of
+from graftc.passes.core.weights.weight_slice import Layout
+
+
+def linear_use(node: fx.Node) -> Use | None:
+    """What ``node`` computes from a stored weight, or None where it is no linear map or its weight is more than a
+    view of a stored tensor."""
+    if node.op != "call_function" or getattr(node.target, "_overloadname", "default") not in ("default", "padding"):
+        return None
+    name = op_name(node)
+    if name == "embedding":
+        return _embedding(node)
+    if name in ("conv1d", "conv2d", "conv3d"):
+        return _conv(node)
+    found = (_product(node, operands) for operands in products(node)) if not node.kwargs else ()
+    return next((use for use in found if use is not None), None)
+
+
+def _product(node: fx.Node, operands: Operands) -> Use | None:
+    """A product of a value with a matrix, or with one matrix per expert."""
+    given = operands.given(node)
+    if given is None:
+        return None
+    data, operand = given
+    view = view_of(operand)
+    if view is None or view_of(data) is not None:
+        return None
+    at = operands.data, operands.weight
+    if view.source.meta["val"].dim() == 3:  # the operand picks experts and swaps the matrix axes, nothing else
+        stack = None if operands.flipped else view.matrices(out_first=operands.out_first)
+        return None if stack is None else Experts(node, stack, None, *at, output=node, view=view)
+    bias = node.args[operands.bias] if operands.bias is not None and len(node.args) > operands.bias else None
+    weight = view.matrix(out_axis=0 if operands.out_first else 1)
+    if weight is None or is_grouped(node) or (bias is not None and not isinstance(bias, fx.Node)):
+        return None
+    addend = None
+    if isinstance(bias, fx.Node):
+        held = view_of(bias)
+        addend = None if held is None else held.vector()
+        if addend is None or addend != weight.companion(addend.tensor):
+            return None
+    if operands.flipped and data.meta["val"].dim() < 2:
+        return None
+    made = Left if operands.flipped else Dense
+    return made(node, weight, addend, *at, output=node)
+
+
+def _conv(node: fx.Node) -> Use | None:
+    x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
+    view = view_of(weight)
+    if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)) or view is None or not view.is_whole():
+        return None
+    if x.meta["val"].dim() != weight.meta["val"].dim():
+        return None
+    if not (bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")):
+        return None
+    kernel = view.slice(Layout.KERNEL)
+    return Kernel(node, kernel, None if bias is None else kernel.companion(str(bias.target)), 0, 1, output=node)
+
+
+def _embedding(node: fx.Node) -> Use | None:
+    table, indices = node.args[:2]
+    if not (isinstance(table, fx.Node) and table.op == "get_attr" and isinstance(indices, fx.Node)):
+        return None
+    return Lookup(node, View((table,)).slice(Layout.COLUMNS), None, 1, 0, output=node)

@@ -1,0 +1,337 @@
+"""Uses: what one call computes from a stored weight, and how another weight of the same inputs is applied there.
+
+Every use is a linear map ``y = W x + b`` over the rows and columns of its *oriented* weight ``[..., out, in]``,
+whatever operator computes it and however the tensor is stored: a product, a convolution (``in`` counts the entries
+of a patch), one matrix per expert (a leading axis), a look-up in a table (the map of a one-hot vector).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.ir.shapes import Sizes
+from graftc.passes.core.sites.views import View
+from graftc.passes.core.weights.weight_slice import WeightSlice
+
+aten = torch.ops.aten
+Call = Callable[..., fx.Node]
+"""Inserts a call: `Builder.call`."""
+
+_ALIGNMENT = 16
+"""Bytes that a row's length is a multiple of in grouped products."""
+
+PROBES = 16
+"""How many random inputs probe a map."""
+
+
+@dataclass(eq=False)
+class Use(ABC):
+    """One use of a weight in one Program.
+
+    Attributes:
+        node: the base's own call.
+        weight: the rows of the stored weight that the output's columns are, in order.
+        bias: the same of the bias; None where there is none.
+        input_index: which argument of `node` is the input.
+        weight_index: which argument of `node` the weight arrives at.
+        output: the node that stands for the result now, after the edits so far.
+    """
+
+    node: fx.Node
+    weight: WeightSlice
+    bias: WeightSlice | None
+    input_index: int
+    weight_index: int
+    output: fx.Node
+
+    axis = -1
+    """Which axis of the output counts its columns."""
+
+    @property
+    def grouped(self) -> bool:
+        """Whether each column sees a group of inputs only, so that columns cannot be computed a few at a time."""
+        return False
+
+    @property
+    def input_axis(self) -> int | None:
+        """Which axis of the input counts the weight's columns; None where these are no entries of it."""
+        return self.axis
+
+    @property
+    def input(self) -> fx.Node:
+        """What the map reads now."""
+        source = self.node.args[self.input_index]
+        assert isinstance(source, fx.Node)
+        return source
+
+    @property
+    def addend(self) -> fx.Node | None:
+        """What the call itself adds to its product, in the output's layout, beside a bias that the Store holds."""
+        return None
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Sizes of the weight's axes before ``out`` and ``in``: the number of experts, or nothing."""
+        return self.weight.leading
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.weight.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Columns of the output."""
+        return self.weight.count
+
+    @abstractmethod
+    def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
+        """``weight: [..., k, in]`` applied to ``x`` as the use applies its own: ``[..., k]``, columns last."""
+
+    def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
+        """``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., k, rank]``, as ``[..., k]``."""
+        hidden = _scaled(call, self.map(call, x, a, "down"), scale)
+        return self.widen(call, hidden, b)
+
+    def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
+        """``b`` applied to what `map` gave."""
+        return call(aten.linear.default, hidden, b, part="up")
+
+    def per_row(self, call: Call, x: fx.Node, value: fx.Node) -> fx.Node:
+        """``value: [..., rows]``, one for each row of the weight, as it meets ``[..., rows]`` of the output: it
+        broadcasts there."""
+        return value
+
+    def columns_last(self, call: Call, value: fx.Node) -> fx.Node:
+        """A value in the output's layout as ``[..., columns]``."""
+        return value
+
+    def columns_home(self, call: Call, value: fx.Node) -> fx.Node:
+        """The way back from `columns_last`."""
+        return value
+
+    @abstractmethod
+    def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+        """Random values, float64, for everything that the call reads from the data."""
+
+
+class Dense(Use):
+    """A product with a matrix."""
+
+    def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
+        """See `Use.map`."""
+        return call(aten.linear.default, x, weight, part=part)
+
+    def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+        """See `Use.probe`."""
+        leading = (1,) * (self.input.meta["val"].dim() - 2)
+        return {self.input: torch.randn(*leading, PROBES, self.in_features, generator=generator, dtype=torch.float64)}
+
+
+class Left(Use):
+    """A product with a matrix that stands before its input: the columns of the result are its rows."""
+
+    axis = -2
+
+    def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
+        """See `Use.map`. What product torch picks for other strides depends on whether the weight wants a gradient."""
+        rows = call(aten.contiguous.default, self.columns_last(call, x), part=part)
+        return call(aten.linear.default, rows, weight, part=part)
+
+    def columns_last(self, call: Call, value: fx.Node) -> fx.Node:
+        """See `Use.columns_last`."""
+        return call(aten.transpose.int, value, -1, -2, part="columns last")
+
+    def columns_home(self, call: Call, value: fx.Node) -> fx.Node:
+        """See `Use.columns_home`."""
+        return call(aten.transpose.int, value, -1, -2, part="columns home")
+
+    def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+        """See `Use.probe`."""
+        leading = (1,) * (self.input.meta["val"].dim() - 2)
+        return {self.input: torch.randn(*leading, self.in_features, PROBES, generator=generator, dtype=torch.float64)}
+
+
+class Kernel(Use):
+    """A convolution: the map of a patch, at every place."""
+
+    axis = 1
+
+    @property
+    def input_axis(self) -> int | None:
+        """See `Use.input_axis`. A column is a channel where a patch is a single point."""
+        return 1 if self.groups == 1 and math.prod(self._kernel[1:]) == 1 else None
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels that do not meet."""
+        return int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[arg-type]
+
+    @property
+    def grouped(self) -> bool:
+        """See `Use.grouped`."""
+        return self.groups > 1
+
+    @property
+    def _kernel(self) -> tuple[int, ...]:
+        """Channels of a group, and sizes."""
+        return self.weight.shape[1:]
+
+    def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
+        """See `Use.map`."""
+        kernel = self.weight.restore(call, weight, part)
+        found = call(self.node.target, x, kernel, None, *self.node.args[3:], part=part)
+        return self.columns_last(call, found)
+
+    def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
+        """See `Use.low_rank`. With groups the factors are multiplied first: they meet every group alike."""
+        if self.groups == 1:
+            return super().low_rank(call, x, a, b, scale)
+        product = call(aten.matmul.default, _scaled(call, b, scale), a, part="product")
+        return self.map(call, x, product, "up")
+
+    def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
+        """See `Use.widen`. Where the hidden values are not contiguous, torch multiplies a factor that wants a gradient
+        another way than one that does not, and equal factors would not cancel to the bit."""
+        return super().widen(call, call(aten.contiguous.default, hidden, part="contiguous"), b)
+
+    def columns_last(self, call: Call, value: fx.Node) -> fx.Node:
+        """See `Use.columns_last`."""
+        return call(aten.movedim.int, value, 1, -1, part="channels last")
+
+    def columns_home(self, call: Call, value: fx.Node) -> fx.Node:
+        """See `Use.columns_home`."""
+        return call(aten.movedim.int, value, -1, 1, part="channels first")
+
+    def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+        """See `Use.probe`."""
+        dims = len(self._kernel) - 1
+        stride, dilation = (_spread(self._setting(i, 1), dims) for i in (3, 5))
+        sizes = [d * (k - 1) + 1 + 3 * s for k, s, d in zip(self._kernel[1:], stride, dilation, strict=True)]
+        channels = self._kernel[0] * self.groups
+        return {self.input: torch.randn(2, channels, *sizes, generator=generator, dtype=torch.float64)}
+
+    def _setting(self, index: int, default: Any) -> Any:
+        return self.node.args[index] if len(self.node.args) > index else default
+
+
+@dataclass(eq=False)
+class Experts(Use):
+    """A product with one matrix per expert.
+
+    Attributes:
+        view: how the operand is made from the stored tensor: which experts are picked, in which order of axes.
+    """
+
+    view: View | None = None
+
+    def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
+        """See `Use.map`."""
+        rows = int(weight.meta["val"].shape[-2])
+        weight = self._aligned(call, self._aligned(call, weight, -1, part), -2, part)
+        found = self._product(call, self._aligned(call, x, -1, part), weight, part)
+        return found if found.meta["val"].shape[-1] == rows else call(aten.slice.Tensor, found, -1, 0, rows, part=part)
+
+    def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
+        """See `Use.low_rank`."""
+        return super().low_rank(call, x, self._aligned(call, a, -2, "down"), self._aligned(call, b, -1, "up"), scale)
+
+    def _aligned(self, call: Call, value: fx.Node, axis: int, part: str) -> fx.Node:
+        """A value with zeros behind an axis, where the kernel wants rows of 16 bytes and the axis counts others."""
+        held = value.meta["val"]
+        unit = _ALIGNMENT // held.element_size() if self.node.target is aten._grouped_mm.default else 1
+        missing = -held.shape[axis] % unit
+        if not missing:
+            return value
+        return call(aten.constant_pad_nd.default, value, [0, 0] * (-axis - 1) + [0, missing], part=part)
+
+    def _product(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
+        assert self.view is not None
+        stored = self.weight.restore(call, weight, part)
+        operand = self.view.replay(lambda target, *args: call(target, *args, part=part), stored)
+        if self.node.target is aten.baddbmm.default:
+            return call(aten.bmm.default, x, operand, part=part)
+        if self.node.target is aten.linear.default:
+            return call(aten.linear.default, x, operand, part=part)
+        rest = self.node.args[self.weight_index + 1 :]
+        return call(self.node.target, x, operand, *rest, part=part)
+
+    def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
+        """See `Use.widen`."""
+        return self.map(call, hidden, b, "up")
+
+    @property
+    def addend(self) -> fx.Node | None:
+        """See `Use.addend`."""
+        found = self.node.args[0] if self.node.target is aten.baddbmm.default else None
+        return found if isinstance(found, fx.Node) else None
+
+    def per_row(self, call: Call, x: fx.Node, value: fx.Node) -> fx.Node:
+        """See `Use.per_row`. The call alone knows which expert a row of the output is from, so it multiplies the values
+        by ones. More than one of them, since kernels want rows of 16 bytes."""
+        dtype = x.meta["val"].dtype
+        if value.meta["val"].dtype != dtype:
+            value = call(aten.to.dtype, value, dtype, part="per expert")
+        width = min(8, self.in_features)
+        ones = call(aten.ones_like.default, call(aten.slice.Tensor, x, -1, 0, width, part="ones"), part="ones")
+        column = call(aten.unsqueeze.default, value, -1, part="per expert")
+        padded = call(aten.constant_pad_nd.default, column, [0, width - 1], part="per expert")
+        return self.map(call, ones, padded, "per expert")
+
+    def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+        """See `Use.probe`. Rows are shared out evenly among the experts where the call counts them."""
+        sizes = Sizes(lambda symbol: PROBES)
+        values: dict[fx.Node, Tensor] = {}
+        for node in self._data():
+            value = node.meta["val"]
+            shape = sizes.shape(value)
+            if value.is_floating_point():
+                values[node] = torch.randn(shape, generator=generator, dtype=torch.float64)
+            elif node in self.node.args:
+                rows = sizes.size(self.input.meta["val"].shape[0])
+                ends = torch.arange(1, shape[0] + 1) * rows // shape[0]
+                values[node] = ends.to(value.dtype)
+            else:
+                values[node] = torch.randint(0, self.leading[0], shape, generator=generator, dtype=value.dtype)
+        return values
+
+    def _data(self) -> list[fx.Node]:
+        picked = self.view.others if self.view is not None else ()
+        own = [n for i, n in enumerate(self.node.args) if isinstance(n, fx.Node) and i != self.weight_index]
+        return [n for n in (*own, *picked) if isinstance(n.meta["val"], Tensor)]
+
+
+class Lookup(Use):
+    """Rows of a table: the map of a one-hot vector, whose columns are the table's rows."""
+
+    @property
+    def input_axis(self) -> int | None:
+        """See `Use.input_axis`."""
+        return None
+
+    def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
+        """See `Use.map`."""
+        table = call(aten.t.default, weight, part=part)
+        return call(aten.embedding.default, table, x, *self.node.args[2:3], part=part)
+
+    def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+        """See `Use.probe`."""
+        shape = (1,) * (self.input.meta["val"].dim() - 1)
+        count = self.in_features if self.in_features * self.out_features <= 2**26 else 2**12
+        return {self.input: torch.randperm(self.in_features, generator=generator)[:count].reshape(*shape, -1)}
+
+
+def _scaled(call: Call, node: fx.Node, scale: float) -> fx.Node:
+    return node if scale == 1 else call(aten.mul.Tensor, node, scale, part="scale")
+
+
+def _spread(setting: Any, dims: int) -> list[int]:
+    values = list(setting) if isinstance(setting, list | tuple) else [setting]
+    return values * dims if len(values) == 1 else values

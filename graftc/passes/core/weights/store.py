@@ -1,0 +1,304 @@
+"""The one place where tensors live: a module tree that mirrors the source model.
+
+Programs name tensors and own none. Base tensors share storage with the source model and are never written;
+adapter tensors live under their site's module path, ``<module path>.graftc.<adaptation>.<part>``, or at the
+root, ``graftc.<adaptation>.<part>``, when several sites share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftc.passes.core.weights.containers import OWN, RESERVED, SOURCE, C, Container
+from graftc.passes.core.weights.sharding import gathered
+from graftc.specs.errors.diagnostics import GraftError
+
+
+def _adopt(module: nn.Module, old: nn.Module) -> None:
+    module._parameters.update(old._parameters)
+    module._buffers.update(old._buffers)
+    module._non_persistent_buffers_set |= old._non_persistent_buffers_set
+    module._modules.update(old._modules)
+
+
+def _register(container: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
+    """Put a tensor into a container, by whatever name: PyTorch refuses those that are attributes of a module."""
+    if isinstance(tensor, nn.Parameter):
+        container._parameters[name] = tensor
+        return
+    container._buffers[name] = tensor
+    (set.discard if persistent else set.add)(container._non_persistent_buffers_set, name)
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    """Whatever has a name in a model."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        yield path
+        yield from (f"{path}.{name}".lstrip(".") for name in (*module._parameters, *module._buffers))
+
+
+__all__ = ["RESERVED", "Store"]
+
+
+class Store:
+    """Named tensors of one Compilation.
+
+    Args:
+        root: module whose tree holds the tensors; an empty `Container` by default.
+
+    Attributes:
+        aliases: tied names, each to the name that owns the tensor.
+        constants: names of tensors that graphs mention beside the source model's own.
+        settled: names of kept buffers that graphs were made by, so that other values do not fit.
+        updated: names of base tensors that graphs write to, each to the name of what it is in the source model.
+    """
+
+    def __init__(self, root: nn.Module | None = None) -> None:
+        self.root: nn.Module = root if root is not None else Container()
+        self.aliases: dict[str, str] = {}
+        self.constants: set[str] = set()
+        self.settled: set[str] = set()
+        self.updated: dict[str, str] = {}
+
+    @classmethod
+    def mirror(cls, model: nn.Module) -> Store:
+        """Mirror the parameters and buffers of ``model``, sharing their storage.
+
+        Parameters are frozen copies of the handles (``requires_grad=False``), so that freezing never reaches the
+        caller's model. Tied tensors stay one tensor: the first name owns it, the others are recorded in
+        `aliases` (alias to owner).
+
+        Raises:
+            GraftError: GC030 for a model that has something called ``graftc``.
+        """
+        store = cls()
+        taken = [name for name in _names(model) if not {RESERVED, OWN}.isdisjoint(name.split("."))]
+        if taken:
+            message = f"{type(model).__name__} has a {taken[0]!r}, and graftc keeps {RESERVED!r} and {OWN!r} for itself"
+            raise GraftError("GC030", message, hint="give it another name in the model's code")
+        seen: dict[int, tuple[str, torch.Tensor]] = {}
+        store.shape(model)
+        for path, module in model.named_modules(remove_duplicate=False):
+            container = store.container(path)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    store._mirror(container, path, name, parameter, seen, persistent=True)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    persistent = name not in module._non_persistent_buffers_set
+                    store._mirror(container, path, name, buffer, seen, persistent=persistent)
+        return store
+
+    def shape(self, model: nn.Module) -> None:
+        """Make containers like the modules of a model, below the root."""
+        for path, module in model.named_modules(remove_duplicate=False):
+            parent, _, name = path.rpartition(".")
+            if path and self.owner(parent)._modules.get(name) is None:
+                self.owner(parent)._modules[name] = Container.like(module)
+
+    def _mirror(
+        self,
+        container: nn.Module,
+        path: str,
+        name: str,
+        tensor: torch.Tensor,
+        seen: dict[int, tuple[str, torch.Tensor]],
+        *,
+        persistent: bool,
+    ) -> None:
+        fqn = f"{path}.{name}" if path else name
+        if id(tensor) in seen:
+            owner, handle = seen[id(tensor)]
+            if owner != fqn:
+                self.aliases[fqn] = owner
+        else:
+            detached = tensor.detach()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            handle = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
+            seen[id(tensor)] = (fqn, handle)
+        _register(container, name, handle, persistent=persistent)
+
+    def container(self, path: str) -> nn.Module:
+        """The container at ``path``, made where there is none: some layers hold no tensor."""
+        module = self.root
+        for segment in path.split(".") if path else ():
+            child = module._modules.get(segment)
+            if child is None:
+                child = module._modules[segment] = Container()
+            module = child
+        return module
+
+    def owner(self, path: str) -> nn.Module:
+        """The container at ``path`` (``""`` is the root); `KeyError` where there is none."""
+        module = self.root
+        for segment in path.split(".") if path else ():
+            child = module._modules.get(segment)
+            if child is None:
+                raise KeyError(path)
+            module = child
+        return module
+
+    def replace_container(self, path: str, kind: type[C]) -> C:
+        """Put a container of another kind at ``path``; it adopts all that the one there held."""
+        old = self.owner(path)
+        made = kind.like(old)
+        _adopt(made, old)
+        parent, _, name = path.rpartition(".")
+        self.owner(parent)._modules[name] = made
+        return made
+
+    def rehome(self, root: nn.Module) -> None:
+        """Make ``root`` the root of the tree: it adopts the tensors and containers of the old root."""
+        _adopt(root, self.root)
+        self.root = root
+
+    def __contains__(self, fqn: str) -> bool:
+        path, _, name = fqn.rpartition(".")
+        try:
+            owner = self.owner(path)
+        except KeyError:
+            return False
+        return owner._parameters.get(name) is not None or owner._buffers.get(name) is not None
+
+    def get(self, fqn: str) -> torch.Tensor:
+        """The tensor called ``fqn``; `KeyError` where there is none."""
+        path, _, name = fqn.rpartition(".")
+        owner = self.owner(path)
+        tensor: torch.Tensor | None = owner._parameters.get(name)
+        if tensor is None:
+            tensor = owner._buffers.get(name)
+        if tensor is None:
+            raise KeyError(fqn)
+        return tensor
+
+    def full(self, fqn: str) -> torch.Tensor:
+        """The whole value of the tensor called ``fqn``, detached, also where it is sharded over processes: then all of
+        them have to ask. `KeyError` where there is none."""
+        return gathered(self.get(fqn))
+
+    def is_buffer(self, fqn: str) -> bool:
+        """Whether the tensor called ``fqn`` is no parameter; `KeyError` where there is none."""
+        return not isinstance(self.get(fqn), nn.Parameter)
+
+    def add_parameter(self, fqn: str, tensor: torch.Tensor, *, trainable: bool) -> None:
+        """Add an adapter tensor. Raises `KeyError` when the name is taken."""
+        if fqn in self:
+            raise KeyError(f"{fqn} exists")
+        path, _, name = fqn.rpartition(".")
+        _register(self.container(path), name, nn.Parameter(tensor, requires_grad=trainable))
+
+    def add_buffer(self, fqn: str, tensor: torch.Tensor, *, persistent: bool) -> None:
+        """Add a constant. Raises `KeyError` when the name is taken."""
+        if fqn in self:
+            raise KeyError(f"{fqn} exists")
+        path, _, name = fqn.rpartition(".")
+        _register(self.container(path), name, tensor, persistent=persistent)
+
+    def add_constant(self, fqn: str, tensor: torch.Tensor) -> None:
+        """Add a tensor that the source model made while it was captured; a known name is passed over."""
+        if fqn not in self:
+            self.add_buffer(fqn, tensor, persistent=False)
+            self.constants.add(fqn)
+
+    def drop_constant(self, fqn: str) -> None:
+        """Take out what `add_constant` added."""
+        path, _, name = fqn.rpartition(".")
+        del self.owner(path)._buffers[name]
+        self.constants.discard(fqn)
+
+    def own(self, name: str, value: torch.Tensor | None = None) -> None:
+        """Make a base tensor one's own that graphs write to, so that the source model's never changes. The source
+        model's is still there, under a name of graftc's.
+
+        Args:
+            name: of a tensor, under any of its names; one that is owned already is passed over.
+            value: what it has instead of the source model's value.
+        """
+        name = self.canonical(name)
+        if name in self.updated or name in self.constants:
+            return
+        source = self.get(name)
+        self._require_alone(name, source)
+        own = (source if value is None else value.to(source)).detach().clone()
+        path, _, last = name.rpartition(".")
+        self.updated[name] = f"{path}.{RESERVED}.{SOURCE}.{last}".lstrip(".")
+        _register(self.container(self.updated[name].rpartition(".")[0]), last, source.detach(), persistent=False)
+        made = nn.Parameter(own, requires_grad=False) if isinstance(source, nn.Parameter) else own
+        for alias in (name, *self.tied(name)):
+            owner = self.owner(alias.rpartition(".")[0])
+            table: dict[str, Any] = owner._parameters if isinstance(source, nn.Parameter) else owner._buffers
+            table[alias.rpartition(".")[2]] = made
+
+    def _require_alone(self, name: str, source: torch.Tensor) -> None:
+        """Refuse a tensor that shares memory with another one: of two copies, only one would be written to."""
+        begin, end = _memory(source)
+        for other, tensor in self.base():
+            first, last = _memory(tensor)
+            if other != name and first < end and begin < last:
+                message = f"the model writes to {name}, which shares memory with {other}"
+                raise GraftError("GC030", message, hint="give each buffer memory of its own")
+
+    def alias(self, name: str, owner: str) -> None:
+        """Give the tensor called ``owner`` another name."""
+        tensor = self.get(owner)
+        path, _, last = name.rpartition(".")
+        _register(self.container(path), last, tensor)
+        self.aliases[name] = owner
+
+    def canonical(self, fqn: str) -> str:
+        """The name that owns the tensor called ``fqn``: itself, or the first of its tied names."""
+        return self.aliases.get(fqn, fqn)
+
+    def tied(self, fqn: str) -> tuple[str, ...]:
+        """The other names of the tensor called ``fqn``."""
+        owner = self.canonical(fqn)
+        names = [owner, *(alias for alias, target in self.aliases.items() if target == owner)]
+        return tuple(name for name in names if name != fqn) if len(names) > 1 else ()
+
+    @staticmethod
+    def is_adapter(fqn: str) -> bool:
+        """Whether graftc added the tensor called ``fqn``."""
+        return RESERVED in fqn.split(".")
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every name with its tensor, tied names included, in the order of the source model."""
+        yield from self.root.named_parameters(remove_duplicate=False)
+        yield from self.root.named_buffers(remove_duplicate=False)
+
+    def base(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Base tensors by owning name (tied names once)."""
+        for name, tensor in self.tensors():
+            if not self.is_adapter(name) and name not in self.aliases:
+                yield name, tensor
+
+    def device(self, module: str = "") -> torch.device:
+        """Where the first base tensor in a module is, or the first of all; ``cpu`` where there is none."""
+        for path in dict.fromkeys((module, "")):
+            try:
+                owner = self.owner(path)
+            except KeyError:
+                continue
+            prefix = f"{path}." if path else ""
+            for named in (owner.named_parameters, owner.named_buffers):
+                for name, tensor in named():
+                    if not self.is_adapter(prefix + name):
+                        return tensor.device
+        return torch.device("cpu")
+
+    def adapters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors that graftc added, frozen ones included."""
+        for name, tensor in self.tensors():
+            if self.is_adapter(name):
+                yield name, tensor
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes in memory from a tensor's first element to its last; none on the meta device."""
+    if tensor.device.type == "meta" or tensor.layout != torch.strided or not tensor.numel():
+        return 0, 0
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()

@@ -1,0 +1,320 @@
+"""Weight slices: rows of a stored weight, and the only way between what the Store holds and what a map multiplies by.
+
+A map is seen as ``[..., rows, in]`` whatever the Store holds: that matrix is the *operand*. How it is made of the
+stored tensor is said here alone, by `WeightSlice.operand` and `WeightSlice.put_operand` for values and by
+`WeightSlice.read_operand` and `WeightSlice.restore` for nodes. A weight that is stored in another way, packed codes
+with scales, is one more `Layout` that these four methods know.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.weights import runs
+from graftc.passes.core.weights.runs import Emit, Index, Runs
+
+aten = torch.ops.aten
+SMALL = 2**31
+"""Tensors with fewer entries than this number them in 32 bits."""
+
+
+class Layout(StrEnum):
+    """How the Store holds a weight that is seen as ``[..., out, in]``."""
+
+    ROWS = "rows"
+    """As it is seen."""
+    COLUMNS = "columns"
+    """The last two axes swapped: ``[..., in, out]``."""
+    KERNEL = "kernel"
+    """A convolution's ``[out, in, *kernel]``; its columns are the entries of a patch."""
+    PLAIN = "plain"
+    """No matrix: a tensor that is replaced as it is, along its first axis."""
+
+
+@dataclass(frozen=True)
+class WeightSlice:
+    """Some rows of a stored weight.
+
+    Two slices are equal where name, shape, layout and rows are; `as_stored` has the same form for the same entries.
+
+    Attributes:
+        tensor: its Store name.
+        shape: its sizes as it is stored.
+        layout: how it is made a matrix.
+        rows: which rows of that matrix, as ascending half-open runs; None is all of them. Without a matrix, they are
+            counted along the first axis.
+
+    Raises:
+        ValueError: runs that are not ascending, or beyond the last row.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    layout: Layout = Layout.PLAIN
+    rows: Runs | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if self.rows is None:
+            return
+        edges = [edge for run in self.rows for edge in run]
+        if not all(a <= b for a, b in zip([0, *edges], [*edges, self.total], strict=True)):
+            raise ValueError(f"{self.rows} are no ascending runs of the {self.total} rows of {self.tensor}")
+        found = runs.joined(self.rows)
+        object.__setattr__(self, "rows", None if found == ((0, self.total),) else found)
+
+    @classmethod
+    def every(cls, tensor: str, held: Tensor) -> WeightSlice:
+        """All of a stored tensor."""
+        return cls(tensor, tuple(held.shape))
+
+    # --- which ---------------------------------------------------------------------------------------------
+
+    @property
+    def axis(self) -> int:
+        """Which axis of the stored tensor counts the rows, from 0."""
+        back = {Layout.ROWS: 2, Layout.COLUMNS: 1}.get(self.layout)
+        return 0 if back is None else len(self.shape) - back
+
+    @property
+    def total(self) -> int:
+        """How many rows the whole weight has; a number that stands alone is one."""
+        return self.shape[self.axis] if self.shape else 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all rows."""
+        return self.rows is None
+
+    @property
+    def spans(self) -> Runs:
+        """The runs, spelled out where these are all rows."""
+        return ((0, self.total),) if self.rows is None else self.rows
+
+    @property
+    def count(self) -> int:
+        """How many rows these are."""
+        return sum(end - start for start, end in self.spans)
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The sizes of what `take` gives."""
+        return tuple(self.count if axis == self.axis else size for axis, size in enumerate(self.shape))
+
+    @property
+    def size(self) -> int:
+        """How many entries these are."""
+        return math.prod(self.own_shape)
+
+    @property
+    def numel(self) -> int:
+        """Entries of the whole tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Sizes of the operand's axes before rows and columns: the number of experts, or nothing."""
+        return self.shape[:-2] if self.layout in (Layout.ROWS, Layout.COLUMNS) else ()
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the operand."""
+        back = {Layout.ROWS: 1, Layout.COLUMNS: 2}.get(self.layout)
+        return math.prod(self.shape[1:]) if back is None else self.shape[-back]
+
+    @property
+    def part(self) -> str:
+        """What the tensor is called within its module."""
+        return self.tensor.rpartition(".")[2]
+
+    @property
+    def as_stored(self) -> WeightSlice:
+        """The same entries, of a tensor that is no matrix wherever its first axis counts them: what two readers that
+        see a tensor in two ways compare."""
+        return replace(self, layout=Layout.PLAIN) if self.whole or self.axis == 0 else self
+
+    def at(self, rows: Runs | None) -> WeightSlice:
+        """Other rows of the same weight."""
+        return replace(self, rows=rows)
+
+    def picked(self, numbers: Tensor) -> WeightSlice:
+        """The rows of these numbers, ascending, of the same weight."""
+        return self.at(runs.runs_of(numbers))
+
+    def companion(self, tensor: str) -> WeightSlice:
+        """The entries of a vector that has one for each row: a bias."""
+        return WeightSlice(tensor, (self.total,), Layout.PLAIN, self.rows)
+
+    def overlaps(self, other: WeightSlice) -> bool:
+        """Whether any entry is in both: rows along different axes of a tensor always meet."""
+        if self.tensor != other.tensor or not (self.size and other.size):
+            return False
+        return self.axis != other.axis or runs.meet(self.spans, other.spans)
+
+    def covers(self, other: WeightSlice) -> bool:
+        """Whether all entries of ``other`` are among these."""
+        if self.tensor != other.tensor:
+            return False
+        return self.whole or (self.axis == other.axis and runs.contains(self.spans, other.spans))
+
+    def within(self, other: WeightSlice) -> WeightSlice:
+        """Where these rows are in what ``other``, which covers them, takes of the tensor: a slice of that."""
+        rows = self.rows if other.axis != self.axis else runs.places(self.spans, other.spans)
+        return WeightSlice(self.tensor, other.own_shape, self.layout, rows)
+
+    def index(self, device: torch.device | None = None) -> Tensor:
+        """Numbers of the rows, ``int64[count]``."""
+        return torch.cat([torch.arange(0, device=device), *(torch.arange(a, b, device=device) for a, b in self.spans)])
+
+    def __str__(self) -> str:
+        return "all" if self.rows is None else f"rows {','.join(f'{a}:{b}' for a, b in self.rows)}"
+
+    # --- values as they are stored -------------------------------------------------------------------------
+
+    def take(self, stored: Tensor) -> Tensor:
+        """The own part of the tensor, as it is stored; the tensor itself where it is all of it."""
+        return stored if self.whole else stored.index_select(self.axis, self.index(stored.device))
+
+    def put(self, stored: Tensor | None, own: Tensor) -> Tensor:
+        """A copy of the tensor with another own part; where that is all of it, ``own`` itself."""
+        if self.whole:
+            return own
+        assert stored is not None
+        return stored.index_copy(self.axis, self.index(stored.device), own)
+
+    @property
+    def _node_axis(self) -> int:
+        """`axis` as it is in graphs: matrices come last, whatever leads."""
+        return self.axis - len(self.shape) if self.axis else 0
+
+    def read(self, emit: Emit, node: fx.Node, index: Index, axis: int | None = None) -> fx.Node:
+        """The node for what `take` gives of ``node``.
+
+        Args:
+            emit: inserts calls.
+            node: the stored tensor, or another value that has all rows along ``axis``.
+            index: makes a constant of `index`; asked where there are many runs.
+            axis: which axis of the node counts the rows; by default that of the stored tensor.
+        """
+        axis = self._node_axis if axis is None else axis
+        return node if self.whole else runs.cut(emit, node, axis, self.spans, index)
+
+    def write(
+        self, emit: Emit, node: fx.Node, own: fx.Node, index: Index | fx.Node, axis: int | None = None
+    ) -> fx.Node:
+        """The node for what `put` gives: ``node`` with ``own`` in the place of the part that `read` gives of it.
+
+        Args:
+            emit, node, axis: see `read`.
+            own: the other part.
+            index: see `read`; a node has the numbers already, and is used however few the runs are.
+        """
+        axis = self._node_axis if axis is None else axis
+        if self.whole:
+            return own
+        if isinstance(index, fx.Node):
+            return emit(aten.index_copy.default, node, axis, index, own)
+        return runs.put(emit, node, own, axis, self.spans, self.total, index)
+
+    # --- values as the map has them ------------------------------------------------------------------------
+
+    def operand(self, stored: Tensor) -> Tensor:
+        """The own rows as the map multiplies by them, ``[..., rows, in]``, of what the Store holds; of a tensor that is
+        no matrix, what `take` gives. A view where these are all rows.
+
+        Nothing else makes values of an operand from a stored tensor.
+        """
+        every = self.oriented(stored)
+        return every if self.whole else every.index_select(self._row_axis, self.index(every.device))
+
+    def put_operand(self, stored: Tensor | None, operand: Tensor) -> Tensor:
+        """What the Store would hold for another operand of the own rows: the way back from `operand`.
+
+        Args:
+            stored: the tensor, which is not written; not needed where these are all rows.
+            operand: ``[..., rows, in]``.
+        """
+        return self.put(stored, self.restored(operand))
+
+    def oriented(self, part: Tensor) -> Tensor:
+        """Any rows of the weight as they are stored, as ``[..., k, in]``: a view."""
+        if self.layout is Layout.COLUMNS:
+            return part.transpose(-1, -2)
+        return part.flatten(1) if self.layout is Layout.KERNEL else part
+
+    def restored(self, operand: Tensor) -> Tensor:
+        """The way back from `oriented`."""
+        if self.layout is Layout.COLUMNS:
+            return operand.transpose(-1, -2)
+        return operand.reshape(operand.shape[0], *self.shape[1:]) if self.layout is Layout.KERNEL else operand
+
+    def read_operand(self, call: Emit, node: fx.Node, index: Index) -> fx.Node:
+        """The node for what `operand` gives of ``node``, the stored tensor or what stands for it.
+
+        Args:
+            call: `Builder.call`.
+            node, index: see `read`.
+        """
+        if self.layout is Layout.COLUMNS:
+            node = call(aten.transpose.int, node, -2, -1, part="weight")
+        elif self.layout is Layout.KERNEL:
+            node = call(aten.flatten.using_ints, node, 1, part="weight")
+        return self.read(partial(call, part="weight rows"), node, index, axis=self._row_axis)
+
+    def restore(self, call: Emit, operand: fx.Node, part: str) -> fx.Node:
+        """The node for what `restored` gives of any rows ``[..., k, in]``."""
+        if self.layout is Layout.COLUMNS:
+            return call(aten.transpose.int, operand, -1, -2, part=part)
+        if self.layout is Layout.KERNEL:
+            rows = int(operand.meta["val"].shape[0])
+            return call(aten.view.default, operand, [rows, *self.shape[1:]], part=part)
+        return operand
+
+    @property
+    def _row_axis(self) -> int:
+        """Which axis of the operand counts the rows."""
+        return 0 if self.layout is Layout.PLAIN else -2
+
+    # --- entries by number ---------------------------------------------------------------------------------
+
+    def entries(self, stored: Tensor) -> Tensor:
+        """The own entries of a tensor of this shape, flat, in their order there."""
+        return self.take(stored).reshape(-1)
+
+    def places(self, numbers: Tensor) -> Tensor:
+        """Where own entries are in the tensor as it is stored, row by row, in `index_dtype`.
+
+        Args:
+            numbers: of own entries, in the order of `entries`.
+        """
+        if not self.whole:
+            numbers = self._every_place(numbers.device)[numbers]
+        return numbers.to(self.index_dtype)
+
+    def numbers(self, places: Tensor) -> Tensor:
+        """The way back from `places`, ``int64``."""
+        if self.whole:
+            return places.long()
+        every = self._every_place(places.device)
+        back = torch.empty(self.numel, dtype=torch.int64, device=places.device)
+        return back.index_copy_(0, every, torch.arange(every.numel(), device=places.device))[places.long()]
+
+    def _every_place(self, device: torch.device) -> Tensor:
+        return self.entries(torch.arange(self.numel, device=device).view(self.shape))
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """What entries of the tensor are numbered in: ``int32``, from 2^31 entries on ``int64``."""
+        return torch.int32 if self.numel < SMALL else torch.int64
+
+    def mask(self, device: torch.device | None = None) -> Tensor:
+        """Which rows are own, ``bool`` of as many axes as the tensor, all but the rows' of size 1."""
+        own = torch.zeros(self.total, dtype=torch.bool, device=device)
+        own[self.index(device)] = True
+        return own.view([self.total if axis == self.axis else 1 for axis in range(len(self.shape))])

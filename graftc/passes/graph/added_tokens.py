@@ -1,0 +1,51 @@
+"""New tokens: trained rows stand in for some rows of a table of embeddings, where it is looked up and in the head.
+
+The table itself is never copied: a look-up takes new rows where the number asks for one, and the head computes its
+last columns from them. A table tied to the head has one set of new rows, which both read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite
+from graftc.passes.core.weights.weight_slice import WeightSlice
+
+aten = torch.ops.aten
+
+
+def insert_tokens(build: Builder, sites: list[LinearSite], rows: WeightSlice) -> None:
+    """Train ``rows`` of a table in place of the base's.
+
+    Args:
+        build: builds into one Program.
+        sites: everything that reads the table: look-ups, and the head where it is tied; or the head's own matrix.
+        rows: which entries of the table, ``[entries, width]``, are new, in one run.
+    """
+    ((first, end),) = rows.spans
+    for site in sites:
+        with build.on(site):
+            trained = build.trained_rows(rows)
+            if isinstance(site, EmbeddingSite):
+                _look_up(build, site, trained, first, end)
+            else:
+                _project(build, site, trained)
+
+
+def _look_up(build: Builder, site: EmbeddingSite, trained: fx.Node, first: int, end: int) -> None:
+    numbers = build.input(site)
+    own = build.call(aten.clamp.default, build.call(aten.sub.Tensor, numbers, first), 0, end - first - 1)
+    new = build.call(aten.embedding.default, trained, own, part="new rows")
+    after, before = build.call(aten.ge.Scalar, numbers, first), build.call(aten.lt.Scalar, numbers, end)
+    is_new = build.call(aten.unsqueeze.default, build.call(aten.logical_and.default, after, before), -1)
+    build.set_output(site, build.call(aten.where.self, is_new, new, build.output(site), part="new rows"))
+
+
+def _project(build: Builder, site: LinearSite, trained: fx.Node) -> None:
+    own = build.map(site, build.input(site), trained, part="new columns")
+    bias = build.bias(site)
+    if bias is not None:
+        own = build.call(aten.add.Tensor, own, bias, part="new columns")
+    build.set_output(site, own, part="new columns")

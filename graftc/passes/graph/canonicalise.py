@@ -1,0 +1,276 @@
+"""Canonicalise a captured graph: drop what capture leaves behind and computes nothing, so that equal models print
+and hash alike and roles can be read off.
+
+Removed: metadata assertions, casts of integers to the type they have, full slices, ``+ 0``, ``* 1.0``, expansions to
+the same shape, copies of constants, concatenations with empty tensors, dropout that never drops, unused pure
+computations. Literal devices go too: a Program runs where its Store is, and lowering puts the device back.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from graftc.passes.core.ir.cleaning import remove_dead
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.shapes import expression
+
+aten = torch.ops.aten
+_END = 2**63 - 1
+
+Rule = Callable[[fx.Node], "fx.Node | None"]
+"""A rule returns the node that stands for the given one, or None where it does not apply."""
+
+
+def canonicalise(program: Program) -> Program:
+    """Canonicalise in place and return the Program."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+            continue
+        _functional(node)
+        _drop_device(node)
+        _trim_defaults(node)
+        rule = RULES.get(node.target)
+        replacement = rule(node) if rule is not None else None
+        if replacement is not None:
+            node.replace_all_uses_with(replacement)
+            graph.erase_node(node)
+    _share_sizes(program)
+    remove_dead(program)
+    return program
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("val") if isinstance(node, fx.Node) else None
+
+
+def _same_type(node: fx.Node, source: fx.Node) -> bool:
+    a, b = _value(node), _value(source)
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or a.dtype != b.dtype:
+        return False
+    return len(a.shape) == len(b.shape) and all(
+        expression(x) == expression(y) for x, y in zip(a.shape, b.shape, strict=True)
+    )
+
+
+def _is_number(value: Any, number: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == number
+
+
+def _pass_through(node: fx.Node) -> fx.Node | None:
+    source = node.args[0]
+    return source if isinstance(source, fx.Node) and _same_type(node, source) else None
+
+
+def _depends_on_input(node: fx.Node) -> bool:
+    seen, pending = {node}, [node]
+    while pending:
+        current = pending.pop()
+        if current.op == "placeholder":
+            return True
+        pending += [source for source in current.all_input_nodes if source not in seen]
+        seen.update(current.all_input_nodes)
+    return False
+
+
+def _constant_copy(node: fx.Node) -> fx.Node | None:
+    """Copies and detachments of constants: there is no gradient to stop and nobody writes to the copy."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or _depends_on_input(source):
+        return None
+    value = _value(source)
+    if source.op == "get_attr" and isinstance(value, torch.nn.Parameter):
+        return None
+    return source
+
+
+def _slice(node: fx.Node) -> fx.Node | None:
+    _, _, start, end, step = _padded(node.args, (None, 0, None, None, 1))
+    full = start in (None, 0) and (end is None or end == _END) and step == 1
+    return _pass_through(node) if full else None
+
+
+def _add(node: fx.Node) -> fx.Node | None:
+    if node.kwargs or len(node.args) != 2 or not _is_number(node.args[1], 0):
+        return None
+    return _pass_through(node)
+
+
+def _mul(node: fx.Node) -> fx.Node | None:
+    return _pass_through(node) if _is_number(node.args[1], 1) else None
+
+
+def _cat(node: fx.Node) -> fx.Node | None:
+    operands, dim = _padded(node.args, (None, 0))
+    kept = [x for x in operands if not (isinstance(_value(x), torch.Tensor) and tuple(_value(x).shape) == (0,))]
+    if len(kept) == 1:
+        return kept[0] if isinstance(kept[0], fx.Node) else None
+    if len(kept) < len(operands):
+        node.args = (kept, dim)
+    return None
+
+
+def _dropout(node: fx.Node) -> fx.Node | None:
+    source, p, train = node.args
+    return source if isinstance(source, fx.Node) and (train is False or _is_number(p, 0)) else None
+
+
+def _to(node: fx.Node) -> fx.Node | None:
+    """Casts lose their device, layout and copy arguments, and go where nothing changes. Those of floats stay: under
+    autocast the value may have another type."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return None
+    if _same_type(node, source) and not _value(node).is_floating_point():
+        return source
+    node.target = aten.to.dtype
+    node.args = (source, _value(node).dtype)
+    node.kwargs = {}
+    return None
+
+
+def _padded(args: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*args, *defaults[len(args) :])
+
+
+def _functional(node: fx.Node) -> None:
+    """An in-place call on a value that nobody else reads is the functional call."""
+    target = node.target
+    if not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
+        return
+    name = target._schema.name.split("::")[1]
+    source = node.args[0] if node.args else None
+    functional = getattr(aten, name.removesuffix("_"), None)
+    overload = getattr(functional, target._overloadname, None) if name.endswith("_") else None
+    if overload is None or not isinstance(source, fx.Node) or source.op != "call_function":
+        return
+    if set(source.users) == {node} and not _is_view(source):
+        node.target = overload
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    return any(argument.alias_info is not None for argument in target._schema.arguments)
+
+
+def _drop_device(node: fx.Node) -> None:
+    if node.kwargs.keys() & {"device", "pin_memory", "layout"}:
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "pin_memory", "layout")}
+
+
+def _trim_defaults(node: fx.Node) -> None:
+    """Trailing arguments that equal the schema's defaults are left out, so that spelling does not matter."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return
+    arguments = target._schema.arguments
+    args = list(node.args)
+    while args and len(args) <= len(arguments):
+        argument = arguments[len(args) - 1]
+        last = args[-1]
+        if not argument.has_default_value() or isinstance(last, fx.Node | list | tuple):
+            break
+        if type(last) is not type(argument.default_value) or last != argument.default_value:
+            break
+        args.pop()
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    kwargs = {
+        k: v
+        for k, v in node.kwargs.items()
+        if isinstance(v, fx.Node | list | tuple) or k not in defaults or v != defaults[k]
+    }
+    node.args, node.kwargs = tuple(args), kwargs
+
+
+def _share_sizes(program: Program) -> None:
+    """One node per symbol: the size of the first input that has it."""
+    graph = program.graph
+    owners: dict[Any, tuple[fx.Node, int]] = {}
+    for node in program.placeholders():
+        value = _value(node)
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            expr = expression(size)
+            if getattr(expr, "is_symbol", False):
+                owners.setdefault(expr, (node, dim))
+    shared: dict[Any, fx.Node] = {}
+    after = program.placeholders()[-1] if owners else None
+    for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        expr = expression(_value(node))
+        if expr not in owners or after is None:
+            continue
+        if expr not in shared:
+            source, dim = owners[expr]
+            with graph.inserting_after(after):
+                shared_size = graph.call_function(aten.sym_size.int, (source, dim))
+            shared_size.meta = {"val": _value(node), "module": ""}
+            shared[expr] = shared_size
+        node.replace_all_uses_with(shared[expr])
+        graph.erase_node(node)
+    for expr in owners:
+        if expr in shared:
+            assert after is not None
+            after.append(shared[expr])
+            after = shared[expr]
+
+
+def _getitem(node: fx.Node) -> fx.Node | None:
+    source, index = node.args
+    if isinstance(source, fx.Node) and source.target in _CUTTING:
+        return _rejoined(source, index)
+    if isinstance(source, list | tuple) and isinstance(index, int):
+        item = source[index]
+        return item if isinstance(item, fx.Node) else None
+    return None
+
+
+_CUTTING = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+
+
+def _rejoined(cut: fx.Node, index: Any) -> fx.Node | None:
+    """One of the parts that were concatenated and cut at the same places again."""
+    whole = cut.args[0]
+    if not (isinstance(whole, fx.Node) and whole.target is aten.cat.default and isinstance(index, int)):
+        return None
+    (operands, dim), (_, _, cut_dim) = _padded(whole.args, (None, 0)), _padded(cut.args, (None, None, 0))
+    parts = _value(cut)
+    if dim != cut_dim or len(parts) != len(operands):
+        return None
+    same = all(
+        list(map(expression, a.shape)) == list(map(expression, _value(b).shape))
+        for a, b in zip(parts, operands, strict=True)
+    )
+    return operands[index] if same else None
+
+
+RULES: dict[Any, Rule] = {
+    aten.to.dtype: _to,
+    aten.to.device: _to,
+    aten.to.dtype_layout: _to,
+    aten.to.other: _to,
+    aten._to_copy.default: _to,
+    aten.lift_fresh_copy.default: _constant_copy,
+    aten.detach_.default: _constant_copy,
+    aten.detach.default: _constant_copy,
+    aten.alias.default: _pass_through,
+    aten.slice.Tensor: _slice,
+    aten.expand.default: _pass_through,
+    aten.view.default: _pass_through,
+    aten.reshape.default: _pass_through,
+    aten.add.Tensor: _add,
+    aten.sub.Tensor: _add,
+    aten.mul.Tensor: _mul,
+    aten.div.Tensor: _mul,
+    aten.cat.default: _cat,
+    aten.dropout.default: _dropout,
+    operator.getitem: _getitem,
+}

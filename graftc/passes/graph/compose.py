@@ -1,0 +1,323 @@
+"""Compositions of what adaptations add at one place: averages, AdapterFusion, spans of the sequence, gates.
+
+Each adaptation is built as ever, from the same values of the model, by a builder that keeps what it would have added. A
+composition makes one addition of all of these. A gate takes the keys and values of a prefix as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.attention import Window
+from graftc.passes.core.build.batch import Batch
+from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.ir.shapes import expression
+from graftc.passes.core.method.lowrank import normal, zeros
+from graftc.passes.core.method.steering import TensorObjective
+from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site, SublayerSite
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.specs.compose import Average, CompositionSpec, Fuse, Gate, Split
+from graftc.specs.errors.diagnostics import GraftError
+
+aten = torch.ops.aten
+GATE = ("gate", "gate_bias")
+"""The tensors of an adaptation's gate, which are no tensors of its method."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one adaptation would add at a site.
+
+    Attributes:
+        node: the addition, with the width of what it is added to last.
+        read: the value that it was made from.
+        place: which value of a sublayer it is added to, and from which one it was made; None at a linear map.
+    """
+
+    node: fx.Node
+    read: fx.Node
+    place: tuple[str, str] | None
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Keys and values that one adaptation would put in front of an attention's: ``[rows, heads, length, width]``."""
+
+    keys: fx.Node
+    values: fx.Node
+    window: Window
+
+
+class Collecting(Builder):
+    """Builds an adaptation up to what it would add.
+
+    Args:
+        into: the builder of the composition.
+        trains: whether the adaptation's own tensors train.
+        attends: whether the composition takes keys and values too.
+    """
+
+    composed = True
+
+    def __init__(
+        self, into: Builder, adaptation: str, method: str, *, trains: bool = True, attends: bool = False
+    ) -> None:
+        super().__init__(into.program, into.store, adaptation, method, into.seed, into.values)
+        self.into, self.trains, self.attends = into, trains, attends
+        self.deltas: list[Delta] = []
+        self.ahead: list[Ahead] = []
+
+    @contextmanager
+    def on(self, site: Site) -> Iterator[None]:
+        """See `NodeBuilder.on`. What it makes is the composition's own: it goes on reading what was there before."""
+        with super().on(site):
+            self._emitted = self.into._emitted
+            yield
+
+    def add(self, site: LinearSite, delta: fx.Node, part: str = "add") -> None:
+        """See `Builder.add`."""
+        self.deltas.append(Delta(delta, self.input(site), None))
+
+    def add_at(self, site: SublayerSite, place: str, delta: fx.Node, read: str) -> None:
+        """See `BranchBuilder.add_at`."""
+        self.deltas.append(Delta(delta, self.at(site, read), (place, read)))
+
+    def set_output(self, site: LinearSite, own: fx.Node, part: str = "") -> None:
+        """Only what is added can be composed.
+
+        Raises:
+            GraftError: GC036.
+        """
+        raise self._refusal("it puts another result in the place of the map's")
+
+    def set_input(self, site: LinearSite, node: fx.Node) -> None:
+        """Only what is added can be composed.
+
+        Raises:
+            GraftError: GC036.
+        """
+        raise self._refusal("it changes what the map reads")
+
+    def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node, *, window: Window = "visible") -> None:
+        """See `AttentionBuilder.attend`.
+
+        Raises:
+            GraftError: GC036 where the composition is of what is added alone.
+        """
+        if not self.attends:
+            raise self._refusal("it puts keys and values in front of an attention's own")
+        self.ahead.append(Ahead(keys, values, window))
+
+    def trained_rows(self, own: WeightSlice) -> fx.Node:
+        """Only what is added can be composed.
+
+        Raises:
+            GraftError: GC036.
+        """
+        raise self._refusal(f"it trains {own.tensor} itself")
+
+    def parameter(
+        self, part: str, shape: tuple[int, ...], init: Initialiser, *, dtype: torch.dtype, trainable: bool = True
+    ) -> fx.Node:
+        """See `TensorBuilder.parameter`."""
+        return super().parameter(part, shape, init, dtype=dtype, trainable=trainable and self.trains)
+
+    def _refusal(self, reason: str) -> GraftError:
+        return GraftError(
+            "GC036",
+            f"{self.adaptation!r} ({self.method}) is nothing that is added, so {self.into.adaptation!r} cannot "
+            f"compose it: {reason}",
+            hint="compose methods that add to a value: lora, and bottleneck adapters of every kind; a gate takes a "
+            "prefix too",
+        )
+
+
+Combine = Callable[[Any, Builder, Sequence[tuple[Collecting, Delta]]], fx.Node]
+
+
+def insert_composed(spec: CompositionSpec, build: Builder, site: Site, members: Sequence[Collecting]) -> None:
+    """Add at ``site`` what a composition makes of what its members would have added there.
+
+    Args:
+        spec: the composition.
+        build: its builder, at ``site``.
+        site: a linear map or a sublayer; with a gate an attention too.
+        members: builders of the members that have something there.
+
+    Raises:
+        GraftError: GC036 where members do not read and add at the same values.
+    """
+    if isinstance(site, AttentionSite):
+        assert isinstance(spec, Gate)
+        for member in members:
+            for ahead in member.ahead:
+                gate_attention(spec, member, build, site, ahead)
+            member.ahead = []
+        return
+    deltas = [(member, delta) for member in members for delta in member.deltas]
+    for member in members:
+        member.deltas = []
+    places = {delta.place for _, delta in deltas}
+    if len(places) > 1:
+        names = ", ".join(m.adaptation for m in members)
+        message = f"{names} do not all read and add at the same values of {site.key}"
+        raise GraftError("GC036", message, hint="compose adapters of one kind")
+    total = _COMBINE[type(spec)](spec, build, deltas)
+    (place,) = places
+    if isinstance(site, LinearSite):
+        build.add(site, total, spec.kind)
+    else:
+        assert isinstance(site, SublayerSite) and place is not None
+        build.add_at(site, place[0], total, place[1])
+
+
+def _average(spec: Average, build: Builder, deltas: Sequence[tuple[Collecting, Delta]]) -> fx.Node:
+    terms = [
+        build.call(aten.mul.Tensor, delta.node, factor, part="average")
+        for (_, delta), factor in zip(deltas, spec.factors, strict=True)
+    ]
+    return _sum(build, terms, "average")
+
+
+def _split(spec: Split, build: Builder, deltas: Sequence[tuple[Collecting, Delta]]) -> fx.Node:
+    batch = Batch(build.program, build.call)
+    where = str(build.site.key)
+    own = [batch.first(delta.node, where) for _, delta in deltas]
+    if own[0].meta["val"].dim() < 3:
+        message = f"{where} has one value for a row, and no sequence to split"
+        raise GraftError("GC036", message, hint="leave it out of the targets")
+    column = build.call(aten.slice.Tensor, own[0], -1, 0, 1, part="positions")
+    ones = build.call(aten.ones_like.default, column, dtype=torch.int64, part="positions")
+    numbers = build.call(aten.cumsum.default, ones, 1, part="positions")  # from 1
+    result = own[-1]
+    for start, delta in reversed(list(zip(spec.at, own[:-1], strict=True))):
+        inside = build.call(aten.le.Scalar, numbers, start, part="span")
+        result = build.call(aten.where.self, inside, delta, result, part="span")
+    return batch.home(result, deltas[0][1].node)
+
+
+def _gate(spec: Gate, build: Builder, deltas: Sequence[tuple[Collecting, Delta]]) -> fx.Node:
+    return _sum(build, [gated(spec, member, delta) for member, delta in deltas], "gates")
+
+
+def gated(spec: Gate, build: Builder, delta: Delta) -> fx.Node:
+    """``delta`` times the gate of its adaptation at its site: a number for each row of the batch."""
+    batch = Batch(build.program, build.call)
+    where = str(build.site.key)
+    x, own = batch.first(delta.read, where), batch.first(delta.node, where)
+    gate = mean_gate(spec, build, x)
+    for _ in range(own.meta["val"].dim() - 2):
+        gate = build.call(aten.unsqueeze.default, gate, 1, part="gate")
+    return batch.home(build.call(aten.mul.Tensor, own, gate, part="gated"), delta.node)
+
+
+def gate_attention(spec: Gate, own: Builder, build: Builder, site: AttentionSite, ahead: Ahead) -> None:
+    """Put keys and values, both times one gate that is made from what the attention reads, in front of its own.
+
+    Args:
+        spec: says which tokens the gate is a mean over.
+        own: makes the gate's tensors.
+        build: changes the attention.
+        site: the attention.
+        ahead: the keys and values.
+
+    Raises:
+        GraftError: GC036 where an attention has other rows than the batch, as one in windows has.
+    """
+    batch = Batch(build.program, build.call)
+    gate = mean_gate(spec, own, batch.first(build.attended(site), str(site.key)))
+    if expression(ahead.keys.meta["val"].shape[0]) != expression(batch.size):
+        message = f"the keys of {site.key} have other rows than the batch, so that a gate for each row fits none"
+        raise GraftError("GC036", message, hint="leave it out of the target")
+    for _ in range(2):
+        gate = build.call(aten.unsqueeze.default, gate, 1, part="gate")
+    keys, values = (build.call(aten.mul.Tensor, n, gate, part="gated") for n in (ahead.keys, ahead.values))
+    build.attend(site, keys, values, window=ahead.window)
+
+
+def mean_gate(spec: Gate, build: Builder, x: fx.Node) -> fx.Node:
+    """``mean sigmoid(w x + b)`` over the tokens of ``x: [rows, ..., width]``, as ``[rows, 1]``."""
+    value = x.meta["val"]
+    weight = build.parameter(GATE[0], (1, int(value.shape[-1])), normal(0.02), dtype=value.dtype)
+    bias = build.parameter(GATE[1], (1,), zeros, dtype=value.dtype)
+    scores = build.call(aten.sigmoid.default, build.linear(x, weight, bias, "gate"), part="gate")
+    axes = list(range(1, value.dim() - 1))
+    if not axes:
+        return scores
+    mask = token_mask(build, x) if spec.tokens == "real" else None
+    if mask is None:
+        return build.call(aten.mean.dim, scores, axes, part="gate")
+    real = build.call(aten.unsqueeze.default, build.call(aten.to.dtype, mask, value.dtype, part="tokens"), -1)
+    total = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, scores, real, part="gate"), axes, part="gate")
+    count = build.call(aten.clamp_min.default, build.call(aten.sum.dim_IntList, real, axes, part="tokens"), 1.0)
+    return build.call(aten.div.Tensor, total, count, part="gate")
+
+
+def token_mask(build: Builder, x: fx.Node) -> fx.Node | None:
+    """The input that says which tokens of ``x: [rows, tokens, width]`` are real; None where no input does."""
+    sizes = [expression(size) for size in x.meta["val"].shape[:-1]]
+    for spec, node in zip(build.program.inputs, build.program.placeholders(), strict=True):
+        if spec.name.endswith("attention_mask") and [expression(s) for s in node.meta["val"].shape] == sizes:
+            return node
+    return None
+
+
+def _fuse(spec: Fuse, build: Builder, deltas: Sequence[tuple[Collecting, Delta]]) -> fx.Node:
+    """``V sum_i p_i d_i`` with ``p = softmax_i((Q x + q) (K d_i + k) / T)``: values are linear, so they come last."""
+    read = deltas[0][1].read
+    value = deltas[0][1].node.meta["val"]
+    width, inner, dtype = int(value.shape[-1]), int(read.meta["val"].shape[-1]), value.dtype
+    query = build.linear(read, *_projection(build, "query", width, inner, dtype), "query")
+    if query.meta["val"].dim() != value.dim():
+        raise GraftError("GC036", f"what is read at {build.site.key} has other axes than what is added there")
+    stacked = build.call(aten.stack.default, [delta.node for _, delta in deltas], -2, part="added")
+    keys = build.linear(stacked, *_projection(build, "key", width, width, dtype), "key")
+    across = build.call(aten.transpose.int, keys, -1, -2, part="scores")
+    asked = build.call(aten.unsqueeze.default, query, -2, part="scores")
+    scores = build.call(aten.squeeze.dim, build.call(aten.matmul.default, asked, across, part="scores"), -2)
+    if spec.temperature != 1:
+        scores = build.call(aten.div.Tensor, scores, spec.temperature, part="scores")
+    weights = build.call(aten.softmax.int, build.dropout(scores, spec.dropout), -1, part="weights")
+    row = build.call(aten.unsqueeze.default, weights, -2, part="fused")
+    fused = build.call(aten.squeeze.dim, build.call(aten.matmul.default, row, stacked, part="fused"), -2)
+    if not spec.values:
+        return fused
+    return build.linear(fused, build.parameter("value", (width, width), _near_identity, dtype=dtype), None, "value")
+
+
+def _projection(build: Builder, part: str, out: int, into: int, dtype: torch.dtype) -> tuple[fx.Node, fx.Node]:
+    weight = build.parameter(part, (out, into), normal(0.02), dtype=dtype)
+    return weight, build.parameter(f"{part}_bias", (out,), zeros, dtype=dtype)
+
+
+def _near_identity(tensor: Tensor, generator: torch.Generator) -> None:
+    tensor.fill_(1e-6).fill_diagonal_(1)
+
+
+def _sum(build: Builder, terms: Sequence[fx.Node], part: str) -> fx.Node:
+    total = terms[0]
+    for term in terms[1:]:
+        total = build.call(aten.add.Tensor, total, term, part=part)
+    return total
+
+
+_COMBINE: dict[type[CompositionSpec], Combine] = {Average: _average, Split: _split, Gate: _gate, Fuse: _fuse}
+
+
+class FusionObjective(TensorObjective[Any]):
+    """``regularization * sum |V - I|^2`` over the matrices of values (Pfeiffer et al. 2021)."""
+
+    def value(self) -> Tensor:
+        """See `TensorObjective.value`."""
+        terms = []
+        for place in self.places:
+            held = place.tensors["value"]
+            terms.append((held - torch.eye(held.shape[0], dtype=held.dtype, device=held.device)).square().sum())
+        result: Tensor = self.spec.regularization * torch.stack(terms).sum()
+        return result

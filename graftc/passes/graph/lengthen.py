@@ -1,0 +1,247 @@
+"""A Program whose sequences have room for virtual tokens, composed of two captures of one model.
+
+The model looks its words up as it does when it is called with token ids; its layers run as when they are called with
+word vectors (the entry ``embeds``), so that every size, mask and position follows from the longer sequence; and what
+comes behind the layers, which may look at ids and labels, runs on what real tokens have. Outputs that hold something
+for each token hold it for the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from graftc.passes.core.build.position_ids import counted_inputs, recounted
+from graftc.passes.core.ir.cleaning import remove_dead
+from graftc.passes.core.ir.inference import Inference
+from graftc.passes.core.ir.program import InputSpec, Program, above, limited, map_nodes, nodes_in
+from graftc.passes.core.ir.shapes import expression
+from graftc.passes.graph.sequences import FILLS, Lengthened, Sequenced
+from graftc.specs.errors.diagnostics import GraftError
+
+aten = torch.ops.aten
+
+
+def lengthen(
+    tokens: Program,
+    body: Program,
+    streams: Sequence[Lengthened],
+    ends: Sequence[tuple[fx.Node, fx.Node]],
+    limits: Mapping[str, int | None],
+    counted: Sequence[tuple[fx.Node, fx.Node]] = (),
+) -> Program:
+    """The composed Program, in which every virtual token's vector is zeros.
+
+    Args:
+        tokens: the capture that takes ids.
+        body: the capture that takes word vectors, of the same outputs but for those that need labels.
+        streams: what to lengthen.
+        ends: where layers end: a value of `tokens` and the same in `body`.
+        limits: how many tokens the layers read at most, by input of token ids; None where nothing bounds them.
+        counted: positions in `tokens` that are counted by ids, which word vectors do not show, and the same in `body`.
+
+    Raises:
+        GraftError: GC019 where what comes behind the layers reads more than their results.
+    """
+    made = _Composer(tokens, body, streams, ends, counted).program()
+    return replace(made, inputs=_narrowed(tokens, streams, limits), updates=tokens.updates | body.updates)
+
+
+class _Composer:
+    def __init__(
+        self,
+        tokens: Program,
+        body: Program,
+        streams: Sequence[Lengthened],
+        ends: Sequence[tuple[fx.Node, fx.Node]],
+        counted: Sequence[tuple[fx.Node, fx.Node]],
+    ) -> None:
+        self.tokens, self.body, self.streams, self.ends = tokens, body, streams, dict(ends)
+        self.counted = {own: numbers for numbers, own in counted}
+        self.graph = fx.Graph()
+        self.types = Inference(tokens)
+        self.first: dict[fx.Node, fx.Node] = {}  # of `tokens`
+        self.second: dict[fx.Node, fx.Node] = {}  # of `body`
+        self.attributes: dict[str, fx.Node] = {}
+
+    def program(self) -> Program:
+        for node in self.tokens.placeholders():
+            self.first[node] = copied = self.graph.placeholder(str(node.target))
+            copied.meta = dict(node.meta)
+        inputs = {str(node.target): self.first[node] for node in self.tokens.placeholders()}
+        sequences = [self._sequence(stream, inputs) for stream in self.streams]
+        given = {**inputs, **{name: node for s in sequences for name, node in s.values.items()}}
+        for node in self.body.graph.nodes:
+            if node.op == "placeholder":
+                self.second[node] = given[str(node.target)]
+            elif node in self.counted:
+                self.second[node] = self._recounted(self.counted[node], sequences)
+            elif node.op != "output":
+                self._copy(node, self.second)
+        leaves = self._outputs(sequences)
+        output = self.graph.output(tuple(leaves))
+        output.meta = dict(self.tokens.output_node.meta)
+        made = replace(
+            self.tokens.copy(),
+            graph=self.graph,
+            entry="embeds",
+            virtual=tuple(v for s in sequences for v in s.virtual()),
+        )
+        remove_dead(made)
+        return made
+
+    def _sequence(self, stream: Lengthened, inputs: Mapping[str, fx.Node]) -> Sequenced:
+        value = self._of_tokens(stream.value)
+        beside = [s for s in self.body.inputs if s.name in inputs and _goes_along(s.shape, self.tokens, stream.ids)]
+        along = {s.name: inputs[s.name] for s in beside}
+        for spec in beside:
+            if len(spec.shape) != 2 or spec.name.removeprefix("decoder_") not in FILLS:
+                raise GraftError(
+                    "GC019",
+                    f"nobody can say what the input {spec.name} has at virtual tokens",
+                    hint="call the model without it",
+                )
+        numbers = [n for n in self.counted.values() if _reads(n, stream.ids)]
+        return Sequenced(self.call, stream, value, along, inputs[stream.ids], *numbers[:1])
+
+    def _recounted(self, numbers: fx.Node, sequences: Sequence[Sequenced]) -> fx.Node:
+        """Positions that are counted by ids, of the longer ones."""
+        longer = {
+            node: s.values[str(node.target)]
+            for node in counted_inputs(numbers)
+            for s in sequences
+            if str(node.target) in s.values
+        }
+        return recounted(numbers, longer, self.call, self._of_tokens)
+
+    def _of_tokens(self, node: fx.Node) -> fx.Node:
+        for source in above([node]):
+            if source not in self.first:
+                self._copy(source, self.first)
+        return self.first[node]
+
+    # --- nodes -----------------------------------------------------------------------------------------
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Append a call that belongs to no module."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta = {"val": self.types.call(target, args, kwargs), "module": ""}
+        return node
+
+    def _copy(self, node: fx.Node, mapping: dict[fx.Node, fx.Node]) -> fx.Node:
+        if node.op == "get_attr" and str(node.target) in self.attributes:
+            mapping[node] = self.attributes[str(node.target)]
+            return mapping[node]
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), mapping.__getitem__)
+        mapping[node] = made = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+        made.meta = dict(node.meta)
+        if node.op == "get_attr":
+            self.attributes[str(node.target)] = made
+            made.meta["val"] = self.types.tensor(node.meta["val"])
+        elif mapping is self.second or any(n.meta["val"] is not m.meta["val"] for n, m in _pairs(node, mapping)):
+            made.meta["val"] = self.types.call(node.target, args, kwargs)
+        return made
+
+    # --- behind the layers -----------------------------------------------------------------------------
+
+    def _outputs(self, sequences: Sequence[Sequenced]) -> list[Any]:
+        """The flat outputs: from the end of the layers where they need nothing else of these, otherwise the body's."""
+        inside = _below([stream.value for stream in self.streams])
+        behind = _below(list(self.ends))
+        held = self.body.output_node.args[0]
+        assert isinstance(held, tuple)
+        found = dict(zip(self.body.outputs.names, held, strict=True))
+        leaves = self.tokens.output_node.args[0]
+        assert isinstance(leaves, tuple)
+        result: list[Any] = []
+        for name, leaf in zip(self.tokens.outputs.names, leaves, strict=True):
+            needed = above(nodes_in(leaf), stop=self.ends)
+            early = [n for n in needed if n in inside and n not in behind and n not in self.ends and not _is_size(n)]
+            if not early:
+                result.append(map_nodes(leaf, lambda node: self._behind(node, sequences)))
+            elif isinstance(found.get(name), fx.Node):
+                result.append(_cropped(self.second[found[name]], sequences))
+            else:
+                raise GraftError(
+                    "GC019",
+                    f"the output {name} is made from {early[0].name}, which is inside of the layers",
+                    hint="use a method that adds no virtual tokens, for example prefix",
+                )
+        return result
+
+    def _behind(self, node: fx.Node, sequences: Sequence[Sequenced]) -> fx.Node:
+        for source in above([node], stop=self.ends):
+            if source in self.first:
+                continue
+            if source in self.ends:
+                self.first[source] = _cropped(self.second[self.ends[source]], sequences)
+            elif _is_size(source):
+                self.first[source] = self._size_of_input(source)
+            else:
+                self._copy(source, self.first)
+        return self.first[node]
+
+    def _size_of_input(self, node: fx.Node) -> fx.Node:
+        """A size of a value as that of an input: within the layers it is another one now."""
+        wanted = expression(node.meta["val"])
+        for placeholder in self.tokens.placeholders():
+            for axis, size in enumerate(placeholder.meta["val"].shape):
+                if expression(size) == wanted:
+                    return self.call(aten.sym_size.int, self.first[placeholder], axis)
+        raise GraftError("GC019", f"what comes behind the layers reads {node.name}, the size of a value within")
+
+
+def _reads(numbers: fx.Node, ids: str) -> bool:
+    return any(str(node.target) == ids for node in counted_inputs(numbers))
+
+
+def _cropped(value: fx.Node, sequences: Sequence[Sequenced]) -> fx.Node:
+    for sequence in sequences:
+        value = sequence.real(value)
+    return value
+
+
+def _goes_along(shape: Sequence[int | str], tokens: Program, ids: str) -> bool:
+    """Whether an input has an axis that counts the tokens of a sequence."""
+    own = _tokens_of(tokens, ids)
+    return own in shape[1:] if isinstance(own, str) else len(shape) > 1 and shape[1] == own
+
+
+def _tokens_of(tokens: Program, ids: str) -> int | str:
+    """The axis of a sequence: its name, or its size."""
+    return next(spec.shape[1] for spec in tokens.inputs if spec.name == ids)
+
+
+def _narrowed(
+    tokens: Program, streams: Sequence[Lengthened], limits: Mapping[str, int | None]
+) -> tuple[InputSpec, ...]:
+    """The inputs, of no more tokens than leave room for the virtual ones."""
+    most: dict[str, int] = {}
+    for stream in streams:
+        own, limit = _tokens_of(tokens, stream.ids), limits[stream.ids]
+        if limit is not None and isinstance(own, str):
+            most[own] = limit - stream.length
+    return limited(tokens.inputs, most)
+
+
+def _is_size(node: fx.Node) -> bool:
+    return node.target is aten.sym_size.int
+
+
+def _pairs(node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+    return [(source, mapping[source]) for source in node.all_input_nodes]
+
+
+def _below(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Some nodes and everything that is made from them."""
+    found, pending = set(nodes), list(nodes)
+    while pending:
+        for user in pending.pop().users:
+            if user not in found:
+                found.add(user)
+                pending.append(user)
+    return found

@@ -1,0 +1,184 @@
+"""Outline the repeated layers of a Program: one subgraph per layer and use, called from a short root graph.
+
+A layer is the first numbered segment of a node's module path. Its subgraph names its tensors relative to the layer, and
+its values by position, so identical layers have identical code.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import fx
+
+from graftc.passes.core.ir.layers import layer_path, repeated_layers
+from graftc.passes.core.ir.program import Program, map_nodes, mutates, provenance
+
+
+@dataclass(frozen=True)
+class BlockGraph:
+    """One layer's part of one Program.
+
+    Attributes:
+        path: the layer's module path; its tensors are named relative to it.
+        use: which call of the layer this is, 0 for the first.
+        graph: inputs are what the layer reads from outside, outputs what others read from it.
+    """
+
+    path: str
+    use: int
+    graph: fx.Graph
+
+
+@dataclass(frozen=True)
+class Outlined:
+    """A root graph whose ``call_module`` nodes call the blocks, ``(use, *inputs)``."""
+
+    root: fx.Graph
+    blocks: tuple[BlockGraph, ...]
+
+
+def outline(program: Program) -> Outlined:
+    """Split a Program into its layers; the Program stays as it is."""
+    groups, live = _group(program), _live(program)
+    uses: dict[str, int] = defaultdict(int)
+    blocks: list[BlockGraph] = []
+    root = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    attributes: dict[str, fx.Node] = {}
+
+    def value(node: fx.Node) -> fx.Node:
+        if node.op == "get_attr":
+            name = str(node.target)
+            if name not in attributes:
+                attributes[name] = root.get_attr(name)
+            return attributes[name]
+        return mapping[node]
+
+    for path, nodes in groups:
+        if not path:
+            for node in nodes:
+                if node.op != "get_attr":
+                    args, kwargs = map_nodes((node.args, dict(node.kwargs)), value)
+                    mapping[node] = root.create_node(node.op, node.target, args, kwargs, name=node.name)
+            continue
+        block, inputs, outputs = _block(path, uses[path], nodes, live)
+        uses[path] += 1
+        blocks.append(block)
+        call = root.call_module(path, (block.use, *(value(n) for n in inputs)))
+        if len(outputs) == 1:
+            mapping[outputs[0]] = call
+        else:
+            for index, node in enumerate(outputs):
+                mapping[node] = root.call_function(operator.getitem, (call, index))
+    return Outlined(root, tuple(blocks))
+
+
+Group = tuple[str, list[fx.Node]]
+
+
+def _group(program: Program) -> list[Group]:
+    """Runs of nodes by layer. What stands between and does not need the running layer goes before it."""
+    layers = repeated_layers(program)
+    done: list[Group] = []
+    run: list[fx.Node] = []
+    waiting: list[fx.Node] = []
+    current = ""
+
+    def close() -> None:
+        nonlocal run, waiting
+        if run:
+            done.append((current, run))
+        if waiting:
+            done.append(("", waiting))
+        run, waiting = [], []
+
+    for node in _ordered(program, layers):
+        path = layer_path(node.meta.get("module", "")) if node.op == "call_function" else ""
+        path = path if path in layers else ""
+        sources = set(node.all_input_nodes)
+        if path and (path != current or sources.intersection(waiting)):
+            close()
+            current = path
+        if path:
+            run.append(node)
+        elif run and sources.intersection([*run, *waiting]):
+            waiting.append(node)
+        else:
+            at = len(done)
+            if at and not done[-1][0]:
+                done[-1][1].append(node)
+            else:
+                done.append(("", [node]))
+    close()
+    return done
+
+
+def _ordered(program: Program, layers: Collection[str]) -> list[fx.Node]:
+    """The nodes but for tensors, in order. What a layer's adaptations make of tensors alone comes right before its
+    first reader, not before all layers, where it would be a part of the layer on its own."""
+    ordered: list[fx.Node] = []
+    settled: set[fx.Node] = set()
+    waiting: set[fx.Node] = set()
+
+    def place(node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if source in waiting:
+                waiting.remove(source)
+                place(source)
+        ordered.append(node)
+
+    live = _live(program)
+    for node in program.graph.nodes:
+        if node.op == "get_attr" or node not in live:
+            continue
+        if provenance(node) is not None and all(n.op == "get_attr" or n in settled for n in node.all_input_nodes):
+            settled.add(node)
+            if layer_path(node.meta.get("module", "")) in layers:
+                waiting.add(node)
+                continue
+        place(node)
+    return ordered
+
+
+def _live(program: Program) -> set[fx.Node]:
+    """What an output needs, inputs, and what changes a tensor: what an edit has replaced may have no reader left."""
+    found: set[fx.Node] = set()
+    pending = [n for n in program.graph.nodes if n.op in ("placeholder", "output") or mutates(n)]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
+
+
+def _block(
+    path: str, use: int, nodes: list[fx.Node], live: Collection[fx.Node]
+) -> tuple[BlockGraph, list[fx.Node], list[fx.Node]]:
+    inside = set(nodes)
+    prefix = path + "."
+    inputs: dict[fx.Node, None] = {}
+    own: dict[fx.Node, None] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and str(source.target).startswith(prefix):
+                own[source] = None
+            elif source not in inside:
+                inputs[source] = None
+    outputs = [node for node in nodes if any(user not in inside and user in live for user in node.users)]
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for index, node in enumerate(inputs):
+        mapping[node] = graph.create_node("placeholder", f"x{index}", name=f"x{index}")
+    for index, node in enumerate(own):
+        target = str(node.target).removeprefix(prefix)
+        mapping[node] = graph.create_node("get_attr", target, name=f"w{index}")
+    for index, node in enumerate(nodes):
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), mapping.__getitem__)
+        mapping[node] = graph.create_node("call_function", node.target, args, kwargs, name=f"v{index}")
+    results = tuple(mapping[node] for node in outputs)
+    graph.output(results[0] if len(results) == 1 else results)
+    return BlockGraph(path, use, graph), list(inputs), outputs

@@ -1,0 +1,98 @@
+"""AdaMix (Wang et al. 2022, arXiv:2205.12410): bottleneck adapters with experts, one drawn for each forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.routing import pick, route
+from graftc.passes.core.method.lowrank import zeros
+from graftc.passes.core.method.steering import OutputObjective
+from graftc.passes.methods.bottleneck import BottleneckAdapter, initialiser
+from graftc.specs.base import MethodSpec
+from graftc.specs.methods.adamix import AdaMix
+from graftc.specs.methods.adamix_lora import AdaMixLoRA
+from graftc.specs.methods.bottleneck import WIDTHS, Bottleneck
+
+M = TypeVar("M", AdaMix, AdaMixLoRA)
+
+
+class Agreement(OutputObjective[M]):
+    """``weight / 2 (KL(p1 || p2) + KL(p2 || p1))`` of the softmax of two passes' logits.
+
+    Logits are ``[..., classes]``: the output of that name, or else the first that is floating point and no loss. The
+    divergence is summed over classes and averaged over the rest, in float32; of a single class it is zero.
+    """
+
+    passes = 2
+
+    @classmethod
+    def wanted(cls, spec: M) -> bool:
+        """Whether the term has a weight."""
+        return spec.consistency.weight > 0
+
+    def value(self, outputs: Sequence[Mapping[str, Tensor]], counted: Tensor | None) -> Tensor:
+        """See `OutputObjective.value`."""
+        consistency = self.spec.consistency
+        first, second = (torch.log_softmax(_logits(found).float(), -1) for found in outputs)
+        rows = (_divergence(first, second, consistency.detach) + _divergence(second, first, consistency.detach)) / 2
+        if counted is not None and counted.shape == rows.shape:
+            return consistency.weight * (rows * counted).sum() / counted.sum().clamp_min(1)
+        return consistency.weight * rows.mean()
+
+
+def _logits(outputs: Mapping[str, Tensor]) -> Tensor:
+    found = outputs.get("logits")
+    if found is not None:
+        return found
+    return next(t for name, t in outputs.items() if name != "loss" and t.is_floating_point())
+
+
+def _divergence(target: Tensor, other: Tensor, detach: bool) -> Tensor:
+    """``KL(target || other)`` of log-probabilities ``[..., classes]``, as ``[...]``."""
+    return functional.kl_div(other, target.detach() if detach else target, reduction="none", log_target=True).sum(-1)
+
+
+class AdaMixMethod(BottleneckAdapter[AdaMix]):
+    """``g + s (U_j gelu(D_i g + b_i) + c_j)`` on a feed-forward part, ``D: [experts, bottleneck, width]`` and ``U:
+    [experts, width, bottleneck]``; a shared projection has no leading axis.
+
+    A projection's weight and bias belong to the same expert. ``i`` and ``j`` are drawn for each site and projection.
+    """
+
+    spec_class = AdaMix
+    objective = Agreement[AdaMix]
+
+    def project(self, spec: AdaMix, build: Builder, part: str, x: fx.Node, out: int, dtype: torch.dtype) -> fx.Node:
+        """See `BottleneckAdapter.project`."""
+        if part == spec.share:
+            return super().project(spec, build, part, x, out, dtype)
+        shape = (spec.experts, out, int(x.meta["val"].shape[-1]))
+        experts = build.parameter(part, shape, initialiser(spec, part), dtype=dtype)
+        chosen = route(build, experts)
+        bias = None
+        if spec.bias:
+            biases = build.parameter(f"{part}_bias", (spec.experts, out), zeros, dtype=dtype)
+            bias = pick(build, biases, chosen, part=f"{part} expert")
+        return build.linear(x, pick(build, experts, chosen, part=f"{part} expert"), bias, part=part)
+
+    def collapse(self, spec: AdaMix) -> MethodSpec:
+        """One bottleneck adapter at the same places."""
+        kept = ("name", "target", "activation", "bias", "init", "init_std", "scale", "dropout", "overrides")
+        width = next((f for f in WIDTHS if f in spec.model_fields_set and getattr(spec, f) is not None), "bottleneck")
+        values = {field: getattr(spec, field) for field in (*kept, width)}
+        return Bottleneck(reads="projection", adds_to="projection", **values)
+
+    def collapsed(self, spec: AdaMix, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Every tensor of experts as their mean."""
+        return {part: mean(tensor, part.removesuffix("_bias"), spec.share) for part, tensor in tensors.items()}
+
+
+def mean(tensor: Tensor, side: str, share: str) -> Tensor:
+    """The mean over the experts of a projection ``side``, ``up`` or ``down``; what is shared, or neither, as it is."""
+    return tensor if side == share or side not in ("up", "down") else tensor.mean(0)

@@ -1,0 +1,85 @@
+"""AdaMix of low-rank updates (Wang et al. 2022, arXiv:2205.12410): factors with experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.build.routing import pick, route
+from graftc.passes.core.method.lowrank import added, check_rank, uniform, zeros
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.sites import LinearSite, Site
+from graftc.passes.core.weights.folds import Fold, Keep, WeightFold
+from graftc.passes.methods.adamix import Agreement, mean
+from graftc.specs.base import MethodSpec
+from graftc.specs.methods.adamix_lora import AdaMixLoRA
+from graftc.specs.methods.lora import LoRA
+
+_SIDES = {"A": "down", "B": "up"}
+
+
+class AdaMixLoRAMethod(Method[AdaMixLoRA]):
+    """``y = W x + b + s B_j A_i drop(x)`` with ``A: [experts, rank, in]`` and ``B: [experts, out, rank]``.
+
+    A shared factor has no leading axis. If the site itself is a mixture of experts, its expert axis comes second.
+    """
+
+    spec_class = AdaMixLoRA
+    objective = Agreement[AdaMixLoRA]
+
+    def insert(self, spec: AdaMixLoRA, site: Site, shared: Any, build: Builder) -> None:
+        """Insert the branch.
+
+        Raises:
+            GraftError: GC020 when the rank exceeds ``min(in, out)``.
+        """
+        assert isinstance(site, LinearSite)
+        check_rank(site, spec.rank)
+        a = _factor(spec, build, site, "A", (*site.leading, spec.rank, site.in_features), uniform)
+        b = _factor(spec, build, site, "B", (*site.leading, site.out_features, spec.rank), zeros)
+        recompute = spec.dropout_mask == "recomputed"
+        x = build.dropout(build.input(site), spec.dropout, recompute=recompute, scope=spec.dropout_scope)
+        build.add(site, build.low_rank(site, x, a, b, spec.scaling))
+
+    def fold(self, spec: AdaMixLoRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """``W' = W + s mean(B) mean(A)``."""
+        if "A" not in tensors:
+            return Keep("its factors are missing")
+
+        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            factors = self.collapsed(spec, tensors)
+            return added(weight, factors["B"], factors["A"], spec.scaling), bias
+
+        return WeightFold(apply)
+
+    def collapse(self, spec: AdaMixLoRA) -> MethodSpec:
+        """LoRA at the same places."""
+        kept = ("name", "target", "rank", "alpha", "dropout", "dropout_mask", "dropout_scope")
+        return LoRA(**{field: getattr(spec, field) for field in kept})
+
+    def collapsed(self, spec: AdaMixLoRA, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Both factors as the mean of their experts."""
+        return {part: mean(tensors[part], side, spec.share) for part, side in _SIDES.items()}
+
+
+def _factor(
+    spec: AdaMixLoRA, build: Builder, site: LinearSite, part: str, shape: tuple[int, ...], init: Initialiser
+) -> fx.Node:
+    if _SIDES[part] == spec.share:
+        return build.parameter(part, shape, init, dtype=site.dtype)
+    experts = build.parameter(part, (spec.experts, *shape), _alike(init), dtype=site.dtype)
+    return pick(build, experts, route(build, experts), part=f"{_SIDES[part]} expert")
+
+
+def _alike(init: Initialiser) -> Initialiser:
+    """Every expert starts as the first one."""
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        init(tensor[0], generator)
+        tensor.copy_(tensor[0].clone().expand_as(tensor))
+
+    return fill

@@ -1,0 +1,64 @@
+"""BitFit (Ben-Zaken et al. 2022, arXiv:2106.10199): biases alone train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.method.lowrank import zeros
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.sites import ExpertsSite, LinearSite, NormSite, ParameterSite, Site
+from graftc.passes.core.weights.folds import Fold, StandIn, WeightFold
+from graftc.specs.methods.bitfit import BitFit
+from graftc.specs.roles import parse_role
+
+
+class BitFitMethod(Method[BitFit]):
+    """Biases train as copies of the base's own; with `add_missing`, linear maps without a bias get ``c: [out]``."""
+
+    spec_class = BitFit
+
+    def applies(self, spec: BitFit, site: Site) -> bool:
+        """Where there is a bias, or one is to be added; a head that gives the outputs is passed over."""
+        if any(parse_role(role).name == "head" for role in site.roles):
+            return False
+        if isinstance(site, LinearSite):
+            return site.use.bias is not None or (spec.add_missing and not isinstance(site, ExpertsSite))
+        if isinstance(site, NormSite):
+            return site.bias is not None
+        return isinstance(site, ParameterSite) and site.tensor.rpartition(".")[2].endswith("bias")
+
+    def remedy(self, spec: BitFit) -> str | None:
+        """Biases can be added."""
+        return None if spec.add_missing else "add_missing: true gives maps without a bias one that starts at zeros"
+
+    def insert(self, spec: BitFit, site: Site, shared: Any, build: Builder) -> None:
+        """Put a trained copy in the place of the bias, or add one.
+
+        Raises:
+            GraftError: GC021 where another adaptation trains it too.
+        """
+        if isinstance(site, LinearSite):
+            if site.own_bias is not None:
+                build.overlay(site.own_bias)
+            else:
+                build.add(site, build.parameter("added", (site.out_features,), zeros, dtype=site.dtype), "bias")
+        elif isinstance(site, NormSite):
+            assert site.bias is not None
+            build.overlay(site.bias)
+        else:
+            assert isinstance(site, ParameterSite)
+            build.overlay(site.tensor)
+
+    def fold(self, spec: BitFit, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """The trained values take the places of the base's; an added bias stays a bias."""
+        if "added" not in tensors:
+            return StandIn()
+
+        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return weight, tensors["added"] if bias is None else bias + tensors["added"]
+
+        return WeightFold(apply)

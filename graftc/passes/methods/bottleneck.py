@@ -1,0 +1,147 @@
+"""Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751): one mechanism, which the named ones are wirings of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.method.lowrank import normal, uniform, zeros
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.sites import LinearSite, Site, SublayerSite
+from graftc.passes.core.sites.uses import Dense
+from graftc.passes.core.weights.folds import Fold, Keep
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.methods.bottleneck import Bottleneck, BottleneckSpec
+
+aten = torch.ops.aten
+S = TypeVar("S", bound=BottleneckSpec)
+
+_ACTIVATIONS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
+    "relu": (aten.relu.default, {}),
+    "gelu": (aten.gelu.default, {}),
+    "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
+    "silu": (aten.silu.default, {}),
+    "tanh": (aten.tanh.default, {}),
+    "leaky_relu": (aten.leaky_relu.default, {}),
+}
+
+
+class BottleneckAdapter(Method[S]):
+    """``value + s (U f(D x + b) + c)`` with ``D: [bottleneck, read]``, ``U: [added, bottleneck]``.
+
+    ``x`` is what the adapter reads, over its own layer norm where it has one, and ``value`` what it adds to; the spec's
+    wiring says which values these are. Dropout acts on the bottleneck. The function is not linear, so it stays in the
+    graph.
+    """
+
+    def insert(self, spec: S, site: Site, shared: Any, build: Builder) -> None:
+        """Insert the adapter.
+
+        Raises:
+            GraftError: GC017 where the site has no such value, GC020 where no width is left for the bottleneck.
+        """
+        wiring = spec.wiring(site.kind, site.roles)
+        if isinstance(site, SublayerSite):
+            read, value = build.at(site, wiring.reads), build.at(site, wiring.adds_to)
+            delta = self.branch(spec, build, read, _width(value), site.dtype)
+            build.add_at(site, wiring.adds_to, delta, wiring.reads)
+            return
+        assert isinstance(site, LinearSite)
+        if not isinstance(site.use, Dense):
+            message = f"{site.key} is no product with a matrix that stands behind its input"
+            raise GraftError("GC017", message, hint="leave it out with exclude")
+        read = build.input(site) if wiring.reads == "input" else build.output(site)
+        inward = wiring.adds_to == "input"
+        width = site.in_features if inward else site.out_features
+        if inward and wiring.reads != "input":
+            raise GraftError("GC017", f"what reads the output of {site.key} comes too late to add to its input")
+        delta = self.branch(spec, build, read, width, site.dtype)
+        if inward:
+            build.set_input(site, build.call(aten.add.Tensor, read, delta, part="add"))
+        else:
+            build.add(site, delta)
+
+    def branch(self, spec: S, build: Builder, read: fx.Node, width: int, dtype: torch.dtype) -> fx.Node:
+        """The adapter's function of ``read``, ``[..., width]``, worked out in the type of its own tensors."""
+        if read.meta["val"].dtype != dtype:  # experts add up in float32
+            read = build.call(aten.to.dtype, read, dtype, part="read")
+        norm = spec.wiring(build.site.kind, build.site.roles).norm
+        inner = spec.width(_width(read))
+        if inner < 1:
+            message = f"reduction {spec.reduction:g} leaves nothing of the {_width(read)} entries that are read"
+            raise GraftError("GC020", message, place=Place(path="reduction"))
+        x = _normed(build, read, _width(read), dtype, "norm") if norm in ("before", "both") else read
+        hidden = self.project(spec, build, "down", x, inner, dtype)
+        hidden = build.dropout(_activated(spec, build, hidden), spec.dropout)
+        delta = self.project(spec, build, "up", hidden, width, dtype)
+        if norm in ("after", "both"):
+            delta = _normed(build, delta, width, dtype, "norm_after")
+        if spec.scale == "learned":
+            scale = build.parameter("scale", (1,), _ones, dtype=dtype)
+            return build.call(aten.mul.Tensor, delta, build.along(scale, delta), part="scale")
+        return delta if spec.scale == 1 else build.call(aten.mul.Tensor, delta, spec.scale, part="scale")
+
+    def project(self, spec: S, build: Builder, part: str, x: fx.Node, out: int, dtype: torch.dtype) -> fx.Node:
+        """One projection, ``down`` or ``up``: its weight ``[out, in]``, and its bias where the adapter has them."""
+        weight = build.parameter(part, (out, _width(x)), initialiser(spec, part), dtype=dtype)
+        bias = build.parameter(f"{part}_bias", (out,), zeros, dtype=dtype) if spec.bias else None
+        return build.linear(x, weight, bias, part=part)
+
+    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """It stays: no weight of the base computes it."""
+        return Keep("it has an activation function of its own, so that no weight of the base can compute it")
+
+
+class BottleneckMethod(BottleneckAdapter[Bottleneck]):
+    """`BottleneckAdapter`, wired as its spec specifies."""
+
+    spec_class = Bottleneck
+
+
+def _width(node: fx.Node) -> int:
+    return int(node.meta["val"].shape[-1])
+
+
+def _activated(spec: BottleneckSpec, build: Builder, x: fx.Node) -> fx.Node:
+    if spec.activation == "identity":
+        return x
+    target, kwargs = _ACTIVATIONS[spec.activation]
+    return build.call(target, x, part="activation", **kwargs)
+
+
+def _normed(build: Builder, x: fx.Node, width: int, dtype: torch.dtype, part: str) -> fx.Node:
+    weight = build.parameter(f"{part}_weight", (width,), _ones, dtype=dtype)
+    bias = build.parameter(f"{part}_bias", (width,), zeros, dtype=dtype)
+    return build.layer_norm(x, weight, bias, part)
+
+
+def _ones(tensor: Tensor, generator: torch.Generator) -> None:
+    tensor.fill_(1)
+
+
+def initialiser(spec: BottleneckSpec, part: str) -> Initialiser:
+    """What fills a projection, ``down`` or ``up``, ``[..., out, in]``."""
+    if spec.init == "lora":
+        return uniform if part == "down" else zeros
+    if spec.init == "bert":
+        return normal(spec.init_std or 0.02)
+    return _xavier if spec.init == "xavier" else _truncated(spec.init_std or 1e-3)
+
+
+def _xavier(tensor: Tensor, generator: torch.Generator) -> None:
+    bound = math.sqrt(6 / sum(tensor.shape[-2:]))
+    tensor.uniform_(-bound, bound, generator=generator)
+
+
+def _truncated(deviation: float) -> Initialiser:
+    """Normal, cut off at twice the deviation."""
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        torch.nn.init.trunc_normal_(tensor, 0, deviation, -2 * deviation, 2 * deviation, generator=generator)
+
+    return fill

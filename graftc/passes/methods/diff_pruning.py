@@ -1,0 +1,176 @@
+"""Diff pruning: differences with hard-concrete gates, then training of those that are left (arXiv:2012.07463)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
+
+from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.method.lowrank import zeros
+from graftc.passes.core.method.stages import Advance
+from graftc.passes.core.method.steering import Place, TensorObjective
+from graftc.passes.core.ops.hashing import SEEDS
+from graftc.passes.core.sites.entries import largest, slices_of
+from graftc.passes.core.sites.sites import LinearSite, Site
+from graftc.passes.core.weights.folds import Fold, TensorFold
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.selection import Chosen, SparseTensors, budget_of, entry_values, key_of, regions_at
+from graftc.specs.methods.diff_pruning import DiffPruning
+
+aten = torch.ops.aten
+
+
+class OpenGates(TensorObjective[DiffPruning]):
+    """``penalty * sum P(z > 0)`` over the gates of all entries, and of all tensors."""
+
+    @classmethod
+    def wanted(cls, spec: DiffPruning) -> bool:
+        """See `Steering.wanted`."""
+        return spec.stage == 1 and spec.penalty > 0
+
+    def value(self) -> Tensor:
+        """See `TensorObjective.value`."""
+        terms = [self._of(place.tensors, part) for place in self.places for part in _tensors_of(place.tensors)]
+        return self.spec.penalty * torch.stack(terms).sum()
+
+    def _of(self, tensors: Mapping[str, Tensor], part: str) -> Tensor:
+        # Worked out again in the backward pass: it would keep as much as the gates take.
+        entries = checkpoint(
+            self._open,
+            tensors[f"{part}_alpha"],
+            use_reentrant=False,
+            preserve_rng_state=False,
+            determinism_check="none",
+        )
+        assert isinstance(entries, Tensor)
+        if not self.spec.structured:
+            return entries
+        group = self._open(tensors[f"{part}_group"])
+        return entries + group if self.spec.group_penalty == "sum" else entries * group
+
+    def _open(self, alpha: Tensor) -> Tensor:
+        return torch.sigmoid(alpha - self.spec.shift).sum()
+
+
+class DiffPruningMethod(SparseTensors[DiffPruning]):
+    """``W' = W + z z_group w`` for every tensor, then ``W + scatter(indices, delta)`` for the remaining entries.
+
+    `graftc::gated_weight` is inserted wherever a tensor is read. If a site owns only some rows of a tensor, its
+    parameters have the size of these rows, which form their own group. The second training run uses `SparseTensors`.
+    """
+
+    spec_class = DiffPruning
+    objective = OpenGates
+
+    def prepare(self, spec: DiffPruning, sites: Sequence[Site], build: Builder) -> Chosen:
+        """Every entry has a difference at first; later, see `SparseTensors`.
+
+        Raises:
+            GraftError: GC020 where the budget is none of the target's entries, or more than all.
+        """
+        if spec.stage > 1:
+            return super().prepare(spec, sites, build)
+        counts = {key: region.size for key, (_, region) in self.tensors_of(sites, build.store).items()}
+        budget_of(spec, sum(counts.values()))
+        return Chosen(counts, {})
+
+    def insert(self, spec: DiffPruning, site: Site, shared: Chosen, build: Builder) -> None:
+        """Put the changed tensors of the site in place of the base's.
+
+        Raises:
+            GraftError: GC021 where another adaptation trains one of them as a whole, or takes it as constant.
+        """
+        if spec.stage > 1:
+            super().insert(spec, site, shared, build)
+            return
+        for region in slices_of(site, build.store, biases=self.biases):
+            key = key_of(region)
+            if key not in shared.placed:
+                shared.placed.add(key)
+                build.stand_in(region, partial(_gated, spec, build, region), within=True)
+
+    def fold(self, spec: DiffPruning, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """The sums are the new values, with gates that have no noise."""
+        if spec.stage > 1:
+            return super().fold(spec, site, tensors)
+        return TensorFold({p: _added(site, p, partial(difference, spec, tensors, p)) for p in _tensors_of(tensors)})
+
+    def stages(self, spec: DiffPruning) -> int:
+        """Two."""
+        return 2
+
+    @torch.no_grad()
+    def advance(
+        self, spec: DiffPruning, places: Sequence[Place[DiffPruning]], shared: Mapping[str, Tensor]
+    ) -> Advance[DiffPruning]:
+        """The entries with the largest differences are left, and start from these."""
+        held = list(regions_at(places, biases=self.biases))
+        sizes = [partial(_magnitude, spec, place.tensors, region.part) for place, region in held]
+        found = largest(sizes, budget_of(spec, _entries(places)))
+        values: dict[str, Tensor] = {}
+        for (place, region), numbers in zip(held, found, strict=True):
+            own = difference(spec, place.tensors, region.part).reshape(-1)
+            values |= entry_values(place, region, numbers, own[numbers])
+        return Advance(spec.model_copy(update={"stage": spec.stage + 1}), values)
+
+    def deployed(self, spec: DiffPruning, places: Sequence[Place[DiffPruning]]) -> int | None:
+        """The entries that are left after the second training."""
+        return budget_of(spec, _entries(places)) if spec.stage == 1 else None
+
+
+def difference(spec: DiffPruning, tensors: Mapping[str, Tensor], part: str) -> Tensor:
+    """``z z_group w`` of a tensor, with gates that have no noise."""
+    low, high = spec.stretch
+
+    def gate(alpha: Tensor) -> Tensor:
+        return torch.clamp(torch.sigmoid(alpha) * (high - low) + low, 0, 1)
+
+    own = gate(tensors[f"{part}_alpha"]) * tensors[f"{part}_w"]
+    return gate(tensors[f"{part}_group"]) * own if spec.structured else own
+
+
+def _magnitude(spec: DiffPruning, tensors: Mapping[str, Tensor], part: str) -> Tensor:
+    return difference(spec, tensors, part).abs().reshape(-1)
+
+
+def _tensors_of(tensors: Mapping[str, Tensor]) -> list[str]:
+    """What tensors of the base have differences among those of a place."""
+    return [name.removesuffix("_w") for name in tensors if name.endswith("_w")]
+
+
+def _entries(places: Sequence[Place[DiffPruning]]) -> int:
+    return sum(p.tensors[f"{part}_w"].numel() for p in places for part in _tensors_of(p.tensors))
+
+
+def _gated(spec: DiffPruning, build: Builder, region: WeightSlice, tensor: fx.Node) -> fx.Node:
+    dtype = torch.promote_types(build.store.get(region.tensor).dtype, torch.float32)
+    part, shape, start = region.part, region.own_shape, _constant(spec.initial_alpha)
+    w = build.parameter(f"{part}_w", shape, zeros, dtype=dtype)
+    alpha = build.parameter(f"{part}_alpha", shape, start, dtype=dtype)
+    group = build.parameter(f"{part}_group", (1,), start, dtype=dtype) if spec.structured else None
+    # The seed is drawn beside the weight, so that a recomputed layer keeps its draw.
+    like = build.call(aten.new_zeros.default, tensor, [1], dtype=torch.int64, part="seed")
+    seed = build.call(aten.randint_like.low_dtype, like, 0, SEEDS, part="seed")
+    return build.call(torch.ops.graftc.gated_weight.default, tensor, w, alpha, group, seed, *spec.stretch, part=part)
+
+
+def _constant(value: float) -> Initialiser:
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.fill_(value)
+
+    return fill
+
+
+def _added(site: Site, part: str, own: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Adds to the site's own part of a tensor as it is stored."""
+    parts = {held.part: held for held in site.slices} if isinstance(site, LinearSite) else {}
+
+    def change(tensor: Tensor) -> Tensor:
+        where = parts.get(part) or WeightSlice.every(part, tensor)
+        return where.put(tensor, where.take(tensor) + own())
+
+    return change

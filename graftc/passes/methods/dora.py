@@ -1,0 +1,161 @@
+"""DoRA: trained magnitudes of a weight's rows, and a low-rank update of their directions (Liu et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.effective_weight import EffectiveWeight, effective_weight, trace
+from graftc.passes.core.method.lowrank import added, check_rank, factors, normal, uniform, zeros
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.ops.magnitude import SMALLEST, TINY, norm_of_squares, squares
+from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, Site, SiteKey
+from graftc.passes.core.weights.folds import Fold, Keep, WeightFold
+from graftc.specs.methods.dora import DoRA
+
+aten = torch.ops.aten
+ops = torch.ops.graftc
+
+Scales = dict[SiteKey, fx.Node]
+
+
+class DoRAMethod(Method[DoRA]):
+    """``y = c * (u + s B A x) + b`` with ``c = m / |W + s B A|`` and ``u = W x`` (arXiv:2402.09353).
+
+    ``m: [rows]`` is initialised to the norms of the rows of ``W``, whose squares are stored in a constant. The norms in
+    ``c`` are computed from that constant with the same arithmetic, so ``c`` is initially exactly one. The bias is
+    preserved by ``y = c * (u + b) + s (c * B) A x + (1 - c) * b``, which is initially equal to ``u + b`` bit for bit.
+
+    With dropout on the input, the second product is ``W (x - x~)``, which replaces part of the bias term: ``(1 - c) *
+    (b + W (x - x~))``.
+
+    On top of other adaptations, ``W`` and ``b`` are the results of applying their folds to the base's, and the norm is
+    that of the matrix itself.
+    """
+
+    spec_class = DoRA
+
+    def prepare(self, spec: DoRA, sites: Sequence[Site], build: Builder) -> Scales:
+        """The scales of each place, for its later uses."""
+        return {}
+
+    def insert(self, spec: DoRA, site: Site, shared: Scales, build: Builder) -> None:
+        """Rescale the site's result, with the update added.
+
+        Raises:
+            GraftError: GC020 when the rank exceeds ``min(in, out)``, GC017 where something stands at the site that has
+                no equivalent change of weights.
+        """
+        assert isinstance(site, LinearSite)
+        base = effective_weight(build, site)
+        pair = _factors(spec, site, build) if spec.direction else ()
+        scale = _scale(spec, site, base, pair, shared, build)
+        delta = lost = None
+        # A result in float16 has no room for what a scale of zero counts as.
+        whole = base.offset is None and build.output(site).meta["val"].dtype != torch.float16
+        if pair:
+            x = build.input(site)
+            recompute = spec.dropout_mask == "recomputed"
+            dropped = build.dropout(x, spec.dropout, recompute=recompute, scope=spec.dropout_scope)
+            if dropped is not x and spec.dropout_on == "input":
+                weight = _cast(build, base.weight, x.meta["val"].dtype)
+                lost = build.map(site, build.call(aten.sub.Tensor, x, dropped, part="lost"), weight, part="lost")
+            whole = whole and lost is None
+            delta = build.low_rank(site, dropped, pair[0], _scaled_up(build, pair[1], scale, whole), spec.scaling)
+        rows = build.per_row(site, scale)
+        own = (build.output(site), rows, delta, base.offset, lost, whole)
+        build.set_output(site, build.call(ops.rescale.default, *own, part="rescale"))
+
+    def fold(self, spec: DoRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """``W' = m * V / |V|`` with ``V = W + s B A``."""
+        if "m" not in tensors:
+            return Keep("its magnitudes are missing")
+
+        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            if "A" in tensors:
+                weight = added(weight, tensors["B"], tensors["A"], spec.scaling)
+            norm = _direct_norm(weight)
+            norm = norm.detach() if spec.norm_gradient == "detached" else norm
+            return weight * (tensors["m"] / norm)[..., None], bias
+
+        return WeightFold(apply)
+
+
+def _factors(spec: DoRA, site: LinearSite, build: Builder) -> tuple[fx.Node, fx.Node]:
+    check_rank(site, spec.rank)
+    if isinstance(site, EmbeddingSite):
+        return factors(build, site, spec.rank, zeros, normal(1))
+    down = normal(1 / spec.rank) if spec.init == "gaussian" else uniform
+    return factors(build, site, spec.rank, down, zeros)
+
+
+def _scaled_up(build: Builder, b: fx.Node, scale: fx.Node, whole: bool) -> fx.Node:
+    """``c * B``, smaller than anything that it is multiplied with; ``c`` is a constant where `rescale` counts it, and
+    not zero, since the gradient of ``c`` is recovered from the result."""
+    factor = scale
+    if whole:
+        factor = build.call(aten.detach.default, scale, part="scaled up")
+        vanishes = build.call(aten.eq.Scalar, factor, 0, part="scaled up")
+        factor = build.call(aten.where.ScalarSelf, vanishes, TINY, factor, part="scaled up")
+    column = build.call(aten.unsqueeze.default, factor, -1, part="scaled up")
+    product = build.call(aten.mul.Tensor, b, column, part="scaled up")
+    return _cast(build, product, b.meta["val"].dtype)
+
+
+def _scale(
+    spec: DoRA, site: LinearSite, base: EffectiveWeight, pair: Sequence[fx.Node], shared: Scales, build: Builder
+) -> fx.Node:
+    """``m / |V|`` of a place, ``[..., rows]``."""
+    square = build.constant("square", lambda: squares(base.value())) if base.fixed else None
+    magnitude = build.trained("m", lambda: _first_norm(spec, base, square, pair, build))
+    if site.key.place not in shared:
+        norm = _norm(spec, base, square, pair, build)
+        shared[site.key.place] = build.call(aten.div.Tensor, magnitude, norm, part="scale")
+    return shared[site.key.place]
+
+
+def _first_norm(
+    spec: DoRA, base: EffectiveWeight, square: fx.Node | None, pair: Sequence[fx.Node], build: Builder
+) -> Tensor:
+    """What `_norm` gives before training, by the same arithmetic. A product with zeros changes no bit of a square."""
+    if square is not None:
+        return norm_of_squares(build.store.get(str(square.target)))
+    held = [build.store.get(str(node.target)).detach() for node in pair]
+    return _norm_with_update(base.value(), *held, scaling=spec.scaling)[0]
+
+
+def _norm(
+    spec: DoRA, base: EffectiveWeight, square: fx.Node | None, pair: Sequence[fx.Node], build: Builder
+) -> fx.Node:
+    """``|W + s B A|``."""
+    weight = base.weight
+    if spec.norm_gradient == "detached":
+        pair = [build.call(aten.detach.default, node, part="norm") for node in pair]
+        weight = weight if square is not None else build.call(aten.detach.default, weight, part="norm")
+    if square is None:
+        return trace(build, partial(_norm_with_update, scaling=spec.scaling), [weight, *pair], "norm")[0]
+    if not pair:
+        return trace(build, lambda held: [norm_of_squares(held)], [square], "norm")[0]
+    return build.call(ops.row_norm.default, square, weight, *pair, spec.scaling, part="norm")
+
+
+def _norm_with_update(weight: Tensor, *pair: Tensor, scaling: float) -> list[Tensor]:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = weight.to(wide)
+    if pair:
+        a, b = (factor.to(wide) for factor in pair)
+        total = total + scaling * (b @ a)
+    # The order of a sum follows the strides, and the first norms have to be those of the graph to the bit.
+    return [_direct_norm(total.contiguous())]
+
+
+def _direct_norm(weight: Tensor) -> Tensor:
+    return weight.square().sum(-1).clamp_min(SMALLEST).sqrt()
+
+
+def _cast(build: Builder, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node if node.meta["val"].dtype == dtype else build.call(aten.to.dtype, node, dtype, part="cast")

@@ -1,0 +1,105 @@
+"""DyLoRA: one low-rank update for every rank up to its own (Valipour et al. 2023, arXiv:2210.07558)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.method.lowrank import added, check_rank, factors, gated, uniform, zeros
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.sites import LinearSite, Site
+from graftc.passes.core.weights.folds import Fold, Keep, WeightFold
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.methods.dylora import DyLoRA
+
+aten = torch.ops.aten
+DEPLOYED = "deployed"
+"""Part name of the rank in eval mode, ``int64[1]``."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The rank of a pass, as what sites make of it.
+
+    Attributes:
+        last: ``bool[rank]``, true at the last of the first ``r``.
+        gates: ``alpha / r`` for the first ``r`` and zero for the others, ``[rank]``, by element type.
+    """
+
+    last: fx.Node
+    gates: Mapping[torch.dtype, fx.Node]
+
+
+class DyLoRAMethod(Method[DyLoRA]):
+    """``y = W x + b + (alpha / r) B[:, :r] A[:r] drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
+
+    All sites use the same ``r`` in a pass; it is drawn outside the layers, so a layer that is recomputed in the
+    backward pass uses the same one. Ranks above it are multiplied by zero: sizes do not depend on the drawn value.
+    """
+
+    spec_class = DyLoRA
+
+    def prepare(self, spec: DyLoRA, sites: Sequence[Site], build: Builder) -> Drawn:
+        """Draw the rank, once for all sites."""
+        deployed = build.buffer(DEPLOYED, lambda device: torch.full((1,), spec.rank, dtype=torch.int64, device=device))
+        drawn = build.drawn(deployed, 1, spec.rank + 1, part="rank")
+        ones = build.call(aten.new_ones.default, drawn, [spec.rank], part="one")
+        number = build.call(aten.cumsum.default, ones, 0, part="number")
+        used = build.call(aten.le.Tensor, number, drawn, part="used")
+        gates: dict[torch.dtype, fx.Node] = {}
+        for dtype in dict.fromkeys(site.dtype for site in sites if isinstance(site, LinearSite)):
+            own = build.call(aten.to.dtype, used, dtype, part="used")
+            scaled = build.call(aten.mul.Tensor, own, spec.alpha, part="alpha")
+            gates[dtype] = build.call(aten.div.Tensor, scaled, drawn, part="gate")
+        return Drawn(build.call(aten.eq.Tensor, number, drawn, part="last"), gates)
+
+    def insert(self, spec: DyLoRA, site: Site, shared: Drawn, build: Builder) -> None:
+        """Insert the branch.
+
+        Raises:
+            GraftError: GC020 when the rank exceeds ``min(in, out)``.
+        """
+        assert isinstance(site, LinearSite)
+        check_rank(site, spec.rank)
+        a, b = factors(build, site, spec.rank, uniform, zeros)
+        if spec.frozen:
+            a = _only_last(build, a, build.call(aten.unsqueeze.default, shared.last, -1, part="last"))
+            b = _only_last(build, b, shared.last)
+        recompute = spec.dropout_mask == "recomputed"
+        x = build.dropout(build.input(site), spec.dropout, recompute=recompute, scope=spec.dropout_scope)
+        build.add(site, build.low_rank(site, x, *gated(build, site, a, b, shared.gates[site.dtype])))
+
+    def fold(self, spec: DyLoRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """``W' = W + (alpha / r) B[:, :r] A[:r]`` at the deployed rank."""
+        if "A" not in tensors:
+            return Keep("its factors are missing")
+        rank = int(tensors[DEPLOYED])
+
+        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            a, b = tensors["A"][..., :rank, :], tensors["B"][..., :rank]
+            return added(weight, b, a, spec.alpha / rank), bias
+
+        return WeightFold(apply)
+
+    def live_ranks(self, spec: DyLoRA, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """The first ranks, as many as are deployed."""
+        a = tensors["A"]
+        numbers = torch.arange(spec.rank, device=a.device).expand(a.shape[:-1])
+        return numbers < tensors[DEPLOYED]
+
+    def deploy_rank(self, spec: DyLoRA, shared: Mapping[str, Tensor], rank: int) -> None:
+        """See `Method.deploy_rank`."""
+        if type(rank) is not int or not 1 <= rank <= spec.rank:
+            message = f"{spec.name!r} has the ranks from 1 to {spec.rank}, not {rank!r}"
+            raise GraftError("GC055", message, hint=f"the largest is {spec.rank}")
+        shared[DEPLOYED].fill_(rank)
+
+
+def _only_last(build: Builder, factor: fx.Node, last: fx.Node) -> fx.Node:
+    """``factor`` with gradients for the ranks in ``last`` only; what it computes is the same."""
+    fixed = build.call(aten.detach.default, factor, part="fixed")
+    return build.call(aten.where.self, last, factor, fixed, part="frozen")

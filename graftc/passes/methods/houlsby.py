@@ -1,0 +1,36 @@
+"""Houlsby adapters: two bottlenecks in every layer (Houlsby et al. 2019, arXiv:1902.00751)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.sites.sites import NormSite, Site
+from graftc.passes.core.weights.folds import Fold, StandIn
+from graftc.passes.methods.bottleneck import BottleneckAdapter
+from graftc.specs.methods.houlsby import Houlsby
+
+
+class HoulsbyMethod(BottleneckAdapter[Houlsby]):
+    """``a + A(a)`` on a sublayer's branch; normalisations train as copies of the base's own."""
+
+    spec_class = Houlsby
+
+    def insert(self, spec: Houlsby, site: Site, shared: Any, build: Builder) -> None:
+        """Insert the adapter, or put trained copies in the place of a normalisation's scale and shift.
+
+        Raises:
+            GraftError: GC020 where no width is left for the bottleneck, GC021 where another adaptation trains a norm.
+        """
+        if not isinstance(site, NormSite):
+            super().insert(spec, site, shared, build)
+            return
+        for tensor in filter(None, (site.weight, site.bias)):
+            build.overlay(tensor)
+
+    def fold(self, spec: Houlsby, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """The adapters stay; trained normalisations stand in for the base's."""
+        return StandIn() if isinstance(site, NormSite) else super().fold(spec, site, tensors)

@@ -1,0 +1,32 @@
+"""Fine-tuning of the last layers (the baseline of Li and Liang 2021, arXiv:2101.00190)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.sites.sites import Site
+from graftc.passes.methods.full import TrainedTensors
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.methods.last_layers import LastLayers
+
+
+class LastLayersMethod(TrainedTensors[LastLayers]):
+    """`TrainedTensors` of the last layers."""
+
+    spec_class = LastLayers
+
+    def prepare(self, spec: LastLayers, sites: Sequence[Site], build: Builder) -> None:
+        """Count the layers.
+
+        Raises:
+            GraftError: GC020 where a stack has fewer than are to train.
+        """
+        layers: dict[str, set[int | None]] = {}
+        for site in sites:
+            layers.setdefault(site.stack, set()).add(site.layer)
+        for stack, found in layers.items():
+            if len(found) >= spec.count or spec.target.layers != f"-{spec.count}:":
+                continue
+            message = f"{stack} has {len(found)} layers that the target selects, and {spec.count} are to train"
+            raise GraftError("GC020", message, place=Place(path="count"), hint="use full to train all of them")

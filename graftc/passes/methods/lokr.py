@@ -1,0 +1,92 @@
+"""LoKr: a low-rank Kronecker product (LyCORIS, Yeh et al. 2024, arXiv:2309.14859)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.method.lowrank import uniform, zeros
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.sites import LinearSite, Site
+from graftc.passes.core.weights.folds import Fold, WeightFold
+from graftc.specs.methods.lokr import LoKr
+
+aten = torch.ops.aten
+
+
+class LoKrMethod(Method[LoKr]):
+    """``y = W x + b + (s C ⊗ D) x`` with ``s = alpha / rank``.
+
+    The update's entry at row ``i d1 + k`` and column ``j d2 + l`` is ``s C[i, j] D[k, l]``. Every matrix that is not
+    initially zero is uniform within ``1 / sqrt(columns)``, Kaiming's bound at ``a = sqrt(5)``. The scale is applied to
+    ``C``, usually the smaller matrix.
+    """
+
+    spec_class = LoKr
+
+    def insert(self, spec: LoKr, site: Site, shared: Any, build: Builder) -> None:
+        """Insert the branch."""
+        assert isinstance(site, LinearSite)
+        (c1, d1), (c2, d2) = split(site.out_features, spec.factor), split(site.in_features, spec.factor)
+        small = _factor(spec, site, build, "C", (c1, c2), zeros, full=not spec.decompose_both)
+        large = _factor(spec, site, build, "D", (d1, d2), uniform, full=False)
+        if spec.scaling != 1:
+            small = build.call(aten.mul.Tensor, small, spec.scaling, part="scale")
+        outer = build.call(aten.mul.Tensor, _spread(build, small, -1, -3), _spread(build, large, -2, -4), part="outer")
+        shape = [*site.leading, site.out_features, site.in_features]
+        delta = build.call(aten.view.default, outer, shape, part="delta")
+        build.add(site, build.map(site, build.input(site), delta))
+
+    def fold(self, spec: LoKr, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """``W' = W + s C ⊗ D``."""
+
+        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            small, large = (tensors[n] if n in tensors else tensors[f"{n}B"] @ tensors[f"{n}A"] for n in "CD")
+            kron = torch.einsum("...ij,...kl->...ikjl", small, large)
+            return weight + spec.scaling * kron.reshape(weight.shape), bias
+
+        return WeightFold(apply)
+
+
+def split(size: int, factor: int) -> tuple[int, int]:
+    """Two numbers whose product is ``size``.
+
+    The first is ``factor`` where that divides ``size``; otherwise the largest divisor that is at most the root of
+    ``size``, and at most ``factor`` where that is not -1.
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = math.isqrt(size) if factor < 0 else min(math.isqrt(size), factor)
+    first = next(n for n in range(limit, 0, -1) if size % n == 0)
+    return first, size // first
+
+
+def _spread(build: Builder, node: fx.Node, *axes: int) -> fx.Node:
+    """A factor with new axes, so that a product with the other one pairs all of their entries."""
+    for axis in axes:
+        node = build.call(aten.unsqueeze.default, node, axis, part="outer")
+    return node
+
+
+def _factor(
+    spec: LoKr,
+    site: LinearSite,
+    build: Builder,
+    name: str,
+    shape: tuple[int, int],
+    init: Initialiser,
+    *,
+    full: bool,
+) -> fx.Node:
+    """One factor, full or as a product of rank ``rank``; ``init`` fills the full one or the first of the product."""
+    rows, columns = shape
+    if full or 2 * spec.rank >= max(shape):
+        return build.parameter(name, (*site.leading, rows, columns), init, dtype=site.dtype)
+    up = build.parameter(f"{name}B", (*site.leading, rows, spec.rank), init, dtype=site.dtype)
+    down = build.parameter(f"{name}A", (*site.leading, spec.rank, columns), uniform, dtype=site.dtype)
+    return build.call(aten.matmul.default, up, down, part=name)

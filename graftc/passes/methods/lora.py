@@ -1,0 +1,126 @@
+"""LoRA: a low-rank update beside a frozen linear map (Hu et al. 2021, arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.method.lowrank import added, check_rank, factors, normal, uniform, zeros
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, ParameterSite, Site, SiteKey
+from graftc.passes.core.weights.folds import Fold, Keep, WeightFold
+from graftc.specs.methods.lora import LoRA
+
+aten = torch.ops.aten
+
+
+class LoRAMethod(Method[LoRA]):
+    """``y = W x + b + s B A drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
+
+    ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732).
+    ``kaiming`` and ``gaussian`` start with ``B = 0``. ``pissa`` (Meng et al. 2024, arXiv:2404.02948) and ``olora``
+    (Buyukakyuz 2024, arXiv:2406.01775) initialise ``B A`` to a part of ``W``; conventionally they subtract that part
+    from ``W``. Here frozen copies of the initial factors are subtracted in the branch instead: the initial function
+    equals the base's bit for bit, and ``W`` stays unchanged.
+
+    The branch is scaled where it is narrowest, on the ``rank`` axis. Dropout acts on the branch's input only.
+
+    Each expert has its own pair of factors, ``A: [experts, rank, in]`` and ``B: [experts, out, rank]``. In a
+    convolution ``in`` counts the entries of a patch. An embedding table starts with ``A = 0`` instead of ``B = 0``.
+    """
+
+    spec_class = LoRA
+
+    def prepare(self, spec: LoRA, sites: Sequence[Site], build: Builder) -> None:
+        """With ``bias: all``, every bias that the Program reads trains beside the factors."""
+        if spec.bias != "all":
+            return
+        for name in build.tensors():
+            module, _, last = name.rpartition(".")
+            if last == "bias":
+                with build.on(ParameterSite(SiteKey(module, last), tensor=name)):
+                    build.overlay(name)
+
+    def insert(self, spec: LoRA, site: Site, shared: Any, build: Builder) -> None:
+        """Insert the branch.
+
+        Raises:
+            GraftError: GC020 when the rank exceeds ``min(in, out)``.
+        """
+        assert isinstance(site, LinearSite)
+        check_rank(site, spec.rank)
+        down, up = _starts(spec, site, build)
+        a, b = factors(build, site, spec.rank, down, up)
+        x = build.input(site)
+        if spec.init in _FROM_WEIGHT:
+            # torch picks another product for a weight that wants a gradient where the input is not contiguous, and the
+            # start would not cancel to the bit.
+            x = build.call(aten.contiguous.default, x, part="contiguous")
+        recompute = spec.dropout_mask == "recomputed"
+        dropped = build.dropout(x, spec.dropout, recompute=recompute, scope=spec.dropout_scope)
+        delta = build.low_rank(site, dropped, a, b, spec.scaling)
+        if spec.init in _FROM_WEIGHT:
+            a0, b0 = (
+                build.parameter(f"{part}0", tuple(node.meta["val"].shape), start, dtype=site.dtype, trainable=False)
+                for part, node, start in (("A", a, down), ("B", b, up))
+            )
+            start = build.low_rank(site, x, a0, b0, spec.scaling)
+            delta = build.call(aten.sub.Tensor, delta, start, part="minus start")
+        build.add(site, delta)
+        if spec.bias == "lora_only" and site.own_bias is not None:
+            build.overlay(site.own_bias)
+
+    def fold(self, spec: LoRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """``W' = W + s B A``, less ``s B0 A0`` where the factors started from ``W``."""
+        if "A" not in tensors:
+            return Keep("its factors are missing")
+
+        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            weight = added(weight, tensors["B"], tensors["A"], spec.scaling)
+            if "A0" in tensors:
+                weight = added(weight, tensors["B0"], tensors["A0"], -spec.scaling)
+            return weight, bias
+
+        return WeightFold(apply)
+
+
+def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """The first ``rank`` singular directions, ``s B A`` their part of the weight, values shared by both factors."""
+    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    root = (s[..., :rank] / scaling).sqrt()
+    return root[..., :, None] * v[..., :rank, :], u[..., :rank] * root[..., None, :]
+
+
+def _olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """The first ``rank`` columns of Q and rows of R, as they are."""
+    q, r = torch.linalg.qr(weight.double())
+    return r[..., :rank, :], q[..., :rank]
+
+
+_FROM_WEIGHT = {"pissa": _pissa, "olora": _olora}
+
+
+def _starts(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, Initialiser]:
+    """What fills A and B."""
+    if spec.init not in _FROM_WEIGHT:
+        if isinstance(site, EmbeddingSite):
+            return zeros, normal(1)  # as loralib does for tables: a row is looked up alone, so its fan-in is one
+        return normal(1 / spec.rank) if spec.init == "gaussian" else uniform, zeros
+    weight = build.read_weight(site)
+    if weight.device.type == "meta":
+        return zeros, zeros
+
+    @cache
+    def parts() -> tuple[Tensor, Tensor]:
+        return _FROM_WEIGHT[spec.init](weight, spec.rank, spec.scaling)
+
+    return (lambda tensor, _: _copy(tensor, parts()[0])), (lambda tensor, _: _copy(tensor, parts()[1]))
+
+
+def _copy(tensor: Tensor, value: Tensor) -> None:
+    tensor.copy_(value)

@@ -1,0 +1,153 @@
+"""LT-SFT: train everything, choose what changed most, rewind, train that (Ansell et al. 2022, arXiv:2110.07560)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.tensors import tensor_name
+from graftc.passes.core.method.stages import Advance
+from graftc.passes.core.method.steering import Place, TensorObjective
+from graftc.passes.core.ops.sparse import written
+from graftc.passes.core.sites.entries import largest, slices_of
+from graftc.passes.core.sites.sites import Site
+from graftc.passes.core.weights.folds import Fold, StandIn
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.selection import Chosen, SparseTensors, budget_of, entry_values, key_of, regions_at
+from graftc.specs.methods.lt_sft import LTSFT
+
+KEPT = ("indices", "start")
+"""Parts, after a tensor's name, of what earlier iterations have chosen and trained, while a dense one trains."""
+
+
+class Distance(TensorObjective[LTSFT]):
+    """``penalty * mean |W' - W|`` over all entries of the target, chosen or not."""
+
+    @classmethod
+    def wanted(cls, spec: LTSFT) -> bool:
+        """See `Steering.wanted`."""
+        return spec.penalty > 0
+
+    def value(self) -> Tensor:
+        """See `TensorObjective.value`."""
+        total, size = torch.zeros(()), 0
+        for place, region in regions_at(self.places):
+            base, held = place.base[region.tensor], place.tensors
+            size += region.size
+            if self.spec.dense:
+                own = region.entries(base).to(held[region.part].dtype)
+                total = total.to(own.device) + (_own(place, region) - own).abs().sum()
+            elif f"{region.part}_delta" in held:
+                total = total.to(base.device) + held[f"{region.part}_delta"].abs().sum()
+        return self.spec.penalty * total / size
+
+
+class LTSFTMethod(SparseTensors[LTSFT]):
+    """Trained copies of the target's tensors in dense training runs, and `SparseTensors` in sparse ones."""
+
+    spec_class = LTSFT
+    objective = Distance
+
+    def prepare(self, spec: LTSFT, sites: Sequence[Site], build: Builder) -> Chosen:
+        """See `SparseTensors.prepare`; a dense training selects nothing."""
+        if not spec.dense:
+            return super().prepare(spec, sites, build)
+        budget_of(spec, sum(region.size for _, region in self.tensors_of(sites, build.store).values()))
+        return Chosen({}, {})
+
+    def insert(self, spec: LTSFT, site: Site, shared: Chosen, build: Builder) -> None:
+        """Put trained copies, or changed tensors, in place of the base's.
+
+        Raises:
+            GraftError: GC021 where another adaptation trains one of them, or takes it as constant.
+        """
+        if not spec.dense:
+            super().insert(spec, site, shared, build)
+            return
+        for region in slices_of(site, build.store):
+            if key_of(region) in shared.placed:
+                continue
+            shared.placed.add(key_of(region))
+            build.overlay(region)
+            for kind in KEPT:
+                part = f"{region.part}_{kind}"
+                held = build.known(tensor_name(site, build.adaptation, part))
+                if held is not None:
+                    build.keep_buffer(part, partial(_like, held))
+
+    def fold(self, spec: LTSFT, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """The sums, or the trained copies, are the new values."""
+        return StandIn() if spec.dense else super().fold(spec, site, tensors)
+
+    def stages(self, spec: LTSFT) -> int:
+        """A dense and a sparse training for each iteration."""
+        return 2 * spec.iterations
+
+    def advance(self, spec: LTSFT, places: Sequence[Place[LTSFT]], shared: Mapping[str, Tensor]) -> Advance[LTSFT]:
+        """After a dense training the entries that changed most, with everything rewound; after a sparse one all
+        tensors at what it made of them."""
+        following = spec.model_copy(update={"stage": spec.stage + 1})
+        if spec.dense:
+            return Advance(following, self._chosen(spec, places), rewind=True)
+        values: dict[str, Tensor] = {}
+        for place, region in regions_at(places):
+            values |= _dense_values(spec, place, region)
+        return Advance(following, values)
+
+    def _chosen(self, spec: LTSFT, places: Sequence[Place[LTSFT]]) -> dict[str, Tensor]:
+        """What the training after a dense one starts from: entries chosen so far, and those that changed most now."""
+        found = list(regions_at(places))
+        whole = budget_of(spec, sum(region.size for _, region in found))
+        new = whole * spec.iteration // spec.iterations - whole * (spec.iteration - 1) // spec.iterations
+        numbers = largest([partial(_changes, place, region) for place, region in found], new)
+        values: dict[str, Tensor] = {}
+        for (place, region), own in zip(found, numbers, strict=True):
+            before, start = _before(place, region)
+            both = torch.cat([before, own])
+            delta = torch.cat([start, start.new_zeros(own.shape)])
+            values |= entry_values(place, region, both, delta)
+        return values
+
+
+def _own(place: Place[LTSFT], region: WeightSlice) -> Tensor:
+    """The trained copy of a part of a tensor, flat, in the order of its own entries."""
+    return place.tensors[region.part].reshape(-1)
+
+
+def _before(place: Place[LTSFT], region: WeightSlice) -> tuple[Tensor, Tensor]:
+    """The entries that earlier iterations have chosen, and how far these were from the base at the start."""
+    held = place.tensors
+    if f"{region.part}_indices" not in held:
+        device = place.base[region.tensor].device
+        return torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device)
+    indices, start = (held[f"{region.part}_{kind}"] for kind in KEPT)
+    return region.numbers(indices), start
+
+
+def _changes(place: Place[LTSFT], region: WeightSlice) -> Tensor:
+    """How far every entry has moved in a dense training; those that are chosen already are out of it."""
+    base = place.base[region.tensor].detach()
+    before, start = _before(place, region)
+    if before.numel():
+        base = written(base, region.places(before), start)
+    moved = (_own(place, region).detach().float() - region.entries(base).float()).abs()
+    return moved.index_fill(0, before, -1.0)
+
+
+def _dense_values(spec: LTSFT, place: Place[LTSFT], region: WeightSlice) -> dict[str, Tensor]:
+    """What a dense training after a sparse one starts from at one tensor."""
+    base, held, name = place.base[region.tensor].detach(), place.tensors, str(spec.name)
+    if f"{region.part}_delta" not in held:
+        return {}
+    indices, delta = held[f"{region.part}_indices"], held[f"{region.part}_delta"].detach()
+    trained = region.take(written(base, indices, delta))
+    parts = {region.part: trained, f"{region.part}_indices": indices, f"{region.part}_start": delta}
+    return {tensor_name(place.site, name, part): value.clone() for part, value in parts.items()}
+
+
+def _like(held: Tensor, device: torch.device) -> Tensor:
+    return torch.zeros_like(held, device=device)

@@ -1,0 +1,12 @@
+"""MAM adapters (He et al. 2022, arXiv:2110.04366)."""
+
+from __future__ import annotations
+
+from graftc.passes.methods.parts import PartsMethod
+from graftc.specs.methods.mam import MAM
+
+
+class MAMMethod(PartsMethod[MAM]):
+    """`PartsMethod` of a prefix and parallel adapters."""
+
+    spec_class = MAM

@@ -1,0 +1,83 @@
+"""Methods that are made of others, one for each kind of place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.sites.sites import Site
+from graftc.passes.core.weights.folds import Fold
+from graftc.specs.base import MethodSpec
+from graftc.specs.claims import SiteKind
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.methods.parts import PARTS, PartsSpec
+
+S = TypeVar("S", bound=PartsSpec)
+_SHARED = frozenset({"vectors", "hidden", "hidden_bias"})
+"""The tensors that all places of a prefix share."""
+
+
+class PartsMethod(Method[S]):
+    """At every place what its part does there."""
+
+    def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Mapping[SiteKind, Any]:
+        """What the places of each part share.
+
+        Raises:
+            GraftError: GC016 for a place that no part is for, or a part without a place.
+        """
+        specs = spec.part_specs()
+        for site in sites:
+            if site.kind not in specs:
+                message = f"{site.key} is for the part '{PARTS[site.kind]}', which this {spec.method} does not have"
+                raise GraftError("GC016", message, place=Place(path="target"), hint="leave the place out of the target")
+        shared: dict[SiteKind, Any] = {}
+        for kind, own in specs.items():
+            mine = [site for site in sites if site.kind is kind]
+            if not mine:
+                message = f"the target has no place for the part '{PARTS[kind]}' of {spec.method}"
+                hint = f"add role: {', '.join(spec.roles[PARTS[kind]])} to it"
+                raise GraftError("GC016", message, place=Place(path="target"), hint=hint)
+            with _within(PARTS[kind]):
+                shared[kind] = method_for(own.method).prepare(own, mine, build)
+        return shared
+
+    def insert(self, spec: S, site: Site, shared: Mapping[SiteKind, Any], build: Builder) -> None:
+        """Insert the part that is for the site."""
+        own = spec.part_specs()[site.kind]
+        with _within(PARTS[site.kind]):
+            method_for(own.method).insert(own, site, shared[site.kind], build)
+
+    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """As the part at the site folds."""
+        own = spec.part_specs()[site.kind]
+        return method_for(own.method).fold(own, site, tensors)
+
+    def collapse(self, spec: S) -> MethodSpec | None:
+        """Keys and values themselves in the place of the network that gives them."""
+        return spec.collapse()
+
+    def collapsed(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the network gives, where the site has a prefix."""
+        if "keys_out" not in tensors:
+            return {part: value for part, value in tensors.items() if part not in _SHARED}
+        own = spec.part_specs()[SiteKind.ATTENTION]
+        return method_for(own.method).collapsed(own, tensors)
+
+
+@contextmanager
+def _within(part: str) -> Iterator[None]:
+    """Errors of a part name fields that stand below the part's own."""
+    try:
+        yield
+    except GraftError as error:
+        if error.place is None or not error.place.path:
+            raise
+        place = Place(path=f"{part}.{error.place.path}")
+        raise GraftError(error.code, error.message, place=place, hint=error.hint, details=error.details) from error

@@ -1,0 +1,92 @@
+"""PASTA: vectors added at special tokens before every layer (Yang et al. 2023, arXiv:2210.04382)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.ir.shapes import expression
+from graftc.passes.core.method.lowrank import normal, zeros
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.sites import Site, TokenNumbers, ValueSite
+from graftc.passes.core.weights.folds import Fold, Keep
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.methods.pasta import Pasta
+
+aten = torch.ops.aten
+Slots = Mapping[fx.Node, fx.Node]
+"""For the token numbers of each stack, ``int64[batch, sequence]``: which vector is added, from 1; 0 for none."""
+
+
+class PastaMethod(Method[Pasta]):
+    """``x_t + Drop(e_j)`` with ``e: [slots, width]``, where token ``t`` is the ``j``-th special one of its row."""
+
+    spec_class = Pasta
+
+    def prepare(self, spec: Pasta, sites: Sequence[Site], build: Builder) -> Slots:
+        """Work out once for each stack of layers which vector every token gets.
+
+        Raises:
+            GraftError: GC017 where a layer reads no tokens that are looked up in a table, GC039 for an id that the
+                table does not have.
+        """
+        slots: dict[fx.Node, fx.Node] = {}
+        for site in sites:
+            tokens = _tokens(site)
+            if tokens.numbers not in slots:
+                _check_ids(spec, tokens)
+                slots[tokens.numbers] = _slots(spec, build, tokens.numbers)
+        return slots
+
+    def insert(self, spec: Pasta, site: Site, shared: Slots, build: Builder) -> None:
+        """Add the vectors to the value.
+
+        Raises:
+            GraftError: GC017 where the value has other positions than the tokens.
+        """
+        assert isinstance(site, ValueSite)
+        value, numbers = build.value(site), _tokens(site).numbers
+        sizes = [[expression(s) for s in node.meta["val"].shape] for node in (value, numbers)]
+        if sizes[0][:-1] != sizes[1]:
+            message = f"{site.key} has other positions than the tokens that the model reads"
+            raise GraftError("GC017", message, hint="leave it out with exclude")
+        start = zeros if spec.init == "zeros" else normal(spec.init_std)
+        vectors = build.parameter("vectors", (spec.vectors, site.width), start, dtype=site.dtype)
+        none = build.call(aten.zeros_like.default, build.call(aten.slice.Tensor, vectors, -2, 0, 1), part="table")
+        table = build.call(aten.cat.default, [none, vectors], -2, part="table")
+        chosen = build.dropout(build.look_up(table, shared[numbers], "vector"), spec.dropout)
+        build.set_value(site, build.call(aten.add.Tensor, value, chosen, part="add"))
+
+    def fold(self, spec: Pasta, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """It stays: where the vectors are added depends on the tokens."""
+        return Keep("where its vectors are added depends on the tokens, so that no weight can hold them")
+
+
+def _tokens(site: Site) -> TokenNumbers:
+    assert isinstance(site, ValueSite)
+    if site.tokens is None:
+        message = f"{site.key} is not made of tokens that are looked up in a table by an input"
+        raise GraftError("GC017", message, hint="give the model token ids, or leave the place out with exclude")
+    return site.tokens
+
+
+def _check_ids(spec: Pasta, tokens: TokenNumbers) -> None:
+    for index, token in enumerate(spec.special_tokens):
+        if token >= tokens.entries:
+            message = f"the special token {token} is not one of the {tokens.entries} that the model knows"
+            hint = "look the ids up in the tokenizer: cls_token_id, sep_token_id, bos_token_id, eos_token_id"
+            raise GraftError("GC039", message, place=Place(path=f"special_tokens[{index}]"), hint=hint)
+
+
+def _slots(spec: Pasta, build: Builder, numbers: fx.Node) -> fx.Node:
+    found = [build.call(aten.eq.Scalar, numbers, token, part="special") for token in spec.special_tokens]
+    special = found[0]
+    for other in found[1:]:
+        special = build.call(aten.logical_or.default, special, other, part="special")
+    special = build.call(aten.to.dtype, special, torch.int64, part="special")
+    counted = build.call(aten.cumsum.default, special, 1, part="slot")
+    capped = build.call(aten.clamp_max.default, counted, spec.vectors, part="slot")
+    return build.call(aten.mul.Tensor, capped, special, part="slot")

@@ -1,0 +1,30 @@
+"""PreLayer (Hu et al. 2021, arXiv:2106.09685, section 5.1): trained activations of virtual tokens, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.sites.sites import Site, ValueSite
+from graftc.passes.methods.prompt import VirtualTokenMethod, initialiser, runs
+from graftc.specs.base import MethodSpec
+from graftc.specs.methods.pre_layer import PreLayer
+from graftc.specs.methods.prefix import Prefix
+
+
+class PreLayerMethod(VirtualTokenMethod[PreLayer]):
+    """``x^l_t = P^l_t`` for every virtual token ``t`` and layer ``l``, with ``P^l: [tokens, width]``."""
+
+    spec_class = PreLayer
+
+    def insert(self, spec: PreLayer, site: Site, shared: Any, build: Builder) -> None:
+        """Let a layer read the trained vectors at virtual tokens."""
+        assert isinstance(site, ValueSite)
+        for run, vectors in enumerate(runs(spec, site, build, initialiser(spec, site, build))):
+            build.hold(site, run, vectors)
+
+    def collapse(self, spec: PreLayer) -> MethodSpec | None:
+        """Keys and values of every attention, where all virtual tokens stand in front of the text."""
+        if spec.infix or spec.target != PreLayer.model_fields["target"].default:
+            return None
+        return Prefix(name=spec.name, length=spec.length, positions="shifted", window="masked")

@@ -1,0 +1,200 @@
+"""Prefix tuning: trained keys and values in front of an attention's own (Li and Liang 2021, arXiv:2101.00190)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.base_activations import read_tokens
+from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.method.lowrank import normal, uniform, zeros
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.sites import AttentionSite, Operands, Positions, Site, SiteKey
+from graftc.passes.core.weights.folds import Fold, Keep
+from graftc.specs.base import MethodSpec
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.methods.prefix import Prefix, PrefixSpec
+
+aten = torch.ops.aten
+
+
+S = TypeVar("S", bound=PrefixSpec)
+
+
+class _FirstValues:
+    """Keys and values that the base has for the tokens to start from, of all places at once, when first asked for."""
+
+    def __init__(self, spec: PrefixSpec, sites: Sequence[Site], build: Builder) -> None:
+        self._spec, self._sites, self._build = spec, sites, build
+
+    @cached_property
+    def _values(self) -> dict[SiteKey, dict[str, Tensor]]:
+        operands = [_operands(site) for site in self._sites]
+        nodes = [node for own in operands for node in (own.keys, own.values)]
+        found = read_tokens(self._build.program, self._build.store, self._spec.init_tokens, nodes)
+        pairs = zip(self._sites, found[::2], found[1::2], strict=True)
+        return {site.key: {"keys": keys, "values": values} for site, keys, values in pairs}
+
+    def initialiser(self, site: Site, part: str) -> Initialiser:
+        """Fills keys or values of a place, ``[length, width]``, with those that the base's attention has there."""
+        assert isinstance(site, AttentionSite)
+        columns = site.keys if part == "keys" else site.values
+        assert columns is not None
+
+        def fill(tensor: Tensor, generator: torch.Generator) -> None:
+            held = self._values[site.key][part][0].transpose(0, 1).float().cpu()  # [length, heads, width]
+            tensor[:, columns.flatten()] = held.flatten(1)
+
+        return fill
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all places of a prefix share.
+
+    Attributes:
+        first: what keys and values start from, where that is tokens.
+        hidden: the hidden layer of a reparameterisation; None without.
+    """
+
+    first: _FirstValues
+    hidden: fx.Node | None = None
+
+
+class PrefixedAttention(Method[S]):
+    """``softmax(q [P; K]^T) [U; V]`` with ``P: [length, key width]`` and ``U: [length, value width]``, which each head
+    takes its own columns of (arXiv:2101.00190; without a reparameterisation P-tuning v2, arXiv:2110.07602).
+
+    With a reparameterisation ``[P, U] = W2 tanh(W1 E + b1) + b2``, where ``W2`` and ``b2`` are each place's own.
+    """
+
+    def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Shared:
+        """Move the text behind the prefix, where that is asked for, and make the hidden layer of a reparameterisation,
+        which all places read.
+
+        Raises:
+            GraftError: GC020 where places have prefixes of different lengths and a reparameterisation, or positions
+                that are shifted; or where a table has no position left for the text.
+        """
+        first = _FirstValues(spec, sites, build)
+        if spec.positions == "shifted":
+            _same_lengths(spec, "the text begins after the prefix, so every place has as many positions")
+            for positions in _own_positions(sites):
+                _check_table(spec, positions)
+                build.shift(positions, spec.length)
+        own = spec.reparameterization
+        if own is None:
+            return Shared(first)
+        _same_lengths(spec, "a reparameterisation has one vector for each position, so every place has as many")
+        width, dtype = own.width or _width(sites[0]), _operands(sites[0]).keys.meta["val"].dtype
+        vectors = build.parameter("vectors", (spec.length, width), normal(spec.init_std), dtype=dtype)
+        weight = build.parameter("hidden", (own.hidden, width), uniform, dtype=dtype)
+        bias = build.parameter("hidden_bias", (own.hidden,), zeros, dtype=dtype)
+        hidden = build.linear(vectors, weight, bias, "hidden")
+        return Shared(first, build.call(aten.tanh.default, hidden, part="hidden"))
+
+    def insert(self, spec: S, site: Site, shared: Shared, build: Builder) -> None:
+        """Put the prefix in front of the attention's keys and values.
+
+        Raises:
+            GraftError: GC017 where the attention is written in a form, or has keys, that a prefix cannot be put into.
+        """
+        assert isinstance(site, AttentionSite)
+        own = _operands(site)
+        assert site.keys is not None and site.values is not None
+        made = []
+        heads = (("keys", site.keys, own.keys), ("values", site.values, own.values))
+        for part, columns, like in heads:
+            table = _table(spec, build, part, int(columns.max()) + 1, shared, like.meta["val"].dtype)
+            headed = _headed(build, build.dropout(table, spec.dropout), columns, part)
+            made.append(build.batched(headed, like, part))
+        build.attend(site, *made, window=spec.window)
+
+    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """It stays: what it adds to the softmax depends on the query."""
+        return Keep("what keys and values in front of the text add depends on the query, so that no weight can")
+
+    def collapse(self, spec: S) -> MethodSpec | None:
+        """The keys and values themselves, where a network gives them while training."""
+        if spec.reparameterization is None:
+            return None
+        kept = ("name", "target", "length", "positions", "window", "dropout", "overrides")
+        return type(spec)(**{field: getattr(spec, field) for field in kept})
+
+    def collapsed(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the network gives."""
+        hidden = torch.tanh(tensors["vectors"] @ tensors["hidden"].T + tensors["hidden_bias"])
+        return {p: hidden @ tensors[f"{p}_out"].T + tensors[f"{p}_out_bias"] for p in ("keys", "values")}
+
+
+class PrefixMethod(PrefixedAttention[Prefix]):
+    """`PrefixedAttention` without changes."""
+
+    spec_class = Prefix
+
+
+def _same_lengths(spec: PrefixSpec, reason: str) -> None:
+    if {override.length for override in spec.overrides} - {None, spec.length}:
+        hint = "leave out the overrides of length"
+        raise GraftError("GC020", reason, place=Place(path="overrides"), hint=hint)
+
+
+def _own_positions(sites: Sequence[Site]) -> list[Positions]:
+    """Where the streams that the sites attend within have their positions: what the first layer of each reads."""
+    first: dict[str, AttentionSite] = {}
+    for site in sites:
+        assert isinstance(site, AttentionSite)
+        if not site.crosses and (site.stack not in first or (site.layer or 0) < (first[site.stack].layer or 0)):
+            first[site.stack] = site
+    return list(dict.fromkeys(positions for site in first.values() for positions in site.positions))
+
+
+def _check_table(spec: PrefixSpec, positions: Positions) -> None:
+    table = positions.reader.args[0]
+    if positions.index != 1 or not isinstance(table, fx.Node):
+        return
+    rows = int(table.meta["val"].shape[0])
+    if spec.length >= rows:
+        message = f"a prefix of {spec.length} leaves no position of the {rows} that {table.target} has for a text"
+        raise GraftError("GC020", message, place=Place(path="length"), hint="use positions: unshifted")
+
+
+def _operands(site: Site) -> Operands:
+    assert isinstance(site, AttentionSite)
+    if site.operands is None:
+        message = f"the keys of {site.key} cannot be followed head by head"
+        raise GraftError("GC017", message, hint="leave it out with exclude")
+    return site.operands
+
+
+def _width(site: Site) -> int:
+    """The width of the queries, or of the keys where an attention that is written out has these in another shape."""
+    query = _operands(site).query.meta["val"]
+    assert isinstance(site, AttentionSite) and site.keys is not None
+    return int(query.shape[1]) * int(query.shape[3]) if query.dim() == 4 else site.keys.numel()
+
+
+def _table(spec: PrefixSpec, build: Builder, part: str, width: int, shared: Shared, dtype: torch.dtype) -> fx.Node:
+    """Keys or values, ``[length, width]``."""
+    if shared.hidden is None:
+        init = shared.first.initialiser(build.site, part) if spec.init_tokens else normal(spec.init_std)
+        return build.parameter(part, (spec.length, width), init, dtype=dtype)
+    own = spec.reparameterization
+    assert own is not None
+    weight = build.parameter(f"{part}_out", (width, own.hidden), uniform, dtype=dtype)
+    return build.linear(shared.hidden, weight, build.parameter(f"{part}_out_bias", (width,), zeros, dtype=dtype), part)
+
+
+def _headed(build: Builder, table: fx.Node, columns: Tensor, part: str) -> fx.Node:
+    """A table of ``[..., length, width]`` as ``[..., heads, length, head width]``."""
+    heads, width = columns.shape
+    if not torch.equal(columns.flatten(), torch.arange(columns.numel())):
+        index = build.numbers(f"{part}_columns", columns.flatten())
+        table = build.call(aten.index_select.default, table, -1, index, part=part)
+    split = build.call(aten.unflatten.int, table, -1, [heads, width], part=part)
+    return build.call(aten.transpose.int, split, -2, -3, part=part)

@@ -1,0 +1,90 @@
+"""Prompt tuning (Lester et al. 2021, arXiv:2104.08691): trained word vectors of virtual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.base_activations import unknown_token
+from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.method.lowrank import normal
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.sites import Site, ValueSite
+from graftc.passes.core.weights.folds import Fold, Keep
+from graftc.specs.methods.prompt import Prompt, VirtualTokenSpec
+
+aten = torch.ops.aten
+S = TypeVar("S", bound=VirtualTokenSpec)
+
+
+class VirtualTokenMethod(Method[S]):
+    """``[P; E(x)]`` with ``P: [tokens, width]``: the vectors of virtual tokens, where words are looked up."""
+
+    def insert(self, spec: S, site: Site, shared: Any, build: Builder) -> None:
+        """Give the virtual tokens their vectors.
+
+        Raises:
+            GraftError: GC039 for a token to start from that the vocabulary does not have.
+        """
+        assert isinstance(site, ValueSite)
+        for run, vectors in enumerate(runs(spec, site, build, initialiser(spec, site, build))):
+            build.fill(site, run, vectors)
+
+    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """It stays: there are more tokens."""
+        return Keep("it adds tokens, which no weight of the base can stand for")
+
+
+class PromptMethod(VirtualTokenMethod[Prompt]):
+    """`VirtualTokenMethod` with one run."""
+
+    spec_class = Prompt
+
+
+def runs(spec: VirtualTokenSpec, site: ValueSite, build: Builder, init: Initialiser) -> list[fx.Node]:
+    """The vectors of each run, ``[length, width]``, of one tensor."""
+    tokens = build.parameter("tokens", (spec.total, site.width), init, dtype=site.dtype)
+    lengths = [run.length for run in spec.virtual_tokens()]
+    if len(lengths) == 1:
+        return [tokens]
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    return [
+        build.call(aten.slice.Tensor, tokens, -2, start, start + length, part="tokens")
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+
+
+def initialiser(spec: VirtualTokenSpec, site: ValueSite, build: Builder) -> Initialiser:
+    """What fills the vectors of virtual tokens.
+
+    Raises:
+        GraftError: GC039 for a token that the vocabulary does not have.
+    """
+    if spec.init == "uniform":
+        return _uniform
+    if spec.init == "normal":
+        return normal(spec.init_std)
+    size = build.vocabulary(site)
+    groups = [ids if isinstance(ids, tuple) else (ids,) for ids in spec.init_tokens]
+    wrong = [(i, number) for i, ids in enumerate(groups) for number in ids if not 0 <= number < size]
+    if wrong:
+        index, number = wrong[0]
+        raise unknown_token(number, size, f"init_tokens[{index}]")
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        known = min(spec.init_vocabulary, size)
+        rest = tensor.shape[-2] - len(groups)
+        drawn = torch.randperm(known, generator=generator)[:rest]
+        if rest > known:
+            drawn = torch.randint(known, (rest,), generator=generator)
+        rows = [build.embedded(site, torch.tensor(ids)).mean(0, keepdim=True) for ids in groups]
+        tensor.copy_(torch.cat([*rows, *([build.embedded(site, drawn)] if rest else [])]))
+
+    return fill
+
+
+def _uniform(tensor: Tensor, generator: torch.Generator) -> None:
+    tensor.uniform_(-0.5, 0.5, generator=generator)

@@ -1,0 +1,244 @@
+"""Pruning by magnitude and by movement (Sanh et al. 2020), at once or in rounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache, partial
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.tensors import tensor_name
+from graftc.passes.core.method.lowrank import zeros
+from graftc.passes.core.method.stages import Advance
+from graftc.passes.core.method.steering import Place as Adapted
+from graftc.passes.core.method.steering import check_phases
+from graftc.passes.core.ops.pruned import Edge, dropped, edge_of
+from graftc.passes.core.sites.sites import LinearSite, Site
+from graftc.passes.core.weights.folds import Fold, StandIn, TensorFold
+from graftc.passes.core.weights.weight_slice import SMALL, WeightSlice
+from graftc.passes.methods.full import TrainedTensors
+from graftc.passes.methods.pruning_steps import (
+    PENALTY,
+    Masks,
+    Penalty,
+    deployed_of,
+    left_of,
+    logit,
+    part_name,
+    prunes,
+    size_of,
+    wide_of,
+)
+from graftc.specs.methods.pruning import Pruning, kept_of
+from graftc.specs.roles import parse_role
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Start:
+    """What all sites start from.
+
+    Attributes:
+        edges: what is kept at first, by tensor and rows, where that is not decided for each matrix.
+        kept: the entries that a later stage trains, likewise.
+        placed: tensors that have been put in place in this Program.
+    """
+
+    edges: Mapping[WeightSlice, Edge] = field(default_factory=dict)
+    kept: Mapping[WeightSlice, Tensor] = field(default_factory=dict)
+    placed: set[WeightSlice] = field(default_factory=set)
+
+
+class PruningMethod(TrainedTensors[Pruning]):
+    """``W' = W * M`` in place of ``W``, wherever it is read.
+
+    In addition to the copy of the weight, ``<tensor>_scores`` has the weight's shape if scores train;
+    ``<tensor>_threshold`` and ``<tensor>_last``, one for each matrix, determine which entries are kept. From the second
+    stage on, ``<tensor>_indices: int32[k]`` (``int64`` from 2^31 entries on) and ``<tensor>_values: [k]`` replace these
+    tensors and the copy.
+    """
+
+    spec_class = Pruning
+    controller = Masks
+    objective = Penalty
+
+    def applies(self, spec: Pruning, site: Site) -> bool:
+        """At maps, but for a head that gives the outputs and, unless a target names them, those outside of layers."""
+        head = any(parse_role(role).name == "head" for role in site.roles)
+        every = spec.target.modules == "**" and spec.target.role is None and spec.target.regex is None
+        return isinstance(site, LinearSite) and not head and (site.layer is not None or not every)
+
+    def prepare(self, spec: Pruning, sites: Sequence[Site], build: Builder) -> Start:
+        """Decide what concerns all sites together.
+
+        Raises:
+            GraftError: GC026 where the phases leave no step of ``total_steps`` to prune in.
+        """
+        if spec.variant == "soft_movement":
+            build.keep_buffer(PENALTY, lambda device: torch.zeros(1, device=device))
+        if spec.total_steps is not None and prunes(spec):
+            check_phases(spec, spec.total_steps)
+        maps = {_key(site): site for site in sites if isinstance(site, LinearSite)}
+        if spec.allocation != "global" or build.without_values or _is_known(spec, maps.values(), build):
+            return Start()
+        scores = {key: _magnitudes(_base(site, build)) for key, site in maps.items()}
+        share = Fraction(str(spec.initial_density)) if spec.stage == 1 else spec.remaining(spec.stage - 1)
+        kept = kept_of(sum(own.numel() for own in scores.values()), share)
+        edges = dict(zip(scores, edge_of([own.flatten() for own in scores.values()], kept), strict=True))
+        return Start(edges if spec.stage == 1 else {}, {k: _within(scores[k], [e]) for k, e in edges.items()})
+
+    def insert(self, spec: Pruning, site: Site, shared: Start, build: Builder) -> None:
+        """Put what remains of the weight in its place.
+
+        Raises:
+            GraftError: GC021 where another adaptation trains it too.
+        """
+        assert isinstance(site, LinearSite)
+        if spec.stage == 1:
+            build.overlay(site.own, through=partial(self._pruned, spec, site, shared, build))
+        elif _key(site) not in shared.placed:
+            shared.placed.add(_key(site))
+            build.instead(site.own, partial(self._sparse, spec, site, shared, build))
+
+    def _pruned(self, spec: Pruning, site: LinearSite, shared: Start, build: Builder, trained: fx.Node) -> fx.Node:
+        if spec.variant == "iterative" or not prunes(spec):
+            return trained
+        part, base = part_name(site), _base(site, build)
+        wide, groups = wide_of(base), 1 if spec.allocation == "global" else math.prod(site.leading)
+
+        @cache
+        def start() -> list[Edge]:
+            if _key(site) in shared.edges:
+                return [shared.edges[_key(site)]]
+            size = base.numel() // groups
+            soft = logit(spec.initial_threshold) if spec.variant == "soft_movement" else -math.inf
+            if spec.initial_density == 1 or build.without_values:
+                return [(torch.tensor(soft, dtype=wide), torch.tensor(size - 1))] * groups
+            kept = kept_of(size, Fraction(str(spec.initial_density)))
+            return [edge_of([group], kept)[0] for group in _magnitudes(base).reshape(groups, size)]
+
+        def buffer(name: str, index: int) -> fx.Node:
+            return build.buffer(name, lambda device: torch.stack([edge[index] for edge in start()]).to(device))
+
+        scores = build.parameter(f"{part}_scores", tuple(base.shape), zeros, dtype=wide) if spec.scored else None
+        threshold, last = buffer(f"{part}_threshold", 0), buffer(f"{part}_last", 1)
+        return build.call(torch.ops.graftc.pruned_weight.default, trained, scores, threshold, last, part="pruned")
+
+    def _sparse(self, spec: Pruning, site: LinearSite, shared: Start, build: Builder) -> fx.Node:
+        part, base = part_name(site), _base(site, build)
+        held = build.known(tensor_name(site, build.adaptation, f"{part}_indices"))
+        if held is None:
+            held = shared.kept.get(_key(site))
+        if held is None:
+            held = _largest(_magnitudes(base), math.prod(site.leading), spec.remaining(spec.stage - 1))
+        found: Tensor = held.to(torch.int32 if base.numel() < SMALL else torch.int64)
+        indices = build.buffer(f"{part}_indices", found.to)
+        values = build.trained(f"{part}_values", lambda: base.reshape(-1)[found.to(base.device)])
+        zero = build.call(aten.new_zeros.default, values, [1] * base.dim(), part="zeros")
+        empty = build.call(aten.expand.default, zero, list(base.shape), part="zeros")
+        return build.call(torch.ops.graftc.sparse_weight.default, empty, indices, values, part="kept")
+
+    def fold(self, spec: Pruning, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """``W'`` with its zeros."""
+        assert isinstance(site, LinearSite)
+        part = part_name(site)
+        sparse = f"{part}_values" in tensors
+        if not sparse and f"{part}_threshold" not in tensors:
+            return StandIn()
+
+        def change(stored: Tensor) -> Tensor:
+            own = site.own.take(stored)
+            if sparse:
+                indices, values = tensors[f"{part}_indices"].long(), tensors[f"{part}_values"]
+                return site.own.put(stored, own.new_zeros(own.numel()).index_put((indices,), values).view(own.shape))
+            scores = tensors.get(f"{part}_scores", own.abs())  # what has been trained stands in already
+            gone = dropped(scores, tensors[f"{part}_threshold"], tensors[f"{part}_last"].long())
+            return site.own.put(stored, own.masked_fill(gone, 0))
+
+        return TensorFold({part: change})
+
+    def stages(self, spec: Pruning) -> int:
+        """A training before each round, and one after the last."""
+        return spec.rounds + 1 if spec.variant == "iterative" else 1
+
+    def advance(
+        self, spec: Pruning, places: Sequence[Adapted[Pruning]], shared: Mapping[str, Tensor]
+    ) -> Advance[Pruning]:
+        """Prune a round: the entries of the next stage are the largest of what is left, and so are their values."""
+        assert spec.name is not None and spec.stage < self.stages(spec)
+        values: dict[str, Tensor] = {}
+        for place, own, kept in _next(spec, places):
+            site = place.site
+            assert isinstance(site, LinearSite)
+            source = site.own.take(place.base[site.own.tensor]).detach() if spec.rewind else own
+            name = partial(tensor_name, site, spec.name)
+            values[name(f"{part_name(site)}_indices")] = kept.to(torch.int32 if own.numel() < SMALL else torch.int64)
+            values[name(f"{part_name(site)}_values")] = source.reshape(-1)[kept]
+        return Advance(spec.model_copy(update={"stage": spec.stage + 1}), values, spec.rewind)
+
+    def deployed(self, spec: Pruning, places: Sequence[Adapted[Pruning]]) -> int:
+        """The entries that are kept at the end of the training; with `soft_movement`, those that are kept now."""
+        sizes = [size_of(place) for place in places]
+        if spec.stage > 1:
+            return sum(sizes)
+        if spec.variant != "iterative" and spec.allocation == "global":
+            return kept_of(sum(sizes), Fraction(str(spec.density)))
+        return sum(deployed_of(place, size) for place, size in zip(places, sizes, strict=True))
+
+
+def _next(spec: Pruning, places: Sequence[Adapted[Pruning]]) -> Iterator[tuple[Adapted[Pruning], Tensor, Tensor]]:
+    """Each place with its weight and the numbers of the entries that a round leaves of it."""
+    found = [left_of(place) for place in places]
+    scores = [torch.where(left, _magnitudes(own), -1) for own, left in found]
+    if spec.allocation == "global":
+        kept = kept_of(sum(s.numel() for s in scores), spec.remaining(spec.stage))
+        edges = edge_of([s.flatten() for s in scores], kept)
+        numbers = [_within(s, [edge]) for s, edge in zip(scores, edges, strict=True)]
+    else:
+        groups = [math.prod(place.site.leading) for place in places if isinstance(place.site, LinearSite)]
+        shares = [place.spec.remaining(spec.stage) for place in places]
+        numbers = [_largest(s, n, share) for s, n, share in zip(scores, groups, shares, strict=True)]
+    for place, (own, _), kept_numbers in zip(places, found, numbers, strict=True):
+        yield place, own, kept_numbers
+
+
+def _is_known(spec: Pruning, sites: Iterable[LinearSite], build: Builder) -> bool:
+    """Whether there is nothing to decide for all sites together, since it has been or all is kept."""
+    if spec.stage == 1 and spec.initial_density == 1:
+        return True
+    kind = "last" if spec.stage == 1 else "indices"
+    return all(build.known(tensor_name(s, build.adaptation, f"{part_name(s)}_{kind}")) is not None for s in sites)
+
+
+def _magnitudes(weight: Tensor) -> Tensor:
+    return weight.abs().to(wide_of(weight))
+
+
+def _within(scores: Tensor, edges: Sequence[Edge]) -> Tensor:
+    """The numbers of the entries that edges keep."""
+    threshold, last = (torch.stack([edge[i] for edge in edges]) for i in (0, 1))
+    return torch.nonzero(~dropped(scores, threshold, last).flatten()).flatten()
+
+
+def _largest(scores: Tensor, groups: int, share: Fraction) -> Tensor:
+    """The numbers of the largest of each group of scores; on the meta device, as many."""
+    size = scores.numel() // groups
+    kept = kept_of(size, share)
+    if scores.is_meta:
+        return torch.empty(groups * kept, dtype=torch.int64, device="meta")
+    return _within(scores, [edge_of([group], kept)[0] for group in scores.reshape(groups, size)])
+
+
+def _key(site: LinearSite) -> WeightSlice:
+    return site.own.as_stored
+
+
+def _base(site: LinearSite, build: Builder) -> Tensor:
+    """The own part of the base's weight, as it is stored."""
+    return site.own.take(build.store.get(site.own.tensor).detach())

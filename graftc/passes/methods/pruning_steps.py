@@ -1,0 +1,206 @@
+"""What pruning does between the steps of a training, and what it leaves of each place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.method.steering import Controller, TensorObjective, check_phases, unknown_length
+from graftc.passes.core.method.steering import Place as Adapted
+from graftc.passes.core.ops.pruned import Edge, dropped, edge_of
+from graftc.passes.core.sites.sites import LinearSite
+from graftc.specs.methods.pruning import Pruning, kept_of
+
+PENALTY = "penalty"
+"""Part name of the weight of the penalty as it is now."""
+
+
+class Masks(Controller[Pruning]):
+    """Says after each step which entries are kept, as their scores are then."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if self.spec.total_steps is not None:
+            self.begin(self.spec.total_steps)
+
+    @classmethod
+    def wanted(cls, spec: Pruning) -> bool:
+        """See `Steering.wanted`."""
+        return spec.variant != "iterative" and (prunes(spec) or any(o.density for o in spec.overrides))
+
+    def begin(self, total: int) -> None:
+        """See `Controller.begin`. ``total_steps`` of the spec goes before.
+
+        Raises:
+            GraftError: GC026 where the phases leave no step to prune in.
+        """
+        total = self.spec.total_steps or total
+        if self.moves:
+            check_phases(self.spec, total)
+        super().begin(total)
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything changes over the training."""
+        specs = [self.spec, *(place.spec for place in self.places)]
+        if self.spec.variant == "soft_movement":
+            return bool(self.spec.penalty) or any(s.initial_threshold != s.threshold for s in specs)
+        return any(s.initial_density != s.density for s in specs)
+
+    def fallen(self, number: int) -> Fraction:
+        """How much of its way the density has gone after the step of this number, from 1: ``1 - (1 - progress)^3``.
+
+        Raises:
+            GraftError: GC026 where the number of steps is not known.
+        """
+        if not self.moves:
+            return Fraction(1)
+        if self.total is None:
+            raise unknown_length(f"the density of {self.spec.name!r}")
+        start, end = self.spec.warmup_steps, self.total - self.spec.final_steps
+        progress = min(max(Fraction(number - start, end - start), Fraction(0)), Fraction(1))
+        return 1 - (1 - progress) ** 3
+
+    def density(self, number: int, spec: Pruning | None = None) -> Fraction:
+        """The share that is kept after the step of this number, from 1, by the adaptation or at one of its sites."""
+        spec = spec or self.spec
+        first, last = (Fraction(str(value)) for value in (spec.initial_density, spec.density))
+        return first + (last - first) * self.fallen(number)
+
+    def threshold(self, number: int, spec: Pruning | None = None) -> float:
+        """What sigmoids have to exceed after the step of this number, from 1."""
+        spec = spec or self.spec
+        first, last = (Fraction(str(value)) for value in (spec.initial_threshold, spec.threshold))
+        return float(first + (last - first) * self.fallen(number))
+
+    def step(self, number: int) -> None:
+        """See `Controller.step`.
+
+        Raises:
+            GraftError: GC026 where the number of steps is not known.
+        """
+        pruned = [place for place in self.places if part_of(place) is not None]
+        if self.spec.allocation == "global":
+            groups = [group for place in pruned for group in _groups(place)]
+            edges = iter(edge_of(groups, kept_of(sum(g.numel() for g in groups), self.density(number))))
+            for place in pruned:
+                _set(place, [next(edges)])
+            return
+        for place in pruned:
+            if place.spec.variant == "soft_movement":
+                _set(place, [self._soft(number, place.spec, group) for group in _groups(place)])
+            else:
+                share = self.density(number, place.spec)
+                _set(place, [edge_of([g], kept_of(g.numel(), share))[0] for g in _groups(place)])
+        if PENALTY in self.shared:
+            self.shared[PENALTY].fill_(self.spec.penalty * float(self.fallen(number)))
+
+    def _soft(self, number: int, spec: Pruning, scores: Tensor) -> Edge:
+        """The threshold, or what keeps the least number where fewer exceed it."""
+        least, last = edge_of([scores], kept_of(scores.numel(), Fraction(str(spec.least_density))))[0]
+        soft = scores.new_tensor(logit(self.threshold(number, spec)))
+        enough = least > soft
+        return torch.where(enough, soft, least), torch.where(enough, -1, last)
+
+
+class Penalty(TensorObjective[Pruning]):
+    """The penalty as it is now times the mean of ``sigmoid(S)``, the mean of the means of all tensors."""
+
+    @classmethod
+    def wanted(cls, spec: Pruning) -> bool:
+        """See `Steering.wanted`."""
+        return spec.variant == "soft_movement" and spec.penalty > 0
+
+    def value(self) -> Tensor:
+        """See `TensorObjective.value`."""
+        means = [place.tensors[f"{part_of(place)}_scores"].sigmoid().mean() for place in self.places]
+        return (self.shared[PENALTY] * torch.stack(means).mean()).squeeze()
+
+
+def part_of(place: Adapted[Pruning]) -> str | None:
+    """What the tensor of a place is called within its module; None where nothing of it is pruned between steps."""
+    assert isinstance(place.site, LinearSite)
+    part = part_name(place.site)
+    return part if f"{part}_threshold" in place.tensors else None
+
+
+def kept_entries(place: Adapted[Pruning]) -> Tensor:
+    """Which entries of a place are kept now, ``bool`` of the shape of its weight as it is stored."""
+    part = part_of(place)
+    if part is None:
+        return left_of(place)[1]
+    scores = place.tensors.get(f"{part}_scores", place.tensors[part].abs()).detach()
+    return ~dropped(scores, place.tensors[f"{part}_threshold"], place.tensors[f"{part}_last"])
+
+
+def deployed_of(place: Adapted[Pruning], size: int) -> int:
+    """How many of as many entries a place is deployed with."""
+    if part_of(place) is None:
+        return size
+    groups = place.tensors[f"{part_of(place)}_threshold"].numel()
+    if place.spec.variant != "soft_movement":
+        return groups * kept_of(size // groups, Fraction(str(place.spec.density)))
+    kept = kept_entries(place)
+    return size if kept.is_meta else int(kept.sum())
+
+
+def left_of(place: Adapted[Pruning]) -> tuple[Tensor, Tensor]:
+    """The weight of a place and which of its entries are left, in its shape as it is stored."""
+    site = place.site
+    assert isinstance(site, LinearSite)
+    part = part_name(site)
+    if part in place.tensors:
+        own = place.tensors[part].detach()
+        return own, torch.ones_like(own, dtype=torch.bool)
+    values, indices = place.tensors[f"{part}_values"].detach(), place.tensors[f"{part}_indices"].long()
+    shape = site.own.own_shape
+    own, left = values.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=values.device)
+    own.view(-1)[indices], left.view(-1)[indices] = values, True
+    return own, left
+
+
+def size_of(place: Adapted[Pruning]) -> int:
+    """How many entries of a place train."""
+    assert isinstance(place.site, LinearSite)
+    part = part_name(place.site)
+    return place.tensors[part if part in place.tensors else f"{part}_values"].numel()
+
+
+def _groups(place: Adapted[Pruning]) -> list[Tensor]:
+    """The scores of each matrix of a place that has a threshold of its own."""
+    part = part_of(place)
+    held = place.tensors.get(f"{part}_scores")
+    edge = place.tensors[f"{part}_threshold"]
+    scores = place.tensors[f"{part}"].abs().to(edge.dtype) if held is None else held
+    return list(scores.detach().reshape(edge.numel(), -1))
+
+
+def _set(place: Adapted[Pruning], edges: Sequence[Edge]) -> None:
+    part = part_of(place)
+    for index, name in enumerate(("threshold", "last")):
+        place.tensors[f"{part}_{name}"].copy_(torch.stack([edge[index] for edge in edges]))
+
+
+def prunes(spec: Pruning) -> bool:
+    """Whether anything is pruned between steps of a training, by an adaptation or at one of its sites."""
+    return spec.variant == "soft_movement" or spec.density < 1
+
+
+def logit(p: float) -> float:
+    """The score that has a sigmoid of ``p``; of 0 minus infinity."""
+    return math.log(p / (1 - p)) if p else -math.inf
+
+
+def wide_of(tensor: Tensor) -> torch.dtype:
+    """The type of scores of a weight: float32 or wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def part_name(site: LinearSite) -> str:
+    """What the weight of a site is called within its module."""
+    return site.own.part

@@ -1,0 +1,158 @@
+"""Training of rows as they are: named ones, n of every m, or blocks of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, Site
+from graftc.passes.core.weights.folds import Fold, StandIn
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.methods.rows import RowSelection
+from graftc.specs.methods.selection import share
+from graftc.specs.patterns import parse_slice
+
+Scores = Callable[[int], Tensor]
+"""A number for each block of so many rows: ``float64[blocks]``, on the CPU."""
+Chosen = dict[tuple[int, WeightSlice], tuple[fx.Node | None, Tensor]]
+"""Rows that were chosen, by the axis that counts rows and which of them there were to choose from: their node and
+numbers."""
+
+_BLOCK = 2**22
+"""How many elements of a weight are widened at a time."""
+
+
+class RowsMethod(Method[RowSelection]):
+    """``W[r]`` trains for the selected rows ``r``, as a copy: ``[rows, in]``, in the layout of the base's weight.
+
+    Rows of a linear map are its output features, rows of a table its entries, rows of experts the output features of
+    each. Sites that read the same weight, such as a table and the head tied to it, share one selection and one copy.
+    """
+
+    spec_class = RowSelection
+    stands_in = True
+
+    def prepare(self, spec: RowSelection, sites: Sequence[Site], build: Builder) -> Chosen:
+        """Where choices are kept, so that every use of a weight goes by the same one."""
+        return {}
+
+    def insert(self, spec: RowSelection, site: Site, shared: Chosen, build: Builder) -> None:
+        """Put trained rows in the place of the base's.
+
+        Raises:
+            GraftError: GC020 for a row that the site does not have, GC021 where another adaptation trains one of them
+                too.
+        """
+        assert isinstance(site, LinearSite)
+        own = build.every(site.own.tensor) if isinstance(site, EmbeddingSite) else site.own
+        key = own.axis, own.as_stored
+        if key not in shared:
+            shared[key] = self._chosen(spec, site, own, build)
+        index, numbers = shared[key]
+        rows = own.picked(numbers)
+        build.overlay(rows, index)
+        if spec.bias and site.use.bias is not None:
+            build.overlay(rows.companion(site.use.bias.tensor), index)
+
+    def fold(self, spec: RowSelection, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """The trained rows take the places of the base's."""
+        return StandIn()
+
+    def _chosen(
+        self, spec: RowSelection, site: LinearSite, own: WeightSlice, build: Builder
+    ) -> tuple[fx.Node | None, Tensor]:
+        """Which of its own rows, in order, and their node where the graph is to read them from one."""
+        every = own.index()
+        if spec.rows is not None:
+            return None, every[named_rows(spec.rows, own.count, str(site.key))]
+
+        def settle(generator: torch.Generator) -> Tensor:
+            return every[chosen_rows(spec, own.count, _scores(spec, site, own.count, build, generator))]
+
+        # Layers whose rows differ have one code as long as it reads the numbers from a tensor of one name.
+        return build.settled("chosen", settle)
+
+
+def named_rows(entries: Sequence[int | str], count: int, place: str) -> Tensor:
+    """Numbers of the rows that a list of numbers and slices names, ascending, each once.
+
+    Args:
+        entries: as a spec has them.
+        count: how many rows there are.
+        place: whose, for errors.
+
+    Raises:
+        GraftError: GC020 for a number that is none of a row, and for a slice that takes none.
+    """
+    found: set[int] = set()
+    for index, entry in enumerate(entries):
+        parsed = parse_slice(entry, "row")
+        if isinstance(parsed, slice):
+            named = range(*parsed.indices(count))
+        else:
+            named = range(parsed % count, parsed % count + 1) if -count <= parsed < count else range(0)
+        if not named:
+            last = f"rows 0 to {count - 1}" if count > 1 else "row 0 only"
+            message = f"{entry!r} is no row of {place}, which has {last}"
+            hint = "correct it, or leave the place out of the target"
+            raise GraftError("GC020", message, place=Place(path=f"rows[{index}]"), hint=hint)
+        found.update(named)
+    return torch.tensor(sorted(found))
+
+
+def chosen_rows(spec: RowSelection, count: int, scores: Scores) -> Tensor:
+    """Numbers of the rows of ``n_of_m`` or of ``density``, ascending: those with the greatest scores.
+
+    Args:
+        spec: how many.
+        count: how many rows there are.
+        scores: gives them, for single rows or for blocks of `spec.block`.
+    """
+    if spec.n_of_m is not None:
+        n, m = spec.n_of_m
+        padded = torch.full((math.ceil(count / m) * m,), -math.inf, dtype=torch.float64)
+        padded[:count] = scores(1)
+        groups = padded.view(-1, m).argsort(dim=1, descending=True, stable=True)[:, :n]
+        numbers = (groups + torch.arange(0, padded.numel(), m)[:, None]).flatten()
+        return numbers[numbers < count].sort().values
+    assert spec.density is not None
+    wanted = max(1, share(spec.density, math.ceil(count / spec.block)))
+    best = scores(spec.block).argsort(descending=True, stable=True)[:wanted].sort().values
+    numbers = (best[:, None] * spec.block + torch.arange(spec.block)).flatten()
+    return numbers[numbers < count]
+
+
+def _scores(spec: RowSelection, site: LinearSite, count: int, build: Builder, generator: torch.Generator) -> Scores:
+    weight = build.read_weight(site)
+    if isinstance(site, EmbeddingSite):
+        weight = weight.transpose(-1, -2)
+    if weight.is_meta:
+        return lambda size: torch.zeros(math.ceil(count / size), dtype=torch.float64)
+    if spec.selection == "random":
+        return lambda size: torch.rand(math.ceil(count / size), dtype=torch.float64, generator=generator)
+    return lambda size: _means(row_squares(weight), size)
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """Sums of squares of the rows of ``[..., rows, in]``, over experts too: ``float64[rows]``, on the CPU. Equal rows
+    have equal sums."""
+    rows = weight.shape[-2]
+    size = max(1, _BLOCK // max(1, weight.numel() // rows))
+    parts = [part.double().contiguous().square().sum(-1) for part in torch.split(weight, size, -2)]
+    return torch.cat(parts, -1).reshape(-1, rows).sum(0).cpu()
+
+
+def _means(values: Tensor, size: int) -> Tensor:
+    """Means over blocks of so many consecutive values, of which the last one may have fewer."""
+    blocks = math.ceil(values.numel() / size)
+    padded = values.new_zeros(blocks * size)
+    padded[: values.numel()] = values
+    counts = torch.full((blocks,), size, dtype=torch.float64)
+    counts[-1] = values.numel() - (blocks - 1) * size
+    return padded.view(blocks, size).sum(1) / counts

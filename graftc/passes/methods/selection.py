@@ -1,0 +1,253 @@
+"""Training of some entries of base tensors: indices and deltas, of which the deltas alone are parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.tensors import tensor_name
+from graftc.passes.core.method.lowrank import zeros
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.method.steering import Place as Adapted
+from graftc.passes.core.sites.entries import drawn, largest, shares, slices_of
+from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site
+from graftc.passes.core.weights.folds import Fold, TensorFold
+from graftc.passes.core.weights.store import Store
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.methods.selection import BudgetSpec
+from graftc.specs.roles import parse_role
+
+S = TypeVar("S", bound=BudgetSpec)
+SELECTED = "selected"
+"""Part name of the buffer that says whether examples have chosen."""
+
+Key = tuple[str, str]
+"""The Store name of a tensor and the rows of it, as text."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What an adaptation selects.
+
+    Attributes:
+        counts: how many entries of each tensor.
+        indices: which, where they have to be worked out; otherwise they are there already.
+        placed: tensors that have been put in place in this Program.
+    """
+
+    counts: Mapping[Key, int]
+    indices: Mapping[Key, Tensor]
+    placed: set[Key] = field(default_factory=set)
+
+
+class SparseTensors(Method[S]):
+    """``W' = W + scatter(indices, delta)`` for tensors of the base, wherever they are read.
+
+    For every tensor with an entry that is selected, ``<tensor>_indices: int32[k]`` (``int64`` from 2^31 entries on) has
+    the places in the tensor as it is stored, in ascending order, and ``<tensor>_delta: f32[k]`` starts at zeros. A
+    subclass says which entries are selected.
+    """
+
+    stands_in = True
+    moving: ClassVar[bool] = False
+    """Whether other entries take the places of some while training, so that indices are in no order."""
+
+    biases: ClassVar[bool] = True
+    """Whether entries of the biases of maps are selected too."""
+
+    def applies(self, spec: S, site: Site) -> bool:
+        """Where there are tensors; a head that gives the outputs is passed over."""
+        head = any(parse_role(role).name == "head" for role in site.roles)
+        return isinstance(site, LinearSite | NormSite | ParameterSite) and not head
+
+    def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Chosen:
+        """Select the entries, or find out which are.
+
+        Raises:
+            GraftError: GC020 where the budget is none of the target's entries, or more than all; GC053 for given
+                indices that are no entries of their tensor.
+        """
+        if self.scoring(spec) is not None:
+            build.keep_buffer(SELECTED, lambda device: torch.zeros(1, dtype=torch.bool, device=device))
+        places = self.tensors_of(sites, build.store)
+        names = {key: tensor_name(site, build.adaptation, f"{r.part}_indices") for key, (site, r) in places.items()}
+        known = {key: build.known(name) for key, name in names.items()}
+        regions = {key: region for key, (_, region) in places.items()}
+        if not any(held is not None for held in known.values()):
+            return self.choose(spec, regions, build)
+        for key, held in known.items():
+            if held is not None and names[key] in build.values:
+                self._check(names[key], regions[key], held)
+        return Chosen({key: 0 if held is None else held.numel() for key, held in known.items()}, {})
+
+    def tensors_of(
+        self, sites: Sequence[Site], store: Store | Mapping[str, Tensor]
+    ) -> dict[Key, tuple[Site, WeightSlice]]:
+        """Every tensor once, with the first site that has it."""
+        found: dict[Key, tuple[Site, WeightSlice]] = {}
+        for site in sites:
+            for region in slices_of(site, store, biases=self.biases):
+                found.setdefault(key_of(region), (site, region))
+        return found
+
+    def _check(self, name: str, region: WeightSlice, indices: Tensor) -> None:
+        """Kernels take indices as they are."""
+        if indices.device.type == "meta":
+            return
+        ordered = indices.sort().values if self.moving else indices
+        good = indices.dim() == 1 and not indices.is_floating_point() and bool((ordered[1:] > ordered[:-1]).all())
+        if not good or not (int(ordered[0]) >= 0 and int(ordered[-1]) < region.numel):
+            order = "different" if self.moving else "ascending"
+            raise GraftError("GC053", f"{name} are no {order} numbers below {region.numel}")
+
+    def choose(self, spec: S, regions: Mapping[Key, WeightSlice], build: Builder) -> Chosen:
+        """The entries that are selected at first: as many of each tensor as its size says, at random."""
+        sizes = [region.size for region in regions.values()]
+        counts = dict(zip(regions, shares(budget_of(spec, sum(sizes)), sizes), strict=True))
+        return Chosen(counts, {} if build.without_values else random_entries(counts, regions, build))
+
+    def insert(self, spec: S, site: Site, shared: Chosen, build: Builder) -> None:
+        """Put the changed tensors of the site in place of the base's.
+
+        Raises:
+            GraftError: GC021 where another adaptation trains one of them as a whole, or takes it as constant.
+        """
+        for region in slices_of(site, build.store, biases=self.biases):
+            key = key_of(region)
+            if not shared.counts[key] or key in shared.placed:
+                continue
+            shared.placed.add(key)
+            build.stand_in(region, partial(self._changed, build, region, shared))
+
+    def _changed(self, build: Builder, region: WeightSlice, shared: Chosen, tensor: fx.Node) -> fx.Node:
+        key = key_of(region)
+        count = shared.counts[key]
+        make = _placed(region, shared.indices.get(key), count)
+        indices = build.buffer(f"{region.part}_indices", make)
+        wide = torch.promote_types(build.store.get(region.tensor).dtype, torch.float32)
+        delta = build.parameter(f"{region.part}_delta", (count,), zeros, dtype=wide)
+        return build.call(torch.ops.graftc.sparse_weight.default, tensor, indices, delta, part=region.part)
+
+    def scored(self, places: Sequence[Adapted[S]]) -> Sequence[str]:
+        """See `Method.scored`."""
+        return list(dict.fromkeys(region.tensor for _, region in regions_at(places, biases=self.biases)))
+
+    def selected(self, spec: S, places: Sequence[Adapted[S]], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See `Method.selected`."""
+        found = {key_of(region): (place, region) for place, region in regions_at(places, biases=self.biases)}
+        regions = {key: region for key, (_, region) in found.items()}
+        chosen = largest_entries(spec, regions, lambda key: regions[key].entries(scores[key[0]]), each=self.each(spec))
+        values = {tensor_name(None, _name(spec), SELECTED): torch.ones(1, dtype=torch.bool)}
+        for key, (place, region) in found.items():
+            values |= entry_values(place, region, chosen.indices[key])
+        return values
+
+    def each(self, spec: S) -> bool:
+        """Whether each tensor has as many entries as its size says."""
+        return False
+
+    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """The sums are the new values."""
+        parts = [name.removesuffix("_delta") for name in tensors if name.endswith("_delta")]
+        return TensorFold({part: partial(_added, tensors, part) for part in parts})
+
+
+def budget_of(spec: BudgetSpec, total: int) -> int:
+    """How many of ``total`` entries train.
+
+    Raises:
+        GraftError: GC020 where that is none, or more than all.
+    """
+    count = spec.budget(total)
+    if 0 < count <= total:
+        return count
+    field = spec.budget_field
+    message = f"{spec.method} would train {count} of the target's {total} entries"
+    raise GraftError("GC020", message, place=Place(path=field), hint=f"{'raise' if not count else 'lower'} {field}")
+
+
+def regions_at(places: Sequence[Adapted[S]], *, biases: bool = True) -> Iterator[tuple[Adapted[S], WeightSlice]]:
+    """Every tensor once, with the first place that has it."""
+    seen: set[Key] = set()
+    for place in places:
+        for region in slices_of(place.site, place.base, biases=biases):
+            if key_of(region) not in seen:
+                seen.add(key_of(region))
+                yield place, region
+
+
+def entry_values(
+    place: Adapted[S], region: WeightSlice, numbers: Tensor, delta: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The tensors for entries of one tensor, by their Store names; none where there are no entries.
+
+    Args:
+        place: whose.
+        region: of the tensor.
+        numbers: of its own entries.
+        delta: of these entries; zeros by default.
+    """
+    if not numbers.numel():
+        return {}
+    indices, order = region.places(numbers).sort()
+    wide = torch.promote_types(place.base[region.tensor].dtype, torch.float32)
+    start = torch.zeros(numbers.shape, device=numbers.device) if delta is None else delta[order]
+    names = (tensor_name(place.site, _name(place.spec), f"{region.part}_{kind}") for kind in ("indices", "delta"))
+    return dict(zip(names, (indices, start.to(wide)), strict=True))
+
+
+def _name(spec: BudgetSpec) -> str:
+    assert spec.name is not None
+    return spec.name
+
+
+def random_entries(counts: Mapping[Key, int], regions: Mapping[Key, WeightSlice], build: Builder) -> dict[Key, Tensor]:
+    """So many entries of each tensor, drawn from the adaptation's seed and the tensor's name."""
+    return {
+        key: drawn(count, regions[key].size, build.generator(f"{build.adaptation}:{key[0]}:{key[1]}"))
+        for key, count in counts.items()
+        if count
+    }
+
+
+def largest_entries(
+    spec: BudgetSpec, regions: Mapping[Key, WeightSlice], score: Callable[[Key], Tensor], *, each: bool = False
+) -> Chosen:
+    """The entries with the greatest scores: of all tensors together, or so many of each as its size says."""
+    sizes = [region.size for region in regions.values()]
+    count = budget_of(spec, sum(sizes))
+    makers = [partial(score, key) for key in regions]
+    if each:
+        found = [largest([m], own)[0] for m, own in zip(makers, shares(count, sizes), strict=True)]
+    else:
+        found = largest(makers, count)
+    return Chosen({k: n.numel() for k, n in zip(regions, found, strict=True)}, dict(zip(regions, found, strict=True)))
+
+
+def key_of(region: WeightSlice) -> Key:
+    """What tells a part of a tensor from others."""
+    return region.tensor, str(region)
+
+
+def _placed(region: WeightSlice, numbers: Tensor | None, count: int) -> Callable[[torch.device], Tensor]:
+    """Makes the indices; without numbers, on the meta device or for tensors that are given, their type alone."""
+
+    def make(device: torch.device) -> Tensor:
+        if numbers is None:
+            return torch.zeros(count, dtype=region.index_dtype, device=device)
+        return region.places(numbers).sort().values.to(device)
+
+    return make
+
+
+def _added(tensors: Mapping[str, Tensor], part: str, tensor: Tensor) -> Tensor:
+    """A tensor of the base, float64, with its deltas."""
+    indices, delta = tensors[f"{part}_indices"].long(), tensors[f"{part}_delta"]
+    return tensor.reshape(-1).index_add(0, indices, delta.to(tensor.dtype)).reshape(tensor.shape)

@@ -1,0 +1,116 @@
+"""SoRA: a low-rank update with a gate on every rank, closed by a proximal operator (Ding et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.method.lowrank import added, check_rank, factors, gated, normal, uniform, zeros
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.method.steering import Controller, TensorObjective
+from graftc.passes.core.sites.sites import LinearSite, Site
+from graftc.passes.core.weights.folds import Fold, Keep, WeightFold
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.methods.sora import SoRA
+
+
+def shrink(gate: Tensor, threshold: float, *, zero_below: float) -> Tensor:
+    """``gate`` with magnitudes less ``threshold``, and zero where they were below ``zero_below``; not below zero.
+
+    ``zero_below == threshold`` is the proximal operator of ``threshold * |g|``.
+    """
+    size = gate.abs()
+    return gate.sign() * torch.where(size < zero_below, 0, (size - threshold).clamp_min(0))
+
+
+class Prox(Controller[SoRA]):
+    """Shrinks gates after each optimiser step, and closes small ones."""
+
+    @classmethod
+    def wanted(cls, spec: SoRA) -> bool:
+        """See `Steering.wanted`."""
+        return spec.threshold > 0 or bool(spec.final_threshold)
+
+    def threshold(self, number: int) -> float:
+        """The threshold after the step of this number, from 1.
+
+        Raises:
+            GraftError: GC026 where it depends on the number of steps, which is not known.
+        """
+        first, last = self.spec.threshold, self.spec.final_threshold
+        if last is None:
+            return first
+        if self.total is None:
+            hint = "call compiled.begin(total_steps) before training"
+            raise GraftError("GC026", f"the threshold of {self.spec.name!r} moves over the whole training", hint=hint)
+        return first + (last - first) * min(1.0, number / self.total)
+
+    def step(self, number: int) -> None:
+        """See `Controller.step`.
+
+        Raises:
+            GraftError: GC026 as `threshold`.
+        """
+        threshold = self.threshold(number)
+        zero_below = 2 * threshold if self.spec.prox == "reference" else threshold
+        for place in self.places:
+            gate = place.tensors["gate"]
+            gate.copy_(shrink(gate, threshold, zero_below=zero_below))
+
+
+class Sparsity(TensorObjective[SoRA]):
+    """``l1`` times the mean absolute gate of all sites."""
+
+    @classmethod
+    def wanted(cls, spec: SoRA) -> bool:
+        """See `Steering.wanted`."""
+        return spec.l1 > 0
+
+    def value(self) -> Tensor:
+        """See `TensorObjective.value`."""
+        return self.spec.l1 * torch.cat([place.tensors["gate"].flatten().float() for place in self.places]).abs().mean()
+
+
+class SoRAMethod(Method[SoRA]):
+    """``y = W x + b + s B (g * (A drop(x)))`` with ``A: [rank, in]``, ``g: [rank]``, ``B: [out, rank]`` and ``s = alpha
+    / rank``.
+
+    ``g`` multiplies the smaller factor. Each expert has its own gates.
+    """
+
+    spec_class = SoRA
+    controller = Prox
+    objective = Sparsity
+
+    def insert(self, spec: SoRA, site: Site, shared: Any, build: Builder) -> None:
+        """Insert the branch.
+
+        Raises:
+            GraftError: GC020 when the rank exceeds ``min(in, out)``.
+        """
+        assert isinstance(site, LinearSite)
+        check_rank(site, spec.rank)
+        a, b = factors(build, site, spec.rank, uniform, zeros)
+        gate = build.parameter("gate", (*site.leading, spec.rank), normal(1), dtype=site.dtype)
+        recompute = spec.dropout_mask == "recomputed"
+        x = build.dropout(build.input(site), spec.dropout, recompute=recompute, scope=spec.dropout_scope)
+        build.add(site, build.low_rank(site, x, *gated(build, site, a, b, gate), spec.scaling))
+
+    def fold(self, spec: SoRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """``W' = W + s B diag(g) A``."""
+        if "gate" not in tensors:
+            return Keep("its factors are missing")
+
+        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            gated = tensors["B"] * tensors["gate"][..., None, :]
+            return added(weight, gated, tensors["A"], spec.scaling), bias
+
+        return WeightFold(apply)
+
+    def live_ranks(self, spec: SoRA, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Ranks whose gate is not zero."""
+        return tensors["gate"].detach() != 0

@@ -1,0 +1,99 @@
+"""SpIEL: entries of weights that train, and leave their places to others (Ansell et al. 2024, arXiv:2401.16405)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.sites.entries import shares, slices_of
+from graftc.passes.core.sites.sites import LinearSite, Site
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.reselection import Reselection
+from graftc.passes.methods.selection import Chosen, Key, SparseTensors, budget_of, key_of, random_entries
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.methods.spiel import PROJECTIONS, SpIEL
+from graftc.specs.roles import parse_role
+
+
+class SpIELMethod(SparseTensors[SpIEL]):
+    """See `SparseTensors`: for the weights of linear maps, with `Reselection` between optimiser steps.
+
+    With ``AG`` every tensor stores what a window gathers: ``<tensor>_candidates``, of the same form as the indices, the
+    sum ``<tensor>_gradient: f32[k]`` over the micro-batches of a step, and ``<tensor>_sum`` and ``<tensor>_square``,
+    the sums of the steps' gradients and of their squares. ``seen: int64[tensors]`` holds the step of the window in
+    which the candidates were selected, from 1; 0 means none.
+    """
+
+    spec_class = SpIEL
+    controller = Reselection
+    moving = True
+    biases = False
+
+    def applies(self, spec: SpIEL, site: Site) -> bool:
+        """Where there is a map; by default only the projections of layers, fused ones as a whole."""
+        if not isinstance(site, LinearSite) or not super().applies(spec, site):
+            return False
+        if spec.target.modules != "**":
+            return True
+        # A fused weight as a whole has no role: its rows have.
+        known = not site.roles or any(parse_role(role).name in PROJECTIONS for role in site.roles)
+        return site.layer is not None and known
+
+    def remedy(self, spec: SpIEL) -> str | None:
+        """Other maps have to be named."""
+        return "name maps in target, with role or modules" if spec.target.modules == "**" else None
+
+    def prepare(self, spec: SpIEL, sites: Sequence[Site], build: Builder) -> Chosen:
+        """See `SparseTensors.prepare`."""
+        chosen = super().prepare(spec, sites, build)
+        if spec.variant == "AG":
+            count = sum(1 for own in chosen.counts.values() if own)
+            build.keep_buffer("seen", partial(_zeros, count, torch.int64))
+        return chosen
+
+    def choose(self, spec: SpIEL, regions: Mapping[Key, WeightSlice], build: Builder) -> Chosen:
+        """As many entries of each tensor as its size says, rounded down, at random.
+
+        Raises:
+            GraftError: GC020 where that is none, or more than there are.
+        """
+        sizes = [region.size for region in regions.values()]
+        counts = dict(zip(regions, shares(_budget(spec, regions), sizes, exact=False), strict=True))
+        if not any(counts.values()):
+            field = next((f for f in ("entries", "equivalent_rank") if getattr(spec, f) is not None), "density")
+            message = f"{spec.method} would train no entry of any of the target's {len(sizes)} weights"
+            raise GraftError("GC020", message, place=Place(path=field), hint=f"raise {field}")
+        return Chosen(counts, {} if build.without_values else random_entries(counts, regions, build))
+
+    def insert(self, spec: SpIEL, site: Site, shared: Chosen, build: Builder) -> None:
+        """See `SparseTensors.insert`."""
+        before = set(shared.placed)
+        super().insert(spec, site, shared, build)
+        for region in slices_of(site, build.store, biases=self.biases) if spec.variant == "AG" else ():
+            key = key_of(region)
+            if key in shared.placed and key not in before:
+                places = partial(_zeros, shared.counts[key], region.index_dtype)
+                build.keep_buffer(f"{region.part}_candidates", places)
+                for kind in ("gradient", "sum", "square"):
+                    build.keep_buffer(f"{region.part}_{kind}", partial(_zeros, shared.counts[key], torch.float32))
+
+
+def _budget(spec: SpIEL, regions: Mapping[Any, WeightSlice]) -> int:
+    total = sum(region.size for region in regions.values())
+    if spec.equivalent_rank is None:
+        return budget_of(spec, total)
+    sides = sum(region.own_shape[0] + region.size // region.own_shape[0] for region in regions.values())
+    count = spec.equivalent_rank * sides
+    if count > total:
+        message = f"{spec.method} would train {count} of the target's {total} entries"
+        raise GraftError("GC020", message, place=Place(path="equivalent_rank"), hint="lower equivalent_rank")
+    return count
+
+
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(count, dtype=dtype, device=device)

@@ -1,0 +1,94 @@
+"""VeRA: trained vectors around shared random matrices (Kopiczko et al. 2024, arXiv:2310.11454)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.method.lowrank import added, gated
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.sites import LinearSite, Site
+from graftc.passes.core.weights.folds import Fold, WeightFold
+from graftc.specs.methods.vera import VeRA
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The nodes of the shared matrices: ``a: [rank, largest in]`` and ``b: [largest out, rank]``."""
+
+    a: fx.Node
+    b: fx.Node
+
+
+class VeRAMethod(Method[VeRA]):
+    """``y = W x + c + b * (B d A drop(x))``, with ``d`` and ``b`` as diagonal matrices.
+
+    ``A`` and ``B`` belong to the adaptation as a whole. Their elements are uniform within ``sqrt(6 / columns)``,
+    Kaiming's bound for a rectifier, where the number of columns is the largest ``in`` for ``A`` and the rank for ``B``.
+    They are saved with the adapters, so loading does not depend on a random generator.
+    """
+
+    spec_class = VeRA
+
+    def prepare(self, spec: VeRA, sites: Sequence[Site], build: Builder) -> Projections:
+        """Make the two matrices, as large as the largest site needs."""
+        linear = [site for site in sites if isinstance(site, LinearSite)]
+        a_shape = (spec.rank, max(site.in_features for site in linear))
+        b_shape = (max(site.out_features for site in linear), spec.rank)
+        dtype = linear[0].dtype
+        return Projections(
+            build.parameter("A", a_shape, _drawn(spec, ()), dtype=dtype, trainable=False),
+            build.parameter("B", b_shape, _drawn(spec, a_shape), dtype=dtype, trainable=False),
+        )
+
+    def insert(self, spec: VeRA, site: Site, shared: Any, build: Builder) -> None:
+        """Insert the branch on the site's part of the matrices."""
+        assert isinstance(site, LinearSite)
+        assert isinstance(shared, Projections)
+        d = build.parameter("d", (spec.rank,), _constant(spec.d_initial), dtype=site.dtype)
+        b = build.parameter("b", (site.out_features,), _constant(0), dtype=site.dtype)
+        down = build.call(aten.slice.Tensor, shared.a, 1, 0, site.in_features, part="own columns")
+        up = build.call(aten.slice.Tensor, shared.b, 0, 0, site.out_features, part="own rows")
+        x = build.dropout(build.input(site), spec.dropout)
+        delta = build.low_rank(site, x, *gated(build, site, down, up, d))
+        build.add(site, build.call(aten.mul.Tensor, delta, b, part="b"))
+
+    def fold(self, spec: VeRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+        """``W' = W + diag(b) B diag(d) A``."""
+        b, d = tensors["b"], tensors["d"]
+
+        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            down, up = tensors["A"][:, : weight.shape[-1]], tensors["B"][: weight.shape[-2]]
+            return added(weight, b[:, None] * (up * d), down), bias
+
+        return WeightFold(apply)
+
+
+def _constant(value: float) -> Initialiser:
+    return lambda tensor, _: _fill(tensor, value)
+
+
+def _fill(tensor: Tensor, value: float) -> None:
+    tensor.fill_(value)
+
+
+def _drawn(spec: VeRA, before: tuple[int, ...]) -> Initialiser:
+    """Uniform within ``sqrt(6 / columns)``. From one ``projection_seed`` B is drawn after A, of shape ``before``."""
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        if spec.projection_seed is not None:
+            generator = torch.Generator().manual_seed(spec.projection_seed)
+            if before:
+                torch.empty(before).uniform_(generator=generator)
+        bound = math.sqrt(6 / tensor.shape[-1])
+        tensor.uniform_(-bound, bound, generator=generator)
+
+    return fill

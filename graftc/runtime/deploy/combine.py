@@ -1,0 +1,295 @@
+"""Several adaptations combined into one LoRA, with the error that this makes at every site."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.folding.steps import site_steps
+from graftc.compiler.inspect.report import owner_of
+from graftc.compiler.inspect.snapshot import adapter_values
+from graftc.compiler.resolve.compose import Unit
+from graftc.compiler.resolve.resolver import Resolved
+from graftc.passes.core.sites.sites import LinearSite, SiteKey
+from graftc.passes.core.weights.folds import FoldStep
+from graftc.specs.arguments import kind_of
+from graftc.specs.compose import Bank, Stack
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.methods.lora import LoRA
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import Compiled
+
+Kind = Literal["concatenation", "linear", "svd", "ties", "dare"]
+KINDS: tuple[Kind, ...] = ("concatenation", "linear", "svd", "ties", "dare")
+
+
+@dataclass(frozen=True)
+class Combined:
+    """One LoRA in place of several adaptations.
+
+    Attributes:
+        compiled: the model with the new adaptation instead of the others.
+        name: of the new adaptation.
+        errors: by site, the Frobenius distance of the new update from what the kind of combination asks for, over the
+            norm of that. 0 up to rounding for a concatenation; of ``linear``, from the weighted sum of the updates.
+    """
+
+    compiled: Compiled
+    name: str
+    errors: Mapping[str, float]
+
+    @property
+    def largest_error(self) -> float:
+        """The worst site's."""
+        return max(self.errors.values(), default=0.0)
+
+
+class Combining:
+    """The part of `Compiled` that makes one adaptation of several."""
+
+    training: bool
+    _compilation: Compilation
+    sibling: Callable[..., Compiled]
+
+    def combine(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float] | None = None,
+        *,
+        kind: Kind = "svd",
+        name: str = "combined",
+        rank: int | None = None,
+        density: float = 0.5,
+        seed: int = 0,
+    ) -> Combined:
+        """Adaptations of the same places combined into one LoRA, with the error of doing so; this model stays as it is.
+
+        Args:
+            names: the adaptations.
+            weights: a factor for each; 1 by default.
+            kind: ``"concatenation"`` puts factors side by side, which is exact and adds up ranks; ``"linear"`` adds the
+                factors, which is cheap and is not the sum of the updates; ``"svd"`` is the nearest update of a rank;
+                ``"ties"`` and ``"dare"`` thin the updates out first (Yadav et al. 2023, TIES-Merging; Yu et al. 2024,
+                Language Models are Super Mario). The last three take every method that folds into the weight alone.
+            name: of the new adaptation.
+            rank: of ``"svd"``, ``"ties"`` and ``"dare"``; the largest of the adaptations by default.
+            density: share of entries that ``"ties"`` and ``"dare"`` keep.
+            seed: what ``"dare"`` draws from.
+
+        Raises:
+            GraftError: GC002 for arguments that do not fit, GC029 for adaptations that cannot be combined so, GC091 for
+                names that are none.
+        """
+        compilation = self._compilation
+        chosen = _chosen(compilation, names)
+        factors = [1.0] * len(names) if weights is None else list(weights)
+        if kind not in KINDS or len(factors) != len(names) or not 0 < density <= 1 or (rank is not None and rank < 1):
+            raise GraftError(
+                "GC002",
+                "combining takes one weight for each adaptation, a density in (0, 1] and a rank of at least 1",
+                hint=f"the kinds are: {', '.join(KINDS)}",
+            )
+        made: dict[SiteKey, tuple[Tensor, Tensor]] = {}
+        errors: dict[str, float] = {}
+        for site, _ in chosen[0].places:
+            assert isinstance(site, LinearSite)
+            a, b, errors[str(site.key)] = _at(compilation, chosen, factors, site, kind, rank, density, seed)
+            made[site.key] = a, b
+        width = max(a.shape[-2] for a, _ in made.values())
+        values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) not in names}
+        for resolved_name, tensors in _named(compilation, chosen[0], name, made, width).items():
+            values[resolved_name] = tensors
+        spec = _spec(compilation.spec, chosen[0], names, name, width)
+        result = self.sibling(spec, values)
+        result.train(self.training)
+        return Combined(result, name, errors)
+
+
+def _chosen(compilation: Compilation, names: Sequence[str]) -> list[Resolved]:
+    """The adaptations, which have to be at the same places."""
+    known = {r.name: r for r in compilation.main.resolved}
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise GraftError("GC073", f"the names are {kind_of(names)}", hint="give a list of adaptations")
+    for name in names:
+        if name not in known:
+            close = nearest(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
+            raise GraftError("GC091", f"there is no adaptation {name!r}", hint=hint)
+    chosen = [known[name] for name in names]
+    if len(set(names)) < max(2, len(names)):
+        raise GraftError("GC002", "combining takes two or more adaptations, each once")
+    _check_compositions(compilation.spec, names)
+    places = [{site.key for site, _ in item.places} for item in chosen]
+    for item, keys in zip(chosen, places, strict=True):
+        if keys != places[0]:
+            other = min(map(str, keys ^ places[0]))
+            message = f"{item.name!r} and {chosen[0].name!r} are not at the same places: {other}"
+            raise GraftError("GC029", message, hint="combine adaptations of the same target")
+    return chosen
+
+
+def _at(
+    compilation: Compilation,
+    chosen: Sequence[Resolved],
+    weights: Sequence[float],
+    site: LinearSite,
+    kind: Kind,
+    rank: int | None,
+    density: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, float]:
+    """``A``, ``B`` (scaled by 1) and the error at one site, in float64."""
+    if kind in ("concatenation", "linear"):
+        return _of_factors(compilation, chosen, weights, site, kind)
+    updates = [_update(compilation, item, site) for item in chosen]
+    scaled = torch.stack([weight * update for weight, update in zip(weights, updates, strict=True)])
+    if kind == "ties":
+        wanted = _ties(scaled, density)
+    elif kind == "dare":
+        wanted = _dare(scaled, density, seed, str(site.key))
+    else:
+        wanted = scaled.sum(0)
+    limit = min(wanted.shape[-2:])
+    a, b = _truncated(wanted, min(rank or max(_rank(item, site, limit) for item in chosen), limit))
+    return a, b, _distance(b @ a, wanted)
+
+
+def _update(compilation: Compilation, item: Resolved, site: LinearSite) -> Tensor:
+    """What an adaptation alone adds to the site's weight, by its own fold."""
+    step = _step(compilation, item, site)
+    store, bias = compilation.store, step.bias
+    own = step.weight.operand(store.full(step.weight.tensor).double())
+    before = None if bias is None or bias.tensor not in store else bias.take(store.full(bias.tensor).double())
+    weight, after = step.apply(own, before)
+    if after is not None and (before is None or not torch.equal(after, before)):
+        raise GraftError("GC029", f"{item.name!r} changes the bias of {site.key}, which a LoRA cannot")
+    return weight - own
+
+
+def _step(compilation: Compilation, item: Resolved, site: LinearSite) -> FoldStep:
+    own = site_steps(compilation, Unit(None, (item,), 0))
+    steps = [s for s in own if s.site == str(site.key)]
+    if len(steps) != 1:
+        raise GraftError("GC029", f"{item.name!r} is no change of the weight alone at {site.key}")
+    return steps[0]
+
+
+def _rank(item: Resolved, site: LinearSite, limit: int) -> int:
+    spec = next(spec for other, spec in item.places if other.key == site.key)
+    return int(getattr(spec, "rank", limit))
+
+
+def _of_factors(
+    compilation: Compilation, chosen: Sequence[Resolved], weights: Sequence[float], site: LinearSite, kind: Kind
+) -> tuple[Tensor, Tensor, float]:
+    """From the factors themselves: side by side, or added up."""
+    downs, ups, total = [], [], None
+    for item, weight in zip(chosen, weights, strict=True):
+        spec = next(spec for other, spec in item.places if other.key == site.key)
+        parts = compilation.parts[item.name].get(site.key, {})
+        if not isinstance(spec, LoRA) or "A0" in parts:
+            hint = "svd, ties and dare take every method that folds"
+            raise GraftError("GC029", f"{item.name!r} has no plain factors to combine by {kind}", hint=hint)
+        a, b = (compilation.store.full(parts[part]).double() for part in ("A", "B"))
+        scale = weight * spec.scaling
+        total = scale * b @ a if total is None else total + scale * b @ a
+        # Half of the scale on either side; its sign on one.
+        root = math.sqrt(abs(scale))
+        downs.append(root * a)
+        ups.append(math.copysign(root, scale) * b)
+    assert total is not None
+    if kind == "concatenation":
+        return torch.cat(downs, -2), torch.cat(ups, -1), 0.0
+    if len({a.shape for a in downs}) > 1:
+        raise GraftError("GC029", f"linear combination needs one rank at {site.key}", hint="concatenation does not")
+    a, b = torch.stack(downs).sum(0), torch.stack(ups).sum(0)
+    return a, b, _distance(b @ a, total)
+
+
+def _ties(updates: Tensor, density: float) -> Tensor:
+    """Yadav et al. 2023: keep each update's largest entries, elect a sign by mass, average what agrees with it."""
+    kept = torch.stack([_largest(update, density) for update in updates])
+    sign = kept.sum(0).sign()
+    agree = (kept.sign() == sign) & (kept != 0)
+    return (kept * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
+def _largest(update: Tensor, density: float) -> Tensor:
+    count = max(1, math.ceil(density * update.numel()))
+    index = update.abs().flatten().topk(count).indices
+    return torch.zeros_like(update).flatten().index_copy(0, index, update.flatten()[index]).view_as(update)
+
+
+def _dare(updates: Tensor, density: float, seed: int, place: str) -> Tensor:
+    """Yu et al. 2024: drop entries at random, scale the rest up, add."""
+    digest = hashlib.sha256(f"{seed}:{place}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    mask = torch.rand(updates.shape, generator=generator, dtype=torch.float64).to(updates.device) < density
+    return (updates * mask / density).sum(0)
+
+
+def _truncated(update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The nearest update of a rank, its singular values shared by both factors."""
+    u, s, v = torch.linalg.svd(update, full_matrices=False)
+    root = s[..., :rank].sqrt()
+    return root[..., :, None] * v[..., :rank, :], u[..., :rank] * root[..., None, :]
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-300))
+
+
+def _named(
+    compilation: Compilation,
+    like: Resolved,
+    name: str,
+    made: Mapping[SiteKey, tuple[Tensor, Tensor]],
+    width: int,
+) -> dict[str, Tensor]:
+    """The tensors of the new adaptation under its name, padded with zeros to one rank."""
+    values: dict[str, Tensor] = {}
+    for site, _ in like.places:
+        assert isinstance(site, LinearSite)
+        a, b = made[site.key]
+        missing = width - a.shape[-2]
+        padded = (
+            torch.nn.functional.pad(a, (0, 0, 0, missing)),
+            torch.nn.functional.pad(b, (0, missing)),
+        )
+        tensor = "" if site.key.name == "weight" else site.key.name
+        for part, value in zip("AB", padded, strict=True):
+            words = [site.key.module, "graftc", name, tensor, site.key.part, part]
+            values[".".join(w for w in words if w)] = value.to(site.dtype)
+    return values
+
+
+def _check_compositions(spec: Spec, names: Sequence[str]) -> None:
+    """Of a bank, all adaptations may become one; what another composition makes of its members is no LoRA."""
+    for composition in spec.compose:
+        inside = [name for name in composition.members if name in names]
+        if not inside or isinstance(composition, Stack):
+            continue
+        whole = isinstance(composition, Bank) and not composition.share and len(inside) == len(composition.members)
+        if not whole:
+            message = f"{inside[0]!r} is part of the composition {composition.name!r}"
+            hint = "combine all adaptations of a bank, or give compiled.fix a factor for each"
+            raise GraftError("GC029", message, hint=hint)
+
+
+def _spec(spec: Spec, like: Resolved, names: Sequence[str], name: str, rank: int) -> Spec:
+    """The spec with one LoRA in place of the first of the adaptations."""
+    new = LoRA(name=name, target=like.spec.target, rank=rank, alpha=float(rank))
+    adapt = [new if a.name == like.name else a for a in spec.adapt if a.name == like.name or a.name not in names]
+    if sum(a.name == name for a in adapt) > 1:
+        raise GraftError("GC005", f"the name {name!r} is taken by another adaptation")
+    compose = (c for c in spec.compose if not any(member in names for member in c.members))
+    return spec.model_copy(update={"adapt": tuple(adapt), "compose": tuple(compose)})

@@ -1,0 +1,296 @@
+"""Merged: the model with its adaptations folded into base weights, and the certificate of the fold."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graftc.compiler.capture.fingerprint import identify
+from graftc.compiler.capture.samples import sample_inputs
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.derived import program_of
+from graftc.compiler.folding.certificate import DEFAULT_BUDGET, Certificate
+from graftc.compiler.folding.certify import Advance, Folded, added_bias, fold_tensors
+from graftc.compiler.folding.collapse import collapse_evidence
+from graftc.compiler.folding.differences import largest_difference, largest_number
+from graftc.compiler.folding.foldable import Foldable, foldable
+from graftc.compiler.inspect.report import owner_of
+from graftc.passes.core.ir.printer import structural_hash
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import ProgramKey
+from graftc.passes.core.weights.sharding import gathered
+from graftc.passes.core.weights.store import Store
+from graftc.passes.graph.remove_folded import take_out
+from graftc.runtime.export.exporting import Exporting
+from graftc.runtime.model.blocks import Root
+from graftc.runtime.model.runner import ModelRoot, Published, runner_of
+from graftc.specs.arguments import as_budget, as_path
+from graftc.specs.errors.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import Compiled, CompiledRunner
+
+
+class MergedRunner(Exporting):
+    """All that a `Merged` does.
+
+    Attributes:
+        certificate: the evidence for the fold.
+        folded: whose adaptations have gone into the weights.
+        kept: whose have not, with the reason; only folding what folds leaves any.
+    """
+
+    certificate: Certificate
+
+    def __init__(self, compilation: Compilation, fold: Foldable, made: Folded) -> None:
+        self._additions = made.additions
+        self.folded, self.kept = fold.names, fold.reasons()
+        super().__init__(compilation, _folded_store(compilation.model, compilation.store, fold, made))
+
+    def _program_of(self, key: ProgramKey) -> Program:
+        if key.entry != "forward":
+            return super()._program_of(key)
+        if key.mode != "eval":
+            raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
+        return _folded_program(program_of(self._compilation, key), self.folded, self._additions)
+
+    def _start_in_modes(self, module: Root) -> None:
+        """See `ModelRunner`. In eval mode, whatever mode the source is in."""
+        module.eval()
+
+    def entering(self, mode: bool) -> bool:
+        """Folded models are for deployment: only eval mode exists."""
+        if mode:
+            raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
+        return False
+
+    def folded_state_dict(self) -> dict[str, Tensor]:
+        """The base's tensors with the folded ones in place, by the source model's names (tied names included)."""
+        own = ((name, t) for name, t in self._store.tensors() if name not in self._store.constants)
+        return {name: tensor.detach() for name, tensor in own}
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write a folder that transformers loads, with the base's tokenizer, and ``graftc.json``: the certificate, the
+        spec and what the folder holds. Of a model without a config only the weights are written.
+
+        Args:
+            path: the folder to make; it is complete when it appears.
+            force: replace a merged model that is there, in one step.
+
+        Raises:
+            GraftError: GC050 where something is left in the graph, GC052 when the class has no place for a folded
+                tensor, GC063 when something else is there, GC064 when it cannot be written.
+        """
+        from graftc.runtime.deploy.merged_folder import save_merged
+
+        return save_merged(self, as_path(path), force=force)
+
+    def to_transformers(self) -> Any:
+        """A model of the source's own class with folded weights, which plain transformers saves and loads.
+
+        Raises:
+            GraftError: GC052 when the class has no place for a folded tensor, GC032 for a source without a config.
+        """
+        from graftc.runtime.interop.transformers import to_transformers
+
+        return to_transformers(self)
+
+
+class Merged(ModelRoot):
+    """The folded model, in eval mode: the base's graph over folded tensors.
+
+    Tensors that folding does not change are shared with the compiled model and the source. As in a `Compiled`, the
+    names below win over those of the source model's children.
+    """
+
+    _graftc: MergedRunner
+
+    save = Published(MergedRunner.save)
+    export = Published(MergedRunner.export)
+    to_transformers = Published(MergedRunner.to_transformers)
+    folded_state_dict = Published(MergedRunner.folded_state_dict)
+
+    @property
+    def certificate(self) -> Certificate:
+        """The evidence for the fold."""
+        return self._graftc.certificate
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """Whose adaptations have gone into the weights."""
+        return self._graftc.folded
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Whose have not, with the reason; only folding what folds leaves any."""
+        return self._graftc.kept
+
+
+def _folded_program(program: Program, names: Collection[str], additions: tuple[str, ...]) -> Program:
+    """An eval Program without what has folded, reading added biases where there are any."""
+    folded = take_out(program, names)
+    _add_biases(folded, additions)
+    return folded
+
+
+def _add_biases(program: Program, additions: Collection[str]) -> None:
+    graph, wanted = program.graph, set(additions)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default) if wanted else ():
+        name = added_bias(node)
+        if name in wanted and len(node.args) == 2:
+            with graph.inserting_before(node):
+                bias = graph.get_attr(name)
+            module = node.meta["module"]
+            bias.meta = {"val": node.meta["val"].new_empty(node.meta["val"].shape[-1]), "module": module}
+            node.args = (*node.args, bias)
+
+
+def merge(
+    compiled: Compiled | CompiledRunner, budget: float | None = None, advance: Advance = lambda _: None
+) -> Merged:
+    """Fold and certify. See `Compiled.merge`."""
+    merged = fold(compiled, budget, every=True, advance=advance)
+    require_passed(merged.certificate)
+    return merged
+
+
+def require_passed(certificate: Certificate) -> None:
+    """Refuse a fold whose certificate does not pass.
+
+    Raises:
+        GraftError: GC051 with what failed.
+    """
+    failures = tuple(certificate.failures())
+    if failures:
+        hint = None if certificate.finite else "look for NaN in what was trained and in buffers of the base"
+        raise GraftError("GC051", "the fold is not certified: " + "; ".join(failures[:3]), hint=hint, details=failures)
+
+
+def fold(
+    compiled: Compiled | CompiledRunner,
+    budget: float | None = None,
+    *,
+    every: bool = False,
+    advance: Advance = lambda _: None,
+) -> Merged:
+    """Fold what folds. The certificate may say that it did not pass.
+
+    Args:
+        compiled: what to fold; it stays as it is.
+        budget: as for `Compiled.merge`.
+        every: all adaptations have to fold.
+        advance: is told how much of the folding is done, from 0 to 1.
+
+    Raises:
+        GraftError: GC050 on the meta device; with ``every``, GC050 or GC022 naming what does not fold; GC073 for a
+            budget that is no number.
+    """
+    budget = as_budget(budget)
+    runner: CompiledRunner = runner_of(compiled)
+    compilation = runner.compilation
+    if runner.device.type == "meta":
+        raise GraftError("GC050", "there is nothing to fold on the meta device", hint="compile a model with weights")
+    found = foldable(compilation)
+    if every and found.kept:
+        raise next(iter(found.kept.values()))
+    # What stays in the graph is not the fold's: it is left out where the fold is looked at by itself.
+    with torch.no_grad():
+        unfolded = take_out(compilation.program("eval"), found.kept) if found.kept else None
+        made = fold_tensors(compilation, found.lazy, unfolded, advance=advance)
+        merged = Merged(MergedRunner(compilation, found, made))
+        merged._graftc.certificate = _certify(runner, merged._graftc, made, budget)
+    return merged
+
+
+def certificate_of(compiled: Compiled | CompiledRunner) -> tuple[Certificate | None, dict[str, str]]:
+    """The certificate of folding what folds, whether it passes or not, and what does not fold with the reason.
+
+    Raises:
+        GraftError: GC051 where the model gives numbers that are not finite, of which there is nothing to certify.
+    """
+    merged = fold(compiled)
+    if merged.folded and not merged.certificate.finite:
+        message = "the model gives numbers that are not finite, so that nothing can be certified"
+        hint = "look for NaN in what was trained and in buffers; certify=False saves it as it is"
+        raise GraftError("GC051", message, hint=hint)
+    return (merged.certificate if merged.folded else None), dict(merged.kept)
+
+
+def _folded_store(model: nn.Module, store: Store, fold: Foldable, made: Folded) -> Store:
+    folded = Store()
+    folded.shape(model)
+    for name, tensor in store.base():
+        if name in made.tensors:
+            _add(folded, store, name, made.tensors[name])
+        else:
+            value = gathered(tensor)
+            _add(folded, store, name, value.clone() if name in store.updated else value)
+    for name, tensor in store.adapters():
+        if owner_of(name) in fold.kept:
+            _add(folded, store, name, gathered(tensor))
+    for name in made.additions:
+        folded.add_parameter(name, made.tensors[name], trainable=False)
+    folded.constants = set(store.constants)
+    for alias, owner in store.aliases.items():
+        folded.alias(alias, owner)
+    return folded
+
+
+def _add(folded: Store, store: Store, name: str, value: Tensor) -> None:
+    """Add a tensor as what it is in the other Store."""
+    if isinstance(store.get(name), nn.Parameter):
+        folded.add_parameter(name, value, trainable=False)
+    else:
+        path, _, last = name.rpartition(".")
+        folded.add_buffer(name, value, persistent=last not in store.owner(path)._non_persistent_buffers_set)
+
+
+def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budget: float | None) -> Certificate:
+    compilation, additions = compiled.compilation, merged._additions
+    base = compilation.program("eval", "base")
+    inputs = sample_inputs(
+        compilation.program("train", "base"), compilation.store, config=getattr(compiled, "config", None)
+    )
+    unfolded, folded = compiled.in_eval(inputs), merged.in_eval(inputs)
+    names = base.outputs.names
+    differences = {
+        name: largest_difference(a, b)
+        for name, a, b in zip(names, unfolded, folded, strict=True)
+        if isinstance(a, Tensor) and a.is_floating_point()
+    }
+    if budget is None:
+        budget = compilation.spec.fold.budget.logits
+    if budget is None:
+        largest = max((largest_number(a) for a in unfolded if isinstance(a, Tensor)), default=1.0)
+        budget = DEFAULT_BUDGET.get(compiled.dtype, 1e-4) * max(1.0, largest)
+    program = merged._programs[compilation.key("eval")]
+    if merged.kept:
+        program = take_out(program, merged.kept)
+    return Certificate(
+        sites=made.sites,
+        outputs=differences,
+        budget=budget,
+        structure=structural_hash(_without(program, additions), compilation.store.canonical),
+        base_structure=structural_hash(base, compilation.store.canonical),
+        additions=additions,
+        fingerprint=identify(compilation.source, replaced=compilation.replaced).fingerprint,
+        dtype=str(compiled.dtype).removeprefix("torch."),
+        collapses=collapse_evidence(compilation),
+        anchors=compilation.main.anchors,
+    )
+
+
+def _without(program: Program, additions: tuple[str, ...]) -> Program:
+    """The Program less the declared additions, to compare with the base's."""
+    if not additions:
+        return program
+    result, added = program.copy(), set(additions)
+    for node in list(result.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)):
+        bias = node.args[2] if len(node.args) > 2 else None
+        if isinstance(bias, fx.Node) and bias.target in added:
+            node.args = node.args[:2]
+    return result

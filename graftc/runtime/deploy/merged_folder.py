@@ -1,0 +1,83 @@
+"""A merged model as a folder: what transformers loads, with the certificate of the fold beside it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftc.compiler.capture.interface import config_of
+from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
+from graftc.runtime.artifact.places import RECORD, is_ours
+from graftc.runtime.artifact.write import listed
+from graftc.runtime.files import staged
+from graftc.runtime.interop.transformers import no_place
+from graftc.runtime.model.runner import runner_of
+from graftc.runtime.models import local_folder, quiet_transformers
+from graftc.runtime.tensor_files import save_tensors, writing
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.io import dump_spec
+
+if TYPE_CHECKING:
+    from graftc.runtime.deploy.merged import Merged, MergedRunner
+
+COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+    *("chat_template*", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+)
+"""Files beside a model that its users need and folding does not change."""
+
+
+def save_merged(merged: MergedRunner, path: Path, *, force: bool = False) -> Path:
+    """Write a merged model. See `Merged.save`."""
+    if merged.kept:
+        name, reason = next(iter(merged.kept.items()))
+        raise GraftError("GC050", f"{name!r} is still in the graph: {reason}", hint="merge it, or save an artifact")
+    origin = local_folder(merged._compilation.source)
+    with staged(path, force=force, replaceable=is_ours, sources=[origin]) as folder:
+        write_merged(merged, folder)
+        data = {
+            "merged": "graftc",
+            "schema_version": SCHEMA_VERSION,
+            "spec": dump_spec(merged._compilation.spec),
+            "base": merged.certificate.fingerprint,
+            "certificate": merged.certificate.to_json(),
+            "files": dict(listed(folder)),
+        }
+        (folder / RECORD).write_text(sealed(data), encoding="utf-8", newline="\n")
+    return path
+
+
+def write_merged(merged: Merged | MergedRunner, folder: Path) -> Any:
+    """Write the model itself, with its tokenizer where the base has one, and return it.
+
+    A model without a config has its folded weights in ``model.safetensors``, by the source's own names.
+
+    Raises:
+        GraftError: GC052 when the class has no place for a folded tensor; OSError: it cannot be written.
+    """
+    folder.mkdir()
+    merged = runner_of(merged)
+    source = merged._compilation.source
+    weights = folder / "model.safetensors"
+    if config_of(source) is None:
+        if merged._additions:
+            raise no_place(merged._additions, source)
+        aliases = merged._compilation.store.aliases
+        own = {n: t for n, t in merged.folded_state_dict().items() if n not in aliases and n in source.state_dict()}
+        save_tensors(own, weights)
+        return source
+    model = merged.to_transformers()
+    with quiet_transformers(), writing(weights):
+        model.save_pretrained(folder)
+    origin = local_folder(source)
+    for file in _companions(origin) if origin is not None else ():
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+    return model
+
+
+def _companions(origin: Path) -> Iterator[Path]:
+    for pattern in COMPANIONS:
+        yield from (file for file in sorted(origin.glob(pattern)) if file.is_file())

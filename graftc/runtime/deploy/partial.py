@@ -1,0 +1,169 @@
+"""Folding what folds where something does not: a base with folded weights, and the rest compiled on top of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.capture.samples import sample_inputs
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.folding.certificate import Certificate
+from graftc.compiler.folding.certify import Advance
+from graftc.compiler.folding.collapse import collapsed_spec, collapsed_values
+from graftc.compiler.folding.differences import largest_difference
+from graftc.compiler.inspect.report import owner_of
+from graftc.compiler.inspect.snapshot import adapter_values
+from graftc.compiler.resolve.resolver import TRAIN
+from graftc.compiler.resolve.tokens import TOKENS
+from graftc.runtime.artifact.manifest import Manifest
+from graftc.runtime.artifact.write import save
+from graftc.runtime.deploy.merged import Merged, fold, require_passed
+from graftc.runtime.deploy.merged_folder import write_merged
+from graftc.runtime.model.runner import runner_of
+from graftc.specs.compose import CompositionSpec, Stack
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from graftc.compiler.capture.interface import ExampleInputs
+    from graftc.runtime.compiled import Compiled, CompiledRunner
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What folding some adaptations gives; saved, an artifact that holds its own base.
+
+    Attributes:
+        merged: the model with what folds in its weights, and the rest in its graph.
+        compiled: the rest, compiled on a base that has the folded weights.
+        certificate: of the fold; its outputs are those of `compiled` too.
+    """
+
+    merged: Merged
+    compiled: Compiled
+    certificate: Certificate
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """Whose adaptations have gone into the base's weights."""
+        return self.merged.folded
+
+    @property
+    def kept(self) -> Mapping[str, str]:
+        """Whose have not, with the reason."""
+        return self.merged.kept
+
+    def save(self, path: Path, *, force: bool = False) -> Manifest:
+        """Write the artifact.
+
+        Raises:
+            GraftError: as `Compiled.save`.
+        """
+        return save(self.compiled, path, force=force, bundle=lambda folder: write_merged(self.merged, folder))
+
+    def export(
+        self,
+        path: str | Path,
+        format: Literal["onnx", "pt2"] = "onnx",
+        example_inputs: ExampleInputs | None = None,
+        *,
+        inputs: Sequence[str] = (),
+        force: bool = False,
+    ) -> Path:
+        """Export what `compiled` is, with the certificate in the metadata.
+
+        Args, Raises: as `ModelRunner.export`.
+        """
+        return self.compiled._graftc._export(path, format, example_inputs, inputs, self.certificate, force)
+
+
+def merge_partially(compiled: Compiled | CompiledRunner, budget: float | None = None) -> Partial:
+    """Fold what folds, and compile what does not on the result, collapsed where it has a simpler form. See
+    `Compiled.merge_partially`."""
+    merged = fold(compiled, budget)
+    _require_any(merged)
+    require_passed(merged.certificate)
+    return _partial(compiled, merged)
+
+
+def _require_any(merged: Merged) -> None:
+    """Refuse where nothing folds and nothing has a simpler form.
+
+    Raises:
+        GraftError: GC050 with what stays, and why.
+    """
+    if merged.certificate.sites or merged.certificate.collapses:
+        return
+    reasons = tuple(f"{name}: {reason}" for name, reason in merged.kept.items())
+    message = f"nothing folds: {reasons[0]}" if reasons else "nothing folds: the spec adapts no tensor of the base"
+    hint = "save or export the compiled model instead; what it has is in no weight"
+    raise GraftError("GC050", message, hint=hint, details=reasons)
+
+
+def _partial(compiled: Compiled | CompiledRunner, merged: Merged) -> Partial:
+    runner: CompiledRunner = runner_of(compiled)
+    compilation = runner.compilation
+    values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) in merged.kept}
+    values |= collapsed_values(compilation)
+    made = runner.sibling(_rest(compilation, merged), values, merged.to_transformers())
+    certificate = _with_outputs(merged.certificate, runner, made._graftc)
+    require_passed(certificate)
+    return Partial(merged, made, certificate)
+
+
+def merge_what_folds(
+    compiled: Compiled | CompiledRunner, budget: float | None = None, advance: Advance = lambda _: None
+) -> Merged | Partial:
+    """A merged model where everything folds, and otherwise what `merge_partially` gives.
+
+    Args:
+        compiled: what to merge.
+        budget: as for `Compiled.merge`.
+        advance: is told how much of the folding is done, from 0 to 1.
+
+    Raises:
+        GraftError: as `merge_partially`.
+    """
+    merged = fold(compiled, budget, advance=advance)
+    _require_any(merged)
+    require_passed(merged.certificate)
+    return _partial(compiled, merged) if merged.kept else merged
+
+
+def _rest(compilation: Compilation, merged: Merged) -> Spec:
+    """The spec without what has folded, and the rest in its simplest form. In the base that it is for, what the spec
+    unties is untied already."""
+    changes: dict[str, Any] = {"untie": ()}
+    changes["compose"] = tuple(found for c in compilation.spec.compose if (found := _left(c, merged)) is not None)
+    if TRAIN not in merged.kept:
+        changes["train"] = ()
+    if TOKENS not in merged.kept:
+        changes["tokens"] = None
+    return collapsed_spec(compilation, merged.kept).model_copy(update=changes)
+
+
+def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | None:
+    """What is left of a composition: of a stack those that did not fold, in its order; of others all or nothing."""
+    members = tuple(name for name in composition.members if name in merged.kept)
+    if isinstance(composition, Stack) and len(members) > 1:
+        return composition.model_copy(update={composition.kind: members})
+    return composition if members == composition.members else None
+
+
+@torch.no_grad()
+def _with_outputs(certificate: Certificate, before: CompiledRunner, after: CompiledRunner) -> Certificate:
+    """The certificate with the largest difference of either: of folding, and of compiling anew on the result."""
+    base = before.compilation.program("train", "base")
+    inputs = sample_inputs(base, before.compilation.store, config=getattr(before, "config", None))
+    found = [model.in_eval(inputs) for model in (before, after)]
+    outputs = dict(certificate.outputs)
+    for name, a, b in zip(base.outputs.names, *found, strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            anew = largest_difference(a, b)
+            outputs[name] = anew if not anew <= outputs[name] else outputs[name]  # NaN stays
+    return replace(certificate, outputs=outputs)

@@ -1,0 +1,3 @@
+"""Modules that run Programs with the interface of the source model.
+
+They read a Compilation and never change its graphs."""

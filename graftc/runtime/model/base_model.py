@@ -1,0 +1,65 @@
+"""The base model within a compiled one: callable as far as the last hidden state, as training loops want it that
+compute the head and the loss by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from graftc.passes.core.weights.containers import Container, Node
+from graftc.passes.core.weights.store import Store
+
+
+class HiddenStates(Node):
+    """What a `BaseModel` runs.
+
+    Attributes:
+        call: takes positional and keyword arguments, and returns the last hidden state in its output class.
+    """
+
+    call: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
+
+
+class BaseModel(Container):
+    """The child of a model that has its layers, without the head: ``compiled.model`` of most decoders."""
+
+    _graftc: HiddenStates
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._graftc = HiddenStates()
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Run the model as far as its last hidden state: an output with ``last_hidden_state``.
+
+        Raises:
+            GraftError: GC031 for inputs that cannot be captured; GC043 where the model returns no hidden states.
+        """
+        call = self._graftc.call
+        return super().forward() if call is None else call(inputs, options)
+
+
+def install_base_model(
+    store: Store, model: nn.Module, call: Callable[[tuple[Any, ...], dict[str, Any]], Any]
+) -> BaseModel | None:
+    """Make the base model within a compiled one callable.
+
+    Args:
+        store: its tree has the containers of the compiled model.
+        model: the source model, which says where its base model is (``base_model_prefix``).
+        call: what a call of it does.
+
+    Returns:
+        It; None where the model has none, is one itself, or returns no hidden states.
+    """
+    prefix = getattr(model, "base_model_prefix", None)
+    config = getattr(model, "config", None)
+    if not isinstance(prefix, str) or not isinstance(model._modules.get(prefix), nn.Module):
+        return None
+    if not hasattr(config, "output_hidden_states"):
+        return None
+    made = store.replace_container(prefix, BaseModel)
+    made._graftc.call = call
+    return made

@@ -1,0 +1,206 @@
+"""Modules that run graphs over the Store's tree: a Block for every repeated layer, and a Root above them.
+
+A Root has children, tensors and what every `nn.Module` has, and next to nothing else of its own: what it does is in its
+Runner, which is no module, so that no name of a source model's child can come between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from graftc.passes.core.ir.codegen import Function, function_of
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import ProgramKey
+from graftc.passes.core.weights.containers import OWN, Container, Node, Tree
+from graftc.passes.core.weights.store import Store
+from graftc.passes.graph.outline import outline
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """How a Block recomputes its activations in the backward pass.
+
+    Attributes:
+        options: keywords of `torch.utils.checkpoint.checkpoint`, beside ``use_reentrant``, which is False.
+        offload: hold what is kept for recomputing in the host's memory.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    offload: bool = False
+
+    def __call__(self, function: Function, *inputs: Any) -> Any:
+        """Run a function, keeping its inputs only."""
+        with self._kept_elsewhere(inputs):
+            return checkpoint(function, *inputs, use_reentrant=False, **self.options)
+
+    def _kept_elsewhere(self, inputs: tuple[Any, ...]) -> Any:
+        devices = {tensor.device.type for tensor in inputs if isinstance(tensor, Tensor)} - {"cpu"}
+        if not self.offload or not devices:
+            return nullcontext()
+        return save_on_cpu(pin_memory=True, device_type=devices.pop())
+
+
+class LayerCode(Node):
+    """What a Block runs.
+
+    Attributes:
+        functions: the code of its part of each Program, by key.
+        checkpointing: recompute activations in the backward pass instead of keeping them.
+        recompute: how.
+    """
+
+    def __init__(self) -> None:
+        self.functions: dict[str, Function] = {}
+        self.checkpointing = False
+        self.recompute = Recompute()
+
+
+class Block(Container):
+    """One repeated layer: owns its tensors and runs its part of every Program."""
+
+    _graftc: LayerCode
+
+    register_forward_hook = nn.Module.register_forward_hook
+    register_forward_pre_hook = nn.Module.register_forward_pre_hook
+    register_full_backward_hook = nn.Module.register_full_backward_hook
+    register_full_backward_pre_hook = nn.Module.register_full_backward_pre_hook
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._graftc = LayerCode()
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Run a part of a Program: its key, and what it reads.
+
+        Raises:
+            GraftError: GC043 for a call as of the source's layer.
+        """
+        code = self._graftc
+        key, *inputs = inputs or (None,)  # type: ignore[assignment]
+        if options or not isinstance(key, str):
+            return super().forward()
+        function = code.functions[key]
+        if code.checkpointing and self.training and torch.is_grad_enabled():
+            return code.recompute(function, self, *inputs)
+        return function(self, *inputs)
+
+
+class Root(Tree):
+    """The root of a Store's tree. A name that is no child's and no attribute of a module is looked up in its Runner.
+
+    Args:
+        runner: what it runs.
+    """
+
+    _graftc: Runner
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__()
+        self._graftc = runner
+        self.register_state_dict_post_hook(_tied_once)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_tied_again)  # type: ignore[no-untyped-call]
+        runner.adopt(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """A child or tensor of this name, or the Runner's own attribute."""
+        held = vars(self)
+        for table in ("_parameters", "_buffers", "_modules"):
+            if name in held.get(table, ()):
+                return held[table][name]
+        if OWN in held and not name.startswith("__"):
+            try:
+                return getattr(held[OWN], name)
+            except AttributeError as error:
+                if error.name != name:  # something that the attribute is made of
+                    raise
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._graftc)})  # type: ignore[no-untyped-call]
+
+
+class Runner:
+    """Runs Programs over a Store's tree, with a Block per repeated layer.
+
+    Args:
+        store: its tree becomes that of the module.
+
+    Attributes:
+        module: the root of the tree.
+    """
+
+    module: Root
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._roots: dict[ProgramKey, Function] = {}
+        self._programs: dict[ProgramKey, Program] = {}
+
+    def adopt(self, module: Root) -> None:
+        """Make a module the root of the tree."""
+        self.module = module
+        self._store.rehome(module)
+
+    @property
+    def training(self) -> bool:
+        """The mode of the module."""
+        return self.module.training
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """Blocks by module path."""
+        return {name: module for name, module in self.module.named_modules() if isinstance(module, Block)}
+
+    def install(self, key: ProgramKey, program: Program) -> None:
+        """Lower a Program to code; `run` runs it under ``key``."""
+        self._programs[key] = program
+        self._lower(key)
+
+    def _lower(self, key: ProgramKey) -> None:
+        program = self._programs[key]
+        outlined = outline(program)
+        device = self._store_device()
+        for block in outlined.blocks:
+            owner = self._store.container(block.path)
+            if not isinstance(owner, Block):
+                owner = self._store.replace_container(block.path, Block)
+            owner._graftc.functions[f"{key}#{block.use}"] = function_of(block.graph, owner, device)
+        for node in outlined.root.find_nodes(op="call_module"):
+            use, *inputs = node.args
+            node.args = (f"{key}#{use}", *inputs)
+        self._roots[key] = function_of(outlined.root, self.module, device)
+
+    def _store_device(self) -> torch.device:
+        return self._store.device()
+
+    def run(self, key: ProgramKey, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Flat outputs of the Program installed as ``key``."""
+        program_inputs = [inputs[name] for name in self._programs[key].signature]
+        outputs: tuple[Any, ...] = self._roots[key](self.module, *program_inputs)
+        return outputs
+
+    def relower(self) -> None:
+        """Make all code anew, for tensors that have moved to another device."""
+        for key in self._programs:
+            self._lower(key)
+
+
+def _tied_once(module: Root, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A state dict has tied tensors once, by the name that owns them, as file formats want it."""
+    for alias in module._graftc._store.aliases:
+        state.pop(prefix + alias, None)
+
+
+def _tied_again(module: Root, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Loading finds tied tensors under each of their names."""
+    for alias, owner in module._graftc._store.aliases.items():
+        if prefix + owner in state:
+            state.setdefault(prefix + alias, state[prefix + owner])

@@ -1,0 +1,100 @@
+"""Activation checkpointing by layer, as transformers models offer it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.checkpoint import checkpoint
+
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import ProgramKey
+from graftc.runtime.model.blocks import LayerCode, Recompute, Runner
+from graftc.specs.errors.diagnostics import GraftError, nearest
+
+_DEFAULTS = {name: p.default for name, p in inspect.signature(checkpoint).parameters.items()}
+_OPTIONS = [*(n for n, default in _DEFAULTS.items() if default is not inspect.Parameter.empty), "preserve_rng_state"]
+"""Keywords of `torch.utils.checkpoint.checkpoint`; it reads the last one from its ``**kwargs``."""
+
+
+class Checkpointed(Runner):
+    """The part of `Compiled` that recomputes activations."""
+
+    _recompute: tuple[Recompute, int] | None = None
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute each Block's activations in the backward pass instead of keeping them.
+
+        Args:
+            activation_checkpointing_kwargs: keywords of `torch.utils.checkpoint.checkpoint`. ``use_reentrant`` is
+                False: inputs of layers need no gradient then.
+            every_n_layers: recompute the first of every so many layers only.
+            offload: hold what is kept for recomputing in the host's memory.
+
+        Raises:
+            GraftError: GC034 where the model has no layers, GC072 for what cannot be done.
+        """
+        options = dict(activation_checkpointing_kwargs or {})
+        for option in options:
+            if option not in _OPTIONS:
+                close = nearest(option, _OPTIONS) or list(_OPTIONS)
+                raise GraftError("GC072", f"checkpointing has no option {option!r}", hint=f"there is {close[0]!r}")
+        if options.pop("use_reentrant", None):
+            message = "layers are not recomputed by a backward pass of their own (use_reentrant=True)"
+            raise GraftError("GC072", message, hint='give {"use_reentrant": False}, or leave it out')
+        every: Any = every_n_layers
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            message = f"every_n_layers is {every_n_layers!r}"
+            raise GraftError("GC072", message, hint="1 recomputes every layer, 2 every second one")
+        if not self._layers():
+            name = self.module._get_name()  # type: ignore[no-untyped-call]
+            raise GraftError("GC034", f"{name} has no repeated layers to checkpoint")
+        self._recompute = Recompute(options, bool(offload)), every_n_layers
+        self._tell_blocks()
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self._recompute = None
+        self._tell_blocks()
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of `activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether Blocks recompute their activations."""
+        return self._recompute is not None
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The older name of `is_activation_checkpointing`."""
+        return self.is_activation_checkpointing
+
+    def install(self, key: ProgramKey, program: Program) -> None:
+        """See `Runner.install`. Another signature may have layers that the first one has not."""
+        super().install(key, program)
+        self._tell_blocks()
+
+    def _tell_blocks(self) -> None:
+        recompute, every = self._recompute or (Recompute(), 0)
+        for number, code in enumerate(self._layers()):
+            code.checkpointing, code.recompute = every > 0 and number % every == 0, recompute
+
+    def _layers(self) -> list[LayerCode]:
+        return [block._graftc for block in self.blocks.values()]

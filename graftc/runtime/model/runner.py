@@ -1,0 +1,292 @@
+"""Modules that run the Programs of a Compilation with the interface of the source model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, Self, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.capture.interface import Interface, config_of, dtype_of
+from graftc.compiler.capture.isolation import exclusive, is_traced
+from graftc.compiler.capture.signature import split
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.derived import program_of
+from graftc.compiler.pipeline import signature_for
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import Entry, Modes, ProgramKey, Signature
+from graftc.passes.core.weights.containers import OWN, constant, plain_attributes
+from graftc.passes.core.weights.store import Store
+from graftc.passes.graph.cut import FLAG, cut_at_hidden_state
+from graftc.runtime.model.base_model import install_base_model
+from graftc.runtime.model.blocks import Root, Runner
+from graftc.runtime.model.choosing import with_choices
+from graftc.runtime.model.ecosystem import refuse_pickling
+from graftc.specs.arguments import kind_of
+from graftc.specs.errors.diagnostics import GraftError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Published(Generic[P, R]):
+    """A method of a Runner that its module has under the same name, whatever children the module has."""
+
+    def __init__(self, method: Callable[Concatenate[Any, P], R]) -> None:
+        self.__wrapped__, self.__doc__, self.__name__ = method, method.__doc__, method.__name__
+
+    def __get__(self, module: Root | None, owner: type[Root]) -> Callable[P, R]:
+        return cast(Callable[P, R], self.__wrapped__ if module is None else getattr(module._graftc, self.__name__))
+
+
+def runner_of(module: nn.Module | Runner) -> Any:
+    """The Runner of a compiled or merged model. It has everything that graftc offers, also where a child of the source
+    model has taken the name.
+
+    Raises:
+        GraftError: GC073 for anything else.
+    """
+    found = module if isinstance(module, Runner) else getattr(module, "__dict__", {}).get(OWN)
+    if found is None:
+        raise GraftError(
+            "GC073", f"what was given is {kind_of(module)}, no compiled model", hint="give what graftc.compile returns"
+        )
+    return found
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, a module is in eval mode; afterwards it and all below are in the modes that they were in."""
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode
+
+
+@dataclass(frozen=True)
+class _FlatCall:
+    """A call that wants the flat outputs of a graph."""
+
+    key: ProgramKey
+    present: Mapping[str, Any]
+
+
+class ModelRoot(Root):
+    """A module with the interface of a source model."""
+
+    _graftc: ModelRunner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own outputs, as its class would give them."""
+        return self._graftc.call(args, kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """See `torch.nn.Module.train`."""
+        super().train(self._graftc.entering(mode))
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """See `torch.nn.Module`. An attribute that the source model has is a constant of the graphs (GC048)."""
+        super().__setattr__(name, value)
+        own = vars(self).get(OWN)
+        if own is not None and name in own.constants and value != own.constants[name]:
+            constant(self, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves between devices retarget the graphs; another dtype needs another capture."""
+        runner = self._graftc
+        moved = fn(torch.empty(0, dtype=runner.dtype, device=runner.device))
+        if moved.dtype != runner.dtype:
+            raise GraftError(
+                "GC033",
+                f"the graphs were captured in {runner.dtype} and cannot run in {moved.dtype}",
+                hint=f"load the base model in {moved.dtype} and compile that",
+            )
+        before = runner.device
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if runner.device != before:
+            runner.relower()
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A model with tensors of its own, the base's included; ties are kept. Graphs, which hold none, are shared, and
+        so is the source model, which new signatures are captured from."""
+        memo.update((id(item), item) for item in self._graftc.shared())
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        copied._graftc.copied()
+        return copied
+
+    def __copy__(self) -> Self:
+        """A second handle on the same tensors and graphs."""
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __getstate__(self) -> NoReturn:
+        """Neither `pickle` nor `torch.save` takes a model: GC074 says what keeps one."""
+        refuse_pickling(self)
+
+
+class ModelRunner(Runner):
+    """A Runner with the interface of a source model: inputs by name or position, the model's own output class.
+
+    Args:
+        compilation: Programs, and the source model's interface.
+        store: the tensors to run on.
+    """
+
+    config: Any
+
+    def __init__(self, compilation: Compilation, store: Store) -> None:
+        super().__init__(store)
+        model = compilation.model
+        self._compilation = compilation
+        self._interface = Interface(model)
+        self._dtype = dtype_of(model)
+        self.constants = plain_attributes(model)
+        names = self._interface.parameters
+        self.main_input_name = getattr(model, "main_input_name", names[0] if names else "")
+        if (config := config_of(model)) is not None:
+            self.config = copy.deepcopy(config)
+
+    def adopt(self, module: Root) -> None:
+        """See `Runner.adopt`."""
+        super().adopt(module)
+        self._base_model = install_base_model(self._store, self._compilation.model, self.hidden)
+        self._start_in_modes(module)
+
+    def _start_in_modes(self, module: Root) -> None:
+        """Put every module into the mode of the source's."""
+        module.train(self._compilation.model.training)
+        for path, source in self._compilation.model.named_modules(remove_duplicate=False):
+            if source.training != module.training:
+                module.get_submodule(path).training = source.training
+
+    def entering(self, mode: bool) -> bool:
+        """The mode that the module is put into when one is asked for."""
+        return mode
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without its head, as transformers has it: called, it gives ``last_hidden_state``. The model itself
+        where it has no head."""
+        return self.module if self._base_model is None else self._base_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._store_device()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type that the graphs were captured in."""
+        return self._dtype
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The outputs of a call, as the source model gives them.
+
+        Raises:
+            GraftError: GC031 for inputs that cannot be captured.
+        """
+        if args and isinstance(args[0], _FlatCall):
+            return self._flat(args[0])
+        return self._run(args, kwargs)
+
+    def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The last hidden state of a call, ``[batch, sequence, hidden]``, without the head: ``last_hidden_state``
+        of the source model's base model.
+
+        Raises:
+            GraftError: GC031 for inputs that cannot be captured, and where the model returns no hidden states.
+        """
+        return self._run(args, kwargs, "hidden", **{FLAG: True})
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry = "forward", **flags: Any) -> Any:
+        chosen = {name: kwargs.pop(name) for name in self._compilation.controls if name in kwargs}
+        present, plain = self._interface.read({**self._interface.named(args, kwargs), **flags})
+        if self._compilation.controls:
+            present = with_choices(self._compilation, present, chosen)
+        key = self.ready(present, entry)
+        outputs = self._programs[key].outputs.build(self._results(key, present))
+        return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
+
+    def _results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Flat outputs of a call."""
+        return self.run(key, present)
+
+    def ready(self, present: Mapping[str, Any], entry: Entry = "forward") -> ProgramKey:
+        """The key under which `run` has code for a call's tensors and flags; it is captured where it is missing.
+
+        Raises:
+            GraftError: GC031 where it cannot be.
+        """
+        signature = self._compilation.find(present)
+        key = self.key(signature, self._mode(signature), entry) if signature is not None else None
+        if key is None or key not in self._roots:
+            if is_traced():
+                tensors, flags = split(present)
+                names = ", ".join([*tensors, *(name for name, _ in flags)])
+                raise GraftError("GC031", f"{names} have no graph yet; call the model once before compiling it")
+            with exclusive():
+                signature = signature_for(self._compilation, present)
+                key = self.key(signature, self._mode(signature), entry)
+                if key not in self._roots:
+                    self.install(key, self._program_of(key))
+        return key
+
+    def _mode(self, signature: Signature) -> Modes:
+        """The mode that the modules are in; code of `torch.compile` looks at that of the whole model."""
+        if is_traced():
+            return "train" if self.training else "eval"
+        paths = self._compilation.signatures[signature].moded
+        off = frozenset(path for path in paths if not self._store.container(path).training)
+        if self.training:
+            return off or "train"
+        return off if len(off) < len(paths) else "eval"
+
+    def shared(self) -> list[Any]:
+        """What a copy of the module has in common with it: Graphs, which hold no tensors, and the source model."""
+        compilation = self._compilation
+        found: list[Any] = [self._interface, *self._programs.values()]
+        if compilation.store is not self._store:
+            return [*found, compilation]
+        found += [compilation.model, compilation.source, compilation.spec, compilation.values, compilation.known]
+        found += [*compilation.programs.values(), *compilation.signatures.values()]
+        return [*found, *(site for r in compilation.main.resolved for site, _ in r.sites)]
+
+    def copied(self) -> None:
+        """Called when the module has been copied, on the copy's Runner."""
+
+    def in_eval(self, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        """Flat outputs of the first signature in eval mode, whatever mode the model is in."""
+        present = {**inputs, **dict(self._compilation.program("train", "base").flags)}
+        present = with_choices(self._compilation, present, {})
+        with in_eval_mode(self.module):
+            call = _FlatCall(self.ready(present), present)
+            # Hooks of the module gather what is sharded; others are not told of calls that nobody made.
+            sharded = hasattr(type(self.module), "unshard")
+            found: tuple[Any, ...] = self.module(call) if sharded else self._flat(call)
+            return found
+
+    def _flat(self, call: _FlatCall) -> tuple[Any, ...]:
+        return self.run(call.key, call.present)
+
+    def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
+        """The key of what a call runs."""
+        return ProgramKey(entry, mode, signature)
+
+    def _program_of(self, key: ProgramKey) -> Program:
+        if key.entry == "hidden":
+            from transformers.modeling_outputs import BaseModelOutput
+
+            return cut_at_hidden_state(self._program_of(key._replace(entry="forward")), BaseModelOutput)
+        return program_of(self._compilation, key)

@@ -1,0 +1,222 @@
+"""What examples choose, and what one training hands to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.capture.fingerprint import identify
+from graftc.compiler.inspect.report import owner_of
+from graftc.compiler.inspect.snapshot import adapter_values
+from graftc.compiler.resolve.resolver import TRAIN, Resolved
+from graftc.compiler.steering import live_places
+from graftc.passes.core.method.base_gradients import BaseGradients
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.method.scoring import Scoring
+from graftc.passes.methods.selection import SELECTED
+from graftc.runtime.model.blocks import Runner
+from graftc.runtime.model.runner import in_eval_mode, runner_of
+from graftc.runtime.training.steering import Steered
+from graftc.specs.base import MethodSpec
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from graftc.compiler.compilation import Compilation
+    from graftc.runtime.compiled import Compiled
+
+Loss = Callable[[Any, Mapping[str, Any]], Tensor]
+"""From a model's outputs and the example to a scalar."""
+
+
+class Selecting(Steered, Runner):
+    """The part of `Compiled` that makes the model of the next training."""
+
+    _compilation: Compilation
+    sibling: Callable[..., Compiled]
+
+    @property
+    def unselected(self) -> tuple[str, ...]:
+        """Adaptations whose entries examples have yet to choose."""
+        store = self._compilation.store
+        found = []
+        for resolved in self._compilation.main.resolved:
+            flag = self._compilation.parts.get(resolved.name, {}).get(None, {}).get(SELECTED)
+            if flag is not None and not bool(store.get(flag)):
+                found.append(resolved.name)
+        return tuple(found)
+
+    def warn_of_unsteered(self) -> None:
+        """Warn (GC025) also of adaptations that were trained before examples had chosen their entries."""
+        super().warn_of_unsteered()
+        store, parts = self._compilation.store, self._compilation.parts
+        for name in self.unselected:
+            deltas = (n for own in parts[name].values() for part, n in own.items() if part.endswith("_delta"))
+            if any(bool(store.get(delta).any()) for delta in deltas):
+                hint = "train compiled.select(examples) instead, or let graftc.tune do both"
+                self._warn([name], "{names} was trained at random entries, before examples had chosen", hint)
+
+    def select(self, examples: Iterable[Mapping[str, Any]], *, loss: Loss | None = None) -> Compiled:
+        """A model whose adaptations train the entries that examples choose, at their initial values; this one stays as
+        it is.
+
+        Gradients are those of the whole model in eval mode, without dropout, one tensor at a time: what they say of
+        each entry is added up in float32, and they are let go.
+
+        Args:
+            examples: inputs by name, with labels; batches of any size. Where a selection is about single examples, a
+                batch is taken apart along its first axis.
+            loss: from the outputs and the example to a scalar; the loss that the model gives by default.
+
+        Raises:
+            GraftError: GC056 where no adaptation chooses by examples, there are none, or there is no loss.
+        """
+        names = self.unselected
+        chosen = [r for r in self._compilation.main.resolved if r.name in names]
+        if not chosen:
+            hint = "compile the spec again to choose anew"
+            raise GraftError("GC056", "there is no adaptation whose entries examples have yet to choose", hint=hint)
+        if self._store_device().type == "meta":
+            raise GraftError(
+                "GC056", "there is nothing to choose by on the meta device", hint="load the base's weights"
+            )
+        examples = list(examples) if len(chosen) > 1 else examples
+        values: dict[str, Tensor] = {}
+        for resolved in chosen:
+            method = method_for(resolved.spec.method)
+            places, _ = live_places(self._compilation, resolved)
+            scoring = method.scoring(resolved.spec)
+            assert scoring is not None
+            scores = self._scores(method.scored(places), scoring, examples, loss)
+            values |= method.selected(resolved.spec, places, scores)
+        return self._again({}, values, self._others(names))
+
+    def _scores(
+        self, names: Iterable[str], scoring: Scoring, examples: Iterable[Mapping[str, Any]], loss: Loss | None
+    ) -> dict[str, Tensor]:
+        store = self._compilation.store
+        tensors = {name: store.get(name) for name in names}
+        scores = {n: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for n, t in tensors.items()}
+        count = 0
+        with self._watched(tensors, lambda name, grad: scoring.add(scores[name], tensors[name].detach(), grad)):
+            for example in examples:
+                for single in _single(example) if scoring.single else (example,):
+                    outputs = self.module(**single)
+                    value = loss(outputs, single) if loss is not None else getattr(outputs, "loss", None)
+                    if value is None:
+                        hint = "give the examples labels, or a loss of your own: select(examples, loss=...)"
+                        raise GraftError("GC056", "the model gives no loss for the examples", hint=hint)
+                    value.backward()
+                    count += 1
+        if not count:
+            raise GraftError("GC056", "there are no examples to choose by", hint="give select some batches of inputs")
+        return scores
+
+    @contextmanager
+    def _watched(self, tensors: Mapping[str, Tensor], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Inside, a backward pass gives the gradients of base tensors to ``take``, and makes no others."""
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        gradients = BaseGradients(take)
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            gradients.want(tensors)
+            with in_eval_mode(self.module):
+                yield
+        finally:
+            gradients.release()
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    @property
+    def stages_left(self) -> int:
+        """How many trainings are to follow the one that this model is for."""
+        return max((self._left(resolved) for resolved in self._compilation.main.resolved), default=0)
+
+    @staticmethod
+    def _left(resolved: Resolved) -> int:
+        return method_for(resolved.spec.method).stages(resolved.spec) - int(getattr(resolved.spec, "stage", 1))
+
+    def advance(self, start: Mapping[str, Tensor] | None = None) -> Compiled:
+        """The model of the next training, after the one that this model is for; this one stays as it is.
+
+        Args:
+            start: adapter tensors as this training started, by name: some methods rewind everything that trains to
+                there. Initial values by default, which is where a first training starts.
+
+        Raises:
+            GraftError: GC057 where no adaptation takes another training.
+        """
+        due = [resolved for resolved in self._compilation.main.resolved if self._left(resolved) > 0]
+        if not due:
+            raise GraftError("GC057", "no adaptation takes another training", hint="merge, save or export the model")
+        changed: dict[str, MethodSpec] = {}
+        values: dict[str, Tensor] = {}
+        rewind = False
+        for resolved in due:
+            places, shared = live_places(self._compilation, resolved)
+            with torch.no_grad():
+                advance = method_for(resolved.spec.method).advance(resolved.spec, places, shared)
+            changed[resolved.name] = advance.spec
+            values |= advance.values
+            rewind = rewind or advance.rewind
+        others = self._others(changed)
+        if rewind:
+            others = {name: start[name] for name in others if name in start} if start is not None else {}
+        return self._again(changed, values, others)
+
+    def joined(self, *others: Compiled) -> Compiled:
+        """One model with the adaptations of several of the same base, on one another: this model's first, then those of
+        the others in order. Modules that the others train in full, their heads, are left out; the models stay as they
+        are.
+
+        Sparse fine-tunes add up, so that one of a task and one of a language are one model.
+
+        Raises:
+            GraftError: GC087 where another has another base, GC005 where two adaptations have one name.
+        """
+        mine = identify(self._compilation.source).fingerprint
+        spec, values = self._compilation.spec, dict(self._others(()))
+        for model in others:
+            other = runner_of(model)
+            compilation = other.compilation
+            if identify(compilation.source).fingerprint != mine:
+                raise GraftError("GC087", "models of different bases cannot be joined")
+            adapt, compose = (*spec.adapt, *compilation.spec.adapt), (*spec.compose, *compilation.spec.compose)
+            names = [str(a.name) for a in adapt]
+            twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+            if twice:
+                hint = "give each a name of its own in its spec, before it is trained"
+                raise GraftError("GC005", f"two of the models have an adaptation {twice[0]!r}", hint=hint)
+            spec = spec.model_copy(update={"adapt": adapt, "compose": compose})
+            values |= other._others([TRAIN])
+        return self._made(spec, values)
+
+    def _others(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of adaptations other than these."""
+        gone = set(names)
+        return {n: t for n, t in adapter_values(self._compilation.store) if owner_of(n) not in gone}
+
+    def _again(
+        self, changed: Mapping[str, MethodSpec], values: Mapping[str, Tensor], others: Mapping[str, Tensor]
+    ) -> Compiled:
+        spec = self._compilation.spec
+        adapt = tuple(changed.get(str(a.name), a) for a in spec.adapt)
+        return self._made(spec.model_copy(update={"adapt": adapt}), {**others, **values})
+
+    def _made(self, spec: Spec, values: Mapping[str, Tensor]) -> Compiled:
+        compiled = self.sibling(spec, values)
+        compiled.train(self.training)
+        return compiled
+
+
+def _single(example: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A batch as single examples."""
+    count = next((v.shape[0] for v in example.values() if isinstance(v, Tensor) and v.dim()), 1)
+    for row in range(count):
+        own = {n: isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == count for n, v in example.items()}
+        yield {name: value[row : row + 1] if own[name] else value for name, value in example.items()}

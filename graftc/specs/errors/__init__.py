@@ -1,0 +1,3 @@
+"""Coded errors and warnings, and how values look in messages. The standard library only.
+
+A new code goes into `catalogue`, from which ``docs/errors.md`` is made."""

@@ -1,0 +1,199 @@
+"""Coded errors and warnings: the lowest layer, the standard library only.
+
+Every failure that a user can cause is a :class:`GraftError` with a stable code, the place in the spec and,
+where one can be guessed, the corrected line. :data:`CATALOGUE` holds all codes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graftc.specs.errors.catalogue import CATALOGUE, Code
+from graftc.specs.errors.text import printable
+
+_LONGEST = 200
+"""Characters of a word that similar ones are looked for."""
+
+__all__ = ["CATALOGUE", "Code", "GraftError", "GraftWarning", "Place", "first_line", "nearest", "warn"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a spec is wrong: file, line and column from 1, and a path such as ``adapt[0].target.role``.
+
+    ``text`` is the source line, kept so that the error can show it beside the corrected one.
+    """
+
+    file: str | None = None
+    line: int | None = None
+    column: int | None = None
+    path: str = ""
+    text: str | None = None
+
+    def __str__(self) -> str:
+        numbers = [str(n) for n in (self.line, self.column) if n is not None]
+        if self.file is None and numbers:
+            numbers[0] = f"line {numbers[0]}"
+        spot = ":".join(([self.file] if self.file is not None else []) + numbers)
+        if not spot:
+            return self.path
+        return f"{spot} ({self.path})" if self.path else spot
+
+
+class _Coded(Exception):  # noqa: N818
+    """What errors and warnings share."""
+
+    code: str
+    message: str
+    place: Place | None
+    hint: str
+    details: tuple[str | GraftError, ...]
+    fix: tuple[str, str] | None
+    corrected: str | None
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        place: Place | None = None,
+        hint: str | None = None,
+        details: Sequence[str | GraftError] = (),
+        fix: tuple[str, str] | None = None,
+        corrected: str | None = None,
+    ) -> None:
+        if code not in CATALOGUE:
+            raise KeyError(f"{code} is not in the catalogue of diagnostics")
+        self.code, self.message, self.place = code, message, place
+        self.hint = hint or CATALOGUE[code].remedy
+        self.details, self.fix, self.corrected = tuple(details), fix, corrected
+        super().__init__(code, message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, self._arguments()
+
+    @property
+    def exit_code(self) -> int:
+        """The exit status of the command: 1 the answer is no, 2 a wrong spec, 3 files or model failed."""
+        return CATALOGUE[self.code].exit_code
+
+    def __str__(self) -> str:
+        """What people read, safe for a terminal: what would steer it is written out."""
+        return printable("\n".join(self._lines()))
+
+    def _lines(self, *, nested: bool = False) -> list[str]:
+        """The text by lines. A detail has no hint that is only the remedy of its code."""
+        lines = [f"{self.code}: {self.message}"]
+        if self.place is not None and str(self.place):
+            lines.append(f"  --> {self.place}")
+        if not (nested and self.hint == CATALOGUE[self.code].remedy):
+            lines += [f"  {'hint:' if i == 0 else '     '} {part}" for i, part in enumerate(self.hint.split("\n"))]
+        if self.corrected is not None:
+            number = self.place.line if self.place is not None and self.place.line is not None else ""
+            if self.place is not None and self.place.text is not None:
+                lines.append(f"  {number:>4} - {self.place.text}".rstrip())
+            lines.append(f"  {number:>4} + {self.corrected}".rstrip())
+        for detail in self.details:
+            coded = detail._lines(nested=True) if isinstance(detail, GraftError) else None
+            first, *rest = coded or str(detail).split("\n")
+            lines.append(f"  {'also' if coded else '-'} {first}")
+            lines += [f"  {line}" for line in rest]
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data, details included; what is not known is None."""
+        place = self.place or Place()
+        return {
+            "code": self.code,
+            "title": CATALOGUE[self.code].title,
+            "message": self.message,
+            "file": place.file,
+            "line": place.line,
+            "column": place.column,
+            "path": place.path,
+            "hint": self.hint,
+            "corrected": self.corrected,
+            "details": [d.to_json() if isinstance(d, GraftError) else d for d in self.details],
+            "exit_code": self.exit_code,
+        }
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return (
+            type(self),
+            self.code,
+            self.message,
+            self.place,
+            self.hint,
+            self.details,
+            self.fix,
+            self.corrected,
+        )
+
+
+class GraftError(_Coded):
+    """A failure that the user can act on.
+
+    Args:
+        code: a key of :data:`CATALOGUE`.
+        message: one sentence, lower case, no full stop.
+        place: where in the spec.
+        hint: what to try; may span lines. Default: the code's remedy.
+        details: further facts as strings, or further errors found in the same go.
+        fix: the wrong word and the right one, from which the corrected line is made once the source is known.
+        corrected: the whole source line, corrected.
+
+    Raises:
+        KeyError: ``code`` is not in the catalogue.
+    """
+
+
+class GraftWarning(_Coded, UserWarning):
+    """Like :class:`GraftError`, for what works but deserves a look. Same arguments."""
+
+
+def _rebuild(
+    kind: type[GraftError] | type[GraftWarning],
+    code: str,
+    message: str,
+    place: Place | None,
+    hint: str | None,
+    details: tuple[str | GraftError, ...],
+    fix: tuple[str, str] | None,
+    corrected: str | None,
+) -> GraftError | GraftWarning:
+    return kind(code, message, place=place, hint=hint, details=details, fix=fix, corrected=corrected)
+
+
+def warn(
+    code: str,
+    message: str,
+    *,
+    place: Place | None = None,
+    hint: str | None = None,
+    details: Sequence[str] = (),
+    stacklevel: int = 2,
+) -> None:
+    """Issue a :class:`GraftWarning`; ``stacklevel`` counts from the caller as in :func:`warnings.warn`."""
+    warnings.warn(GraftWarning(code, message, place=place, hint=hint, details=details), stacklevel=stacklevel + 1)
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
+    """The at most ``n`` candidates that look most like ``word``, best first; empty if none comes close, and for a word
+    that is longer than names are."""
+    if len(word) > _LONGEST:
+        return []
+    by_lower: dict[str, str] = {}
+    for candidate in candidates:
+        by_lower.setdefault(candidate.lower(), candidate)
+    close = difflib.get_close_matches(word.lower(), list(by_lower), n=n, cutoff=0.6)
+    return [by_lower[c] for c in close]

@@ -1,0 +1,50 @@
+"""AdapterL: one bottleneck in every layer, behind the feed-forward part, with a layer norm of its own"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.limits import SIZE
+from graftc.specs.methods.bottleneck import Activation, BottleneckSpec, Init, Wiring
+from graftc.specs.target import Target
+
+__all__ = ["AdapterL"]
+
+
+class AdapterL(BottleneckSpec):
+    """AdapterL: `y + up(relu(down(LN(y))))` after the feed-forward part of every layer.
+
+    `y` is the output of the layer, after its residual, and the layer norm is the adapter's own. With `init: bert` the
+    model initially differs from the base.
+    """
+
+    claims: ClassVar[Claims] = Claims(
+        sites=frozenset({SiteKind.SUBLAYER}), identity_at_init=False, folds=FoldKind.NONE, bankable=True
+    )
+    mechanism: ClassVar[str | None] = "bottleneck"
+    paper: ClassVar[str] = (
+        "Lin et al. 2020, Exploring Versatile Generative Language Model Via Parameter-Efficient Transfer Learning"
+    )
+
+    method: Literal["adapter_l"] = "adapter_l"
+    """The method's tag."""
+
+    target: Target = Target(role="ffn.sublayer")
+    """Which sites of the model to adapt; by default the feed-forward part of every layer."""
+
+    bottleneck: int | None = Field(default=64, ge=1, le=SIZE)
+    """Width of the bottleneck. Give this or `reduction`."""
+
+    activation: Activation = "relu"
+    """The activation function between the two projections."""
+
+    init: Init = "bert"
+    """How the projections are initialised: `bert`, normal with standard deviation 0.02."""
+
+    def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
+        """See `BottleneckSpec.wiring`."""
+        return Wiring("output", "output", "before")

@@ -1,0 +1,216 @@
+"""Bottleneck adapters: a small two-layer function beside a part of the model, with every knob."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from graftc.specs.base import Items, MethodSpec, Override
+from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.limits import SIZE
+from graftc.specs.spec_errors import reject
+from graftc.specs.target import Target
+
+__all__ = ["Activation", "Bottleneck", "BottleneckOverride", "BottleneckSpec", "Init", "Norm", "Place", "Wiring"]
+
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu", "identity"]
+"""The function between the two projections; `silu` is also called swish, `gelu_tanh` is GELU's tanh approximation."""
+
+Init = Literal["lora", "bert", "houlsby", "xavier"]
+"""How the projections start."""
+
+Norm = Literal["none", "before", "after", "both"]
+"""Where a layer norm of its own stands."""
+
+Place = Literal["stream", "normed", "inner", "projection", "branch", "sum", "output", "input"]
+"""A value of a sublayer, or an end of a linear map."""
+
+_ORDER: tuple[Place, ...] = ("stream", "normed", "inner", "projection", "branch", "sum", "output")
+WIDTHS = ("bottleneck", "reduction")
+"""The two ways to say how wide a bottleneck is."""
+_GOALS: frozenset[Place] = frozenset({"inner", "projection", "branch", "output"})
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What an adapter reads, and where it adds its result.
+
+    Attributes:
+        reads: of a sublayer ``stream`` (what the residual goes on from), ``normed`` (what the sublayer reads),
+            ``inner`` (what its last linear map reads), ``projection`` (that map's result), ``branch`` (the same after
+            dropout, before the residual is added), ``sum`` or ``output`` (the sum, its norm where one follows); of a
+            linear map ``input`` or ``output``.
+        adds_to: ``inner``, ``projection``, ``branch`` or ``output``; of a linear map ``input`` or ``output``. Where it
+            comes before what is read, what lies between is computed a second time.
+        norm: a layer norm of the adapter's own, before its first projection, after its second, or both.
+    """
+
+    reads: Place
+    adds_to: Place
+    norm: Norm = "none"
+
+
+class BottleneckOverride(Override):
+    """Other values of a bottleneck adapter for some of its sites; omitted fields keep the adaptation's value."""
+
+    bottleneck: int | None = Field(default=None, ge=1, le=SIZE)
+    """Width of the bottleneck at these sites."""
+
+    reduction: float | None = Field(default=None, gt=0)
+    """Input width divided by bottleneck width at these sites."""
+
+    scale: float | None = None
+    """Factor applied to the result at these sites."""
+
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Probability of dropping an entry of the bottleneck at these sites."""
+
+
+class BottleneckSpec(MethodSpec):
+    """Fields common to all bottleneck adapters. A subclass defines what they read and where they add."""
+
+    bottleneck: int | None = Field(default=None, ge=1, le=SIZE)
+    """Width of the bottleneck. Give this or `reduction`."""
+
+    reduction: float | None = Field(default=None, gt=0)
+    """Input width divided by bottleneck width, rounded down: 16 turns 768 into 48."""
+
+    activation: Activation = "relu"
+    """The activation function between the two projections."""
+
+    bias: bool = True
+    """Both projections have a bias."""
+
+    init: Init = "lora"
+    """How the projections are initialised; biases start at zero. `lora`: the first uniform in ±1/sqrt(in), the second
+    zero, so the model is initially unchanged. `bert`: both normal with standard deviation 0.02. `houlsby`: both normal
+    with standard deviation 0.001, truncated at twice that. `xavier`: both uniform in ±sqrt(6 / (in + out))."""
+
+    init_std: float | None = Field(default=None, gt=0)
+    """A different standard deviation for `bert` or `houlsby`."""
+
+    scale: float | Literal["learned"] = 1.0
+    """Factor applied to the result; `learned`: a trainable scalar, initialised to 1."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of dropping an entry of the bottleneck during training."""
+
+    overrides: Items[BottleneckOverride] = ()
+    """Other values for some sites; the first override that matches a site applies."""
+
+    @model_validator(mode="after")
+    def _one_width(self) -> Self:
+        if len(self._given()) == 2:
+            message = "bottleneck and reduction both say how wide the bottleneck is"
+            reject(self, (("reduction",), GraftError("GC002", message, hint="leave one of them out")))
+        return self
+
+    def _given(self) -> set[str]:
+        """Which of the two widths the user gave."""
+        return {f for f in WIDTHS if f in self.model_fields_set and getattr(self, f) is not None}
+
+    @model_validator(mode="after")
+    def _deviation_is_used(self) -> Self:
+        if self.init_std is not None and self.init not in ("bert", "houlsby"):
+            message = f"init_std means nothing to the initialiser '{self.init}'"
+            reject(self, (("init_std",), GraftError("GC002", message, hint="use init: bert or init: houlsby")))
+        return self
+
+    def for_site(
+        self, module: str, roles: Collection[str] = (), layer: int | None = None, *, depth: int | None = None
+    ) -> Self:
+        """See `MethodSpec.for_site`. An override's width takes the place of the adaptation's, whichever way each is
+        given."""
+        for override in self.override_list():
+            if override.matches(module, roles, layer, depth):
+                changes = override.changes()
+                kept = self.model_fields_set - (set(WIDTHS) if changes.keys() & set(WIDTHS) else set())
+                return type(self).model_validate({f: getattr(self, f) for f in kept} | changes)
+        return self
+
+    def width(self, read: int) -> int:
+        """The width of the bottleneck where ``read`` entries are read; 0 where `reduction` leaves none."""
+        given = self._given()
+        values = {f: getattr(self, f) if f in given else type(self).model_fields[f].default for f in WIDTHS}
+        held = next((f for f in WIDTHS if f in given), None) or next(f for f in WIDTHS if values[f] is not None)
+        return int(values[held]) if held == "bottleneck" else int(read // values[held])
+
+    def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
+        """What the adapter reads at a site and where it adds.
+
+        Args:
+            kind: of the site: a sublayer or a linear map.
+            roles: of the site.
+        """
+        raise NotImplementedError
+
+
+class Bottleneck(BottleneckSpec):
+    """Bottleneck adapter: `value + scale * up(activation(down(read)))`, wired by `reads` and `adds_to`.
+
+    On a sublayer (an attention or a feed-forward part with its residual), it can read and add at any of the sublayer's
+    values; on a linear map, at its input or output. Named adapters from the literature are separate methods (`houlsby`,
+    `pfeiffer`, `bapna_firat`, `adapter_l`, `he_parallel`, `he_sequential`, `llm_adapters`).
+    """
+
+    claims: ClassVar[Claims] = Claims(
+        sites=frozenset({SiteKind.SUBLAYER, SiteKind.LINEAR}),
+        identity_at_init=True,
+        folds=FoldKind.NONE,
+        bankable=True,
+    )
+    paper: ClassVar[str] = "Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP"
+
+    method: Literal["bottleneck"] = "bottleneck"
+    """The method's tag."""
+
+    target: Target = Target(role="ffn.sublayer")
+    """Which sites of the model to adapt; by default the feed-forward part of every layer."""
+
+    reduction: float | None = Field(default=16.0, gt=0)
+    """Input width divided by bottleneck width, rounded down: 16 turns 768 into 48."""
+
+    reads: Place | None = None
+    """The adapter's input. Sublayers have `stream`, `normed`, `inner`, `projection`, `branch` (the default), `sum` and
+    `output`; linear maps have `input` (the default) and `output`."""
+
+    adds_to: Place | None = None
+    """Where the result is added: `inner`, `projection`, `branch` (the default) or `output` of a sublayer, `input` or
+    `output` (the default) of a linear map. If this point comes before the one that is read, the computation in between
+    is repeated."""
+
+    norm: Norm = "none"
+    """The adapter's own layer norm: `before` the first projection, `after` the second, or `both`."""
+
+    @model_validator(mode="after")
+    def _wired_one_way(self) -> Self:
+        reads, adds_to = self.reads, self.adds_to
+        linear = "input" in (reads, adds_to)
+        odd = [p for p in (reads, adds_to) if linear and p not in (None, "input", "output")]
+        if odd:
+            message = f"a linear map has an input and an output, no '{odd[0]}'"
+            field = "reads" if reads == odd[0] else "adds_to"
+            reject(self, ((field,), GraftError("GC002", message, hint="use input or output for both")))
+        if adds_to == "input" and reads is None:
+            message = "an adapter that adds to the input of a linear map reads it too"
+            reject(self, (("adds_to",), GraftError("GC002", message, hint="write reads: input beside it")))
+        if not linear and adds_to is not None and adds_to not in _GOALS:
+            message = f"an adapter cannot add to the {adds_to} of a sublayer"
+            hint = "it may add to inner, projection, branch or output"
+            reject(self, (("adds_to",), GraftError("GC002", message, hint=hint)))
+        if not linear and adds_to in ("inner", "projection"):
+            later = _ORDER.index(reads or "branch") > _ORDER.index(adds_to)
+            if later:
+                message = f"an adapter that reads {reads or 'branch'} comes too late to add to {adds_to}"
+                reject(self, (("adds_to",), GraftError("GC002", message, hint="let it add to branch")))
+        return self
+
+    def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
+        """See `BottleneckSpec.wiring`."""
+        if kind is SiteKind.LINEAR:
+            return Wiring(self.reads or "input", self.adds_to or "output", self.norm)
+        return Wiring(self.reads or "branch", self.adds_to or "branch", self.norm)

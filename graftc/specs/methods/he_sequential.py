@@ -1,0 +1,48 @@
+"""Sequential adapters: a bottleneck behind the feed-forward part or the attention of every layer"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.limits import SIZE
+from graftc.specs.methods.bottleneck import Activation, BottleneckSpec, Init, Wiring
+from graftc.specs.target import Target
+
+__all__ = ["HeSequential"]
+
+
+class HeSequential(BottleneckSpec):
+    """Sequential adapters: `g + scale * up(relu(down(g)))` on a sublayer's branch, before the residual is added.
+
+    This is the counterpart of `he_parallel` in the unified view: at the same position as Houlsby adapters, with a
+    different initialisation. With `init: lora` the model is initially unchanged.
+    """
+
+    claims: ClassVar[Claims] = Claims(
+        sites=frozenset({SiteKind.SUBLAYER}), identity_at_init=True, folds=FoldKind.NONE, bankable=True
+    )
+    mechanism: ClassVar[str | None] = "bottleneck"
+    paper: ClassVar[str] = "He et al. 2022, Towards a Unified View of Parameter-Efficient Transfer Learning"
+
+    method: Literal["he_sequential"] = "he_sequential"
+    """The method's tag."""
+
+    target: Target = Target(role="ffn.sublayer")
+    """Which sites of the model to adapt; by default the feed-forward part of every layer."""
+
+    bottleneck: int | None = Field(default=512, ge=1, le=SIZE)
+    """Width of the bottleneck. Give this or `reduction`."""
+
+    activation: Activation = "relu"
+    """The activation function between the two projections."""
+
+    init: Init = "lora"
+    """How the projections are initialised: `lora`, the first uniform in ±1/sqrt(in), the second zero."""
+
+    def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
+        """See `BottleneckSpec.wiring`."""
+        return Wiring("branch", "branch")

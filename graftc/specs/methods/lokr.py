@@ -1,0 +1,80 @@
+"""LoKr: the Kronecker product of two small matrices, added to a weight."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from graftc.specs.base import Items, MethodSpec, Override
+from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.limits import SIZE
+from graftc.specs.spec_errors import reject
+
+__all__ = ["LoKr", "LoKrOverride"]
+
+
+class LoKrOverride(Override):
+    """Other values of LoKr for some of its sites; omitted fields keep the adaptation's value."""
+
+    rank: int | None = Field(default=None, ge=1, le=SIZE)
+    """Rank of the decomposed factors at these sites."""
+
+    alpha: float | None = Field(default=None, gt=0)
+    """Numerator of the scaling at these sites."""
+
+
+class LoKr(MethodSpec):
+    """Low-rank Kronecker product: `W + s C ⊗ D` with `s = alpha / rank`.
+
+    `out` and `in` are each split into two factors, `out = c1 d1` and `in = c2 d2`; `C` is `[c1, c2]` and `D`, usually
+    the larger one, is `[d1, d2]`. `D` is the product of `DB`, `[d1, rank]`, and `DA`, `[rank, d2]`, unless the rank is
+    at least half of its larger side; then it is one full matrix. `C` is full, or treated in the same way with
+    `decompose_both`. All are in the weight's dtype. `C` is initialised to zero (if decomposed, `CB` is), so the model
+    is initially unchanged; the update folds exactly into `W`.
+
+    Linear maps are layers, convolutions (`in` counts the entries of a patch, and is split) and experts (separate
+    factors for each). A forward pass materialises the whole update, a matrix of the weight's size, at every site.
+    """
+
+    claims: ClassVar[Claims] = Claims(
+        sites=frozenset({SiteKind.LINEAR, SiteKind.EXPERTS}), identity_at_init=True, folds=FoldKind.EXACT
+    )
+    paper: ClassVar[str] = (
+        "Yeh et al. 2024, Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation; "
+        "KronA: Edalati et al. 2022, KronA: Parameter Efficient Tuning with Kronecker Adapter"
+    )
+
+    method: Literal["lokr"] = "lokr"
+    """The method's tag."""
+
+    rank: int = Field(default=8, ge=1, le=SIZE)
+    """Rank of the decomposed factors, and denominator of the scaling even if nothing is decomposed. A rank of at least
+    half the larger side of a factor leaves that factor full."""
+
+    alpha: float = Field(default=8.0, gt=0)
+    """Numerator of the scaling."""
+
+    factor: int = Field(default=-1, ge=-1, json_schema_extra={"not": {"const": 0}})
+    """The first number of each split, if it divides the side; otherwise the largest divisor that is at most this number
+    and at most the square root of the side. -1: the largest divisor that is at most the square root, for the most even
+    split."""
+
+    decompose_both: bool = False
+    """Decompose `C` as well."""
+
+    overrides: Items[LoKrOverride] = ()
+    """Other values for some sites; the first override that matches a site applies."""
+
+    @field_validator("factor")
+    @classmethod
+    def _factor_is_not_zero(cls, value: int) -> int:
+        if value == 0:
+            reject(value, ((), GraftError("GC002", "factor is 0, it must be -1 or at least 1")))
+        return value
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the update."""
+        return self.alpha / self.rank

@@ -1,0 +1,121 @@
+"""Methods that are made of others, one for each kind of place: what their specs have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from graftc.specs.base import MethodSpec, SpecModel
+from graftc.specs.claims import SiteKind
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.limits import SIZE
+from graftc.specs.methods.bottleneck import Activation, Init
+from graftc.specs.methods.prefix import Reparameterization
+from graftc.specs.spec_errors import reject
+from graftc.specs.target import written_fields
+
+__all__ = ["AdapterPart", "PartsSpec", "PrefixPart"]
+
+PARTS: Mapping[SiteKind, str] = {SiteKind.SUBLAYER: "adapter", SiteKind.ATTENTION: "prefix", SiteKind.LINEAR: "lora"}
+"""The part that stands at each kind of place."""
+
+
+class AdapterPart(SpecModel):
+    """The bottleneck adapters of a method that combines them with other parts."""
+
+    bottleneck: int | None = Field(default=None, ge=1, le=SIZE)
+    """Width of the bottleneck. Give this or `reduction`."""
+
+    reduction: float | None = Field(default=None, gt=0)
+    """Input width divided by bottleneck width, rounded down: 16 turns 768 into 48."""
+
+    activation: Activation = "relu"
+    """The activation function between the two projections."""
+
+    init: Init = "lora"
+    """How the projections are initialised, as in `bottleneck`."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of dropping an entry of the bottleneck during training."""
+
+    @model_validator(mode="after")
+    def _has_one_width(self) -> Self:
+        if self.bottleneck is not None and self.reduction is not None:
+            message = "bottleneck and reduction both say how wide the bottleneck is"
+            reject(self, (("reduction",), GraftError("GC002", message, hint="leave one of them out")))
+        return self
+
+    def fields(self, default: Mapping[str, Any]) -> dict[str, Any]:
+        """The values for the spec of an adapter; ``default`` is its width where none is given."""
+        values = {f: getattr(self, f) for f in type(self).model_fields}
+        given = {f: values.pop(f) for f in ("bottleneck", "reduction")}
+        widths = {f: v for f, v in given.items() if v is not None} or dict(default)
+        return {**values, **widths}
+
+
+class PrefixPart(SpecModel):
+    """The prefix of a method that combines it with other parts."""
+
+    length: int = Field(default=10, ge=1, le=SIZE)
+    """Number of positions in the prefix."""
+
+    reparameterization: Reparameterization | None = Reparameterization()
+    """The network that produces the keys and values during training; `null` trains them directly."""
+
+    positions: Literal["unshifted", "shifted"] = "unshifted"
+    """Whether the text keeps its positions, or begins after the prefix."""
+
+    window: Literal["visible", "masked"] = "visible"
+    """Whether a sliding window leaves the prefix visible, or hides it as it would hide tokens at these positions."""
+
+    init_std: float = Field(default=1.0, gt=0)
+    """Standard deviation of the normal initialisation of the keys and values; of the vectors, with a
+    reparameterisation."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability of dropping an entry of the prefix during training."""
+
+    def fields(self) -> dict[str, Any]:
+        """The values for the spec of a prefix."""
+        return {f: getattr(self, f) for f in type(self).model_fields}
+
+
+class PartsSpec(MethodSpec):
+    """A method composed of others: adapters at sublayers, a prefix at attentions, low-rank updates at linear maps.
+    Without a target, every part is at its own sites."""
+
+    roles: ClassVar[Mapping[str, tuple[str, ...]]]
+    """The default sites of each part."""
+
+    prefix: PrefixPart = PrefixPart()
+    """The keys and values prepended to those of every attention."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _every_part_at_its_places(cls, data: Any) -> Any:
+        """What the user leaves open of a target is where the parts that are there stand."""
+        if not isinstance(data, Mapping):
+            return data
+        fields = written_fields(data.get("target", {}))
+        parts = cls.named_parts(data.get("parts"))
+        if not isinstance(fields, Mapping) or not parts or {"role", "modules", "regex"} & fields.keys():
+            return data
+        roles = [role for part, own in cls.roles.items() if part in parts for role in own]
+        return {**data, "target": {**fields, "role": roles}}
+
+    @classmethod
+    def named_parts(cls, value: Any) -> Collection[str]:
+        """The parts that a spec has, from what stands in ``parts``; none where that is not valid."""
+        return tuple(cls.roles)
+
+    def part_specs(self) -> Mapping[SiteKind, MethodSpec]:
+        """What stands at each kind of place."""
+        raise NotImplementedError
+
+    def collapse(self) -> Self | None:
+        """The same with keys and values in the place of the network that gives them; None where there is none."""
+        if SiteKind.ATTENTION not in self.part_specs() or self.prefix.reparameterization is None:
+            return None
+        return self.model_copy(update={"prefix": self.prefix.model_copy(update={"reparameterization": None})})

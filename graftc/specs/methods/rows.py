@@ -1,0 +1,129 @@
+"""Training of some rows of matrices and tables."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, GetJsonSchemaHandler, field_validator, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from graftc.specs.base import Items, MethodSpec
+from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.patterns import parse_slice
+from graftc.specs.schema import RowNumber, needs_one_of
+from graftc.specs.spec_errors import reject
+
+__all__ = ["RowSelection"]
+
+
+class RowSelection(MethodSpec):
+    """Trains some rows of matrices and tables directly: tokens of an embedding table, blocks of rows, or n of every m.
+
+    A row is an output feature of a linear map, an entry of an embedding table (a token), or an output feature of every
+    expert, the same ones for all of them. In a part of a fused weight (`attn.q` of GPT-2), rows are counted from the
+    first row of that part. The rows are specified in one of three ways: `rows` names them, `n_of_m` takes some of every
+    few consecutive ones, `density` takes a share of all blocks. The last two select by the base's values or at random,
+    once, for each weight separately, and their selection is saved with the trained tensors: an artifact always has the
+    same rows.
+
+    The trained tensors are copies of these rows in the base's dtype that stand in for them, so the base is never
+    written, nothing else changes, and the model is initially unchanged bit for bit. Optimisers have state for these
+    rows only; a forward pass puts them in place in a copy of the weight. A table that is tied to a head has one copy
+    for both. Folding writes the trained rows into the weights. For new tokens, see `tokens:`.
+    """
+
+    claims: ClassVar[Claims] = Claims(
+        sites=frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS}),
+        identity_at_init=True,
+        folds=FoldKind.EXACT,
+    )
+    paper: ClassVar[str] = (
+        "Yang et al. 2024, S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity; "
+        "Mishra et al. 2021, Accelerating Sparse Deep Neural Networks"
+    )
+
+    one_of: ClassVar[tuple[str, ...]] = ("density", "rows", "n_of_m")
+
+    method: Literal["rows"] = "rows"
+    """The method's tag."""
+
+    rows: Items[RowNumber] | None = Field(default=None, json_schema_extra={"minItems": 1})
+    """Row numbers and slices, such as `[0, 7, "100:116", "-4:"]`; negative numbers count from the end, and a slice ends
+    at the last row at the latest."""
+
+    n_of_m: Items[Annotated[int, Field(ge=1)]] | None = Field(
+        default=None, examples=[[2, 4]], json_schema_extra={"minItems": 2, "maxItems": 2}
+    )
+    """Two numbers, n and m: take n of every m consecutive rows, as in `[2, 4]`. If fewer than m rows are left at the
+    end, as many as possible are taken."""
+
+    density: float | None = Field(default=None, gt=0, le=1, examples=[0.1])
+    """Share of all blocks of rows, rounded down to whole blocks, but at least one."""
+
+    block: int = Field(default=1, ge=1)
+    """Number of consecutive rows in a block of `density`; the last block may have fewer."""
+
+    selection: Literal["magnitude", "random"] = "magnitude"
+    """Which rows `n_of_m` and `density` take: the rows of the base's weight with the largest norms, the earlier ones in
+    case of ties (blocks are compared by the mean square of their rows), or random rows, which depend on the compilation
+    seed and the name of the adaptation."""
+
+    bias: bool = False
+    """Also train the bias entries that belong to the rows, if a map has a bias."""
+
+    @field_validator("rows")
+    @classmethod
+    def _rows_are_numbers(cls, value: tuple[int | str, ...] | None) -> tuple[int | str, ...] | None:
+        if value is not None and not value:
+            reject([], ((), GraftError("GC002", "an empty list names no row", hint='for example: rows: [0, "8:16"]')))
+        problems: list[tuple[tuple[int], GraftError]] = []
+        for index, entry in enumerate(value or ()):
+            try:
+                parse_slice(entry, "row")
+            except GraftError as error:
+                problems.append(((index,), error))
+        if problems:
+            reject(value, *problems)
+        return value
+
+    @field_validator("n_of_m")
+    @classmethod
+    def _n_is_some_of_m(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is None:
+            return value
+        if len(value) != 2:
+            message = f"n_of_m has {len(value)} numbers, it must have 2"
+            reject(list(value), ((), GraftError("GC002", message, hint="n_of_m: [2, 4] trains 2 rows of every 4")))
+        n, m = value
+        if n > m:
+            message = f"{n} rows of every {m} are more than there are"
+            hint = f"did you mean [{m}, {n}]?"
+            reject(list(value), ((), GraftError("GC002", message, hint=hint)))
+        return value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        given = [way for way in self.one_of if getattr(self, way) is not None]
+        if not given:
+            message = "rows needs one of density, rows and n_of_m to say which rows train"
+            hint = 'for example density: 0.1, rows: [0, "8:16"] or n_of_m: [2, 4]'
+            reject(self, ((), GraftError("GC002", message, hint=hint)))
+        if len(given) > 1:
+            message = f"{', '.join(given[:-1])} and {given[-1]} each say which rows train"
+            reject(self, ((given[1],), GraftError("GC002", message, hint="leave all but one of them out")))
+        if "block" in self.model_fields_set and self.density is None:
+            message = f"block is for density, and here {given[0]} says which rows train"
+            reject(self, (("block",), GraftError("GC002", message, hint="leave it out")))
+        if "selection" in self.model_fields_set and self.rows is not None:
+            message = "selection is for n_of_m and density, and here rows names them"
+            reject(self, (("selection",), GraftError("GC002", message, hint="leave it out")))
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        written = super().__get_pydantic_json_schema__(schema, handler)
+        parts: list[Any] = handler.resolve_ref_schema(written).setdefault("allOf", [])
+        parts.append({"oneOf": needs_one_of(cls.one_of)["anyOf"]})
+        return written

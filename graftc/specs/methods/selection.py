@@ -1,0 +1,75 @@
+"""What specs of methods have in common that train some entries of tensors."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from graftc.specs.base import MethodSpec
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.spec_errors import reject
+from graftc.specs.target import Target
+
+__all__ = ["BudgetSpec", "SelectionSpec", "StagedSpec", "share"]
+
+
+def share(density: float, total: int) -> int:
+    """A share of ``total``, rounded down. It counts as it is written: 0.07 of 100 is 7."""
+    return math.floor(Fraction(str(density)) * total)
+
+
+class BudgetSpec(MethodSpec):
+    """Base of methods that train a given number of entries of the base's tensors."""
+
+    def budget(self, total: int) -> int:
+        """How many of ``total`` entries train."""
+        raise NotImplementedError
+
+    @property
+    def budget_field(self) -> str:
+        """The field that says so."""
+        return "density"
+
+
+class SelectionSpec(BudgetSpec):
+    """Base of methods whose budget is a share or a number."""
+
+    usual_density: ClassVar[float]
+    """The share of entries if the spec gives neither a share nor a number."""
+
+    target: Target = Target(modules="**")
+    """Which sites of the model to adapt; by default all except a head that produces the outputs."""
+
+    density: float | None = Field(default=None, gt=0, le=1)
+    """Share of the target's entries that train, rounded down."""
+
+    entries: int | None = Field(default=None, ge=1)
+    """Number of entries that train, instead of a share."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.density is not None and self.entries is not None:
+            error = GraftError("GC002", "density and entries both say how many entries train", hint="leave one out")
+            reject(self.entries, (("entries",), error))
+        return self
+
+    def budget(self, total: int) -> int:
+        """See `BudgetSpec.budget`."""
+        if self.entries is not None:
+            return self.entries
+        return share(self.density if self.density is not None else self.usual_density, total)
+
+    @property
+    def budget_field(self) -> str:
+        """See `BudgetSpec.budget_field`."""
+        return "entries" if self.entries is not None else "density"
+
+
+class StagedSpec(SelectionSpec):
+    """Base of methods that take several training runs."""
+
+    stage: int = Field(default=1, ge=1)
+    """Which of its training runs this is, from 1; recipes count it."""

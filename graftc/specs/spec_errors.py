@@ -1,0 +1,204 @@
+"""From pydantic's findings to coded errors with a path, a hint and, where it can be guessed, a correction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from graftc.specs.errors.diagnostics import CATALOGUE, GraftError, Place, nearest
+from graftc.specs.errors.text import quoted, shown
+from graftc.specs.source import format_path
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+__all__ = ["explain", "reject"]
+
+_MISSING = object()
+_SHOWN = 10
+"""How many errors beside the first one are told."""
+_BOUNDS = {
+    "greater_than": ("gt", "greater than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "none_required": "null",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "is_instance_of": "a list",
+    "sequence_str": "a list",
+    "dict_type": "a mapping",
+    "mapping_type": "a mapping",
+    "model_type": "a mapping",
+}
+
+
+def reject(value: object, *problems: tuple[tuple[str | int, ...], GraftError]) -> NoReturn:
+    """End a validator with coded errors, each at a path relative to the validated value.
+
+    Raises:
+        ValidationError: always; pydantic keeps the paths, and :func:`explain` turns it back.
+    """
+    lines: list[InitErrorDetails] = []
+    for loc, error in problems:
+        context: dict[str, Any] = {"text": error.message, "hint": error.hint, "fix": error.fix}
+        kind = PydanticCustomError(error.code, "{text}", context)
+        lines.append(InitErrorDetails(type=kind, loc=loc, input=value))
+    raise ValidationError.from_exception_data("spec", lines)
+
+
+def explain(error: ValidationError, root: type[BaseModel], data: object) -> GraftError:
+    """The first finding as an error, the others as its details. Places hold paths; a Source adds lines.
+
+    Args:
+        error: what pydantic raised.
+        root: the model class that was validated.
+        data: what was validated.
+    """
+    found: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
+    for item in error.errors(include_url=False):
+        found.setdefault(_real_path(data, item), []).append(item)
+    # A failed union reports each branch; what lies deeper explains more than "is not a string" above it.
+    around = {path[:length] for path in found for length in range(len(path))}
+    paths = [p for p in found if not (p in around and _is_union(found[p]))]
+    first, *others = [_one(path, found[path], root, data) for path in paths[: _SHOWN + 1]]
+    if not others:
+        return first
+    more = [f"and {len(paths) - len(others) - 1:,} more"] if len(paths) > _SHOWN + 1 else []
+    details: list[str | GraftError] = [*others, *more]
+    return GraftError(first.code, first.message, place=first.place, hint=first.hint, details=details, fix=first.fix)
+
+
+def _is_union(items: list[ErrorDetails]) -> bool:
+    return all(item["type"] in _TYPES for item in items)
+
+
+def _child(value: object, step: str | int) -> object:
+    if isinstance(value, Mapping):
+        return value.get(step, _MISSING)
+    if isinstance(value, BaseModel) and isinstance(step, str):
+        return getattr(value, step, _MISSING)
+    if isinstance(step, int) and isinstance(value, Sequence) and not isinstance(value, str):
+        return value[step] if 0 <= step < len(value) else _MISSING
+    return _MISSING
+
+
+def _real_path(data: object, item: ErrorDetails) -> tuple[str | int, ...]:
+    """The error's location without the names of union branches, which are no place in the document."""
+    path: list[str | int] = []
+    here = data
+    loc = item["loc"]
+    for position, step in enumerate(loc):
+        child = _child(here, step)
+        if child is not _MISSING:
+            path.append(step)
+            here = child
+        elif item["type"] == "missing" and position == len(loc) - 1:
+            path.append(step)
+    return tuple(path)
+
+
+def _one(path: tuple[str | int, ...], items: list[ErrorDetails], root: type[BaseModel], data: object) -> GraftError:
+    item = items[0]
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    place = Place(path=format_path(path))
+    name = format_path(path[-2:] if path and isinstance(path[-1], int) else path[-1:]) or "the spec"
+    if kind in CATALOGUE:
+        return GraftError(kind, context["text"], place=place, hint=context.get("hint"), fix=context.get("fix"))
+    if kind == "extra_forbidden":
+        return _unknown_field(str(path[-1]), place, _fields_at(root, data, path[:-1]))
+    if kind == "json_invalid":
+        return GraftError("GC001", f"not valid JSON: {context['error']}", place=place)
+    if kind == "missing":
+        return GraftError("GC002", f"{name} is missing", place=place)
+    if kind in _BOUNDS:
+        key, words = _BOUNDS[kind]
+        limit = context[key]
+        bound = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+        return GraftError("GC002", f"{name} is {shown(value)}, it must be {words} {bound}", place=place)
+    if kind == "literal_error":
+        return _not_listed(name, path, value, items, place)
+    if all(i["type"] in _TYPES for i in items):
+        wanted = list(dict.fromkeys(_TYPES[i["type"]] for i in items))
+        message = f"{name} must be {' or '.join(wanted)}, not {_describe(value)}"
+        return GraftError("GC002", message, place=place)
+    return GraftError("GC002", f"{name}: {item['msg'][:1].lower()}{item['msg'][1:]}", place=place)
+
+
+def _unknown_field(word: str, place: Place, fields: list[str]) -> GraftError:
+    close = nearest(word, fields, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"the fields here are: {', '.join(fields)}"
+    fix = (word, close[0]) if close else None
+    return GraftError("GC003", f"field {quoted(word)} is unknown", place=place, hint=hint, fix=fix)
+
+
+def _not_listed(
+    name: str, path: tuple[str | int, ...], value: object, items: list[ErrorDetails], place: Place
+) -> GraftError:
+    if path == ("version",):
+        hint = "this release reads version 1"
+        return GraftError("GC007", f"spec version {shown(value)} is not supported", place=place, hint=hint)
+    expected = " or ".join(str(i["ctx"]["expected"]) for i in items if i["type"] == "literal_error")
+    choices = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
+    close = nearest(value, choices, n=1) if isinstance(value, str) else []
+    return GraftError(
+        "GC002",
+        f"{name} is {shown(value)}, it must be {expected}",
+        place=place,
+        hint=f"did you mean '{close[0]}'?" if close else None,
+        fix=(str(value), close[0]) if close else None,
+    )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    return shown(value)
+
+
+def _fields_at(root: type[BaseModel], data: object, path: Sequence[str | int]) -> list[str]:
+    """Names of the fields that the model at ``path`` has."""
+    models: list[type[BaseModel]] = [root]
+    here = data
+    for step in path:
+        here = _child(here, step)
+        if isinstance(step, str):
+            models = [m for model in models for m in _models_in(_annotation(model, step))]
+        models = [_concrete(model, here) for model in models]
+    names: dict[str, None] = {}
+    for model in models:
+        names.update(dict.fromkeys(model.model_fields))
+    return list(names)
+
+
+CONCRETE: dict[type[BaseModel], Callable[[Mapping[Any, Any]], type[BaseModel]]] = {}
+"""For a base class whose subclasses documents tell apart by themselves: which one a mapping is of."""
+
+
+def _annotation(model: type[BaseModel], field: str) -> Any:
+    info = model.model_fields.get(field)
+    return None if info is None else info.annotation
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for arg in get_args(annotation) for model in _models_in(arg)]
+
+
+def _concrete(model: type[BaseModel], data: object) -> type[BaseModel]:
+    """The class that data is of, where the annotation only says that it is one of several."""
+    return CONCRETE[model](data) if model in CONCRETE and isinstance(data, Mapping) else model
