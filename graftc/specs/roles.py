@@ -54,7 +54,7 @@ ROLES: dict[str, RoleInfo] = {
         ("head.transform", _L, "the transform before a masked-language-model head"),
         ("layer.in", _V, "what a layer reads"),
         ("layer.out", _V, "what a layer gives, after its last residual add and norm"),
-        ("embed.token", _V, "the word vectors, before positions and norm are added; of two stacks, the encoder's"),
+        ("embed.token", _V, "the token embeddings, before positions and norm are added; of two stacks, the encoder's"),
         ("embed.out", _V, "the output of the embeddings: sum, norm and dropout"),
         ("attn.kv", _V, "keys and values, heads split"),
         ("attn.probs", _V, "the attention probabilities"),

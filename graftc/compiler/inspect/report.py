@@ -17,8 +17,8 @@ from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.collapse import collapsed_parameters
 from graftc.compiler.inspect.snapshot import adapter_tensors
-from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.steering import live_places
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.shapes import Sizes

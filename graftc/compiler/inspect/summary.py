@@ -8,8 +8,8 @@ from typing import Any
 
 from graftc.compiler.inspect.report import owner_of
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
-from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.roles.findings import format_layers
 from graftc.passes.core.ir.program import provenance
 

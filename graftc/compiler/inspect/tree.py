@@ -8,7 +8,7 @@ from typing import Any
 
 from graftc.compiler.inspect.diff import title
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord
-from graftc.compiler.resolve.resolver import TRAIN
+from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.roles.findings import format_runs
 from graftc.passes.core.weights.store import RESERVED
 

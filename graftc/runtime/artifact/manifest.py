@@ -267,8 +267,8 @@ class Signature(Record):
     """Inputs by which a call chooses among adaptations."""
 
     captures: tuple[Captured, ...]
-    """What was captured: train mode, and eval mode where it could not be derived; with token ids, and with word vectors
-    where there are virtual tokens."""
+    """What was captured: train mode, and eval mode where it could not be derived; with token ids, and with token
+    embeddings where there are virtual tokens."""
 
     graphs: dict[GraphName, Graph]
     """Adapted graphs, those of the base, and what that is composed of where there are virtual tokens; none where one

@@ -15,7 +15,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.report import owner_of
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.compose import ACTIVE
-from graftc.compiler.resolve.resolver import TRAIN
+from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.build.batch import BATCH
 from graftc.passes.core.weights.store import RESERVED
 from graftc.specs.compose import Bank, CompositionSpec, Parallel
