@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from graftc.passes.core.sites.calls import Operands, is_grouped, op_name, products
+from graftc.passes.core.sites.calls import ProductOperands, is_grouped, op_name, products
 from graftc.passes.core.sites.uses import Convolution, Dense, Experts, LeftProduct, Lookup, Use
 from graftc.passes.core.sites.views import View, view_of
 from graftc.passes.core.weights.weight_slice import Layout
@@ -24,7 +24,7 @@ def linear_use(node: fx.Node) -> Use | None:
     return next((use for use in found if use is not None), None)
 
 
-def _product(node: fx.Node, operands: Operands) -> Use | None:
+def _product(node: fx.Node, operands: ProductOperands) -> Use | None:
     """A product of a value with a matrix, or with one matrix per expert."""
     given = operands.given(node)
     if given is None:
