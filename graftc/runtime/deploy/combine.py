@@ -22,7 +22,7 @@ from graftc.passes.core.weights.folds import FoldStep
 from graftc.specs.arguments import kind_of
 from graftc.specs.compose import Bank, Stack
 from graftc.specs.document import Spec
-from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.diagnostics import GraftError, unknown_name
 from graftc.specs.methods.lora import LoRA
 
 if TYPE_CHECKING:
@@ -121,9 +121,7 @@ def _chosen(compilation: Compilation, names: Sequence[str]) -> list[Resolved]:
         raise GraftError("GC073", f"the names are {kind_of(names)}", hint="give a list of adaptations")
     for name in names:
         if name not in known:
-            close = nearest(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
-            raise GraftError("GC091", f"there is no adaptation {name!r}", hint=hint)
+            raise unknown_name("adaptation", name, known)
     chosen = [known[name] for name in names]
     if len(set(names)) < max(2, len(names)):
         raise GraftError("GC002", "combining takes two or more adaptations, each once")

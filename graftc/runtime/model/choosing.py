@@ -20,7 +20,7 @@ from graftc.passes.core.build.batch import BATCH
 from graftc.passes.core.weights.store import RESERVED
 from graftc.specs.compose import Bank, CompositionSpec, Parallel
 from graftc.specs.document import Spec
-from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.diagnostics import GraftError, nearest, unknown_name
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
@@ -169,9 +169,7 @@ class Choosing:
         known = [*self._compilation.spec.owners, TRAIN]
         for name in names:
             if name not in known:
-                close = nearest(name, known)
-                hint = f"did you mean {close[0]!r}?" if close else f"there is: {', '.join(known)}"
-                raise GraftError("GC091", f"there is no adaptation {name!r}", hint=hint)
+                raise unknown_name("adaptation", name, known)
         for fqn, tensor in self._trainable.items():
             tensor.requires_grad_(not names or owner_of(fqn) in names)
 
@@ -208,9 +206,10 @@ def _bank(spec: Spec, name: str | None) -> CompositionSpec:
     banks = {str(c.name): c for c in spec.compose if isinstance(c, Bank)}
     if name is None and len(banks) == 1:
         return next(iter(banks.values()))
-    if name is None or name not in banks:
-        known = ", ".join(banks) or "none"
-        raise GraftError("GC091", f"there is no bank {name!r}" if name else "which bank?", hint=f"there is: {known}")
+    if name is None:
+        raise GraftError("GC091", "which bank?", hint=f"there is: {', '.join(banks) or 'none'}")
+    if name not in banks:
+        raise unknown_name("bank", name, banks)
     return banks[name]
 
 
