@@ -13,12 +13,12 @@ from torch import Tensor
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.steps import site_steps
-from graftc.compiler.inspect.report import owner_of
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.compose import Unit
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.passes.core.sites.sites import LinearSite, SiteKey
 from graftc.passes.core.weights.folds import FoldStep
+from graftc.passes.core.weights.names import adapter_name, owner_of
 from graftc.specs.arguments import kind_of
 from graftc.specs.compose import Bank, Stack
 from graftc.specs.document import Spec
@@ -265,8 +265,7 @@ def _named(
         )
         tensor = "" if site.key.name == "weight" else site.key.name
         for part, value in zip("AB", padded, strict=True):
-            words = [site.key.module, "graftc", name, tensor, site.key.part, part]
-            values[".".join(w for w in words if w)] = value.to(site.dtype)
+            values[adapter_name(site.key.module, name, tensor, site.key.part, part)] = value.to(site.dtype)
     return values
 
 

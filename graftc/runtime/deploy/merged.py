@@ -18,10 +18,10 @@ from graftc.compiler.folding.certify import Advance, Folded, added_bias, fold_te
 from graftc.compiler.folding.collapse import collapse_evidence
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.compiler.folding.fold_plan import FoldPlan, fold_plan
-from graftc.compiler.inspect.report import owner_of
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
+from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.remove_folded import take_out

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
-from graftc.compiler.inspect.report import owner_of
 from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.passes.core.ir.program import Program
+from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.capture.isolation import is_traced
-from graftc.compiler.inspect.report import owner_of
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.steering import Steerings, live_places, steerings
 from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.training.repeated import Repeated
 from graftc.specs.errors.diagnostics import unknown_name, warn
 

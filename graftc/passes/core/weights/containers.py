@@ -12,9 +12,6 @@ from torch import nn
 
 from graftc.specs.errors.diagnostics import GraftError, warn
 
-RESERVED = "graftc"
-"""Path segment under which every tensor that graftc added lives."""
-
 SOURCE = "_source"
 """Under which of these the values are that base tensors have in the source model where graphs write to them."""
 
