@@ -82,7 +82,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     # What a spec says of a model.
     ("GC011", _SPEC, "a pattern matches nothing",
      "Every list item, brace branch, layer entry, exclusion and override must match a site, and one of them does not.",
-     "Correct the pattern as the hint says, or remove it. `graftc roles MODEL` lists the sites of a model."),
+     "Correct the pattern or remove it. `graftc roles MODEL` lists the sites of a model."),
     ("GC012", _SPEC, "a role is unknown",
      "There is no role of this name.",
      "Use a role listed in the spec reference. Roles have no wildcards; braces are allowed: `attn.{q,v}`."),
