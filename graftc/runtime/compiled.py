@@ -267,7 +267,7 @@ class Compiled(ModelRoot):
     def __repr__(self) -> str:
         """The source's modules; at each, what adaptations have there: the shape of the weight, the method, its rank (or
         what else says how large it is) and how many elements train. Equal layers are one; the last line has totals."""
-        from graftc.runtime.printed import printed
+        from graftc.runtime.model.printed import printed
 
         return printed(self._graftc._compilation, self, *self._graftc.get_nb_trainable_parameters())
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.moves import BREAKS, HOLE, MOVES, Move, moved, moved_along, names_of
+from graftc.passes.core.sites.moves import BREAKS, HOLE, MOVES, Move, moved, moved_along, names_of
 
 aten = torch.ops.aten
 ROUNDS = 12

@@ -29,8 +29,8 @@ from graftc.compiler.roles.operators import (
     SHAPING,
 )
 from graftc.passes.core.ir.program import map_nodes, nodes_in
-from graftc.passes.core.moves import BREAKS, HOLE, Move, move_of, moved
 from graftc.passes.core.sites.calls import op_name
+from graftc.passes.core.sites.moves import BREAKS, HOLE, Move, move_of, moved
 
 
 class Through(IntFlag):

@@ -10,8 +10,8 @@ from graftc.compiler.roles.columns import Through
 from graftc.compiler.roles.flow import bits, tensor_nodes
 from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.operators import PASSING, RESHAPING
-from graftc.passes.core.moves import Move, names_of
 from graftc.passes.core.sites.calls import op_name
+from graftc.passes.core.sites.moves import Move, names_of
 from graftc.specs.claims import SiteKind
 
 _SELECTING = names_of(Move.PICK, Move.GATHER) | {"embedding"}

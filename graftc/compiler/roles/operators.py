@@ -1,12 +1,12 @@
 """Names of operators, grouped by what they do to the columns of a value.
 
-Those that only move entries are in the one table of `graftc.passes.core.moves`; what is here says which groups of them
-a question about a graph allows.
+Those that only move entries are in the one table of `graftc.passes.core.sites.moves`; what is here says which groups of
+them a question about a graph allows.
 """
 
 from __future__ import annotations
 
-from graftc.passes.core.moves import Move, names_of
+from graftc.passes.core.sites.moves import Move, names_of
 
 
 def _names(text: str) -> frozenset[str]:

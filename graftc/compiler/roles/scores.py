@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from graftc.compiler.roles.indices import varying
 from graftc.compiler.roles.maps import columns_along
 from graftc.passes.core.ir.shapes import Sizes
-from graftc.passes.core.moves import BREAKS, HOLE, MOVES, Move, moved, names_of
 from graftc.passes.core.sites.calls import op_name
+from graftc.passes.core.sites.moves import BREAKS, HOLE, MOVES, Move, moved, names_of
 
 _MOVING = frozenset(MOVES) - names_of(Move.COPY, Move.CAST)
 

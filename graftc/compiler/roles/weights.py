@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from graftc.compiler.roles.flow import Flow
 from graftc.compiler.roles.maps import Linear, columns_along
 from graftc.compiler.roles.operators import PASSING
-from graftc.passes.core.moves import moved_along
+from graftc.passes.core.sites.moves import moved_along
 
 _ELEMENTWISE = PASSING | {"mul", "div", "add"}
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.ir.program import nodes_in
-from graftc.passes.core.moves import Move, moved_along, names_of
 from graftc.passes.core.sites.calls import op_name
+from graftc.passes.core.sites.moves import Move, moved_along, names_of
 from graftc.passes.core.weights.runs import Runs, runs_of
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
 

@@ -12,10 +12,8 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import nn
 
+from graftc.passes.core.weights.names import RESERVED
 from graftc.specs.errors.diagnostics import GraftError, warn
-
-RESERVED = "graftc"
-"""Path segment under which every tensor that graftc added lives."""
 
 SOURCE = "_source"
 """Under which of these the values are that base tensors have in the source model where graphs write to them."""

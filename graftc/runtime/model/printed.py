@@ -10,7 +10,8 @@ from torch import nn
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.roles.findings import format_runs
 from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site
-from graftc.passes.core.weights.containers import RESERVED, additions, module_text
+from graftc.passes.core.weights.containers import additions, module_text
+from graftc.passes.core.weights.names import RESERVED
 from graftc.passes.core.weights.runs import Runs
 from graftc.passes.core.weights.store import Store
 from graftc.specs.base import MethodSpec
