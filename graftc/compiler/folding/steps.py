@@ -9,8 +9,8 @@ from torch import Tensor
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.compose import Unit, averaged, keep_composed
-from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.entries import slices_of
 from graftc.passes.core.sites.sites import LinearSite, Site

@@ -17,15 +17,16 @@ from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.collapse import collapsed_parameters
 from graftc.compiler.inspect.snapshot import adapter_tensors
-from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.steering import live_places
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.shapes import Sizes
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import linear_use
 from graftc.passes.core.sites.uses import Lookup
-from graftc.passes.core.weights.store import RESERVED, Store
+from graftc.passes.core.weights.names import owner_of
+from graftc.passes.core.weights.store import Store
 
 aten = torch.ops.aten
 
@@ -153,12 +154,6 @@ def _entry(name: str, method: str, sites: int, program: Program, store: Store) -
         sum(t.numel() * t.element_size() for t in kept),
         flops_per_token(program, inserted),
     )
-
-
-def owner_of(fqn: str) -> str:
-    """The adaptation that a tensor belongs to; empty for one of the base."""
-    segments = fqn.split(".")
-    return segments[segments.index(RESERVED) + 1] if RESERVED in segments else ""
 
 
 def flops_per_token(program: Program, nodes: Iterable[fx.Node]) -> float:

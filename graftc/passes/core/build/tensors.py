@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from graftc.passes.core.build.nodes import NodeBuilder
 from graftc.passes.core.ir.program import follow
 from graftc.passes.core.sites.sites import LinearSite, Site
-from graftc.passes.core.weights.store import RESERVED
+from graftc.passes.core.weights.names import adapter_name
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -23,9 +23,8 @@ Initialiser = Callable[[Tensor, torch.Generator], None]
 def tensor_name(site: Site | None, adaptation: str, part: str) -> str:
     """The name of a tensor of an adaptation at a site; or of one that all its sites share."""
     if site is None:
-        return f"{RESERVED}.{adaptation}.{part}"
-    segments = [site.key.module, RESERVED, adaptation, site.scope, site.key.part, part]
-    return ".".join(s for s in segments if s)
+        return adapter_name("", adaptation, part)
+    return adapter_name(site.key.module, adaptation, site.scope, site.key.part, part)
 
 
 class TensorBuilder(NodeBuilder):
@@ -300,7 +299,7 @@ class TensorBuilder(NodeBuilder):
         """A constant with the numbers of rows; shared by everything that selects the same ones."""
         digest = hashlib.sha256(str(own.spans).encode()).hexdigest()[:12]
         assert self._site is not None
-        name = f"{self._site.key.module}.{RESERVED}.{self.adaptation}.rows_{digest}".lstrip(".")
+        name = adapter_name(self._site.key.module, self.adaptation, f"rows_{digest}")
         if name not in self.store:
             self.store.add_buffer(name, own.index(self._device()), persistent=False)
         return self.attribute(name, "rows")
