@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graftc.passes.core.ir.edits import Edit
 from graftc.passes.core.ir.inference import Inference
-from graftc.passes.core.ir.program import Edit, Program, nodes_in
+from graftc.passes.core.ir.program import Program, nodes_in
 from graftc.passes.core.sites.sites import Site, SiteKey
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import WeightSlice
@@ -133,8 +133,5 @@ class NodeBuilder:
         before.replace_all_uses_with(
             after, delete_user_cb=lambda u: u is not after and u not in self._emitted and take(u)
         )
-        edits = self.program.edits
-        if not narrow:  # what was put in its place before, here or for single sites, starts from the new value now
-            edits[:] = [replace(e, before=after) if e.before is before else e for e in edits]
         site = str(self._site.key) if self._site is not None else ""
-        edits.append(Edit(self.adaptation, site, before, after, narrow))
+        self.program.edits.add(Edit(self.adaptation, site, before, after, narrow))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.nodes import NodeBuilder
-from graftc.passes.core.ir.program import follow
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.store import RESERVED
 from graftc.passes.core.weights.weight_slice import WeightSlice
@@ -246,7 +245,7 @@ class TensorBuilder(NodeBuilder):
         self.program.summands.setdefault(own.tensor, []).append((self.adaptation, own))
         read = self._attributes.get(own.tensor)
         if read is not None:
-            current = follow(read, {e.before: e.after for e in self.program.edits if not e.narrow})
+            current = self.program.current(read)
             changed = self._within(current, make, own) if within else make(current)
             self._redirect(current, changed, lambda user: True)
 
