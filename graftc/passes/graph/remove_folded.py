@@ -17,7 +17,9 @@ def take_out(program: Program, adaptations: Collection[str]) -> Program:
 
     The result reads the base's own tensors, so it computes the adapted function over a Store that holds folded ones.
     """
-    return _take_out(program, lambda edit: edit.adaptation in adaptations)
+    result = _take_out(program, lambda edit: edit.adaptation in adaptations)
+    result.tensor_edits = program.tensor_edits.without(adaptations)
+    return result
 
 
 def _take_out(program: Program, folded: Callable[[Edit], bool]) -> Program:

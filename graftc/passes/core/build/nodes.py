@@ -16,7 +16,6 @@ from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.program import Program, nodes_in
 from graftc.passes.core.sites.sites import Site, SiteKey
 from graftc.passes.core.weights.store import Store
-from graftc.passes.core.weights.weight_slice import WeightSlice
 
 aten = torch.ops.aten
 
@@ -49,10 +48,8 @@ class NodeBuilder:
         self.seed = seed
         self.values = values
         self.parts: dict[SiteKey | None, dict[str, str]] = {}
-        self.overlays: list[tuple[SiteKey, WeightSlice, str]] = []
         self._types = Inference(program)
         self._attributes: dict[str, fx.Node] = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
-        self._overlaid: dict[WeightSlice, str] = {}
         self._dropouts: dict[tuple[fx.Node, float, bool, SiteKey | None], fx.Node] = {}
         self._site: Site | None = None
         self._emitted: set[fx.Node] = set()

@@ -11,7 +11,7 @@ from torch import fx
 
 from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.program_key import Mode
-from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.core.weights.tensor_edits import TensorEdits
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -168,17 +168,11 @@ class Program:
     baseline: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     """Base nodes as they were when captured, by name: what the verifier holds later passes against."""
 
-    claims: dict[str, list[tuple[str, WeightSlice]]] = field(default_factory=dict)
-    """Which adaptation trains which rows of a base tensor."""
-
-    summands: dict[str, list[tuple[str, WeightSlice]]] = field(default_factory=dict)
-    """Which adaptation adds to entries of which rows of a base tensor."""
+    tensor_edits: TensorEdits = field(default_factory=TensorEdits)
+    """What every adaptation does with which rows of a stored tensor."""
 
     limits: dict[str, str] = field(default_factory=dict)
     """Why axes of some names have no greater sizes than the base's, for people."""
-
-    derived: dict[str, list[tuple[str, WeightSlice]]] = field(default_factory=dict)
-    """Which adaptation has constants that follow from which rows of a base tensor."""
 
     virtual: tuple[VirtualTokens, ...] = ()
     """Virtual tokens that stand in its sequences."""
@@ -228,10 +222,8 @@ class Program:
             "graph": graph,
             "edits": self.edits.mapped(mapping.__getitem__),
             "history": list(self.history),
-            "claims": {name: list(held) for name, held in self.claims.items()},
-            "summands": {name: list(held) for name, held in self.summands.items()},
+            "tensor_edits": TensorEdits(self.tensor_edits),
             "limits": dict(self.limits),
-            "derived": {name: list(held) for name, held in self.derived.items()},
             "virtual": tuple(v.mapped(mapping) for v in self.virtual),
             **changes,
         }
