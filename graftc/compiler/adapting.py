@@ -396,7 +396,3 @@ def _adapt(build: Builder, item: Resolved) -> None:
 
 def _collect(compilation: Compilation, build: Builder) -> None:
     compilation.parts.setdefault(build.adaptation, {}).update(build.parts)
-    known = {(owner, key, own.tensor) for owner, key, own, _ in compilation.overlays}
-    for key, own, name in build.overlays:
-        if (build.adaptation, key, own.tensor) not in known:
-            compilation.overlays.append((build.adaptation, key, own, name))

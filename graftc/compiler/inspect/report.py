@@ -106,7 +106,7 @@ def report(compilation: Compilation) -> Report:
             places = {site.key for member in unit.members for site, _ in member.places}
             entries.append(_entry(unit.name, unit.composition.kind, len(places), adapted, store))
     if compilation.spec.tokens is not None:
-        tables = {own.tensor for owner, _, own, _ in compilation.overlays if owner == TOKENS}
+        tables = {edit.own.tensor for edit in compilation.tensor_edits.copies(TOKENS)}
         entries.insert(0, _entry(TOKENS, TOKENS, len(tables), adapted, store))
     trainable = sum(entry.trainable_parameters for entry in entries)
     full = 0

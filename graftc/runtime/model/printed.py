@@ -11,7 +11,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.roles.findings import format_runs
 from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.weights.containers import additions, module_text
-from graftc.passes.core.weights.names import RESERVED
+from graftc.passes.core.weights.names import module_of
 from graftc.passes.core.weights.runs import Runs
 from graftc.passes.core.weights.store import Store
 from graftc.specs.base import MethodSpec
@@ -69,8 +69,8 @@ def _facts(compilation: Compilation) -> dict[str, dict[str, _Fact]]:
             name, place = _place(site, compilation.store)
             fact.places.setdefault(name, []).append(place)
     copied: set[tuple[str, str, str]] = set()
-    for owner, _, own, name in compilation.overlays:
-        path = name.partition(f"{RESERVED}.")[0].rstrip(".")
+    for edit in compilation.tensor_edits.copies():
+        owner, own, path = edit.owner, edit.own, module_of(edit.trained)
         places = found.setdefault(path, {}).setdefault(owner, _Fact()).places
         if (path, owner, own.tensor) not in copied:
             copied.add((path, owner, own.tensor))
