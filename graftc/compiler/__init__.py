@@ -1,1 +1,3 @@
-"""From a spec and a model to rewritten Programs and their evidence."""
+"""From a spec and a model to verified Programs and their evidence; a folder for each stage.
+
+A Compilation is data, and `pipeline` and `adapting` run the stages. The source model is read and never changed."""

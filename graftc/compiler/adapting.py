@@ -19,11 +19,12 @@ from graftc.compiler.capture.signature import Axis, inputs_of_program
 from graftc.compiler.capture.untraced import unkept
 from graftc.compiler.compilation import Compilation, Resolution
 from graftc.compiler.resolve.compose import Unit, add_controls, check_units, insert_unit, placed, units
-from graftc.compiler.resolve.embeds import Plan, lengthened, planned, require_words
-from graftc.compiler.resolve.resolver import TRAIN, Resolved, Resolver
+from graftc.compiler.resolve.embeds import Plan, lengthened, planned, require_token_embeddings
+from graftc.compiler.resolve.resolver import Resolved, Resolver
 from graftc.compiler.resolve.sitetable import SiteTable
-from graftc.compiler.resolve.token_embeddings import word_vectors
+from graftc.compiler.resolve.token_embeddings import token_embeddings
 from graftc.compiler.resolve.tokens import TOKENS, token_sites
+from graftc.compiler.resolve.train import TRAIN, insert_train, train_sites, train_sites_again
 from graftc.compiler.roles.structure import Structure, find_structure
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.ir.effects import flaw
@@ -257,7 +258,7 @@ def _adapted(
     program = clock.step("copy", base.copy, base)
     structure = clock.step("roles", lambda: find_structure(program.graph, found.constants), program)
     resolver = _resolver(compilation, program, structure)
-    require_words(spec, compilation.model, resolver.table)
+    require_token_embeddings(spec, compilation.model, resolver.table)
     # What train mode alone reads is adapted there alone; another signature has to read every place.
     every = not isinstance(main, _Adapted)
     resolved = clock.step(
@@ -265,7 +266,7 @@ def _adapted(
         lambda: resolver.resolve(spec) if main is None else resolver.again(main.resolved, every=every),
         program,
     )
-    plan = planned(units(spec, resolved), resolver.table.words)
+    plan = planned(units(spec, resolved), resolver.table.token_embeddings)
     captures = [found]
     if plan:
         base, body = clock.step(
@@ -279,9 +280,10 @@ def _adapted(
         structure = clock.step("roles", lambda: find_structure(program.graph, constants), program)
         resolver = _resolver(compilation, program, structure)
         resolved = clock.step("resolve", lambda: resolver.again(resolved), program)
+    table = resolver.table
     trained = clock.step(
         "resolve train",
-        lambda: resolver.trained(spec) if main is None else resolver.trained_again(main.trained, every=every),
+        lambda: train_sites(table, spec) if main is None else train_sites_again(table, main.trained, every=every),
         program,
     )
     if main is None:
@@ -297,7 +299,7 @@ def _adapted(
 def _resolver(compilation: Compilation, program: Program, structure: Structure) -> Resolver:
     model = compilation.model
     modules = dict(model.named_modules(remove_duplicate=False))
-    return Resolver(SiteTable(program, compilation.store, structure, modules, word_vectors(model, program)))
+    return Resolver(SiteTable(program, compilation.store, structure, modules, token_embeddings(model, program)))
 
 
 def _lengthened(compilation: Compilation, mode: Mode, table: SiteTable, plan: Plan) -> tuple[Program, Capture]:
@@ -336,7 +338,7 @@ def _insert(
     store = compilation.store
     if trained:
         build = Builder(program, store, TRAIN, TRAIN, compilation.seed, compilation.values)
-        clock.step("insert(train)", lambda: _overlay(build, trained), program)
+        clock.step("insert(train)", lambda: insert_train(build, trained), program)
         _collect(compilation, build)
         clock.step("verify", lambda: verify(program, store, "insert(train)"), program)
     # Each of the first ones by itself, so that the one to blame is named; then only when the graph has doubled.
@@ -378,12 +380,6 @@ def _insert_unit(compilation: Compilation, program: Program, unit: Unit) -> None
     _collect(compilation, build)
 
 
-def _overlay(build: Builder, sites: Sequence[ParameterSite]) -> None:
-    for site in sites:
-        with build.on(site):
-            build.overlay(site.tensor)
-
-
 def _adapt(build: Builder, item: Resolved) -> None:
     method = method_for(item.spec.method)
     if method.controller is not None and method.controller.wanted(item.spec):
@@ -400,7 +396,3 @@ def _adapt(build: Builder, item: Resolved) -> None:
 
 def _collect(compilation: Compilation, build: Builder) -> None:
     compilation.parts.setdefault(build.adaptation, {}).update(build.parts)
-    known = {(owner, key, own.tensor) for owner, key, own, _ in compilation.overlays}
-    for key, own, name in build.overlays:
-        if (build.adaptation, key, own.tensor) not in known:
-            compilation.overlays.append((build.adaptation, key, own, name))

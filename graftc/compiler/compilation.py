@@ -21,7 +21,7 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, Mode, ProgramKey, Signature, Stage
 from graftc.passes.core.sites.sites import AttentionSite, ParameterSite, SiteKey
 from graftc.passes.core.weights.store import Store
-from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.core.weights.tensor_edits import TensorEdits
 from graftc.specs.compose import CompositionSpec
 from graftc.specs.document import Spec
 
@@ -76,7 +76,6 @@ class Compilation:
         programs: every graph.
         signatures: what was found in the graphs of each signature, the first one first.
         parts: adaptation, then site, to Store names by part.
-        overlays: base tensors that are trained in place: adaptation, site, what of the base, trained name.
         notes: what capturing had to change, for people.
         source: the model as it was given; `model` is a copy where the spec unties tensors or adds tokens.
         held: digests of what it held when it was compiled, by name; None where that cannot be written down.
@@ -91,7 +90,6 @@ class Compilation:
     programs: dict[ProgramKey, Program] = field(default_factory=dict)
     signatures: dict[Signature, Resolution] = field(default_factory=dict)
     parts: dict[str, dict[SiteKey | None, dict[str, str]]] = field(default_factory=dict)
-    overlays: list[tuple[str, SiteKey, WeightSlice, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     use_cache: bool = True
     source: nn.Module = field(kw_only=True)
@@ -156,10 +154,16 @@ class Compilation:
         return named
 
     @property
+    def tensor_edits(self) -> TensorEdits:
+        """What every adaptation does with which rows of a stored tensor; the same in all signatures."""
+        return self.program("train").tensor_edits
+
+    @property
     def replaced(self) -> frozenset[str]:
         """Tensors of `source` whose values nothing here depends on: graphs have their own of them."""
-        trained = (own.tensor for _, _, own, _ in self.overlays if own.whole)
-        return replaced_tensors(self.store.updated, trained, Store.mirror(self.source).aliases)
+        return replaced_tensors(
+            self.store.updated, self.tensor_edits.trained_in_full(), Store.mirror(self.source).aliases
+        )
 
     @cached_property
     def controls(self) -> Mapping[str, CompositionSpec]:

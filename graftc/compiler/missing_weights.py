@@ -31,9 +31,8 @@ def check_fresh(compilation: Compilation) -> None:
         GraftError: GC089 naming the tensors.
     """
     canonical = compilation.store.canonical
-    require_weights(
-        compilation.source, (canonical(own.tensor) for _, _, own, _ in compilation.overlays if own.whole), canonical
-    )
+    trained = (canonical(name) for name in compilation.tensor_edits.trained_in_full())
+    require_weights(compilation.source, trained, canonical)
 
 
 def require_weights(model: nn.Module, trained: Iterable[str] = (), canonical: Callable[[str], str] = str) -> None:

@@ -1,1 +1,3 @@
-"""How a graph is rewritten: one file per method, and the passes that know no method."""
+"""How graphs are rewritten: the passes that know no method, and the methods.
+
+A pass takes a Program and is verified behind it; nothing here knows a spec document or a source model."""

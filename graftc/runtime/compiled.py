@@ -264,6 +264,13 @@ class Compiled(ModelRoot):
         """What every adaptation adds: sites, parameters, bytes, FLOPs per token."""
         return self._graftc.report
 
+    def __repr__(self) -> str:
+        """The source's modules; at each, what adaptations have there: the shape of the weight, the method, its rank (or
+        what else says how large it is) and how many elements train. Equal layers are one; the last line has totals."""
+        from graftc.runtime.model.printed import printed
+
+        return printed(self._graftc._compilation, self, *self._graftc.get_nb_trainable_parameters())
+
     def _get_name(self) -> str:
         return type(self._graftc._compilation.model).__name__
 

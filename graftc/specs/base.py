@@ -45,6 +45,20 @@ class MethodSpec(SpecModel):
     one_of: ClassVar[tuple[str, ...]] = ()
     """Fields of which one has to be given and no other; the first is the one that examples show."""
 
+    sizes: ClassVar[tuple[str, ...]] = (
+        "rank",
+        "bottleneck",
+        "reduction",
+        "length",
+        "equivalent_rank",
+        "entries",
+        "fraction",
+        "density",
+        "n_of_m",
+    )
+    """Fields that say how large an adaptation is at a site; a given one goes before a default, and the first of several
+    before the others."""
+
     paper: ClassVar[str] = ""
     """The paper to cite: authors, year and title."""
 
@@ -108,6 +122,12 @@ class MethodSpec(SpecModel):
         """The overrides in order; empty for a method that has none."""
         overrides: Sequence[Override] = getattr(self, "overrides", ())
         return overrides
+
+    def stated_size(self) -> tuple[str, Any] | None:
+        """Name and value of the field of `sizes` that says how large the adaptation is; None where none does."""
+        held = [name for name in self.sizes if getattr(self, name, None) is not None]
+        held.sort(key=lambda name: name not in self.model_fields_set)
+        return (held[0], getattr(self, held[0])) if held else None
 
     def virtual_tokens(self) -> Sequence[VirtualRun]:
         """What it puts among the tokens of a text; nothing in most methods."""

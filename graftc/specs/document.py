@@ -11,8 +11,8 @@ from pydantic_core import CoreSchema, core_schema
 
 from graftc.specs.base import Items, MethodSpec, SpecModel, check_name
 from graftc.specs.compose import Bank, Compositions, CompositionSpec, Stack, composition_kinds
-from graftc.specs.errors.diagnostics import GraftError, Place, nearest
-from graftc.specs.errors.text import quoted, shown, some
+from graftc.specs.errors.diagnostics import GraftError, Place, unknown_name
+from graftc.specs.errors.text import quoted, shown
 from graftc.specs.limits import ADAPTATIONS, TOKENS
 from graftc.specs.patterns import PATTERNS, measure_braces
 from graftc.specs.registry import method_specs, unknown_method
@@ -220,7 +220,7 @@ class Spec(SpecModel):
             for position, member in enumerate(own.members):
                 path = (index, own.kind, position)
                 if member not in known:
-                    yield path, _no_member(member, list(known))
+                    yield path, unknown_name("adaptation", member, known)
                 other = member_of.setdefault((stack, member), name)
                 if other != name:
                     message = f"{quoted(member)} is in the composition '{other}' already"
@@ -249,13 +249,6 @@ class Spec(SpecModel):
     def locate(self, error: GraftError) -> GraftError:
         """The error with file, line, column and corrected line filled in from the path of its place."""
         return self._source.locate(error)
-
-
-def _no_member(member: str, known: Sequence[str]) -> GraftError:
-    close = nearest(member, known, n=1)
-    hint = f"did you mean {quoted(close[0])}?" if close else f"there is: {some(known)}"
-    fix = (member, close[0]) if close else None
-    return GraftError("GC091", f"there is no adaptation {quoted(member)}", hint=hint, fix=fix)
 
 
 def _named(adaptation: MethodSpec, taken: set[str]) -> MethodSpec:

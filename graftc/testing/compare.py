@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from graftc.compiler.capture.samples import sample_inputs
+from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.runtime.model.runner import ModelRoot, runner_of
 
 SHAPES: tuple[tuple[int, int], ...] = ((5, 9), (1, 4), (2, 17))
@@ -33,7 +33,7 @@ def inputs_for(
     compilation = own._compilation
     every = (*sizes, max(1, sizes[-1] - 2))
     config = getattr(own, "config", None)
-    return sample_inputs(compilation.program("train", "base"), compilation.store, seed, every, config, front=front)
+    return random_inputs(compilation.program("train", "base"), compilation.store, seed, every, config, front=front)
 
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:

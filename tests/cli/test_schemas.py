@@ -160,7 +160,7 @@ def test_the_demo_gives_what_its_schema_says() -> None:
     from graftc.runtime.demo import result as demo
     from graftc.runtime.demo.training import Scores
 
-    agreement = demo.Agreement(1.0, 1e-6, 1e-4)
+    agreement = demo.PredictionAgreement(1.0, 1e-6, 1e-4)
     scores = (Scores(0.5, 0.5), Scores(0.9, 0.9), Scores(0.7, 0.7))
     made = demo.DemoResult(False, (9, 3), *scores, REPORT, CERTIFICATE, agreement, agreement, {"a": 1.0}, {"b": "c"})
     DemoResult.model_validate({**made.to_json(), "out": "demo-out", "warnings": []})

@@ -362,7 +362,7 @@ def test_the_digest_of_our_own_code_covers_what_is_imported() -> None:
     names = {str(path.relative_to(package)) for path in own_files(package)}
     expected = {"capture", "cache", "ranges", "interface", "defaults", "signature", "capture_key", "sources", "objects"}
     assert {f"compiler/capture/{name}.py" for name in expected} <= names
-    assert {f"passes/core/{name}.py" for name in ("serialise", "program", "shapes")} <= names
+    assert {f"passes/core/ir/{name}.py" for name in ("serialise", "program", "shapes")} <= names
     assert "passes/graph/canonicalise.py" in names
 
 

@@ -14,7 +14,7 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 import graftc
 from graftc.compiler.inspect.explain import Explanation, explain
 from graftc.compiler.inspect.snapshot import Snapshot
-from graftc.passes.core.ir.printer import Printer, tensor_name
+from graftc.passes.core.ir.printer import Printer, printed_tensor
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.ir.program_key import Mode
 from tests.cli.support import check_golden
@@ -211,7 +211,7 @@ def test_rows_of_a_fused_weight_are_places_of_their_own() -> None:
 
 def test_tensors_under_each_of_their_names(snapshot: Snapshot) -> None:
     factor = f"{QUERY}.graftc.attention.A"
-    short, full = (explain(snapshot, name) for name in (tensor_name(factor), factor))
+    short, full = (explain(snapshot, name) for name in (printed_tensor(factor), factor))
     assert short.kind == full.kind == "tensor" and short.tensors == full.tensors and short.tensors[0].trainable
     base = explain(snapshot, "@base.classifier.weight")
     assert base.tensors[0].copies == ("@trained.classifier.weight",) and base.nodes == ()

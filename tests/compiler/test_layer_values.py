@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 import graftc
 from graftc.compiler.capture.cache import captured
 from graftc.compiler.capture.defaults import default_axes
-from graftc.compiler.capture.samples import sample_inputs
+from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.resolve.sitetable import SiteTable
 from graftc.compiler.roles.structure import find_structure
 from graftc.passes.core.build.builder import Builder
@@ -45,7 +45,7 @@ def values_of(made: SiteTable, role: str) -> list[list[ValueSite]]:
 
 def run(made: SiteTable, also: Mapping[str, Tensor] | None = None) -> dict[fx.Node, Any]:
     """Every value of the graph, in train mode with one draw of dropout."""
-    inputs = iter(sample_inputs(made.program, made.store, 3, (3, 6, 5)).values())
+    inputs = iter(random_inputs(made.program, made.store, 3, (3, 6, 5)).values())
     found: dict[fx.Node, Any] = {}
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         torch.manual_seed(0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +10,7 @@ from torch import Tensor
 import graftc
 from graftc.passes.core.weights.folds import FoldStep, LazyTensors
 from graftc.testing import perturb
+from tests.counting import calls
 from tests.families import tiny
 
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"]
@@ -29,22 +28,6 @@ def adapted(layers: int, role: Any = ROLES, **changes: Any) -> Any:
 def models() -> dict[int, Any]:
     """Models that differ in depth alone."""
     return {layers: adapted(layers) for layers in (2, 4, 8)}
-
-
-def calls(work: Callable[[], object]) -> int:
-    """How many functions are called, in Python and in C."""
-    count = 0
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(note)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 @pytest.mark.parametrize("layers", [2, 4, 8])

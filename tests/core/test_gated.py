@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from graftc.passes.core.ops import hard_concrete as gated
 from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
-from graftc.passes.core.ops.decompositions import hard_concrete as gated
 from graftc.passes.core.ops.hard_concrete import EDGE, noise
 
 op = torch.ops.graftc.gated_weight.default

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graftc.passes.core.ops.decompositions import DECOMPOSITIONS, gradients
+from graftc.passes.core.ops import gradients
+from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
 
 view = torch.ops.graftc.grad_mask.default
 masked = torch.ops.graftc.masked_gradient.default

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import graftc
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.folding import foldable
+from graftc.compiler.folding import fold_plan
 from graftc.compiler.folding import steps as folding
 from graftc.passes.core.weights import folds
 from graftc.passes.core.weights.folds import FoldStep, WeightFold
@@ -112,7 +112,7 @@ def test_one_wrong_site_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return [*found[:-1], FoldStep(**{**vars(last), "apply": apply})]
 
-    for module in (folding, foldable):
+    for module in (folding, fold_plan):
         monkeypatch.setattr(module, "fold_steps", wrong)
     (reason,) = refused(compiled)
     assert reason.startswith("model.layers.1.mlp.down_proj.weight")

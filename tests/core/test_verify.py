@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 import graftc
-from graftc.passes.core.ir.program import Edit, Program, provenance
+from graftc.passes.core.ir.edits import Edit
+from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.verify import verify
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
@@ -116,7 +117,7 @@ def base_call_gone(program: Program) -> None:
         other = program.graph.call_function(aten.relu.default, (node.args[0],))
     other.meta = {**node.meta, "custom": inserted(program, "up").meta["custom"]}
     node.replace_all_uses_with(other)
-    program.edits.append(Edit("lora", "", node, other))
+    program.edits.add(Edit("lora", "", node, other))
     program.graph.erase_node(node)
 
 

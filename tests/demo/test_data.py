@@ -13,8 +13,8 @@ import pytest
 from graftc.runtime.demo import data as module
 from graftc.runtime.demo.data import (
     Dataset,
+    DataSplit,
     Encoded,
-    Split,
     encode,
     evaluation_batches,
     find_data,
@@ -72,7 +72,7 @@ def test_labels_are_indices_into_sorted_names(tmp_path: Path) -> None:
     write(tmp_path / "reuters-r8-train.tab", "ship\ta", "acq\tb", "ship\tc")
     write(tmp_path / "reuters-r8-test.tab", "ship\td")
     dataset = load_r8(tmp_path)
-    assert dataset == Dataset(("acq", "ship"), Split(("a", "b", "c"), (1, 0, 1)), Split(("d",), (1,)))
+    assert dataset == Dataset(("acq", "ship"), DataSplit(("a", "b", "c"), (1, 0, 1)), DataSplit(("d",), (1,)))
 
 
 def test_a_label_that_only_the_test_split_has_is_refused(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_neither_package_is_imported() -> None:
 
 
 def test_a_subset_is_seeded_and_keeps_pairs_and_order() -> None:
-    split = Split(tuple("abcdefgh"), tuple(range(8)))
+    split = DataSplit(tuple("abcdefgh"), tuple(range(8)))
     some = split.subset(3, seed=1)
     assert some == split.subset(3, seed=1)
     assert len(some) == 3 and list(some.labels) == sorted(some.labels)
@@ -145,7 +145,7 @@ def test_texts_are_cut(r8: Dataset) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(find_model())
-    encoded = encode(tokenizer, Split(r8.test.texts[:50], r8.test.labels[:50]), max_tokens=16)
+    encoded = encode(tokenizer, DataSplit(r8.test.texts[:50], r8.test.labels[:50]), max_tokens=16)
     assert max(map(len, encoded.ids)) == 16
     assert encoded.labels == r8.test.labels[:50]
     assert all(row[0] == tokenizer.cls_token_id and row[-1] == tokenizer.sep_token_id for row in encoded.ids)

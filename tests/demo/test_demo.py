@@ -12,7 +12,7 @@ from rich.console import Console
 
 from graftc.runtime.demo import demo
 from graftc.runtime.demo.data import find_model
-from graftc.runtime.demo.result import Agreement, DemoResult
+from graftc.runtime.demo.result import DemoResult, PredictionAgreement
 from graftc.runtime.demo.training import Scores
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
@@ -25,8 +25,8 @@ GOOD = DemoResult(
     baseline=Scores(0.9, 0.7),
     report={},
     certificate={"passed": True},
-    transformers=Agreement(1.0, 1e-6, 1e-4),
-    onnx=Agreement(1.0, 1e-6, 1e-4),
+    transformers=PredictionAgreement(1.0, 1e-6, 1e-4),
+    onnx=PredictionAgreement(1.0, 1e-6, 1e-4),
 )
 
 
@@ -37,8 +37,8 @@ GOOD = DemoResult(
         ({"before": Scores(0.9, 0.1)}, "accuracy"),
         ({"certificate": {"passed": False}}, "certificate"),
         ({"certificate": {}}, "certificate"),
-        ({"transformers": Agreement(1.0, 2e-4, 1e-4)}, "transformers"),
-        ({"onnx": Agreement(1.0, float("nan"), 1e-4)}, "ONNX"),
+        ({"transformers": PredictionAgreement(1.0, 2e-4, 1e-4)}, "transformers"),
+        ({"onnx": PredictionAgreement(1.0, float("nan"), 1e-4)}, "ONNX"),
     ],
 )
 def test_each_broken_promise_is_a_failure(change: dict[str, Any], word: str) -> None:

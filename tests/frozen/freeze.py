@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor
 
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.folding.foldable import foldable
+from graftc.compiler.folding.fold_plan import fold_plan
 from graftc.passes.core.ir.printer import Printer, format_program, structural_hash
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode, Stage
@@ -117,7 +117,7 @@ def record(entry: Entry) -> Record:
 @torch.no_grad()
 def _folded(compilation: Compilation) -> str:
     try:
-        fold = foldable(compilation)
+        fold = fold_plan(compilation)
         for error in fold.kept.values():
             raise error
         lazy = fold.lazy

@@ -16,7 +16,7 @@ from graftc.compiler import adapting
 from graftc.compiler.capture import cache
 from graftc.compiler.capture.anchor import BOUNDS
 from graftc.compiler.capture.capture import Capture
-from graftc.compiler.capture.samples import samples_on
+from graftc.compiler.capture.example_inputs import samples_on
 from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.passes.core.ir.program import Program

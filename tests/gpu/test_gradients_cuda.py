@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graftc.passes.core.ops.decompositions import DECOMPOSITIONS, gradients
+from graftc.passes.core.ops import gradients
+from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.folding.steps import lazy_tensors
-from graftc.passes.methods.adalora import Budget, Orthogonality
+from graftc.passes.methods.adalora import Orthogonality, RankBudget
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
@@ -26,10 +26,10 @@ def adapted(rank: int = 6, target_rank: int = 2, family: str = "bert", role: Any
     return graftc.compile({"adapt": [entry]}, tiny(family))
 
 
-def budget_of(compiled: Any) -> Budget:
+def budget_of(compiled: Any) -> RankBudget:
     """The controller."""
     controller = compiled._steering.controllers["adalora"]
-    assert isinstance(controller, Budget)
+    assert isinstance(controller, RankBudget)
     return controller
 
 

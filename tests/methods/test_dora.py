@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.passes.core.ir.program import provenance
-from graftc.passes.core.weights.store import RESERVED
+from graftc.passes.core.weights.names import RESERVED
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import SHAPES, flat, inputs_for

@@ -168,8 +168,8 @@ def test_rows_stay_where_the_base_changes_below_them() -> None:
     kept = dict(again.store.adapters())
     names = [name for name in kept if name.endswith(".chosen")]
     assert names and all(torch.equal(kept[name], compiled.get_buffer(name)) for name in names)
-    for _, _, own, trained in again.overlays:
-        assert torch.equal(own.index(), kept[trained.removesuffix("weight") + "chosen"])
+    for edit in again.tensor_edits.copies():
+        assert torch.equal(edit.own.index(), kept[edit.trained.removesuffix("weight") + "chosen"])
 
 
 def test_without_values_counts_hold() -> None:

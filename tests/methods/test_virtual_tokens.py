@@ -116,7 +116,7 @@ def gemma() -> nn.Module:
 
 
 def bart() -> nn.Module:
-    """Two stacks whose word vectors are scaled where they are looked up."""
+    """Two stacks whose token embeddings are scaled where they are looked up."""
     torch.manual_seed(3)
     config = transformers.BartConfig(
         vocab_size=101,
@@ -163,8 +163,8 @@ def padded(where: str, pad: int = 1) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("where", ["in front", "behind", "inside"])
 def test_positions_that_are_counted_by_tokens(where: str) -> None:
-    """RoBERTa counts what is no padding, which word vectors do not show: real words in front are a longer text still,
-    and PreLayer is a prefix."""
+    """RoBERTa counts what is no padding, which token embeddings do not show: real words in front are a longer text
+    still, and PreLayer is a prefix."""
     config = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
     torch.manual_seed(5)
     words = transformers.RobertaForMaskedLM(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.core.weights.store import RESERVED
+from graftc.passes.core.weights.names import RESERVED
 from graftc.runtime.compiled import Compiled
 from graftc.testing.compare import SHAPES, flat, inputs_for, largest_difference, outputs_of
 from graftc.testing.perturb import perturb

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.passes.methods.adalora import Budget
+from graftc.passes.methods.adalora import RankBudget
 from graftc.testing import largest_difference, perturb
 from graftc.testing.compare import SHAPES, flat, inputs_for, outputs_of
 from tests.families import tiny
@@ -141,7 +141,7 @@ def train_both(family: str, schedule: Schedule, weight: float = 1e-3) -> None:
     mine = {name: p for name, p in compiled.named_parameters() if p.requires_grad}
     optimisers = [torch.optim.SGD(list(ps.values()), lr=1e-3) for ps in (mine, pairs)]
     budget = compiled._steering.controllers["adalora"]
-    assert isinstance(budget, Budget)
+    assert isinstance(budget, RankBudget)
     left = []
     for number in range(1, schedule.total + 1):
         inputs = inputs_for(compiled, seed=number)

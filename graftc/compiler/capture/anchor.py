@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 from graftc.compiler.capture.assignments import noticed
 from graftc.compiler.capture.capture import as_captured, output_spec
 from graftc.compiler.capture.draws import draws, same_draws
+from graftc.compiler.capture.example_inputs import samples_on
 from graftc.compiler.capture.interface import device_of, dtype_of
-from graftc.compiler.capture.samples import samples_on
 from graftc.compiler.capture.signature import Axis, described
 from graftc.compiler.capture.sources import home_of_module
 from graftc.passes.core.ir.cleaning import takes_device

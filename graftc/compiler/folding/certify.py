@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.certificate import SiteEvidence
 from graftc.compiler.folding.evaluating import evaluate
-from graftc.passes.core.ir.program import Program, follow
+from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.sites import Use, linear_use
 from graftc.passes.core.sites.uses import PROBES, Lookup
 from graftc.passes.core.weights import folds
@@ -118,19 +118,18 @@ class Adapted:
 
     def __init__(self, program: Program) -> None:
         self._nodes = {node.name: node for node in program.graph.nodes}
-        self._forward = {edit.before: edit.after for edit in program.edits if not edit.narrow}
-        self._backward = {edit.after: edit.before for edit in program.edits}
+        self._edits = program.edits
 
     def stages(self, node: fx.Node) -> list[fx.Node]:
         """What stands for a base node's value, from before any edit to after the last."""
-        found = [follow(self._nodes[node.name], self._backward)]
-        while found[-1] in self._forward:
-            found.append(self._forward[found[-1]])
+        found = [self._edits.original(self._nodes[node.name])]
+        while (edit := self._edits.replacement(found[-1])) is not None:
+            found.append(edit.after)
         return found
 
     def last(self, node: fx.Node) -> fx.Node:
         """What stands for a base node after every edit."""
-        return follow(self._nodes[node.name], self._forward)
+        return self._edits.current(self._nodes[node.name])
 
 
 class _Group:

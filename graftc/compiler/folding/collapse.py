@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.capture.samples import sample_inputs
+from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.certificate import CollapseEvidence
 from graftc.compiler.folding.evaluating import evaluate
@@ -190,7 +190,7 @@ class _Routes:
         """The values of nodes of the routed Program for the sample inputs."""
         compilation = self.compilation
         base, config = compilation.program("train", "base"), getattr(compilation.source, "config", None)
-        samples = sample_inputs(base, compilation.store, config=config)
+        samples = random_inputs(base, compilation.store, config=config)
         values = computed(list(nodes), lambda node: samples[str(node.target)], compilation.store.get, self.device)
         return dict(zip(nodes, values, strict=True))
 

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.compose import Unit, averaged, keep_composed
-from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.entries import slices_of
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.sites.uses import Dense
 from graftc.passes.core.weights.folds import FoldStep, Keep, LazyTensors, StandIn, TensorFold, WeightFunction
 from graftc.passes.core.weights.store import Store
+from graftc.passes.core.weights.tensor_edits import TensorEdit
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -88,9 +89,8 @@ def _new_bias(compilation: Compilation, site: LinearSite) -> WeightSlice | None:
 
 def _overlay_steps(compilation: Compilation, name: str) -> list[FoldStep]:
     return [
-        FoldStep(name, str(key), own, None, _replace(compilation.store, own, trained))
-        for owner, key, own, trained in compilation.overlays
-        if owner == name
+        FoldStep(name, str(edit.site), edit.own, None, _replace(compilation.store, edit))
+        for edit in compilation.tensor_edits.copies(name)
     ]
 
 
@@ -103,8 +103,8 @@ def _changed(change: Callable[[Tensor], Tensor]) -> WeightFunction:
     return lambda tensor, bias: (change(tensor), bias)
 
 
-def _replace(store: Store, own: WeightSlice, trained: str) -> WeightFunction:
+def _replace(store: Store, edit: TensorEdit) -> WeightFunction:
     def stand_in(_: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return own.oriented(store.full(trained).to(torch.float64, copy=True)), bias
+        return edit.own.oriented(store.full(edit.trained).to(torch.float64, copy=True)), bias
 
     return stand_in

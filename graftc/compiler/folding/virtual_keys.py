@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.capture.samples import sample_inputs
+from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.passes.core.build.base_activations import computed
@@ -53,7 +53,7 @@ def slot_values(compilation: Compilation, resolved: Resolved) -> dict[str, Tenso
     adapted graph read at virtual tokens, rotated where the model rotates."""
     store = compilation.store
     length = sum(run.length for run in resolved.spec.virtual_tokens())
-    samples = sample_inputs(compilation.program("train", "base"), store)
+    samples = random_inputs(compilation.program("train", "base"), store)
     nodes = {node.name: node for node in compilation.program("eval").graph.nodes}
     found = list(_columns(compilation))
     operands: list[fx.Node] = []

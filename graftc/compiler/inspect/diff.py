@@ -12,7 +12,7 @@ from torch import fx
 
 from graftc.compiler.roles.findings import format_layers
 from graftc.passes.core.ir.layers import layer_path
-from graftc.passes.core.ir.printer import Printer, tensor_name
+from graftc.passes.core.ir.printer import Printer, printed_tensor
 from graftc.passes.core.ir.program import Program, provenance
 
 
@@ -167,7 +167,7 @@ class _Names:
     def seen_from(self, layer: str, node: fx.Node) -> str:
         """What a node is called in the text of a layer."""
         if node.op == "get_attr":
-            return _relative(tensor_name(str(node.target)), layer)
+            return _relative(printed_tensor(str(node.target)), layer)
         home, local = _layer(node), self._local[self._key(node)]
         if home == layer:
             return local

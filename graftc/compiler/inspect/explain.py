@@ -11,9 +11,10 @@ from graftc.compiler.inspect.history import CAPTURE
 from graftc.compiler.inspect.lookup import Found, Index
 from graftc.compiler.inspect.origins import Origin, shared_origin
 from graftc.compiler.inspect.snapshot import Snapshot
-from graftc.passes.core.ir.printer import tensor_name
+from graftc.passes.core.ir.printer import printed_tensor
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.ir.program_key import Mode
+from graftc.passes.core.weights.names import module_of
 
 __all__ = ["Explanation", "explain"]
 
@@ -89,7 +90,7 @@ def _place(index: Index, name: str, found: Found) -> Explanation:
         return _place_of(index, name, site, causes, own, tensors)
     causes = [cause for cause in index.origins if index.within(cause.module, path)]
     own = [n for n in index.nodes if str(n.meta.get("module") or "") == path]
-    tensors = [tensor for tensor in index.tensors if index.module_of(tensor) == path]
+    tensors = [tensor for tensor in index.tensors if module_of(tensor) == path]
     under = [n for n in index.nodes if str(n.meta.get("module") or "").startswith(f"{path}.")]
     below = len(under), sum(provenance(n) is not None for n in under)
     return _place_of(index, name, path, causes, own, tensors, below)
@@ -129,9 +130,9 @@ def _origin(index: Index, made_by: dict[str, str]) -> Origin:
 def _tensor_fact(index: Index, tensor: str) -> TensorFact:
     owner = index.canonical(tensor)
     aliases = tuple(alias for alias, name in index.snapshot.aliases.items() if name == owner)
-    copies = tuple(tensor_name(record.tensor) for record in index.snapshot.trained if record.base == owner)
+    copies = tuple(printed_tensor(record.tensor) for record in index.snapshot.trained if record.base == owner)
     trains = owner in index.snapshot.adapters and index.snapshot.adapters[owner].trainable
-    return TensorFact(tensor_name(owner), owner, index.type_of(owner), trains, aliases, copies)
+    return TensorFact(printed_tensor(owner), owner, index.type_of(owner), trains, aliases, copies)
 
 
 def _node_fact(index: Index, node: fx.Node) -> NodeFact:

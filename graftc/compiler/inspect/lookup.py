@@ -10,9 +10,9 @@ from torch import fx
 
 from graftc.compiler.inspect.origins import Origin, origins
 from graftc.compiler.inspect.snapshot import Snapshot
-from graftc.passes.core.ir.printer import Printer, tensor_name
+from graftc.passes.core.ir.printer import Printer, printed_tensor
 from graftc.passes.core.ir.program_key import Mode
-from graftc.passes.core.weights.store import RESERVED
+from graftc.passes.core.weights.names import module_of
 from graftc.specs.errors.diagnostics import GraftError, nearest
 
 _SHOWN = 10
@@ -59,11 +59,6 @@ class Index:
             return str(record)
         return self.printer.symbols.type(self.attributes[tensor].meta.get("val"))
 
-    def module_of(self, tensor: str) -> str:
-        """The path of the module that a tensor belongs to, or whose adaptation it belongs to."""
-        segments = tensor.split(".")
-        return ".".join(segments[: segments.index(RESERVED)] if RESERVED in segments else segments[:-1])
-
     def on_tensor(self, tensor: str) -> list[Origin]:
         """The adaptations that a tensor belongs to, or at the places that a base tensor is."""
         names = {tensor, *(alias for alias, owner in self.snapshot.aliases.items() if owner == tensor)}
@@ -88,7 +83,7 @@ class Index:
     def modules(self) -> dict[str, None]:
         """Paths of modules that have nodes, tensors or adapted places, and of those above them."""
         paths = [str(node.meta.get("module") or "") for node in self.nodes]
-        paths += [self.module_of(tensor) for tensor in self.tensors] + [origin.module for origin in self.origins]
+        paths += [module_of(tensor) for tensor in self.tensors] + [origin.module for origin in self.origins]
         found: dict[str, None] = {}
         for path in dict.fromkeys(paths):
             segments = path.split(".")
@@ -109,7 +104,7 @@ class Index:
         if value is not None:
             return Found(value)
         if asked.startswith("@"):
-            tensors = [tensor for tensor in self.tensors if tensor_name(tensor) == asked]
+            tensors = [tensor for tensor in self.tensors if printed_tensor(tensor) == asked]
             if tensors:
                 return Found(tensor=tensors[0])
         if asked in self._fx:
@@ -137,7 +132,7 @@ class Index:
         if not asked or asked.startswith("%"):
             raise self._unknown(name)
         if asked.startswith("@"):
-            short = {tensor_name(tensor): tensor for tensor in self.tensors}
+            short = {printed_tensor(tensor): tensor for tensor in self.tensors}
             fits = _having(asked, short)
             if len(fits) == 1:
                 return Found(tensor=short[fits[0]])
@@ -174,7 +169,7 @@ class Index:
         if asked.startswith("%"):
             return list(self.values)
         if asked.startswith("@"):
-            return [tensor_name(tensor) for tensor in self.tensors]
+            return [printed_tensor(tensor) for tensor in self.tensors]
         return [*(value[1:] for value in self.values), *self.modules, *self.tensors]
 
 

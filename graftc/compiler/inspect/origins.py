@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TrainedRecord
-from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.roles.findings import format_runs
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import Place

@@ -17,15 +17,16 @@ from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.collapse import collapsed_parameters
 from graftc.compiler.inspect.snapshot import adapter_tensors
-from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.steering import live_places
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.shapes import Sizes
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import linear_use
 from graftc.passes.core.sites.uses import Lookup
-from graftc.passes.core.weights.store import RESERVED, Store
+from graftc.passes.core.weights.names import owner_of
+from graftc.passes.core.weights.store import Store
 
 aten = torch.ops.aten
 
@@ -105,7 +106,7 @@ def report(compilation: Compilation) -> Report:
             places = {site.key for member in unit.members for site, _ in member.places}
             entries.append(_entry(unit.name, unit.composition.kind, len(places), adapted, store))
     if compilation.spec.tokens is not None:
-        tables = {own.tensor for owner, _, own, _ in compilation.overlays if owner == TOKENS}
+        tables = {edit.own.tensor for edit in compilation.tensor_edits.copies(TOKENS)}
         entries.insert(0, _entry(TOKENS, TOKENS, len(tables), adapted, store))
     trainable = sum(entry.trainable_parameters for entry in entries)
     full = 0
@@ -153,12 +154,6 @@ def _entry(name: str, method: str, sites: int, program: Program, store: Store) -
         sum(t.numel() * t.element_size() for t in kept),
         flops_per_token(program, inserted),
     )
-
-
-def owner_of(fqn: str) -> str:
-    """The adaptation that a tensor belongs to; empty for one of the base."""
-    segments = fqn.split(".")
-    return segments[segments.index(RESERVED) + 1] if RESERVED in segments else ""
 
 
 def flops_per_token(program: Program, nodes: Iterable[fx.Node]) -> float:

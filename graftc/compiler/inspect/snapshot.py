@@ -18,6 +18,7 @@ from graftc.passes.core.ir.shapes import DTYPE_NAMES
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.store import Store
+from graftc.passes.core.weights.tensor_edits import TensorEdit
 from graftc.specs.document import Spec
 
 
@@ -98,6 +99,11 @@ class TrainedRecord:
     rows: tuple[tuple[int, int], ...] | None
     tensor: str
 
+    @classmethod
+    def of(cls, edit: TensorEdit) -> TrainedRecord:
+        """The record of a trained copy."""
+        return cls(edit.owner, edit.own.tensor, edit.own.rows, edit.trained)
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -135,7 +141,7 @@ def snapshot(compilation: Compilation) -> Snapshot:
         type(compilation.model).__name__,
         compilation.spec,
         tuple(site_records(compilation)),
-        tuple(TrainedRecord(owner, own.tensor, own.rows, name) for owner, _, own, name in compilation.overlays),
+        tuple(map(TrainedRecord.of, compilation.tensor_edits.copies())),
         {name: TensorRecord.of(t) for name, t in store.base() if name not in store.constants},
         dict(store.aliases),
         {name: TensorRecord.of(t) for name, t in adapter_tensors(store) if name not in store.updated},

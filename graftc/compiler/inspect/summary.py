@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from graftc.compiler.inspect.report import owner_of
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
-from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.roles.findings import format_layers
 from graftc.passes.core.ir.program import provenance
+from graftc.passes.core.weights.names import owner_of
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from graftc.compiler.inspect.diff import title
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord
-from graftc.compiler.resolve.resolver import TRAIN
+from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.roles.findings import format_runs
-from graftc.passes.core.weights.store import RESERVED
+from graftc.passes.core.weights.names import parsed
 
 
 @dataclass(frozen=True)
@@ -180,11 +180,10 @@ def model_tree(snapshot: Snapshot) -> TreeNode:
             root.at(path).tensors.append(TreeTensor(last, snapshot.base[owner], owner))
     rows = {record.tensor: format_runs(record.rows) for record in snapshot.trained if record.rows is not None}
     for name, record in snapshot.adapters.items():
-        segments = name.split(".")
-        at = segments.index(RESERVED)
-        part = ".".join(segments[at + 2 :])
-        held = root.at(".".join(segments[:at])).added.setdefault(segments[at + 1], [])
-        held.append(TreeTensor(part, record, rows=rows.get(name, "")))
+        own = parsed(name)
+        assert own is not None
+        held = root.at(own.module).added.setdefault(own.adaptation, [])
+        held.append(TreeTensor(own.part, record, rows=rows.get(name, "")))
     for site in snapshot.sites:
         module = root.at(site.key.module)
         module.added.setdefault(site.adaptation, [])

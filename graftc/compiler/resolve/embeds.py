@@ -1,4 +1,4 @@
-"""The entry ``embeds``: Programs with room for virtual tokens, whose layers are captured with word vectors."""
+"""The entry ``embeds``: Programs with room for virtual tokens, whose layers are captured with token embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.resolve.compose import Unit
 from graftc.compiler.resolve.sitetable import SiteTable
-from graftc.compiler.resolve.token_embeddings import WordVectors
+from graftc.compiler.resolve.token_embeddings import TokenEmbeddings
 from graftc.compiler.roles.findings import Structure
 from graftc.compiler.roles.positions import position_readers
 from graftc.compiler.roles.structure import find_structure
@@ -32,7 +32,7 @@ Plan: TypeAlias = Mapping[str, Sequence[tuple[Unit, Sequence[ValueSite]]]]
 """Which adaptations have virtual tokens in a sequence, and at which values of it; by input of token ids."""
 
 
-def require_words(spec: Spec, model: nn.Module, table: SiteTable) -> None:
+def require_token_embeddings(spec: Spec, model: nn.Module, table: SiteTable) -> None:
     """Whether virtual tokens have a place in a graph, where a spec has some.
 
     Raises:
@@ -40,8 +40,8 @@ def require_words(spec: Spec, model: nn.Module, table: SiteTable) -> None:
     """
     given = ", ".join(table.program.signature)
     for index, adaptation in enumerate(spec.adapt):
-        if adaptation.virtual_tokens() and not table.words:
-            message = f"{type(model).__name__} takes no word vectors (inputs_embeds) in the place of {given}"
+        if adaptation.virtual_tokens() and not table.token_embeddings:
+            message = f"{type(model).__name__} takes no token embeddings (inputs_embeds) in the place of {given}"
             hint = _HINT
             if "inputs_embeds" in table.program.signature:
                 message = f"virtual tokens stand among words that the model looks up, and {given} are given"
@@ -49,7 +49,7 @@ def require_words(spec: Spec, model: nn.Module, table: SiteTable) -> None:
             raise spec.locate(GraftError("GC019", message, place=Place(path=f"adapt[{index}].method"), hint=hint))
 
 
-def planned(units: Iterable[Unit], vectors: Sequence[WordVectors]) -> Plan:
+def planned(units: Iterable[Unit], vectors: Sequence[TokenEmbeddings]) -> Plan:
     """Which adaptations have virtual tokens in which sequence, and where.
 
     Raises:
@@ -74,7 +74,9 @@ def planned(units: Iterable[Unit], vectors: Sequence[WordVectors]) -> Plan:
     return found
 
 
-def _sequence(site: ValueSite, sites: Iterable[tuple[object, object]], vectors: Sequence[WordVectors]) -> WordVectors:
+def _sequence(
+    site: ValueSite, sites: Iterable[tuple[object, object]], vectors: Sequence[TokenEmbeddings]
+) -> TokenEmbeddings:
     """The sequence that a site is a value of: the only one that the first layer of its stack is made from."""
     for own in vectors:
         if own.node is site.node:
@@ -84,7 +86,7 @@ def _sequence(site: ValueSite, sites: Iterable[tuple[object, object]], vectors: 
     reached = [own for own in vectors if own.node in sources]
     if len(reached) != 1:
         message = (
-            f"{site.key} cannot have virtual tokens: the model takes no word vectors in the place of its token ids"
+            f"{site.key} cannot have virtual tokens: the model takes no token embeddings in the place of its token ids"
         )
         raise GraftError("GC019", message, hint=_HINT)
     return reached[0]
@@ -105,10 +107,10 @@ def lengthened(
         capture: captures the model for other inputs.
 
     Raises:
-        GraftError: GC019 where the model cannot be captured with word vectors, or its layers' end is not found; GC020
-            where no room is left for a text.
+        GraftError: GC019 where the model cannot be captured with token embeddings, or its layers' end is not found;
+            GC020 where no room is left for a text.
     """
-    program, vectors = table.program, table.words
+    program, vectors = table.program, table.token_embeddings
     streams = [
         Lengthened(
             own.ids,
@@ -131,7 +133,7 @@ def lengthened(
     except GraftError as error:
         if error.code != "GC030":
             raise
-        raise GraftError("GC019", f"it cannot be called with word vectors: {error.message}", hint=_HINT) from error
+        raise GraftError("GC019", f"it cannot be called with token embeddings: {error.message}", hint=_HINT) from error
     found = find_structure(body.program.graph, body.constants)
     limits = {stream.ids: _most(body.program, stream, found) for stream in streams}
     for stream in streams:
@@ -143,7 +145,7 @@ def lengthened(
 
 
 def _counted(tokens: Program, structure: Structure, body: Program, own: Structure) -> list[tuple[fx.Node, fx.Node]]:
-    """Positions that are counted by ids, and the same positions in the capture with word vectors: one table's."""
+    """Positions that are counted by ids, and the same positions in the capture with token embeddings: one table's."""
     numbers = {name: node for name, node in _positions(tokens, structure).items() if counted_inputs(node)}
     return [(numbers[name], node) for name, node in _positions(body, own).items() if name in numbers]
 
@@ -167,7 +169,7 @@ def _ends(structure: Structure) -> dict[str, fx.Node]:
 
 
 def _axes(program: Program, streams: Sequence[Lengthened], ends: Sequence[fx.Node]) -> list[Axis]:
-    """The inputs that the layers need, with word vectors in the place of ids."""
+    """The inputs that the layers need, with token embeddings in the place of ids."""
     needed = set(above(ends))
     by_ids = {stream.ids: stream for stream in streams}
     longer = {s.shape[1]: by_ids[s.name].length for s in program.inputs if s.name in by_ids}

@@ -6,21 +6,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from graftc.compiler.resolve.select import check_overrides, depths, match_modules, select
+from graftc.compiler.resolve.select import check_overrides, depths, select
 from graftc.compiler.resolve.sitetable import BlockedSite, SiteTable
-from graftc.compiler.roles.findings import place
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.method.registry import method_for
-from graftc.passes.core.sites.sites import LinearSite, ParameterSite, Site, SiteKey, SublayerSite, ValueSite
+from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey, SublayerSite, ValueSite
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.base import MethodSpec
-from graftc.specs.claims import SiteKind
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place, warn
 from graftc.specs.regexes import RegexMatcher
-
-TRAIN = "trained"
-"""Name under which the spec's ``train:`` list owns its overlays."""
 
 
 @dataclass(frozen=True)
@@ -189,64 +184,6 @@ class Resolver:
                 if reader is not None:
                     message = f"{site.key} {reader}: {resolved.name!r} trains there but will not fold"
                     warn("GC024", message, place=place, hint="exclude it, or deploy with the adaptation in the graph")
-
-    def trained(self, spec: Spec) -> list[ParameterSite]:
-        """The parameters of the modules that ``train:`` names, as sites.
-
-        Raises:
-            GraftError: GC011 for a pattern that matches no module, GC022 for a tied tensor, GC023 for one that no
-                output needs.
-        """
-        if not spec.train:
-            return []
-        sites: dict[str, ParameterSite] = {}
-        try:
-            for path in match_modules(spec.train, [m for m in self.table.modules if m]):
-                for site in self._parameters(path):
-                    sites.setdefault(site.tensor, site)
-        except GraftError as error:
-            raise spec.locate(error) from error
-        return list(sites.values())
-
-    def trained_again(self, main: Sequence[ParameterSite], *, every: bool = True) -> list[ParameterSite]:
-        """The parameters that another Program trains, in this one.
-
-        Args:
-            main: what it trains.
-            every: all have to be here; otherwise those that are not are left out.
-
-        Raises:
-            GraftError: GC031 naming a parameter that this Program does not read.
-        """
-        missing = [site.tensor for site in main if not self.table.reads(site.tensor)]
-        if missing and every:
-            raise not_read(self.table.program, missing[0], TRAIN)
-        return [site for site in main if site.tensor not in missing]
-
-    def _parameters(self, path: str) -> list[ParameterSite]:
-        found: list[ParameterSite] = []
-        where = Place(path="train")
-        for name, _ in self.table.modules[path].named_parameters(path, remove_duplicate=False):
-            if self.table.store.tied(name):
-                others = ", ".join(self.table.store.tied(name))
-                raise GraftError(
-                    "GC022",
-                    f"{path} would train {name}, which is tied to {others}",
-                    place=where,
-                    hint="training one use of a tied tensor changes the other; break the tie in the model first",
-                )
-            if not self.table.reads(name):
-                raise GraftError(
-                    "GC023",
-                    f"{name} is not needed for any output of the model, so it would never learn",
-                    place=where,
-                    hint="leave its module out of train",
-                )
-            module, _, last = name.rpartition(".")
-            layer, stack = place(module)
-            key = SiteKey(module, last)
-            found.append(ParameterSite(key, (), layer, stack, kind=SiteKind.PARAMETER, tensor=name))
-        return found
 
 
 def not_read(program: Program, place: str, owner: str) -> GraftError:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from graftc.compiler.resolve.candidates import Candidate
-from graftc.compiler.resolve.token_embeddings import WordVectors
+from graftc.compiler.resolve.token_embeddings import TokenEmbeddings
 from graftc.compiler.roles.findings import Finding, Structure, Sublayer, place
 from graftc.compiler.roles.layer_values import attended, value_sites
 from graftc.compiler.roles.parameters import other_parameters
@@ -70,13 +70,13 @@ class SiteTable:
         store: its tensors.
         structure: the roles found in it.
         modules: the source model's modules by path, to tell a wrong name from a module that no output needs.
-        words: where it looks words up.
+        token_embeddings: where it looks tokens up.
 
     Attributes:
         entries: the sites of each candidate: one per use of its tensor.
         candidates: what targets select from; a candidate's key is its position in `entries`.
         weights: stored weights with their uses, by module and parameter name.
-        words: where the model looks words up.
+        token_embeddings: where the model looks tokens up.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class SiteTable:
         store: Store,
         structure: Structure,
         modules: Mapping[str, nn.Module],
-        words: Sequence[WordVectors] = (),
+        token_embeddings: Sequence[TokenEmbeddings] = (),
     ) -> None:
         self.program, self.store, self.structure, self.modules = program, store, structure, modules
-        self.words = words
+        self.token_embeddings = token_embeddings
         self.entries: list[list[Site]] = []
         self.candidates: list[Candidate] = []
         self.weights: dict[tuple[str, str], _Weight] = {}
@@ -114,7 +114,7 @@ class SiteTable:
         for site in list(other_parameters(store, self._attributes, self.entries)):
             self._add([site])
         self._values()
-        self._words(words)
+        self._token_embeddings(token_embeddings)
 
     # --- weights ---------------------------------------------------------------------------------------
 
@@ -265,9 +265,9 @@ class SiteTable:
         for sites in value_sites(self.program.graph, self.structure, _end):
             self._add(sites)
 
-    def _words(self, words: Sequence[WordVectors]) -> None:
-        """The word vectors of every sequence. Without a prefix the role means the first one's, an encoder's."""
-        for own in words:
+    def _token_embeddings(self, found: Sequence[TokenEmbeddings]) -> None:
+        """The token embeddings of every sequence. Without a prefix the role means the first one's, an encoder's."""
+        for own in found:
             key = SiteKey(own.module, own.role)
             named = {own.role} if own.role.startswith("decoder.") else None
             self._add([ValueSite(key, (own.role,), None, "", kind=SiteKind.VALUE, node=own.node)], named=named)

@@ -1,4 +1,4 @@
-"""Where a model looks its words up, and where it takes their vectors instead."""
+"""Where a model looks its tokens up, and where it takes their vectors instead."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _INPUTS = {"input_ids": "inputs_embeds", "decoder_input_ids": "decoder_inputs_em
 
 
 @dataclass(frozen=True)
-class WordVectors:
-    """The word vectors of one sequence, in one Program.
+class TokenEmbeddings:
+    """The token embeddings of one sequence, in one Program.
 
     Attributes:
         ids: the input with the token ids.
@@ -33,8 +33,8 @@ class WordVectors:
     node: fx.Node
 
 
-def word_vectors(model: nn.Module, program: Program) -> list[WordVectors]:
-    """Where a Program looks words up, for each of its sequences; none where the model takes no vectors instead."""
+def token_embeddings(model: nn.Module, program: Program) -> list[TokenEmbeddings]:
+    """Where a Program looks tokens up, for each of its sequences; none where the model takes no vectors instead."""
     pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     known = parameters(model)
     inputs = {str(node.target): node for node in program.placeholders()}
@@ -48,12 +48,12 @@ def word_vectors(model: nn.Module, program: Program) -> list[WordVectors]:
         node = _value(program.graph, paths, inputs[ids])
         if node is not None:
             role = f"{stack}.embed.token".lstrip(".")
-            found.append(WordVectors(ids, embeds, role, str(node.meta["module"]), node))
+            found.append(TokenEmbeddings(ids, embeds, role, str(node.meta["module"]), node))
     return found
 
 
 def _looking_up(model: nn.Module, stack: str) -> object:
-    """The module that looks words up, by the convention of transformers; None where a model does not follow it."""
+    """The module that looks tokens up, by the convention of transformers; None where a model does not follow it."""
     owner: Any = model
     try:
         if stack:

@@ -11,7 +11,7 @@ from graftc.compiler.roles.flow import Attention, tensor_nodes
 from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.operators import MOVING, PASSING
 from graftc.passes.core.sites.calls import op_name
-from graftc.passes.core.sites.sites import Operands
+from graftc.passes.core.sites.sites import AttentionOperands
 from graftc.specs.claims import SiteKind
 
 
@@ -179,7 +179,7 @@ def read_heads(labels: Labels) -> dict[fx.Node, Heads]:
     for node, attention in labels.flow.attentions.items():
         keys, values = (_headed(labels, attention, operand) for operand in (attention.key, attention.value))
         if keys is not None and values is not None:
-            operands = Operands(attention.query, keys[0], values[0])
+            operands = AttentionOperands(attention.query, keys[0], values[0])
             found[node] = Heads(keys[1], values[1], operands)
     return found
 

@@ -8,7 +8,7 @@ statistics are untracked. What reaches a value is kept as a bit set of sources, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import IntFlag
 from typing import Any
 
@@ -20,24 +20,17 @@ from graftc.compiler.roles.indices import SHIFT, distinct, varying
 from graftc.compiler.roles.maps import columns_along
 from graftc.compiler.roles.operators import (
     CREATING,
-    FILLING,
-    JOINING,
     NONLINEAR,
     NORMALISING,
-    PADDING,
     PASSING,
-    PICKING,
     POINTWISE,
     POOLING,
     RESIZING,
     SHAPING,
 )
-from graftc.passes.core.ir.program import map_nodes
+from graftc.passes.core.ir.program import map_nodes, nodes_in
 from graftc.passes.core.sites.calls import op_name
-
-aten = torch.ops.aten
-
-UNTRACKED = -1
+from graftc.passes.core.sites.moves import BREAKS, HOLE, Move, move_of, moved
 
 
 class Through(IntFlag):
@@ -128,7 +121,7 @@ class Columns:
             return
         try:
             self._index[node] = self._run(node, name)
-        except (RuntimeError, IndexError, TypeError, ValueError):
+        except BREAKS:
             # Sizes that break an operator say nothing about columns: the value is untracked, never guessed.
             self.failures.append(node)
             self._index[node] = None
@@ -184,71 +177,43 @@ class Columns:
         return through
 
     def _run(self, node: fx.Node, name: str) -> Any:
-        if name == "getitem":
-            held: Any = self._index.get(node.args[0])  # type: ignore[arg-type]
-            index: Any = node.args[1]
-            return held[index] if isinstance(held, list | tuple) else held
         if name == "copy" and self._writes:
             return self._copy(node)
         if name in CREATING:
-            return torch.full(self.shape(node), UNTRACKED) if self._writes and self._is_written(node) else None
+            return torch.full(self.shape(node), HOLE) if self._writes and self._is_written(node) else None
         first = node.args[0] if node.args else None
-        if name in JOINING or name in FILLING:
-            return self._join(node)
+        move = move_of(node)
+        if move in (Move.PICK, Move.GATHER):
+            return self._rowwise(node)
+        if move is not None:
+            return self._moved(node, move)
         if name in PASSING or name in NORMALISING:
             return self._index.get(first) if isinstance(first, fx.Node) else None
-        if name in SHAPING or name in PADDING:
-            return self._shape(node, name)
         if name == "view_as_complex" or name == "view_as_real":
             return self._complex(node, name)
         if name in POOLING:
             return self._pooled(node)
         if name in RESIZING or node in self.flow.depthwise:
             return self._resized(node)
-        if name in PICKING:
-            return self._rowwise(node)
         target = node.target
         tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
         if torch.Tag.pointwise in tags or name in POINTWISE:
             return self._pointwise(node)
         return None
 
-    def _argument(self, value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            held = self._index.get(value)
-            if held is not None:
-                return held
-            known = value.meta.get("val")
-            if isinstance(known, Tensor):
-                return torch.full(self.shape(value), UNTRACKED)
-            return self.flow.sizes.size(known)
-        if isinstance(value, torch.SymInt):
-            return self.flow.sizes.size(value)
-        if isinstance(value, list | tuple):
-            return [self._argument(v) for v in value]
-        return value
+    def _moved(self, node: fx.Node, move: Move) -> Any:
+        """The real result, where the columns of an operand are known whose entries the operator moves."""
+        operands = node.all_input_nodes if move in (Move.JOIN, Move.FILL) else nodes_in(node.args[:1])
+        return None if all(self._index.get(n) is None for n in operands) else moved(node, self._operand)
 
-    def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return target(*[self._argument(a) for a in args], **{k: self._argument(v) for k, v in kwargs.items()})
-
-    def _shape(self, node: fx.Node, name: str) -> Any:
-        if self._index.get(node.args[0]) is None:  # type: ignore[arg-type]
-            return None
-        target: Any = node.target
-        if name in ("view", "_unsafe_view"):
-            # Repeated rows are stride-0 views here, where a view of the real tensor needed no copy.
-            target = aten.reshape.default
-        if name in PADDING:
-            index = self._index[node.args[0]]  # type: ignore[index]
-            return aten.constant_pad_nd.default(index, self._argument(node.args[1]), UNTRACKED)
-        return self._call(target, *node.args, **node.kwargs)
-
-    def _join(self, node: fx.Node) -> Tensor | None:
-        if all(self._index.get(n) is None for n in node.all_input_nodes):
-            return None
-        assert callable(node.target)
-        joined: Tensor = self._call(node.target, *node.args, **node.kwargs)
-        return joined
+    def _operand(self, leaf: Any) -> Any:
+        if not isinstance(leaf, fx.Node):
+            return self.flow.sizes.size(leaf)
+        held = self._index.get(leaf)
+        if held is not None:
+            return held
+        value = leaf.meta.get("val")
+        return torch.full(self.shape(leaf), HOLE) if isinstance(value, Tensor) else self.flow.sizes.size(value)
 
     def _pointwise(self, node: fx.Node) -> Tensor | None:
         shape = self.shape(node)
@@ -307,18 +272,12 @@ class Columns:
 
     def _picked(self, node: fx.Node, index: Tensor) -> Tensor | None:
         """The real result, where the places to pick are known."""
-        places = [self._numbers(n) if isinstance(n, fx.Node) else n for n in _flat(node.args[1:])]
-        if any(p is None and n is not None for p, n in zip(places, _flat(node.args[1:]), strict=True)):
-            return None
-        known = iter(places)
-        args = [[next(known) for _ in a] if isinstance(a, list | tuple) else next(known) for a in node.args[1:]]
-        assert callable(node.target)
-        picked: Tensor = node.target(index, *args)
+        picked: Tensor | None = moved(node, lambda leaf: index if leaf is node.args[0] else self._numbers(leaf))
         return picked
 
-    def _numbers(self, node: fx.Node) -> Tensor | int | None:
+    def _numbers(self, node: Any) -> Tensor | int | None:
         """The value of an integer node that depends on sizes and known constants only."""
-        value = node.meta.get("val")
+        value = node.meta.get("val") if isinstance(node, fx.Node) else node
         if not isinstance(value, Tensor):
             return self.flow.sizes.size(value) if isinstance(value, torch.SymInt | int) else None
         if node not in self._known:
@@ -368,10 +327,6 @@ class Columns:
             self.front[base] = self.front.get(base, 0) | self.front.get(source, 0)
             self.through[base] = self.through.get(base, Through.NOTHING) | self.through.get(source, Through.NOTHING)
         return held if isinstance(held, Tensor) else None
-
-
-def _flat(args: Any) -> list[Any]:
-    return [leaf for a in args for leaf in (a if isinstance(a, list | tuple) else [a])]
 
 
 def _touches_last(node: fx.Node, rank: int) -> bool:

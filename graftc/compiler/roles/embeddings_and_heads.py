@@ -9,12 +9,13 @@ from torch import Tensor, fx
 from graftc.compiler.roles.columns import Through
 from graftc.compiler.roles.flow import bits, tensor_nodes
 from graftc.compiler.roles.labels import Labels
-from graftc.compiler.roles.operators import PASSING
+from graftc.compiler.roles.operators import PASSING, RESHAPING
 from graftc.passes.core.sites.calls import op_name
+from graftc.passes.core.sites.moves import Move, names_of
 from graftc.specs.claims import SiteKind
 
-_SELECTING = frozenset({"gather", "index", "index_select", "take_along_dim", "embedding"})
-_SLICING = frozenset({"slice", "view", "unsqueeze", "expand", "reshape", "index", "index_select"})
+_SELECTING = names_of(Move.PICK, Move.GATHER) | {"embedding"}
+_SLICING = RESHAPING | names_of(Move.CUT, Move.PICK)
 _COUNTING = frozenset({"arange", "cumsum", "linspace"})
 
 
@@ -179,7 +180,7 @@ def _vector(node: fx.Node) -> str | None:
     """Name of the stored vector that ``node`` is, up to casts, reshapes and adding a number."""
     while node.op == "call_function":
         numeric = op_name(node) == "add" and not isinstance(node.args[1], fx.Node)
-        if not (numeric or op_name(node) in PASSING or op_name(node) in ("view", "unsqueeze", "reshape", "expand")):
+        if not (numeric or op_name(node) in PASSING or op_name(node) in RESHAPING):
             return None
         source = node.args[0]
         if not isinstance(source, fx.Node):

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from graftc.compiler.roles.indices import Runs
-from graftc.passes.core.sites.sites import Operands
+from graftc.passes.core.sites.sites import AttentionOperands
+from graftc.passes.core.weights.runs import Runs
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import widen
 
@@ -144,7 +144,7 @@ class Heads:
 
     keys: Tensor
     values: Tensor
-    operands: Operands
+    operands: AttentionOperands
 
 
 @dataclass(frozen=True)

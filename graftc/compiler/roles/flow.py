@@ -140,6 +140,11 @@ class Flow:
             if data and not isinstance(node.meta.get("val"), torch.SymInt | int):
                 self.data |= 1 << position
 
+    def number(self, leaf: Any) -> int | None:
+        """A symbolic size, or the value of a node that is one, as a number; None for a node that is a tensor."""
+        value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf
+        return self.sizes.size(value) if isinstance(value, torch.SymInt | int) else None
+
     def is_data(self, node: fx.Node) -> bool:
         """Whether ``node`` depends on the values of an input."""
         return bool(self.data >> self.at[node] & 1)

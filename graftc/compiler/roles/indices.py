@@ -1,11 +1,10 @@
-"""Tensors of column indices: ``source << 32 | column``, -1 where nothing is known."""
+"""Tensors of column indices: ``source << 32 | column``, `HOLE` where nothing is known."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-Runs = tuple[tuple[int, int], ...]
 SHIFT = 32
 _COLUMN = (1 << SHIFT) - 1
 

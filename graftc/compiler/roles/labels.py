@@ -12,10 +12,9 @@ from torch import Tensor, fx
 from graftc.compiler.roles.columns import Columns, Through
 from graftc.compiler.roles.findings import Finding, Heads, Structure, Sublayer, Unresolved, format_runs, place
 from graftc.compiler.roles.flow import Attention, Flow, bits
-from graftc.compiler.roles.indices import Runs
 from graftc.compiler.roles.maps import Linear
 from graftc.compiler.roles.weights import parameter_rows
-from graftc.passes.core.weights.runs import runs_of
+from graftc.passes.core.weights.runs import Runs, runs_of
 from graftc.specs.claims import SiteKind
 
 

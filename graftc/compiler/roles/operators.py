@@ -1,26 +1,25 @@
-"""Names of operators, grouped by what they do to the columns of a value."""
+"""Names of operators, grouped by what they do to the columns of a value.
+
+Those that only move entries are in the one table of `graftc.passes.core.sites.moves`; what is here says which groups of
+them a question about a graph allows.
+"""
 
 from __future__ import annotations
+
+from graftc.passes.core.sites.moves import Move, names_of
 
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-PASSING = _names(
-    """
-    to _to_copy type_as dropout native_dropout feature_dropout contiguous clone detach alias
-    lift_fresh_copy set_grad_enabled
-    """
-)
+PASSING = names_of(Move.COPY, Move.CAST) | _names("dropout native_dropout feature_dropout set_grad_enabled")
 """Results with the values (up to precision and dropped entries) and the shape of the first operand."""
 
-RESHAPING = _names("view reshape _unsafe_view flatten unflatten expand expand_as broadcast_to unsqueeze squeeze")
+RESHAPING = names_of(Move.RESHAPE, Move.BROADCAST)
 """Results with the entries of the first operand in the same order."""
 
-MOVING = RESHAPING | _names(
-    "transpose permute slice select narrow t numpy_T mT movedim moveaxis swapaxes getitem index"
-)
+MOVING = RESHAPING | names_of(Move.PERMUTE, Move.CUT, Move.ITEM, Move.PICK)
 """Results with some or all entries of the first operand."""
 
 ADDING = _names("add sub lerp addcmul")
@@ -31,29 +30,13 @@ SOFTMAX = _names("softmax _softmax")
 WRITING = _names("copy index_put fill masked_scatter")
 """In-place operators that write into (a view of) their first operand."""
 
-VIEWING = _names(
-    """
-    view reshape transpose permute slice select narrow t expand expand_as broadcast_to unsqueeze squeeze getitem detach
-    alias movedim moveaxis swapaxes swapdims unflatten flatten diagonal
-    """
-)
+VIEWING = RESHAPING | names_of(Move.PERMUTE, Move.CUT, Move.SPLIT, Move.ITEM) | _names("detach alias")
 """Operators whose result shares memory with the first operand."""
 
-SHAPING = _names(
-    """
-    view reshape _unsafe_view view_as reshape_as transpose permute t numpy_T mT matrix_H swapaxes movedim slice
-    select narrow split split_with_sizes chunk tensor_split unbind expand expand_as unsqueeze squeeze
-    flatten unflatten roll flip repeat repeat_interleave unfold pixel_shuffle pixel_unshuffle diagonal
-    unsafe_chunk unsafe_split broadcast_to moveaxis swapdims tile hsplit vsplit dsplit adjoint ravel
-    """
-)
-"""Operators that are run for real on column indices."""
+SHAPING = RESHAPING | names_of(Move.PERMUTE, Move.REORDER, Move.CUT, Move.SPLIT, Move.REPEAT)
+"""Results made of entries of the first operand alone, at places that the arguments tell."""
 
-JOINING = _names("cat stack concat concatenate hstack vstack dstack column_stack")
-FILLING = _names("slice_scatter select_scatter diagonal_scatter")
-"""Copies of the first operand with a part taken from the second."""
-
-PADDING = _names("pad constant_pad_nd")
+PADDING = names_of(Move.PAD)
 NORMALISING = _names("layer_norm rms_norm native_layer_norm group_norm batch_norm instance_norm")
 POOLING = _names("sum mean amax amin max min cumsum cumprod logcumsumexp std var logsumexp")
 """Operators that pool along the axes that their second argument names."""
@@ -66,9 +49,6 @@ RESIZING = _names(
     """
 )
 """Operators that pool or interpolate along spatial axes, which the sizes tell."""
-
-PICKING = _names("index gather index_select masked_select")
-"""Operators that pick rows, and leave columns alone where they work on other axes."""
 
 CREATING = _names(
     """
@@ -86,12 +66,7 @@ NONLINEAR = _names(
 )
 """Activations, and what written-out ones are made of."""
 
-SELECTING = _names(
-    """
-    transpose permute t mT swapaxes slice select narrow split split_with_sizes chunk unbind squeeze unsqueeze expand
-    getitem index index_select view reshape
-    """
-)
+SELECTING = MOVING | names_of(Move.SPLIT)
 """Operators between a stack of matrices and the ones that a product reads."""
 
 RUNNING = _names(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,11 @@ from torch import Tensor, fx
 
 from graftc.compiler.roles.indices import varying
 from graftc.compiler.roles.maps import columns_along
-from graftc.compiler.roles.operators import JOINING, PICKING, SHAPING
-from graftc.passes.core.ir.program import map_nodes
 from graftc.passes.core.ir.shapes import Sizes
 from graftc.passes.core.sites.calls import op_name
+from graftc.passes.core.sites.moves import BREAKS, HOLE, MOVES, Move, moved, names_of
 
-_MOVING = SHAPING | JOINING | PICKING | {"getitem", "diagonal"}
+_MOVING = frozenset(MOVES) - names_of(Move.COPY, Move.CAST)
 
 
 def keys_are_second(product: fx.Node, between: Sequence[fx.Node], softmax: fx.Node, sizes: Sizes) -> bool | None:
@@ -37,7 +36,7 @@ def keys_are_second(product: fx.Node, between: Sequence[fx.Node], softmax: fx.No
     for axis, second in ((-1, True), (-2, False)):
         try:
             numbers = _moved(product, columns_along(shape, (axis,)), between, sizes)
-        except (RuntimeError, IndexError, TypeError, ValueError):
+        except BREAKS:
             continue
         axes = varying(numbers) if isinstance(numbers, Tensor) else ()
         if isinstance(numbers, Tensor) and axes:
@@ -62,18 +61,16 @@ def _step(node: fx.Node, held: Mapping[fx.Node, Any], sizes: Sizes) -> Any:
     known = [held[n] for n in node.all_input_nodes if held.get(n) is not None]
     if not known:
         return None
-    name, target, value = op_name(node), node.target, node.meta.get("val")
-    if name in _MOVING:
-        assert callable(target)
+    if op_name(node) in _MOVING:
 
-        def fill(source: fx.Node) -> Any:
-            other = source.meta.get("val")
-            if held.get(source) is not None:
-                return held[source]
-            return torch.full(sizes.shape(other), -1) if isinstance(other, Tensor) else sizes.size(other)
+        def operand(leaf: Any) -> Any:
+            if held.get(leaf) is not None:
+                return held[leaf]
+            value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf
+            return torch.full(sizes.shape(value), HOLE) if isinstance(value, Tensor) else sizes.size(value)
 
-        call: Callable[..., Any] = torch.ops.aten.reshape.default if name in ("view", "_unsafe_view") else target
-        return call(*map_nodes(node.args, fill), **map_nodes(node.kwargs, fill))
+        return moved(node, operand)
+    value = node.meta.get("val")
     if not isinstance(value, Tensor) or not isinstance(known[0], Tensor):
         return None
     shape = sizes.shape(value)

@@ -13,8 +13,9 @@ from graftc.compiler.roles.flow import Residual, bits, tensor_nodes
 from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.operators import NORMALISING, PADDING, PASSING, SHAPING
 from graftc.passes.core.sites.calls import op_name
+from graftc.passes.core.sites.moves import Move, names_of
 
-_COPYING = frozenset({"contiguous", "clone", "detach", "alias", "getitem"})
+_ARRANGING = SHAPING | names_of(Move.COPY, Move.ITEM)
 _ENDS = {"attn.o": "attn.sublayer", "ffn.down": "ffn.sublayer", "experts": "ffn.sublayer"}
 
 
@@ -118,7 +119,7 @@ def _normed(labels: Labels, joint: _Joint, branch: fx.Node) -> fx.Node:
         if isinstance(candidate.meta.get("val"), Tensor) and (candidate is base or flow.is_above(base, candidate)):
             node = candidate
             break
-    while node is not base and op_name(node) in SHAPING | PADDING | _COPYING and isinstance(node.args[0], fx.Node):
+    while node is not base and op_name(node) in _ARRANGING | PADDING and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
@@ -150,7 +151,7 @@ def _projection(labels: Labels, joint: _Joint, branch: fx.Node) -> fx.Node:
     found = path[-1]
     shape = labels.flow.sizes.shape(branch.meta["val"])
     for node in reversed(path):
-        if node is not found and op_name(node) not in SHAPING | _COPYING:
+        if node is not found and op_name(node) not in _ARRANGING:
             return found
         if labels.flow.sizes.shape(node.meta["val"]) == shape:
             return node

@@ -7,7 +7,6 @@ between are run on row and column numbers, as broadcast views that cost no memor
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -15,8 +14,7 @@ from torch import Tensor, fx
 from graftc.compiler.roles.flow import Flow
 from graftc.compiler.roles.maps import Linear, columns_along
 from graftc.compiler.roles.operators import PASSING
-from graftc.passes.core.ir.program import map_nodes
-from graftc.passes.core.sites.calls import op_name
+from graftc.passes.core.sites.moves import moved_along
 
 _ELEMENTWISE = PASSING | {"mul", "div", "add"}
 
@@ -38,13 +36,14 @@ def parameter_rows(flow: Flow, linear: Linear) -> tuple[Tensor, int] | None:
     # A matrix may be stored either way round; the first axis of a kernel is its rows.
     for axis in range(2 if len(shape) == 2 else 1):
         total = shape[axis]
-        numbers = _run(flow, chain, columns_along(shape, (axis,)))
+        numbers = moved_along(pairwise(chain), columns_along(shape, (axis,)), flow.number, _ELEMENTWISE)
         if numbers is None or numbers.dim() <= max(linear.out_axes):
             continue
         others = [axis for axis in range(numbers.dim()) if axis not in linear.out_axes]
         oriented = numbers.permute(*linear.out_axes, *others).reshape(linear.out, -1)
         own = oriented[:, 0]
-        if torch.equal(oriented, own[:, None].expand_as(oriented)) and torch.unique(own).numel() == linear.out:
+        same = torch.equal(oriented, own[:, None].expand_as(oriented))
+        if same and bool((own >= 0).all()) and torch.unique(own).numel() == linear.out:
             return own, total
     return None
 
@@ -62,22 +61,3 @@ def _chain(flow: Flow, linear: Linear) -> list[fx.Node] | None:
 
 def _leads_to(flow: Flow, node: fx.Node, parameter: str) -> bool:
     return any(str(n.target) == parameter for n in flow.parameters(node))
-
-
-def _run(flow: Flow, chain: list[fx.Node], numbers: Tensor) -> Tensor | None:
-    held: Any = numbers
-    for before, node in pairwise(chain):
-        if op_name(node) in _ELEMENTWISE:
-            continue
-        current = held
-
-        def argument(source: fx.Node, before: fx.Node = before, current: Any = current) -> Any:
-            return current if source is before else flow.sizes.size(source.meta["val"])
-
-        target = node.target
-        assert callable(target)
-        try:
-            held = target(*map_nodes(node.args, argument), **map_nodes(node.kwargs, argument))
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-            return None
-    return held if isinstance(held, Tensor) else None

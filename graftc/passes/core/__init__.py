@@ -1,1 +1,3 @@
-"""How a graph is held, changed, checked and printed, independent of any method."""
+"""What passes are made of: Programs, weights, sites, the Builder, the base class of methods, operators.
+
+Independent of any method. Imports go one way: ``ops``, ``weights`` < ``ir`` < ``sites`` < ``build`` < ``method``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graftc.passes.core.ir.cleaning import remove_dead
+from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.program import OutputSpec, Program
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -29,7 +30,7 @@ def cut_at_hidden_state(program: Program, outputs: type) -> Program:
         raise GraftError("GC031", "the model returns no hidden states", hint="call the model itself")
     spec = OutputSpec("class", ("last_hidden_state",), (OutputSpec("leaf"),), outputs)
     # It is run and nothing else: what edits replaced behind the cut is not to stay.
-    made = program.copy(outputs=spec, entry="hidden", edits=[], baseline={})
+    made = program.copy(outputs=spec, entry="hidden", edits=Edits(), baseline={})
     (leaves,) = made.output_node.args
     assert isinstance(leaves, tuple | list)
     made.output_node.args = ((leaves[states[-1]],),)

@@ -1,9 +1,9 @@
 """A Program whose sequences have room for virtual tokens, composed of two captures of one model.
 
-The model looks its words up as it does when it is called with token ids; its layers run as when they are called with
-word vectors (the entry ``embeds``), so that every size, mask and position follows from the longer sequence; and what
-comes behind the layers, which may look at ids and labels, runs on what real tokens have. Outputs that hold something
-for each token hold it for the real ones.
+The model looks its tokens up as it does when it is called with token ids; its layers run as when they are called with
+token embeddings (the entry ``embeds``), so that every size, mask and position follows from the longer sequence; and
+what comes behind the layers, which may look at ids and labels, runs on what real tokens have. Outputs that hold
+something for each token hold it for the real ones.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def lengthen(
 
     Args:
         tokens: the capture that takes ids.
-        body: the capture that takes word vectors, of the same outputs but for those that need labels.
+        body: the capture that takes token embeddings, of the same outputs but for those that need labels.
         streams: what to lengthen.
         ends: where layers end: a value of `tokens` and the same in `body`.
         limits: how many tokens the layers read at most, by input of token ids; None where nothing bounds them.
-        counted: positions in `tokens` that are counted by ids, which word vectors do not show, and the same in `body`.
+        counted: positions in `tokens` that are counted by ids, which token embeddings do not show, and the same in
+            `body`.
 
     Raises:
         GraftError: GC019 where what comes behind the layers reads more than their results.

@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import fx
 
 from graftc.passes.core.ir.cleaning import remove_dead
-from graftc.passes.core.ir.program import Edit, Program, follow
+from graftc.passes.core.ir.edits import Edit, Edits
+from graftc.passes.core.ir.program import Program, follow
 
 
 def take_out(program: Program, adaptations: Collection[str]) -> Program:
@@ -16,7 +17,9 @@ def take_out(program: Program, adaptations: Collection[str]) -> Program:
 
     The result reads the base's own tensors, so it computes the adapted function over a Store that holds folded ones.
     """
-    return _take_out(program, lambda edit: edit.adaptation in adaptations)
+    result = _take_out(program, lambda edit: edit.adaptation in adaptations)
+    result.tensor_edits = program.tensor_edits.without(adaptations)
+    return result
 
 
 def _take_out(program: Program, folded: Callable[[Edit], bool]) -> Program:
@@ -30,6 +33,6 @@ def _take_out(program: Program, folded: Callable[[Edit], bool]) -> Program:
             stands_for[edit.after] = before
         else:
             kept.append(edit)
-    result.edits = [replace(e, before=follow(e.before, stands_for)) for e in reversed(kept)]
+    result.edits = Edits(replace(e, before=follow(e.before, stands_for)) for e in reversed(kept))
     remove_dead(result)
     return result

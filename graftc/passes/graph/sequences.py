@@ -26,8 +26,8 @@ class Lengthened:
 
     Attributes:
         ids: the input with its token ids.
-        embeds: the input that takes word vectors instead.
-        value: the word vectors in the capture that takes ids.
+        embeds: the input that takes token embeddings instead.
+        value: the token embeddings in the capture that takes ids.
         added: the runs of each adaptation, with the sites of this sequence that it adapts.
     """
 
@@ -54,7 +54,7 @@ class Sequenced:
     """A lengthened sequence with the inputs that go along with it.
 
     Attributes:
-        values: the word vectors and the inputs beside them, as they are so far, by name.
+        values: the token embeddings and the inputs beside them, as they are so far, by name.
         numbers: positions that are counted by the ids of tokens, which go along then.
     """
 

@@ -26,7 +26,7 @@ TRIPLET = ("A", "E", "B")
 """The parameters of a site; triplet i is a row of A, an element of E and a column of B."""
 
 
-class Budget(Controller[AdaLoRA]):
+class RankBudget(Controller[AdaLoRA]):
     """The ranks that all sites share: how many are left after a step, and which.
 
     Importance of an entry is the product of two moving averages: of ``I = |w dL/dw|`` with ``beta1``, and of the
@@ -163,7 +163,7 @@ class AdaLoRAMethod(Method[AdaLoRA]):
     """
 
     spec_class = AdaLoRA
-    controller = Budget
+    controller = RankBudget
     objective = Orthogonality
 
     def prepare(self, spec: AdaLoRA, sites: Sequence[Site], build: Builder) -> None:

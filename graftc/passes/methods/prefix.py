@@ -14,7 +14,7 @@ from graftc.passes.core.build.base_activations import read_tokens
 from graftc.passes.core.build.builder import Builder, Initialiser
 from graftc.passes.core.method.lowrank import normal, uniform, zeros
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import AttentionSite, Operands, Positions, Site, SiteKey
+from graftc.passes.core.sites.sites import AttentionOperands, AttentionSite, Positions, Site, SiteKey
 from graftc.passes.core.weights.folds import Fold, Keep
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -164,7 +164,7 @@ def _check_table(spec: PrefixSpec, positions: Positions) -> None:
         raise GraftError("GC020", message, place=Place(path="length"), hint="use positions: unshifted")
 
 
-def _operands(site: Site) -> Operands:
+def _operands(site: Site) -> AttentionOperands:
     assert isinstance(site, AttentionSite)
     if site.operands is None:
         message = f"the keys of {site.key} cannot be followed head by head"

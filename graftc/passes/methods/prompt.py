@@ -1,4 +1,4 @@
-"""Prompt tuning (Lester et al. 2021, arXiv:2104.08691): trained word vectors of virtual tokens."""
+"""Prompt tuning (Lester et al. 2021, arXiv:2104.08691): trained token embeddings of virtual tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ S = TypeVar("S", bound=VirtualTokenSpec)
 
 
 class VirtualTokenMethod(Method[S]):
-    """``[P; E(x)]`` with ``P: [tokens, width]``: the vectors of virtual tokens, where words are looked up."""
+    """``[P; E(x)]`` with ``P: [tokens, width]``: the vectors of virtual tokens, where tokens are looked up."""
 
     def insert(self, spec: S, site: Site, shared: Any, build: Builder) -> None:
         """Give the virtual tokens their vectors.

@@ -4,13 +4,13 @@ backward pass instead of keeping it."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import fx
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.ir.program import Edit, Program, provenance
+from graftc.passes.core.ir.edits import Edit
+from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.ops.sparse import SAMPLED_BELOW
 from graftc.passes.methods.selection import SparseTensors
@@ -58,8 +58,7 @@ def _take_over(build: Builder, node: fx.Node, weight: fx.Node) -> None:
 def _redirect(program: Program, before: fx.Node, after: fx.Node, origin: dict[str, str]) -> None:
     """Make ``after`` the base's own result, below everything that is inserted at the site."""
     before.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
-    program.edits[:] = [replace(e, before=after) if e.before is before else e for e in program.edits]
-    program.edits.append(Edit(origin.get("adaptation", ""), origin.get("site", ""), before, after))
+    program.edits.add(Edit(origin.get("adaptation", ""), origin.get("site", ""), before, after))
 
 
 def _is_sampled(

@@ -147,7 +147,7 @@ class AdapterTensor(Record):
     """Of its values."""
 
 
-class Place(Record):
+class PlaceRecord(Record):
     """One adapted place."""
 
     adaptation: str
@@ -254,7 +254,7 @@ class Graph(Record):
     """Digest of everything its outputs depend on."""
 
 
-class Signature(Record):
+class SignatureRecord(Record):
     """One set of inputs with its graphs."""
 
     inputs: tuple[Input, ...]
@@ -267,8 +267,8 @@ class Signature(Record):
     """Inputs by which a call chooses among adaptations."""
 
     captures: tuple[Captured, ...]
-    """What was captured: train mode, and eval mode where it could not be derived; with token ids, and with word vectors
-    where there are virtual tokens."""
+    """What was captured: train mode, and eval mode where it could not be derived; with token ids, and with token
+    embeddings where there are virtual tokens."""
 
     graphs: dict[GraphName, Graph]
     """Adapted graphs, those of the base, and what that is composed of where there are virtual tokens; none where one
@@ -303,10 +303,10 @@ class Manifest(Record):
     base: Base
     """The model that it adapts."""
 
-    signatures: Annotated[tuple[Signature, ...], Field(min_length=1)]
+    signatures: Annotated[tuple[SignatureRecord, ...], Field(min_length=1)]
     """Sets of inputs; the first is the one that the spec was resolved on."""
 
-    sites: tuple[Place, ...]
+    sites: tuple[PlaceRecord, ...]
     """Every adapted place."""
 
     trained: tuple[Trained, ...]

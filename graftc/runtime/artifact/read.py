@@ -31,7 +31,7 @@ from graftc.runtime.artifact.manifest import (
     AdapterTensor,
     Captured,
     Manifest,
-    Signature,
+    SignatureRecord,
     damaged,
     read_manifest,
     unsafe,
@@ -138,7 +138,7 @@ class Artifact:
             raise GraftError("GC091", f"{self.path} has no graphs", hint="graftc.load(path) captures the model anew")
         return self._read(graph.file, kind, entry, torch.device("cpu"))
 
-    def _read(self, file: str, kind: str, signature: Signature, device: torch.device) -> Program:
+    def _read(self, file: str, kind: str, signature: SignatureRecord, device: torch.device) -> Program:
         """The graph of a file, which has to be what its signature says.
 
         Raises:
@@ -153,7 +153,7 @@ class Artifact:
             raise damaged(str(self.path), file, f"holds another graph: {flaw}")
         return program
 
-    def _flaw(self, program: Program, kind: str, signature: Signature) -> str | None:
+    def _flaw(self, program: Program, kind: str, signature: SignatureRecord) -> str | None:
         if program.mode != kind.rpartition(".")[2]:
             return f"one of {program.mode} mode"
         if not kind.startswith("embeds.") and dict(program.flags) != dict(signature.flags):
@@ -194,7 +194,12 @@ class Artifact:
         return found
 
     def _capture(
-        self, captured: Captured, file: str, signature: Signature, constants: Mapping[str, Tensor], device: torch.device
+        self,
+        captured: Captured,
+        file: str,
+        signature: SignatureRecord,
+        constants: Mapping[str, Tensor],
+        device: torch.device,
     ) -> Capture:
         program = self._read(file, captured.graph, signature, device)
         # What comes after capturing writes its own history.

@@ -19,7 +19,7 @@ class KeptCertificate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
-    class Site(BaseModel):
+    class SiteRecord(BaseModel):
         """One folded place."""
 
         model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
@@ -32,7 +32,7 @@ class KeptCertificate(BaseModel):
     additions: tuple[str, ...]
     dtype: str
     fingerprint: str
-    sites: tuple[Site, ...]
+    sites: tuple[SiteRecord, ...]
     outputs: dict[str, float]
 
 

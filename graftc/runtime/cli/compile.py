@@ -21,13 +21,13 @@ def compile(
         bool, typer.Option("--certify/--no-certify", help="Fold, and put the certificate into the artifact.")
     ] = True,
     full: Annotated[
-        bool, typer.Option("--full", help="Recognise the base by all its values, not by a sample of each tensor.")
+        bool, typer.Option("--full", help="Identify the base by all its values instead of a sample of each tensor.")
     ] = False,
     dry_run: DryRun = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Compile a spec against a model and write an artifact: adapters, graphs, places, and where the base is."""
+    """Compile a spec against a model and write an artifact: adapters, graphs, sites, and a reference to the base."""
     from graftc.runtime.cli.output import print_json, steps, working
     from graftc.specs.io import load_spec
 

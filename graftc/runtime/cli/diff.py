@@ -19,7 +19,7 @@ _Artifact = Annotated[Path, typer.Argument(help="An artifact.", show_default=Fal
 
 
 def diff(a: _Artifact, b: _Artifact, json: Json = False) -> None:
-    """Show what differs between two artifacts: base, spec, places, tensors, graph. Exit status 1 if anything does."""
+    """Show what differs between two artifacts: base, spec, sites, tensors, graph. Exit status 1 if anything does."""
     from graftc.runtime.cli.output import print_json, working
 
     with working(json) as warnings:

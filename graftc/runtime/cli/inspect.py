@@ -31,8 +31,10 @@ class GraphMode(StrEnum):
 def inspect(
     directory: ArtifactArgument,
     graph: Annotated[bool, typer.Option("--graph", help="Print the rewritten graph.")] = False,
-    diff: Annotated[bool, typer.Option("--diff", help="Print what changed, layers that changed alike once.")] = False,
-    history: Annotated[bool, typer.Option("--history", help="Print what every pass did.")] = False,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Print what changed; layers with equal changes are shown once.")
+    ] = False,
+    history: Annotated[bool, typer.Option("--history", help="Print what each pass did.")] = False,
     tree: Annotated[
         bool, typer.Option("--tree", help="Print the model's modules with what was added to them.")
     ] = False,
@@ -41,7 +43,7 @@ def inspect(
         typer.Option(
             "--explain",
             metavar="NAME",
-            help="Say why something is there: a printed value, an fx node, a module, a place or a tensor.",
+            help="Explain where something comes from: a printed value, an fx node, a module, a site or a tensor.",
             show_default=False,
         ),
     ] = None,

@@ -27,13 +27,16 @@ def merge(
     budget: Budget = None,
     partial: Annotated[
         bool,
-        typer.Option("--partial", help="Fold what folds; where something does not, write an artifact with its base."),
+        typer.Option(
+            "--partial",
+            help="Fold what can be folded; if something remains, write an artifact together with its new base.",
+        ),
     ] = False,
     dry_run: DryRun = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Fold, certify, and write a folder that transformers loads. What cannot fold is refused by name."""
+    """Fold, certify, and write a folder that transformers loads. What cannot be folded is named in the error."""
     from graftc.runtime.cli.output import print_json, steps, time_left, working
 
     to = destination(out, dry_run=dry_run)

@@ -31,7 +31,7 @@ __all__ = [
 
 _MODEL_HELP = (
     "A transformers folder, a hub id, or package.module:callable; the callable returns the model, or (model, "
-    "example_inputs) where graftc cannot tell its inputs: tensors by name, or in the order of forward's parameters."
+    "example_inputs) if graftc cannot infer its inputs: tensors by name, or in the order of forward's parameters."
 )
 
 
@@ -57,7 +57,7 @@ BaseOption: TypeAlias = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="The base, where it is not the one that the artifact names. " + _MODEL_HELP,
+        help="The base, if it is not the one that the artifact names. " + _MODEL_HELP,
         show_default=False,
         autocompletion=completion.models,
     ),
@@ -72,8 +72,8 @@ Budget: TypeAlias = Annotated[
         show_default=False,
     ),
 ]
-DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Do all of it but write nothing.")]
-Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
+DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Do everything except writing.")]
+Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite --out if it exists.")]
 FormatOption: TypeAlias = Annotated[
     ExportFormat, typer.Option("--format", "-f", help="What to write.", show_default=False)
 ]

@@ -1,4 +1,4 @@
-"""``graftc roles``: what a model's weights do, and why that is believed."""
+"""``graftc roles``: what a model's weights do, with the evidence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``graftc verify``: work out anew what an artifact says of itself."""
+"""``graftc verify``: recompute what an artifact states about itself."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def verify(
     directory: ArtifactArgument,
     model: BaseOption = None,
     files_only: Annotated[
-        bool, typer.Option("--files-only", help="Look at the files only; the base is not needed.")
+        bool, typer.Option("--files-only", help="Check the files only; the base is not needed.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Recompute an artifact's hashes, base, places, graphs and certificate, or the hashes of a merged folder."""
+    """Recompute an artifact's hashes, base, sites, graphs and certificate, or the hashes of a merged folder."""
     from graftc.runtime.cli.output import console, print_json, print_table, steps, working
 
     with working(json) as warnings, steps(json) as step:

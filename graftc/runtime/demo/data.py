@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_TOKENS",
+    "DataSplit",
     "Dataset",
     "Encoded",
-    "Split",
     "encode",
     "evaluation_batches",
     "find_data",
@@ -44,7 +44,7 @@ _HEADER_LINES = 3
 
 
 @dataclass(frozen=True)
-class Split:
+class DataSplit:
     """Texts and the index of each one's label."""
 
     texts: tuple[str, ...]
@@ -53,12 +53,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def subset(self, size: int, seed: int = 0) -> Split:
+    def subset(self, size: int, seed: int = 0) -> DataSplit:
         """``size`` examples drawn without replacement, in their original order; all of them if fewer."""
         if size >= len(self):
             return self
         chosen = sorted(random.Random(seed).sample(range(len(self)), size))
-        return Split(tuple(self.texts[i] for i in chosen), tuple(self.labels[i] for i in chosen))
+        return DataSplit(tuple(self.texts[i] for i in chosen), tuple(self.labels[i] for i in chosen))
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Dataset:
     """A text classification task: the label names, sorted, and its standard splits."""
 
     names: tuple[str, ...]
-    train: Split
-    test: Split
+    train: DataSplit
+    test: DataSplit
 
 
 @dataclass(frozen=True)
@@ -161,13 +161,13 @@ def load_r8(folder: Path | None = None) -> Dataset:
     if unseen:
         raise _missing(f"reuters-r8-test.tab has labels that the training split lacks: {', '.join(unseen)}")
 
-    def split(rows: list[tuple[str, str]]) -> Split:
-        return Split(tuple(text for _, text in rows), tuple(index[label] for label, _ in rows))
+    def split(rows: list[tuple[str, str]]) -> DataSplit:
+        return DataSplit(tuple(text for _, text in rows), tuple(index[label] for label, _ in rows))
 
     return Dataset(names, split(train), split(test))
 
 
-def encode(tokenizer: Any, split: Split, max_tokens: int = MAX_TOKENS) -> Encoded:
+def encode(tokenizer: Any, split: DataSplit, max_tokens: int = MAX_TOKENS) -> Encoded:
     """Tokenize a split with a transformers tokenizer, cutting texts at ``max_tokens``."""
     ids = tokenizer(list(split.texts), truncation=True, max_length=max_tokens, padding=False)["input_ids"]
     return Encoded(tuple(tuple(row) for row in ids), split.labels, int(tokenizer.pad_token_id))

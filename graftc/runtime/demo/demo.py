@@ -27,8 +27,8 @@ from rich.text import Text
 
 from graftc.compiler.missing_weights import require_weights
 from graftc.runtime.demo.baseline import embed, logistic_regression
-from graftc.runtime.demo.data import Dataset, Encoded, Split, encode, find_model, load_r8, training_batches
-from graftc.runtime.demo.result import Agreement, DemoResult
+from graftc.runtime.demo.data import Dataset, DataSplit, Encoded, encode, find_model, load_r8, training_batches
+from graftc.runtime.demo.result import DemoResult, PredictionAgreement
 from graftc.runtime.demo.training import Scores, predict, score, train_classifier
 from graftc.runtime.files import check_apart
 from graftc.runtime.models import from_checkpoint, quiet_transformers
@@ -113,7 +113,7 @@ class _Demo:
         self.train, self.test = (self._encode(data.train, plan.train), self._encode(data.test, plan.test))
         self.seconds: dict[str, float] = {}
 
-    def _encode(self, split: Split, size: int | None) -> Encoded:
+    def _encode(self, split: DataSplit, size: int | None) -> Encoded:
         return encode(self.tokenizer, split if size is None else split.subset(size, _SEED))
 
     def run(self) -> DemoResult:
@@ -262,7 +262,7 @@ class _Demo:
             f"the folded graph is the base's graph"
         )
 
-    def _reload(self, merged: Merged, logits: torch.Tensor) -> Agreement:
+    def _reload(self, merged: Merged, logits: torch.Tensor) -> PredictionAgreement:
         from transformers import AutoModelForSequenceClassification
 
         folder = self.out / _FILES["transformers folder"]
@@ -271,7 +271,7 @@ class _Demo:
         plain = AutoModelForSequenceClassification.from_pretrained(folder)
         return self._agreement("plain transformers", self._logits(plain), logits)
 
-    def _onnx(self, merged: Merged, logits: torch.Tensor) -> Agreement:
+    def _onnx(self, merged: Merged, logits: torch.Tensor) -> PredictionAgreement:
         import onnxruntime
 
         path = self.out / _FILES["onnx"]
@@ -288,10 +288,10 @@ class _Demo:
             found = predict(forward, self.test, on_batch=advance)
         return self._agreement("ONNX Runtime", found, logits)
 
-    def _agreement(self, what: str, found: torch.Tensor, logits: torch.Tensor) -> Agreement:
+    def _agreement(self, what: str, found: torch.Tensor, logits: torch.Tensor) -> PredictionAgreement:
         same = (found.argmax(1) == logits.argmax(1)).double().mean().item()
         difference = (found.double() - logits.double()).abs().max().item()
-        agreement = Agreement(same, difference, _TOLERANCE)
+        agreement = PredictionAgreement(same, difference, _TOLERANCE)
         self.console.print(
             f"{what}: {100 * same:.2f} % of the predictions are the same, "
             f"logits differ by at most {difference:.1e} (allowed {agreement.tolerance:.1e})"

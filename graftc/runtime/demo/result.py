@@ -7,11 +7,11 @@ from typing import Any
 
 from graftc.runtime.demo.training import Scores
 
-__all__ = ["Agreement", "DemoResult"]
+__all__ = ["DemoResult", "PredictionAgreement"]
 
 
 @dataclass(frozen=True)
-class Agreement:
+class PredictionAgreement:
     """How well another form of the trained model agrees with it on the test split.
 
     Attributes:
@@ -62,8 +62,8 @@ class DemoResult:
     baseline: Scores | None
     report: dict[str, Any]
     certificate: dict[str, Any]
-    transformers: Agreement
-    onnx: Agreement
+    transformers: PredictionAgreement
+    onnx: PredictionAgreement
     seconds: dict[str, float] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.steps import site_steps
-from graftc.compiler.inspect.report import owner_of
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.compose import Unit
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.passes.core.sites.sites import LinearSite, SiteKey
 from graftc.passes.core.weights.folds import FoldStep
+from graftc.passes.core.weights.names import adapter_name, owner_of
 from graftc.specs.arguments import kind_of
 from graftc.specs.compose import Bank, Stack
 from graftc.specs.document import Spec
-from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.diagnostics import GraftError, unknown_name
 from graftc.specs.methods.lora import LoRA
 
 if TYPE_CHECKING:
@@ -121,9 +121,7 @@ def _chosen(compilation: Compilation, names: Sequence[str]) -> list[Resolved]:
         raise GraftError("GC073", f"the names are {kind_of(names)}", hint="give a list of adaptations")
     for name in names:
         if name not in known:
-            close = nearest(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
-            raise GraftError("GC091", f"there is no adaptation {name!r}", hint=hint)
+            raise unknown_name("adaptation", name, known)
     chosen = [known[name] for name in names]
     if len(set(names)) < max(2, len(names)):
         raise GraftError("GC002", "combining takes two or more adaptations, each once")
@@ -267,8 +265,7 @@ def _named(
         )
         tensor = "" if site.key.name == "weight" else site.key.name
         for part, value in zip("AB", padded, strict=True):
-            words = [site.key.module, "graftc", name, tensor, site.key.part, part]
-            values[".".join(w for w in words if w)] = value.to(site.dtype)
+            values[adapter_name(site.key.module, name, tensor, site.key.part, part)] = value.to(site.dtype)
     return values
 
 

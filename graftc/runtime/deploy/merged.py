@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.capture.fingerprint import identify
-from graftc.compiler.capture.samples import sample_inputs
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import program_of
 from graftc.compiler.folding.certificate import DEFAULT_BUDGET, Certificate
 from graftc.compiler.folding.certify import Advance, Folded, added_bias, fold_tensors
 from graftc.compiler.folding.collapse import collapse_evidence
 from graftc.compiler.folding.differences import largest_difference, largest_number
-from graftc.compiler.folding.foldable import Foldable, foldable
-from graftc.compiler.inspect.report import owner_of
+from graftc.compiler.folding.fold_plan import FoldPlan, fold_plan
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
+from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.remove_folded import take_out
@@ -46,7 +46,7 @@ class MergedRunner(Exporting):
 
     certificate: Certificate
 
-    def __init__(self, compilation: Compilation, fold: Foldable, made: Folded) -> None:
+    def __init__(self, compilation: Compilation, fold: FoldPlan, made: Folded) -> None:
         self._additions = made.additions
         self.folded, self.kept = fold.names, fold.reasons()
         super().__init__(compilation, _folded_store(compilation.model, compilation.store, fold, made))
@@ -194,7 +194,7 @@ def fold(
     compilation = runner.compilation
     if runner.device.type == "meta":
         raise GraftError("GC050", "there is nothing to fold on the meta device", hint="compile a model with weights")
-    found = foldable(compilation)
+    found = fold_plan(compilation)
     if every and found.kept:
         raise next(iter(found.kept.values()))
     # What stays in the graph is not the fold's: it is left out where the fold is looked at by itself.
@@ -220,7 +220,7 @@ def certificate_of(compiled: Compiled | CompiledRunner) -> tuple[Certificate | N
     return (merged.certificate if merged.folded else None), dict(merged.kept)
 
 
-def _folded_store(model: nn.Module, store: Store, fold: Foldable, made: Folded) -> Store:
+def _folded_store(model: nn.Module, store: Store, fold: FoldPlan, made: Folded) -> Store:
     folded = Store()
     folded.shape(model)
     for name, tensor in store.base():
@@ -252,7 +252,7 @@ def _add(folded: Store, store: Store, name: str, value: Tensor) -> None:
 def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budget: float | None) -> Certificate:
     compilation, additions = compiled.compilation, merged._additions
     base = compilation.program("eval", "base")
-    inputs = sample_inputs(
+    inputs = random_inputs(
         compilation.program("train", "base"), compilation.store, config=getattr(compiled, "config", None)
     )
     unfolded, folded = compiled.in_eval(inputs), merged.in_eval(inputs)

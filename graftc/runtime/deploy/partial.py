@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from graftc.compiler.capture.samples import sample_inputs
+from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.certificate import Certificate
 from graftc.compiler.folding.certify import Advance
 from graftc.compiler.folding.collapse import collapsed_spec, collapsed_values
 from graftc.compiler.folding.differences import largest_difference
-from graftc.compiler.inspect.report import owner_of
 from graftc.compiler.inspect.snapshot import adapter_values
-from graftc.compiler.resolve.resolver import TRAIN
 from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.resolve.train import TRAIN
+from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
 from graftc.runtime.deploy.merged import Merged, fold, require_passed
@@ -159,7 +159,7 @@ def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | Non
 def _with_outputs(certificate: Certificate, before: CompiledRunner, after: CompiledRunner) -> Certificate:
     """The certificate with the largest difference of either: of folding, and of compiling anew on the result."""
     base = before.compilation.program("train", "base")
-    inputs = sample_inputs(base, before.compilation.store, config=getattr(before, "config", None))
+    inputs = random_inputs(base, before.compilation.store, config=getattr(before, "config", None))
     found = [model.in_eval(inputs) for model in (before, after)]
     outputs = dict(certificate.outputs)
     for name, a, b in zip(base.outputs.names, *found, strict=True):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
-from graftc.compiler.inspect.report import owner_of
 from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.passes.core.ir.program import Program
+from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.store import Store
-from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 if TYPE_CHECKING:
     from graftc.runtime.model.runner import ModelRoot, ModelRunner
@@ -39,9 +39,7 @@ def require_known(runner: ModelRunner | ModelRoot, names: Iterable[str]) -> None
     known = list(dict.fromkeys([*runner._compilation.spec.owners, *(owner_of(name) for name, _ in tensors)]))
     for name in names:
         if name not in known:
-            close = nearest(name, known)
-            hint = f"did you mean {close[0]!r}?" if close else f"there is: {', '.join(known) or 'none'}"
-            raise GraftError("GC091", f"there is no adaptation {name!r}", hint=hint)
+            raise unknown_name("adaptation", name, known)
 
 
 def tensors_of(runner: ModelRunner, program: Program, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:

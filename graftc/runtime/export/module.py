@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from graftc.compiler.capture.samples import sample_inputs
+from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.capture.signature import Axis, tie_sizes
 from graftc.passes.core.ir.codegen import function_of
 from graftc.passes.core.ir.program import Program
@@ -92,10 +92,10 @@ class ExportModule:
         return inputs
 
     def _sample(self, seed: int, sizes: tuple[int, int]) -> dict[str, Tensor]:
-        inputs = sample_inputs(self._base, self._tensors, seed, sizes, self.config, front=False)
+        inputs = random_inputs(self._base, self._tensors, seed, sizes, self.config, front=False)
         chosen = [name for name in self.program.signature if name not in inputs]
         if chosen:
-            every = sample_inputs(self.program, self._tensors, seed, sizes, front=False)
+            every = random_inputs(self.program, self._tensors, seed, sizes, front=False)
             inputs |= {name: every[name] for name in chosen}
         return inputs
 

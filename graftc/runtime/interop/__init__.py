@@ -1,1 +1,3 @@
-"""Models and files of other libraries."""
+"""Models and files of other libraries.
+
+What they wrote is read as data and never trusted."""

@@ -17,7 +17,7 @@ from graftc.compiler.missing_weights import require_weights
 from graftc.compiler.pipeline import add_signature, compile_model
 from graftc.passes.core.ir import program_key as keys
 from graftc.passes.core.ir.printer import structural_hash
-from graftc.runtime.artifact.manifest import MANIFEST, Signature, damaged
+from graftc.runtime.artifact.manifest import MANIFEST, SignatureRecord, damaged
 from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.compiled import make_compiled
 from graftc.runtime.loading.base import find_base
@@ -175,7 +175,7 @@ def check_graphs(artifact: Artifact, compilation: Compilation) -> None:
             raise GraftError("GC088", message, hint="compile the spec again")
 
 
-def different_graph(kept: Signature, compilation: Compilation, signature: keys.Signature) -> str | None:
+def different_graph(kept: SignatureRecord, compilation: Compilation, signature: keys.Signature) -> str | None:
     """The first graph of a signature that is another than a Compilation's; None where all are the same."""
     programs, canonical = compilation.graphs(signature), compilation.store.canonical
     for kind, graph in kept.graphs.items():

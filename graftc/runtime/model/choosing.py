@@ -12,15 +12,14 @@ from torch import Tensor
 from graftc.compiler.capture.interface import COUNT, dtype_of
 from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.inspect.report import owner_of
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.compose import ACTIVE
-from graftc.compiler.resolve.resolver import TRAIN
+from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.build.batch import BATCH
-from graftc.passes.core.weights.store import RESERVED
+from graftc.passes.core.weights.names import adapter_name, owner_of, renamed
 from graftc.specs.compose import Bank, CompositionSpec, Parallel
 from graftc.specs.document import Spec
-from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.diagnostics import GraftError, nearest, unknown_name
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
@@ -144,7 +143,7 @@ class Choosing:
         """
         found = _bank(self._compilation.spec, bank)
         slot = slot_of(found, choice)
-        self._compilation.store.get(f"{RESERVED}.{found.name}.{ACTIVE}").fill_(slot)
+        self._compilation.store.get(adapter_name("", str(found.name), ACTIVE)).fill_(slot)
 
     def active(self, bank: str | None = None) -> str:
         """The name of the adaptation that calls use which choose none.
@@ -153,7 +152,7 @@ class Choosing:
             GraftError: GC091 where there is no such bank.
         """
         found = _bank(self._compilation.spec, bank)
-        return found.members[int(self._compilation.store.get(f"{RESERVED}.{found.name}.{ACTIVE}"))]
+        return found.members[int(self._compilation.store.get(adapter_name("", str(found.name), ACTIVE)))]
 
     def train_only(self, *names: str) -> None:
         """Let only these adaptations train from now on, all of them where none is named.
@@ -169,9 +168,7 @@ class Choosing:
         known = [*self._compilation.spec.owners, TRAIN]
         for name in names:
             if name not in known:
-                close = nearest(name, known)
-                hint = f"did you mean {close[0]!r}?" if close else f"there is: {', '.join(known)}"
-                raise GraftError("GC091", f"there is no adaptation {name!r}", hint=hint)
+                raise unknown_name("adaptation", name, known)
         for fqn, tensor in self._trainable.items():
             tensor.requires_grad_(not names or owner_of(fqn) in names)
 
@@ -208,9 +205,10 @@ def _bank(spec: Spec, name: str | None) -> CompositionSpec:
     banks = {str(c.name): c for c in spec.compose if isinstance(c, Bank)}
     if name is None and len(banks) == 1:
         return next(iter(banks.values()))
-    if name is None or name not in banks:
-        known = ", ".join(banks) or "none"
-        raise GraftError("GC091", f"there is no bank {name!r}" if name else "which bank?", hint=f"there is: {known}")
+    if name is None:
+        raise GraftError("GC091", "which bank?", hint=f"there is: {', '.join(banks) or 'none'}")
+    if name not in banks:
+        raise unknown_name("bank", name, banks)
     return banks[name]
 
 
@@ -238,7 +236,7 @@ def _values(
     terms: dict[str, list[Tensor]] = {}
     for fqn, tensor in adapter_values(compilation.store):
         owner = owner_of(fqn)
-        own = _renamed(fqn, name) if owner else fqn
+        own = renamed(fqn, name)
         if owner == bank.name:
             found |= {} if fqn.endswith(f".{ACTIVE}") else {own: tensor}
         elif owner in factors:
@@ -246,9 +244,3 @@ def _values(
         elif owner not in bank.members:
             found[fqn] = tensor
     return found | {own: each[0] if len(each) == 1 else torch.stack(each).sum(0) for own, each in terms.items()}
-
-
-def _renamed(fqn: str, owner: str) -> str:
-    segments = fqn.split(".")
-    segments[segments.index(RESERVED) + 1] = owner
-    return ".".join(segments)

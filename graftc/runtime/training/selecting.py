@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.capture.fingerprint import identify
-from graftc.compiler.inspect.report import owner_of
 from graftc.compiler.inspect.snapshot import adapter_values
-from graftc.compiler.resolve.resolver import TRAIN, Resolved
+from graftc.compiler.resolve.resolver import Resolved
+from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.steering import live_places
 from graftc.passes.core.method.base_gradients import BaseGradients
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.method.scoring import Scoring
+from graftc.passes.core.weights.names import owner_of
 from graftc.passes.methods.selection import SELECTED
 from graftc.runtime.model.blocks import Runner
 from graftc.runtime.model.runner import in_eval_mode, runner_of

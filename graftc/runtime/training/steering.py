@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.capture.isolation import is_traced
-from graftc.compiler.inspect.report import owner_of
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.steering import Steerings, live_places, steerings
 from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.training.repeated import Repeated
-from graftc.specs.errors.diagnostics import GraftError, nearest, warn
+from graftc.specs.errors.diagnostics import unknown_name, warn
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -206,8 +206,5 @@ class Steered(Repeated):
     def _named(self, name: str) -> Resolved:
         known = {resolved.name: resolved for resolved in self._compilation.main.resolved}
         if name not in known:
-            close = nearest(name, known) or list(known)
-            raise GraftError(
-                "GC091", f"there is no adaptation {name!r}", hint=f"there is {close[0]!r}" if close else None
-            )
+            raise unknown_name("adaptation", name, known)
         return known[name]

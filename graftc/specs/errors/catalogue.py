@@ -55,7 +55,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Correct the spelling as the hint says, or remove the field. `graftc methods NAME` lists the fields of a method."),
     ("GC004", _SPEC, "a method is unknown",
      "No built-in method and no installed plugin has this tag.",
-     "Take a tag that `graftc methods` lists. Where the method is a plugin's, install its package here."),
+     "Use a tag that `graftc methods` lists. If the method comes from a plugin, install its package in this "
+     "environment."),
     ("GC005", _SPEC, "two adaptations have the same name",
      "A name prefixes the tensors of its adaptation, so it must be unique.",
      "Rename one of the adaptations, or leave out the names: each then gets one of its own."),
@@ -81,10 +82,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     # What a spec says of a model.
     ("GC011", _SPEC, "a pattern matches nothing",
      "Every list item, brace branch, layer entry, exclusion and override must match a site, and one of them does not.",
-     "Correct the pattern as the hint says, or remove it. `graftc roles MODEL` lists the places of a model."),
+     "Correct the pattern or remove it. `graftc roles MODEL` lists the sites of a model."),
     ("GC012", _SPEC, "a role is unknown",
      "There is no role of this name.",
-     "Take a role of the spec reference. Roles have no wildcards; braces are allowed: `attn.{q,v}`."),
+     "Use a role listed in the spec reference. Roles have no wildcards; braces are allowed: `attn.{q,v}`."),
     ("GC013", _SPEC, "a different number of sites was expected",
      "`expect` states how many sites must be left after all narrowing, and the actual number differs.",
      "Compare the counts in the message with what was meant; then correct the target, or `expect`."),
@@ -93,7 +94,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Widen `layers` or narrow `exclude`; the message counts what was left after each of them."),
     ("GC015", _SPEC, "a role is absent",
      "The model, or some of its layers, has no site with this role.",
-     "`graftc roles MODEL` shows what was found, and why the rest was not. Name the place with `modules`, or limit the "
+     "`graftc roles MODEL` shows what was found, and why the rest was not. Name the site with `modules`, or limit the "
      "target with `layers` or `expect`."),
     ("GC016", _SPEC, "the method does not take such sites",
      "Each method adapts only certain kinds of site, and these sites are of another kind.",
@@ -101,12 +102,12 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC017", _SPEC, "the site cannot be adapted",
      "Its weight does not belong to a linear map, or the model reads it as more than some rows of one stored tensor. "
      "Or a method needs the weight as adapted so far, and the adaptations already there do not have one.",
-     "Leave it out with `exclude`, or adapt a neighbouring place. Put the method that needs the weight first."),
+     "Leave it out with `exclude`, or adapt a neighbouring site. Put the method that needs the weight first."),
     ("GC018", _SPEC, "tokens cannot be added",
      "The model does not state which table holds its token embeddings, or reads it in a way that does not allow new "
      "rows.",
-     "Use a model with `get_input_embeddings` and `resize_token_embeddings`, as those of transformers. A `first` that "
-     "leaves a gap has to be smaller."),
+     "Use a model with `get_input_embeddings` and `resize_token_embeddings`, as transformers models have. If `first` "
+     "leaves a gap, lower it."),
     ("GC019", _SPEC, "virtual tokens do not fit the model",
      "Virtual tokens are inserted among the token embeddings, so the model must accept these in place of token ids "
      "(`inputs_embeds`), and whatever follows its layers must not need anything else about them.",
@@ -119,17 +120,18 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC021", _SPEC, "two owners of the same rows",
      "Two adaptations change partially overlapping rows of one tensor, both train the tensor itself, or one would "
      "train a value that the other treats as constant.",
-     "Leave the place out of one of them, or name exactly the same rows in both, which stacks them. What trains the "
-     "tensor itself goes first."),
+     "Leave the site out of one of them, or name exactly the same rows in both, which stacks them. The adaptation that "
+     "trains the tensor itself must come first."),
     ("GC022", _SPEC, "a tied weight cannot be folded",
      "The tensor has another reader, and folding it, or training it in full, would change that reader as well.",
-     "Leave the place out, or break the tie in the model before compiling. Unfolded, the model runs and exports."),
+     "Leave the site out, or break the tie in the model before compiling. The unfolded model still runs and exports."),
     ("GC023", _SPEC, "no gradient path",
      "No output of the model depends on a trainable tensor, so the tensor would never be trained.",
-     "Leave the place out of the target or of `train`, or use a model class whose outputs depend on it."),
+     "Leave the site out of the target or of `train`, or use a model class whose outputs depend on it."),
     ("GC024", _WARNING, "a weight has readers that are not adapted",
      "The site trains, but folding it would change the other readers, so merging will be refused (GC022).",
-     "Nothing, if the adapted model is never merged. Otherwise leave the place out, or break the tie in the model."),
+     "No action is needed if the adapted model is never merged. Otherwise leave the site out, or break the tie in the "
+     "model."),
 
     # Capturing and running a model.
     ("GC025", _WARNING, "training hooks were never called",
@@ -140,25 +142,25 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC026", _SPEC, "a schedule does not fit the training run",
      "The adaptation changes over the whole training run, and either the total number of steps is not known, or its "
      "phases leave no step between them.",
-     "Call `compiled.begin(total_steps)` before training, or give the Trainer `compiled.callback()`. Shorten the "
-     "phases of the spec where the message names them."),
+     "Call `compiled.begin(total_steps)` before training, or give the Trainer `compiled.callback()`. If the message "
+     "names phases of the spec, shorten them."),
     ("GC027", _SPEC, "there is nothing to untie",
      "The modules named in `untie` share no parameter with another module.",
      "Leave the pattern out. `graftc check` warns of tied weights that are adapted (GC024)."),
     ("GC028", _SPEC, "untying changes the model",
      "The model class scales or omits something if its config says that embeddings are tied.",
-     "Leave `untie` out for this class. The adaptation trains all the same; it stays in the graph when deployed."),
+     "Leave `untie` out for this class. The adaptation still trains; it stays in the graph when deployed."),
     ("GC029", _SPEC, "adaptations cannot be combined",
      "They adapt different sites, or this kind of combination needs factors or ranks that they do not have.",
      "Combine adaptations of the same target. `svd`, `ties` and `dare` take every method that folds into weights."),
     ("GC030", _FAILED, "the model cannot be captured",
      "`torch.export` could not turn the model into a graph, or its inputs cannot be inferred from its interface.",
-     "Give `example_inputs` where the message asks for them. Python control flow that depends on values of tensors has "
-     "to go from the model."),
+     "Give `example_inputs` if the message asks for them. Remove Python control flow that depends on the values of "
+     "tensors from the model."),
     ("GC031", _FAILED, "the inputs cannot be captured",
      "No graph can be built for this combination of inputs, flags and sizes, or the graph does not read an adapted "
      "site.",
-     "Leave out the input or flag that the message names, or compile with `example_inputs` like the call."),
+     "Leave out the input or flag that the message names, or compile with `example_inputs` that match the call."),
     ("GC032", _FAILED, "the model cannot be loaded",
      "The folder, hub id or callable did not yield a model, or the model has no config from which it can be rebuilt.",
      "Give a transformers folder with config and weights, a hub id, or `package.module:callable`. `--meta` needs no "
@@ -175,14 +177,14 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC036", _SPEC, "adaptations do not fit together",
      "A composition names adaptations that are at different sites, are built differently, or cannot be composed in "
      "this way.",
-     "Compose adaptations of the same places; those of a bank are alike but for their names. The message says which "
+     "Compose adaptations of the same sites; those of a bank may differ in their names only. The message says which "
      "one differs, and where."),
     ("GC037", _SPEC, "the rows of a batch cannot be told apart",
      "Each row of a batch must be treated separately, but at this point of the graph there is no batch axis.",
-     "Leave the place out of the target, or choose for the whole call instead of for each row."),
+     "Leave the site out of the target, or choose for the whole call instead of for each row."),
     ("GC038", _SPEC, "the choice does not fit the bank",
      "The selection in a call is not a slot of the bank, or it does not have exactly one entry for each row.",
-     "Give numbers from 0, or names of adaptations, one for each row; weights have a column for each slot."),
+     "Give one slot number (from 0) or adaptation name for each row; weights need one column for each slot."),
     ("GC039", _SPEC, "a token is not in the vocabulary",
      "The spec names a token by its id, and the model's embedding table has no such row.",
      "Take ids from the model's own tokenizer, for example `tokenizer.sep_token_id`."),
@@ -192,12 +194,12 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC041", _FAILED, "a graph does not match the model",
      "The captured graph and the model itself give different outputs on the same inputs, so nothing built from the "
      "graph would be an adaptation of the model.",
-     "Where forward decides by values of tensors, by attributes that it changes, or by what lies outside of the "
-     "module, write it in tensors and buffers. Where it should work, report the model's class and its inputs."),
+     "If forward decides by the values of tensors, by attributes that it changes, or by state outside the module, "
+     "express that in tensors and buffers. If this should work, report the model's class and its inputs."),
     ("GC042", _WARNING, "forward assigns to its module",
      "A forward pass assigns attributes of a module: counters, caches, tensors that are read later. A graph has no "
      "attributes: running it assigns nothing, and any attribute that forward read is a constant.",
-     "Keep what changes from call to call in buffers, and return what somebody reads later."),
+     "Keep state that changes between calls in buffers, and return values that are read later."),
     ("GC043", _SPEC, "a module of the tree cannot be used on its own",
      "The modules of a compiled model only hold tensors; the computation is in the graphs of the whole model. A hook "
      "on such a module is never called, and calling the module has nothing to run.",
@@ -224,8 +226,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC049", _WARNING, "a graph lacks part of forward",
      "A graph contains the operators of a forward pass, with torch's gradients for them. It does not contain custom "
      "backward passes, gradient hooks, or checks of whether gradients, autocast or inference mode are enabled.",
-     "Nothing where the model is not trained through that place, or the answer makes no difference. Otherwise write it "
-     "in tensors: `x + (f(x) - x).detach()` has another value than gradient."),
+     "No action is needed if the model is not trained through that module, or the answer makes no difference. "
+     "Otherwise write it in tensors: `x + (f(x) - x).detach()` has the value of `f(x)` and the gradient of `x`."),
 
     # Folding and adapter tensors.
     ("GC050", _NO, "an adaptation cannot be folded",
@@ -233,8 +235,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Leave it out and fold the rest, or export the model unfolded."),
     ("GC051", _NO, "the certificate is over budget",
      "The folded and unfolded computations differ by more than the budget allows. Nothing was written.",
-     "Look at the sites that the message names. A fold in 16 bits may need a larger `fold.budget.logits`, or the "
-     "base in float32."),
+     "Look at the sites that the message names. If the base is in 16 bits, a larger `fold.budget.logits` or a base in "
+     "float32 may be needed."),
     ("GC052", _NO, "the weights do not fit the class",
      "Folding had to add a tensor, such as a bias, that the original class does not have.",
      "Export to ONNX or `.pt2`, which hold the added tensor, or leave the adaptation unfolded."),
@@ -253,7 +255,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "that have labels."),
     ("GC057", _SPEC, "there is no further training run",
      "No adaptation has another training run after the one this model is for.",
-     "Merge, save or export the model. `compiled.stages_left` says how many trainings are to follow."),
+     "Merge, save or export the model. `compiled.stages_left` is the number of training runs that remain."),
     ("GC058", _FAILED, "the folder holds another recipe",
      "The recipe that was started there has a different spec, seed or model.",
      "Give every recipe a folder of its own, or remove the old one."),
@@ -262,13 +264,13 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC060", _FAILED, "the export failed",
      "The exporter failed, or the file it wrote does not compute the same function as the model. Nothing was left "
      "behind.",
-     "The message has the exporter's reason. Try the other format, or newer versions of torch and onnxruntime."),
+     "The message gives the exporter's reason. Try the other format, or newer versions of torch and onnxruntime."),
     ("GC061", _FAILED, "an optional package is missing",
      "The command needs a package that is installed only as an extra.",
      "Install the extra that the message names, for example `pip install 'graftc[export]'`."),
     ("GC062", _FAILED, "the demo's model or data is missing",
      "A pretrained model or the news texts are not installed.",
-     "Run the commands that the message names; `make setup` does it too."),
+     "Run the commands that the message names; `make setup` does the same."),
     ("GC063", _FAILED, "the destination exists",
      "Nothing is overwritten unless you ask for it.",
      "Choose another path, remove what is there, or replace it with `--force` where the command has it."),
@@ -286,15 +288,15 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Repair or uninstall the package that the message names."),
     ("GC072", _SPEC, "a compiled model does not support this",
      "Models of other libraries have such a method or option; a model of captured graphs does not.",
-     "Do it in the way that the message names."),
+     "Use what the message names instead."),
     ("GC073", _SPEC, "the argument is of the wrong kind",
      "The function does not accept this argument: for example the name of a model instead of the model, a compiled "
      "model instead of its base, a peft config instead of a spec, or names where all adaptations are meant.",
-     "Give what the message names."),
+     "Give the argument that the message describes."),
     ("GC074", _SPEC, "a model cannot be pickled",
      "Its graphs are code, which would run wherever the file is loaded.",
-     "Use `model.save(path)` for all of it, `torch.save(compiled.state_dict(), path)` for what trains, and "
-     "`copy.deepcopy(model)` for a copy."),
+     "Use `model.save(path)` for the whole model, `torch.save(compiled.state_dict(), path)` for the trained tensors, "
+     "and `copy.deepcopy(model)` for a copy."),
 
     # Artifacts.
     ("GC080", _FAILED, "there is no artifact",
@@ -305,10 +307,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Update graftc."),
     ("GC082", _FAILED, "the artifact is damaged",
      "The content of a file does not match the manifest: it was truncated or changed after writing.",
-     "Copy the artifact again from where it came. `graftc verify DIR` checks every file."),
+     "Copy the artifact again from its origin. `graftc verify DIR` checks every file."),
     ("GC083", _FAILED, "a file of the artifact is missing",
      "The manifest names a file that is not in the folder.",
-     "Copy the whole folder, not single files of it."),
+     "Copy the whole folder rather than single files."),
     ("GC084", _FAILED, "the artifact's tensors do not match its manifest",
      "The names, types, shapes or values of the stored tensors differ from those that the manifest lists.",
      "Restore `adapters.safetensors` from the copy that belongs to this artifact; tensors of another one do not fit."),
@@ -337,11 +339,12 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "`graftc COMMAND --help` shows how the command is used."),
     ("GC091", _SPEC, "nothing has that name",
      "The graph has no node, site or tensor of this name, or has several; or the artifact contains no graphs.",
-     "Take one of the names that the message suggests, or look at the whole graph with `graftc inspect DIR --graph`."),
+     "Use one of the names that the message suggests, or look at the whole graph with `graftc inspect DIR --graph`."),
     ("GC092", _WARNING, "a graph cannot be written",
      "It contains an operator or an output class that is not from torch, transformers or graftc, and files cannot "
      "refer to those.",
-     "Nothing, if the artifact is to be loaded: that captures the model anew. Inspecting it needs its base."),
+     "No action is needed if the artifact is only loaded, which captures the model again. Inspecting it needs its "
+     "base."),
     ("GC099", _FAILED, "an unexpected failure",
      "This is a bug in graftc, or a library failed in a way that graftc does not recognise.",
      "Run the command again with `GRAFTC_DEBUG=1` in the environment, which shows the traceback, and report it."),

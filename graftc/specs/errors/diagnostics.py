@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftc.specs.errors.catalogue import CATALOGUE, Code
-from graftc.specs.errors.text import printable
+from graftc.specs.errors.text import printable, quoted, some
 
 _LONGEST = 200
 """Characters of a word that similar ones are looked for."""
@@ -197,3 +197,18 @@ def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
         by_lower.setdefault(candidate.lower(), candidate)
     close = difflib.get_close_matches(word.lower(), list(by_lower), n=n, cutoff=0.6)
     return [by_lower[c] for c in close]
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> GraftError:
+    """GC091 for a name that nothing of a kind has, with the nearest one, which also is its correction.
+
+    Args:
+        kind: what was looked for, as ``"adaptation"``.
+        name: what was asked for.
+        known: the names that there are.
+    """
+    names = list(known)
+    close = nearest(name, names, n=1) if isinstance(name, str) else []
+    hint = f"did you mean {quoted(close[0])}?" if close else f"there is: {some(names) or 'none'}"
+    fix = (str(name), close[0]) if close else None
+    return GraftError("GC091", f"there is no {kind} {quoted(str(name))}", hint=hint, fix=fix)

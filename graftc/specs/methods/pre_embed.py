@@ -1,4 +1,4 @@
-"""PreEmbed: trained word vectors in front of a text and within it."""
+"""PreEmbed: trained token embeddings in front of a text and within it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompt tuning: trained word vectors among those of the text."""
+"""Prompt tuning: trained token embeddings among those of the text."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.position_ids import counted_inputs, recounted, tokens_in_front
-from graftc.passes.core.ir.program import follow, limited, map_nodes, nodes_in, provenance
+from graftc.passes.core.ir.program import limited, map_nodes, nodes_in, provenance
 from graftc.passes.core.build.base_activations import read_tokens
 from graftc.passes.core.build.masks import ReplayBuilder, same_size, surplus
 from graftc.passes.core.ir.shapes import expression
@@ -97,7 +97,7 @@ class AttentionBuilder(ReplayBuilder):
         if site.read is None:
             message = f"{site.key} is in no residual branch, so that nobody knows what it reads"
             raise GraftError("GC017", message, hint="leave it out with exclude")
-        return follow(site.read, {e.before: e.after for e in self.program.edits if not e.narrow})
+        return self.program.current(site.read)
 
     def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node, *, window: Window = "visible") -> None:
         """Let every query of an attention see keys and values in front of its own, ``[rows, heads, length, width]``.
@@ -141,7 +141,7 @@ class AttentionBuilder(ReplayBuilder):
 
     def _current_attention(self, site: AttentionSite) -> fx.Node:
         """The call that stands at the site now: that of the last prefix, where there is one."""
-        node = follow(site.node, {e.before: e.after for e in self.program.edits if not e.narrow})
+        node = self.program.current(site.node)
         tag = provenance(node)
         if node.target is _SDPA or tag is None or tag["part"] == "attend":
             return node
@@ -211,11 +211,11 @@ class AttentionBuilder(ReplayBuilder):
     ) -> fx.Node:
         """From keys and values on, all is computed again with what stands in front: scores, caps, masks, softmax."""
         assert site.operands is not None
-        links = {e.before: e.after for e in self.program.edits if not e.narrow}
-        own = [self._foremost(site, follow(n, links)) for n in (site.operands.keys, site.operands.values)]
+        now = self.program.current
+        own = [self._foremost(site, now(n)) for n in (site.operands.keys, site.operands.values)]
         parts = zip(own, (keys, values), ("keys", "values"), strict=True)
         again = {n: self.call(aten.cat.default, [front, n], 2, part=part) for n, front, part in parts}
-        region = _between(node, own, follow(site.operands.query, links))
+        region = _between(node, own, now(site.operands.query))
         spot = _Spot(site, int(keys.meta["val"].shape[2]), own[0].meta["val"].shape[2], window, {*region, *own})
         try:
             if len(again) < 2:

@@ -6,14 +6,13 @@ tags every node with its provenance, and records each replacement so that foldin
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import fx
 
 from graftc.passes.core.ops.decompositions import SEEDS
-from graftc.passes.core.ir.program import follow, provenance
+from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.passes.core.build.tensors import Initialiser
 from graftc.passes.core.build.virtual_tokens import VirtualBuilder
@@ -50,8 +49,7 @@ class Builder(VirtualBuilder):
         return self._read(site)
 
     def _read(self, site: LinearSite) -> fx.Node:
-        own = {e.after: e.before for e in self.program.edits if e.narrow and e.site == str(site.key)}
-        return follow(site.use.input, own)
+        return self.program.edits.unchanged_input(site.use.input, str(site.key))
 
     def map(self, site: LinearSite, x: fx.Node, weight: fx.Node, part: str = "map") -> fx.Node:
         """``weight: [..., k, in]`` applied to ``x`` as the site applies its own weight: ``[..., k]``.
@@ -161,8 +159,6 @@ class Builder(VirtualBuilder):
         use, columns = site.use, site.columns
         before = use.node
         after = columns.write(self._emit("write rows"), before, own, lambda: self._index(columns), axis=use.axis)
-        edits = self.program.edits
-        edits[:] = [replace(e, before=after) if e.before is before and not e.narrow else e for e in edits]
         self._redirect(before, after, lambda user: True)
         use.output = after if use.output is before else use.output
 
@@ -198,7 +194,7 @@ class Builder(VirtualBuilder):
 
     def _current(self, name: str) -> fx.Node:
         """What stands for a base tensor now: its overlay, where it has one."""
-        return follow(self._attributes[name], {edit.before: edit.after for edit in self.program.edits})
+        return self.program.current(self._attributes[name])
 
     def dropout(self, node: fx.Node, p: float, *, recompute: bool = False, scope: DropoutScope = "input") -> fx.Node:
         """Dropout of an activation.

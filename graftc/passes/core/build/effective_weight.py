@@ -136,11 +136,9 @@ def _apply(
 
 def _check_known(build: Builder, site: LinearSite) -> None:
     """Rows that something other than an adaptation has replaced, new tokens, are no part of any fold."""
-    links = {edit.before: edit for edit in build.program.edits if not edit.narrow}
     names = {item.adaptation for item in site.applied}
     tensor, node = str(site.key.whole), site.use.node
-    while node in links:
-        edit = links[node]
+    while (edit := build.program.edits.replacement(node)) is not None:
         if edit.adaptation not in names and edit.site == tensor:
             raise _refusal(build, site, edit.adaptation, "it replaces rows where they are read")
         node = edit.after

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graftc.passes.core.ir.edits import Edit
 from graftc.passes.core.ir.inference import Inference
-from graftc.passes.core.ir.program import Edit, Program, nodes_in
+from graftc.passes.core.ir.program import Program, nodes_in
 from graftc.passes.core.sites.sites import Site, SiteKey
 from graftc.passes.core.weights.store import Store
-from graftc.passes.core.weights.weight_slice import WeightSlice
 
 aten = torch.ops.aten
 
@@ -49,10 +48,8 @@ class NodeBuilder:
         self.seed = seed
         self.values = values
         self.parts: dict[SiteKey | None, dict[str, str]] = {}
-        self.overlays: list[tuple[SiteKey, WeightSlice, str]] = []
         self._types = Inference(program)
         self._attributes: dict[str, fx.Node] = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
-        self._overlaid: dict[WeightSlice, str] = {}
         self._dropouts: dict[tuple[fx.Node, float, bool, SiteKey | None], fx.Node] = {}
         self._site: Site | None = None
         self._emitted: set[fx.Node] = set()
@@ -133,8 +130,5 @@ class NodeBuilder:
         before.replace_all_uses_with(
             after, delete_user_cb=lambda u: u is not after and u not in self._emitted and take(u)
         )
-        edits = self.program.edits
-        if not narrow:  # what was put in its place before, here or for single sites, starts from the new value now
-            edits[:] = [replace(e, before=after) if e.before is before else e for e in edits]
         site = str(self._site.key) if self._site is not None else ""
-        edits.append(Edit(self.adaptation, site, before, after, narrow))
+        self.program.edits.add(Edit(self.adaptation, site, before, after, narrow))

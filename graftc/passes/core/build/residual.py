@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.ir.program import Edit, follow, is_random, map_nodes, provenance
+from graftc.passes.core.ir.edits import Edit, Edits
+from graftc.passes.core.ir.program import is_random, map_nodes, provenance
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import SublayerSite, ValueSite
 from graftc.passes.core.build.tensors import TensorBuilder
@@ -27,7 +27,7 @@ class BranchBuilder(TensorBuilder):
         return self._value(site)
 
     def _value(self, site: ValueSite) -> fx.Node:
-        return follow(site.node, {e.before: e.after for e in self.program.edits if not e.narrow})
+        return self.program.current(site.node)
 
     def set_value(self, site: ValueSite, node: fx.Node) -> None:
         """Put ``node``, made from `value` and of its sizes, in its place for everything that reads it: projections, the
@@ -51,8 +51,7 @@ class BranchBuilder(TensorBuilder):
         if node is None:
             message = f"{site.key} ends in more than one map, so that it has no {place} activation"
             raise GraftError("GC017", message, hint="read or add at its branch, or leave it out with exclude")
-        own = str(site.key)
-        return follow(node, {e.before: e.after for e in self.program.edits if not e.narrow or e.site == own})
+        return self.program.current(node, str(site.key))
 
     def look_up(self, table: fx.Node, index: fx.Node, part: str = "") -> fx.Node:
         """Entries of ``table: [entries, width]`` by ``index: int64[batch, sequence]``: ``[batch, sequence, width]``."""
@@ -93,8 +92,9 @@ class BranchBuilder(TensorBuilder):
             args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: again.get(n, n))
             again[node] = self.call(node.target, *args, part=AGAIN, **kwargs)
         # What reads the value on the way to ``delta`` goes on reading it; what comes here later starts from these.
-        own = ((before, now) for before, now in again.items() if before is not source)
-        self.program.edits += [Edit(self.adaptation, str(site.key), *pair, narrow=True) for pair in own]
+        for before, now in again.items():
+            if before is not source:
+                self.program.edits.add(Edit(self.adaptation, str(site.key), before, now, narrow=True))
         self._redirect(source, again[source], lambda user: True)
 
     def _shaped(self, delta: fx.Node, value: fx.Node) -> fx.Node:
@@ -130,18 +130,18 @@ class BranchBuilder(TensorBuilder):
         return vector
 
 
-def _between(start: fx.Node, end: fx.Node, edits: Iterable[Edit]) -> list[fx.Node]:
+def _between(start: fx.Node, end: fx.Node, edits: Edits) -> list[fx.Node]:
     """Nodes after ``start`` on its ways to ``end``, ``end`` included, in graph order; none where no way leads there.
 
     No way leads through what replaced a value that is not behind ``start``: a parallel branch whose adapter reads the
     sum of both is a branch of its own.
     """
-    replaced = {e.after: e.before for e in edits}
     below, node = {start}, start
     while node < end:
         node = node.next
         tag = provenance(node)
-        own = node not in replaced or replaced[node] in below or (tag is not None and tag["part"] == AGAIN)
+        made = edits.origin(node)
+        own = made is None or made.before in below or (tag is not None and tag["part"] == AGAIN)
         if own and not below.isdisjoint(node.all_input_nodes):
             below.add(node)
     found: set[fx.Node] = set()

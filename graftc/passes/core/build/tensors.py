@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.nodes import NodeBuilder
-from graftc.passes.core.ir.program import follow
 from graftc.passes.core.sites.sites import LinearSite, Site
-from graftc.passes.core.weights.store import RESERVED
+from graftc.passes.core.weights.names import adapter_name
+from graftc.passes.core.weights.tensor_edits import EditMode, TensorEdit
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -23,9 +23,8 @@ Initialiser = Callable[[Tensor, torch.Generator], None]
 def tensor_name(site: Site | None, adaptation: str, part: str) -> str:
     """The name of a tensor of an adaptation at a site; or of one that all its sites share."""
     if site is None:
-        return f"{RESERVED}.{adaptation}.{part}"
-    segments = [site.key.module, RESERVED, adaptation, site.scope, site.key.part, part]
-    return ".".join(s for s in segments if s)
+        return adapter_name("", adaptation, part)
+    return adapter_name(site.key.module, adaptation, site.scope, site.key.part, part)
 
 
 class TensorBuilder(NodeBuilder):
@@ -85,8 +84,7 @@ class TensorBuilder(NodeBuilder):
         if name not in self.store:
             self.store.add_buffer(name, value().detach(), persistent=False)
         if isinstance(self._site, LinearSite):
-            own = self._site.own
-            self.program.derived.setdefault(own.tensor, []).append((self.adaptation, own))
+            self._edit_tensor(self._site.own, EditMode.CONSTANT)
         return self.attribute(name, part)
 
     def buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> fx.Node:
@@ -181,10 +179,10 @@ class TensorBuilder(NodeBuilder):
                 another, the method folds what has been made of it.
         """
         own = self.every(base) if isinstance(base, str) else base
-        known = len(self._overlaid)
+        is_new = self.program.tensor_edits.copy_of(own.as_stored, self.adaptation) is None
         trained = self.trained_rows(own)
         current = self._attributes.get(own.tensor)
-        if len(self._overlaid) > known and current is not None:
+        if is_new and current is not None:
             numbers = index if index is not None else lambda: self._index(own)
             after = own.write(self._emit("overlay"), current, through(trained), numbers)
             self._redirect(current, after, lambda user: True)
@@ -195,9 +193,10 @@ class TensorBuilder(NodeBuilder):
         they are read."""
         assert self._site is not None
         own, part = own.as_stored, own.part
-        if own in self._overlaid:
-            return self.attribute(self._overlaid[own], part)
-        name = self._overlaid[own] = self._name(part)
+        known = self.program.tensor_edits.copy_of(own, self.adaptation)
+        if known is not None:
+            return self.attribute(known, part)
+        name = self._name(part)
         if name not in self.store:
             value = own.take(self.store.get(own.tensor).detach())
             if name in self.values:
@@ -206,8 +205,7 @@ class TensorBuilder(NodeBuilder):
                 value = value.clone()
             self.store.add_parameter(name, value, trainable=True)
         self.parts.setdefault(self._site.key, {})[part] = name
-        self._claim(own)
-        self.overlays.append((self._site.key, own, name))
+        self._edit_tensor(own, EditMode.TRAINED, name)
         return self.attribute(name, part)
 
     def instead(self, own: WeightSlice, make: Callable[[], fx.Node]) -> None:
@@ -220,7 +218,7 @@ class TensorBuilder(NodeBuilder):
         Raises:
             GraftError: GC021 where another adaptation trains them, or takes them as constants.
         """
-        self._claim(own)
+        self._edit_tensor(own, EditMode.REPLACED)
         node, current = make(), self._attributes.get(own.tensor)
         if current is not None:
             after = own.write(self._emit("instead"), current, node, lambda: self._index(own))
@@ -242,11 +240,10 @@ class TensorBuilder(NodeBuilder):
         Raises:
             GraftError: GC021 where another adaptation trains them in another way, or takes them as constants.
         """
-        self._check_unclaimed(own)
-        self.program.summands.setdefault(own.tensor, []).append((self.adaptation, own))
+        self._edit_tensor(own, EditMode.ADDED)
         read = self._attributes.get(own.tensor)
         if read is not None:
-            current = follow(read, {e.before: e.after for e in self.program.edits if not e.narrow})
+            current = self.program.current(read)
             changed = self._within(current, make, own) if within else make(current)
             self._redirect(current, changed, lambda user: True)
 
@@ -272,35 +269,16 @@ class TensorBuilder(NodeBuilder):
         held = self.store.get(name)
         return self.attribute(name, part), value(self.generator(name)) if held.is_meta else held.cpu()
 
-    def _claim(self, own: WeightSlice) -> None:
-        """Rows of a base tensor are trained by one adaptation only, and not where another has taken them as fixed."""
-        self._check_unclaimed(own, summands=True)
-        self.program.claims.setdefault(own.tensor, []).append((self.adaptation, own))
-
-    def _check_unclaimed(self, own: WeightSlice, *, summands: bool = False) -> None:
-        """Raise GC021 where another adaptation has rows of a base tensor."""
-        base = own.tensor
-        added = self.program.summands.get(base, ()) if summands else ()
-        for owner, held in (*self.program.claims.get(base, ()), *added):
-            if held.overlaps(own):
-                raise GraftError(
-                    "GC021",
-                    f"{self.adaptation!r} and {owner!r} would both train {own} of {base}",
-                    hint="leave the tensor out of one of them",
-                )
-        for owner, held in self.program.derived.get(base, ()):
-            if owner != self.adaptation and held.overlaps(own):
-                raise GraftError(
-                    "GC021",
-                    f"{self.adaptation!r} would train {own} of {base}, whose values are constants to {owner!r}",
-                    hint=f"put {self.adaptation!r} before {owner!r} in the spec, or leave the place out of one of them",
-                )
+    def _edit_tensor(self, own: WeightSlice, mode: EditMode, trained: str = "") -> None:
+        """Enter what the adaptation does with rows of a base tensor; GC021 where another one excludes that."""
+        site = self._site.key if self._site is not None else None
+        self.program.tensor_edits.add(TensorEdit(self.adaptation, own, mode, site, trained))
 
     def _index(self, own: WeightSlice) -> fx.Node:
         """A constant with the numbers of rows; shared by everything that selects the same ones."""
         digest = hashlib.sha256(str(own.spans).encode()).hexdigest()[:12]
         assert self._site is not None
-        name = f"{self._site.key.module}.{RESERVED}.{self.adaptation}.rows_{digest}".lstrip(".")
+        name = adapter_name(self._site.key.module, self.adaptation, f"rows_{digest}")
         if name not in self.store:
             self.store.add_buffer(name, own.index(self._device()), persistent=False)
         return self.attribute(name, "rows")

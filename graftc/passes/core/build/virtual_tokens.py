@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 class VirtualBuilder(AttentionBuilder):
-    """Fills virtual tokens, where words are looked up and at any layer."""
+    """Fills virtual tokens, where tokens are looked up and at any layer."""
 
     def virtual(self, site: ValueSite) -> VirtualTokens:
         """The adaptation's virtual tokens in the sequence of a site."""
@@ -23,7 +23,7 @@ class VirtualBuilder(AttentionBuilder):
         return next(v for v in held if v.owner == self.adaptation and site.key in v.sites)
 
     def fill(self, site: ValueSite, run: int, vectors: fx.Node, part: str = "tokens") -> None:
-        """Make ``vectors: [length, width]``, or ``[batch, length, width]``, the word vectors of a run."""
+        """Make ``vectors: [length, width]``, or ``[batch, length, width]``, the token embeddings of a run."""
         rows = self.virtual(site).rows[run]
         self._redirect(rows, self._for_rows(vectors, rows, part), lambda user: True)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
 
 import torch
 from torch import fx
 
 import graftc.passes.core.ops.decompositions  # noqa: F401, registers the operators
 from graftc.passes.core.ir.cleaning import remove_dead
+from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.program import Program, follow, provenance
 from graftc.passes.core.ir.routes import is_pick
 from graftc.passes.core.ir.updates import updates
@@ -46,8 +46,8 @@ def to_eval(
             erased[node] = node.all_input_nodes[0]
         if rule is not None:
             erased |= rule(node) or {}
-    edits = (replace(e, before=follow(e.before, erased), after=follow(e.after, erased)) for e in result.edits)
-    result.edits = [edit for edit in edits if edit.before is not edit.after]
+    edits = result.edits.mapped(lambda n: follow(n, erased))
+    result.edits = Edits(edit for edit in edits if edit.before is not edit.after)
     remove_dead(result)
     result.updates = updates(result.graph)
     return result

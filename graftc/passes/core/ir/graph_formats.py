@@ -15,7 +15,7 @@ from torch import fx
 from graftc.passes.core.ir.layers import layer_path, repeated_layers
 from graftc.passes.core.ir.printer import Printer, target_name
 from graftc.passes.core.ir.program import Program, provenance
-from graftc.passes.core.weights.store import RESERVED
+from graftc.passes.core.weights.names import module_of
 
 _PROVENANCE = ("adaptation", "method", "site", "part")
 _PALETTE = ("#f4b183", "#9dc3e6", "#a9d18e", "#ffd966", "#c9a6e4", "#f19ca7")
@@ -128,8 +128,7 @@ def _home(data: dict[str, Any]) -> str:
     """The module that a node stands in; a tensor stands with the module that holds it."""
     if data["op"] != "get_attr":
         return str(data["module"]) if data["op"] == "call_function" else ""
-    segments = str(data["target"]).split(".")
-    return ".".join(segments[: segments.index(RESERVED) if RESERVED in segments else len(segments) - 1])
+    return module_of(str(data["target"]))
 
 
 def _dot_node(name: str, data: dict[str, Any], colours: dict[str, str]) -> str:

@@ -18,7 +18,7 @@ from torch import fx
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.program import Program, is_random, mutates, provenance
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, SymbolNames
-from graftc.passes.core.weights.store import RESERVED
+from graftc.passes.core.weights.names import module_of, parsed
 
 
 def target_name(target: Any) -> str:
@@ -32,14 +32,12 @@ def target_name(target: Any) -> str:
     return str(getattr(target, "__name__", target))
 
 
-def tensor_name(fqn: str) -> str:
+def printed_tensor(fqn: str) -> str:
     """A Store name as text: ``@base.q.weight``, or ``@attention.q.A`` for a tensor of the adaptation *attention*."""
-    segments = fqn.split(".")
-    if RESERVED not in segments:
+    name = parsed(fqn)
+    if name is None:
         return f"@base.{fqn}"
-    at = segments.index(RESERVED)
-    adaptation, part = segments[at + 1], segments[at + 2 :]
-    return "@" + ".".join([adaptation, *segments[:at], *part])
+    return "@" + ".".join(segment for segment in (name.adaptation, name.module, name.part) if segment)
 
 
 def literal(value: Any, node_text: Callable[[fx.Node], str], names: SymbolNames) -> str:
@@ -72,17 +70,10 @@ def _stem(node: fx.Node) -> str:
         site = origin["site"]
         rows = site[site.index("[") + 1 : site.index("]")] if "[" in site else ""
         return ".".join(word for word in (leaf, rows, origin["part"].replace(" ", "_")) if word)
-    if leaf and any(n.op == "get_attr" and _owner(n) == module for n in node.all_input_nodes):
+    if leaf and any(n.op == "get_attr" and module_of(str(n.target)) == module for n in node.all_input_nodes):
         return leaf
     words = target_name(node.target).split(".")
     return words[1] if len(words) > 1 else words[0]
-
-
-def _owner(node: fx.Node) -> str:
-    """The module whose tensor a node reads, past what an adaptation put in its place."""
-    segments = str(node.target).split(".")
-    end = segments.index(RESERVED) if RESERVED in segments else len(segments) - 1
-    return ".".join(segments[:end])
 
 
 class Printer:
@@ -101,7 +92,7 @@ class Printer:
         taken: set[str] = set()
         for node in program.graph.nodes:
             if node.op == "get_attr":
-                self.names[node] = tensor_name(str(node.target))
+                self.names[node] = printed_tensor(str(node.target))
                 continue
             name = base = f"%{_stem(node)}"
             # A module may be called like a numbered value: ln and ln_1.

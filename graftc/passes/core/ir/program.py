@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 
+from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.program_key import Mode
-from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.core.weights.tensor_edits import TensorEdits
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -109,24 +110,6 @@ class OutputSpec:
 
 
 @dataclass(frozen=True)
-class Edit:
-    """One replacement that an adaptation made: every use of ``before`` now reads ``after``.
-
-    Attributes:
-        adaptation, site: who made it, and where.
-        before, after: what was replaced, and by what.
-        narrow: only the readers at ``site`` read ``after``: what goes into the site was replaced, not a result; or, of
-            a sublayer, what is inserted there later does, since an adapter still reads what it replaced.
-    """
-
-    adaptation: str
-    site: str
-    before: fx.Node
-    after: fx.Node
-    narrow: bool = False
-
-
-@dataclass(frozen=True)
 class HistoryEntry:
     """What one pass did to a Program; ``seconds`` are 0 where it came from a file."""
 
@@ -180,22 +163,16 @@ class Program:
     flags: tuple[tuple[str, bool | int | float | str | None], ...] = ()
     """Keyword arguments that are constants of the graph."""
 
-    edits: list[Edit] = field(default_factory=list)
+    edits: Edits = field(default_factory=Edits)
     history: list[HistoryEntry] = field(default_factory=list)
     baseline: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     """Base nodes as they were when captured, by name: what the verifier holds later passes against."""
 
-    claims: dict[str, list[tuple[str, WeightSlice]]] = field(default_factory=dict)
-    """Which adaptation trains which rows of a base tensor."""
-
-    summands: dict[str, list[tuple[str, WeightSlice]]] = field(default_factory=dict)
-    """Which adaptation adds to entries of which rows of a base tensor."""
+    tensor_edits: TensorEdits = field(default_factory=TensorEdits)
+    """What every adaptation does with which rows of a stored tensor."""
 
     limits: dict[str, str] = field(default_factory=dict)
     """Why axes of some names have no greater sizes than the base's, for people."""
-
-    derived: dict[str, list[tuple[str, WeightSlice]]] = field(default_factory=dict)
-    """Which adaptation has constants that follow from which rows of a base tensor."""
 
     virtual: tuple[VirtualTokens, ...] = ()
     """Virtual tokens that stand in its sequences."""
@@ -217,6 +194,15 @@ class Program:
         """Input nodes in order."""
         return self.graph.find_nodes(op="placeholder")
 
+    def current(self, node: fx.Node, site: str | None = None) -> fx.Node:
+        """What stands in the place of a node now, after every edit.
+
+        Args:
+            node: what may have been replaced.
+            site: a site, as text, whose narrow edits count as well; by default none do.
+        """
+        return self.edits.current(node, site)
+
     def to_networkx(self) -> nx.MultiDiGraph[str]:
         """The graph for networkx, nodes by their printed names: see `graph_formats.to_networkx`."""
         from graftc.passes.core.ir.graph_formats import to_networkx
@@ -232,15 +218,12 @@ class Program:
             if "custom" in copied.meta:
                 copied.meta["custom"] = dict(copied.meta["custom"])
             mapping[node] = copied
-        edits = [replace(e, before=mapping[e.before], after=mapping[e.after]) for e in self.edits]
         fields: dict[str, Any] = {
             "graph": graph,
-            "edits": edits,
+            "edits": self.edits.mapped(mapping.__getitem__),
             "history": list(self.history),
-            "claims": {name: list(held) for name, held in self.claims.items()},
-            "summands": {name: list(held) for name, held in self.summands.items()},
+            "tensor_edits": TensorEdits(self.tensor_edits),
             "limits": dict(self.limits),
-            "derived": {name: list(held) for name, held in self.derived.items()},
             "virtual": tuple(v.mapped(mapping) for v in self.virtual),
             **changes,
         }

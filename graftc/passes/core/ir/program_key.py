@@ -10,8 +10,8 @@ Modes = Mode | frozenset[str]
 """The mode of all modules, or the paths of those that are in eval mode while the others train."""
 
 Entry = Literal["forward", "embeds", "hidden"]
-"""Which way into and out of the model: its ``forward``, with word vectors in the place of token ids, or as far as the
-last hidden state."""
+"""Which way into and out of the model: its ``forward``, with token embeddings in the place of token ids, or as far as
+the last hidden state."""
 
 Stage = Literal["source", "base", "adapted"]
 """The source model's own graph, what is adapted (the same with room for virtual tokens), or the adapted graph."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.effects import flaw
 from graftc.passes.core.ir.printer import format_around, literal, target_name
 from graftc.passes.core.ir.program import Program, map_nodes, provenance
@@ -30,7 +31,7 @@ SIZE_CHOICES = ((2, 3, 5, 7), (5, 7, 3, 2))
 def record_baseline(program: Program) -> Program:
     """Remember the base's nodes as they are now; later passes are held against them."""
     names = SymbolNames(program)
-    program.baseline = {n.name: _fingerprint(n, names, {}) for n in program.graph.nodes if _is_call(n)}
+    program.baseline = {n.name: _fingerprint(n, names, Edits()) for n in program.graph.nodes if _is_call(n)}
     return program
 
 
@@ -108,7 +109,6 @@ def _effects(program: Program, store: Store) -> Finding | None:
 
 def _base_untouched(program: Program, store: Store) -> Finding | None:
     names = SymbolNames(program)
-    origin = {edit.after: edit.before for edit in program.edits}
     own = 0
     for node in program.graph.nodes:
         if not _is_call(node) or provenance(node) is not None:
@@ -117,7 +117,7 @@ def _base_untouched(program: Program, store: Store) -> Finding | None:
         expected = program.baseline.get(node.name)
         if expected is None:
             return node, "an inserted node says nothing of who inserted it"
-        if _fingerprint(node, names, origin) != expected:
+        if _fingerprint(node, names, program.edits) != expected:
             return node, "a node of the base was changed"
     if own != len(program.baseline):
         present = {node.name for node in program.graph.nodes}
@@ -126,13 +126,11 @@ def _base_untouched(program: Program, store: Store) -> Finding | None:
     return None
 
 
-def _fingerprint(node: fx.Node, names: SymbolNames, origin: dict[fx.Node, fx.Node]) -> tuple[Any, ...]:
+def _fingerprint(node: fx.Node, names: SymbolNames, edits: Edits) -> tuple[Any, ...]:
     """Target and arguments, with every replacement traced back to what it replaced."""
 
     def text(source: fx.Node) -> str:
-        while source in origin:
-            source = origin[source]
-        return source.name
+        return edits.original(source).name
 
     arguments = literal(node.args, text, names), literal(dict(node.kwargs), text, names)
     return (target_name(node.target), *arguments)

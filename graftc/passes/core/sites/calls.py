@@ -29,7 +29,7 @@ def op_name(node: fx.Node) -> str:
 
 
 @dataclass(frozen=True)
-class Operands:
+class ProductOperands:
     """Where the operands of a product stand among the arguments of a call.
 
     Attributes:
@@ -56,20 +56,20 @@ class Operands:
         return (data, weight) if isinstance(data, fx.Node) and isinstance(weight, fx.Node) else None
 
 
-_EITHER = (Operands(0, 1, False), Operands(1, 0, True))
-_PRODUCTS: dict[str, tuple[Operands, ...]] = {
-    "linear": (Operands(0, 1, True, bias=2),),
-    "addmm": (Operands(1, 2, False, bias=0),),
-    "baddbmm": (Operands(1, 2, False),),
+_EITHER = (ProductOperands(0, 1, False), ProductOperands(1, 0, True))
+_PRODUCTS: dict[str, tuple[ProductOperands, ...]] = {
+    "linear": (ProductOperands(0, 1, True, bias=2),),
+    "addmm": (ProductOperands(1, 2, False, bias=0),),
+    "baddbmm": (ProductOperands(1, 2, False),),
     "mm": _EITHER,
     "bmm": _EITHER,
     "matmul": _EITHER,
 }
-_GROUPED = (Operands(0, 1, False),)
+_GROUPED = (ProductOperands(0, 1, False),)
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d"})
 
 
-def products(node: fx.Node) -> tuple[Operands, ...]:
+def products(node: fx.Node) -> tuple[ProductOperands, ...]:
     """The ways in which a call may be the product of a value with a matrix, most likely first; none where it is not."""
     name = op_name(node)
     return _GROUPED if is_grouped(node) else _PRODUCTS.get(name, ())

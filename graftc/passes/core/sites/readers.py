@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from graftc.passes.core.sites.calls import Operands, is_grouped, op_name, products
-from graftc.passes.core.sites.uses import Dense, Experts, Kernel, Left, Lookup, Use
+from graftc.passes.core.sites.calls import ProductOperands, is_grouped, op_name, products
+from graftc.passes.core.sites.uses import Convolution, Dense, Experts, LeftProduct, Lookup, Use
 from graftc.passes.core.sites.views import View, view_of
 from graftc.passes.core.weights.weight_slice import Layout
 
@@ -24,7 +24,7 @@ def linear_use(node: fx.Node) -> Use | None:
     return next((use for use in found if use is not None), None)
 
 
-def _product(node: fx.Node, operands: Operands) -> Use | None:
+def _product(node: fx.Node, operands: ProductOperands) -> Use | None:
     """A product of a value with a matrix, or with one matrix per expert."""
     given = operands.given(node)
     if given is None:
@@ -49,7 +49,7 @@ def _product(node: fx.Node, operands: Operands) -> Use | None:
             return None
     if operands.flipped and data.meta["val"].dim() < 2:
         return None
-    made = Left if operands.flipped else Dense
+    made = LeftProduct if operands.flipped else Dense
     return made(node, weight, addend, *at, output=node)
 
 
@@ -63,7 +63,7 @@ def _conv(node: fx.Node) -> Use | None:
     if not (bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")):
         return None
     kernel = view.slice(Layout.KERNEL)
-    return Kernel(node, kernel, None if bias is None else kernel.companion(str(bias.target)), 0, 1, output=node)
+    return Convolution(node, kernel, None if bias is None else kernel.companion(str(bias.target)), 0, 1, output=node)
 
 
 def _embedding(node: fx.Node) -> Use | None:

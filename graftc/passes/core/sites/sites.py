@@ -17,12 +17,12 @@ from graftc.specs.roles import parse_role
 
 __all__ = [
     "Applied",
+    "AttentionOperands",
     "AttentionSite",
     "EmbeddingSite",
     "ExpertsSite",
     "LinearSite",
     "NormSite",
-    "Operands",
     "ParameterSite",
     "Site",
     "SiteKey",
@@ -190,7 +190,7 @@ class Positions:
 
 
 @dataclass(frozen=True)
-class Operands:
+class AttentionOperands:
     """What an attention is made of.
 
     Attributes:
@@ -220,7 +220,7 @@ class AttentionSite(Site):
     node: fx.Node = field(kw_only=True)
     keys: Tensor | None = field(default=None, kw_only=True)
     values: Tensor | None = field(default=None, kw_only=True)
-    operands: Operands | None = field(default=None, kw_only=True)
+    operands: AttentionOperands | None = field(default=None, kw_only=True)
     positions: tuple[Positions, ...] = field(default=(), kw_only=True)
     read: fx.Node | None = field(default=None, kw_only=True)
 

@@ -135,7 +135,7 @@ class Dense(Use):
         return {self.input: torch.randn(*leading, PROBES, self.in_features, generator=generator, dtype=torch.float64)}
 
 
-class Left(Use):
+class LeftProduct(Use):
     """A product with a matrix that stands before its input: the columns of the result are its rows."""
 
     axis = -2
@@ -159,7 +159,7 @@ class Left(Use):
         return {self.input: torch.randn(*leading, self.in_features, PROBES, generator=generator, dtype=torch.float64)}
 
 
-class Kernel(Use):
+class Convolution(Use):
     """A convolution: the map of a patch, at every place."""
 
     axis = 1

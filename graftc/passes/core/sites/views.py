@@ -12,29 +12,15 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.ir.program import nodes_in
+from graftc.passes.core.sites.calls import op_name
+from graftc.passes.core.sites.moves import Move, moved_along, names_of
 from graftc.passes.core.weights.runs import Runs, runs_of
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
 
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_MOVING = _names(
-    """
-    view reshape _unsafe_view t transpose permute numpy_T mT slice select narrow split split_with_sizes chunk
-    tensor_split unsafe_split unsafe_chunk unbind unsqueeze squeeze flatten unflatten swapaxes movedim getitem
-    """
-)
-_SAME = _names("contiguous clone detach alias to _to_copy lift_fresh_copy type_as")
-_PICKING = _names("index index_select")
-
-
-def _name(node: fx.Node) -> str:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[1]
-    return getattr(target, "__name__", "")
+_IN_PLACE = names_of(Move.COPY, Move.CAST)
+_PICKING = names_of(Move.PICK)
+_MOVING = _IN_PLACE | _PICKING | names_of(Move.RESHAPE, Move.PERMUTE, Move.CUT, Move.SPLIT, Move.ITEM)
+"""Without what repeats entries: a value made of rows that stand for many is data, not the weight of a map."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ class View:
         first, second = self._shape
         if len(self.chain) == 1:
             return self.slice(Layout.ROWS if out_axis == 0 else Layout.COLUMNS)
-        if any(_name(node) in _PICKING for node in self.chain):
+        if any(op_name(node) in _PICKING for node in self.chain):
             return None
         numbers = torch.arange(first)[:, None].expand(first, second), torch.arange(second).expand(first, second)
         by_row, by_column = (self._run(held) for held in numbers)
@@ -114,8 +100,8 @@ class View:
         counts. None where the chain does more than swap these two and pick experts."""
         swapped = False
         for before, node in pairwise(self.chain):
-            name = _name(node)
-            if name in _SAME:
+            name = op_name(node)
+            if name in _IN_PLACE:
                 continue
             if name == "mT" or (name in ("transpose", "swapaxes") and _swaps_last(node, before.meta["val"].dim())):
                 swapped = not swapped
@@ -131,16 +117,7 @@ class View:
         return held
 
     def _run(self, numbers: Tensor) -> Tensor | None:
-        held: Any = numbers
-        for node in self.chain[1:]:
-            if _name(node) in _SAME:
-                continue
-            assert callable(node.target)
-            try:
-                held = node.target(held, *node.args[1:], **node.kwargs)
-            except (RuntimeError, TypeError, ValueError, IndexError):
-                return None
-        return held if isinstance(held, Tensor) else None
+        return moved_along(((node.args[0], node) for node in self.chain[1:]), numbers)
 
 
 def view_of(node: Any) -> View | None:
@@ -150,9 +127,9 @@ def view_of(node: Any) -> View | None:
         chain.insert(0, node)
         if node.op == "get_attr":
             return View(tuple(chain))
-        if node.op != "call_function" or not node.args or _name(node) not in _MOVING | _SAME | _PICKING:
+        if node.op != "call_function" or not node.args or op_name(node) not in _MOVING:
             return None
-        if _name(node) not in _PICKING and len(node.all_input_nodes) != 1:
+        if op_name(node) not in _PICKING and len(node.all_input_nodes) != 1:
             return None
         node = node.args[0]
     return None
@@ -170,7 +147,7 @@ def _is_grid(numbers: Tensor, out_axis: int) -> bool:
 
 def only_moves(node: fx.Node) -> bool:
     """Whether ``node`` is a view of its first argument, or picks from it."""
-    return node.op == "call_function" and _name(node) in _MOVING | _SAME | _PICKING
+    return node.op == "call_function" and op_name(node) in _MOVING
 
 
 def _swaps_last(node: fx.Node, rank: int) -> bool:
@@ -180,6 +157,6 @@ def _swaps_last(node: fx.Node, rank: int) -> bool:
 def _picks_first(node: fx.Node) -> bool:
     """Whether an indexing works on the first axis only."""
     where = node.args[1]
-    if _name(node) == "index":
+    if op_name(node) == "index":
         return isinstance(where, list | tuple) and len(where) == 1 and isinstance(where[0], fx.Node)
     return isinstance(where, int) and where == 0

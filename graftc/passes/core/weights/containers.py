@@ -5,15 +5,15 @@ from __future__ import annotations
 import enum
 import functools
 import types
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
 
+from graftc.passes.core.weights.names import RESERVED
 from graftc.specs.errors.diagnostics import GraftError, warn
-
-RESERVED = "graftc"
-"""Path segment under which every tensor that graftc added lives."""
 
 SOURCE = "_source"
 """Under which of these the values are that base tensors have in the source model where graphs write to them."""
@@ -25,6 +25,10 @@ _OF_THE_SOURCE = frozenset(
 
 OWN = "_graftc"
 """The one attribute of a module in the tree that is graftc's own."""
+
+
+_SHOWN = 3
+"""Up to so many names of adaptations that are alike in a module are written out."""
 
 
 C = TypeVar("C", bound="Container")
@@ -49,6 +53,9 @@ class Tree(nn.Module):
         if OWN in held and any(name in held[table] for table in ("_modules", "_parameters", "_buffers")):
             raise _fixed(self, name)
         nn.Module.__delattr__(self, name)
+
+    def __repr__(self) -> str:
+        return module_text(self)
 
     def get_submodule(self, target: str) -> nn.Module:
         """See `torch.nn.Module.get_submodule`."""
@@ -75,6 +82,61 @@ class Tree(nn.Module):
         if found is None:
             raise AttributeError(f"there is no buffer {target!r}")
         return found
+
+
+def additions(module: nn.Module) -> dict[str, nn.Module]:
+    """What adaptations have in a module itself, by their names: containers of their tensors."""
+    held = module._modules.get(RESERVED)
+    return {n: c for n, c in held._modules.items() if c is not None and n != SOURCE} if held is not None else {}
+
+
+Notes = Callable[[str, nn.Module], Iterable[tuple[str, str]]]
+"""What to say of a module, for its path and itself: names of adaptations, each with a text."""
+
+
+def tensor_notes(path: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+    """The names and sizes of the tensors that each adaptation has in a module, and how many elements train."""
+    for name, held in additions(module).items():
+        tensors = [f"{part} {list(tensor.shape)}" for part, tensor in (*held.named_parameters(), *held.named_buffers())]
+        trains = sum(tensor.numel() for tensor in held.parameters() if tensor.requires_grad)
+        yield name, ", ".join([*tensors, f"{trains:,} trainable"])
+
+
+def module_text(module: nn.Module, notes: Notes = tensor_notes, path: str = "") -> str:
+    """A tree of modules as torch prints it, with what adaptations have in each. Neighbours in a list that are alike are
+    one, as in torch, and so are adaptations that a module has the same of.
+
+    Args:
+        module: its root.
+        notes: what to say of each module.
+        path: of the root.
+    """
+    alike: dict[str, list[str]] = {}
+    for name, text in notes(path, module):
+        alike.setdefault(text, []).append(name)
+    own = module.extra_repr().splitlines()
+    lines = [*own, *(f"+ {_named(names)}: {text}" for text, names in alike.items())]
+    children: list[tuple[str, str]] = []
+    for name, child in module._modules.items():
+        if name != RESERVED:
+            below = f"{path}.{name}" if path else name
+            children.append((name, module_text(child, notes, below) if isinstance(child, Tree) else repr(child)))
+    listed = isinstance(module, nn.ModuleList)
+    for _, group in groupby(children, key=lambda child: child[1] if listed else child):
+        (first, text), *others = group
+        head = f"({first}-{others[-1][0]}): {len(others) + 1} x " if others else f"({first}): "
+        lines += (head + text).splitlines()
+    kind = module._get_name()  # type: ignore[no-untyped-call]
+    if len(lines) < 2 and lines == own:
+        return f"{kind}({''.join(own)})"
+    return "\n".join([f"{kind}(", *(f"  {line}" for line in lines), ")"])
+
+
+def _named(names: list[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    shown = names if len(names) <= _SHOWN else [*names[: _SHOWN - 1], "...", names[-1]]
+    return f"{', '.join(shown)} ({len(names)} alike)"
 
 
 def _wraps(value: Any, child: nn.Module) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftc.passes.core.weights.containers import OWN, RESERVED, SOURCE, C, Container
+from graftc.passes.core.weights.containers import OWN, SOURCE, C, Container
+from graftc.passes.core.weights.names import RESERVED, adapter_name, parsed
 from graftc.passes.core.weights.sharding import gathered
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -39,9 +40,6 @@ def _names(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules(remove_duplicate=False):
         yield path
         yield from (f"{path}.{name}".lstrip(".") for name in (*module._parameters, *module._buffers))
-
-
-__all__ = ["RESERVED", "Store"]
 
 
 class Store:
@@ -225,7 +223,7 @@ class Store:
         self._require_alone(name, source)
         own = (source if value is None else value.to(source)).detach().clone()
         path, _, last = name.rpartition(".")
-        self.updated[name] = f"{path}.{RESERVED}.{SOURCE}.{last}".lstrip(".")
+        self.updated[name] = adapter_name(path, SOURCE, last)
         _register(self.container(self.updated[name].rpartition(".")[0]), last, source.detach(), persistent=False)
         made = nn.Parameter(own, requires_grad=False) if isinstance(source, nn.Parameter) else own
         for alias in (name, *self.tied(name)):
@@ -262,7 +260,7 @@ class Store:
     @staticmethod
     def is_adapter(fqn: str) -> bool:
         """Whether graftc added the tensor called ``fqn``."""
-        return RESERVED in fqn.split(".")
+        return parsed(fqn) is not None
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every name with its tensor, tied names included, in the order of the source model."""

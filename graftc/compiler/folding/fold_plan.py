@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.steps import fold_steps
-from graftc.compiler.resolve.resolver import TRAIN, Resolved
+from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import LinearSite, SiteKey
 from graftc.passes.core.weights.folds import LazyTensors
@@ -16,7 +17,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 @dataclass(frozen=True)
-class Foldable:
+class FoldPlan:
     """What folds.
 
     Attributes:
@@ -34,7 +35,7 @@ class Foldable:
         return {name: error.message for name, error in self.kept.items()}
 
 
-def foldable(compilation: Compilation) -> Foldable:
+def fold_plan(compilation: Compilation) -> FoldPlan:
     """Try every adaptation. One that was inserted on top of another one that stays has to stay as well: folding it
     into the weights would apply it first. What stands in for base tensors is on top of nothing."""
     store = compilation.store
@@ -61,7 +62,7 @@ def foldable(compilation: Compilation) -> Foldable:
                 kept.setdefault(member.name, kept[unit.name])
             elif unit.name in names and member.name not in names:
                 names.append(member.name)
-    return Foldable(lazy, tuple(names), kept)
+    return FoldPlan(lazy, tuple(names), kept)
 
 
 def _below(resolved: Mapping[str, Resolved], name: str, kept: Mapping[str, GraftError]) -> tuple[str, SiteKey] | None:

@@ -14,7 +14,7 @@ from graftc.passes.core.weights.store import Store
 aten = torch.ops.aten
 
 
-def sample_inputs(
+def random_inputs(
     program: Program,
     store: Store,
     seed: int = 0,
@@ -51,7 +51,7 @@ def samples_on(
     front: bool = True,
     ones: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """`sample_inputs`, on a device; named sizes in ``ones`` are 1."""
+    """`random_inputs`, on a device; named sizes in ``ones`` are 1."""
     generator = torch.Generator().manual_seed(seed)
     axes: dict[str, int] = {}
     inputs: dict[str, Tensor] = {}

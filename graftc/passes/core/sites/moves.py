@@ -1,0 +1,190 @@
+"""Operators that only move entries: one table of them, and one way to run them on numbers that stand for the entries.
+
+Where the entries of a value come from is asked in several places: which columns of a projection a head has, which rows
+of a stored weight a product reads, which operand of a product of scores holds the keys. The answer is always to number
+the entries and to run the same operators on the numbers. What differs is what is numbered, what is known of the other
+operands, and which groups of operators may occur; those are the callers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.sites.calls import op_name
+
+aten = torch.ops.aten
+
+HOLE = -1
+"""Stands for an entry that nothing is known of, or that padding adds."""
+
+
+class Move(Enum):
+    """What an operator does with the entries of its first operand."""
+
+    COPY = auto()
+    """Leaves them where they are."""
+    CAST = auto()
+    """Leaves them where they are, perhaps in another type."""
+    RESHAPE = auto()
+    """Gives them another shape, in the same order."""
+    BROADCAST = auto()
+    """Repeats them along new axes or axes of size 1, in place."""
+    PERMUTE = auto()
+    """Changes the order of axes."""
+    REORDER = auto()
+    """Changes the order of entries, each of which occurs once in the result."""
+    CUT = auto()
+    """Takes a part, which the arguments tell."""
+    SPLIT = auto()
+    """Gives several parts, as a list."""
+    ITEM = auto()
+    """Takes one of several results."""
+    REPEAT = auto()
+    """Repeats them in new memory, or in windows that overlap."""
+    JOIN = auto()
+    """Puts several operands beside each other; the first operand is the list of them."""
+    FILL = auto()
+    """Copies them, with a part replaced by the second operand."""
+    PAD = auto()
+    """Surrounds them with others."""
+    PICK = auto()
+    """Takes whole lines along axes, which another operand numbers."""
+    GATHER = auto()
+    """Takes single entries, which another operand tells."""
+
+
+_NAMES: Mapping[Move, str] = {
+    Move.COPY: "contiguous clone detach alias lift_fresh_copy",
+    Move.CAST: "to _to_copy type_as",
+    Move.RESHAPE: "view reshape _unsafe_view view_as reshape_as flatten unflatten unsqueeze squeeze ravel",
+    Move.BROADCAST: "expand expand_as broadcast_to",
+    Move.PERMUTE: "transpose permute t numpy_T mT mH matrix_H adjoint swapaxes swapdims movedim moveaxis",
+    Move.REORDER: "roll flip pixel_shuffle pixel_unshuffle channel_shuffle",
+    Move.CUT: "slice select narrow diagonal",
+    Move.SPLIT: """
+        split split_with_sizes chunk tensor_split unbind unsafe_split unsafe_split_with_sizes unsafe_chunk
+        hsplit vsplit dsplit
+        """,
+    Move.ITEM: "getitem",
+    Move.REPEAT: "repeat repeat_interleave tile unfold",
+    Move.JOIN: "cat stack concat concatenate hstack vstack dstack column_stack",
+    Move.FILL: "slice_scatter select_scatter diagonal_scatter",
+    Move.PAD: "pad constant_pad_nd",
+    Move.PICK: "index index_select",
+    Move.GATHER: "gather take_along_dim masked_select",
+}
+
+MOVES: Mapping[str, Move] = {name: move for move, names in _NAMES.items() for name in names.split()}
+"""Every such operator by its name (`op_name`)."""
+
+_COPIED: Mapping[str, Callable[..., Any]] = {
+    "view": aten.reshape.default,
+    "_unsafe_view": aten.reshape.default,
+    "view_as": aten.reshape_as.default,
+}
+"""Numbers are mostly broadcast views, which cost no memory: they may have to be copied where the real tensor is not."""
+
+BREAKS = (RuntimeError, IndexError, TypeError, ValueError)
+"""What `moved` raises where the operator does not run on these numbers."""
+
+
+def names_of(*moves: Move) -> frozenset[str]:
+    """The names of all operators of some groups."""
+    return frozenset(name for name, move in MOVES.items() if move in moves)
+
+
+def move_of(node: fx.Node) -> Move | None:
+    """The group of the operator that a node calls; None where it does more than move entries, or calls none."""
+    return MOVES.get(op_name(node))
+
+
+def moved(node: fx.Node, operand: Callable[[Any], Any]) -> Any:
+    """The numbers of a node's entries.
+
+    Args:
+        node: calls an operator of `MOVES`.
+        operand: for a node (or symbolic size) among the arguments, the numbers that stand for its entries: a tensor of
+            its shape, ``int64`` or complex, or a list of those; for a size, the size as a number; None where nothing
+            is known of it. It is asked for no more than the operator reads: of a copy, for the first argument only.
+
+    Returns:
+        A tensor of the node's shape, or a list of them, with `HOLE` where padding is; it may share memory with the
+        operands'. None where the operator is not in the table or something is known of no operand that it reads.
+
+    Raises:
+        RuntimeError, IndexError, TypeError, ValueError: as the operator itself where sizes do not fit (`BREAKS`).
+    """
+    move, name = move_of(node), op_name(node)
+    if move is None:
+        return None
+    if move in (Move.COPY, Move.CAST):
+        return operand(node.args[0])
+    if move is Move.ITEM:
+        held, at = operand(node.args[0]), node.args[1]
+        return held[at] if isinstance(held, list | tuple) and isinstance(at, int) else held
+    unknown: list[Any] = []
+
+    def known(leaf: Any) -> Any:
+        found = operand(leaf)
+        if found is None:
+            unknown.append(leaf)
+        return found
+
+    args, kwargs = _replaced(node.args, known), _replaced(node.kwargs, known)
+    if unknown:
+        return None
+    if move is Move.PAD:
+        return aten.constant_pad_nd.default(args[0], args[1], HOLE)
+    target = _COPIED.get(name, node.target)
+    assert callable(target)
+    return target(*args, **kwargs)
+
+
+def moved_along(
+    steps: Iterable[tuple[Any, fx.Node]],
+    numbers: Tensor,
+    size: Callable[[Any], int | None] = lambda leaf: None,
+    passing: Collection[str] = (),
+) -> Tensor | None:
+    """The numbers at the end of a chain of calls.
+
+    Args:
+        steps: each call, with the operand of it that the numbers so far stand for.
+        numbers: at the beginning.
+        size: of what else a call reads, as a number; None where it is none. By default nothing else may be read.
+        passing: names of other operators that leave entries where they are.
+
+    Returns:
+        None where a call is not in the table, reads something else, or does not run.
+    """
+    held: Any = numbers
+    for source, node in steps:
+        if op_name(node) in passing:
+            continue
+
+        def operand(leaf: Any, source: Any = source, held: Any = held) -> Any:
+            return held if leaf is source else size(leaf)
+
+        try:
+            held = moved(node, operand)
+        except BREAKS:
+            return None
+        if held is None:
+            return None
+    return held if isinstance(held, Tensor) else None
+
+
+def _replaced(value: Any, known: Callable[[Any], Any]) -> Any:
+    """Arguments with what stands for their nodes and symbolic sizes in the place of those."""
+    if isinstance(value, fx.Node | torch.SymInt):
+        return known(value)
+    if isinstance(value, list | tuple):
+        return [_replaced(item, known) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _replaced(item, known) for name, item in value.items()}
+    return value

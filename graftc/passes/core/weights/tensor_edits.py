@@ -1,0 +1,179 @@
+"""Tensor edits: what every adaptation does with which rows of a stored tensor, in one table with an index by name.
+
+`EXCLUSIONS` is the one rule for which of them cannot be combined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.specs.errors.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from graftc.passes.core.sites.sites import SiteKey
+
+
+class EditMode(StrEnum):
+    """What an adaptation does with rows of a stored tensor."""
+
+    CONSTANT = "constant"
+    """It reads them once: something that is never trained again follows from their values."""
+    TRAINED = "trained"
+    """A copy trains in their place (an overlay)."""
+    ADDED = "added"
+    """It adds to their entries, on top of what others add."""
+    REPLACED = "replaced"
+    """Something else is in their place, of which nothing of the base remains."""
+
+
+@dataclass(frozen=True)
+class TensorEdit:
+    """What one adaptation does with rows of a stored tensor.
+
+    Attributes:
+        owner: the adaptation.
+        own: the rows; they name the tensor.
+        mode: what is done with them.
+        site: where it was inserted; None for what belongs to the whole adaptation.
+        trained: the Store name of the copy that trains; empty in all modes but `EditMode.TRAINED`.
+    """
+
+    owner: str
+    own: WeightSlice
+    mode: EditMode
+    site: SiteKey | None = None
+    trained: str = ""
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Modes of two edits of overlapping rows that exclude one another.
+
+    Attributes:
+        held: modes of the edit that is there.
+        new: modes of the one that comes later.
+        message: ``{new}`` and ``{held}`` are the owners, ``{rows}`` and ``{tensor}`` what the later one is of.
+        hint: what to do about it.
+        same_owner: whether it holds within one adaptation too.
+    """
+
+    held: frozenset[EditMode]
+    new: frozenset[EditMode]
+    message: str
+    hint: str
+    same_owner: bool = True
+
+
+_TWICE = "{new!r} and {held!r} would both train {rows} of {tensor}"
+_LEAVE_OUT = "leave the tensor out of one of them"
+_FIXED = "{new!r} would train {rows} of {tensor}, whose values are constants to {held!r}"
+_BEFORE = "put {new!r} before {held!r} in the spec, or leave the place out of one of them"
+
+EXCLUSIONS: tuple[Exclusion, ...] = (
+    Exclusion(
+        held=frozenset({EditMode.TRAINED, EditMode.REPLACED}),
+        new=frozenset({EditMode.TRAINED, EditMode.ADDED, EditMode.REPLACED}),
+        message=_TWICE,
+        hint=_LEAVE_OUT,
+    ),
+    Exclusion(
+        held=frozenset({EditMode.ADDED}),
+        new=frozenset({EditMode.TRAINED, EditMode.REPLACED}),
+        message=_TWICE,
+        hint=_LEAVE_OUT,
+    ),
+    Exclusion(
+        held=frozenset({EditMode.CONSTANT}),
+        new=frozenset({EditMode.TRAINED, EditMode.ADDED, EditMode.REPLACED}),
+        message=_FIXED,
+        hint=_BEFORE,
+        same_owner=False,
+    ),
+)
+"""Which edits cannot be combined; of several that hold, the first one is reported. Sums are added up, so that many may
+add to the same rows, and what is read as a constant may have been changed before, since it is read as it is then."""
+
+
+class TensorEdits(Collection[TensorEdit]):
+    """The tensor edits of one Program, in the order in which they were made.
+
+    Looking one up by tensor or owner takes as long as the answer has entries.
+
+    Args:
+        edits: taken as they are, without checking them against one another.
+    """
+
+    def __init__(self, edits: Iterable[TensorEdit] = ()) -> None:
+        self._edits: list[TensorEdit] = []
+        self._at: dict[tuple[str, EditMode], list[int]] = {}
+        self._of: dict[str, list[TensorEdit]] = {}
+        for edit in edits:
+            self._record(edit)
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def __iter__(self) -> Iterator[TensorEdit]:
+        return iter(self._edits)
+
+    def __contains__(self, edit: object) -> bool:
+        return isinstance(edit, TensorEdit) and edit in self._of.get(edit.owner, ())
+
+    def check(self, edit: TensorEdit) -> None:
+        """Hold an edit against those that are there.
+
+        Raises:
+            GraftError: GC021 where one of `EXCLUSIONS` holds for overlapping rows.
+        """
+        own, owner = edit.own, edit.owner
+        for rule in EXCLUSIONS:
+            if edit.mode not in rule.new:
+                continue
+            for held in self.at(own.tensor, rule.held):
+                if (rule.same_owner or held.owner != owner) and held.own.overlaps(own):
+                    words = {"new": owner, "held": held.owner, "rows": own, "tensor": own.tensor}
+                    raise GraftError("GC021", rule.message.format(**words), hint=rule.hint.format(**words))
+
+    def add(self, edit: TensorEdit) -> None:
+        """Record an edit.
+
+        Raises:
+            GraftError: see `check`.
+        """
+        self.check(edit)
+        self._record(edit)
+
+    def at(self, tensor: str, modes: Collection[EditMode] = tuple(EditMode)) -> list[TensorEdit]:
+        """The edits of a tensor, by its Store name, that are of some modes, by default of any."""
+        return [self._edits[n] for n in sorted(n for mode in modes for n in self._at.get((tensor, mode), ()))]
+
+    def of(self, owner: str) -> tuple[TensorEdit, ...]:
+        """The edits of an adaptation."""
+        return tuple(self._of.get(owner, ()))
+
+    def copies(self, owner: str | None = None) -> tuple[TensorEdit, ...]:
+        """Those of which a copy trains: those of one adaptation, or by default of all."""
+        every = self._edits if owner is None else self._of.get(owner, ())
+        return tuple(edit for edit in every if edit.trained)
+
+    def trained_in_full(self) -> list[str]:
+        """The tensors all of which trains as a copy: nothing depends on the base's own values."""
+        return [edit.own.tensor for edit in self.copies() if edit.own.whole]
+
+    def copy_of(self, own: WeightSlice, owner: str) -> str | None:
+        """The Store name of the copy of these very rows that an adaptation trains; None where it trains none."""
+        copies = self.at(own.tensor, (EditMode.TRAINED,))
+        return next((edit.trained for edit in copies if edit.owner == owner and edit.own == own), None)
+
+    def without(self, owners: Collection[str]) -> TensorEdits:
+        """A table without the edits of some adaptations."""
+        return TensorEdits(edit for edit in self._edits if edit.owner not in owners)
+
+    def _record(self, edit: TensorEdit) -> None:
+        self._at.setdefault((edit.own.tensor, edit.mode), []).append(len(self._edits))
+        self._edits.append(edit)
+        self._of.setdefault(edit.owner, []).append(edit)

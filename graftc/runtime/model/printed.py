@@ -1,0 +1,116 @@
+"""What ``print(compiled)`` shows: the source's modules, what adaptations have in them, and how much of all trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.roles.findings import format_runs
+from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site
+from graftc.passes.core.weights.containers import additions, module_text
+from graftc.passes.core.weights.names import module_of
+from graftc.passes.core.weights.runs import Runs
+from graftc.passes.core.weights.store import Store
+from graftc.specs.base import MethodSpec
+
+
+@dataclass
+class _Fact:
+    """What one adaptation is in one module.
+
+    Attributes:
+        sizes: what its spec says of its size there, as text.
+        places: what it adapts there, as text: by tensor, with its shape, or by role.
+    """
+
+    sizes: dict[str, None] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def text(self) -> list[str]:
+        """Its parts, those that there are."""
+        return [*self.sizes, *(place for places in self.places.values() for place in dict.fromkeys(places))]
+
+
+def printed(compilation: Compilation, module: nn.Module, trainable: int, total: int) -> str:
+    """The text of a compiled model; its length and cost are linear in the number of modules and tensors.
+
+    Args:
+        compilation: has the places of adaptations, as the first signature has them.
+        module: the compiled model, over the Compilation's Store or a copy of it.
+        trainable, total: how many elements of its parameters train, and how many there are.
+    """
+    facts = _facts(compilation)
+    methods = compilation.spec.owners
+    specs = {item.name: item.spec for item in compilation.main.resolved}
+    order = {name: number for number, name in enumerate(methods)}
+
+    def notes(path: str, part: nn.Module) -> Iterator[tuple[str, str]]:
+        own, held = facts.get(path, {}), additions(part)
+        for name in sorted({**own, **held}, key=lambda name: order.get(name, -1)):
+            fact = own.get(name) or _shared(specs.get(name))
+            method = methods.get(name, name)
+            trains = _trains(held[name]) if name in held else []
+            yield name, ", ".join([*([] if method == name else [method]), *fact.text(), *trains]) or method
+
+    share = 100 * trainable / total if total else 0.0
+    return f"{module_text(module, notes)}\ntrainable parameters: {trainable:,} of {total:,} ({share:.4f}%)"
+
+
+def _facts(compilation: Compilation) -> dict[str, dict[str, _Fact]]:
+    """By module and adaptation."""
+    found: dict[str, dict[str, _Fact]] = {}
+    for item in compilation.main.resolved:
+        for site, spec in item.places:
+            fact = found.setdefault(site.key.module, {}).setdefault(item.name, _Fact())
+            fact.sizes |= dict.fromkeys(_size(spec))
+            name, place = _place(site, compilation.store)
+            fact.places.setdefault(name, []).append(place)
+    copied: set[tuple[str, str, str]] = set()
+    for edit in compilation.tensor_edits.copies():
+        owner, own, path = edit.owner, edit.own, module_of(edit.trained)
+        places = found.setdefault(path, {}).setdefault(owner, _Fact()).places
+        if (path, owner, own.tensor) not in copied:
+            copied.add((path, owner, own.tensor))
+            places[own.tensor] = []  # what trains in place says more than what is adapted
+        places[own.tensor].append(f"{_weight(own.tensor, own.shape, path, own.rows)} in place")
+    return found
+
+
+def _shared(spec: MethodSpec | None) -> _Fact:
+    """Of tensors that all places of an adaptation share."""
+    return _Fact(dict.fromkeys(_size(spec)) if spec is not None else {})
+
+
+def _size(spec: MethodSpec) -> list[str]:
+    size = spec.stated_size()
+    if size is None:
+        return []
+    name, value = size
+    return [f"{name.replace('_', ' ')} {list(value) if isinstance(value, tuple) else value}"]
+
+
+def _place(site: Site, store: Store) -> tuple[str, str]:
+    """The tensor that a site is, or its role; and the text for it."""
+    if isinstance(site, LinearSite):
+        own = site.own
+        return own.tensor, _weight(own.tensor, own.shape, site.key.module, own.rows)
+    name = site.weight if isinstance(site, NormSite) else site.tensor if isinstance(site, ParameterSite) else None
+    tensor = store.get(name) if name is not None else None
+    if name is None or tensor is None:
+        role = site.roles[0] if site.roles else str(site.kind)
+        return role, role
+    return name, _weight(name, tuple(tensor.shape), site.key.module)
+
+
+def _weight(name: str, shape: tuple[int, ...], path: str, rows: Runs | None = None) -> str:
+    """A tensor by its name in a module, in full where it is another's, with its shape as stored."""
+    chosen = "" if rows is None else f" rows {format_runs(rows)}"
+    return f"{name.removeprefix(f'{path}.')} {list(shape)}{chosen}"
+
+
+def _trains(held: nn.Module) -> list[str]:
+    parameters = list(held.parameters())
+    return [f"{sum(p.numel() for p in parameters if p.requires_grad):,} trainable"] if parameters else []

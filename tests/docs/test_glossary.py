@@ -1,0 +1,76 @@
+"""The glossary of docs/architecture.md and the code agree."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "graftc"
+TEXT = (
+    (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Glossary\n")[2].partition("\n## ")[0]
+)
+TERMS = re.findall(r"^\| `(\w+)` \| (.+) \| `([\w/.]+)` \|$", TEXT, re.MULTILINE)
+RETIRED = re.findall(r"^\| `(\w+)` \| ([\w ]+) \|$", TEXT, re.MULTILINE)
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """Names that a module defines itself."""
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def names_in(tree: ast.Module) -> Iterator[str]:
+    """Every name that a module gives to something."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def test_the_tables_are_read() -> None:
+    assert len(TERMS) >= 30 and len(RETIRED) >= 4
+    rows = [line for line in TEXT.splitlines() if line.startswith("| `")]
+    assert len(rows) == len(TERMS) + len(RETIRED), "every row has one name, its meaning and its file, or what to use"
+
+
+@pytest.mark.parametrize(("term", "path"), [(term, path) for term, _, path in TERMS])
+def test_a_term_is_defined_where_the_glossary_says(term: str, path: str) -> None:
+    assert (PACKAGE / path).is_file(), f"there is no {path}"
+    assert term in defined(TREES[PACKAGE / path])
+
+
+def test_retired_words_are_no_names() -> None:
+    words = {word for word, _ in RETIRED}
+    found = {
+        f"{path.relative_to(PACKAGE).as_posix()}: {name}"
+        for path, tree in TREES.items()
+        for name in [*names_in(tree), path.stem]
+        if any(re.search(rf"(^|_){word}($|_)", name) for word in words)
+    }
+    assert found == set()
+
+
+def test_every_folder_says_what_lives_there() -> None:
+    """Its first lines: what, and what may be touched."""
+    for path, tree in TREES.items():
+        if path.name == "__init__.py" and path.parent != PACKAGE:
+            text = ast.get_docstring(tree) or ""
+            assert len(text) > 60, f"{path.relative_to(ROOT)} says too little"
+    counted = {path.parent for path in TREES}
+    many = {folder: len(list(folder.glob("*.py"))) for folder in counted if folder.name != "methods"}
+    assert {folder.as_posix(): count for folder, count in many.items() if count > 23} == {}
