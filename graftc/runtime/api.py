@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from graftc.compiler.pipeline import compile_model, first_capture
 from graftc.compiler.roles.structure import Structure, find_structure
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.compiled import Compiled, make_compiled
+from graftc.runtime.model.runner import Source
 from graftc.specs.arguments import as_path, as_seed
 from graftc.specs.document import Spec
 from graftc.specs.io import load_spec
@@ -28,12 +29,12 @@ SpecLike = Spec | Mapping[str, Any] | str | Path
 
 def compile(
     spec: SpecLike,
-    model: nn.Module,
+    model: Source,
     example_inputs: ExampleInputs | None = None,
     *,
     seed: int = 0,
     cache: bool = True,
-) -> Compiled:
+) -> Compiled[Source]:
     """Compile a spec against a model.
 
     Args:
@@ -53,9 +54,13 @@ def compile(
     axes, flags = _request(model, example_inputs)
     compilation = compile_model(loaded, model, axes, flags=flags, seed=seed, use_cache=cache)
     check_fresh(compilation)
-    return make_compiled(compilation)
+    return cast("Compiled[Source]", make_compiled(compilation))
 
 
+@overload
+def load(path: str | Path, model: Source, *, cache: bool = True) -> Compiled[Source]: ...
+@overload
+def load(path: str | Path, model: str | None = None, *, cache: bool = True) -> Compiled: ...
 def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
     """A compiled model from an artifact, or from a checkpoint that a trainer wrote of one.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from graftc.runtime.model.checkpointing import Checkpointed
 from graftc.runtime.model.choosing import Choosing
 from graftc.runtime.model.ecosystem import Ecosystem
 from graftc.runtime.model.inspection import Inspected
-from graftc.runtime.model.runner import ModelRoot, Published
+from graftc.runtime.model.runner import M, ModelRoot, Published
 from graftc.runtime.state import Stateful
 from graftc.runtime.training.selecting import Selecting
 from graftc.specs.arguments import as_mapping, as_path
@@ -38,6 +38,8 @@ from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 
 if TYPE_CHECKING:
     from graftc.compiler.inspect.report import Report
+    from graftc.compiler.inspect.snapshot import Snapshot
+    from graftc.compiler.roles.structure import Structure
     from graftc.runtime.deploy.merged import Merged
     from graftc.runtime.deploy.partial import Partial
 
@@ -132,16 +134,7 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
 
     @isolated()
     def merge(self, budget: float | None = None, *, progress: Callable[[float], None] | None = None) -> Merged:
-        """Fold every adaptation into base weights and certify the result; this model stays as it is.
-
-        Args:
-            budget: largest allowed absolute difference of outputs; by default the spec's, or a bound by dtype.
-            progress: is told how much of the folding is done, from 0 to 1, tensor by tensor.
-
-        Raises:
-            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC073 for a budget
-                that is no number.
-        """
+        """See `Compiled.merge`."""
         from graftc.runtime.deploy.merged import merge
 
         self.warn_of_unsteered()
@@ -149,15 +142,7 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
 
     @isolated()
     def merge_partially(self, budget: float | None = None) -> Partial:
-        """Fold what folds, certify that, and compile the rest on a base that has the folded weights. What was trained
-        with experts that are drawn becomes the simpler adaptation with their mean, whether anything folds or not.
-
-        Args:
-            budget: as for `merge`.
-
-        Raises:
-            GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor.
-        """
+        """See `Compiled.merge_partially`."""
         from graftc.runtime.deploy.partial import merge_partially
 
         return merge_partially(self, budget)
@@ -222,11 +207,12 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
         return as_source(found, self._store.updated) if ours else found
 
 
-class Compiled(ModelRoot):
+class Compiled(ModelRoot, Generic[M]):
     """The adapted model: same inputs, same outputs, loss from ``labels``; only what the spec says trains.
 
-    Made by `graftc.compile`. ``train()`` and ``eval()`` switch between two graphs over one set of tensors. An input
-    that was absent so far is captured at its first use.
+    Made by `graftc.compile`; ``Compiled[M]`` is that of a source of class ``M``. A call gives what ``M.forward`` gives,
+    in its own output class; as of every `torch.nn.Module`, a type checker sees `Any` there. ``train()`` and ``eval()``
+    switch between two graphs over one set of tensors. An input that was absent so far is captured at its first use.
 
     The names below are graftc's, whatever the source model's children are called. All else that graftc offers gives
     way to a child, a parameter or a buffer of its name, and is an attribute of `runner_of(compiled)` as well.
@@ -235,8 +221,6 @@ class Compiled(ModelRoot):
     _graftc: CompiledRunner
 
     save = Published(CompiledRunner.save)
-    merge = Published(CompiledRunner.merge)
-    merge_partially = Published(CompiledRunner.merge_partially)
     export = Published(CompiledRunner.export)
     disabled = Published(CompiledRunner.disabled)
     adapter_state_dict = Published(CompiledRunner.adapter_state_dict)
@@ -251,6 +235,40 @@ class Compiled(ModelRoot):
     activate = Published(CompiledRunner.activate)
     train_only = Published(CompiledRunner.train_only)
     explain = Published(CompiledRunner.explain)
+
+    if TYPE_CHECKING:  # attributes of the Runner, which give way to a child of their name
+        base_model: nn.Module
+        compilation: Compilation
+        device: torch.device
+        dtype: torch.dtype
+        snapshot: Snapshot
+        spec: Spec
+        structure: Structure
+
+    def merge(self, budget: float | None = None, *, progress: Callable[[float], None] | None = None) -> Merged[M]:
+        """Fold every adaptation into base weights and certify the result; this model stays as it is.
+
+        Args:
+            budget: largest allowed absolute difference of outputs; by default the spec's, or a bound by dtype.
+            progress: is told how much of the folding is done, from 0 to 1, tensor by tensor.
+
+        Raises:
+            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC073 for a budget
+                that is no number.
+        """
+        return cast("Merged[M]", self._graftc.merge(budget, progress=progress))
+
+    def merge_partially(self, budget: float | None = None) -> Partial[M]:
+        """Fold what folds, certify that, and compile the rest on a base that has the folded weights. What was trained
+        with experts that are drawn becomes the simpler adaptation with their mean, whether anything folds or not.
+
+        Args:
+            budget: as for `merge`.
+
+        Raises:
+            GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor.
+        """
+        return cast("Partial[M]", self._graftc.merge_partially(budget))
 
     def get_extra_state(self) -> Tensor:
         """See `torch.nn.Module.get_extra_state`: what the tensors of a state dict belong to, as ``uint8[bytes]``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,7 +27,7 @@ from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.remove_folded import take_out
 from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.model.blocks import Root
-from graftc.runtime.model.runner import ModelRoot, Published, runner_of
+from graftc.runtime.model.runner import M, ModelRoot, Published, runner_of
 from graftc.specs.arguments import as_budget, as_path
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -100,8 +100,9 @@ class MergedRunner(Exporting):
         return to_transformers(self)
 
 
-class Merged(ModelRoot):
-    """The folded model, in eval mode: the base's graph over folded tensors.
+class Merged(ModelRoot, Generic[M]):
+    """The folded model, in eval mode: the base's graph over folded tensors. ``Merged[M]`` is that of a source of class
+    ``M``.
 
     Tensors that folding does not change are shared with the compiled model and the source. As in a `Compiled`, the
     names below win over those of the source model's children.
@@ -111,8 +112,16 @@ class Merged(ModelRoot):
 
     save = Published(MergedRunner.save)
     export = Published(MergedRunner.export)
-    to_transformers = Published(MergedRunner.to_transformers)
     folded_state_dict = Published(MergedRunner.folded_state_dict)
+
+    def to_transformers(self) -> M:
+        """A model of the source's own class with folded weights, which plain transformers saves and loads.
+
+        Raises:
+            GraftError: GC052 when the class has no place for a folded tensor, GC032 for a source without a config.
+        """
+        made: M = self._graftc.to_transformers()
+        return made
 
     @property
     def certificate(self) -> Certificate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
 from graftc.runtime.deploy.merged import Merged, fold, require_passed
 from graftc.runtime.deploy.merged_folder import write_merged
-from graftc.runtime.model.runner import runner_of
+from graftc.runtime.model.runner import M, runner_of
 from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Partial:
+class Partial(Generic[M]):
     """What folding some adaptations gives; saved, an artifact that holds its own base.
 
     Attributes:
@@ -44,8 +44,8 @@ class Partial:
         certificate: of the fold; its outputs are those of `compiled` too.
     """
 
-    merged: Merged
-    compiled: Compiled
+    merged: Merged[M]
+    compiled: Compiled[M]
     certificate: Certificate
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.report import Report, report
@@ -11,10 +11,12 @@ from graftc.compiler.inspect.snapshot import Snapshot, snapshot
 from graftc.passes.core.ir.printer import format_program
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode
+from graftc.specs.document import Spec
 
 if TYPE_CHECKING:
     from graftc.compiler.inspect.explanation import Explanation
     from graftc.compiler.inspect.tree import TreeNode
+    from graftc.compiler.roles.structure import Structure
 
 
 class Inspected:
@@ -23,7 +25,7 @@ class Inspected:
     _compilation: Compilation
 
     @property
-    def spec(self) -> Any:
+    def spec(self) -> Spec:
         """The spec it was compiled from."""
         return self._compilation.spec
 
@@ -38,7 +40,7 @@ class Inspected:
         return report(self._compilation)
 
     @property
-    def structure(self) -> Any:
+    def structure(self) -> Structure:
         """The roles found in the model."""
         return self._compilation.main.structure
 

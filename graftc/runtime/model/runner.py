@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, NoReturn, ParamSpec, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,16 @@ from graftc.specs.errors.diagnostics import GraftError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as DefaultingTypeVar
+
+    M = DefaultingTypeVar("M", bound=nn.Module, default=Any, covariant=True)
+else:
+    M = TypeVar("M", bound=nn.Module, covariant=True)
+"""The class of a source model; `Any` where nothing is known of it."""
+Source = TypeVar("Source", bound=nn.Module)
+"""The same, of an argument."""
 
 
 class Published(Generic[P, R]):

@@ -1,0 +1,58 @@
+"""What type checkers know of the Python interface.
+
+Nothing here runs: mypy checks it with the rest, and fails where a type is lost or becomes `Any`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, assert_type
+
+import torch
+from torch import nn
+
+import graftc
+from graftc.compiler.capture.interface import ExampleInputs
+from graftc.compiler.folding.certificate import Certificate
+from graftc.compiler.roles.structure import Structure
+from graftc.runtime.compiled import Compiled
+from graftc.runtime.deploy.merged import Merged
+from graftc.runtime.deploy.partial import Partial
+
+
+class Model(nn.Module):
+    """Stands for a class of transformers."""
+
+
+def models(model: Model, inputs: ExampleInputs) -> None:
+    """The class of the source model is kept until `to_transformers` gives one of it."""
+    compiled = graftc.compile("spec.yaml", model, inputs)
+    assert_type(compiled, Compiled[Model])
+    assert_type(compiled.train(), Compiled[Model])
+    assert_type(compiled.merge(), Merged[Model])
+    assert_type(compiled.merge().to_transformers(), Model)
+    assert_type(compiled.merge().certificate, Certificate)
+    assert_type(compiled.merge_partially(), Partial[Model])
+    assert_type(compiled.merge_partially().compiled, Compiled[Model])
+    assert_type(graftc.load("artifact", model), Compiled[Model])
+
+
+def unknown_models() -> None:
+    """An artifact alone does not tell the class of its base."""
+    assert_type(graftc.load("artifact"), Compiled[Any])
+    assert_type(graftc.load("artifact", "tiny-bert"), Compiled[Any])
+    assert_type(graftc.load("artifact").merge().to_transformers(), Any)
+
+
+def attributes(compiled: Compiled) -> None:
+    """What the Runner has. What a call gives has no type, as for every `torch.nn.Module`."""
+    assert_type(compiled.base_model, nn.Module)
+    assert_type(compiled.device, torch.device)
+    assert_type(compiled.dtype, torch.dtype)
+    assert_type(compiled.spec, graftc.Spec)
+    assert_type(compiled.structure, Structure)
+    assert_type(compiled(), Any)
+
+
+def any_model(compiled: Compiled[Model]) -> Compiled[nn.Module]:
+    """A compiled model of a class is one of every class above it."""
+    return compiled
