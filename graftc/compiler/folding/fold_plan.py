@@ -38,7 +38,6 @@ class FoldPlan:
 def fold_plan(compilation: Compilation) -> FoldPlan:
     """Try every adaptation. One that was inserted on top of another one that stays has to stay as well: folding it
     into the weights would apply it first. What stands in for base tensors is on top of nothing."""
-    store = compilation.store
     units = {unit.name: unit for unit in compilation.units}
     resolved = {name: unit.members[0] for name, unit in units.items()}
     names: list[str] = []
@@ -49,13 +48,13 @@ def fold_plan(compilation: Compilation) -> FoldPlan:
             if below is not None:
                 message = f"{name!r} stands on {below[0]!r} at {below[1]}, which does not fold"
                 raise GraftError("GC050", message, hint="fold without it, or put it first in the spec")
-            if LazyTensors(store, fold_steps(compilation, [name])).steps:
+            if fold_steps(compilation, [name]):
                 names.append(name)
         except GraftError as error:
             if error.code not in ("GC022", "GC050"):
                 raise
             kept[name] = error
-    lazy = LazyTensors(store, fold_steps(compilation, names))
+    lazy = LazyTensors(compilation.store, fold_steps(compilation, names))
     for unit in units.values():  # what becomes of a composition becomes of its members
         for member in unit.members:
             if unit.name in kept:

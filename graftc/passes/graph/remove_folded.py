@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 
 from torch import fx
@@ -17,17 +17,11 @@ def take_out(program: Program, adaptations: Collection[str]) -> Program:
 
     The result reads the base's own tensors, so it computes the adapted function over a Store that holds folded ones.
     """
-    result = _take_out(program, lambda edit: edit.adaptation in adaptations)
-    result.tensor_edits = program.tensor_edits.without(adaptations)
-    return result
-
-
-def _take_out(program: Program, folded: Callable[[Edit], bool]) -> Program:
-    result = program.copy()
+    result = program.copy(tensor_edits=program.tensor_edits.without(adaptations))
     kept: list[Edit] = []
     stands_for: dict[fx.Node, fx.Node] = {}
     for edit in reversed(result.edits):
-        if folded(edit):
+        if edit.adaptation in adaptations:
             before = follow(edit.before, stands_for)
             edit.after.replace_all_uses_with(before)
             stands_for[edit.after] = before
