@@ -26,6 +26,7 @@ from graftc.compiler.resolve.token_embeddings import word_vectors
 from graftc.compiler.resolve.tokens import TOKENS, token_sites
 from graftc.compiler.roles.structure import Structure, find_structure
 from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.seams import Seams
 from graftc.passes.core.ir.effects import flaw
 from graftc.passes.core.ir.eval_mode import moded, to_eval
 from graftc.passes.core.ir.program import HistoryEntry, Program, from_two
@@ -359,9 +360,8 @@ _VERIFIED_EACH = 8
 
 
 def _insert_unit(compilation: Compilation, program: Program, unit: Unit) -> None:
-    def new(cls: type[Any], name: str, method: str, **options: Any) -> Any:
-        store, seed, values = compilation.store, compilation.seed, compilation.values
-        return cls(program, store, name, method, seed, values, **options)
+    def new(name: str, method: str, seams: Seams | None = None) -> Builder:
+        return Builder(program, compilation.store, name, method, compilation.seed, compilation.values, seams=seams)
 
     if unit.composition is not None:
         for owner, parts in insert_unit(unit, program, compilation.spec, new, _adapt).items():
@@ -370,7 +370,7 @@ def _insert_unit(compilation: Compilation, program: Program, unit: Unit) -> None
     (item,) = unit.members
     if not item.sites:
         return
-    build = new(Builder, item.name, item.spec.method)
+    build = new(item.name, item.spec.method)
     try:
         _adapt(build, item)
     except GraftError as error:
