@@ -93,10 +93,10 @@ class Collecting(Seams):
         elif change.kind == "keys" and self.attends:
             keys, values = change.given
             self.ahead.append(Ahead(keys, values, change.window))
-        elif change.kind in _CHANGES:
-            raise self._refusal(nodes, _CHANGES[change.kind])
-        else:
+        elif change.kind == "positions":
             super().write(nodes, change, put)
+        else:
+            raise self._refusal(nodes, _CHANGES[change.kind])
 
     def _refusal(self, nodes: Nodes, reason: str) -> GraftError:
         return GraftError(

@@ -9,6 +9,7 @@ from graftc.passes.core.build.nodes import Nodes, Part
 from graftc.passes.core.build.residual import Branches
 from graftc.passes.core.build.seams import Change
 from graftc.passes.core.build.tensors import Tensors
+from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.ir.program import VirtualTokens, above
 from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.sites.sites import ValueSite
@@ -53,10 +54,14 @@ class Virtual(Part):
         self._set_value(site, self.call(aten.cat.default, pieces, 1, part=part))
 
     def _for_rows(self, vectors: fx.Node, like: fx.Node, part: str) -> fx.Node:
-        if vectors.meta["val"].dim() == 3:
+        """``[length, width]``, or ``[1, length, width]``, for every row of ``like``."""
+        held, rows = vectors.meta["val"], like.meta["val"].shape[0]
+        if held.dim() == 3 and (expression(held.shape[0]) != 1 or expression(rows) == 1):
             return vectors
         sizes = [self._size(like, 0), -1, -1]
-        return self.call(aten.expand.default, self.call(aten.unsqueeze.default, vectors, 0, part=part), sizes)
+        if held.dim() == 2:
+            vectors = self.call(aten.unsqueeze.default, vectors, 0, part=part)
+        return self.call(aten.expand.default, vectors, sizes)
 
     def vocabulary(self, site: ValueSite) -> int:
         """How many tokens there are to look up.
