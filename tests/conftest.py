@@ -66,6 +66,9 @@ EVERY_CASE = frozenset(
 )
 """Tests of which each case is something of its own."""
 
+ONE_FAMILY = frozenset({"test_initial_values_depend_on_the_seed_only", "test_bank"})
+"""Tests of the contract that run in ``make test`` on a class's first family alone."""
+
 VARIANT_FAMILIES = 1
 """The same for the contract of another setting of a method, a class with ``variant = True``."""
 
@@ -121,7 +124,8 @@ def _is_contract(item: pytest.Function) -> bool:
 def _in_make_test(item: pytest.Function, family: str) -> bool:
     """Whether a test of a contract is among those of ``make test`` on this family.
 
-    Whether a seed decides alone is seen on a class's first family. Exports and ``torch.compile``, which take seconds,
+    Whether a seed decides alone is seen on a class's first family, and so are banks, which `tests/compose` has on every
+    family. Exports and ``torch.compile``, which take seconds,
     run there for the classes that say ``exported = True``, and on each family where they say ``every_family = True``.
     Together they meet every operator that methods insert, to which `tests/methods/test_exported_operators.py` holds
     them. Inductor has what says ``inductor = True``: one class for each mechanism. A folded export is the base's graph
@@ -134,7 +138,7 @@ def _in_make_test(item: pytest.Function, family: str) -> bool:
     if getattr(of, "variant", False):
         return family in _some(list(of.families), VARIANT_FAMILIES, of.__name__)
     if not issubclass(of, DeploymentContract):
-        return test != "test_initial_values_depend_on_the_seed_only" or family == of.families[0]
+        return test not in ONE_FAMILY or family == of.families[0]
     every, first = getattr(of, "every_family", False), family == of.families[0]
     if test == "test_inductor":
         return first and getattr(of, "inductor", False)
