@@ -32,6 +32,7 @@ from graftc.passes.core.ir.eval_mode import moded, to_eval
 from graftc.passes.core.ir.program import HistoryEntry, Program, from_two
 from graftc.passes.core.ir.program_key import Entry, Mode, Signature, Stage
 from graftc.passes.core.ir.verify import record_baseline, verify
+from graftc.passes.core.method.folding import fold_at
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.method.steering import STEP, no_steps
 from graftc.passes.core.sites.sites import Applied, AttentionSite, LinearSite, ParameterSite, Site
@@ -395,7 +396,7 @@ def _adapt(build: Builder, item: Resolved) -> None:
             method.insert(spec, site, shared, build)
         if isinstance(site, LinearSite):
             parts = {**build.parts.get(None, {}), **build.parts.get(site.key, {})}
-            site.applied.append(Applied(item.name, partial(method.fold, spec, site), parts))
+            site.applied.append(Applied(item.name, partial(fold_at, method, spec, site), parts))
 
 
 def _collect(compilation: Compilation, build: Builder) -> None:

@@ -30,8 +30,6 @@ class UniPELTMethod(PartsMethod[UniPELT]):
     """Every part is multiplied by the mean over tokens of ``sigmoid(w x + b)``: one number for each row, where ``x`` is
     the part's input."""
 
-    spec_class = UniPELT
-
     def prepare(self, spec: UniPELT, sites: Sequence[Site], build: Builder) -> Any:
         """See `PartsMethod.prepare`."""
         own = composed(build, build.adaptation, build.method, attends=True)
@@ -43,7 +41,6 @@ class UniPELTMethod(PartsMethod[UniPELT]):
         Raises:
             GraftError: GC036 and GC037 where the site has no rows that a gate could be for.
         """
-        assert isinstance(shared, _Gated)
         with shared.own.build.on(site):
             super().insert(spec, site, shared.shared, shared.own.build)
             insert_composed(Gate(gate=(build.adaptation,), tokens=spec.tokens), build, site, [shared.own])
