@@ -14,6 +14,7 @@ _SPEC = {
     "Items": "graftc.specs.base_model",
     "MethodSpec": "graftc.specs.base",
     "Override": "graftc.specs.overrides",
+    "RankOverride": "graftc.specs.overrides",
     "SiteKind": "graftc.specs.claims",
     "Target": "graftc.specs.target",
     "VirtualRun": "graftc.specs.virtual",
@@ -21,10 +22,10 @@ _SPEC = {
 """What a module of specs needs."""
 
 _METHOD = {
-    "Advance": "graftc.passes.core.method.stages",
     "AttentionSite": "graftc.passes.core.sites.sites",
     "BaseGradients": "graftc.passes.core.method.base_gradients",
     "Builder": "graftc.passes.core.build.builder",
+    "Collapsing": "graftc.passes.core.method.capabilities",
     "Controller": "graftc.passes.core.method.steering",
     "Fold": "graftc.passes.core.weights.folds",
     "Keep": "graftc.passes.core.weights.folds",
@@ -34,12 +35,19 @@ _METHOD = {
     "OutputObjective": "graftc.passes.core.method.steering",
     "ParameterSite": "graftc.passes.core.sites.sites",
     "Place": "graftc.passes.core.method.steering",
+    "Ranked": "graftc.passes.core.method.capabilities",
+    "Reselecting": "graftc.passes.core.method.capabilities",
+    "Resized": "graftc.passes.core.method.capabilities",
+    "Scored": "graftc.passes.core.method.capabilities",
+    "Scoring": "graftc.passes.core.method.scoring",
     "Site": "graftc.passes.core.sites.sites",
     "SiteKey": "graftc.passes.core.sites.sites",
+    "Staged": "graftc.passes.core.method.capabilities",
     "StandIn": "graftc.passes.core.weights.folds",
     "SublayerSite": "graftc.passes.core.sites.sites",
     "TensorFold": "graftc.passes.core.weights.folds",
     "TensorObjective": "graftc.passes.core.method.steering",
+    "Transition": "graftc.passes.core.method.capabilities",
     "ValueSite": "graftc.passes.core.sites.sites",
     "WeightFold": "graftc.passes.core.weights.folds",
     "check_rank": "graftc.passes.core.method.lowrank",
@@ -49,6 +57,7 @@ _METHOD = {
     "pick": "graftc.passes.core.build.routing",
     "route": "graftc.passes.core.build.routing",
     "uniform": "graftc.passes.core.method.lowrank",
+    "weight_fold": "graftc.passes.core.weights.folds",
     "zeros": "graftc.passes.core.method.lowrank",
 }
 """What the code of a method needs."""
@@ -58,9 +67,18 @@ if TYPE_CHECKING:
     from graftc.passes.core.build.effective_weight import effective_weight
     from graftc.passes.core.build.routing import pick, route
     from graftc.passes.core.method.base_gradients import BaseGradients
+    from graftc.passes.core.method.capabilities import (
+        Collapsing,
+        Ranked,
+        Reselecting,
+        Resized,
+        Scored,
+        Staged,
+        Transition,
+    )
     from graftc.passes.core.method.lowrank import check_rank, factors, normal, uniform, zeros
     from graftc.passes.core.method.method import Method
-    from graftc.passes.core.method.stages import Advance
+    from graftc.passes.core.method.scoring import Scoring
     from graftc.passes.core.method.steering import Controller, OutputObjective, Place, TensorObjective
     from graftc.passes.core.sites.sites import (
         AttentionSite,
@@ -72,21 +90,21 @@ if TYPE_CHECKING:
         SublayerSite,
         ValueSite,
     )
-    from graftc.passes.core.weights.folds import Fold, Keep, StandIn, TensorFold, WeightFold
+    from graftc.passes.core.weights.folds import Fold, Keep, StandIn, TensorFold, WeightFold, weight_fold
     from graftc.specs.base import MethodSpec
     from graftc.specs.base_model import Items
     from graftc.specs.claims import Claims, FoldKind, SiteKind
     from graftc.specs.errors.diagnostics import GraftError
-    from graftc.specs.overrides import Override
+    from graftc.specs.overrides import Override, RankOverride
     from graftc.specs.target import Target
     from graftc.specs.virtual import VirtualRun
 
 __all__ = [
-    "Advance",
     "AttentionSite",
     "BaseGradients",
     "Builder",
     "Claims",
+    "Collapsing",
     "Controller",
     "Fold",
     "FoldKind",
@@ -101,14 +119,22 @@ __all__ = [
     "Override",
     "ParameterSite",
     "Place",
+    "RankOverride",
+    "Ranked",
+    "Reselecting",
+    "Resized",
+    "Scored",
+    "Scoring",
     "Site",
     "SiteKey",
     "SiteKind",
+    "Staged",
     "StandIn",
     "SublayerSite",
     "Target",
     "TensorFold",
     "TensorObjective",
+    "Transition",
     "ValueSite",
     "VirtualRun",
     "WeightFold",
@@ -119,6 +145,7 @@ __all__ = [
     "pick",
     "route",
     "uniform",
+    "weight_fold",
     "zeros",
 ]
 

@@ -62,6 +62,9 @@ CONTRACT_SHARE = 4
 EXPORTED_SHARE = 3
 """The same for exports of the classes that say ``every_family = True``."""
 
+ONE_FAMILY = frozenset({"test_initial_values_depend_on_the_seed_only", "test_bank"})
+"""Tests of the contract that run in ``make test`` on one of a class's families alone."""
+
 VARIANT_FAMILIES = 1
 """On how many families the contract of another setting of a method runs there, a class with ``variant = True``."""
 
@@ -168,12 +171,12 @@ def _is_contract(item: pytest.Function) -> bool:
 def _in_make_test(item: pytest.Function, family: str) -> bool:
     """Whether a test of a contract is among those of ``make test`` on this family.
 
-    It is on `TRANSPOSED` and on others that the class's name decides. Whether a seed decides alone is seen on one of
-    them. Exports and ``torch.compile``, which take seconds, run on a class's first family for the classes that say
-    ``exported = True``, and on several where they say ``every_family = True``. Together they meet every operator that
-    methods insert, to which `tests/methods/test_exported_operators.py` holds them. Inductor has what says ``inductor =
-    True``. A folded export is the base's graph with other weights (`MethodContract.test_fold`), so those that say
-    ``folded = True`` have it.
+    It is on `TRANSPOSED` and on others that the class's name decides. What a seed decides is seen on one of them, and
+    so are banks, which `tests/compose` has on every family. Exports and ``torch.compile``, which take seconds, run on a
+    class's first family for the classes that say ``exported = True``, and on several where they say ``every_family =
+    True``. Together they meet every operator that methods insert, to which
+    `tests/methods/test_exported_operators.py` holds them. Inductor has what says ``inductor = True``. A folded export
+    is the base's graph with other weights (`MethodContract.test_fold`), so those that say ``folded = True`` have it.
     """
     from graftc.testing import DeploymentContract
 
@@ -183,7 +186,7 @@ def _in_make_test(item: pytest.Function, family: str) -> bool:
         return family in _some(of.families, VARIANT_FAMILIES, of.__name__)
     if not issubclass(of, DeploymentContract):
         chosen = _sample(of.families, CONTRACT_SHARE, of.__name__)
-        return family in (chosen[:1] if test == "test_initial_values_depend_on_the_seed_only" else chosen)
+        return family in (chosen[:1] if test in ONE_FAMILY else chosen)
     first = family == of.families[0]
     if test == "test_inductor":
         return first and getattr(of, "inductor", False)

@@ -27,11 +27,13 @@ from graftc.compiler.resolve.tokens import TOKENS, token_sites
 from graftc.compiler.resolve.train import TRAIN, insert_train, train_sites, train_sites_again
 from graftc.compiler.roles.structure import Structure, find_structure
 from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.seams import Seams
 from graftc.passes.core.ir.effects import flaw
 from graftc.passes.core.ir.eval_mode import moded, to_eval
 from graftc.passes.core.ir.program import HistoryEntry, Program, from_two
 from graftc.passes.core.ir.program_key import Entry, Mode, Signature, Stage
 from graftc.passes.core.ir.verify import record_baseline, verify
+from graftc.passes.core.method.folding import fold_at
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.method.steering import STEP, no_steps
 from graftc.passes.core.sites.sites import Applied, AttentionSite, LinearSite, ParameterSite, Site
@@ -361,9 +363,8 @@ _VERIFIED_EACH = 8
 
 
 def _insert_unit(compilation: Compilation, program: Program, unit: Unit) -> None:
-    def new(cls: type[Any], name: str, method: str, **options: Any) -> Any:
-        store, seed, values = compilation.store, compilation.seed, compilation.values
-        return cls(program, store, name, method, seed, values, **options)
+    def new(name: str, method: str, seams: Seams | None = None) -> Builder:
+        return Builder(program, compilation.store, name, method, compilation.seed, compilation.values, seams=seams)
 
     if unit.composition is not None:
         for owner, parts in insert_unit(unit, program, compilation.spec, new, _adapt).items():
@@ -372,7 +373,7 @@ def _insert_unit(compilation: Compilation, program: Program, unit: Unit) -> None
     (item,) = unit.members
     if not item.sites:
         return
-    build = new(Builder, item.name, item.spec.method)
+    build = new(item.name, item.spec.method)
     try:
         _adapt(build, item)
     except GraftError as error:
@@ -391,7 +392,7 @@ def _adapt(build: Builder, item: Resolved) -> None:
             method.insert(spec, site, shared, build)
         if isinstance(site, LinearSite):
             parts = {**build.parts.get(None, {}), **build.parts.get(site.key, {})}
-            site.applied.append(Applied(item.name, partial(method.fold, spec, site), parts))
+            site.applied.append(Applied(item.name, partial(fold_at, method, spec, site), parts))
 
 
 def _collect(compilation: Compilation, build: Builder) -> None:

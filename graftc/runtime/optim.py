@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.steering import live_places
+from graftc.passes.core.method.capabilities import Reselecting
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.method.sparse_optimiser import Seen, SparseOptimiser
 from graftc.passes.core.weights.store import Store
@@ -72,7 +73,7 @@ def _deltas(compiled: Compiled) -> Iterator[tuple[Tensor, _Delta]]:
         for place, region in regions_at(live_places(compilation, resolved)[0], biases=method.biases):
             names = parts.get(place.site.key, {})
             if f"{region.part}_delta" in names:
-                found = _Delta(store, names[f"{region.part}_indices"], region.shape, method.moving)
+                found = _Delta(store, names[f"{region.part}_indices"], region.shape, isinstance(method, Reselecting))
                 yield store.get(names[f"{region.part}_delta"]), found
 
 

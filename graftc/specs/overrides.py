@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, Self
 
-from pydantic import GetJsonSchemaHandler, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from graftc.specs.base_model import SpecModel
 from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.limits import SIZE
 from graftc.specs.patterns import (
     as_items,
     count_sites,
@@ -24,7 +25,7 @@ from graftc.specs.schema import needs_one_of
 from graftc.specs.spec_errors import reject
 from graftc.specs.target import Layers, Patterns, Roles
 
-__all__ = ["Override", "SiteLike", "check_used"]
+__all__ = ["Override", "RankOverride", "SiteLike", "check_used"]
 
 
 class Override(SpecModel):
@@ -84,6 +85,16 @@ class Override(SpecModel):
             return True
         size = depth if depth is not None else (layer or 0) + 1
         return layer is not None and any(layer in layer_indices(e, size) for e in as_items(self.layers))
+
+
+class RankOverride(Override):
+    """Another rank or scaling for some of an adaptation's sites; omitted fields keep the adaptation's value."""
+
+    rank: int | None = Field(default=None, ge=1, le=SIZE)
+    """Rank at these sites."""
+
+    alpha: float | None = Field(default=None, gt=0)
+    """Numerator of the scaling at these sites."""
 
 
 class SiteLike(Protocol):

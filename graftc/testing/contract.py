@@ -243,6 +243,45 @@ class MethodContract(Contract):
         assert report.trainable_parameters + report.trained_in_full == trainable
         assert report.adaptations[0].sites == sum(len(r.places) for r in compiled.compilation.main.resolved)
 
+    def test_bank(self, family: str) -> None:
+        """Of two adaptations in a bank, the active one is what it is alone; and a batch whose rows choose is each one's
+        own run on its rows, unless a place has no rows that could be told apart."""
+        if not self.claims.bankable:
+            raise unittest.SkipTest("the method does not claim that it can share a bank")
+        if type(self).compiled is not Contract.compiled:
+            raise unittest.SkipTest("the class compiles something else than its adaptation alone")
+        model, compiled = self.shared(family)
+        alone, name = copy.deepcopy(compiled), compiled.compilation.spec.adapt[0].name
+        entries = [{**self.adaptation, "name": slot} for slot in _SLOTS]
+        spec = {**self.spec, "adapt": entries, "compose": {"bank": list(_SLOTS)}}
+        try:
+            bank = graftc.compile(spec, copy.deepcopy(model)).eval()
+        except GraftError as error:
+            assert error.code == "GC036" and compiled.compilation.tensor_edits.copies(), error
+            raise unittest.SkipTest("this setting trains tensors of the base, which no bank has") from None
+        perturb(bank, self.perturbation)
+        tensors, inputs = bank.adapter_state_dict(), inputs_for(bank, (4, 6))
+        numbers = torch.tensor([0, 1, 1, 0])
+        try:
+            mixed = outputs_of(bank, {**inputs, "adapter_ids": numbers})
+        except GraftError as error:
+            assert error.code == "GC037", error
+            mixed = None
+        for number, slot in enumerate(_SLOTS):
+            own = {n: n.replace(f"graftc.{name}.", f"graftc.{slot}.") for n in alone.adapter_state_dict()}
+            alone.load_adapter_state_dict({n: tensors[held] for n, held in own.items()})
+            expected = outputs_of(alone, inputs)
+            bank.activate(slot)
+            assert largest_difference(outputs_of(bank, inputs), expected) <= _BANK_TOLERANCE
+            for whole, found in zip(expected, mixed if mixed is not None else (), strict=mixed is not None):
+                if whole.shape[:1] == numbers.shape:
+                    mine = numbers == number
+                    assert largest_difference([found[mine]], [whole[mine]]) <= _BANK_TOLERANCE
+
+
+_SLOTS = ("first", "second")
+_BANK_TOLERANCE = 1e-5
+
 
 def _train(compiled: Compiled, inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """Three steps on a loss that every output takes part in; the largest gradient that each tensor saw."""

@@ -229,6 +229,18 @@ def test_shared_parts() -> None:
     assert largest_difference(fixed, before) <= TOLERANCE * max(1.0, float(before[0].abs().max()))
 
 
+@pytest.mark.parametrize("method", ["prompt", "pre_layer", "prefix"])
+def test_a_part_that_all_share_is_read_by_every_row(method: str) -> None:
+    """Where there is one tensor of each for all, whatever the rows choose is the same."""
+    share = ["keys", "values"] if method == "prefix" else ["tokens"]
+    compiled = banked("bert", method, share=share)
+    inputs = inputs_for(compiled, (8, 6))
+    mixed = outputs_of(compiled, {**inputs, "adapter_ids": IDS})
+    assert largest_difference(mixed, outputs_of(compiled, inputs)) <= TOLERANCE
+    with compiled.disabled():
+        assert largest_difference(mixed, outputs_of(compiled, inputs)) > 1e-3
+
+
 def test_adding_a_pair_adds_what_one_has() -> None:
     """``layers * (2 d r + r + d + 2 d)``, for encoder and decoder."""
     model, inner = tiny("t5"), 6

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import graftc
-from graftc.passes.core.build.residual import BranchBuilder
+from graftc.passes.core.build.residual import Branches
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.testing import FAMILIES, largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import flat, inputs_for
@@ -127,7 +127,7 @@ def test_zero_up_is_the_base_in_train_mode(name: str, family: str) -> None:
 def test_a_residual_from_behind_the_norm_is_noticed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pfeiffer's residual is what the norm has not seen. Taken from behind it, zero projections do not give the base,
     so the test above would fail."""
-    right = BranchBuilder.add_at
+    right = Branches.add_at
 
     def wrong(self: Any, site: Any, place: str, delta: fx.Node, *rest: Any) -> None:
         moved = self.call(aten.sub.Tensor, self.at(site, "output"), self.at(site, "branch"))
@@ -135,7 +135,7 @@ def test_a_residual_from_behind_the_norm_is_noticed(family: str, monkeypatch: py
 
     model = tiny(family)
     for add_at, same in ((right, True), (wrong, False)):
-        monkeypatch.setattr(BranchBuilder, "add_at", add_at)
+        monkeypatch.setattr(Branches, "add_at", add_at)
         compiled = adapted(model, PRESETS["pfeiffer"])
         zero_up(compiled)
         inputs = inputs_for(compiled)

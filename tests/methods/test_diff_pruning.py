@@ -15,6 +15,7 @@ from torch.func import functional_call
 import graftc
 from graftc.compiler.pipeline import recompile
 from graftc.compiler.steering import live_places
+from graftc.passes.core.method.capabilities import Staged
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.methods.diff_pruning import OpenGates
 from graftc.runtime.compiled import Compiled, make_compiled
@@ -67,7 +68,7 @@ def advanced(compiled: Compiled) -> Compiled:
     compilation = compiled.compilation
     (resolved,) = compilation.main.resolved
     method = method_for("diff_pruning")
-    assert method.stages(resolved.spec) == 2
+    assert isinstance(method, Staged) and method.stages(resolved.spec) == 2
     following = method.advance(resolved.spec, *live_places(compilation, resolved))
     assert following.spec.stage == 2 and not following.rewind
     spec = compilation.spec.model_copy(update={"adapt": (following.spec,)})

@@ -11,8 +11,8 @@ import torch
 import graftc
 from graftc.compiler.pipeline import recompile
 from graftc.compiler.steering import live_places
+from graftc.passes.core.method.capabilities import Staged, Transition
 from graftc.passes.core.method.registry import method_for
-from graftc.passes.core.method.stages import Advance
 from graftc.passes.methods.pruning_steps import kept_entries
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.specs.methods.pruning import Pruning
@@ -22,10 +22,11 @@ from tests.families import tiny
 from tests.methods.pruned_models import adapted, places_of, train
 
 
-def advanced(compiled: Compiled) -> tuple[Advance[Pruning], Compiled]:
+def advanced(compiled: Compiled) -> tuple[Transition[Pruning], Compiled]:
     """The next training of an adaptation that takes several."""
     (resolved,) = compiled.compilation.main.resolved
     method = method_for("pruning")
+    assert isinstance(method, Staged)
     advance = method.advance(resolved.spec, *live_places(compiled.compilation, resolved))
     spec = compiled.compilation.spec.model_copy(update={"adapt": (advance.spec,)})
     return advance, make_compiled(recompile(compiled.compilation, spec, advance.values))
@@ -37,7 +38,8 @@ def test_rounds(rewind: bool, allocation: str, tmp_path: Path) -> None:
     """Each leaves `1 - fraction` of what was left, the largest, as they are or as the base has them."""
     fields = {"fraction": 0.5, "rounds": 2, "rewind": rewind, "allocation": allocation}
     compiled = adapted(variant="iterative", **fields)
-    assert method_for("pruning").stages(compiled.compilation.main.resolved[0].spec) == 3
+    method = method_for("pruning")
+    assert isinstance(method, Staged) and method.stages(compiled.compilation.main.resolved[0].spec) == 3
     dense = {str(place.site.key): place.tensors["weight"] for place in places_of(compiled)}
     for stage in (2, 3):
         train(compiled, range(3))

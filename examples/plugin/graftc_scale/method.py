@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.extend import Builder, Fold, LinearSite, Method, Site, WeightFold
+from graftc.extend import Builder, Fold, LinearSite, Method, WeightFold
 from graftc_scale.spec import Scale
 
 
@@ -16,18 +16,15 @@ def _ones(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.fill_(1)
 
 
-class ScaleMethod(Method[Scale]):
+class ScaleMethod(Method[Scale, LinearSite]):
     """``y = l * (W x + b)`` with ``l: [out]``."""
 
-    spec_class = Scale
-
-    def insert(self, spec: Scale, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: Scale, site: LinearSite, shared: Any, build: Builder) -> None:
         """Multiply the site's own outputs by the vector."""
-        assert isinstance(site, LinearSite)
         scale = build.parameter("scale", (site.out_features,), _ones, dtype=site.dtype)
         build.set_output(site, build.call(torch.ops.aten.mul.Tensor, build.output(site), scale, part="scale"))
 
-    def fold(self, spec: Scale, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: Scale, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """Scale the rows of the weight, and the bias where there is one."""
         scale = tensors["scale"]
 

@@ -23,6 +23,7 @@ from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.routes import is_pick, is_route
+from graftc.passes.core.method.capabilities import Collapsing
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.folds import round_once
 from graftc.passes.graph.compose import GATE
@@ -54,7 +55,8 @@ def _simpler(compilation: Compilation, resolved: Resolved) -> MethodSpec | None:
     """What an adaptation is deployed as; None where that is itself."""
     if resolved.spec.virtual_tokens() and not are_constant(compilation, resolved):
         return None
-    return method_for(resolved.spec.method).collapse(resolved.spec)
+    method = method_for(resolved.spec.method)
+    return method.collapse(resolved.spec) if isinstance(method, Collapsing) else None
 
 
 def collapsed_values(compilation: Compilation) -> dict[str, Tensor]:
@@ -95,7 +97,9 @@ class _Own:
 
     def collapsed(self) -> Mapping[str, Tensor]:
         gates = {part: value for part, value in self.held.items() if part in GATE}
-        return {**gates, **method_for(self.spec.method).collapsed(self.spec, {**self.shared, **self.held})}
+        method = method_for(self.spec.method)
+        assert isinstance(method, Collapsing)
+        return {**gates, **method.collapsed(self.spec, {**self.shared, **self.held})}
 
 
 def _places(compilation: Compilation, resolved: Resolved, read: Any) -> Iterator[tuple[str, _Own]]:

@@ -11,11 +11,20 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.compose import Unit, averaged, keep_composed
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
+from graftc.passes.core.method.folding import fold_at, wrong_fold
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.entries import slices_of
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.sites.uses import Dense
-from graftc.passes.core.weights.folds import FoldStep, Keep, LazyTensors, StandIn, TensorFold, WeightFunction
+from graftc.passes.core.weights.folds import (
+    FoldStep,
+    Keep,
+    LazyTensors,
+    StandIn,
+    TensorFold,
+    WeightFunction,
+    weight_fold,
+)
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.tensor_edits import TensorEdit
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
@@ -52,13 +61,13 @@ def site_steps(compilation: Compilation, unit: Unit) -> list[FoldStep]:
     steps: list[FoldStep] = []
     for site, spec in resolved.places:
         tensors = averaged(unit, compilation.parts, site.key, compilation.store.full)
-        fold = keep_composed(method.fold(spec, site, tensors), unit)
+        fold = keep_composed(fold_at(method, spec, site, tensors), unit)
         if isinstance(fold, StandIn):
             continue
         if isinstance(fold, Keep):
             raise GraftError("GC050", f"{unit.name!r} cannot fold at {site.key}: {fold.reason}")
         if isinstance(fold, TensorFold):
-            steps += _tensor_steps(compilation, unit.name, site, fold)
+            steps += _tensor_steps(compilation, unit.name, site, spec.method, fold)
             continue
         assert isinstance(site, LinearSite)
         if site.key in resolved.shared:
@@ -72,9 +81,14 @@ def site_steps(compilation: Compilation, unit: Unit) -> list[FoldStep]:
     return steps
 
 
-def _tensor_steps(compilation: Compilation, name: str, site: Site, fold: TensorFold) -> list[FoldStep]:
+def _tensor_steps(compilation: Compilation, name: str, site: Site, method: str, fold: TensorFold) -> list[FoldStep]:
     steps: list[FoldStep] = []
-    for own in slices_of(site, compilation.store):
+    slices = slices_of(site, compilation.store)
+    parts = [own.part for own in slices]
+    for part in fold.changes:
+        if part not in parts:
+            raise wrong_fold(method, site, f"changes {part!r}; the site has: {', '.join(parts) or 'no tensors'}")
+    for own in slices:
         if own.part in fold.changes:
             every = own.at(None).as_stored
             steps.append(FoldStep(name, str(site.key), every, None, _changed(fold.changes[own.part])))
@@ -100,7 +114,7 @@ def lazy_tensors(compilation: Compilation) -> LazyTensors:
 
 
 def _changed(change: Callable[[Tensor], Tensor]) -> WeightFunction:
-    return lambda tensor, bias: (change(tensor), bias)
+    return weight_fold(change).apply
 
 
 def _replace(store: Store, edit: TensorEdit) -> WeightFunction:

@@ -22,6 +22,7 @@ from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.steering import live_places
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.shapes import Sizes
+from graftc.passes.core.method.capabilities import Resized
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import linear_use
 from graftc.passes.core.sites.uses import Lookup
@@ -135,7 +136,10 @@ def _left(compilation: Compilation) -> dict[str, int]:
     """What adaptations say themselves of how many elements they are deployed with, by name."""
     found: dict[str, int] = {}
     for item in compilation.main.resolved:
-        count = method_for(item.spec.method).deployed(item.spec, live_places(compilation, item)[0])
+        method = method_for(item.spec.method)
+        if not isinstance(method, Resized):
+            continue
+        count = method.deployed(item.spec, live_places(compilation, item)[0])
         if count is not None:
             found[item.name] = count
     return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.resolve.resolver import Resolved, place_of
-from graftc.passes.core.build.bank import ChosenBuilder, RowsBuilder, active, average, by_index, by_weights
+from graftc.passes.core.build.bank import Chosen, Mixing, Rows, active, average, by_index, by_weights
 from graftc.passes.core.build.batch import BATCH, batch_input
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.ir.program import InputSpec, Program
@@ -19,7 +19,7 @@ from graftc.passes.core.ir.shapes import fake_mode_of
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import Applied, LinearSite, Site, SiteKey
 from graftc.passes.core.weights.folds import Fold, Keep
-from graftc.passes.graph.compose import Collecting, insert_composed
+from graftc.passes.graph.compose import Member, composed, insert_composed
 from graftc.specs.compose import Average, Bank, CompositionSpec, Fuse, Gate, Parallel, Stack
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -199,14 +199,16 @@ Insert = Callable[[Builder, Resolved], None]
 Parts = Mapping[SiteKey | None, dict[str, str]]
 
 
-def insert_unit(unit: Unit, program: Program, spec: Spec, new: Callable[..., Any], insert: Insert) -> dict[str, Parts]:
+def insert_unit(
+    unit: Unit, program: Program, spec: Spec, new: Callable[..., Builder], insert: Insert
+) -> dict[str, Parts]:
     """Insert a composition.
 
     Args:
         unit: what to insert; its `composition` is not None.
         program: changed in place.
         spec: the whole document.
-        new: makes a builder of a class: ``new(cls, name, method, **options)``.
+        new: makes a builder: of a name, a method's tag and seams.
         insert: inserts one adaptation with a builder.
 
     Returns:
@@ -223,66 +225,68 @@ def insert_unit(unit: Unit, program: Program, spec: Spec, new: Callable[..., Any
         raise placed(spec, unit, error) from error
 
 
-def _insert_chosen(unit: Unit, program: Program, new: Callable[..., Any], insert: Insert) -> dict[str, Parts]:
+def _insert_chosen(unit: Unit, program: Program, new: Callable[..., Builder], insert: Insert) -> dict[str, Parts]:
     composition, first = unit.composition, unit.members[0]
     assert composition is not None
     inputs = {str(node.target): node for node in program.placeholders()}
-    options: dict[str, Any] = {"members": composition.members, "share": getattr(composition, "share", ())}
-    cls: type[ChosenBuilder] = RowsBuilder
+    rows = inputs.get(composition.ids if isinstance(composition, Bank) else f"{unit.name}_ids")
+    own = new(unit.name, first.spec.method)
+    cls: type[Chosen] = Rows
+    mixing: Mixing
     if isinstance(composition, Average):
-        cls, options["mixing"] = ChosenBuilder, average(composition.factors)
+        cls, mixing = Chosen, average(composition.factors)
     elif isinstance(composition, Bank) and composition.mixture in inputs:
-        options["mixing"] = by_weights(inputs[composition.mixture])
-    elif (given := inputs.get(composition.ids if isinstance(composition, Bank) else f"{unit.name}_ids")) is not None:
-        options["mixing"] = by_index(given)
+        mixing = by_weights(inputs[composition.mixture])
+    elif rows is not None:
+        mixing = by_index(rows)
     else:
-        cls = ChosenBuilder
-    build = new(cls, unit.name, first.spec.method, **options)
-    if "mixing" not in options:
-        build.mixing = active(build.state(ACTIVE, _first_slot))
+        cls, mixing = Chosen, active(own.buffer(ACTIVE, _first_slot))
+    seams = cls(composition.members, mixing, getattr(composition, "share", ()))
+    build = new(unit.name, first.spec.method, seams=seams)
     insert(build, first)
     for site, _ in first.sites:
         if isinstance(site, LinearSite):
             site.applied[-1] = _stays(unit)
-    unused = sorted(set(build.share) - build.shared)
+    unused = sorted(seams.share - seams.shared)
     if unused:
-        parts = sorted({part for held in build.member_parts[first.name].values() for part in held} | build.shared)
+        parts = sorted({part for held in seams.parts[first.name].values() for part in held} | seams.shared)
         message = f"{first.spec.method} has no part {unused[0]!r}"
         raise GraftError("GC036", message, place=Place(path="share"), hint=f"it has: {', '.join(parts)}")
-    return {**build.member_parts, unit.name: build.parts}
+    return {**seams.parts, unit.name: {**own.parts, **build.parts}}
 
 
 def _first_slot(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.int64, device=device)
 
 
-def _insert_added(unit: Unit, new: Callable[..., Any]) -> dict[str, Parts]:
+def _insert_added(unit: Unit, new: Callable[..., Builder]) -> dict[str, Parts]:
     composition = unit.composition
     assert composition is not None
-    build: Builder = new(Builder, unit.name, composition.kind)
+    build = new(unit.name, composition.kind)
     trains = not (isinstance(composition, Fuse) and composition.train == "fusion")
-    builders: dict[str, Collecting] = {}
+    found: dict[str, Member] = {}
     sites: dict[SiteKey, tuple[Site, list[tuple[str, Any]]]] = {}
     shared: dict[str, Any] = {}
     for item in unit.members:
-        method, gates = item.spec.method, isinstance(composition, Gate)
-        member = builders[item.name] = Collecting(build, item.name, method, trains=trains, attends=gates)
-        shared[item.name] = method_for(item.spec.method).prepare(item.spec, [site for site, _ in item.sites], member)
+        gates, method = isinstance(composition, Gate), item.spec.method
+        found[item.name] = composed(build, item.name, method, trains=trains, attends=gates)
+        places = [site for site, _ in item.sites]
+        shared[item.name] = method_for(method).prepare(item.spec, places, found[item.name].build)
         for site, own in item.sites:
             sites.setdefault(site.key, (site, []))[1].append((item.name, own))
     for site, members in sites.values():
         with build.on(site):
             for name, own in members:
-                with builders[name].on(site):
-                    method_for(own.method).insert(own, site, shared[name], builders[name])
+                with found[name].build.on(site):
+                    method_for(own.method).insert(own, site, shared[name], found[name].build)
             with ExitStack() as stack:  # a composition may make tensors that are its members'
-                here = [builders[name] for name, _ in members]
-                for member in here:
-                    stack.enter_context(member.on(site))
+                here = [found[name] for name, _ in members]
+                for each in here:
+                    stack.enter_context(each.build.on(site))
                 insert_composed(composition, build, site, here)
         if isinstance(site, LinearSite):
             site.applied.append(_stays(unit))
-    return {**{name: member.parts for name, member in builders.items()}, unit.name: build.parts}
+    return {**{name: each.build.parts for name, each in found.items()}, unit.name: build.parts}
 
 
 def _stays(unit: Unit) -> Applied:

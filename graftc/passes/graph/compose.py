@@ -6,22 +6,21 @@ composition makes one addition of all of these. A gate takes the keys and values
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.build.attention import Window
 from graftc.passes.core.build.batch import Batch
-from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.nodes import Nodes
+from graftc.passes.core.build.seams import Change, NewTensor, Seams, Window
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.method.lowrank import normal, zeros
 from graftc.passes.core.method.steering import TensorObjective
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site, SublayerSite
-from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.compose import Average, CompositionSpec, Fuse, Gate, Split
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -54,118 +53,119 @@ class Ahead:
     window: Window
 
 
-class Collecting(Builder):
-    """Builds an adaptation up to what it would add.
+class Collecting(Seams):
+    """The seams of an adaptation that is built up to what it would add.
 
     Args:
-        into: the builder of the composition.
+        into: the name of the composition.
         trains: whether the adaptation's own tensors train.
         attends: whether the composition takes keys and values too.
     """
 
     composed = True
 
-    def __init__(
-        self, into: Builder, adaptation: str, method: str, *, trains: bool = True, attends: bool = False
-    ) -> None:
-        super().__init__(into.program, into.store, adaptation, method, into.seed, into.values)
+    def __init__(self, into: str, *, trains: bool = True, attends: bool = False) -> None:
         self.into, self.trains, self.attends = into, trains, attends
         self.deltas: list[Delta] = []
         self.ahead: list[Ahead] = []
 
-    @contextmanager
-    def on(self, site: Site) -> Iterator[None]:
-        """See `NodeBuilder.on`. What it makes is the composition's own: it goes on reading what was there before."""
-        with super().on(site):
-            self._emitted = self.into._emitted
-            yield
-
-    def add(self, site: LinearSite, delta: fx.Node, part: str = "add") -> None:
-        """See `Builder.add`."""
-        self.deltas.append(Delta(delta, self.input(site), None))
-
-    def add_at(self, site: SublayerSite, place: str, delta: fx.Node, read: str) -> None:
-        """See `BranchBuilder.add_at`."""
-        self.deltas.append(Delta(delta, self.at(site, read), (place, read)))
-
-    def set_output(self, site: LinearSite, own: fx.Node, part: str = "") -> None:
-        """Only what is added can be composed.
+    def make(self, nodes: Nodes, new: NewTensor) -> Sequence[str]:
+        """See `Seams.make`.
 
         Raises:
-            GraftError: GC036.
+            GraftError: GC036 for a trained copy of a base tensor: only what is added can be composed.
         """
-        raise self._refusal("it puts another result in the place of the map's")
+        if new.kind == "copy":
+            raise self._refusal(nodes, f"it trains {new.base} itself")
+        return super().make(nodes, replace(new, trainable=new.trainable and self.trains))
 
-    def set_input(self, site: LinearSite, node: fx.Node) -> None:
-        """Only what is added can be composed.
+    def write(self, nodes: Nodes, change: Change, put: Callable[..., None]) -> None:
+        """See `Seams.write`: what is added is kept.
 
         Raises:
-            GraftError: GC036.
+            GraftError: GC036 for every other change, but for one of positions, and of keys where the composition takes
+                these.
         """
-        raise self._refusal("it changes what the map reads")
+        if change.kind == "sum":
+            (delta,) = change.given
+            assert change.source is not None
+            self.deltas.append(Delta(delta, change.source(), change.place))
+        elif change.kind == "keys" and self.attends:
+            keys, values = change.given
+            self.ahead.append(Ahead(keys, values, change.window))
+        elif change.kind == "positions":
+            super().write(nodes, change, put)
+        else:
+            raise self._refusal(nodes, _CHANGES[change.kind])
 
-    def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node, *, window: Window = "visible") -> None:
-        """See `AttentionBuilder.attend`.
-
-        Raises:
-            GraftError: GC036 where the composition is of what is added alone.
-        """
-        if not self.attends:
-            raise self._refusal("it puts keys and values in front of an attention's own")
-        self.ahead.append(Ahead(keys, values, window))
-
-    def trained_rows(self, own: WeightSlice) -> fx.Node:
-        """Only what is added can be composed.
-
-        Raises:
-            GraftError: GC036.
-        """
-        raise self._refusal(f"it trains {own.tensor} itself")
-
-    def parameter(
-        self, part: str, shape: tuple[int, ...], init: Initialiser, *, dtype: torch.dtype, trainable: bool = True
-    ) -> fx.Node:
-        """See `TensorBuilder.parameter`."""
-        return super().parameter(part, shape, init, dtype=dtype, trainable=trainable and self.trains)
-
-    def _refusal(self, reason: str) -> GraftError:
+    def _refusal(self, nodes: Nodes, reason: str) -> GraftError:
         return GraftError(
             "GC036",
-            f"{self.adaptation!r} ({self.method}) is nothing that is added, so {self.into.adaptation!r} cannot "
+            f"{nodes.adaptation!r} ({nodes.method}) is nothing that is added, so {self.into!r} cannot "
             f"compose it: {reason}",
             hint="compose methods that add to a value: lora, and bottleneck adapters of every kind; a gate takes a "
             "prefix too",
         )
 
 
-Combine = Callable[[Any, Builder, Sequence[tuple[Collecting, Delta]]], fx.Node]
+_CHANGES: Mapping[str, str] = {
+    "output": "it puts another result in the place of the map's",
+    "input": "it changes what the map reads",
+    "keys": "it puts keys and values in front of an attention's own",
+    "value": "it puts another value in the place of a layer's",
+    "tokens": "it fills virtual tokens",
+    "tensor": "it puts something in the place of a tensor of the base",
+}
+"""Why a change cannot be composed."""
 
 
-def insert_composed(spec: CompositionSpec, build: Builder, site: Site, members: Sequence[Collecting]) -> None:
+@dataclass(frozen=True)
+class Member:
+    """An adaptation of a composition.
+
+    Attributes:
+        build: builds it.
+        added: what it would add.
+    """
+
+    build: Builder
+    added: Collecting
+
+
+def composed(into: Builder, adaptation: str, method: str, *, trains: bool = True, attends: bool = False) -> Member:
+    """An adaptation that ``into`` composes; see `Collecting`."""
+    added = Collecting(into.adaptation, trains=trains, attends=attends)
+    return Member(into.within(added, adaptation, method), added)
+
+
+Combine = Callable[[Any, Builder, Sequence[tuple[Builder, Delta]]], fx.Node]
+
+
+def insert_composed(spec: CompositionSpec, build: Builder, site: Site, members: Sequence[Member]) -> None:
     """Add at ``site`` what a composition makes of what its members would have added there.
 
     Args:
         spec: the composition.
         build: its builder, at ``site``.
         site: a linear map or a sublayer; with a gate an attention too.
-        members: builders of the members that have something there.
+        members: those that have something there.
 
     Raises:
         GraftError: GC036 where members do not read and add at the same values.
     """
     if isinstance(site, AttentionSite):
         assert isinstance(spec, Gate)
-        for member in members:
-            for ahead in member.ahead:
-                gate_attention(spec, member, build, site, ahead)
-            member.ahead = []
+        for each in members:
+            for ahead in each.added.ahead:
+                gate_attention(spec, each.build, build, site, ahead)
+            each.added.ahead = []
         return
-    deltas = [(member, delta) for member in members for delta in member.deltas]
-    for member in members:
-        member.deltas = []
+    deltas = [(each.build, delta) for each in members for delta in each.added.deltas]
+    for each in members:
+        each.added.deltas = []
     places = {delta.place for _, delta in deltas}
     if len(places) > 1:
-        names = ", ".join(m.adaptation for m in members)
+        names = ", ".join(each.build.adaptation for each in members)
         message = f"{names} do not all read and add at the same values of {site.key}"
         raise GraftError("GC036", message, hint="compose adapters of one kind")
     total = _COMBINE[type(spec)](spec, build, deltas)
@@ -177,7 +177,7 @@ def insert_composed(spec: CompositionSpec, build: Builder, site: Site, members: 
         build.add_at(site, place[0], total, place[1])
 
 
-def _average(spec: Average, build: Builder, deltas: Sequence[tuple[Collecting, Delta]]) -> fx.Node:
+def _average(spec: Average, build: Builder, deltas: Sequence[tuple[Builder, Delta]]) -> fx.Node:
     terms = [
         build.call(aten.mul.Tensor, delta.node, factor, part="average")
         for (_, delta), factor in zip(deltas, spec.factors, strict=True)
@@ -185,7 +185,7 @@ def _average(spec: Average, build: Builder, deltas: Sequence[tuple[Collecting, D
     return _sum(build, terms, "average")
 
 
-def _split(spec: Split, build: Builder, deltas: Sequence[tuple[Collecting, Delta]]) -> fx.Node:
+def _split(spec: Split, build: Builder, deltas: Sequence[tuple[Builder, Delta]]) -> fx.Node:
     batch = Batch(build.program, build.call)
     where = str(build.site.key)
     own = [batch.first(delta.node, where) for _, delta in deltas]
@@ -202,8 +202,8 @@ def _split(spec: Split, build: Builder, deltas: Sequence[tuple[Collecting, Delta
     return batch.home(result, deltas[0][1].node)
 
 
-def _gate(spec: Gate, build: Builder, deltas: Sequence[tuple[Collecting, Delta]]) -> fx.Node:
-    return _sum(build, [gated(spec, member, delta) for member, delta in deltas], "gates")
+def _gate(spec: Gate, build: Builder, deltas: Sequence[tuple[Builder, Delta]]) -> fx.Node:
+    return _sum(build, [gated(spec, own, delta) for own, delta in deltas], "gates")
 
 
 def gated(spec: Gate, build: Builder, delta: Delta) -> fx.Node:
@@ -268,7 +268,7 @@ def token_mask(build: Builder, x: fx.Node) -> fx.Node | None:
     return None
 
 
-def _fuse(spec: Fuse, build: Builder, deltas: Sequence[tuple[Collecting, Delta]]) -> fx.Node:
+def _fuse(spec: Fuse, build: Builder, deltas: Sequence[tuple[Builder, Delta]]) -> fx.Node:
     """``V sum_i p_i d_i`` with ``p = softmax_i((Q x + q) (K d_i + k) / T)``: values are linear, so they come last."""
     read = deltas[0][1].read
     value = deltas[0][1].node.meta["val"]

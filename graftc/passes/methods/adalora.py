@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.method.lowrank import added, check_rank, factors, gated, normal, zeros
+from graftc.passes.core.method.capabilities import Ranked
+from graftc.passes.core.method.lowrank import added, factors, gated, normal, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.method.steering import Controller, TensorObjective, check_phases, unknown_length
 from graftc.passes.core.method.steering import Place as Adapted
-from graftc.passes.core.sites.sites import LinearSite, Site
-from graftc.passes.core.weights.folds import Fold, Keep, WeightFold
+from graftc.passes.core.sites.sites import LinearSite
+from graftc.passes.core.weights.folds import Fold, weight_fold
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.adalora import AdaLoRA
 
@@ -155,18 +156,17 @@ class Orthogonality(TensorObjective[AdaLoRA]):
                 yield torch.linalg.vector_norm(gram - eye, dim=(-2, -1))
 
 
-class AdaLoRAMethod(Method[AdaLoRA]):
+class AdaLoRAMethod(Method[AdaLoRA, LinearSite], Ranked[AdaLoRA]):
     """``y = W x + b + s B diag(E) A drop(x)`` with ``A: [rank, in]``, ``E: [rank]`` and ``B: [out, rank]``.
 
     ``s`` is ``alpha / (rank + 1e-5)`` with the initial rank, as in the authors' code; the paper does not have it. ``E``
     multiplies the smaller factor. Each expert has its own decomposition, and each of its triplets counts.
     """
 
-    spec_class = AdaLoRA
     controller = RankBudget
     objective = Orthogonality
 
-    def prepare(self, spec: AdaLoRA, sites: Sequence[Site], build: Builder) -> None:
+    def prepare(self, spec: AdaLoRA, sites: Sequence[LinearSite], build: Builder) -> None:
         """Check what the spec alone says of the schedule.
 
         Raises:
@@ -175,17 +175,15 @@ class AdaLoRAMethod(Method[AdaLoRA]):
         if spec.total_steps is not None:
             check_phases(spec, spec.total_steps)
 
-    def insert(self, spec: AdaLoRA, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: AdaLoRA, site: LinearSite, shared: Any, build: Builder) -> None:
         """Insert the branch.
 
         Raises:
             GraftError: GC020 when the rank exceeds ``min(in, out)``, GC002 when ``target_rank`` exceeds the rank.
         """
-        assert isinstance(site, LinearSite)
         if spec.final_rank > spec.rank:
             message = f"target_rank {spec.final_rank} exceeds rank {spec.rank} at {site.key}"
             raise GraftError("GC002", message, place=Place(path="target_rank"))
-        check_rank(site, spec.rank)
         a, b = factors(build, site, spec.rank, normal(DEVIATION), normal(DEVIATION))
         shape = (*site.leading, spec.rank)
         e = build.parameter("E", shape, zeros, dtype=site.dtype)
@@ -197,18 +195,16 @@ class AdaLoRAMethod(Method[AdaLoRA]):
         x = build.dropout(build.input(site), spec.dropout, recompute=recompute, scope=spec.dropout_scope)
         build.add(site, build.low_rank(site, x, *gated(build, site, a, b, e), spec.scaling))
 
-    def fold(self, spec: AdaLoRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: AdaLoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """``W' = W + s B diag(E) A``."""
-        if "E" not in tensors:
-            return Keep("its factors are missing")
 
-        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        def change(weight: Tensor) -> Tensor:
             gated = tensors["B"] * tensors["E"][..., None, :]
-            return added(weight, gated, tensors["A"], spec.scaling), bias
+            return added(weight, gated, tensors["A"], spec.scaling)
 
-        return WeightFold(apply)
+        return weight_fold(change)
 
-    def live_ranks(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    def live_ranks(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Tensor:
         """Triplets whose E is not zero."""
         return tensors["E"].detach() != 0
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.routing import pick, route
+from graftc.passes.core.method.capabilities import Collapsing
 from graftc.passes.core.method.lowrank import zeros
 from graftc.passes.core.method.steering import OutputObjective
 from graftc.passes.methods.bottleneck import BottleneckAdapter, initialiser
@@ -58,14 +59,13 @@ def _divergence(target: Tensor, other: Tensor, detach: bool) -> Tensor:
     return functional.kl_div(other, target.detach() if detach else target, reduction="none", log_target=True).sum(-1)
 
 
-class AdaMixMethod(BottleneckAdapter[AdaMix]):
+class AdaMixMethod(BottleneckAdapter[AdaMix], Collapsing[AdaMix]):
     """``g + s (U_j gelu(D_i g + b_i) + c_j)`` on a feed-forward part, ``D: [experts, bottleneck, width]`` and ``U:
     [experts, width, bottleneck]``; a shared projection has no leading axis.
 
     A projection's weight and bias belong to the same expert. ``i`` and ``j`` are drawn for each site and projection.
     """
 
-    spec_class = AdaMix
     objective = Agreement[AdaMix]
 
     def project(self, spec: AdaMix, build: Builder, part: str, x: fx.Node, out: int, dtype: torch.dtype) -> fx.Node:

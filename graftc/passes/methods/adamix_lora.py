@@ -10,10 +10,11 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder, Initialiser
 from graftc.passes.core.build.routing import pick, route
+from graftc.passes.core.method.capabilities import Collapsing
 from graftc.passes.core.method.lowrank import added, check_rank, uniform, zeros
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import LinearSite, Site
-from graftc.passes.core.weights.folds import Fold, Keep, WeightFold
+from graftc.passes.core.sites.sites import LinearSite
+from graftc.passes.core.weights.folds import Fold, weight_fold
 from graftc.passes.methods.adamix import Agreement, mean
 from graftc.specs.base import MethodSpec
 from graftc.specs.methods.adamix_lora import AdaMixLoRA
@@ -22,22 +23,20 @@ from graftc.specs.methods.lora import LoRA
 _SIDES = {"A": "down", "B": "up"}
 
 
-class AdaMixLoRAMethod(Method[AdaMixLoRA]):
+class AdaMixLoRAMethod(Method[AdaMixLoRA, LinearSite], Collapsing[AdaMixLoRA]):
     """``y = W x + b + s B_j A_i drop(x)`` with ``A: [experts, rank, in]`` and ``B: [experts, out, rank]``.
 
     A shared factor has no leading axis. If the site itself is a mixture of experts, its expert axis comes second.
     """
 
-    spec_class = AdaMixLoRA
     objective = Agreement[AdaMixLoRA]
 
-    def insert(self, spec: AdaMixLoRA, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: AdaMixLoRA, site: LinearSite, shared: Any, build: Builder) -> None:
         """Insert the branch.
 
         Raises:
             GraftError: GC020 when the rank exceeds ``min(in, out)``.
         """
-        assert isinstance(site, LinearSite)
         check_rank(site, spec.rank)
         a = _factor(spec, build, site, "A", (*site.leading, spec.rank, site.in_features), uniform)
         b = _factor(spec, build, site, "B", (*site.leading, site.out_features, spec.rank), zeros)
@@ -45,16 +44,14 @@ class AdaMixLoRAMethod(Method[AdaMixLoRA]):
         x = build.dropout(build.input(site), spec.dropout, recompute=recompute, scope=spec.dropout_scope)
         build.add(site, build.low_rank(site, x, a, b, spec.scaling))
 
-    def fold(self, spec: AdaMixLoRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: AdaMixLoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """``W' = W + s mean(B) mean(A)``."""
-        if "A" not in tensors:
-            return Keep("its factors are missing")
 
-        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        def change(weight: Tensor) -> Tensor:
             factors = self.collapsed(spec, tensors)
-            return added(weight, factors["B"], factors["A"], spec.scaling), bias
+            return added(weight, factors["B"], factors["A"], spec.scaling)
 
-        return WeightFold(apply)
+        return weight_fold(change)
 
     def collapse(self, spec: AdaMixLoRA) -> MethodSpec:
         """LoRA at the same places."""

@@ -16,10 +16,8 @@ from graftc.specs.methods.bitfit import BitFit
 from graftc.specs.roles import parse_role
 
 
-class BitFitMethod(Method[BitFit]):
+class BitFitMethod(Method[BitFit, LinearSite | NormSite | ParameterSite]):
     """Biases train as copies of the base's own; with `add_missing`, linear maps without a bias get ``c: [out]``."""
-
-    spec_class = BitFit
 
     def applies(self, spec: BitFit, site: Site) -> bool:
         """Where there is a bias, or one is to be added; a head that gives the outputs is passed over."""
@@ -35,7 +33,7 @@ class BitFitMethod(Method[BitFit]):
         """Biases can be added."""
         return None if spec.add_missing else "add_missing: true gives maps without a bias one that starts at zeros"
 
-    def insert(self, spec: BitFit, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: BitFit, site: LinearSite | NormSite | ParameterSite, shared: Any, build: Builder) -> None:
         """Put a trained copy in the place of the bias, or add one.
 
         Raises:
@@ -50,10 +48,9 @@ class BitFitMethod(Method[BitFit]):
             assert site.bias is not None
             build.overlay(site.bias)
         else:
-            assert isinstance(site, ParameterSite)
             build.overlay(site.tensor)
 
-    def fold(self, spec: BitFit, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: BitFit, site: LinearSite | NormSite | ParameterSite, tensors: Mapping[str, Tensor]) -> Fold:
         """The trained values take the places of the base's; an added bias stays a bias."""
         if "added" not in tensors:
             return StandIn()

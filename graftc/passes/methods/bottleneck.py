@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from graftc.passes.core.build.builder import Builder, Initialiser
 from graftc.passes.core.method.lowrank import normal, uniform, zeros
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import LinearSite, Site, SublayerSite
+from graftc.passes.core.sites.sites import LinearSite, SublayerSite
 from graftc.passes.core.sites.uses import Dense
 from graftc.passes.core.weights.folds import Fold, Keep
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -31,7 +31,7 @@ _ACTIVATIONS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
 }
 
 
-class BottleneckAdapter(Method[S]):
+class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
     """``value + s (U f(D x + b) + c)`` with ``D: [bottleneck, read]``, ``U: [added, bottleneck]``.
 
     ``x`` is what the adapter reads, over its own layer norm where it has one, and ``value`` what it adds to; the spec's
@@ -39,7 +39,7 @@ class BottleneckAdapter(Method[S]):
     graph.
     """
 
-    def insert(self, spec: S, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: S, site: LinearSite | SublayerSite, shared: Any, build: Builder) -> None:
         """Insert the adapter.
 
         Raises:
@@ -51,7 +51,6 @@ class BottleneckAdapter(Method[S]):
             delta = self.branch(spec, build, read, _width(value), site.dtype)
             build.add_at(site, wiring.adds_to, delta, wiring.reads)
             return
-        assert isinstance(site, LinearSite)
         if not isinstance(site.use, Dense):
             message = f"{site.key} is no product with a matrix that stands behind its input"
             raise GraftError("GC017", message, hint="leave it out with exclude")
@@ -92,15 +91,13 @@ class BottleneckAdapter(Method[S]):
         bias = build.parameter(f"{part}_bias", (out,), zeros, dtype=dtype) if spec.bias else None
         return build.linear(x, weight, bias, part=part)
 
-    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: S, site: LinearSite | SublayerSite, tensors: Mapping[str, Tensor]) -> Fold:
         """It stays: no weight of the base computes it."""
         return Keep("it has an activation function of its own, so that no weight of the base can compute it")
 
 
 class BottleneckMethod(BottleneckAdapter[Bottleneck]):
     """`BottleneckAdapter`, wired as its spec specifies."""
-
-    spec_class = Bottleneck
 
 
 def _width(node: fx.Node) -> int:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.method.capabilities import Scored, Transition
 from graftc.passes.core.method.scoring import Fisher, Scoring
 from graftc.passes.core.method.steering import STEP, Controller, Place, no_steps
 from graftc.passes.core.ops.decompositions import SEEDS
-from graftc.passes.core.sites.sites import Site
 from graftc.passes.core.weights.folds import Fold
-from graftc.passes.methods.full import TrainedTensors
-from graftc.passes.methods.selection import SparseTensors
+from graftc.passes.methods.full import Stored, TrainedTensors
+from graftc.passes.methods.selection import ScoredTensors
 from graftc.specs.methods.child_tuning import ChildTuning
 
 
@@ -32,19 +32,18 @@ class Steps(Controller[ChildTuning]):
         """See `Controller.step`."""
 
 
-class ChildTuningMethod(TrainedTensors[ChildTuning]):
+class ChildTuningMethod(TrainedTensors[ChildTuning], Scored[ChildTuning]):
     """`TrainedTensors` with masked gradients: ``mask / p * gradient`` with a different mask in every step.
 
     Variant `D` uses `SparseTensors` in the layers and trained copies elsewhere.
     """
 
-    spec_class = ChildTuning
     controller = Steps
 
     def __init__(self) -> None:
         self._layers = _Layers()
 
-    def prepare(self, spec: ChildTuning, sites: Sequence[Site], build: Builder) -> Any:
+    def prepare(self, spec: ChildTuning, sites: Sequence[Stored], build: Builder) -> Any:
         """The count of steps, None where nothing is masked; what is selected of the layers.
 
         Raises:
@@ -54,14 +53,14 @@ class ChildTuningMethod(TrainedTensors[ChildTuning]):
             return self._layers.prepare(spec, [site for site in sites if site.layer is not None], build)
         return build.buffer(STEP, no_steps) if Steps.wanted(spec) else None
 
-    def insert(self, spec: ChildTuning, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: ChildTuning, site: Stored, shared: Any, build: Builder) -> None:
         """See `TrainedTensors.insert`, and `SparseTensors.insert` for the layers of the other variant."""
         if spec.variant == "D" and site.layer is not None:
             self._layers.insert(spec, site, shared, build)
         else:
             super().insert(spec, site, shared, build)
 
-    def fold(self, spec: ChildTuning, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: ChildTuning, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
         """The trained values, and the sums, are the new ones."""
         sparse = spec.variant == "D" and site.layer is not None
         return self._layers.fold(spec, site, tensors) if sparse else super().fold(spec, site, tensors)
@@ -71,13 +70,13 @@ class ChildTuningMethod(TrainedTensors[ChildTuning]):
         return self._layers.scoring(spec) if spec.variant == "D" else None
 
     def scored(self, places: Sequence[Place[ChildTuning]]) -> Sequence[str]:
-        """See `Method.scored`."""
+        """See `Scored.scored`."""
         return self._layers.scored(_in_layers(places))
 
     def selected(
         self, spec: ChildTuning, places: Sequence[Place[ChildTuning]], scores: Mapping[str, Tensor]
-    ) -> Mapping[str, Tensor]:
-        """See `Method.selected`."""
+    ) -> Transition[ChildTuning]:
+        """See `Scored.selected`."""
         return self._layers.selected(spec, _in_layers(places), scores)
 
     def read(self, spec: ChildTuning, shared: Any, build: Builder, trained: fx.Node) -> fx.Node:
@@ -91,7 +90,7 @@ class ChildTuningMethod(TrainedTensors[ChildTuning]):
         return build.call(torch.ops.graftc.grad_mask.default, trained, shared, seed, spec.reserve_p, part="mask")
 
 
-class _Layers(SparseTensors[ChildTuning]):
+class _Layers(ScoredTensors[ChildTuning]):
     """The layers of the variant that is chosen once."""
 
     def scoring(self, spec: ChildTuning) -> Scoring | None:

@@ -10,14 +10,15 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.method.capabilities import Resized, Staged, Transition
 from graftc.passes.core.method.lowrank import zeros
-from graftc.passes.core.method.stages import Advance
 from graftc.passes.core.method.steering import Place, TensorObjective
 from graftc.passes.core.ops.hashing import SEEDS
 from graftc.passes.core.sites.entries import largest, slices_of
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.folds import Fold, TensorFold
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.full import Stored
 from graftc.passes.methods.selection import Chosen, SparseTensors, budget_of, entry_values, key_of, regions_at
 from graftc.specs.methods.diff_pruning import DiffPruning
 
@@ -56,17 +57,16 @@ class OpenGates(TensorObjective[DiffPruning]):
         return torch.sigmoid(alpha - self.spec.shift).sum()
 
 
-class DiffPruningMethod(SparseTensors[DiffPruning]):
+class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized[DiffPruning]):
     """``W' = W + z z_group w`` for every tensor, then ``W + scatter(indices, delta)`` for the remaining entries.
 
     `graftc::gated_weight` is inserted wherever a tensor is read. If a site owns only some rows of a tensor, its
     parameters have the size of these rows, which form their own group. The second training run uses `SparseTensors`.
     """
 
-    spec_class = DiffPruning
     objective = OpenGates
 
-    def prepare(self, spec: DiffPruning, sites: Sequence[Site], build: Builder) -> Chosen:
+    def prepare(self, spec: DiffPruning, sites: Sequence[Stored], build: Builder) -> Chosen:
         """Every entry has a difference at first; later, see `SparseTensors`.
 
         Raises:
@@ -78,7 +78,7 @@ class DiffPruningMethod(SparseTensors[DiffPruning]):
         budget_of(spec, sum(counts.values()))
         return Chosen(counts, {})
 
-    def insert(self, spec: DiffPruning, site: Site, shared: Chosen, build: Builder) -> None:
+    def insert(self, spec: DiffPruning, site: Stored, shared: Chosen, build: Builder) -> None:
         """Put the changed tensors of the site in place of the base's.
 
         Raises:
@@ -93,7 +93,7 @@ class DiffPruningMethod(SparseTensors[DiffPruning]):
                 shared.placed.add(key)
                 build.stand_in(region, partial(_gated, spec, build, region), within=True)
 
-    def fold(self, spec: DiffPruning, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: DiffPruning, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
         """The sums are the new values, with gates that have no noise."""
         if spec.stage > 1:
             return super().fold(spec, site, tensors)
@@ -106,7 +106,7 @@ class DiffPruningMethod(SparseTensors[DiffPruning]):
     @torch.no_grad()
     def advance(
         self, spec: DiffPruning, places: Sequence[Place[DiffPruning]], shared: Mapping[str, Tensor]
-    ) -> Advance[DiffPruning]:
+    ) -> Transition[DiffPruning]:
         """The entries with the largest differences are left, and start from these."""
         held = list(regions_at(places, biases=self.biases))
         sizes = [partial(_magnitude, spec, place.tensors, region.part) for place, region in held]
@@ -115,7 +115,7 @@ class DiffPruningMethod(SparseTensors[DiffPruning]):
         for (place, region), numbers in zip(held, found, strict=True):
             own = difference(spec, place.tensors, region.part).reshape(-1)
             values |= entry_values(place, region, numbers, own[numbers])
-        return Advance(spec.model_copy(update={"stage": spec.stage + 1}), values)
+        return Transition(spec.model_copy(update={"stage": spec.stage + 1}), values)
 
     def deployed(self, spec: DiffPruning, places: Sequence[Place[DiffPruning]]) -> int | None:
         """The entries that are left after the second training."""

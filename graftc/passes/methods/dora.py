@@ -10,11 +10,11 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.effective_weight import EffectiveWeight, effective_weight, trace
-from graftc.passes.core.method.lowrank import added, check_rank, factors, normal, uniform, zeros
+from graftc.passes.core.method.lowrank import added, factors, normal, uniform, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.ops.magnitude import SMALLEST, TINY, norm_of_squares, squares
-from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, Site, SiteKey
-from graftc.passes.core.weights.folds import Fold, Keep, WeightFold
+from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, SiteKey
+from graftc.passes.core.weights.folds import Fold, weight_fold
 from graftc.specs.methods.dora import DoRA
 
 aten = torch.ops.aten
@@ -23,7 +23,7 @@ ops = torch.ops.graftc
 Scales = dict[SiteKey, fx.Node]
 
 
-class DoRAMethod(Method[DoRA]):
+class DoRAMethod(Method[DoRA, LinearSite]):
     """``y = c * (u + s B A x) + b`` with ``c = m / |W + s B A|`` and ``u = W x`` (arXiv:2402.09353).
 
     ``m: [rows]`` is initialised to the norms of the rows of ``W``, whose squares are stored in a constant. The norms in
@@ -37,20 +37,17 @@ class DoRAMethod(Method[DoRA]):
     that of the matrix itself.
     """
 
-    spec_class = DoRA
-
-    def prepare(self, spec: DoRA, sites: Sequence[Site], build: Builder) -> Scales:
+    def prepare(self, spec: DoRA, sites: Sequence[LinearSite], build: Builder) -> Scales:
         """The scales of each place, for its later uses."""
         return {}
 
-    def insert(self, spec: DoRA, site: Site, shared: Scales, build: Builder) -> None:
+    def insert(self, spec: DoRA, site: LinearSite, shared: Scales, build: Builder) -> None:
         """Rescale the site's result, with the update added.
 
         Raises:
             GraftError: GC020 when the rank exceeds ``min(in, out)``, GC017 where something stands at the site that has
                 no equivalent change of weights.
         """
-        assert isinstance(site, LinearSite)
         base = effective_weight(build, site)
         pair = _factors(spec, site, build) if spec.direction else ()
         scale = _scale(spec, site, base, pair, shared, build)
@@ -70,23 +67,20 @@ class DoRAMethod(Method[DoRA]):
         own = (build.output(site), rows, delta, base.offset, lost, whole)
         build.set_output(site, build.call(ops.rescale.default, *own, part="rescale"))
 
-    def fold(self, spec: DoRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: DoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """``W' = m * V / |V|`` with ``V = W + s B A``."""
-        if "m" not in tensors:
-            return Keep("its magnitudes are missing")
 
-        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        def change(weight: Tensor) -> Tensor:
             if "A" in tensors:
                 weight = added(weight, tensors["B"], tensors["A"], spec.scaling)
             norm = _direct_norm(weight)
             norm = norm.detach() if spec.norm_gradient == "detached" else norm
-            return weight * (tensors["m"] / norm)[..., None], bias
+            return weight * (tensors["m"] / norm)[..., None]
 
-        return WeightFold(apply)
+        return weight_fold(change)
 
 
 def _factors(spec: DoRA, site: LinearSite, build: Builder) -> tuple[fx.Node, fx.Node]:
-    check_rank(site, spec.rank)
     if isinstance(site, EmbeddingSite):
         return factors(build, site, spec.rank, zeros, normal(1))
     down = normal(1 / spec.rank) if spec.init == "gaussian" else uniform

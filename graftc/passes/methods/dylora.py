@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.method.lowrank import added, check_rank, factors, gated, uniform, zeros
+from graftc.passes.core.method.capabilities import Ranked
+from graftc.passes.core.method.lowrank import added, factors, gated, uniform, zeros
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import LinearSite, Site
-from graftc.passes.core.weights.folds import Fold, Keep, WeightFold
+from graftc.passes.core.sites.sites import LinearSite
+from graftc.passes.core.weights.folds import Fold, weight_fold
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.methods.dylora import DyLoRA
 
@@ -34,16 +35,14 @@ class Drawn:
     gates: Mapping[torch.dtype, fx.Node]
 
 
-class DyLoRAMethod(Method[DyLoRA]):
+class DyLoRAMethod(Method[DyLoRA, LinearSite], Ranked[DyLoRA]):
     """``y = W x + b + (alpha / r) B[:, :r] A[:r] drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
 
     All sites use the same ``r`` in a pass; it is drawn outside the layers, so a layer that is recomputed in the
     backward pass uses the same one. Ranks above it are multiplied by zero: sizes do not depend on the drawn value.
     """
 
-    spec_class = DyLoRA
-
-    def prepare(self, spec: DyLoRA, sites: Sequence[Site], build: Builder) -> Drawn:
+    def prepare(self, spec: DyLoRA, sites: Sequence[LinearSite], build: Builder) -> Drawn:
         """Draw the rank, once for all sites."""
         deployed = build.buffer(DEPLOYED, lambda device: torch.full((1,), spec.rank, dtype=torch.int64, device=device))
         drawn = build.drawn(deployed, 1, spec.rank + 1, part="rank")
@@ -51,20 +50,18 @@ class DyLoRAMethod(Method[DyLoRA]):
         number = build.call(aten.cumsum.default, ones, 0, part="number")
         used = build.call(aten.le.Tensor, number, drawn, part="used")
         gates: dict[torch.dtype, fx.Node] = {}
-        for dtype in dict.fromkeys(site.dtype for site in sites if isinstance(site, LinearSite)):
+        for dtype in dict.fromkeys(site.dtype for site in sites):
             own = build.call(aten.to.dtype, used, dtype, part="used")
             scaled = build.call(aten.mul.Tensor, own, spec.alpha, part="alpha")
             gates[dtype] = build.call(aten.div.Tensor, scaled, drawn, part="gate")
         return Drawn(build.call(aten.eq.Tensor, number, drawn, part="last"), gates)
 
-    def insert(self, spec: DyLoRA, site: Site, shared: Drawn, build: Builder) -> None:
+    def insert(self, spec: DyLoRA, site: LinearSite, shared: Drawn, build: Builder) -> None:
         """Insert the branch.
 
         Raises:
             GraftError: GC020 when the rank exceeds ``min(in, out)``.
         """
-        assert isinstance(site, LinearSite)
-        check_rank(site, spec.rank)
         a, b = factors(build, site, spec.rank, uniform, zeros)
         if spec.frozen:
             a = _only_last(build, a, build.call(aten.unsqueeze.default, shared.last, -1, part="last"))
@@ -73,26 +70,24 @@ class DyLoRAMethod(Method[DyLoRA]):
         x = build.dropout(build.input(site), spec.dropout, recompute=recompute, scope=spec.dropout_scope)
         build.add(site, build.low_rank(site, x, *gated(build, site, a, b, shared.gates[site.dtype])))
 
-    def fold(self, spec: DyLoRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: DyLoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """``W' = W + (alpha / r) B[:, :r] A[:r]`` at the deployed rank."""
-        if "A" not in tensors:
-            return Keep("its factors are missing")
         rank = int(tensors[DEPLOYED])
 
-        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        def change(weight: Tensor) -> Tensor:
             a, b = tensors["A"][..., :rank, :], tensors["B"][..., :rank]
-            return added(weight, b, a, spec.alpha / rank), bias
+            return added(weight, b, a, spec.alpha / rank)
 
-        return WeightFold(apply)
+        return weight_fold(change)
 
-    def live_ranks(self, spec: DyLoRA, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    def live_ranks(self, spec: DyLoRA, tensors: Mapping[str, Tensor]) -> Tensor:
         """The first ranks, as many as are deployed."""
         a = tensors["A"]
         numbers = torch.arange(spec.rank, device=a.device).expand(a.shape[:-1])
         return numbers < tensors[DEPLOYED]
 
     def deploy_rank(self, spec: DyLoRA, shared: Mapping[str, Tensor], rank: int) -> None:
-        """See `Method.deploy_rank`."""
+        """See `Ranked.deploy_rank`."""
         if type(rank) is not int or not 1 <= rank <= spec.rank:
             message = f"{spec.name!r} has the ranks from 1 to {spec.rank}, not {rank!r}"
             raise GraftError("GC055", message, hint=f"the largest is {spec.rank}")

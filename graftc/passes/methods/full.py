@@ -16,9 +16,11 @@ from graftc.specs.base import MethodSpec
 from graftc.specs.methods.full import Full
 
 S = TypeVar("S", bound=MethodSpec)
+Stored = LinearSite | NormSite | ParameterSite
+"""Sites with tensors of the base."""
 
 
-class TrainedTensors(Method[S]):
+class TrainedTensors(Method[S, Stored]):
     """The weight and the bias of a map, the scale and the shift of a norm, or a tensor as a whole, train as copies."""
 
     stands_in = True
@@ -27,7 +29,7 @@ class TrainedTensors(Method[S]):
         """Where there is a tensor that some output needs."""
         return isinstance(site, LinearSite | NormSite | ParameterSite)
 
-    def insert(self, spec: S, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: S, site: Stored, shared: Any, build: Builder) -> None:
         """Put trained copies in the place of the site's tensors.
 
         Raises:
@@ -41,19 +43,16 @@ class TrainedTensors(Method[S]):
             for tensor in filter(None, (site.weight, site.bias)):
                 overlay(tensor)
         else:
-            assert isinstance(site, ParameterSite)
             overlay(site.tensor)
 
     def read(self, spec: S, shared: Any, build: Builder, trained: fx.Node) -> fx.Node:
         """What is read in the place of a tensor that trains: itself, or the same value."""
         return trained
 
-    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: S, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
         """The trained values take the places of the base's."""
         return StandIn()
 
 
 class FullMethod(TrainedTensors[Full]):
     """`TrainedTensors` of all sites."""
-
-    spec_class = Full

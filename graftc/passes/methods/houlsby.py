@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.sites.sites import NormSite, Site
+from graftc.passes.core.sites.sites import LinearSite, NormSite, SublayerSite
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.passes.methods.bottleneck import BottleneckAdapter
 from graftc.specs.methods.houlsby import Houlsby
@@ -17,9 +17,9 @@ from graftc.specs.methods.houlsby import Houlsby
 class HoulsbyMethod(BottleneckAdapter[Houlsby]):
     """``a + A(a)`` on a sublayer's branch; normalisations train as copies of the base's own."""
 
-    spec_class = Houlsby
+    site_classes = (SublayerSite, NormSite)
 
-    def insert(self, spec: Houlsby, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: Houlsby, site: LinearSite | SublayerSite | NormSite, shared: Any, build: Builder) -> None:
         """Insert the adapter, or put trained copies in the place of a normalisation's scale and shift.
 
         Raises:
@@ -31,6 +31,6 @@ class HoulsbyMethod(BottleneckAdapter[Houlsby]):
         for tensor in filter(None, (site.weight, site.bias)):
             build.overlay(tensor)
 
-    def fold(self, spec: Houlsby, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: Houlsby, site: LinearSite | SublayerSite | NormSite, tensors: Mapping[str, Tensor]) -> Fold:
         """The adapters stay; trained normalisations stand in for the base's."""
         return StandIn() if isinstance(site, NormSite) else super().fold(spec, site, tensors)

@@ -18,7 +18,7 @@ from graftc.specs.roles import parse_role
 aten = torch.ops.aten
 
 
-class IA3Method(Method[IA3]):
+class IA3Method(Method[IA3, LinearSite]):
     """``y = l * (W x + b)`` with ``l: [out]``, or ``y = W (l * x) + b`` with ``l: [in]``.
 
     A vector on keys or values acts before heads are split and before a rotary embedding, so it folds into rows of ``W``
@@ -30,15 +30,12 @@ class IA3Method(Method[IA3]):
     input is ``(W + B A) diag(l)``, the reverse order is ``W diag(l) + B A``.
     """
 
-    spec_class = IA3
-
-    def insert(self, spec: IA3, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: IA3, site: LinearSite, shared: Any, build: Builder) -> None:
         """Multiply what the site gives, or what it reads, by the vector.
 
         Raises:
             GraftError: GC017 for the input of a convolution over more than a point.
         """
-        assert isinstance(site, LinearSite)
         inward = _scales_input(spec, site)
         size = site.in_features if inward else site.out_features
         scale = build.parameter("l", (size,), _ones, dtype=site.dtype)
@@ -48,7 +45,7 @@ class IA3Method(Method[IA3]):
             rows = build.per_row(site, scale)
             build.set_output(site, build.call(aten.mul.Tensor, build.output(site), rows, part="scale"))
 
-    def fold(self, spec: IA3, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: IA3, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """``W' = diag(l) W`` and ``b' = l * b``, or ``W' = W diag(l)``."""
         scale, inward = tensors["l"], _scales_input(spec, site)
 

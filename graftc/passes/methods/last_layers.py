@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.sites.sites import Site
-from graftc.passes.methods.full import TrainedTensors
+from graftc.passes.methods.full import Stored, TrainedTensors
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.last_layers import LastLayers
 
@@ -14,9 +13,7 @@ from graftc.specs.methods.last_layers import LastLayers
 class LastLayersMethod(TrainedTensors[LastLayers]):
     """`TrainedTensors` of the last layers."""
 
-    spec_class = LastLayers
-
-    def prepare(self, spec: LastLayers, sites: Sequence[Site], build: Builder) -> None:
+    def prepare(self, spec: LastLayers, sites: Sequence[Stored], build: Builder) -> None:
         """Count the layers.
 
         Raises:

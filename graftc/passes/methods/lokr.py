@@ -12,14 +12,14 @@ from torch import Tensor, fx
 from graftc.passes.core.build.builder import Builder, Initialiser
 from graftc.passes.core.method.lowrank import uniform, zeros
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import LinearSite, Site
-from graftc.passes.core.weights.folds import Fold, WeightFold
+from graftc.passes.core.sites.sites import LinearSite
+from graftc.passes.core.weights.folds import Fold, weight_fold
 from graftc.specs.methods.lokr import LoKr
 
 aten = torch.ops.aten
 
 
-class LoKrMethod(Method[LoKr]):
+class LoKrMethod(Method[LoKr, LinearSite]):
     """``y = W x + b + (s C ⊗ D) x`` with ``s = alpha / rank``.
 
     The update's entry at row ``i d1 + k`` and column ``j d2 + l`` is ``s C[i, j] D[k, l]``. Every matrix that is not
@@ -27,11 +27,8 @@ class LoKrMethod(Method[LoKr]):
     ``C``, usually the smaller matrix.
     """
 
-    spec_class = LoKr
-
-    def insert(self, spec: LoKr, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: LoKr, site: LinearSite, shared: Any, build: Builder) -> None:
         """Insert the branch."""
-        assert isinstance(site, LinearSite)
         (c1, d1), (c2, d2) = split(site.out_features, spec.factor), split(site.in_features, spec.factor)
         small = _factor(spec, site, build, "C", (c1, c2), zeros, full=not spec.decompose_both)
         large = _factor(spec, site, build, "D", (d1, d2), uniform, full=False)
@@ -42,15 +39,15 @@ class LoKrMethod(Method[LoKr]):
         delta = build.call(aten.view.default, outer, shape, part="delta")
         build.add(site, build.map(site, build.input(site), delta))
 
-    def fold(self, spec: LoKr, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: LoKr, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """``W' = W + s C ⊗ D``."""
 
-        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        def change(weight: Tensor) -> Tensor:
             small, large = (tensors[n] if n in tensors else tensors[f"{n}B"] @ tensors[f"{n}A"] for n in "CD")
             kron = torch.einsum("...ij,...kl->...ikjl", small, large)
-            return weight + spec.scaling * kron.reshape(weight.shape), bias
+            return weight + spec.scaling * kron.reshape(weight.shape)
 
-        return WeightFold(apply)
+        return weight_fold(change)
 
 
 def split(size: int, factor: int) -> tuple[int, int]:

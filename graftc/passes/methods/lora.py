@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder, Initialiser
-from graftc.passes.core.method.lowrank import added, check_rank, factors, normal, uniform, zeros
+from graftc.passes.core.method.lowrank import added, factors, normal, uniform, zeros
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, ParameterSite, Site, SiteKey
-from graftc.passes.core.weights.folds import Fold, Keep, WeightFold
+from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, ParameterSite, SiteKey
+from graftc.passes.core.weights.folds import Fold, weight_fold
 from graftc.specs.methods.lora import LoRA
 
 aten = torch.ops.aten
 
 
-class LoRAMethod(Method[LoRA]):
+class LoRAMethod(Method[LoRA, LinearSite]):
     """``y = W x + b + s B A drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
 
     ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732).
@@ -34,9 +34,7 @@ class LoRAMethod(Method[LoRA]):
     convolution ``in`` counts the entries of a patch. An embedding table starts with ``A = 0`` instead of ``B = 0``.
     """
 
-    spec_class = LoRA
-
-    def prepare(self, spec: LoRA, sites: Sequence[Site], build: Builder) -> None:
+    def prepare(self, spec: LoRA, sites: Sequence[LinearSite], build: Builder) -> None:
         """With ``bias: all``, every bias that the Program reads trains beside the factors."""
         if spec.bias != "all":
             return
@@ -46,14 +44,12 @@ class LoRAMethod(Method[LoRA]):
                 with build.on(ParameterSite(SiteKey(module, last), tensor=name)):
                     build.overlay(name)
 
-    def insert(self, spec: LoRA, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: LoRA, site: LinearSite, shared: Any, build: Builder) -> None:
         """Insert the branch.
 
         Raises:
             GraftError: GC020 when the rank exceeds ``min(in, out)``.
         """
-        assert isinstance(site, LinearSite)
-        check_rank(site, spec.rank)
         down, up = _starts(spec, site, build)
         a, b = factors(build, site, spec.rank, down, up)
         x = build.input(site)
@@ -75,18 +71,16 @@ class LoRAMethod(Method[LoRA]):
         if spec.bias == "lora_only" and site.own_bias is not None:
             build.overlay(site.own_bias)
 
-    def fold(self, spec: LoRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: LoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """``W' = W + s B A``, less ``s B0 A0`` where the factors started from ``W``."""
-        if "A" not in tensors:
-            return Keep("its factors are missing")
 
-        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        def change(weight: Tensor) -> Tensor:
             weight = added(weight, tensors["B"], tensors["A"], spec.scaling)
             if "A0" in tensors:
                 weight = added(weight, tensors["B0"], tensors["A0"], -spec.scaling)
-            return weight, bias
+            return weight
 
-        return WeightFold(apply)
+        return weight_fold(change)
 
 
 def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.tensors import tensor_name
-from graftc.passes.core.method.stages import Advance
+from graftc.passes.core.method.capabilities import Staged, Transition
 from graftc.passes.core.method.steering import Place, TensorObjective
 from graftc.passes.core.ops.sparse import written
 from graftc.passes.core.sites.entries import largest, slices_of
-from graftc.passes.core.sites.sites import Site
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.full import Stored
 from graftc.passes.methods.selection import Chosen, SparseTensors, budget_of, entry_values, key_of, regions_at
 from graftc.specs.methods.lt_sft import LTSFT
 
@@ -46,20 +46,19 @@ class Distance(TensorObjective[LTSFT]):
         return self.spec.penalty * total / size
 
 
-class LTSFTMethod(SparseTensors[LTSFT]):
+class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
     """Trained copies of the target's tensors in dense training runs, and `SparseTensors` in sparse ones."""
 
-    spec_class = LTSFT
     objective = Distance
 
-    def prepare(self, spec: LTSFT, sites: Sequence[Site], build: Builder) -> Chosen:
+    def prepare(self, spec: LTSFT, sites: Sequence[Stored], build: Builder) -> Chosen:
         """See `SparseTensors.prepare`; a dense training selects nothing."""
         if not spec.dense:
             return super().prepare(spec, sites, build)
         budget_of(spec, sum(region.size for _, region in self.tensors_of(sites, build.store).values()))
         return Chosen({}, {})
 
-    def insert(self, spec: LTSFT, site: Site, shared: Chosen, build: Builder) -> None:
+    def insert(self, spec: LTSFT, site: Stored, shared: Chosen, build: Builder) -> None:
         """Put trained copies, or changed tensors, in place of the base's.
 
         Raises:
@@ -79,7 +78,7 @@ class LTSFTMethod(SparseTensors[LTSFT]):
                 if held is not None:
                     build.keep_buffer(part, partial(_like, held))
 
-    def fold(self, spec: LTSFT, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: LTSFT, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
         """The sums, or the trained copies, are the new values."""
         return StandIn() if spec.dense else super().fold(spec, site, tensors)
 
@@ -87,16 +86,16 @@ class LTSFTMethod(SparseTensors[LTSFT]):
         """A dense and a sparse training for each iteration."""
         return 2 * spec.iterations
 
-    def advance(self, spec: LTSFT, places: Sequence[Place[LTSFT]], shared: Mapping[str, Tensor]) -> Advance[LTSFT]:
+    def advance(self, spec: LTSFT, places: Sequence[Place[LTSFT]], shared: Mapping[str, Tensor]) -> Transition[LTSFT]:
         """After a dense training the entries that changed most, with everything rewound; after a sparse one all
         tensors at what it made of them."""
         following = spec.model_copy(update={"stage": spec.stage + 1})
         if spec.dense:
-            return Advance(following, self._chosen(spec, places), rewind=True)
+            return Transition(following, self._chosen(spec, places), rewind=True)
         values: dict[str, Tensor] = {}
         for place, region in regions_at(places):
             values |= _dense_values(spec, place, region)
-        return Advance(following, values)
+        return Transition(following, values)
 
     def _chosen(self, spec: LTSFT, places: Sequence[Place[LTSFT]]) -> dict[str, Tensor]:
         """What the training after a dense one starts from: entries chosen so far, and those that changed most now."""

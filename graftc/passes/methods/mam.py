@@ -8,5 +8,3 @@ from graftc.specs.methods.mam import MAM
 
 class MAMMethod(PartsMethod[MAM]):
     """`PartsMethod` of a prefix and parallel adapters."""
-
-    spec_class = MAM

@@ -7,21 +7,19 @@ from collections.abc import Mapping
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.scoring import Fisher, Movement, Scoring
 from graftc.passes.core.weights.weight_slice import WeightSlice
-from graftc.passes.methods.selection import Chosen, Key, SparseTensors, largest_entries
+from graftc.passes.methods.selection import Chosen, Key, ScoredTensors, largest_entries
 from graftc.specs.methods.mask import Mask
 
 
-class MaskMethod(SparseTensors[Mask]):
-    """See `SparseTensors`."""
-
-    spec_class = Mask
+class MaskMethod(ScoredTensors[Mask]):
+    """See `ScoredTensors`."""
 
     def scoring(self, spec: Mask) -> Scoring | None:
         """Examples choose by Fisher information and by movement."""
         return {"fish": Fisher(), "movement": Movement()}.get(spec.selection)
 
     def each(self, spec: Mask) -> bool:
-        """See `SparseTensors.each`."""
+        """See `ScoredTensors.each`."""
         return spec.allocation == "per_tensor"
 
     def choose(self, spec: Mask, regions: Mapping[Key, WeightSlice], build: Builder) -> Chosen:

@@ -9,26 +9,23 @@ from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import NormSite, Site
+from graftc.passes.core.sites.sites import NormSite
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.specs.methods.norms import Norms
 
 
-class NormsMethod(Method[Norms]):
+class NormsMethod(Method[Norms, NormSite]):
     """The scale and the shift of a normalisation, ``[width]`` each, train as copies of the base's own."""
 
-    spec_class = Norms
-
-    def insert(self, spec: Norms, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: Norms, site: NormSite, shared: Any, build: Builder) -> None:
         """Put trained copies in the place of the scale and of the shift, where there is one.
 
         Raises:
             GraftError: GC021 where another adaptation trains them too.
         """
-        assert isinstance(site, NormSite)
         for tensor in filter(None, (site.weight, site.bias)):
             build.overlay(tensor)
 
-    def fold(self, spec: Norms, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: Norms, site: NormSite, tensors: Mapping[str, Tensor]) -> Fold:
         """The trained values take the places of the base's."""
         return StandIn()

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.method.capabilities import Collapsing
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import Site
@@ -23,7 +24,7 @@ _SHARED = frozenset({"vectors", "hidden", "hidden_bias"})
 """The tensors that all places of a prefix share."""
 
 
-class PartsMethod(Method[S]):
+class PartsMethod(Method[S, Site], Collapsing[S]):
     """At every place what its part does there."""
 
     def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Mapping[SiteKind, Any]:
@@ -68,7 +69,9 @@ class PartsMethod(Method[S]):
         if "keys_out" not in tensors:
             return {part: value for part, value in tensors.items() if part not in _SHARED}
         own = spec.part_specs()[SiteKind.ATTENTION]
-        return method_for(own.method).collapsed(own, tensors)
+        part = method_for(own.method)
+        assert isinstance(part, Collapsing)
+        return part.collapsed(own, tensors)
 
 
 @contextmanager

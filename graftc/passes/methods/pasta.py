@@ -11,7 +11,7 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.method.lowrank import normal, zeros
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import Site, TokenNumbers, ValueSite
+from graftc.passes.core.sites.sites import TokenNumbers, ValueSite
 from graftc.passes.core.weights.folds import Fold, Keep
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.pasta import Pasta
@@ -21,12 +21,10 @@ Slots = Mapping[fx.Node, fx.Node]
 """For the token numbers of each stack, ``int64[batch, sequence]``: which vector is added, from 1; 0 for none."""
 
 
-class PastaMethod(Method[Pasta]):
+class PastaMethod(Method[Pasta, ValueSite]):
     """``x_t + Drop(e_j)`` with ``e: [slots, width]``, where token ``t`` is the ``j``-th special one of its row."""
 
-    spec_class = Pasta
-
-    def prepare(self, spec: Pasta, sites: Sequence[Site], build: Builder) -> Slots:
+    def prepare(self, spec: Pasta, sites: Sequence[ValueSite], build: Builder) -> Slots:
         """Work out once for each stack of layers which vector every token gets.
 
         Raises:
@@ -41,13 +39,12 @@ class PastaMethod(Method[Pasta]):
                 slots[tokens.numbers] = _slots(spec, build, tokens.numbers)
         return slots
 
-    def insert(self, spec: Pasta, site: Site, shared: Slots, build: Builder) -> None:
+    def insert(self, spec: Pasta, site: ValueSite, shared: Slots, build: Builder) -> None:
         """Add the vectors to the value.
 
         Raises:
             GraftError: GC017 where the value has other positions than the tokens.
         """
-        assert isinstance(site, ValueSite)
         value, numbers = build.value(site), _tokens(site).numbers
         sizes = [[expression(s) for s in node.meta["val"].shape] for node in (value, numbers)]
         if sizes[0][:-1] != sizes[1]:
@@ -60,13 +57,12 @@ class PastaMethod(Method[Pasta]):
         chosen = build.dropout(build.look_up(table, shared[numbers], "vector"), spec.dropout)
         build.set_value(site, build.call(aten.add.Tensor, value, chosen, part="add"))
 
-    def fold(self, spec: Pasta, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: Pasta, site: ValueSite, tensors: Mapping[str, Tensor]) -> Fold:
         """It stays: where the vectors are added depends on the tokens."""
         return Keep("where its vectors are added depends on the tokens, so that no weight can hold them")
 
 
-def _tokens(site: Site) -> TokenNumbers:
-    assert isinstance(site, ValueSite)
+def _tokens(site: ValueSite) -> TokenNumbers:
     if site.tokens is None:
         message = f"{site.key} is not made of tokens that are looked up in a table by an input"
         raise GraftError("GC017", message, hint="give the model token ids, or leave the place out with exclude")

@@ -5,21 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.sites.sites import Site, ValueSite
+from graftc.passes.core.method.capabilities import Collapsing
+from graftc.passes.core.sites.sites import ValueSite
 from graftc.passes.methods.prompt import VirtualTokenMethod, initialiser, runs
 from graftc.specs.base import MethodSpec
 from graftc.specs.methods.pre_layer import PreLayer
 from graftc.specs.methods.prefix import Prefix
 
 
-class PreLayerMethod(VirtualTokenMethod[PreLayer]):
+class PreLayerMethod(VirtualTokenMethod[PreLayer], Collapsing[PreLayer]):
     """``x^l_t = P^l_t`` for every virtual token ``t`` and layer ``l``, with ``P^l: [tokens, width]``."""
 
-    spec_class = PreLayer
-
-    def insert(self, spec: PreLayer, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: PreLayer, site: ValueSite, shared: Any, build: Builder) -> None:
         """Let a layer read the trained vectors at virtual tokens."""
-        assert isinstance(site, ValueSite)
         for run, vectors in enumerate(runs(spec, site, build, initialiser(spec, site, build))):
             build.hold(site, run, vectors)
 

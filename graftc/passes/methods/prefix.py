@@ -12,9 +12,10 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.base_activations import read_tokens
 from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.method.capabilities import Collapsing
 from graftc.passes.core.method.lowrank import normal, uniform, zeros
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import AttentionOperands, AttentionSite, Positions, Site, SiteKey
+from graftc.passes.core.sites.sites import AttentionOperands, AttentionSite, Positions, SiteKey
 from graftc.passes.core.weights.folds import Fold, Keep
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -29,7 +30,7 @@ S = TypeVar("S", bound=PrefixSpec)
 class _FirstValues:
     """Keys and values that the base has for the tokens to start from, of all places at once, when first asked for."""
 
-    def __init__(self, spec: PrefixSpec, sites: Sequence[Site], build: Builder) -> None:
+    def __init__(self, spec: PrefixSpec, sites: Sequence[AttentionSite], build: Builder) -> None:
         self._spec, self._sites, self._build = spec, sites, build
 
     @cached_property
@@ -40,9 +41,8 @@ class _FirstValues:
         pairs = zip(self._sites, found[::2], found[1::2], strict=True)
         return {site.key: {"keys": keys, "values": values} for site, keys, values in pairs}
 
-    def initialiser(self, site: Site, part: str) -> Initialiser:
+    def initialiser(self, site: AttentionSite, part: str) -> Initialiser:
         """Fills keys or values of a place, ``[length, width]``, with those that the base's attention has there."""
-        assert isinstance(site, AttentionSite)
         columns = site.keys if part == "keys" else site.values
         assert columns is not None
 
@@ -66,14 +66,14 @@ class Shared:
     hidden: fx.Node | None = None
 
 
-class PrefixedAttention(Method[S]):
+class PrefixedAttention(Method[S, AttentionSite], Collapsing[S]):
     """``softmax(q [P; K]^T) [U; V]`` with ``P: [length, key width]`` and ``U: [length, value width]``, which each head
     takes its own columns of (arXiv:2101.00190; without a reparameterisation P-tuning v2, arXiv:2110.07602).
 
     With a reparameterisation ``[P, U] = W2 tanh(W1 E + b1) + b2``, where ``W2`` and ``b2`` are each place's own.
     """
 
-    def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Shared:
+    def prepare(self, spec: S, sites: Sequence[AttentionSite], build: Builder) -> Shared:
         """Move the text behind the prefix, where that is asked for, and make the hidden layer of a reparameterisation,
         which all places read.
 
@@ -98,24 +98,23 @@ class PrefixedAttention(Method[S]):
         hidden = build.linear(vectors, weight, bias, "hidden")
         return Shared(first, build.call(aten.tanh.default, hidden, part="hidden"))
 
-    def insert(self, spec: S, site: Site, shared: Shared, build: Builder) -> None:
+    def insert(self, spec: S, site: AttentionSite, shared: Shared, build: Builder) -> None:
         """Put the prefix in front of the attention's keys and values.
 
         Raises:
             GraftError: GC017 where the attention is written in a form, or has keys, that a prefix cannot be put into.
         """
-        assert isinstance(site, AttentionSite)
         own = _operands(site)
         assert site.keys is not None and site.values is not None
         made = []
         heads = (("keys", site.keys, own.keys), ("values", site.values, own.values))
         for part, columns, like in heads:
-            table = _table(spec, build, part, int(columns.max()) + 1, shared, like.meta["val"].dtype)
+            table = _table(spec, site, build, part, int(columns.max()) + 1, shared, like.meta["val"].dtype)
             headed = _headed(build, build.dropout(table, spec.dropout), columns, part)
             made.append(build.batched(headed, like, part))
         build.attend(site, *made, window=spec.window)
 
-    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: S, site: AttentionSite, tensors: Mapping[str, Tensor]) -> Fold:
         """It stays: what it adds to the softmax depends on the query."""
         return Keep("what keys and values in front of the text add depends on the query, so that no weight can")
 
@@ -135,8 +134,6 @@ class PrefixedAttention(Method[S]):
 class PrefixMethod(PrefixedAttention[Prefix]):
     """`PrefixedAttention` without changes."""
 
-    spec_class = Prefix
-
 
 def _same_lengths(spec: PrefixSpec, reason: str) -> None:
     if {override.length for override in spec.overrides} - {None, spec.length}:
@@ -144,11 +141,10 @@ def _same_lengths(spec: PrefixSpec, reason: str) -> None:
         raise GraftError("GC020", reason, place=Place(path="overrides"), hint=hint)
 
 
-def _own_positions(sites: Sequence[Site]) -> list[Positions]:
+def _own_positions(sites: Sequence[AttentionSite]) -> list[Positions]:
     """Where the streams that the sites attend within have their positions: what the first layer of each reads."""
     first: dict[str, AttentionSite] = {}
     for site in sites:
-        assert isinstance(site, AttentionSite)
         if not site.crosses and (site.stack not in first or (site.layer or 0) < (first[site.stack].layer or 0)):
             first[site.stack] = site
     return list(dict.fromkeys(positions for site in first.values() for positions in site.positions))
@@ -164,25 +160,26 @@ def _check_table(spec: PrefixSpec, positions: Positions) -> None:
         raise GraftError("GC020", message, place=Place(path="length"), hint="use positions: unshifted")
 
 
-def _operands(site: Site) -> AttentionOperands:
-    assert isinstance(site, AttentionSite)
+def _operands(site: AttentionSite) -> AttentionOperands:
     if site.operands is None:
         message = f"the keys of {site.key} cannot be followed head by head"
         raise GraftError("GC017", message, hint="leave it out with exclude")
     return site.operands
 
 
-def _width(site: Site) -> int:
+def _width(site: AttentionSite) -> int:
     """The width of the queries, or of the keys where an attention that is written out has these in another shape."""
     query = _operands(site).query.meta["val"]
-    assert isinstance(site, AttentionSite) and site.keys is not None
+    assert site.keys is not None
     return int(query.shape[1]) * int(query.shape[3]) if query.dim() == 4 else site.keys.numel()
 
 
-def _table(spec: PrefixSpec, build: Builder, part: str, width: int, shared: Shared, dtype: torch.dtype) -> fx.Node:
+def _table(
+    spec: PrefixSpec, site: AttentionSite, build: Builder, part: str, width: int, shared: Shared, dtype: torch.dtype
+) -> fx.Node:
     """Keys or values, ``[length, width]``."""
     if shared.hidden is None:
-        init = shared.first.initialiser(build.site, part) if spec.init_tokens else normal(spec.init_std)
+        init = shared.first.initialiser(site, part) if spec.init_tokens else normal(spec.init_std)
         return build.parameter(part, (spec.length, width), init, dtype=dtype)
     own = spec.reparameterization
     assert own is not None

@@ -12,7 +12,7 @@ from graftc.passes.core.build.base_activations import unknown_token
 from graftc.passes.core.build.builder import Builder, Initialiser
 from graftc.passes.core.method.lowrank import normal
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import Site, ValueSite
+from graftc.passes.core.sites.sites import ValueSite
 from graftc.passes.core.weights.folds import Fold, Keep
 from graftc.specs.methods.prompt import Prompt, VirtualTokenSpec
 
@@ -20,28 +20,25 @@ aten = torch.ops.aten
 S = TypeVar("S", bound=VirtualTokenSpec)
 
 
-class VirtualTokenMethod(Method[S]):
+class VirtualTokenMethod(Method[S, ValueSite]):
     """``[P; E(x)]`` with ``P: [tokens, width]``: the vectors of virtual tokens, where tokens are looked up."""
 
-    def insert(self, spec: S, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: S, site: ValueSite, shared: Any, build: Builder) -> None:
         """Give the virtual tokens their vectors.
 
         Raises:
             GraftError: GC039 for a token to start from that the vocabulary does not have.
         """
-        assert isinstance(site, ValueSite)
         for run, vectors in enumerate(runs(spec, site, build, initialiser(spec, site, build))):
             build.fill(site, run, vectors)
 
-    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: S, site: ValueSite, tensors: Mapping[str, Tensor]) -> Fold:
         """It stays: there are more tokens."""
         return Keep("it adds tokens, which no weight of the base can stand for")
 
 
 class PromptMethod(VirtualTokenMethod[Prompt]):
     """`VirtualTokenMethod` with one run."""
-
-    spec_class = Prompt
 
 
 def runs(spec: VirtualTokenSpec, site: ValueSite, build: Builder, init: Initialiser) -> list[fx.Node]:

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.tensors import tensor_name
+from graftc.passes.core.method.capabilities import Resized, Staged, Transition
 from graftc.passes.core.method.lowrank import zeros
-from graftc.passes.core.method.stages import Advance
 from graftc.passes.core.method.steering import Place as Adapted
 from graftc.passes.core.method.steering import check_phases
 from graftc.passes.core.ops.pruned import Edge, dropped, edge_of
@@ -55,7 +55,7 @@ class Start:
     placed: set[WeightSlice] = field(default_factory=set)
 
 
-class PruningMethod(TrainedTensors[Pruning]):
+class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
     """``W' = W * M`` in place of ``W``, wherever it is read.
 
     In addition to the copy of the weight, ``<tensor>_scores`` has the weight's shape if scores train;
@@ -64,7 +64,7 @@ class PruningMethod(TrainedTensors[Pruning]):
     tensors and the copy.
     """
 
-    spec_class = Pruning
+    site_classes = (LinearSite,)
     controller = Masks
     objective = Penalty
 
@@ -169,7 +169,7 @@ class PruningMethod(TrainedTensors[Pruning]):
 
     def advance(
         self, spec: Pruning, places: Sequence[Adapted[Pruning]], shared: Mapping[str, Tensor]
-    ) -> Advance[Pruning]:
+    ) -> Transition[Pruning]:
         """Prune a round: the entries of the next stage are the largest of what is left, and so are their values."""
         assert spec.name is not None and spec.stage < self.stages(spec)
         values: dict[str, Tensor] = {}
@@ -180,7 +180,7 @@ class PruningMethod(TrainedTensors[Pruning]):
             name = partial(tensor_name, site, spec.name)
             values[name(f"{part_name(site)}_indices")] = kept.to(torch.int32 if own.numel() < SMALL else torch.int64)
             values[name(f"{part_name(site)}_values")] = source.reshape(-1)[kept]
-        return Advance(spec.model_copy(update={"stage": spec.stage + 1}), values, spec.rewind)
+        return Transition(spec.model_copy(update={"stage": spec.stage + 1}), values, spec.rewind)
 
     def deployed(self, spec: Pruning, places: Sequence[Adapted[Pruning]]) -> int:
         """The entries that are kept at the end of the training; with `soft_movement`, those that are kept now."""

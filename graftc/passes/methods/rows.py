@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, Site
+from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -28,28 +28,26 @@ _BLOCK = 2**22
 """How many elements of a weight are widened at a time."""
 
 
-class RowsMethod(Method[RowSelection]):
+class RowsMethod(Method[RowSelection, LinearSite]):
     """``W[r]`` trains for the selected rows ``r``, as a copy: ``[rows, in]``, in the layout of the base's weight.
 
     Rows of a linear map are its output features, rows of a table its entries, rows of experts the output features of
     each. Sites that read the same weight, such as a table and the head tied to it, share one selection and one copy.
     """
 
-    spec_class = RowSelection
     stands_in = True
 
-    def prepare(self, spec: RowSelection, sites: Sequence[Site], build: Builder) -> Chosen:
+    def prepare(self, spec: RowSelection, sites: Sequence[LinearSite], build: Builder) -> Chosen:
         """Where choices are kept, so that every use of a weight goes by the same one."""
         return {}
 
-    def insert(self, spec: RowSelection, site: Site, shared: Chosen, build: Builder) -> None:
+    def insert(self, spec: RowSelection, site: LinearSite, shared: Chosen, build: Builder) -> None:
         """Put trained rows in the place of the base's.
 
         Raises:
             GraftError: GC020 for a row that the site does not have, GC021 where another adaptation trains one of them
                 too.
         """
-        assert isinstance(site, LinearSite)
         own = build.every(site.own.tensor) if isinstance(site, EmbeddingSite) else site.own
         key = own.axis, own.as_stored
         if key not in shared:
@@ -60,7 +58,7 @@ class RowsMethod(Method[RowSelection]):
         if spec.bias and site.use.bias is not None:
             build.overlay(rows.companion(site.use.bias.tensor), index)
 
-    def fold(self, spec: RowSelection, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: RowSelection, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """The trained rows take the places of the base's."""
         return StandIn()
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.tensors import tensor_name
+from graftc.passes.core.method.capabilities import Reselecting, Scored, Transition
 from graftc.passes.core.method.lowrank import zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.method.steering import Place as Adapted
@@ -20,6 +21,7 @@ from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, 
 from graftc.passes.core.weights.folds import Fold, TensorFold
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.full import Stored
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.selection import BudgetSpec
 from graftc.specs.roles import parse_role
@@ -47,7 +49,7 @@ class Chosen:
     placed: set[Key] = field(default_factory=set)
 
 
-class SparseTensors(Method[S]):
+class SparseTensors(Method[S, Stored]):
     """``W' = W + scatter(indices, delta)`` for tensors of the base, wherever they are read.
 
     For every tensor with an entry that is selected, ``<tensor>_indices: int32[k]`` (``int64`` from 2^31 entries on) has
@@ -56,9 +58,6 @@ class SparseTensors(Method[S]):
     """
 
     stands_in = True
-    moving: ClassVar[bool] = False
-    """Whether other entries take the places of some while training, so that indices are in no order."""
-
     biases: ClassVar[bool] = True
     """Whether entries of the biases of maps are selected too."""
 
@@ -67,14 +66,14 @@ class SparseTensors(Method[S]):
         head = any(parse_role(role).name == "head" for role in site.roles)
         return isinstance(site, LinearSite | NormSite | ParameterSite) and not head
 
-    def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Chosen:
+    def prepare(self, spec: S, sites: Sequence[Stored], build: Builder) -> Chosen:
         """Select the entries, or find out which are.
 
         Raises:
             GraftError: GC020 where the budget is none of the target's entries, or more than all; GC053 for given
                 indices that are no entries of their tensor.
         """
-        if self.scoring(spec) is not None:
+        if isinstance(self, Scored) and self.scoring(spec) is not None:
             build.keep_buffer(SELECTED, lambda device: torch.zeros(1, dtype=torch.bool, device=device))
         places = self.tensors_of(sites, build.store)
         names = {key: tensor_name(site, build.adaptation, f"{r.part}_indices") for key, (site, r) in places.items()}
@@ -88,10 +87,10 @@ class SparseTensors(Method[S]):
         return Chosen({key: 0 if held is None else held.numel() for key, held in known.items()}, {})
 
     def tensors_of(
-        self, sites: Sequence[Site], store: Store | Mapping[str, Tensor]
-    ) -> dict[Key, tuple[Site, WeightSlice]]:
+        self, sites: Sequence[Stored], store: Store | Mapping[str, Tensor]
+    ) -> dict[Key, tuple[Stored, WeightSlice]]:
         """Every tensor once, with the first site that has it."""
-        found: dict[Key, tuple[Site, WeightSlice]] = {}
+        found: dict[Key, tuple[Stored, WeightSlice]] = {}
         for site in sites:
             for region in slices_of(site, store, biases=self.biases):
                 found.setdefault(key_of(region), (site, region))
@@ -101,10 +100,10 @@ class SparseTensors(Method[S]):
         """Kernels take indices as they are."""
         if indices.device.type == "meta":
             return
-        ordered = indices.sort().values if self.moving else indices
+        ordered = indices.sort().values if isinstance(self, Reselecting) else indices
         good = indices.dim() == 1 and not indices.is_floating_point() and bool((ordered[1:] > ordered[:-1]).all())
         if not good or not (int(ordered[0]) >= 0 and int(ordered[-1]) < region.numel):
-            order = "different" if self.moving else "ascending"
+            order = "different" if isinstance(self, Reselecting) else "ascending"
             raise GraftError("GC053", f"{name} are no {order} numbers below {region.numel}")
 
     def choose(self, spec: S, regions: Mapping[Key, WeightSlice], build: Builder) -> Chosen:
@@ -113,7 +112,7 @@ class SparseTensors(Method[S]):
         counts = dict(zip(regions, shares(budget_of(spec, sum(sizes)), sizes), strict=True))
         return Chosen(counts, {} if build.without_values else random_entries(counts, regions, build))
 
-    def insert(self, spec: S, site: Site, shared: Chosen, build: Builder) -> None:
+    def insert(self, spec: S, site: Stored, shared: Chosen, build: Builder) -> None:
         """Put the changed tensors of the site in place of the base's.
 
         Raises:
@@ -135,28 +134,32 @@ class SparseTensors(Method[S]):
         delta = build.parameter(f"{region.part}_delta", (count,), zeros, dtype=wide)
         return build.call(torch.ops.graftc.sparse_weight.default, tensor, indices, delta, part=region.part)
 
+    def fold(self, spec: S, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
+        """The sums are the new values."""
+        parts = [name.removesuffix("_delta") for name in tensors if name.endswith("_delta")]
+        return TensorFold({part: partial(_added, tensors, part) for part in parts})
+
+
+class ScoredTensors(SparseTensors[S], Scored[S]):
+    """`SparseTensors` whose entries examples may choose: those with the greatest scores."""
+
     def scored(self, places: Sequence[Adapted[S]]) -> Sequence[str]:
-        """See `Method.scored`."""
+        """See `Scored.scored`."""
         return list(dict.fromkeys(region.tensor for _, region in regions_at(places, biases=self.biases)))
 
-    def selected(self, spec: S, places: Sequence[Adapted[S]], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """See `Method.selected`."""
+    def selected(self, spec: S, places: Sequence[Adapted[S]], scores: Mapping[str, Tensor]) -> Transition[S]:
+        """See `Scored.selected`."""
         found = {key_of(region): (place, region) for place, region in regions_at(places, biases=self.biases)}
         regions = {key: region for key, (_, region) in found.items()}
         chosen = largest_entries(spec, regions, lambda key: regions[key].entries(scores[key[0]]), each=self.each(spec))
         values = {tensor_name(None, _name(spec), SELECTED): torch.ones(1, dtype=torch.bool)}
         for key, (place, region) in found.items():
             values |= entry_values(place, region, chosen.indices[key])
-        return values
+        return Transition(spec, values)
 
     def each(self, spec: S) -> bool:
         """Whether each tensor has as many entries as its size says."""
         return False
-
-    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
-        """The sums are the new values."""
-        parts = [name.removesuffix("_delta") for name in tensors if name.endswith("_delta")]
-        return TensorFold({part: partial(_added, tensors, part) for part in parts})
 
 
 def budget_of(spec: BudgetSpec, total: int) -> int:

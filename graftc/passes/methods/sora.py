@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.method.lowrank import added, check_rank, factors, gated, normal, uniform, zeros
+from graftc.passes.core.method.capabilities import Ranked
+from graftc.passes.core.method.lowrank import added, factors, gated, normal, uniform, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.method.steering import Controller, TensorObjective
-from graftc.passes.core.sites.sites import LinearSite, Site
-from graftc.passes.core.weights.folds import Fold, Keep, WeightFold
+from graftc.passes.core.sites.sites import LinearSite
+from graftc.passes.core.weights.folds import Fold, weight_fold
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.methods.sora import SoRA
 
@@ -75,42 +76,37 @@ class Sparsity(TensorObjective[SoRA]):
         return self.spec.l1 * torch.cat([place.tensors["gate"].flatten().float() for place in self.places]).abs().mean()
 
 
-class SoRAMethod(Method[SoRA]):
+class SoRAMethod(Method[SoRA, LinearSite], Ranked[SoRA]):
     """``y = W x + b + s B (g * (A drop(x)))`` with ``A: [rank, in]``, ``g: [rank]``, ``B: [out, rank]`` and ``s = alpha
     / rank``.
 
     ``g`` multiplies the smaller factor. Each expert has its own gates.
     """
 
-    spec_class = SoRA
     controller = Prox
     objective = Sparsity
 
-    def insert(self, spec: SoRA, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: SoRA, site: LinearSite, shared: Any, build: Builder) -> None:
         """Insert the branch.
 
         Raises:
             GraftError: GC020 when the rank exceeds ``min(in, out)``.
         """
-        assert isinstance(site, LinearSite)
-        check_rank(site, spec.rank)
         a, b = factors(build, site, spec.rank, uniform, zeros)
         gate = build.parameter("gate", (*site.leading, spec.rank), normal(1), dtype=site.dtype)
         recompute = spec.dropout_mask == "recomputed"
         x = build.dropout(build.input(site), spec.dropout, recompute=recompute, scope=spec.dropout_scope)
         build.add(site, build.low_rank(site, x, *gated(build, site, a, b, gate), spec.scaling))
 
-    def fold(self, spec: SoRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: SoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """``W' = W + s B diag(g) A``."""
-        if "gate" not in tensors:
-            return Keep("its factors are missing")
 
-        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        def change(weight: Tensor) -> Tensor:
             gated = tensors["B"] * tensors["gate"][..., None, :]
-            return added(weight, gated, tensors["A"], spec.scaling), bias
+            return added(weight, gated, tensors["A"], spec.scaling)
 
-        return WeightFold(apply)
+        return weight_fold(change)
 
-    def live_ranks(self, spec: SoRA, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    def live_ranks(self, spec: SoRA, tensors: Mapping[str, Tensor]) -> Tensor:
         """Ranks whose gate is not zero."""
         return tensors["gate"].detach() != 0

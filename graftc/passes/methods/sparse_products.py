@@ -11,9 +11,9 @@ from torch import fx
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.ir.edits import Edit
 from graftc.passes.core.ir.program import Program, provenance
+from graftc.passes.core.method.capabilities import Reselecting
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.ops.sparse import SAMPLED_BELOW
-from graftc.passes.methods.selection import SparseTensors
 
 aten = torch.ops.aten
 ops = torch.ops.graftc
@@ -68,5 +68,5 @@ def _is_sampled(
     wide = node.meta["val"].dtype in (torch.float32, torch.float64)
     share = sum(int(places.meta["val"].numel()) for places in indices) / int(weight.meta["val"].numel())
     methods = [method_for(origin.get("method", "")) for origin in origins]
-    moving = any(isinstance(method, SparseTensors) and method.moving for method in methods)
+    moving = any(isinstance(method, Reselecting) for method in methods)
     return wide and share < SAMPLED_BELOW and not moving

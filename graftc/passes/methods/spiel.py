@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.method.capabilities import Reselecting
 from graftc.passes.core.sites.entries import shares, slices_of
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.full import Stored
 from graftc.passes.methods.reselection import Reselection
 from graftc.passes.methods.selection import Chosen, Key, SparseTensors, budget_of, key_of, random_entries
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -20,7 +22,7 @@ from graftc.specs.methods.spiel import PROJECTIONS, SpIEL
 from graftc.specs.roles import parse_role
 
 
-class SpIELMethod(SparseTensors[SpIEL]):
+class SpIELMethod(SparseTensors[SpIEL], Reselecting):
     """See `SparseTensors`: for the weights of linear maps, with `Reselection` between optimiser steps.
 
     With ``AG`` every tensor stores what a window gathers: ``<tensor>_candidates``, of the same form as the indices, the
@@ -29,9 +31,7 @@ class SpIELMethod(SparseTensors[SpIEL]):
     which the candidates were selected, from 1; 0 means none.
     """
 
-    spec_class = SpIEL
     controller = Reselection
-    moving = True
     biases = False
 
     def applies(self, spec: SpIEL, site: Site) -> bool:
@@ -48,7 +48,7 @@ class SpIELMethod(SparseTensors[SpIEL]):
         """Other maps have to be named."""
         return "name maps in target, with role or modules" if spec.target.modules == "**" else None
 
-    def prepare(self, spec: SpIEL, sites: Sequence[Site], build: Builder) -> Chosen:
+    def prepare(self, spec: SpIEL, sites: Sequence[Stored], build: Builder) -> Chosen:
         """See `SparseTensors.prepare`."""
         chosen = super().prepare(spec, sites, build)
         if spec.variant == "AG":
@@ -70,7 +70,7 @@ class SpIELMethod(SparseTensors[SpIEL]):
             raise GraftError("GC020", message, place=Place(path=field), hint=f"raise {field}")
         return Chosen(counts, {} if build.without_values else random_entries(counts, regions, build))
 
-    def insert(self, spec: SpIEL, site: Site, shared: Chosen, build: Builder) -> None:
+    def insert(self, spec: SpIEL, site: Stored, shared: Chosen, build: Builder) -> None:
         """See `SparseTensors.insert`."""
         before = set(shared.placed)
         super().insert(spec, site, shared, build)

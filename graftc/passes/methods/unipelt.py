@@ -11,7 +11,7 @@ from torch import Tensor
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.sites.sites import Site
 from graftc.passes.core.weights.folds import Fold, Keep
-from graftc.passes.graph.compose import Collecting, insert_composed
+from graftc.passes.graph.compose import Member, composed, insert_composed
 from graftc.passes.methods.parts import PartsMethod
 from graftc.specs.claims import SiteKind
 from graftc.specs.compose import Gate
@@ -22,7 +22,7 @@ from graftc.specs.methods.unipelt import UniPELT
 class _Gated:
     """What builds the parts up to their gates, and what the places of each share."""
 
-    build: Collecting
+    own: Member
     shared: Mapping[SiteKind, Any]
 
 
@@ -30,13 +30,10 @@ class UniPELTMethod(PartsMethod[UniPELT]):
     """Every part is multiplied by the mean over tokens of ``sigmoid(w x + b)``: one number for each row, where ``x`` is
     the part's input."""
 
-    spec_class = UniPELT
-
     def prepare(self, spec: UniPELT, sites: Sequence[Site], build: Builder) -> Any:
         """See `PartsMethod.prepare`."""
-        own = Collecting(build, build.adaptation, build.method, attends=True)
-        own.parts = build.parts  # the parts and their gates are one adaptation
-        return _Gated(own, super().prepare(spec, sites, own))
+        own = composed(build, build.adaptation, build.method, attends=True)
+        return _Gated(own, super().prepare(spec, sites, own.build))
 
     def insert(self, spec: UniPELT, site: Site, shared: Any, build: Builder) -> None:
         """Insert the part that is for the site, times its gate.
@@ -44,10 +41,9 @@ class UniPELTMethod(PartsMethod[UniPELT]):
         Raises:
             GraftError: GC036 and GC037 where the site has no rows that a gate could be for.
         """
-        assert isinstance(shared, _Gated)
-        with shared.build.on(site):
-            super().insert(spec, site, shared.shared, shared.build)
-            insert_composed(Gate(gate=(build.adaptation,), tokens=spec.tokens), build, site, [shared.build])
+        with shared.own.build.on(site):
+            super().insert(spec, site, shared.shared, shared.own.build)
+            insert_composed(Gate(gate=(build.adaptation,), tokens=spec.tokens), build, site, [shared.own])
 
     def fold(self, spec: UniPELT, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
         """It stays."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,8 +12,8 @@ from torch import Tensor, fx
 from graftc.passes.core.build.builder import Builder, Initialiser
 from graftc.passes.core.method.lowrank import added, gated
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import LinearSite, Site
-from graftc.passes.core.weights.folds import Fold, WeightFold
+from graftc.passes.core.sites.sites import LinearSite
+from graftc.passes.core.weights.folds import Fold, weight_fold
 from graftc.specs.methods.vera import VeRA
 
 aten = torch.ops.aten
@@ -28,7 +27,7 @@ class Projections:
     b: fx.Node
 
 
-class VeRAMethod(Method[VeRA]):
+class VeRAMethod(Method[VeRA, LinearSite]):
     """``y = W x + c + b * (B d A drop(x))``, with ``d`` and ``b`` as diagonal matrices.
 
     ``A`` and ``B`` belong to the adaptation as a whole. Their elements are uniform within ``sqrt(6 / columns)``,
@@ -36,23 +35,18 @@ class VeRAMethod(Method[VeRA]):
     They are saved with the adapters, so loading does not depend on a random generator.
     """
 
-    spec_class = VeRA
-
-    def prepare(self, spec: VeRA, sites: Sequence[Site], build: Builder) -> Projections:
+    def prepare(self, spec: VeRA, sites: Sequence[LinearSite], build: Builder) -> Projections:
         """Make the two matrices, as large as the largest site needs."""
-        linear = [site for site in sites if isinstance(site, LinearSite)]
-        a_shape = (spec.rank, max(site.in_features for site in linear))
-        b_shape = (max(site.out_features for site in linear), spec.rank)
-        dtype = linear[0].dtype
+        a_shape = (spec.rank, max(site.in_features for site in sites))
+        b_shape = (max(site.out_features for site in sites), spec.rank)
+        dtype = sites[0].dtype
         return Projections(
             build.parameter("A", a_shape, _drawn(spec, ()), dtype=dtype, trainable=False),
             build.parameter("B", b_shape, _drawn(spec, a_shape), dtype=dtype, trainable=False),
         )
 
-    def insert(self, spec: VeRA, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: VeRA, site: LinearSite, shared: Projections, build: Builder) -> None:
         """Insert the branch on the site's part of the matrices."""
-        assert isinstance(site, LinearSite)
-        assert isinstance(shared, Projections)
         d = build.parameter("d", (spec.rank,), _constant(spec.d_initial), dtype=site.dtype)
         b = build.parameter("b", (site.out_features,), _constant(0), dtype=site.dtype)
         down = build.call(aten.slice.Tensor, shared.a, 1, 0, site.in_features, part="own columns")
@@ -61,15 +55,15 @@ class VeRAMethod(Method[VeRA]):
         delta = build.low_rank(site, x, *gated(build, site, down, up, d))
         build.add(site, build.call(aten.mul.Tensor, delta, b, part="b"))
 
-    def fold(self, spec: VeRA, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: VeRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """``W' = W + diag(b) B diag(d) A``."""
         b, d = tensors["b"], tensors["d"]
 
-        def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        def change(weight: Tensor) -> Tensor:
             down, up = tensors["A"][:, : weight.shape[-1]], tensors["B"][: weight.shape[-2]]
-            return added(weight, b[:, None] * (up * d), down), bias
+            return added(weight, b[:, None] * (up * d), down)
 
-        return WeightFold(apply)
+        return weight_fold(change)
 
 
 def _constant(value: float) -> Initialiser:

@@ -15,6 +15,7 @@ from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.steering import live_places
 from graftc.passes.core.method.base_gradients import BaseGradients
+from graftc.passes.core.method.capabilities import Scored, Staged, Transition
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.method.scoring import Scoring
 from graftc.passes.core.weights.names import owner_of
@@ -22,7 +23,6 @@ from graftc.passes.methods.selection import SELECTED
 from graftc.runtime.model.blocks import Runner
 from graftc.runtime.model.runner import in_eval_mode, runner_of
 from graftc.runtime.training.steering import Steered
-from graftc.specs.base import MethodSpec
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -86,15 +86,16 @@ class Selecting(Steered, Runner):
                 "GC056", "there is nothing to choose by on the meta device", hint="load the base's weights"
             )
         examples = list(examples) if len(chosen) > 1 else examples
-        values: dict[str, Tensor] = {}
+        found: dict[str, Transition[Any]] = {}
         for resolved in chosen:
             method = method_for(resolved.spec.method)
+            assert isinstance(method, Scored)
             places, _ = live_places(self._compilation, resolved)
             scoring = method.scoring(resolved.spec)
             assert scoring is not None
             scores = self._scores(method.scored(places), scoring, examples, loss)
-            values |= method.selected(resolved.spec, places, scores)
-        return self._again({}, values, self._others(names))
+            found[resolved.name] = method.selected(resolved.spec, places, scores)
+        return self._after(found)
 
     def _scores(
         self, names: Iterable[str], scoring: Scoring, examples: Iterable[Mapping[str, Any]], loss: Loss | None
@@ -140,7 +141,10 @@ class Selecting(Steered, Runner):
 
     @staticmethod
     def _left(resolved: Resolved) -> int:
-        return method_for(resolved.spec.method).stages(resolved.spec) - int(getattr(resolved.spec, "stage", 1))
+        method = method_for(resolved.spec.method)
+        return (
+            method.stages(resolved.spec) - int(getattr(resolved.spec, "stage", 1)) if isinstance(method, Staged) else 0
+        )
 
     def advance(self, start: Mapping[str, Tensor] | None = None) -> Compiled:
         """The model of the next training, after the one that this model is for; this one stays as it is.
@@ -155,20 +159,14 @@ class Selecting(Steered, Runner):
         due = [resolved for resolved in self._compilation.main.resolved if self._left(resolved) > 0]
         if not due:
             raise GraftError("GC057", "no adaptation takes another training", hint="merge, save or export the model")
-        changed: dict[str, MethodSpec] = {}
-        values: dict[str, Tensor] = {}
-        rewind = False
+        found: dict[str, Transition[Any]] = {}
         for resolved in due:
+            method = method_for(resolved.spec.method)
+            assert isinstance(method, Staged)
             places, shared = live_places(self._compilation, resolved)
             with torch.no_grad():
-                advance = method_for(resolved.spec.method).advance(resolved.spec, places, shared)
-            changed[resolved.name] = advance.spec
-            values |= advance.values
-            rewind = rewind or advance.rewind
-        others = self._others(changed)
-        if rewind:
-            others = {name: start[name] for name in others if name in start} if start is not None else {}
-        return self._again(changed, values, others)
+                found[resolved.name] = method.advance(resolved.spec, places, shared)
+        return self._after(found, start)
 
     def joined(self, *others: Compiled) -> Compiled:
         """One model with the adaptations of several of the same base, on one another: this model's first, then those of
@@ -202,11 +200,13 @@ class Selecting(Steered, Runner):
         gone = set(names)
         return {n: t for n, t in adapter_values(self._compilation.store) if owner_of(n) not in gone}
 
-    def _again(
-        self, changed: Mapping[str, MethodSpec], values: Mapping[str, Tensor], others: Mapping[str, Tensor]
-    ) -> Compiled:
-        spec = self._compilation.spec
-        adapt = tuple(changed.get(str(a.name), a) for a in spec.adapt)
+    def _after(self, found: Mapping[str, Transition[Any]], start: Mapping[str, Tensor] | None = None) -> Compiled:
+        """The model after transitions of some adaptations; the others go on, or start again where one rewinds."""
+        others, spec = self._others(found), self._compilation.spec
+        if any(transition.rewind for transition in found.values()):
+            others = {name: start[name] for name in others if name in start} if start is not None else {}
+        values = {name: value for transition in found.values() for name, value in transition.values.items()}
+        adapt = tuple(found[str(a.name)].spec if str(a.name) in found else a for a in spec.adapt)
         return self._made(spec.model_copy(update={"adapt": adapt}), {**others, **values})
 
     def _made(self, spec: Spec, values: Mapping[str, Tensor]) -> Compiled:

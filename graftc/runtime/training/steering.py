@@ -13,6 +13,7 @@ from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.steering import Steerings, live_places, steerings
 from graftc.passes.core.ir.program_key import ProgramKey
+from graftc.passes.core.method.capabilities import Ranked, one_rank
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.training.repeated import Repeated
@@ -182,7 +183,10 @@ class Steered(Repeated):
         """
         resolved = self._named(name)
         _, shared = live_places(self._compilation, resolved)
-        method_for(resolved.spec.method).deploy_rank(resolved.spec, shared, rank)
+        method = method_for(resolved.spec.method)
+        if not isinstance(method, Ranked):
+            raise one_rank(resolved.spec)
+        method.deploy_rank(resolved.spec, shared, rank)
 
     def rank_pattern(self, name: str) -> dict[str, Tensor]:
         """Which ranks of an adaptation have an effect now: pruned triplets, gates at zero and ranks that are not
@@ -200,8 +204,9 @@ class Steered(Repeated):
         resolved = self._named(name)
         places, shared = live_places(self._compilation, resolved)
         method = method_for(resolved.spec.method)
-        found = ((str(p.site.key), method.live_ranks(p.spec, {**shared, **p.tensors})) for p in places)
-        return {key: live for key, live in found if live is not None}
+        if not isinstance(method, Ranked):
+            return {}
+        return {str(p.site.key): method.live_ranks(p.spec, {**shared, **p.tensors}) for p in places}
 
     def _named(self, name: str) -> Resolved:
         known = {resolved.name: resolved for resolved in self._compilation.main.resolved}

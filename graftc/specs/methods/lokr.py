@@ -6,26 +6,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from graftc.specs.base import Items, MethodSpec, Override
-from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
+from graftc.specs.methods.product import ProductSpec
 from graftc.specs.spec_errors import reject
 
-__all__ = ["LoKr", "LoKrOverride"]
+__all__ = ["LoKr"]
 
 
-class LoKrOverride(Override):
-    """Other values of LoKr for some of its sites; omitted fields keep the adaptation's value."""
-
-    rank: int | None = Field(default=None, ge=1, le=SIZE)
-    """Rank of the decomposed factors at these sites."""
-
-    alpha: float | None = Field(default=None, gt=0)
-    """Numerator of the scaling at these sites."""
-
-
-class LoKr(MethodSpec):
+class LoKr(ProductSpec):
     """Low-rank Kronecker product: `W + s C ⊗ D` with `s = alpha / rank`.
 
     `out` and `in` are each split into two factors, `out = c1 d1` and `in = c2 d2`; `C` is `[c1, c2]` and `D`, usually
@@ -38,9 +27,6 @@ class LoKr(MethodSpec):
     factors for each). A forward pass materialises the whole update, a matrix of the weight's size, at every site.
     """
 
-    claims: ClassVar[Claims] = Claims(
-        sites=frozenset({SiteKind.LINEAR, SiteKind.EXPERTS}), identity_at_init=True, folds=FoldKind.EXACT
-    )
     paper: ClassVar[str] = (
         "Yeh et al. 2024, Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation; "
         "KronA: Edalati et al. 2022, KronA: Parameter Efficient Tuning with Kronecker Adapter"
@@ -53,9 +39,6 @@ class LoKr(MethodSpec):
     """Rank of the decomposed factors, and denominator of the scaling even if nothing is decomposed. A rank of at least
     half the larger side of a factor leaves that factor full."""
 
-    alpha: float = Field(default=8.0, gt=0)
-    """Numerator of the scaling."""
-
     factor: int = Field(default=-1, ge=-1, json_schema_extra={"not": {"const": 0}})
     """The first number of each split, if it divides the side; otherwise the largest divisor that is at most this number
     and at most the square root of the side. -1: the largest divisor that is at most the square root, for the most even
@@ -64,17 +47,9 @@ class LoKr(MethodSpec):
     decompose_both: bool = False
     """Decompose `C` as well."""
 
-    overrides: Items[LoKrOverride] = ()
-    """Other values for some sites; the first override that matches a site applies."""
-
     @field_validator("factor")
     @classmethod
     def _factor_is_not_zero(cls, value: int) -> int:
         if value == 0:
             reject(value, ((), GraftError("GC002", "factor is 0, it must be -1 or at least 1")))
         return value
-
-    @property
-    def scaling(self) -> float:
-        """The factor of the update."""
-        return self.alpha / self.rank

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -12,7 +12,9 @@ from torch import Tensor, fx
 from graftc.passes.core.build.position_ids import counted_inputs, recounted, tokens_in_front
 from graftc.passes.core.ir.program import limited, map_nodes, nodes_in, provenance
 from graftc.passes.core.build.base_activations import read_tokens
-from graftc.passes.core.build.masks import ReplayBuilder, same_size, surplus
+from graftc.passes.core.build.masks import Masks, same_size, surplus
+from graftc.passes.core.build.nodes import Nodes, Part
+from graftc.passes.core.build.seams import Change, Window
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import AttentionSite, Positions
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -24,19 +26,14 @@ _TAKEN = "positions taken"
 _ANY = (2, 2)
 """Tokens to count positions of: padding is 0 or 1 in most vocabularies."""
 
-Window = Literal["visible", "masked"]
 
-
-class AttentionBuilder(ReplayBuilder):
+class Attentions(Part):
     """Puts keys and values in front of those of an attention."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, nodes: Nodes, masks: Masks) -> None:
+        super().__init__(nodes)
+        self._longer = masks.longer
         self._widened: dict[tuple[fx.Node, int, Window, bool], fx.Node] = {}
-
-    def numbers(self, part: str, value: Tensor) -> fx.Node:
-        """A constant of the current site that follows from the architecture alone."""
-        return self.constant(part, lambda: value.to(self._device()))
 
     def batched(self, node: fx.Node, like: fx.Node, part: str) -> fx.Node:
         """``[heads, length, width]`` for every row of ``like: [rows, heads, keys, width]``."""
@@ -49,6 +46,9 @@ class AttentionBuilder(ReplayBuilder):
 
     def shift(self, positions: Positions, length: int) -> None:
         """Let the tokens' positions begin at ``length``; the Program takes no more tokens than a table has rows for."""
+        self._write(Change("positions"), lambda: self._shift(positions, length))
+
+    def _shift(self, positions: Positions, length: int) -> None:
         numbers = positions.reader.args[positions.index]
         assert isinstance(numbers, fx.Node)
         self._leave_room(positions, numbers, length)
@@ -97,7 +97,8 @@ class AttentionBuilder(ReplayBuilder):
         if site.read is None:
             message = f"{site.key} is in no residual branch, so that nobody knows what it reads"
             raise GraftError("GC017", message, hint="leave it out with exclude")
-        return self.program.current(site.read)
+        found = self.program.current(site.read)
+        return self._read(found, "attended", site)
 
     def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node, *, window: Window = "visible") -> None:
         """Let every query of an attention see keys and values in front of its own, ``[rows, heads, length, width]``.
@@ -115,6 +116,10 @@ class AttentionBuilder(ReplayBuilder):
         Raises:
             GraftError: GC017 where the attention cannot be written anew, or where its window cannot be followed.
         """
+        change = Change("keys", (keys, values), window=window)
+        self._write(change, lambda keys, values: self._attend(site, keys, values, window))
+
+    def _attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node, window: Window) -> None:
         node = self._current_attention(site)
         if node.target is _SDPA:
             after = self._fused(site, node, keys, values, window)
@@ -172,7 +177,7 @@ class AttentionBuilder(ReplayBuilder):
         own = mask.meta["val"].dtype == torch.bool
         if own and window == "visible":
             return self._in_front(mask, length, sees)
-        wide = self.longer(mask, self._keys(site), length)
+        wide = self._longer(mask, self._keys(site), length)
         if wide is None:
             if window == "masked" and not _is_input(mask):
                 message = f"what the window of {site.key} would hide of a prefix cannot be told from this graph"
@@ -256,7 +261,7 @@ class AttentionBuilder(ReplayBuilder):
             return self._wider(site, source, spot.length, spot.window, sees)
         if value.is_floating_point() and reader.target in (aten.add.Tensor, aten.baddbmm.default):
             return self._wider(site, source, spot.length, spot.window)
-        wide = self.longer(source, self._keys(site), spot.length)
+        wide = self._longer(source, self._keys(site), spot.length)
         if wide is None:
             raise ValueError(f"{source.name} cannot be made longer")
         return wide

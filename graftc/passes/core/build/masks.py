@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.build.residual import BranchBuilder
+from graftc.passes.core.build.nodes import Nodes, Part
 from graftc.passes.core.ir.program import is_random, map_nodes, nodes_in
 from graftc.passes.core.ir.shapes import expression
 
@@ -25,11 +25,11 @@ _LIKE = {
 _NUMBERS = (13, 101)
 
 
-class ReplayBuilder(BranchBuilder):
+class Masks(Part):
     """Replays the calls that make a mask, as if the text were longer in front."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, nodes: Nodes) -> None:
+        super().__init__(nodes)
         self._replayed: dict[tuple[Any, int], dict[fx.Node, fx.Node]] = {}
 
     def longer(self, mask: fx.Node, size: Any, length: int) -> fx.Node | None:

@@ -1,9 +1,10 @@
-"""The part of the `Builder` that inserts nodes."""
+"""What all parts of the `Builder` share: they insert nodes of one adaptation into one Program."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graftc.passes.core.ir.edits import Edit
+from graftc.passes.core.build.seams import Change, Reading, Seams
 from graftc.passes.core.ir.inference import Inference
+from graftc.passes.core.ir.edits import Edit
 from graftc.passes.core.ir.program import Program, nodes_in
-from graftc.passes.core.sites.sites import Site, SiteKey
+from graftc.passes.core.ir.shapes import expression
+from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.weights.store import Store
+from graftc.passes.core.weights.weight_slice import WeightSlice
 
 aten = torch.ops.aten
 
 
-class NodeBuilder:
+class Nodes:
     """Inserts nodes of one adaptation into one Program.
 
     Args:
@@ -30,6 +34,8 @@ class NodeBuilder:
         method: its method's tag.
         seed: initial values depend on it and on a tensor's name, never on the order of creation.
         values: tensors that are there already, by name: they take the place of initial values.
+        seams: how the adaptation is composed with others; by default it is not.
+        within: what composes it. Nodes at a site are then that one's own, which go on reading what was there before.
     """
 
     def __init__(
@@ -40,6 +46,8 @@ class NodeBuilder:
         method: str,
         seed: int = 0,
         values: Mapping[str, Tensor] = MappingProxyType({}),
+        seams: Seams | None = None,
+        within: Nodes | None = None,
     ) -> None:
         self.program = program
         self.store = store
@@ -47,31 +55,36 @@ class NodeBuilder:
         self.method = method
         self.seed = seed
         self.values = values
+        self.seams = seams if seams is not None else Seams()
         self.parts: dict[SiteKey | None, dict[str, str]] = {}
         self._types = Inference(program)
-        self._attributes: dict[str, fx.Node] = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
-        self._dropouts: dict[tuple[fx.Node, float, bool, SiteKey | None], fx.Node] = {}
-        self._site: Site | None = None
+        self._within = within
+        self.attributes: dict[str, fx.Node] = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
+        self.current: Site | None = None
         self._emitted: set[fx.Node] = set()
 
     @contextmanager
     def on(self, site: Site) -> Iterator[None]:
         """Nodes made inside belong to ``site``."""
-        previous = self._site, self._emitted
-        self._site, self._emitted = site, set()
+        previous = self.current, self._emitted
+        self.current, self._emitted = site, set() if self._within is None else self._within._emitted
         try:
             yield
         finally:
-            self._site, self._emitted = previous
+            self.current, self._emitted = previous
+
+    @contextmanager
+    def owned(self, adaptation: str, parts: dict[SiteKey | None, dict[str, str]]) -> Iterator[None]:
+        """Tensors that are made inside belong to another adaptation, whose ``parts`` they are entered in."""
+        previous = self.adaptation, self.parts
+        self.adaptation, self.parts = adaptation, parts
+        try:
+            yield
+        finally:
+            self.adaptation, self.parts = previous
 
     def call(self, target: Any, *args: Any, part: str = "", **kwargs: Any) -> fx.Node:
-        """Insert a call after the latest of its arguments and return its node.
-
-        Args:
-            target: an operator.
-            args, kwargs: its arguments; nodes and literals.
-            part: what the node is within the adaptation, for people (``"down"``).
-        """
+        """See `Builder.call`."""
         graph = self.program.graph
         sources = nodes_in((args, kwargs))
         computed = [n for n in sources if n.op != "get_attr"]
@@ -92,16 +105,10 @@ class NodeBuilder:
         return first
 
     def _tags(self, part: str) -> dict[str, Any]:
-        site = str(self._site.key) if self._site is not None else ""
+        site = str(self.current.key) if self.current is not None else ""
         origin = {"adaptation": self.adaptation, "method": self.method, "site": site, "part": part}
-        module = self._site.key.module if self._site is not None else ""
+        module = self.current.key.module if self.current is not None else ""
         return {"module": module, "custom": {"graftc": origin}}
-
-    @property
-    def site(self) -> Site:
-        """The site that nodes are made for now."""
-        assert self._site is not None
-        return self._site
 
     def fake(self) -> FakeTensorMode:
         """The fake mode that the nodes' values live in."""
@@ -109,26 +116,72 @@ class NodeBuilder:
 
     def attribute(self, name: str, part: str = "") -> fx.Node:
         """The node that reads a tensor of the Store."""
-        known: fx.Node | None = self._attributes.get(name)
+        known: fx.Node | None = self.attributes.get(name)
         if known is not None:
             return known
         graph = self.program.graph
         with graph.inserting_before(self._first_call()):
             node = graph.get_attr(name)
         node.meta = {"val": self._types.tensor(self.store.get(name)), **self._tags(part)}
-        self._attributes[name] = node
+        self.attributes[name] = node
         return node
 
-    def _emit(self, part: str) -> Callable[..., fx.Node]:
+    def emit(self, part: str) -> Callable[..., fx.Node]:
+        """`call` for functions that insert calls by target and arguments alone."""
         return lambda target, *args: self.call(target, *args, part=part)
 
-    def _redirect(
+    def size(self, node: fx.Node, axis: int) -> Any:
+        """The size of an axis: a number, or a node that gives it."""
+        size = node.meta["val"].shape[axis]
+        return size if isinstance(expression(size), int) else self.call(aten.sym_size.int, node, axis, part="size")
+
+    def device(self) -> torch.device:
+        """Where tensors of the current site are."""
+        if isinstance(self.current, LinearSite):
+            return self.store.get(self.current.own.tensor).device
+        return self.store.device(self.current.key.module if self.current is not None else "")
+
+    def redirect(
         self, before: fx.Node, after: fx.Node, take: Callable[[fx.Node], bool], *, narrow: bool = False
     ) -> None:
+        """Let users of a node that ``take`` chooses read another one, as an edit; inside `Seams.write` only."""
         if after is before:
             return
         before.replace_all_uses_with(
             after, delete_user_cb=lambda u: u is not after and u not in self._emitted and take(u)
         )
-        site = str(self._site.key) if self._site is not None else ""
+        site = str(self.current.key) if self.current is not None else ""
         self.program.edits.add(Edit(self.adaptation, site, before, after, narrow))
+
+
+class Part:
+    """A part of the `Builder`: what it does, it does with the nodes that all parts share."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self._nodes = nodes
+        self.program, self.store, self.seed, self.values = nodes.program, nodes.store, nodes.seed, nodes.values
+        self.call, self.attribute = nodes.call, nodes.attribute
+        self._attributes, self._emit, self._redirect = nodes.attributes, nodes.emit, nodes.redirect
+        self._size, self._device = nodes.size, nodes.device
+
+    @property
+    def adaptation(self) -> str:
+        """Whose tensors are made now."""
+        return self._nodes.adaptation
+
+    @property
+    def parts(self) -> dict[SiteKey | None, dict[str, str]]:
+        """Where tensors that are made now are entered: their Store names, by site and part."""
+        return self._nodes.parts
+
+    @property
+    def _site(self) -> Site | None:
+        return self._nodes.current
+
+    def _read(self, node: fx.Node, kind: Reading, site: Site) -> fx.Node:
+        """A value of the model, through the seam."""
+        return self._nodes.seams.read(self._nodes, node, kind, site)
+
+    def _write(self, change: Change, put: Callable[..., None]) -> None:
+        """Change values of the model, through the seam."""
+        self._nodes.seams.write(self._nodes, change, put)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graftc.passes.core.build.nodes import Part
+from graftc.passes.core.build.seams import Change
 from graftc.passes.core.ir.edits import Edit, Edits
 from graftc.passes.core.ir.program import is_random, map_nodes, provenance
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import SublayerSite, ValueSite
-from graftc.passes.core.build.tensors import TensorBuilder
 from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten
@@ -19,12 +21,12 @@ AGAIN = "again"
 """The part of what is computed a second time."""
 
 
-class BranchBuilder(TensorBuilder):
+class Branches(Part):
     """Reads the values of a sublayer, and adds to them; replaces those that layers read and give."""
 
     def value(self, site: ValueSite) -> fx.Node:
         """A value now, with what has been inserted there so far."""
-        return self._value(site)
+        return self._read(self._value(site), "value", site)
 
     def _value(self, site: ValueSite) -> fx.Node:
         return self.program.current(site.node)
@@ -32,7 +34,9 @@ class BranchBuilder(TensorBuilder):
     def set_value(self, site: ValueSite, node: fx.Node) -> None:
         """Put ``node``, made from `value` and of its sizes, in its place for everything that reads it: projections, the
         residual, and the outputs where the value is one of them."""
-        self._redirect(self._value(site), node, lambda user: True)
+        before = self._value(site)
+        change = Change("value", (node,), before)
+        self._write(change, lambda after: self._redirect(before, after, lambda user: True))
 
     def at(self, site: SublayerSite, place: str) -> fx.Node:
         """A value of a sublayer now, with what has been inserted there so far.
@@ -44,7 +48,7 @@ class BranchBuilder(TensorBuilder):
         Raises:
             GraftError: GC017 where the sublayer has no such value.
         """
-        return self._at(site, place)
+        return self._read(self._at(site, place), "branch", site)
 
     def _at(self, site: SublayerSite, place: str) -> fx.Node:
         node = getattr(site, place)
@@ -52,10 +56,6 @@ class BranchBuilder(TensorBuilder):
             message = f"{site.key} ends in more than one map, so that it has no {place} activation"
             raise GraftError("GC017", message, hint="read or add at its branch, or leave it out with exclude")
         return self.program.current(node, str(site.key))
-
-    def look_up(self, table: fx.Node, index: fx.Node, part: str = "") -> fx.Node:
-        """Entries of ``table: [entries, width]`` by ``index: int64[batch, sequence]``: ``[batch, sequence, width]``."""
-        return self.call(aten.embedding.default, table, index, part=part)
 
     def add_at(self, site: SublayerSite, place: str, delta: fx.Node, read: str) -> None:
         """Add ``delta`` to a value of a sublayer.
@@ -72,6 +72,16 @@ class BranchBuilder(TensorBuilder):
         Raises:
             GraftError: GC017 where something random lies between, or where ``delta`` does not fit.
         """
+
+        def source() -> fx.Node:
+            return self.at(site, read)
+
+        def put(own: fx.Node) -> None:
+            self._add(site, place, own, read)
+
+        self._write(Change("sum", (delta,), self._at(site, place), source, (place, read)), put)
+
+    def _add(self, site: SublayerSite, place: str, delta: fx.Node, read: str) -> None:
         value, source = self._at(site, place), self._at(site, read)
         try:
             after = self.call(aten.add.Tensor, value, self._shaped(delta, value), part="add")
@@ -107,27 +117,6 @@ class BranchBuilder(TensorBuilder):
         sizes: list[Any] = [self._size(value, axis) for axis in range(want.dim())]
         return self.call(aten.view.default, delta, sizes, part="rows")
 
-    def _size(self, node: fx.Node, axis: int) -> Any:
-        size = node.meta["val"].shape[axis]
-        return size if isinstance(expression(size), int) else self.call(aten.sym_size.int, node, axis, part="size")
-
-    def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None, part: str = "") -> fx.Node:
-        """``weight x + bias`` over the last axis of ``x``: ``weight`` is ``[out, in]``, ``bias`` is ``[out]``."""
-        return self.call(aten.linear.default, x, weight, bias, part=part)
-
-    def layer_norm(self, x: fx.Node, weight: fx.Node, bias: fx.Node, part: str = "norm") -> fx.Node:
-        """Layer normalisation over the last axis, ``weight`` and ``bias`` ``[width]``, with an epsilon of 1e-5.
-
-        Scale and shift stand apart from the kernel, so that those of single rows give the same bits.
-        """
-        width = [int(x.meta["val"].shape[-1])]
-        normed = self.call(aten.layer_norm.default, x, width, None, None, 1e-5, part=part)
-        scaled = self.call(aten.mul.Tensor, normed, self.along(weight, x), part=part)
-        return self.call(aten.add.Tensor, scaled, self.along(bias, x), part=part)
-
-    def along(self, vector: fx.Node, x: fx.Node) -> fx.Node:
-        """``vector: [width]``, one value for each entry of the last axis of ``x``, as it broadcasts to ``x``."""
-        return vector
 
 
 def _between(start: fx.Node, end: fx.Node, edits: Edits) -> list[fx.Node]:

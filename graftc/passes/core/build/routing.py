@@ -10,19 +10,19 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from graftc.passes.core.build.nodes import NodeBuilder
+from graftc.passes.core.build.builder import Builder
 
 aten = torch.ops.aten
 
 
-def route(build: NodeBuilder, experts: fx.Node) -> fx.Node:
+def route(build: Builder, experts: fx.Node) -> fx.Node:
     """A number of ``[0, M)`` for ``experts: [M, ...]``, drawn anew in every forward pass, ``int64[1]``."""
     count = int(experts.meta["val"].shape[0])
     like = build.call(aten.new_zeros.default, experts, [1], dtype=torch.int64, part="route")
     return build.call(aten.randint_like.low_dtype, like, 0, count, part="route")
 
 
-def pick(build: NodeBuilder, experts: fx.Node, chosen: fx.Node, part: str = "expert") -> fx.Node:
+def pick(build: Builder, experts: fx.Node, chosen: fx.Node, part: str = "expert") -> fx.Node:
     """The expert of ``experts: [M, ...]`` that a `route` says; in eval mode the mean of all."""
     found = build.call(aten.index_select.default, experts, 0, chosen, part=part)
     return build.call(aten.squeeze.dim, found, 0, part=part)

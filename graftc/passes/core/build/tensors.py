@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.build.nodes import NodeBuilder
+from graftc.passes.core.build.nodes import Nodes, Part
+from graftc.passes.core.build.seams import Change, NewTensor
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.names import adapter_name
 from graftc.passes.core.weights.tensor_edits import EditMode, TensorEdit
@@ -27,8 +28,16 @@ def tensor_name(site: Site | None, adaptation: str, part: str) -> str:
     return adapter_name(site.key.module, adaptation, site.scope, site.key.part, part)
 
 
-class TensorBuilder(NodeBuilder):
+class Tensors(Part):
     """Makes the tensors of one adaptation, each once: Programs share them."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        super().__init__(nodes)
+
+    def _new(self, new: NewTensor) -> fx.Node:
+        """The node of a tensor, made through the seam."""
+        nodes = self._nodes
+        return nodes.seams.mix(nodes, new, nodes.seams.make(nodes, new))
 
     def parameter(
         self,
@@ -48,12 +57,14 @@ class TensorBuilder(NodeBuilder):
             dtype: element type it is kept in.
             trainable: False for constants that the method reads.
         """
-        key = self._site.key if self._site is not None else None
-        name = self._name(part)
-        if name not in self.store:
-            self.store.add_parameter(name, self._initial(name, shape, init, dtype), trainable=trainable)
-        self.parts.setdefault(key, {})[part] = name
-        return self.attribute(name, part)
+
+        def create(trains: bool) -> str:
+            name = self._enter(part)
+            if name not in self.store:
+                self.store.add_parameter(name, self._initial(name, shape, init, dtype), trainable=trains)
+            return name
+
+        return self._new(NewTensor(part, "parameter", create, trainable))
 
     def trained(self, part: str, value: Callable[[], Tensor]) -> fx.Node:
         """A trainable tensor of the current site that starts at a value which is worked out, created once.
@@ -62,15 +73,23 @@ class TensorBuilder(NodeBuilder):
             part: its name within the adaptation, as ``"m"``.
             value: makes its first value, on the site's device; element type and sizes are those for good.
         """
-        key = self._site.key if self._site is not None else None
+
+        def create(trains: bool) -> str:
+            name = self._enter(part)
+            if name not in self.store:
+                first = value().detach().clone()
+                if name in self.values:
+                    first = self._given(name, tuple(first.shape), first.dtype, first.device)
+                self.store.add_parameter(name, first, trainable=trains)
+            return name
+
+        return self._new(NewTensor(part, "parameter", create))
+
+    def _enter(self, part: str) -> str:
+        """The Store name of a tensor of the current site, which is entered among the adaptation's."""
         name = self._name(part)
-        if name not in self.store:
-            first = value().detach().clone()
-            if name in self.values:
-                first = self._given(name, tuple(first.shape), first.dtype, first.device)
-            self.store.add_parameter(name, first, trainable=True)
-        self.parts.setdefault(key, {})[part] = name
-        return self.attribute(name, part)
+        self.parts.setdefault(self._site.key if self._site is not None else None, {})[part] = name
+        return name
 
     def constant(self, part: str, value: Callable[[], Tensor]) -> fx.Node:
         """A constant of the current site that follows from its rows of the base's weight: worked out once, never kept
@@ -80,12 +99,19 @@ class TensorBuilder(NodeBuilder):
             part: its name within the adaptation.
             value: makes it, on the site's device.
         """
+        return self._new(NewTensor(part, "constant", lambda trains: self._constant(part, value)))
+
+    def _constant(self, part: str, value: Callable[[], Tensor]) -> str:
         name = self._name(part)
         if name not in self.store:
             self.store.add_buffer(name, value().detach(), persistent=False)
         if isinstance(self._site, LinearSite):
             self._edit_tensor(self._site.own, EditMode.CONSTANT)
-        return self.attribute(name, part)
+        return name
+
+    def numbers(self, part: str, value: Tensor) -> fx.Node:
+        """A constant of the current site that follows from the architecture alone."""
+        return self.constant(part, lambda: value.to(self._device()))
 
     def buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> fx.Node:
         """State of the current site (or of the whole adaptation, outside `on`), kept with the parameters.
@@ -99,14 +125,17 @@ class TensorBuilder(NodeBuilder):
 
     def keep_buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> str:
         """`buffer` without a node: state that only a controller reads. Returns its Store name."""
-        key = self._site.key if self._site is not None else None
-        name = self._name(part)
-        if name not in self.store:
-            first = value(self._device())
-            if name in self.values:
-                first = self._given(name, tuple(first.shape), first.dtype, first.device)
-            self.store.add_buffer(name, first, persistent=True)
-        self.parts.setdefault(key, {})[part] = name
+
+        def create(trains: bool) -> str:
+            name = self._enter(part)
+            if name not in self.store:
+                first = value(self._device())
+                if name in self.values:
+                    first = self._given(name, tuple(first.shape), first.dtype, first.device)
+                self.store.add_buffer(name, first, persistent=True)
+            return name
+
+        (name,) = self._nodes.seams.make(self._nodes, NewTensor(part, "state", create))
         return name
 
     def drawn(self, deployed: fx.Node, low: int, high: int, part: str = "draw") -> fx.Node:
@@ -131,11 +160,6 @@ class TensorBuilder(NodeBuilder):
             raise GraftError("GC053", f"{name} is {found}, it must be {wanted}")
         return value.detach().to(device, copy=True)
 
-    @property
-    def without_values(self) -> bool:
-        """Whether the base is on the meta device, where tensors have sizes and no values."""
-        return self.store.device().type == "meta"
-
     def tensors(self) -> tuple[str, ...]:
         """Base tensors that the Program reads, in the order of the graph."""
         return tuple(name for name in self._attributes if not self.store.is_adapter(name))
@@ -146,11 +170,6 @@ class TensorBuilder(NodeBuilder):
 
     def _name(self, part: str) -> str:
         return tensor_name(self._site, self.adaptation, part)
-
-    def _device(self) -> torch.device:
-        if isinstance(self._site, LinearSite):
-            return self.store.get(self._site.own.tensor).device
-        return self.store.device(self._site.key.module if self._site is not None else "")
 
     def generator(self, name: str) -> torch.Generator:
         """What random values called ``name`` are drawn from."""
@@ -183,14 +202,18 @@ class TensorBuilder(NodeBuilder):
         trained = self.trained_rows(own)
         current = self._attributes.get(own.tensor)
         if is_new and current is not None:
-            numbers = index if index is not None else lambda: self._index(own)
+            numbers = index if index is not None else lambda: self.index(own)
             after = own.write(self._emit("overlay"), current, through(trained), numbers)
-            self._redirect(current, after, lambda user: True)
+            self._replace(current, after)
         return trained
 
     def trained_rows(self, own: WeightSlice) -> fx.Node:
         """The node of a trained copy of rows of a base tensor, as they are stored. The caller puts it in place wherever
         they are read."""
+        new = NewTensor(own.part, "copy", lambda trains: str(self._trained_rows(own).target), base=own.tensor)
+        return self._new(new)
+
+    def _trained_rows(self, own: WeightSlice) -> fx.Node:
         assert self._site is not None
         own, part = own.as_stored, own.part
         known = self.program.tensor_edits.copy_of(own, self.adaptation)
@@ -221,8 +244,8 @@ class TensorBuilder(NodeBuilder):
         self._edit_tensor(own, EditMode.REPLACED)
         node, current = make(), self._attributes.get(own.tensor)
         if current is not None:
-            after = own.write(self._emit("instead"), current, node, lambda: self._index(own))
-            self._redirect(current, after, lambda user: True)
+            after = own.write(self._emit("instead"), current, node, lambda: self.index(own))
+            self._replace(current, after)
 
     def known(self, name: str) -> Tensor | None:
         """A tensor of the adaptation by its Store name, if it is there already: made for another Program, or given."""
@@ -245,11 +268,15 @@ class TensorBuilder(NodeBuilder):
         if read is not None:
             current = self.program.current(read)
             changed = self._within(current, make, own) if within else make(current)
-            self._redirect(current, changed, lambda user: True)
+            self._replace(current, changed)
+
+    def _replace(self, current: fx.Node, after: fx.Node) -> None:
+        """Let everything that reads a base tensor, as it stands now, read ``after``."""
+        self._write(Change("tensor", (after,)), lambda node: self._redirect(current, node, lambda user: True))
 
     def _within(self, tensor: fx.Node, make: Callable[[fx.Node], fx.Node], own: WeightSlice) -> fx.Node:
-        part = own.read(self._emit("own rows"), tensor, lambda: self._index(own))
-        return own.write(self._emit("write rows"), tensor, make(part), lambda: self._index(own))
+        part = own.read(self._emit("own rows"), tensor, lambda: self.index(own))
+        return own.write(self._emit("write rows"), tensor, make(part), lambda: self.index(own))
 
     def settled(self, part: str, value: Callable[[torch.Generator], Tensor]) -> tuple[fx.Node, Tensor]:
         """Numbers by which the graph is made: worked out once and kept with the parameters, so that every graph, and
@@ -274,11 +301,15 @@ class TensorBuilder(NodeBuilder):
         site = self._site.key if self._site is not None else None
         self.program.tensor_edits.add(TensorEdit(self.adaptation, own, mode, site, trained))
 
-    def _index(self, own: WeightSlice) -> fx.Node:
+    def index(self, own: WeightSlice) -> fx.Node:
         """A constant with the numbers of rows; shared by everything that selects the same ones."""
         digest = hashlib.sha256(str(own.spans).encode()).hexdigest()[:12]
         assert self._site is not None
         name = adapter_name(self._site.key.module, self.adaptation, f"rows_{digest}")
-        if name not in self.store:
-            self.store.add_buffer(name, own.index(self._device()), persistent=False)
-        return self.attribute(name, "rows")
+
+        def create(trains: bool) -> str:
+            if name not in self.store:
+                self.store.add_buffer(name, own.index(self._device()), persistent=False)
+            return name
+
+        return self._new(NewTensor("rows", "constant", create))

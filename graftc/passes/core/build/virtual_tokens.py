@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.build.attention import AttentionBuilder
+from graftc.passes.core.build.nodes import Nodes, Part
+from graftc.passes.core.build.residual import Branches
+from graftc.passes.core.build.seams import Change
+from graftc.passes.core.build.tensors import Tensors
+from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.ir.program import VirtualTokens, above
 from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.sites.sites import ValueSite
@@ -14,8 +18,12 @@ from graftc.specs.errors.diagnostics import GraftError
 aten = torch.ops.aten
 
 
-class VirtualBuilder(AttentionBuilder):
-    """Fills virtual tokens, where tokens are looked up and at any layer."""
+class Virtual(Part):
+    """Fills virtual tokens, where words are looked up and at any layer."""
+
+    def __init__(self, nodes: Nodes, tensors: Tensors, branches: Branches) -> None:
+        super().__init__(nodes)
+        self._numbers, self._value, self._set_value = tensors.numbers, branches.value, branches.set_value
 
     def virtual(self, site: ValueSite) -> VirtualTokens:
         """The adaptation's virtual tokens in the sequence of a site."""
@@ -23,32 +31,37 @@ class VirtualBuilder(AttentionBuilder):
         return next(v for v in held if v.owner == self.adaptation and site.key in v.sites)
 
     def fill(self, site: ValueSite, run: int, vectors: fx.Node, part: str = "tokens") -> None:
-        """Make ``vectors: [length, width]``, or ``[batch, length, width]``, the token embeddings of a run."""
+        """Make ``vectors: [length, width]``, or ``[batch, length, width]``, the word vectors of a run."""
         rows = self.virtual(site).rows[run]
-        self._redirect(rows, self._for_rows(vectors, rows, part), lambda user: True)
+        change = Change("tokens", (self._for_rows(vectors, rows, part),), rows)
+        self._write(change, lambda own: self._redirect(rows, own, lambda user: True))
 
     def hold(self, site: ValueSite, run: int, vectors: fx.Node, part: str = "tokens") -> None:
         """Put ``vectors: [length, width]``, or ``[batch, length, width]``, in the place of what the virtual tokens of a
         run have at a value of a layer."""
-        value, start = self.value(site), self.virtual(site).starts[run]
+        value, start = self._value(site), self.virtual(site).starts[run]
         made = self._for_rows(vectors, value, part)
         length = int(made.meta["val"].shape[1])
         if isinstance(start, fx.Node):
-            index = self.call(aten.add.Tensor, start, self.numbers(f"offsets_{run}", torch.arange(length)), part=part)
+            index = self.call(aten.add.Tensor, start, self._numbers(f"offsets_{run}", torch.arange(length)), part=part)
             width = int(value.meta["val"].shape[-1])
             index = self.call(aten.expand.default, self.call(aten.unsqueeze.default, index, -1), [-1, -1, width])
-            self.set_value(site, self.call(aten.scatter.src, value, 1, index, made, part=part))
+            self._set_value(site, self.call(aten.scatter.src, value, 1, index, made, part=part))
             return
         pieces = [made, self.call(aten.slice.Tensor, value, 1, start + length, 2**63 - 1, part=part)]
         if start:
             pieces.insert(0, self.call(aten.slice.Tensor, value, 1, 0, start, part=part))
-        self.set_value(site, self.call(aten.cat.default, pieces, 1, part=part))
+        self._set_value(site, self.call(aten.cat.default, pieces, 1, part=part))
 
     def _for_rows(self, vectors: fx.Node, like: fx.Node, part: str) -> fx.Node:
-        if vectors.meta["val"].dim() == 3:
+        """``[length, width]``, or ``[1, length, width]``, for every row of ``like``."""
+        held, rows = vectors.meta["val"], like.meta["val"].shape[0]
+        if held.dim() == 3 and (expression(held.shape[0]) != 1 or expression(rows) == 1):
             return vectors
         sizes = [self._size(like, 0), -1, -1]
-        return self.call(aten.expand.default, self.call(aten.unsqueeze.default, vectors, 0, part=part), sizes)
+        if held.dim() == 2:
+            vectors = self.call(aten.unsqueeze.default, vectors, 0, part=part)
+        return self.call(aten.expand.default, vectors, sizes)
 
     def vocabulary(self, site: ValueSite) -> int:
         """How many tokens there are to look up.

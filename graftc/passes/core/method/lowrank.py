@@ -30,10 +30,18 @@ def check_rank(site: LinearSite, rank: int) -> None:
         )
 
 
-def factors(build: Builder, site: LinearSite, rank: int, down: Initialiser, up: Initialiser) -> tuple[fx.Node, fx.Node]:
-    """``A: [..., rank, in]`` and ``B: [..., out, rank]`` in the site's dtype; experts lead."""
-    a = build.parameter("A", (*site.leading, rank, site.in_features), down, dtype=site.dtype)
-    b = build.parameter("B", (*site.leading, site.out_features, rank), up, dtype=site.dtype)
+def factors(
+    build: Builder, site: LinearSite, rank: int, down: Initialiser, up: Initialiser, number: str = ""
+) -> tuple[fx.Node, fx.Node]:
+    """``A: [..., rank, in]`` and ``B: [..., out, rank]`` in the site's dtype; experts lead. ``number`` follows their
+    names where a site has several pairs.
+
+    Raises:
+        GraftError: GC020 when the rank exceeds ``min(in, out)``.
+    """
+    check_rank(site, rank)
+    a = build.parameter(f"A{number}", (*site.leading, rank, site.in_features), down, dtype=site.dtype)
+    b = build.parameter(f"B{number}", (*site.leading, site.out_features, rank), up, dtype=site.dtype)
     return a, b
 
 

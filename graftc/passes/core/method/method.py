@@ -4,31 +4,36 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.method.scoring import Scoring
-from graftc.passes.core.method.stages import Advance
-from graftc.passes.core.method.steering import Controller, OutputObjective, Place, TensorObjective
+from graftc.passes.core.method.steering import Controller, OutputObjective, TensorObjective
 from graftc.passes.core.sites.sites import Site
 from graftc.passes.core.weights.folds import Fold
 from graftc.specs.base import MethodSpec
-from graftc.specs.errors.diagnostics import GraftError
 
 S = TypeVar("S", bound=MethodSpec)
+P = TypeVar("P", bound=Site)
 
 
-class Method(ABC, Generic[S]):
+class Method(ABC, Generic[S, P]):
     """Adapts sites as a spec says, and folds the adaptation back.
 
-    A method never knows which operator, orientation or fusion a `LinearSite` hides, and changes a graph through the
-    Builder only. What it claims stands beside its spec class.
+    A subclass names its spec class and the class of its sites, or a union of these: ``Method[LoRA, LinearSite]``. It
+    never knows which operator, orientation or fusion a `LinearSite` hides, and changes a graph through the Builder
+    only. What it claims stands beside its spec class; what else it can, it says by deriving from classes of
+    `graftc.passes.core.method.capabilities`.
     """
 
     spec_class: ClassVar[type[MethodSpec]]
-    """The spec that this class implements; its tag names the method."""
+    """The spec that this class implements; its tag names the method. By default the first argument of the base."""
+
+    site_classes: ClassVar[tuple[type[Site], ...]] = (Site,)
+    """What its sites are. By default the second argument of the base; claims of other sites are refused when the method
+    is looked up, so that no function of a method has to check."""
 
     controller: ClassVar[type[Controller[Any]] | None] = None
     """What changes values between optimiser steps, if anything does."""
@@ -40,7 +45,19 @@ class Method(ABC, Generic[S]):
     """Whether all that it makes stands in for base tensors wherever they are read, under tied names too and below
     everything that is inserted at sites, so that it always folds: copies that train, sums with differences."""
 
-    def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Any:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            origin = get_origin(base)
+            if not (isinstance(origin, type) and issubclass(origin, Method)):
+                continue
+            spec, *sites = get_args(base)
+            if isinstance(spec, type) and "spec_class" not in cls.__dict__:
+                cls.spec_class = spec
+            if origin is Method and "site_classes" not in cls.__dict__:
+                cls.site_classes = tuple(c for site in sites for c in _classes(site)) or (Site,)
+
+    def prepare(self, spec: S, sites: Sequence[P], build: Builder) -> Any:
         """Make what all sites of the adaptation share; called once per adaptation and Program."""
         return None
 
@@ -59,7 +76,7 @@ class Method(ABC, Generic[S]):
         return None
 
     @abstractmethod
-    def insert(self, spec: S, site: Site, shared: Any, build: Builder) -> None:
+    def insert(self, spec: S, site: P, shared: Any, build: Builder) -> None:
         """Adapt one site; called once per site and Program, inside ``build.on(site)``.
 
         Args:
@@ -70,7 +87,7 @@ class Method(ABC, Generic[S]):
         """
 
     @abstractmethod
-    def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: S, site: P, tensors: Mapping[str, Tensor]) -> Fold:
         """The adaptation of one site as a change of base tensors, or the reason why it has to stay.
 
         Args:
@@ -79,80 +96,9 @@ class Method(ABC, Generic[S]):
             tensors: the site's own tensors by part, float64, and those that all sites share.
         """
 
-    def scoring(self, spec: S) -> Scoring | None:
-        """How examples score entries, where they choose what trains; None where they have no say."""
-        return None
 
-    def selected(self, spec: S, places: Sequence[Place[S]], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The tensors of the adaptation, by their Store names, with what scores choose.
-
-        Args:
-            spec: the adaptation without its overrides applied.
-            places: every adapted place.
-            scores: of every entry of `scored`, by the tensors' Store names, in their shapes.
-        """
-        raise NotImplementedError
-
-    def scored(self, places: Sequence[Place[S]]) -> Sequence[str]:
-        """Store names of the base's tensors that `selected` wants the scores of."""
-        return ()
-
-    def stages(self, spec: S) -> int:
-        """How many trainings the method takes."""
-        return 1
-
-    def advance(self, spec: S, places: Sequence[Place[S]], shared: Mapping[str, Tensor]) -> Advance[S]:
-        """What the next training starts from, after the one that ``spec`` is for; its spec says that it is the next.
-
-        Args:
-            spec: the adaptation without its overrides applied.
-            places: every adapted place with its live tensors.
-            shared: tensors of the adaptation as a whole, by part.
-        """
-        raise NotImplementedError
-
-    def deployed(self, spec: S, places: Sequence[Place[S]]) -> int | None:
-        """How many elements have to ship beside the base after all trainings, where these are not those of its
-        parameters; None where they are.
-
-        Args:
-            spec: the adaptation without its overrides applied.
-            places: every adapted place with its tensors, which may be on the meta device.
-        """
-        return None
-
-    def live_ranks(self, spec: S, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Which ranks of one site have an effect, ``bool[..., rank]``; None for a method whose ranks all have.
-
-        Args:
-            spec: the adaptation with the site's overrides applied.
-            tensors: the site's own tensors by part, and those that all sites share.
-        """
-        return None
-
-    def deploy_rank(self, spec: S, shared: Mapping[str, Tensor], rank: int) -> None:
-        """Choose the rank that the adaptation has in eval mode and folds at, where the method can.
-
-        Raises:
-            GraftError: GC055 where it cannot, or not at this rank.
-        """
-        raise GraftError("GC055", f"{spec.method} has one rank, which is that of its spec")
-
-    def collapse(self, spec: S) -> MethodSpec | None:
-        """What the adaptation is deployed as where it does not fold: a simpler adaptation of the same name and places,
-        or None where it is deployed as it was trained.
-
-        Args:
-            spec: the adaptation without its overrides applied.
-        """
-        return None
-
-    def collapsed(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The tensors of one site of what `collapse` gives, by part.
-
-        Args:
-            spec: the adaptation with the site's overrides applied.
-            tensors: the site's own tensors by part, float64, and those that all sites share; on the meta device where
-                only sizes are asked for.
-        """
-        return tensors
+def _classes(site: Any) -> tuple[type[Site], ...]:
+    """The classes of a site, or of a union of them; none where it is a variable."""
+    if isinstance(site, UnionType):
+        return get_args(site)
+    return (site,) if isinstance(site, type) else ()

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.sites import (
+    AttentionSite,
+    EmbeddingSite,
+    ExpertsSite,
+    LinearSite,
+    NormSite,
+    ParameterSite,
+    Site,
+    SublayerSite,
+    ValueSite,
+)
+from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError, first_line
 from graftc.specs.registry import SpecEntry, method_specs
 
 
-def method_for(tag: str) -> Method[Any]:
+def method_for(tag: str) -> Method[Any, Any]:
     """The method with this tag.
 
     Raises:
@@ -24,24 +37,49 @@ def method_for(tag: str) -> Method[Any]:
         raise GraftError("GC004", f"method {tag!r} is unknown")
     entry = entries[tag]
     if entry.mechanism is None:
-        return _method(entry)
+        return _checked(entry, entry)
     mechanism = entries.get(entry.mechanism)
     if mechanism is None or mechanism.mechanism is not None:
         message = f"{tag!r} names {entry.mechanism!r} as its mechanism, which is no method with code of its own"
         raise GraftError("GC071", message, hint="a mechanism is the tag of a method that is no preset")
-    return _method(mechanism)
+    return _checked(entry, mechanism)
 
 
 @cache
-def _method(entry: SpecEntry) -> Method[Any]:
+def _checked(entry: SpecEntry, mechanism: SpecEntry) -> Method[Any, Any]:
+    """The method of a mechanism, whose sites are held against those that a tag claims."""
+    method = _method(mechanism)
+    wrong = [kind for kind in sorted(entry.claims.sites) if not issubclass(_SITES[kind], method.site_classes)]
+    if wrong:
+        takes = ", ".join(cls.__name__ for cls in method.site_classes)
+        message = f"{entry.tag!r} claims sites of kind {str(wrong[0])!r}, and {type(method).__name__} takes {takes}"
+        raise GraftError("GC071", message, hint="name the class of every claimed site: Method[Spec, LinearSite]")
+    return method
+
+
+_SITES: Mapping[SiteKind, type[Site]] = {
+    SiteKind.LINEAR: LinearSite,
+    SiteKind.EMBEDDING: EmbeddingSite,
+    SiteKind.EXPERTS: ExpertsSite,
+    SiteKind.ATTENTION: AttentionSite,
+    SiteKind.SUBLAYER: SublayerSite,
+    SiteKind.NORM: NormSite,
+    SiteKind.VALUE: ValueSite,
+    SiteKind.PARAMETER: ParameterSite,
+}
+"""What a site of a kind is."""
+
+
+@cache
+def _method(entry: SpecEntry) -> Method[Any, Any]:
     try:
         module = importlib.import_module(entry.method_module)
     except Exception as error:  # a plugin's import may fail in any way, and the message must name the plugin
         message = f"{entry.method_module}, the code of {entry.tag!r}, cannot be imported: {first_line(error)}"
         raise GraftError("GC071", message) from error
-    for value in vars(module).values():
+    for value in (value for name, value in vars(module).items() if not name.startswith("_")):
         is_method = inspect.isclass(value) and issubclass(value, Method) and not inspect.isabstract(value)
         if is_method and getattr(value, "spec_class", None) is entry.spec_class:
-            method: Method[Any] = value()
+            method: Method[Any, Any] = value()
             return method
     raise GraftError("GC071", f"{entry.method_module} has no Method whose spec_class is {entry.spec_class.__name__}")

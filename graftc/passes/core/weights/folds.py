@@ -34,6 +34,17 @@ class WeightFold:
     apply: WeightFunction
 
 
+def weight_fold(change: Callable[[Tensor], Tensor]) -> WeightFold:
+    """Fold by changing the site's weight alone: ``W' = change(W)``; see `WeightFold.apply`."""
+
+    def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        only = [weight]  # who changes it can let it go
+        del weight
+        return change(only.pop()), bias
+
+    return WeightFold(apply)
+
+
 @dataclass(frozen=True)
 class Keep:
     """The adaptation stays in the graph; ``reason`` says why it cannot fold."""

@@ -1,0 +1,217 @@
+"""The part of the `Builder` that works at linear maps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from graftc.passes.core.build.nodes import Nodes, Part
+from graftc.passes.core.build.operations import Operations
+from graftc.passes.core.build.seams import Change
+from graftc.passes.core.build.tensors import Tensors
+from graftc.passes.core.ir.program import provenance
+from graftc.passes.core.sites.sites import LinearSite
+from graftc.passes.core.sites.uses import Dense
+from graftc.specs.errors.diagnostics import GraftError
+
+aten = torch.ops.aten
+DROPOUTS = (torch.ops.graftc.masked_dropout.default, torch.ops.graftc.seeded_dropout.default)
+
+
+class LinearMaps(Part):
+    """Reads what maps read and give, applies other weights as they apply theirs, and changes their results."""
+
+    def __init__(self, nodes: Nodes, tensors: Tensors, operations: Operations) -> None:
+        super().__init__(nodes)
+        self._index = tensors.index
+        self._along, self._product = operations.along, operations.product
+
+    def input(self, site: LinearSite) -> fx.Node:
+        """What the site reads, in the base's own layout: `map` and `low_rank` know what to make of it.
+
+        What `set_input` has put in front of the map so far is not part of it: adaptations of a site add up in the order
+        of insertion, so one that comes later does not pass through what an earlier one does to the input.
+        """
+        return self._read(self._input(site), "input", site)
+
+    def _input(self, site: LinearSite) -> fx.Node:
+        return self.program.edits.unchanged_input(site.use.input, str(site.key))
+
+    def map(self, site: LinearSite, x: fx.Node, weight: fx.Node, part: str = "map") -> fx.Node:
+        """``weight: [..., k, in]`` applied to ``x`` as the site applies its own weight: ``[..., k]``.
+
+        Raises:
+            GraftError: GC017 at a convolution in groups, where a row's place says what it reads, for other than the
+                site's own rows.
+        """
+        if _has_rows(site, weight, 2):
+            return self._product(x, weight, part)
+        if not site.use.grouped:
+            return site.use.map(self.call, x, weight, part)
+        if weight.meta["val"].shape[-2] != site.out_features:
+            message = f"{site.key} is a convolution in groups, where nothing but its own rows can be applied"
+            raise GraftError("GC017", message, hint="leave it out with exclude")
+        return self._own_columns(site, site.use.map(self.call, x, self._every_row(site, weight), part))
+
+    def low_rank(self, site: LinearSite, x: fx.Node, a: fx.Node, b: fx.Node, scale: float = 1) -> fx.Node:
+        """``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., rows, rank]``, as ``[..., rows]``."""
+        if _has_rows(site, a, 2) or _has_rows(site, b, 2):
+            hidden = self._product(x, a, "down")
+            if scale != 1:
+                hidden = self.call(aten.mul.Tensor, hidden, scale, part="scale")
+            return self._product(hidden, b, "up")
+        if not site.use.grouped:
+            return site.use.low_rank(self.call, x, a, b, scale)
+        return self._own_columns(site, site.use.low_rank(self.call, x, a, self._every_row(site, b), scale))
+
+    def _every_row(self, site: LinearSite, own: fx.Node) -> fx.Node:
+        """Groups are counted over all rows of a use: those that are not the site's are zeros."""
+        columns = site.columns
+        if columns.whole:
+            return own
+        shape = [columns.total, int(own.meta["val"].shape[-1])]
+        zeros = self.call(aten.new_zeros.default, own, shape, part="all rows")
+        return columns.write(self._emit("all rows"), zeros, own, lambda: self._index(columns), axis=0)
+
+    def _own_columns(self, site: LinearSite, found: fx.Node) -> fx.Node:
+        columns = site.columns
+        return columns.read(self._emit("own rows"), found, lambda: self._index(columns), axis=-1)
+
+    def per_row(self, site: LinearSite, value: fx.Node) -> fx.Node:
+        """``value: [..., rows]`` (experts lead), one for each of the site's own rows, as it broadcasts to `output`."""
+        if _has_rows(site, value, 1):
+            return self._along(value, self.output(site))
+        return site.use.per_row(self.call, site.use.input, value)
+
+    def offset(self, site: LinearSite) -> fx.Node | None:
+        """What the base adds to ``W x`` at the site, as it broadcasts to `output`: a bias; None where there is none."""
+        addend = site.use.addend
+        if addend is None:
+            return self.bias(site)
+        columns = site.columns
+        own = columns.read(self._emit("own rows"), addend, lambda: self._index(columns), axis=site.use.axis)
+        return site.use.columns_last(self.call, own)
+
+    def output(self, site: LinearSite) -> fx.Node:
+        """The site's own rows of the result so far, ``[..., rows]``."""
+        return self._read(site.use.columns_last(self.call, self._own(site)), "output", site)
+
+    def _own(self, site: LinearSite) -> fx.Node:
+        """The own part of the result, in the base's layout."""
+        columns, use = site.columns, site.use
+        return columns.read(self._emit("own rows"), use.output, lambda: self._index(columns), axis=use.axis)
+
+    def set_output(self, site: LinearSite, own: fx.Node, part: str = "") -> None:
+        """Make ``own`` (``[..., rows]``) the site's result for everything that read it."""
+        change = Change("output", (own,), site.use.output)
+        self._write(change, lambda node: self._put(site, site.use.columns_home(self.call, node), part))
+
+    def _put(self, site: LinearSite, own: fx.Node, part: str = "") -> None:
+        before, columns, axis = site.use.output, site.columns, site.use.axis
+        after = columns.write(self._emit(part or "write rows"), before, own, lambda: self._index(columns), axis=axis)
+        self._finish(site, before, after)
+
+    def add(self, site: LinearSite, delta: fx.Node, part: str = "add") -> None:
+        """Add ``delta`` to the site's result: ``[..., rows]`` as `output` is, or ``[rows]``."""
+        change = Change("sum", (delta,), source=lambda: self.input(site))
+        self._write(change, lambda node: self._add(site, node, part))
+
+    def _add(self, site: LinearSite, delta: fx.Node, part: str) -> None:
+        if isinstance(site.use, Dense) or delta.meta["val"].dim() == 1:
+            value = self.output(site)
+            self.set_output(site, self.call(aten.add.Tensor, value, self._along(delta, value), part=part))
+            return
+
+        def put(node: fx.Node) -> None:
+            node = site.use.columns_home(self.call, node)
+            self._put(site, self.call(aten.add.Tensor, self._own(site), node, part=part))
+
+        self._write(Change("output", (delta,), site.use.output), put)
+
+    def _finish(self, site: LinearSite, before: fx.Node, after: fx.Node) -> None:
+        mine = str(site.key)
+        self._redirect(before, after, lambda user: not _is_at(user, mine))
+        site.use.output = after
+
+    def set_input(self, site: LinearSite, node: fx.Node) -> None:
+        """Put ``node``, made from `input` and in its layout, in its place for the site, with all that is inserted there
+        so far."""
+        self._write(Change("input", (node,), self._input(site)), lambda own: self._set_input(site, own))
+
+    def _set_input(self, site: LinearSite, node: fx.Node) -> None:
+        before, mine, whole = self._input(site), str(site.key), site.columns.whole
+        shared = self._shared_dropouts(before, mine)
+        for dropped in shared:
+            again = self.call(dropped.target, node, *dropped.args[1:], part="dropout")
+            self._redirect(dropped, again, lambda u: _is_at(u, mine), narrow=True)
+        own = None if whole else self._own_map(site, node)
+        own_reader = site.use.node if whole else None
+        self._redirect(before, node, lambda u: u is own_reader or (_is_at(u, mine) and u not in shared), narrow=True)
+        if own is not None:
+            self._put_first(site, own)
+
+    def _shared_dropouts(self, x: fx.Node, site: str) -> list[fx.Node]:
+        """Inserted dropouts of ``x`` that nodes of a site read, and nodes of other sites too."""
+        drops = [u for u in x.users if u.target in DROPOUTS and provenance(u) is not None]
+        return [u for u in drops if len({_is_at(reader, site) for reader in u.users}) > 1 or not _is_at(u, site)]
+
+    def _own_map(self, site: LinearSite, x: fx.Node) -> fx.Node:
+        """The base's own map of ``x`` for the site's rows alone, in the output's layout."""
+        own, offset = self.map(site, x, self.weight(site), part="own rows"), self.offset(site)
+        if offset is not None:
+            own = self.call(aten.add.Tensor, own, offset, part="own rows")
+        return site.use.columns_home(self.call, own)
+
+    def _put_first(self, site: LinearSite, own: fx.Node) -> None:
+        """Make ``own`` the site's part of the base's result, below everything that is inserted there."""
+        use, columns = site.use, site.columns
+        before = use.node
+        after = columns.write(self._emit("write rows"), before, own, lambda: self._index(columns), axis=use.axis)
+        self._redirect(before, after, lambda user: True)
+        use.output = after if use.output is before else use.output
+
+    def scale_input(self, site: LinearSite, scale: fx.Node) -> None:
+        """Multiply what the site reads by ``scale: [in]``, with all that is inserted on the site so far.
+
+        Raises:
+            GraftError: GC017 where a column of the weight is no entry of the input: convolutions and tables.
+        """
+        x, axis = self.input(site), site.use.input_axis
+        if axis is None:
+            message = f"{site.key} is a map of patches or of indices: it has no input axis that could be scaled"
+            raise GraftError("GC017", message, hint="scale its output, or leave it out with exclude")
+        trailing = (x.meta["val"].dim() - axis if axis >= 0 else -axis) - 1
+        if trailing:
+            scale = self.call(aten.view.default, scale, [site.in_features, *[1] * trailing], part="scale")
+        self.set_input(site, self.call(aten.mul.Tensor, x, self._along(scale, x), part="scale"))
+
+    def weight(self, site: LinearSite) -> fx.Node:
+        """The site's own rows of the weight, ``[..., rows, in]``."""
+        return site.own.read_operand(self.call, self._current(site.own.tensor), lambda: self._index(site.own))
+
+    def bias(self, site: LinearSite) -> fx.Node | None:
+        """The site's own rows of the bias, ``[rows]``; None where there is none."""
+        own = site.own_bias
+        if own is None:
+            return None
+        return own.read(self._emit("bias rows"), self._current(own.tensor), lambda: self._index(own))
+
+    def is_overlaid(self, name: str) -> bool:
+        """Whether something trained stands in for a base tensor, or for some of its rows."""
+        return self._current(name) is not self._attributes[name]
+
+    def _current(self, name: str) -> fx.Node:
+        """What stands for a base tensor now: its overlay, where it has one."""
+        return self.program.current(self._attributes[name])
+
+
+def _is_at(node: fx.Node, site: str) -> bool:
+    """Whether a node was inserted at a site."""
+    return (provenance(node) or {}).get("site") == site
+
+
+def _has_rows(site: LinearSite, tensor: fx.Node, axes: int) -> bool:
+    """Whether the rows of the batch lead a tensor with so many axes of its own, behind those of experts."""
+    return bool(tensor.meta["val"].dim() > axes + len(site.leading))

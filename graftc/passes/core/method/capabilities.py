@@ -1,0 +1,145 @@
+"""What some methods can beside adapting and folding: classes that a `Method` also derives from.
+
+Whoever needs a capability asks ``isinstance`` for it. A method that does not have it has nothing to define.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from graftc.passes.core.method.scoring import Scoring
+from graftc.passes.core.method.steering import Place
+from graftc.specs.base import MethodSpec
+from graftc.specs.errors.diagnostics import GraftError
+
+S = TypeVar("S", bound=MethodSpec)
+
+
+@dataclass(frozen=True)
+class Transition(Generic[S]):
+    """What the next training of an adaptation starts from.
+
+    Attributes:
+        spec: the adaptation as it is there.
+        values: its tensors by their Store names; those that are missing start from their initial values.
+        rewind: whether everything else that trains starts again from where the training that has ended started.
+    """
+
+    spec: S
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    rewind: bool = False
+
+
+class Scored(ABC, Generic[S]):
+    """Chooses what trains by examples, before its first training."""
+
+    @abstractmethod
+    def scoring(self, spec: S) -> Scoring | None:
+        """How examples score entries; None where the spec lets them have no say."""
+
+    @abstractmethod
+    def scored(self, places: Sequence[Place[S]]) -> Sequence[str]:
+        """Store names of the base's tensors that `selected` wants the scores of."""
+
+    @abstractmethod
+    def selected(self, spec: S, places: Sequence[Place[S]], scores: Mapping[str, Tensor]) -> Transition[S]:
+        """The adaptation with what scores choose.
+
+        Args:
+            spec: the adaptation without its overrides applied.
+            places: every adapted place.
+            scores: of every entry of `scored`, by the tensors' Store names, in their shapes.
+        """
+
+
+class Staged(ABC, Generic[S]):
+    """Takes several trainings. Its specs have a field ``stage``, the number of the training, from 1."""
+
+    @abstractmethod
+    def stages(self, spec: S) -> int:
+        """How many trainings it takes."""
+
+    @abstractmethod
+    def advance(self, spec: S, places: Sequence[Place[S]], shared: Mapping[str, Tensor]) -> Transition[S]:
+        """What the next training starts from, after the one that ``spec`` is for; its spec says that it is the next.
+
+        Args:
+            spec: the adaptation without its overrides applied.
+            places: every adapted place with its live tensors.
+            shared: tensors of the adaptation as a whole, by part.
+        """
+
+
+class Collapsing(ABC, Generic[S]):
+    """Is deployed as a simpler adaptation of the same name, where it does not fold."""
+
+    @abstractmethod
+    def collapse(self, spec: S) -> MethodSpec | None:
+        """The simpler adaptation, or None where it is deployed as it was trained.
+
+        Args:
+            spec: the adaptation without its overrides applied.
+        """
+
+    def collapsed(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The tensors of one site of the simpler adaptation, by part; by default those that there are.
+
+        Args:
+            spec: the adaptation with the site's overrides applied.
+            tensors: the site's own tensors by part, float64, and those that all sites share; on the meta device where
+                only sizes are asked for.
+        """
+        return tensors
+
+
+class Ranked(ABC, Generic[S]):
+    """Has ranks some of which have no effect."""
+
+    @abstractmethod
+    def live_ranks(self, spec: S, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Which ranks of one site have an effect, ``bool[..., rank]``.
+
+        Args:
+            spec: the adaptation with the site's overrides applied.
+            tensors: the site's own tensors by part, and those that all sites share.
+        """
+
+    def deploy_rank(self, spec: S, shared: Mapping[str, Tensor], rank: int) -> None:
+        """Choose the rank that the adaptation has in eval mode and folds at, where the method can.
+
+        Args:
+            spec: the adaptation without its overrides applied.
+            shared: tensors of the adaptation as a whole, by part, which say the rank.
+            rank: the new one.
+
+        Raises:
+            GraftError: GC055 where it cannot, or not at this rank.
+        """
+        raise one_rank(spec)
+
+
+class Resized(ABC, Generic[S]):
+    """Ships another number of elements after all of its trainings than its parameters have now."""
+
+    @abstractmethod
+    def deployed(self, spec: S, places: Sequence[Place[S]]) -> int | None:
+        """How many elements have to ship beside the base; None where these are those of its parameters.
+
+        Args:
+            spec: the adaptation without its overrides applied.
+            places: every adapted place with its tensors, which may be on the meta device.
+        """
+
+
+class Reselecting:
+    """Trains entries that leave their places to others, so that indices of entries are in no order."""
+
+
+def one_rank(spec: MethodSpec) -> GraftError:
+    """The error where no rank can be chosen."""
+    return GraftError("GC055", f"{spec.method} has one rank, which is that of its spec")

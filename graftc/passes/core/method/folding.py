@@ -1,0 +1,107 @@
+"""What the fold of a method gives, held against what it may give. Methods come from other packages too, and a mistake
+there is an error that names the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.sites import LinearSite, Site
+from graftc.passes.core.weights.folds import Fold, Keep, StandIn, TensorFold, WeightFold
+from graftc.specs.base import MethodSpec
+from graftc.specs.errors.diagnostics import GraftError, first_line
+
+
+def fold_at(method: Method[Any, Any], spec: MethodSpec, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    """`Method.fold`, whose functions look at what they get and give.
+
+    Args:
+        method: the method.
+        spec: the adaptation with the site's overrides applied.
+        site: where.
+        tensors: the site's own tensors by part, and those that all sites share.
+
+    Raises:
+        GraftError: GC071 naming the method where it gives no fold, and later, from the fold's functions, where they ask
+            for a part that there is not, or give something of another shape.
+    """
+    check = _Check(spec.method, site, tensors)
+    with check.running():
+        fold = method.fold(spec, site, tensors)
+    if isinstance(fold, WeightFold):
+        if not isinstance(site, LinearSite):
+            raise check.wrong("changes a weight, and the site has none")
+        return WeightFold(check.weight(fold.apply))
+    if isinstance(fold, TensorFold):
+        return TensorFold({part: check.tensor(part, change) for part, change in fold.changes.items()})
+    if isinstance(fold, Keep | StandIn):
+        return fold
+    raise check.wrong(f"gives {type(fold).__name__}, which is no fold")
+
+
+def wrong_fold(method: str, site: Site, reason: str) -> GraftError:
+    """The error for a fold that is none of a site's."""
+    message = f"the fold of {method!r} at {site.key} {reason}"
+    return GraftError("GC071", message, hint="correct the method's fold; nothing has been folded")
+
+
+class _Check:
+    def __init__(self, method: str, site: Site, tensors: Mapping[str, Tensor]) -> None:
+        self._method, self._site, self._tensors = method, site, tensors
+
+    def wrong(self, reason: str) -> GraftError:
+        return wrong_fold(self._method, self._site, reason)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, what goes wrong is the method's mistake. Who traces a fold looks at what torch says of it himself."""
+        try:
+            yield
+        except KeyError as error:
+            missing = error.args[0] if error.args else ""
+            has = f"it has: {', '.join(self._tensors)}" if self._tensors else "it has none"
+            raise self.wrong(f"asks for a tensor {missing!r}; {has}") from error
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or detect_fake_mode() is not None:
+                raise
+            raise self.wrong(f"fails: {first_line(error)}") from error
+
+    def weight(self, apply: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            shapes = weight.shape, weight.shape[:-1] if bias is None else bias.shape
+            only = [weight]  # who changes it can let it go
+            del weight
+            with self.running():
+                found = apply(only.pop(), bias)
+            if not isinstance(found, tuple) or len(found) != 2:
+                raise self.wrong("gives no pair of a weight and a bias")
+            self._same(found[0], shapes[0], "a weight")
+            if found[1] is not None:
+                self._same(found[1], shapes[1], "a bias")
+            return found
+
+        return checked
+
+    def tensor(self, part: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def checked(tensor: Tensor) -> Tensor:
+            shape = tensor.shape
+            only = [tensor]
+            del tensor
+            with self.running():
+                found = change(only.pop())
+            self._same(found, shape, repr(part))
+            return found
+
+        return checked
+
+    def _same(self, found: Any, shape: Any, what: str) -> None:
+        if not isinstance(found, Tensor):
+            raise self.wrong(f"gives {type(found).__name__} for {what}")
+        if found.shape != shape:
+            raise self.wrong(f"gives {what} of {list(found.shape)}, it must be {list(shape)}")
