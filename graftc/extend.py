@@ -34,7 +34,7 @@ _METHOD = {
     "NormSite": "graftc.passes.core.sites.sites",
     "OutputObjective": "graftc.passes.core.method.steering",
     "ParameterSite": "graftc.passes.core.sites.sites",
-    "Place": "graftc.passes.core.method.steering",
+    "AdaptedSite": "graftc.passes.core.method.steering",
     "Ranked": "graftc.passes.core.method.capabilities",
     "Reselecting": "graftc.passes.core.method.capabilities",
     "Resized": "graftc.passes.core.method.capabilities",
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from graftc.passes.core.method.lowrank import check_rank, factors, normal, uniform, zeros
     from graftc.passes.core.method.method import Method
     from graftc.passes.core.method.scoring import Scoring
-    from graftc.passes.core.method.steering import Controller, OutputObjective, Place, TensorObjective
+    from graftc.passes.core.method.steering import AdaptedSite, Controller, OutputObjective, TensorObjective
     from graftc.passes.core.sites.sites import (
         AttentionSite,
         LinearSite,
@@ -100,6 +100,7 @@ if TYPE_CHECKING:
     from graftc.specs.virtual import VirtualRun
 
 __all__ = [
+    "AdaptedSite",
     "AttentionSite",
     "BaseGradients",
     "Builder",
@@ -118,7 +119,6 @@ __all__ = [
     "OutputObjective",
     "Override",
     "ParameterSite",
-    "Place",
     "RankOverride",
     "Ranked",
     "Reselecting",

@@ -12,7 +12,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.compose import Unit
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.passes.core.method.registry import method_for
-from graftc.passes.core.method.steering import Controller, OutputObjective, Place, TensorObjective
+from graftc.passes.core.method.steering import AdaptedSite, Controller, OutputObjective, TensorObjective
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.compose import FusionObjective
 from graftc.specs.compose import Fuse
@@ -59,11 +59,11 @@ class LiveBase(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
 
-def live_places(compilation: Compilation, resolved: Resolved) -> tuple[list[Place[Any]], Live]:
+def live_places(compilation: Compilation, resolved: Resolved) -> tuple[list[AdaptedSite[Any]], Live]:
     """The places of an adaptation with their tensors, and the tensors that it has as a whole."""
     store, parts = compilation.store, compilation.parts.get(resolved.name, {})
     base = LiveBase(store)
-    places = [Place(site, spec, Live(store, parts.get(site.key, {})), base) for site, spec in resolved.places]
+    places = [AdaptedSite(site, spec, Live(store, parts.get(site.key, {})), base) for site, spec in resolved.places]
     return places, Live(store, parts.get(None, {}))
 
 
@@ -89,9 +89,9 @@ def steerings(compilation: Compilation) -> Steerings:
     return Steerings(controllers, objectives, outputs)
 
 
-def _own_places(compilation: Compilation, unit: Unit) -> Iterator[Place[Any]]:
+def _own_places(compilation: Compilation, unit: Unit) -> Iterator[AdaptedSite[Any]]:
     """The places where a composition has tensors of its own."""
     parts = compilation.parts.get(unit.name, {})
     for site, _ in unit.members[0].places:
         if site.key in parts:
-            yield Place(site, unit.composition, Live(compilation.store, parts[site.key]))
+            yield AdaptedSite(site, unit.composition, Live(compilation.store, parts[site.key]))

@@ -156,14 +156,14 @@ def test_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_demo_gives_what_its_schema_says() -> None:
-    from graftc.runtime.cli.results import DemoResult
+    from graftc.runtime.cli.results import DemoData
     from graftc.runtime.demo import result as demo
     from graftc.runtime.demo.training import Scores
 
     agreement = demo.PredictionAgreement(1.0, 1e-6, 1e-4)
     scores = (Scores(0.5, 0.5), Scores(0.9, 0.9), Scores(0.7, 0.7))
     made = demo.DemoResult(False, (9, 3), *scores, REPORT, CERTIFICATE, agreement, agreement, {"a": 1.0}, {"b": "c"})
-    DemoResult.model_validate({**made.to_json(), "out": "demo-out", "warnings": []})
+    DemoData.model_validate({**made.to_json(), "out": "demo-out", "warnings": []})
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def test_a_term_is_defined_where_the_glossary_says(term: str, path: str) -> None
     assert term in defined(TREES[PACKAGE / path])
 
 
+def test_public_classes_have_names_of_their_own() -> None:
+    homes: dict[str, list[str]] = defaultdict(list)
+    for path, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].append(path.relative_to(PACKAGE).as_posix())
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
 def test_retired_words_are_no_names() -> None:
     words = {word for word, _ in RETIRED}
     found = {
@@ -74,3 +84,17 @@ def test_every_folder_says_what_lives_there() -> None:
     counted = {path.parent for path in TREES}
     many = {folder: len(list(folder.glob("*.py"))) for folder in counted if folder.name != "methods"}
     assert {folder.as_posix(): count for folder, count in many.items() if count > 23} == {}
+
+
+def test_files_that_pages_name_are_there() -> None:
+    """A path stands for itself, below the root or the package, and a single name for a file anywhere."""
+    names = {
+        path.name for folder in ("graftc", "tests", "tools", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    }
+    missing = set[str]()
+    for page in ("docs/architecture.md", "docs/writing-a-method.md", "CONTRIBUTING.md", "README.md"):
+        for name in re.findall(r"`([\w/]+\.py)`", (ROOT / page).read_text(encoding="utf-8")):
+            there = any((root / name).is_file() for root in (ROOT, PACKAGE)) or ("/" not in name and name in names)
+            if not there and "NAME" not in name:
+                missing.add(f"{page}: {name}")
+    assert missing == set()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.methods.pruning_steps import Masks, Penalty, kept_entries
+from graftc.passes.methods.pruning_steps import Penalty, PruningMasks, kept_entries
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import outputs_of, perturb, same_bits
@@ -24,10 +24,10 @@ from tests.methods.pruned_models import ROLES, adapted, places_of, train
 SCORED = ["movement", "soft_movement"]
 
 
-def masks_of(compiled: Any) -> Masks:
+def masks_of(compiled: Any) -> PruningMasks:
     """The controller."""
     controller = compiled._steering.controllers["pruning"]
-    assert isinstance(controller, Masks)
+    assert isinstance(controller, PruningMasks)
     return controller
 
 

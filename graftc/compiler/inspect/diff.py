@@ -17,7 +17,7 @@ from graftc.passes.core.ir.program import Program, provenance
 
 
 @dataclass(frozen=True)
-class Change:
+class DiffChange:
     """One change, and the layers that it was made in.
 
     Attributes:
@@ -43,7 +43,7 @@ class Diff:
     """All changes from one Program to another."""
 
     mode: str
-    changes: tuple[Change, ...]
+    changes: tuple[DiffChange, ...]
 
     @property
     def added(self) -> int:
@@ -113,10 +113,10 @@ def diff(before: Program, after: Program, context: int = 1) -> Diff:
     return Diff(after.mode, tuple(_change(layers, lines) for layers, lines in found.values()))
 
 
-def _change(layers: list[str], lines: tuple[str, ...]) -> Change:
+def _change(layers: list[str], lines: tuple[str, ...]) -> DiffChange:
     gone, come = (Counter(line[1:].split(": ", 1)[0] for line in lines if line[0] == mark) for mark in "-+")
     changed = (gone & come).total()
-    return Change(tuple(layers), lines, come.total() - changed, gone.total() - changed, changed)
+    return DiffChange(tuple(layers), lines, come.total() - changed, gone.total() - changed, changed)
 
 
 def _stack(layer: str) -> str:

@@ -13,8 +13,7 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.capabilities import Ranked
 from graftc.passes.core.method.lowrank import added, factors, gated, normal, zeros
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.method.steering import Controller, TensorObjective, check_phases, unknown_length
-from graftc.passes.core.method.steering import Place as Adapted
+from graftc.passes.core.method.steering import AdaptedSite, Controller, TensorObjective, check_phases, unknown_length
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.passes.core.weights.folds import Fold, weight_fold
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -119,7 +118,7 @@ class RankBudget(Controller[AdaLoRA]):
             hint = "call compiled.after_step() after optimizer.step() and before optimizer.zero_grad()"
             raise GraftError("GC035", f"{self.spec.name!r} weighs gradients, and there are none", hint=hint)
 
-    def importance(self, place: Adapted[AdaLoRA]) -> Tensor:
+    def importance(self, place: AdaptedSite[AdaLoRA]) -> Tensor:
         """Importance of every triplet of a site, ``f32[..., rank]``."""
         a, e, b = (place.tensors[f"{part}_sensitivity"] * place.tensors[f"{part}_uncertainty"] for part in TRIPLET)
         return e + a.mean(-1) + b.mean(-2)

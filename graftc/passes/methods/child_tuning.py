@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.capabilities import Scored, Transition
 from graftc.passes.core.method.scoring import Fisher, Scoring
-from graftc.passes.core.method.steering import STEP, Controller, Place, no_steps
+from graftc.passes.core.method.steering import STEP, AdaptedSite, Controller, no_steps
 from graftc.passes.core.ops.decompositions import SEEDS
 from graftc.passes.core.weights.folds import Fold
 from graftc.passes.methods.full import Stored, TrainedTensors
@@ -69,12 +69,12 @@ class ChildTuningMethod(TrainedTensors[ChildTuning], Scored[ChildTuning]):
         """Squares of the gradients of whole batches, each clipped tensor by tensor: the authors' code."""
         return self._layers.scoring(spec) if spec.variant == "D" else None
 
-    def scored(self, places: Sequence[Place[ChildTuning]]) -> Sequence[str]:
+    def scored(self, places: Sequence[AdaptedSite[ChildTuning]]) -> Sequence[str]:
         """See `Scored.scored`."""
         return self._layers.scored(_in_layers(places))
 
     def selected(
-        self, spec: ChildTuning, places: Sequence[Place[ChildTuning]], scores: Mapping[str, Tensor]
+        self, spec: ChildTuning, places: Sequence[AdaptedSite[ChildTuning]], scores: Mapping[str, Tensor]
     ) -> Transition[ChildTuning]:
         """See `Scored.selected`."""
         return self._layers.selected(spec, _in_layers(places), scores)
@@ -98,7 +98,7 @@ class _Layers(ScoredTensors[ChildTuning]):
         return Fisher(single=False, clip=spec.clip)
 
 
-def _in_layers(places: Sequence[Place[ChildTuning]]) -> list[Place[ChildTuning]]:
+def _in_layers(places: Sequence[AdaptedSite[ChildTuning]]) -> list[AdaptedSite[ChildTuning]]:
     return [place for place in places if place.site.layer is not None]
 
 

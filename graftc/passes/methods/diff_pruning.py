@@ -12,14 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from graftc.passes.core.build.builder import Builder, Initialiser
 from graftc.passes.core.method.capabilities import Resized, Staged, Transition
 from graftc.passes.core.method.lowrank import zeros
-from graftc.passes.core.method.steering import Place, TensorObjective
+from graftc.passes.core.method.steering import AdaptedSite, TensorObjective
 from graftc.passes.core.ops.hashing import SEEDS
 from graftc.passes.core.sites.entries import largest, slices_of
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.folds import Fold, TensorFold
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.methods.full import Stored
-from graftc.passes.methods.selection import Chosen, SparseTensors, budget_of, entry_values, key_of, regions_at
+from graftc.passes.methods.selection import ChosenEntries, SparseTensors, budget_of, entry_values, key_of, regions_at
 from graftc.specs.methods.diff_pruning import DiffPruning
 
 aten = torch.ops.aten
@@ -66,7 +66,7 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
 
     objective = OpenGates
 
-    def prepare(self, spec: DiffPruning, sites: Sequence[Stored], build: Builder) -> Chosen:
+    def prepare(self, spec: DiffPruning, sites: Sequence[Stored], build: Builder) -> ChosenEntries:
         """Every entry has a difference at first; later, see `SparseTensors`.
 
         Raises:
@@ -76,9 +76,9 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
             return super().prepare(spec, sites, build)
         counts = {key: region.size for key, (_, region) in self.tensors_of(sites, build.store).items()}
         budget_of(spec, sum(counts.values()))
-        return Chosen(counts, {})
+        return ChosenEntries(counts, {})
 
-    def insert(self, spec: DiffPruning, site: Stored, shared: Chosen, build: Builder) -> None:
+    def insert(self, spec: DiffPruning, site: Stored, shared: ChosenEntries, build: Builder) -> None:
         """Put the changed tensors of the site in place of the base's.
 
         Raises:
@@ -105,7 +105,7 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
 
     @torch.no_grad()
     def advance(
-        self, spec: DiffPruning, places: Sequence[Place[DiffPruning]], shared: Mapping[str, Tensor]
+        self, spec: DiffPruning, places: Sequence[AdaptedSite[DiffPruning]], shared: Mapping[str, Tensor]
     ) -> Transition[DiffPruning]:
         """The entries with the largest differences are left, and start from these."""
         held = list(regions_at(places, biases=self.biases))
@@ -117,7 +117,7 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
             values |= entry_values(place, region, numbers, own[numbers])
         return Transition(spec.model_copy(update={"stage": spec.stage + 1}), values)
 
-    def deployed(self, spec: DiffPruning, places: Sequence[Place[DiffPruning]]) -> int | None:
+    def deployed(self, spec: DiffPruning, places: Sequence[AdaptedSite[DiffPruning]]) -> int | None:
         """The entries that are left after the second training."""
         return budget_of(spec, _entries(places)) if spec.stage == 1 else None
 
@@ -142,7 +142,7 @@ def _tensors_of(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name.removesuffix("_w") for name in tensors if name.endswith("_w")]
 
 
-def _entries(places: Sequence[Place[DiffPruning]]) -> int:
+def _entries(places: Sequence[AdaptedSite[DiffPruning]]) -> int:
     return sum(p.tensors[f"{part}_w"].numel() for p in places for part in _tensors_of(p.tensors))
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.tensors import tensor_name
 from graftc.passes.core.method.capabilities import Staged, Transition
-from graftc.passes.core.method.steering import Place, TensorObjective
+from graftc.passes.core.method.steering import AdaptedSite, TensorObjective
 from graftc.passes.core.ops.sparse import written
 from graftc.passes.core.sites.entries import largest, slices_of
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.methods.full import Stored
-from graftc.passes.methods.selection import Chosen, SparseTensors, budget_of, entry_values, key_of, regions_at
+from graftc.passes.methods.selection import ChosenEntries, SparseTensors, budget_of, entry_values, key_of, regions_at
 from graftc.specs.methods.lt_sft import LTSFT
 
 KEPT = ("indices", "start")
@@ -51,14 +51,14 @@ class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
 
     objective = Distance
 
-    def prepare(self, spec: LTSFT, sites: Sequence[Stored], build: Builder) -> Chosen:
+    def prepare(self, spec: LTSFT, sites: Sequence[Stored], build: Builder) -> ChosenEntries:
         """See `SparseTensors.prepare`; a dense training selects nothing."""
         if not spec.dense:
             return super().prepare(spec, sites, build)
         budget_of(spec, sum(region.size for _, region in self.tensors_of(sites, build.store).values()))
-        return Chosen({}, {})
+        return ChosenEntries({}, {})
 
-    def insert(self, spec: LTSFT, site: Stored, shared: Chosen, build: Builder) -> None:
+    def insert(self, spec: LTSFT, site: Stored, shared: ChosenEntries, build: Builder) -> None:
         """Put trained copies, or changed tensors, in place of the base's.
 
         Raises:
@@ -86,7 +86,9 @@ class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
         """A dense and a sparse training for each iteration."""
         return 2 * spec.iterations
 
-    def advance(self, spec: LTSFT, places: Sequence[Place[LTSFT]], shared: Mapping[str, Tensor]) -> Transition[LTSFT]:
+    def advance(
+        self, spec: LTSFT, places: Sequence[AdaptedSite[LTSFT]], shared: Mapping[str, Tensor]
+    ) -> Transition[LTSFT]:
         """After a dense training the entries that changed most, with everything rewound; after a sparse one all
         tensors at what it made of them."""
         following = spec.model_copy(update={"stage": spec.stage + 1})
@@ -97,7 +99,7 @@ class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
             values |= _dense_values(spec, place, region)
         return Transition(following, values)
 
-    def _chosen(self, spec: LTSFT, places: Sequence[Place[LTSFT]]) -> dict[str, Tensor]:
+    def _chosen(self, spec: LTSFT, places: Sequence[AdaptedSite[LTSFT]]) -> dict[str, Tensor]:
         """What the training after a dense one starts from: entries chosen so far, and those that changed most now."""
         found = list(regions_at(places))
         whole = budget_of(spec, sum(region.size for _, region in found))
@@ -112,12 +114,12 @@ class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
         return values
 
 
-def _own(place: Place[LTSFT], region: WeightSlice) -> Tensor:
+def _own(place: AdaptedSite[LTSFT], region: WeightSlice) -> Tensor:
     """The trained copy of a part of a tensor, flat, in the order of its own entries."""
     return place.tensors[region.part].reshape(-1)
 
 
-def _before(place: Place[LTSFT], region: WeightSlice) -> tuple[Tensor, Tensor]:
+def _before(place: AdaptedSite[LTSFT], region: WeightSlice) -> tuple[Tensor, Tensor]:
     """The entries that earlier iterations have chosen, and how far these were from the base at the start."""
     held = place.tensors
     if f"{region.part}_indices" not in held:
@@ -127,7 +129,7 @@ def _before(place: Place[LTSFT], region: WeightSlice) -> tuple[Tensor, Tensor]:
     return region.numbers(indices), start
 
 
-def _changes(place: Place[LTSFT], region: WeightSlice) -> Tensor:
+def _changes(place: AdaptedSite[LTSFT], region: WeightSlice) -> Tensor:
     """How far every entry has moved in a dense training; those that are chosen already are out of it."""
     base = place.base[region.tensor].detach()
     before, start = _before(place, region)
@@ -137,7 +139,7 @@ def _changes(place: Place[LTSFT], region: WeightSlice) -> Tensor:
     return moved.index_fill(0, before, -1.0)
 
 
-def _dense_values(spec: LTSFT, place: Place[LTSFT], region: WeightSlice) -> dict[str, Tensor]:
+def _dense_values(spec: LTSFT, place: AdaptedSite[LTSFT], region: WeightSlice) -> dict[str, Tensor]:
     """What a dense training after a sparse one starts from at one tensor."""
     base, held, name = place.base[region.tensor].detach(), place.tensors, str(spec.name)
     if f"{region.part}_delta" not in held:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.scoring import Fisher, Movement, Scoring
 from graftc.passes.core.weights.weight_slice import WeightSlice
-from graftc.passes.methods.selection import Chosen, Key, ScoredTensors, largest_entries
+from graftc.passes.methods.selection import ChosenEntries, Key, ScoredTensors, largest_entries
 from graftc.specs.methods.mask import Mask
 
 
@@ -22,7 +22,7 @@ class MaskMethod(ScoredTensors[Mask]):
         """See `ScoredTensors.each`."""
         return spec.allocation == "per_tensor"
 
-    def choose(self, spec: Mask, regions: Mapping[Key, WeightSlice], build: Builder) -> Chosen:
+    def choose(self, spec: Mask, regions: Mapping[Key, WeightSlice], build: Builder) -> ChosenEntries:
         """The largest entries by magnitude; random ones for every other selection, until examples are looked at."""
         if spec.selection != "magnitude" or build.without_values:
             return super().choose(spec, regions, build)

@@ -15,8 +15,7 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.tensors import tensor_name
 from graftc.passes.core.method.capabilities import Resized, Staged, Transition
 from graftc.passes.core.method.lowrank import zeros
-from graftc.passes.core.method.steering import Place as Adapted
-from graftc.passes.core.method.steering import check_phases
+from graftc.passes.core.method.steering import AdaptedSite, check_phases
 from graftc.passes.core.ops.pruned import Edge, dropped, edge_of
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.folds import Fold, StandIn, TensorFold
@@ -24,8 +23,8 @@ from graftc.passes.core.weights.weight_slice import SMALL, WeightSlice
 from graftc.passes.methods.full import TrainedTensors
 from graftc.passes.methods.pruning_steps import (
     PENALTY,
-    Masks,
     Penalty,
+    PruningMasks,
     deployed_of,
     left_of,
     logit,
@@ -65,7 +64,7 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
     """
 
     site_classes = (LinearSite,)
-    controller = Masks
+    controller = PruningMasks
     objective = Penalty
 
     def applies(self, spec: Pruning, site: Site) -> bool:
@@ -168,7 +167,7 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
         return spec.rounds + 1 if spec.variant == "iterative" else 1
 
     def advance(
-        self, spec: Pruning, places: Sequence[Adapted[Pruning]], shared: Mapping[str, Tensor]
+        self, spec: Pruning, places: Sequence[AdaptedSite[Pruning]], shared: Mapping[str, Tensor]
     ) -> Transition[Pruning]:
         """Prune a round: the entries of the next stage are the largest of what is left, and so are their values."""
         assert spec.name is not None and spec.stage < self.stages(spec)
@@ -182,7 +181,7 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
             values[name(f"{part_name(site)}_values")] = source.reshape(-1)[kept]
         return Transition(spec.model_copy(update={"stage": spec.stage + 1}), values, spec.rewind)
 
-    def deployed(self, spec: Pruning, places: Sequence[Adapted[Pruning]]) -> int:
+    def deployed(self, spec: Pruning, places: Sequence[AdaptedSite[Pruning]]) -> int:
         """The entries that are kept at the end of the training; with `soft_movement`, those that are kept now."""
         sizes = [size_of(place) for place in places]
         if spec.stage > 1:
@@ -192,7 +191,9 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
         return sum(deployed_of(place, size) for place, size in zip(places, sizes, strict=True))
 
 
-def _next(spec: Pruning, places: Sequence[Adapted[Pruning]]) -> Iterator[tuple[Adapted[Pruning], Tensor, Tensor]]:
+def _next(
+    spec: Pruning, places: Sequence[AdaptedSite[Pruning]]
+) -> Iterator[tuple[AdaptedSite[Pruning], Tensor, Tensor]]:
     """Each place with its weight and the numbers of the entries that a round leaves of it."""
     found = [left_of(place) for place in places]
     scores = [torch.where(left, _magnitudes(own), -1) for own, left in found]

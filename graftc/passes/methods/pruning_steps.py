@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.passes.core.method.steering import Controller, TensorObjective, check_phases, unknown_length
-from graftc.passes.core.method.steering import Place as Adapted
+from graftc.passes.core.method.steering import AdaptedSite, Controller, TensorObjective, check_phases, unknown_length
 from graftc.passes.core.ops.pruned import Edge, dropped, edge_of
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.specs.methods.pruning import Pruning, kept_of
@@ -20,7 +19,7 @@ PENALTY = "penalty"
 """Part name of the weight of the penalty as it is now."""
 
 
-class Masks(Controller[Pruning]):
+class PruningMasks(Controller[Pruning]):
     """Says after each step which entries are kept, as their scores are then."""
 
     def __init__(self, *args: Any) -> None:
@@ -122,14 +121,14 @@ class Penalty(TensorObjective[Pruning]):
         return (self.shared[PENALTY] * torch.stack(means).mean()).squeeze()
 
 
-def part_of(place: Adapted[Pruning]) -> str | None:
+def part_of(place: AdaptedSite[Pruning]) -> str | None:
     """What the tensor of a place is called within its module; None where nothing of it is pruned between steps."""
     assert isinstance(place.site, LinearSite)
     part = part_name(place.site)
     return part if f"{part}_threshold" in place.tensors else None
 
 
-def kept_entries(place: Adapted[Pruning]) -> Tensor:
+def kept_entries(place: AdaptedSite[Pruning]) -> Tensor:
     """Which entries of a place are kept now, ``bool`` of the shape of its weight as it is stored."""
     part = part_of(place)
     if part is None:
@@ -138,7 +137,7 @@ def kept_entries(place: Adapted[Pruning]) -> Tensor:
     return ~dropped(scores, place.tensors[f"{part}_threshold"], place.tensors[f"{part}_last"])
 
 
-def deployed_of(place: Adapted[Pruning], size: int) -> int:
+def deployed_of(place: AdaptedSite[Pruning], size: int) -> int:
     """How many of as many entries a place is deployed with."""
     if part_of(place) is None:
         return size
@@ -149,7 +148,7 @@ def deployed_of(place: Adapted[Pruning], size: int) -> int:
     return size if kept.is_meta else int(kept.sum())
 
 
-def left_of(place: Adapted[Pruning]) -> tuple[Tensor, Tensor]:
+def left_of(place: AdaptedSite[Pruning]) -> tuple[Tensor, Tensor]:
     """The weight of a place and which of its entries are left, in its shape as it is stored."""
     site = place.site
     assert isinstance(site, LinearSite)
@@ -164,14 +163,14 @@ def left_of(place: Adapted[Pruning]) -> tuple[Tensor, Tensor]:
     return own, left
 
 
-def size_of(place: Adapted[Pruning]) -> int:
+def size_of(place: AdaptedSite[Pruning]) -> int:
     """How many entries of a place train."""
     assert isinstance(place.site, LinearSite)
     part = part_name(place.site)
     return place.tensors[part if part in place.tensors else f"{part}_values"].numel()
 
 
-def _groups(place: Adapted[Pruning]) -> list[Tensor]:
+def _groups(place: AdaptedSite[Pruning]) -> list[Tensor]:
     """The scores of each matrix of a place that has a threshold of its own."""
     part = part_of(place)
     held = place.tensors.get(f"{part}_scores")
@@ -180,7 +179,7 @@ def _groups(place: Adapted[Pruning]) -> list[Tensor]:
     return list(scores.detach().reshape(edge.numel(), -1))
 
 
-def _set(place: Adapted[Pruning], edges: Sequence[Edge]) -> None:
+def _set(place: AdaptedSite[Pruning], edges: Sequence[Edge]) -> None:
     part = part_of(place)
     for index, name in enumerate(("threshold", "last")):
         place.tensors[f"{part}_{name}"].copy_(torch.stack([edge[index] for edge in edges]))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graftc.passes.core.method.base_gradients import BaseGradients
 from graftc.passes.core.method.sparse_optimiser import Seen, SparseOptimiser
-from graftc.passes.core.method.steering import Controller, Place, unknown_length
+from graftc.passes.core.method.steering import AdaptedSite, Controller, unknown_length
 from graftc.passes.core.sites.entries import largest
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.methods.selection import regions_at
@@ -35,7 +35,7 @@ class Entries:
         number: counts the weights of the adaptation.
     """
 
-    place: Place[SpIEL]
+    place: AdaptedSite[SpIEL]
     region: WeightSlice
     number: int
 

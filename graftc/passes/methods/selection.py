@@ -15,7 +15,7 @@ from graftc.passes.core.build.tensors import tensor_name
 from graftc.passes.core.method.capabilities import Reselecting, Scored, Transition
 from graftc.passes.core.method.lowrank import zeros
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.method.steering import Place as Adapted
+from graftc.passes.core.method.steering import AdaptedSite
 from graftc.passes.core.sites.entries import drawn, largest, shares, slices_of
 from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.weights.folds import Fold, TensorFold
@@ -35,7 +35,7 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenEntries:
     """What an adaptation selects.
 
     Attributes:
@@ -66,7 +66,7 @@ class SparseTensors(Method[S, Stored]):
         head = any(parse_role(role).name == "head" for role in site.roles)
         return isinstance(site, LinearSite | NormSite | ParameterSite) and not head
 
-    def prepare(self, spec: S, sites: Sequence[Stored], build: Builder) -> Chosen:
+    def prepare(self, spec: S, sites: Sequence[Stored], build: Builder) -> ChosenEntries:
         """Select the entries, or find out which are.
 
         Raises:
@@ -84,7 +84,7 @@ class SparseTensors(Method[S, Stored]):
         for key, held in known.items():
             if held is not None and names[key] in build.values:
                 self._check(names[key], regions[key], held)
-        return Chosen({key: 0 if held is None else held.numel() for key, held in known.items()}, {})
+        return ChosenEntries({key: 0 if held is None else held.numel() for key, held in known.items()}, {})
 
     def tensors_of(
         self, sites: Sequence[Stored], store: Store | Mapping[str, Tensor]
@@ -106,13 +106,13 @@ class SparseTensors(Method[S, Stored]):
             order = "different" if isinstance(self, Reselecting) else "ascending"
             raise GraftError("GC053", f"{name} are no {order} numbers below {region.numel}")
 
-    def choose(self, spec: S, regions: Mapping[Key, WeightSlice], build: Builder) -> Chosen:
+    def choose(self, spec: S, regions: Mapping[Key, WeightSlice], build: Builder) -> ChosenEntries:
         """The entries that are selected at first: as many of each tensor as its size says, at random."""
         sizes = [region.size for region in regions.values()]
         counts = dict(zip(regions, shares(budget_of(spec, sum(sizes)), sizes), strict=True))
-        return Chosen(counts, {} if build.without_values else random_entries(counts, regions, build))
+        return ChosenEntries(counts, {} if build.without_values else random_entries(counts, regions, build))
 
-    def insert(self, spec: S, site: Stored, shared: Chosen, build: Builder) -> None:
+    def insert(self, spec: S, site: Stored, shared: ChosenEntries, build: Builder) -> None:
         """Put the changed tensors of the site in place of the base's.
 
         Raises:
@@ -125,7 +125,7 @@ class SparseTensors(Method[S, Stored]):
             shared.placed.add(key)
             build.stand_in(region, partial(self._changed, build, region, shared))
 
-    def _changed(self, build: Builder, region: WeightSlice, shared: Chosen, tensor: fx.Node) -> fx.Node:
+    def _changed(self, build: Builder, region: WeightSlice, shared: ChosenEntries, tensor: fx.Node) -> fx.Node:
         key = key_of(region)
         count = shared.counts[key]
         make = _placed(region, shared.indices.get(key), count)
@@ -143,11 +143,11 @@ class SparseTensors(Method[S, Stored]):
 class ScoredTensors(SparseTensors[S], Scored[S]):
     """`SparseTensors` whose entries examples may choose: those with the greatest scores."""
 
-    def scored(self, places: Sequence[Adapted[S]]) -> Sequence[str]:
+    def scored(self, places: Sequence[AdaptedSite[S]]) -> Sequence[str]:
         """See `Scored.scored`."""
         return list(dict.fromkeys(region.tensor for _, region in regions_at(places, biases=self.biases)))
 
-    def selected(self, spec: S, places: Sequence[Adapted[S]], scores: Mapping[str, Tensor]) -> Transition[S]:
+    def selected(self, spec: S, places: Sequence[AdaptedSite[S]], scores: Mapping[str, Tensor]) -> Transition[S]:
         """See `Scored.selected`."""
         found = {key_of(region): (place, region) for place, region in regions_at(places, biases=self.biases)}
         regions = {key: region for key, (_, region) in found.items()}
@@ -176,7 +176,9 @@ def budget_of(spec: BudgetSpec, total: int) -> int:
     raise GraftError("GC020", message, place=Place(path=field), hint=f"{'raise' if not count else 'lower'} {field}")
 
 
-def regions_at(places: Sequence[Adapted[S]], *, biases: bool = True) -> Iterator[tuple[Adapted[S], WeightSlice]]:
+def regions_at(
+    places: Sequence[AdaptedSite[S]], *, biases: bool = True
+) -> Iterator[tuple[AdaptedSite[S], WeightSlice]]:
     """Every tensor once, with the first place that has it."""
     seen: set[Key] = set()
     for place in places:
@@ -187,7 +189,7 @@ def regions_at(places: Sequence[Adapted[S]], *, biases: bool = True) -> Iterator
 
 
 def entry_values(
-    place: Adapted[S], region: WeightSlice, numbers: Tensor, delta: Tensor | None = None
+    place: AdaptedSite[S], region: WeightSlice, numbers: Tensor, delta: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The tensors for entries of one tensor, by their Store names; none where there are no entries.
 
@@ -222,7 +224,7 @@ def random_entries(counts: Mapping[Key, int], regions: Mapping[Key, WeightSlice]
 
 def largest_entries(
     spec: BudgetSpec, regions: Mapping[Key, WeightSlice], score: Callable[[Key], Tensor], *, each: bool = False
-) -> Chosen:
+) -> ChosenEntries:
     """The entries with the greatest scores: of all tensors together, or so many of each as its size says."""
     sizes = [region.size for region in regions.values()]
     count = budget_of(spec, sum(sizes))
@@ -231,7 +233,9 @@ def largest_entries(
         found = [largest([m], own)[0] for m, own in zip(makers, shares(count, sizes), strict=True)]
     else:
         found = largest(makers, count)
-    return Chosen({k: n.numel() for k, n in zip(regions, found, strict=True)}, dict(zip(regions, found, strict=True)))
+    return ChosenEntries(
+        {k: n.numel() for k, n in zip(regions, found, strict=True)}, dict(zip(regions, found, strict=True))
+    )
 
 
 def key_of(region: WeightSlice) -> Key:

@@ -16,7 +16,7 @@ from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.methods.full import Stored
 from graftc.passes.methods.reselection import Reselection
-from graftc.passes.methods.selection import Chosen, Key, SparseTensors, budget_of, key_of, random_entries
+from graftc.passes.methods.selection import ChosenEntries, Key, SparseTensors, budget_of, key_of, random_entries
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.spiel import PROJECTIONS, SpIEL
 from graftc.specs.roles import parse_role
@@ -48,7 +48,7 @@ class SpIELMethod(SparseTensors[SpIEL], Reselecting):
         """Other maps have to be named."""
         return "name maps in target, with role or modules" if spec.target.modules == "**" else None
 
-    def prepare(self, spec: SpIEL, sites: Sequence[Stored], build: Builder) -> Chosen:
+    def prepare(self, spec: SpIEL, sites: Sequence[Stored], build: Builder) -> ChosenEntries:
         """See `SparseTensors.prepare`."""
         chosen = super().prepare(spec, sites, build)
         if spec.variant == "AG":
@@ -56,7 +56,7 @@ class SpIELMethod(SparseTensors[SpIEL], Reselecting):
             build.keep_buffer("seen", partial(_zeros, count, torch.int64))
         return chosen
 
-    def choose(self, spec: SpIEL, regions: Mapping[Key, WeightSlice], build: Builder) -> Chosen:
+    def choose(self, spec: SpIEL, regions: Mapping[Key, WeightSlice], build: Builder) -> ChosenEntries:
         """As many entries of each tensor as its size says, rounded down, at random.
 
         Raises:
@@ -68,9 +68,9 @@ class SpIELMethod(SparseTensors[SpIEL], Reselecting):
             field = next((f for f in ("entries", "equivalent_rank") if getattr(spec, f) is not None), "density")
             message = f"{spec.method} would train no entry of any of the target's {len(sizes)} weights"
             raise GraftError("GC020", message, place=Place(path=field), hint=f"raise {field}")
-        return Chosen(counts, {} if build.without_values else random_entries(counts, regions, build))
+        return ChosenEntries(counts, {} if build.without_values else random_entries(counts, regions, build))
 
-    def insert(self, spec: SpIEL, site: Stored, shared: Chosen, build: Builder) -> None:
+    def insert(self, spec: SpIEL, site: Stored, shared: ChosenEntries, build: Builder) -> None:
         """See `SparseTensors.insert`."""
         before = set(shared.placed)
         super().insert(spec, site, shared, build)

@@ -30,8 +30,8 @@ def demo(
 
         result = run_demo(out, quick=quick, console=to)
     if json:
-        from graftc.runtime.cli.results import DemoResult
+        from graftc.runtime.cli.results import DemoData
 
-        print_json(DemoResult.model_validate({**result.to_json(), "out": str(out), "warnings": warnings}))
+        print_json(DemoData.model_validate({**result.to_json(), "out": str(out), "warnings": warnings}))
     if not result.passed:
         raise typer.Exit(1)

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from graftc.passes.core.method.scoring import Scoring
-from graftc.passes.core.method.steering import Place
+from graftc.passes.core.method.steering import AdaptedSite
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -43,11 +43,11 @@ class Scored(ABC, Generic[S]):
         """How examples score entries; None where the spec lets them have no say."""
 
     @abstractmethod
-    def scored(self, places: Sequence[Place[S]]) -> Sequence[str]:
+    def scored(self, places: Sequence[AdaptedSite[S]]) -> Sequence[str]:
         """Store names of the base's tensors that `selected` wants the scores of."""
 
     @abstractmethod
-    def selected(self, spec: S, places: Sequence[Place[S]], scores: Mapping[str, Tensor]) -> Transition[S]:
+    def selected(self, spec: S, places: Sequence[AdaptedSite[S]], scores: Mapping[str, Tensor]) -> Transition[S]:
         """The adaptation with what scores choose.
 
         Args:
@@ -65,7 +65,7 @@ class Staged(ABC, Generic[S]):
         """How many trainings it takes."""
 
     @abstractmethod
-    def advance(self, spec: S, places: Sequence[Place[S]], shared: Mapping[str, Tensor]) -> Transition[S]:
+    def advance(self, spec: S, places: Sequence[AdaptedSite[S]], shared: Mapping[str, Tensor]) -> Transition[S]:
         """What the next training starts from, after the one that ``spec`` is for; its spec says that it is the next.
 
         Args:
@@ -127,7 +127,7 @@ class Resized(ABC, Generic[S]):
     """Ships another number of elements after all of its trainings than its parameters have now."""
 
     @abstractmethod
-    def deployed(self, spec: S, places: Sequence[Place[S]]) -> int | None:
+    def deployed(self, spec: S, places: Sequence[AdaptedSite[S]]) -> int | None:
         """How many elements have to ship beside the base; None where these are those of its parameters.
 
         Args:

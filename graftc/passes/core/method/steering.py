@@ -17,8 +17,7 @@ from torch import Tensor
 
 from graftc.passes.core.sites.sites import Site
 from graftc.specs.base import MethodSpec
-from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.errors.diagnostics import Place as SpecPlace
+from graftc.specs.errors.diagnostics import GraftError, Place
 
 S = TypeVar("S", bound=MethodSpec)
 STEP = "step"
@@ -52,7 +51,7 @@ def check_phases(spec: Phased, total: int) -> None:
             "GC026",
             f"{spec.name!r} has {spec.warmup_steps} steps of warm-up and {spec.final_steps} final ones, which leaves "
             f"none of {total} to prune in",
-            place=SpecPlace(path="warmup_steps" if spec.warmup_steps else "final_steps"),
+            place=Place(path="warmup_steps" if spec.warmup_steps else "final_steps"),
             hint="lower warmup_steps or final_steps, or train longer",
         )
 
@@ -69,7 +68,7 @@ def no_steps(device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Place(Generic[S]):
+class AdaptedSite(Generic[S]):
     """One adapted place with its live tensors.
 
     Attributes:
@@ -97,7 +96,7 @@ class Steering(ABC, Generic[S]):
     optimiser: torch.optim.Optimizer | None = None
     """The optimiser, where it is one of `graftc.optim`, which say so when they are made."""
 
-    def __init__(self, spec: S, places: Sequence[Place[S]], shared: Mapping[str, Tensor]) -> None:
+    def __init__(self, spec: S, places: Sequence[AdaptedSite[S]], shared: Mapping[str, Tensor]) -> None:
         self.spec, self.places, self.shared = spec, places, shared
 
     @classmethod

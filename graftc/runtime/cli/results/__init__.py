@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from graftc.runtime.cli.results.base import ErrorResult as ErrorResult
     from graftc.runtime.cli.results.base import FileData as FileData
     from graftc.runtime.cli.results.base import Result as Result
-    from graftc.runtime.cli.results.demo import DemoResult as DemoResult
+    from graftc.runtime.cli.results.demo import DemoData as DemoData
     from graftc.runtime.cli.results.listing import MethodPage as MethodPage
     from graftc.runtime.cli.results.listing import MethodsResult as MethodsResult
     from graftc.runtime.cli.results.listing import RolesResult as RolesResult
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "base": ("DiagnosticData", "ErrorResult", "FileData", "Result"),
-    "demo": ("DemoResult",),
+    "demo": ("DemoData",),
     "listing": ("MethodPage", "MethodsResult", "RolesResult"),
     "publish": ("DIALECT", "SCHEMA_NAMES", "published_schema", "published_schemas"),
     "views": ("InspectResult",),

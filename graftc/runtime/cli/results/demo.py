@@ -9,7 +9,7 @@ from pydantic import Field
 from graftc.runtime.cli.results.base import CertificateData, DiagnosticData, ReportData, Result
 from graftc.specs.base_model import Items
 
-__all__ = ["AgreementData", "DemoResult", "ExamplesData", "ScoreData", "ScoresData"]
+__all__ = ["AgreementData", "DemoData", "ExamplesData", "ScoreData", "ScoresData"]
 
 
 class ExamplesData(Result):
@@ -61,7 +61,7 @@ class AgreementData(Result):
     """What that may be."""
 
 
-class DemoResult(Result):
+class DemoData(Result):
     """`graftc demo --json`. The exit status is 1 where it did not pass."""
 
     passed: bool

@@ -60,9 +60,9 @@ def _inspect() -> dict[str, Any]:
 
 
 def _demo() -> dict[str, Any]:
-    from graftc.runtime.cli.results.demo import DemoResult
+    from graftc.runtime.cli.results.demo import DemoData
 
-    return _model(DemoResult)
+    return _model(DemoData)
 
 
 def _error() -> dict[str, Any]:
