@@ -181,7 +181,8 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
 
     @contextmanager
     def disabled(self, *names: Any) -> Iterator[None]:
-        """Inside, the model computes what its base computes.
+        """Inside, the model computes what its base computes. With ``parallel`` it does so once for each adaptation, as
+        many rows as a call gives outside.
 
         Raises:
             GraftError: GC073 where names of adaptations are given: all are left out.

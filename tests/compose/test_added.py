@@ -341,6 +341,36 @@ class TestGatedPrefix:
         assert largest_difference(outputs_of(deployed, inputs), outputs_of(compiled, inputs)) <= 2e-6
 
 
+@pytest.mark.parametrize(
+    "compose", [{"gate": ["a", "b"]}, {"average": ["a", "b"], "of": "outputs"}], ids=["gate", "average"]
+)
+def test_what_happens_between_steps_happens_in_a_composition(compose: dict[str, Any]) -> None:
+    """Each member counts its steps, and AdaLoRA takes ranks away."""
+    entry = {"method": "adalora", "rank": 3, "target_rank": 1, "target": {"role": "attn.{q,v}"}}
+    entry |= {"warmup_steps": 1, "final_steps": 1, "interval": 1}
+    spec = {"adapt": [{**entry, "name": name} for name in ("a", "b")], "compose": {**compose, "name": "both"}}
+    compiled = graftc.compile(spec, tiny("bert")).train()
+    compiled.begin(total_steps=4)
+    optimiser = torch.optim.Adam([p for p in compiled.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(4):
+        compiled.zero_grad()
+        loss = compiled(**inputs_for(compiled, (4, 6))).logits.square().mean()
+        (loss + compiled.extra_loss()).backward()
+        optimiser.step()
+        compiled.after_step()
+    state = compiled.adapter_state_dict()
+    for name in ("a", "b"):
+        assert int(state[f"graftc.{name}.step"]) == 4
+        assert sum(int(live.sum()) for live in compiled.rank_pattern(name).values()) == 4 * 1
+
+
+def test_a_gate_has_no_name_of_the_members_own() -> None:
+    entries = [{"method": "sora", "rank": 3, "name": name, "target": {"role": "attn.q"}} for name in ("a", "b")]
+    with pytest.raises(GraftError, match=r"'a' .sora. has a tensor called 'gate' of its own") as caught:
+        graftc.compile({"adapt": entries, "compose": {"gate": ["a", "b"]}}, tiny("bert"))
+    assert caught.value.code == "GC036"
+
+
 def test_order_of_a_stack() -> None:
     """A stack says who comes first, whatever the order of the document."""
     entries = {n: {**HOULSBY, "name": n} for n in "ab"}

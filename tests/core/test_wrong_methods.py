@@ -14,6 +14,7 @@ from graftc.passes.core.method.registry import _checked, method_for
 from graftc.passes.core.sites.sites import LinearSite, NormSite, Site
 from graftc.passes.core.weights.folds import Keep, TensorFold, WeightFold, weight_fold
 from graftc.passes.methods.ia3 import IA3Method
+from graftc.passes.methods.lora import LoRAMethod
 from graftc.passes.methods.norms import NormsMethod
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.registry import method_specs
@@ -27,6 +28,8 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "shape": (lambda t: weight_fold(lambda w: w[:1]), r"gives a weight of \[1, \d+\], it must be \[\d+, \d+\]"),
     "bias": (lambda t: WeightFold(lambda w, b: (w, torch.zeros(1))), r"gives a bias of \[1\], it must be"),
     "product": (lambda t: weight_fold(lambda w: w @ w @ t["l"][:3, None]), "fails: RuntimeError"),
+    "arithmetic": (lambda t: weight_fold(lambda w: w * (1 // 0)), "fails: ZeroDivisionError"),
+    "whole numbers": (lambda t: weight_fold(lambda w: w.long()), "gives a weight of torch.int64"),
     "no pair": (lambda t: WeightFold(lambda w, b: w), "gives no pair of a weight and a bias"),
     "no tensor": (lambda t: weight_fold(lambda w: None), "gives NoneType for a weight"),
     "no fold": (lambda t: t["l"], "gives Tensor, which is no fold"),
@@ -71,6 +74,27 @@ def test_running_out_of_memory_is_no_mistake(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(IA3Method, "fold", fold)
     with pytest.raises(torch.OutOfMemoryError):
         fold_at(IA3Method(), graftc.load_spec({"adapt": [SCALE]}).adapt[0], Site(None), {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "wrong", [IndexError("no such row"), ZeroDivisionError("division by zero")], ids=["index", "zero"]
+)
+@pytest.mark.parametrize("composed", [False, True], ids=["alone", "composed"])
+@pytest.mark.parametrize("function", ["prepare", "insert"])
+def test_what_cannot_be_inserted_names_its_method(
+    function: str, composed: bool, wrong: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> None:
+        raise wrong
+
+    monkeypatch.setattr(LoRAMethod, function, fails)
+    entries = [{"method": "lora", "rank": 2, "name": name, "target": {"role": "attn.q"}} for name in ("a", "b")]
+    spec = (
+        {"adapt": entries, "compose": {"average": ["a", "b"], "of": "outputs"}} if composed else {"adapt": entries[:1]}
+    )
+    with pytest.raises(GraftError, match=f"'lora' cannot be inserted.*: {type(wrong).__name__}: ") as caught:
+        graftc.compile(spec, tiny("bert"))
+    assert caught.value.code == "GC071" and ("attention.self.query" in caught.value.message) == (function == "insert")
 
 
 def test_sites_are_those_of_the_base_class() -> None:

@@ -244,6 +244,10 @@ def gate_attention(spec: Gate, own: Builder, build: Builder, site: AttentionSite
 def mean_gate(spec: Gate, build: Builder, x: fx.Node) -> fx.Node:
     """``mean sigmoid(w x + b)`` over the tokens of ``x: [rows, ..., width]``, as ``[rows, 1]``."""
     value = x.meta["val"]
+    held = build.parts.get(build.site.key, {}).get(GATE[0])
+    if held is not None and tuple(build.store.get(held).shape) != (1, int(value.shape[-1])):
+        message = f"{build.adaptation!r} ({build.method}) has a tensor called {GATE[0]!r} of its own, and so has a gate"
+        raise GraftError("GC036", message, hint="average its outputs, or compose another method with a gate")
     weight = build.parameter(GATE[0], (1, int(value.shape[-1])), normal(0.02), dtype=value.dtype)
     bias = build.parameter(GATE[1], (1,), zeros, dtype=value.dtype)
     scores = build.call(aten.sigmoid.default, build.linear(x, weight, bias, "gate"), part="gate")

@@ -185,7 +185,9 @@ class LinearMaps(Part):
         trailing = (x.meta["val"].dim() - axis if axis >= 0 else -axis) - 1
         if trailing:
             scale = self.call(aten.view.default, scale, [site.in_features, *[1] * trailing], part="scale")
-        self.set_input(site, self.call(aten.mul.Tensor, x, self._along(scale, x), part="scale"))
+        else:
+            scale = self._along(scale, x)
+        self.set_input(site, self.call(aten.mul.Tensor, x, scale, part="scale"))
 
     def weight(self, site: LinearSite) -> fx.Node:
         """The site's own rows of the weight, ``[..., rows, in]``."""

@@ -67,7 +67,15 @@ class _Check:
             missing = error.args[0] if error.args else ""
             has = f"it has: {', '.join(self._tensors)}" if self._tensors else "it has none"
             raise self.wrong(f"asks for a tensor {missing!r}; {has}") from error
-        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+        except (
+            ArithmeticError,
+            AssertionError,
+            AttributeError,
+            IndexError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             if isinstance(error, torch.OutOfMemoryError) or detect_fake_mode() is not None:
                 raise
             raise self.wrong(f"fails: {first_line(error)}") from error
@@ -103,5 +111,7 @@ class _Check:
     def _same(self, found: Any, shape: Any, what: str) -> None:
         if not isinstance(found, Tensor):
             raise self.wrong(f"gives {type(found).__name__} for {what}")
+        if not found.is_floating_point():
+            raise self.wrong(f"gives {what} of {found.dtype}")
         if found.shape != shape:
             raise self.wrong(f"gives {what} of {list(found.shape)}, it must be {list(shape)}")
