@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.build.position_ids import counted_inputs, recounted, tokens_in_front
-from graftc.passes.core.ir.program import limited, map_nodes, nodes_in, provenance
 from graftc.passes.core.build.base_activations import read_tokens
 from graftc.passes.core.build.masks import Masks, same_size, surplus
 from graftc.passes.core.build.nodes import Nodes, Part
+from graftc.passes.core.build.position_ids import counted_inputs, recounted, tokens_in_front
 from graftc.passes.core.build.seams import Change, Window
+from graftc.passes.core.ir.program import limited, map_nodes, nodes_in, provenance
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import AttentionSite, Positions
 from graftc.specs.errors.diagnostics import GraftError, Place

@@ -25,7 +25,6 @@ from graftc.passes.core.build.virtual_tokens import Virtual
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.sites import Site, SiteKey
 from graftc.passes.core.weights.store import Store
-from graftc.passes.core.weights.weight_slice import WeightSlice
 
 __all__ = ["Builder", "DropoutScope", "Initialiser"]
 
@@ -106,9 +105,7 @@ class Builder:
 
     def within(self, seams: Seams, adaptation: str, method: str) -> Builder:
         """A builder of an adaptation that this one composes. One of its own name has its tensors among this one's."""
-        made = Builder(
-            self.program, self.store, adaptation, method, self.seed, self.values, seams=seams, within=self
-        )
+        made = Builder(self.program, self.store, adaptation, method, self.seed, self.values, seams=seams, within=self)
         if adaptation == self.adaptation:
             made.nodes.parts = self.parts
         return made

@@ -17,9 +17,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.ir.cleaning import takes_device
-from graftc.passes.core.weights.folds import Keep, WeightFold
 from graftc.passes.core.ir.program import map_nodes
 from graftc.passes.core.sites.sites import Applied, LinearSite
+from graftc.passes.core.weights.folds import Keep, WeightFold
 from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten

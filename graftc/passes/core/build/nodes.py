@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,13 +12,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graftc.passes.core.build.seams import Change, Reading, Seams
-from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.edits import Edit
+from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.program import Program, nodes_in
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.weights.store import Store
-from graftc.passes.core.weights.weight_slice import WeightSlice
 
 aten = torch.ops.aten
 

@@ -81,8 +81,8 @@ class Operations(Part):
         Args:
             node: what to drop from.
             p: probability of dropping an element; 0 inserts nothing. Indices of a table have nothing to drop.
-            recompute: keep a seed instead of the mask for the backward pass (`graftc.passes.core.ops.decompositions`); a mask rounds
-                ``p`` to a multiple of ``1 / 65536`` (`graftc.passes.core.ops.dropout`).
+            recompute: keep a seed instead of the mask for the backward pass (`graftc.passes.core.ops.decompositions`);
+                a mask rounds ``p`` to a multiple of ``1 / 65536`` (`graftc.passes.core.ops.dropout`).
             scope: ``"input"``: sites of the adaptation that read the same input share one mask; ``"target"``: each
                 site has its own.
         """

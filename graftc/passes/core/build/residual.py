@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from graftc.passes.core.build.nodes import Part
 from graftc.passes.core.build.seams import Change
 from graftc.passes.core.ir.edits import Edit, Edits
 from graftc.passes.core.ir.program import is_random, map_nodes, provenance
-from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import SublayerSite, ValueSite
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -116,7 +114,6 @@ class Branches(Part):
             return self.call(aten.view.default, delta, [-1, int(have.shape[-1])], part="rows")
         sizes: list[Any] = [self._size(value, axis) for axis in range(want.dim())]
         return self.call(aten.view.default, delta, sizes, part="rows")
-
 
 
 def _between(start: fx.Node, end: fx.Node, edits: Edits) -> list[fx.Node]:

@@ -2,7 +2,8 @@
 
 Experts are one tensor with a leading axis. A route is a number that is drawn in the graph, so that every forward pass,
 compiled or not, has its own, and a layer that is computed again in the backward pass has the same one. What is picked
-by it is the only reader: deriving the eval graph makes each pick a mean (`graftc.passes.core.ir.eval_mode`, which knows them by `graftc.passes.core.ir.routes`).
+by it is the only reader: deriving the eval graph makes each pick a mean (`graftc.passes.core.ir.eval_mode`, which knows
+them by `graftc.passes.core.ir.routes`).
 """
 
 from __future__ import annotations

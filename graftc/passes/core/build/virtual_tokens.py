@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.build.nodes import Nodes, Part
 from graftc.passes.core.build.residual import Branches
 from graftc.passes.core.build.seams import Change
 from graftc.passes.core.build.tensors import Tensors
-from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.ir.program import VirtualTokens, above
-from graftc.passes.core.build.base_activations import computed
+from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import ValueSite
 from graftc.specs.errors.diagnostics import GraftError
 
