@@ -18,7 +18,7 @@ from graftc.compiler.capture.interface import Flags, dtype_of
 from graftc.compiler.capture.signature import Axis, inputs_of_program
 from graftc.compiler.capture.untraced import unkept
 from graftc.compiler.compilation import Compilation, Resolution
-from graftc.compiler.resolve.compose import Unit, add_controls, check_units, insert_unit, placed, prepared, units
+from graftc.compiler.resolve.compose import Unit, add_controls, check_units, insert_unit, placed, units
 from graftc.compiler.resolve.embeds import Plan, lengthened, planned, require_token_embeddings
 from graftc.compiler.resolve.resolver import Resolved, Resolver
 from graftc.compiler.resolve.sitetable import SiteTable
@@ -33,8 +33,8 @@ from graftc.passes.core.ir.eval_mode import moded, to_eval
 from graftc.passes.core.ir.program import HistoryEntry, Program, from_two
 from graftc.passes.core.ir.program_key import Entry, Mode, Signature, Stage
 from graftc.passes.core.ir.verify import record_baseline, verify
-from graftc.passes.core.method.faults import inserting
 from graftc.passes.core.method.folding import fold_at
+from graftc.passes.core.method.insertion import insert_at, prepare
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import Applied, AttentionSite, LinearSite, ParameterSite
 from graftc.passes.graph.added_tokens import insert_tokens
@@ -383,10 +383,9 @@ def _insert_unit(compilation: Compilation, program: Program, unit: Unit) -> None
 
 def _adapt(build: Builder, item: Resolved) -> None:
     method = method_for(item.spec.method)
-    shared = prepared(item, build)
+    shared = prepare(item.spec, [site for site, _ in item.sites], build)
     for site, spec in item.sites:
-        with build.on(site), inserting(spec.method, site):
-            method.insert(spec, site, shared, build)
+        insert_at(spec, site, shared, build)
         if isinstance(site, LinearSite):
             parts = {**build.parts.get(None, {}), **build.parts.get(site.key, {})}
             site.applied.append(Applied(item.name, partial(fold_at, method, spec, site), parts))

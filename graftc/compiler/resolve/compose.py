@@ -16,9 +16,7 @@ from graftc.passes.core.build.batch import BATCH, batch_input
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.ir.program import InputSpec, Program
 from graftc.passes.core.ir.shapes import fake_mode_of
-from graftc.passes.core.method.faults import inserting
-from graftc.passes.core.method.registry import method_for
-from graftc.passes.core.method.steering import STEP, no_steps
+from graftc.passes.core.method.insertion import insert_at, prepare
 from graftc.passes.core.sites.sites import Applied, LinearSite, Site, SiteKey
 from graftc.passes.core.weights.folds import Fold, Keep
 from graftc.passes.graph.compose import Member, composed, insert_composed
@@ -261,16 +259,6 @@ def _first_slot(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.int64, device=device)
 
 
-def prepared(item: Resolved, build: Builder) -> Any:
-    """Make what an adaptation has once for all of its sites: the count of optimiser steps, where something happens
-    between them, and what its method prepares, which is given back."""
-    method = method_for(item.spec.method)
-    if method.controller is not None and method.controller.wanted(item.spec):
-        build.keep_buffer(STEP, no_steps)
-    with inserting(item.spec.method):
-        return method.prepare(item.spec, [site for site, _ in item.sites], build)
-
-
 def _insert_added(unit: Unit, new: Callable[..., Builder]) -> dict[str, Parts]:
     composition = unit.composition
     assert composition is not None
@@ -282,14 +270,13 @@ def _insert_added(unit: Unit, new: Callable[..., Builder]) -> dict[str, Parts]:
     for item in unit.members:
         gates, method = isinstance(composition, Gate), item.spec.method
         found[item.name] = composed(build, item.name, method, trains=trains, attends=gates)
-        shared[item.name] = prepared(item, found[item.name].build)
+        shared[item.name] = prepare(item.spec, [site for site, _ in item.sites], found[item.name].build)
         for site, own in item.sites:
             sites.setdefault(site.key, (site, []))[1].append((item.name, own))
     for site, members in sites.values():
         with build.on(site):
             for name, own in members:
-                with found[name].build.on(site), inserting(own.method, site):
-                    method_for(own.method).insert(own, site, shared[name], found[name].build)
+                insert_at(own, site, shared[name], found[name].build)
             with ExitStack() as stack:  # a composition may make tensors that are its members'
                 here = [found[name] for name, _ in members]
                 for each in here:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.build.nodes import Nodes, Part
+from graftc.passes.core.build.nodes import Part
 from graftc.passes.core.build.seams import Change, NewTensor
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.names import adapter_name
@@ -30,9 +30,6 @@ def tensor_name(site: Site | None, adaptation: str, part: str) -> str:
 
 class Tensors(Part):
     """Makes the tensors of one adaptation, each once: Programs share them."""
-
-    def __init__(self, nodes: Nodes) -> None:
-        super().__init__(nodes)
 
     def _new(self, new: NewTensor) -> fx.Node:
         """The node of a tensor, made through the seam."""
@@ -77,10 +74,7 @@ class Tensors(Part):
         def create(trains: bool) -> str:
             name = self._enter(part)
             if name not in self.store:
-                first = value().detach().clone()
-                if name in self.values:
-                    first = self._given(name, tuple(first.shape), first.dtype, first.device)
-                self.store.add_parameter(name, first, trainable=trains)
+                self.store.add_parameter(name, self._first(name, value().detach().clone()), trainable=trains)
             return name
 
         return self._new(NewTensor(part, "parameter", create))
@@ -129,10 +123,7 @@ class Tensors(Part):
         def create(trains: bool) -> str:
             name = self._enter(part)
             if name not in self.store:
-                first = value(self._device())
-                if name in self.values:
-                    first = self._given(name, tuple(first.shape), first.dtype, first.device)
-                self.store.add_buffer(name, first, persistent=True)
+                self.store.add_buffer(name, self._first(name, value(self._device())), persistent=True)
             return name
 
         (name,) = self._nodes.seams.make(self._nodes, NewTensor(part, "state", create))
@@ -152,6 +143,10 @@ class Tensors(Part):
         value = torch.empty(shape)
         init(value, self.generator(name))
         return value.to(device=device, dtype=dtype)
+
+    def _first(self, name: str, own: Tensor) -> Tensor:
+        """The value that is given for a tensor, of the type of its own first one; that one where none is given."""
+        return self._given(name, tuple(own.shape), own.dtype, own.device) if name in self.values else own
 
     def _given(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         value = self.values[name]
@@ -210,26 +205,21 @@ class Tensors(Part):
     def trained_rows(self, own: WeightSlice) -> fx.Node:
         """The node of a trained copy of rows of a base tensor, as they are stored. The caller puts it in place wherever
         they are read."""
-        new = NewTensor(own.part, "copy", lambda trains: str(self._trained_rows(own).target), base=own.tensor)
+        new = NewTensor(own.part, "copy", lambda trains: self._trained_rows(own), base=own.tensor)
         return self._new(new)
 
-    def _trained_rows(self, own: WeightSlice) -> fx.Node:
-        assert self._site is not None
+    def _trained_rows(self, own: WeightSlice) -> str:
         own, part = own.as_stored, own.part
         known = self.program.tensor_edits.copy_of(own, self.adaptation)
         if known is not None:
-            return self.attribute(known, part)
-        name = self._name(part)
+            return known
+        name = self._enter(part)
         if name not in self.store:
-            value = own.take(self.store.get(own.tensor).detach())
-            if name in self.values:
-                value = self._given(name, tuple(value.shape), value.dtype, value.device)
-            else:
-                value = value.clone()
-            self.store.add_parameter(name, value, trainable=True)
-        self.parts.setdefault(self._site.key, {})[part] = name
+            held = own.take(self.store.get(own.tensor).detach())
+            first = self._first(name, held)
+            self.store.add_parameter(name, first.clone() if first is held else first, trainable=True)
         self._edit_tensor(own, EditMode.TRAINED, name)
-        return self.attribute(name, part)
+        return name
 
     def instead(self, own: WeightSlice, make: Callable[[], fx.Node]) -> None:
         """Put something in place of rows of a base tensor, of which nothing remains.
