@@ -285,8 +285,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Rename one of the methods, or uninstall one of the packages."),
     ("GC071", _FAILED, "a plugin is not a method",
      "An entry point of `graftc.methods` cannot be imported; its modules lack a spec class, claims or a method; the "
-     "method claims sites that it does not take; or its fold asks for a tensor that it does not have, changes one that "
-     "the site does not have, or gives another shape.",
+     "method claims sites that it does not take; it fails where it is inserted; or its fold asks for a tensor that it "
+     "does not have, changes one that the site does not have, or gives another shape.",
      "Repair or uninstall the package that the message names."),
     ("GC072", _SPEC, "a compiled model does not support this",
      "Models of other libraries have such a method or option; a model of captured graphs does not.",

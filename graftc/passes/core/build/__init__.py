@@ -1,3 +1,3 @@
 """The Builder, the only thing that changes a graph, by what it works at: tensors, linear maps, attentions ...
 
-Methods call it; banks put another one in its place."""
+Methods call it; compositions replace its seams and nothing else."""
