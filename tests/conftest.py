@@ -50,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Timing(record, os.environ.get("GRAFTC_TIMES")), "graftc timing")
 
 
+ELSEWHERE = ("full", "gate", "gpu")
+"""Marks of tests that are not among those of ``make test``."""
+
 QUICK_FAMILIES = frozenset({"bert", "gpt2"})
 """What runs once for each family is quick on these, and on its first family where it has none of them."""
 
@@ -59,7 +62,7 @@ TRANSPOSED = "gpt2"
 CONTRACT_SHARE = 4
 """One in so many of a class's families runs its contract in ``make test``, two at least."""
 
-EXPORTED_SHARE = 3
+EXPORTED_SHARE = 4
 """The same for exports of the classes that say ``every_family = True``."""
 
 ONE_FAMILY = frozenset({"test_initial_values_depend_on_the_seed_only", "test_bank"})
@@ -75,6 +78,9 @@ spread, from one on that the test's name decides."""
 EVERY_CASE = frozenset({"tests/docs/test_snippets.py::test_the_page_runs"})
 """Tests of which each case is something of its own."""
 
+FILE_BUDGET = 4.0
+"""Processor seconds that the tests of one file may take there: the shortest run, one at least."""
+
 RARE = frozenset(
     {
         *(f"tests/methods/test_{name}.py" for name in ("bottleneck_stacks", "dora_stacked", "prefix_masks")),
@@ -83,10 +89,15 @@ RARE = frozenset(
         *(f"tests/benchmarks/test_{name}.py" for name in ("adapters", "inputs", "sparse", "train")),
     }
 )
-"""Files about rare combinations, and about benchmarks, which are no part of the product."""
+"""Files about rare combinations, and about benchmarks, which are no part of the product: they have a quarter of it."""
 
-RARE_SHARE = 4
-"""One in so many of their tests runs in ``make test``."""
+MAIN_JOBS = frozenset(
+    {
+        *("tests/demo/test_demo.py", "tests/test_readme.py", "tests/docs/test_snippets.py", "tests/test_plugin.py"),
+        *("tests/artifact/test_stored.py", "tests/frozen/test_frozen.py"),
+    }
+)
+"""Files that run whole: what the README and the pages of docs/ show, and what earlier versions wrote."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -104,26 +115,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if _is_contract(cases[0]):
             chosen = [item for item in cases if _in_make_test(item, item.callspec.params["family"])]
         else:
-            elsewhere = ("full", "gate", "gpu")  # by hand
-            chosen = [item for item in cases if not any(map(item.get_closest_marker, elsewhere))]
+            chosen = [item for item in cases if not any(map(item.get_closest_marker, ELSEWHERE))]  # by hand
             chosen = _of_one_family(name, chosen, durations.get(name, 0.0))
             if name in durations and name not in EVERY_CASE:
                 chosen = _within_budget(name, chosen, durations[name])
         for item in cases:
             if item not in chosen:
                 item.add_marker(pytest.mark.full)
-    for path in RARE:
-        _sample_of_file(path, [item for item in items if item.nodeid.startswith(f"{path}::")])
+    files: dict[str, dict[str, list[pytest.Item]]] = {}
+    for item in items:
+        if not any(map(item.get_closest_marker, ELSEWHERE)) and not _is_deployment(item):
+            files.setdefault(item.nodeid.partition("::")[0], {}).setdefault(name_of(item.nodeid), []).append(item)
+    for path in files.keys() - MAIN_JOBS:
+        _within_file_budget(files[path], durations, FILE_BUDGET / 4 if path in RARE else FILE_BUDGET)
     _group(items)
 
 
-def _sample_of_file(path: str, items: Sequence[pytest.Item]) -> None:
-    """Leave one in `RARE_SHARE` of the tests of a file to ``make test``, evenly spread."""
-    names = list(dict.fromkeys(name_of(i.nodeid) for i in items if i.get_closest_marker("full") is None))
-    chosen = _some(names, math.ceil(len(names) / RARE_SHARE), path)
-    for item in items:
-        if name_of(item.nodeid) not in chosen:
-            item.add_marker(pytest.mark.full)
+def _within_file_budget(tests: dict[str, list[pytest.Item]], durations: dict[str, float], budget: float) -> None:
+    """Leave the shortest tests of a file to ``make test``, as many as fit into so many seconds, one at least."""
+    took = {name: len(cases) * durations.get(name, 0.0) for name, cases in tests.items()}
+    for position, name in enumerate(sorted(tests, key=took.__getitem__)):
+        budget -= took[name]
+        if budget < 0 and position > 0:
+            for item in tests[name]:
+                item.add_marker(pytest.mark.full)
 
 
 def _family(item: pytest.Function) -> str | None:
@@ -160,6 +175,13 @@ def _within_budget(name: str, cases: list[pytest.Function], seconds: float) -> l
     """As many of the cases, each of so many seconds, as fit into `BUDGET`."""
     chosen = _some([item.nodeid for item in cases], math.ceil(BUDGET / seconds), name)
     return [item for item in cases if item.nodeid in chosen]
+
+
+def _is_deployment(item: pytest.Item) -> bool:
+    """Whether it is one of the exports of `DeploymentContract`, which `_in_make_test` chooses."""
+    from graftc.testing import DeploymentContract
+
+    return isinstance(item, pytest.Function) and item.cls is not None and issubclass(item.cls, DeploymentContract)
 
 
 def _is_contract(item: pytest.Function) -> bool:

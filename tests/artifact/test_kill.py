@@ -25,7 +25,7 @@ from graftc.runtime.loading.verify import verify
 from tests.artifact.support import adapted, saved_base, tree_bytes
 from tests.forks import Worker
 
-KILLS = int(os.environ.get("GRAFTC_KILLS", "8"))
+KILLS = int(os.environ.get("GRAFTC_KILLS", "4"))
 """Runs of each job that are killed; ``make gates`` has 50."""
 
 

@@ -25,7 +25,15 @@ from tests.compiler.structure_models import MODELS, D
 
 QUICK = ("bert", "gpt2", "llama", "vit", "neox", "phi3", "t5")
 WITHOUT_FEED_FORWARD = dict.fromkeys(("mixtral", "qwen3_moe", "gpt_oss", "segformer"), 0)
-FAMILIES = [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in MODELS]
+SLOW = (
+    *("falcon_grouped", "bloom", "codegen", "mixtral", "gpt_oss", "deepseek", "deberta_v2", "whisper"),
+    *("swinv2", "clip", "squeezebert", "xlnet", "jamba", "segformer"),
+)
+"""One of a kind each: fused and interleaved rows, experts, two stacks, windows, convolutions, other mixers. The others
+are in ``make test-full``, and in ``make coverage`` with every other class of transformers."""
+FAMILIES = [
+    pytest.param(f, marks=() if f in QUICK else pytest.mark.slow if f in SLOW else pytest.mark.full) for f in MODELS
+]
 
 
 def shown(finding: Finding) -> tuple[str | None, str]:

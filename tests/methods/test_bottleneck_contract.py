@@ -312,6 +312,5 @@ class TestEveryKnobDeployed(DeploymentContract):
     """Parallel branches."""
 
     exported = True
-    inductor = True
     adaptation: ClassVar[dict[str, Any]] = TestEveryKnob.adaptation
     families = ("gpt_neox",)

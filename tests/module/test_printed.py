@@ -69,7 +69,7 @@ BertForSequenceClassification(
   (dropout): Dropout(p=0.1, inplace=False)
   (classifier): Linear(
     in_features=48, out_features=3, bias=True
-    + trained: weight [3, 48] in place, bias [3] in place, 147 trainable
+    + trained: weight [3, 48] (trained copy), bias [3] (trained copy), 147 trainable
   )
 )
 trainable parameters: 1,947 of 68,878 (2.8267%)"""
@@ -118,7 +118,7 @@ def test_rows_of_fused_weights_and_tensors_that_sites_share() -> None:
         "+ lora: rank 2, weight [48, 144] rows 0:48, weight [48, 144] rows 96:144, 384 trainable"
     ]
     assert lines(compiled, "+ vera") == ["+ vera: rank 8, 0 trainable", "+ vera: rank 8, weight [48, 80], 88 trainable"]
-    assert lines(compiled, "+ bitfit") == ["+ bitfit: weight [80, 48], bias [48] in place, 48 trainable"]
+    assert lines(compiled, "+ bitfit") == ["+ bitfit: weight [80, 48], bias [48] (trained copy), 48 trainable"]
 
 
 def test_adaptations_that_are_alike_are_one_line() -> None:

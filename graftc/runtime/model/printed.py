@@ -75,7 +75,7 @@ def _facts(compilation: Compilation) -> dict[str, dict[str, _Fact]]:
         if (path, owner, own.tensor) not in copied:
             copied.add((path, owner, own.tensor))
             places[own.tensor] = []  # what trains in place says more than what is adapted
-        places[own.tensor].append(f"{_weight(own.tensor, own.shape, path, own.rows)} in place")
+        places[own.tensor].append(f"{_weight(own.tensor, own.shape, path, own.rows)} (trained copy)")
     return found
 
 

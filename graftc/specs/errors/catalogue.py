@@ -232,7 +232,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     # Folding and adapter tensors.
     ("GC050", _NO, "an adaptation cannot be folded",
      "No change of the base weights is equivalent to it, at least not at the site that the message names.",
-     "Leave it out and fold the rest, or export the model unfolded."),
+     "`compiled.merge_partially()` folds the rest and leaves it in the graph, `compiled.fix(name)` keeps one member of "
+     "a bank that rows choose from, and `--no-merge` exports the model unfolded."),
     ("GC051", _NO, "the certificate is over budget",
      "The folded and unfolded computations differ by more than the budget allows. Nothing was written.",
      "Look at the sites that the message names. If the base is in 16 bits, a larger `fold.budget.logits` or a base in "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from torch import Tensor, fx
 
@@ -46,14 +46,14 @@ class _Forwarded(Generic[P, R]):
         self._part, _, self._name = method.__qualname__.partition(".")
 
     @overload
-    def __get__(self, build: None, owner: type[Builder]) -> Self: ...
+    def __get__(self, build: None, owner: type[Builder]) -> Callable[Concatenate[Any, P], R]: ...
 
     @overload
     def __get__(self, build: Builder, owner: type[Builder]) -> Callable[P, R]: ...
 
-    def __get__(self, build: Builder | None, owner: type[Builder]) -> Self | Callable[P, R]:
-        if build is None:
-            return self
+    def __get__(self, build: Builder | None, owner: type[Builder]) -> Callable[Concatenate[Any, P], R] | Callable[P, R]:
+        if build is None:  # for help(), which then shows the arguments
+            return self.method
         found: Callable[P, R] = getattr(build.part_of[self._part], self._name)
         return found
 
