@@ -80,11 +80,8 @@ GPT2_MEDIUM = Count(
 )
 
 
-@pytest.mark.parametrize(
-    "count",
-    [GPT2_MEDIUM, *(pytest.param(c, marks=pytest.mark.full) for c in (ROBERTA_LARGE, LLAMA_7B))],
-    ids=lambda c: c.config,
-)
+@pytest.mark.full  # the same counts from two depths are in tests/test_published_counts.py
+@pytest.mark.parametrize("count", [GPT2_MEDIUM, ROBERTA_LARGE, LLAMA_7B], ids=lambda c: c.config)
 def test_count(count: Count) -> None:
     spec = {"adapt": [{"method": "lora", "target": {"role": count.roles}, "rank": count.rank}]}
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
