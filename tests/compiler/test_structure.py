@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 
 import pytest
 import torch
 import transformers
+from _pytest.mark import ParameterSet
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,9 +33,15 @@ SLOW = (
 )
 """One of a kind each: fused and interleaved rows, experts, two stacks, windows, convolutions, other mixers. The others
 are in ``make test-full``, and in ``make coverage`` with every other class of transformers."""
-FAMILIES = [
-    pytest.param(f, marks=() if f in QUICK else pytest.mark.slow if f in SLOW else pytest.mark.full) for f in MODELS
-]
+
+
+def _marked(names: Iterable[str]) -> list[ParameterSet]:
+    """The names as parameters; all tests of one model share its capture, and are therefore marked alike."""
+    marks = {f: () if f in QUICK else pytest.mark.slow if f in SLOW else pytest.mark.full for f in names}
+    return [pytest.param(name, marks=own) for name, own in marks.items()]
+
+
+FAMILIES = _marked(MODELS)
 
 
 def shown(finding: Finding) -> tuple[str | None, str]:
@@ -102,7 +110,7 @@ def test_norm_scales_are_found_fused_and_written_out() -> None:
     assert {f.kind for f in (*bert, *llama)} == {SiteKind.NORM}
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", _marked(EXPERTS))
 def test_experts_are_whole_3d_weights(name: str) -> None:
     found = family(name).structure.by_role()["experts"]
     assert {f.kind for f in found} == {SiteKind.EXPERTS}
@@ -111,7 +119,7 @@ def test_experts_are_whole_3d_weights(name: str) -> None:
     assert all(f.rows is None and f.use == 0 for f in found)
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", _marked(MIXERS))
 def test_projections_of_a_branch_that_mixes_positions_without_attention(name: str) -> None:
     found = family(name).structure.by_role()["mixer"]
     assert [f.parameter for f in found] == [f"{module}.weight" for module in MIXERS[name]]
@@ -127,6 +135,7 @@ def test_keys_of_two_projections() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_shared_layer_is_told_apart_by_use() -> None:
     found = family("albert").structure.by_role()["attn.q"]
     assert [(f.layer, f.use) for f in found] == [(0, 0), (0, 1)]
