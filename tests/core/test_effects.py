@@ -234,3 +234,32 @@ def test_what_is_captured_is_listed(family: str) -> None:
     compiled = graftc.compile(SPEC, tiny(family))
     for program in compiled.compilation.programs.values():
         assert program_to_json(program)["nodes"]
+
+
+class Masked(nn.Module):
+    """As in Funnel: scores of an einsum with a parameter, masked in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = torch.einsum("bi,ij->bj", x, self.kernel)
+        scores *= 0.5
+        return scores
+
+
+class Transposed(Masked):
+    """An einsum of one operand, which is a view of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kernel = torch.einsum("ij->ji", self.kernel.detach())
+        kernel *= 0.5
+        return x @ kernel.t()
+
+
+@pytest.mark.parametrize(("model", "written"), [(Masked, "call_function"), (Transposed, "placeholder")])
+def test_a_product_is_a_value_of_its_own_and_a_transposed_matrix_is_not(model: type[nn.Module], written: str) -> None:
+    exported = torch.export.export(model(), (torch.randn(2, 6),))  # in its graphs parameters are inputs
+    writes = Memory(exported.graph_module.graph).writes
+    assert [{root.op for root in roots} for roots in writes.values()] == [{written}]

@@ -51,7 +51,7 @@ class Memory:
         self.writes: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in graph.nodes:
             given = dict(_arguments(node))
-            shared = self._of(v for name, v in given.items() if _shares(node.target, name))
+            shared = self._of(v for name, v in given.items() if _shares(node.target, name) and not _is_product(node, v))
             self.roots[node] = shared or frozenset({node})
             written = self._of(v for name, v in given.items() if _writes(node, name, given))
             if written:
@@ -113,6 +113,11 @@ def _shares(target: Any, name: str) -> bool:
 
 
 _ALIASES: dict[Any, Collection[str]] = {}
+
+
+def _is_product(node: fx.Node, operands: Any) -> bool:
+    """Whether it is an einsum of several operands, which makes a new value; that of one may be a view of it."""
+    return node.target is aten.einsum.default and isinstance(operands, (list, tuple)) and len(operands) > 1
 
 
 def _writes(node: fx.Node, name: str, given: dict[str, Any]) -> bool:
