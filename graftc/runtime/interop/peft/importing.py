@@ -93,9 +93,9 @@ def _once(adapter: PeftAdapter, model: nn.Module) -> PeftAdapter:
     for module in sorted(adapter.modules, key=lambda m: not _selected(adapter, m)):
         key = module.keys.get("weight")
         held = tensors.get(module.name)
-        if key is None or held is None or table_form(module, "weight") != "rows":
-            kept.append(module)
-        elif (other := first.setdefault(id(held), module)) is module:
+        rows = key is not None and held is not None and table_form(module, "weight") == "rows"
+        other = first.setdefault(id(held), module) if rows else module
+        if key is None or other is module:
             kept.append(module)
         else:
             doubles.append((other.keys["weight"], key))
@@ -183,8 +183,10 @@ def spec_for(adapter: PeftAdapter, model: nn.Module, example_inputs: ExampleInpu
     own = [m for m in adapter.modules if not tokens & set(m.keys.values())]
     rows = [m for m in adapter.modules if tokens & set(m.keys.values())]
     paths = _paths(model)
-    virtual = adapter.config.is_prompt
-    adapt = [_virtual(adapter, model, example_inputs) if virtual else _adaptation(adapter, own, paths)]
+    if adapter.config.is_prompt:
+        adapt = [_virtual(adapter, model, example_inputs)]
+    else:
+        adapt = [_adaptation(adapter, own, paths, list(_shapes(model)))]
     adapt += [{"method": m.spec.method, "rows": list(_rows(m)), "target": {"modules": m.path}} for m in rows]
     saved = adapter.config.modules_to_save or ()
     full = [path for path in paths if any(path == word or path.endswith(f".{word}") for word in saved)]
@@ -204,7 +206,9 @@ def _rows(module: PeftModule) -> Sequence[int]:
     return cast("Any", module.spec).rows or ()
 
 
-def _adaptation(adapter: PeftAdapter, modules: Sequence[PeftModule], paths: Sequence[str]) -> dict[str, Any]:
+def _adaptation(
+    adapter: PeftAdapter, modules: Sequence[PeftModule], paths: Sequence[str], parameters: Sequence[str]
+) -> dict[str, Any]:
     """The entry of the spec: what most sites have, and overrides for the others."""
     if not modules:
         raise GraftError("GC113", "the file adapts no module", place=adapter.place)
@@ -228,7 +232,8 @@ def _adaptation(adapter: PeftAdapter, modules: Sequence[PeftModule], paths: Sequ
         }
         for values in others
     ]
-    target = {"modules": globs(list(at), paths), "expect": len(modules)}
+    wanted = [module.path if module.parameter == "weight" else module.name for module in modules]
+    target = {"modules": globs(wanted, [*paths, *parameters]), "expect": len(modules)}
     return {**found, "target": target, **({"overrides": overrides} if overrides else {})}
 
 
@@ -260,7 +265,7 @@ def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
     Raises:
         GraftError: GC113 and GC114 with everything that does not fit.
     """
-    pairs = pairs_of(compilation)
+    pairs = [pair for pair in pairs_of(compilation) if not pair.again]
     store = compilation.store
     wanted = {pair.key: pair for pair in pairs}
     given = set(adapter.shapes) - set(adapter.copies.values()) - set(adapter.keys.unused)

@@ -7,7 +7,7 @@ written go by the same pairs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -40,6 +40,7 @@ class Pair:
         start: where it begins along the axis of a tensor that several share; None where it has one of its own.
         axis: that axis.
         shared: whether it belongs to the adaptation as a whole.
+        again: whether it is there already, under the key of another name of a tied tensor.
     """
 
     key: str
@@ -52,6 +53,7 @@ class Pair:
     start: int | None = None
     axis: int = 0
     shared: bool = False
+    again: bool = False
 
     def read(self, theirs: Tensor, like: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
         """Ours from peft's.
@@ -153,7 +155,12 @@ def _of(
                 suffix = own.key if not isinstance(site, EmbeddingSite) or own.table is None else own.table
                 suffix = own.nested if nested and own.nested is not None else suffix
                 at = tensor_key(key.module, suffix, depths[key], prefix=prefix)
-                yield Pair(at, name, str(key), part, own.form, _shaped(site, spec, table), own.rank)
+                pair = Pair(at, name, str(key), part, own.form, _shaped(site, spec, table), own.rank)
+                yield pair
+                if own.form == "rows" and not nested:
+                    for tied in compilation.store.tied(f"{key.module}.{key.name}"):
+                        other = tensor_key(tied.rpartition(".")[0], suffix, prefix=prefix)
+                        yield replace(pair, key=other, again=True)
             elif name in copies:
                 yield _plain(copies[name], name, key, part, wrapped, prefix)
             elif part not in table.derived and not compilation.store.is_buffer(name):

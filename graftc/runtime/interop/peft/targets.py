@@ -9,7 +9,7 @@ from graftc.runtime.interop.peft.config import AdapterConfig
 from graftc.specs.patterns import BRANCHES, glob_to_regex
 from graftc.specs.regexes import RegexMatcher
 
-__all__ = ["ALL_LINEAR", "globs", "meant"]
+__all__ = ["ALL_LINEAR", "globs", "meant", "suffixes"]
 
 ALL_LINEAR = "all-linear"
 """peft's word for every linear layer but the head; what it writes into files are the names."""
@@ -107,3 +107,18 @@ def _candidates(shape: str, members: Sequence[str]) -> Iterator[str]:
     columns = [list(dict.fromkeys(column)) for column in zip(*split, strict=True)]
     if sum(len(column) > 1 for column in columns) == 1 and len(members) <= BRANCHES:
         yield ".".join(c[0] if len(c) == 1 else f"{{{','.join(c)}}}" for c in columns)
+
+
+def suffixes(wanted: Collection[str], universe: Collection[str]) -> list[str]:
+    """Ends of paths by which peft finds exactly the wanted of all paths, as short as they can be."""
+    own, found = set(wanted), list[str]()
+    meaning: dict[str, list[str]] = {}
+    for path in universe:
+        for end in _ends(path):
+            meaning.setdefault(end, []).append(path)
+    for path in wanted:
+        if any(end in found for end in _ends(path)):
+            continue
+        fits = [end for end in _ends(path) if own.issuperset(meaning.get(end, [path]))]
+        found.append(fits[-1] if fits else path)
+    return found
