@@ -86,6 +86,38 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool 
     return load_from(as_path(path), model, cache=cache)
 
 
+def import_peft(
+    path: str | Path,
+    model: Source,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    name: str | None = None,
+    cache: bool = True,
+) -> Compiled[Source]:
+    """A compiled model from a checkpoint of PEFT, in eval mode.
+
+    Args:
+        path: the folder that PEFT's ``save_pretrained`` wrote, with ``adapter_config.json`` and
+            ``adapter_model.safetensors``.
+        model: its base, which is never changed.
+        example_inputs: as for `compile`.
+        name: of an adapter in a sub-folder, as PEFT writes all but the one called ``default``.
+        cache: keep captured graphs in the user's cache folder.
+
+    Raises:
+        GraftError: GC110 where there is no adapter, GC111 for a config that cannot be read or names code, GC112 for a
+            type or an option that has no equivalent, GC113 for tensors that the config does not explain, GC114 for
+            another base; and as `compile`. The model is as it was then.
+    """
+    from graftc.runtime.loading.peft import import_peft as import_from
+
+    axes, flags = _request(model, example_inputs)
+    made = import_from(
+        as_path(path), model, axes, flags, name=name, cache=cache, structure=lambda: roles(model, example_inputs)
+    )
+    return cast("Compiled[Source]", made)
+
+
 def check(
     spec: SpecLike,
     model: nn.Module,

@@ -79,6 +79,7 @@ _BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "roles": _roles,
     "check": partial(_work, "CheckResult"),
     "compile": partial(_work, "CompileResult"),
+    "import-peft": partial(_work, "ImportPeftResult"),
     "merge": partial(_work, "MergeResult"),
     "export": partial(_work, "ExportResult"),
     "verify": partial(_work, "VerifyResult"),
