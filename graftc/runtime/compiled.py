@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.capture.isolation import exclusive, is_traced, isolated
+from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_values
 from graftc.compiler.pipeline import recompile
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from graftc.compiler.inspect.snapshot import Snapshot
     from graftc.compiler.roles.structure import Structure
     from graftc.runtime.deploy.merged import Merged
+    from graftc.runtime.deploy.merged_tensors import MergedTensors
     from graftc.runtime.deploy.partial import Partial
 
 
@@ -118,17 +120,24 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
 
         return deployed(self)
 
-    def sibling(self, spec: Spec, values: Mapping[str, Tensor], model: nn.Module | None = None) -> Compiled:
+    def sibling(
+        self,
+        spec: Spec,
+        values: Mapping[str, Tensor],
+        model: nn.Module | None = None,
+        axes: Sequence[Axis] | None = None,
+    ) -> Compiled:
         """Another spec compiled for the same base and first signature, where this model is.
 
         Args:
             spec: what to adapt there.
             values: adapter tensors to start from, by name.
             model: another base; by default the same.
+            axes: inputs of other element types, where the base is of another one.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraftWarning)  # they have been given when this one was compiled
-            made = recompile(self._compilation, spec, values, model)
+            made = recompile(self._compilation, spec, values, model, axes)
         compiled: Compiled = make_compiled(made).to(self.device)
         return compiled
 
@@ -153,6 +162,32 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
         from graftc.runtime.deploy.partial import merge_partially
 
         return merge_partially(self, budget, allow_unchanged=allow_unchanged)
+
+    @isolated()
+    def merged_state_dict(self, *, digests: bool = False) -> MergedTensors:
+        """The tensors of the merged model one after the other, for trainers that push weights to an inference engine.
+
+        Each is folded when it is asked for, always from the base's own values, so that merging again and again adds up
+        no rounding: the same adapters give the same bits, and the base is never written. At any time one tensor is
+        there, or those that are folded together. Names are those of the source model's state dict, tied ones included.
+        What folding does not change is the base's own tensor: whoever writes to it has to copy it first. No graph is
+        made and nothing is certified or saved.
+
+        Args:
+            digests: also work out the SHA-256 of each tensor, which is then in ``digests`` of what is returned, for
+                the receiver to compare.
+
+        Returns:
+            An iterator of ``(name, tensor)``, in the base's element types and where the model is.
+
+        Raises:
+            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 where an adapter has values that
+                are not finite; on the way GC051 for such a tensor, GC052 for a bias that the class has no place for.
+        """
+        from graftc.runtime.deploy.merged_tensors import MergedTensors
+
+        self.warn_of_unsteered()
+        return MergedTensors(self, digests=digests)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `ModelRunner`.
@@ -234,6 +269,7 @@ class Compiled(ModelRoot, Generic[M]):
     adapter_state_dict = Published(CompiledRunner.adapter_state_dict)
     load_adapter_state_dict = Published(CompiledRunner.load_adapter_state_dict)
     full_state_dict = Published(CompiledRunner.full_state_dict)
+    merged_state_dict = Published(CompiledRunner.merged_state_dict)
     begin = Published(CompiledRunner.begin)
     extra_loss = Published(CompiledRunner.extra_loss)
     after_step = Published(CompiledRunner.after_step)

@@ -15,7 +15,6 @@ and in the same go it is measured how much of the update is left (`graftc.compil
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
@@ -26,15 +25,13 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.certificate import SiteEvidence
 from graftc.compiler.folding.evaluating import evaluate, evaluate_all
 from graftc.compiler.folding.retention import Retention
+from graftc.compiler.folding.rounding import largest, retained, round_and_measure
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.sites import Use, linear_use
 from graftc.passes.core.sites.uses import PROBES, Lookup
-from graftc.passes.core.weights import folds
 from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
 from graftc.passes.core.weights.weight_slice import WeightSlice
 
-PIECE = 2**16
-"""Elements that are rounded and checked at a time: they stay in the processor's cache."""
 LARGE = 2**21
 """Elements from which on outputs are looked up, and compared, in parts."""
 Advance = Callable[[float], None]
@@ -135,7 +132,7 @@ class Adapted:
         return found
 
     def kept(self, node: fx.Node, inputs: Collection[fx.Node]) -> fx.Node | None:
-        """The node of the adapted graph that computes what a base node does, of the same inputs and tensors of the base;
+        """The node of the adapted graph that computes what a base node does, of the same inputs and the base's tensors;
         None where it reads anything else there."""
         found = self._nodes[node.name]
         for mine, theirs in zip(found.all_input_nodes, node.all_input_nodes, strict=False):
@@ -177,7 +174,7 @@ class _Group:
         for name, exact in self.values.items():
             into = torch.empty(exact.shape, dtype=lazy.dtype(name), device=exact.device)
             base.setdefault(name, torch.zeros_like(into))
-            rounding[name], self.retained[name] = round_into(into, exact, base[name])
+            rounding[name], self.retained[name] = round_and_measure(into, exact, base[name])
             self.rounded[name] = into
         self.retention = Retention.total(self.retained.values())
         self.retained |= self._by_site(base)
@@ -193,11 +190,10 @@ class _Group:
             name = part.tensor
             if name not in self.values:  # a bias that did not have to be added
                 continue
-            retained = self.retained[name]
+            mine = self.retained[name]
             if not part.whole:
-                pieces = _pieces(*(part.take(held[name]) for held in (base, self.values, self.rounded)))
-                retained = Retention.total(Retention.of(*piece) for piece in pieces)
-            found[site] = found.get(site, Retention()) + retained
+                mine = retained(*(part.take(held[name]) for held in (base, self.values, self.rounded)))
+            found[site] = found.get(site, Retention()) + mine
         return found
 
     def tensor(self, name: str) -> Tensor:
@@ -229,7 +225,7 @@ class _Probe:
         self.changes = [0.0] * (len(self.spans) + 1)
         for inputs in self._parts():
             seen, before = map(self._seen, self._unfolded_and_base(inputs))
-            self.changes = [_largest(c, _distance(*pair)) for c, *pair in zip(self.changes, seen, before, strict=True)]
+            self.changes = [largest(c, _distance(*pair)) for c, *pair in zip(self.changes, seen, before, strict=True)]
             self.unfolded.append(seen)
 
     def _unfolded_and_base(self, inputs: dict[fx.Node, Tensor]) -> tuple[Tensor, Tensor]:
@@ -298,12 +294,12 @@ class _Probe:
     def evidence(self, rounding: dict[str, float]) -> list[SiteEvidence]:
         """What the probes show for each site of the map, from the largest errors of rounding by tensor."""
         use = self.use
-        ulps = _largest(*(rounding.get(name, 0.0) for name in _tensors_of(use)))
-        scale = _largest(1e-30, *(float(seen[-1].abs().max()) for seen in self.unfolded))
+        ulps = largest(*(rounding.get(name, 0.0) for name in _tensors_of(use)))
+        scale = largest(1e-30, *(float(seen[-1].abs().max()) for seen in self.unfolded))
         errors = [0.0] * (len(self.spans) + 1)
         for inputs, before in zip(self._parts(), self.unfolded, strict=True):
             seen = self._seen(self._with_added_bias(evaluate(use.node, inputs, self.group.tensor)))
-            errors = [_largest(e, _distance(*pair)) for e, *pair in zip(errors, before, seen, strict=True)]
+            errors = [largest(e, _distance(*pair)) for e, *pair in zip(errors, before, seen, strict=True)]
         *own, worst = (error / scale for error in errors)
         found = [
             SiteEvidence(site, names, change, error, ulps, self.group.retained[site])
@@ -312,7 +308,7 @@ class _Probe:
         # Rows that no site owns must not have moved: a fold that writes to the wrong rows shows here as well.
         if not found:
             return [SiteEvidence(use.weight.tensor, (), self.changes[-1], worst, ulps, Retention())]
-        if not worst <= _largest(*own):
+        if not worst <= largest(*own):
             found[0] = replace(found[0], algebra=worst)
         return found
 
@@ -339,7 +335,7 @@ class _StandIn:
 
     def evidence(self, rounding: float) -> SiteEvidence:
         """What comparing shows."""
-        scale = _largest(1e-30, float(self.unfolded.abs().max()) if self.unfolded.numel() else 0.0)
+        scale = largest(1e-30, float(self.unfolded.abs().max()) if self.unfolded.numel() else 0.0)
         error = _distance(self.unfolded, self._seen(self.group.tensor(self.name)))
         adaptations = tuple(dict.fromkeys(s.adaptation for s in self.group.lazy.chain(self.name)))
         retained = self.group.retained[self.name]
@@ -354,59 +350,3 @@ def _vectors(width: int, generator: torch.Generator, device: torch.device) -> Te
 def _distance(a: Tensor, b: Tensor) -> float:
     """The largest difference; NaN where there is one."""
     return float((a - b).abs().max()) if a.numel() else 0.0
-
-
-def _largest(*values: float) -> float:
-    """The largest number; NaN where there is one, which Python's ``max`` may pass over."""
-    return math.nan if any(map(math.isnan, values)) else max(values)
-
-
-def round_into(into: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
-    """Round a float64 tensor once into a contiguous one.
-
-    Args:
-        into: is filled; its type is what is rounded to.
-        exact: folded, ``float64`` of the same shape.
-        base: what was folded.
-
-    Returns:
-        The largest error in units in the last place, and how much of the update is left.
-    """
-    worst, retained = 0.0, Retention()
-    for to, own, before in _pieces(into, exact, base):
-        to.copy_(folds.round_once(own, to.dtype))
-        error = to.to(torch.float64, copy=True).sub_(own)
-        worst = _largest(worst, _units(error, own, to.dtype))
-        retained += Retention.of_error(before, own, error)
-    return worst, retained
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape in parts of at most `PIECE` elements, however they are laid out."""
-    first = tensors[0]
-    if not first.numel():
-        return
-    if not first.dim():
-        yield tuple(tensor.view(1) for tensor in tensors)
-        return
-    count = PIECE // first[0].numel()
-    if count:
-        yield from zip(*(torch.split(tensor, count) for tensor in tensors), strict=True)
-        return
-    for parts in zip(*tensors, strict=True):
-        yield from _pieces(*parts)
-
-
-def units_in_last_place(found: Tensor, exact: Tensor) -> float:
-    """Largest ``|found - exact|`` in units in the last place of ``found``'s dtype, at the exact value."""
-    return _units(found.to(torch.float64, copy=True).sub_(exact), exact, found.dtype)
-
-
-def _units(error: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    info = torch.finfo(dtype)
-    # A float64 of which the exponent is left is the power of two below: below the least normal one units stay as they
-    # are.
-    power = (exact.contiguous().view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
-    power.clamp_min_(info.tiny)
-    least, most = (float(end) for end in torch.aminmax(torch.div(error, power, out=power)))
-    return _largest(-least, most) / info.eps

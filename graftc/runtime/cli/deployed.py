@@ -51,8 +51,8 @@ def _retained(certificate: Certificate) -> Iterator[str]:
     if not whole.wanted:
         return
     yield (
-        f"{'retention:':<22}{_percent(whole.norm)} of the update in {certificate.dtype}, {_percent(whole.entries)} of its "
-        f"entries, error {whole.error:.1e}"
+        f"{'retention:':<22}{_percent(whole.norm)} of the update in {certificate.dtype}, "
+        f"{_percent(whole.entries)} of its entries, error {whole.error:.1e}"
     )
     changed = [site for site in certificate.sites if site.retention.wanted]
     least = min(changed, key=lambda site: site.retention.norm)

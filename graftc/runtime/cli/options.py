@@ -88,7 +88,7 @@ DTypeOption: TypeAlias = Annotated[
     DType | None,
     typer.Option(
         "--dtype",
-        help="Widen a base in 16 bits first, so that nothing of the update is lost in rounding. Default: the base's type.",
+        help="Widen a base in 16 bits first, so that rounding takes nothing of the update. Default: the base's.",
         show_default=False,
     ),
 ]

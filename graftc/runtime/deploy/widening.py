@@ -44,7 +44,8 @@ def widened(compiled: Compiled | CompiledRunner, dtype: torch.dtype | None) -> C
         raise GraftError("GC073", message, hint=hint)
     compilation = runner.compilation
     values = {name: _wide(tensor, dtype) for name, tensor in adapter_values(compilation.store)}
-    made: CompiledRunner = runner_of(runner.sibling(compilation.spec, values, _copy(compilation.source, dtype)))
+    axes = [replace(axis, dtype=dtype) if axis.dtype in NARROW else axis for axis in compilation.main.axes]
+    made: CompiledRunner = runner_of(runner.sibling(compilation.spec, values, _copy(compilation.source, dtype), axes))
     return made
 
 
