@@ -146,7 +146,11 @@ def add_signature(
 
 
 def recompile(
-    compilation: Compilation, spec: Spec, values: Mapping[str, Tensor], model: nn.Module | None = None
+    compilation: Compilation,
+    spec: Spec,
+    values: Mapping[str, Tensor],
+    model: nn.Module | None = None,
+    axes: Sequence[Axis] | None = None,
 ) -> Compilation:
     """A Compilation of another spec for the same first signature.
 
@@ -155,11 +159,12 @@ def recompile(
         spec: what to adapt there.
         values: adapter tensors to start from, by name.
         model: another base; by default the one that ``compilation`` was given.
+        axes: inputs of other element types, where the base is of another one.
     """
     made = compile_model(
         spec,
         compilation.source if model is None else model,
-        compilation.main.axes,
+        compilation.main.axes if axes is None else axes,
         flags=compilation.program("train", "base").flags,
         seed=compilation.seed,
         use_cache=compilation.use_cache,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.capture.isolation import exclusive, is_traced, isolated
+from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_values
 from graftc.compiler.pipeline import recompile
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from graftc.compiler.inspect.snapshot import Snapshot
     from graftc.compiler.roles.structure import Structure
     from graftc.runtime.deploy.merged import Merged
+    from graftc.runtime.deploy.merged_tensors import MergedTensors
     from graftc.runtime.deploy.partial import Partial
 
 
@@ -128,34 +130,74 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
         export_peft(deployed(self).compilation, path, force=force)
         return path
 
-    def sibling(self, spec: Spec, values: Mapping[str, Tensor], model: nn.Module | None = None) -> Compiled:
+    def sibling(
+        self,
+        spec: Spec,
+        values: Mapping[str, Tensor],
+        model: nn.Module | None = None,
+        axes: Sequence[Axis] | None = None,
+    ) -> Compiled:
         """Another spec compiled for the same base and first signature, where this model is.
 
         Args:
             spec: what to adapt there.
             values: adapter tensors to start from, by name.
             model: another base; by default the same.
+            axes: inputs of other element types, where the base is of another one.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraftWarning)  # they have been given when this one was compiled
-            made = recompile(self._compilation, spec, values, model)
+            made = recompile(self._compilation, spec, values, model, axes)
         compiled: Compiled = make_compiled(made).to(self.device)
         return compiled
 
     @isolated()
-    def merge(self, budget: float | None = None, *, progress: Callable[[float], None] | None = None) -> Merged:
+    def merge(
+        self,
+        budget: float | None = None,
+        *,
+        progress: Callable[[float], None] | None = None,
+        dtype: torch.dtype | None = None,
+        allow_unchanged: bool = False,
+    ) -> Merged:
         """See `Compiled.merge`."""
         from graftc.runtime.deploy.merged import merge
 
         self.warn_of_unsteered()
-        return merge(self, budget, progress or (lambda _: None))
+        return merge(self, budget, progress or (lambda _: None), dtype=dtype, allow_unchanged=allow_unchanged)
 
     @isolated()
-    def merge_partially(self, budget: float | None = None) -> Partial:
+    def merge_partially(self, budget: float | None = None, *, allow_unchanged: bool = False) -> Partial:
         """See `Compiled.merge_partially`."""
         from graftc.runtime.deploy.partial import merge_partially
 
-        return merge_partially(self, budget)
+        return merge_partially(self, budget, allow_unchanged=allow_unchanged)
+
+    @isolated()
+    def merged_state_dict(self, *, digests: bool = False) -> MergedTensors:
+        """The tensors of the merged model one after the other, for trainers that push weights to an inference engine.
+
+        Each is folded when it is asked for, always from the base's own values, so that merging again and again adds up
+        no rounding: the same adapters give the same bits, and the base is never written. At any time one tensor is
+        there, or those that are folded together. Names are those of the source model's state dict, tied ones included.
+        What folding does not change is the base's own tensor: whoever writes to it has to copy it first. No graph is
+        made and nothing is certified or saved.
+
+        Args:
+            digests: also work out the SHA-256 of each tensor, which is then in ``digests`` of what is returned, for
+                the receiver to compare.
+
+        Returns:
+            An iterator of ``(name, tensor)``, in the base's element types and where the model is.
+
+        Raises:
+            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 where an adapter has values that
+                are not finite; on the way GC051 for such a tensor, GC052 for a bias that the class has no place for.
+        """
+        from graftc.runtime.deploy.merged_tensors import MergedTensors
+
+        self.warn_of_unsteered()
+        return MergedTensors(self, digests=digests)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `ModelRunner`.
@@ -237,6 +279,7 @@ class Compiled(ModelRoot, Generic[M]):
     adapter_state_dict = Published(CompiledRunner.adapter_state_dict)
     load_adapter_state_dict = Published(CompiledRunner.load_adapter_state_dict)
     full_state_dict = Published(CompiledRunner.full_state_dict)
+    merged_state_dict = Published(CompiledRunner.merged_state_dict)
     begin = Published(CompiledRunner.begin)
     extra_loss = Published(CompiledRunner.extra_loss)
     after_step = Published(CompiledRunner.after_step)
@@ -256,30 +299,42 @@ class Compiled(ModelRoot, Generic[M]):
         spec: Spec
         structure: Structure
 
-    def merge(self, budget: float | None = None, *, progress: Callable[[float], None] | None = None) -> Merged[M]:
+    def merge(
+        self,
+        budget: float | None = None,
+        *,
+        progress: Callable[[float], None] | None = None,
+        dtype: torch.dtype | None = None,
+        allow_unchanged: bool = False,
+    ) -> Merged[M]:
         """Fold every adaptation into base weights and certify the result; this model stays as it is.
 
         Args:
             budget: largest allowed absolute difference of outputs; by default the spec's, or a bound by dtype.
             progress: is told how much of the folding is done, from 0 to 1, tensor by tensor.
+            dtype: ``torch.float32`` widens a base in 16 bits first, so that rounding takes nothing of the update: the
+                merged model, its folder and its certificate are in float32. By default the base's own.
+            allow_unchanged: a merge that changes no tensor of the base is no error.
 
         Raises:
-            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC073 for a budget
-                that is no number.
+            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC104 where no tensor
+                changes, GC073 for a budget that is no number and a dtype that is not wider.
         """
-        return cast("Merged[M]", self._graftc.merge(budget, progress=progress))
+        made = self._graftc.merge(budget, progress=progress, dtype=dtype, allow_unchanged=allow_unchanged)
+        return cast("Merged[M]", made)
 
-    def merge_partially(self, budget: float | None = None) -> Partial[M]:
+    def merge_partially(self, budget: float | None = None, *, allow_unchanged: bool = False) -> Partial[M]:
         """Fold what folds, certify that, and compile the rest on a base that has the folded weights. What was trained
         with experts that are drawn becomes the simpler adaptation with their mean, whether anything folds or not.
 
         Args:
-            budget: as for `merge`.
+            budget, allow_unchanged: as for `merge`.
 
         Raises:
-            GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor.
+            GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor, GC104 where what folds
+                changes no tensor.
         """
-        return cast("Partial[M]", self._graftc.merge_partially(budget))
+        return cast("Partial[M]", self._graftc.merge_partially(budget, allow_unchanged=allow_unchanged))
 
     def get_extra_state(self) -> Tensor:
         """See `torch.nn.Module.get_extra_state`: what the tensors of a state dict belong to, as ``uint8[bytes]``."""

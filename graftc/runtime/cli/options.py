@@ -12,9 +12,12 @@ from graftc.runtime.cli import completion
 from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = [
+    "AllowUnchanged",
     "ArtifactArgument",
     "BaseOption",
     "Budget",
+    "DType",
+    "DTypeOption",
     "DryRun",
     "ExportFormat",
     "Force",
@@ -43,6 +46,15 @@ class ExportFormat(StrEnum):
     PEFT = "peft"
 
 
+class DType(StrEnum):
+    """What a merged model can be in, other than its base's own type."""
+
+    FLOAT32 = "float32"
+
+
+AllowUnchanged: TypeAlias = Annotated[
+    bool, typer.Option("--allow-unchanged", help="Accept a fold that changes no tensor of the base.")
+]
 ArtifactArgument: TypeAlias = Annotated[
     Path,
     typer.Argument(
@@ -70,6 +82,14 @@ Budget: TypeAlias = Annotated[
         metavar="X",
         min=0,
         help="Largest allowed absolute difference of outputs. Default: the spec's, or a bound by dtype.",
+        show_default=False,
+    ),
+]
+DTypeOption: TypeAlias = Annotated[
+    DType | None,
+    typer.Option(
+        "--dtype",
+        help="Widen a base in 16 bits first, so that rounding takes nothing of the update. Default: the base's.",
         show_default=False,
     ),
 ]

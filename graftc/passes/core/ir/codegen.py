@@ -23,6 +23,9 @@ _OF_A_BATCH: dict[Any, Function] = {
 """Statistics of a single value are NaN, so that torch's functions refuse it: only a graph that runs knows how many."""
 
 _FUNCTIONS: dict[tuple[str, tuple[str, ...]], Function] = {}
+"""By their source, and the objects that it names."""
+_KNOWN: dict[tuple[Any, ...], Function] = {}
+"""By what the source is made of, so that it is made once for equal layers."""
 
 
 def function_of(graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
@@ -33,6 +36,21 @@ def function_of(graph: fx.Graph, module: nn.Module, device: torch.device) -> Fun
         module: one on which the function is to run; it says which tensors are parameters and which are buffers.
         device: where tensors are that the graph makes anew.
     """
+    key = (device, tuple(_of_node(node, module) for node in graph.nodes))
+    if key not in _KNOWN:
+        _KNOWN[key] = _made(graph, module, device)
+    return _KNOWN[key]
+
+
+def _of_node(node: fx.Node, module: nn.Module) -> tuple[Any, ...]:
+    """All of a node that code depends on."""
+    target: Any = node.target
+    if node.op in ("get_attr", "call_module"):
+        target = (_module if node.op == "call_module" else _tensor)(module, str(node.target))
+    return node.op, node.name, target, repr(node.args), repr(node.kwargs)
+
+
+def _made(graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
     placed = fx.Graph()
     output = placed.graph_copy(graph, {})
     placed.output(output)

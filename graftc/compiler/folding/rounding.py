@@ -1,0 +1,81 @@
+"""Rounding folded tensors to the type that is deployed, in pieces that stay in the processor's cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.folding.retention import Retention
+from graftc.passes.core.weights import folds
+
+PIECE = 2**16
+"""Elements that are rounded and checked at a time."""
+
+
+def round_into(into: Tensor, exact: Tensor) -> None:
+    """Round a float64 tensor once into a contiguous one of the same shape, to its type."""
+    for to, own in pieces(into, exact):
+        to.copy_(folds.round_once(own, to.dtype))
+
+
+def round_and_measure(into: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
+    """The same, with what it does.
+
+    Args:
+        into, exact: as for `round_into`.
+        base: what was folded, of the same shape.
+
+    Returns:
+        The largest error in units in the last place, and how much of the update is left.
+    """
+    worst, retained = 0.0, Retention()
+    for to, own, before in pieces(into, exact, base):
+        to.copy_(folds.round_once(own, to.dtype))
+        error = to.to(torch.float64, copy=True).sub_(own)
+        worst = largest(worst, _in_last_place(error, own, to.dtype))
+        retained += Retention.of_error(before, own, error)
+    return worst, retained
+
+
+def retained(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
+    """How much of an update is left, of tensors of any size and layout."""
+    return Retention.total(Retention.of(*parts) for parts in pieces(base, exact, rounded))
+
+
+def units_in_last_place(found: Tensor, exact: Tensor) -> float:
+    """Largest ``|found - exact|`` in units in the last place of ``found``'s dtype, at the exact value."""
+    return _in_last_place(found.to(torch.float64, copy=True).sub_(exact), exact, found.dtype)
+
+
+def _in_last_place(error: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    info = torch.finfo(dtype)
+    # A float64 of which the exponent is left is the power of two below: below the least normal one units stay as they
+    # are.
+    power = (exact.contiguous().view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
+    power.clamp_min_(info.tiny)
+    least, most = (float(end) for end in torch.aminmax(torch.div(error, power, out=power)))
+    return largest(-least, most) / info.eps
+
+
+def largest(*values: float) -> float:
+    """The largest number; NaN where there is one, which Python's ``max`` may pass over."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape in parts of at most `PIECE` elements, however they are laid out."""
+    first = tensors[0]
+    if not first.numel():
+        return
+    if not first.dim():
+        yield tuple(tensor.reshape(1) for tensor in tensors)
+        return
+    count = PIECE // first[0].numel()
+    if count:
+        yield from zip(*(torch.split(tensor, count) for tensor in tensors), strict=True)
+        return
+    for parts in zip(*tensors, strict=True):
+        yield from pieces(*parts)

@@ -1,0 +1,110 @@
+"""Merged tensors one after the other, for whoever pushes weights elsewhere: nothing is captured, certified or kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.capture.fingerprint import tensor_digest
+from graftc.compiler.capture.isolation import isolated
+from graftc.compiler.folding.fold_plan import fold_plan
+from graftc.compiler.folding.rounding import round_into
+from graftc.compiler.inspect.snapshot import adapter_values
+from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
+from graftc.passes.core.weights.store import Store
+from graftc.runtime.interop.transformers import no_place
+from graftc.specs.errors.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import CompiledRunner
+
+
+class MergedTensors(Iterator[tuple[str, Tensor]]):
+    """The tensors of the merged model, each with its name in the source model: what `Compiled.merged_state_dict` gives.
+
+    Each is folded when it is asked for, from the base as it is, and let go when the next one is. It goes through the
+    model once; what has been trained since is in what comes after.
+
+    Attributes:
+        digests: SHA-256 of the bytes of each tensor that was given so far, in row-major order, by name; empty where
+            they were not asked for. `graftc.compiler.capture.fingerprint.tensor_digest` gives the same of a tensor.
+    """
+
+    digests: dict[str, str]
+
+    def __init__(self, compiled: CompiledRunner, *, digests: bool = False) -> None:
+        compilation = compiled.compilation
+        if compiled.device.type == "meta":
+            raise GraftError(
+                "GC050", "there is nothing to fold on the meta device", hint="compile a model with weights"
+            )
+        plan = fold_plan(compilation)
+        if plan.kept:
+            raise next(iter(plan.kept.values()))
+        for name, tensor in adapter_values(compilation.store):
+            _require_finite(name, tensor)
+        self.digests = {}
+        self._wanted = digests
+        self._source = compilation.source
+        self._tensors = self._merged(compilation.store, plan.lazy)
+
+    def __next__(self) -> tuple[str, Tensor]:
+        with isolated(), torch.no_grad():
+            name, tensor = next(self._tensors)
+            if self._wanted:
+                self.digests[name] = tensor_digest(tensor)
+        return name, tensor
+
+    def _merged(self, store: Store, lazy: LazyTensors) -> Iterator[tuple[str, Tensor]]:
+        groups = {name: group for group in lazy.groups() for name in group.names}
+        given: set[str] = set()
+        for name in [name for name, _ in store.base() if _kept(store, name)]:
+            if name in given:
+                continue
+            made = self._folded(lazy, groups[name]) if name in groups else {name: _own(store, name)}
+            for each in list(made):
+                tensor = made.pop(each)
+                given.add(each)
+                yield from ((called, tensor) for called in (each, *store.tied(each)) if _kept(store, called))
+
+    def _folded(self, lazy: LazyTensors, group: FoldGroup) -> dict[str, Tensor]:
+        """The tensors of a group, rounded.
+
+        Raises:
+            GraftError: GC051 where one is not finite, GC052 for a bias that the class has no place for.
+        """
+        values, made = lazy.fold(group), {}
+        for name in filter(values.__contains__, group.names):
+            if name not in lazy.store:
+                raise no_place([name], self._source)
+            exact = values.pop(name)
+            made[name] = torch.empty(exact.shape, dtype=lazy.dtype(name), device=exact.device)
+            round_into(made[name], exact)
+            _require_finite(name, made[name])
+        return made
+
+
+def _own(store: Store, name: str) -> Tensor:
+    """A tensor that folding does not change; a copy of what graphs write to."""
+    value = store.full(name)
+    return value.clone() if name in store.updated else value
+
+
+def _kept(store: Store, name: str) -> bool:
+    """Whether the source model's state dict has it."""
+    path, _, last = name.rpartition(".")
+    return name not in store.constants and last not in store.owner(path)._non_persistent_buffers_set
+
+
+def _require_finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinite values.
+
+    Raises:
+        GraftError: GC051.
+    """
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        message = f"{name} has values that are not finite, so nothing is merged from it"
+        raise GraftError("GC051", message, hint="look at the loss and the learning rate of the last steps")
