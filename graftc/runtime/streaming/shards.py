@@ -17,7 +17,7 @@ from typing import Any
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.strict_json import read_json
 
-__all__ = ["INDEX", "SINGLE", "ITEM_SIZES", "Checkpoint", "Shard", "StoredTensor", "header_bytes", "read_checkpoint"]
+__all__ = ["INDEX", "ITEM_SIZES", "SINGLE", "Checkpoint", "Shard", "StoredTensor", "header_bytes", "read_checkpoint"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_BYTES, INDEX_BYTES = 100_000_000, 2**28
