@@ -62,12 +62,14 @@ class BlockMap:
     Attributes:
         rows: how many it has.
         site: the place, for folds: its sizes are the block's.
-        shapes: of every part that the graph reads, by adaptation.
+        shapes: of every part that the graph reads, by adaptation. Of parts that all sites share, the least sizes.
+        shared: these parts, by adaptation.
     """
 
     rows: int
     site: LinearSite
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+    shared: Mapping[str, frozenset[str]]
     _adapted: Adapted
     _parts: Mapping[str, tuple[str, str]]
 
@@ -142,17 +144,21 @@ def _compiled(specs: Sequence[MethodSpec], rows: int, columns: int, *, bias: boo
     site = resolved[0].places[0][0]
     assert isinstance(site, LinearSite)
     named = {node.name: node for node in eval_base.graph.nodes}
-    parts, shapes = _parts(compilation, resolved, compilation.program("eval"))
+    parts, shapes, shared = _parts(compilation, resolved, compilation.program("eval"))
     # Probing runs the base's own call, which the train graph's site has under the same name in the eval graph.
     site.use.node = named[site.use.node.name]
-    return BlockMap(rows, site, shapes, Adapted(compilation.program("eval")), parts)
+    return BlockMap(rows, site, shapes, shared, Adapted(compilation.program("eval")), parts)
 
 
-def _parts(compilation: Any, resolved: Any, program: Any) -> tuple[dict[str, tuple[str, str]], dict[str, Any]]:
-    """The adaptation and part of every tensor that the graph reads beside the map's own, and the sizes of these."""
+def _parts(
+    compilation: Any, resolved: Any, program: Any
+) -> tuple[dict[str, tuple[str, str]], dict[str, Any], dict[str, frozenset[str]]]:
+    """The adaptation and part of every tensor that the graph reads beside the map's own; by adaptation, the sizes of
+    parts, and which of them all sites share."""
     read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
     parts: dict[str, tuple[str, str]] = {}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    shared: dict[str, frozenset[str]] = {}
     for item in resolved:
         held: Mapping[Any, Mapping[str, str]] = compilation.parts.get(item.name, {})
         for own in held.values():
@@ -165,8 +171,10 @@ def _parts(compilation: Any, resolved: Any, program: Any) -> tuple[dict[str, tup
         parts |= {prefix + part: (item.name, part) for part in constants if prefix + part in read}
         known = {name: part for name, (owner, part) in parts.items() if owner == item.name and part not in constants}
         shapes[item.name] = {part: tuple(compilation.store.get(name).shape) for name, part in known.items()}
+        held_here = frozenset(part for name, part in known.items() if not name.startswith(f"{_MAP}."))
+        shared[item.name] = held_here
     own_names = {f"{_MAP}.weight", f"{_MAP}.bias"}
     if unknown := sorted(read - parts.keys() - own_names):
         message = f"{resolved[0].name!r} reads {unknown[0]}, which follows from the whole model"
         raise GraftError("GC103", message)
-    return parts, shapes
+    return parts, shapes, shared
