@@ -45,10 +45,11 @@ def artifact_updates(artifact: Artifact, checkpoint: Checkpoint) -> AdapterUpdat
     uses = _Uses(graph, artifact.manifest.base.aliases)
     specs = {spec.name or "": spec for spec in artifact.spec.adapt}
     depths = _depths(artifact)
+    copies = {record.tensor for record in artifact.manifest.trained}
     updates = [
         _update(artifact, place, specs, depths, uses, tensors, names)
         for place in artifact.manifest.sites
-        if not method_for(place.method).stands_in
+        if not (method_for(place.method).stands_in or copies.issuperset(place.tensors.values()))
     ]
     base = artifact.manifest.base
     return AdapterUpdates(
@@ -106,7 +107,8 @@ def _check_base(artifact: Artifact, checkpoint: Checkpoint, names: FileNames) ->
     if wrong:
         message = f"{artifact.path} adapts another model than {checkpoint.path}: {wrong[0]}"
         more = [f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []
-        hint = "name the base, in the type in which it was adapted: --model MODEL"
+        hint = "name the base, in the type in which it was adapted: --model MODEL; merge in memory where its class"
+        hint += " names tensors otherwise than its files"
         raise GraftError("GC087", message, hint=hint, details=[*wrong[1:20], *more])
 
 
