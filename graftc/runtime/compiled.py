@@ -133,19 +133,26 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
         return compiled
 
     @isolated()
-    def merge(self, budget: float | None = None, *, progress: Callable[[float], None] | None = None) -> Merged:
+    def merge(
+        self,
+        budget: float | None = None,
+        *,
+        progress: Callable[[float], None] | None = None,
+        dtype: torch.dtype | None = None,
+        allow_unchanged: bool = False,
+    ) -> Merged:
         """See `Compiled.merge`."""
         from graftc.runtime.deploy.merged import merge
 
         self.warn_of_unsteered()
-        return merge(self, budget, progress or (lambda _: None))
+        return merge(self, budget, progress or (lambda _: None), dtype=dtype, allow_unchanged=allow_unchanged)
 
     @isolated()
-    def merge_partially(self, budget: float | None = None) -> Partial:
+    def merge_partially(self, budget: float | None = None, *, allow_unchanged: bool = False) -> Partial:
         """See `Compiled.merge_partially`."""
         from graftc.runtime.deploy.partial import merge_partially
 
-        return merge_partially(self, budget)
+        return merge_partially(self, budget, allow_unchanged=allow_unchanged)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `ModelRunner`.
@@ -246,30 +253,42 @@ class Compiled(ModelRoot, Generic[M]):
         spec: Spec
         structure: Structure
 
-    def merge(self, budget: float | None = None, *, progress: Callable[[float], None] | None = None) -> Merged[M]:
+    def merge(
+        self,
+        budget: float | None = None,
+        *,
+        progress: Callable[[float], None] | None = None,
+        dtype: torch.dtype | None = None,
+        allow_unchanged: bool = False,
+    ) -> Merged[M]:
         """Fold every adaptation into base weights and certify the result; this model stays as it is.
 
         Args:
             budget: largest allowed absolute difference of outputs; by default the spec's, or a bound by dtype.
             progress: is told how much of the folding is done, from 0 to 1, tensor by tensor.
+            dtype: ``torch.float32`` widens a base in 16 bits first, so that rounding takes nothing of the update: the
+                merged model, its folder and its certificate are in float32. By default the base's own.
+            allow_unchanged: a merge that changes no tensor of the base is no error.
 
         Raises:
-            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC073 for a budget
-                that is no number.
+            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC104 where no tensor
+                changes, GC073 for a budget that is no number and a dtype that is not wider.
         """
-        return cast("Merged[M]", self._graftc.merge(budget, progress=progress))
+        made = self._graftc.merge(budget, progress=progress, dtype=dtype, allow_unchanged=allow_unchanged)
+        return cast("Merged[M]", made)
 
-    def merge_partially(self, budget: float | None = None) -> Partial[M]:
+    def merge_partially(self, budget: float | None = None, *, allow_unchanged: bool = False) -> Partial[M]:
         """Fold what folds, certify that, and compile the rest on a base that has the folded weights. What was trained
         with experts that are drawn becomes the simpler adaptation with their mean, whether anything folds or not.
 
         Args:
-            budget: as for `merge`.
+            budget, allow_unchanged: as for `merge`.
 
         Raises:
-            GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor.
+            GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor, GC104 where what folds
+                changes no tensor.
         """
-        return cast("Partial[M]", self._graftc.merge_partially(budget))
+        return cast("Partial[M]", self._graftc.merge_partially(budget, allow_unchanged=allow_unchanged))
 
     def get_extra_state(self) -> Tensor:
         """See `torch.nn.Module.get_extra_state`: what the tensors of a state dict belong to, as ``uint8[bytes]``."""

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-EVIDENCE = {"site": "a", "adaptations": ["x"], "change": 0.5, "algebra": 0.0, "rounding": 0.5}
+RETENTION = {"norm": 0.9, "error": 0.1, "entries": 0.5}
+EVIDENCE = {
+    **{"site": "a", "adaptations": ["x"], "change": 0.5, "algebra": 0.0, "rounding": 0.5},
+    "retention": RETENTION,
+}
 ANCHOR = {"inputs": "input_ids", "mode": "eval", "difference": 0.0, "bound": 1e-5, "exact": True, "skipped": ""}
 CERTIFICATE: dict[str, Any] = {
     **{"passed": True, "sites": [EVIDENCE], "outputs": {"logits": 1e-6}, "budget": 1e-4, "structure": "1"},
     **{"base_structure": "1", "additions": [], "fingerprint": "2", "dtype": "float32", "notes": []},
     "collapses": [{"adaptation": "x", "site": "a", "routings": 4, "error": 0.1}],
     "anchors": [ANCHOR],
+    **{"retention": RETENTION, "unchanged": ["b"]},
     "largest_difference": 1e-6,
 }
 REPORT: dict[str, Any] = {

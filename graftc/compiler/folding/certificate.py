@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from graftc.compiler.capture.anchor import Anchor
+from graftc.compiler.folding.retention import Retention
 
 ALGEBRA_BOUND = 1e-9
 """Largest relative difference of float64 results; sums of some thousand float64 products stay far below."""
@@ -39,6 +40,7 @@ class SiteEvidence:
         change: largest change of the output by the adaptation, so that a vacuous check shows.
         algebra: difference of unfolded and folded output in float64, before rounding, over the largest output.
         rounding: largest distance of a folded element from its float64 value, in units in the last place.
+        retention: how much of the update rounding left.
     """
 
     site: str
@@ -46,6 +48,7 @@ class SiteEvidence:
     change: float
     algebra: float
     rounding: float
+    retention: Retention
 
     @property
     def finite(self) -> bool:
@@ -56,6 +59,10 @@ class SiteEvidence:
     def passed(self) -> bool:
         """The algebra holds and rounding was to nearest."""
         return self.algebra <= ALGEBRA_BOUND and self.rounding <= 0.5000001
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON data."""
+        return {**asdict(self), "adaptations": list(self.adaptations), "retention": self.retention.to_json()}
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class Certificate:
         fingerprint: of the base.
         collapses: what was drawn while training and is deployed as its mean, folded or not. Nothing is held against it.
         anchors: how the base's graphs compare with the source model itself; without that, no graph is used.
+        retention: how much of the updates of all sites rounding left. Nothing is held against it.
     """
 
     sites: tuple[SiteEvidence, ...]
@@ -102,6 +110,12 @@ class Certificate:
     notes: tuple[str, ...] = field(default_factory=tuple)
     collapses: tuple[CollapseEvidence, ...] = ()
     anchors: tuple[Anchor, ...] = ()
+    retention: Retention = field(default_factory=Retention)
+
+    @property
+    def unchanged(self) -> tuple[str, ...]:
+        """Sites at which every folded element is the base's."""
+        return tuple(dict.fromkeys(site.site for site in self.sites if site.retention.unchanged))
 
     @property
     def largest_difference(self) -> float:
@@ -146,7 +160,9 @@ class Certificate:
         return {
             "passed": self.passed,
             **asdict(self),
-            "sites": [{**asdict(site), "adaptations": list(site.adaptations)} for site in self.sites],
+            "sites": [site.to_json() for site in self.sites],
+            "retention": self.retention.to_json(),
+            "unchanged": list(self.unchanged),
             "outputs": dict(self.outputs),
             "additions": list(self.additions),
             "notes": list(self.notes),

@@ -8,14 +8,15 @@ What the evidence shows. A linear map is run on `PROBES` random inputs, unfolded
 every entry (of more than 2**26 numbers, at 4,096 of them, and as many of those that something replaces); a tensor of no
 map is compared as a whole. What is large is multiplied by random vectors before it is compared. A folded tensor that
 differs from the right one in any element changes such products with probability one; differences below `ALGEBRA_BOUND`
-of the largest output are taken for rounding. That folded tensors are rounded to nearest is checked for every element.
+of the largest output are taken for rounding. That folded tensors are rounded to nearest is checked for every element,
+and in the same go it is measured how much of the update is left (`graftc.compiler.folding.retention`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +24,8 @@ from torch import Tensor, fx
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.certificate import SiteEvidence
-from graftc.compiler.folding.evaluating import evaluate
+from graftc.compiler.folding.evaluating import evaluate, evaluate_all
+from graftc.compiler.folding.retention import Retention
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.sites import Use, linear_use
 from graftc.passes.core.sites.uses import PROBES, Lookup
@@ -47,11 +49,13 @@ class Folded:
         tensors: the folded tensors by name, each in its base's element type, biases that had to be added among them.
         additions: names of the latter.
         sites: the evidence, in the order of the graph.
+        retention: how much of the updates of all tensors rounding left.
     """
 
     tensors: dict[str, Tensor]
     additions: tuple[str, ...]
     sites: tuple[SiteEvidence, ...]
+    retention: Retention
 
 
 def fold_tensors(
@@ -89,14 +93,17 @@ def fold_tensors(
     done = list(itertools.accumulate(work))
     tensors: dict[str, Tensor] = {}
     found: list[tuple[int, SiteEvidence]] = []
+    retention = Retention()
     for index, group in enumerate(groups):
         made = _Group(adapted, lazy, group, uses_of.get(index, []), readers, seed)
         found += made.evidence
         tensors |= made.rounded
+        retention += made.retention
         advance(done[index] / max(done[-1], 1))
     order = [name for group in groups for name in group.names]
     additions = tuple(name for name in order if name in tensors and name not in lazy.store)
-    return Folded(tensors, additions, tuple(item for _, item in sorted(found, key=lambda pair: pair[0])))
+    sites = tuple(item for _, item in sorted(found, key=lambda pair: pair[0]))
+    return Folded(tensors, additions, sites, retention)
 
 
 def _tensors_of(use: Use) -> tuple[str, str]:
@@ -127,13 +134,24 @@ class Adapted:
             found.append(edit.after)
         return found
 
+    def kept(self, node: fx.Node, inputs: Collection[fx.Node]) -> fx.Node | None:
+        """The node of the adapted graph that computes what a base node does, of the same inputs and tensors of the base;
+        None where it reads anything else there."""
+        found = self._nodes[node.name]
+        for mine, theirs in zip(found.all_input_nodes, node.all_input_nodes, strict=False):
+            known = mine in inputs or mine.op == "get_attr"
+            if not known or (mine.name, mine.target) != (theirs.name, theirs.target):
+                return None
+        return found if len(found.all_input_nodes) == len(node.all_input_nodes) else None
+
     def last(self, node: fx.Node) -> fx.Node:
         """What stands for a base node after every edit."""
         return self._edits.current(self._nodes[node.name])
 
 
 class _Group:
-    """Tensors that are folded together: `evidence`, with places in the graph, and what they are `rounded` to."""
+    """Tensors that are folded together: `evidence`, with places in the graph, what they are `rounded` to, and the
+    `retention` of all of them."""
 
     def __init__(
         self,
@@ -145,7 +163,8 @@ class _Group:
         seed: int,
     ) -> None:
         self.lazy, self.adapted, self.group = lazy, adapted, group
-        self.values = lazy.widened(group)
+        base = lazy.base(group)
+        self.values = lazy.widened(base)
         read = {own.tensor for _, use in uses for own in (use.weight, use.bias) if own is not None}
         self.kept = {name: lazy.store.full(name).double() for name in read - self.values.keys()}
         probes = [(at, _Probe(self, use, seed)) for at, use in uses]
@@ -154,11 +173,32 @@ class _Group:
         lazy.apply(group, self.values)
         rounding: dict[str, float] = {}
         self.rounded: dict[str, Tensor] = {}
+        self.retained: dict[str, Retention] = {}
         for name, exact in self.values.items():
-            self.rounded[name], rounding[name] = rounded(exact, lazy.dtype(name))
+            into = torch.empty(exact.shape, dtype=lazy.dtype(name), device=exact.device)
+            base.setdefault(name, torch.zeros_like(into))
+            rounding[name], self.retained[name] = round_into(into, exact, base[name])
+            self.rounded[name] = into
+        self.retention = Retention.total(self.retained.values())
+        self.retained |= self._by_site(base)
         self.evidence = [(at, item) for at, probe in probes for item in probe.evidence(rounding)]
         self.evidence += [(readers[name][0], stand_ins[name].evidence(rounding[name])) for name in lone]
         del self.values, self.kept
+
+    def _by_site(self, base: dict[str, Tensor]) -> dict[str, Retention]:
+        """What is left of the update at each site: of its own rows of a weight, and of its bias."""
+        found: dict[str, Retention] = {}
+        own = {(step.site, part.as_stored): part for step in self.group.steps for part in step.parts}
+        for (site, _), part in own.items():
+            name = part.tensor
+            if name not in self.values:  # a bias that did not have to be added
+                continue
+            retained = self.retained[name]
+            if not part.whole:
+                pieces = _pieces(*(part.take(held[name]) for held in (base, self.values, self.rounded)))
+                retained = Retention.total(Retention.of(*piece) for piece in pieces)
+            found[site] = found.get(site, Retention()) + retained
+        return found
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as it is now: the base's, or the folded one."""
@@ -188,11 +228,19 @@ class _Probe:
         self.unfolded: list[list[Tensor]] = []
         self.changes = [0.0] * (len(self.spans) + 1)
         for inputs in self._parts():
-            values = {s: value for node, value in inputs.items() for s in group.adapted.stages(node)}
-            seen = self._seen(evaluate(group.adapted.last(use.node), values, group.tensor))
-            before = self._seen(evaluate(use.node, inputs, group.tensor))
+            seen, before = map(self._seen, self._unfolded_and_base(inputs))
             self.changes = [_largest(c, _distance(*pair)) for c, *pair in zip(self.changes, seen, before, strict=True)]
             self.unfolded.append(seen)
+
+    def _unfolded_and_base(self, inputs: dict[fx.Node, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the map gives in the adapted graph, and in the base's."""
+        adapted, node, tensor = self.group.adapted, self.use.node, self.group.tensor
+        values = {stage: value for source, value in inputs.items() for stage in adapted.stages(source)}
+        kept = adapted.kept(node, values)
+        if kept is not None:
+            unfolded, base = evaluate_all((adapted.last(node), kept), values, tensor)
+            return unfolded, base
+        return evaluate(adapted.last(node), values, tensor), evaluate(node, inputs, tensor)
 
     def _with_replaced(self, probe: Tensor) -> Tensor:
         """Of a table that is too large to look all of it up, what stands in for some entries is looked up as well."""
@@ -258,12 +306,12 @@ class _Probe:
             errors = [_largest(e, _distance(*pair)) for e, *pair in zip(errors, before, seen, strict=True)]
         *own, worst = (error / scale for error in errors)
         found = [
-            SiteEvidence(site, names, change, error, ulps)
+            SiteEvidence(site, names, change, error, ulps, self.group.retained[site])
             for (site, names, _), change, error in zip(self.spans, self.changes[:-1], own, strict=True)
         ]
         # Rows that no site owns must not have moved: a fold that writes to the wrong rows shows here as well.
         if not found:
-            return [SiteEvidence(use.weight.tensor, (), self.changes[-1], worst, ulps)]
+            return [SiteEvidence(use.weight.tensor, (), self.changes[-1], worst, ulps, Retention())]
         if not worst <= _largest(*own):
             found[0] = replace(found[0], algebra=worst)
         return found
@@ -294,7 +342,8 @@ class _StandIn:
         scale = _largest(1e-30, float(self.unfolded.abs().max()) if self.unfolded.numel() else 0.0)
         error = _distance(self.unfolded, self._seen(self.group.tensor(self.name)))
         adaptations = tuple(dict.fromkeys(s.adaptation for s in self.group.lazy.chain(self.name)))
-        return SiteEvidence(self.name, adaptations, self.change, error / scale, rounding)
+        retained = self.group.retained[self.name]
+        return SiteEvidence(self.name, adaptations, self.change, error / scale, rounding, retained)
 
 
 def _vectors(width: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -312,35 +361,52 @@ def _largest(*values: float) -> float:
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
-def rounded(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """A float64 tensor rounded once to ``dtype``, contiguous, and the largest error in units in the last place."""
-    result = torch.empty(exact.shape, dtype=dtype, device=exact.device)
-    worst = 0.0
-    for own, into in _pieces(exact, result):
-        into.copy_(folds.round_once(own, dtype))
-        worst = _largest(worst, units_in_last_place(into, own))
-    return result, worst
+def round_into(into: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
+    """Round a float64 tensor once into a contiguous one.
+
+    Args:
+        into: is filled; its type is what is rounded to.
+        exact: folded, ``float64`` of the same shape.
+        base: what was folded.
+
+    Returns:
+        The largest error in units in the last place, and how much of the update is left.
+    """
+    worst, retained = 0.0, Retention()
+    for to, own, before in _pieces(into, exact, base):
+        to.copy_(folds.round_once(own, to.dtype))
+        error = to.to(torch.float64, copy=True).sub_(own)
+        worst = _largest(worst, _units(error, own, to.dtype))
+        retained += Retention.of_error(before, own, error)
+    return worst, retained
 
 
-def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Two tensors of one shape in parts of at most `PIECE` elements, however they are laid out."""
-    if not a.numel():
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape in parts of at most `PIECE` elements, however they are laid out."""
+    first = tensors[0]
+    if not first.numel():
         return
-    if not a.dim():
-        yield a.reshape(1), b.view(1)
+    if not first.dim():
+        yield tuple(tensor.view(1) for tensor in tensors)
         return
-    count = PIECE // a[0].numel()
+    count = PIECE // first[0].numel()
     if count:
-        yield from zip(torch.split(a, count), torch.split(b, count), strict=True)
+        yield from zip(*(torch.split(tensor, count) for tensor in tensors), strict=True)
         return
-    for one, other in zip(a, b, strict=True):
-        yield from _pieces(one, other)
+    for parts in zip(*tensors, strict=True):
+        yield from _pieces(*parts)
 
 
 def units_in_last_place(found: Tensor, exact: Tensor) -> float:
     """Largest ``|found - exact|`` in units in the last place of ``found``'s dtype, at the exact value."""
-    info = torch.finfo(found.dtype)
-    # A float64 whose mantissa is cleared is the power of two below: below the least normal one units stay as they are.
-    power = (exact.abs().contiguous().view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
-    error = (found.double() - exact).div_(power.clamp_min_(info.tiny))
-    return float(error.abs_().max()) / info.eps
+    return _units(found.to(torch.float64, copy=True).sub_(exact), exact, found.dtype)
+
+
+def _units(error: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    info = torch.finfo(dtype)
+    # A float64 of which the exponent is left is the power of two below: below the least normal one units stay as they
+    # are.
+    power = (exact.contiguous().view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
+    power.clamp_min_(info.tiny)
+    least, most = (float(end) for end in torch.aminmax(torch.div(error, power, out=power)))
+    return _largest(-least, most) / info.eps

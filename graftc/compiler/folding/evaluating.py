@@ -8,7 +8,7 @@ not round.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,21 +22,28 @@ aten = torch.ops.aten
 
 
 def evaluate(output: fx.Node, inputs: Mapping[fx.Node, Any], tensor: Callable[[str], Tensor]) -> Tensor:
-    """The value of ``output`` in float64, from the values of other nodes and the tensors that are read. A value is let
-    go when the last node that reads it has been computed.
+    """The value of ``output`` in float64, from the values of other nodes and the tensors that are read. Args, Raises:
+    as `evaluate_all`."""
+    return evaluate_all((output,), inputs, tensor)[0]
+
+
+def evaluate_all(
+    outputs: Sequence[fx.Node], inputs: Mapping[fx.Node, Any], tensor: Callable[[str], Tensor]
+) -> list[Tensor]:
+    """The values of nodes in float64. Any other value is let go when the last node that reads it has been computed.
 
     Args:
-        output: a node.
+        outputs: nodes; what they share is computed once.
         inputs: values of nodes that are not to be computed, floating ones in float64.
         tensor: gives a tensor of the Store by name; it is widened where it is not float64 already.
 
     Raises:
         ValueError: it depends on an input of the graph that has no value.
     """
-    order = needed(output, inputs)
+    order = sorted({node for output in outputs for node in needed(output, inputs)})
     if unknown := [node for node in order if node.op == "placeholder"]:
-        raise ValueError(f"{output} reads {unknown[0]}, which has no value")
-    left = Counter(source for node in order for source in node.all_input_nodes)
+        raise ValueError(f"{outputs[0]} reads {unknown[0]}, which has no value")
+    left = Counter([*outputs, *(source for node in order for source in node.all_input_nodes)])
     values: dict[fx.Node, Any] = dict(inputs)
     device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), None)
     for node in order:
@@ -52,8 +59,7 @@ def evaluate(output: fx.Node, inputs: Mapping[fx.Node, Any], tensor: Callable[[s
         where = {"device": device} if device is not None and takes_device(node.target) else {}
         values[node] = _call(node.target, args, {**kwargs, **where})
         del args, kwargs
-    result: Tensor = values[output]
-    return result
+    return [values[output] for output in outputs]
 
 
 def needed(output: fx.Node, inputs: Mapping[fx.Node, Any]) -> list[fx.Node]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -40,12 +41,19 @@ class Retention:
             exact: folded, float64.
             rounded: folded and rounded, in the type that is deployed.
         """
-        update = exact - base
-        applied = rounded.double() - base
-        wanted = update != 0
-        changed = int(((applied != 0) & wanted).sum())
-        sums = float(update.square().sum()), float((update * applied).sum())
-        return cls(*sums, float(applied.sub_(update).square_().sum()), int(wanted.sum()), changed)
+        return cls.of_error(base, exact, rounded.to(torch.float64, copy=True).sub_(exact))
+
+    @classmethod
+    def of_error(cls, base: Tensor, exact: Tensor, error: Tensor) -> Retention:
+        """The same where ``rounded - exact`` is known, in float64; it is changed.
+
+        Where rounding gives back the base's value, ``error`` is ``-u`` to the bit, so that no change is none here.
+        """
+        back = base.to(torch.float64, copy=True).sub_(exact).add_(0.0).reshape(-1)  # -u, without a -0.0
+        error = error.reshape(-1)
+        update, shared, lost = (float(torch.dot(a, b)) for a, b in ((back, back), (back, error), (error, error)))
+        wanted = _not_zero(back)
+        return cls(update, update - shared, lost, wanted, _not_zero(error.sub_(back)))
 
     def __add__(self, other: Retention) -> Retention:
         return Retention(
@@ -80,3 +88,12 @@ class Retention:
     def unchanged(self) -> bool:
         """Whether no entry differs from the base's."""
         return not self.changed
+
+    def to_json(self) -> dict[str, float] | None:
+        """The three numbers; None where there was no update to retain."""
+        return {"norm": self.norm, "error": self.error, "entries": self.entries} if self.wanted else None
+
+
+def _not_zero(values: Tensor) -> int:
+    """How many of contiguous float64 numbers are not 0, none of which is -0.0: whole numbers are counted faster."""
+    return int(torch.count_nonzero(values.view(torch.int64)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +37,35 @@ def print_certificate(certificate: Certificate | None, kept: Mapping[str, str]) 
         )
         for failure in certificate.failures():
             to.print(f"{'':<22}{failure}", soft_wrap=True, markup=False)
+        for line in _retained(certificate):
+            to.print(line, soft_wrap=True, markup=False)
         for name, error in _averaged(certificate).items():
             to.print(f"{'averaged:':<22}{name}, {error:.1e} from the mean of all routes", soft_wrap=True, markup=False)
     for name, reason in kept.items():
         to.print(f"{'does not fold:':<22}{name}: {reason}", soft_wrap=True, markup=False)
+
+
+def _retained(certificate: Certificate) -> Iterator[str]:
+    """What rounding left of the update, where it was least, and where it changed nothing."""
+    whole = certificate.retention
+    if not whole.wanted:
+        return
+    yield (
+        f"{'retention:':<22}{_percent(whole.norm)} of the update in {certificate.dtype}, {_percent(whole.entries)} of its "
+        f"entries, error {whole.error:.1e}"
+    )
+    changed = [site for site in certificate.sites if site.retention.wanted]
+    least = min(changed, key=lambda site: site.retention.norm)
+    if len(changed) > 1:
+        yield f"{'':<22}least at {least.site}: {_percent(least.retention.norm)}"
+    if unchanged := certificate.unchanged:
+        count = "1 site" if len(unchanged) == 1 else f"{len(unchanged)} sites"
+        more = f" and {len(unchanged) - 3} more" if len(unchanged) > 3 else ""
+        yield f"{'unchanged:':<22}{count}: {', '.join(unchanged[:3])}{more}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _averaged(certificate: Certificate) -> dict[str, float]:

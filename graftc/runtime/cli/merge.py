@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graftc.runtime.cli.options import (
+    AllowUnchanged,
     ArtifactArgument,
     BaseOption,
     Budget,
     DryRun,
+    DType,
+    DTypeOption,
     Force,
     Json,
     Out,
     destination,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["merge"]
 
@@ -32,6 +38,8 @@ def merge(
             help="Fold what can be folded; if something remains, write an artifact together with its new base.",
         ),
     ] = False,
+    dtype: DTypeOption = None,
+    allow_unchanged: AllowUnchanged = False,
     dry_run: DryRun = False,
     force: Force = False,
     json: Json = False,
@@ -53,7 +61,11 @@ def merge(
 
         compiled = load(directory, model)
         advance = time_left(step, "folding and certifying")
-        made = merge_what_folds(compiled, budget, advance) if partial else compiled.merge(budget, progress=advance)
+        options: Any = {"dtype": _element_type(dtype), "allow_unchanged": allow_unchanged}
+        if partial:
+            made = merge_what_folds(compiled, budget, advance, **options)
+        else:
+            made = compiled.merge(budget, progress=advance, **options)
         if to is not None:
             step("writing")
             made.save(to, force=force)
@@ -74,3 +86,9 @@ def merge(
         return
     print_certificate(made.certificate, made.kept)
     print_files(to, files)
+
+
+def _element_type(dtype: DType | None) -> torch.dtype | None:
+    import torch
+
+    return None if dtype is None else {DType.FLOAT32: torch.float32}[dtype]

@@ -12,9 +12,12 @@ from graftc.runtime.cli import completion
 from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = [
+    "AllowUnchanged",
     "ArtifactArgument",
     "BaseOption",
     "Budget",
+    "DType",
+    "DTypeOption",
     "DryRun",
     "ExportFormat",
     "Force",
@@ -42,6 +45,15 @@ class ExportFormat(StrEnum):
     PT2 = "pt2"
 
 
+class DType(StrEnum):
+    """What a merged model can be in, other than its base's own type."""
+
+    FLOAT32 = "float32"
+
+
+AllowUnchanged: TypeAlias = Annotated[
+    bool, typer.Option("--allow-unchanged", help="Accept a fold that changes no tensor of the base.")
+]
 ArtifactArgument: TypeAlias = Annotated[
     Path,
     typer.Argument(
@@ -69,6 +81,14 @@ Budget: TypeAlias = Annotated[
         metavar="X",
         min=0,
         help="Largest allowed absolute difference of outputs. Default: the spec's, or a bound by dtype.",
+        show_default=False,
+    ),
+]
+DTypeOption: TypeAlias = Annotated[
+    DType | None,
+    typer.Option(
+        "--dtype",
+        help="Widen a base in 16 bits first, so that nothing of the update is lost in rounding. Default: the base's type.",
         show_default=False,
     ),
 ]

@@ -25,6 +25,7 @@ from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.remove_folded import take_out
+from graftc.runtime.deploy.widening import of_the_base, widened
 from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.model.blocks import Root
 from graftc.runtime.model.runner import M, ModelRoot, Published, runner_of
@@ -159,11 +160,19 @@ def _add_biases(program: Program, additions: Collection[str]) -> None:
 
 
 def merge(
-    compiled: Compiled | CompiledRunner, budget: float | None = None, advance: Advance = lambda _: None
+    compiled: Compiled | CompiledRunner,
+    budget: float | None = None,
+    advance: Advance = lambda _: None,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_unchanged: bool = False,
 ) -> Merged:
     """Fold and certify. See `Compiled.merge`."""
-    merged = fold(compiled, budget, every=True, advance=advance)
+    runner = widened(compiled, dtype)
+    merged = fold(runner, budget, every=True, advance=advance)
     require_passed(merged.certificate)
+    require_changed(merged.certificate, allow_unchanged)
+    merged._graftc.certificate = of_the_base(merged.certificate, runner, compiled)
     return merged
 
 
@@ -177,6 +186,28 @@ def require_passed(certificate: Certificate) -> None:
     if failures:
         hint = None if certificate.finite else "look for NaN in what was trained and in buffers of the base"
         raise GraftError("GC051", "the fold is not certified: " + "; ".join(failures[:3]), hint=hint, details=failures)
+
+
+def require_changed(certificate: Certificate, allow_unchanged: bool = False) -> None:
+    """Refuse a fold after which every folded tensor is the base's, unless that is allowed.
+
+    Raises:
+        GraftError: GC104 with the reason.
+    """
+    if allow_unchanged or not (certificate.sites and certificate.retention.unchanged):
+        return
+    sites = len(dict.fromkeys(site.site for site in certificate.sites))
+    where = "the only site" if sites == 1 else f"all {sites} sites"
+    if certificate.retention.wanted:
+        message = f"the merge changes nothing: at {where} the update is lost in rounding to {certificate.dtype}"
+        hint = "dtype=torch.float32 (--dtype float32) keeps it; allow_unchanged=True merges all the same"
+    else:
+        message = f"the merge changes nothing: the update is zero at {where}"
+        hint = (
+            "train first, or load the tensors that were trained, and look at alpha; allow_unchanged=True "
+            "(--allow-unchanged) merges all the same"
+        )
+    raise GraftError("GC104", message, hint=hint)
 
 
 def fold(
@@ -290,6 +321,7 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budge
         dtype=str(compiled.dtype).removeprefix("torch."),
         collapses=collapse_evidence(compilation),
         anchors=compilation.main.anchors,
+        retention=made.retention,
     )
 
 

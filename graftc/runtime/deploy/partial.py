@@ -22,8 +22,9 @@ from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
-from graftc.runtime.deploy.merged import Merged, fold, require_passed
+from graftc.runtime.deploy.merged import Merged, fold, require_changed, require_passed
 from graftc.runtime.deploy.merged_folder import write_merged
+from graftc.runtime.deploy.widening import of_the_base, widened
 from graftc.runtime.model.runner import M, runner_of
 from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec
@@ -82,13 +83,26 @@ class Partial(Generic[M]):
         return self.compiled._graftc._export(path, format, example_inputs, inputs, self.certificate, force)
 
 
-def merge_partially(compiled: Compiled | CompiledRunner, budget: float | None = None) -> Partial:
+def merge_partially(
+    compiled: Compiled | CompiledRunner, budget: float | None = None, *, allow_unchanged: bool = False
+) -> Partial:
     """Fold what folds, and compile what does not on the result, collapsed where it has a simpler form. See
     `Compiled.merge_partially`."""
-    merged = fold(compiled, budget)
+    return _partial(compiled, _folded(compiled, budget, allow_unchanged=allow_unchanged))
+
+
+def _folded(
+    compiled: Compiled | CompiledRunner,
+    budget: float | None,
+    advance: Advance = lambda _: None,
+    *,
+    allow_unchanged: bool,
+) -> Merged:
+    merged = fold(compiled, budget, advance=advance)
     _require_any(merged)
     require_passed(merged.certificate)
-    return _partial(compiled, merged)
+    require_changed(merged.certificate, allow_unchanged)
+    return merged
 
 
 def _require_any(merged: Merged) -> None:
@@ -117,7 +131,12 @@ def _partial(compiled: Compiled | CompiledRunner, merged: Merged) -> Partial:
 
 
 def merge_what_folds(
-    compiled: Compiled | CompiledRunner, budget: float | None = None, advance: Advance = lambda _: None
+    compiled: Compiled | CompiledRunner,
+    budget: float | None = None,
+    advance: Advance = lambda _: None,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_unchanged: bool = False,
 ) -> Merged | Partial:
     """A merged model where everything folds, and otherwise what `merge_partially` gives.
 
@@ -125,14 +144,15 @@ def merge_what_folds(
         compiled: what to merge.
         budget: as for `Compiled.merge`.
         advance: is told how much of the folding is done, from 0 to 1.
+        dtype, allow_unchanged: as for `Compiled.merge`.
 
     Raises:
-        GraftError: as `merge_partially`.
+        GraftError: as `merge_partially`; GC073 for a dtype that is not wider.
     """
-    merged = fold(compiled, budget, advance=advance)
-    _require_any(merged)
-    require_passed(merged.certificate)
-    return _partial(compiled, merged) if merged.kept else merged
+    runner = widened(compiled, dtype)
+    merged = _folded(runner, budget, advance, allow_unchanged=allow_unchanged)
+    merged._graftc.certificate = of_the_base(merged.certificate, runner, compiled)
+    return _partial(runner, merged) if merged.kept else merged
 
 
 def _rest(compilation: Compilation, merged: Merged) -> Spec:

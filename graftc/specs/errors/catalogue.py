@@ -371,8 +371,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC104", _NO, "the merge changes nothing",
      "No folded tensor differs from the base's after rounding: the adapter is untrained or belongs to another model, "
      "or its scale is zero, or all of its update is smaller than the spacing of the base's type.",
-     "Check that it is the right adapter. `--dtype float32` keeps small updates; `--allow-unchanged` writes the folder "
-     "anyway."),
+     "Check that it is the right adapter. `--dtype float32` (`dtype=torch.float32`) keeps small updates; "
+     "`--allow-unchanged` (`allow_unchanged=True`) merges all the same."),
 )
 # fmt: on
 

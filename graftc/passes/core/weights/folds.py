@@ -90,9 +90,14 @@ class FoldStep:
     apply: WeightFunction
 
     @property
+    def parts(self) -> tuple[WeightSlice, ...]:
+        """What it changes."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
     def tensors(self) -> tuple[str, ...]:
         """Names of what it changes."""
-        return (self.weight.tensor,) if self.bias is None else (self.weight.tensor, self.bias.tensor)
+        return tuple(part.tensor for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -165,10 +170,14 @@ class LazyTensors:
     def _group_of(self) -> dict[str, FoldGroup]:
         return {name: group for group in self.groups() for name in group.names}
 
-    def widened(self, group: FoldGroup) -> dict[str, Tensor]:
-        """The base tensors of a group: copies in float64."""
-        held = ((name, self.store.full(name)) for name in group.names if name in self.store)
-        return {name: tensor.to(torch.float64, copy=True) for name, tensor in held}
+    def base(self, group: FoldGroup) -> dict[str, Tensor]:
+        """The base tensors of a group, whole; they are nobody's to write."""
+        return {name: self.store.full(name) for name in group.names if name in self.store}
+
+    @staticmethod
+    def widened(base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of tensors in float64."""
+        return {name: tensor.to(torch.float64, copy=True) for name, tensor in base.items()}
 
     def apply(self, group: FoldGroup, values: dict[str, Tensor]) -> None:
         """Fold what `widened` gave, in place of it: one tensor more is alive at a time than the group has."""
@@ -177,7 +186,7 @@ class LazyTensors:
 
     def fold(self, group: FoldGroup) -> dict[str, Tensor]:
         """The tensors of a group in float64, folded; without biases that turned out to be none."""
-        values = self.widened(group)
+        values = self.widened(self.base(group))
         self.apply(group, values)
         return values
 

@@ -20,6 +20,7 @@ __all__ = [
     "FileData",
     "ReportData",
     "Result",
+    "RetentionData",
     "Runs",
     "SiteEvidenceData",
     "TotalsData",
@@ -212,6 +213,19 @@ class ReportData(Result):
     """The source model's graphs held against the model itself, in each mode."""
 
 
+class RetentionData(Result):
+    """What rounding to the deployed type left of an update: `u` is the exact one, `v` the one that was applied."""
+
+    norm: float
+    """`<u, v> / <u, u>`: 1 where all of it is there, 0 where nothing is."""
+
+    error: float = Field(ge=0)
+    """`|v - u| / |u|`: how far what was applied is from the update."""
+
+    entries: float = Field(ge=0, le=1)
+    """Share of the entries that the update changes in which a change is left."""
+
+
 class SiteEvidenceData(Result):
     """What probing showed at one site."""
 
@@ -229,6 +243,9 @@ class SiteEvidenceData(Result):
 
     rounding: float = Field(ge=0)
     """Largest distance of a folded element from its float64 value, in units in the last place."""
+
+    retention: RetentionData | None
+    """What rounding left of the update there; null where the update is zero."""
 
 
 class CollapseEvidenceData(Result):
@@ -286,6 +303,12 @@ class CertificateData(Result):
 
     anchors: Items[AnchorData]
     """The base's graphs held against the source model itself, in each mode."""
+
+    retention: RetentionData | None
+    """What rounding left of the updates of all sites; null where all are zero. Nothing is held against it."""
+
+    unchanged: Items[str]
+    """Sites at which every folded element is the base's."""
 
     largest_difference: float = Field(ge=0)
     """The largest of `outputs`."""
