@@ -372,9 +372,19 @@ def round_into(into: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retent
     Returns:
         The largest error in units in the last place, and how much of the update is left.
     """
+    return _rounding(into, exact, base, writes=True)
+
+
+def rounding_of(stored: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
+    """What `round_into` returns, of a tensor that somebody else has rounded."""
+    return _rounding(stored, exact, base, writes=False)
+
+
+def _rounding(into: Tensor, exact: Tensor, base: Tensor, *, writes: bool) -> tuple[float, Retention]:
     worst, retained = 0.0, Retention()
     for to, own, before in _pieces(into, exact, base):
-        to.copy_(folds.round_once(own, to.dtype))
+        if writes:
+            to.copy_(folds.round_once(own, to.dtype))
         error = to.to(torch.float64, copy=True).sub_(own)
         worst = _largest(worst, _units(error, own, to.dtype))
         retained += Retention.of_error(before, own, error)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.artifact.read import Artifact, open_artifact
+from graftc.runtime.streaming.peft import base_named_by, peft_updates
 from graftc.runtime.streaming.shards import Checkpoint
 from graftc.runtime.streaming.sources import artifact_updates
 from graftc.runtime.streaming.update import AdapterUpdates
@@ -33,6 +34,12 @@ def read_updates(path: Path, base: Path | None) -> tuple[Path, Made]:
     Raises:
         GraftError: GC080 where there is no adapter, GC086 where the base is not known.
     """
+    if is_peft(path):
+        found = base or base_named_by(path)
+        if found is None:
+            hint = "name the base's folder: --model FOLDER"
+            raise GraftError("GC086", f"{path} names no base that is in a folder here", hint=hint)
+        return found, lambda checkpoint: peft_updates(path, checkpoint)
     artifact = open_artifact(path)
     return (base or _base_of(artifact)), lambda checkpoint: artifact_updates(artifact, checkpoint)
 

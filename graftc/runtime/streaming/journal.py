@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,11 @@ class Done:
         sha256: of what was written.
         untouched: how many tensors are the base's, bit for bit, whole or in all rows that were not folded.
         sites: the evidence for what was folded.
-        retention: by site.
     """
 
     sha256: str
     untouched: int
     sites: tuple[SiteEvidence, ...]
-    retention: Mapping[str, Retention]
 
 
 class Journal:
@@ -67,7 +64,7 @@ class Journal:
 
     def add(self, name: str, done: Done) -> None:
         """Note that a file is done, and lies on the disk."""
-        data = {"file": name, **asdict(done), "retention": {site: asdict(r) for site, r in done.retention.items()}}
+        data = {"file": name, **asdict(done)}
         line = json.dumps(data)
         check = hashlib.sha256(line.encode()).hexdigest()[:16]
         with self._path.open("a", encoding="utf-8") as file:
@@ -80,6 +77,9 @@ def _read(data: dict[str, Any]) -> Done:
     check = data.pop("check")
     if hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16] != check:
         raise ValueError("it has changed")
-    sites = tuple(SiteEvidence(**{**site, "adaptations": tuple(site["adaptations"])}) for site in data["sites"])
-    retention = {site: Retention(**numbers) for site, numbers in data["retention"].items()}
-    return Done(data["sha256"], data["untouched"], sites, retention)
+    return Done(data["sha256"], data["untouched"], tuple(map(_site, data["sites"])))
+
+
+def _site(data: dict[str, Any]) -> SiteEvidence:
+    fields = {**data, "adaptations": tuple(data["adaptations"]), "retention": Retention(**data["retention"])}
+    return SiteEvidence(**fields)

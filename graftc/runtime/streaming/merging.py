@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,7 @@ class StreamedMerge:
 
     Attributes:
         path: the folder that was written; None where nothing was to be written.
-        certificate: the evidence for every site.
-        retention: what is left of the update after rounding, in all.
-        by_site: the same by site.
+        certificate: the evidence for every site, and what rounding left of the update.
         folded: names of the adaptations.
         untouched: how many tensors are the base's, bit for bit.
         resumed: how many files a run that was killed had done already.
@@ -55,8 +53,6 @@ class StreamedMerge:
 
     path: Path | None
     certificate: Certificate
-    retention: Retention
-    by_site: Mapping[str, Retention]
     folded: tuple[str, ...]
     untouched: int
     resumed: int
@@ -149,7 +145,7 @@ def _measured(plan: Plan, shard: Shard, advance: Callable[[float], None]) -> Don
     report = fold_shard(plan, shard, BaseTensors(plan), target, advance)
     _require_passed(report.sites)
     kept = shard.tensors.keys() - {own.tensor for own in report.changed} - plan.replacements.keys()
-    return Done("", len(kept), report.sites, report.retention)
+    return Done("", len(kept), report.sites)
 
 
 def _merged(plan: Plan, shard: Shard, path: Path, base: BaseTensors, advance: Callable[[float], None]) -> Done:
@@ -170,7 +166,7 @@ def _merged(plan: Plan, shard: Shard, path: Path, base: BaseTensors, advance: Ca
     shutil.copymode(shard.path, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return Done(digest, len(compared), report.sites, report.retention)
+    return Done(digest, len(compared), report.sites)
 
 
 def _require_passed(sites: Iterable[SiteEvidence]) -> None:
@@ -198,14 +194,11 @@ def _result(
         GraftError: GC104 where nothing has changed.
     """
     sites: dict[str, SiteEvidence] = {}
-    by_site: dict[str, Retention] = {}
-    for each in done.values():
-        for evidence in each.sites:
-            sites[evidence.site] = _worst(sites.get(evidence.site, evidence), evidence)
-        for site, found in each.retention.items():
-            by_site[site] = by_site.get(site, Retention()) + found
+    for evidence in (evidence for each in done.values() for evidence in each.sites):
+        known = sites.get(evidence.site)
+        sites[evidence.site] = evidence if known is None else _joined(known, evidence)
     order = [place.site for place in plan.places] + list(plan.replacements)
-    total = Retention.total(by_site.values())
+    total = Retention.total(evidence.retention for evidence in sites.values())
     if total.unchanged and not allow_unchanged:
         why = "its update is zero" if not total.wanted else "all of its update is lost in rounding"
         hint = "--dtype float32 keeps small updates" if total.wanted else "is this the adapter that was trained?"
@@ -214,18 +207,18 @@ def _result(
     dtypes = {plan.written(plan.checkpoint.tensors()[p.weight.tensor]) for p in plan.places} or {"F32"}
     dtype = str(DTYPES[sorted(dtypes)[0]]).removeprefix("torch.")
     note = "made from files: every site was probed, and the outputs of the whole model were not compared"
+    found = tuple(sites[site] for site in dict.fromkeys(order) if site in sites)
     certificate = Certificate(
-        tuple(sites[site] for site in dict.fromkeys(order) if site in sites),
-        {}, 0.0, "", "", fingerprint=plan.updates.base, dtype=dtype, notes=(note,),
-    )  # fmt: skip
+        found, {}, 0.0, "", "", fingerprint=plan.updates.base, dtype=dtype, notes=(note,), retention=total
+    )
     untouched = sum(each.untouched for each in done.values())
-    return StreamedMerge(path, certificate, total, by_site, plan.updates.names, untouched, resumed, dtype)
+    return StreamedMerge(path, certificate, plan.updates.names, untouched, resumed, dtype)
 
 
-def _worst(a: SiteEvidence, b: SiteEvidence) -> SiteEvidence:
-    """Two files' evidence for one site as one."""
-    numbers = {name: max(getattr(a, name), getattr(b, name)) for name in ("change", "algebra", "rounding")}
-    return SiteEvidence(a.site, a.adaptations, **numbers)
+def _joined(a: SiteEvidence, b: SiteEvidence) -> SiteEvidence:
+    """The evidence for one site from two files as one."""
+    worst = {name: max(getattr(a, name), getattr(b, name)) for name in ("change", "algebra", "rounding")}
+    return SiteEvidence(a.site, a.adaptations, **worst, retention=a.retention + b.retention)
 
 
 def _identity(plan: Plan) -> str:
@@ -280,7 +273,6 @@ def _write_record(plan: Plan, folder: Path, result: StreamedMerge, done: Mapping
         "base": plan.updates.base,
         "adapter": {"kind": plan.updates.kind, "sha256": plan.updates.digest},
         "certificate": result.certificate.to_json(),
-        "retention": {"total": asdict(result.retention), "sites": {s: asdict(r) for s, r in result.by_site.items()}},
         "files": dict(sorted({**known, **others}.items())),
     }
     (folder / RECORD).write_text(sealed(data), encoding="utf-8", newline="\n")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.folding.certificate import SiteEvidence
-from graftc.compiler.folding.certify import units_in_last_place
 from graftc.compiler.folding.retention import Retention
 from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.folding import fold_at
@@ -28,8 +27,6 @@ __all__ = ["FoldedBlock", "Place", "PlaceFold", "ReplacedFold", "places_of"]
 
 BLOCK = 2**20
 """Entries of a weight that are in memory in float64 at a time, where its adaptations fold row by row."""
-PIECE = 2**16
-"""Entries that are rounded and checked at a time: they stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -121,17 +118,10 @@ class Held:
     rounding: float = field(default=0.0, kw_only=True)
     retention: Retention = field(default_factory=Retention, kw_only=True)
 
-    def compare(self, base: Tensor, exact: Tensor, stored: Tensor) -> None:
-        """Hold what is stored against the exact values: its rounding, and what it leaves of the update.
-
-        Args:
-            base, exact: see `FoldedBlock`.
-            stored: the same entries, as they are stored.
-        """
-        rows = max(1, PIECE // max(1, math.prod(exact.shape[1:])))
-        for own in zip(*(torch.split(t, rows) for t in (base, exact, stored)), strict=True):
-            self.rounding = _largest(self.rounding, units_in_last_place(own[2].contiguous(), own[1].contiguous()))
-            self.retention += Retention.of(*own)
+    def note(self, found: tuple[float, Retention]) -> None:
+        """Take in what was found of some entries."""
+        self.rounding = _largest(self.rounding, found[0])
+        self.retention += found[1]
 
 
 @dataclass
@@ -144,7 +134,9 @@ class ReplacedFold(Held):
     @property
     def evidence(self) -> SiteEvidence:
         """What has been found so far: there is no algebra in a copy."""
-        return SiteEvidence(self.replacement.tensor, (self.replacement.adaptation,), self.change, 0.0, self.rounding)
+        return SiteEvidence(
+            self.replacement.tensor, (self.replacement.adaptation,), self.change, 0.0, self.rounding, self.retention
+        )
 
     def blocks(self, stored: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Entries of the flat tensor, their values before and after, ``float64``."""
@@ -170,13 +162,14 @@ class PlaceFold(Held):
     change: float = 0.0
     error: float = 0.0
     scale: float = 1e-30
-    _wide: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
+    _parts: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def evidence(self) -> SiteEvidence:
         """What has been found so far."""
         place = self.place
-        return SiteEvidence(place.site, place.names, self.change, self.error / self.scale, self.rounding)
+        error = self.error / self.scale
+        return SiteEvidence(place.site, place.names, self.change, error, self.rounding, self.retention)
 
     def blocks(self, weight: Tensor, bias: Tensor | None) -> Iterator[FoldedBlock]:
         """Fold block by block; every block is probed.
@@ -200,7 +193,7 @@ class PlaceFold(Held):
                 raise GraftError("GC103", message)
             found = (own_bias, base_bias, exact_bias) if changed else None
             yield FoldedBlock(own, base, exact, found)  # type: ignore[arg-type]
-        self._wide.clear()
+        self._parts.clear()
 
     def _probed(self, start: int, own: WeightSlice, base: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         block = self.maps.of(self.place.chain, own.count)
@@ -234,16 +227,11 @@ class PlaceFold(Held):
         """The tensors that a block of rows folds with, floating ones in float64."""
         method = method_for(update.spec.method)
         axes = method.row_axes(update.spec) if isinstance(method, RowWise) else {}
-        found = {}
-        for part, tensor in update.parts.items():
-            if part in axes:
-                found[part] = _widened(tensor.narrow(axes[part], start, count))
-                continue
-            key = update.adaptation, part
-            if key not in self._wide:
-                self._wide[key] = _widened(tensor)
-            found[part] = self._wide[key]
-        return found
+        if update.adaptation not in self._parts:
+            read = update.parts.items()
+            self._parts[update.adaptation] = {p: t if p in axes else _widened(t) for p, t in read}
+        held = self._parts[update.adaptation]
+        return {p: _widened(t.narrow(axes[p], start, count)) if p in axes else t for p, t in held.items()}
 
     def _constants(self, update: SiteUpdate, base: Tensor) -> Mapping[str, Tensor]:
         method = method_for(update.spec.method)

@@ -5,8 +5,9 @@ The same work verifies a file that is there, and measures without writing any.
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.folding.certificate import SiteEvidence
+from graftc.compiler.folding.certify import round_into, rounding_of
 from graftc.compiler.folding.retention import Retention
-from graftc.passes.core.weights.folds import round_once
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.runtime.streaming.mapped import DTYPES, MappedFile
-from graftc.runtime.streaming.places import PIECE, PlaceFold, ReplacedFold
+from graftc.runtime.streaming.places import PlaceFold, ReplacedFold
 from graftc.runtime.streaming.plan import Plan
 from graftc.runtime.streaming.shards import Shard, StoredTensor, header_bytes, read_shard
 
@@ -36,12 +37,10 @@ class ShardReport:
 
     Attributes:
         sites: the evidence for what was folded.
-        retention: by site.
         changed: what was folded in this file, weights and biases.
     """
 
     sites: tuple[SiteEvidence, ...]
-    retention: Mapping[str, Retention]
     changed: tuple[WeightSlice, ...]
 
 
@@ -99,43 +98,38 @@ class Target:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
-    def put(self, own: WeightSlice, exact: Tensor) -> Tensor:
-        """Store rows, rounded once, and return what is stored there then.
+    def put(self, own: WeightSlice, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
+        """Store rows, rounded once.
 
         Args:
             own: which rows of which tensor.
             exact: ``float64[rows, in]``, or ``[rows]`` of a bias.
-        """
-        axis = -1 if exact.dim() == 1 else -2
-        if self._file is None:
-            rounded = torch.empty_like(exact, dtype=DTYPES[self._dtypes[own.tensor]])
-            _round_into([rounded], exact, axis)
-            return rounded
-        views = own.views(self._file.tensor(self._tensors[own.tensor]))
-        if self._writes:
-            _round_into(views, exact, axis)
-        return views[0] if len(views) == 1 else torch.cat(views, axis)
+            base: the same before folding.
 
-    def put_flat(self, name: str, part: slice, exact: Tensor) -> Tensor:
+        Returns:
+            The largest error of what is stored now, in units in the last place, and how much of the update is left.
+        """
+        if self._file is None:
+            return round_into(torch.empty_like(exact, dtype=DTYPES[self._dtypes[own.tensor]]), exact, base)
+        views = own.views(self._file.tensor(self._tensors[own.tensor]))
+        axis = -1 if exact.dim() == 1 else -2
+        sizes = [view.shape[axis] for view in views]
+        parts = zip(views, exact.split(sizes, axis), base.split(sizes, axis), strict=True)
+        return _together(self._look(*part) for part in parts)
+
+    def put_flat(self, name: str, part: slice, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
         """The same for entries of a flat tensor."""
         if self._file is None:
-            return round_once(exact, DTYPES[self._dtypes[name]])
-        view = self._file.tensor(self._tensors[name]).reshape(-1)[part]
-        if self._writes:
-            _round_into([view], exact, 0)
-        return view
+            return round_into(torch.empty_like(exact, dtype=DTYPES[self._dtypes[name]]), exact, base)
+        return self._look(self._file.tensor(self._tensors[name]).reshape(-1)[part], exact, base)
+
+    def _look(self, view: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
+        return (round_into if self._writes else rounding_of)(view, exact, base)
 
 
-def _round_into(views: list[Tensor], exact: Tensor, axis: int) -> None:
-    """Write runs of rows, a few at a time."""
-    at = 0
-    for view in views:
-        count = view.shape[axis]
-        rows = max(1, PIECE * count // max(1, view.numel()))
-        for start in range(0, count, rows):
-            size = min(rows, count - start)
-            view.narrow(axis, start, size).copy_(round_once(exact.narrow(axis, at + start, size), view.dtype))
-        at += count
+def _together(found: Iterable[tuple[float, Retention]]) -> tuple[float, Retention]:
+    errors, retained = zip(*found, strict=True)
+    return (math.nan if any(map(math.isnan, errors)) else max(errors)), Retention.total(retained)
 
 
 def create_file(plan: Plan, shard: Shard, path: Path) -> None:
@@ -174,17 +168,11 @@ def fold_shard(plan: Plan, shard: Shard, base: BaseTensors, target: Target, adva
         GraftError: where a fold is none.
     """
     sites: list[SiteEvidence] = []
-    retention: dict[str, Retention] = {}
     changed: list[WeightSlice] = []
     places = plan.places_in(shard)
     alone = plan.replaced_alone(shard)
     sizes = [place.weight.size for place in places] + [item.value.numel() for item in alone]
     total, done = max(1, sum(sizes)), 0
-
-    def found(fold: PlaceFold | ReplacedFold) -> None:
-        evidence = fold.evidence
-        sites.append(evidence)
-        retention[evidence.site] = fold.retention
 
     for place in places:
         fold = PlaceFold(place, plan.maps)
@@ -193,25 +181,25 @@ def fold_shard(plan: Plan, shard: Shard, base: BaseTensors, target: Target, adva
         changed += [weight] if here else []
         for block in fold.blocks(base.current(weight.tensor), None if bias is None else base.current(bias.tensor)):
             if here:
-                fold.compare(block.base, block.exact, target.put(block.own, block.exact))
+                fold.note(target.put(block.own, block.exact, block.base))
             if block.bias is not None and block.bias[0].tensor in target:
                 own, before, after = block.bias
-                fold.compare(before, after, target.put(own, after))
+                fold.note(target.put(own, after, before))
                 changed.append(own)
             elif not here:
                 break  # only the bias is in this file, and folding leaves it alone
             done += block.own.size
             advance(done / total)
         else:
-            found(fold)  # a bias in a file of its own has evidence of its own
+            sites.append(fold.evidence)  # a bias in a file of its own has evidence of its own
     for item in alone:
         copied = ReplacedFold(item)
         for part, before, after in copied.blocks(base.stored(item.tensor)):
-            copied.compare(before, after, target.put_flat(item.tensor, part, after))
+            copied.note(target.put_flat(item.tensor, part, after, before))
             done += after.numel()
             advance(done / total)
-        found(copied)
-    return ShardReport(tuple(sites), retention, tuple(changed))
+        sites.append(copied.evidence)
+    return ShardReport(tuple(sites), tuple(changed))
 
 
 def untouched(
