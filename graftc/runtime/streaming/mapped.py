@@ -10,9 +10,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from graftc.runtime.streaming.shards import Shard, StoredTensor, read_shard
+from graftc.runtime.streaming.shards import Checkpoint, Shard, StoredTensor, read_shard
 
-__all__ = ["DTYPES", "FLOATING", "FORMAT_NAMES", "MappedFile", "MappedTensors"]
+__all__ = ["DTYPES", "FLOATING", "FORMAT_NAMES", "MappedFile", "MappedTensors", "StoredTensors"]
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -86,3 +86,38 @@ class MappedTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shard.tensors)
+
+
+class StoredTensors:
+    """The tensors of a checkpoint by name, whichever file they are in. Files are opened when they are needed.
+
+    Args:
+        checkpoint: the files.
+        writable: see `MappedFile`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, writable: bool = False) -> None:
+        self.entries = checkpoint.tensors()
+        self._shards = checkpoint.shard_of()
+        self._files: dict[str, MappedFile] = {}
+        self._writable = writable
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor where it lies."""
+        return self._file(name).tensor(self.entries[name])
+
+    def raw(self, name: str) -> Tensor:
+        """Its bytes."""
+        return self._file(name).raw(self.entries[name])
+
+    def _file(self, name: str) -> MappedFile:
+        shard = self._shards[name]
+        if shard.name not in self._files:
+            self._files[shard.name] = MappedFile(shard.path, writable=self._writable)
+        return self._files[shard.name]
+
+    def release(self) -> None:
+        """Let all files go; what was written to them is on the disk."""
+        for file in self._files.values() if self._writable else ():
+            file.flush()
+        self._files.clear()

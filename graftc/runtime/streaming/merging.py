@@ -23,7 +23,7 @@ from graftc.runtime.deploy.merged_folder import COMPANIONS
 from graftc.runtime.files import check_apart, check_destination, staged
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.journal import Done, Journal
-from graftc.runtime.streaming.mapped import DTYPES, MappedFile
+from graftc.runtime.streaming.mapped import DTYPES, StoredTensors
 from graftc.runtime.streaming.plan import Plan, make_plan, stored_config
 from graftc.runtime.streaming.shards import INDEX, Checkpoint, Shard, leads_inside, read_checkpoint, read_shard
 from graftc.runtime.streaming.work import BaseTensors, Target, create_file, fold_shard, untouched
@@ -141,7 +141,7 @@ def _within(progress: Progress, before: int, shard: Shard, checkpoint: Checkpoin
 def _measured(plan: Plan, shard: Shard, advance: Callable[[float], None]) -> Done:
     """Fold without writing."""
     dtypes = {name: plan.written(stored) for name, stored in shard.tensors.items()}
-    target = Target(None, shard.tensors, writes=False, dtypes=dtypes)
+    target = Target(shard.tensors, None, dtypes=dtypes)
     report = fold_shard(plan, shard, BaseTensors(plan), target, advance)
     _require_passed(report.sites)
     kept = shard.tensors.keys() - {own.tensor for own in report.changed} - plan.replacements.keys()
@@ -152,13 +152,12 @@ def _merged(plan: Plan, shard: Shard, path: Path, base: BaseTensors, advance: Ca
     """Make one file, check it, and put it on the disk."""
     path.unlink(missing_ok=True)  # what a killed run was at may be read-only
     create_file(plan, shard, path)
-    target = MappedFile(path, writable=True)
-    written = read_shard(path)
-    report = fold_shard(plan, shard, base, Target(target, written.tensors, writes=True, dtypes={}), advance)
+    made = Checkpoint(path.parent, (read_shard(path),), None)
+    written = StoredTensors(made, writable=True)
+    report = fold_shard(plan, shard, base, Target(shard.tensors, written, writes=True), advance)
     _require_passed(report.sites)
-    target.flush()
-    del target
-    compared = dict(untouched(plan, shard, path, base, report.changed))
+    written.release()
+    compared = dict(untouched(plan, shard, StoredTensors(made), base, report.changed))
     if wrong := [name for name, same in compared.items() if not same]:
         message = f"{len(wrong)} tensors that nothing folds into are not the base's any more: {wrong[0]}"
         raise GraftError("GC051", message, details=wrong[1:10])

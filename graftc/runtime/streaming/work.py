@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ from graftc.compiler.folding.certificate import SiteEvidence
 from graftc.compiler.folding.certify import round_into, rounding_of
 from graftc.compiler.folding.retention import Retention
 from graftc.passes.core.weights.weight_slice import WeightSlice
-from graftc.runtime.streaming.mapped import DTYPES, MappedFile
+from graftc.runtime.streaming.mapped import DTYPES, MappedFile, StoredTensors
 from graftc.runtime.streaming.places import PlaceFold, ReplacedFold
 from graftc.runtime.streaming.plan import Plan
-from graftc.runtime.streaming.shards import Shard, StoredTensor, header_bytes, read_shard
+from graftc.runtime.streaming.shards import Shard, StoredTensor, header_bytes
 
 __all__ = ["BaseTensors", "ShardReport", "Target", "create_file", "fold_shard", "untouched"]
 
@@ -44,59 +45,41 @@ class ShardReport:
     changed: tuple[WeightSlice, ...]
 
 
-class BaseTensors:
+class BaseTensors(StoredTensors):
     """The base's tensors, or what stands in for them."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._shards = plan.checkpoint.shard_of()
-        self._files: dict[str, MappedFile] = {}
-
-    def stored(self, name: str) -> Tensor:
-        """A tensor as it lies in the base's file."""
-        shard = self._shards[name]
-        if shard.name not in self._files:
-            self._files[shard.name] = MappedFile(shard.path)
-        return self._files[shard.name].tensor(shard.tensors[name])
-
-    def raw(self, name: str) -> Tensor:
-        """Its bytes."""
-        self.stored(name)
-        shard = self._shards[name]
-        return self._files[shard.name].raw(shard.tensors[name])
+        super().__init__(plan.checkpoint)
+        self._replacements = plan.replacements
 
     def current(self, name: str) -> Tensor:
         """A tensor with the copy that stands in for it."""
-        held = self._plan.replacements.get(name)
+        held = self._replacements.get(name)
         return self.stored(name) if held is None else held.value
-
-    def release(self) -> None:
-        """Let all files go."""
-        self._files.clear()
 
 
 class Target:
-    """Where folded rows go: a file that is written, one that is only read, or none.
+    """Where folded rows go: files that are written, files that are only read, or nowhere.
 
     Args:
-        file: the file; None to measure only.
-        tensors: those of the file.
+        names: the tensors to look at.
+        tensors: the files; None to measure only.
         writes: whether to write.
-        dtypes: the element types by tensor, where there is no file.
+        dtypes: the element types by tensor, where there are no files.
     """
 
     def __init__(
         self,
-        file: MappedFile | None,
-        tensors: Mapping[str, StoredTensor],
+        names: Collection[str],
+        tensors: StoredTensors | None,
         *,
-        writes: bool,
-        dtypes: Mapping[str, str],
+        writes: bool = False,
+        dtypes: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self._file, self._tensors, self._writes, self._dtypes = file, tensors, writes, dtypes
+        self._names, self._tensors, self._writes, self._dtypes = names, tensors, writes, dtypes
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._names
 
     def put(self, own: WeightSlice, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
         """Store rows, rounded once.
@@ -109,9 +92,9 @@ class Target:
         Returns:
             The largest error of what is stored now, in units in the last place, and how much of the update is left.
         """
-        if self._file is None:
+        if self._tensors is None:
             return round_into(torch.empty_like(exact, dtype=DTYPES[self._dtypes[own.tensor]]), exact, base)
-        views = own.views(self._file.tensor(self._tensors[own.tensor]))
+        views = own.views(self._tensors.stored(own.tensor))
         axis = -1 if exact.dim() == 1 else -2
         sizes = [view.shape[axis] for view in views]
         parts = zip(views, exact.split(sizes, axis), base.split(sizes, axis), strict=True)
@@ -119,9 +102,9 @@ class Target:
 
     def put_flat(self, name: str, part: slice, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
         """The same for entries of a flat tensor."""
-        if self._file is None:
+        if self._tensors is None:
             return round_into(torch.empty_like(exact, dtype=DTYPES[self._dtypes[name]]), exact, base)
-        return self._look(self._file.tensor(self._tensors[name]).reshape(-1)[part], exact, base)
+        return self._look(self._tensors.stored(name).reshape(-1)[part], exact, base)
 
     def _look(self, view: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
         return (round_into if self._writes else rounding_of)(view, exact, base)
@@ -203,7 +186,7 @@ def fold_shard(plan: Plan, shard: Shard, base: BaseTensors, target: Target, adva
 
 
 def untouched(
-    plan: Plan, shard: Shard, path: Path, base: BaseTensors, changed: Collection[WeightSlice]
+    plan: Plan, shard: Shard, written: StoredTensors, base: BaseTensors, changed: Collection[WeightSlice]
 ) -> Iterator[tuple[str, bool]]:
     """Compare what folding leaves alone with the base: every such tensor by name, and whether it is the same, bit for
     bit, in what was written; of a tensor of which some rows were folded, the others.
@@ -211,29 +194,22 @@ def untouched(
     Args:
         plan: the merge.
         shard: the base's file.
-        path: what was written for it.
+        written: what was written.
         base: the base.
         changed: what was folded in this file.
-
-    Raises:
-        ValueError: it is no safetensors file; OSError.
     """
-    written = read_shard(path)
-    file = MappedFile(path)
     owned: dict[str, list[WeightSlice]] = {}
     for own in changed:
         owned.setdefault(own.tensor, []).append(own)
     for name, stored in shard.tensors.items():
-        there = written.tensors.get(name)
+        there = written.entries.get(name)
         if there is None or there.shape != stored.shape:
             yield name, False
         elif there.dtype == stored.dtype and name not in owned and name not in plan.replacements:
-            yield name, _same(file.raw(there), base.raw(name))
+            yield name, _same(written.raw(name), base.raw(name))
         elif (rest := _complement(owned.get(name, []), stored)) is not None and name not in plan.replacements:
-            pairs = zip(rest.views(file.tensor(there)), rest.views(base.stored(name)), strict=True)
+            pairs = zip(rest.views(written.stored(name)), rest.views(base.stored(name)), strict=True)
             yield name, all(_same(a, b) for a, b in pairs)
-    for name in written.tensors.keys() - shard.tensors.keys():
-        yield name, False
 
 
 def _complement(slices: Sequence[WeightSlice], stored: StoredTensor) -> WeightSlice | None:
