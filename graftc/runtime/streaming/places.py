@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -199,16 +198,15 @@ class PlaceFold(Held):
         block = self.maps.of(self.place.chain, own.count)
         parts = {update.adaptation: self._cut(update, start, own.count) for update in self.place.chain}
         constants = {update.adaptation: self._constants(update, base) for update in self.place.chain}
-        probes = block.probes(_seed(self.place.site))
         every = {name: {**constants[name], **held} for name, held in parts.items()}
-        unfolded = block.unfolded(probes, base, bias, every)
-        before = block.plain(probes, base, bias)
+        unfolded = block.unfolded(base, bias, every)
+        before = block.plain(base, bias)
         self.change = _largest(self.change, _distance(unfolded, before))
         self.scale = _largest(self.scale, float(unfolded.abs().max()))
         exact, exact_bias = base.clone(), None if bias is None else bias.clone()
         for update in self.place.chain:
             exact, exact_bias = self._folded(block, update, parts[update.adaptation], exact, exact_bias)
-        self.error = _largest(self.error, _distance(unfolded, block.plain(probes, exact, exact_bias)))
+        self.error = _largest(self.error, _distance(unfolded, block.plain(exact, exact_bias)))
         return exact, exact_bias
 
     def _folded(
@@ -248,10 +246,6 @@ def _rows(own: WeightSlice, stored: Tensor) -> Tensor:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _seed(site: str) -> int:
-    return int.from_bytes(hashlib.sha256(site.encode()).digest()[:6], "big")
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,13 +74,13 @@ class BlockMap:
     _adapted: Adapted
     _parts: Mapping[str, tuple[str, str]]
 
-    def probes(self, seed: int) -> dict[fx.Node, Tensor]:
-        """Random inputs, the same for every block of a site."""
-        return self.site.use.probe(torch.Generator().manual_seed(seed))
+    @cached_property
+    def probes(self) -> dict[fx.Node, Tensor]:
+        """Random inputs, the same for all blocks of these sizes."""
+        return self.site.use.probe(torch.Generator().manual_seed(0))
 
     def unfolded(
         self,
-        probes: Mapping[fx.Node, Tensor],
         weight: Tensor,
         bias: Tensor | None,
         parts: Mapping[str, Mapping[str, Tensor]],
@@ -87,7 +88,6 @@ class BlockMap:
         """What the adapted graph gives.
 
         Args:
-            probes: the inputs.
             weight: rows of the base's weight, ``float64[rows, in]``.
             bias: the same of the bias.
             parts: the adaptations' tensors, those of rows cut to the block, and constants.
@@ -99,12 +99,12 @@ class BlockMap:
                 return parts[adaptation][part]
             return self._stored(name, weight, bias)
 
-        values = {stage: value for node, value in probes.items() for stage in self._adapted.stages(node)}
+        values = {stage: value for node, value in self.probes.items() for stage in self._adapted.stages(node)}
         return evaluate(self._adapted.last(self.site.use.node), values, tensor)
 
-    def plain(self, probes: Mapping[fx.Node, Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    def plain(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What the base's call gives with a weight and a bias."""
-        return evaluate(self.site.use.node, dict(probes), lambda name: self._stored(name, weight, bias))
+        return evaluate(self.site.use.node, dict(self.probes), lambda name: self._stored(name, weight, bias))
 
     def _stored(self, name: str, weight: Tensor, bias: Tensor | None) -> Tensor:
         if name == self.site.own.tensor:
