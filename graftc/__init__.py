@@ -15,6 +15,7 @@ _FACADE = {
     "compile": "graftc.runtime.api",
     "check": "graftc.runtime.api",
     "load": "graftc.runtime.api",
+    "merge_checkpoint": "graftc.runtime.streaming.merging",
     "roles": "graftc.runtime.api",
     "tune": "graftc.runtime.recipes",
     "methods": "graftc.specs.listing",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from graftc.runtime import optim
     from graftc.runtime.api import check, compile, load, roles
     from graftc.runtime.recipes import tune
+    from graftc.runtime.streaming.merging import merge_checkpoint
     from graftc.specs.document import Spec
     from graftc.specs.errors.diagnostics import GraftError, GraftWarning
     from graftc.specs.io import load_spec
@@ -43,6 +45,7 @@ __all__ = [
     "extend",
     "load",
     "load_spec",
+    "merge_checkpoint",
     "methods",
     "optim",
     "roles",

@@ -227,7 +227,7 @@ class LazyTensors:
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float64 to ``dtype`` to nearest even, correctly also for bfloat16 and float16.
 
-    torch converts float64 to 16 bits through float32, which rounds twice. That only makes a difference where the float32
+    torch converts float64 to 16 bits through float32, which rounds twice. It only makes a difference where the float32
     is in the middle between two neighbours; below float16's least normal number middles are anywhere.
     """
     if dtype not in (torch.bfloat16, torch.float16):
