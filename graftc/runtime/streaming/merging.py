@@ -110,6 +110,8 @@ def merge_checkpoint(
         folder.mkdir(exist_ok=True)
         journal = Journal(folder.parent.parent / "journal.jsonl", folder)
         before = journal.done()
+        for left in [file for file in folder.iterdir() if file.name not in before]:
+            left.unlink()  # what a killed run was at
         done = dict(before)
         tensors = BaseTensors(plan)
         finished = sum(shard.size for shard in checkpoint.shards if shard.name in before)
@@ -150,7 +152,6 @@ def _measured(plan: Plan, shard: Shard, advance: Callable[[float], None]) -> Don
 
 def _merged(plan: Plan, shard: Shard, path: Path, base: BaseTensors, advance: Callable[[float], None]) -> Done:
     """Make one file, check it, and put it on the disk."""
-    path.unlink(missing_ok=True)  # what a killed run was at may be read-only
     create_file(plan, shard, path)
     made = Checkpoint(path.parent, (read_shard(path),), None)
     written = StoredTensors(made, writable=True)
