@@ -16,6 +16,7 @@ _FACADE = {
     "check": "graftc.runtime.api",
     "load": "graftc.runtime.api",
     "import_peft": "graftc.runtime.api",
+    "merge_checkpoint": "graftc.runtime.streaming.merging",
     "roles": "graftc.runtime.api",
     "tune": "graftc.runtime.recipes",
     "methods": "graftc.specs.listing",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from graftc.runtime import optim
     from graftc.runtime.api import check, compile, import_peft, load, roles
     from graftc.runtime.recipes import tune
+    from graftc.runtime.streaming.merging import merge_checkpoint
     from graftc.specs.document import Spec
     from graftc.specs.errors.diagnostics import GraftError, GraftWarning
     from graftc.specs.io import load_spec
@@ -45,6 +47,7 @@ __all__ = [
     "import_peft",
     "load",
     "load_spec",
+    "merge_checkpoint",
     "methods",
     "optim",
     "roles",

@@ -4,6 +4,9 @@ What is written goes into a *staging folder* beside the destination, ``.NAME.gra
 files that belong to it), then, when all of it is on the disk, a journal ``commit.json``. From there on the write
 counts as done: what is left is renaming, which the next run finishes if this one is killed. A staging folder without a
 journal is thrown away by the next run. The process that owns one holds a lock on it, which ends with the process.
+
+Work that takes long can be *resumed*: its staging folder is named after what is done, and holds a note ``resume.json``.
+If the process is killed it stays, until the same work goes on in it or other work is to be put in the same place.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import json
 import os
 import re
@@ -30,7 +34,7 @@ if sys.platform != "win32":
 __all__ = ["check_apart", "check_destination", "recover", "staged", "write_text"]
 
 _STAGING = re.compile(r"\..+\.graftc-[0-9a-f]{12}")
-_NEW, _OLD, _JOURNAL = "new", "old", "commit.json"
+_NEW, _OLD, _JOURNAL, _RESUME = "new", "old", "commit.json", "resume.json"
 
 
 def only_files(path: Path) -> bool:
@@ -46,6 +50,8 @@ def staged(
     companions: Sequence[str] = (),
     replaceable: Callable[[Path], bool] = only_files,
     sources: Iterable[str | Path | None] = (),
+    resume: str | None = None,
+    keep_modes: bool = False,
 ) -> Iterator[Path]:
     """A path of the same name to write a file or a folder to; it is put in place when the block ends well.
 
@@ -55,10 +61,13 @@ def staged(
         companions: names of files that may be written beside the destination and belong to it.
         replaceable: whether ``force`` may replace what is there; by default files only.
         sources: what is still read while this is written: replacing it or a folder above it is refused.
+        resume: SHA-256 of all that determines what is written. What a killed run of the same has left is there again;
+            the folder that holds what is yielded is for notes about it.
+        keep_modes: files keep the permissions that they are given; by default they get those of new files.
 
     Raises:
-        GraftError: GC063 when something is there and may not be replaced, GC064 when writing fails. The destination is
-            as it was before then.
+        GraftError: GC063 when something is there and may not be replaced, or another process is at the same work;
+            GC064 when writing fails. The destination is as it was before then.
     """
     path = Path(os.path.abspath(path))
     check_destination(path, force=force, companions=companions, replaceable=replaceable)
@@ -70,9 +79,10 @@ def staged(
         made = _make_parents(path.parent)
         recover(path.parent)
         check_destination(path, force=force, companions=companions, replaceable=replaceable)
-        with _staging(path) as staging:
+        _discard_others(path, resume)
+        with _staging(path, resume) as staging:
             yield staging / _NEW / path.name
-            _commit(staging, path, companions, force)
+            _commit(staging, path, companions, force, keep_modes)
         made = []
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -176,11 +186,11 @@ def _make_parents(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _staging(path: Path) -> Iterator[Path]:
+def _staging(path: Path, resume: str | None = None) -> Iterator[Path]:
     """A locked staging folder; at the end it is gone with all that is left in it."""
-    staging, lock = _locked_folder(path)
+    staging, lock = _locked_folder(path) if resume is None else _resumed_folder(path, resume)
     try:
-        (staging / _NEW).mkdir()
+        (staging / _NEW).mkdir(exist_ok=resume is not None)
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -200,6 +210,44 @@ def _locked_folder(path: Path) -> tuple[Path, int | None]:
         if staging.exists():
             return staging, lock
         _unlock(lock)
+
+
+def _resumed_folder(path: Path, resume: str) -> tuple[Path, int | None]:
+    """The staging folder of work that can be resumed, as it was left or new."""
+    staging = _resumable(path, resume)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            staging.mkdir(mode=0o700)
+        try:
+            lock = _lock(staging)
+        except FileNotFoundError:
+            continue
+        except BlockingIOError:
+            message = f"another process is writing {path}"
+            raise GraftError("GC063", message, hint="wait until it is done, or choose another path") from None
+        except OSError:
+            lock = None
+        if staging.exists():
+            break
+        _unlock(lock)
+    note = staging / _RESUME
+    if not note.is_file():  # it was killed before it had begun
+        note.write_text(json.dumps({"work": resume}), encoding="utf-8")
+    return staging, lock
+
+
+def _resumable(path: Path, resume: str) -> Path:
+    return path.with_name(f".{path.name}.graftc-{resume[:12]}")
+
+
+def _discard_others(path: Path, resume: str | None) -> None:
+    """Throw away what killed runs have left that were to put something else in the same place."""
+    if sys.platform == "win32":
+        return
+    kept = None if resume is None else _resumable(path, resume)
+    for note in path.parent.glob(f".{glob.escape(path.name)}.graftc-*/{_RESUME}"):
+        if note.parent != kept and _STAGING.fullmatch(note.parent.name):
+            _sweep(note.parent, resumable=True)
 
 
 def _lock(folder: Path) -> int | None:
@@ -233,32 +281,42 @@ def recover(folder: Path) -> None:
     except OSError:
         return
     for name in found:
-        staging = folder / name
-        try:
-            lock = _lock(staging)
-        except OSError:
-            continue
-        try:
-            if os.stat(staging, follow_symlinks=False).st_uid == os.getuid():
-                with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
-                    _finish(staging)
-                shutil.rmtree(staging, ignore_errors=True)
-        except OSError:
-            continue
-        finally:
-            _unlock(lock)
+        _sweep(folder / name)
+
+
+def _sweep(staging: Path, *, resumable: bool = False) -> None:
+    """Finish what a staging folder of a killed run of this user has committed, and throw the rest away.
+
+    Args:
+        staging: the folder.
+        resumable: throw away work that could be resumed, too.
+    """
+    try:
+        lock = _lock(staging)
+    except OSError:
+        return
+    try:
+        waits = (staging / _RESUME).is_file() and not (staging / _JOURNAL).is_file()
+        if os.stat(staging, follow_symlinks=False).st_uid == os.getuid() and (resumable or not waits):
+            with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+                _finish(staging)
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError:
+        return
+    finally:
+        _unlock(lock)
 
 
 # --- putting in place --------------------------------------------------------------------------------------------
 
 
-def _commit(staging: Path, path: Path, companions: Sequence[str], force: bool) -> None:
+def _commit(staging: Path, path: Path, companions: Sequence[str], force: bool, keep_modes: bool) -> None:
     """Make sure that everything is on the disk, write the journal, and put everything in place."""
     new = staging / _NEW
     names = sorted(entry.name for entry in new.iterdir())
     if path.name not in names:
         raise FileNotFoundError(errno.ENOENT, "nothing was written", str(path))
-    _flush(new)
+    _flush(new, keep_modes)
     # What names the others comes last when things appear and first when they go, so that it never points at nothing.
     names.remove(path.name)
     place = [*names, path.name]
@@ -269,7 +327,7 @@ def _commit(staging: Path, path: Path, companions: Sequence[str], force: bool) -
     }
     draft = staging / f"{_JOURNAL}.draft"
     draft.write_text(json.dumps(journal), encoding="utf-8")
-    _flush(draft)
+    _flush(draft, keep_modes)
     os.rename(draft, staging / _JOURNAL)
     _sync(staging)
     _finish(staging)
@@ -370,14 +428,14 @@ def _rename_with(old: Path, new: Path, flag: int) -> bool:
     raise OSError(number, os.strerror(number), str(new))
 
 
-def _flush(path: Path) -> None:
-    """Everything under ``path`` onto the disk, with the permissions that new files have."""
+def _flush(path: Path, keep_modes: bool) -> None:
+    """Everything under ``path`` onto the disk, with the permissions that new files have unless these are kept."""
     if path.is_symlink():
         return
     if path.is_dir():
         for entry in path.iterdir():
-            _flush(entry)
-    elif path.is_file():
+            _flush(entry, keep_modes)
+    elif path.is_file() and not keep_modes:
         mode = stat.S_IMODE(path.stat().st_mode)
         # Some writers make files that only their owner may read.
         path.chmod(mode | (0o666 & ~_umask()))

@@ -31,9 +31,19 @@ def round_and_measure(into: Tensor, exact: Tensor, base: Tensor) -> tuple[float,
     Returns:
         The largest error in units in the last place, and how much of the update is left.
     """
+    return _measured(into, exact, base, rounds=True)
+
+
+def measured(stored: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
+    """What `round_and_measure` returns, of a tensor that has been rounded before."""
+    return _measured(stored, exact, base, rounds=False)
+
+
+def _measured(into: Tensor, exact: Tensor, base: Tensor, *, rounds: bool) -> tuple[float, Retention]:
     worst, retained = 0.0, Retention()
     for to, own, before in pieces(into, exact, base):
-        to.copy_(folds.round_once(own, to.dtype))
+        if rounds:
+            to.copy_(folds.round_once(own, to.dtype))
         error = to.to(torch.float64, copy=True).sub_(own)
         worst = largest(worst, _in_last_place(error, own, to.dtype))
         retained += Retention.of_error(before, own, error)

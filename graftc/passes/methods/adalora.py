@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.method.capabilities import Ranked
+from graftc.passes.core.method.capabilities import Ranked, RowWise
 from graftc.passes.core.method.lowrank import added, factors, gated, normal, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.method.steering import AdaptedSite, Controller, TensorObjective, check_phases, unknown_length
@@ -155,7 +155,7 @@ class Orthogonality(TensorObjective[AdaLoRA]):
                 yield torch.linalg.vector_norm(gram - eye, dim=(-2, -1))
 
 
-class AdaLoRAMethod(Method[AdaLoRA, LinearSite], Ranked[AdaLoRA]):
+class AdaLoRAMethod(Method[AdaLoRA, LinearSite], Ranked[AdaLoRA], RowWise[AdaLoRA]):
     """``y = W x + b + s B diag(E) A drop(x)`` with ``A: [rank, in]``, ``E: [rank]`` and ``B: [out, rank]``.
 
     ``s`` is ``alpha / (rank + 1e-5)`` with the initial rank, as in the authors' code; the paper does not have it. ``E``
@@ -202,6 +202,14 @@ class AdaLoRAMethod(Method[AdaLoRA, LinearSite], Ranked[AdaLoRA]):
             return added(weight, gated, tensors["A"], spec.scaling)
 
         return weight_fold(change)
+
+    def row_axes(self, spec: AdaLoRA) -> Mapping[str, int]:
+        """See `RowWise.row_axes`."""
+        return {"B": -2}
+
+    def fewest_rows(self, spec: AdaLoRA) -> int:
+        """See `RowWise.fewest_rows`. A rank above the number of rows is refused."""
+        return spec.rank
 
     def live_ranks(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Tensor:
         """Triplets whose E is not zero."""

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.effective_weight import EffectiveWeight, effective_weight, trace
+from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.lowrank import added, factors, normal, uniform, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.ops.magnitude import SMALLEST, TINY, norm_of_squares, squares
@@ -23,7 +24,7 @@ ops = torch.ops.graftc
 Scales = dict[SiteKey, fx.Node]
 
 
-class DoRAMethod(Method[DoRA, LinearSite]):
+class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
     """``y = c * (u + s B A x) + b`` with ``c = m / |W + s B A|`` and ``u = W x`` (arXiv:2402.09353).
 
     ``m: [rows]`` is initialised to the norms of the rows of ``W``, whose squares are stored in a constant. The norms in
@@ -78,6 +79,18 @@ class DoRAMethod(Method[DoRA, LinearSite]):
             return weight * (tensors["m"] / norm)[..., None]
 
         return weight_fold(change)
+
+    def row_axes(self, spec: DoRA) -> Mapping[str, int]:
+        """See `RowWise.row_axes`."""
+        return {"B": -2, "m": -1}
+
+    def fewest_rows(self, spec: DoRA) -> int:
+        """See `RowWise.fewest_rows`. A rank above the number of rows is refused."""
+        return spec.rank if spec.direction else 1
+
+    def from_weight(self, spec: DoRA, weight: Tensor) -> Mapping[str, Tensor]:
+        """See `RowWise.from_weight`."""
+        return {"square": squares(weight)}
 
 
 def _factors(spec: DoRA, site: LinearSite, build: Builder) -> tuple[fx.Node, fx.Node]:

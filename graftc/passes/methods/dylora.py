@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.method.capabilities import Ranked
+from graftc.passes.core.method.capabilities import Ranked, RowWise
 from graftc.passes.core.method.lowrank import added, factors, gated, uniform, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite
@@ -35,7 +35,7 @@ class Drawn:
     gates: Mapping[torch.dtype, fx.Node]
 
 
-class DyLoRAMethod(Method[DyLoRA, LinearSite], Ranked[DyLoRA]):
+class DyLoRAMethod(Method[DyLoRA, LinearSite], Ranked[DyLoRA], RowWise[DyLoRA]):
     """``y = W x + b + (alpha / r) B[:, :r] A[:r] drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
 
     All sites use the same ``r`` in a pass; it is drawn outside the layers, so a layer that is recomputed in the
@@ -79,6 +79,14 @@ class DyLoRAMethod(Method[DyLoRA, LinearSite], Ranked[DyLoRA]):
             return added(weight, b, a, spec.alpha / rank)
 
         return weight_fold(change)
+
+    def row_axes(self, spec: DyLoRA) -> Mapping[str, int]:
+        """See `RowWise.row_axes`."""
+        return {"B": -2}
+
+    def fewest_rows(self, spec: DyLoRA) -> int:
+        """See `RowWise.fewest_rows`. A rank above the number of rows is refused."""
+        return spec.rank
 
     def live_ranks(self, spec: DyLoRA, tensors: Mapping[str, Tensor]) -> Tensor:
         """The first ranks, as many as are deployed."""

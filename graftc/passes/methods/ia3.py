@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import LinearSite, Site
+from graftc.passes.core.sites.sites import LinearSite
 from graftc.passes.core.weights.folds import Fold, WeightFold
 from graftc.specs.methods.ia3 import IA3
 
 aten = torch.ops.aten
 
 
-class IA3Method(Method[IA3, LinearSite]):
+class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
     """``y = l * (W x + b)`` with ``l: [out]``, or ``y = W (l * x) + b`` with ``l: [in]``.
 
     A vector on keys or values acts before heads are split and before a rotary embedding, so it folds into rows of ``W``
@@ -35,7 +36,7 @@ class IA3Method(Method[IA3, LinearSite]):
         Raises:
             GraftError: GC017 for the input of a convolution over more than a point.
         """
-        inward = _scales_input(spec, site)
+        inward = _scales_input(spec, site.roles)
         size = site.in_features if inward else site.out_features
         scale = build.parameter("l", (size,), _ones, dtype=site.dtype)
         if inward:
@@ -46,7 +47,7 @@ class IA3Method(Method[IA3, LinearSite]):
 
     def fold(self, spec: IA3, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """``W' = diag(l) W`` and ``b' = l * b``, or ``W' = W diag(l)``."""
-        scale, inward = tensors["l"], _scales_input(spec, site)
+        scale, inward = tensors["l"], _scales_input(spec, site.roles)
 
         def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             if inward:
@@ -55,10 +56,18 @@ class IA3Method(Method[IA3, LinearSite]):
 
         return WeightFold(apply)
 
+    def row_axes(self, spec: IA3) -> Mapping[str, int]:
+        """See `RowWise.row_axes`."""
+        return {} if spec.side == "input" else {"l": -1}
+
+    def standing_alone(self, spec: IA3, roles: Sequence[str]) -> IA3:
+        """See `RowWise.standing_alone`."""
+        return spec.model_copy(update={"side": "input" if _scales_input(spec, roles) else "output"})
+
 
 def _ones(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.fill_(1)
 
 
-def _scales_input(spec: IA3, site: Site) -> bool:
-    return spec.side_at(site.roles) == "input"
+def _scales_input(spec: IA3, roles: Sequence[str]) -> bool:
+    return spec.side_at(roles) == "input"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.lowrank import factors, uniform, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite
@@ -18,7 +19,7 @@ from graftc.specs.methods.loha import LoHa
 aten = torch.ops.aten
 
 
-class LoHaMethod(Method[LoHa, LinearSite]):
+class LoHaMethod(Method[LoHa, LinearSite], RowWise[LoHa]):
     """``y = W x + b + (s (B1 A1) * (B2 A2)) x`` with ``s = alpha / rank``.
 
     ``A2`` is initially zero. The other factors are uniform within ``1 / sqrt(columns)``, Kaiming's bound at ``a =
@@ -46,3 +47,11 @@ class LoHaMethod(Method[LoHa, LinearSite]):
             return torch.add(weight, first * (tensors["B2"] @ tensors["A2"]), alpha=spec.scaling)
 
         return weight_fold(change)
+
+    def row_axes(self, spec: LoHa) -> Mapping[str, int]:
+        """See `RowWise.row_axes`."""
+        return {"B1": -2, "B2": -2}
+
+    def fewest_rows(self, spec: LoHa) -> int:
+        """See `RowWise.fewest_rows`. A rank above the number of rows is refused."""
+        return spec.rank

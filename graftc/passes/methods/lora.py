@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.lowrank import added, factors, normal, uniform, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, ParameterSite, SiteKey
@@ -19,7 +20,7 @@ from graftc.specs.methods.lora import LoRA
 aten = torch.ops.aten
 
 
-class LoRAMethod(Method[LoRA, LinearSite]):
+class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
     """``y = W x + b + s B A drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
 
     ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732).
@@ -81,6 +82,14 @@ class LoRAMethod(Method[LoRA, LinearSite]):
             return weight
 
         return weight_fold(change)
+
+    def row_axes(self, spec: LoRA) -> Mapping[str, int]:
+        """See `RowWise.row_axes`."""
+        return {"B": -2, "B0": -2}
+
+    def fewest_rows(self, spec: LoRA) -> int:
+        """See `RowWise.fewest_rows`. A rank above the number of rows is refused."""
+        return spec.rank
 
 
 def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:

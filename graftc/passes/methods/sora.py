@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.method.capabilities import Ranked
+from graftc.passes.core.method.capabilities import Ranked, RowWise
 from graftc.passes.core.method.lowrank import added, factors, gated, normal, uniform, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.method.steering import Controller, TensorObjective
@@ -76,7 +76,7 @@ class Sparsity(TensorObjective[SoRA]):
         return self.spec.l1 * torch.cat([place.tensors["gate"].flatten().float() for place in self.places]).abs().mean()
 
 
-class SoRAMethod(Method[SoRA, LinearSite], Ranked[SoRA]):
+class SoRAMethod(Method[SoRA, LinearSite], Ranked[SoRA], RowWise[SoRA]):
     """``y = W x + b + s B (g * (A drop(x)))`` with ``A: [rank, in]``, ``g: [rank]``, ``B: [out, rank]`` and ``s = alpha
     / rank``.
 
@@ -106,6 +106,14 @@ class SoRAMethod(Method[SoRA, LinearSite], Ranked[SoRA]):
             return added(weight, gated, tensors["A"], spec.scaling)
 
         return weight_fold(change)
+
+    def row_axes(self, spec: SoRA) -> Mapping[str, int]:
+        """See `RowWise.row_axes`."""
+        return {"B": -2}
+
+    def fewest_rows(self, spec: SoRA) -> int:
+        """See `RowWise.fewest_rows`. A rank above the number of rows is refused."""
+        return spec.rank
 
     def live_ranks(self, spec: SoRA, tensors: Mapping[str, Tensor]) -> Tensor:
         """Ranks whose gate is not zero."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.lowrank import added, gated
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite
@@ -27,7 +28,7 @@ class Projections:
     b: fx.Node
 
 
-class VeRAMethod(Method[VeRA, LinearSite]):
+class VeRAMethod(Method[VeRA, LinearSite], RowWise[VeRA]):
     """``y = W x + c + b * (B d A drop(x))``, with ``d`` and ``b`` as diagonal matrices.
 
     ``A`` and ``B`` belong to the adaptation as a whole. Their elements are uniform within ``sqrt(6 / columns)``,
@@ -64,6 +65,10 @@ class VeRAMethod(Method[VeRA, LinearSite]):
             return added(weight, b[:, None] * (up * d), down)
 
         return weight_fold(change)
+
+    def row_axes(self, spec: VeRA) -> Mapping[str, int]:
+        """See `RowWise.row_axes`."""
+        return {"B": -2, "b": -1}
 
 
 def _constant(value: float) -> Initialiser:

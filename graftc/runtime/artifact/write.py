@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -130,11 +130,11 @@ def _write(
     return read_manifest(text.encode(), str(path))
 
 
-def listed(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every file under a folder with its size and digest, but the manifest."""
+def listed(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every file under a folder with its size and digest, but the manifest and those to skip."""
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = file.relative_to(folder).as_posix()
-        if name != MANIFEST:
+        if name != MANIFEST and name not in skip:
             yield name, {"bytes": file.stat().st_size, "sha256": file_digest(file)}
 
 

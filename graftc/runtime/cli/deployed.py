@@ -28,10 +28,14 @@ def print_certificate(certificate: Certificate | None, kept: Mapping[str, str]) 
     to = console()
     if certificate is not None:
         algebra = max((site.algebra for site in certificate.sites), default=0.0)
+        outputs = (
+            f"outputs within {certificate.largest_difference:.1e} (budget {certificate.budget:.1e}), the base's graph"
+            if certificate.outputs
+            else "every entry rounded to nearest; no outputs were compared"
+        )
         to.print(
             f"{'certificate:':<22}{'passed' if certificate.passed else 'NOT PASSED'}: {len(certificate.sites)} sites "
-            f"within {algebra:.1e} in float64, outputs within {certificate.largest_difference:.1e} "
-            f"(budget {certificate.budget:.1e}), the base's graph",
+            f"within {algebra:.1e} in float64, {outputs}",
             soft_wrap=True,
             markup=False,
         )

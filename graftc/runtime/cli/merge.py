@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,6 +39,14 @@ def merge(
             help="Fold what can be folded; if something remains, write an artifact together with its new base.",
         ),
     ] = False,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Merge file by file, without capturing or loading the model; the base is a folder of safetensors. "
+            "Adapters of PEFT are always merged in this way.",
+        ),
+    ] = False,
     dtype: DTypeOption = None,
     allow_unchanged: AllowUnchanged = False,
     dry_run: DryRun = False,
@@ -48,6 +57,9 @@ def merge(
     from graftc.runtime.cli.output import print_json, steps, time_left, working
 
     to = destination(out, dry_run=dry_run)
+    if stream or _is_peft(directory):
+        _merge_files(directory, to, model, dtype, budget, partial, allow_unchanged, force, json)
+        return
     with working(json) as warnings, steps(json) as step:
         from graftc.runtime.artifact.places import is_ours
         from graftc.runtime.files import check_apart, check_destination
@@ -80,11 +92,71 @@ def merge(
             **{"artifact": str(directory), "out": None if to is None else str(to), "dry_run": dry_run},
             **{"partial": bool(made.kept), "folded": list(made.folded), "files": files},
             "kept": [{"name": name, "reason": reason} for name, reason in made.kept.items()],
-            **{"certificate": made.certificate.to_json(), "warnings": warnings},
+            **{"certificate": made.certificate.to_json(), "streamed": None, "warnings": warnings},
         }
         print_json(MergeResult.model_validate(result))
         return
     print_certificate(made.certificate, made.kept)
+    print_files(to, files)
+
+
+def _is_peft(directory: Path) -> bool:
+    return (directory / "adapter_config.json").is_file() and not (directory / "manifest.json").is_file()
+
+
+def _merge_files(
+    directory: Path,
+    to: Path | None,
+    model: str | None,
+    dtype: DType | None,
+    budget: float | None,
+    partial: bool,
+    allow_unchanged: bool,
+    force: bool,
+    json: bool,
+) -> None:
+    """Merge file by file."""
+    from graftc.runtime.cli.output import print_json, steps, throughput, working
+    from graftc.specs.errors.diagnostics import GraftError
+
+    if partial or budget is not None:
+        option = "--partial" if partial else "--budget"
+        message = f"{option} needs the model, which is not loaded here"
+        raise GraftError("GC090", message, hint=f"leave out {option}, or --stream")
+    with working(json) as warnings, steps(json) as step:
+        step("reading")
+        from graftc.runtime.streaming.merging import merge_checkpoint
+
+        made = merge_checkpoint(
+            directory,
+            model,
+            to,
+            dtype=_element_type(dtype),
+            allow_unchanged=allow_unchanged,
+            force=force,
+            progress=throughput(step, "merging"),
+        )
+
+    from graftc.runtime.cli.deployed import files_in, print_certificate, print_files
+
+    files = files_in(to)
+    if json:
+        from graftc.runtime.cli.results import MergeResult
+
+        result = {
+            **{"artifact": str(directory), "out": None if to is None else str(to), "dry_run": to is None},
+            **{"partial": False, "folded": list(made.folded), "kept": [], "files": files},
+            "certificate": made.certificate.to_json(),
+            "streamed": {"untouched_tensors": made.untouched, "resumed_files": made.resumed},
+            "warnings": warnings,
+        }
+        print_json(MergeResult.model_validate(result))
+        return
+    print_certificate(made.certificate, {})
+    from graftc.runtime.cli.output import console, number
+
+    resumed = f"; {number(made.resumed)} files were done already" if made.resumed else ""
+    console().print(f"{'untouched:':<22}{number(made.untouched)} tensors, bit for bit{resumed}", markup=False)
     print_files(to, files)
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "print_lines",
     "print_table",
     "steps",
+    "throughput",
     "time_left",
     "without_colours",
     "working",
@@ -187,6 +188,31 @@ def time_left(
         shown = now
         left = round((now - begun) * (1 - done) / done)
         step(f"{name}, {left} s left" if left < 120 else f"{name}, {round(left / 60)} min left")
+
+    return advance
+
+
+def throughput(
+    step: Callable[[str], None], name: str, clock: Callable[[], float] = time.monotonic
+) -> Callable[[int, int], None]:
+    """Like `time_left` for work on files: what is given back is told how many bytes are done, and how many there are,
+    and the step shows these with their rate and the time that is left. What was done before counts for nothing."""
+    begun = shown = clock()
+    first: int | None = None
+    step(name)
+
+    def advance(done: int, size: int) -> None:
+        nonlocal shown, first, begun
+        now = clock()
+        if first is None:
+            first, begun = done, now
+        if now - begun < 2 or now - shown < 0.5 or not first < done < size:
+            return
+        shown = now
+        rate = (done - first) / (now - begun)
+        left = round((size - done) / rate)
+        time_of = f"{left} s left" if left < 120 else f"{round(left / 60)} min left"
+        step(f"{name}, {done / 1e9:.1f} of {size / 1e9:.1f} GB, {rate / 1e6:.0f} MB/s, {time_of}")
 
     return advance
 

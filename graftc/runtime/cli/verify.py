@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graftc.runtime.cli.options import ArtifactArgument, BaseOption, Json
+from graftc.runtime.cli import completion
+from graftc.runtime.cli.options import ArtifactArgument, Json
 
 if TYPE_CHECKING:
     from graftc.runtime.loading.verify import Verification
@@ -16,19 +19,43 @@ __all__ = ["verify"]
 
 def verify(
     directory: ArtifactArgument,
-    model: BaseOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "--base",
+            "-m",
+            metavar="MODEL",
+            help="The base, if it is not the one that the artifact names.",
+            show_default=False,
+            autocompletion=completion.models,
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter",
+            metavar="ADAPTER",
+            help="Hold a merged folder against its base and this adapter, an artifact or a folder of PEFT: every site "
+            "is folded again, file by file.",
+            show_default=False,
+        ),
+    ] = None,
     files_only: Annotated[
         bool, typer.Option("--files-only", help="Check the files only; the base is not needed.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Recompute an artifact's hashes, base, sites, graphs and certificate, or the hashes of a merged folder."""
+    """Recompute an artifact's hashes, base, sites, graphs and certificate, or what a merged folder was made of."""
     from graftc.runtime.cli.output import console, print_json, print_table, steps, working
 
     with working(json) as warnings, steps(json) as step:
-        from graftc.runtime.loading.verify import verify as verify_folder
+        if adapter is not None:
+            found = _against_adapter(directory, adapter, model, step)
+        else:
+            from graftc.runtime.loading.verify import verify as verify_folder
 
-        found = verify_folder(directory, model, files_only=files_only, step=step)
+            found = verify_folder(directory, model, files_only=files_only, step=step)
     if json:
         from graftc.runtime.cli.results import VerifyResult
 
@@ -43,6 +70,13 @@ def verify(
         to.print(f"{directory}: {_verdict(found)}", soft_wrap=True, markup=False)
     if not found.passed:
         raise typer.Exit(1)
+
+
+def _against_adapter(directory: Path, adapter: Path, model: str | None, step: Callable[[str], None]) -> Verification:
+    from graftc.runtime.cli.output import throughput
+    from graftc.runtime.streaming.verifying import verify_checkpoint
+
+    return verify_checkpoint(directory, adapter, model, progress=throughput(step, "folding and comparing"))
 
 
 def _verdict(found: Verification) -> str:

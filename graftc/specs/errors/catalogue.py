@@ -352,6 +352,28 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "This is a bug in graftc, or a library failed in a way that graftc does not recognise.",
      "Run the command again with `GRAFTC_DEBUG=1` in the environment, which shows the traceback, and report it."),
 
+    # Checkpoints as files: merging and verifying shard by shard.
+    ("GC100", _FAILED, "a checkpoint cannot be read",
+     "The folder has no safetensors files, or some are missing, cut off, or not as their headers or the index say.",
+     "Download the checkpoint again. A model that is stored as pickles (`.bin`) has to be saved again as safetensors."),
+    ("GC101", _FAILED, "a checkpoint is not safe to read",
+     "Its index names files outside its folder, or a file is a link that leads out of it.",
+     "Do not use a checkpoint of unknown origin. In one of your own, replace links by the files themselves."),
+    ("GC102", _FAILED, "an adapter does not fit the checkpoint",
+     "Tensors that the adapter changes are missing in the checkpoint's files or have other sizes, or values are not "
+     "finite. Nothing was written.",
+     "Give the base that the adapter was trained on. The message lists every tensor that does not fit."),
+    ("GC103", _NO, "the merge cannot be streamed",
+     "Streaming merges change stored weights one by one, without the model. What needs the model, or a base that is "
+     "not stored in floating point, cannot be merged in this way.",
+     "Merge in memory: `graftc merge DIR --out DIR2` without `--stream`. For a quantised base, give the folder of the "
+     "model from which it was quantised."),
+    ("GC104", _NO, "the merge changes nothing",
+     "No folded tensor differs from the base's after rounding: the adapter is untrained or belongs to another model, "
+     "or its scale is zero, or all of its update is smaller than the spacing of the base's type.",
+     "Check that it is the right adapter. `--dtype float32` (`dtype=torch.float32`) keeps small updates; "
+     "`--allow-unchanged` (`allow_unchanged=True`) merges all the same."),
+
     # Checkpoints of peft.
     ("GC110", _FAILED, "there is no PEFT adapter",
      "The path does not exist, or the folder lacks `adapter_config.json` or `adapter_model.safetensors`. Pickled "
@@ -378,27 +400,6 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC116", _WARNING, "adapter tensors were rounded",
      "The checkpoint's tensors have a wider type than the model's weights, in which graftc keeps them.",
      "Load the base in float32 to keep every bit of the adapter."),
-    # Checkpoints as files: merging and verifying shard by shard.
-    ("GC100", _FAILED, "a checkpoint cannot be read",
-     "The folder has no safetensors files, or some are missing, cut off, or not as their headers or the index say.",
-     "Download the checkpoint again. A model that is stored as pickles (`.bin`) has to be saved again as safetensors."),
-    ("GC101", _FAILED, "a checkpoint is not safe to read",
-     "Its index names files outside its folder, or a file is a link that leads out of it.",
-     "Do not use a checkpoint of unknown origin. In one of your own, replace links by the files themselves."),
-    ("GC102", _FAILED, "an adapter does not fit the checkpoint",
-     "Tensors that the adapter changes are missing in the checkpoint's files or have other sizes, or values are not "
-     "finite. Nothing was written.",
-     "Give the base that the adapter was trained on. The message lists every tensor that does not fit."),
-    ("GC103", _NO, "the merge cannot be streamed",
-     "Streaming merges change stored weights one by one, without the model. What needs the model, or a base that is "
-     "not stored in floating point, cannot be merged in this way.",
-     "Merge in memory: `graftc merge DIR --out DIR2` without `--stream`. For a quantised base, give the folder of the "
-     "model from which it was quantised."),
-    ("GC104", _NO, "the merge changes nothing",
-     "No folded tensor differs from the base's after rounding: the adapter is untrained or belongs to another model, "
-     "or its scale is zero, or all of its update is smaller than the spacing of the base's type.",
-     "Check that it is the right adapter. `--dtype float32` (`dtype=torch.float32`) keeps small updates; "
-     "`--allow-unchanged` (`allow_unchanged=True`) merges all the same."),
 )
 # fmt: on
 

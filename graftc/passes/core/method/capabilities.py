@@ -136,6 +136,32 @@ class Resized(ABC, Generic[S]):
         """
 
 
+class RowWise(ABC, Generic[S]):
+    """Folds every row of a weight by itself: a block of rows folds as a weight of its own, with the same rows of some
+    of the adaptation's tensors and all of the others. So it need not be in memory as a whole."""
+
+    @abstractmethod
+    def row_axes(self, spec: S) -> Mapping[str, int]:
+        """Which axis counts the site's rows, by part. Parts that are not named are needed whole, and names of parts
+        that there are not do no harm.
+
+        Args:
+            spec: the adaptation with the site's overrides applied.
+        """
+
+    def fewest_rows(self, spec: S) -> int:
+        """The least number of rows that a block may have."""
+        return 1
+
+    def from_weight(self, spec: S, weight: Tensor) -> Mapping[str, Tensor]:
+        """The constants, by part, that its graph has of a weight ``[..., rows, in]``: see `Builder.constant`."""
+        return {}
+
+    def standing_alone(self, spec: S, roles: Sequence[str]) -> S:
+        """The same adaptation of a map that has no role, where a role decides what it does."""
+        return spec
+
+
 class Reselecting:
     """Trains entries that leave their places to others, so that indices of entries are in no order."""
 

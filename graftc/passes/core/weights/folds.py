@@ -227,11 +227,24 @@ class LazyTensors:
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float64 to ``dtype`` to nearest even, correctly also for bfloat16 and float16.
 
-    torch converts float64 to 16 bits through float32, which rounds twice; going through a float32 rounded to odd makes
-    the second rounding see what the first one dropped.
+    torch converts float64 to 16 bits through float32, which rounds twice. It only makes a difference where the float32
+    is in the middle between two neighbours; below float16's least normal number middles are anywhere.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return value.to(dtype)
+    nearest = value.float()
+    found = nearest.to(dtype)
+    dropped = 16 if dtype is torch.bfloat16 else 13
+    doubtful = nearest.view(torch.int32).bitwise_and((1 << dropped) - 1) == 1 << (dropped - 1)
+    if dtype is torch.float16:
+        doubtful |= nearest.abs() < torch.finfo(dtype).tiny
+    if bool(doubtful.any()):
+        found[doubtful] = _round_through_odd(value[doubtful], dtype)
+    return found
+
+
+def _round_through_odd(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`round_once` for all numbers: a float32 rounded to odd shows the second rounding what the first one dropped."""
     nearest = value.float()
     exact = nearest.double()
     toward_zero = torch.where(exact.abs() > value.abs(), torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)

@@ -59,6 +59,18 @@ def places(own: Runs, among: Runs) -> Runs:
     return joined(found)
 
 
+def window(runs: Runs, start: int, end: int) -> Runs:
+    """The numbers from the ``start``-th to before the ``end``-th of those in runs."""
+    found: list[tuple[int, int]] = []
+    at = 0
+    for a, b in runs:
+        first, last = max(a, a + start - at), min(b, a + end - at)
+        if first < last:
+            found.append((first, last))
+        at += b - a
+    return joined(found)
+
+
 def cut(emit: Emit, node: fx.Node, axis: int, runs: Runs, index: Index) -> fx.Node:
     """The node for the part of ``node`` that runs along an axis are; ``index`` makes their numbers a constant."""
     if len(runs) > MAX_SLICES:

@@ -9,6 +9,7 @@ with scales, is one more `Layout` that these four methods know.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -175,6 +176,17 @@ class WeightSlice:
     def __str__(self) -> str:
         return "all" if self.rows is None else f"rows {','.join(f'{a}:{b}' for a, b in self.rows)}"
 
+    def blocks(self, most: int) -> Iterator[tuple[int, WeightSlice]]:
+        """These rows in consecutive parts of nearly equal sizes, each with the number of its first row among these.
+
+        Args:
+            most: how many rows a part has at most, at least 1.
+        """
+        parts = max(1, -(-self.count // most))
+        ends = [self.count * number // parts for number in range(1, parts + 1)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            yield start, self.at(runs.window(self.spans, start, end))
+
     # --- values as they are stored -------------------------------------------------------------------------
 
     def take(self, stored: Tensor) -> Tensor:
@@ -247,6 +259,15 @@ class WeightSlice:
         if self.layout is Layout.COLUMNS:
             return part.transpose(-1, -2)
         return part.flatten(1) if self.layout is Layout.KERNEL else part
+
+    def views(self, stored: Tensor) -> list[Tensor]:
+        """The own rows in the stored tensor itself, which writing to them changes: ``[..., k, in]`` for each run.
+
+        Args:
+            stored: contiguous.
+        """
+        every = self.oriented(stored)
+        return [every.narrow(self._row_axis, start, end - start) for start, end in self.spans]
 
     def restored(self, operand: Tensor) -> Tensor:
         """The way back from `oriented`."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from graftc.runtime.cli.results.work import MergeResult as MergeResult
     from graftc.runtime.cli.results.work import PeftTensorData as PeftTensorData
     from graftc.runtime.cli.results.work import SiteChanges as SiteChanges
+    from graftc.runtime.cli.results.work import StreamedData as StreamedData
     from graftc.runtime.cli.results.work import TensorChange as TensorChange
     from graftc.runtime.cli.results.work import VerifyResult as VerifyResult
 
@@ -43,7 +44,7 @@ _HOME = {
     "views": ("InspectResult",),
     "work": (
         *("CheckData", "CheckResult", "CompileResult", "DiffResult", "ExportResult", "KeptData", "MergeResult"),
-        *("ImportPeftResult", "PeftTensorData", "SiteChanges", "TensorChange", "VerifyResult"),
+        *("ImportPeftResult", "PeftTensorData", "SiteChanges", "StreamedData", "TensorChange", "VerifyResult"),
     ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

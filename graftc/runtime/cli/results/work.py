@@ -18,6 +18,7 @@ __all__ = [
     "KeptData",
     "MergeResult",
     "SiteChanges",
+    "StreamedData",
     "TensorChange",
     "VerifyResult",
 ]
@@ -74,6 +75,16 @@ class KeptData(Result):
     """Why it does not fold."""
 
 
+class StreamedData(Result):
+    """A merge that was done file by file."""
+
+    untouched_tensors: int = Field(ge=0)
+    """How many tensors are the base's, bit for bit."""
+
+    resumed_files: int = Field(ge=0)
+    """How many files a run that was killed had done already."""
+
+
 class MergeResult(Result):
     """`graftc merge DIR --out DIR2 --json`."""
 
@@ -97,6 +108,9 @@ class MergeResult(Result):
 
     certificate: CertificateData | None
     """The evidence for the fold; null where nothing folds."""
+
+    streamed: StreamedData | None
+    """What else there is to say of a merge file by file; null of one in memory."""
 
     files: Items[FileData]
     """The files that were written."""

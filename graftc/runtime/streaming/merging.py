@@ -1,0 +1,278 @@
+"""Merging an adapter into a checkpoint file by file: no model is built, and little is in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import graftc
+from graftc.compiler.folding.certificate import Certificate, SiteEvidence
+from graftc.compiler.folding.retention import Retention
+from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
+from graftc.runtime.artifact.places import RECORD, is_merged
+from graftc.runtime.artifact.write import file_digest, listed
+from graftc.runtime.deploy.merged_folder import COMPANIONS
+from graftc.runtime.files import check_apart, check_destination, staged
+from graftc.runtime.streaming.adapters import read_updates
+from graftc.runtime.streaming.journal import Done, Journal
+from graftc.runtime.streaming.mapped import DTYPES, StoredTensors
+from graftc.runtime.streaming.plan import Plan, make_plan, stored_config
+from graftc.runtime.streaming.shards import INDEX, Checkpoint, Shard, leads_inside, read_checkpoint, read_shard
+from graftc.runtime.streaming.work import BaseTensors, Target, create_file, fold_shard, untouched
+from graftc.specs.arguments import as_path
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = ["StreamedMerge", "merge_checkpoint"]
+
+BESIDE = ("config.json", "generation_config.json", *COMPANIONS, "*.py")
+"""Files of a base that its users need and folding does not change."""
+Progress = Callable[[int, int], None]
+"""Told how many bytes of the base are done, and of how many."""
+
+
+@dataclass(frozen=True)
+class StreamedMerge:
+    """A merge that was done.
+
+    Attributes:
+        path: the folder that was written; None where nothing was to be written.
+        certificate: the evidence for every site, and what rounding left of the update.
+        folded: names of the adaptations.
+        untouched: how many tensors are the base's, bit for bit.
+        resumed: how many files a run that was killed had done already.
+        dtype: what the weights that were changed are stored in.
+    """
+
+    path: Path | None
+    certificate: Certificate
+    folded: tuple[str, ...]
+    untouched: int
+    resumed: int
+    dtype: str
+
+
+def merge_checkpoint(
+    adapter: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_unchanged: bool = False,
+    force: bool = False,
+    progress: Progress = lambda done, size: None,
+) -> StreamedMerge:
+    """Merge an adapter into a folder of safetensors files, without capturing or loading the model.
+
+    Every file is copied, and folded weights are written into the copy, some rows at a time: computed in float64 and
+    rounded once. At every site random inputs are run through the unfolded map, which knows nothing of the fold, and
+    through the folded rows. What is not folded is compared with the base after it was written. The folder appears when
+    all of it is done; if the process is killed, the same call goes on where it was.
+
+    Args:
+        adapter: a graftc artifact, or a folder that peft wrote.
+        model: the base's folder; by default where the artifact says.
+        out: the folder to make; None measures without writing.
+        dtype: ``torch.float32`` stores weights of 16 bits in float32, which keeps all of the update.
+        allow_unchanged: write the folder even if no entry differs from the base's.
+        force: replace a merged model that is there.
+        progress: told how many bytes of the base's files are done, and how many there are.
+
+    Raises:
+        GraftError: GC050 for what does not fold, GC051 where the evidence fails, GC063 and GC064 for the destination,
+            GC086 and GC087 for the base of an artifact, GC100 and GC101 for the base's files, GC102 where the adapter
+            does not fit, GC103 where the model itself is needed, GC104 where nothing would change. Nothing is written
+            then.
+    """
+    source = as_path(adapter)
+    wide = _as_written(dtype)
+    base, made = read_updates(source, None if model is None else as_path(model))
+    checkpoint = read_checkpoint(base)
+    plan = make_plan(checkpoint, made(checkpoint), wide)
+    if out is None:
+        done, finished = {}, 0
+        for shard in checkpoint.shards:
+            done[shard.name] = _measured(plan, shard, _within(progress, finished, shard, checkpoint))
+            finished += shard.size
+        return _result(plan, None, done, 0, allow_unchanged=allow_unchanged)
+    path = Path(os.path.abspath(as_path(out)))
+    check_apart(path, source, base)
+    check_destination(path, force=force, replaceable=is_merged)
+    resume = _identity(plan)
+    with staged(path, force=force, replaceable=is_merged, sources=[base], resume=resume, keep_modes=True) as folder:
+        folder.mkdir(exist_ok=True)
+        journal = Journal(folder.parent.parent / "journal.jsonl", folder)
+        before = journal.done()
+        for left in [file for file in folder.iterdir() if file.name not in before]:
+            left.unlink()  # what a killed run was at
+        done = dict(before)
+        tensors = BaseTensors(plan)
+        finished = sum(shard.size for shard in checkpoint.shards if shard.name in before)
+        for shard in checkpoint.shards:
+            if shard.name not in before:
+                file = folder / shard.name
+                done[shard.name] = _merged(plan, shard, file, tensors, _within(progress, finished, shard, checkpoint))
+                journal.add(shard.name, done[shard.name])
+                tensors.release()
+                finished += shard.size
+            progress(finished, checkpoint.size)
+        result = _result(plan, path, done, len(before), allow_unchanged=allow_unchanged)
+        _copy_beside(plan, folder)
+        _write_record(plan, folder, result, done)
+    return result
+
+
+def _as_written(dtype: torch.dtype | None) -> str | None:
+    if dtype not in (None, torch.float32):
+        hint = "leave it out for the base's own type; a narrower type would round what folding did not change"
+        raise GraftError("GC073", f"merged weights can be stored in float32, not in {dtype}", hint=hint)
+    return None if dtype is None else "F32"
+
+
+def _within(progress: Progress, before: int, shard: Shard, checkpoint: Checkpoint) -> Callable[[float], None]:
+    return lambda part: progress(before + int(part * shard.size), checkpoint.size)
+
+
+def _measured(plan: Plan, shard: Shard, advance: Callable[[float], None]) -> Done:
+    """Fold without writing."""
+    dtypes = {name: plan.written(stored) for name, stored in shard.tensors.items()}
+    target = Target(shard.tensors, None, dtypes=dtypes)
+    report = fold_shard(plan, shard, BaseTensors(plan), target, advance)
+    _require_passed(report.sites)
+    kept = shard.tensors.keys() - {own.tensor for own in report.changed} - plan.replacements.keys()
+    return Done("", len(kept), report.sites)
+
+
+def _merged(plan: Plan, shard: Shard, path: Path, base: BaseTensors, advance: Callable[[float], None]) -> Done:
+    """Make one file, check it, and put it on the disk."""
+    create_file(plan, shard, path)
+    made = Checkpoint(path.parent, (read_shard(path),), None)
+    written = StoredTensors(made, writable=True)
+    report = fold_shard(plan, shard, base, Target(shard.tensors, written, writes=True), advance)
+    _require_passed(report.sites)
+    written.release()
+    compared = dict(untouched(plan, shard, StoredTensors(made), base, report.changed))
+    if wrong := [name for name, same in compared.items() if not same]:
+        message = f"{len(wrong)} tensors that nothing folds into are not the base's any more: {wrong[0]}"
+        raise GraftError("GC051", message, details=wrong[1:10])
+    digest = file_digest(path)
+    shutil.copymode(shard.path, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return Done(digest, len(compared), report.sites)
+
+
+def _require_passed(sites: Iterable[SiteEvidence]) -> None:
+    """Refuse a fold of which the evidence fails.
+
+    Raises:
+        GraftError: GC051, or GC102 where values are not finite.
+    """
+    failed = Certificate(tuple(s for s in sites if not s.passed), {}, 0.0, "", "")
+    if not failed.sites:
+        return
+    failures = failed.failures()
+    if any(not site.finite for site in failed.sites):
+        hint = "look for NaN and infinities in the base and in the adapter"
+        raise GraftError("GC102", failures[0], hint=hint, details=failures[1:10])
+    raise GraftError("GC051", f"the fold is not the adaptation: {failures[0]}", details=failures[1:10])
+
+
+def _result(
+    plan: Plan, path: Path | None, done: Mapping[str, Done], resumed: int, *, allow_unchanged: bool
+) -> StreamedMerge:
+    """Put together what the files say.
+
+    Raises:
+        GraftError: GC104 where nothing has changed.
+    """
+    sites: dict[str, SiteEvidence] = {}
+    for evidence in (evidence for each in done.values() for evidence in each.sites):
+        known = sites.get(evidence.site)
+        sites[evidence.site] = evidence if known is None else _joined(known, evidence)
+    order = [place.site for place in plan.places] + list(plan.replacements)
+    total = Retention.total(evidence.retention for evidence in sites.values())
+    if total.unchanged and not allow_unchanged:
+        why = "its update is zero" if not total.wanted else "all of its update is lost in rounding"
+        hint = "--dtype float32 keeps small updates" if total.wanted else "is this the adapter that was trained?"
+        message = f"merging changes no entry of any weight: {why}"
+        raise GraftError("GC104", message, hint=f"{hint}; --allow-unchanged, or allow_unchanged=True, goes on anyway")
+    dtypes = {plan.written(plan.checkpoint.tensors()[p.weight.tensor]) for p in plan.places} or {"F32"}
+    dtype = str(DTYPES[sorted(dtypes)[0]]).removeprefix("torch.")
+    note = "made from files: every site was probed, and the outputs of the whole model were not compared"
+    found = tuple(sites[site] for site in dict.fromkeys(order) if site in sites)
+    certificate = Certificate(
+        found, {}, 0.0, "", "", fingerprint=plan.updates.base, dtype=dtype, notes=(note,), retention=total
+    )
+    untouched = sum(each.untouched for each in done.values())
+    return StreamedMerge(path, certificate, plan.updates.names, untouched, resumed, dtype)
+
+
+def _joined(a: SiteEvidence, b: SiteEvidence) -> SiteEvidence:
+    """The evidence for one site from two files as one."""
+    worst = {name: max(getattr(a, name), getattr(b, name)) for name in ("change", "algebra", "rounding")}
+    return SiteEvidence(a.site, a.adaptations, **worst, retention=a.retention + b.retention)
+
+
+def _identity(plan: Plan) -> str:
+    """SHA-256 of what determines the result: the base's files, the adapter, the type, and the code's version."""
+    files = [
+        (shard.name, shard.size, shard.path.stat().st_mtime_ns, sorted(map(str, shard.tensors.items())))
+        for shard in plan.checkpoint.shards
+    ]
+    data = [os.path.realpath(plan.checkpoint.path), files, plan.updates.digest, plan.dtype, graftc.__version__]
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def _copy_beside(plan: Plan, folder: Path) -> None:
+    """Copy the index and the files beside the weights; a config says which type the weights are in."""
+    base = plan.checkpoint.path
+    for file in dict.fromkeys(file for pattern in BESIDE for file in sorted(base.glob(pattern))):
+        if file.is_symlink() and not leads_inside(file):
+            raise GraftError("GC101", f"{file} is a link that leads out of the folder")
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+            shutil.copymode(file, folder / file.name)
+    if plan.checkpoint.index is not None:
+        _write_index(plan, folder)
+    if plan.dtype is not None and (config := stored_config(base)):
+        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+        config[key] = str(DTYPES[plan.dtype]).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_index(plan: Plan, folder: Path) -> None:
+    index = plan.checkpoint.index
+    assert index is not None
+    source = plan.checkpoint.path / INDEX
+    shutil.copyfile(source, folder / INDEX)
+    metadata = index.get("metadata")
+    if plan.dtype is not None and isinstance(metadata, dict) and "total_size" in metadata:
+        files = [read_shard(folder / shard.name) for shard in plan.checkpoint.shards]
+        size = sum(tensor.end - tensor.start for shard in files for tensor in shard.tensors.values())
+        changed = {**index, "metadata": {**metadata, "total_size": size}}
+        (folder / INDEX).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(source, folder / INDEX)
+
+
+def _write_record(plan: Plan, folder: Path, result: StreamedMerge, done: Mapping[str, Done]) -> None:
+    """Say beside the weights where they come from: see `graftc.runtime.deploy.merged_folder`."""
+    known = {name: {"bytes": (folder / name).stat().st_size, "sha256": each.sha256} for name, each in done.items()}
+    others = {name: entry for name, entry in listed(folder, skip=known)}
+    data: dict[str, Any] = {
+        "merged": "graftc",
+        "schema_version": SCHEMA_VERSION,
+        "spec": plan.updates.spec,
+        "base": plan.updates.base,
+        "adapter": {"kind": plan.updates.kind, "sha256": plan.updates.digest},
+        "certificate": result.certificate.to_json(),
+        "files": dict(sorted({**known, **others}.items())),
+    }
+    (folder / RECORD).write_text(sealed(data), encoding="utf-8", newline="\n")

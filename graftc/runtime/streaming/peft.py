@@ -1,0 +1,120 @@
+"""Updates from a folder that peft wrote. How the base stores a weight is asked of its class, on the meta device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from graftc.passes.core.method.capabilities import RowWise
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.weights.store import Store
+from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
+from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, read_peft
+from graftc.runtime.models import load_folder
+from graftc.runtime.streaming.names import FileNames
+from graftc.runtime.streaming.shards import Checkpoint
+from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = ["base_named_by", "peft_updates"]
+
+NAME = "adapter"
+"""What the adaptation is called: peft's checkpoints do not say."""
+_MATRICES = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
+
+
+class _Parts(Mapping[str, Tensor]):
+    """The tensors of a module, each read when it is asked for, and not kept."""
+
+    def __init__(self, names: tuple[str, ...], read: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._names, self._read = names, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def base_named_by(path: Path) -> Path | None:
+    """The folder that an adapter's config names as its base; None where it names none that is here."""
+    try:
+        named = json.loads((path / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    found = Path(named) if isinstance(named, str) and named else None
+    return found if found is not None and (found / "config.json").is_file() else None
+
+
+def peft_updates(path: Path, checkpoint: Checkpoint) -> AdapterUpdates:
+    """The changes that an adapter of peft's makes of a checkpoint.
+
+    Raises:
+        GraftError: GC022 for a tied weight, GC102 for modules that the base does not have, all at once, GC103 for what
+            is no change of a stored matrix, GC110 to GC113 for a folder that is not as peft writes it.
+    """
+    adapter = read_peft(path)
+    model = load_folder(checkpoint.path, meta=True)
+    aliases = Store.mirror(model).aliases
+    names = FileNames(checkpoint, aliases)
+    names.fit(name for name, _ in model.named_parameters())
+    modules = dict(model.named_modules())
+    wrong = [f"it has no {module.path}" for module in adapter.modules if module.path not in modules]
+    wrong += [f"it has no {name}" for name in adapter.trained if names.find(name) is None]
+    if wrong:
+        hint = "give the base that the adapter was trained on"
+        message = f"{path} adapts another model than {checkpoint.path}: {wrong[0]}"
+        raise GraftError("GC102", message, hint=hint, details=wrong[1:30])
+    tied = {*aliases, *aliases.values()}
+    shared = adapter.shared()
+    updates = tuple(_update(adapter, module, modules[module.path], names, tied, shared) for module in adapter.modules)
+    trained = adapter.trained.items()
+    copies = tuple(Replacement("trained", names.of(name), adapter.tensor(key)) for name, key in trained)
+    return AdapterUpdates("peft", updates, copies, _digest(adapter.folder), "", json.dumps(dict(adapter.config.own)))
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _update(
+    adapter: PeftAdapter,
+    found: PeftModule,
+    module: nn.Module,
+    names: FileNames,
+    tied: set[str],
+    shared: Mapping[str, Tensor],
+) -> SiteUpdate:
+    kind = type(module).__name__
+    method = method_for(found.spec.method)
+    if found.parameter != "weight" or found.depth or method.stands_in or kind not in _MATRICES:
+        raise GraftError("GC103", f"{found.spec.method} at {found.name}, a {kind}, is no change of a stored matrix")
+    if found.name in tied:
+        hint = "leave the site out, or break the tie in the model before training"
+        raise GraftError("GC022", f"{found.name} is tied to another weight, which would change too", hint=hint)
+    spec = method.standing_alone(found.spec, ()) if isinstance(method, RowWise) else found.spec
+    weight, bias = module.weight, getattr(module, "bias", None)
+    assert isinstance(weight, Tensor)
+    own = WeightSlice(names.of(found.name), tuple(weight.shape), _layout(kind))
+    own_bias = own.companion(names.of(f"{found.path}.bias")) if isinstance(bias, Tensor) else None
+    parts = _Parts((*found.keys, *shared), lambda: {**adapter.tensors(found), **shared})
+    return SiteUpdate(NAME, spec, found.name, own, own_bias, kind == "Embedding", parts)
+
+
+def _layout(kind: str) -> Layout:
+    if kind in ("Conv1D", "Embedding"):
+        return Layout.COLUMNS
+    return Layout.ROWS if kind == "Linear" else Layout.KERNEL

@@ -1,0 +1,258 @@
+"""Places: the adaptations of the same rows of one stored weight, folded block by block, with evidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.folding.certificate import SiteEvidence
+from graftc.compiler.folding.retention import Retention
+from graftc.passes.core.method.capabilities import RowWise
+from graftc.passes.core.method.folding import fold_at
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.sites.sites import SiteKey
+from graftc.passes.core.weights.folds import Keep, WeightFold
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.runtime.streaming.unfolded import BlockMap, BlockMaps
+from graftc.runtime.streaming.update import Replacement, SiteUpdate
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = ["FoldedBlock", "Place", "PlaceFold", "ReplacedFold", "places_of"]
+
+BLOCK = 2**20
+"""Entries of a weight that are in memory in float64 at a time, where its adaptations fold row by row."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """All adaptations of the same rows of one weight, in order.
+
+    Attributes:
+        chain: one or more, of equal slices.
+    """
+
+    chain: tuple[SiteUpdate, ...]
+
+    @property
+    def weight(self) -> WeightSlice:
+        """The rows."""
+        return self.chain[0].weight
+
+    @property
+    def bias(self) -> WeightSlice | None:
+        """The same of the bias."""
+        return self.chain[0].bias
+
+    @property
+    def site(self) -> str:
+        """Where, as text."""
+        return self.chain[0].site
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adaptations."""
+        return tuple(update.adaptation for update in self.chain)
+
+    @property
+    def row_wise(self) -> bool:
+        """Whether every row folds by itself."""
+        return all(isinstance(method_for(update.spec.method), RowWise) for update in self.chain)
+
+    @property
+    def rows_per_block(self) -> int:
+        """How many rows fold at a time: all of them, where they do not fold by themselves."""
+        if not self.row_wise:
+            return self.weight.count
+        least = 1
+        for update in self.chain:
+            method = method_for(update.spec.method)
+            assert isinstance(method, RowWise)
+            least = max(least, method.fewest_rows(update.spec))
+        # Blocks are nearly equal: where there are several, none has less than half of the rows that fit.
+        return max(2 * least, BLOCK // max(1, self.weight.in_features))
+
+
+def places_of(updates: Iterable[SiteUpdate]) -> list[Place]:
+    """Updates by the rows that they change, in order.
+
+    Raises:
+        GraftError: GC021 for rows that overlap and are not the same.
+    """
+    found: dict[WeightSlice, list[SiteUpdate]] = {}
+    for update in updates:
+        for own, others in found.items():
+            if own != update.weight and own.overlaps(update.weight):
+                message = f"{update.adaptation!r} and {others[0].adaptation!r} change overlapping rows of {own.tensor}"
+                raise GraftError("GC021", message)
+        found.setdefault(update.weight, []).append(update)
+    return [Place(tuple(chain)) for chain in found.values()]
+
+
+@dataclass(frozen=True)
+class FoldedBlock:
+    """Some rows of a place, folded.
+
+    Attributes:
+        own: the rows of the stored weight.
+        base: as they were, ``float64[rows, in]``.
+        exact: folded, float64.
+        bias: the same of the bias: its rows, their values before and after; None where folding leaves the bias alone.
+    """
+
+    own: WeightSlice
+    base: Tensor
+    exact: Tensor
+    bias: tuple[WeightSlice, Tensor, Tensor] | None
+
+
+@dataclass
+class Held:
+    """What is stored, held against exact values: the largest error of rounding, and what is left of the update."""
+
+    rounding: float = field(default=0.0, kw_only=True)
+    retention: Retention = field(default_factory=Retention, kw_only=True)
+
+    def note(self, found: tuple[float, Retention]) -> None:
+        """Take in what was found of some entries."""
+        self.rounding = _largest(self.rounding, found[0])
+        self.retention += found[1]
+
+
+@dataclass
+class ReplacedFold(Held):
+    """A trained copy in the place of a whole tensor, and the evidence."""
+
+    replacement: Replacement
+    change: float = 0.0
+
+    @property
+    def evidence(self) -> SiteEvidence:
+        """What has been found so far: there is no algebra in a copy."""
+        return SiteEvidence(
+            self.replacement.tensor, (self.replacement.adaptation,), self.change, 0.0, self.rounding, self.retention
+        )
+
+    def blocks(self, stored: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Entries of the flat tensor, their values before and after, ``float64``."""
+        old, new = stored.reshape(-1), self.replacement.value.reshape(-1)
+        for start in range(0, old.numel(), BLOCK):
+            part = slice(start, start + BLOCK)
+            before, after = old[part].double(), new[part].double()
+            self.change = _largest(self.change, _distance(before, after))
+            yield part, before, after
+
+
+@dataclass
+class PlaceFold(Held):
+    """Folding one place, and the evidence that is gathered on the way.
+
+    Attributes:
+        place: which.
+        maps: compile what the evidence is held against.
+    """
+
+    place: Place
+    maps: BlockMaps
+    change: float = 0.0
+    error: float = 0.0
+    scale: float = 1e-30
+    _parts: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def evidence(self) -> SiteEvidence:
+        """What has been found so far."""
+        place = self.place
+        error = self.error / self.scale
+        return SiteEvidence(place.site, place.names, self.change, error, self.rounding, self.retention)
+
+    def blocks(self, weight: Tensor, bias: Tensor | None) -> Iterator[FoldedBlock]:
+        """Fold block by block; every block is probed.
+
+        Args:
+            weight: the stored weight, or what stands in for it, in any floating type.
+            bias: the same of the bias.
+
+        Raises:
+            GraftError: GC050 where an adaptation cannot fold, GC071 for a method's mistake.
+        """
+        place = self.place
+        for start, own in place.weight.blocks(place.rows_per_block):
+            base = _rows(own, weight)
+            own_bias = None if place.bias is None else place.bias.at(own.rows)
+            base_bias = None if own_bias is None or bias is None else _rows(own_bias, bias)
+            exact, exact_bias = self._probed(start, own, base, base_bias)
+            changed = exact_bias is not None and (base_bias is None or not torch.equal(exact_bias, base_bias))
+            if changed and (own_bias is None or base_bias is None):
+                message = f"{place.names[-1]!r} needs a bias, and {place.site} has none"
+                raise GraftError("GC103", message)
+            found = (own_bias, base_bias, exact_bias) if changed else None
+            yield FoldedBlock(own, base, exact, found)  # type: ignore[arg-type]
+        self._parts.clear()
+
+    def _probed(self, start: int, own: WeightSlice, base: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        block = self.maps.of(self.place.chain, own.count)
+        parts = {update.adaptation: self._cut(update, start, own.count) for update in self.place.chain}
+        constants = {update.adaptation: self._constants(update, base) for update in self.place.chain}
+        every = {name: {**constants[name], **held} for name, held in parts.items()}
+        unfolded = block.unfolded(base, bias, every)
+        before = block.plain(base, bias)
+        self.change = _largest(self.change, _distance(unfolded, before))
+        self.scale = _largest(self.scale, float(unfolded.abs().max()))
+        exact, exact_bias = base.clone(), None if bias is None else bias.clone()
+        for update in self.place.chain:
+            exact, exact_bias = self._folded(block, update, parts[update.adaptation], exact, exact_bias)
+        self.error = _largest(self.error, _distance(unfolded, block.plain(exact, exact_bias)))
+        return exact, exact_bias
+
+    def _folded(
+        self, block: BlockMap, update: SiteUpdate, parts: Mapping[str, Tensor], weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        method: Any = method_for(update.spec.method)
+        site = replace(block.site, key=SiteKey("", update.site))
+        fold = fold_at(method, update.spec, site, parts)
+        if isinstance(fold, WeightFold):
+            return fold.apply(weight, bias)
+        if isinstance(fold, Keep):
+            raise GraftError("GC050", f"{update.adaptation!r} cannot fold at {update.site}: {fold.reason}")
+        raise GraftError("GC103", f"{update.adaptation!r} is no change of the rows of {update.site}")
+
+    def _cut(self, update: SiteUpdate, start: int, count: int) -> dict[str, Tensor]:
+        """The tensors that a block of rows folds with, floating ones in float64."""
+        method = method_for(update.spec.method)
+        axes = method.row_axes(update.spec) if isinstance(method, RowWise) else {}
+        if update.adaptation not in self._parts:
+            read = update.parts.items()
+            self._parts[update.adaptation] = {p: t if p in axes else _widened(t) for p, t in read}
+        held = self._parts[update.adaptation]
+        return {p: _widened(t.narrow(axes[p], start, count)) if p in axes else t for p, t in held.items()}
+
+    def _constants(self, update: SiteUpdate, base: Tensor) -> Mapping[str, Tensor]:
+        method = method_for(update.spec.method)
+        return method.from_weight(update.spec, base) if isinstance(method, RowWise) else {}
+
+
+def _rows(own: WeightSlice, stored: Tensor) -> Tensor:
+    """Own rows of a tensor, as the map has them, in float64: a copy."""
+    views = own.views(stored)
+    return (views[0] if len(views) == 1 else torch.cat(views, -1 if stored.dim() == 1 else -2)).to(
+        torch.float64, copy=True
+    )
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference; NaN where there is one."""
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def _largest(*values: float) -> float:
+    """The largest number; NaN where there is one."""
+    return math.nan if any(map(math.isnan, values)) else max(values)

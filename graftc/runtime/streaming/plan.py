@@ -1,0 +1,173 @@
+"""What a merge will do, checked as a whole before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftc.runtime.streaming.mapped import FLOATING
+from graftc.runtime.streaming.places import Place, places_of
+from graftc.runtime.streaming.shards import Checkpoint, Shard, StoredTensor
+from graftc.runtime.streaming.unfolded import BlockMaps
+from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = ["Plan", "make_plan", "stored_config"]
+
+_SHOWN = 30
+"""How many wrong tensors an error lists."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge.
+
+    Attributes:
+        checkpoint: the base.
+        updates: the adapter.
+        places: what folds, by rows.
+        dtype: the type that 16-bit tensors are written in; None for their own.
+        maps: compiled maps, which are made once for all places of a kind.
+    """
+
+    checkpoint: Checkpoint
+    updates: AdapterUpdates
+    places: tuple[Place, ...]
+    dtype: str | None
+    maps: BlockMaps = field(default_factory=BlockMaps, repr=False)
+
+    @cached_property
+    def replacements(self) -> dict[str, Replacement]:
+        """Trained copies by the tensor that they stand in for."""
+        return {item.tensor: item for item in self.updates.replacements}
+
+    def places_in(self, shard: Shard) -> list[Place]:
+        """The places whose weight or bias is in a file."""
+
+        def touched(place: Place) -> bool:
+            names = {place.weight.tensor} | ({place.bias.tensor} if place.bias is not None else set())
+            return not names.isdisjoint(shard.tensors)
+
+        return [place for place in self.places if touched(place)]
+
+    def replaced_alone(self, shard: Shard) -> list[Replacement]:
+        """The copies of tensors in a file that nothing folds into."""
+        folded = {own.tensor for place in self.places for own in (place.weight, place.bias) if own is not None}
+        return [item for name, item in self.replacements.items() if name in shard.tensors and name not in folded]
+
+    def written(self, stored: StoredTensor) -> str:
+        """The element type that a tensor is written in."""
+        widened = self.dtype is not None and stored.dtype in ("F16", "BF16")
+        return self.dtype if widened and self.dtype is not None else stored.dtype
+
+
+def make_plan(checkpoint: Checkpoint, updates: AdapterUpdates, dtype: str | None = None) -> Plan:
+    """Check that an adapter and a checkpoint fit.
+
+    Args:
+        checkpoint: the base.
+        updates: the adapter.
+        dtype: ``"F32"``, or None for the base's own types.
+
+    Raises:
+        GraftError: GC102 with everything that does not fit, GC103 where the base is quantised.
+    """
+    _check_floating(checkpoint, updates)
+    tensors = checkpoint.tensors()
+    wrong = [problem for update in updates.updates for problem in _wrong_slices(update, tensors)]
+    wrong += [problem for item in updates.replacements for problem in _wrong_copy(item, tensors)]
+    if not updates.updates and not updates.replacements:
+        raise GraftError("GC104", "the adapter changes no stored tensor")
+    _raise(checkpoint, wrong)
+    plan = Plan(checkpoint, updates, tuple(places_of(updates.updates)), dtype)
+    _raise(checkpoint, [problem for place in plan.places for problem in _wrong_parts(plan, place)])
+    return plan
+
+
+def _raise(checkpoint: Checkpoint, wrong: list[str]) -> None:
+    if not wrong:
+        return
+    more = [f"... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+    raise GraftError(
+        "GC102",
+        f"the adapter does not fit {checkpoint.path}: {wrong[0]}",
+        hint="give the base that the adapter was trained on",
+        details=[*wrong[1:_SHOWN], *more],
+    )
+
+
+def stored_config(folder: Path) -> dict[str, Any]:
+    """The config of a model's folder; empty where there is none.
+
+    Raises:
+        GraftError: GC100 where it is no table.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise GraftError("GC100", f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise GraftError("GC100", f"{path} is no table")
+    return data
+
+
+def _check_floating(checkpoint: Checkpoint, updates: AdapterUpdates) -> None:
+    config = stored_config(checkpoint.path)
+    hint = "give the folder of the model from which it was quantised: --model FOLDER"
+    if config.get("quantization_config"):
+        raise GraftError("GC103", f"{checkpoint.path} is quantised, and rounding is no longer what it was", hint=hint)
+    tensors = checkpoint.tensors()
+    changed = [own.tensor for u in updates.updates for own in (u.weight, u.bias) if own is not None]
+    changed += [item.tensor for item in updates.replacements]
+    for name in changed:
+        stored = tensors.get(name)
+        if stored is not None and stored.dtype not in FLOATING:
+            raise GraftError("GC103", f"{name} of {checkpoint.path} is stored as {stored.dtype}", hint=hint)
+
+
+def _wrong_slices(update: SiteUpdate, tensors: dict[str, StoredTensor]) -> Iterator[str]:
+    for own in (update.weight, update.bias):
+        if own is None:
+            continue
+        stored = tensors.get(own.tensor)
+        if stored is None:
+            yield f"there is no {own.tensor}, which {update.adaptation!r} changes"
+        elif stored.shape != own.shape:
+            yield f"{own.tensor} is {list(stored.shape)}, and {update.adaptation!r} is for {list(own.shape)}"
+
+
+def _wrong_copy(item: Replacement, tensors: dict[str, StoredTensor]) -> Iterator[str]:
+    stored = tensors.get(item.tensor)
+    if stored is None:
+        yield f"there is no {item.tensor}, which {item.adaptation!r} replaces"
+    elif stored.shape != tuple(item.value.shape):
+        yield f"{item.tensor} is {list(stored.shape)}, and {item.adaptation!r} has {list(item.value.shape)} for it"
+    elif not bool(torch.isfinite(item.value).all()):
+        yield f"what {item.adaptation!r} has for {item.tensor} is not finite"
+
+
+def _wrong_parts(plan: Plan, place: Place) -> Iterator[str]:
+    """Tensors of the adapter that are missing, of other sizes than the place gives, or not finite."""
+    full = plan.maps.of(place.chain, place.weight.count)
+    for update in place.chain:
+        where = f"{update.adaptation!r} at {update.site}"
+        for part, shape in full.shapes[update.adaptation].items():
+            held = update.parts.get(part)
+            if held is None:
+                yield f"{where} has no {part}"
+                continue
+            found = tuple(held.shape)
+            least = len(found) == len(shape) and all(a >= b for a, b in zip(found, shape, strict=True))
+            if not (found == shape or (least and part in full.shared[update.adaptation])):
+                yield f"{part} of {where} is {list(found)}, not {list(shape)}"
+            elif held.is_floating_point() and not bool(torch.isfinite(held).all()):
+                yield f"{part} of {where} is not finite"

@@ -1,0 +1,230 @@
+"""Updates from a graftc artifact: its manifest says which rows are adapted, its base graph how they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from graftc.compiler.capture.fingerprint import tensor_digest
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.shapes import DTYPE_NAMES
+from graftc.passes.core.method.capabilities import RowWise
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.sites.readers import linear_use
+from graftc.passes.core.sites.uses import Experts, Lookup, Use
+from graftc.passes.core.weights.names import adapter_name
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.runtime.artifact.manifest import ADAPTERS, PlaceRecord
+from graftc.runtime.artifact.read import Artifact
+from graftc.runtime.streaming.mapped import MappedFile, MappedTensors
+from graftc.runtime.streaming.names import FileNames
+from graftc.runtime.streaming.shards import Checkpoint
+from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
+from graftc.specs.base import MethodSpec
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.io import dump_spec
+
+__all__ = ["artifact_updates", "differing_tensors"]
+
+
+def artifact_updates(artifact: Artifact, checkpoint: Checkpoint) -> AdapterUpdates:
+    """The changes that an artifact makes of a checkpoint.
+
+    Raises:
+        GraftError: GC050 for what does not fold, GC084 for damaged tensors, GC087 where the checkpoint is not the base
+            of the artifact, GC103 where the model itself is needed.
+    """
+    _check_folds(artifact)
+    names = FileNames(checkpoint, artifact.manifest.base.aliases)
+    names.fit(name for name, tensor in artifact.manifest.base.tensors.items() if tensor.parameter)
+    _check_base(artifact, checkpoint, names)
+    tensors = _tensors(artifact)
+    graph = artifact.graph("base.eval")
+    uses = _Uses(graph, artifact.manifest.base.aliases)
+    specs = {spec.name or "": spec for spec in artifact.spec.adapt}
+    depths = _depths(artifact)
+    copies = {record.tensor for record in artifact.manifest.trained}
+    updates = [
+        _update(artifact, place, specs, depths, uses, tensors, names)
+        for place in artifact.manifest.sites
+        if not (method_for(place.method).stands_in or copies.issuperset(place.tensors.values()))
+    ]
+    base = artifact.manifest.base
+    return AdapterUpdates(
+        "artifact",
+        tuple(updates),
+        tuple(_replacements(artifact, tensors, names)),
+        artifact.manifest.digest,
+        base.fingerprint,
+        dump_spec(artifact.spec),
+    )
+
+
+def _check_folds(artifact: Artifact) -> None:
+    """Refuse what changes more than stored weights."""
+    spec = artifact.spec
+    if artifact.manifest.kept:
+        kept = artifact.manifest.kept[0]
+        raise GraftError("GC050", kept.reason)
+    if spec.compose or spec.tokens is not None or spec.untie:
+        what = (
+            "combines adaptations" if spec.compose else "adds tokens" if spec.tokens is not None else "unties tensors"
+        )
+        raise GraftError("GC103", f"the spec of {artifact.path} {what}, which needs the model")
+
+
+def _tensors(artifact: Artifact) -> Mapping[str, Tensor]:
+    """The adapter tensors in their file, each held against the manifest."""
+    where, listed = f"{artifact.path} is not as it was written", artifact.manifest.adapters
+    hint = "copy it again"
+    try:
+        found = MappedTensors(artifact.path / ADAPTERS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise GraftError("GC084", f"{where}: {ADAPTERS}: {error}", hint=hint) from error
+    if other := sorted(found.shard.tensors.keys() ^ listed.keys()):
+        raise GraftError("GC084", f"{where}: other tensors than listed: {', '.join(other[:3])}", hint=hint)
+    wrong = []
+    for name, record in listed.items():
+        tensor = found[name]
+        if (DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape)) != (record.dtype, record.shape):
+            wrong.append(f"{name} is of another type or size than listed")
+        elif tensor_digest(tensor) != record.sha256:
+            wrong.append(f"{name} has other values than listed")
+    if wrong:
+        raise GraftError("GC084", f"{where}: {wrong[0]}", hint=hint, details=wrong[1:10])
+    return found
+
+
+def _check_base(artifact: Artifact, checkpoint: Checkpoint, names: FileNames) -> None:
+    """Hold the checkpoint's tensors against those that the artifact was made from.
+
+    Raises:
+        GraftError: GC087 with everything that differs.
+    """
+    wrong = differing_tensors(artifact, checkpoint, names)
+    if wrong:
+        message = f"{artifact.path} adapts another model than {checkpoint.path}: {wrong[0]}"
+        more = [f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []
+        hint = "name the base, in the type in which it was adapted: --model MODEL; merge in memory where its class"
+        hint += " names tensors otherwise than its files"
+        raise GraftError("GC087", message, hint=hint, details=[*wrong[1:20], *more])
+
+
+def differing_tensors(artifact: Artifact, checkpoint: Checkpoint, names: FileNames) -> list[str]:
+    """In which ways a checkpoint has other tensors than the base of an artifact, for people."""
+    base, replaced = artifact.manifest.base, artifact.replaced
+    shards = checkpoint.shard_of()
+    files = {shard.name: MappedFile(shard.path) for shard in checkpoint.shards}
+    found = []
+    for name, record in base.tensors.items():
+        own = names.find(name)
+        if own is None:
+            if record.parameter:
+                found.append(f"it has no {name}")
+            continue
+        stored = shards[own].tensors[own]
+        shape = f"{record.dtype}[{', '.join(map(str, record.shape))}]"
+        if (stored.dtype.lower(), stored.shape) != (record.dtype, record.shape):
+            found.append(f"{own} is {str(stored).lower()}, not {shape}")
+        elif name not in replaced:
+            tensor = files[shards[own].name].tensor(stored)
+            if tensor_digest(tensor, full=base.full) != record.sha256:
+                found.append(f"{own} has other values")
+    return found
+
+
+class _Uses:
+    """The linear maps of a graph by the tensors that they read."""
+
+    def __init__(self, graph: Program, aliases: Mapping[str, str]) -> None:
+        self._aliases = aliases
+        self._uses: dict[str, list[Use]] = {}
+        self.readers: dict[str, int] = {}
+        for node in graph.graph.nodes:
+            if node.op == "get_attr":
+                name = self.canonical(str(node.target))
+                self.readers[name] = self.readers.get(name, 0) + len(node.users)
+            elif (use := linear_use(node)) is not None:
+                self._uses.setdefault(self.canonical(use.weight.tensor), []).append(use)
+
+    def canonical(self, name: str) -> str:
+        """The name that owns a tensor."""
+        return self._aliases.get(name, name)
+
+    def of(self, name: str, *, lookup: bool) -> Use | None:
+        """The first map that reads a tensor as a table, or as a matrix."""
+        found = self._uses.get(self.canonical(name), ())
+        return next((use for use in found if isinstance(use, Lookup) is lookup), None)
+
+
+def _update(
+    artifact: Artifact,
+    place: PlaceRecord,
+    specs: Mapping[str, MethodSpec],
+    depths: Mapping[str, int],
+    uses: _Uses,
+    tensors: Mapping[str, Tensor],
+    names: FileNames,
+) -> SiteUpdate:
+    site = f"{place.module}.{place.name}".lstrip(".") + (f"[{place.part}]" if place.part else "")
+    tensor = f"{place.module}.{place.name}".lstrip(".")
+    lookup = place.kind == "embedding"
+    use = uses.of(tensor, lookup=lookup)
+    if use is None or isinstance(use, Experts) or use.leading:
+        what = "experts" if use is not None else f"no stored weight of its own ({place.kind})"
+        raise GraftError("GC103", f"{place.adaptation!r} adapts {what} at {site}")
+    if uses.readers[uses.canonical(tensor)] > place.uses:
+        raise GraftError(
+            "GC022",
+            f"{place.adaptation!r} would fold into {site}, which something else reads too",
+            hint="folding would change both; leave the site out, or break the tie in the model before compiling",
+        )
+    spec = specs[place.adaptation].for_site(place.module, place.roles, place.layer, depth=depths.get(place.stack))
+    method = method_for(spec.method)
+    if isinstance(method, RowWise):
+        spec = method.standing_alone(spec, place.roles)
+    own, bias = use.weight.at(place.rows), use.bias
+    parts = {part: tensors[name] for part, name in place.tensors.items()}
+    return SiteUpdate(
+        place.adaptation,
+        spec,
+        site,
+        _in_file(own, names),
+        None if bias is None else _in_file(bias.at(own.rows), names),
+        lookup,
+        parts | _shared(tensors, place.adaptation),
+    )
+
+
+def _in_file(own: WeightSlice, names: FileNames) -> WeightSlice:
+    return WeightSlice(names.of(own.tensor), own.shape, own.layout, own.rows)
+
+
+def _shared(tensors: Mapping[str, Tensor], adaptation: str) -> dict[str, Tensor]:
+    """What an adaptation has once for all sites."""
+    prefix = adapter_name("", adaptation) + "."
+    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+
+
+def _replacements(artifact: Artifact, tensors: Mapping[str, Tensor], names: FileNames) -> Sequence[Replacement]:
+    found = []
+    for record in artifact.manifest.trained:
+        if record.rows is not None:
+            raise GraftError("GC103", f"{record.owner!r} trains some rows of {record.base}")
+        found.append(Replacement(record.owner, names.of(record.base), tensors[record.tensor]))
+    return found
+
+
+def _depths(artifact: Artifact) -> dict[str, int]:
+    """How many layers each stack has, from the names of the base's tensors."""
+    found: dict[str, int] = {}
+    for stack in {place.stack for place in artifact.manifest.sites if place.stack}:
+        numbers = (
+            name[len(stack) + 1 :].partition(".")[0]
+            for name in artifact.manifest.base.tensors
+            if name.startswith(f"{stack}.")
+        )
+        found[stack] = max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
+    return found

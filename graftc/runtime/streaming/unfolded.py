@@ -1,0 +1,180 @@
+"""The unfolded side of the evidence: one linear map of a block's sizes, compiled with its adaptations without values.
+
+The map is compiled as any model is, on the meta device, so that what a method inserts is what is evaluated, over the
+real rows of the weight and the real tensors of the adapter. Nothing of this uses a fold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graftc.compiler.capture.signature import Axis
+from graftc.compiler.folding.certify import Adapted
+from graftc.compiler.folding.evaluating import evaluate
+from graftc.compiler.pipeline import compile_model
+from graftc.passes.core.method.capabilities import RowWise
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.sites.sites import LinearSite
+from graftc.runtime.streaming.update import SiteUpdate
+from graftc.specs.base import MethodSpec
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.target import Target
+
+__all__ = ["BlockMap", "BlockMaps", "Chain"]
+
+_MAP = "map"
+Chain = Sequence[SiteUpdate]
+"""The adaptations of one place, in order."""
+
+
+class _OneMap(nn.Module):
+    def __init__(self, rows: int, columns: int, *, bias: bool, lookup: bool) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"dtype": torch.float64, "device": "meta"}
+        made = nn.Embedding(columns, rows, **options) if lookup else nn.Linear(columns, rows, bias=bias, **options)
+        self.add_module(_MAP, made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = getattr(self, _MAP)(x)
+        return found
+
+
+def _at_map(update: SiteUpdate) -> MethodSpec:
+    """The adaptation of the only map; what it trains beside its own tensors is replaced elsewhere."""
+    changes: dict[str, Any] = {"name": update.adaptation, "target": Target(modules=_MAP)}
+    fields = type(update.spec).model_fields
+    changes |= {"overrides": ()} if "overrides" in fields else {}
+    changes |= {"bias": "none"} if getattr(update.spec, "bias", None) in ("all", "lora_only") else {}
+    return update.spec.model_copy(update=changes)
+
+
+@dataclass
+class BlockMap:
+    """A map of one size with its adaptations.
+
+    Attributes:
+        rows: how many it has.
+        site: the place, for folds: its sizes are the block's.
+        shapes: of every part that the graph reads, by adaptation. Of parts that all sites share, the least sizes.
+        shared: these parts, by adaptation.
+    """
+
+    rows: int
+    site: LinearSite
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+    shared: Mapping[str, frozenset[str]]
+    _adapted: Adapted
+    _parts: Mapping[str, tuple[str, str]]
+
+    @cached_property
+    def probes(self) -> dict[fx.Node, Tensor]:
+        """Random inputs, the same for all blocks of these sizes."""
+        return self.site.use.probe(torch.Generator().manual_seed(0))
+
+    def unfolded(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        parts: Mapping[str, Mapping[str, Tensor]],
+    ) -> Tensor:
+        """What the adapted graph gives.
+
+        Args:
+            weight: rows of the base's weight, ``float64[rows, in]``.
+            bias: the same of the bias.
+            parts: the adaptations' tensors, those of rows cut to the block, and constants.
+        """
+
+        def tensor(name: str) -> Tensor:
+            if name in self._parts:
+                adaptation, part = self._parts[name]
+                return parts[adaptation][part]
+            return self._stored(name, weight, bias)
+
+        values = {stage: value for node, value in self.probes.items() for stage in self._adapted.stages(node)}
+        return evaluate(self._adapted.last(self.site.use.node), values, tensor)
+
+    def plain(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the base's call gives with a weight and a bias."""
+        return evaluate(self.site.use.node, dict(self.probes), lambda name: self._stored(name, weight, bias))
+
+    def _stored(self, name: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if name == self.site.own.tensor:
+            return self.site.own.restored(weight)
+        assert bias is not None
+        return bias
+
+
+@dataclass
+class BlockMaps:
+    """Maps of all sizes that have been asked for; each is compiled once."""
+
+    _made: dict[str, BlockMap] = field(default_factory=dict)
+
+    def of(self, chain: Chain, rows: int) -> BlockMap:
+        """The map for a block of so many rows of a place.
+
+        Raises:
+            GraftError: what compiling says of a spec that does not fit the sizes.
+        """
+        first = chain[0]
+        specs = [_at_map(update) for update in chain]
+        columns, bias = first.weight.in_features, first.bias is not None
+        texts = [json.dumps(spec.model_dump(mode="json"), sort_keys=True) for spec in specs]
+        key = json.dumps([rows, columns, bias, first.lookup, texts])
+        if key not in self._made:
+            self._made[key] = _compiled(specs, rows, columns, bias=bias, lookup=first.lookup)
+        return self._made[key]
+
+
+def _compiled(specs: Sequence[MethodSpec], rows: int, columns: int, *, bias: bool, lookup: bool) -> BlockMap:
+    model = _OneMap(rows, columns, bias=bias, lookup=lookup)
+    axis = Axis("x", torch.int64, ("count",)) if lookup else Axis("x", torch.float64, ("count", columns))
+    compilation = compile_model(Spec(adapt=tuple(specs)), model, [axis], use_cache=False)
+    resolved = compilation.main.resolved
+    eval_base = compilation.program("eval", "base")
+    site = resolved[0].places[0][0]
+    assert isinstance(site, LinearSite)
+    named = {node.name: node for node in eval_base.graph.nodes}
+    parts, shapes, shared = _parts(compilation, resolved, compilation.program("eval"))
+    # Probing runs the base's own call, which the train graph's site has under the same name in the eval graph.
+    site.use.node = named[site.use.node.name]
+    return BlockMap(rows, site, shapes, shared, Adapted(compilation.program("eval")), parts)
+
+
+def _parts(
+    compilation: Any, resolved: Any, program: Any
+) -> tuple[dict[str, tuple[str, str]], dict[str, Any], dict[str, frozenset[str]]]:
+    """The adaptation and part of every tensor that the graph reads beside the map's own; by adaptation, the sizes of
+    parts, and which of them all sites share."""
+    read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+    parts: dict[str, tuple[str, str]] = {}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    shared: dict[str, frozenset[str]] = {}
+    for item in resolved:
+        held: Mapping[Any, Mapping[str, str]] = compilation.parts.get(item.name, {})
+        for own in held.values():
+            for part, name in own.items():
+                if name in read:
+                    parts[name] = item.name, part
+        method = method_for(item.spec.method)
+        constants = method.from_weight(item.spec, torch.ones(1, 1)) if isinstance(method, RowWise) else {}
+        prefix = f"{_MAP}.graftc.{item.name}."
+        parts |= {prefix + part: (item.name, part) for part in constants if prefix + part in read}
+        known = {name: part for name, (owner, part) in parts.items() if owner == item.name and part not in constants}
+        shapes[item.name] = {part: tuple(compilation.store.get(name).shape) for name, part in known.items()}
+        held_here = frozenset(part for name, part in known.items() if not name.startswith(f"{_MAP}."))
+        shared[item.name] = held_here
+    own_names = {f"{_MAP}.weight", f"{_MAP}.bias"}
+    if unknown := sorted(read - parts.keys() - own_names):
+        message = f"{resolved[0].name!r} reads {unknown[0]}, which follows from the whole model"
+        raise GraftError("GC103", message)
+    return parts, shapes, shared

@@ -1,0 +1,115 @@
+"""Verifying a merged folder against its base and its adapter: everything is folded again and compared, file by file."""
+
+from __future__ import annotations
+
+import os
+
+from graftc.compiler.folding.certificate import SiteEvidence
+from graftc.compiler.folding.retention import Retention
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.runtime.artifact.places import RECORD
+from graftc.runtime.loading.verify import Verification, verify
+from graftc.runtime.streaming.adapters import read_updates
+from graftc.runtime.streaming.mapped import FLOATING, StoredTensors
+from graftc.runtime.streaming.merging import Progress
+from graftc.runtime.streaming.plan import Plan, make_plan
+from graftc.runtime.streaming.shards import Checkpoint, Shard, read_checkpoint
+from graftc.runtime.streaming.work import BaseTensors, Target, fold_shard, untouched
+from graftc.specs.arguments import as_path
+
+__all__ = ["verify_checkpoint"]
+
+
+def verify_checkpoint(
+    path: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress = lambda done, size: None,
+) -> Verification:
+    """Hold a merged folder, whoever wrote it, against the base and the adapter that it was made of.
+
+    Every site is folded again, probed against the unfolded map, and each stored entry has to be its exact value rounded
+    to nearest. Every other tensor has to be the base's, bit for bit. Files may be split otherwise than the base's.
+
+    Args:
+        path: the merged folder.
+        adapter: a graftc artifact, or a folder that peft wrote.
+        model: the base's folder; by default where the adapter says.
+        progress: told how many bytes of the base's files are done, and how many there are.
+
+    Raises:
+        GraftError: where the base or the adapter cannot be read, or do not fit: as `merge_checkpoint`.
+    """
+    folder = as_path(path)
+    base, made = read_updates(as_path(adapter), None if model is None else as_path(model))
+    checkpoint = read_checkpoint(base)
+    plan = make_plan(checkpoint, made(checkpoint))
+    found = verify(folder) if (folder / RECORD).is_file() else Verification()
+    state: dict[str, Checkpoint] = {}
+
+    def names() -> tuple[bool, str]:
+        merged = state["merged"] = read_checkpoint(folder)
+        return _same_names(checkpoint, merged, plan)
+
+    if not found.add("tensors", names):
+        return found
+    sites: list[SiteEvidence] = []
+    others: list[tuple[str, bool]] = []
+    tensors, written, done = BaseTensors(plan), StoredTensors(state["merged"]), 0
+    for shard in checkpoint.shards:
+        evidence, compared = _looked_at(plan, shard, tensors, written, progress, done)
+        sites += evidence
+        others += compared
+        done += shard.size
+        tensors.release()
+        written.release()
+    found.add("folded", lambda: _folded(sites))
+    found.add("untouched", lambda: _untouched(others))
+    return found
+
+
+def _looked_at(
+    plan: Plan, shard: Shard, base: BaseTensors, written: StoredTensors, progress: Progress, before: int
+) -> tuple[tuple[SiteEvidence, ...], list[tuple[str, bool]]]:
+    size = plan.checkpoint.size
+    report = fold_shard(
+        plan, shard, base, Target(shard.tensors, written), lambda part: progress(before + int(part * shard.size), size)
+    )
+    changed: tuple[WeightSlice, ...] = report.changed
+    return report.sites, list(untouched(plan, shard, written, base, changed))
+
+
+def _same_names(base: Checkpoint, merged: Checkpoint, plan: Plan) -> tuple[bool, str]:
+    ours, theirs = base.tensors(), merged.tensors()
+    if other := sorted(ours.keys() ^ theirs.keys()):
+        has = "lacks" if other[0] in ours else "has"
+        return False, f"it {has} {other[0]}" + (f", and {len(other) - 1} more differ" if other[1:] else "")
+    for name, tensor in ours.items():
+        there = theirs[name]
+        if there.shape != tensor.shape or (there.dtype != tensor.dtype and there.dtype not in FLOATING):
+            return False, f"{name} is {there}, and {tensor} in the base"
+    return True, f"{len(ours)} tensors have the names and sizes of the base's"
+
+
+def _folded(sites: list[SiteEvidence]) -> tuple[bool, str]:
+    failed = [site for site in sites if not site.passed]
+    if failed:
+        shown = "; ".join(
+            f"{site.site}: algebra {site.algebra:.1e}, off by {site.rounding:.3g} units in the last place"
+            for site in failed[:3]
+        )
+        return False, f"{len(failed)} of {len(sites)} sites are not the base with the adapter: {shown}"
+    kept = Retention.total(site.retention for site in sites)
+    worst = max((site.algebra for site in sites), default=0.0)
+    return True, (
+        f"{len(sites)} sites within {worst:.1e} in float64, every entry rounded to nearest; "
+        f"{100 * kept.norm:.1f} % of the update is there"
+    )
+
+
+def _untouched(others: list[tuple[str, bool]]) -> tuple[bool, str]:
+    wrong = [name for name, same in others if not same]
+    if wrong:
+        return False, f"{len(wrong)} tensors are not the base's: {', '.join(wrong[:3])}"
+    return True, f"{len(others)} tensors are the base's, bit for bit"

@@ -1,0 +1,237 @@
+"""One file of a checkpoint: folded block by block into a copy that lies in place, then read again and compared.
+
+The same work verifies a file that is there, and measures without writing any.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.folding.certificate import SiteEvidence
+from graftc.compiler.folding.rounding import measured, round_and_measure
+from graftc.compiler.folding.retention import Retention
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.runtime.streaming.mapped import DTYPES, MappedFile, StoredTensors
+from graftc.runtime.streaming.places import PlaceFold, ReplacedFold
+from graftc.runtime.streaming.plan import Plan
+from graftc.runtime.streaming.shards import Shard, StoredTensor, header_bytes
+
+__all__ = ["BaseTensors", "ShardReport", "Target", "create_file", "fold_shard", "untouched"]
+
+_CHUNK = 2**22
+"""Bytes, or entries, that are copied or compared at a time."""
+Advance = Callable[[float], None]
+"""Told how much of a file is done, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What came of a file.
+
+    Attributes:
+        sites: the evidence for what was folded.
+        changed: what was folded in this file, weights and biases.
+    """
+
+    sites: tuple[SiteEvidence, ...]
+    changed: tuple[WeightSlice, ...]
+
+
+class BaseTensors(StoredTensors):
+    """The base's tensors, or what stands in for them."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan.checkpoint)
+        self._replacements = plan.replacements
+
+    def current(self, name: str) -> Tensor:
+        """A tensor with the copy that stands in for it."""
+        held = self._replacements.get(name)
+        return self.stored(name) if held is None else held.value
+
+
+class Target:
+    """Where folded rows go: files that are written, files that are only read, or nowhere.
+
+    Args:
+        names: the tensors to look at.
+        tensors: the files; None to measure only.
+        writes: whether to write.
+        dtypes: the element types by tensor, where there are no files.
+    """
+
+    def __init__(
+        self,
+        names: Collection[str],
+        tensors: StoredTensors | None,
+        *,
+        writes: bool = False,
+        dtypes: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._names, self._tensors, self._writes, self._dtypes = names, tensors, writes, dtypes
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def put(self, own: WeightSlice, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
+        """Store rows, rounded once.
+
+        Args:
+            own: which rows of which tensor.
+            exact: ``float64[rows, in]``, or ``[rows]`` of a bias.
+            base: the same before folding.
+
+        Returns:
+            The largest error of what is stored now, in units in the last place, and how much of the update is left.
+        """
+        if self._tensors is None:
+            return round_and_measure(torch.empty_like(exact, dtype=DTYPES[self._dtypes[own.tensor]]), exact, base)
+        views = own.views(self._tensors.stored(own.tensor))
+        axis = -1 if exact.dim() == 1 else -2
+        sizes = [view.shape[axis] for view in views]
+        parts = zip(views, exact.split(sizes, axis), base.split(sizes, axis), strict=True)
+        return _together(self._look(*part) for part in parts)
+
+    def put_flat(self, name: str, part: slice, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
+        """The same for entries of a flat tensor."""
+        if self._tensors is None:
+            return round_and_measure(torch.empty_like(exact, dtype=DTYPES[self._dtypes[name]]), exact, base)
+        return self._look(self._tensors.stored(name).reshape(-1)[part], exact, base)
+
+    def _look(self, view: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
+        return (round_and_measure if self._writes else measured)(view, exact, base)
+
+
+def _together(found: Iterable[tuple[float, Retention]]) -> tuple[float, Retention]:
+    errors, retained = zip(*found, strict=True)
+    return (math.nan if any(map(math.isnan, errors)) else max(errors)), Retention.total(retained)
+
+
+def create_file(plan: Plan, shard: Shard, path: Path) -> None:
+    """Make the file that is folded into: a copy, byte for byte, or with tensors in a wider type.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    tensors = shard.tensors.values()
+    if all(plan.written(stored) == stored.dtype for stored in tensors):
+        shutil.copyfile(shard.path, path)
+        return
+    header = header_bytes(((t.name, plan.written(t), t.shape) for t in tensors), shard.metadata)
+    with path.open("wb") as file:
+        file.write(header)
+        source = MappedFile(shard.path)
+        for stored in tensors:
+            held = source.tensor(stored).reshape(-1) if plan.written(stored) != stored.dtype else source.raw(stored)
+            for start in range(0, held.numel(), _CHUNK):
+                piece = held[start : start + _CHUNK]
+                wide = piece.to(DTYPES[plan.written(stored)]) if piece.dtype != torch.uint8 else piece
+                file.write(wide.contiguous().view(torch.uint8).numpy().data)
+
+
+def fold_shard(plan: Plan, shard: Shard, base: BaseTensors, target: Target, advance: Advance) -> ShardReport:
+    """Fold everything of a file, and hold what is stored then against the unfolded computation.
+
+    Args:
+        plan: the merge.
+        shard: the base's file.
+        base: the base.
+        target: the file that folded rows go to.
+        advance: told how much has been done.
+
+    Raises:
+        GraftError: where a fold is none.
+    """
+    sites: list[SiteEvidence] = []
+    changed: list[WeightSlice] = []
+    places = plan.places_in(shard)
+    alone = plan.replaced_alone(shard)
+    sizes = [place.weight.size for place in places] + [item.value.numel() for item in alone]
+    total, done = max(1, sum(sizes)), 0
+
+    for place in places:
+        fold = PlaceFold(place, plan.maps)
+        weight, bias = place.weight, place.bias
+        here = weight.tensor in target
+        changed += [weight] if here else []
+        for block in fold.blocks(base.current(weight.tensor), None if bias is None else base.current(bias.tensor)):
+            if here:
+                fold.note(target.put(block.own, block.exact, block.base))
+            if block.bias is not None and block.bias[0].tensor in target:
+                own, before, after = block.bias
+                fold.note(target.put(own, after, before))
+                changed.append(own)
+            elif not here:
+                break  # only the bias is in this file, and folding leaves it alone
+            done += block.own.size
+            advance(done / total)
+        else:
+            sites.append(fold.evidence)  # a bias in a file of its own has evidence of its own
+    for item in alone:
+        copied = ReplacedFold(item)
+        for part, before, after in copied.blocks(base.stored(item.tensor)):
+            copied.note(target.put_flat(item.tensor, part, after, before))
+            done += after.numel()
+            advance(done / total)
+        sites.append(copied.evidence)
+    return ShardReport(tuple(sites), tuple(changed))
+
+
+def untouched(
+    plan: Plan, shard: Shard, written: StoredTensors, base: BaseTensors, changed: Collection[WeightSlice]
+) -> Iterator[tuple[str, bool]]:
+    """Compare what folding leaves alone with the base: every such tensor by name, and whether it is the same, bit for
+    bit, in what was written; of a tensor of which some rows were folded, the others.
+
+    Args:
+        plan: the merge.
+        shard: the base's file.
+        written: what was written.
+        base: the base.
+        changed: what was folded in this file.
+    """
+    owned: dict[str, list[WeightSlice]] = {}
+    for own in changed:
+        owned.setdefault(own.tensor, []).append(own)
+    for name, stored in shard.tensors.items():
+        there = written.entries.get(name)
+        if there is None or there.shape != stored.shape:
+            yield name, False
+        elif there.dtype == stored.dtype and name not in owned and name not in plan.replacements:
+            yield name, _same(written.raw(name), base.raw(name))
+        elif (rest := _complement(owned.get(name, []), stored)) is not None and name not in plan.replacements:
+            pairs = zip(rest.views(written.stored(name)), rest.views(base.stored(name)), strict=True)
+            yield name, all(_same(a, b) for a, b in pairs)
+
+
+def _complement(slices: Sequence[WeightSlice], stored: StoredTensor) -> WeightSlice | None:
+    """The rows of a tensor that none of several slices has; None where there are none."""
+    if not slices:
+        return WeightSlice(stored.name, stored.shape)
+    spans = sorted(span for own in slices for span in own.spans)
+    edges = [0, *(edge for span in spans for edge in span), slices[0].total]
+    rest = tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
+    return slices[0].at(rest) if rest else None
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _same(found: Tensor, base: Tensor) -> bool:
+    """Whether two tensors have the same bits, looked at in pieces; the second one widened to the first one's type."""
+    if not found.dim():
+        found, base = found.reshape(1), base.reshape(1)
+    rows = max(1, _CHUNK * len(found) // max(1, found.numel()))
+    for own, other in zip(torch.split(found, rows), torch.split(base, rows), strict=True):
+        bits = _BITS[found.dtype.itemsize]
+        if not torch.equal(own.view(bits), other.to(found.dtype).view(bits)):
+            return False
+    return True

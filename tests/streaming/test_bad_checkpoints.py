@@ -1,0 +1,252 @@
+"""Checkpoints and adapters that are not what they should be: refused by code, all of it at once, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import graftc
+from graftc.passes.core.weights.folds import WeightFold
+from graftc.passes.methods.lora import LoRAMethod
+from graftc.runtime.streaming import places
+from graftc.specs.errors.diagnostics import GraftError
+from tests.streaming.support import edit_adapter, sharded_base, tensors, written_lora
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and an adapter."""
+    folder = tmp_path_factory.mktemp("bad")
+    written_lora(folder / "adapter", sharded_base(folder / "base"))
+    return folder
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path) -> Path:
+    """A copy of both, to be spoilt."""
+    shutil.copytree(made, tmp_path / "place")
+    return tmp_path / "place"
+
+
+def refused(place: Path, **options: Any) -> GraftError:
+    """The error of a merge; nothing is left of it."""
+    before = sorted(p.name for p in place.iterdir())
+    with pytest.raises(GraftError) as error:
+        graftc.merge_checkpoint(place / "adapter", place / "base", place / "out", **options)
+    assert sorted(p.name for p in place.iterdir()) == before
+    return error.value
+
+
+def edit_index(base: Path, change: Callable[[dict[str, str]], object]) -> None:
+    """Change what the index says of files."""
+    data = json.loads((base / INDEX).read_text())
+    change(data["weight_map"])
+    (base / INDEX).write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "c:x.safetensors"])
+def test_names_that_lead_out(place: Path, name: str) -> None:
+    edit_index(place / "base", lambda table: table.update({"model.norm.weight": name}))
+    error = refused(place)
+    assert error.code == "GC101"
+    assert repr(name) in error.message
+
+
+def test_links_that_lead_out(place: Path) -> None:
+    shard = next(iter(sorted((place / "base").glob("*.safetensors"))))
+    shutil.move(shard, place / "elsewhere.safetensors")
+    shard.symlink_to(place / "elsewhere.safetensors")
+    assert refused(place).code == "GC101"
+
+
+def test_every_missing_file_is_named(place: Path) -> None:
+    first, second, *_ = sorted((place / "base").glob("*.safetensors"))
+    first.unlink()
+    second.unlink()
+    error = refused(place)
+    assert error.code == "GC100"
+    assert first.name in error.message and second.name in error.details
+
+
+def _cut(shard: Path) -> None:
+    os.truncate(shard, shard.stat().st_size - 3)
+
+
+def _more(shard: Path) -> None:
+    with shard.open("ab") as file:
+        file.write(b"more")
+
+
+def _header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def edit(shard: Path) -> None:
+        raw = shard.read_bytes()
+        size = int.from_bytes(raw[:8], "little")
+        data = json.loads(raw[8 : 8 + size])
+        change(data)
+        text = json.dumps(data).encode()
+        shard.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+
+    return edit
+
+
+def _first(data: dict[str, Any]) -> dict[str, Any]:
+    return next(entry for name, entry in data.items() if name != "__metadata__")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _cut,
+        _more,
+        lambda shard: shard.write_bytes(b"\xff" * 64),
+        lambda shard: shard.write_bytes(b""),
+        _header(lambda data: _first(data).update(dtype="F13")),
+        _header(lambda data: _first(data).update(shape=[-1, 4])),
+        _header(lambda data: _first(data).update(shape=[2**40, 2**40])),
+        _header(lambda data: _first(data)["data_offsets"].reverse()),
+        _header(lambda data: _first(data).update(data_offsets=[0, 10**18])),
+        _header(lambda data: data.update({"x": 7})),
+    ],
+)
+def test_damaged_files(place: Path, spoil: Callable[[Path], None]) -> None:
+    shard = sorted((place / "base").glob("*.safetensors"))[1]
+    spoil(shard)
+    error = refused(place)
+    assert error.code == "GC100"
+    assert shard.name in error.message
+
+
+def test_an_index_that_says_otherwise(place: Path) -> None:
+    files = sorted(p.name for p in (place / "base").glob("*.safetensors"))
+    edit_index(place / "base", lambda table: table.update({"model.norm.weight": files[0], "new.weight": files[1]}))
+    error = refused(place)
+    assert error.code == "GC100"
+    assert any("new.weight" in str(line) for line in (error.message, *error.details))
+
+
+def test_a_name_in_two_files(place: Path) -> None:
+    shard = sorted((place / "base").glob("*.safetensors"))[-1]
+    held = {"model.embed_tokens.weight": torch.zeros(2, 2)}
+    save_file({**held, **dict.fromkeys(())}, place / "base" / "twice.safetensors")
+    edit_index(place / "base", lambda table: table.update({"model.norm.weight": "twice.safetensors"}))
+    error = refused(place)
+    assert error.code == "GC100" and shard.is_file()
+
+
+def test_pickles_are_not_read(place: Path) -> None:
+    for file in (place / "base").glob("*.safetensors*"):
+        file.unlink()
+    (place / "base" / "pytorch_model.bin").write_bytes(b"x")
+    assert "pickles" in refused(place).hint
+
+
+def test_everything_that_does_not_fit_is_listed(place: Path) -> None:
+    def spoil(made: dict[str, torch.Tensor]) -> None:
+        names = sorted(made)
+        made[names[0]] = torch.zeros(4, 7)
+        made[names[3]] = torch.zeros(5, 4)
+        made[names[4]][0, 0] = float("nan")
+        made[names[6]][1, 1] = float("inf")
+
+    edit_adapter(place / "adapter", spoil)
+    error = refused(place)
+    assert error.code == "GC102"
+    lines = [error.message, *map(str, error.details)]
+    assert len(lines) == 4
+    assert sum("not finite" in line for line in lines) == 2
+
+
+def test_the_adapter_of_another_base(place: Path) -> None:
+    shutil.rmtree(place / "base")
+    sharded_base(place / "base", "gpt2")
+    error = refused(place)
+    assert error.code == "GC102"
+    assert len(error.details) == 5
+
+
+def test_numbers_in_the_base_that_are_none(place: Path) -> None:
+    shard = next(
+        file for file in sorted((place / "base").glob("*.safetensors")) if b"layers.0.self_attn.q" in file.read_bytes()
+    )
+    held = {name: t for name, t in tensors(place / "base").items() if name.encode() in shard.read_bytes()}
+    held["model.layers.0.self_attn.q_proj.weight"][3, 5] = float("nan")
+    save_file(held, shard, metadata={"format": "pt"})
+    error = refused(place)
+    assert error.code == "GC102"
+    assert "q_proj" in error.message
+
+
+def test_quantised_bases(place: Path) -> None:
+    config = json.loads((place / "base" / "config.json").read_text())
+    (place / "base" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "x"}}))
+    error = refused(place)
+    assert error.code == "GC103"
+    assert "--model" in error.hint
+
+
+def test_a_narrower_type(place: Path) -> None:
+    assert refused(place, dtype=torch.float16).code == "GC073"
+
+
+def _twice(fold: WeightFold) -> WeightFold:
+    return WeightFold(lambda w, b: fold.apply(fold.apply(w, b)[0], b))
+
+
+def _rolled(fold: WeightFold) -> WeightFold:
+    return WeightFold(lambda w, b: (fold.apply(w, b)[0].roll(1, -2), b))
+
+
+def _scaled(fold: WeightFold) -> WeightFold:
+    return WeightFold(lambda w, b: (w + (fold.apply(w.clone(), b)[0] - w) * (1 + 1e-6), b))
+
+
+def _left(fold: WeightFold) -> WeightFold:
+    return WeightFold(lambda w, b: (w, b))
+
+
+def _one_entry(fold: WeightFold) -> WeightFold:
+    def apply(w: torch.Tensor, b: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        found, bias = fold.apply(w, b)
+        found[-1, -1] += 1e-5
+        return found, bias
+
+    return WeightFold(apply)
+
+
+@pytest.mark.parametrize("wrong", [_twice, _rolled, _scaled, _left, _one_entry])
+def test_a_wrong_fold_leaves_nothing_behind(place: Path, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LoRAMethod.fold
+    monkeypatch.setattr(places, "BLOCK", 700)
+    monkeypatch.setattr(LoRAMethod, "fold", lambda *arguments: wrong(right(*arguments)))
+    error = refused(place)
+    assert error.code == "GC051"
+    assert "self_attn" in error.message or "mlp" in error.message
+
+
+def test_a_tensor_that_nothing_folds_into_and_that_changed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graftc.runtime.streaming import merging
+
+    create = merging.create_file
+
+    def spoiling(plan: Any, shard: Any, path: Path) -> None:
+        create(plan, shard, path)
+        stored = shard.tensors.get("model.layers.0.input_layernorm.weight")
+        if stored is not None:
+            with path.open("r+b") as file:
+                file.seek(stored.start)
+                file.write(b"\x00\x00")
+
+    monkeypatch.setattr(merging, "create_file", spoiling)
+    error = refused(place)
+    assert error.code == "GC051"
+    assert "input_layernorm" in error.message

@@ -1,0 +1,134 @@
+"""Killed at random moments, a merge goes on where it was, and the result is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import graftc
+from graftc.runtime.files import recover
+from graftc.runtime.loading.verify import verify
+from graftc.runtime.streaming import merging
+from tests.artifact.support import tree_bytes
+from tests.forks import Worker
+from tests.streaming.support import sharded_base, written_lora
+
+KILLS = int(os.environ.get("GRAFTC_KILLS", "4"))
+"""How often a merge is killed; ``make gates`` has 20."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    written_lora(folder / "adapter", sharded_base(folder / "base"))
+    (folder / "out").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worker(place: Path) -> Iterator[Worker]:
+    made = Worker("tests.streaming.worker", place)
+    yield made
+    made.process.kill()
+    made.process.wait()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_killed_at_random(place: Path, worker: Worker) -> None:
+    out = place / "out" / "merged"
+    takes = worker.run("merge")[1]
+    expected = tree_bytes(out)
+    rng, killed = random.Random(0), 0
+    shutil.rmtree(out)
+    while killed < KILLS:
+        status, _ = worker.run("merge", takes * rng.random())
+        assert status in (0, -9)
+        killed += status == -9
+        if out.exists():  # the file system shows it whole, or not at all
+            assert tree_bytes(out) == expected
+            shutil.rmtree(out)
+        recover(place / "out")
+        left = list((place / "out").iterdir())
+        assert len(left) <= 1, "two staging folders"
+    assert worker.run("merge")[0] == 0
+    assert tree_bytes(out) == expected
+    assert [path.name for path in (place / "out").iterdir()] == ["merged"]
+    assert verify(out).passed
+
+
+def stopped_after(monkeypatch: pytest.MonkeyPatch, files: int) -> list[str]:
+    """Make merging stop after so many files, leaving its staging folder; names of the files that are begun."""
+    begun: list[str] = []
+    work = merging._merged
+
+    def counting(plan, shard, *rest):  # type: ignore[no-untyped-def]
+        if len(begun) == files:
+            os._exit(9)
+        begun.append(shard.name)
+        return work(plan, shard, *rest)
+
+    monkeypatch.setattr(merging, "_merged", counting)
+    return begun
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_done_files_are_not_done_again_unless_they_changed(place: Path, tmp_path: Path) -> None:
+    base, adapter, out = place / "base", place / "adapter", tmp_path / "merged"
+    graftc.merge_checkpoint(adapter, base, tmp_path / "whole")
+
+    def killed() -> Path:
+        child = os.fork()
+        if child == 0:
+            with pytest.MonkeyPatch.context() as patch:
+                stopped_after(patch, 2)
+                graftc.merge_checkpoint(adapter, base, out)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        (staging,) = tmp_path.glob(".merged.graftc-*")
+        return staging
+
+    staging = killed()
+    assert len((staging / "journal.jsonl").read_text().splitlines()) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        begun = stopped_after(patch, 99)
+        made = graftc.merge_checkpoint(adapter, base, out)
+    shards = [path.name for path in sorted(base.glob("*.safetensors"))]
+    assert begun == shards[2:]
+    assert made.resumed == 2
+    assert made.certificate == graftc.merge_checkpoint(adapter, base).certificate
+    assert tree_bytes(out) == tree_bytes(tmp_path / "whole")
+    shutil.rmtree(out)
+    staging = killed()
+    first = staging / "new" / "merged" / shards[0]
+    first.write_bytes(first.read_bytes()[:-1] + b"\x7f")
+    line, other = (staging / "journal.jsonl").read_text().splitlines()
+    (staging / "journal.jsonl").write_text(f"{line}\n{other[:-9]}")  # cut off
+    with pytest.MonkeyPatch.context() as patch:
+        begun = stopped_after(patch, 99)
+        graftc.merge_checkpoint(adapter, base, out)
+    assert begun == shards
+    assert tree_bytes(out) == tree_bytes(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_other_work_for_the_same_place_throws_the_old_away(place: Path, tmp_path: Path) -> None:
+    other = written_lora(tmp_path / "other", place / "base", lora_alpha=3)
+    child = os.fork()
+    if child == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            stopped_after(patch, 1)
+            graftc.merge_checkpoint(place / "adapter", place / "base", tmp_path / "merged")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert list(tmp_path.glob(".merged.graftc-*"))
+    made = graftc.merge_checkpoint(other, place / "base", tmp_path / "merged")
+    assert made.resumed == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "other"]
+    record = json.loads((tmp_path / "merged" / "graftc.json").read_text())
+    assert json.loads(record["spec"])["lora_alpha"] == 3

@@ -1,0 +1,23 @@
+"""A process that merges file by file in forks of itself, to be killed: see `tests.forks`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import graftc
+from graftc.runtime.streaming import peft, places
+from tests.forks import serve
+
+
+def jobs(folder: Path) -> dict[str, Callable[[], object]]:
+    """What there is to do."""
+    assert peft is not None
+    places.BLOCK = 700
+    graftc.merge_checkpoint(folder / "adapter", folder / "base")  # what is made once is made before
+    return {"merge": lambda: graftc.merge_checkpoint(folder / "adapter", folder / "base", folder / "out" / "merged")}
+
+
+if __name__ == "__main__":
+    serve(jobs(Path(sys.argv[1])))
