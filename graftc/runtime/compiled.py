@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from graftc.passes.core.ir.updates import as_source
 from graftc.passes.core.method.base_gradients import wanted
 from graftc.passes.core.weights.sharding import copy_whole
 from graftc.runtime.deploy.combine import Combining
+from graftc.runtime.deploy.convert import Converting
 from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.model.checkpointing import Checkpointed
 from graftc.runtime.model.choosing import Choosing
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from graftc.runtime.deploy.partial import Partial
 
 
-class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Combining, Selecting, Exporting):
+class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Combining, Converting, Selecting, Exporting):
     """All that a `Compiled` does."""
 
     _keys_to_ignore_on_save = None
@@ -141,11 +142,11 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
         return merge(self, budget, progress or (lambda _: None))
 
     @isolated()
-    def merge_partially(self, budget: float | None = None) -> Partial:
+    def merge_partially(self, budget: float | None = None, *, only: Sequence[str] | None = None) -> Partial:
         """See `Compiled.merge_partially`."""
         from graftc.runtime.deploy.partial import merge_partially
 
-        return merge_partially(self, budget)
+        return merge_partially(self, budget, only)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `ModelRunner`.
@@ -259,17 +260,20 @@ class Compiled(ModelRoot, Generic[M]):
         """
         return cast("Merged[M]", self._graftc.merge(budget, progress=progress))
 
-    def merge_partially(self, budget: float | None = None) -> Partial[M]:
+    def merge_partially(self, budget: float | None = None, *, only: Sequence[str] | None = None) -> Partial[M]:
         """Fold what folds, certify that, and compile the rest on a base that has the folded weights. What was trained
         with experts that are drawn becomes the simpler adaptation with their mean, whether anything folds or not.
 
         Args:
             budget: as for `merge`.
+            only: names of what is folded, ``trained`` for the ``train:`` list; the rest stays beside the new base,
+                whether it would fold or not. By default all that folds.
 
         Raises:
-            GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor.
+            GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor; of ``only``, GC050 and
+                GC022 for what does not fold and GC091 for a name that is none.
         """
-        return cast("Partial[M]", self._graftc.merge_partially(budget))
+        return cast("Partial[M]", self._graftc.merge_partially(budget, only=only))
 
     def get_extra_state(self) -> Tensor:
         """See `torch.nn.Module.get_extra_state`: what the tensors of a state dict belong to, as ``uint8[bytes]``."""

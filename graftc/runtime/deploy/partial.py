@@ -82,10 +82,12 @@ class Partial(Generic[M]):
         return self.compiled._graftc._export(path, format, example_inputs, inputs, self.certificate, force)
 
 
-def merge_partially(compiled: Compiled | CompiledRunner, budget: float | None = None) -> Partial:
+def merge_partially(
+    compiled: Compiled | CompiledRunner, budget: float | None = None, only: Sequence[str] | None = None
+) -> Partial:
     """Fold what folds, and compile what does not on the result, collapsed where it has a simpler form. See
     `Compiled.merge_partially`."""
-    merged = fold(compiled, budget)
+    merged = fold(compiled, budget, only=only)
     _require_any(merged)
     require_passed(merged.certificate)
     return _partial(compiled, merged)

@@ -281,6 +281,16 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC065", _SPEC, "an adaptation cannot be an input",
      "It has been folded into the weights, or the exported graph reads none of its tensors.",
      "Export the unfolded model (`--no-merge`), or leave the adaptation out of the inputs."),
+    ("GC066", _NO, "an adaptation cannot be a LoRA",
+     "It changes something else than the weights of linear maps: biases, norms, keys and values, or it is part of a "
+     "composition that is no sum.",
+     "Leave it out of the conversion, fold it into a base that is saved beside (`--into-base NAME`), or merge the "
+     "whole model."),
+    ("GC067", _NO, "a conversion does not hold",
+     "The converted adapter gives another update than the original one, by more than was allowed or by more than its "
+     "rounding. Nothing was written.",
+     "Raise the rank or the allowed error. If a probe of the written files failed, the source's layout is not what "
+     "it was taken for; the message names the site."),
     ("GC070", _FAILED, "a method is registered twice",
      "Two modules claim the same tag; the message names both.",
      "Rename one of the methods, or uninstall one of the packages."),
