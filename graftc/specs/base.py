@@ -17,6 +17,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 from graftc.specs.limits import NAME
 from graftc.specs.overrides import Override
+from graftc.specs.peft import PeftFormat
 from graftc.specs.roles import ROLES
 from graftc.specs.schema import AdaptationName, needs_one_of
 from graftc.specs.spec_errors import reject
@@ -61,6 +62,9 @@ class MethodSpec(SpecModel):
 
     paper: ClassVar[str] = ""
     """The paper to cite: authors, year and title."""
+
+    peft: ClassVar[PeftFormat | None] = None
+    """How the method is written in peft's checkpoints; None where peft does not have it."""
 
     name: AdaptationName | None = None
     """Unique name of the adaptation; prefixes the tensors it owns. Default: the method's tag."""

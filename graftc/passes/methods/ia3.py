@@ -13,7 +13,6 @@ from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.folds import Fold, WeightFold
 from graftc.specs.methods.ia3 import IA3
-from graftc.specs.roles import parse_role
 
 aten = torch.ops.aten
 
@@ -62,6 +61,4 @@ def _ones(tensor: Tensor, generator: torch.Generator) -> None:
 
 
 def _scales_input(spec: IA3, site: Site) -> bool:
-    if spec.side != "auto":
-        return spec.side == "input"
-    return any(parse_role(role).name == "ffn.down" for role in site.roles)
+    return spec.side_at(site.roles) == "input"

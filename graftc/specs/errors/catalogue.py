@@ -361,6 +361,33 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC099", _FAILED, "an unexpected failure",
      "This is a bug in graftc, or a library failed in a way that graftc does not recognise.",
      "Run the command again with `GRAFTC_DEBUG=1` in the environment, which shows the traceback, and report it."),
+
+    # Checkpoints of peft.
+    ("GC110", _FAILED, "there is no PEFT adapter",
+     "The path does not exist, or the folder lacks `adapter_config.json` or `adapter_model.safetensors`. Pickled "
+     "weights (`adapter_model.bin`) are never read, because reading them runs code.",
+     "Give the folder that PEFT's `save_pretrained` wrote. Pickled weights of your own can be loaded in PEFT and saved "
+     "again, which writes safetensors."),
+    ("GC111", _FAILED, "the PEFT config cannot be read",
+     "`adapter_config.json` is no valid JSON, has a field that is unknown or of the wrong type, or names code.",
+     "Restore the file from its origin. A config is data: nothing that it names is imported or run."),
+    ("GC112", _SPEC, "the PEFT adapter is not supported",
+     "It is of a type, or uses an option, that has no equivalent here.",
+     "[PEFT checkpoints](peft.md) lists the types and options that work."),
+    ("GC113", _FAILED, "the tensors do not fit the PEFT config",
+     "The file has tensors that the config does not explain, lacks some, or has values that are not finite.",
+     "Restore `adapter_model.safetensors` and `adapter_config.json` from the same checkpoint."),
+    ("GC114", _FAILED, "the PEFT adapter does not fit the model",
+     "The checkpoint adapts modules that the model does not have, or its tensors have other sizes than the model's "
+     "layers: it was trained on a different base.",
+     "Give the base model that the adapter was trained on; `base_model_name_or_path` in its config names it."),
+    ("GC115", _SPEC, "the model cannot be written for PEFT",
+     "PEFT has no equivalent of an adaptation, of one of its options, or of how adaptations are composed. Nothing was "
+     "written.",
+     "Merge the adaptation into the base instead, save it as an artifact, or leave out what the message names."),
+    ("GC116", _WARNING, "adapter tensors were rounded",
+     "The checkpoint's tensors have a wider type than the model's weights, in which graftc keeps them.",
+     "Load the base in float32 to keep every bit of the adapter."),
 )
 # fmt: on
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from graftc.specs.base import Items, MethodSpec, Override
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
+from graftc.specs.peft import LORA_FIXED, LORA_IGNORED, PeftFormat, PeftPart
 
 __all__ = ["AdaLoRA", "AdaLoRAOverride"]
 
@@ -55,6 +56,23 @@ class AdaLoRA(MethodSpec):
     )
     paper: ClassVar[str] = (
         "Zhang et al. 2023, AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning (arXiv:2303.10512)"
+    )
+
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        types=("ADALORA",),
+        parts={
+            "A": PeftPart("lora_A", "down", rank=-2),
+            "E": PeftPart("lora_E", "column", rank=-1),
+            "B": PeftPart("lora_B", "up", rank=-1),
+        },
+        fields={
+            **{"init_r": "rank", "target_r": "target_rank", "lora_alpha": "alpha", "lora_dropout": "dropout"},
+            **{"orth_reg_weight": "orthogonality", "beta1": "beta1", "beta2": "beta2", "tinit": "warmup_steps"},
+            **{"tfinal": "final_steps", "deltaT": "interval", "total_step": "total_steps"},
+        },
+        constant={"dropout_scope": "target"},
+        fixed={**LORA_FIXED, "bias": "none", "use_dora": False, "use_rslora": False},
+        ignored=LORA_IGNORED | {"r", "rank_pattern", "alpha_pattern", "init_lora_weights"},
     )
 
     method: Literal["adalora"] = "adalora"

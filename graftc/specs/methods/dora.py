@@ -10,8 +10,12 @@ from pydantic import Field
 from graftc.specs.base import Items, MethodSpec, Override
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
+from graftc.specs.peft import LORA_FIXED, LORA_IGNORED, LORA_STARTS, PeftFormat, PeftPart
 
 __all__ = ["DoRA", "DoRAOverride"]
+
+_FROM_WEIGHT = ("pissa", "olora")
+"""Initialisers of LoRA that DoRA does not have."""
 
 
 class DoRAOverride(Override):
@@ -56,6 +60,25 @@ class DoRA(MethodSpec):
         bankable=True,
     )
     paper: ClassVar[str] = "Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation (arXiv:2402.09353)"
+
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        types=("LORA",),
+        parts={
+            "A": PeftPart("lora_A.weight", "down", "lora_embedding_A"),
+            "B": PeftPart("lora_B.weight", "up", "lora_embedding_B"),
+            "m": PeftPart("lora_magnitude_vector", "vector"),
+        },
+        when={"use_dora": True},
+        fields={
+            **{"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "lora_dropout": "dropout"},
+            "init_lora_weights": "init",
+        },
+        values={"init_lora_weights": {key: word for key, word in LORA_STARTS.items() if word not in _FROM_WEIGHT}},
+        patterns={"rank_pattern": "rank", "alpha_pattern": "alpha"},
+        constant={"dropout_scope": "target"},
+        fixed={**LORA_FIXED, "bias": "none"},
+        ignored=LORA_IGNORED,
+    )
 
     method: Literal["dora"] = "dora"
     """The method's tag."""

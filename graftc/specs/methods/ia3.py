@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from graftc.specs.base import Items, MethodSpec, Override
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.peft import PeftFormat, PeftList, PeftPart
+from graftc.specs.roles import parse_role
 from graftc.specs.target import Target
 
 __all__ = ["IA3", "IA3Override", "Side"]
@@ -41,6 +44,13 @@ class IA3(MethodSpec):
         "Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning"
     )
 
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        types=("IA3",),
+        parts={"l": PeftPart("ia3_l", "scale")},
+        lists={"feedforward_modules": PeftList("side", "output", "input", lambda spec, roles: spec.side_at(roles))},
+        ignored=frozenset({"init_ia3_weights"}),
+    )
+
     method: Literal["ia3"] = "ia3"
     """The method's tag."""
 
@@ -54,3 +64,9 @@ class IA3(MethodSpec):
 
     overrides: Items[IA3Override] = ()
     """Other sides for some sites; the first override that matches a site applies."""
+
+    def side_at(self, roles: Sequence[str]) -> Literal["output", "input"]:
+        """Which side is scaled at a site of these roles, if the spec holds there."""
+        if self.side != "auto":
+            return self.side
+        return "input" if any(parse_role(role).name == "ffn.down" for role in roles) else "output"

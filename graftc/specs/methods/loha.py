@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from graftc.specs.methods.product import ProductSpec
+from graftc.specs.peft import PeftFormat, PeftPart
 
 __all__ = ["LoHa"]
 
@@ -23,6 +24,19 @@ class LoHa(ProductSpec):
     paper: ClassVar[str] = (
         "Hyeon-Woo et al. 2022, FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning; "
         "Yeh et al. 2024, Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation"
+    )
+
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        types=("LOHA",),
+        parts={
+            f"{ours}{number}": PeftPart(f"hada_w{number}_{theirs}")
+            for ours, theirs in ("Ba", "Ab")
+            for number in (1, 2)
+        },
+        fields={"r": "rank", "alpha": "alpha"},
+        patterns={"rank_pattern": "rank", "alpha_pattern": "alpha"},
+        fixed={"use_effective_conv2d": False},
+        ignored=frozenset({"init_weights", "rank_dropout", "module_dropout"}),
     )
 
     method: Literal["loha"] = "loha"

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
 from graftc.specs.methods.product import ProductSpec
+from graftc.specs.peft import PeftFormat, PeftPart
 from graftc.specs.spec_errors import reject
 
 __all__ = ["LoKr"]
@@ -30,6 +31,20 @@ class LoKr(ProductSpec):
     paper: ClassVar[str] = (
         "Yeh et al. 2024, Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation; "
         "KronA: Edalati et al. 2022, KronA: Parameter Efficient Tuning with Kronecker Adapter"
+    )
+
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        types=("LOKR",),
+        parts={
+            **{"C": PeftPart("lokr_w1"), "CB": PeftPart("lokr_w1_a"), "CA": PeftPart("lokr_w1_b")},
+            **{"D": PeftPart("lokr_w2"), "DB": PeftPart("lokr_w2_a"), "DA": PeftPart("lokr_w2_b")},
+        },
+        fields={
+            **{"r": "rank", "alpha": "alpha", "decompose_both": "decompose_both", "decompose_factor": "factor"},
+        },
+        patterns={"rank_pattern": "rank", "alpha_pattern": "alpha"},
+        fixed={"use_effective_conv2d": False},
+        ignored=frozenset({"init_weights", "rank_dropout", "module_dropout", "rank_dropout_scale"}),
     )
 
     method: Literal["lokr"] = "lokr"

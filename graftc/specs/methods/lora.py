@@ -10,6 +10,7 @@ from pydantic import Field
 from graftc.specs.base import Items, MethodSpec, Override
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
+from graftc.specs.peft import LORA_FIXED, LORA_IGNORED, LORA_STARTS, PeftFormat, PeftPart
 
 __all__ = ["LoRA", "LoRAOverride"]
 
@@ -47,6 +48,25 @@ class LoRA(MethodSpec):
     paper: ClassVar[str] = (
         "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models; "
         "rsLoRA: Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA"
+    )
+
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        types=("LORA",),
+        parts={
+            "A": PeftPart("lora_A.weight", "down", "lora_embedding_A"),
+            "B": PeftPart("lora_B.weight", "up", "lora_embedding_B"),
+        },
+        derived=frozenset({"A0", "B0"}),
+        when={"use_dora": False},
+        fields={
+            **{"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "lora_dropout": "dropout"},
+            **{"bias": "bias", "init_lora_weights": "init"},
+        },
+        values={"init_lora_weights": LORA_STARTS},
+        patterns={"rank_pattern": "rank", "alpha_pattern": "alpha"},
+        constant={"dropout_scope": "target"},
+        fixed=LORA_FIXED,
+        ignored=LORA_IGNORED,
     )
 
     method: Literal["lora"] = "lora"

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.peft import PeftFormat, PeftPart
 from graftc.specs.target import Target
 
 __all__ = ["Norms"]
@@ -23,6 +24,11 @@ class Norms(MethodSpec):
     paper: ClassVar[str] = (
         "Qi et al. 2022, Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language Models; "
         "Zhao et al. 2023, Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning"
+    )
+
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        types=("LN_TUNING",),
+        parts={part: PeftPart(f"ln_tuning_layers.{part}") for part in ("weight", "bias")},
     )
 
     method: Literal["norms"] = "norms"

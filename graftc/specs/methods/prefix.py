@@ -10,6 +10,7 @@ from graftc.specs.base import Items, MethodSpec, Override, SpecModel
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
+from graftc.specs.peft import PeftFormat, PeftPart
 from graftc.specs.spec_errors import reject
 from graftc.specs.target import Target
 
@@ -110,6 +111,15 @@ class Prefix(PrefixSpec):
     """
 
     paper: ClassVar[str] = "Li and Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation"
+
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        types=("PREFIX_TUNING",),
+        parts={part: PeftPart("prompt_embeddings") for part in ("keys", "values")},
+        joined=("prompt_embeddings", 1),
+        fields={"num_virtual_tokens": "length"},
+        constant={"positions": "shifted", "window": "masked"},
+        ignored=frozenset({"encoder_hidden_size", "prefix_projection", "init_weights"}),
+    )
 
     method: Literal["prefix"] = "prefix"
     """The method's tag."""

@@ -11,6 +11,7 @@ from graftc.specs.base import Items, MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
+from graftc.specs.peft import PeftFormat, PeftPart
 from graftc.specs.spec_errors import reject
 from graftc.specs.target import Target
 from graftc.specs.virtual import VirtualRun
@@ -73,6 +74,20 @@ class Prompt(VirtualTokenSpec):
     """
 
     paper: ClassVar[str] = "Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning"
+
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        types=("PROMPT_TUNING", "P_TUNING"),
+        parts={"tokens": PeftPart("prompt_embeddings")},
+        joined=("prompt_embeddings", 0),
+        fields={"num_virtual_tokens": "length"},
+        constant={"placement": "front"},
+        ignored=frozenset(
+            {
+                *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+                *("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
+            }
+        ),
+    )
 
     method: Literal["prompt"] = "prompt"
     """The method's tag."""

@@ -12,6 +12,7 @@ from graftc.specs.base import Items, MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.patterns import parse_slice
+from graftc.specs.peft import PeftFormat, PeftPart
 from graftc.specs.schema import RowNumber, needs_one_of
 from graftc.specs.spec_errors import reject
 
@@ -45,6 +46,13 @@ class RowSelection(MethodSpec):
     )
 
     one_of: ClassVar[tuple[str, ...]] = ("density", "rows", "n_of_m")
+
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        types=("TRAINABLE_TOKENS",),
+        parts={"weight": PeftPart("trainable_tokens_delta", "rows", nested="token_adapter.trainable_tokens_delta")},
+        fields={"token_indices": "rows"},
+        ignored=frozenset({"init_weights"}),
+    )
 
     method: Literal["rows"] = "rows"
     """The method's tag."""

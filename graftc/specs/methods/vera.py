@@ -10,6 +10,7 @@ from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
+from graftc.specs.peft import PeftFormat, PeftPart
 from graftc.specs.spec_errors import reject
 
 __all__ = ["VeRA"]
@@ -25,6 +26,19 @@ class VeRA(MethodSpec):
 
     claims: ClassVar[Claims] = Claims(sites=frozenset({SiteKind.LINEAR}), identity_at_init=True, folds=FoldKind.EXACT)
     paper: ClassVar[str] = "Kopiczko et al. 2024, VeRA: Vector-based Random Matrix Adaptation"
+
+    peft: ClassVar[PeftFormat | None] = PeftFormat(
+        types=("VERA",),
+        parts={"b": PeftPart("vera_lambda_b"), "d": PeftPart("vera_lambda_d")},
+        shared={"A": "vera_A", "B": "vera_B"},
+        drawn="save_projection",
+        fields={
+            **{"r": "rank", "d_initial": "d_initial", "projection_prng_key": "projection_seed"},
+            "vera_dropout": "dropout",
+        },
+        fixed={"bias": "none"},
+        ignored=frozenset({"init_weights"}),
+    )
 
     method: Literal["vera"] = "vera"
     """The method's tag."""

@@ -1,0 +1,8 @@
+"""Checkpoints of peft, read and written by the tables that methods have beside their specs (`graftc.specs.peft`).
+
+peft itself is never imported, and nothing that a file names is.
+"""
+
+from graftc.runtime.interop.peft.folder import read_peft
+
+__all__ = ["read_peft"]

@@ -1,0 +1,202 @@
+"""``adapter_config.json`` as data: read strictly, and compared with the tables of methods.
+
+A field is a hyper-parameter of the method, a pattern of modules, or one of two kinds of option: those that change
+nothing about what has been trained are passed over, and those that make another function of the tensors are refused
+unless they are off. Fields that name code are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from graftc.specs.base import MethodSpec
+from graftc.specs.errors.diagnostics import GraftError, Place, nearest
+from graftc.specs.errors.text import quoted, shown, some
+from graftc.specs.peft import PeftFormat
+from graftc.specs.registry import method_specs
+from graftc.specs.strict_json import read_json
+
+__all__ = ["CONFIG", "AdapterConfig", "beside", "formats", "matching", "read_config", "supported_types"]
+
+CONFIG = "adapter_config.json"
+MOST = 16 * 2**20
+"""Bytes that the file may have: AdaLoRA writes a flag for each rank of each layer."""
+
+_INERT = frozenset({"inference_mode", "peft_version", "revision", "base_model_name_or_path"})
+"""Fields of every type that say where an adapter comes from."""
+
+_LIBRARY = re.compile(r"transformers(\.[A-Za-z_]\w*)*")
+
+
+class AutoMapping(BaseModel):
+    """What peft notes of the base's class where a config has no task. It is never imported."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    base_model_class: str = Field(max_length=200, pattern=r"^[A-Za-z_]\w*$")
+    parent_library: str = Field(max_length=400)
+
+
+class AdapterConfig(BaseModel):
+    """The fields that say which modules are adapted; those of a type are in `model_extra`, checked by its table."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    peft_type: str
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool | None = None
+    peft_version: str | None = None
+    auto_mapping: AutoMapping | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    fan_in_fan_out: bool = False
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    token_dim: int | None = None
+
+    @property
+    def own(self) -> Mapping[str, Any]:
+        """The fields of its type."""
+        return self.model_extra or {}
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether it adds virtual tokens, so that no module is adapted."""
+        return self.format[1].joined is not None
+
+    @property
+    def format(self) -> tuple[type[MethodSpec], PeftFormat]:
+        """The method that says the same, with its table.
+
+        Raises:
+            GraftError: GC112 for a type that no method is written as.
+        """
+        kinds = formats().get(self.peft_type, ())
+        for spec_class, table in kinds:
+            if all(self.own.get(name, False) == value for name, value in table.when.items()):
+                return spec_class, table
+        what = f"PEFT's type {quoted(self.peft_type)} is not supported"
+        raise GraftError("GC112", what, hint=f"the types that work are {', '.join(supported_types())}")
+
+    def value(self, field: str, default: Any = None) -> Any:
+        """A field of any kind."""
+        return getattr(self, field) if field in type(self).model_fields else self.own.get(field, default)
+
+
+def formats() -> dict[str, list[tuple[type[MethodSpec], PeftFormat]]]:
+    """The methods that peft has as well, by peft's type."""
+    found: dict[str, list[tuple[type[MethodSpec], PeftFormat]]] = {}
+    for entry in method_specs().values():
+        table = vars(entry.spec_class).get("peft")
+        for kind in table.types if isinstance(table, PeftFormat) else ():
+            found.setdefault(kind, []).append((entry.spec_class, table))
+    return found
+
+
+def beside() -> tuple[type[MethodSpec], PeftFormat, str]:
+    """The method whose tensors may stand beside those of another one, its table, and its key there."""
+    pairs = (pair for kinds in formats().values() for pair in kinds)
+    return next(
+        (spec_class, table, part.nested)
+        for spec_class, table in pairs
+        for part in table.parts.values()
+        if part.nested is not None
+    )
+
+
+def supported_types() -> list[str]:
+    """Names of peft's types that work."""
+    return sorted(formats())
+
+
+def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
+    """A config from the bytes of its file, or from plain data.
+
+    Args:
+        raw: JSON or a mapping.
+        where: the file's path, for errors.
+
+    Raises:
+        GraftError: GC111 for what is no config, has an unknown field or names code, GC112 for a type or an option that
+            has no equivalent here.
+    """
+    try:
+        data = read_json(raw, MOST) if isinstance(raw, bytes) else dict(raw)
+    except ValueError as error:
+        raise GraftError("GC111", f"it is no JSON: {error}", place=Place(where)) from None
+    if not isinstance(data, dict) or not isinstance(data.get("peft_type"), str):
+        hint = "a config of PEFT is a mapping with peft_type"
+        raise GraftError("GC111", "it has no peft_type", place=Place(where), hint=hint)
+    try:
+        config = AdapterConfig.model_validate(data)
+    except ValidationError as error:
+        details = [_explained(problem) for problem in error.errors(include_url=False, include_context=False)]
+        raise GraftError("GC111", details[0], place=Place(where), details=details[1:]) from None
+    _refuse_code(config, where)
+    _check_fields(config, where)
+    return config
+
+
+def _explained(problem: Mapping[str, Any]) -> str:
+    path = ".".join(str(step) for step in problem["loc"])
+    return f"{path} is {shown(problem.get('input'))}: {str(problem['msg'])[:1].lower()}{str(problem['msg'])[1:]}"
+
+
+def _refuse_code(config: AdapterConfig, where: str) -> None:
+    """Refuse what would have to be imported to be understood: classes of other libraries than transformers."""
+    mapping = config.auto_mapping
+    if mapping is not None and not _LIBRARY.fullmatch(mapping.parent_library):
+        message = f"auto_mapping names code: {quoted(mapping.parent_library)}"
+        raise GraftError("GC111", message, place=Place(where, path="auto_mapping"), hint="remove the field")
+
+
+def _check_fields(config: AdapterConfig, where: str) -> None:
+    _, table = config.format
+    known = table.known | _INERT | set(AdapterConfig.model_fields)
+    unknown = sorted(config.own.keys() - known)
+    if unknown:
+        close = nearest(unknown[0], known)
+        hint = f"did you mean {quoted(close[0])}?" if close else "remove it if it is not about the adapter's function"
+        message = f"fields are unknown to {config.peft_type}: {some(unknown)}"
+        raise GraftError("GC111", message, place=Place(where, path=unknown[0]), hint=hint)
+    refused = [
+        (name, config.value(name)) for name, value in table.fixed.items() if not _same(config.value(name, value), value)
+    ]
+    if refused:
+        wrong, *others = [f"{name}: {shown(value)} has no equivalent here" for name, value in refused]
+        hint = f"this release reads checkpoints with {refused[0][0]}: {table.fixed[refused[0][0]]!r}".replace(
+            "None", "null"
+        )
+        raise GraftError("GC112", wrong, place=Place(where, path=refused[0][0]), details=others, hint=hint)
+
+
+def _same(given: Any, value: Any) -> bool:
+    """Whether an option is at its value; what is off may be written as nothing at all."""
+    return given == value or (not value and not given)
+
+
+def matching(pattern_keys: Sequence[str], module: str) -> str | None:
+    """The first key of peft's `rank_pattern` or `alpha_pattern` that means a module; None where none does. Keys are
+    regular expressions for the end of a path; those that are plain names are compared as such."""
+    from graftc.specs.regexes import RegexMatcher
+
+    matcher = RegexMatcher()
+    for key in pattern_keys:
+        plain = key.replace(".", "").replace("_", "").replace("-", "").isalnum()
+        if module == key or (plain and module.endswith(f".{key}")):
+            return key
+        if not plain and matcher.matching(rf"(.*\.)?({key})", [module]):
+            return key
+    return None

@@ -1,0 +1,281 @@
+"""A folder that peft wrote, as data: which modules are adapted, by which spec, and their tensors by our part names.
+
+No model is needed and none is built; tensors are read when they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from graftc.runtime.interop.peft.config import CONFIG, AdapterConfig, read_config
+from graftc.runtime.interop.peft.forms import Shaped, filled, to_ours
+from graftc.runtime.interop.peft.keys import Keys, parse
+from graftc.runtime.interop.peft.specs import is_listed, method_at, rows_of, table_rows, takes_bias
+from graftc.specs.arguments import as_path
+from graftc.specs.base import MethodSpec
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import quoted, some
+
+__all__ = ["WEIGHTS", "PeftAdapter", "PeftModule", "read_peft"]
+
+WEIGHTS = "adapter_model.safetensors"
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class PeftModule:
+    """What a checkpoint has at one module.
+
+    Attributes:
+        path: the module's path in the base.
+        parameter: which of its parameters is adapted, ``"weight"`` unless the config names it in `target_parameters`.
+        spec: the adaptation with the rank, the scaling and whatever else holds there.
+        keys: keys of its tensors, by our part.
+        shaped: how they are stored.
+        depth: how many other adapters of the same module stand around this one in the file.
+    """
+
+    path: str
+    parameter: str
+    spec: MethodSpec
+    keys: Mapping[str, str]
+    shaped: Shaped = field(default_factory=Shaped)
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the base's tensor."""
+        return f"{self.path}.{self.parameter}"
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """One adapter of a peft folder.
+
+    Attributes:
+        folder: where it is.
+        config: what ``adapter_config.json`` says.
+        keys: what the keys of its tensors say.
+        shapes, dtypes: sizes and element types as they are stored, by key; types as safetensors writes them.
+        modules: what is adapted, in the order of the file: the method's own modules, then trained rows of tables.
+    """
+
+    folder: Path
+    config: AdapterConfig
+    keys: Keys
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    modules: tuple[PeftModule, ...]
+
+    @property
+    def place(self) -> Place:
+        """The file with the tensors, for errors."""
+        return Place(str(self.folder / WEIGHTS))
+
+    @cached_property
+    def trained(self) -> Mapping[str, str]:
+        """Keys of tensors that stand in for the base's as they are, by the base's names: modules that were trained in
+        full, and biases."""
+        return {name: key for name, key in self.keys.plain.items() if self._trains(name)}
+
+    @cached_property
+    def copies(self) -> Mapping[str, str]:
+        """Keys of tensors of the base that were saved beside the adapter, by the base's names. They have to be equal to
+        the base's: peft saves embeddings that are adapted, and those of a vocabulary that has been resized."""
+        return {name: key for name, key in self.keys.plain.items() if name not in self.trained}
+
+    def _trains(self, name: str) -> bool:
+        module, _, last = name.rpartition(".")
+        saved = self.config.modules_to_save or ()
+        # as peft finds them: by the end of a module's path
+        if any(_ends(module, word) for word in saved):
+            return True
+        return last == "bias" and takes_bias(self.config, {m.path for m in self.modules}, module)
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor as it is stored, read from the file.
+
+        Raises:
+            GraftError: GC113 for a file that has changed or is damaged.
+        """
+        try:
+            with safe_open(str(self.folder / WEIGHTS), "pt") as file:
+                found: Tensor = file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise GraftError("GC113", f"{quoted(key)} cannot be read: {error}", place=self.place) from None
+        return found
+
+    def tensors(self, module: PeftModule) -> dict[str, Tensor]:
+        """The tensors of a module by our part names and in our form, of the type that they are stored in.
+
+        Raises:
+            GraftError: GC113 for sizes that are not those of the method.
+        """
+        found: dict[str, Tensor] = {}
+        table = type(module.spec).peft
+        assert table is not None
+        for part, key in module.keys.items():
+            own, held = table.parts[part], self.tensor(key)
+            try:
+                found[part] = filled(
+                    to_ours(own.form, held, module.shaped), own.rank, getattr(module.spec, "rank", None)
+                )
+            except ValueError as error:
+                raise GraftError("GC113", f"{key}: {error}", place=self.place) from None
+        return found
+
+    def shared(self) -> dict[str, Tensor]:
+        """The tensors of the adaptation as a whole, by our part names."""
+        return {part: self.tensor(key) for part, key in self.keys.shared.items()}
+
+
+def _ends(module: str, word: str) -> bool:
+    return any(part == word or part.endswith(f".{word}") for part in _ancestors(module))
+
+
+def _ancestors(module: str) -> list[str]:
+    segments = module.split(".")
+    return [".".join(segments[:end]) for end in range(1, len(segments) + 1)]
+
+
+def read_peft(
+    path: str | Path, name: str | None = None, *, shapes: Mapping[str, Sequence[int]] | None = None
+) -> PeftAdapter:
+    """An adapter that peft saved, without any model.
+
+    Args:
+        path: the folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+        name: of an adapter in a sub-folder, as peft writes all but the one called ``default``.
+        shapes: sizes of the base's tensors by name, in the order of the base. Needed only where several parameters of
+            one module are adapted (`target_parameters`), to tell which is which.
+
+    Raises:
+        GraftError: GC110 where there is none, or pickled weights only; GC111 for a config that cannot be read or names
+            code; GC112 for a type or an option without an equivalent; GC113 for tensors that the config does not
+            explain.
+    """
+    folder = _folder(as_path(path), name)
+    config = read_config((folder / CONFIG).read_bytes(), str(folder / CONFIG))
+    sizes, types = _header(folder / WEIGHTS)
+    keys = parse(sizes, config)
+    if keys.unknown:
+        message = f"the file has tensors that {config.peft_type} does not: {some(keys.unknown, 5)}"
+        details = keys.unknown[5:50]
+        raise GraftError("GC113", message, place=Place(str(folder / WEIGHTS)), details=details)
+    bare = PeftAdapter(folder, config, keys, sizes, types, ())
+    return replace(bare, modules=(*_modules(bare, shapes or {}), *_tables(bare)))
+
+
+def _folder(path: Path, name: str | None) -> Path:
+    folder = path if name is None or (name == "default" and (path / CONFIG).is_file()) else path / name
+    if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+        return folder
+    place = Place(str(folder))
+    if not folder.is_dir():
+        raise GraftError("GC110", f"{folder} is no folder", place=place)
+    inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+    if not (folder / CONFIG).is_file():
+        hint = f"name one of its adapters: {some(inside)}" if inside else None
+        raise GraftError("GC110", f"{folder} has no {CONFIG}", place=place, hint=hint)
+    pickled = next((word for word in _PICKLES if (folder / word).exists()), None)
+    if pickled is not None:
+        message = f"{folder} has pickled weights only ({pickled}), which are never read"
+        raise GraftError("GC110", message, place=place)
+    raise GraftError("GC110", f"{folder} has no {WEIGHTS}", place=place)
+
+
+def _header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Sizes and element types of the tensors in a file."""
+    try:
+        with safe_open(str(file), "pt") as opened:
+            found = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
+            return (
+                {key: tuple(part.get_shape()) for key, part in found.items()},
+                {key: str(part.get_dtype()) for key, part in found.items()},
+            )
+    except (SafetensorError, OSError) as error:
+        raise GraftError("GC113", f"the file is damaged: {error}", place=Place(str(file))) from None
+
+
+def _modules(adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]) -> list[PeftModule]:
+    spec_class, table = adapter.config.format
+    if table.joined is not None:
+        return []
+    targets = adapter.config.target_parameters or []
+    found: list[PeftModule] = []
+    groups: dict[str, list[int]] = {}
+    for path, depth in adapter.keys.modules:
+        groups.setdefault(path, []).append(depth)
+    for (path, depth), keys in adapter.keys.modules.items():
+        parameter = _parameter(adapter, path, depth, sorted(groups[path], reverse=True), targets, shapes)
+        spec, experts = method_at(adapter.config, path if parameter is None else f"{path}.{parameter}"), None
+        if parameter is not None:
+            experts = _experts(adapter, keys, int(getattr(spec, "rank", 1)))
+        order = rows_of(adapter.config, path)[1] if "rows" in _forms(spec_class) else None
+        inward = any(is_listed(adapter.config, name, path) for name in table.lists)
+        shaped = Shaped(experts=experts, inward=inward, order=order)
+        found.append(PeftModule(path, parameter or "weight", spec, keys, shaped, depth))
+    return found
+
+
+def _forms(spec_class: type[MethodSpec]) -> set[str]:
+    table = spec_class.peft
+    return set() if table is None else {part.form for part in table.parts.values()}
+
+
+def _experts(adapter: PeftAdapter, keys: Mapping[str, str], rank: int) -> int | None:
+    rows = adapter.shapes[keys["A"]][0] if "A" in keys else rank
+    if rows % rank:
+        message = f"{keys['A']} has {rows} rows, which is no multiple of the rank {rank}"
+        raise GraftError("GC113", message, place=adapter.place)
+    return rows // rank if rows != rank else None
+
+
+def _parameter(
+    adapter: PeftAdapter,
+    path: str,
+    depth: int,
+    depths: Sequence[int],
+    targets: Sequence[str],
+    shapes: Mapping[str, Sequence[int]],
+) -> str | None:
+    """The parameter of a module that a key is about; None for its weight. Of several, the outermost comes last."""
+    named = {t.rpartition(".")[2]: t for t in targets if path == t.rpartition(".")[0] or path.endswith(_tail(t))}
+    if not named:
+        return None
+    known = [n.rpartition(".")[2] for n in shapes if n.rpartition(".")[0] == path and n.rpartition(".")[2] in named]
+    names = known or list(named)
+    if len(names) == 1 and len(depths) == 1:
+        return names[0]
+    if len(names) != len(depths):
+        message = (
+            f"the file has {len(depths)} adapters at {path}, target_parameters names {len(names)} of its parameters"
+        )
+        raise GraftError("GC113", message, place=adapter.place)
+    return names[list(depths).index(depth)]
+
+
+def _tail(target: str) -> str:
+    return f".{target.rpartition('.')[0]}"
+
+
+def _tables(adapter: PeftAdapter) -> list[PeftModule]:
+    """Trained rows of embedding tables that stand beside another method."""
+    found: list[PeftModule] = []
+    for path, key in adapter.keys.tokens.items():
+        rows, order = rows_of(adapter.config, path)
+        spec = table_rows(rows, path)
+        found.append(PeftModule(path, "weight", spec, {"weight": key}, Shaped(order=order)))
+    return found
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether every value is a finite number."""
+    return bool(torch.isfinite(tensor).all())

@@ -1,0 +1,131 @@
+"""How tensors are stored in peft's files, and back: the forms that `graftc.specs.peft.Form` names.
+
+Each form is a pair of functions that only move entries, so that either is the other's inverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from graftc.specs.peft import Form
+
+__all__ = ["Shaped", "filled", "to_ours", "to_theirs"]
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """What the form of a tensor depends on beside the tensor.
+
+    Attributes:
+        experts: how many matrices there are along a leading axis; None where the weight is one matrix.
+        kernel: the sizes of a convolution's kernel; empty elsewhere.
+        inward: whether a vector belongs to the input of the map.
+        order: where each row of ours is in the file; None where the order is the same.
+    """
+
+    experts: int | None = None
+    kernel: tuple[int, ...] = ()
+    inward: bool = False
+    order: tuple[int, ...] | None = None
+
+
+_Turn: TypeAlias = Callable[[Tensor, Shaped], Tensor]
+
+
+def to_ours(form: Form, tensor: Tensor, shaped: Shaped) -> Tensor:
+    """A tensor of a file as graftc has it: a view where entries stay in order.
+
+    Raises:
+        ValueError: its sizes are not of that form.
+    """
+    try:
+        return _FORMS[form][0](tensor, shaped)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"{list(tensor.shape)} is no tensor of the form {form!r}") from error
+
+
+def to_theirs(form: Form, tensor: Tensor, shaped: Shaped) -> Tensor:
+    """The way back from `to_ours`."""
+    return _FORMS[form][1](tensor, shaped)
+
+
+def _down(tensor: Tensor, shaped: Shaped) -> Tensor:
+    if shaped.experts is not None:
+        return tensor.reshape(shaped.experts, -1, tensor.shape[-1])
+    return tensor.flatten(1)
+
+
+def _down_back(tensor: Tensor, shaped: Shaped) -> Tensor:
+    if shaped.experts is not None:
+        return tensor.flatten(0, 1)
+    return tensor.reshape(tensor.shape[0], -1, *shaped.kernel) if shaped.kernel else tensor
+
+
+def _up(tensor: Tensor, shaped: Shaped) -> Tensor:
+    if shaped.experts is not None:  # columns count ranks, and experts within each rank
+        return tensor.reshape(tensor.shape[0], -1, shaped.experts).permute(2, 0, 1)
+    return tensor.flatten(1)
+
+
+def _up_back(tensor: Tensor, shaped: Shaped) -> Tensor:
+    if shaped.experts is not None:
+        return tensor.permute(1, 2, 0).flatten(1)
+    return tensor.reshape(*tensor.shape, *(1 for _ in shaped.kernel))
+
+
+def _vector_back(tensor: Tensor, shaped: Shaped) -> Tensor:
+    return tensor.reshape(1, -1, *(1 for _ in shaped.kernel)) if shaped.kernel else tensor
+
+
+def _flat(tensor: Tensor, shaped: Shaped) -> Tensor:
+    if tensor.numel() != max([1, *tensor.shape]):
+        raise IndexError
+    return tensor.flatten()
+
+
+def _scale_back(tensor: Tensor, shaped: Shaped) -> Tensor:
+    if shaped.kernel:
+        return tensor.reshape(1, -1, *(1 for _ in shaped.kernel))
+    return tensor.reshape(1, -1) if shaped.inward else tensor.reshape(-1, 1)
+
+
+def _rows(tensor: Tensor, shaped: Shaped) -> Tensor:
+    return tensor if shaped.order is None else tensor[torch.tensor(shaped.order)]
+
+
+def _rows_back(tensor: Tensor, shaped: Shaped) -> Tensor:
+    if shaped.order is None:
+        return tensor
+    return torch.empty_like(tensor).index_copy_(0, torch.tensor(shaped.order), tensor)
+
+
+def _same(tensor: Tensor, shaped: Shaped) -> Tensor:
+    return tensor
+
+
+_FORMS: Mapping[Form, tuple[_Turn, _Turn]] = MappingProxyType(
+    {
+        "down": (_down, _down_back),
+        "up": (_up, _up_back),
+        "vector": (_flat, _vector_back),
+        "column": (_flat, lambda tensor, _: tensor.reshape(-1, 1)),
+        "scale": (_flat, _scale_back),
+        "rows": (_rows, _rows_back),
+        "same": (_same, _same),
+    }
+)
+
+
+def filled(tensor: Tensor, axis: int | None, rank: int | None) -> Tensor:
+    """The tensor with zeros behind it along an axis up to a rank: ranks that were taken away while training."""
+    if axis is None or rank is None or tensor.shape[axis] >= rank:
+        return tensor
+    size = list(tensor.shape)
+    size[axis] = rank - size[axis]
+    return torch.cat([tensor, tensor.new_zeros(size)], axis)

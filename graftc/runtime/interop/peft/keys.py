@@ -1,0 +1,104 @@
+"""Keys of peft's checkpoints: to modules and parts of methods, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from graftc.runtime.interop.peft.config import AdapterConfig, beside
+from graftc.specs.peft import PeftFormat
+
+__all__ = ["MODEL", "ROOT", "Keys", "parse", "parts_by_key", "tensor_key"]
+
+ROOT = "base_model."
+MODEL = "base_model.model."
+_BASE = "base_layer"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the keys of a checkpoint say.
+
+    Attributes:
+        modules: the key of each part, by module and how many other adapters stand around it there.
+        tokens: keys of trained rows of embedding tables, by module, where they stand beside another method.
+        shared: keys of tensors of the adaptation as a whole, by part.
+        joined: the key of the one tensor of virtual tokens.
+        plain: keys of tensors that the base has too, by their name there.
+        again: keys that repeat one of `plain`, by the same name.
+        unused: keys of values of the base that nothing reads.
+        unknown: all others.
+    """
+
+    modules: dict[tuple[str, int], dict[str, str]] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    joined: str | None = None
+    plain: dict[str, str] = field(default_factory=dict)
+    again: list[tuple[str, str]] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+
+def parts_by_key(table: PeftFormat) -> dict[str, str]:
+    """Our part for every key of a table that stands behind a module's path, longest keys first."""
+    found = {key: part for part, own in table.parts.items() for key in own.keys}
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def parse(keys: Iterable[str], config: AdapterConfig) -> Keys:
+    """Sort the keys of a checkpoint by what they are."""
+    _, table = config.format
+    found = Keys()
+    parts, tokens = parts_by_key(table), beside()[2]
+    shared = {f"{ROOT}{theirs}": ours for ours, theirs in table.shared.items()}
+    joined = table.joined[0] if table.joined is not None else None
+    prefix = MODEL if joined is None else ROOT
+    for key in keys:
+        path = key.removeprefix(prefix)
+        if key == joined:
+            object.__setattr__(found, "joined", key)
+        elif key in shared:
+            found.shared[shared[key]] = key
+        elif not key.startswith(prefix):
+            found.unknown.append(key)
+        elif (own := _behind(path, tokens)) is not None and tokens not in parts:
+            found.tokens[own] = key
+        elif joined is None and (hit := next((s for s in parts if _behind(path, s) is not None), None)) is not None:
+            module, depth = _unwrapped(path.removesuffix(f".{hit}"))
+            found.modules.setdefault((module, depth), {})[parts[hit]] = key
+        else:
+            _sort_plain(found, path, key)
+    return found
+
+
+def _behind(path: str, suffix: str) -> str | None:
+    return path.removesuffix(f".{suffix}") if path.endswith(f".{suffix}") else None
+
+
+def _unwrapped(path: str) -> tuple[str, int]:
+    segments = path.split(".")
+    depth = 0
+    while segments and segments[-1] == _BASE:
+        segments.pop()
+        depth += 1
+    return ".".join(segments), depth
+
+
+def _sort_plain(found: Keys, path: str, key: str) -> None:
+    segments = [segment for segment in path.split(".") if segment != _BASE]
+    if "original_module" in segments:
+        found.unused.append(key)
+    elif "modules_to_save" in segments:
+        found.again.append((".".join(s for s in segments if s != "modules_to_save"), key))
+    else:
+        name = ".".join(segments)
+        if name in found.plain:
+            found.again.append((name, key))
+        else:
+            found.plain[name] = key
+
+
+def tensor_key(module: str, suffix: str, depth: int = 0, *, prefix: str = MODEL) -> str:
+    """The key of a tensor: behind a module's path, inside of so many other adapters there."""
+    return ".".join(word for word in (f"{prefix}{module}", *(_BASE for _ in range(depth)), suffix) if word)

@@ -1,0 +1,108 @@
+"""From a peft config to the spec that says the same: fields, patterns of ranks, lists of modules, trained rows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from graftc.runtime.interop.peft.config import CONFIG, AdapterConfig, beside, matching
+from graftc.specs.base import MethodSpec
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import shown
+from graftc.specs.regexes import RegexMatcher
+
+__all__ = ["fields_of", "is_listed", "method_at", "rows_of", "table_rows", "takes_bias"]
+
+
+def fields_of(config: AdapterConfig) -> dict[str, Any]:
+    """Fields of our spec, without target and name.
+
+    Raises:
+        GraftError: GC112 for a value that has no equivalent.
+    """
+    spec_class, table = config.format
+    found: dict[str, Any] = {"method": spec_class.tag(), **table.constant}
+    for theirs, ours in table.fields.items():
+        value = config.value(theirs)
+        if value is None:
+            continue
+        meanings = table.values.get(theirs)
+        if meanings is not None:
+            if not isinstance(value, str | bool) or value not in meanings:
+                known = ", ".join(shown(word) for word in meanings)
+                message = f"{theirs}: {shown(value)} has no equivalent here"
+                hint = f"the values that work are {known}; convert the adapter to a plain one in PEFT"
+                raise GraftError("GC112", message, place=Place(CONFIG, path=theirs), hint=hint)
+            value = meanings[value]
+        found[ours] = value
+    final, first = found.get("target_rank"), found.get("rank")
+    if isinstance(final, int) and isinstance(first, int):
+        found["target_rank"] = min(final, first)
+    if "rows" in found:
+        found["rows"] = sorted(found["rows"]) if isinstance(found["rows"], list) else []
+    return found
+
+
+def method_at(config: AdapterConfig, module: str) -> MethodSpec:
+    """The spec that holds at a module, or at a parameter of one.
+
+    Raises:
+        GraftError: GC112 for a value that has no equivalent, or that our method does not take.
+    """
+    spec_class, table = config.format
+    found = {**fields_of(config), "target": {"modules": "**"}}
+    for theirs, ours in table.patterns.items():
+        given = config.value(theirs) or {}
+        if not isinstance(given, Mapping):
+            raise GraftError(
+                "GC111", f"{theirs} is {shown(given)}, it must be a mapping", place=Place(CONFIG, path=theirs)
+            )
+        key = matching(list(given), module)
+        if key is not None:
+            found[ours] = given[key]
+    for theirs, own in table.lists.items():
+        found[own.field] = own.listed if is_listed(config, theirs, module) else own.otherwise
+    try:
+        return spec_class.model_validate(found)
+    except GraftError as error:
+        raise GraftError("GC112", error.message, place=Place(CONFIG), hint=error.hint) from None
+
+
+def is_listed(config: AdapterConfig, field: str, module: str) -> bool:
+    """Whether a list of modules in the config names one: by the end of its path, or by a regular expression."""
+    given = config.value(field)
+    if isinstance(given, str):
+        return bool(RegexMatcher().matching(given, [module]))
+    return any(isinstance(word, str) and module.endswith(word) for word in given or ())
+
+
+def takes_bias(config: AdapterConfig, adapted: Collection[str], module: str) -> bool:
+    """Whether the bias of a module trains beside the method."""
+    policy = config.value("bias", "none")
+    return policy == "all" or (policy == "lora_only" and module in adapted)
+
+
+def rows_of(config: AdapterConfig, module: str) -> tuple[list[int], tuple[int, ...] | None]:
+    """Which rows of an embedding table train, ascending, and where each of them is in the file.
+
+    Raises:
+        GraftError: GC112 for rows that are named twice or counted from the end, or that no list names.
+    """
+    given = config.value("token_indices") if "token_indices" in config.own else config.trainable_token_indices
+    if isinstance(given, Mapping):
+        named = [rows for word, rows in given.items() if module == word or module.endswith(f".{word}")]
+        given = named[0] if named else None
+    if not isinstance(given, list) or not given or any(type(row) is not int or row < 0 for row in given):
+        message = f"the config says no rows of {module} that train: {shown(given)}"
+        raise GraftError("GC112", message, place=Place(CONFIG), hint="token indices are whole numbers from 0")
+    if len(set(given)) != len(given):
+        message = f"the rows of {module} that train are named more than once"
+        raise GraftError("GC112", message, place=Place(CONFIG), hint="name each token once")
+    order = sorted(range(len(given)), key=given.__getitem__)
+    return sorted(given), None if order == list(range(len(given))) else tuple(order)
+
+
+def table_rows(rows: list[int], module: str) -> MethodSpec:
+    """The spec of rows of a table that train beside another method."""
+    spec_class = beside()[0]
+    return spec_class.model_validate({"rows": rows, "target": {"modules": module}})
