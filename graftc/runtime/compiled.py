@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from graftc.runtime.deploy.partial import Partial
 
 
-class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Combining, Converting, Selecting, Exporting):
+class CompiledRunner(
+    Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Combining, Converting, Selecting, Exporting
+):
     """All that a `Compiled` does."""
 
     _keys_to_ignore_on_save = None

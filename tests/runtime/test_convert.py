@@ -95,7 +95,9 @@ def test_the_smallest_rank_within_a_bound(stacked: Any) -> None:
 def test_experts_and_stand_ins() -> None:
     """One pair of factors for each expert; copies that train become updates."""
     compiled = compiled_of(
-        "mixtral", {"method": "loha", "rank": 2, "target": {"role": "experts"}}, {"method": "full", "target": {"role": "attn.o"}}
+        "mixtral",
+        {"method": "loha", "rank": 2, "target": {"role": "experts"}},
+        {"method": "full", "target": {"role": "attn.o"}},
     )
     made = convert(compiled)
     assert apart(folded(compiled), folded(made.compiled)) < 1e-6

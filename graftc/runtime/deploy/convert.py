@@ -20,7 +20,6 @@ from graftc.compiler.folding.differences import largest_difference, largest_numb
 from graftc.compiler.folding.fold_plan import FoldPlan, fold_plan
 from graftc.compiler.folding.steps import lazy_tensors
 from graftc.compiler.inspect.snapshot import adapter_values
-from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import LinearSite, SiteKey
 from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
 from graftc.passes.core.weights.names import owner_of
@@ -260,9 +259,7 @@ class _Conversion:
         generator = torch.Generator().manual_seed(len(self._found))
         probe = torch.randn(wanted.shape[-1], _PROBES, generator=generator, dtype=torch.float64).to(wanted.device)
         self._probes[name, site.key] = probe, wanted @ probe
-        self._found.append(
-            ConvertedSite(name, str(site.key), rank, full, distance(exact.update, wanted), float("nan"))
-        )
+        self._found.append(ConvertedSite(name, str(site.key), rank, full, distance(exact.update, wanted), float("nan")))
 
     def checked(self, result: Compiled) -> tuple[ConvertedSite, ...]:
         """The sites with what the LoRAs, as they were compiled, add to the weights there.

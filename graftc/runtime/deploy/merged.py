@@ -197,9 +197,8 @@ def fold(
         advance: is told how much of the folding is done, from 0 to 1.
 
     Raises:
-        GraftError: GC050 on the meta device; with ``every`` and ``only``, GC050 or GC022 naming what does not fold; GC091 for
-            a name in ``only`` that is none; GC073 for a
-            budget that is no number.
+        GraftError: GC050 on the meta device; with ``every`` and ``only``, GC050 or GC022 naming what does not fold;
+            GC091 for a name in ``only`` that is none; GC073 for a budget that is no number.
     """
     budget = as_budget(budget)
     runner: CompiledRunner = runner_of(compiled)

@@ -291,6 +291,15 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "rounding. Nothing was written.",
      "Raise the rank or the allowed error. If a probe of the written files failed, the source's layout is not what "
      "it was taken for; the message names the site."),
+    ("GC068", _NO, "the server does not take the adapter",
+     "The server that the adapter is for would refuse it, or would compute something else with it. Nothing was "
+     "written.",
+     "The message names each field and the way out: convert the adapter to a plain LoRA of one rank "
+     "(`graftc convert`), or merge the model."),
+    ("GC069", _SPEC, "the adapter does not fit the layout",
+     "The layout has no place for something that the adapter has, the folder is not of the layout that it was taken "
+     "for, or sizes of the base are needed that are not known.",
+     "Choose another layout, name the one that the folder has with `--from`, or name the base with `--model`."),
     ("GC070", _FAILED, "a method is registered twice",
      "Two modules claim the same tag; the message names both.",
      "Rename one of the methods, or uninstall one of the packages."),
