@@ -1,4 +1,4 @@
-"""Converting adaptations to LoRA: exact at full rank, the nearest update below, within a bound where one is asked for."""
+"""Converting adaptations to LoRA: exact at full rank, the nearest update below, within a bound where there is one."""
 
 from __future__ import annotations
 

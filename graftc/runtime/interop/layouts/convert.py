@@ -110,8 +110,9 @@ def convert_folder(
         if word not in FUSED:
             raise GraftError("GC069", f"nothing is fused as {word!r}", hint=f"what can be fused: {', '.join(FUSED)}")
     sources = [folder, *add]
-    read = layout_of(source) if source is not None else detected(folder)
     _require_readable(sources)
+    read = layout_of(source) if source is not None else detected(folder)
+
     configs = [_config(path) for path in sources]
     heads = _base(configs[0], model)
     parts = [read_layout(path, read, heads) for path in sources]
