@@ -51,7 +51,7 @@ def compile(
         GraftError: coded, for everything that is wrong with the spec, the model or their fit.
     """
     loaded, seed = load_spec(spec), as_seed(seed)
-    axes, flags = _request(model, example_inputs)
+    axes, flags = request_of(model, example_inputs)
     compilation = compile_model(loaded, model, axes, flags=flags, seed=seed, use_cache=cache)
     check_fresh(compilation)
     return cast("Compiled[Source]", make_compiled(compilation))
@@ -98,7 +98,7 @@ def check(
     Raises:
         GraftError: as `compile`.
     """
-    axes, flags = _request(model, example_inputs)
+    axes, flags = request_of(model, example_inputs)
     compilation = compile_model(load_spec(spec), model, axes, flags=flags, use_cache=cache)
     check_fresh(compilation)
     return report(compilation)
@@ -111,7 +111,7 @@ def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cach
     Raises:
         GraftError: GC030 when it cannot be captured.
     """
-    axes, flags = _request(model, example_inputs)
+    axes, flags = request_of(model, example_inputs)
     store = Store.mirror(model)
     found = first_capture(
         model, axes, lambda attempt: captured(model, attempt, flags, canonical=store.aliases, use_cache=cache)
@@ -119,7 +119,8 @@ def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cach
     return find_structure(found.program.graph, found.constants)
 
 
-def _request(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[list[Axis] | None, Flags]:
+def request_of(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[list[Axis] | None, Flags]:
+    """What a model is captured with: the axes of example inputs, none for its usual ones, and the flags among them."""
     require_plain(model)
     if example_inputs is None:
         return None, ()

@@ -121,6 +121,16 @@ class CompiledRunner(
 
         return deployed(self)
 
+    def _export_peft(self, path: Path, force: bool) -> Path:
+        """See `Exporting`."""
+        from graftc.runtime.artifact.write import require_values
+        from graftc.runtime.deploy.deployed import deployed
+        from graftc.runtime.interop.peft.exporting import export_peft
+
+        require_values(self)
+        export_peft(deployed(self).compilation, path, force=force)
+        return path
+
     def sibling(self, spec: Spec, values: Mapping[str, Tensor], model: nn.Module | None = None) -> Compiled:
         """Another spec compiled for the same base and first signature, where this model is.
 

@@ -14,8 +14,13 @@ from torch import Tensor
 from graftc.passes.core.weights.sharding import gathered
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file. Tensors that share storage are written each by itself.
+
+    Args:
+        tensors: by name.
+        path: the file.
+        metadata: what its header says beside them.
 
     Raises:
         OSError: it cannot be written.
@@ -27,7 +32,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
             plain[name] = tensor.clone()
         shared.add(tensor.untyped_storage().data_ptr())
     with writing(path):
-        save_file(plain, path)
+        save_file(plain, path, metadata=metadata)
 
 
 @contextlib.contextmanager

@@ -80,6 +80,9 @@ class PeftFormat:
         constant: fields of the spec that a checkpoint always has.
         fixed: fields of the config that have only this value here; others are refused.
         ignored: fields of the config that change nothing about what has been trained.
+        training: fields of the spec that are about training or initial values, so that a file need not have them.
+        written: fields of the config that are written and not read, from the spec.
+        turned: whether the config says that weights are stored as ``[in, out]``.
     """
 
     types: tuple[str, ...]
@@ -96,6 +99,9 @@ class PeftFormat:
     constant: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    training: frozenset[str] = frozenset()
+    written: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    turned: bool = False
 
     @property
     def known(self) -> frozenset[str]:

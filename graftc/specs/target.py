@@ -149,7 +149,7 @@ class Target(SpecModel):
 
     modules: Patterns | None = None
     """Globs of module paths: `*` matches within one segment, `**` any number of segments, `{a,b}` either
-    alternative."""
+    alternative. Of experts, whose weights are parameters of one module, also of the paths of parameters."""
 
     regex: Regexes | None = None
     """Regular expressions that match whole module paths."""

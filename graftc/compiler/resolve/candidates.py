@@ -22,6 +22,7 @@ class Candidate:
         label: how messages name it; default the module path.
         part: it is some output rows of a fused weight. A target without ``role`` means modules as a whole,
             and then passes over parts whose whole is a candidate too.
+        parameter: name of its parameter where the module has several of its kind, as experts do; empty elsewhere.
     """
 
     key: Hashable
@@ -32,6 +33,12 @@ class Candidate:
     stack: str = ""
     label: str = ""
     part: bool = False
+    parameter: str = ""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What a pattern may match: the path of its module, and that of its parameter."""
+        return (self.module, f"{self.module}.{self.parameter}") if self.parameter else (self.module,)
 
     @property
     def name(self) -> str:

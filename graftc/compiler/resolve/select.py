@@ -149,16 +149,16 @@ class _Selection:
     def paths(self, field: str) -> list[_Pattern]:
         out: list[_Pattern] = []
         modules = [c.module for c in self.pool]
-        names = list(dict.fromkeys(c.module for c in self.all))
+        names = list(dict.fromkeys(name for c in self.all for name in c.paths))
         for path, text in _items(getattr(self.target, field), f"{self.where}.{field}"):
             for branch in expand_braces(text) if field == "modules" else [text]:
                 if field == "modules":
                     fitting = {name for name in names if glob_to_regex(branch).fullmatch(name)}
                 else:
                     fitting = self.matcher.matching(branch, names, Place(path=path))
-                hits = frozenset(c.key for c in self.pool if c.module in fitting)
+                hits = frozenset(c.key for c in self.pool if not fitting.isdisjoint(c.paths))
                 if not hits:
-                    others = [c for c in self.all if c.module in fitting]
+                    others = [c for c in self.all if not fitting.isdisjoint(c.paths)]
                     if others:
                         hint, fix = suggest(branch, text, modules) if field == "modules" else (None, None)
                         raise self.wrong_kind(f"{field} {quoted(branch)}", others, path, hint, fix)

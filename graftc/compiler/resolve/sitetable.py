@@ -302,8 +302,9 @@ class SiteTable:
         label = first.key.module + (f"[{first.key.part}]" if first.key.part else "")
         index = len(self.entries)
         self.entries.append(list(sites))
+        parameter = first.key.name if first.kind is SiteKind.EXPERTS else ""
         self.candidates.append(
-            Candidate(index, first.key.module, roles, first.kind, first.layer, first.stack, label, part)
+            Candidate(index, first.key.module, roles, first.kind, first.layer, first.stack, label, part, parameter)
         )
 
     def missing(self, spot: tuple[str, int] | None) -> list[str]:

@@ -12,6 +12,7 @@ from graftc.compiler.pipeline import signature_for
 from graftc.runtime.model.choosing import with_choices
 from graftc.runtime.model.runner import ModelRunner
 from graftc.specs.arguments import as_path
+from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
     from graftc.compiler.folding.certificate import Certificate
@@ -24,22 +25,22 @@ class Exporting(ModelRunner):
     def export(
         self,
         path: str | Path,
-        format: Literal["onnx", "pt2"] = "onnx",
+        format: Literal["onnx", "pt2", "peft"] = "onnx",
         example_inputs: ExampleInputs | None = None,
         *,
         inputs: Sequence[str] = (),
         force: bool = False,
     ) -> Path:
         """Export the model in eval mode: a compiled one with its adapters, experts averaged, a merged one folded, with
-        its certificate in the metadata.
+        its certificate in the metadata. ``"peft"`` writes the adapters of a compiled model as a folder that PEFT loads.
 
         The tensors of ``inputs`` are no constants of the graph, but inputs by their full names, so that one file serves
         every adaptation of these shapes; in ``.pt2`` they are one keyword, ``adapter_tensors``, a mapping of names to
         tensors. Their values lie beside it, in ``<file>.<adaptation>.safetensors``.
 
         Args:
-            path: the file to write.
-            format: ``"onnx"`` or ``"pt2"``.
+            path: the file to write, or the folder.
+            format: ``"onnx"``, ``"pt2"`` or ``"peft"``.
             example_inputs: a call whose signature is exported, by name or in order; by default the one that the model
                 was compiled with. Values of tensors do not matter.
             inputs: names of adaptations that are in the graph.
@@ -48,8 +49,11 @@ class Exporting(ModelRunner):
         Raises:
             GraftError: GC031 for example inputs that have no graph, GC060 when the exporter or the check of its result
                 fails, GC061 without the ``export`` extra, GC063 when ``path`` exists, GC064 when it cannot be written,
-                GC065 for an input of which the graph reads nothing, GC091 for one that there is not.
+                GC065 for an input of which the graph reads nothing, GC091 for one that there is not; GC115 for what
+                PEFT cannot express, before anything is written.
         """
+        if format == "peft":
+            return self._export_peft(as_path(path), force)
         return self._export(path, format, example_inputs, inputs, getattr(self, "certificate", None), force)
 
     def _export(
@@ -74,6 +78,10 @@ class Exporting(ModelRunner):
             present = with_choices(self._compilation, self._interface.read(own)[0], chosen)
             signature = signature_for(self._compilation, present)
         return export_model(self, as_path(path), format, signature, inputs=inputs, certificate=certificate, force=force)
+
+    def _export_peft(self, path: Path, force: bool) -> Path:
+        """Write the adapters as peft's checkpoint; only a compiled model has some."""
+        raise GraftError("GC115", "a merged model has no adaptation", hint="export the compiled model it was made from")
 
     def _deployed(self) -> Exporting:
         """What an export writes."""

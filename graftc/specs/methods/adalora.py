@@ -73,6 +73,9 @@ class AdaLoRA(MethodSpec):
         constant={"dropout_scope": "target"},
         fixed={**LORA_FIXED, "bias": "none", "use_dora": False, "use_rslora": False},
         ignored=LORA_IGNORED | {"r", "rank_pattern", "alpha_pattern", "init_lora_weights"},
+        training=frozenset({"dropout", "dropout_mask", "dropout_scope", "target_rank"}),
+        written={"total_step": lambda spec: spec.total_steps or spec.warmup_steps + spec.final_steps + 1},
+        turned=True,
     )
 
     method: Literal["adalora"] = "adalora"

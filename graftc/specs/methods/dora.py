@@ -78,6 +78,8 @@ class DoRA(MethodSpec):
         constant={"dropout_scope": "target"},
         fixed={**LORA_FIXED, "bias": "none"},
         ignored=LORA_IGNORED,
+        training=frozenset({"dropout", "dropout_mask", "dropout_scope", "dropout_on", "init", "norm_gradient"}),
+        turned=True,
     )
 
     method: Literal["dora"] = "dora"

@@ -49,6 +49,7 @@ class IA3(MethodSpec):
         parts={"l": PeftPart("ia3_l", "scale")},
         lists={"feedforward_modules": PeftList("side", "output", "input", lambda spec, roles: spec.side_at(roles))},
         ignored=frozenset({"init_ia3_weights"}),
+        turned=True,
     )
 
     method: Literal["ia3"] = "ia3"

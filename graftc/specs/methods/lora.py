@@ -67,6 +67,8 @@ class LoRA(MethodSpec):
         constant={"dropout_scope": "target"},
         fixed=LORA_FIXED,
         ignored=LORA_IGNORED,
+        training=frozenset({"dropout", "dropout_mask", "dropout_scope"}),
+        turned=True,
     )
 
     method: Literal["lora"] = "lora"

@@ -119,6 +119,8 @@ class Prefix(PrefixSpec):
         fields={"num_virtual_tokens": "length"},
         constant={"positions": "shifted", "window": "masked"},
         ignored=frozenset({"encoder_hidden_size", "prefix_projection", "init_weights"}),
+        written={"prefix_projection": lambda spec: False},
+        training=frozenset({"init", "init_std", "init_tokens", "dropout"}),
     )
 
     method: Literal["prefix"] = "prefix"

@@ -87,6 +87,7 @@ class Prompt(VirtualTokenSpec):
                 *("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"),
             }
         ),
+        training=frozenset({"init", "init_std", "init_vocabulary", "init_tokens"}),
     )
 
     method: Literal["prompt"] = "prompt"

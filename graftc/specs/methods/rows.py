@@ -52,6 +52,7 @@ class RowSelection(MethodSpec):
         parts={"weight": PeftPart("trainable_tokens_delta", "rows", nested="token_adapter.trainable_tokens_delta")},
         fields={"token_indices": "rows"},
         ignored=frozenset({"init_weights"}),
+        training=frozenset({"block", "selection"}),
     )
 
     method: Literal["rows"] = "rows"

@@ -38,6 +38,9 @@ class VeRA(MethodSpec):
         },
         fixed={"bias": "none"},
         ignored=frozenset({"init_weights"}),
+        training=frozenset({"dropout"}),
+        written={"projection_prng_key": lambda spec: spec.projection_seed or 0},
+        turned=True,
     )
 
     method: Literal["vera"] = "vera"

@@ -65,6 +65,7 @@ class PeftAdapter:
         keys: what the keys of its tensors say.
         shapes, dtypes: sizes and element types as they are stored, by key; types as safetensors writes them.
         modules: what is adapted, in the order of the file: the method's own modules, then trained rows of tables.
+        doubles: pairs of keys that have to hold the same values, of which the first is used.
     """
 
     folder: Path
@@ -73,6 +74,7 @@ class PeftAdapter:
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
     modules: tuple[PeftModule, ...]
+    doubles: tuple[tuple[str, str], ...] = ()
 
     @property
     def place(self) -> Place:
@@ -169,7 +171,8 @@ def read_peft(
         message = f"the file has tensors that {config.peft_type} does not: {some(keys.unknown, 5)}"
         details = keys.unknown[5:50]
         raise GraftError("GC113", message, place=Place(str(folder / WEIGHTS)), details=details)
-    bare = PeftAdapter(folder, config, keys, sizes, types, ())
+    doubles = tuple((keys.plain[name], key) for name, key in keys.again if name in keys.plain)
+    bare = PeftAdapter(folder, config, keys, sizes, types, (), doubles)
     return replace(bare, modules=(*_modules(bare, shapes or {}), *_tables(bare)))
 
 
@@ -279,3 +282,10 @@ def _tables(adapter: PeftAdapter) -> list[PeftModule]:
 def finite(tensor: Tensor) -> bool:
     """Whether every value is a finite number."""
     return bool(torch.isfinite(tensor).all())
+
+
+def table_form(module: PeftModule, part: str) -> str:
+    """How a part is stored at a module."""
+    table = type(module.spec).peft
+    own = table.parts.get(part) if table is not None else None
+    return own.form if own is not None else ""

@@ -1,0 +1,233 @@
+"""From a compiled model to a folder that peft loads: the way back through the same tables and pairs.
+
+Whatever peft cannot say is refused by name before anything is written, and what was written is read back and compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.resolve.resolver import Resolved
+from graftc.compiler.resolve.select import match_modules
+from graftc.passes.core.sites.sites import AttentionSite, LinearSite
+from graftc.passes.core.weights.weight_slice import Layout
+from graftc.runtime.files import staged
+from graftc.runtime.interop.peft.config import CONFIG, read_config
+from graftc.runtime.interop.peft.expressible import refuse_inexpressible, task_of
+from graftc.runtime.interop.peft.folder import WEIGHTS, read_peft
+from graftc.runtime.interop.peft.pairs import Pair, pairs_of, split, table_of
+from graftc.runtime.interop.peft.targets import suffixes
+from graftc.runtime.tensor_files import save_tensors
+from graftc.specs.base import MethodSpec
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.peft import PeftFormat
+
+__all__ = ["SITES", "PeftExport", "export_peft", "is_exported", "prepared"]
+
+SITES = "graftc_sites.json"
+"""Which tensor of the file belongs to which site: for people, and to know the folders that graftc wrote."""
+
+
+@dataclass(frozen=True)
+class PeftExport:
+    """What a folder for peft holds.
+
+    Attributes:
+        config: ``adapter_config.json``.
+        pairs: which tensor is which, in the order of the spec.
+        tensors: peft's tensors, by key.
+    """
+
+    config: Mapping[str, Any]
+    pairs: Sequence[Pair]
+    tensors: Mapping[str, Tensor]
+
+    def sites(self) -> list[dict[str, str]]:
+        """The pairs as plain data: the key in the file, and site, part and name of the tensor here."""
+        return [{"key": p.key, "site": p.site, "part": p.part, "tensor": p.tensor} for p in self.pairs]
+
+
+def is_exported(path: Path) -> bool:
+    """Whether graftc wrote a folder for peft, or it is empty."""
+    return path.is_dir() and ((path / SITES).is_file() or not any(path.iterdir()))
+
+
+def prepared(compilation: Compilation) -> PeftExport:
+    """What a folder for peft would hold; nothing is written.
+
+    Raises:
+        GraftError: GC115 naming what peft cannot express.
+    """
+    main, others = split(compilation)
+    refuse_inexpressible(compilation, main, others)
+    pairs = pairs_of(compilation)
+    config = _config(compilation, main, others)
+    read_config(config, CONFIG)
+    return PeftExport(config, pairs, _tensors(compilation, pairs))
+
+
+def export_peft(compilation: Compilation, path: Path, *, force: bool = False) -> PeftExport:
+    """Write a folder that peft loads: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args:
+        compilation: what is written.
+        path: the folder to make; it is complete when it appears.
+        force: replace a folder that was written so.
+
+    Raises:
+        GraftError: GC115 naming what peft cannot express, before anything is written; GC060 where the folder does not
+            read back; GC063 and GC064 as every file.
+    """
+    made = prepared(compilation)
+    with staged(path, force=force, replaceable=is_exported) as folder:
+        folder.mkdir()
+        _write_json(folder / CONFIG, dict(made.config))
+        _write_json(folder / SITES, {"format": "peft", "sites": made.sites()})
+        save_tensors(made.tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        _check(folder, made)
+    return made
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _check(folder: Path, made: PeftExport) -> None:
+    """Read back what was written."""
+    adapter = read_peft(folder, shapes={})
+    same = adapter.shapes.keys() == made.tensors.keys()
+    if not same or any(not torch.equal(adapter.tensor(key), value.cpu()) for key, value in made.tensors.items()):
+        raise GraftError("GC060", "the folder for PEFT does not read back as it was written")
+
+
+def _tensors(compilation: Compilation, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    """Peft's tensors: each of its own, and those that several parts share put together."""
+    found: dict[str, Tensor] = {}
+    shared: dict[str, list[tuple[Pair, Tensor]]] = {}
+    for pair in pairs:
+        value = compilation.store.full(pair.tensor)
+        if pair.start is None:
+            found[pair.key] = pair.write(value).contiguous()
+        else:
+            shared.setdefault(pair.key, []).append((pair, value))
+    for key, own in shared.items():
+        own.sort(key=lambda item: item[0].start or 0)
+        found[key] = torch.cat([value for _, value in own], own[0][0].axis)
+    return found
+
+
+def _config(compilation: Compilation, main: Resolved, others: Sequence[Resolved]) -> dict[str, Any]:
+    table = table_of(main.spec)
+    assert table is not None
+    source = compilation.source
+    name = getattr(getattr(source, "config", None), "_name_or_path", "") or None
+    saved = _saved(compilation)
+    found: dict[str, Any] = {
+        **{"peft_type": table.types[0], "task_type": task_of(compilation, saved), "inference_mode": True},
+        **{"base_model_name_or_path": name, "revision": None, "auto_mapping": None},
+        **dict(table.fixed),
+        **dict(table.when),
+        **({"modules_to_save": saved} if saved else {}),
+    }
+    if table.drawn is not None:
+        found[table.drawn] = True
+    found |= _fields(main, table)
+    if table.joined is not None:
+        return found | _virtual(compilation, main)
+    return found | _modules(compilation, main, others, table)
+
+
+def _fields(main: Resolved, table: PeftFormat) -> dict[str, Any]:
+    """Fields of the config that are fields of the spec; where sites differ, what most of them have."""
+    specs = [spec for _, spec in main.places]
+    found: dict[str, Any] = {}
+    for theirs, ours in table.fields.items():
+        value = Counter(repr(getattr(spec, ours)) for spec in specs).most_common(1)[0][0]
+        own = next(getattr(spec, ours) for spec in specs if repr(getattr(spec, ours)) == value)
+        meanings = table.values.get(theirs)
+        if meanings is not None:
+            own = next(word for word, meaning in meanings.items() if meaning == own)
+        found[theirs] = list(own) if isinstance(own, tuple) else own
+    for theirs, derive in table.written.items():
+        found[theirs] = derive(main.spec)
+    return {theirs: value for theirs, value in found.items() if value is not None or theirs not in table.fields}
+
+
+def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved], table: PeftFormat) -> dict[str, Any]:
+    """Which modules are adapted, and what differs among them."""
+    universe = [path for path, _ in compilation.source.named_modules(remove_duplicate=False) if path]
+    plain = [(site, spec) for site, spec in main.places if not _is_parameter(compilation, site)]
+    named = [f"{site.key.module}.{site.key.name}" for site, _ in main.places if _is_parameter(compilation, site)]
+    found: dict[str, Any] = {}
+    groups: dict[bool, list[str]] = {}
+    for site, spec in plain:
+        listed = any(own.value(spec, site.roles) == own.listed for own in table.lists.values())
+        groups.setdefault(listed, []).append(site.key.module)
+    words = {listed: suffixes(dict.fromkeys(paths), universe) for listed, paths in groups.items()}
+    found["target_modules"] = sorted({word for own in words.values() for word in own})
+    for theirs in table.lists:
+        found[theirs] = sorted(words.get(True, ()))
+    if named:
+        found["target_parameters"] = sorted(suffixes(named, _parameters(compilation)))
+    for theirs, ours in table.patterns.items():
+        usual = Counter(getattr(spec, ours) for _, spec in main.places).most_common(1)[0][0]
+        found[theirs] = {
+            _pattern_key(compilation, site): getattr(spec, ours)
+            for site, spec in main.places
+            if getattr(spec, ours) != usual
+        }
+    if others:
+        rows = {site.key.module: list(_rows(spec)) for other in others for site, spec in other.places}
+        found["trainable_token_indices"] = rows
+    if any(isinstance(s, LinearSite) and s.own.layout is Layout.COLUMNS and not s.leading for s, _ in plain):
+        found |= {"fan_in_fan_out": True} if table.turned else {}
+    return found
+
+
+def _is_parameter(compilation: Compilation, site: Any) -> bool:
+    """Whether peft has to name the parameter: a module that holds matrices of several experts."""
+    return isinstance(site, LinearSite) and bool(site.leading)
+
+
+def _pattern_key(compilation: Compilation, site: Any) -> str:
+    return f"{site.key.module}.{site.key.name}" if _is_parameter(compilation, site) else str(site.key.module)
+
+
+def _parameters(compilation: Compilation) -> list[str]:
+    return [name for name, _ in compilation.source.named_parameters(remove_duplicate=False)]
+
+
+def _rows(spec: MethodSpec) -> Sequence[int]:
+    rows: Sequence[int] = getattr(spec, "rows", None) or ()
+    return rows
+
+
+def _saved(compilation: Compilation) -> list[str]:
+    """The modules that train in full, outermost ones only."""
+    if not compilation.spec.train:
+        return []
+    paths = [path for path, _ in compilation.source.named_modules() if path]
+    matched = match_modules(compilation.spec.train, paths)
+    outer = [path for path in matched if not any(path.startswith(f"{other}.") for other in matched)]
+    return suffixes(outer, paths)
+
+
+def _virtual(compilation: Compilation, main: Resolved) -> dict[str, Any]:
+    """Sizes of the table of virtual tokens."""
+    site = main.places[0][0]
+    width = next(iter(compilation.parts[main.name][site.key].values()))
+    sizes = {"token_dim": int(compilation.store.get(width).shape[-1]), "num_transformer_submodules": 1}
+    if isinstance(site, AttentionSite):
+        assert site.keys is not None
+        sizes |= {"num_layers": len(main.places), "num_attention_heads": sizes["token_dim"] // site.keys.shape[1]}
+    return sizes

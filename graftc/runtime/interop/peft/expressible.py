@@ -1,0 +1,127 @@
+"""What peft's checkpoints cannot express of a compiled model, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.resolve.resolver import Resolved
+from graftc.passes.core.sites.sites import AttentionSite, LinearSite
+from graftc.runtime.interop.peft.pairs import repeats, table_of
+from graftc.specs.compose import Stack
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import shown, some
+from graftc.specs.peft import PeftFormat
+
+__all__ = ["refuse_inexpressible", "task_of"]
+
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Tasks for which peft trains a head by itself."""
+
+
+def task_of(compilation: Compilation, saved: Sequence[str] = ()) -> str | None:
+    """peft's task of a model; None where it has none, or where peft would expect a trained head that there is not."""
+    kind = type(compilation.source).__name__
+    task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
+    return None if task in _WITH_HEAD and not saved else task
+
+
+def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Sequence[Resolved]) -> None:
+    """Look for what peft has no field or key for.
+
+    Raises:
+        GraftError: GC115 naming it.
+    """
+    spec = compilation.spec
+    for composition in spec.compose:
+        if not isinstance(composition, Stack):
+            what = f"the composition {composition.name!r} ({composition.kind})"
+            raise _error(
+                what, "compose", "combine its members into one adaptation (compiled.combine), or fix one of them"
+            )
+    for field in ("tokens", "untie"):
+        if getattr(spec, field):
+            raise _error(f"{field} of the spec", field, "merge the model instead")
+    if spec.train and "rows" in {part.form for part in (table_of(main.spec) or PeftFormat(())).parts.values()}:
+        raise _error(f"train beside {main.spec.method}", "train", "add a LoRA, beside which PEFT trains both")
+    for resolved in (main, *others):
+        table = table_of(resolved.spec)
+        assert table is not None
+        index = next(number for number, own in enumerate(spec.adapt) if own.name == resolved.name)
+        _check_sites(resolved, index)
+        _check_options(resolved, table, f"adapt[{index}]")
+    _check_virtual(compilation, main)
+
+
+def _error(what: str, path: str, hint: str) -> GraftError:
+    return GraftError("GC115", f"PEFT cannot express {what}", place=Place(path=path), hint=hint)
+
+
+def _check_sites(resolved: Resolved, index: int) -> None:
+    parts = [str(site.key) for site, _ in resolved.places if site.key.part]
+    if parts:
+        what = f"adaptations of some rows of a fused weight: {some(parts, 3)}"
+        raise _error(what, f"adapt[{index}].target", "adapt the whole module, by its path instead of a role")
+    used = [str(site.key) for site, _ in resolved.places if isinstance(site, LinearSite) and site.key.use]
+    if used:
+        raise _error(f"one use of a weight alone: {some(used, 3)}", f"adapt[{index}].target", "merge it")
+
+
+def _check_options(resolved: Resolved, table: PeftFormat, where: str) -> None:
+    specs = [spec for _, spec in resolved.places]
+    said = {*table.fields.values(), *table.patterns.values(), *(own.field for own in table.lists.values())}
+    varies = {*table.patterns.values(), *(own.field for own in table.lists.values()), *table.training}
+    for field in type(resolved.spec).model_fields:
+        if field in ("name", "method", "target", "overrides"):
+            continue
+        values = list(dict.fromkeys(_hashable(getattr(spec, field)) for spec in specs))
+        if field in said and field not in varies and len(values) > 1:
+            raise _error(f"a {field} that differs among sites", f"{where}.overrides", "give all sites one value")
+        if field not in said and field not in table.training:
+            expected = table.constant.get(field, type(resolved.spec).model_fields[field].get_default())
+            if values != [_hashable(expected)]:
+                what = f"{field}: {shown(getattr(specs[0], field))} of {resolved.spec.method}"
+                raise _error(what, f"{where}.{field}", f"it always has {field}: {shown(expected)}")
+    for theirs, meanings in table.values.items():
+        ours = table.fields[theirs]
+        strange = [getattr(spec, ours) for spec in specs if getattr(spec, ours) not in meanings.values()]
+        if strange:
+            raise _error(f"{ours}: {shown(strange[0])}", f"{where}.{ours}", "merge it")
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_virtual(compilation: Compilation, main: Resolved) -> None:
+    """peft's virtual tokens are of one kind for each task, and those of classifiers are pooled."""
+    table = table_of(main.spec)
+    assert table is not None
+    if table.joined is None:
+        return
+    task = task_of(compilation, ["any"])
+    where = "adapt[0]"
+    if task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        what = f"virtual tokens of {type(compilation.source).__name__}: a classifier of PEFT pools one of them"
+        raise _error(what, where, "save it as an artifact, or export it to ONNX")
+    if repeats(compilation, main):
+        what = "a prefix of its own for each layer of a model with two stacks: PEFT's table repeats"
+        raise _error(what, where, "save it as an artifact, or export it to ONNX")
+    if task == "SEQ_2_SEQ_LM" and any("decoder" in role for site, _ in main.places for role in site.roles):
+        raise _error("virtual tokens of a decoder behind an encoder", where, "give the encoder's text alone some")
+    names = compilation.parts[main.name]
+    shapes = {tuple(compilation.store.get(name).shape) for site, _ in main.places for name in names[site.key].values()}
+    if len(shapes) > 1:
+        raise _error("prefixes of different sizes", where, "give all layers one length")
+    layers = getattr(getattr(compilation.source, "config", None), "num_hidden_layers", len(main.places))
+    if isinstance(main.places[0][0], AttentionSite) and layers != len(main.places):
+        raise _error(f"a prefix in {len(main.places)} of {layers} layers", f"{where}.target", "adapt every layer")

@@ -1,0 +1,347 @@
+"""From a peft folder to a compiled model.
+
+The keys of the file say which modules are adapted. The spec's targets are made to resolve to exactly those, its values
+come from the config, and the tensors are taken over pair by pair; what does not fit is named, all of it at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.capture.interface import ExampleInputs
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.inspect.snapshot import adapter_tensors
+from graftc.compiler.missing_weights import check_fresh
+from graftc.compiler.pipeline import compile_model
+from graftc.runtime.api import request_of, roles
+from graftc.runtime.compiled import Compiled, make_compiled
+from graftc.runtime.interop.peft.config import CONFIG
+from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, finite, read_peft, table_form
+from graftc.runtime.interop.peft.forms import filled
+from graftc.runtime.interop.peft.pairs import Pair, pairs_of
+from graftc.runtime.interop.peft.specs import fields_of, rows_of
+from graftc.runtime.interop.peft.targets import globs, meant
+from graftc.runtime.model.runner import Source
+from graftc.specs.arguments import as_path
+from graftc.specs.claims import SiteKind
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, Place, warn
+from graftc.specs.errors.text import quoted, some
+
+__all__ = ["import_peft", "spec_for"]
+
+_SHOWN = 50
+"""Details that an error lists."""
+
+
+def import_peft(
+    path: str | Path,
+    model: Source,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    name: str | None = None,
+    cache: bool = True,
+) -> Compiled[Source]:
+    """A compiled model from a checkpoint of PEFT, in eval mode.
+
+    Args:
+        path: the folder that PEFT's ``save_pretrained`` wrote, with ``adapter_config.json`` and
+            ``adapter_model.safetensors``.
+        model: its base, which is never changed.
+        example_inputs: as for `graftc.compile`.
+        name: of an adapter in a sub-folder, as PEFT writes all but the one called ``default``.
+        cache: keep captured graphs in the user's cache folder.
+
+    Raises:
+        GraftError: GC110 where there is no adapter, GC111 for a config that cannot be read or names code, GC112 for a
+            type or an option that has no equivalent, GC113 for tensors that the config does not explain, GC114 for
+            another base; and as `graftc.compile`. The model is as it was then.
+    """
+    axes, flags = request_of(model, example_inputs)
+    adapter = _once(read_peft(as_path(path), name, shapes=_shapes(model)), model)
+    _check_model(adapter, model)
+    spec = spec_for(adapter, model, example_inputs)
+    try:
+        compilation = compile_model(spec, model, axes, flags=flags, use_cache=cache)
+    except GraftError as error:
+        if error.place is None or not error.place.path.startswith(("adapt[", "train")):
+            raise
+        hint = "give the base that the adapter was trained on" if error.code != "GC020" else error.hint
+        message = f"the adapter cannot be put into {type(model).__name__}: {error.message}"
+        raise GraftError("GC114", message, place=adapter.place, hint=hint, details=[error]) from None
+    check_fresh(compilation)
+    _fill(adapter, compilation)
+    return cast("Compiled[Source]", make_compiled(compilation).eval())
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _once(adapter: PeftAdapter, model: nn.Module) -> PeftAdapter:
+    """The adapter with rows of a tied table once; peft saves them under each of its names."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    first: dict[int, PeftModule] = {}
+    kept, doubles = list[PeftModule](), list(adapter.doubles)
+    for module in sorted(adapter.modules, key=lambda m: not _selected(adapter, m)):
+        key = module.keys.get("weight")
+        held = tensors.get(module.name)
+        rows = key is not None and held is not None and table_form(module, "weight") == "rows"
+        other = first.setdefault(id(held), module) if rows else module
+        if key is None or other is module:
+            kept.append(module)
+        else:
+            doubles.append((other.keys["weight"], key))
+    return replace(adapter, modules=tuple(kept), doubles=tuple(doubles))
+
+
+def _selected(adapter: PeftAdapter, module: PeftModule) -> bool:
+    named = meant(adapter.config, [module.path])
+    return named is None or module.path in named
+
+
+def _paths(model: nn.Module) -> list[str]:
+    return [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+
+
+def _check_model(adapter: PeftAdapter, model: nn.Module) -> None:
+    """Hold the file against the config and the model, before anything is compiled.
+
+    Raises:
+        GraftError: GC114 for modules that the model does not have, GC113 where config and file name different modules
+            or the file holds other values of the base.
+    """
+    paths = _paths(model)
+    known = set(paths)
+    absent = [m.path for m in adapter.modules if m.path not in known]
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    absent += [name for name in adapter.trained if name not in tensors]
+    if absent:
+        count = f"{len(absent)} modules or tensors" if len(absent) > 1 else "a module or tensor"
+        message = f"the adapter is for {count} that {type(model).__name__} does not have: {some(absent, 3)}"
+        raise GraftError("GC114", message, place=adapter.place, details=absent[3:_SHOWN])
+    unknown = [key for name, key in adapter.copies.items() if name not in tensors]
+    if unknown:
+        message = f"the file has tensors that {adapter.config.peft_type} does not: {some(unknown, 5)}"
+        raise GraftError("GC113", message, place=adapter.place, details=unknown[5:_SHOWN])
+    _check_targets(adapter, paths)
+    _check_copies(adapter, tensors)
+
+
+def _check_targets(adapter: PeftAdapter, paths: Sequence[str]) -> None:
+    named = meant(adapter.config, paths)
+    own = {m.path for m in adapter.modules if m.parameter == "weight" and set(m.keys.values()) - _tokens(adapter)}
+    if named is None or adapter.config.is_prompt:
+        return
+    more, fewer = sorted(own - named), sorted(named - own)
+    if more or fewer:
+        message = "target_modules and the file name different modules"
+        details = [f"{path}: in the file, not selected by the config" for path in more]
+        details += [f"{path}: selected by the config, not in the file" for path in fewer]
+        place = Place(str(adapter.folder / CONFIG), path="target_modules")
+        raise GraftError("GC113", message, place=place, details=details[:_SHOWN])
+
+
+def _tokens(adapter: PeftAdapter) -> set[str]:
+    return set(adapter.keys.tokens.values())
+
+
+def _check_copies(adapter: PeftAdapter, tensors: Mapping[str, Tensor]) -> None:
+    """Tensors of the base that were saved too have to be those of this base."""
+    wrong: list[str] = []
+    for name, key in adapter.copies.items():
+        held = tensors[name].detach()
+        if held.is_meta:
+            continue
+        if tuple(held.shape) != adapter.shapes[key]:
+            wrong.append(f"{name} is {list(held.shape)}, in the file it is {list(adapter.shapes[key])}")
+        elif not torch.equal(adapter.tensor(key).to(held.device, held.dtype), held):
+            wrong.append(f"{name} has other values")
+    for first, key in adapter.doubles:
+        if not torch.equal(adapter.tensor(first), adapter.tensor(key)):
+            wrong.append(f"{first} and {key} differ")
+    if wrong:
+        message = f"the file holds tensors of another base: {wrong[0]}"
+        hint = "give the base that the adapter was trained on; where its vocabulary was resized, save that model first"
+        raise GraftError("GC114", message, place=adapter.place, details=wrong[1:_SHOWN], hint=hint)
+
+
+def spec_for(adapter: PeftAdapter, model: nn.Module, example_inputs: ExampleInputs | None = None) -> Spec:
+    """The spec whose targets are exactly what a checkpoint adapts in a model.
+
+    Raises:
+        GraftError: GC112 for what no spec says.
+    """
+    tokens = _tokens(adapter)
+    own = [m for m in adapter.modules if not tokens & set(m.keys.values())]
+    rows = [m for m in adapter.modules if tokens & set(m.keys.values())]
+    paths = _paths(model)
+    if adapter.config.is_prompt:
+        adapt = [_virtual(adapter, model, example_inputs)]
+    else:
+        adapt = [_adaptation(adapter, own, paths, list(_shapes(model)))]
+    adapt += [{"method": m.spec.method, "rows": list(_rows(m)), "target": {"modules": m.path}} for m in rows]
+    saved = adapter.config.modules_to_save or ()
+    full = [path for path in paths if any(path == word or path.endswith(f".{word}") for word in saved)]
+    full = [path for path in full if any(name.startswith(f"{path}.") for name in adapter.trained)]
+    if adapter.config.value("bias") == "all" and any(_biased(adapter, path) for path in full):
+        message = "bias: all beside modules_to_save whose biases train as well has no equivalent here"
+        raise GraftError("GC112", message, place=Place(str(adapter.folder / CONFIG), path="bias"))
+    train = [path for path in full if not any(path.startswith(f"{other}.") for other in full)]
+    return Spec.model_validate({"version": 1, "adapt": adapt, **({"train": globs(train, paths)} if train else {})})
+
+
+def _biased(adapter: PeftAdapter, path: str) -> bool:
+    return any(name.startswith(f"{path}.") and name.endswith(".bias") for name in adapter.trained)
+
+
+def _rows(module: PeftModule) -> Sequence[int]:
+    return cast("Any", module.spec).rows or ()
+
+
+def _adaptation(
+    adapter: PeftAdapter, modules: Sequence[PeftModule], paths: Sequence[str], parameters: Sequence[str]
+) -> dict[str, Any]:
+    """The entry of the spec: what most sites have, and overrides for the others."""
+    if not modules:
+        raise GraftError("GC113", "the file adapts no module", place=adapter.place)
+    _, table = adapter.config.format
+    varying = sorted({*table.patterns.values(), *(own.field for own in table.lists.values())})
+    at: dict[str, tuple[Any, ...]] = {}
+    for module in modules:
+        values = tuple(getattr(module.spec, name) for name in varying)
+        if at.setdefault(module.path, values) != values:
+            message = f"the parameters of {module.path} have different values of {' and '.join(varying)}"
+            raise GraftError("GC112", message, place=Place(str(adapter.folder / CONFIG)))
+    usual = Counter(at.values()).most_common(1)[0][0]
+    found = {**fields_of(adapter.config), **dict(zip(varying, usual, strict=True))}
+    if "rows" in found:
+        found["rows"] = list(_rows(modules[0]))
+    others = dict.fromkeys(values for values in at.values() if values != usual)
+    overrides = [
+        {
+            "modules": globs([path for path, own in at.items() if own == values], at),
+            **{n: v for n, v, u in zip(varying, values, usual, strict=True) if v != u},
+        }
+        for values in others
+    ]
+    wanted = [module.path if module.parameter == "weight" else module.name for module in modules]
+    target = {"modules": globs(wanted, [*paths, *parameters]), "expect": len(modules)}
+    return {**found, "target": target, **({"overrides": overrides} if overrides else {})}
+
+
+def _virtual(adapter: PeftAdapter, model: nn.Module, example_inputs: ExampleInputs | None) -> dict[str, Any]:
+    """The entry of a spec for virtual tokens.
+
+    peft's prefix is in the decoder's own attention where there are two stacks, and its prompt in front of the encoder's
+    text: of a table with rows for both stacks it reads the first half.
+    """
+    found = fields_of(adapter.config)
+    key = adapter.keys.joined
+    if key is None:
+        raise GraftError("GC113", "the file has no virtual tokens", place=adapter.place)
+    shape, length = adapter.shapes[key], found.get("length")
+    if len(shape) != 2 or not isinstance(length, int) or shape[0] not in (length, 2 * length):
+        message = f"{key} is {list(shape)}, which is no table of {length} virtual tokens"
+        raise GraftError("GC113", message, place=adapter.place)
+    _, table = adapter.config.format
+    if table.joined == (key, 1) and adapter.config.task_type == "SEQ_2_SEQ_LM":
+        structure = roles(model, example_inputs)
+        cross = [f.module for f in structure.findings if f.kind is SiteKind.ATTENTION and "cross." in f.role]
+        found["target"] = {"role": "decoder.attn", "exclude": globs(dict.fromkeys(cross), _paths(model))}
+    return found
+
+
+def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
+    """Take over the tensors, once all of them are known to fit.
+
+    Raises:
+        GraftError: GC113 and GC114 with everything that does not fit.
+    """
+    pairs = [pair for pair in pairs_of(compilation) if not pair.again]
+    store = compilation.store
+    wanted = {pair.key: pair for pair in pairs}
+    given = set(adapter.shapes) - set(adapter.copies.values()) - set(adapter.keys.unused)
+    given -= {key for _, key in (*adapter.keys.again, *adapter.doubles)}
+    lacking = [key for key, pair in wanted.items() if key not in given and not _drawn(adapter, pair)]
+    problems = [f"{key}: not in the file" for key in lacking]
+    problems += [f"{key}: nothing in the model takes it" for key in sorted(given - wanted.keys())]
+    values: list[tuple[str, Tensor]] = []
+    rounded: list[str] = []
+    for pair in pairs:
+        if pair.key not in given:
+            continue
+        own, theirs = store.get(pair.tensor), adapter.tensor(pair.key)
+        value = _value(adapter, pair, own, theirs, problems)
+        if value is None:
+            continue
+        if not finite(theirs):
+            problems.append(f"{pair.key}: has values that are not finite")
+        elif not own.is_meta and not torch.equal(value.to(own.dtype).to(value.dtype), value):
+            rounded.append(pair.key)
+        values.append((pair.tensor, value))
+    problems += _left_over(adapter, compilation, pairs)
+    problems += _unfilled(compilation, pairs)
+    if problems:
+        message = f"{len(problems)} tensors do not fit" if len(problems) > 1 else problems[0]
+        details = problems[:_SHOWN] if len(problems) > 1 else []
+        raise GraftError("GC114" if _sizes(problems) else "GC113", message, place=adapter.place, details=details)
+    if rounded:
+        warn("GC116", f"{len(rounded)} adapter tensors were rounded to the type of the base, such as {rounded[0]}")
+    with torch.no_grad():
+        for name, value in values:
+            store.get(name).copy_(value)
+
+
+def _sizes(problems: Sequence[str]) -> bool:
+    return all(" is [" in problem or "nothing in the model" in problem for problem in problems)
+
+
+def _drawn(adapter: PeftAdapter, pair: Pair) -> bool:
+    """Whether a tensor is in no file because a seed says it."""
+    _, table = adapter.config.format
+    return pair.shared and table.drawn is not None and adapter.config.value(table.drawn) is False
+
+
+def _value(adapter: PeftAdapter, pair: Pair, own: Tensor, theirs: Tensor, problems: list[str]) -> Tensor | None:
+    order = None
+    if pair.form == "rows":
+        order = rows_of(adapter.config, pair.tensor.partition(".graftc.")[0])[1]
+    try:
+        value = pair.read(theirs, own, order)
+    except ValueError:
+        value = None
+    if value is not None and pair.rank is not None:
+        value = filled(value, pair.rank, own.shape[pair.rank])
+    if value is None or value.shape != own.shape:
+        wanted = list(pair.write(own.detach()).shape)
+        problems.append(f"{pair.key} is {list(theirs.shape)}, the model has room for {wanted}")
+        return None
+    return value
+
+
+def _left_over(adapter: PeftAdapter, compilation: Compilation, pairs: Sequence[Pair]) -> list[str]:
+    """Tensors that several parts share, of another size than theirs together."""
+    found = []
+    for key in {pair.key for pair in pairs if pair.start is not None} & adapter.shapes.keys():
+        own = [pair for pair in pairs if pair.key == key]
+        axis, shape = own[0].axis, adapter.shapes[key]
+        size = sum(compilation.store.get(pair.tensor).shape[axis] for pair in own)
+        if shape[axis] != size and not (axis == 0 and shape[0] == 2 * size):
+            wanted = [size if number == axis else length for number, length in enumerate(shape)]
+            found.append(f"{key} is {list(shape)}, the model has room for {wanted}")
+    return found
+
+
+def _unfilled(compilation: Compilation, pairs: Sequence[Pair]) -> list[str]:
+    """Trained tensors that no pair fills."""
+    filled = {pair.tensor for pair in pairs}
+    rest = [n for n, t in adapter_tensors(compilation.store) if n not in filled and t.requires_grad]
+    return [f"{quoted(name)}: the file has nothing for it" for name in rest]

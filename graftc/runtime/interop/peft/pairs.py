@@ -1,0 +1,236 @@
+"""Which tensor of a compiled model is which tensor of peft's file: one pair for each, both ways.
+
+The keys follow from the compiled sites by the tables of methods, so that a checkpoint that is read and one that is
+written go by the same pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.resolve.resolver import Resolved
+from graftc.compiler.resolve.train import TRAIN
+from graftc.passes.core.sites.sites import AttentionSite, EmbeddingSite, LinearSite, Site, SiteKey
+from graftc.passes.core.weights.weight_slice import Layout
+from graftc.runtime.interop.peft.config import beside
+from graftc.runtime.interop.peft.forms import Shaped, to_ours, to_theirs
+from graftc.runtime.interop.peft.keys import MODEL, ROOT, tensor_key
+from graftc.specs.base import MethodSpec
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.peft import Form, PeftFormat
+
+__all__ = ["Pair", "pairs_of", "table_of"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tensor here and in peft's file.
+
+    Attributes:
+        key: peft's key.
+        tensor: the Store name.
+        site: the place, as text; empty for a tensor of the adaptation as a whole.
+        part: what the tensor is there.
+        form, shaped: how it is stored.
+        rank: which axis of ours counts ranks that zeros fill; None where none does.
+        start: where it begins along the axis of a tensor that several share; None where it has one of its own.
+        axis: that axis.
+        shared: whether it belongs to the adaptation as a whole.
+        again: whether it is there already, under the key of another name of a tied tensor.
+    """
+
+    key: str
+    tensor: str
+    site: str
+    part: str
+    form: Form = "same"
+    shaped: Shaped = field(default_factory=Shaped)
+    rank: int | None = None
+    start: int | None = None
+    axis: int = 0
+    shared: bool = False
+    again: bool = False
+
+    def read(self, theirs: Tensor, like: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
+        """Ours from peft's.
+
+        Raises:
+            ValueError: the sizes are not of that form.
+        """
+        if self.start is not None:
+            if theirs.dim() != like.dim() or self.start + like.shape[self.axis] > theirs.shape[self.axis]:
+                raise ValueError(f"{list(theirs.shape)} is too small")
+            return theirs.narrow(self.axis, self.start, like.shape[self.axis])
+        return to_ours(self.form, theirs, Shaped(self.shaped.experts, self.shaped.kernel, self.shaped.inward, order))
+
+    def write(self, ours: Tensor) -> Tensor:
+        """Peft's from ours; of a shared tensor its part."""
+        return to_theirs(self.form, ours, self.shaped)
+
+
+def table_of(spec: MethodSpec) -> PeftFormat | None:
+    """How a method is written, if peft has it; what inherits from such a method is another one."""
+    table = vars(type(spec)).get("peft")
+    return table if isinstance(table, PeftFormat) else None
+
+
+def pairs_of(compilation: Compilation) -> list[Pair]:
+    """The pairs of every tensor that a file of peft has to have for a compiled model, in the order of the spec.
+
+    Raises:
+        GraftError: GC115 for a method or a tensor that peft does not have.
+    """
+    main, others = split(compilation)
+    table = table_of(main.spec)
+    assert table is not None
+    prefix = MODEL if table.joined is None else ROOT
+    copies = {edit.trained: edit.own.tensor for edit in compilation.tensor_edits.copies()}
+    wrapped: dict[str, int] = {}
+    found: list[Pair] = []
+    for resolved in (main, *others):
+        found += _of(compilation, resolved, copies, wrapped, prefix, nested=resolved is not main)
+    for site, names in compilation.parts.get(TRAIN, {}).items():
+        found += [_plain(copies[name], name, site, part, wrapped, prefix) for part, name in names.items()]
+    return found
+
+
+def split(compilation: Compilation) -> tuple[Resolved, list[Resolved]]:
+    """The adaptation that peft's config is about, and rows of tables that train beside it.
+
+    Raises:
+        GraftError: GC115 for adaptations that no one config says.
+    """
+    rows = beside()[0]
+    every = list(compilation.main.resolved)
+    for resolved in every:
+        if table_of(resolved.spec) is None:
+            message = f"PEFT has no {resolved.spec.method}, which {resolved.name!r} is"
+            raise GraftError("GC115", message, hint="merge it, or save the model as an artifact")
+    mains = [resolved for resolved in every if type(resolved.spec) is not rows]
+    if not mains:
+        mains = every[:1]
+    others = [resolved for resolved in every if resolved is not mains[0]]
+    if len(mains) > 1 or any(type(other.spec) is not rows for other in others):
+        names = ", ".join(resolved.name for resolved in every)
+        hint = "combine them into one (compiled.combine), or fold all but one"
+        raise GraftError("GC115", f"one PEFT adapter cannot say several adaptations: {names}", hint=hint)
+    return mains[0], others
+
+
+def _of(
+    compilation: Compilation,
+    resolved: Resolved,
+    copies: Mapping[str, str],
+    wrapped: dict[str, int],
+    prefix: str,
+    *,
+    nested: bool,
+) -> Iterator[Pair]:
+    table = table_of(resolved.spec)
+    assert table is not None
+    parts = compilation.parts.get(resolved.name, {})
+    sites = {site.key: (site, spec) for site, spec in resolved.places}
+    if table.joined is not None:
+        yield from _joined(compilation, resolved, table)
+        return
+    depths = _depths(compilation, [site for site, _ in resolved.places])
+    for key in sites:
+        wrapped[key.module] = wrapped.get(key.module, 0) + 1
+    for key, names in parts.items():
+        if key is None:
+            for part, name in names.items():
+                if part in table.shared:
+                    yield Pair(f"{ROOT}{table.shared[part]}", name, "", part, shared=True)
+                elif not compilation.store.is_buffer(name):
+                    raise GraftError("GC115", f"PEFT has no {part!r} of {resolved.spec.method}")
+            continue
+        site, spec = sites.get(key, (None, resolved.spec))
+        for part, name in names.items():
+            own = table.parts.get(part)
+            if own is not None and site is not None:
+                suffix = own.key if not isinstance(site, EmbeddingSite) or own.table is None else own.table
+                suffix = own.nested if nested and own.nested is not None else suffix
+                at = tensor_key(key.module, suffix, depths[key], prefix=prefix)
+                pair = Pair(at, name, str(key), part, own.form, _shaped(site, spec, table), own.rank)
+                yield pair
+                if own.form == "rows" and not nested:
+                    for tied in compilation.store.tied(f"{key.module}.{key.name}"):
+                        other = tensor_key(tied.rpartition(".")[0], suffix, prefix=prefix)
+                        yield replace(pair, key=other, again=True)
+            elif name in copies:
+                yield _plain(copies[name], name, key, part, wrapped, prefix)
+            elif part not in table.derived and not compilation.store.is_buffer(name):
+                raise GraftError("GC115", f"PEFT has no {part!r} of {resolved.spec.method} at {key}")
+
+
+def _plain(base: str, name: str, site: SiteKey | None, part: str, wrapped: Mapping[str, int], prefix: str) -> Pair:
+    module, _, last = base.rpartition(".")
+    return Pair(tensor_key(module, last, wrapped.get(module, 0), prefix=prefix), name, str(site), part)
+
+
+def _shaped(site: Site, spec: MethodSpec, table: PeftFormat) -> Shaped:
+    inward = any(own.value(spec, site.roles) == own.listed for own in table.lists.values())
+    if not isinstance(site, LinearSite):
+        return Shaped(inward=inward)
+    kernel = site.own.shape[2:] if site.own.layout is Layout.KERNEL else ()
+    return Shaped(site.leading[0] if site.leading else None, tuple(kernel), inward)
+
+
+def _depths(compilation: Compilation, sites: list[Site]) -> dict[SiteKey, int]:
+    """How many other adapters stand around each: of several parameters of a module, the first is innermost."""
+    groups: dict[str, list[SiteKey]] = {}
+    for site in sites:
+        groups.setdefault(site.key.module, []).append(site.key)
+    found: dict[SiteKey, int] = {}
+    for module, keys in groups.items():
+        if len(keys) > 1:
+            order = list(compilation.store.owner(module)._parameters)
+            keys = sorted(keys, key=lambda key: order.index(key.name) if key.name in order else len(order))
+        found |= {key: len(keys) - 1 - number for number, key in enumerate(keys)}
+    return found
+
+
+def _joined(compilation: Compilation, resolved: Resolved, table: PeftFormat) -> Iterator[Pair]:
+    """Virtual tokens: the parts of all sites lie side by side in one tensor, layer by layer."""
+    assert table.joined is not None
+    key, axis = table.joined
+    parts = compilation.parts[resolved.name]
+    starts = _starts(compilation, resolved, table, axis)
+    for site, _ in resolved.places:
+        for part in table.parts:
+            name = parts[site.key][part]
+            yield Pair(key, name, str(site.key), part, start=starts[site.key, part], axis=axis)
+
+
+def _starts(
+    compilation: Compilation, resolved: Resolved, table: PeftFormat, axis: int
+) -> dict[tuple[SiteKey, str], int]:
+    """Where the parts of each site begin.
+
+    In an encoder-decoder model peft repeats its table until there are four runs for each layer, of which a layer's own
+    attention reads the first two (see ``docs/peft.md``).
+    """
+    parts = compilation.parts[resolved.name]
+    places = [site for site, _ in resolved.places]
+    sizes = [compilation.store.get(parts[s.key][part]).shape[axis] for s in places for part in table.parts]
+    found, start = dict[tuple[SiteKey, str], int](), 0
+    for number, (site, part) in enumerate((s, part) for s in places for part in table.parts):
+        found[site.key, part] = start
+        start += sizes[number]
+    if repeats(compilation, resolved):
+        per = len(table.parts)
+        for number, site in enumerate(places):
+            for index, part in enumerate(table.parts):
+                at = (2 * per * number) % (per * len(places)) + index
+                found[site.key, part] = at * sizes[0]
+    return found
+
+
+def repeats(compilation: Compilation, resolved: Resolved) -> bool:
+    """Whether peft's table is read with repetitions: by attentions of a model with two stacks."""
+    attends = any(isinstance(site, AttentionSite) for site, _ in resolved.places)
+    return attends and bool(getattr(getattr(compilation.model, "config", None), "is_encoder_decoder", False))

@@ -1,0 +1,124 @@
+"""Which modules a config means, as peft finds them, and globs that mean exactly given modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+
+from graftc.runtime.interop.peft.config import AdapterConfig
+from graftc.specs.patterns import BRANCHES, glob_to_regex
+from graftc.specs.regexes import RegexMatcher
+
+__all__ = ["ALL_LINEAR", "globs", "meant", "suffixes"]
+
+ALL_LINEAR = "all-linear"
+"""peft's word for every linear layer but the head; what it writes into files are the names."""
+
+_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
+
+
+def meant(config: AdapterConfig, modules: Sequence[str]) -> set[str] | None:
+    """The modules that `target_modules` selects by their paths; None where it leaves that open."""
+    targets = config.target_modules
+    if targets is None or targets == ALL_LINEAR:
+        return None
+    matcher = RegexMatcher(5.0)
+    found = _named(targets, modules, matcher)
+    if not isinstance(targets, str):
+        found = {path for path in found if path in targets or _in_layers(config, path, matcher)}
+    if config.exclude_modules:
+        found -= _named(config.exclude_modules, modules, matcher)
+    saved = config.modules_to_save or ()
+    return {path for path in found if not any(_within(path, word) for word in saved)}
+
+
+def _named(targets: Sequence[str] | str, modules: Sequence[str], matcher: RegexMatcher) -> set[str]:
+    if isinstance(targets, str):
+        return matcher.matching(targets, modules)
+    own = set(targets)
+    return {path for path in modules if any(end in own for end in _ends(path))}
+
+
+def _ends(path: str) -> Iterator[str]:
+    """The path, and what stands behind each of its dots."""
+    while path:
+        yield path
+        _, _, path = path.partition(".")
+
+
+def _within(path: str, word: str) -> bool:
+    return f".{word}." in f".{path}."
+
+
+def _in_layers(config: AdapterConfig, path: str, matcher: RegexMatcher) -> bool:
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return True
+    index: str | None = None
+    patterns = config.layers_pattern
+    if patterns:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            numbers = re.findall(r"(?<=\.)\d+(?=\.)", path)
+            fits = (n for n in numbers if matcher.matching(rf"(?:.*?\.)?(?:{pattern})\.{n}\..*", [path]))
+            index = next(fits, None)
+            if index is not None:
+                break
+    else:
+        match = _LAYER.match(path)
+        index = match[1] if match else None
+    return index is not None and int(index) in ([layers] if isinstance(layers, int) else layers)
+
+
+def globs(wanted: Collection[str], universe: Collection[str]) -> list[str]:
+    """Globs that match exactly the wanted of all paths, few and short where that is possible.
+
+    Args:
+        wanted: some of them.
+        universe: all paths that a glob is matched against.
+    """
+    left, found = dict.fromkeys(wanted), list[str]()
+    groups: dict[str, list[str]] = {}
+    for path in left:
+        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", path), []).append(path)
+    covered: set[str] = set()
+    for shape, members in groups.items():
+        if covered.issuperset(members):
+            continue
+        for glob in _candidates(shape, members):
+            fits = glob_to_regex(glob).fullmatch
+            hits = {path for path in universe if fits(path)}
+            if hits <= left.keys() and hits.issuperset(members):
+                found.append(glob)
+                covered |= hits
+                break
+        else:
+            found += [path for path in members if path not in covered]
+            covered.update(members)
+    return found
+
+
+def _candidates(shape: str, members: Sequence[str]) -> Iterator[str]:
+    segments = shape.split(".")
+    for count in range(1, len(segments)):
+        if segments[-count] != "*":
+            yield ".".join(["**", *segments[-count:]])
+    yield shape
+    split = [member.split(".") for member in members]
+    columns = [list(dict.fromkeys(column)) for column in zip(*split, strict=True)]
+    if sum(len(column) > 1 for column in columns) == 1 and len(members) <= BRANCHES:
+        yield ".".join(c[0] if len(c) == 1 else f"{{{','.join(c)}}}" for c in columns)
+
+
+def suffixes(wanted: Collection[str], universe: Collection[str]) -> list[str]:
+    """Ends of paths by which peft finds exactly the wanted of all paths, as short as they can be."""
+    own, found = set(wanted), list[str]()
+    meaning: dict[str, list[str]] = {}
+    for path in universe:
+        for end in _ends(path):
+            meaning.setdefault(end, []).append(path)
+    for path in wanted:
+        if any(end in found for end in _ends(path)):
+            continue
+        fits = [end for end in _ends(path) if own.issuperset(meaning.get(end, [path]))]
+        found.append(fits[-1] if fits else path)
+    return found
