@@ -15,6 +15,7 @@ _FACADE = {
     "compile": "graftc.runtime.api",
     "check": "graftc.runtime.api",
     "load": "graftc.runtime.api",
+    "import_peft": "graftc.runtime.api",
     "roles": "graftc.runtime.api",
     "tune": "graftc.runtime.recipes",
     "methods": "graftc.specs.listing",
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from graftc import extend, testing
     from graftc.runtime import optim
-    from graftc.runtime.api import check, compile, load, roles
+    from graftc.runtime.api import check, compile, import_peft, load, roles
     from graftc.runtime.recipes import tune
     from graftc.specs.document import Spec
     from graftc.specs.errors.diagnostics import GraftError, GraftWarning
@@ -41,6 +42,7 @@ __all__ = [
     "check",
     "compile",
     "extend",
+    "import_peft",
     "load",
     "load_spec",
     "methods",

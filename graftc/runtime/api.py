@@ -51,7 +51,7 @@ def compile(
         GraftError: coded, for everything that is wrong with the spec, the model or their fit.
     """
     loaded, seed = load_spec(spec), as_seed(seed)
-    axes, flags = request_of(model, example_inputs)
+    axes, flags = _request(model, example_inputs)
     compilation = compile_model(loaded, model, axes, flags=flags, seed=seed, use_cache=cache)
     check_fresh(compilation)
     return cast("Compiled[Source]", make_compiled(compilation))
@@ -86,6 +86,38 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool 
     return load_from(as_path(path), model, cache=cache)
 
 
+def import_peft(
+    path: str | Path,
+    model: Source,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    name: str | None = None,
+    cache: bool = True,
+) -> Compiled[Source]:
+    """A compiled model from a checkpoint of PEFT, in eval mode.
+
+    Args:
+        path: the folder that PEFT's ``save_pretrained`` wrote, with ``adapter_config.json`` and
+            ``adapter_model.safetensors``.
+        model: its base, which is never changed.
+        example_inputs: as for `compile`.
+        name: of an adapter in a sub-folder, as PEFT writes all but the one called ``default``.
+        cache: keep captured graphs in the user's cache folder.
+
+    Raises:
+        GraftError: GC110 where there is no adapter, GC111 for a config that cannot be read or names code, GC112 for a
+            type or an option that has no equivalent, GC113 for tensors that the config does not explain, GC114 for
+            another base; and as `compile`. The model is as it was then.
+    """
+    from graftc.runtime.loading.peft import import_peft as import_from
+
+    axes, flags = _request(model, example_inputs)
+    made = import_from(
+        as_path(path), model, axes, flags, name=name, cache=cache, structure=lambda: roles(model, example_inputs)
+    )
+    return cast("Compiled[Source]", made)
+
+
 def check(
     spec: SpecLike,
     model: nn.Module,
@@ -98,7 +130,7 @@ def check(
     Raises:
         GraftError: as `compile`.
     """
-    axes, flags = request_of(model, example_inputs)
+    axes, flags = _request(model, example_inputs)
     compilation = compile_model(load_spec(spec), model, axes, flags=flags, use_cache=cache)
     check_fresh(compilation)
     return report(compilation)
@@ -111,7 +143,7 @@ def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cach
     Raises:
         GraftError: GC030 when it cannot be captured.
     """
-    axes, flags = request_of(model, example_inputs)
+    axes, flags = _request(model, example_inputs)
     store = Store.mirror(model)
     found = first_capture(
         model, axes, lambda attempt: captured(model, attempt, flags, canonical=store.aliases, use_cache=cache)
@@ -119,8 +151,7 @@ def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cach
     return find_structure(found.program.graph, found.constants)
 
 
-def request_of(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[list[Axis] | None, Flags]:
-    """What a model is captured with: the axes of example inputs, none for its usual ones, and the flags among them."""
+def _request(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[list[Axis] | None, Flags]:
     require_plain(model)
     if example_inputs is None:
         return None, ()

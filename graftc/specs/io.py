@@ -14,7 +14,7 @@ from graftc.specs.base_model import SpecModel
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place, nearest
 from graftc.specs.errors.text import quoted
-from graftc.specs.foreign import refuse_foreign
+from graftc.specs.foreign import is_foreign, translated
 from graftc.specs.limits import check_limits
 from graftc.specs.source import FILE, Source, beyond, core_resolvers, read_json, read_toml, read_yaml
 from graftc.specs.spec_errors import explain
@@ -29,14 +29,17 @@ _READERS = {"yaml": read_yaml, "json": read_json, "toml": read_toml}
 def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str]) -> Spec:
     """The spec in a file (``.yaml``, ``.yml``, ``.json`` or ``.toml``), a mapping, or a Spec as is.
 
+    A config of PEFT, as an object, a mapping or a file, becomes the spec that says the same.
+
     Raises:
         GraftError: GC006 where there is no such file, GC001 where it cannot be read, GC002 to GC012 where it
-            is wrong; with file, line and column, and the corrected line where one can be guessed; GC073 for a config
-            of peft.
+            is wrong; with file, line and column, and the corrected line where one can be guessed; GC073 for several
+            configs of PEFT, GC111 for one that cannot be read, GC112 for one that has no equivalent.
     """
     if isinstance(source, Spec):
         return source
-    refuse_foreign(source)
+    if is_foreign(source):
+        return Spec.model_validate(translated(source))
     if isinstance(source, Mapping):
         return Spec.model_validate(dict(source))
     if isinstance(source, str) and "\n" in source:
@@ -65,7 +68,8 @@ def parse_spec(text: str, *, format: Format = "yaml", file: str | None = None) -
 
 
 def _validated(data: dict[str, Any], source: Source) -> Spec:
-    refuse_foreign(data, Place(source.file))
+    if is_foreign(data):
+        return Spec.model_validate(translated(data, source.file or "the config"))
     try:
         check_limits(data)
         # The validator itself, not model_validate: the places are to be located, which takes the raw finding.

@@ -208,7 +208,7 @@ class _Selection:
         for path, text in _items(self.target.exclude, f"{self.where}.exclude"):
             for branch in expand_braces(text):
                 fits = glob_to_regex(branch).fullmatch
-                hits = {c.key for c in chosen if fits(c.module)}
+                hits = {c.key for c in chosen if any(map(fits, c.paths))}
                 if not hits:
                     p = _Pattern("exclude", path, text, branch, frozenset())
                     message = f"exclude {p.shown} matches none of the {count_sites(len(chosen))} selected"

@@ -1,6 +1,7 @@
 """Checkpoints of peft, read and written by the tables that methods have beside their specs (`graftc.specs.peft`).
 
-peft itself is never imported, and nothing that a file names is.
+peft itself is never imported, and nothing that a file names is. `graftc.runtime.loading.peft` makes compiled models of
+them.
 """
 
 from graftc.runtime.interop.peft.folder import read_peft

@@ -21,7 +21,6 @@ from graftc.compiler.resolve.select import match_modules
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.runtime.files import staged
-from graftc.runtime.interop.peft.config import CONFIG, read_config
 from graftc.runtime.interop.peft.expressible import refuse_inexpressible, task_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, read_peft
 from graftc.runtime.interop.peft.pairs import Pair, pairs_of, split, table_of
@@ -29,6 +28,7 @@ from graftc.runtime.interop.peft.targets import suffixes
 from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.foreign.config import CONFIG, read_config
 from graftc.specs.peft import PeftFormat
 
 __all__ = ["SITES", "PeftExport", "export_peft", "is_exported", "prepared"]

@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from graftc.runtime.interop.peft.config import CONFIG, AdapterConfig, read_config
 from graftc.runtime.interop.peft.forms import Shaped, filled, to_ours
 from graftc.runtime.interop.peft.keys import Keys, parse
-from graftc.runtime.interop.peft.specs import is_listed, method_at, rows_of, table_rows, takes_bias
 from graftc.specs.arguments import as_path
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import quoted, some
+from graftc.specs.foreign.config import CONFIG, AdapterConfig, read_config
+from graftc.specs.foreign.fields import is_listed, method_at, rows_of, table_rows, takes_bias
 
 __all__ = ["WEIGHTS", "PeftAdapter", "PeftModule", "read_peft"]
 

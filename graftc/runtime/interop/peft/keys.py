@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from graftc.runtime.interop.peft.config import AdapterConfig, beside
+from graftc.specs.foreign.config import AdapterConfig, beside
 from graftc.specs.peft import PeftFormat
 
 __all__ = ["MODEL", "ROOT", "Keys", "parse", "parts_by_key", "tensor_key"]

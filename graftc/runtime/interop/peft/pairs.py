@@ -16,11 +16,11 @@ from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.sites.sites import AttentionSite, EmbeddingSite, LinearSite, Site, SiteKey
 from graftc.passes.core.weights.weight_slice import Layout
-from graftc.runtime.interop.peft.config import beside
 from graftc.runtime.interop.peft.forms import Shaped, to_ours, to_theirs
 from graftc.runtime.interop.peft.keys import MODEL, ROOT, tensor_key
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.foreign.config import beside
 from graftc.specs.peft import Form, PeftFormat
 
 __all__ = ["Pair", "pairs_of", "table_of"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 
-from graftc.runtime.interop.peft.config import AdapterConfig
+from graftc.specs.foreign.config import AdapterConfig
 from graftc.specs.patterns import BRANCHES, glob_to_regex
 from graftc.specs.regexes import RegexMatcher
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from graftc.runtime.interop.peft.config import CONFIG, AdapterConfig, beside, matching
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import shown
+from graftc.specs.foreign.config import CONFIG, AdapterConfig, beside, matching
 from graftc.specs.regexes import RegexMatcher
 
 __all__ = ["fields_of", "is_listed", "method_at", "rows_of", "table_rows", "takes_bias"]

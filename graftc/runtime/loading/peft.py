@@ -7,7 +7,7 @@ come from the config, and the tensors are taken over pair by pair; what does not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,25 +15,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.capture.interface import ExampleInputs
+from graftc.compiler.capture.interface import Flags
+from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.compiler.missing_weights import check_fresh
 from graftc.compiler.pipeline import compile_model
-from graftc.runtime.api import request_of, roles
+from graftc.compiler.roles.structure import Structure
 from graftc.runtime.compiled import Compiled, make_compiled
-from graftc.runtime.interop.peft.config import CONFIG
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, finite, read_peft, table_form
 from graftc.runtime.interop.peft.forms import filled
 from graftc.runtime.interop.peft.pairs import Pair, pairs_of
-from graftc.runtime.interop.peft.specs import fields_of, rows_of
 from graftc.runtime.interop.peft.targets import globs, meant
-from graftc.runtime.model.runner import Source
-from graftc.specs.arguments import as_path
 from graftc.specs.claims import SiteKind
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place, warn
 from graftc.specs.errors.text import quoted, some
+from graftc.specs.foreign.config import CONFIG
+from graftc.specs.foreign.fields import fields_of, rows_of
 
 __all__ = ["import_peft", "spec_for"]
 
@@ -42,32 +41,25 @@ _SHOWN = 50
 
 
 def import_peft(
-    path: str | Path,
-    model: Source,
-    example_inputs: ExampleInputs | None = None,
+    path: Path,
+    model: nn.Module,
+    axes: Sequence[Axis] | None,
+    flags: Flags,
     *,
-    name: str | None = None,
-    cache: bool = True,
-) -> Compiled[Source]:
-    """A compiled model from a checkpoint of PEFT, in eval mode.
+    name: str | None,
+    cache: bool,
+    structure: Callable[[], Structure],
+) -> Compiled:
+    """See `graftc.import_peft`.
 
     Args:
-        path: the folder that PEFT's ``save_pretrained`` wrote, with ``adapter_config.json`` and
-            ``adapter_model.safetensors``.
-        model: its base, which is never changed.
-        example_inputs: as for `graftc.compile`.
-        name: of an adapter in a sub-folder, as PEFT writes all but the one called ``default``.
-        cache: keep captured graphs in the user's cache folder.
-
-    Raises:
-        GraftError: GC110 where there is no adapter, GC111 for a config that cannot be read or names code, GC112 for a
-            type or an option that has no equivalent, GC113 for tensors that the config does not explain, GC114 for
-            another base; and as `graftc.compile`. The model is as it was then.
+        path, model, name, cache: as there.
+        axes, flags: what the model is captured with.
+        structure: finds its roles.
     """
-    axes, flags = request_of(model, example_inputs)
-    adapter = _once(read_peft(as_path(path), name, shapes=_shapes(model)), model)
+    adapter = _once(read_peft(path, name, shapes=_shapes(model)), model)
     _check_model(adapter, model)
-    spec = spec_for(adapter, model, example_inputs)
+    spec = spec_for(adapter, model, structure)
     try:
         compilation = compile_model(spec, model, axes, flags=flags, use_cache=cache)
     except GraftError as error:
@@ -78,7 +70,9 @@ def import_peft(
         raise GraftError("GC114", message, place=adapter.place, hint=hint, details=[error]) from None
     check_fresh(compilation)
     _fill(adapter, compilation)
-    return cast("Compiled[Source]", make_compiled(compilation).eval())
+    compiled = make_compiled(compilation)
+    compiled.eval()
+    return compiled
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -173,7 +167,7 @@ def _check_copies(adapter: PeftAdapter, tensors: Mapping[str, Tensor]) -> None:
         raise GraftError("GC114", message, place=adapter.place, details=wrong[1:_SHOWN], hint=hint)
 
 
-def spec_for(adapter: PeftAdapter, model: nn.Module, example_inputs: ExampleInputs | None = None) -> Spec:
+def spec_for(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structure]) -> Spec:
     """The spec whose targets are exactly what a checkpoint adapts in a model.
 
     Raises:
@@ -184,7 +178,7 @@ def spec_for(adapter: PeftAdapter, model: nn.Module, example_inputs: ExampleInpu
     rows = [m for m in adapter.modules if tokens & set(m.keys.values())]
     paths = _paths(model)
     if adapter.config.is_prompt:
-        adapt = [_virtual(adapter, model, example_inputs)]
+        adapt = [_virtual(adapter, model, structure)]
     else:
         adapt = [_adaptation(adapter, own, paths, list(_shapes(model)))]
     adapt += [{"method": m.spec.method, "rows": list(_rows(m)), "target": {"modules": m.path}} for m in rows]
@@ -237,7 +231,7 @@ def _adaptation(
     return {**found, "target": target, **({"overrides": overrides} if overrides else {})}
 
 
-def _virtual(adapter: PeftAdapter, model: nn.Module, example_inputs: ExampleInputs | None) -> dict[str, Any]:
+def _virtual(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:
     """The entry of a spec for virtual tokens.
 
     peft's prefix is in the decoder's own attention where there are two stacks, and its prompt in front of the encoder's
@@ -253,8 +247,7 @@ def _virtual(adapter: PeftAdapter, model: nn.Module, example_inputs: ExampleInpu
         raise GraftError("GC113", message, place=adapter.place)
     _, table = adapter.config.format
     if table.joined == (key, 1) and adapter.config.task_type == "SEQ_2_SEQ_LM":
-        structure = roles(model, example_inputs)
-        cross = [f.module for f in structure.findings if f.kind is SiteKind.ATTENTION and "cross." in f.role]
+        cross = [f.module for f in structure().findings if f.kind is SiteKind.ATTENTION and "cross." in f.role]
         found["target"] = {"role": "decoder.attn", "exclude": globs(dict.fromkeys(cross), _paths(model))}
     return found
 

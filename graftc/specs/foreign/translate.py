@@ -1,0 +1,130 @@
+"""From a config of peft to the spec that says the same, before there is a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from graftc.specs.base import MethodSpec
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import quoted, some
+from graftc.specs.foreign.config import AdapterConfig, beside, matching, read_config
+from graftc.specs.foreign.fields import fields_of
+from graftc.specs.patterns import as_items
+from graftc.specs.target import Target
+
+__all__ = ["translate"]
+
+_PLAIN = re.compile(r"[\w.-]+")
+
+
+def translate(source: object, where: str) -> dict[str, Any]:
+    """See `graftc.specs.foreign.translated`."""
+    config = read_config(_as_data(source), where)
+    sides = {own.field: own.otherwise for own in config.format[1].lists.values()}
+    entry = {**fields_of(config), **sides, **_target(config, where)}
+    overrides = _overrides(config, where)
+    adapt = [{**entry, **({"overrides": overrides} if overrides else {})}, *_rows(config)]
+    train = [f"**.{name}" for name in config.modules_to_save or ()]
+    return {"version": 1, "adapt": adapt, **({"train": train} if train else {})}
+
+
+def _as_data(source: object) -> dict[str, Any]:
+    """The fields of a config; of several by name, that of the only one.
+
+    Raises:
+        GraftError: GC073 for several.
+    """
+    if isinstance(source, Mapping) and "peft_type" not in source:
+        configs = [value for value in source.values() if value is not None]
+        if len(configs) != 1:
+            hint = "give one of them"
+            raise GraftError("GC073", f"there are configs of {len(configs)} adapters: {some(list(source))}", hint=hint)
+        source = configs[0]
+    fields = source if isinstance(source, Mapping) else vars(source)
+    return {str(name): _plain(value) for name, value in fields.items() if not str(name).startswith("_")}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _refused(what: str, where: str, field: str, hint: str) -> GraftError:
+    return GraftError("GC112", what, place=Place(where, path=field), hint=hint)
+
+
+def _target(config: AdapterConfig, where: str) -> dict[str, Any]:
+    """The target of the adaptation; nothing where the method's own holds."""
+    spec_class, table = config.format
+    if table.joined is not None:
+        return {}
+    target: dict[str, Any] = {}
+    named = config.target_modules
+    if named == "all-linear":
+        hint = "name modules, or use a spec with roles: attn.{q,k,v,o} and ffn.{up,gate,down}"
+        raise _refused("which layers are 'all-linear' depends on the model", where, "target_modules", hint)
+    if isinstance(named, str):
+        target["regex"] = named
+    elif named or config.target_parameters:
+        target["modules"] = [f"**.{name}" for name in (*(named or ()), *(config.target_parameters or ()))]
+    elif "rows" in spec_class.model_fields:
+        target["role"] = "embed"
+    elif not _places_itself(spec_class):
+        hint = "PEFT would choose by the kind of the model; name modules"
+        raise _refused("target_modules is not given", where, "target_modules", hint)
+    if isinstance(config.exclude_modules, str):
+        hint = "list the names of modules"
+        raise _refused("exclude_modules is a regular expression", where, "exclude_modules", hint)
+    if config.exclude_modules:
+        target["exclude"] = [f"**.{name}" for name in config.exclude_modules]
+    if config.layers_pattern:
+        hint = "leave it out: layers are found without it"
+        raise _refused(f"layers_pattern {quoted(str(config.layers_pattern))}", where, "layers_pattern", hint)
+    if config.layers_to_transform not in (None, []):
+        target["layers"] = config.layers_to_transform
+    return {"target": target} if target else {}
+
+
+def _places_itself(spec_class: type[MethodSpec]) -> bool:
+    default = spec_class.model_fields["target"].default
+    return isinstance(default, Target) and default.has_selector
+
+
+def _overrides(config: AdapterConfig, where: str) -> list[dict[str, Any]]:
+    """Other values for some modules; the keys that say more of a path come first, since the first that fits holds."""
+    _, table = config.format
+    given = {ours: config.value(theirs) or {} for theirs, ours in table.patterns.items()}
+    keys = list(dict.fromkeys(key for own in given.values() for key in own))
+    strange = [key for key in keys if not _PLAIN.fullmatch(key)]
+    if strange:
+        hint = "write the names of modules, or the spec's overrides"
+        field = next(theirs for theirs in table.patterns if strange[0] in (config.value(theirs) or {}))
+        raise _refused(f"{field} has the regular expression {quoted(strange[0])}", where, field, hint)
+    found = []
+    for key in sorted(keys, key=lambda key: -len(key)):
+        hits = {ours: matching(list(own), key) for ours, own in given.items()}
+        changes = {ours: given[ours][hit] for ours, hit in hits.items() if hit is not None}
+        found.append({"modules": f"**.{key}", **changes})
+    for theirs, own in table.lists.items():
+        listed: Sequence[str] = as_items(config.value(theirs))
+        if isinstance(config.value(theirs), str):
+            raise _refused(f"{theirs} is a regular expression", where, theirs, "list the names of modules")
+        found += [{"modules": f"**.{name}", own.field: own.listed} for name in listed]
+    return found
+
+
+def _rows(config: AdapterConfig) -> list[dict[str, Any]]:
+    """Rows of tables that train beside the method."""
+    given = config.trainable_token_indices
+    tag = beside()[0].tag()
+    if isinstance(given, Mapping):
+        return [{"method": tag, "rows": rows, "target": {"modules": f"**.{name}"}} for name, rows in given.items()]
+    return [] if not given else [{"method": tag, "rows": given, "target": {"role": "embed"}}]
