@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from graftc.compiler.capture.interface import config_of
 from graftc.compiler.capture.isolation import exclusive, is_traced, isolated
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_values
@@ -130,6 +131,16 @@ class CompiledRunner(
         require_values(self)
         export_peft(deployed(self).compilation, path, force=force)
         return path
+
+    def _export_gguf(self, path: Path, dtype: Literal["f32", "f16", "bf16"], force: bool) -> Path:
+        """See `Exporting`."""
+        from graftc.runtime.artifact.write import require_values
+        from graftc.runtime.deploy.deployed import deployed
+        from graftc.runtime.export.gguf.adapter import export_adapter, plain_of
+
+        require_values(self)
+        adapter = plain_of(deployed(self).compilation)
+        return export_adapter(adapter, config_of(self.compilation.source), path, dtype=dtype, force=force)
 
     def sibling(self, spec: Spec, values: Mapping[str, Tensor], model: nn.Module | None = None) -> Compiled:
         """Another spec compiled for the same base and first signature, where this model is.

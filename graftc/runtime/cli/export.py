@@ -12,12 +12,14 @@ from graftc.runtime.cli.options import (
     BaseOption,
     Budget,
     DryRun,
+    ExportFormat,
     Force,
     FormatOption,
     Json,
     Out,
     destination,
 )
+from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
@@ -47,13 +49,21 @@ def export(
         ),
     ] = None,
     budget: Budget = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="TYPE", help="Type of the matrices in a GGUF file: f32, f16 or bf16.")
+    ] = "f32",
     dry_run: DryRun = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Export to ONNX or .pt2, folded and certified; the file is checked before it appears."""
+    """Export to ONNX, .pt2 or GGUF, folded and certified; the file is checked before it appears. With --no-merge a GGUF
+    file has the LoRAs alone."""
     from graftc.runtime.cli.output import print_json, steps, working
 
+    if format is ExportFormat.GGUF and inputs:
+        raise GraftError(
+            "GC090", "a GGUF file has no inputs", hint="--no-merge writes the LoRAs as a file of their own"
+        )
     to = destination(out, dry_run=dry_run)
     names = inputs or []
     companions = () if to is None else (f"{to.name}.data", *(f"{to.name}.{name}.safetensors" for name in names))
@@ -75,7 +85,8 @@ def export(
         merged = _folded(compiled, budget, names) if merge else None
         if to is not None:
             step("exporting")
-            (merged or compiled.eval()).export(to, format=format.value, inputs=names, force=force)
+            only = {"dtype": dtype} if format is ExportFormat.GGUF else {"inputs": names}
+            (merged or compiled.eval()).export(to, format=format.value, force=force, **only)
 
     from graftc.runtime.cli.deployed import files_in, print_certificate, print_files
 
@@ -104,7 +115,6 @@ def _folded(compiled: Compiled, budget: float | None, inputs: Sequence[str]) -> 
     if not inputs:
         return compiled.merge(budget)
     from graftc.runtime.deploy.partial import merge_what_folds
-    from graftc.specs.errors.diagnostics import GraftError
 
     made = merge_what_folds(compiled, budget)
     composed = {composition.name for composition in compiled.compilation.spec.compose}

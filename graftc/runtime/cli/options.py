@@ -40,6 +40,7 @@ class ExportFormat(StrEnum):
 
     ONNX = "onnx"
     PT2 = "pt2"
+    GGUF = "gguf"
 
 
 ArtifactArgument: TypeAlias = Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -72,6 +72,12 @@ class MergedRunner(Exporting):
         """The base's tensors with the folded ones in place, by the source model's names (tied names included)."""
         own = ((name, t) for name, t in self._store.tensors() if name not in self._store.constants)
         return {name: tensor.detach() for name, tensor in own}
+
+    def _export_gguf(self, path: Path, dtype: Literal["f32", "f16", "bf16"], force: bool) -> Path:
+        """See `Exporting`."""
+        from graftc.runtime.export.gguf.model import export_merged
+
+        return export_merged(self, path, dtype=dtype, force=force)
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write a folder that transformers loads, with the base's tokenizer, and ``graftc.json``: the certificate, the

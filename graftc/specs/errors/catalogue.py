@@ -320,6 +320,11 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Use `model.save(path)` for the whole model, `torch.save(compiled.state_dict(), path)` for the trained tensors, "
      "and `copy.deepcopy(model)` for a copy."),
 
+    ("GC075", _WARNING, "a GGUF file has no tokenizer",
+     "The base has no tokenizer beside it, or one of a kind that cannot be written.",
+     "No action is needed if only the weights are read. llama.cpp needs a tokenizer: save it into the base's folder as "
+     "`tokenizer.json` and export again."),
+
     # Artifacts.
     ("GC080", _FAILED, "there is no artifact",
      "The path does not exist, or it is a folder without a graftc `manifest.json`.",
