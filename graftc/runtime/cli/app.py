@@ -12,6 +12,7 @@ from graftc.runtime.cli.convert import convert
 from graftc.runtime.cli.demo import demo
 from graftc.runtime.cli.diff import diff
 from graftc.runtime.cli.export import export
+from graftc.runtime.cli.import_peft import import_peft
 from graftc.runtime.cli.inspect import inspect
 from graftc.runtime.cli.merge import merge
 from graftc.runtime.cli.methods import methods
@@ -38,7 +39,9 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog=_EPILOG)(_graftc)
-    for command in (compile, inspect, merge, convert, export, verify, diff, check, roles, methods, schema, demo):
+    for command in (compile, import_peft, inspect, merge, convert, export, verify, diff):
+        app.command()(command)
+    for command in (check, roles, methods, schema, demo):
         app.command()(command)
     return app
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graftc.compiler.folding.certificate import Certificate
 
-__all__ = ["files_in", "print_certificate", "print_files"]
+__all__ = ["files_in", "print_certificate", "print_files", "print_tensors"]
 
 
 def files_in(path: Path | None, companions: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -61,3 +61,13 @@ def print_files(path: Path | None, files: Sequence[Mapping[str, Any]]) -> None:
     size = number(sum(file["bytes"] for file in files))
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
     console().print(f"{'wrote:':<22}{path}, {count}, {size} bytes", soft_wrap=True, markup=False)
+
+
+def print_tensors(title: str, tensors: Sequence[Mapping[str, str]]) -> None:
+    """Say which tensor of a PEFT checkpoint is which one here."""
+    from graftc.runtime.cli.output import console, print_table
+
+    to = console()
+    to.print(f"{title}: {len(tensors)} tensors", soft_wrap=True, markup=False)
+    rows = [(own["key"], own["site"], own["part"]) for own in tensors]
+    print_table(to, ("tensor in the checkpoint", "site", "part"), rows)

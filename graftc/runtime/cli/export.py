@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -56,8 +57,8 @@ def export(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Export to ONNX, .pt2 or GGUF, folded and certified; the file is checked before it appears. With --no-merge a GGUF
-    file has the LoRAs alone."""
+    """Export to ONNX, .pt2 or GGUF, folded and certified, or the adapters alone to PEFT's format or, with --no-merge, to
+    GGUF; files are checked before they appear."""
     from graftc.runtime.cli.output import print_json, steps, working
 
     if format is ExportFormat.GGUF and inputs:
@@ -66,6 +67,9 @@ def export(
         )
     to = destination(out, dry_run=dry_run)
     names = inputs or []
+    if format is ExportFormat.PEFT:
+        _to_peft(directory, to, model, names, budget, force=force, json=json)
+        return
     companions = () if to is None else (f"{to.name}.data", *(f"{to.name}.{name}.safetensors" for name in names))
     with working(json) as warnings, steps(json) as step:
         from graftc.runtime.files import check_apart, check_destination
@@ -98,11 +102,65 @@ def export(
         result = {
             **{"artifact": str(directory), "format": format.value, "out": None if to is None else str(to)},
             **{"dry_run": dry_run, "merged": merge, "files": files},
-            **{"certificate": certificate.to_json() if certificate else None, "warnings": warnings},
+            **{"certificate": certificate.to_json() if certificate else None, "tensors": [], "warnings": warnings},
         }
         print_json(ExportResult.model_validate(result))
         return
     print_certificate(certificate, {})
+    print_files(to, files)
+
+
+def _to_peft(
+    directory: Path,
+    to: Path | None,
+    model: str | None,
+    names: Sequence[str],
+    budget: float | None,
+    *,
+    force: bool,
+    json: bool,
+) -> None:
+    """Write the adapters as PEFT's checkpoint; nothing is folded.
+
+    Raises:
+        GraftError: GC090 for options that are about graphs.
+    """
+    from graftc.runtime.cli.output import print_json, steps, working
+    from graftc.specs.errors.diagnostics import GraftError
+
+    if names or budget is not None:
+        option = "--inputs" if names else "--budget"
+        raise GraftError("GC090", f"{option} is not for --format peft", hint="leave it out: nothing is folded")
+    with working(json) as warnings, steps(json) as step:
+        from graftc.runtime.files import check_apart, check_destination
+        from graftc.runtime.interop.peft.exporting import export_peft, is_exported, prepared
+
+        if to is not None:
+            check_apart(to, directory, model)
+            check_destination(to, force=force, replaceable=is_exported)
+        step("loading")
+        from graftc.runtime.api import load
+        from graftc.runtime.deploy.deployed import deployed
+        from graftc.runtime.model.runner import runner_of
+
+        compilation = deployed(runner_of(load(directory, model))).compilation
+        step("exporting")
+        made = prepared(compilation) if to is None else export_peft(compilation, to, force=force)
+
+    from graftc.runtime.cli.deployed import files_in, print_files, print_tensors
+
+    files = files_in(to)
+    if json:
+        from graftc.runtime.cli.results import ExportResult
+
+        result = {
+            **{"artifact": str(directory), "format": "peft", "out": None if to is None else str(to)},
+            **{"dry_run": to is None, "merged": False, "files": files, "certificate": None},
+            **{"tensors": made.sites(), "warnings": warnings},
+        }
+        print_json(ExportResult.model_validate(result))
+        return
+    print_tensors(str(made.config["peft_type"]), made.sites())
     print_files(to, files)
 
 

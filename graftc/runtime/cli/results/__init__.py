@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from graftc.runtime.cli.results.work import CompileResult as CompileResult
     from graftc.runtime.cli.results.work import DiffResult as DiffResult
     from graftc.runtime.cli.results.work import ExportResult as ExportResult
+    from graftc.runtime.cli.results.work import ImportPeftResult as ImportPeftResult
     from graftc.runtime.cli.results.work import KeptData as KeptData
     from graftc.runtime.cli.results.work import MergeResult as MergeResult
+    from graftc.runtime.cli.results.work import PeftTensorData as PeftTensorData
     from graftc.runtime.cli.results.work import SiteChanges as SiteChanges
     from graftc.runtime.cli.results.work import TensorChange as TensorChange
     from graftc.runtime.cli.results.work import VerifyResult as VerifyResult
@@ -44,7 +46,7 @@ _HOME = {
     "views": ("InspectResult",),
     "work": (
         *("CheckData", "CheckResult", "CompileResult", "DiffResult", "ExportResult", "KeptData", "MergeResult"),
-        *("SiteChanges", "TensorChange", "VerifyResult"),
+        *("ImportPeftResult", "PeftTensorData", "SiteChanges", "TensorChange", "VerifyResult"),
     ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -85,6 +85,7 @@ _BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "roles": _roles,
     "check": partial(_work, "CheckResult"),
     "compile": partial(_work, "CompileResult"),
+    "import-peft": partial(_work, "ImportPeftResult"),
     "merge": partial(_work, "MergeResult"),
     "convert": _convert,
     "export": partial(_work, "ExportResult"),

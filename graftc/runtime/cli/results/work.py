@@ -105,6 +105,56 @@ class MergeResult(Result):
     """Warnings."""
 
 
+class PeftTensorData(Result):
+    """A tensor of a PEFT checkpoint and the one that it is here."""
+
+    key: str
+    """Its key in `adapter_model.safetensors`."""
+
+    site: str
+    """The adapted site; empty for a tensor of the adaptation as a whole."""
+
+    part: str
+    """What it is there, such as `A`."""
+
+    tensor: str
+    """Full name of the tensor in the compiled model."""
+
+
+class ImportPeftResult(Result):
+    """`graftc import-peft DIR --model MODEL --out DIR2 --json`."""
+
+    adapter: str
+    """The checkpoint's folder."""
+
+    peft_type: str
+    """PEFT's name of the method."""
+
+    method: str
+    """The method that says the same here."""
+
+    model: str
+    """The base, as given."""
+
+    out: str | None
+    """The artifact's folder; null with `--dry-run`."""
+
+    dry_run: bool
+    """Whether nothing was written."""
+
+    tensors: Items[PeftTensorData]
+    """Every tensor of the checkpoint that was taken over, and what it is here."""
+
+    files: Items[FileData]
+    """The artifact's files."""
+
+    certificate: CertificateData | None
+    """Evidence that the adaptations fold; null where that was not asked for or they do not."""
+
+    warnings: Items[DiagnosticData]
+    """Warnings."""
+
+
 class ExportResult(Result):
     """`graftc export DIR --format FORMAT --out PATH --json`."""
 
@@ -128,6 +178,9 @@ class ExportResult(Result):
 
     certificate: CertificateData | None
     """The evidence for the fold; null where nothing was folded."""
+
+    tensors: Items[PeftTensorData]
+    """With `--format peft`, every tensor that was written, and what it is here; empty otherwise."""
 
     warnings: Items[DiagnosticData]
     """Warnings."""

@@ -23,7 +23,7 @@ from graftc.passes.core.weights.weight_slice import Layout
 from graftc.runtime.files import staged
 from graftc.runtime.interop.peft.expressible import refuse_inexpressible, task_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, read_peft
-from graftc.runtime.interop.peft.pairs import Pair, pairs_of, split, table_of
+from graftc.runtime.interop.peft.pairs import Pair, as_data, pairs_of, split, table_of
 from graftc.runtime.interop.peft.targets import suffixes
 from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.base import MethodSpec
@@ -53,7 +53,7 @@ class PeftExport:
 
     def sites(self) -> list[dict[str, str]]:
         """The pairs as plain data: the key in the file, and site, part and name of the tensor here."""
-        return [{"key": p.key, "site": p.site, "part": p.part, "tensor": p.tensor} for p in self.pairs]
+        return as_data(self.pairs)
 
 
 def is_exported(path: Path) -> bool:
@@ -157,7 +157,7 @@ def _fields(main: Resolved, table: PeftFormat) -> dict[str, Any]:
         meanings = table.values.get(theirs)
         if meanings is not None:
             own = next(word for word, meaning in meanings.items() if meaning == own)
-        found[theirs] = list(own) if isinstance(own, tuple) else own
+        found[theirs] = _as_json(own)
     for theirs, derive in table.written.items():
         found[theirs] = derive(main.spec)
     return {theirs: value for theirs, value in found.items() if value is not None or theirs not in table.fields}
@@ -182,7 +182,7 @@ def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved
     for theirs, ours in table.patterns.items():
         usual = Counter(getattr(spec, ours) for _, spec in main.places).most_common(1)[0][0]
         found[theirs] = {
-            _pattern_key(compilation, site): getattr(spec, ours)
+            _pattern_key(compilation, site): _as_json(getattr(spec, ours))
             for site, spec in main.places
             if getattr(spec, ours) != usual
         }

@@ -6,7 +6,7 @@ written go by the same pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -23,7 +23,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import beside
 from graftc.specs.peft import Form, PeftFormat
 
-__all__ = ["Pair", "pairs_of", "table_of"]
+__all__ = ["Pair", "as_data", "pairs_of", "repeats", "split", "table_of"]
 
 
 @dataclass(frozen=True)
@@ -234,3 +234,8 @@ def repeats(compilation: Compilation, resolved: Resolved) -> bool:
     """Whether peft's table is read with repetitions: by attentions of a model with two stacks."""
     attends = any(isinstance(site, AttentionSite) for site, _ in resolved.places)
     return attends and bool(getattr(getattr(compilation.model, "config", None), "is_encoder_decoder", False))
+
+
+def as_data(pairs: Sequence[Pair]) -> list[dict[str, str]]:
+    """Pairs as plain data: the key in peft's file, and site, part and name of the tensor here."""
+    return [{"key": p.key, "site": p.site, "part": p.part, "tensor": p.tensor} for p in pairs]
