@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from graftc.compiler.capture.interface import config_of
 from graftc.compiler.capture.isolation import exclusive, is_traced, isolated
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
@@ -24,6 +25,7 @@ from graftc.passes.core.ir.updates import as_source
 from graftc.passes.core.method.base_gradients import wanted
 from graftc.passes.core.weights.sharding import copy_whole
 from graftc.runtime.deploy.combine import Combining
+from graftc.runtime.deploy.convert import Converting
 from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.model.checkpointing import Checkpointed
 from graftc.runtime.model.choosing import Choosing
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
     from graftc.runtime.deploy.partial import Partial
 
 
-class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Combining, Selecting, Exporting):
+class CompiledRunner(
+    Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Combining, Converting, Selecting, Exporting
+):
     """All that a `Compiled` does."""
 
     _keys_to_ignore_on_save = None
@@ -130,6 +134,16 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
         export_peft(deployed(self).compilation, path, force=force)
         return path
 
+    def _export_gguf(self, path: Path, dtype: Literal["f32", "f16", "bf16"], force: bool) -> Path:
+        """See `Exporting`."""
+        from graftc.runtime.artifact.write import require_values
+        from graftc.runtime.deploy.deployed import deployed
+        from graftc.runtime.export.gguf.adapter import export_adapter, plain_of
+
+        require_values(self)
+        adapter = plain_of(deployed(self).compilation)
+        return export_adapter(adapter, config_of(self.compilation.source), path, dtype=dtype, force=force)
+
     def sibling(
         self,
         spec: Spec,
@@ -167,11 +181,13 @@ class CompiledRunner(Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Com
         return merge(self, budget, progress or (lambda _: None), dtype=dtype, allow_unchanged=allow_unchanged)
 
     @isolated()
-    def merge_partially(self, budget: float | None = None, *, allow_unchanged: bool = False) -> Partial:
+    def merge_partially(
+        self, budget: float | None = None, *, only: Sequence[str] | None = None, allow_unchanged: bool = False
+    ) -> Partial:
         """See `Compiled.merge_partially`."""
         from graftc.runtime.deploy.partial import merge_partially
 
-        return merge_partially(self, budget, allow_unchanged=allow_unchanged)
+        return merge_partially(self, budget, only=only, allow_unchanged=allow_unchanged)
 
     @isolated()
     def merged_state_dict(self, *, digests: bool = False) -> MergedTensors:
@@ -323,18 +339,23 @@ class Compiled(ModelRoot, Generic[M]):
         made = self._graftc.merge(budget, progress=progress, dtype=dtype, allow_unchanged=allow_unchanged)
         return cast("Merged[M]", made)
 
-    def merge_partially(self, budget: float | None = None, *, allow_unchanged: bool = False) -> Partial[M]:
+    def merge_partially(
+        self, budget: float | None = None, *, only: Sequence[str] | None = None, allow_unchanged: bool = False
+    ) -> Partial[M]:
         """Fold what folds, certify that, and compile the rest on a base that has the folded weights. What was trained
         with experts that are drawn becomes the simpler adaptation with their mean, whether anything folds or not.
 
         Args:
             budget, allow_unchanged: as for `merge`.
+            only: names of what is folded, ``trained`` for the ``train:`` list; the rest stays beside the new base,
+                whether it would fold or not. By default all that folds.
 
         Raises:
             GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor, GC104 where what folds
-                changes no tensor.
+                changes no tensor; of ``only``, GC050 and GC022 for what does not fold and GC091 for a name that is none.
         """
-        return cast("Partial[M]", self._graftc.merge_partially(budget, allow_unchanged=allow_unchanged))
+        made = self._graftc.merge_partially(budget, only=only, allow_unchanged=allow_unchanged)
+        return cast("Partial[M]", made)
 
     def get_extra_state(self) -> Tensor:
         """See `torch.nn.Module.get_extra_state`: what the tensors of a state dict belong to, as ``uint8[bytes]``."""

@@ -29,6 +29,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 READING_ARTIFACT: dict[str, Callable[[str], list[str]]] = {
     "merge": lambda out: ["merge", "artifact", "--out", out],
     "merge --partial": lambda out: ["merge", "link", "--partial", "--out", out],
+    "convert": lambda out: ["convert", "artifact", "--out", out],
     "export": lambda out: ["export", "artifact", "-f", "onnx", "--out", out],
     "export pt2": lambda out: ["export", "link", "-f", "pt2", "--out", out],
     "inspect": lambda out: ["inspect", "artifact", "--dot", out],

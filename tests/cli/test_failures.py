@@ -9,7 +9,7 @@ import pytest
 from tests.cli.support import run_apart, run_here
 
 COMMANDS = (
-    *("compile", "inspect", "merge", "export", "verify", "diff"),
+    *("compile", "inspect", "merge", "convert", "export", "verify", "diff"),
     *("methods", "schema", "roles", "check", "demo"),
 )
 

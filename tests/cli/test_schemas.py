@@ -17,6 +17,7 @@ from graftc.runtime.cli.results import (
     SCHEMA_NAMES,
     CheckResult,
     CompileResult,
+    ConvertResult,
     DiffResult,
     ErrorResult,
     ExportResult,
@@ -33,17 +34,8 @@ from tests.cli.support import ROOT, Outcome, run_here
 PUBLISHED = ROOT / "docs" / "schemas"
 SPEC = "adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]\ntrain: [classifier]\n"
 COMMANDS = (
-    "methods",
-    "roles",
-    "check",
-    "compile",
-    "import-peft",
-    "merge",
-    "export",
-    "verify",
-    "diff",
-    "inspect",
-    "demo",
+    *("methods", "roles", "check", "compile", "import-peft", "merge", "convert", "export", "verify", "diff"),
+    *("inspect", "demo"),
 )
 
 
@@ -272,6 +264,18 @@ EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
         {
             **{"artifact": "a", "out": "b", "dry_run": False, "partial": True, "folded": ["x"], "files": FILES},
             **{"kept": [{"name": "y", "reason": "z"}], "certificate": None, "warnings": []},
+        },
+    ),
+    "convert": (
+        ConvertResult,
+        {
+            **{"source": "a", "out": "b", "dry_run": False, "from_form": "artifact", "to_form": "lora", "rank": 4},
+            **{"largest_error": 0.1, "outputs": {"logits": 0.2}, "largest_output": 2.0, "into_base": ["trained"]},
+            "sites": [
+                {"adaptation": "x", "site": "a", "rank": 4, "full_rank": 9, "error": 0.1, "probed": 0.1},
+                {"adaptation": None, "site": "b", "rank": None, "full_rank": None, "error": 0.0, "probed": 0.0},
+            ],
+            **{"files": FILES, "warnings": []},
         },
     ),
     "export": (

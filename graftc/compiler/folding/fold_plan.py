@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from graftc.compiler.compilation import Compilation
@@ -13,7 +13,7 @@ from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import LinearSite, SiteKey
 from graftc.passes.core.weights.folds import LazyTensors
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,38 @@ class FoldPlan:
         return {name: error.message for name, error in self.kept.items()}
 
 
-def fold_plan(compilation: Compilation) -> FoldPlan:
+def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> FoldPlan:
     """Try every adaptation. One that was inserted on top of another one that stays has to stay as well: folding it
-    into the weights would apply it first. What stands in for base tensors is on top of nothing."""
+    into the weights would apply it first. What stands in for base tensors is on top of nothing.
+
+    Args:
+        compilation: what to fold.
+        only: these have to fold, and all others stay; by default all that fold do.
+
+    Raises:
+        GraftError: of ``only``, GC091 for a name that is none, GC050 and GC022 for what does not fold.
+    """
     units = {unit.name: unit for unit in compilation.units}
     resolved = {name: unit.members[0] for name, unit in units.items()}
+    for name in only or ():
+        if name not in (TOKENS, TRAIN, *resolved):
+            raise unknown_name("adaptation", name, (TOKENS, TRAIN, *resolved))
     names: list[str] = []
     kept: dict[str, GraftError] = {}
     for name in [TOKENS, TRAIN, *resolved]:
         below = _below(resolved, name, kept)
         try:
+            if only is not None and name not in only:
+                if _present(compilation, name):
+                    kept[name] = GraftError("GC050", f"{name!r} is not among what was to be folded")
+                continue
             if below is not None:
                 message = f"{name!r} stands on {below[0]!r} at {below[1]}, which does not fold"
                 raise GraftError("GC050", message, hint="fold without it, or put it first in the spec")
             if fold_steps(compilation, [name]):
                 names.append(name)
         except GraftError as error:
-            if error.code not in ("GC022", "GC050"):
+            if error.code not in ("GC022", "GC050") or only is not None:
                 raise
             kept[name] = error
     lazy = LazyTensors(compilation.store, fold_steps(compilation, names))
@@ -62,6 +77,11 @@ def fold_plan(compilation: Compilation) -> FoldPlan:
             elif unit.name in names and member.name not in names:
                 names.append(member.name)
     return FoldPlan(lazy, tuple(names), kept)
+
+
+def _present(compilation: Compilation, name: str) -> bool:
+    """Whether there is such an adaptation; the lists of a spec may be empty."""
+    return name in compilation.unit_of or bool(compilation.tensor_edits.copies(name))
 
 
 def _below(resolved: Mapping[str, Resolved], name: str, kept: Mapping[str, GraftError]) -> tuple[str, SiteKey] | None:

@@ -8,6 +8,7 @@ import typer
 
 from graftc.runtime.cli.check import check
 from graftc.runtime.cli.compile import compile
+from graftc.runtime.cli.convert import convert
 from graftc.runtime.cli.demo import demo
 from graftc.runtime.cli.diff import diff
 from graftc.runtime.cli.export import export
@@ -38,7 +39,9 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog=_EPILOG)(_graftc)
-    for command in (compile, import_peft, inspect, merge, export, verify, diff, check, roles, methods, schema, demo):
+    for command in (compile, import_peft, inspect, merge, convert, export, verify, diff):
+        app.command()(command)
+    for command in (check, roles, methods, schema, demo):
         app.command()(command)
     return app
 

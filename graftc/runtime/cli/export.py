@@ -21,6 +21,7 @@ from graftc.runtime.cli.options import (
     Out,
     destination,
 )
+from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
@@ -51,13 +52,21 @@ def export(
     ] = None,
     budget: Budget = None,
     allow_unchanged: AllowUnchanged = False,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="TYPE", help="Type of the matrices in a GGUF file: f32, f16 or bf16.")
+    ] = "f32",
     dry_run: DryRun = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Export to ONNX or .pt2, folded and certified, or to PEFT's format; files are checked before they appear."""
+    """Export to ONNX, .pt2 or GGUF, folded and certified, or the adapters alone to PEFT's format or, with --no-merge, to
+    GGUF; files are checked before they appear."""
     from graftc.runtime.cli.output import print_json, steps, working
 
+    if format is ExportFormat.GGUF and inputs:
+        raise GraftError(
+            "GC090", "a GGUF file has no inputs", hint="--no-merge writes the LoRAs as a file of their own"
+        )
     to = destination(out, dry_run=dry_run)
     names = inputs or []
     if format is ExportFormat.PEFT:
@@ -82,7 +91,8 @@ def export(
         merged = _folded(compiled, budget, names, allow_unchanged) if merge else None
         if to is not None:
             step("exporting")
-            (merged or compiled.eval()).export(to, format=format.value, inputs=names, force=force)
+            only = {"dtype": dtype} if format is ExportFormat.GGUF else {"inputs": names}
+            (merged or compiled.eval()).export(to, format=format.value, force=force, **only)
 
     from graftc.runtime.cli.deployed import files_in, print_certificate, print_files
 
@@ -165,7 +175,6 @@ def _folded(compiled: Compiled, budget: float | None, inputs: Sequence[str], all
     if not inputs:
         return compiled.merge(budget, allow_unchanged=allow_unchanged)
     from graftc.runtime.deploy.partial import merge_what_folds
-    from graftc.specs.errors.diagnostics import GraftError
 
     made = merge_what_folds(compiled, budget, allow_unchanged=allow_unchanged)
     composed = {composition.name for composition in compiled.compilation.spec.compose}

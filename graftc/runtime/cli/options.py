@@ -43,6 +43,7 @@ class ExportFormat(StrEnum):
 
     ONNX = "onnx"
     PT2 = "pt2"
+    GGUF = "gguf"
     PEFT = "peft"
 
 

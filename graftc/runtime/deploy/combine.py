@@ -18,7 +18,8 @@ from graftc.compiler.resolve.compose import Unit
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.passes.core.sites.sites import LinearSite, SiteKey
 from graftc.passes.core.weights.folds import FoldStep
-from graftc.passes.core.weights.names import adapter_name, owner_of
+from graftc.passes.core.weights.names import owner_of
+from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lora_of, values_of
 from graftc.specs.arguments import kind_of
 from graftc.specs.compose import Bank, Stack
 from graftc.specs.document import Spec
@@ -98,17 +99,15 @@ class Combining:
                 "combining takes one weight for each adaptation, a density in (0, 1] and a rank of at least 1",
                 hint=f"the kinds are: {', '.join(KINDS)}",
             )
-        made: dict[SiteKey, tuple[Tensor, Tensor]] = {}
+        made: dict[SiteKey, Factors] = {}
         errors: dict[str, float] = {}
-        for site, _ in chosen[0].places:
-            assert isinstance(site, LinearSite)
-            a, b, errors[str(site.key)] = _at(compilation, chosen, factors, site, kind, rank, density, seed)
-            made[site.key] = a, b
-        width = max(a.shape[-2] for a, _ in made.values())
+        sites = [site for site, _ in chosen[0].places if isinstance(site, LinearSite)]
+        for site in sites:
+            made[site.key], errors[str(site.key)] = _at(compilation, chosen, factors, site, kind, rank, density, seed)
         values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) not in names}
-        for resolved_name, tensors in _named(compilation, chosen[0], name, made, width).items():
-            values[resolved_name] = tensors
-        spec = _spec(compilation.spec, chosen[0], names, name, width)
+        values |= values_of(name, made, sites)
+        new = lora_of(name, chosen[0].spec.target, made, sites)
+        spec = _spec(compilation.spec, chosen[0], names, new)
         result = self.sibling(spec, values)
         result.train(self.training)
         return Combined(result, name, errors)
@@ -144,8 +143,8 @@ def _at(
     rank: int | None,
     density: float,
     seed: int,
-) -> tuple[Tensor, Tensor, float]:
-    """``A``, ``B`` (scaled by 1) and the error at one site, in float64."""
+) -> tuple[Factors, float]:
+    """The factors, scaled by 1, and the error at one site, in float64."""
     if kind in ("concatenation", "linear"):
         return _of_factors(compilation, chosen, weights, site, kind)
     updates = [_update(compilation, item, site) for item in chosen]
@@ -157,8 +156,8 @@ def _at(
     else:
         wanted = scaled.sum(0)
     limit = min(wanted.shape[-2:])
-    a, b = _truncated(wanted, min(rank or max(_rank(item, site, limit) for item in chosen), limit))
-    return a, b, _distance(b @ a, wanted)
+    made = Decomposition(wanted).factors(min(rank or max(_rank(item, site, limit) for item in chosen), limit))
+    return made, distance(made.update, wanted)
 
 
 def _update(compilation: Compilation, item: Resolved, site: LinearSite) -> Tensor:
@@ -188,7 +187,7 @@ def _rank(item: Resolved, site: LinearSite, limit: int) -> int:
 
 def _of_factors(
     compilation: Compilation, chosen: Sequence[Resolved], weights: Sequence[float], site: LinearSite, kind: Kind
-) -> tuple[Tensor, Tensor, float]:
+) -> tuple[Factors, float]:
     """From the factors themselves: side by side, or added up."""
     downs, ups, total = [], [], None
     for item, weight in zip(chosen, weights, strict=True):
@@ -206,11 +205,11 @@ def _of_factors(
         ups.append(math.copysign(root, scale) * b)
     assert total is not None
     if kind == "concatenation":
-        return torch.cat(downs, -2), torch.cat(ups, -1), 0.0
+        return Factors(torch.cat(downs, -2), torch.cat(ups, -1)), 0.0
     if len({a.shape for a in downs}) > 1:
         raise GraftError("GC029", f"linear combination needs one rank at {site.key}", hint="concatenation does not")
-    a, b = torch.stack(downs).sum(0), torch.stack(ups).sum(0)
-    return a, b, _distance(b @ a, total)
+    added = Factors(torch.stack(downs).sum(0), torch.stack(ups).sum(0))
+    return added, distance(added.update, total)
 
 
 def _ties(updates: Tensor, density: float) -> Tensor:
@@ -235,40 +234,6 @@ def _dare(updates: Tensor, density: float, seed: int, place: str) -> Tensor:
     return (updates * mask / density).sum(0)
 
 
-def _truncated(update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest update of a rank, its singular values shared by both factors."""
-    u, s, v = torch.linalg.svd(update, full_matrices=False)
-    root = s[..., :rank].sqrt()
-    return root[..., :, None] * v[..., :rank, :], u[..., :rank] * root[..., None, :]
-
-
-def _distance(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-300))
-
-
-def _named(
-    compilation: Compilation,
-    like: Resolved,
-    name: str,
-    made: Mapping[SiteKey, tuple[Tensor, Tensor]],
-    width: int,
-) -> dict[str, Tensor]:
-    """The tensors of the new adaptation under its name, padded with zeros to one rank."""
-    values: dict[str, Tensor] = {}
-    for site, _ in like.places:
-        assert isinstance(site, LinearSite)
-        a, b = made[site.key]
-        missing = width - a.shape[-2]
-        padded = (
-            torch.nn.functional.pad(a, (0, 0, 0, missing)),
-            torch.nn.functional.pad(b, (0, missing)),
-        )
-        tensor = "" if site.key.name == "weight" else site.key.name
-        for part, value in zip("AB", padded, strict=True):
-            values[adapter_name(site.key.module, name, tensor, site.key.part, part)] = value.to(site.dtype)
-    return values
-
-
 def _check_compositions(spec: Spec, names: Sequence[str]) -> None:
     """Of a bank, all adaptations may become one; what another composition makes of its members is no LoRA."""
     for composition in spec.compose:
@@ -282,11 +247,10 @@ def _check_compositions(spec: Spec, names: Sequence[str]) -> None:
             raise GraftError("GC029", message, hint=hint)
 
 
-def _spec(spec: Spec, like: Resolved, names: Sequence[str], name: str, rank: int) -> Spec:
+def _spec(spec: Spec, like: Resolved, names: Sequence[str], new: LoRA) -> Spec:
     """The spec with one LoRA in place of the first of the adaptations."""
-    new = LoRA(name=name, target=like.spec.target, rank=rank, alpha=float(rank))
     adapt = [new if a.name == like.name else a for a in spec.adapt if a.name == like.name or a.name not in names]
-    if sum(a.name == name for a in adapt) > 1:
-        raise GraftError("GC005", f"the name {name!r} is taken by another adaptation")
+    if sum(a.name == new.name for a in adapt) > 1:
+        raise GraftError("GC005", f"the name {new.name!r} is taken by another adaptation")
     compose = (c for c in spec.compose if not any(member in names for member in c.members))
     return spec.model_copy(update={"adapt": tuple(adapt), "compose": tuple(compose)})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -73,6 +73,12 @@ class MergedRunner(Exporting):
         """The base's tensors with the folded ones in place, by the source model's names (tied names included)."""
         own = ((name, t) for name, t in self._store.tensors() if name not in self._store.constants)
         return {name: tensor.detach() for name, tensor in own}
+
+    def _export_gguf(self, path: Path, dtype: Literal["f32", "f16", "bf16"], force: bool) -> Path:
+        """See `Exporting`."""
+        from graftc.runtime.export.gguf.model import export_merged
+
+        return export_merged(self, path, dtype=dtype, force=force)
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write a folder that transformers loads, with the base's tokenizer, and ``graftc.json``: the certificate, the
@@ -215,6 +221,7 @@ def fold(
     budget: float | None = None,
     *,
     every: bool = False,
+    only: Sequence[str] | None = None,
     advance: Advance = lambda _: None,
 ) -> Merged:
     """Fold what folds. The certificate may say that it did not pass.
@@ -223,18 +230,19 @@ def fold(
         compiled: what to fold; it stays as it is.
         budget: as for `Compiled.merge`.
         every: all adaptations have to fold.
+        only: these have to fold, and no others do; None for all that fold.
         advance: is told how much of the folding is done, from 0 to 1.
 
     Raises:
-        GraftError: GC050 on the meta device; with ``every``, GC050 or GC022 naming what does not fold; GC073 for a
-            budget that is no number.
+        GraftError: GC050 on the meta device; with ``every`` and ``only``, GC050 or GC022 naming what does not fold;
+            GC091 for a name in ``only`` that is none; GC073 for a budget that is no number.
     """
     budget = as_budget(budget)
     runner: CompiledRunner = runner_of(compiled)
     compilation = runner.compilation
     if runner.device.type == "meta":
         raise GraftError("GC050", "there is nothing to fold on the meta device", hint="compile a model with weights")
-    found = fold_plan(compilation)
+    found = fold_plan(compilation, only)
     if every and found.kept:
         raise next(iter(found.kept.values()))
     # What stays in the graph is not the fold's: it is left out where the fold is looked at by itself.

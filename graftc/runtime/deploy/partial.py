@@ -84,11 +84,15 @@ class Partial(Generic[M]):
 
 
 def merge_partially(
-    compiled: Compiled | CompiledRunner, budget: float | None = None, *, allow_unchanged: bool = False
+    compiled: Compiled | CompiledRunner,
+    budget: float | None = None,
+    *,
+    only: Sequence[str] | None = None,
+    allow_unchanged: bool = False,
 ) -> Partial:
     """Fold what folds, and compile what does not on the result, collapsed where it has a simpler form. See
     `Compiled.merge_partially`."""
-    return _partial(compiled, _folded(compiled, budget, allow_unchanged=allow_unchanged))
+    return _partial(compiled, _folded(compiled, budget, only=only, allow_unchanged=allow_unchanged))
 
 
 def _folded(
@@ -96,9 +100,10 @@ def _folded(
     budget: float | None,
     advance: Advance = lambda _: None,
     *,
+    only: Sequence[str] | None = None,
     allow_unchanged: bool,
 ) -> Merged:
-    merged = fold(compiled, budget, advance=advance)
+    merged = fold(compiled, budget, only=only, advance=advance)
     _require_any(merged)
     require_passed(merged.certificate)
     require_changed(merged.certificate, allow_unchanged)

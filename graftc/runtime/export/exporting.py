@@ -25,14 +25,16 @@ class Exporting(ModelRunner):
     def export(
         self,
         path: str | Path,
-        format: Literal["onnx", "pt2", "peft"] = "onnx",
+        format: Literal["onnx", "pt2", "peft", "gguf"] = "onnx",
         example_inputs: ExampleInputs | None = None,
         *,
         inputs: Sequence[str] = (),
+        dtype: Literal["f32", "f16", "bf16"] = "f32",
         force: bool = False,
     ) -> Path:
         """Export the model in eval mode: a compiled one with its adapters, experts averaged, a merged one folded, with
         its certificate in the metadata. ``"peft"`` writes the adapters of a compiled model as a folder that PEFT loads.
+        ``"gguf"`` writes a merged model for llama.cpp, or the LoRAs of a compiled one as an adapter for it.
 
         The tensors of ``inputs`` are no constants of the graph, but inputs by their full names, so that one file serves
         every adaptation of these shapes; in ``.pt2`` they are one keyword, ``adapter_tensors``, a mapping of names to
@@ -40,20 +42,23 @@ class Exporting(ModelRunner):
 
         Args:
             path: the file to write, or the folder.
-            format: ``"onnx"``, ``"pt2"`` or ``"peft"``.
+            format: ``"onnx"``, ``"pt2"``, ``"peft"`` or ``"gguf"``.
             example_inputs: a call whose signature is exported, by name or in order; by default the one that the model
                 was compiled with. Values of tensors do not matter.
             inputs: names of adaptations that are in the graph.
+            dtype: of the matrices in a GGUF file.
             force: replace what is there.
 
         Raises:
             GraftError: GC031 for example inputs that have no graph, GC060 when the exporter or the check of its result
                 fails, GC061 without the ``export`` extra, GC063 when ``path`` exists, GC064 when it cannot be written,
                 GC065 for an input of which the graph reads nothing, GC091 for one that there is not; GC115 for what
-                PEFT cannot express, before anything is written.
+                PEFT cannot express, before anything is written, and GC066 for what is no LoRA in a GGUF adapter.
         """
         if format == "peft":
             return self._export_peft(as_path(path), force)
+        if format == "gguf":
+            return self._export_gguf(as_path(path), dtype, force)
         return self._export(path, format, example_inputs, inputs, getattr(self, "certificate", None), force)
 
     def _export(
@@ -82,6 +87,10 @@ class Exporting(ModelRunner):
     def _export_peft(self, path: Path, force: bool) -> Path:
         """Write the adapters as peft's checkpoint; only a compiled model has some."""
         raise GraftError("GC115", "a merged model has no adaptation", hint="export the compiled model it was made from")
+
+    def _export_gguf(self, path: Path, dtype: Literal["f32", "f16", "bf16"], force: bool) -> Path:
+        """Write a GGUF file: of a compiled model its LoRAs, of a merged one all of it."""
+        raise NotImplementedError
 
     def _deployed(self) -> Exporting:
         """What an export writes."""

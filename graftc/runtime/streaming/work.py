@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.folding.certificate import SiteEvidence
-from graftc.compiler.folding.rounding import measured, round_and_measure
 from graftc.compiler.folding.retention import Retention
+from graftc.compiler.folding.rounding import measured, round_and_measure
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.runtime.streaming.mapped import DTYPES, MappedFile, StoredTensors
 from graftc.runtime.streaming.places import PlaceFold, ReplacedFold

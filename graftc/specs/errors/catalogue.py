@@ -281,6 +281,25 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC065", _SPEC, "an adaptation cannot be an input",
      "It has been folded into the weights, or the exported graph reads none of its tensors.",
      "Export the unfolded model (`--no-merge`), or leave the adaptation out of the inputs."),
+    ("GC066", _NO, "an adaptation cannot be a LoRA",
+     "It changes something else than the weights of linear maps: biases, norms, keys and values, or it is part of a "
+     "composition that is no sum.",
+     "Leave it out of the conversion, fold it into a base that is saved beside (`--into-base NAME`), or merge the "
+     "whole model."),
+    ("GC067", _NO, "a conversion does not hold",
+     "The converted adapter gives another update than the original one, by more than was allowed or by more than its "
+     "rounding. Nothing was written.",
+     "Raise the rank or the allowed error. If a probe of the written files failed, the source's layout is not what "
+     "it was taken for; the message names the site."),
+    ("GC068", _NO, "the server does not take the adapter",
+     "The server that the adapter is for would refuse it, or would compute something else with it. Nothing was "
+     "written.",
+     "The message names each field and the way out: convert the adapter to a plain LoRA of one rank "
+     "(`graftc convert`), or merge the model."),
+    ("GC069", _SPEC, "the adapter does not fit the layout",
+     "The layout has no place for something that the adapter has, the folder is not of the layout that it was taken "
+     "for, or sizes of the base are needed that are not known.",
+     "Choose another layout, name the one that the folder has with `--from`, or name the base with `--model`."),
     ("GC070", _FAILED, "a method is registered twice",
      "Two modules claim the same tag; the message names both.",
      "Rename one of the methods, or uninstall one of the packages."),
@@ -300,6 +319,11 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Its graphs are code, which would run wherever the file is loaded.",
      "Use `model.save(path)` for the whole model, `torch.save(compiled.state_dict(), path)` for the trained tensors, "
      "and `copy.deepcopy(model)` for a copy."),
+
+    ("GC075", _WARNING, "a GGUF file has no tokenizer",
+     "The base has no tokenizer beside it, or one of a kind that cannot be written.",
+     "No action is needed if only the weights are read. llama.cpp needs a tokenizer: save it into the base's folder as "
+     "`tokenizer.json` and export again."),
 
     # Artifacts.
     ("GC080", _FAILED, "there is no artifact",

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from graftc.runtime.cli.results.base import ErrorResult as ErrorResult
     from graftc.runtime.cli.results.base import FileData as FileData
     from graftc.runtime.cli.results.base import Result as Result
+    from graftc.runtime.cli.results.converting import ConvertedSiteData as ConvertedSiteData
+    from graftc.runtime.cli.results.converting import ConvertResult as ConvertResult
     from graftc.runtime.cli.results.demo import DemoData as DemoData
     from graftc.runtime.cli.results.listing import MethodPage as MethodPage
     from graftc.runtime.cli.results.listing import MethodsResult as MethodsResult
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "base": ("DiagnosticData", "ErrorResult", "FileData", "Result"),
+    "converting": ("ConvertResult", "ConvertedSiteData"),
     "demo": ("DemoData",),
     "listing": ("MethodPage", "MethodsResult", "RolesResult"),
     "publish": ("DIALECT", "SCHEMA_NAMES", "published_schema", "published_schemas"),

@@ -65,6 +65,12 @@ def _demo() -> dict[str, Any]:
     return _model(DemoData)
 
 
+def _convert() -> dict[str, Any]:
+    from graftc.runtime.cli.results.converting import ConvertResult
+
+    return _model(ConvertResult)
+
+
 def _error() -> dict[str, Any]:
     from graftc.runtime.cli.results.base import ErrorResult
 
@@ -81,6 +87,7 @@ _BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "compile": partial(_work, "CompileResult"),
     "import-peft": partial(_work, "ImportPeftResult"),
     "merge": partial(_work, "MergeResult"),
+    "convert": _convert,
     "export": partial(_work, "ExportResult"),
     "verify": partial(_work, "VerifyResult"),
     "diff": partial(_work, "DiffResult"),

@@ -1,0 +1,228 @@
+"""``graftc convert``: adaptations to LoRA, and adapter folders from one layout to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graftc.runtime.cli.options import BaseOption, DryRun, Force, Json, Out, destination
+from graftc.specs.errors.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from graftc.runtime.deploy.convert import Converted
+    from graftc.runtime.interop.layouts.convert import ConvertedFolder
+
+__all__ = ["convert"]
+
+LORA = "lora"
+_OF_ARTIFACTS = ("names", "rank", "error", "into-base")
+_OF_FOLDERS = ("from", "add", "join", "split")
+
+
+def _several(word: str, metavar: str, text: str) -> Any:
+    return typer.Option(f"--{word}", metavar=metavar, help=f"{text}; may be repeated.", show_default=False)
+
+
+def convert(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="An artifact, or an adapter folder: adapter_config.json with adapter_model.safetensors.",
+            show_default=False,
+        ),
+    ],
+    out: Out = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="FORM",
+            help="lora, for an artifact; for an adapter folder a layout: peft, vllm, sglang, tinker, unsloth, "
+            "torchtune. Default: lora or peft.",
+            show_default=False,
+        ),
+    ] = None,
+    model: BaseOption = None,
+    names: Annotated[
+        list[str] | None, _several("names", "NAME", "An adaptation of the artifact to convert, not all of them")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", metavar="N", min=1, help="Rank of the LoRAs. Default: whatever loses nothing."),
+    ] = None,
+    error: Annotated[
+        float | None,
+        typer.Option(
+            "--error",
+            metavar="X",
+            help="Take the smallest rank of each site whose relative error (Frobenius norm) is at most this.",
+            show_default=False,
+        ),
+    ] = None,
+    into_base: Annotated[
+        list[str] | None,
+        _several("into-base", "NAME", "What to fold into a base inside of the new artifact: an adaptation, or trained"),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="LAYOUT",
+            help="The layout of the adapter folder. Default: what its keys say.",
+            show_default=False,
+        ),
+    ] = None,
+    add: Annotated[
+        list[Path] | None, _several("add", "DIR2", "Another adapter folder of the same base, added to the first")
+    ] = None,
+    join: Annotated[list[str] | None, _several("join", "WHAT", "Fuse maps into one: qkv or gate_up")] = None,
+    split: Annotated[list[str] | None, _several("split", "WHAT", "Take fused maps apart: qkv or gate_up")] = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Convert an artifact's adaptations to LoRA, or an adapter folder to another layout, and measure what changed."""
+    from graftc.runtime.cli.output import print_json, steps, working
+
+    given = {"names": names, "rank": rank, "error": error, "into-base": into_base}
+    given |= {"from": source, "add": add, "join": join, "split": split}
+    place = destination(out, dry_run=dry_run)
+    with working(json) as warnings, steps(json) as step:
+        from graftc.runtime.interop.layouts.convert import is_adapter_folder
+
+        if is_adapter_folder(directory):
+            _require_none(given, _OF_ARTIFACTS, "an adapter folder")
+            step("converting")
+            folder = _folder(directory, place, to, source, add, join, split, model, force)
+            found = _of_folder(folder)
+        else:
+            _require_none(given, _OF_FOLDERS, "an artifact")
+            step("loading")
+            converted = _artifact(directory, place, to, model, names, rank, error, into_base, force, step)
+            found = _of_artifact(converted)
+
+    from graftc.runtime.cli.deployed import files_in, print_files
+
+    files = files_in(place)
+    result = {
+        **{"source": str(directory), "out": None if place is None else str(place), "dry_run": dry_run},
+        **{**found, "files": files, "warnings": warnings},
+    }
+    if json:
+        from graftc.runtime.cli.results import ConvertResult
+
+        print_json(ConvertResult.model_validate(result))
+        return
+    _show(result)
+    print_files(place, files)
+
+
+def _require_none(given: dict[str, Any], words: tuple[str, ...], what: str) -> None:
+    for word in words:
+        if given[word] is not None:
+            raise GraftError("GC090", f"--{word} is not for {what}", hint="graftc convert --help says what is")
+
+
+def _folder(
+    directory: Path,
+    place: Path | None,
+    to: str | None,
+    source: str | None,
+    add: list[Path] | None,
+    join: list[str] | None,
+    split: list[str] | None,
+    model: str | None,
+    force: bool,
+) -> ConvertedFolder:
+    from graftc.runtime.interop.layouts.convert import convert_folder
+
+    if to == LORA:
+        raise GraftError("GC090", "an adapter folder is converted to a layout", hint="for example --to vllm")
+    return convert_folder(
+        directory,
+        place,
+        to or "peft",
+        source=source,
+        add=add or (),
+        join=join or (),
+        apart=split or (),
+        model=None if model is None else Path(model),
+        force=force,
+    )
+
+
+def _artifact(
+    directory: Path,
+    place: Path | None,
+    to: str | None,
+    model: str | None,
+    names: list[str] | None,
+    rank: int | None,
+    error: float | None,
+    into_base: list[str] | None,
+    force: bool,
+    step: Any,
+) -> Converted:
+    from graftc.runtime.api import load
+    from graftc.runtime.artifact.places import is_ours
+    from graftc.runtime.files import check_apart, check_destination
+    from graftc.runtime.model.runner import runner_of
+
+    if to not in (None, LORA):
+        hint = "graftc export --format peft writes an adapter folder, which graftc convert takes to other layouts"
+        raise GraftError("GC090", f"an artifact is not converted to {to!r}", hint=hint)
+    if place is not None:
+        check_apart(place, directory, model)
+        check_destination(place, force=force, replaceable=is_ours)
+    compiled = load(directory, model)
+    step("converting")
+    converted: Converted = runner_of(compiled).convert(names, rank=rank, error=error, into_base=into_base or ())
+    if place is not None:
+        step("writing")
+        converted.save(place, force=force)
+    return converted
+
+
+def _of_folder(made: ConvertedFolder) -> dict[str, Any]:
+    maps = [
+        {"adaptation": None, "site": m.path, "rank": None, "full_rank": None, "error": m.error, "probed": m.error}
+        for m in made.maps
+    ]
+    return {
+        **{"from_form": made.source, "to_form": made.target, "sites": maps, "largest_error": made.largest_error},
+        **{"rank": made.rank, "outputs": None, "largest_output": None, "into_base": []},
+    }
+
+
+def _of_artifact(made: Converted) -> dict[str, Any]:
+    return {
+        **{"from_form": "artifact", "to_form": LORA, "sites": [vars(site) for site in made.sites]},
+        **{"largest_error": made.largest_error, "rank": max(site.rank for site in made.sites)},
+        **{"outputs": dict(made.outputs), "largest_output": made.largest_output},
+        "into_base": [] if made.partial is None else list(made.partial.folded),
+    }
+
+
+def _show(result: dict[str, Any]) -> None:
+    from graftc.runtime.cli.output import console
+
+    to = console()
+    lines = {
+        "converted:": f"{result['from_form']} to {result['to_form']}, {len(result['sites'])} sites, "
+        f"rank {result['rank']} at most",
+        "largest error:": f"{result['largest_error']:.1e} of a site's update",
+    }
+    if result["outputs"] is not None:
+        largest = max(result["outputs"].values(), default=0.0)
+        lines["outputs:"] = f"within {largest:.1e} of the original's, whose largest is {result['largest_output']:.1e}"
+    if result["into_base"]:
+        lines["folded into a base:"] = ", ".join(result["into_base"])
+    for word, text in lines.items():
+        to.print(f"{word:<22}{text}", soft_wrap=True, markup=False)
+    worst = sorted(result["sites"], key=lambda site: -site["error"])[:3] if result["largest_error"] > 1e-6 else []
+    for site in worst:
+        ranks = "" if site["rank"] is None else f", rank {site['rank']} of {site['full_rank']}"
+        to.print(f"{'':<22}{site['site']}: {site['error']:.1e}{ranks}", soft_wrap=True, markup=False)

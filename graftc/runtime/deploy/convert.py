@@ -1,0 +1,389 @@
+"""Adaptations converted to LoRA, with the error of doing so at every site and on the model's outputs."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.capture.example_inputs import random_inputs
+from graftc.compiler.capture.isolation import isolated
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.folding.differences import largest_difference, largest_number
+from graftc.compiler.folding.fold_plan import FoldPlan, fold_plan
+from graftc.compiler.folding.steps import lazy_tensors
+from graftc.compiler.inspect.snapshot import adapter_values
+from graftc.passes.core.sites.sites import LinearSite, SiteKey
+from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
+from graftc.passes.core.weights.names import owner_of
+from graftc.passes.core.weights.weight_slice import Layout
+from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lora_of, target_of, values_of
+from graftc.specs.arguments import kind_of
+from graftc.specs.base import MethodSpec
+from graftc.specs.compose import Stack
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, unknown_name
+from graftc.specs.methods.lora import LoRA
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import Compiled
+    from graftc.runtime.deploy.partial import Partial
+
+_PROBES = 16
+_SLACK = 1e-6
+"""How far a probe of the made LoRA may be from the wanted update beyond the measured error, relative to the update."""
+
+
+@dataclass(frozen=True)
+class ConvertedSite:
+    """One site of a converted adaptation.
+
+    Attributes:
+        adaptation: its name.
+        site: where, as text.
+        rank: of the LoRA there, without zeros that pad it.
+        full_rank: of the wanted update: the number of its singular values above rounding.
+        error: the Frobenius distance of the LoRA's update, its factors rounded as they are stored, from the wanted one,
+            over the norm of that.
+        probed: the same, estimated by random vectors through the fold of the LoRA as it was compiled.
+    """
+
+    adaptation: str
+    site: str
+    rank: int
+    full_rank: int
+    error: float
+    probed: float
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model whose adaptations have become LoRA.
+
+    Attributes:
+        compiled: the model with the new adaptations, under the names of the old ones.
+        sites: what became of every site.
+        outputs: by output, the largest absolute difference between the two models on random inputs, in eval mode.
+        largest_output: the largest absolute number among these outputs.
+        partial: what was folded into a base of its own first; None where nothing was.
+    """
+
+    compiled: Compiled
+    sites: tuple[ConvertedSite, ...]
+    outputs: Mapping[str, float]
+    largest_output: float
+    partial: Partial | None = None
+
+    @property
+    def largest_error(self) -> float:
+        """The worst site's."""
+        return max((site.error for site in self.sites), default=0.0)
+
+    @property
+    def largest_difference(self) -> float:
+        """The worst output's; NaN where one is no number."""
+        found = list(self.outputs.values())
+        return math.nan if any(math.isnan(value) for value in found) else max(found, default=0.0)
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write an artifact, with its base inside where something was folded into that.
+
+        Raises:
+            GraftError: as `Compiled.save`.
+        """
+        if self.partial is None:
+            return self.compiled.save(path, force=force)
+        from graftc.runtime.artifact.write import save
+        from graftc.runtime.deploy.merged_folder import write_merged
+
+        merged = self.partial.merged
+        save(self.compiled, Path(path), force=force, bundle=lambda folder: write_merged(merged, folder))
+        return Path(path)
+
+
+class Converting:
+    """The part of `Compiled` that makes LoRA of other adaptations."""
+
+    training: bool
+    _compilation: Compilation
+    sibling: Callable[..., Compiled]
+    merge_partially: Callable[..., Partial]
+    in_eval: Callable[..., Sequence[object]]
+
+    @isolated()
+    @torch.no_grad()
+    def convert(
+        self,
+        names: Sequence[str] | None = None,
+        *,
+        rank: int | None = None,
+        error: float | None = None,
+        into_base: Sequence[str] = (),
+    ) -> Converted:
+        """Every adaptation that changes linear maps alone as a LoRA, by singular values; this model stays as it is.
+
+        An adaptation keeps its name, its sites and its place among the others, so that whatever is computed on top of
+        it stays the same. Ranks may differ from site to site (`overrides`); scalings are 1.
+
+        Args:
+            names: the adaptations; all by default.
+            rank: the rank at every site, or the largest where ``error`` is given too. By default the rank of each
+                site's update, which loses nothing but rounding.
+            error: the smallest rank of each site is taken whose error is at most this: Frobenius norm, relative to the
+                update's.
+            into_base: what is folded into a base of its own first, which is saved beside: adaptations, or ``trained``
+                for the ``train:`` list.
+
+        Raises:
+            GraftError: GC002 for a rank or error out of bounds, GC066 for what is no change of linear maps alone, GC067
+                where the error bound cannot be met, GC091 for names that are none, GC050 and GC022 for what does not
+                fold.
+        """
+        if (rank is not None and rank < 1) or (error is not None and not 0 < error < 1):
+            raise GraftError("GC002", "converting takes a rank of at least 1, and an error in (0, 1)")
+        if into_base:
+            partial = self.merge_partially(only=into_base)
+            made = partial.compiled._graftc.convert(names, rank=rank, error=error)
+            outputs, largest = _outputs(self, made.compiled._graftc)
+            return Converted(made.compiled, made.sites, outputs, largest, partial)
+        compilation = self._compilation
+        chosen = _chosen(compilation, names)
+        conversion = _Conversion(compilation, fold_plan(compilation), chosen, rank, error)
+        conversion.run()
+        result = self._with_loras(conversion)
+        sites = conversion.checked(result)
+        if error is not None:
+            _require_within(sites, error)
+        outputs, largest = _outputs(self, result._graftc)
+        return Converted(result, sites, outputs, largest)
+
+    def _with_loras(self, conversion: _Conversion) -> Compiled:
+        """The model with the new adaptations. Targets stay as they were written where a LoRA has the same sites there,
+        and name modules otherwise."""
+        kept = {n: t for n, t in adapter_values(self._compilation.store) if owner_of(n) not in conversion.sites}
+        for written in (True, False):
+            values = dict(kept)
+            loras = {}
+            for name, sites in conversion.sites.items():
+                target = conversion.spec_of(name).target if written else target_of(sites)
+                loras[name] = lora_of(name, target, conversion.made[name], sites)
+                values |= values_of(name, conversion.made[name], sites)
+            try:
+                result = self.sibling(_spec(self._compilation.spec, loras, conversion.below), values)
+            except GraftError:
+                if written:
+                    continue
+                raise
+            other = _elsewhere(result._graftc._compilation, conversion.sites)
+            if other is None:
+                result.train(self.training)
+                return result
+        raise GraftError("GC066", f"no target of a LoRA selects exactly the sites of {other!r}")
+
+
+class _Conversion:
+    """The updates of adaptations, one group of tensors at a time, and the factors that were made of them."""
+
+    def __init__(
+        self, compilation: Compilation, plan: FoldPlan, names: Sequence[str], rank: int | None, error: float | None
+    ) -> None:
+        self.compilation, self.plan, self.rank, self.error = compilation, plan, rank, error
+        self._resolved = {r.name: r for r in compilation.main.resolved}
+        for name in names:
+            if name in plan.kept:
+                raise plan.kept[name]
+        self.sites = {name: self._linear(name) for name in names}
+        self.made: dict[str, dict[SiteKey, Factors]] = {name: {} for name in names}
+        self.below: list[str] = []
+        self._found: list[ConvertedSite] = []
+        self._probes: dict[tuple[str, SiteKey], tuple[Tensor, Tensor]] = {}
+
+    def spec_of(self, name: str) -> MethodSpec:
+        """The adaptation as it was written."""
+        return self._resolved[name].spec
+
+    def run(self) -> None:
+        """Make the factors.
+
+        Raises:
+            GraftError: GC066.
+        """
+        for group, updates in _updates(self.plan.lazy, self.sites):
+            plain = {step.adaptation for step in group.steps if step.weight.layout is Layout.PLAIN}
+            self.below += [name for name in updates if name in plain and name not in self.below]
+            for name, changed in updates.items():
+                self._take(name, changed)
+        for name, sites in self.sites.items():
+            missing = [site for site in sites if site.key not in self.made[name]]
+            if missing or not sites:
+                what = f"changes nothing at {missing[0].key}" if missing else "adapts no linear map"
+                raise _no_lora(name, what)
+
+    def _linear(self, name: str) -> list[LinearSite]:
+        return [site for site, _ in self._resolved[name].places if isinstance(site, LinearSite)]
+
+    def _take(self, name: str, changed: dict[str, Tensor]) -> None:
+        """Factors for the sites that read the changed tensors; nothing else may have changed."""
+        specs = dict((site.key, spec) for site, spec in self._resolved[name].places)
+        for site in self.sites[name]:
+            own = site.own
+            if own.tensor not in changed or site.key in self.made[name]:
+                continue
+            wanted = own.operand(changed[own.tensor])
+            self._factorise(name, site, wanted, specs[site.key])
+            whole = changed[own.tensor]
+            changed[own.tensor] = own.put_operand(None if own.whole else whole, torch.zeros_like(wanted))
+        for tensor, rest in changed.items():
+            if bool(rest.any()):
+                raise _no_lora(name, f"changes {tensor}, which is not the weight of a linear map that it adapts")
+
+    def _factorise(self, name: str, site: LinearSite, wanted: Tensor, spec: MethodSpec) -> None:
+        limit = min(wanted.shape[-2:])
+        at_most = int(getattr(spec, "rank", limit)) * (2 if "init" in type(spec).model_fields else 1)
+        found = Decomposition(wanted, at_most if isinstance(spec, LoRA) else None)
+        full = found.rank()
+        rank = full if self.error is None else found.rank(self.error)
+        if self.rank is not None:
+            rank = min(self.rank, limit) if self.error is None else min(self.rank, rank)
+        made = found.factors(min(rank, full))
+        stored = made.rounded(site.dtype)
+        exact = Factors(stored.down.double(), stored.up.double())
+        self.made[name][site.key] = made.padded(rank)
+        generator = torch.Generator().manual_seed(len(self._found))
+        probe = torch.randn(wanted.shape[-1], _PROBES, generator=generator, dtype=torch.float64).to(wanted.device)
+        self._probes[name, site.key] = probe, wanted @ probe
+        self._found.append(ConvertedSite(name, str(site.key), rank, full, distance(exact.update, wanted), float("nan")))
+
+    def checked(self, result: Compiled) -> tuple[ConvertedSite, ...]:
+        """The sites with what the LoRAs, as they were compiled, add to the weights there.
+
+        Raises:
+            GraftError: GC067 where that is not what was measured.
+        """
+        compilation = result._graftc._compilation
+        places = {(r.name, site.key): site for r in compilation.main.resolved for site, _ in r.places}
+        errors: dict[tuple[str, str], float] = {}
+        for _, updates in _updates(lazy_tensors_of(compilation), self.sites):
+            for name, changed in updates.items():
+                for site in self.sites[name]:
+                    here = places[name, site.key]
+                    assert isinstance(here, LinearSite)
+                    if here.own.tensor in changed:
+                        probe, wanted = self._probes[name, site.key]
+                        found = here.own.operand(changed[here.own.tensor]) @ probe
+                        errors[name, str(site.key)] = distance(found, wanted)
+        checked = []
+        for item in self._found:
+            probed = errors.get((item.adaptation, item.site), 1.0)
+            # The estimate of an error from 16 vectors is within a factor of 3 of it but once in a million times.
+            if not probed <= 3 * item.error + _SLACK:
+                message = f"the LoRA {item.adaptation!r} adds {probed:.1e} of something else at {item.site}"
+                raise GraftError("GC067", message, hint="report it with the spec and the model's class")
+            checked.append(ConvertedSite(*(item.adaptation, item.site, item.rank, item.full_rank, item.error, probed)))
+        return tuple(checked)
+
+
+def lazy_tensors_of(compilation: Compilation) -> LazyTensors:
+    """The folded tensors of what folds; of all where everything does."""
+    try:
+        return lazy_tensors(compilation)
+    except GraftError:
+        return fold_plan(compilation).lazy
+
+
+def _updates(lazy: LazyTensors, names: Collection[str]) -> Iterator[tuple[FoldGroup, dict[str, dict[str, Tensor]]]]:
+    """What each of some adaptations adds to each tensor, on top of what is below it, one group of tensors at a time."""
+    for group in lazy.groups():
+        if not any(step.adaptation in names for step in group.steps):
+            continue
+        values = lazy.widened(group)
+        found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, steps in groupby(group.steps, key=lambda step: step.adaptation):
+            before = {n: t.clone() for n, t in values.items()} if name in names else {}
+            lazy.apply(FoldGroup(group.names, tuple(steps)), values)
+            for tensor, after in values.items() if name in names else ():
+                change = after - before[tensor] if tensor in before else after.clone()
+                held = found[name].get(tensor)
+                found[name][tensor] = change if held is None else held + change
+        yield group, found
+
+
+def _chosen(compilation: Compilation, names: Sequence[str] | None) -> list[str]:
+    """The adaptations that are meant, in the order of the spec.
+
+    Raises:
+        GraftError: GC073, GC091; GC066 for members of compositions that are more than a stack.
+    """
+    known = [r.name for r in compilation.main.resolved]
+    if isinstance(names, str) or not isinstance(names, Sequence | None):
+        raise GraftError("GC073", f"the names are {kind_of(names)}", hint="give a list of adaptations")
+    for name in names or ():
+        if name not in known:
+            raise unknown_name("adaptation", name, known)
+    chosen = [name for name in known if names is None or name in names]
+    if not chosen:
+        raise GraftError("GC066", "the spec has no adaptation to convert", hint="the train: list goes into a base")
+    for composition in compilation.spec.compose:
+        inside = [name for name in composition.members if name in chosen]
+        if inside and not isinstance(composition, Stack):
+            message = f"{inside[0]!r} is part of the composition {composition.name!r}"
+            hint = "compiled.combine makes one LoRA of a bank, and compiled.fix keeps one member of it"
+            raise GraftError("GC066", message, hint=hint)
+    return chosen
+
+
+def _no_lora(name: str, what: str) -> GraftError:
+    hint = f"fold it into a base that is saved beside (into_base, --into-base {name}), or merge the model"
+    return GraftError("GC066", f"{name!r} {what}", hint=hint)
+
+
+def _spec(spec: Spec, loras: Mapping[str, LoRA], below: Iterable[str]) -> Spec:
+    """The spec with the LoRAs in place of the adaptations of their names. What changed weights below everything that
+    stands at sites stays below it, in front of the others."""
+    first = [loras[name] for name in below]
+    rest = [loras.get(str(a.name), a) for a in spec.adapt if a.name not in {lora.name for lora in first}]
+    return spec.model_copy(update={"adapt": (*first, *rest)})
+
+
+def _elsewhere(compilation: Compilation, sites: Mapping[str, Sequence[LinearSite]]) -> str | None:
+    """An adaptation that is at other sites than wanted."""
+    found = {r.name: {site.key for site, _ in r.places} for r in compilation.main.resolved}
+    return next((name for name, own in sites.items() if found[name] != {site.key for site in own}), None)
+
+
+def _require_within(sites: Sequence[ConvertedSite], error: float) -> None:
+    """Refuse what is not within the bound.
+
+    Raises:
+        GraftError: GC067 naming every site, the worst one first.
+    """
+    over = sorted((site for site in sites if site.error > error), key=lambda site: -site.error)
+    if over:
+        lines = tuple(f"{s.adaptation} at {s.site}: {s.error:.2e} at rank {s.rank} of {s.full_rank}" for s in over)
+        message = f"the error bound {error:g} is not met at {len(over)} of {len(sites)} sites: {lines[0]}"
+        hint = "raise the rank, allow a larger error, or load the base in float32: factors are rounded to its dtype"
+        raise GraftError("GC067", message, hint=hint, details=lines)
+
+
+def _outputs(before: Converting, after: Converting) -> tuple[dict[str, float], float]:
+    """Differences of two models' outputs on random inputs, and the largest number among them."""
+    compilation = before._compilation
+    program = compilation.program("train", "base")
+    inputs = random_inputs(program, compilation.store, config=getattr(before, "config", None))
+    differences: dict[str, float] = {}
+    largest = 0.0
+    for name, a, b in zip(program.outputs.names, before.in_eval(inputs), after.in_eval(inputs), strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point():
+            differences[name] = largest_difference(a, b)
+            largest = max(largest, largest_number(a))
+    return differences, largest
+
+
+__all__ = ["Converted", "ConvertedSite", "Converting"]

@@ -1,0 +1,127 @@
+"""LoRA adapters as GGUF, for a base in that format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graftc.runtime.export.gguf.families import family_of, heads_of, stored
+from graftc.runtime.export.gguf.model import _arch
+from graftc.runtime.export.gguf.writing import Entry, FileType, name_of, package, write
+from graftc.runtime.files import staged
+from graftc.runtime.interop.layouts.plain import PlainAdapter, Update
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.methods.lora import LoRA
+
+if TYPE_CHECKING:
+    from graftc.compiler.compilation import Compilation
+
+__all__ = ["export_adapter", "plain_of"]
+
+
+def export_adapter(
+    adapter: PlainAdapter, config: Any, path: Path, *, dtype: FileType = "f32", force: bool = False
+) -> Path:
+    """Write a LoRA adapter: ``<tensor>.lora_a`` as ``[rank, in]`` and ``<tensor>.lora_b`` as ``[out, rank]``.
+
+    llama.cpp scales a product by ``adapter.lora.alpha`` over its rank; where sites need another scale, it is in their
+    ``lora_b``.
+
+    Args:
+        adapter: by the paths that its maps have in transformers.
+        config: the base's.
+        path: the file; nothing is there until it is complete and reads back.
+        dtype: of the factors.
+        force: replace a file that is there.
+
+    Raises:
+        GraftError: GC060 for a model type or a map that GGUF has no place for, GC061 without the package, GC063 and
+            GC064 as every file.
+    """
+    gguf = package()
+    family = family_of(config)
+    if adapter.has_experts:
+        raise GraftError("GC060", "adapters of experts cannot be written as GGUF", hint="merge them into the model")
+    names = gguf.get_tensor_name_map(_arch(gguf, family), config.num_hidden_layers)
+    heads = heads_of(config)
+    first = next(iter(adapter.updates.values()))
+    alpha = first.scale * first.rank
+    entries: list[Entry] = []
+    for place, update in adapter.updates.items():
+        name = name_of(names, f"{place}.weight")
+        if name == "output.weight" and getattr(config, "tie_word_embeddings", False):
+            hint = "merge it, or leave the head out"
+            raise GraftError(
+                "GC060", f"{place} is tied to the embedding table, and has no tensor of its own", hint=hint
+            )
+        update = update.scaled(alpha / update.rank) if update.scale * update.rank != alpha else update
+        # A table's rows are tokens, and llama.cpp looks up those of lora_a.
+        down = update.down.T if update.table else update.down
+        up = stored(family, heads, f"{place}.", update.up)
+        for word, value in (("lora_a", down), ("lora_b", up)):
+            entries.append(Entry(f"{name}.{word}", tuple(value.shape), partial(_same, value)))
+
+    def fill(writer: Any) -> None:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+
+    with staged(path, force=force) as file:
+        write(file, family.arch, entries, fill, dtype)
+    return path
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def plain_of(compilation: Compilation) -> PlainAdapter:
+    """The LoRAs of a compiled model as plain updates of whole modules; those of one module side by side.
+
+    Raises:
+        GraftError: GC066 for what is no plain LoRA.
+    """
+    updates: dict[str, Update] = {}
+    if compilation.tensor_edits.copies():
+        owner = compilation.tensor_edits.copies()[0]
+        raise _no_lora(owner.owner, f"trains {owner.own.tensor} in full")
+    if compilation.spec.compose:
+        raise _no_lora(compilation.spec.compose[0].members[0], "is part of a composition")
+    for resolved in compilation.main.resolved:
+        for site, spec in resolved.places:
+            parts = compilation.parts[resolved.name].get(site.key, {})
+            if not isinstance(spec, LoRA) or "A0" in parts:
+                raise _no_lora(resolved.name, f"is no plain LoRA at {site.key}")
+            if site.key.name != "weight" or site.own.leading or len(site.own.shape) != 2:  # type: ignore[attr-defined]
+                raise GraftError("GC060", f"{site.key} has no place in a GGUF adapter", hint="merge it into the model")
+            update = _whole(compilation, site, parts, spec)
+            held = updates.get(site.key.module)
+            updates[site.key.module] = update if held is None else _beside(held, update)
+    if not updates:
+        raise GraftError("GC066", "the model has no LoRA", hint="export the merged model")
+    return PlainAdapter(updates)
+
+
+def _whole(compilation: Compilation, site: Any, parts: Mapping[str, str], spec: LoRA) -> Update:
+    """The factors at a site, with zeros at the rows of its module that are not its own."""
+    down, up = (compilation.store.full(parts[part]).detach() for part in ("A", "B"))
+    if not site.own.whole:
+        own, up = up, up.new_zeros(site.own.total, up.shape[-1])
+        rows = [row for start, end in site.own.spans for row in range(start, end)]
+        up[torch.tensor(rows)] = own
+    return Update(down, up, spec.scaling, table="embed" in site.roles)
+
+
+def _beside(one: Update, other: Update) -> Update:
+    other = other.scaled(one.scale)
+    return Update(torch.cat([one.down, other.down], -2), torch.cat([one.up, other.up], -1), one.scale, one.table)
+
+
+def _no_lora(name: str, what: str) -> GraftError:
+    hint = "compiled.convert() makes LoRA of whatever changes linear maps alone; a merged model is exported whole"
+    return GraftError("GC066", f"{name!r} {what}", hint=hint)

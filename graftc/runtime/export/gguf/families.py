@@ -1,0 +1,134 @@
+"""The model types that can be written as GGUF, as data: llama.cpp's names for them, and what it stores otherwise.
+
+Names of tensors come from the package ``gguf``; layouts from llama.cpp's ``convert_hf_to_gguf.py`` (0b03ada).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.runtime.interop.layouts.plain import Heads
+from graftc.runtime.interop.layouts.rotary import as_pairs
+from graftc.specs.errors.diagnostics import GraftError, nearest
+
+__all__ = ["FAMILIES", "Family", "family_of", "rope_factors"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type.
+
+    Attributes:
+        arch: its name in GGUF.
+        rotary: whether rows of queries and keys stand in pairs of the rotation.
+        transposed: ends of names of weights that transformers stores as ``[in, out]``.
+        rope: whether positions are rotations.
+        fields: fields of the config that become numbers of the file: the writer's function, then the config's names,
+            the first that is there.
+    """
+
+    arch: str
+    rotary: bool = False
+    transposed: tuple[str, ...] = ()
+    rope: bool = True
+    fields: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _USUAL)
+
+
+_USUAL: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "add_context_length": ("max_position_embeddings",),
+        "add_embedding_length": ("hidden_size",),
+        "add_block_count": ("num_hidden_layers",),
+        "add_feed_forward_length": ("intermediate_size",),
+        "add_head_count": ("num_attention_heads",),
+        "add_head_count_kv": ("num_key_value_heads", "num_attention_heads"),
+        "add_layer_norm_rms_eps": ("rms_norm_eps",),
+        "add_vocab_size": ("vocab_size",),
+    }
+)
+
+_GPT2 = MappingProxyType(
+    {
+        "add_context_length": ("n_positions",),
+        "add_embedding_length": ("n_embd",),
+        "add_block_count": ("n_layer",),
+        "add_head_count": ("n_head",),
+        "add_layer_norm_eps": ("layer_norm_epsilon",),
+        "add_vocab_size": ("vocab_size",),
+    }
+)
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "llama": Family("llama", rotary=True),
+        "mistral": Family("llama", rotary=True),
+        "qwen2": Family("qwen2"),
+        "qwen3": Family("qwen3"),
+        "gpt2": Family(
+            "gpt2",
+            rope=False,
+            transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
+            fields=_GPT2,
+        ),
+    }
+)
+"""By transformers' model type."""
+
+
+def family_of(config: Any) -> Family:
+    """The family of a model.
+
+    Raises:
+        GraftError: GC060 for a model type that is not in the table, or an option of one that GGUF has no place for.
+    """
+    kind = str(getattr(config, "model_type", ""))
+    found = FAMILIES.get(kind)
+    if found is None:
+        close = nearest(kind, FAMILIES)
+        hint = f"the model types are {', '.join(FAMILIES)}" + (f"; {close[0]} is the nearest" if close else "")
+        raise GraftError("GC060", f"models of type {kind!r} cannot be written as GGUF", hint=hint)
+    if found.arch == "llama" and getattr(config, "num_local_experts", None):
+        raise GraftError("GC060", "experts cannot be written as GGUF", hint="merge into a transformers folder instead")
+    rope_factors(config)
+    return found
+
+
+def heads_of(config: Any) -> Heads:
+    """The attention of a model."""
+    names = ("num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
+    return Heads.of({name: getattr(config, name, None) for name in names}, "the config")
+
+
+def rope_factors(config: Any) -> Tensor | None:
+    """What the frequencies of the rotation are divided by, ``[size / 2]`` float32; None where they are the usual ones.
+
+    Raises:
+        GraftError: GC060 for a rotation that depends on the length of the text.
+    """
+    found = getattr(config, "rope_parameters", None) or {}
+    kind = found.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind not in ("llama3", "linear"):
+        raise GraftError("GC060", f"a rotation of type {kind!r} cannot be written as GGUF", hint="merge instead")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    size = heads_of(config).size
+    usual = 1.0 / float(found["rope_theta"]) ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+    own = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0].double()
+    return (usual / own).float()
+
+
+def stored(family: Family, heads: Heads | None, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a model, or rows of one, as GGUF has it: rotated rows in pairs, weights as ``[out, in]``."""
+    if family.rotary and heads is not None and ".q_proj." in name:
+        return as_pairs(tensor, heads.queries)
+    if family.rotary and heads is not None and ".k_proj." in name:
+        return as_pairs(tensor, heads.keys)
+    return tensor.T if name.endswith(family.transposed or ("\0",)) else tensor

@@ -1,0 +1,108 @@
+"""A merged model as GGUF."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from graftc.compiler.capture.interface import config_of
+from graftc.runtime.export.gguf.families import Family, family_of, heads_of, rope_factors, stored
+from graftc.runtime.export.gguf.vocabulary import add_vocabulary
+from graftc.runtime.export.gguf.writing import Entry, FileType, name_of, package, write
+from graftc.runtime.files import staged
+from graftc.runtime.models import local_folder
+from graftc.specs.errors.diagnostics import GraftError, warn
+
+if TYPE_CHECKING:
+    from graftc.runtime.deploy.merged import MergedRunner
+
+__all__ = ["export_merged"]
+
+
+def export_merged(merged: MergedRunner, path: Path, *, dtype: FileType = "f32", force: bool = False) -> Path:
+    """Write a merged model, with its tokenizer where the base has one that llama.cpp knows.
+
+    Args:
+        merged: everything has to be folded.
+        path: the file; nothing is there until it is complete and reads back.
+        dtype: of matrices; vectors are float32.
+        force: replace a file that is there.
+
+    Raises:
+        GraftError: GC050 where something is left in the graph, GC052 for an added bias, GC060 for a model type or a
+            tensor that GGUF has no place for, GC061 without the package, GC063 and GC064 as every file.
+    """
+    gguf = package()
+    if merged.kept:
+        name, reason = next(iter(merged.kept.items()))
+        raise GraftError("GC050", f"{name!r} is still in the graph: {reason}", hint="convert it to a LoRA, or merge it")
+    source = merged._compilation.source
+    config = config_of(source)
+    if config is None:
+        raise GraftError("GC032", f"{type(source).__name__} has no config", hint="GGUF is for models of transformers")
+    if merged._additions:
+        from graftc.runtime.interop.transformers import no_place
+
+        raise no_place(merged._additions, source)
+    family = family_of(config)
+    entries = _entries(gguf, family, config, merged.to_transformers())
+    folder = local_folder(source)
+    lacking: list[str | None] = [None]
+
+    def fill(writer: Any) -> None:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(folder.name if folder is not None else type(source).__name__)
+        _add_numbers(writer, family, config)
+        lacking[0] = add_vocabulary(writer, gguf, folder, int(config.vocab_size))
+
+    with staged(path, force=force) as file:
+        write(file, family.arch, entries, fill, dtype)
+    if lacking[0] is not None:
+        hint = "llama.cpp needs one: save it with the base as tokenizer.json, or add it with llama.cpp's own tools"
+        warn("GC075", f"{path} has no tokenizer: {lacking[0]}", hint=hint)
+    return path
+
+
+def _entries(gguf: Any, family: Family, config: Any, model: Any) -> list[Entry]:
+    names = gguf.get_tensor_name_map(_arch(gguf, family), config.num_hidden_layers)
+    heads = heads_of(config)
+    entries: list[Entry] = []
+    seen: dict[int, str] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen and seen[tensor.data_ptr()] != name:
+            continue  # a tied head is the embedding table's
+        seen[tensor.data_ptr()] = name
+        make = partial(stored, family, heads, name, tensor)
+        exact = tensor.dim() < 2 or name.endswith("wpe.weight")
+        entries.append(Entry(name_of(names, name), tuple(make().shape), make, exact))
+    factors = rope_factors(config)
+    if factors is not None:
+        entries.append(Entry("rope_freqs.weight", tuple(factors.shape), partial(_same, factors), exact=True))
+    return entries
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _arch(gguf: Any, family: Family) -> Any:
+    return next(key for key, word in gguf.MODEL_ARCH_NAMES.items() if word == family.arch)
+
+
+def _add_numbers(writer: Any, family: Family, config: Any) -> None:
+    for function, names in family.fields.items():
+        value = next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+        if value is None:
+            raise GraftError("GC060", f"the config has no {names[0]}")
+        getattr(writer, function)(value)
+    heads = heads_of(config)
+    if family.arch == "gpt2":
+        writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
+        return
+    writer.add_rope_freq_base(float((getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)))
+    writer.add_rope_dimension_count(heads.size)
+    writer.add_key_length(heads.size)
+    writer.add_value_length(heads.size)

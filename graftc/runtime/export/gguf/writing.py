@@ -1,0 +1,147 @@
+"""Writing a GGUF file tensor by tensor, and reading it back."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = ["Entry", "FileType", "name_of", "package", "write"]
+
+FileType = Literal["f32", "f16", "bf16"]
+_TYPES: Mapping[str, tuple[str, str]] = {
+    "f32": ("F32", "ALL_F32"),
+    "f16": ("F16", "MOSTLY_F16"),
+    "bf16": ("BF16", "MOSTLY_BF16"),
+}
+_LARGEST_HALF = 65504.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file.
+
+    Attributes:
+        name: in GGUF.
+        shape: as numpy has it.
+        make: gives it, float32; called when its turn comes, and once more to compare.
+        exact: whether it stays float32 whatever the file's type is: vectors, and tables of positions.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+    exact: bool = False
+
+
+def package() -> Any:
+    """The package ``gguf``.
+
+    Raises:
+        GraftError: GC061 where it is not installed.
+    """
+    try:
+        return importlib.import_module("gguf")
+    except ImportError:
+        raise GraftError("GC061", "GGUF needs the package gguf", hint="pip install 'graftc[gguf]'") from None
+
+
+def name_of(names: Any, tensor: str) -> str:
+    """The name of a model's tensor in GGUF.
+
+    Args:
+        names: a table of ``gguf.get_tensor_name_map``.
+        tensor: its name in transformers, with ``.weight`` or ``.bias``.
+
+    Raises:
+        GraftError: GC060 for a tensor that has none.
+    """
+    found = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise GraftError("GC060", f"{tensor} has no name in GGUF", hint="leave it out, or merge it into the model")
+    return str(found)
+
+
+def write(
+    path: Path, arch: str, entries: Sequence[Entry], fill: Callable[[Any], None], dtype: FileType = "f32"
+) -> None:
+    """Write a file, and check that it reads back.
+
+    Args:
+        path: where; nothing is there.
+        arch: the model's architecture.
+        entries: its tensors.
+        fill: puts everything else into the writer.
+        dtype: of tensors with more than one axis.
+
+    Raises:
+        GraftError: GC060 for values that the type cannot hold, or where it does not read back. OSError.
+    """
+    gguf = package()
+    if dtype not in _TYPES:
+        raise GraftError("GC060", f"the type {dtype!r} is unknown", hint=f"the types are {', '.join(_TYPES)}")
+    kind, file_type = _TYPES[dtype]
+    writer = gguf.GGUFWriter(path, arch)
+    try:
+        fill(writer)
+        writer.add_file_type(getattr(gguf.LlamaFileType, file_type))
+        for entry in entries:
+            own = getattr(gguf.GGMLQuantizationType, "F32" if entry.exact else kind)
+            shape, word = _described(gguf, entry, own)
+            writer.add_tensor_info(entry.name, shape, word, _bytes(gguf, entry, own), raw_dtype=own)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in entries:
+            writer.write_tensor_data(_data(gguf, entry, kind))
+    finally:
+        writer.close()
+    _check(gguf, path, entries, kind)
+
+
+def _described(gguf: Any, entry: Entry, own: Any) -> tuple[Sequence[int], Any]:
+    """Sizes and numpy's type, as the writer wants them: of bfloat16 it counts bytes."""
+    if own == gguf.GGMLQuantizationType.BF16:
+        return gguf.quant_shape_to_byte_shape(entry.shape, own), np.dtype(np.uint8)
+    return entry.shape, np.dtype(np.float16 if own == gguf.GGMLQuantizationType.F16 else np.float32)
+
+
+def _bytes(gguf: Any, entry: Entry, own: Any) -> int:
+    size = {gguf.GGMLQuantizationType.F32: 4}.get(own, 2)
+    return int(np.prod(entry.shape)) * size
+
+
+def _data(gguf: Any, entry: Entry, kind: str) -> np.ndarray[Any, Any]:
+    value = entry.make().detach().to("cpu", torch.float32).contiguous()
+    if tuple(value.shape) != entry.shape:
+        raise GraftError("GC060", f"{entry.name} is {list(value.shape)}, not {list(entry.shape)}")
+    if not bool(value.isfinite().all()):
+        raise GraftError("GC060", f"{entry.name} has numbers that are not finite")
+    if entry.exact or kind == "F32":
+        return value.numpy()
+    if kind == "F16":
+        if float(value.abs().max()) > _LARGEST_HALF:
+            raise GraftError("GC060", f"{entry.name} has numbers that f16 cannot hold", hint="write bf16 or f32")
+        return value.half().numpy()
+    # Rounded by torch: the package's own rounding is to nearest as well, but leaves numbers below the smallest normal.
+    return value.bfloat16().contiguous().view(torch.uint8).numpy()
+
+
+def _check(gguf: Any, path: Path, entries: Sequence[Entry], kind: str) -> None:
+    """Read the file back: names, sizes and every byte."""
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for entry in entries:
+        tensor = found.pop(entry.name, None)
+        same = tensor is not None and tuple(int(n) for n in reversed(tensor.shape)) == entry.shape
+        if not same or tensor.data.tobytes() != _data(gguf, entry, kind).tobytes():
+            raise GraftError("GC060", f"{entry.name} does not read back as it was written")
+    if found:
+        raise GraftError("GC060", f"the file has a tensor that was not written: {next(iter(found))}")

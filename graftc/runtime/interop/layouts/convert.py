@@ -1,0 +1,244 @@
+"""Adapter folders from one layout to another, probed: what was written gives the same updates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from graftc.runtime.files import staged
+from graftc.runtime.interop.layouts.folder import detected, read_layout, write_layout
+from graftc.runtime.interop.layouts.fusing import FUSED, joined, split
+from graftc.runtime.interop.layouts.layout import Layout, layout_of
+from graftc.runtime.interop.layouts.plain import Heads, PlainAdapter, concatenated
+from graftc.runtime.interop.layouts.reference import responses
+from graftc.runtime.interop.peft.config import CONFIG
+from graftc.runtime.interop.peft.folder import WEIGHTS
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import some
+from graftc.specs.strict_json import read_json
+
+__all__ = ["ConvertedFolder", "ProbedMap", "convert_folder", "is_adapter_folder"]
+
+PROBES = 4
+_ROUNDING = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""How far an update may be off where a factor had to be scaled, and so rounded again, by its type."""
+_EXACT = 1e-12
+_MOST = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class ProbedMap:
+    """One map of a base.
+
+    Attributes:
+        path: where; ``<...>.experts.3.gate_proj`` for an expert's.
+        error: how far what the written files add is from what the source adds, on random inputs, over the norm of that.
+    """
+
+    path: str
+    error: float
+
+
+@dataclass(frozen=True)
+class ConvertedFolder:
+    """What was converted.
+
+    Attributes:
+        out: the folder; None where nothing was written.
+        source: the layout that was read.
+        target: the layout that was written.
+        maps: every map, probed.
+        rank: the largest rank that was written.
+    """
+
+    out: Path | None
+    source: str
+    target: str
+    maps: tuple[ProbedMap, ...]
+    rank: int
+
+    @property
+    def largest_error(self) -> float:
+        """The worst map's."""
+        return max((found.error for found in self.maps), default=0.0)
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """Whether a folder has PEFT's two files."""
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def convert_folder(
+    folder: Path,
+    out: Path | None,
+    to: str = "peft",
+    *,
+    source: str | None = None,
+    add: Sequence[Path] = (),
+    join: Sequence[str] = (),
+    apart: Sequence[str] = (),
+    model: Path | None = None,
+    force: bool = False,
+) -> ConvertedFolder:
+    """Convert an adapter folder, and check what was written before it appears.
+
+    Args:
+        folder: what to read.
+        out: what to write; None only checks.
+        to: the layout to write.
+        source: the layout to read; by default what the keys say, which for Unsloth's has to be said.
+        add: more folders of the same layout and base, whose updates are added.
+        join: what is fused into one map: ``"qkv"``, ``"gate_up"``.
+        apart: what is split into its parts.
+        model: the base's folder, for sizes of heads; by default the one that the config names, where it is a folder.
+        force: replace an adapter folder that is there.
+
+    Raises:
+        GraftError: GC067 where the written adapter gives another update, GC069 for what a layout has no place for,
+            GC110 to GC113 for a folder that cannot be read, GC063 and GC064 for the destination.
+    """
+    target = layout_of(to)
+    for word in (*join, *apart):
+        if word not in FUSED:
+            raise GraftError("GC069", f"nothing is fused as {word!r}", hint=f"what can be fused: {', '.join(FUSED)}")
+    sources = [folder, *add]
+    _require_readable(sources)
+    read = layout_of(source) if source is not None else detected(folder)
+
+    configs = [_config(path) for path in sources]
+    heads = _base(configs[0], model)
+    parts = [read_layout(path, read, heads) for path in sources]
+    # A factor that takes over another scale is rounded again, and so is one that takes on another type.
+    told_apart = {(update.scale, update.up.dtype) for part in parts for update in part.updates.values()}
+    rounded = len(told_apart) > 1
+    adapter = reduce(concatenated, parts)
+    for word in apart:
+        adapter = split(adapter, word, heads)
+    for word in join:
+        adapter = joined(adapter, word, heads)
+    wanted: dict[str, Tensor] = {}
+    for path, config in zip(sources, configs, strict=True):
+        for site, value in responses(read, _tensors(path), config, _probe, heads).items():
+            wanted[site] = wanted[site] + value if site in wanted else value
+    if out is None:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as place:
+            return _written(adapter, target, Path(place) / "adapter", wanted, read, heads, rounded)
+    with staged(out, force=force, replaceable=is_adapter_folder, sources=sources) as staging:
+        return replace(_written(adapter, target, staging, wanted, read, heads, rounded), out=out)
+
+
+def _written(
+    adapter: PlainAdapter,
+    target: Layout,
+    folder: Path,
+    wanted: Mapping[str, Tensor],
+    source: Layout,
+    heads: Heads | None,
+    rounded: bool,
+) -> ConvertedFolder:
+    write_layout(adapter, target, folder, heads)
+    tensors, config = _tensors(folder), _config(folder)
+    found = responses(target, tensors, config, _probe, heads)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    allowed = max((_ROUNDING.get(dtype, _EXACT) for dtype in dtypes), default=_EXACT) if rounded else _EXACT
+    maps = _compared(wanted, found, allowed)
+    rank = max(update.rank for update in adapter.updates.values())
+    return ConvertedFolder(None, source.name, target.name, maps, rank)
+
+
+def _compared(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], allowed: float) -> tuple[ProbedMap, ...]:
+    """Every map of both, where either may have fused what the other has apart.
+
+    Raises:
+        GraftError: GC067 naming the maps that differ.
+    """
+    wanted, found = _level(wanted, found), _level(found, wanted)
+    maps = []
+    for path in dict.fromkeys((*wanted, *found)):
+        a, b = wanted.get(path), found.get(path)
+        if a is None or b is None or a.shape != b.shape:
+            other = a if b is None else b
+            assert other is not None
+            error = 0.0 if (a is None or b is None) and not bool(other.any()) else 1.0
+        else:
+            error = float((b - a).norm() / a.norm().clamp_min(1e-300)) if bool(a.any()) else float(b.norm())
+        maps.append(ProbedMap(path, error))
+    wrong = sorted((m for m in maps if not m.error <= allowed), key=lambda m: -m.error)
+    if wrong:
+        message = f"the written adapter gives another update at {len(wrong)} of {len(maps)} maps: {wrong[0].path}"
+        hint = "the source may have another layout than it was taken for: say which with --from"
+        raise GraftError("GC067", message, hint=hint, details=tuple(f"{m.path}: {m.error:.1e}" for m in wrong))
+    return tuple(maps)
+
+
+def _level(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The responses with parts joined where the other side has them in one map."""
+    result = dict(own)
+    for path in other:
+        module, _, last = path.rpartition(".")
+        fusion = next((f for f in FUSED.values() if f.fused == last), None)
+        if fusion is None or path in own:
+            continue
+        parts = [result.pop(f"{module}.{part}", None) for part in fusion.parts]
+        missing = sum(part is None for part in parts)
+        known = sum(part.shape[0] for part in parts if part is not None)
+        if missing == len(parts):
+            continue
+        rest = (other[path].shape[0] - known) // max(missing, 1)
+        probes = other[path].shape[1]
+        zeros = torch.zeros(rest, probes, dtype=torch.float64)
+        result[path] = torch.cat([zeros if part is None else part for part in parts])
+    return result
+
+
+def _probe(size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, PROBES, generator=generator, dtype=torch.float64)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    with safe_open(str(folder / WEIGHTS), "pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found = read_json((folder / CONFIG).read_bytes(), _MOST)
+    assert isinstance(found, dict)
+    return found
+
+
+def _require_readable(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if not is_adapter_folder(folder):
+            missing = some([name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()])
+            raise GraftError("GC110", f"{folder} has no {missing}", place=Place(str(folder)))
+
+
+def _base(config: Mapping[str, Any], model: Path | None) -> Heads | None:
+    """The heads of the base, where its config is at hand."""
+    named = config.get("base_model_name_or_path")
+    where = model if model is not None else Path(named) if isinstance(named, str) and named else None
+    file = None if where is None else where / "config.json"
+    if file is None or not file.is_file():
+        if model is not None:
+            raise GraftError("GC069", f"{model} has no config.json", place=Place(str(model)))
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return Heads.of(found, str(file))
+    except (ValueError, AttributeError) as error:
+        raise GraftError("GC069", f"the config of the base cannot be read: {error}", place=Place(str(file))) from None
+    except GraftError:
+        if model is not None:
+            raise
+        return None

@@ -1,0 +1,362 @@
+"""Reading and writing adapter folders by the table of layouts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from graftc.runtime.interop.layouts.fusing import apart, together
+from graftc.runtime.interop.layouts.layout import STACKED, Layout, layout_of
+from graftc.runtime.interop.layouts.plain import EXPERT, Heads, PlainAdapter, Update
+from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
+from graftc.runtime.interop.peft import read_peft
+from graftc.runtime.interop.peft.config import CONFIG, AdapterConfig, read_config
+from graftc.runtime.interop.peft.folder import WEIGHTS, PeftAdapter, PeftModule
+from graftc.runtime.interop.peft.forms import Shaped, to_theirs
+from graftc.runtime.tensor_files import save_tensors
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import some
+from graftc.specs.methods.lora import LoRA
+
+__all__ = ["detected", "laid_out", "named", "raw_keys", "read_layout", "write_layout"]
+
+_ABOUT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out")
+_EACH = re.compile(r"(?P<module>.*\bexperts)\.(?P<expert>\d+)\.(?P<map>gate_proj|up_proj|down_proj)")
+_STACKED = re.compile(r"(?P<module>.*\bexperts)\.(?P<map>w1|w2|w3)")
+
+
+def raw_keys(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Keys and sizes of the tensors of a folder.
+
+    Raises:
+        GraftError: GC113 for a file that is missing or damaged.
+    """
+    file = folder / WEIGHTS
+    try:
+        with safe_open(str(file), "pt") as opened:
+            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise GraftError("GC113", f"the file cannot be read: {error}", place=Place(str(file))) from None
+
+
+def detected(folder: Path) -> Layout:
+    """The layout that the keys of a folder have. Unsloth's has PEFT's keys, and is never guessed."""
+    keys = raw_keys(folder)
+    paths = [re.sub(r"\.lora_\w+(\.weight)?$", "", key) for key in keys]
+    if any(".lora_a." in key for key in keys):
+        return layout_of("torchtune")
+    if any(path.endswith(".unembed_tokens") for path in paths):
+        return layout_of("tinker")
+    if any(_STACKED.fullmatch(path) for path in paths):
+        return layout_of("sglang")
+    return layout_of("vllm" if any(_EACH.fullmatch(path) for path in paths) else "peft")
+
+
+def named(layout: Layout, path: str, *, back: bool = False) -> str:
+    """A path of transformers as a layout calls it, or the way back."""
+    pairs = [(b, a) if back else (a, b) for a, b in layout.names.items()]
+    if back:
+        pairs.sort(key=lambda pair: -pair[0].count("."))
+    for old, new in pairs:
+        path = re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", new, path, count=1)
+    return path
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+def read_layout(folder: Path, layout: Layout, heads: Heads | None = None) -> PlainAdapter:
+    """An adapter folder as plain updates.
+
+    Args:
+        folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+        layout: what it was written for.
+        heads: the base's; needed where the layout orders rotated rows.
+
+    Raises:
+        GraftError: GC069 for what is no plain LoRA or does not fit the layout; GC110 to GC113 as `read_peft`.
+    """
+    found = _torchtune(folder, layout) if layout.factors != ("lora_A", "lora_B") else _peft(folder, layout)
+    about, entries = found
+    updates: dict[str, Update] = {}
+    for path, update in _gathered(entries, folder):
+        if layout.rotary and path.endswith((".q_proj", ".k_proj")):
+            update = replace(update, up=as_halves(update.up, _heads(heads, path, layout)))
+        updates[path] = update
+    if not updates:
+        raise GraftError("GC069", "the folder has no LoRA", place=Place(str(folder)))
+    return PlainAdapter(updates, about)
+
+
+def _peft(folder: Path, layout: Layout) -> tuple[dict[str, Any], list[tuple[str, Update]]]:
+    paths = {re.sub(r"(\.base_layer)*\.lora_\w+(\.weight)?$", "", key) for key in raw_keys(folder)}
+    owners = [path.removeprefix(layout.prefix) for path in paths if path.endswith(".experts")]
+    # The order in which transformers has them, which is that in which PEFT wraps them.
+    shapes = {f"{owner}.{name}": () for owner in owners for name in ("gate_up_proj", "down_proj")}
+    adapter = read_peft(folder, shapes=shapes)
+    _require_plain(adapter)
+    entries = [
+        (named(layout, path, back=True), update)
+        for module in adapter.modules
+        for path, update in _updates(adapter, module, layout)
+    ]
+    return {name: value for name in _ABOUT if (value := adapter.config.value(name))}, entries
+
+
+def _require_plain(adapter: PeftAdapter) -> None:
+    """Refuse what a layout of LoRA has no place for.
+
+    Raises:
+        GraftError: GC069 with every reason.
+    """
+    reasons = []
+    for module in adapter.modules:
+        spec = module.spec
+        if type(spec) is not LoRA:
+            reasons.append(f"{module.name} is adapted by {spec.method}")
+        elif spec.init in ("pissa", "olora"):
+            reasons.append(f"{module.name} is relative to factors of the base ({spec.init})")
+    reasons += [f"{name} is trained in full" for name in adapter.trained]
+    # PEFT saves an adapted embedding or head beside its adapter; what nothing adapts may have rows of its own.
+    adapted = {module.path for module in adapter.modules}
+    reasons += [f"{name} was saved whole" for name in adapter.copies if name.rpartition(".")[0] not in adapted]
+    if reasons:
+        hint = "import it with graftc import-peft, and convert the artifact to a LoRA with graftc convert"
+        message = f"it is not a LoRA of linear maps alone: {reasons[0]}"
+        raise GraftError("GC069", message, place=adapter.place, hint=hint, details=tuple(dict.fromkeys(reasons)))
+
+
+def _updates(adapter: PeftAdapter, module: PeftModule, layout: Layout) -> Iterator[tuple[str, Update]]:
+    assert isinstance(module.spec, LoRA)
+    down, up = (adapter.tensor(module.keys[part]) for part in ("A", "B"))
+    table = "embedding" in module.keys["A"]
+    fused = {"gate_up_proj", "down_proj"} & {module.parameter}
+    if module.parameter == "weight" and module.path.endswith(".experts"):
+        fused = {"gate_up_proj" if module.depth else "down_proj"}
+    scale = module.spec.scaling
+    try:
+        if not fused:
+            yield module.path, Update(*_expanded(down, up), scale, table)
+            return
+        experts = down.shape[0] // module.spec.rank
+        down = down.unflatten(0, (experts, -1))
+        if layout.experts == "flat_by_expert":
+            up = up.unflatten(1, (experts, -1)).transpose(0, 1)
+        else:
+            up = up.unflatten(1, (-1, experts)).permute(2, 0, 1)
+        update = Update(down, up, scale)
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        message = f"{module.keys['A']} and {module.keys['B']} do not fit together: {error}"
+        raise GraftError("GC069", message, place=adapter.place) from None
+    if fused == {"down_proj"}:
+        yield f"{module.path}.down_proj", update
+    else:
+        half = update.rows // 2
+        yield from zip(
+            (f"{module.path}.gate_proj", f"{module.path}.up_proj"),
+            apart(update, [half, update.rows - half]),
+            strict=True,
+        )
+
+
+def _expanded(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """A factor that all experts share, for each of them."""
+    if down.dim() == up.dim() == 3 and 1 in (len(down), len(up)):
+        count = max(len(down), len(up))
+        return down.expand(count, -1, -1), up.expand(count, -1, -1)
+    return down, up
+
+
+def _torchtune(folder: Path, layout: Layout) -> tuple[dict[str, Any], list[tuple[str, Update]]]:
+    if not (folder / CONFIG).is_file():
+        raise GraftError("GC110", f"{folder} has no {CONFIG}", place=Place(str(folder)))
+    config = read_config((folder / CONFIG).read_bytes(), str(folder / CONFIG))
+    scale = _scale(config)
+    keys = raw_keys(folder)
+    words = [f".{word}.weight" for word in layout.factors]
+    unknown = [key for key in keys if not key.endswith(tuple(words))]
+    if unknown:
+        raise GraftError("GC069", f"it is no {layout.name} LoRA: {some(unknown)}", place=Place(str(folder / WEIGHTS)))
+    entries = []
+    with safe_open(str(folder / WEIGHTS), "pt") as opened:
+        for key in (key for key in keys if key.endswith(words[0])):
+            path = key.removesuffix(words[0])
+            if f"{path}{words[1]}" not in keys:
+                raise GraftError("GC069", f"{path} has no {layout.factors[1]}", place=Place(str(folder / WEIGHTS)))
+            down, up = opened.get_tensor(key), opened.get_tensor(f"{path}{words[1]}")
+            entries.append((named(layout, path.removeprefix(layout.prefix), back=True), _update(down, up, scale, key)))
+    return {name: value for name in _ABOUT if (value := config.value(name))}, entries
+
+
+def _update(down: Tensor, up: Tensor, scale: float, key: str) -> Update:
+    try:
+        return Update(down, up, scale)
+    except ValueError as error:
+        raise GraftError("GC069", f"{key}: {error}") from None
+
+
+def _scale(config: AdapterConfig) -> float:
+    rank, alpha = config.value("r", 8), config.value("lora_alpha", 8)
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+        raise GraftError("GC111", "r and lora_alpha must be numbers", place=Place(CONFIG))
+    return float(alpha) / (rank**0.5 if config.value("use_rslora", False) else rank)
+
+
+def _gathered(entries: Iterable[tuple[str, Update]], folder: Path) -> Iterator[tuple[str, Update]]:
+    """Experts that are apart as one update for each projection.
+
+    Raises:
+        GraftError: GC069 for experts that are missing, or differ in what must be equal.
+    """
+    each: dict[str, dict[int, Update]] = {}
+    for path, update in entries:
+        one, stack = _EACH.fullmatch(path), _STACKED.fullmatch(path)
+        if one is not None:
+            each.setdefault(f"{one['module']}.{one['map']}", {})[int(one["expert"])] = update
+        elif stack is not None and update.down.dim() == 3:
+            word = next(ours for ours, theirs in STACKED.items() if theirs == stack["map"])
+            yield f"{stack['module']}.{word}", update
+        else:
+            yield path, update
+    for path, experts in each.items():
+        missing = sorted(set(range(max(experts) + 1)) - experts.keys())
+        if missing:
+            message = f"experts {some([str(number) for number in missing])} of {path} are missing"
+            raise GraftError("GC069", message, place=Place(str(folder / WEIGHTS)))
+        rank, scale = max(u.rank for u in experts.values()), experts[0].scale
+        even = [experts[number].scaled(scale).padded(rank) for number in range(len(experts))]
+        try:
+            yield path, Update(torch.stack([u.down for u in even]), torch.stack([u.up for u in even]), scale)
+        except RuntimeError as error:
+            raise GraftError("GC069", f"the experts of {path} are of different sizes: {error}") from None
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def write_layout(adapter: PlainAdapter, layout: Layout, folder: Path, heads: Heads | None = None) -> None:
+    """Write an adapter folder, which must not be there.
+
+    Raises:
+        GraftError: GC069 for what the layout has no place for. OSError: it cannot be written.
+    """
+    tensors, config = laid_out(adapter, layout, heads)
+    folder.mkdir()
+    save_tensors(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
+
+
+def laid_out(
+    adapter: PlainAdapter, layout: Layout, heads: Heads | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors by key, and the config, of an adapter in a layout.
+
+    Raises:
+        GraftError: GC069 for what the layout has no place for.
+    """
+    _require_place(adapter, layout)
+    updates = dict(_fused(adapter.updates)) if layout.experts in ("flat", "flat_by_expert") else dict(adapter.updates)
+    scales = Counter(update.scale for update in updates.values())
+    usual = scales.most_common(1)[0][0]
+    if layout.uniform:
+        rank = max(update.rank for update in updates.values())
+        updates = {path: update.scaled(usual).padded(rank) for path, update in updates.items()}
+    tensors: dict[str, Tensor] = {}
+    for path, update in updates.items():
+        if layout.rotary and path.endswith((".q_proj", ".k_proj")):
+            update = replace(update, up=as_pairs(update.up, _heads(heads, path, layout)))
+        for key, value in _keyed(path, update, layout, updates):
+            tensors[key] = value.contiguous()
+    return tensors, _config(adapter, updates, layout)
+
+
+def _require_place(adapter: PlainAdapter, layout: Layout) -> None:
+    reasons = []
+    if layout.experts is None and adapter.has_experts:
+        reasons.append("experts")
+    if not layout.tables and any(update.table for update in adapter.updates.values()):
+        reasons.append("embedding tables")
+    if reasons:
+        message = f"the layout {layout.name} has no adapters of {' and '.join(reasons)}"
+        raise GraftError("GC069", message, hint="the layouts peft and vllm have")
+
+
+def _fused(updates: Mapping[str, Update]) -> Iterator[tuple[str, Update]]:
+    """Gate and up projections of experts as one map, as transformers stores them."""
+    for path, update in updates.items():
+        found = EXPERT.fullmatch(path)
+        if found is None or found["map"] == "down_proj":
+            yield path, update
+            continue
+        gate, up = (updates.get(f"{found['module']}.{word}") for word in ("gate_proj", "up_proj"))
+        if found["map"] == "gate_proj" or gate is None:
+            yield f"{found['module']}.gate_up_proj", together([gate, up], [update.rows, update.rows])
+
+
+def _keyed(path: str, update: Update, layout: Layout, updates: Mapping[str, Update]) -> Iterator[tuple[str, Tensor]]:
+    module, _, last = path.rpartition(".")
+    a, b = layout.factors
+    front = f"{layout.prefix}{named(layout, path)}"
+    if update.experts is None:
+        suffix = (f".lora_embedding_{word}" for word in "AB") if update.table else (f".{a}.weight", f".{b}.weight")
+        yield from zip((f"{front}{word}" for word in suffix), (update.down, update.up), strict=True)
+        return
+    if layout.experts == "each":
+        for number in range(update.experts):
+            yield f"{layout.prefix}{module}.{number}.{last}.{a}.weight", update.down[number]
+            yield f"{layout.prefix}{module}.{number}.{last}.{b}.weight", update.up[number]
+        return
+    if layout.experts == "stacked":
+        yield f"{layout.prefix}{module}.{STACKED[last]}.{a}.weight", update.down
+        yield f"{layout.prefix}{module}.{STACKED[last]}.{b}.weight", update.up
+        return
+    # The parameter that PEFT wraps last stands outside of the other.
+    inner = last == "gate_up_proj" and f"{module}.down_proj" in updates
+    front = f"{layout.prefix}{module}" + (".base_layer" if inner else "")
+    shaped = Shaped(experts=update.experts)
+    yield f"{front}.{a}.weight", to_theirs("down", update.down, shaped)
+    by_expert = layout.experts == "flat_by_expert"
+    up = update.up.transpose(0, 1).flatten(1) if by_expert else to_theirs("up", update.up, shaped)
+    yield f"{front}.{b}.weight", up
+
+
+def _config(adapter: PlainAdapter, updates: Mapping[str, Update], layout: Layout) -> dict[str, Any]:
+    rank = Counter(update.rank for update in updates.values()).most_common(1)[0][0]
+    usual = Counter(update.scale for update in updates.values() if update.rank == rank).most_common(1)[0][0]
+    modules = [path for path, update in updates.items() if update.experts is None]
+    experts = [path for path, update in updates.items() if update.experts is not None]
+    flat = layout.experts in ("flat", "flat_by_expert")
+    targets = modules if flat else sorted({named(layout, p).rpartition(".")[2] for p in (*modules, *experts)})
+    config: dict[str, Any] = {
+        **{"peft_type": "LORA", "r": rank, "lora_alpha": _number(usual * rank), "target_modules": targets},
+        **{"lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "use_rslora": False},
+        **{"modules_to_save": None, "task_type": None, "base_model_name_or_path": None},
+        **adapter.about,
+    }
+    if flat and experts:
+        config["target_parameters"] = sorted({".".join(path.split(".")[-3:]) for path in experts}, reverse=True)
+    if not layout.uniform:
+        ranks = {path: update.rank for path, update in updates.items() if update.rank != rank}
+        alphas = {path: _number(u.scale * u.rank) for path, u in updates.items() if u.scale * u.rank != usual * rank}
+        config |= {"rank_pattern": ranks, "alpha_pattern": alphas}
+    return config
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _heads(heads: Heads | None, path: str, layout: Layout) -> int:
+    if heads is None:
+        hint = "name the base that the adapter is for: --model MODEL"
+        raise GraftError("GC069", f"the layout {layout.name} depends on the heads of {path}", hint=hint)
+    return heads.queries if path.endswith(".q_proj") else heads.keys

@@ -1,0 +1,152 @@
+"""Maps that one program has apart and another fused: q, k and v, or the gate and up projections.
+
+Joining is exact: where the parts share ``A`` it is kept once, and otherwise ``B`` becomes block-diagonal and ranks add.
+Splitting keeps for each part the ranks that its rows use, so that joining and splitting again gives back the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+
+from graftc.runtime.interop.layouts.plain import Heads, PlainAdapter, Update
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = ["FUSED", "Fusion", "joined", "split", "together"]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Maps of one module whose rows another model has in one map, in this order."""
+
+    fused: str
+    parts: tuple[str, ...]
+
+
+FUSED: Mapping[str, Fusion] = MappingProxyType(
+    {
+        "qkv": Fusion("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        "gate_up": Fusion("gate_up_proj", ("gate_proj", "up_proj")),
+    }
+)
+"""What can be fused, by the word for it on the command line."""
+
+
+def together(parts: Sequence[Update | None], rows: Sequence[int]) -> Update:
+    """One update of the maps whose rows are those of the parts, in order.
+
+    Args:
+        parts: the updates; None where there is none.
+        rows: how many rows each part has.
+
+    Raises:
+        ValueError: they read inputs of other sizes.
+    """
+    present = [part for part in parts if part is not None]
+    scale = present[0].scale
+    present = [part.scaled(scale) for part in present]
+    first = present[0]
+    shared = all(p.down.shape == first.down.shape and torch.equal(p.down, first.down) for p in present)
+    width = first.rank if shared else sum(p.rank for p in present)
+    dtype = first.up.dtype
+    up = torch.zeros(*first.up.shape[:-2], sum(rows), width, dtype=dtype)
+    row = column = at = 0
+    for part, count in zip(parts, rows, strict=True):
+        if part is not None:
+            own = present[at]
+            up[..., row : row + count, column : column + own.rank] = own.up
+            column += 0 if shared else own.rank
+            at += 1
+        row += count
+    down = first.down if shared else torch.cat([p.down for p in present], -2)
+    return Update(down, up, scale)
+
+
+def apart(update: Update, rows: Sequence[int]) -> list[Update]:
+    """The updates of the rows of each part."""
+    return [replace(update, up=block).trimmed() for block in update.up.split(list(rows), -2)]
+
+
+def joined(adapter: PlainAdapter, what: str, heads: Heads | None = None) -> PlainAdapter:
+    """The adapter with parts in their fused map, where it has any.
+
+    Args:
+        adapter: with the parts.
+        what: a key of `FUSED`.
+        heads: the base's, needed where an adapter has some of q, k and v only.
+
+    Raises:
+        GraftError: GC069 where the rows of a missing part are unknown, or where there is nothing to join.
+    """
+    fusion = FUSED[what]
+    updates: dict[str, Update] = {}
+    groups: dict[str, dict[str, Update]] = {}
+    for path, update in adapter.updates.items():
+        module, _, last = path.rpartition(".")
+        if last in fusion.parts and update.experts is None:
+            groups.setdefault(module, {})[last] = update
+            updates.setdefault(f"{module}.{fusion.fused}", update)  # keeps its place
+        else:
+            updates[path] = update
+    if not groups:
+        raise GraftError("GC069", f"the adapter has none of {', '.join(fusion.parts)} to join")
+    for module, found in groups.items():
+        rows = _rows(fusion, found, heads, module)
+        try:
+            updates[f"{module}.{fusion.fused}"] = together([found.get(part) for part in fusion.parts], rows)
+        except (ValueError, RuntimeError) as error:
+            raise GraftError("GC069", f"the maps of {module} read inputs of other sizes") from error
+    return replace(adapter, updates=updates)
+
+
+def split(adapter: PlainAdapter, what: str, heads: Heads | None = None) -> PlainAdapter:
+    """The adapter with fused maps as their parts.
+
+    Raises:
+        GraftError: GC069 where the rows of the parts are unknown or do not add up, or there is nothing to split.
+    """
+    fusion = FUSED[what]
+    updates: dict[str, Update] = {}
+    hits = 0
+    for path, update in adapter.updates.items():
+        module, _, last = path.rpartition(".")
+        if last != fusion.fused or update.experts is not None:
+            updates[path] = update
+            continue
+        hits += 1
+        rows = _sizes(fusion, update.rows, heads)
+        if sum(rows) != update.rows:
+            message = f"{path} has {update.rows} rows, its parts have {' + '.join(map(str, rows))}"
+            raise GraftError("GC069", message, hint="name the base that the adapter is for: --model MODEL")
+        for part, own in zip(fusion.parts, apart(update, rows), strict=True):
+            if bool(own.up.any()):
+                updates[f"{module}.{part}"] = own
+    if not hits:
+        raise GraftError("GC069", f"the adapter has no {fusion.fused} to split")
+    return replace(adapter, updates=updates)
+
+
+def _sizes(fusion: Fusion, total: int, heads: Heads | None) -> list[int]:
+    if len(fusion.parts) == 2:
+        return [total // 2, total // 2]
+    if heads is None:
+        hint = "name the base that the adapter is for: --model MODEL"
+        raise GraftError("GC069", f"the rows of {', '.join(fusion.parts)} are not known", hint=hint)
+    return [heads.queries * heads.size, heads.keys * heads.size, heads.keys * heads.size]
+
+
+def _rows(fusion: Fusion, found: Mapping[str, Update], heads: Heads | None, module: str) -> list[int]:
+    """Rows of every part, of those that are missing too."""
+    if len(fusion.parts) == 2:
+        size = next(iter(found.values())).rows
+        return [size, size]
+    if len(found) == len(fusion.parts):
+        return [found[part].rows for part in fusion.parts]
+    if heads is None and "k_proj" in found and "q_proj" in found:
+        return [found["q_proj"].rows, found["k_proj"].rows, found["k_proj"].rows]
+    if heads is None and "v_proj" in found and "q_proj" in found:
+        return [found["q_proj"].rows, found["v_proj"].rows, found["v_proj"].rows]
+    return _sizes(fusion, 0, heads)

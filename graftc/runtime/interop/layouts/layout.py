@@ -1,0 +1,110 @@
+"""The layouts, as data: how each program names maps, and how it stores those of experts.
+
+Read from peft 0.21, vLLM 0.26 (`lora_model.py`, `model_manager.py`), SGLang (`lora.py`, PR 21466), unsloth-zoo before
+PR 1269, tinker-cookbook 125e52e (`weights/_adapter.py`) and torchtune 0.6 (`convert_weights.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+__all__ = ["LAYOUTS", "ExpertForm", "Layout", "layout_of"]
+
+from graftc.specs.errors.diagnostics import GraftError, nearest
+
+ExpertForm: TypeAlias = Literal["flat", "flat_by_expert", "each", "stacked"]
+"""How the factors of experts are stored.
+
+`flat`: one matrix each, for the gate and the up projection together and for the down projection; ``A`` counts experts
+slowest, ``B`` fastest. `flat_by_expert`: the same with experts slowest in ``B`` too. `each`: a matrix per expert and
+projection, ``experts.3.gate_proj``. `stacked`: a tensor per projection with experts first, ``experts.w1``; one that all
+experts share has one."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one program lays out a LoRA adapter.
+
+    Attributes:
+        name: what the command line calls it.
+        about: whose layout it is, for people.
+        experts: how it stores those; None where it has none.
+        names: parts of paths that it calls differently: transformers' then its own. Whole segments only.
+        prefix: what stands in front of every path.
+        factors: the words for ``A`` and ``B``.
+        rotary: whether it orders the rows of queries and keys in pairs of the rotation, as Meta's weights are.
+        uniform: whether every map has the rank and the scale that the config states once.
+        tables: whether it has adapters of embedding tables.
+    """
+
+    name: str
+    about: str
+    experts: ExpertForm | None = "flat"
+    names: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = "base_model.model."
+    factors: tuple[str, str] = ("lora_A", "lora_B")
+    rotary: bool = False
+    uniform: bool = False
+    tables: bool = True
+
+
+STACKED: Mapping[str, str] = MappingProxyType({"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"})
+"""What `stacked` calls the projections of experts."""
+
+_TORCHTUNE: Mapping[str, str] = MappingProxyType(
+    {
+        "model.layers": "layers",
+        "self_attn.o_proj": "attn.output_proj",
+        "self_attn": "attn",
+        "mlp.gate_proj": "mlp.w1",
+        "mlp.down_proj": "mlp.w2",
+        "mlp.up_proj": "mlp.w3",
+        "lm_head": "output",
+    }
+)
+
+_EVERY = (
+    Layout("peft", "PEFT's own; vLLM's for models whose experts it fuses"),
+    Layout("vllm", "vLLM's with a matrix per expert, which SGLang reads too", experts="each", uniform=True),
+    Layout("sglang", "SGLang's with a tensor per projection of experts", experts="stacked", uniform=True),
+    Layout(
+        "tinker",
+        "what Tinker's checkpoints have",
+        experts="stacked",
+        names=MappingProxyType({"lm_head": "model.unembed_tokens"}),
+        uniform=True,
+        tables=False,
+    ),
+    Layout("unsloth", "PEFT's keys as Unsloth read them for experts before September 2026", experts="flat_by_expert"),
+    Layout(
+        "torchtune",
+        "torchtune's names and its order of rotated rows",
+        experts=None,
+        names=_TORCHTUNE,
+        prefix="",
+        factors=("lora_a", "lora_b"),
+        rotary=True,
+        uniform=True,
+        tables=False,
+    ),
+)
+
+LAYOUTS: Mapping[str, Layout] = MappingProxyType({layout.name: layout for layout in _EVERY})
+"""Every layout by its name."""
+
+
+def layout_of(name: str) -> Layout:
+    """A layout by its name.
+
+    Raises:
+        GraftError: GC069 for a name that is none.
+    """
+    found = LAYOUTS.get(name)
+    if found is None:
+        close = nearest(name, LAYOUTS)
+        hint = f"did you mean '{close[0]}'?" if close else f"the layouts are {', '.join(LAYOUTS)}"
+        raise GraftError("GC069", f"there is no layout {name!r}", hint=hint)
+    return found

@@ -1,0 +1,146 @@
+"""A LoRA adapter as plain updates of a base's maps, whatever layout its file had."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.specs.errors.diagnostics import GraftError
+
+EXPERT = re.compile(r"(?P<module>.*\bexperts)\.(?P<map>gate_proj|up_proj|down_proj)")
+"""The place of one projection of all experts of a layer."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """``scale * up @ down`` at one map: ``down: [..., rank, in]``, ``up: [..., out, rank]``; experts lead.
+
+    Attributes:
+        down, up: the factors, of the type in which they are stored.
+        scale: the factor of their product.
+        table: whether the map is an embedding table, whose columns are tokens.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    table: bool = False
+
+    def __post_init__(self) -> None:
+        fits = self.down.shape[:-2] == self.up.shape[:-2] and self.down.shape[-2] == self.up.shape[-1]
+        if self.down.dim() not in (2, 3) or not fits:
+            raise ValueError(f"A {list(self.down.shape)} and B {list(self.up.shape)} do not belong together")
+
+    @property
+    def rank(self) -> int:
+        """Columns of ``up``."""
+        return self.up.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        """Outputs of the map."""
+        return self.up.shape[-2]
+
+    @property
+    def experts(self) -> int | None:
+        """How many experts there are; None for one map."""
+        return self.up.shape[0] if self.up.dim() == 3 else None
+
+    def scaled(self, scale: float) -> Update:
+        """The same update with another scale; the rest goes into ``up``, rounded to its type."""
+        if scale == self.scale:
+            return self
+        up = (self.up.double() * (self.scale / scale)).to(self.up.dtype)
+        return replace(self, up=up, scale=scale)
+
+    def padded(self, rank: int) -> Update:
+        """The same update, with zeros up to a rank."""
+        more = rank - self.rank
+        pad = torch.nn.functional.pad
+        return self if more <= 0 else replace(self, down=pad(self.down, (0, 0, 0, more)), up=pad(self.up, (0, more)))
+
+    def trimmed(self) -> Update:
+        """The same update without the ranks at which ``up`` is zero everywhere; one rank stays."""
+        used = self.up.flatten(0, -2).ne(0).any(0)
+        if bool(used.all()):
+            return self
+        if not bool(used.any()):
+            used[0] = True
+        return replace(self, down=self.down[..., used, :], up=self.up[..., used])
+
+
+@dataclass(frozen=True)
+class PlainAdapter:
+    """A LoRA adapter, by the paths that its maps have in the base of transformers.
+
+    Attributes:
+        updates: by path. Experts are one update per projection, ``<...>.experts.gate_proj``, with a leading axis.
+        about: fields of the config that any layout keeps: the base, its revision, the task.
+    """
+
+    updates: Mapping[str, Update]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some of its maps are those of experts."""
+        return any(EXPERT.fullmatch(path) for path in self.updates)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention of a base: what rotary permutations and fused projections depend on.
+
+    Attributes:
+        queries, keys: heads of queries, and of keys and values.
+        size: outputs of one head.
+    """
+
+    queries: int
+    keys: int
+    size: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], where: str) -> Heads:
+        """What the config of a base says.
+
+        Raises:
+            GraftError: GC069 where it does not.
+        """
+        config = config.get("text_config", config)
+        queries, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+        keys = config.get("num_key_value_heads") or queries
+        if not all(isinstance(n, int) and n > 0 for n in (queries, keys, hidden)):
+            hint = "name the base's folder: --model MODEL"
+            raise GraftError("GC069", f"{where} does not say how many heads there are", hint=hint)
+        assert isinstance(queries, int) and isinstance(keys, int) and isinstance(hidden, int)
+        return cls(queries, keys, int(config.get("head_dim") or hidden // queries))
+
+
+def concatenated(first: PlainAdapter, second: PlainAdapter) -> PlainAdapter:
+    """One adapter that adds what both add: their factors side by side, so ranks add.
+
+    Raises:
+        GraftError: GC069 where they are for maps of other sizes.
+    """
+    updates = dict(first.updates)
+    for path, other in second.updates.items():
+        own = updates.get(path)
+        if own is None:
+            updates[path] = other
+            continue
+        if own.down.shape[:-2] != other.down.shape[:-2] or (own.down.shape[-1], own.rows) != (
+            other.down.shape[-1],
+            other.rows,
+        ):
+            raise GraftError("GC069", f"the adapters are for maps of other sizes at {path}", hint="they need one base")
+        dtype = torch.promote_types(own.up.dtype, other.up.dtype)
+        other = replace(other, down=other.down.to(dtype), up=other.up.to(dtype)).scaled(own.scale)
+        down = torch.cat([own.down.to(dtype), other.down], -2)
+        updates[path] = replace(own, down=down, up=torch.cat([own.up.to(dtype), other.up], -1))
+    return PlainAdapter(updates, first.about)

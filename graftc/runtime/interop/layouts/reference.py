@@ -1,0 +1,130 @@
+"""What an adapter folder computes, written out for each layout by row and column numbers, as its reader sees it.
+
+Conversions are judged by this: nothing here is shared with what reads and writes the layouts, but their names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.runtime.interop.layouts.folder import named
+from graftc.runtime.interop.layouts.layout import STACKED, Layout
+from graftc.runtime.interop.layouts.plain import Heads
+
+__all__ = ["responses"]
+
+Probe = Callable[[int], Tensor]
+
+
+def responses(
+    layout: Layout, tensors: Mapping[str, Tensor], config: Mapping[str, Any], probe: Probe, heads: Heads | None = None
+) -> dict[str, Tensor]:
+    """What every map adds to its output, ``[out, probes]`` in float64, by its path; ``<...>.experts.3.gate_proj`` for
+    experts.
+
+    Args:
+        layout: how the tensors are to be read.
+        tensors: by key.
+        config: what ``adapter_config.json`` holds.
+        probe: inputs ``[in, probes]`` of a size, float64: the same for the same size.
+        heads: the base's, where rows are rotated in pairs.
+    """
+    found: dict[str, Tensor] = {}
+    a_word, b_word = layout.factors
+    for key, down in tensors.items():
+        for word, other in ((f".{a_word}.weight", f".{b_word}.weight"), (".lora_embedding_A", ".lora_embedding_B")):
+            if key.endswith(word):
+                path = key[len(layout.prefix) : -len(word)]
+                pair = _Pair(down.double(), tensors[key[: -len(word)] + other].double(), probe)
+                for site, value in _sites(layout, path, pair, config):
+                    if layout.rotary and heads is not None and site.endswith(("q_proj", "k_proj")):
+                        value = _unpaired(value, heads.size)
+                    found[site] = value
+    return found
+
+
+class _Pair:
+    """The factors of one key, and products with some rows of one and some columns of the other."""
+
+    def __init__(self, down: Tensor, up: Tensor, probe: Probe) -> None:
+        self.down, self.up, self.probe = down, up, probe
+
+    def product(self, rows: list[int] | None = None, columns: list[int] | None = None) -> Tensor:
+        down = self.down if rows is None else torch.stack([self.down[row] for row in rows])
+        up = self.up if columns is None else torch.stack([self.up[:, column] for column in columns], 1)
+        return up @ (down @ self.probe(down.shape[-1]))
+
+
+def _sites(layout: Layout, path: str, pair: _Pair, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    bare = path.removesuffix(".base_layer")
+    if layout.experts == "stacked" and pair.down.dim() == 3:
+        yield from _stacked(path, pair, config)
+    elif layout.experts in ("flat", "flat_by_expert") and bare.endswith(".experts"):
+        yield from _flat(layout, path, bare, pair, config)
+    else:
+        name = named(layout, path, back=True)
+        scale = _scale(config, path, patterns=not layout.uniform)
+        yield name, scale * pair.product()
+
+
+def _stacked(path: str, pair: _Pair, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    module, _, last = path.rpartition(".")
+    word = {theirs: ours for ours, theirs in STACKED.items()}[last]
+    scale = _scale(config, path, patterns=False)
+    for expert in range(max(pair.down.shape[0], pair.up.shape[0])):
+        down = pair.down[expert if pair.down.shape[0] > 1 else 0]
+        up = pair.up[expert if pair.up.shape[0] > 1 else 0]
+        yield f"{module}.{expert}.{word}", scale * (up @ (down @ pair.probe(down.shape[-1])))
+
+
+def _flat(layout: Layout, path: str, bare: str, pair: _Pair, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """PEFT's: row ``e * r + k`` of A is rank k of expert e; so is column ``k * E + e`` of B."""
+    targets = [str(name).rpartition(".")[2] for name in config.get("target_parameters") or ()]
+    inner = path != bare or targets == ["gate_up_proj"]
+    parameter = "gate_up_proj" if inner else "down_proj"
+    rank = _rank(config, f"{bare}.{parameter}")
+    experts = pair.down.shape[0] // rank
+    scale = _scale(config, f"{bare}.{parameter}", patterns=True)
+    for expert in range(experts):
+        rows = [expert * rank + k for k in range(rank)]
+        fast = layout.experts == "flat"
+        columns = [k * experts + expert if fast else expert * rank + k for k in range(rank)]
+        value = scale * pair.product(rows, columns)
+        if parameter == "down_proj":
+            yield f"{bare}.{expert}.down_proj", value
+        else:
+            half = value.shape[0] // 2
+            yield f"{bare}.{expert}.gate_proj", value[:half]
+            yield f"{bare}.{expert}.up_proj", value[half:]
+
+
+def _pattern(config: Mapping[str, Any], name: str, path: str) -> Any:
+    for pattern, value in (config.get(name) or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return None
+
+
+def _rank(config: Mapping[str, Any], path: str) -> int:
+    found = _pattern(config, "rank_pattern", path)
+    return int(config["r"] if found is None else found)
+
+
+def _scale(config: Mapping[str, Any], path: str, *, patterns: bool) -> float:
+    rank = _rank(config, path) if patterns else int(config["r"])
+    alpha = _pattern(config, "alpha_pattern", path) if patterns else None
+    value = float(config["lora_alpha"] if alpha is None else alpha)
+    return value / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _unpaired(value: Tensor, size: int) -> Tensor:
+    """Row ``2 i + j`` of a head is number i of the rotation's half j."""
+    rows = []
+    for start in range(0, value.shape[0], size):
+        rows += [value[start + 2 * i + j] for j in range(2) for i in range(size // 2)]
+    return torch.stack(rows)

@@ -1,0 +1,241 @@
+"""GGUF: merged models that transformers reads back, and LoRA adapters whose tensors are ours in llama.cpp's order."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning
+from graftc.testing import perturb
+from tests.families import tiny
+
+gguf = pytest.importorskip("gguf")
+SIZES = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+
+
+def model_of(kind: str, **changes: Any) -> nn.Module:
+    """A tiny random decoder of a type that transformers reads from GGUF."""
+    import transformers
+
+    torch.manual_seed(1)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(vocab_size=50, n_embd=24, n_layer=2, n_head=4, n_positions=64, **changes)
+        made: nn.Module = transformers.GPT2LMHeadModel(config)
+    else:
+        name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+        own = {"head_dim": 12} if kind in ("llama", "mistral") else {}
+        config = getattr(transformers, f"{name}Config")(**{**SIZES, **HEADS, **own, **changes})
+        made = getattr(transformers, f"{name}ForCausalLM")(config)
+    for tensor in made.parameters():  # norms and biases as well
+        tensor.data += 0.1 * torch.randn_like(tensor)
+    return made.eval()
+
+
+def compiled_of(model: nn.Module, *adapt: dict[str, Any]) -> Any:
+    entries = adapt or ({"method": "dora", "rank": 2, "target": {"role": ["attn.q", "attn.k", "ffn.down"]}},)
+    compiled = graftc.compile({"adapt": list(entries)}, model).eval()
+    perturb(compiled)
+    return compiled
+
+
+def export(model: Any, path: Path, **options: Any) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraftWarning)
+        found: Path = model.export(path, format="gguf", **options)
+    return found
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file as they are stored."""
+    return {
+        t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in gguf.GGUFReader(path).tensors
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_a_merged_model_reads_back(kind: str, tmp_path: Path) -> None:
+    """transformers loads the file and computes what the merged model computes. It does not read all of GPT-2's sizes."""
+    from transformers import AutoModelForCausalLM
+
+    source = model_of(kind)
+    merged = compiled_of(source).merge()
+    sizes = {"config": source.config} if kind == "gpt2" else {}
+    export(merged, tmp_path / "model.gguf")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", **sizes).eval()
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        found, wanted = loaded(input_ids=ids).logits, merged(input_ids=ids).logits
+    assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_sixteen_bits(dtype: str, tmp_path: Path) -> None:
+    """Matrices are rounded to nearest; vectors stay as they are."""
+    merged = compiled_of(model_of("llama")).merge()
+    export(merged, tmp_path / "full.gguf")
+    export(merged, tmp_path / "half.gguf", dtype=dtype)
+    full, half = read(tmp_path / "full.gguf"), read(tmp_path / "half.gguf")
+    kind = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    for name, tensor in full.items():
+        assert torch.equal(half[name], tensor.to(kind).float() if tensor.dim() > 1 else tensor), name
+
+
+def test_an_adapter_by_hand(tmp_path: Path) -> None:
+    """Names, sizes and the scale; rows of q and k in pairs of the rotation, others as they are."""
+    lora = {"method": "lora", "rank": 3, "alpha": 6, "target": {"role": ["attn.q", "attn.k", "attn.v", "ffn.down"]}}
+    override = {"overrides": [{"role": "attn.v", "rank": 2, "alpha": 5}]}
+    compiled = compiled_of(model_of("llama"), {**lora, **override})
+    export(compiled, tmp_path / "adapter.gguf")
+    reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
+    assert fields["adapter.lora.alpha"] == 6 and fields["general.architecture"] == "llama"
+    found = read(tmp_path / "adapter.gguf")
+    assert len(found) == 16
+    own = compiled.adapter_state_dict()
+    for layer in range(2):
+        front = f"model.layers.{layer}"
+        for theirs, ours, heads in (("attn_q", "self_attn.q_proj", 4), ("attn_k", "self_attn.k_proj", 2)):
+            a, b = (own[f"{front}.{ours}.graftc.lora.{part}"] for part in "AB")
+            assert torch.equal(found[f"blk.{layer}.{theirs}.weight.lora_a"], a)
+            for row in range(12 * heads):
+                head, at = divmod(row, 12)
+                i, half = divmod(at, 2)
+                assert torch.equal(found[f"blk.{layer}.{theirs}.weight.lora_b"][row], b[head * 12 + half * 6 + i])
+        a, b = (own[f"{front}.self_attn.v_proj.graftc.lora.{part}"] for part in "AB")
+        made = found[f"blk.{layer}.attn_v.weight.lora_b"] @ found[f"blk.{layer}.attn_v.weight.lora_a"]
+        assert torch.allclose(6 / 2 * made, 5 / 2 * b @ a, rtol=1e-6)
+        b = own[f"{front}.mlp.down_proj.graftc.lora.B"]
+        assert torch.equal(found[f"blk.{layer}.ffn_down.weight.lora_b"], b)
+
+
+def test_base_and_adapter_are_the_merged_model(tmp_path: Path) -> None:
+    """As llama.cpp adds them: ``W + alpha / rank * lora_b @ lora_a`` is the merged file's tensor."""
+    lora = {"method": "lora", "rank": 3, "target": {"role": ["attn.q", "attn.v"]}}
+    other = {"name": "other", "method": "lora", "rank": 2, "alpha": 5, "target": {"role": ["attn.q", "ffn.up"]}}
+    for kind in ("llama", "gpt2"):
+        compiled = compiled_of(model_of(kind), lora, other)
+        place = tmp_path / kind
+        place.mkdir()
+        export(compiled, place / "adapter.gguf")
+        export(compiled.merge(), place / "merged.gguf")
+        compiled.load_adapter_state_dict({n: torch.zeros_like(t) for n, t in compiled.adapter_state_dict().items()})
+        export(compiled.merge(), place / "base.gguf")
+        base, merged, adapter = (read(place / f"{word}.gguf") for word in ("base", "merged", "adapter"))
+        alpha = gguf.GGUFReader(place / "adapter.gguf").fields["adapter.lora.alpha"].contents()
+        changed = {name.removesuffix(".lora_a") for name in adapter if name.endswith(".lora_a")}
+        for name, tensor in merged.items():
+            down, up = (adapter.get(f"{name}.lora_{word}") for word in "ab")
+            added = 0 if down is None or up is None else alpha / down.shape[0] * up @ down
+            assert torch.allclose(base[name] + added, tensor, atol=1e-6), name
+        assert changed and changed == {name for name in merged if not torch.equal(base[name], merged[name])}
+
+
+def test_a_longer_rotation(tmp_path: Path) -> None:
+    """Llama 3.1's frequencies are divided by factors that are in the file."""
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    model = model_of("llama", rope_parameters=rope)
+    export(compiled_of(model).merge(), tmp_path / "model.gguf")
+    factors = read(tmp_path / "model.gguf")["rope_freqs.weight"]
+    usual = 500.0 ** (-torch.arange(0, 12, 2) / 12)
+    assert torch.allclose(usual / factors, model.model.rotary_emb.inv_freq, rtol=1e-6)
+    assert float(factors[0]) == 1 and float(factors[-1]) == pytest.approx(8)
+
+
+def tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 50 tokens beside a model."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(number) for number in range(ord("a"), ord("z") + 1)]
+    vocab = {token: number for number, token in enumerate(["<s>", "</s>", "Ġ", *letters, "th", "the"])}
+    made = Tokenizer(models.BPE(vocab, merges=[("t", "h"), ("th", "e")]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+def test_the_tokenizer_of_the_base(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    model_of("llama").save_pretrained(tmp_path / "base")
+    tokenizer(tmp_path / "base")
+    merged = compiled_of(LlamaForCausalLM.from_pretrained(tmp_path / "base")).merge()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GraftWarning)
+        merged.export(tmp_path / "model.gguf", format="gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert tokens[:4] == ["<s>", "</s>", "Ġ", "a"] and len(tokens) == 50 and tokens[-1] == "[PAD49]"
+    assert fields["tokenizer.ggml.token_type"].contents()[:4] == [3, 3, 1, 1]
+    assert fields["tokenizer.ggml.merges"].contents() == ["t h", "th e"]
+    assert (fields["tokenizer.ggml.model"].contents(), fields["tokenizer.ggml.pre"].contents()) == ("gpt2", "gpt-2")
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 1
+
+
+def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
+    merged = compiled_of(model_of("llama")).merge()
+    with pytest.warns(GraftWarning, match="has no tokenizer") as caught:
+        merged.export(tmp_path / "model.gguf", format="gguf")
+    assert {warning.message.code for warning in caught if isinstance(warning.message, GraftWarning)} == {"GC075"}
+
+
+@pytest.mark.parametrize(
+    ("family", "adapt", "merge", "code", "words"),
+    [
+        ("bert", {"method": "lora", "target": {"role": "attn.q"}}, True, "GC060", "models of type 'bert'"),
+        ("mixtral", {"method": "lora", "target": {"role": "attn.q"}}, True, "GC060", "models of type 'mixtral'"),
+        ("llama", {"method": "dora", "target": {"role": "attn.q"}}, False, "GC066", "no plain LoRA"),
+        ("llama", {"method": "lora", "init": "pissa", "target": {"role": "attn.q"}}, False, "GC066", "no plain LoRA"),
+        ("gpt2", {"method": "lora", "bias": "all", "target": {"role": "attn.o"}}, False, "GC066", "in full"),
+        ("gpt2", {"method": "lora", "target": {"modules": "lm_head"}}, False, "GC060", "tied"),
+    ],
+)
+def test_what_is_refused(
+    family: str, adapt: dict[str, Any], merge: bool, code: str, words: str, tmp_path: Path
+) -> None:
+    compiled = compiled_of(tiny(family), {"rank": 2, **adapt})
+    with pytest.raises(GraftError, match=words) as caught:
+        (compiled.merge() if merge else compiled).export(tmp_path / "x.gguf", format="gguf")
+    assert caught.value.code == code and caught.value.hint and not any(tmp_path.iterdir())
+
+
+def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
+    model = model_of("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] = 1e5
+    with pytest.raises(GraftError, match=r"output\.weight has numbers that f16 cannot hold"):
+        export(compiled_of(model).merge(), tmp_path / "x.gguf", dtype="f16")
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(GraftError, match="'q4' is unknown"):
+        export(compiled_of(model).merge(), tmp_path / "x.gguf", dtype="q4")
+
+
+def test_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged, or the LoRAs alone; a file has no inputs."""
+    from transformers import LlamaForCausalLM
+
+    from tests.cli.support import run_here
+
+    monkeypatch.chdir(tmp_path)
+    model_of("llama").save_pretrained("base")
+    lora = {"method": "lora", "rank": 2, "target": {"role": "attn.q"}}
+    compiled_of(LlamaForCausalLM.from_pretrained("base"), lora).save("artifact", certify=False)
+    words = ["export", "artifact", "--format", "gguf", "--json"]
+    data = run_here(capsys, *words, "--out", "merged.gguf", "--dtype", "bf16").data
+    assert data["merged"] and [warning["code"] for warning in data["warnings"]] == ["GC075"]
+    assert run_here(capsys, *words, "--no-merge", "--out", "lora.gguf").status == 0
+    assert sorted(read(Path("lora.gguf"))) == [f"blk.{n}.attn_q.weight.lora_{w}" for n in range(2) for w in "ab"]
+    error = run_here(capsys, *words, "--out", "x.gguf", "--inputs", "lora").data["error"]
+    assert error["code"] == "GC090" and not Path("x.gguf").exists()
+    error = run_here(capsys, *words, "--out", "x.gguf", "--dtype", "q4_0").data["error"]
+    assert error["code"] == "GC060" and not Path("x.gguf").exists()

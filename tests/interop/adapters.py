@@ -1,0 +1,62 @@
+"""Adapter folders that PEFT wrote, with random tensors, for the tests of layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.families import tiny
+
+
+def phi3() -> nn.Module:
+    """A decoder whose projections are fused."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "vocab_size": 50}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    return Phi3ForCausalLM(Phi3Config(**sizes, **heads)).eval()
+
+
+def base(name: str) -> nn.Module:
+    """A tiny model by the name of its family."""
+    return phi3() if name == "phi3" else tiny(name).eval()
+
+
+def written(model: nn.Module, path: Path, seed: int = 0, **config: Any) -> Path:
+    """A folder with a random LoRA of a model."""
+    import copy
+
+    from peft import LoraConfig, get_peft_model
+
+    options = {"r": 3, "lora_alpha": 7, "task_type": "CAUSAL_LM", **config}
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**options))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in adapted.named_parameters():
+            if "lora_" in name:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
+    adapted.save_pretrained(path)
+    return path
+
+
+def outputs(model: nn.Module, adapter: Path | None) -> torch.Tensor:
+    """Logits of a model, with an adapter that PEFT loads without a word."""
+    import copy
+    import warnings
+
+    from peft import PeftModel
+
+    ids = torch.arange(12).reshape(2, 6) % 50
+    if adapter is None:
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(model), adapter).eval()
+    with torch.no_grad():
+        found: torch.Tensor = loaded(input_ids=ids).logits
+    return found

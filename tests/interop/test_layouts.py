@@ -1,0 +1,286 @@
+"""Layouts of adapter folders: every conversion gives the same update, and a wrong one is caught by its probe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from graftc.runtime.interop.layouts import convert as module
+from graftc.runtime.interop.layouts import folder as folders
+from graftc.runtime.interop.layouts.convert import convert_folder
+from graftc.runtime.interop.layouts.plain import Heads
+from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
+from graftc.specs.errors.diagnostics import GraftError
+from tests.interop.adapters import base, outputs, written
+
+MOE = {
+    "target_modules": ["q_proj", "v_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
+ALL = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(base("mixtral"), tmp_path_factory.mktemp("moe") / "peft", **MOE)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(base("llama"), tmp_path_factory.mktemp("dense") / "peft", **ALL)
+
+
+@pytest.fixture(scope="module")
+def llama_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    base("llama").config.save_pretrained(folder)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("layout", ["vllm", "sglang", "unsloth", "tinker"])
+def test_experts_there_and_back(moe: Path, tmp_path: Path, layout: str) -> None:
+    """PEFT gives the same outputs with what came back, and finds every key."""
+    made = convert_folder(moe, tmp_path / "there", layout)
+    assert made.largest_error < 1e-12 and len(made.maps) > 20
+    source = layout if layout == "unsloth" else None
+    back = convert_folder(tmp_path / "there", tmp_path / "back", "peft", source=source)
+    assert back.largest_error < 1e-12 and back.source == ("sglang" if layout == "tinker" else layout)
+    model = base("mixtral")
+    assert tensors(tmp_path / "back").keys() == tensors(moe).keys()
+    found, wanted = outputs(model, tmp_path / "back"), outputs(model, moe)
+    assert float((found - wanted).abs().max()) < 1e-6 < float((wanted - outputs(model, None)).abs().max())
+
+
+def test_one_expert_by_hand(moe: Path, tmp_path: Path) -> None:
+    """The update of one expert's up projection, from the keys that vLLM and SGLang read and from PEFT's own."""
+    convert_folder(moe, tmp_path / "vllm", "vllm")
+    convert_folder(moe, tmp_path / "sglang", "sglang")
+    front = "base_model.model.model.layers.1.mlp.experts"
+    held, each, stacked = tensors(moe), tensors(tmp_path / "vllm"), tensors(tmp_path / "sglang")
+    down, up = held[f"{front}.base_layer.lora_A.weight"], held[f"{front}.base_layer.lora_B.weight"]
+    experts, half = down.shape[0] // 3, up.shape[0] // 2
+    for expert in range(experts):
+        own = up.reshape(up.shape[0], 3, experts)[..., expert] @ down.reshape(experts, 3, -1)[expert]
+        a, b = (each[f"{front}.{expert}.up_proj.lora_{word}.weight"] for word in "AB")
+        assert torch.allclose(b @ a, own[half:], atol=1e-6)
+        a, b = (each[f"{front}.{expert}.gate_proj.lora_{word}.weight"] for word in "AB")
+        assert torch.allclose(b @ a, own[:half], atol=1e-6)
+        a, b = (stacked[f"{front}.w3.lora_{word}.weight"][expert] for word in "AB")
+        assert torch.allclose(b @ a, own[half:], atol=1e-6)
+
+
+def test_one_rank_for_servers(moe: Path, dense: Path, tmp_path: Path) -> None:
+    """Ranks and scales that a config states by pattern are in the tensors of the layouts of servers."""
+    patterns = {"rank_pattern": {"v_proj": 5}, "alpha_pattern": {"q_proj": 28, "v_proj": 2}}
+    uneven = written(base("llama"), tmp_path / "uneven", **ALL, **patterns)
+    made = convert_folder(uneven, tmp_path / "vllm", "vllm")
+    found = config(tmp_path / "vllm")
+    assert found["r"] == 5 == made.rank and not found.get("rank_pattern") and made.largest_error < 1e-6
+    assert {t.shape[0] for n, t in tensors(tmp_path / "vllm").items() if "lora_A" in n} == {5}
+    model = base("llama")
+    assert float((outputs(model, tmp_path / "vllm") - outputs(model, uneven)).abs().max()) < 1e-5
+    back = convert_folder(uneven, tmp_path / "peft", "peft")
+    assert back.largest_error == 0 and config(tmp_path / "peft")["rank_pattern"]
+    assert float((outputs(model, tmp_path / "peft") - outputs(model, uneven)).abs().max()) < 1e-6
+
+
+def test_fused_and_apart(tmp_path: Path) -> None:
+    """Of q, k and v in one map: apart, and together again; PEFT's outputs on the fused model are the same."""
+    model = base("phi3")
+    model.config.save_pretrained(tmp_path / "phi3")
+    fused = written(model, tmp_path / "fused", target_modules=["qkv_proj", "gate_up_proj", "o_proj"])
+    options: dict[str, Any] = {"model": tmp_path / "phi3"}
+    apart = convert_folder(fused, tmp_path / "apart", apart=["qkv", "gate_up"], **options)
+    shapes = {n.split(".")[-3]: t.shape for n, t in tensors(tmp_path / "apart").items() if ".0." in n and "lora_B" in n}
+    assert {n: s[0] for n, s in shapes.items()} == {
+        **{"q_proj": 24, "k_proj": 12, "v_proj": 12, "o_proj": 24, "gate_proj": 20, "up_proj": 20}
+    }
+    again = convert_folder(tmp_path / "apart", tmp_path / "again", join=["qkv", "gate_up"])
+    assert apart.largest_error < 1e-12 and again.largest_error < 1e-12
+    assert {n: t.shape for n, t in tensors(tmp_path / "again").items()} == {
+        n: t.shape for n, t in tensors(fused).items()
+    }
+    assert float((outputs(model, tmp_path / "again") - outputs(model, fused)).abs().max()) < 1e-6
+
+
+def test_ranks_add_where_parts_are_joined(dense: Path, tmp_path: Path) -> None:
+    """Parts with A of their own are block-diagonal; splitting gives the ranks back. A missing part is zero."""
+    convert_folder(dense, tmp_path / "fused", join=["qkv"])
+    shapes = {t.shape[0] for n, t in tensors(tmp_path / "fused").items() if "qkv_proj.lora_A" in n}
+    assert shapes == {9}
+    few = written(base("llama"), tmp_path / "few", target_modules=["q_proj", "v_proj"])
+    made = convert_folder(few, tmp_path / "few_fused", join=["qkv"])
+    assert made.largest_error < 1e-12 and made.rank == 6
+    with pytest.raises(GraftError, match="rows of q_proj, k_proj, v_proj are not known") as caught:
+        convert_folder(tmp_path / "fused", None, apart=["qkv"])
+    assert caught.value.code == "GC069"
+
+
+def test_torchtune_by_hand(dense: Path, llama_config: Path, tmp_path: Path) -> None:
+    """Names, and the rows of a rotated head: torchtune's neighbours are transformers' halves."""
+    made = convert_folder(dense, tmp_path / "tune", "torchtune", model=llama_config)
+    held, tune = tensors(dense), tensors(tmp_path / "tune")
+    front = "base_model.model.model.layers.1"
+    heads = Heads.of(json.loads((llama_config / "config.json").read_text()), "llama")
+    for theirs, ours in (
+        ("attn.output_proj", "self_attn.o_proj"),
+        ("mlp.w3", "mlp.up_proj"),
+        ("mlp.w1", "mlp.gate_proj"),
+    ):
+        assert torch.equal(tune[f"layers.1.{theirs}.lora_b.weight"], held[f"{front}.{ours}.lora_B.weight"])
+    own, other = held[f"{front}.self_attn.k_proj.lora_B.weight"], tune["layers.1.attn.k_proj.lora_b.weight"]
+    size = heads.size
+    for head in range(heads.keys):
+        for i in range(size // 2):
+            assert torch.equal(other[head * size + 2 * i], own[head * size + i])
+            assert torch.equal(other[head * size + 2 * i + 1], own[head * size + size // 2 + i])
+    back = convert_folder(tmp_path / "tune", tmp_path / "back", model=llama_config)
+    assert made.largest_error < 1e-12 and back.source == "torchtune" and back.largest_error < 1e-12
+    assert all(torch.equal(t, held[n]) for n, t in tensors(tmp_path / "back").items())
+    with pytest.raises(GraftError, match="depends on the heads") as caught:
+        convert_folder(dense, None, "torchtune")
+    assert caught.value.code == "GC069"
+
+
+def test_rotated_rows_go_there_and_back() -> None:
+    rows = torch.randn(24, 5)
+    assert torch.equal(as_halves(as_pairs(rows, 3), 3), rows) and not torch.equal(as_pairs(rows, 3), rows)
+
+
+def test_the_head_of_tinker(tmp_path: Path) -> None:
+    model = base("llama")
+    own = written(model, tmp_path / "own", target_modules=["q_proj", "lm_head"])
+    convert_folder(own, tmp_path / "tinker", "tinker")
+    assert "base_model.model.model.unembed_tokens.lora_A.weight" in tensors(tmp_path / "tinker")
+    made = convert_folder(tmp_path / "tinker", tmp_path / "back")
+    plain = {name for name in tensors(own) if ".lora_" in name}  # PEFT saves the head's own weight as well
+    assert made.source == "tinker" and tensors(tmp_path / "back").keys() == plain
+
+
+def test_a_shared_factor_of_experts(moe: Path, tmp_path: Path) -> None:
+    """Tinker and SGLang may store one A for all experts."""
+    convert_folder(moe, tmp_path / "own", "sglang")
+    held = tensors(tmp_path / "own")
+    for name, tensor in held.items():
+        if ".w1.lora_A" in name or ".w3.lora_A" in name:
+            held[name] = tensor[:1].clone()
+    save_file(held, tmp_path / "own" / "adapter_model.safetensors")
+    made = convert_folder(tmp_path / "own", tmp_path / "vllm", "vllm")
+    front = "base_model.model.model.layers.0.mlp.experts"
+    each = tensors(tmp_path / "vllm")
+    assert made.largest_error < 1e-12
+    assert torch.equal(each[f"{front}.3.gate_proj.lora_A.weight"], held[f"{front}.w1.lora_A.weight"][0])
+
+
+def test_several_become_one(dense: Path, tmp_path: Path) -> None:
+    """Their updates add up, also where only one of them has a map, and with other scales."""
+    other = written(base("llama"), tmp_path / "other", seed=1, target_modules=["q_proj"], r=2, lora_alpha=3)
+    made = convert_folder(dense, tmp_path / "both", add=[other])
+    assert made.rank == 5 and made.largest_error < 1e-6
+    held = [tensors(path) for path in (dense, other, tmp_path / "both")]
+    front = "base_model.model.model.layers.0.self_attn.q_proj"
+    one, two, both = (t[f"{front}.lora_B.weight"] @ t[f"{front}.lora_A.weight"] for t in held)
+    scale = config(tmp_path / "both")["alpha_pattern"].get("model.layers.0.self_attn.q_proj", 0) / 5
+    assert torch.allclose(scale * both, 7 / 3 * one + 3 / 2 * two, atol=1e-5)
+
+
+def rolled(tensor: Tensor) -> Tensor:
+    return tensor.roll(1, 0)
+
+
+@pytest.mark.parametrize(
+    "fault", ["order of experts", "gate and up", "B by expert", "sign", "rotation", "one map lost"]
+)
+def test_a_wrong_writer_is_caught(
+    fault: str, moe: Path, dense: Path, llama_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probe reads what was written by its own description of the layout, and nothing appears."""
+    right = folders._keyed
+    source, to, options = moe, "vllm", {}
+
+    def keyed(path: str, update: Any, layout: Any, updates: Any) -> Any:
+        pairs = list(right(path, update, layout, updates))
+        if fault == "order of experts" and ".experts" in path:
+            names = [name for name, _ in pairs]
+            return zip([*names[2:], *names[:2]], (value for _, value in pairs), strict=True)
+        if fault == "gate and up":
+            swap = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+            return [(".".join(swap.get(s, s) for s in name.split(".")), value) for name, value in pairs]
+        if fault == "sign" and path.endswith("v_proj"):
+            return [(name, -value if "lora_B" in name else value) for name, value in pairs]
+        if fault == "one map lost" and path.endswith("v_proj"):
+            return []
+        return pairs
+
+    if fault == "B by expert":
+        to = "peft"
+        monkeypatch.setattr(
+            folders,
+            "to_theirs",
+            lambda form, t, s: t.transpose(-2, -3).flatten(-2) if form == "up" else t.flatten(0, 1),
+        )
+    elif fault == "rotation":
+        source, to, options = dense, "torchtune", {"model": llama_config}
+        monkeypatch.setattr(folders, "as_pairs", as_halves)
+    else:
+        monkeypatch.setattr(folders, "_keyed", keyed)
+    with pytest.raises(GraftError, match="gives another update") as caught:
+        convert_folder(source, tmp_path / "out", to, **options)
+    assert caught.value.code == "GC067" and caught.value.details and not (tmp_path / "out").exists()
+
+
+def test_a_wrong_layout_of_the_source_is_no_secret(moe: Path, tmp_path: Path) -> None:
+    """Unsloth's order cannot be told from PEFT's by the keys: read as the other it gives another adapter."""
+    convert_folder(moe, tmp_path / "right", "vllm")
+    convert_folder(moe, tmp_path / "wrong", "vllm", source="unsloth")
+    one, other = tensors(tmp_path / "right"), tensors(tmp_path / "wrong")
+    assert one.keys() == other.keys() and any(not torch.equal(one[n], other[n]) for n in one)
+
+
+@pytest.mark.parametrize(
+    ("change", "to", "code", "words"),
+    [
+        ({"use_dora": True}, "vllm", "GC069", "adapted by dora"),
+        ({"modules_to_save": ["lm_head"]}, "vllm", "GC069", "trained in full"),
+        ({"bias": "all"}, "vllm", "GC069", "trained in full|saved whole"),
+        ({}, "vlm", "GC069", "did you mean 'vllm'"),
+    ],
+)
+def test_what_is_refused(change: dict[str, Any], to: str, code: str, words: str, tmp_path: Path) -> None:
+    own = written(
+        base("gpt2" if "bias" in change else "llama"),
+        tmp_path / "own",
+        **{"target_modules": ["c_attn"] if "bias" in change else ["q_proj"], **change},
+    )
+    with pytest.raises(GraftError) as caught:
+        convert_folder(own, tmp_path / "out", to)
+    import re
+
+    assert caught.value.code == code and re.search(words, f"{caught.value} {caught.value.hint}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_are_missing(moe: Path, tmp_path: Path) -> None:
+    convert_folder(moe, tmp_path / "own", "vllm")
+    held = {n: t for n, t in tensors(tmp_path / "own").items() if ".experts.1.up_proj" not in n}
+    save_file(held, tmp_path / "own" / "adapter_model.safetensors")
+    with pytest.raises(GraftError, match=r"experts 1 of .* are missing"):
+        convert_folder(tmp_path / "own", None, "peft")
+    with pytest.raises(GraftError, match=r"has no adapter_config\.json"):
+        convert_folder(tmp_path, None, "peft")
+    assert module.is_adapter_folder(moe)
