@@ -118,7 +118,7 @@ def _from_plugin(point: EntryPoint) -> list[SpecEntry]:
         hint = f"repair or uninstall the package that provides {point.module}"
         raise GraftError("GC071", f"{owner} cannot be imported: {type(error).__name__}: {error}", hint=hint) from error
     if not classes:
-        hint = "define a subclass of graftc.specs.MethodSpec there, with method: Literal['tag'] = 'tag'"
+        hint = "define a subclass of graftc.extend.MethodSpec there, with method: Literal['tag'] = 'tag'"
         raise GraftError("GC071", f"{owner} has no method in {module.__name__}", hint=hint)
     return [_entry(c, f"{point.module}.method", module.__name__) for c in classes]
 

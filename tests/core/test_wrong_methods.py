@@ -30,6 +30,7 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "product": (lambda t: weight_fold(lambda w: w @ w @ t["l"][:3, None]), "fails: RuntimeError"),
     "arithmetic": (lambda t: weight_fold(lambda w: w * (1 // 0)), "fails: ZeroDivisionError"),
     "whole numbers": (lambda t: weight_fold(lambda w: w.long()), "gives a weight of torch.int64"),
+    "half the digits": (lambda t: weight_fold(lambda w: w.float()), "torch.float32, it must be torch.float64"),
     "no pair": (lambda t: WeightFold(lambda w, b: w), "gives no pair of a weight and a bias"),
     "no tensor": (lambda t: weight_fold(lambda w: None), "gives NoneType for a weight"),
     "no fold": (lambda t: t["l"], "gives Tensor, which is no fold"),
@@ -95,6 +96,17 @@ def test_what_cannot_be_inserted_names_its_method(
     with pytest.raises(GraftError, match=f"'lora' cannot be inserted.*: {type(wrong).__name__}: ") as caught:
         graftc.compile(spec, tiny("bert"))
     assert caught.value.code == "GC071" and ("attention.self.query" in caught.value.message) == (function == "insert")
+
+
+def test_what_is_inserted_has_the_type_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wider(self: LoRAMethod, spec: Any, site: Any, shared: Any, build: Any) -> None:
+        output = build.output(site)
+        build.add(site, build.call(torch.ops.aten.to.dtype, output, torch.float64))
+
+    monkeypatch.setattr(LoRAMethod, "insert", wider)
+    with pytest.raises(GraftError, match=r"'lora' .* at bert.* torch.float64 for values of torch.float32") as caught:
+        graftc.compile({"adapt": [{"method": "lora", "target": {"role": "attn.q"}}]}, tiny("bert"))
+    assert caught.value.code == "GC071"
 
 
 def test_sites_are_those_of_the_base_class() -> None:

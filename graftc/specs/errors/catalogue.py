@@ -124,14 +124,15 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "trains the tensor itself must come first."),
     ("GC022", _SPEC, "a tied weight cannot be folded",
      "The tensor has another reader, and folding it, or training it in full, would change that reader as well.",
-     "Leave the site out, or break the tie in the model before compiling. The unfolded model still runs and exports."),
+     "List the module in `untie:`, which gives it a tensor of its own, or leave the site out. The unfolded model still "
+     "runs and exports."),
     ("GC023", _SPEC, "no gradient path",
      "No output of the model depends on a trainable tensor, so the tensor would never be trained.",
      "Leave the site out of the target or of `train`, or use a model class whose outputs depend on it."),
     ("GC024", _WARNING, "a weight has readers that are not adapted",
      "The site trains, but folding it would change the other readers, so merging will be refused (GC022).",
-     "No action is needed if the adapted model is never merged. Otherwise leave the site out, or break the tie in the "
-     "model."),
+     "No action is needed if the adapted model is never merged. Otherwise list the module in `untie:`, or leave the site "
+     "out."),
 
     # Capturing and running a model.
     ("GC025", _WARNING, "training hooks were never called",

@@ -181,5 +181,13 @@ class Part:
         return self._nodes.seams.read(self._nodes, node, kind, site)
 
     def _write(self, change: Change, put: Callable[..., None]) -> None:
-        """Change values of the model, through the seam."""
+        """Change values of the model, through the seam.
+
+        Raises:
+            TypeError: what is given is of another type than the values, which it would make theirs.
+        """
+        if change.like is not None and change.given:
+            mine, theirs = change.given[0].meta["val"].dtype, change.like.meta["val"].dtype
+            if mine != theirs:
+                raise TypeError(f"it gives values of {mine} for values of {theirs}")
         self._nodes.seams.write(self._nodes, change, put)

@@ -82,36 +82,36 @@ class _Check:
 
     def weight(self, apply: Callable[..., Any]) -> Callable[..., Any]:
         def checked(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            shapes = weight.shape, weight.shape[:-1] if bias is None else bias.shape
+            shapes, dtype = (weight.shape, weight.shape[:-1] if bias is None else bias.shape), weight.dtype
             only = [weight]  # who changes it can let it go
             del weight
             with self.running():
                 found = apply(only.pop(), bias)
             if not isinstance(found, tuple) or len(found) != 2:
                 raise self.wrong("gives no pair of a weight and a bias")
-            self._same(found[0], shapes[0], "a weight")
+            self._same(found[0], shapes[0], dtype, "a weight")
             if found[1] is not None:
-                self._same(found[1], shapes[1], "a bias")
+                self._same(found[1], shapes[1], dtype, "a bias")
             return found
 
         return checked
 
     def tensor(self, part: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def checked(tensor: Tensor) -> Tensor:
-            shape = tensor.shape
+            shape, dtype = tensor.shape, tensor.dtype
             only = [tensor]
             del tensor
             with self.running():
                 found = change(only.pop())
-            self._same(found, shape, repr(part))
+            self._same(found, shape, dtype, repr(part))
             return found
 
         return checked
 
-    def _same(self, found: Any, shape: Any, what: str) -> None:
+    def _same(self, found: Any, shape: torch.Size, dtype: torch.dtype, what: str) -> None:
         if not isinstance(found, Tensor):
             raise self.wrong(f"gives {type(found).__name__} for {what}")
-        if not found.is_floating_point():
-            raise self.wrong(f"gives {what} of {found.dtype}")
         if found.shape != shape:
             raise self.wrong(f"gives {what} of {list(found.shape)}, it must be {list(shape)}")
+        if found.dtype != dtype:
+            raise self.wrong(f"gives {what} of {found.dtype}, it must be {dtype}")

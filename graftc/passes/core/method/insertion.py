@@ -46,5 +46,5 @@ def _inserting(method: str, where: str = "") -> Iterator[None]:
     except GraftError:
         raise
     except Exception as error:  # whatever a method does wrong, its message has to name it
-        message = f"{method!r} cannot be inserted{where}: {type(error).__name__}: {first_line(error)}"
+        message = f"{method!r} cannot be inserted{where}: {first_line(error)}"
         raise GraftError("GC071", message, hint="correct the method; nothing has been compiled") from error
