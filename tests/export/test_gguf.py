@@ -54,14 +54,13 @@ def export(model: Any, path: Path, **options: Any) -> Path:
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file as they are stored."""
-    return {
-        t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in gguf.GGUFReader(path).tensors
-    }
+    tensors = gguf.GGUFReader(path).tensors
+    return {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in tensors}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_a_merged_model_reads_back(kind: str, tmp_path: Path) -> None:
-    """transformers loads the file and computes what the merged model computes. It does not read all of GPT-2's sizes."""
+    """transformers loads the file and computes what the merged model does. It does not read all of GPT-2's sizes."""
     from transformers import AutoModelForCausalLM
 
     source = model_of(kind)

@@ -19,10 +19,11 @@ from graftc.runtime.interop.layouts.fusing import FUSED, joined, split
 from graftc.runtime.interop.layouts.layout import Layout, layout_of
 from graftc.runtime.interop.layouts.plain import Heads, PlainAdapter, concatenated
 from graftc.runtime.interop.layouts.reference import responses
-from graftc.runtime.interop.peft.config import CONFIG
 from graftc.runtime.interop.peft.folder import WEIGHTS
+from graftc.runtime.interop.peft.servers import SERVERS, require_served
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
+from graftc.specs.foreign.config import CONFIG
 from graftc.specs.strict_json import read_json
 
 __all__ = ["ConvertedFolder", "ProbedMap", "convert_folder", "is_adapter_folder"]
@@ -148,6 +149,8 @@ def _written(
 ) -> ConvertedFolder:
     write_layout(adapter, target, folder, heads)
     tensors, config = _tensors(folder), _config(folder)
+    if target.name in SERVERS:
+        require_served(SERVERS[target.name], config, tensors)
     found = responses(target, tensors, config, _probe, heads)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     allowed = max((_ROUNDING.get(dtype, _EXACT) for dtype in dtypes), default=_EXACT) if rounded else _EXACT

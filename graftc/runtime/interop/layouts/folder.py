@@ -19,12 +19,12 @@ from graftc.runtime.interop.layouts.layout import STACKED, Layout, layout_of
 from graftc.runtime.interop.layouts.plain import EXPERT, Heads, PlainAdapter, Update
 from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
 from graftc.runtime.interop.peft import read_peft
-from graftc.runtime.interop.peft.config import CONFIG, AdapterConfig, read_config
 from graftc.runtime.interop.peft.folder import WEIGHTS, PeftAdapter, PeftModule
 from graftc.runtime.interop.peft.forms import Shaped, to_theirs
 from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
+from graftc.specs.foreign.config import CONFIG, AdapterConfig, read_config
 from graftc.specs.methods.lora import LoRA
 
 __all__ = ["detected", "laid_out", "named", "raw_keys", "read_layout", "write_layout"]

@@ -163,6 +163,13 @@ def _fields(main: Resolved, table: PeftFormat) -> dict[str, Any]:
     return {theirs: value for theirs, value in found.items() if value is not None or theirs not in table.fields}
 
 
+def _as_json(value: Any) -> Any:
+    """A value of a spec as peft writes it: servers take whole numbers only for what usually is one."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved], table: PeftFormat) -> dict[str, Any]:
     """Which modules are adapted, and what differs among them."""
     universe = [path for path, _ in compilation.source.named_modules(remove_duplicate=False) if path]
