@@ -1,4 +1,4 @@
-"""Conversion to LoRA: every method that folds into linear maps, on every family that takes it, at full rank the fold."""
+"""Conversion to LoRA: every method that folds into linear maps, on every family that takes it, is the fold."""
 
 from __future__ import annotations
 

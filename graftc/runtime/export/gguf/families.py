@@ -17,7 +17,7 @@ from graftc.runtime.interop.layouts.plain import Heads
 from graftc.runtime.interop.layouts.rotary import as_pairs
 from graftc.specs.errors.diagnostics import GraftError, nearest
 
-__all__ = ["FAMILIES", "Family", "family_of", "rope_factors"]
+__all__ = ["FAMILIES", "Family", "architecture", "family_of", "heads_of", "rope_factors", "stored"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,11 @@ def family_of(config: Any) -> Family:
         raise GraftError("GC060", "experts cannot be written as GGUF", hint="merge into a transformers folder instead")
     rope_factors(config)
     return found
+
+
+def architecture(gguf: Any, family: Family) -> Any:
+    """A family's architecture in the package's own words."""
+    return next(key for key, word in gguf.MODEL_ARCH_NAMES.items() if word == family.arch)
 
 
 def heads_of(config: Any) -> Heads:

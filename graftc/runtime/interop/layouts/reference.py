@@ -16,7 +16,7 @@ from graftc.runtime.interop.layouts.folder import named
 from graftc.runtime.interop.layouts.layout import STACKED, Layout
 from graftc.runtime.interop.layouts.plain import Heads
 
-__all__ = ["responses"]
+__all__ = ["responses", "unpaired"]
 
 Probe = Callable[[int], Tensor]
 
@@ -43,7 +43,7 @@ def responses(
                 pair = _Pair(down.double(), tensors[key[: -len(word)] + other].double(), probe)
                 for site, value in _sites(layout, path, pair, config):
                     if layout.rotary and heads is not None and site.endswith(("q_proj", "k_proj")):
-                        value = _unpaired(value, heads.size)
+                        value = unpaired(value, heads.size)
                     found[site] = value
     return found
 
@@ -122,7 +122,7 @@ def _scale(config: Mapping[str, Any], path: str, *, patterns: bool) -> float:
     return value / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _unpaired(value: Tensor, size: int) -> Tensor:
+def unpaired(value: Tensor, size: int) -> Tensor:
     """Row ``2 i + j`` of a head is number i of the rotation's half j."""
     rows = []
     for start in range(0, value.shape[0], size):
