@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -80,7 +80,8 @@ def export(
         merged = _folded(compiled, budget, names) if merge else None
         if to is not None:
             step("exporting")
-            (merged or compiled.eval()).export(to, format=format.value, inputs=names, force=force)
+            kind: Literal["onnx", "pt2"] = "onnx" if format is ExportFormat.ONNX else "pt2"
+            (merged or compiled.eval()).export(to, format=kind, inputs=names, force=force)
 
     from graftc.runtime.cli.deployed import files_in, print_certificate, print_files
 
