@@ -21,6 +21,7 @@ from graftc.runtime.cli.results import (
     DiffResult,
     ErrorResult,
     ExportResult,
+    ImportPeftResult,
     MergeResult,
     VerifyResult,
     published_schema,
@@ -244,6 +245,7 @@ def test_an_unexpected_failure(capsys: pytest.CaptureFixture[str], monkeypatch: 
 # --- results of commands that write ------------------------------------------------------------------------------
 
 FILES = [{"path": "manifest.json", "bytes": 3}]
+TENSORS = [{"key": "base_model.model.q.lora_A.weight", "site": "q.weight", "part": "A", "tensor": "q.graftc.lora.A"}]
 COST = {"sites": 1, "trainable_parameters": 2, "frozen_parameters": 0, "bytes": 8, "flops_per_token": 4.0}
 WARNING = GraftError("GC024", "a", place=Place("f", 1, 2, "p"), details=["b", GraftError("GC002", "c")]).to_json()
 CHECK: dict[str, Any] = {
@@ -280,7 +282,14 @@ EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
         ExportResult,
         {
             **{"artifact": "a", "format": "onnx", "out": "b.onnx", "dry_run": False, "merged": True},
-            **{"files": FILES, "certificate": CERTIFICATE, "warnings": []},
+            **{"files": FILES, "certificate": CERTIFICATE, "tensors": TENSORS, "warnings": []},
+        },
+    ),
+    "import-peft": (
+        ImportPeftResult,
+        {
+            **{"adapter": "a", "peft_type": "LORA", "method": "lora", "model": "m", "out": None, "dry_run": True},
+            **{"tensors": TENSORS, "files": [], "certificate": None, "warnings": []},
         },
     ),
     "verify": (

@@ -244,7 +244,7 @@ def test_an_adapter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """PEFT's folder gives the file that the same adapter gives when it was made here; a wrong order is caught."""
     from graftc.runtime.export.gguf import adapter as writer
     from graftc.runtime.export.gguf.convert import convert_to_gguf
-    from graftc.runtime.interop.layouts.convert import Source
+    from graftc.runtime.interop.layouts.convert import AdapterSource
 
     model = model_of("llama")
     model.config.save_pretrained(tmp_path / "base")
@@ -252,7 +252,7 @@ def test_an_adapter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     compiled = compiled_of(model, lora)
     compiled.export(tmp_path / "peft", format="peft")
     export(compiled, tmp_path / "own.gguf")
-    source = Source.of(tmp_path / "peft", model=tmp_path / "base")
+    source = AdapterSource.of(tmp_path / "peft", model=tmp_path / "base")
     made = convert_to_gguf(source, tmp_path / "made.gguf", tmp_path / "base")
     assert made.largest_error < 1e-12 and made.rank == 2 and len(made.maps) == 6
     own, other = read(tmp_path / "own.gguf"), read(tmp_path / "made.gguf")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -110,8 +110,7 @@ def export(
         merged = _folded(compiled, budget, names) if merge else None
         if to is not None:
             step("exporting")
-            only = {"dtype": dtype} if format is ExportFormat.GGUF else {"inputs": names}
-            (merged or compiled.eval()).export(to, format=format.value, force=force, **only)
+            _write(merged or compiled.eval(), to, format, names, dtype, force=force)
 
     from graftc.runtime.cli.deployed import files_in, print_certificate, print_files
 
@@ -129,6 +128,18 @@ def export(
         return
     print_certificate(certificate, {})
     print_files(to, files)
+
+
+def _write(
+    made: Compiled | Merged | Partial, to: Path, format: ExportFormat, names: Sequence[str], dtype: str, *, force: bool
+) -> None:
+    from graftc.runtime.deploy.partial import Partial
+
+    if format is ExportFormat.GGUF and not isinstance(made, Partial):
+        made.export(to, format="gguf", dtype=cast("Literal['f32', 'f16', 'bf16']", dtype), force=force)
+        return
+    kind: Literal["onnx", "pt2"] = "onnx" if format is ExportFormat.ONNX else "pt2"
+    made.export(to, format=kind, inputs=names, force=force)
 
 
 def _to_peft(

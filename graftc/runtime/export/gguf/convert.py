@@ -14,7 +14,7 @@ from graftc.runtime.export.gguf.adapter import export_adapter
 from graftc.runtime.export.gguf.families import architecture, family_of, heads_of
 from graftc.runtime.export.gguf.writing import FileType, name_of, package
 from graftc.runtime.files import staged
-from graftc.runtime.interop.layouts.convert import ConvertedFolder, Source, compared
+from graftc.runtime.interop.layouts.convert import AdapterSource, ConvertedFolder, compared
 from graftc.runtime.interop.layouts.plain import PlainAdapter
 from graftc.runtime.interop.layouts.reference import unpaired
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -25,7 +25,7 @@ _ROUNDING = {"f32": 1e-6, "f16": 4e-3, "bf16": 3e-2}
 
 
 def convert_to_gguf(
-    source: Source, out: Path | None, model: Path | None, *, dtype: FileType = "f32", force: bool = False
+    source: AdapterSource, out: Path | None, model: Path | None, *, dtype: FileType = "f32", force: bool = False
 ) -> ConvertedFolder:
     """Write an adapter folder as a GGUF adapter.
 
@@ -57,14 +57,14 @@ def convert_to_gguf(
 
 
 def _written(
-    adapter: PlainAdapter, config: Any, file: Path, wanted: Mapping[str, Tensor], source: Source, dtype: FileType
+    adapter: PlainAdapter, config: Any, file: Path, wanted: Mapping[str, Tensor], source: AdapterSource, dtype: FileType
 ) -> ConvertedFolder:
     export_adapter(adapter, config, file, dtype=dtype)
     maps = compared(wanted, _responses(adapter, config, file, source), _ROUNDING[dtype])
     return ConvertedFolder(None, source.layout.name, "gguf", maps, max(u.rank for u in adapter.updates.values()))
 
 
-def _responses(adapter: PlainAdapter, config: Any, file: Path, source: Source) -> dict[str, Tensor]:
+def _responses(adapter: PlainAdapter, config: Any, file: Path, source: AdapterSource) -> dict[str, Tensor]:
     """What llama.cpp adds: ``alpha / rank`` times the product, rows of rotated heads put back in halves."""
     gguf = package()
     reader = gguf.GGUFReader(file)

@@ -16,8 +16,8 @@ from torch import Tensor
 from graftc.runtime.files import staged
 from graftc.runtime.interop.layouts.folder import detected, read_layout, write_layout
 from graftc.runtime.interop.layouts.fusing import FUSED, joined, split
-from graftc.runtime.interop.layouts.layout import Layout, layout_of
-from graftc.runtime.interop.layouts.plain import Heads, PlainAdapter, concatenated
+from graftc.runtime.interop.layouts.layout import AdapterLayout, layout_of
+from graftc.runtime.interop.layouts.plain import AttentionSizes, PlainAdapter, concatenated
 from graftc.runtime.interop.layouts.reference import responses
 from graftc.runtime.interop.peft.folder import WEIGHTS
 from graftc.runtime.interop.peft.servers import SERVERS, require_served
@@ -26,7 +26,7 @@ from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG
 from graftc.specs.strict_json import read_json
 
-__all__ = ["ConvertedFolder", "ProbedMap", "Source", "compared", "convert_folder", "is_adapter_folder"]
+__all__ = ["AdapterSource", "ConvertedFolder", "ProbedMap", "compared", "convert_folder", "is_adapter_folder"]
 
 PROBES = 4
 _ROUNDING = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -110,7 +110,7 @@ def convert_folder(
     for word in (*join, *apart):
         if word not in FUSED:
             raise GraftError("GC069", f"nothing is fused as {word!r}", hint=f"what can be fused: {', '.join(FUSED)}")
-    origin = Source.of(folder, source, add, model)
+    origin = AdapterSource.of(folder, source, add, model)
     adapter, wanted = origin.read(join, apart)
     if out is None:
         import tempfile
@@ -122,7 +122,7 @@ def convert_folder(
 
 
 @dataclass(frozen=True)
-class Source:
+class AdapterSource:
     """What a conversion reads.
 
     Attributes:
@@ -132,11 +132,13 @@ class Source:
     """
 
     folders: tuple[Path, ...]
-    layout: Layout
-    heads: Heads | None
+    layout: AdapterLayout
+    heads: AttentionSizes | None
 
     @classmethod
-    def of(cls, folder: Path, layout: str | None = None, add: Sequence[Path] = (), model: Path | None = None) -> Source:
+    def of(
+        cls, folder: Path, layout: str | None = None, add: Sequence[Path] = (), model: Path | None = None
+    ) -> AdapterSource:
         """Arguments and errors as for `convert_folder`."""
         folders = (folder, *add)
         _require_readable(folders)
@@ -173,7 +175,7 @@ class Source:
 
 
 def _written(
-    adapter: PlainAdapter, target: Layout, folder: Path, wanted: Mapping[str, Tensor], source: Source
+    adapter: PlainAdapter, target: AdapterLayout, folder: Path, wanted: Mapping[str, Tensor], source: AdapterSource
 ) -> ConvertedFolder:
     write_layout(adapter, target, folder, source.heads)
     tensors, config = _tensors(folder), _config(folder)
@@ -250,7 +252,7 @@ def _require_readable(folders: Sequence[Path]) -> None:
             raise GraftError("GC110", f"{folder} has no {missing}", place=Place(str(folder)))
 
 
-def _base(config: Mapping[str, Any], model: Path | None) -> Heads | None:
+def _base(config: Mapping[str, Any], model: Path | None) -> AttentionSizes | None:
     """The heads of the base, where its config is at hand."""
     named = config.get("base_model_name_or_path")
     where = model if model is not None else Path(named) if isinstance(named, str) and named else None
@@ -261,7 +263,7 @@ def _base(config: Mapping[str, Any], model: Path | None) -> Heads | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return Heads.of(found, str(file))
+        return AttentionSizes.of(found, str(file))
     except (ValueError, AttributeError) as error:
         raise GraftError("GC069", f"the config of the base cannot be read: {error}", place=Place(str(file))) from None
     except GraftError:
