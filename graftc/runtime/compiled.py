@@ -124,14 +124,19 @@ class CompiledRunner(
 
         return deployed(self)
 
-    def _export_peft(self, path: Path, force: bool) -> Path:
+    def _export_peft(self, path: Path, force: bool, server: str | None) -> Path:
         """See `Exporting`."""
         from graftc.runtime.artifact.write import require_values
         from graftc.runtime.deploy.deployed import deployed
-        from graftc.runtime.interop.peft.exporting import export_peft
+        from graftc.runtime.interop.peft.exporting import export_peft, prepared
+        from graftc.runtime.interop.peft.servers import require_served, server_of
 
         require_values(self)
-        export_peft(deployed(self).compilation, path, force=force)
+        compilation = deployed(self).compilation
+        if server is not None:
+            made = prepared(compilation)
+            require_served(server_of(server), made.config, made.tensors)
+        export_peft(compilation, path, force=force)
         return path
 
     def _export_gguf(self, path: Path, dtype: Literal["f32", "f16", "bf16"], force: bool) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import graftc
@@ -205,6 +206,47 @@ def pickling(patch: pytest.MonkeyPatch) -> None:
     torch.save(compiled(), "model.pt")
 
 
+def adapter(**fields: Any) -> None:
+    """A folder as PEFT writes it, for two layers of BERT."""
+    Path("adapter").mkdir(exist_ok=True)
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["query"], **fields}
+    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    path = "base_model.model.bert.encoder.layer.{}.attention.self.query.lora_{}.weight"
+    shapes = {"A": (2, 48), "B": (48, 2)}
+    tensors = {path.format(i, part): torch.ones(shape) for i in range(2) for part, shape in shapes.items()}
+    save_file(tensors, "adapter/adapter_model.safetensors")
+
+
+def pickled_weights(patch: pytest.MonkeyPatch) -> None:
+    adapter()
+    Path("adapter/adapter_model.safetensors").rename("adapter/adapter_model.bin")
+    graftc.import_peft("adapter", tiny("bert"))
+
+
+def a_config_that_names_code(patch: pytest.MonkeyPatch) -> None:
+    adapter(auto_mapping={"base_model_class": "Model", "parent_library": "my_package.models"})
+    graftc.import_peft("adapter", tiny("bert"))
+
+
+def a_type_that_is_not_here(patch: pytest.MonkeyPatch) -> None:
+    adapter(peft_type="OFT")
+    graftc.import_peft("adapter", tiny("bert"))
+
+
+def a_config_of_other_modules(patch: pytest.MonkeyPatch) -> None:
+    adapter(target_modules=["query", "value"])
+    graftc.import_peft("adapter", tiny("bert"))
+
+
+def an_adapter_of_a_larger_model(patch: pytest.MonkeyPatch) -> None:
+    adapter()
+    graftc.import_peft("adapter", tiny("bert", hidden_size=64))
+
+
+def several_adaptations(patch: pytest.MonkeyPatch) -> None:
+    graftc.compile({"adapt": [LORA, {"method": "ia3"}]}, tiny("bert")).export("adapter", format="peft")
+
+
 CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC006": a_missing_spec,
     "GC018": a_gap_of_tokens,
@@ -235,6 +277,12 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC087": another_base,
     "GC090": an_unknown_schema,
     "GC091": an_unknown_name,
+    "GC110": pickled_weights,
+    "GC111": a_config_that_names_code,
+    "GC112": a_type_that_is_not_here,
+    "GC113": a_config_of_other_modules,
+    "GC114": an_adapter_of_a_larger_model,
+    "GC115": several_adaptations,
 }
 
 

@@ -89,7 +89,6 @@ def test_what_the_faq_misses_is_missing() -> None:
     (line,) = re.findall(r"\*\*Some methods\.\*\*.*?are not\.", (DOCS / "faq-peft.md").read_text("utf-8"), re.DOTALL)
     named = set(re.findall(r"`(\w+)`", line))
     assert named and not named & registry.method_specs().keys()
-    assert not hasattr(graftc, "import_peft")
     assert "generate" not in dir(graftc.runtime.compiled.Compiled)
 
 

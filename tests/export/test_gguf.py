@@ -54,14 +54,13 @@ def export(model: Any, path: Path, **options: Any) -> Path:
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file as they are stored."""
-    return {
-        t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in gguf.GGUFReader(path).tensors
-    }
+    tensors = gguf.GGUFReader(path).tensors
+    return {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in tensors}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_a_merged_model_reads_back(kind: str, tmp_path: Path) -> None:
-    """transformers loads the file and computes what the merged model computes. It does not read all of GPT-2's sizes."""
+    """transformers loads the file and computes what the merged model does. It does not read all of GPT-2's sizes."""
     from transformers import AutoModelForCausalLM
 
     source = model_of(kind)
@@ -239,3 +238,28 @@ def test_on_the_command_line(
     assert error["code"] == "GC090" and not Path("x.gguf").exists()
     error = run_here(capsys, *words, "--out", "x.gguf", "--dtype", "q4_0").data["error"]
     assert error["code"] == "GC060" and not Path("x.gguf").exists()
+
+
+def test_an_adapter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's folder gives the file that the same adapter gives when it was made here; a wrong order is caught."""
+    from graftc.runtime.export.gguf import adapter as writer
+    from graftc.runtime.export.gguf.convert import convert_to_gguf
+    from graftc.runtime.interop.layouts.convert import AdapterSource
+
+    model = model_of("llama")
+    model.config.save_pretrained(tmp_path / "base")
+    lora = {"method": "lora", "rank": 2, "alpha": 5, "target": {"role": ["attn.q", "attn.k", "ffn.up"]}}
+    compiled = compiled_of(model, lora)
+    compiled.export(tmp_path / "peft", format="peft")
+    export(compiled, tmp_path / "own.gguf")
+    source = AdapterSource.of(tmp_path / "peft", model=tmp_path / "base")
+    made = convert_to_gguf(source, tmp_path / "made.gguf", tmp_path / "base")
+    assert made.largest_error < 1e-12 and made.rank == 2 and len(made.maps) == 6
+    own, other = read(tmp_path / "own.gguf"), read(tmp_path / "made.gguf")
+    assert own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+    with pytest.raises(GraftError, match="needs the config of the base"):
+        convert_to_gguf(source, None, None)
+    monkeypatch.setattr(writer, "stored", lambda family, heads, name, tensor: tensor)
+    with pytest.raises(GraftError, match=r"another update at 4 of 6 maps: .*(q|k)_proj") as caught:
+        convert_to_gguf(source, tmp_path / "wrong.gguf", tmp_path / "base")
+    assert caught.value.code == "GC067" and not (tmp_path / "wrong.gguf").exists()

@@ -14,7 +14,7 @@ from torch import Tensor
 from graftc.runtime.interop.layouts import convert as module
 from graftc.runtime.interop.layouts import folder as folders
 from graftc.runtime.interop.layouts.convert import convert_folder
-from graftc.runtime.interop.layouts.plain import Heads
+from graftc.runtime.interop.layouts.plain import AttentionSizes
 from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
 from graftc.specs.errors.diagnostics import GraftError
 from tests.interop.adapters import base, outputs, written
@@ -136,7 +136,7 @@ def test_torchtune_by_hand(dense: Path, llama_config: Path, tmp_path: Path) -> N
     made = convert_folder(dense, tmp_path / "tune", "torchtune", model=llama_config)
     held, tune = tensors(dense), tensors(tmp_path / "tune")
     front = "base_model.model.model.layers.1"
-    heads = Heads.of(json.loads((llama_config / "config.json").read_text()), "llama")
+    heads = AttentionSizes.of(json.loads((llama_config / "config.json").read_text()), "llama")
     for theirs, ours in (
         ("attn.output_proj", "self_attn.o_proj"),
         ("mlp.w3", "mlp.up_proj"),

@@ -29,6 +29,7 @@ _GROUPS = (
     ("GC07", "Methods and plugins"),
     ("GC08", "Artifacts"),
     ("GC09", "The command line, and inspecting graphs"),
+    ("GC11", "Checkpoints of PEFT"),
 )
 _INTRO = """\
 Every failure that a spec, a model or a file can cause has a stable code. An error aborts the operation and determines
@@ -43,6 +44,7 @@ _STATUS = {
     3: "3, a file or the model failed",
 }
 _LINKS = {
+    "page on PEFT checkpoints": "[page on PEFT checkpoints](peft.md)",
     "spec reference": "[spec reference](spec.md)",
     "`graftc roles MODEL`": "[`graftc roles MODEL`](cli.md#graftc-roles)",
 }

@@ -39,9 +39,8 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog=_EPILOG)(_graftc)
-    for command in (compile, import_peft, inspect, merge, convert, export, verify, diff):
-        app.command()(command)
-    for command in (check, roles, methods, schema, demo):
+    working = (compile, import_peft, inspect, merge, convert, export, verify, diff)
+    for command in (*working, check, roles, methods, schema, demo):
         app.command()(command)
     return app
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["convert"]
 
-LORA = "lora"
+LORA, GGUF = "lora", "gguf"
 _OF_ARTIFACTS = ("names", "rank", "error", "into-base")
 _OF_FOLDERS = ("from", "add", "join", "split")
 
@@ -41,7 +41,7 @@ def convert(
             "--to",
             metavar="FORM",
             help="lora, for an artifact; for an adapter folder a layout: peft, vllm, sglang, tinker, unsloth, "
-            "torchtune. Default: lora or peft.",
+            "torchtune; or gguf, which needs --model. Default: lora or peft.",
             show_default=False,
         ),
     ] = None,
@@ -87,7 +87,7 @@ def convert(
     """Convert an artifact's adaptations to LoRA, or an adapter folder to another layout, and measure what changed."""
     from graftc.runtime.cli.output import print_json, steps, working
 
-    given = {"names": names, "rank": rank, "error": error, "into-base": into_base}
+    given: dict[str, Any] = {"names": names, "rank": rank, "error": error, "into-base": into_base}
     given |= {"from": source, "add": add, "join": join, "split": split}
     place = destination(out, dry_run=dry_run)
     with working(json) as warnings, steps(json) as step:
@@ -141,6 +141,14 @@ def _folder(
 
     if to == LORA:
         raise GraftError("GC090", "an adapter folder is converted to a layout", hint="for example --to vllm")
+    if to == GGUF:
+        from graftc.runtime.export.gguf.convert import convert_to_gguf
+        from graftc.runtime.interop.layouts.convert import AdapterSource
+
+        base = None if model is None else Path(model)
+        if join or split:
+            raise GraftError("GC090", "GGUF has the maps of the base", hint="leave out --join and --split")
+        return convert_to_gguf(AdapterSource.of(directory, source, add or (), base), place, base, force=force)
     return convert_folder(
         directory,
         place,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -55,11 +55,30 @@ def export(
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="TYPE", help="Type of the matrices in a GGUF file: f32, f16 or bf16.")
     ] = "f32",
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="SERVER",
+            help="Check a PEFT folder against the limits of a server: vllm or sglang.",
+            show_default=False,
+        ),
+    ] = None,
+    max_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--max-rank",
+            metavar="N",
+            min=1,
+            help="The largest rank that the server was started with.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: DryRun = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Export to ONNX, .pt2 or GGUF, folded and certified, or the adapters alone to PEFT's format or, with --no-merge, to
+    """Export to ONNX, .pt2 or GGUF, folded and certified, or the adapters alone to PEFT's format or (--no-merge) to
     GGUF; files are checked before they appear."""
     from graftc.runtime.cli.output import print_json, steps, working
 
@@ -70,8 +89,10 @@ def export(
     to = destination(out, dry_run=dry_run)
     names = inputs or []
     if format is ExportFormat.PEFT:
-        _to_peft(directory, to, model, names, budget, force=force, json=json)
+        _to_peft(directory, to, model, names, budget, server, max_rank, force=force, json=json)
         return
+    if server is not None or max_rank is not None:
+        raise GraftError("GC090", "--for and --max-rank are about PEFT's folders", hint="add --format peft")
     companions = () if to is None else (f"{to.name}.data", *(f"{to.name}.{name}.safetensors" for name in names))
     with working(json) as warnings, steps(json) as step:
         from graftc.runtime.files import check_apart, check_destination
@@ -91,8 +112,7 @@ def export(
         merged = _folded(compiled, budget, names, allow_unchanged) if merge else None
         if to is not None:
             step("exporting")
-            only = {"dtype": dtype} if format is ExportFormat.GGUF else {"inputs": names}
-            (merged or compiled.eval()).export(to, format=format.value, force=force, **only)
+            _write(merged or compiled.eval(), to, format, names, dtype, force=force)
 
     from graftc.runtime.cli.deployed import files_in, print_certificate, print_files
 
@@ -112,12 +132,26 @@ def export(
     print_files(to, files)
 
 
+def _write(
+    made: Compiled | Merged | Partial, to: Path, format: ExportFormat, names: Sequence[str], dtype: str, *, force: bool
+) -> None:
+    from graftc.runtime.deploy.partial import Partial
+
+    if format is ExportFormat.GGUF and not isinstance(made, Partial):
+        made.export(to, format="gguf", dtype=cast("Literal['f32', 'f16', 'bf16']", dtype), force=force)
+        return
+    kind: Literal["onnx", "pt2"] = "onnx" if format is ExportFormat.ONNX else "pt2"
+    made.export(to, format=kind, inputs=names, force=force)
+
+
 def _to_peft(
     directory: Path,
     to: Path | None,
     model: str | None,
     names: Sequence[str],
     budget: float | None,
+    server: str | None,
+    max_rank: int | None,
     *,
     force: bool,
     json: bool,
@@ -128,7 +162,6 @@ def _to_peft(
         GraftError: GC090 for options that are about graphs.
     """
     from graftc.runtime.cli.output import print_json, steps, working
-    from graftc.specs.errors.diagnostics import GraftError
 
     if names or budget is not None:
         option = "--inputs" if names else "--budget"
@@ -136,7 +169,9 @@ def _to_peft(
     with working(json) as warnings, steps(json) as step:
         from graftc.runtime.files import check_apart, check_destination
         from graftc.runtime.interop.peft.exporting import export_peft, is_exported, prepared
+        from graftc.runtime.interop.peft.servers import require_served, server_of
 
+        limits = None if server is None else server_of(server)
         if to is not None:
             check_apart(to, directory, model)
             check_destination(to, force=force, replaceable=is_exported)
@@ -147,9 +182,13 @@ def _to_peft(
 
         compilation = deployed(runner_of(load(directory, model))).compilation
         step("exporting")
-        made = prepared(compilation) if to is None else export_peft(compilation, to, force=force)
+        made = prepared(compilation)
+        needed = None if limits is None else require_served(limits, made.config, made.tensors, max_rank=max_rank)
+        if to is not None:
+            export_peft(compilation, to, force=force)
 
     from graftc.runtime.cli.deployed import files_in, print_files, print_tensors
+    from graftc.runtime.cli.output import console
 
     files = files_in(to)
     if json:
@@ -163,6 +202,8 @@ def _to_peft(
         print_json(ExportResult.model_validate(result))
         return
     print_tensors(str(made.config["peft_type"]), made.sites())
+    if limits is not None:
+        console().print(f"{'start the server with:':<22}{limits.option} {needed}", markup=False)
     print_files(to, files)
 
 

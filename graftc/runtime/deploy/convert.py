@@ -25,6 +25,7 @@ from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lora_of, target_of, values_of
+from graftc.runtime.model.runner import ModelRunner
 from graftc.specs.arguments import kind_of
 from graftc.specs.base import MethodSpec
 from graftc.specs.compose import Stack
@@ -108,14 +109,11 @@ class Converted:
         return Path(path)
 
 
-class Converting:
+class Converting(ModelRunner):
     """The part of `Compiled` that makes LoRA of other adaptations."""
 
-    training: bool
-    _compilation: Compilation
     sibling: Callable[..., Compiled]
     merge_partially: Callable[..., Partial]
-    in_eval: Callable[..., Sequence[object]]
 
     @isolated()
     @torch.no_grad()

@@ -66,7 +66,10 @@ class Decomposition:
         self.update = update
         self.norm = float(update.norm())
         found = None if at_most is None else _through_range(update, at_most)
-        self._u, self.values, self._v = found or torch.linalg.svd(update, full_matrices=False)
+        u, s, v = found or torch.linalg.svd(update, full_matrices=False)
+        self._u: Tensor = u
+        self._v: Tensor = v
+        self.values: Tensor = s
 
     def rank(self, error: float = 0.0) -> int:
         """The smallest rank whose relative Frobenius error is at most ``error``, one rank for all experts; at least 1.

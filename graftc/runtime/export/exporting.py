@@ -30,6 +30,7 @@ class Exporting(ModelRunner):
         *,
         inputs: Sequence[str] = (),
         dtype: Literal["f32", "f16", "bf16"] = "f32",
+        server: Literal["vllm", "sglang"] | None = None,
         force: bool = False,
     ) -> Path:
         """Export the model in eval mode: a compiled one with its adapters, experts averaged, a merged one folded, with
@@ -47,16 +48,18 @@ class Exporting(ModelRunner):
                 was compiled with. Values of tensors do not matter.
             inputs: names of adaptations that are in the graph.
             dtype: of the matrices in a GGUF file.
+            server: what a folder for PEFT has to be fit for.
             force: replace what is there.
 
         Raises:
             GraftError: GC031 for example inputs that have no graph, GC060 when the exporter or the check of its result
                 fails, GC061 without the ``export`` extra, GC063 when ``path`` exists, GC064 when it cannot be written,
                 GC065 for an input of which the graph reads nothing, GC091 for one that there is not; GC115 for what
-                PEFT cannot express, before anything is written, and GC066 for what is no LoRA in a GGUF adapter.
+                PEFT cannot express, before anything is written, GC066 for what is no LoRA in a GGUF adapter, and GC068
+                for what the server does not take.
         """
         if format == "peft":
-            return self._export_peft(as_path(path), force)
+            return self._export_peft(as_path(path), force, server)
         if format == "gguf":
             return self._export_gguf(as_path(path), dtype, force)
         return self._export(path, format, example_inputs, inputs, getattr(self, "certificate", None), force)
@@ -84,7 +87,7 @@ class Exporting(ModelRunner):
             signature = signature_for(self._compilation, present)
         return export_model(self, as_path(path), format, signature, inputs=inputs, certificate=certificate, force=force)
 
-    def _export_peft(self, path: Path, force: bool) -> Path:
+    def _export_peft(self, path: Path, force: bool, server: str | None) -> Path:
         """Write the adapters as peft's checkpoint; only a compiled model has some."""
         raise GraftError("GC115", "a merged model has no adaptation", hint="export the compiled model it was made from")
 

@@ -410,7 +410,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Restore the file from its origin. A config is data: nothing that it names is imported or run."),
     ("GC112", _SPEC, "the PEFT adapter is not supported",
      "It is of a type, or uses an option, that has no equivalent here.",
-     "[PEFT checkpoints](peft.md) lists the types and options that work."),
+     "The page on PEFT checkpoints lists the types and options that work."),
     ("GC113", _FAILED, "the tensors do not fit the PEFT config",
      "The file has tensors that the config does not explain, lacks some, or has values that are not finite.",
      "Restore `adapter_model.safetensors` and `adapter_config.json` from the same checkpoint."),

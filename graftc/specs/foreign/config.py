@@ -11,12 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError, Place, nearest
 from graftc.specs.errors.text import quoted, shown, some
 from graftc.specs.peft import PeftFormat
+from graftc.specs.regexes import RegexMatcher
 from graftc.specs.registry import method_specs
 from graftc.specs.strict_json import read_json
 
@@ -66,6 +67,13 @@ class AdapterConfig(BaseModel):
     num_layers: int | None = None
     token_dim: int | None = None
 
+    _matcher: RegexMatcher = PrivateAttr(default_factory=RegexMatcher)
+
+    @property
+    def matcher(self) -> RegexMatcher:
+        """Matches its regular expressions, which have their time together."""
+        return self._matcher
+
     @property
     def own(self) -> Mapping[str, Any]:
         """The fields of its type."""
@@ -100,8 +108,9 @@ def formats() -> dict[str, list[tuple[type[MethodSpec], PeftFormat]]]:
     found: dict[str, list[tuple[type[MethodSpec], PeftFormat]]] = {}
     for entry in method_specs().values():
         table = vars(entry.spec_class).get("peft")
-        for kind in table.types if isinstance(table, PeftFormat) else ():
-            found.setdefault(kind, []).append((entry.spec_class, table))
+        if isinstance(table, PeftFormat):
+            for kind in table.types:
+                found.setdefault(kind, []).append((entry.spec_class, table))
     return found
 
 
@@ -187,12 +196,9 @@ def _same(given: Any, value: Any) -> bool:
     return given == value or (not value and not given)
 
 
-def matching(pattern_keys: Sequence[str], module: str) -> str | None:
+def matching(pattern_keys: Sequence[str], module: str, matcher: RegexMatcher) -> str | None:
     """The first key of peft's `rank_pattern` or `alpha_pattern` that means a module; None where none does. Keys are
     regular expressions for the end of a path; those that are plain names are compared as such."""
-    from graftc.specs.regexes import RegexMatcher
-
-    matcher = RegexMatcher()
     for key in pattern_keys:
         plain = key.replace(".", "").replace("_", "").replace("-", "").isalnum()
         if module == key or (plain and module.endswith(f".{key}")):

@@ -9,7 +9,6 @@ from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import shown
 from graftc.specs.foreign.config import CONFIG, AdapterConfig, beside, matching
-from graftc.specs.regexes import RegexMatcher
 
 __all__ = ["fields_of", "is_listed", "method_at", "rows_of", "table_rows", "takes_bias"]
 
@@ -57,7 +56,7 @@ def method_at(config: AdapterConfig, module: str) -> MethodSpec:
             raise GraftError(
                 "GC111", f"{theirs} is {shown(given)}, it must be a mapping", place=Place(CONFIG, path=theirs)
             )
-        key = matching(list(given), module)
+        key = matching(list(given), module, config.matcher)
         if key is not None:
             found[ours] = given[key]
     for theirs, own in table.lists.items():
@@ -72,7 +71,7 @@ def is_listed(config: AdapterConfig, field: str, module: str) -> bool:
     """Whether a list of modules in the config names one: by the end of its path, or by a regular expression."""
     given = config.value(field)
     if isinstance(given, str):
-        return bool(RegexMatcher().matching(given, [module]))
+        return bool(config.matcher.matching(given, [module]))
     return any(isinstance(word, str) and module.endswith(word) for word in given or ())
 
 

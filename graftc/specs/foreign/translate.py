@@ -110,7 +110,7 @@ def _overrides(config: AdapterConfig, where: str) -> list[dict[str, Any]]:
         raise _refused(f"{field} has the regular expression {quoted(strange[0])}", where, field, hint)
     found = []
     for key in sorted(keys, key=lambda key: -len(key)):
-        hits = {ours: matching(list(own), key) for ours, own in given.items()}
+        hits = {ours: matching(list(own), key, config.matcher) for ours, own in given.items()}
         changes = {ours: given[ours][hit] for ours, hit in hits.items() if hit is not None}
         found.append({"modules": f"**.{key}", **changes})
     for theirs, own in table.lists.items():

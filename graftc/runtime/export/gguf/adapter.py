@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graftc.runtime.export.gguf.families import family_of, heads_of, stored
-from graftc.runtime.export.gguf.model import _arch
+from graftc.runtime.export.gguf.families import architecture, family_of, heads_of, stored
 from graftc.runtime.export.gguf.writing import Entry, FileType, name_of, package, write
 from graftc.runtime.files import staged
 from graftc.runtime.interop.layouts.plain import PlainAdapter, Update
@@ -47,7 +46,7 @@ def export_adapter(
     family = family_of(config)
     if adapter.has_experts:
         raise GraftError("GC060", "adapters of experts cannot be written as GGUF", hint="merge them into the model")
-    names = gguf.get_tensor_name_map(_arch(gguf, family), config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(architecture(gguf, family), config.num_hidden_layers)
     heads = heads_of(config)
     first = next(iter(adapter.updates.values()))
     alpha = first.scale * first.rank

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.runtime.interop.layouts.plain import Heads
+from graftc.runtime.interop.layouts.plain import AttentionSizes
 from graftc.runtime.interop.layouts.rotary import as_pairs
 from graftc.specs.errors.diagnostics import GraftError, nearest
 
-__all__ = ["FAMILIES", "Family", "family_of", "rope_factors"]
+__all__ = ["FAMILIES", "Family", "architecture", "family_of", "heads_of", "rope_factors", "stored"]
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,15 @@ def family_of(config: Any) -> Family:
     return found
 
 
-def heads_of(config: Any) -> Heads:
+def architecture(gguf: Any, family: Family) -> Any:
+    """A family's architecture in the package's own words."""
+    return next(key for key, word in gguf.MODEL_ARCH_NAMES.items() if word == family.arch)
+
+
+def heads_of(config: Any) -> AttentionSizes:
     """The attention of a model."""
     names = ("num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
-    return Heads.of({name: getattr(config, name, None) for name in names}, "the config")
+    return AttentionSizes.of({name: getattr(config, name, None) for name in names}, "the config")
 
 
 def rope_factors(config: Any) -> Tensor | None:
@@ -125,7 +130,7 @@ def rope_factors(config: Any) -> Tensor | None:
     return (usual / own).float()
 
 
-def stored(family: Family, heads: Heads | None, name: str, tensor: Tensor) -> Tensor:
+def stored(family: Family, heads: AttentionSizes | None, name: str, tensor: Tensor) -> Tensor:
     """A tensor of a model, or rows of one, as GGUF has it: rotated rows in pairs, weights as ``[out, in]``."""
     if family.rotary and heads is not None and ".q_proj." in name:
         return as_pairs(tensor, heads.queries)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from graftc.compiler.capture.interface import config_of
-from graftc.runtime.export.gguf.families import Family, family_of, heads_of, rope_factors, stored
+from graftc.runtime.export.gguf.families import Family, architecture, family_of, heads_of, rope_factors, stored
 from graftc.runtime.export.gguf.vocabulary import add_vocabulary
 from graftc.runtime.export.gguf.writing import Entry, FileType, name_of, package, write
 from graftc.runtime.files import staged
@@ -67,7 +67,7 @@ def export_merged(merged: MergedRunner, path: Path, *, dtype: FileType = "f32", 
 
 
 def _entries(gguf: Any, family: Family, config: Any, model: Any) -> list[Entry]:
-    names = gguf.get_tensor_name_map(_arch(gguf, family), config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(architecture(gguf, family), config.num_hidden_layers)
     heads = heads_of(config)
     entries: list[Entry] = []
     seen: dict[int, str] = {}
@@ -86,10 +86,6 @@ def _entries(gguf: Any, family: Family, config: Any, model: Any) -> list[Entry]:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _arch(gguf: Any, family: Family) -> Any:
-    return next(key for key, word in gguf.MODEL_ARCH_NAMES.items() if word == family.arch)
 
 
 def _add_numbers(writer: Any, family: Family, config: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ from torch import Tensor
 from graftc.runtime.files import staged
 from graftc.runtime.interop.layouts.folder import detected, read_layout, write_layout
 from graftc.runtime.interop.layouts.fusing import FUSED, joined, split
-from graftc.runtime.interop.layouts.layout import Layout, layout_of
-from graftc.runtime.interop.layouts.plain import Heads, PlainAdapter, concatenated
+from graftc.runtime.interop.layouts.layout import AdapterLayout, layout_of
+from graftc.runtime.interop.layouts.plain import AttentionSizes, PlainAdapter, concatenated
 from graftc.runtime.interop.layouts.reference import responses
-from graftc.runtime.interop.peft.config import CONFIG
 from graftc.runtime.interop.peft.folder import WEIGHTS
+from graftc.runtime.interop.peft.servers import SERVERS, require_served
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
+from graftc.specs.foreign.config import CONFIG
 from graftc.specs.strict_json import read_json
 
-__all__ = ["ConvertedFolder", "ProbedMap", "convert_folder", "is_adapter_folder"]
+__all__ = ["AdapterSource", "ConvertedFolder", "ProbedMap", "compared", "convert_folder", "is_adapter_folder"]
 
 PROBES = 4
 _ROUNDING = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -109,54 +110,86 @@ def convert_folder(
     for word in (*join, *apart):
         if word not in FUSED:
             raise GraftError("GC069", f"nothing is fused as {word!r}", hint=f"what can be fused: {', '.join(FUSED)}")
-    sources = [folder, *add]
-    _require_readable(sources)
-    read = layout_of(source) if source is not None else detected(folder)
-
-    configs = [_config(path) for path in sources]
-    heads = _base(configs[0], model)
-    parts = [read_layout(path, read, heads) for path in sources]
-    # A factor that takes over another scale is rounded again, and so is one that takes on another type.
-    told_apart = {(update.scale, update.up.dtype) for part in parts for update in part.updates.values()}
-    rounded = len(told_apart) > 1
-    adapter = reduce(concatenated, parts)
-    for word in apart:
-        adapter = split(adapter, word, heads)
-    for word in join:
-        adapter = joined(adapter, word, heads)
-    wanted: dict[str, Tensor] = {}
-    for path, config in zip(sources, configs, strict=True):
-        for site, value in responses(read, _tensors(path), config, _probe, heads).items():
-            wanted[site] = wanted[site] + value if site in wanted else value
+    origin = AdapterSource.of(folder, source, add, model)
+    adapter, wanted = origin.read(join, apart)
     if out is None:
         import tempfile
 
         with tempfile.TemporaryDirectory() as place:
-            return _written(adapter, target, Path(place) / "adapter", wanted, read, heads, rounded)
-    with staged(out, force=force, replaceable=is_adapter_folder, sources=sources) as staging:
-        return replace(_written(adapter, target, staging, wanted, read, heads, rounded), out=out)
+            return _written(adapter, target, Path(place) / "adapter", wanted, origin)
+    with staged(out, force=force, replaceable=is_adapter_folder, sources=origin.folders) as staging:
+        return replace(_written(adapter, target, staging, wanted, origin), out=out)
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """What a conversion reads.
+
+    Attributes:
+        folders: adapter folders of one layout and base, whose updates are added.
+        layout: theirs.
+        heads: the base's, where its config is at hand.
+    """
+
+    folders: tuple[Path, ...]
+    layout: AdapterLayout
+    heads: AttentionSizes | None
+
+    @classmethod
+    def of(
+        cls, folder: Path, layout: str | None = None, add: Sequence[Path] = (), model: Path | None = None
+    ) -> AdapterSource:
+        """Arguments and errors as for `convert_folder`."""
+        folders = (folder, *add)
+        _require_readable(folders)
+        found = layout_of(layout) if layout is not None else detected(folder)
+        return cls(folders, found, _base(_config(folder), model))
+
+    def read(self, join: Sequence[str] = (), apart: Sequence[str] = ()) -> tuple[PlainAdapter, dict[str, Tensor]]:
+        """One adapter with the updates of all, and what they add by the description of their layout."""
+        adapter = reduce(concatenated, self._parts)
+        for word in apart:
+            adapter = split(adapter, word, self.heads)
+        for word in join:
+            adapter = joined(adapter, word, self.heads)
+        wanted: dict[str, Tensor] = {}
+        for path in self.folders:
+            for site, value in responses(self.layout, _tensors(path), _config(path), self.probe, self.heads).items():
+                wanted[site] = wanted[site] + value if site in wanted else value
+        return adapter, wanted
+
+    @cached_property
+    def _parts(self) -> list[PlainAdapter]:
+        return [read_layout(path, self.layout, self.heads) for path in self.folders]
+
+    @property
+    def rounded(self) -> bool:
+        """Whether a factor has to take on another scale or type, and is rounded again."""
+        return len({(u.scale, u.up.dtype) for part in self._parts for u in part.updates.values()}) > 1
+
+    @staticmethod
+    def probe(size: int) -> Tensor:
+        """Random inputs ``[size, probes]``, float64: the same for the same size."""
+        generator = torch.Generator().manual_seed(size)
+        return torch.randn(size, PROBES, generator=generator, dtype=torch.float64)
 
 
 def _written(
-    adapter: PlainAdapter,
-    target: Layout,
-    folder: Path,
-    wanted: Mapping[str, Tensor],
-    source: Layout,
-    heads: Heads | None,
-    rounded: bool,
+    adapter: PlainAdapter, target: AdapterLayout, folder: Path, wanted: Mapping[str, Tensor], source: AdapterSource
 ) -> ConvertedFolder:
-    write_layout(adapter, target, folder, heads)
+    write_layout(adapter, target, folder, source.heads)
     tensors, config = _tensors(folder), _config(folder)
-    found = responses(target, tensors, config, _probe, heads)
+    if target.name in SERVERS:
+        require_served(SERVERS[target.name], config, tensors)
+    found = responses(target, tensors, config, source.probe, source.heads)
     dtypes = {tensor.dtype for tensor in tensors.values()}
-    allowed = max((_ROUNDING.get(dtype, _EXACT) for dtype in dtypes), default=_EXACT) if rounded else _EXACT
-    maps = _compared(wanted, found, allowed)
+    allowed = max((_ROUNDING.get(dtype, _EXACT) for dtype in dtypes), default=_EXACT) if source.rounded else _EXACT
+    maps = compared(wanted, found, allowed)
     rank = max(update.rank for update in adapter.updates.values())
-    return ConvertedFolder(None, source.name, target.name, maps, rank)
+    return ConvertedFolder(None, source.layout.name, target.name, maps, rank)
 
 
-def _compared(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], allowed: float) -> tuple[ProbedMap, ...]:
+def compared(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], allowed: float) -> tuple[ProbedMap, ...]:
     """Every map of both, where either may have fused what the other has apart.
 
     Raises:
@@ -201,11 +234,6 @@ def _level(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, 
     return result
 
 
-def _probe(size: int) -> Tensor:
-    generator = torch.Generator().manual_seed(size)
-    return torch.randn(size, PROBES, generator=generator, dtype=torch.float64)
-
-
 def _tensors(folder: Path) -> dict[str, Tensor]:
     with safe_open(str(folder / WEIGHTS), "pt") as opened:
         return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
@@ -224,7 +252,7 @@ def _require_readable(folders: Sequence[Path]) -> None:
             raise GraftError("GC110", f"{folder} has no {missing}", place=Place(str(folder)))
 
 
-def _base(config: Mapping[str, Any], model: Path | None) -> Heads | None:
+def _base(config: Mapping[str, Any], model: Path | None) -> AttentionSizes | None:
     """The heads of the base, where its config is at hand."""
     named = config.get("base_model_name_or_path")
     where = model if model is not None else Path(named) if isinstance(named, str) and named else None
@@ -235,7 +263,7 @@ def _base(config: Mapping[str, Any], model: Path | None) -> Heads | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return Heads.of(found, str(file))
+        return AttentionSizes.of(found, str(file))
     except (ValueError, AttributeError) as error:
         raise GraftError("GC069", f"the config of the base cannot be read: {error}", place=Place(str(file))) from None
     except GraftError:

@@ -15,16 +15,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftc.runtime.interop.layouts.fusing import apart, together
-from graftc.runtime.interop.layouts.layout import STACKED, Layout, layout_of
-from graftc.runtime.interop.layouts.plain import EXPERT, Heads, PlainAdapter, Update
+from graftc.runtime.interop.layouts.layout import STACKED, AdapterLayout, layout_of
+from graftc.runtime.interop.layouts.plain import EXPERT, AttentionSizes, PlainAdapter, Update
 from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
 from graftc.runtime.interop.peft import read_peft
-from graftc.runtime.interop.peft.config import CONFIG, AdapterConfig, read_config
 from graftc.runtime.interop.peft.folder import WEIGHTS, PeftAdapter, PeftModule
 from graftc.runtime.interop.peft.forms import Shaped, to_theirs
 from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
+from graftc.specs.foreign.config import CONFIG, AdapterConfig, read_config
 from graftc.specs.methods.lora import LoRA
 
 __all__ = ["detected", "laid_out", "named", "raw_keys", "read_layout", "write_layout"]
@@ -48,7 +48,7 @@ def raw_keys(folder: Path) -> dict[str, tuple[int, ...]]:
         raise GraftError("GC113", f"the file cannot be read: {error}", place=Place(str(file))) from None
 
 
-def detected(folder: Path) -> Layout:
+def detected(folder: Path) -> AdapterLayout:
     """The layout that the keys of a folder have. Unsloth's has PEFT's keys, and is never guessed."""
     keys = raw_keys(folder)
     paths = [re.sub(r"\.lora_\w+(\.weight)?$", "", key) for key in keys]
@@ -61,7 +61,7 @@ def detected(folder: Path) -> Layout:
     return layout_of("vllm" if any(_EACH.fullmatch(path) for path in paths) else "peft")
 
 
-def named(layout: Layout, path: str, *, back: bool = False) -> str:
+def named(layout: AdapterLayout, path: str, *, back: bool = False) -> str:
     """A path of transformers as a layout calls it, or the way back."""
     pairs = [(b, a) if back else (a, b) for a, b in layout.names.items()]
     if back:
@@ -74,7 +74,7 @@ def named(layout: Layout, path: str, *, back: bool = False) -> str:
 # --- reading ---------------------------------------------------------------------------------------------------
 
 
-def read_layout(folder: Path, layout: Layout, heads: Heads | None = None) -> PlainAdapter:
+def read_layout(folder: Path, layout: AdapterLayout, heads: AttentionSizes | None = None) -> PlainAdapter:
     """An adapter folder as plain updates.
 
     Args:
@@ -97,7 +97,7 @@ def read_layout(folder: Path, layout: Layout, heads: Heads | None = None) -> Pla
     return PlainAdapter(updates, about)
 
 
-def _peft(folder: Path, layout: Layout) -> tuple[dict[str, Any], list[tuple[str, Update]]]:
+def _peft(folder: Path, layout: AdapterLayout) -> tuple[dict[str, Any], list[tuple[str, Update]]]:
     paths = {re.sub(r"(\.base_layer)*\.lora_\w+(\.weight)?$", "", key) for key in raw_keys(folder)}
     owners = [path.removeprefix(layout.prefix) for path in paths if path.endswith(".experts")]
     # The order in which transformers has them, which is that in which PEFT wraps them.
@@ -135,7 +135,7 @@ def _require_plain(adapter: PeftAdapter) -> None:
         raise GraftError("GC069", message, place=adapter.place, hint=hint, details=tuple(dict.fromkeys(reasons)))
 
 
-def _updates(adapter: PeftAdapter, module: PeftModule, layout: Layout) -> Iterator[tuple[str, Update]]:
+def _updates(adapter: PeftAdapter, module: PeftModule, layout: AdapterLayout) -> Iterator[tuple[str, Update]]:
     assert isinstance(module.spec, LoRA)
     down, up = (adapter.tensor(module.keys[part]) for part in ("A", "B"))
     table = "embedding" in module.keys["A"]
@@ -148,11 +148,11 @@ def _updates(adapter: PeftAdapter, module: PeftModule, layout: Layout) -> Iterat
             yield module.path, Update(*_expanded(down, up), scale, table)
             return
         experts = down.shape[0] // module.spec.rank
-        down = down.unflatten(0, (experts, -1))
+        down = down.reshape(experts, -1, down.shape[-1])
         if layout.experts == "flat_by_expert":
-            up = up.unflatten(1, (experts, -1)).transpose(0, 1)
+            up = up.reshape(up.shape[0], experts, -1).transpose(0, 1)
         else:
-            up = up.unflatten(1, (-1, experts)).permute(2, 0, 1)
+            up = up.reshape(up.shape[0], -1, experts).permute(2, 0, 1)
         update = Update(down, up, scale)
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
         message = f"{module.keys['A']} and {module.keys['B']} do not fit together: {error}"
@@ -176,7 +176,7 @@ def _expanded(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return down, up
 
 
-def _torchtune(folder: Path, layout: Layout) -> tuple[dict[str, Any], list[tuple[str, Update]]]:
+def _torchtune(folder: Path, layout: AdapterLayout) -> tuple[dict[str, Any], list[tuple[str, Update]]]:
     if not (folder / CONFIG).is_file():
         raise GraftError("GC110", f"{folder} has no {CONFIG}", place=Place(str(folder)))
     config = read_config((folder / CONFIG).read_bytes(), str(folder / CONFIG))
@@ -243,7 +243,9 @@ def _gathered(entries: Iterable[tuple[str, Update]], folder: Path) -> Iterator[t
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def write_layout(adapter: PlainAdapter, layout: Layout, folder: Path, heads: Heads | None = None) -> None:
+def write_layout(
+    adapter: PlainAdapter, layout: AdapterLayout, folder: Path, heads: AttentionSizes | None = None
+) -> None:
     """Write an adapter folder, which must not be there.
 
     Raises:
@@ -256,7 +258,7 @@ def write_layout(adapter: PlainAdapter, layout: Layout, folder: Path, heads: Hea
 
 
 def laid_out(
-    adapter: PlainAdapter, layout: Layout, heads: Heads | None = None
+    adapter: PlainAdapter, layout: AdapterLayout, heads: AttentionSizes | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors by key, and the config, of an adapter in a layout.
 
@@ -279,7 +281,7 @@ def laid_out(
     return tensors, _config(adapter, updates, layout)
 
 
-def _require_place(adapter: PlainAdapter, layout: Layout) -> None:
+def _require_place(adapter: PlainAdapter, layout: AdapterLayout) -> None:
     reasons = []
     if layout.experts is None and adapter.has_experts:
         reasons.append("experts")
@@ -302,7 +304,9 @@ def _fused(updates: Mapping[str, Update]) -> Iterator[tuple[str, Update]]:
             yield f"{found['module']}.gate_up_proj", together([gate, up], [update.rows, update.rows])
 
 
-def _keyed(path: str, update: Update, layout: Layout, updates: Mapping[str, Update]) -> Iterator[tuple[str, Tensor]]:
+def _keyed(
+    path: str, update: Update, layout: AdapterLayout, updates: Mapping[str, Update]
+) -> Iterator[tuple[str, Tensor]]:
     module, _, last = path.rpartition(".")
     a, b = layout.factors
     front = f"{layout.prefix}{named(layout, path)}"
@@ -329,7 +333,7 @@ def _keyed(path: str, update: Update, layout: Layout, updates: Mapping[str, Upda
     yield f"{front}.{b}.weight", up
 
 
-def _config(adapter: PlainAdapter, updates: Mapping[str, Update], layout: Layout) -> dict[str, Any]:
+def _config(adapter: PlainAdapter, updates: Mapping[str, Update], layout: AdapterLayout) -> dict[str, Any]:
     rank = Counter(update.rank for update in updates.values()).most_common(1)[0][0]
     usual = Counter(update.scale for update in updates.values() if update.rank == rank).most_common(1)[0][0]
     modules = [path for path, update in updates.items() if update.experts is None]
@@ -355,7 +359,7 @@ def _number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
 
 
-def _heads(heads: Heads | None, path: str, layout: Layout) -> int:
+def _heads(heads: AttentionSizes | None, path: str, layout: AdapterLayout) -> int:
     if heads is None:
         hint = "name the base that the adapter is for: --model MODEL"
         raise GraftError("GC069", f"the layout {layout.name} depends on the heads of {path}", hint=hint)

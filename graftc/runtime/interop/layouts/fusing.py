@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import torch
 
-from graftc.runtime.interop.layouts.plain import Heads, PlainAdapter, Update
+from graftc.runtime.interop.layouts.plain import AttentionSizes, PlainAdapter, Update
 from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = ["FUSED", "Fusion", "joined", "split", "together"]
@@ -67,10 +67,10 @@ def together(parts: Sequence[Update | None], rows: Sequence[int]) -> Update:
 
 def apart(update: Update, rows: Sequence[int]) -> list[Update]:
     """The updates of the rows of each part."""
-    return [replace(update, up=block).trimmed() for block in update.up.split(list(rows), -2)]
+    return [replace(update, up=block).trimmed() for block in torch.split(update.up, list(rows), -2)]
 
 
-def joined(adapter: PlainAdapter, what: str, heads: Heads | None = None) -> PlainAdapter:
+def joined(adapter: PlainAdapter, what: str, heads: AttentionSizes | None = None) -> PlainAdapter:
     """The adapter with parts in their fused map, where it has any.
 
     Args:
@@ -102,7 +102,7 @@ def joined(adapter: PlainAdapter, what: str, heads: Heads | None = None) -> Plai
     return replace(adapter, updates=updates)
 
 
-def split(adapter: PlainAdapter, what: str, heads: Heads | None = None) -> PlainAdapter:
+def split(adapter: PlainAdapter, what: str, heads: AttentionSizes | None = None) -> PlainAdapter:
     """The adapter with fused maps as their parts.
 
     Raises:
@@ -129,7 +129,7 @@ def split(adapter: PlainAdapter, what: str, heads: Heads | None = None) -> Plain
     return replace(adapter, updates=updates)
 
 
-def _sizes(fusion: Fusion, total: int, heads: Heads | None) -> list[int]:
+def _sizes(fusion: Fusion, total: int, heads: AttentionSizes | None) -> list[int]:
     if len(fusion.parts) == 2:
         return [total // 2, total // 2]
     if heads is None:
@@ -138,7 +138,7 @@ def _sizes(fusion: Fusion, total: int, heads: Heads | None) -> list[int]:
     return [heads.queries * heads.size, heads.keys * heads.size, heads.keys * heads.size]
 
 
-def _rows(fusion: Fusion, found: Mapping[str, Update], heads: Heads | None, module: str) -> list[int]:
+def _rows(fusion: Fusion, found: Mapping[str, Update], heads: AttentionSizes | None, module: str) -> list[int]:
     """Rows of every part, of those that are missing too."""
     if len(fusion.parts) == 2:
         size = next(iter(found.values())).rows

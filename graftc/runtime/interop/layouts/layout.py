@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
-__all__ = ["LAYOUTS", "ExpertForm", "Layout", "layout_of"]
+__all__ = ["LAYOUTS", "AdapterLayout", "ExpertForm", "layout_of"]
 
 from graftc.specs.errors.diagnostics import GraftError, nearest
 
@@ -25,7 +25,7 @@ experts share has one."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class AdapterLayout:
     """How one program lays out a LoRA adapter.
 
     Attributes:
@@ -67,10 +67,10 @@ _TORCHTUNE: Mapping[str, str] = MappingProxyType(
 )
 
 _EVERY = (
-    Layout("peft", "PEFT's own; vLLM's for models whose experts it fuses"),
-    Layout("vllm", "vLLM's with a matrix per expert, which SGLang reads too", experts="each", uniform=True),
-    Layout("sglang", "SGLang's with a tensor per projection of experts", experts="stacked", uniform=True),
-    Layout(
+    AdapterLayout("peft", "PEFT's own; vLLM's for models whose experts it fuses"),
+    AdapterLayout("vllm", "vLLM's with a matrix per expert, which SGLang reads too", experts="each", uniform=True),
+    AdapterLayout("sglang", "SGLang's with a tensor per projection of experts", experts="stacked", uniform=True),
+    AdapterLayout(
         "tinker",
         "what Tinker's checkpoints have",
         experts="stacked",
@@ -78,8 +78,10 @@ _EVERY = (
         uniform=True,
         tables=False,
     ),
-    Layout("unsloth", "PEFT's keys as Unsloth read them for experts before September 2026", experts="flat_by_expert"),
-    Layout(
+    AdapterLayout(
+        "unsloth", "PEFT's keys as Unsloth read them for experts before September 2026", experts="flat_by_expert"
+    ),
+    AdapterLayout(
         "torchtune",
         "torchtune's names and its order of rotated rows",
         experts=None,
@@ -92,11 +94,11 @@ _EVERY = (
     ),
 )
 
-LAYOUTS: Mapping[str, Layout] = MappingProxyType({layout.name: layout for layout in _EVERY})
+LAYOUTS: Mapping[str, AdapterLayout] = MappingProxyType({layout.name: layout for layout in _EVERY})
 """Every layout by its name."""
 
 
-def layout_of(name: str) -> Layout:
+def layout_of(name: str) -> AdapterLayout:
     """A layout by its name.
 
     Raises:

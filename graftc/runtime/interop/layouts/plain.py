@@ -93,7 +93,7 @@ class PlainAdapter:
 
 
 @dataclass(frozen=True)
-class Heads:
+class AttentionSizes:
     """The attention of a base: what rotary permutations and fused projections depend on.
 
     Attributes:
@@ -106,7 +106,7 @@ class Heads:
     size: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], where: str) -> Heads:
+    def of(cls, config: Mapping[str, Any], where: str) -> AttentionSizes:
         """What the config of a base says.
 
         Raises:

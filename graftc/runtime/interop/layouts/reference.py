@@ -13,16 +13,20 @@ import torch
 from torch import Tensor
 
 from graftc.runtime.interop.layouts.folder import named
-from graftc.runtime.interop.layouts.layout import STACKED, Layout
-from graftc.runtime.interop.layouts.plain import Heads
+from graftc.runtime.interop.layouts.layout import STACKED, AdapterLayout
+from graftc.runtime.interop.layouts.plain import AttentionSizes
 
-__all__ = ["responses"]
+__all__ = ["responses", "unpaired"]
 
 Probe = Callable[[int], Tensor]
 
 
 def responses(
-    layout: Layout, tensors: Mapping[str, Tensor], config: Mapping[str, Any], probe: Probe, heads: Heads | None = None
+    layout: AdapterLayout,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    probe: Probe,
+    heads: AttentionSizes | None = None,
 ) -> dict[str, Tensor]:
     """What every map adds to its output, ``[out, probes]`` in float64, by its path; ``<...>.experts.3.gate_proj`` for
     experts.
@@ -43,7 +47,7 @@ def responses(
                 pair = _Pair(down.double(), tensors[key[: -len(word)] + other].double(), probe)
                 for site, value in _sites(layout, path, pair, config):
                     if layout.rotary and heads is not None and site.endswith(("q_proj", "k_proj")):
-                        value = _unpaired(value, heads.size)
+                        value = unpaired(value, heads.size)
                     found[site] = value
     return found
 
@@ -60,7 +64,7 @@ class _Pair:
         return up @ (down @ self.probe(down.shape[-1]))
 
 
-def _sites(layout: Layout, path: str, pair: _Pair, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _sites(layout: AdapterLayout, path: str, pair: _Pair, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     bare = path.removesuffix(".base_layer")
     if layout.experts == "stacked" and pair.down.dim() == 3:
         yield from _stacked(path, pair, config)
@@ -82,7 +86,9 @@ def _stacked(path: str, pair: _Pair, config: Mapping[str, Any]) -> Iterator[tupl
         yield f"{module}.{expert}.{word}", scale * (up @ (down @ pair.probe(down.shape[-1])))
 
 
-def _flat(layout: Layout, path: str, bare: str, pair: _Pair, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _flat(
+    layout: AdapterLayout, path: str, bare: str, pair: _Pair, config: Mapping[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
     """PEFT's: row ``e * r + k`` of A is rank k of expert e; so is column ``k * E + e`` of B."""
     targets = [str(name).rpartition(".")[2] for name in config.get("target_parameters") or ()]
     inner = path != bare or targets == ["gate_up_proj"]
@@ -122,7 +128,7 @@ def _scale(config: Mapping[str, Any], path: str, *, patterns: bool) -> float:
     return value / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _unpaired(value: Tensor, size: int) -> Tensor:
+def unpaired(value: Tensor, size: int) -> Tensor:
     """Row ``2 i + j`` of a head is number i of the rotation's half j."""
     rows = []
     for start in range(0, value.shape[0], size):

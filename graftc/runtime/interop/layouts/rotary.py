@@ -15,9 +15,9 @@ def as_pairs(rows: Tensor, heads: int) -> Tensor:
         rows: ``[heads * size, ...]``.
         heads: how many heads the rows belong to.
     """
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).flatten(0, 2)
 
 
 def as_halves(rows: Tensor, heads: int) -> Tensor:
     """The way back from `as_pairs`."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).flatten(0, 2)

@@ -138,8 +138,8 @@ def _of(
         yield from _joined(compilation, resolved, table)
         return
     depths = _depths(compilation, [site for site, _ in resolved.places])
-    for key in sites:
-        wrapped[key.module] = wrapped.get(key.module, 0) + 1
+    for place in sites:
+        wrapped[place.module] = wrapped.get(place.module, 0) + 1
     for key, names in parts.items():
         if key is None:
             for part, name in names.items():

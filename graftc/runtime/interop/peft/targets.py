@@ -22,7 +22,7 @@ def meant(config: AdapterConfig, modules: Sequence[str]) -> set[str] | None:
     targets = config.target_modules
     if targets is None or targets == ALL_LINEAR:
         return None
-    matcher = RegexMatcher(5.0)
+    matcher = config.matcher
     found = _named(targets, modules, matcher)
     if not isinstance(targets, str):
         found = {path for path in found if path in targets or _in_layers(config, path, matcher)}

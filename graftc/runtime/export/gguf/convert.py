@@ -1,0 +1,84 @@
+"""Adapter folders to GGUF, probed: the file gives the same updates when it is read as llama.cpp does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.runtime.export.gguf.adapter import export_adapter
+from graftc.runtime.export.gguf.families import architecture, family_of, heads_of
+from graftc.runtime.export.gguf.writing import FileType, name_of, package
+from graftc.runtime.files import staged
+from graftc.runtime.interop.layouts.convert import AdapterSource, ConvertedFolder, compared
+from graftc.runtime.interop.layouts.plain import PlainAdapter
+from graftc.runtime.interop.layouts.reference import unpaired
+from graftc.specs.errors.diagnostics import GraftError, Place
+
+__all__ = ["convert_to_gguf"]
+
+_ROUNDING = {"f32": 1e-6, "f16": 4e-3, "bf16": 3e-2}
+
+
+def convert_to_gguf(
+    source: AdapterSource, out: Path | None, model: Path | None, *, dtype: FileType = "f32", force: bool = False
+) -> ConvertedFolder:
+    """Write an adapter folder as a GGUF adapter.
+
+    Args:
+        source: what is read.
+        out: the file; None only checks.
+        model: the folder of the base, of which only ``config.json`` is read.
+        dtype: of the factors.
+        force: replace a file that is there.
+
+    Raises:
+        GraftError: GC067 where the file gives another update, GC069 without the base's config, GC060 and GC061 as
+            `export_adapter`.
+    """
+    from transformers import AutoConfig
+
+    if model is None or not (model / "config.json").is_file():
+        hint = "name the base that the adapter is for: --model MODEL"
+        raise GraftError("GC069", "GGUF needs the config of the base", place=Place(str(model or "")), hint=hint)
+    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    adapter, wanted = source.read()
+    if out is None:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as place:
+            return _written(adapter, config, Path(place) / "adapter.gguf", wanted, source, dtype)
+    with staged(out, force=force, sources=source.folders) as file:
+        return replace(_written(adapter, config, file, wanted, source, dtype), out=out)
+
+
+def _written(
+    adapter: PlainAdapter, config: Any, file: Path, wanted: Mapping[str, Tensor], source: AdapterSource, dtype: FileType
+) -> ConvertedFolder:
+    export_adapter(adapter, config, file, dtype=dtype)
+    maps = compared(wanted, _responses(adapter, config, file, source), _ROUNDING[dtype])
+    return ConvertedFolder(None, source.layout.name, "gguf", maps, max(u.rank for u in adapter.updates.values()))
+
+
+def _responses(adapter: PlainAdapter, config: Any, file: Path, source: AdapterSource) -> dict[str, Tensor]:
+    """What llama.cpp adds: ``alpha / rank`` times the product, rows of rotated heads put back in halves."""
+    gguf = package()
+    reader = gguf.GGUFReader(file)
+    held = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()).double() for t in reader.tensors}
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    family = family_of(config)
+    names = gguf.get_tensor_name_map(architecture(gguf, family), config.num_hidden_layers)
+    found = {}
+    for path in adapter.updates:
+        name = name_of(names, f"{path}.weight")
+        down, up = held[f"{name}.lora_a"], held[f"{name}.lora_b"]
+        if name == "token_embd.weight":
+            down = down.T
+        value = alpha / down.shape[0] * (up @ (down @ source.probe(down.shape[1])))
+        turned = family.rotary and path.endswith(("q_proj", "k_proj"))
+        found[path] = unpaired(value, heads_of(config).size) if turned else value
+    return found

@@ -1,0 +1,77 @@
+"""Conversion to LoRA: every method that folds into linear maps, on every family that takes it, is the fold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import graftc
+from graftc.runtime.model.runner import runner_of
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing import perturb
+from tests.families import FAMILIES, tiny
+
+pytestmark = pytest.mark.gate
+
+TARGET = {"role": ["attn.q", "ffn.down"]}
+EXPERTS = {"role": ["attn.q", "experts"]}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 3, "rslora": True},
+    "dora": {"rank": 3},
+    "adalora": {"rank": 3, "target_rank": 2, "total_steps": 10},
+    "sora": {"rank": 3},
+    "dylora": {"rank": 3},
+    "adamix_lora": {"rank": 3},
+    "vera": {"rank": 5},
+    "loha": {"rank": 2},
+    "lokr": {"rank": 2},
+    "spiel": {"density": 0.05},
+    "mask": {"density": 0.05},
+    "diff_pruning": {},
+    "child_tuning": {},
+}
+NONE = "GC066"
+
+
+def compiled_of(family: str, method: str) -> Any:
+    entry = {"method": method, "target": EXPERTS if family == "mixtral" else TARGET, **METHODS[method]}
+    compiled = graftc.compile({"adapt": [entry]}, tiny(family)).eval()
+    perturb(compiled)
+    return compiled
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_full_rank_is_the_fold(method: str, family: str) -> None:
+    """Folded tensors within 1e-6 of those of the original, outputs within 1e-6 of the largest."""
+    try:
+        compiled = compiled_of(family, method)
+    except GraftError as error:
+        pytest.skip(f"{error.code}: {method} does not go with {family}")
+    try:
+        made = runner_of(compiled).convert()
+    except GraftError as error:
+        assert error.code == NONE and ("bias" in error.message or "not the weight" in error.message), error.message
+        return  # a bias trains as well
+    before, after = (m.merge().folded_state_dict() for m in (compiled, made.compiled))
+    for name, tensor in before.items():
+        if not tensor.is_floating_point():
+            continue
+        assert float((after[name] - tensor).norm()) <= 1e-6 * float(tensor.norm()), name
+    assert made.largest_error < 1e-6
+    assert made.largest_difference <= 1e-5 * max(1.0, made.largest_output)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_sixteen_bits_say_what_rounding_costs(dtype: torch.dtype, family: str) -> None:
+    """The error that is stated is that of the rounded factors: a few units in the last place of 16 bits."""
+    entry = {"method": "dora", "rank": 2, "target": TARGET}
+    compiled = graftc.compile({"adapt": [entry]}, tiny(family).to(dtype)).eval()
+    perturb(compiled)
+    made = runner_of(compiled).convert()
+    step = torch.finfo(dtype).eps
+    assert step / 10 < made.largest_error < 2 * step
+    assert all(site.probed == pytest.approx(site.error, rel=0.7) for site in made.sites)
