@@ -164,7 +164,7 @@ def test_what_does_not_fold_is_refused_by_name_or_kept(
     refused = run_here(capsys, "merge", "it", "--out", "folded", "--json")
     assert refused.status == 2 and refused.data["error"]["code"] == "GC022"
     assert "'head'" in refused.data["error"]["message"] and not (here / "folded").exists()
-    outcome = run_here(capsys, "merge", "it", "--partial", "--out", "partly", "--json")
+    outcome = run_here(capsys, "merge", "it", "--partial", "--allow-unchanged", "--out", "partly", "--json")
     data = valid("merge", outcome)
     assert data["partial"] is True and data["folded"] == ["inner"] and [k["name"] for k in data["kept"]] == ["head"]
     shutil.rmtree(here / "gpt2")  # it has its own base
@@ -208,7 +208,7 @@ def test_export_with_inputs(capsys: pytest.CaptureFixture[str], here: Path) -> N
     """One adaptation folds, and the other one is an input, without which it is refused."""
     (here / "both.yaml").write_text(BOTH)
     run(capsys, "compile", "both.yaml", "--model", "base", "--out", "both")
-    data = run(capsys, "export", "both", "-f", "onnx", "-o", "model.onnx", "--inputs", "prefix")
+    data = run(capsys, "export", "both", "-f", "onnx", "-o", "model.onnx", "--inputs", "prefix", "--allow-unchanged")
     assert data["merged"] is True and data["certificate"]["passed"] is True
     assert [file["path"] for file in data["files"]] == ["model.onnx", "model.onnx.prefix.safetensors"]
     tensors = {name: tensor.numpy() for name, tensor in load_file("model.onnx.prefix.safetensors").items()}
@@ -218,7 +218,10 @@ def test_export_with_inputs(capsys: pytest.CaptureFixture[str], here: Path) -> N
     (found,) = session.run(["logits"], {**inputs, **tensors})
     expected = graftc.load("both").eval()(input_ids=ids).logits
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-4)
-    data = run(capsys, "export", "both", "-f", "pt2", "-o", "m.pt2", "--inputs", "attention", status=1)
+    data = run(capsys, "export", "both", "-f", "pt2", "-o", "m.pt2", "--inputs", "prefix", status=1)
+    assert data["error"]["code"] == "GC104"
+    inputs_of_another = ["--inputs", "attention", "--allow-unchanged"]
+    data = run(capsys, "export", "both", "-f", "pt2", "-o", "m.pt2", *inputs_of_another, status=1)
     assert data["error"]["code"] == "GC050" and "--inputs prefix" in data["error"]["hint"]
     more = ["--no-merge", "--inputs", "attention", "--inputs", "prefix"]
     data = run(capsys, "export", "both", "-f", "pt2", "-o", "m.pt2", *more)
@@ -312,7 +315,7 @@ def test_what_is_there_is_refused_at_once(
 def test_force_replaces_what_graftc_wrote(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     run(capsys, "compile", "spec.yaml", "-m", "base", "-o", "trained", "--force")
     assert tree_bytes(here / "trained").keys() == tree_bytes(here / "artifact").keys()
-    run(capsys, "merge", "artifact", "-o", "trained", "--force")
+    run(capsys, "merge", "artifact", "-o", "trained", "--force", "--allow-unchanged")
     assert (here / "trained" / "graftc.json").is_file() and not (here / "trained" / "manifest.json").exists()
 
 
@@ -320,7 +323,7 @@ def test_a_named_base(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     shutil.move("base", "moved")
     manifest = json.loads((here / "artifact/manifest.json").read_text())["base"]
     shutil.rmtree(manifest["reference"], ignore_errors=True) if manifest["reference"].startswith(str(here)) else None
-    run(capsys, "merge", "artifact", "-o", "folded", "--model", "moved")
+    run(capsys, "merge", "artifact", "-o", "folded", "--model", "moved", "--allow-unchanged")
 
 
 def test_unknown_formats(capsys: pytest.CaptureFixture[str]) -> None:
@@ -330,6 +333,6 @@ def test_unknown_formats(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_in_processes_of_their_own(here: Path) -> None:
     """The test of the readme runs the whole path as a user has it; here is what it leaves out."""
-    for command in (["merge", "artifact", "--out", "folded"], ["diff", "artifact", "artifact"]):
+    for command in (["merge", "trained", "--out", "folded"], ["diff", "artifact", "artifact"]):
         outcome = run_warm(*command, cwd=here)
         assert (outcome.status, outcome.err) == (0, ""), command

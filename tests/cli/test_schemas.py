@@ -308,6 +308,7 @@ EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
                 "sites": {"added": [], "removed": ["q"], "changed": []},
             },
             **{"tensors": [{"name": "t", "status": "moved", "largest_difference": None}], "graph": "", "warnings": []},
+            "weights": None,
         },
     ),
     "error": (ErrorResult, {"error": WARNING}),

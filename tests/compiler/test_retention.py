@@ -33,7 +33,7 @@ def adapted(family: str, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16
 
 @pytest.fixture(scope="module")
 def gpt2() -> Any:
-    """Queries and values are rows of one weight that is stored as columns; the update is near the spacing of bfloat16."""
+    """Queries and values are rows of one weight, stored as columns; the update is near the spacing of bfloat16."""
     return adapted("gpt2", 0.01)
 
 

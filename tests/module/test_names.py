@@ -26,6 +26,7 @@ OWN_NAMES = [
     "blocks",
     "config",
     "merge",
+    "merged_state_dict",
     "save",
     "export",
     "device",

@@ -60,6 +60,11 @@ class Comparison:
         return not (self.base or self.spec or places or self.tensors or self.graph)
 
 
+def nothing() -> Comparison:
+    """No difference."""
+    return Comparison((), "", (), (), (), (), "")
+
+
 def compare(a: Artifact, b: Artifact) -> Comparison:
     """Compare two artifacts, the second with the first. No base is needed.
 

@@ -1,41 +1,78 @@
-"""``graftc diff``: what differs between two artifacts."""
+"""``graftc diff``: what differs between two artifacts, or between the weights of two model folders."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graftc.runtime.cli.completion import artifacts
+from graftc.runtime.cli.completion import models
 from graftc.runtime.cli.options import Json
 
 if TYPE_CHECKING:
     from graftc.runtime.artifact.compare import Comparison
+    from graftc.runtime.compare.folders import FolderDifference
 
 __all__ = ["diff"]
 
-_Artifact = Annotated[Path, typer.Argument(help="An artifact.", show_default=False, autocompletion=artifacts)]
+_Folder = Annotated[
+    Path, typer.Argument(help="An artifact, or a folder of a model.", show_default=False, autocompletion=models)
+]
 
 
-def diff(a: _Artifact, b: _Artifact, json: Json = False) -> None:
-    """Show what differs between two artifacts: base, spec, sites, tensors, graph. Exit status 1 if anything does."""
-    from graftc.runtime.cli.output import print_json, working
+def diff(a: _Folder, b: _Folder, json: Json = False) -> None:
+    """Show what differs between two artifacts (base, spec, sites, tensors, graph) or between the weights of two model
+    folders, with what could have made it. Exit status 1 if anything does."""
+    from graftc.runtime.cli.output import print_json, steps, time_left, working
 
-    with working(json) as warnings:
+    weights: FolderDifference | None = None
+    with working(json) as warnings, steps(json) as step:
         from graftc.runtime.artifact import open_artifact
-        from graftc.runtime.artifact.compare import compare
+        from graftc.runtime.artifact.compare import compare, nothing
 
-        found = compare(open_artifact(a), open_artifact(b))
+        if _are_models(a, b):
+            from graftc.runtime.compare.folders import compare_folders
+
+            weights, found = compare_folders(a, b, time_left(step, "comparing weights")), nothing()
+        else:
+            found = compare(open_artifact(a), open_artifact(b))
+    same = found.same if weights is None else weights.same
     if json:
         from graftc.runtime.cli.results import DiffResult
 
-        result = {**_data(found), "a": str(a), "b": str(b), "warnings": warnings}
-        print_json(DiffResult.model_validate(result))
-    else:
+        data = {**_data(found), "same": same, "weights": None if weights is None else _weights(weights)}
+        print_json(DiffResult.model_validate({**data, "a": str(a), "b": str(b), "warnings": warnings}))
+    elif weights is None:
         _print(found)
-    if not found.same:
+    else:
+        _print_weights(weights)
+    if not same:
         raise typer.Exit(1)
+
+
+def _are_models(a: Path, b: Path) -> bool:
+    """Whether two folders of models are to be compared, rather than artifacts.
+
+    Raises:
+        GraftError: GC090 for one of each.
+    """
+    from graftc.runtime.artifact.places import is_artifact
+    from graftc.runtime.compare.folders import is_model_folder
+    from graftc.specs.errors.diagnostics import GraftError
+
+    ours = [is_artifact(path) and not is_model_folder(path) for path in (a, b)]
+    models = [not own and (is_model_folder(path) or _has_config(path)) for own, path in zip(ours, (a, b), strict=True)]
+    if any(ours) and any(models):
+        one, other = (a, b) if ours[0] else (b, a)
+        hint = f"merge it first, and compare the folders: graftc merge {one} --out DIR"
+        raise GraftError("GC090", f"{one} is an artifact and {other} a folder of a model", hint=hint)
+    return any(models)
+
+
+def _has_config(path: Path) -> bool:
+    return (path / "config.json").is_file()
 
 
 def _data(found: Comparison) -> dict[str, Any]:
@@ -79,3 +116,39 @@ def _print(found: Comparison) -> None:
 def _capped(lines: list[str], most: int = 5) -> list[str]:
     """Another base differs everywhere; JSON has all of it."""
     return lines if len(lines) <= most + 1 else [*lines[:most], f"... and {len(lines) - most} more"]
+
+
+def _weights(found: FolderDifference) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    def numbers(item: Any) -> dict[str, Any] | None:
+        if item.difference is None:
+            return None
+        data = {**asdict(item.difference), "cause": item.difference.cause.value}
+        data |= {key: data[key] if math.isfinite(data[key]) else None for key in ("largest", "norm")}
+        return data
+
+    tensors = [
+        {**{"name": t.name, "status": t.status, "base": t.base, "other": t.other}, "difference": numbers(t)}
+        for t in found.tensors
+    ]
+    return {"equal": found.equal, "tensors": tensors}
+
+
+def _print_weights(found: FolderDifference) -> None:
+    from graftc.runtime.cli.output import console, print_lines
+    from graftc.runtime.compare.folders import lines, summary
+
+    to = console()
+    equal = f"{found.equal} tensors are equal" if found.equal != 1 else "1 tensor is equal"
+    if found.same:
+        to.print(f"no difference: {equal}")
+        return
+    colours = {"+": "green", "-": "red", "~": "yellow"}
+    print_lines(to, ["tensors"], lambda _: "bold")
+    print_lines(to, [f"  {line}" for line in lines(found)], lambda line: colours.get(line[2:3], ""))
+    made = summary(found)
+    if made:
+        print_lines(to, ["what could have made it"], lambda _: "bold")
+        print_lines(to, [f"  {line}" for line in made], lambda _: "")
+    to.print(f"{len(found.tensors)} of {len(found.tensors) + found.equal} tensors differ", soft_wrap=True, markup=False)

@@ -14,6 +14,7 @@ __all__ = [
     "CheckResult",
     "CompileResult",
     "DiffResult",
+    "DifferenceData",
     "ExportResult",
     "KeptData",
     "MergeResult",
@@ -21,6 +22,8 @@ __all__ = [
     "StreamedData",
     "TensorChange",
     "VerifyResult",
+    "WeightChange",
+    "WeightsDiff",
 ]
 
 
@@ -255,14 +258,73 @@ class TensorChange(Result):
     """Largest absolute difference of its elements; null where they cannot be compared."""
 
 
+class DifferenceData(Result):
+    """What a tensor of a model differs by."""
+
+    largest: float | None = Field(ge=0)
+    """The largest absolute difference of an element; null where it is no finite number."""
+
+    norm: float | None = Field(ge=0)
+    """Norm of the difference over the base's; null where it is no finite number."""
+
+    entries: float = Field(ge=0, le=1)
+    """Share of the elements that differ."""
+
+    rows: int | None = Field(ge=0)
+    """Of a matrix, how many rows differ anywhere."""
+
+    columns: int | None = Field(ge=0)
+    """Of a matrix, how many columns differ anywhere."""
+
+    rank: int | None = Field(ge=0)
+    """Of a matrix, how many directions of the difference are above what rounding makes; null where that is more than
+    are looked for, or a scaling is found."""
+
+    explained: float | None
+    """Share of the difference's squared norm in those directions, or in the scaling."""
+
+    cause: Literal["low rank", "row scaling", "column scaling", "rows", "entries", "vector", "full", "rounding"]
+    """What could have made it."""
+
+
+class WeightChange(Result):
+    """A tensor that is not the same in two models."""
+
+    name: str
+    """Its name."""
+
+    status: Literal["added", "removed", "reshaped", "retyped", "changed"]
+    """Only the second has it, only the first has it, its sizes differ, only its element type differs, or its values
+    do."""
+
+    base: str
+    """Element type and sizes in the first, as `BF16[4, 48]`; empty where it is missing."""
+
+    other: str
+    """The same in the second."""
+
+    difference: DifferenceData | None
+    """The numbers, where values differ and can be compared."""
+
+
+class WeightsDiff(Result):
+    """What differs between the weights of two model folders."""
+
+    equal: int = Field(ge=0)
+    """How many tensors are the same."""
+
+    tensors: Items[WeightChange]
+    """Those that are not."""
+
+
 class DiffResult(Result):
     """`graftc diff A B --json`. The exit status is 1 where they differ."""
 
     a: str
-    """The first artifact's folder."""
+    """The first folder: an artifact's, or a model's."""
 
     b: str
-    """The second artifact's folder."""
+    """The second folder."""
 
     base: Items[str]
     """In which ways they adapt other models."""
@@ -281,6 +343,9 @@ class DiffResult(Result):
 
     graph: str
     """The adapted graphs as a diff; empty where they are equal."""
+
+    weights: WeightsDiff | None
+    """What differs between two models, of which the fields above are empty; null of artifacts."""
 
     warnings: Items[DiagnosticData]
     """Warnings."""

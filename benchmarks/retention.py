@@ -1,0 +1,126 @@
+"""How much of a LoRA update is left after a merge in bfloat16, by learning rate and alpha over rank.
+
+    python -m benchmarks.retention [--steps 50] [--layers 30] [--out benchmarks/results]
+
+SmolLM2-135M-Instruct (`graftc.runtime.demo.decoder`) with weights rounded to bfloat16 is adapted with LoRA of rank 8
+at all seven projections, and trained on Reuters R8 with AdamW at a constant learning rate: one text of 64 tokens a
+step. It is trained in float32; the folded weights are then rounded to bfloat16. The table has the retention of all
+sites together, as the certificate of a merge has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import graftc
+from graftc.compiler.folding.fold_plan import fold_plan
+from graftc.compiler.folding.retention import Retention
+from graftc.compiler.folding.rounding import retained, round_into
+from graftc.runtime.demo.data import find_data, read_tab
+from graftc.runtime.demo.decoder import find_decoder, load_decoder
+
+RATES = (1e-5, 1e-4, 1e-3)
+SCALES = (1, 2, 16)
+RANK, TOKENS = 8, 64
+ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"]
+
+
+def texts() -> list[str]:
+    """The texts of the training split."""
+    file = next(path for path in sorted(find_data().glob("*r8*train*")))
+    return [text for text, _ in read_tab(file)]
+
+
+def batches(steps: int) -> Iterator[torch.Tensor]:
+    """One text of `TOKENS` tokens at a time, ``int64[1, TOKENS]``; the same in every run."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(find_decoder())
+    tokens = tokenizer("\n\n".join(texts()[: 2 * steps + 50])[: steps * TOKENS * 8])["input_ids"]
+    for step in range(steps):
+        yield torch.tensor([tokens[step * TOKENS : (step + 1) * TOKENS]])
+
+
+def run(layers: int, rate: float, scale: int, data: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Train once, and measure."""
+    started = time.perf_counter()
+    model = load_decoder(layers).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+    spec = {"adapt": [{"method": "lora", "rank": RANK, "alpha": RANK * scale, "target": {"role": ROLES}}]}
+    compiled = graftc.compile(spec, model).train()
+    optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    losses: list[float] = []
+    for ids in data:
+        loss = compiled(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(float(loss.detach()))
+    whole, update, base = Retention(), 0.0, 0.0
+    lazy = fold_plan(compiled.compilation).lazy
+    with torch.no_grad():
+        for group in lazy.groups():
+            for name, exact in lazy.fold(group).items():
+                own = lazy.store.full(name)
+                rounded = torch.empty(exact.shape, dtype=torch.bfloat16)
+                round_into(rounded, exact)
+                whole += retained(own, exact, rounded)
+                update, base = update + float((exact - own).square().sum()), base + float(own.double().square().sum())
+    return {
+        **{"rate": rate, "scale": scale, **(whole.to_json() or {}), "relative_update": math.sqrt(update / base)},
+        **{"first_loss": sum(losses[:5]) / 5, "last_loss": sum(losses[-5:]) / 5},
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The results in Markdown."""
+    lines = [
+        "| learning rate | alpha / rank | update over base | retained (norm) | changed entries | error |",
+        *("| --- " * 6 + "|",),
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['rate']:.0e} | {row['scale']} | {row['relative_update']:.1e} | {100 * row['norm']:.1f} % | "
+            f"{100 * row['entries']:.1f} % | {row['error']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run all, print the table and write both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--layers", type=int, default=30, help="the first ones only")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    data = list(batches(options.steps))
+    rows = []
+    for rate in RATES:
+        for scale in SCALES:
+            rows.append(run(options.layers, rate, scale, data))
+            print(json.dumps(rows[-1]), flush=True)
+    text = table(rows)
+    print(text)
+    settings = {"model": "SmolLM2-135M-Instruct", "layers": options.layers, "steps": options.steps, "rank": RANK}
+    content = json.dumps({**settings, "runs": rows}, indent=1)
+    (options.out / "retention.json").write_text(f"{content}\n", encoding="utf-8")
+    head = (
+        f"# Retention in bfloat16\n\nSmolLM2-135M-Instruct, {options.layers} layers, LoRA of rank {RANK} at all seven "
+        f"projections, {options.steps} steps of AdamW: `python -m benchmarks.retention`.\n\n"
+    )
+    (options.out / "retention.md").write_text(f"{head}{text}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""What one tensor differs by, in passes over blocks of rows: numbers, changed rows and columns, rank, what made it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.folding.rounding import largest
+from graftc.runtime.compare.rank import estimate_rank
+
+Read = Callable[[int, int], Tensor]
+"""Rows of a stored matrix, from the first to the one behind the last, as they are stored."""
+BLOCK = 2**20
+"""Elements that are looked at at a time."""
+
+
+class Cause(StrEnum):
+    """What could have made a difference."""
+
+    LOW_RANK = "low rank"
+    """A product of two thin matrices: LoRA and its relatives."""
+    ROW_SCALING = "row scaling"
+    """Each row times a number: a vector on outputs, as IA3 has."""
+    COLUMN_SCALING = "column scaling"
+    """Each column times a number: a vector on inputs."""
+    ROWS = "rows"
+    """Some rows in full: tokens, or outputs that were trained."""
+    ENTRIES = "entries"
+    """Few entries: sparse fine-tuning."""
+    VECTOR = "vector"
+    """A bias, a norm, or another vector that was trained."""
+    FULL = "full"
+    """All of it: full fine-tuning, or an update of high rank such as DoRA's."""
+    ROUNDING = "rounding"
+    """No more than rounding makes: the same weights that went through another type or another order of sums."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a changed tensor differs by.
+
+    Attributes:
+        largest: the largest absolute difference of an element.
+        norm: of the difference, over the base's; infinite where that is zero.
+        entries: share of the elements that differ.
+        rows, columns: how many of them differ anywhere; None of a vector.
+        rank: of a matrix, how many directions of the difference are above what rounding makes; None where that is more
+            than are looked for, and of what is no matrix.
+        explained: share of the difference's squared norm in those directions, or in the scaling; None without either.
+        cause: what could have made it.
+    """
+
+    largest: float
+    norm: float
+    entries: float
+    rows: int | None = None
+    columns: int | None = None
+    rank: int | None = None
+    explained: float | None = None
+    cause: Cause = Cause.FULL
+
+
+@dataclass
+class _Sums:
+    """What one pass over two matrices finds, in float64.
+
+    Attributes:
+        largest, update, base: the largest difference, and squared norms.
+        changed: how many elements differ.
+        rows, columns: which of them differ anywhere.
+        row_noise, column_noise: the variance that rounding has in each.
+        row_products, column_products: ``<base, other>`` and ``|base|^2`` of each.
+    """
+
+    largest: float
+    update: float
+    base: float
+    changed: int
+    rows: Tensor
+    columns: Tensor
+    row_noise: Tensor
+    column_noise: Tensor
+    row_products: tuple[Tensor, Tensor]
+    column_products: tuple[Tensor, Tensor]
+
+
+class Matrices:
+    """The same matrix in two checkpoints; a vector is a single row.
+
+    Args:
+        a, b: read rows of either.
+        shape: rows and columns.
+    """
+
+    def __init__(self, a: Read, b: Read, shape: tuple[int, int]) -> None:
+        self._a, self._b, self.shape = a, b, shape
+
+    def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The first row of each block, and its rows on both sides as they are stored."""
+        rows, columns = self.shape
+        step = max(1, BLOCK // max(columns, 1))
+        for start in range(0, rows, step):
+            end = min(rows, start + step)
+            yield start, self._a(start, end), self._b(start, end)
+
+    def equal(self) -> bool:
+        """Whether all values are the same, NaN in the same places too; types may differ."""
+        for _, a, b in self.blocks():
+            if a.dtype != b.dtype:
+                a, b = a.double(), b.double()
+            same = a.eq(b)
+            if not bool(same.all()) and not bool((same | (a.isnan() & b.isnan())).all()):
+                return False
+        return True
+
+    def times(self, right: Tensor) -> Tensor:
+        """The difference times ``[columns, k]``, in float64."""
+        return torch.cat([(b.double() - a.double()) @ right for _, a, b in self.blocks()])
+
+    def transposed_times(self, left: Tensor) -> Tensor:
+        """The difference's transpose times ``[rows, k]``, in float64."""
+        found = torch.zeros(self.shape[1], left.shape[1], dtype=torch.float64)
+        for start, a, b in self.blocks():
+            found.addmm_((b.double() - a.double()).T, left[start : start + len(a)])
+        return found
+
+    def sums(self) -> _Sums:
+        """One pass."""
+        rows, columns = self.shape
+        by_row = torch.zeros(4, rows, dtype=torch.float64)
+        by_column = torch.zeros(4, columns, dtype=torch.float64)
+        most = update = 0.0
+        for start, a, b in self.blocks():
+            wide_a, wide_b = a.double(), b.double()
+            change, noise = wide_b - wide_a, _rounding_variance(wide_b, _rounded_to(a.dtype, b))
+            most = largest(most, float(change.abs().max()))
+            update += float(change.square().sum())
+            for at, values in enumerate(((change != 0).double(), noise, wide_a * wide_b, wide_a.square())):
+                by_row[at, start : start + len(a)] = values.sum(1)
+                by_column[at] += values.sum(0)
+        return _Sums(
+            most,
+            update,
+            float(by_row[3].sum()),
+            int(by_row[0].sum()),
+            by_row[0] > 0,
+            by_column[0] > 0,
+            by_row[1],
+            by_column[1],
+            (by_row[2], by_row[3]),
+            (by_column[2], by_column[3]),
+        )
+
+    def left_by_scaling(self, scale: Tensor) -> float:
+        """Squared norm of what is left of the difference when the base is scaled: ``scale`` is ``[rows, 1]`` or
+        ``[1, columns]``."""
+        left = 0.0
+        for start, a, b in self.blocks():
+            own = scale[start : start + len(a)] if scale.shape[1] == 1 else scale
+            left += float((b.double() - a.double() * own).square_().sum())
+        return left
+
+
+def difference(pair: Matrices, *, matrix: bool) -> Difference:
+    """Measure two tensors that are not equal.
+
+    Args:
+        pair: them.
+        matrix: whether rows and columns mean something, and a rank is looked for.
+    """
+    sums = pair.sums()
+    rows, columns = pair.shape
+    norm = math.sqrt(sums.update / sums.base) if sums.base else math.inf
+    found = Difference(sums.largest, norm, sums.changed / max(1, rows * columns), cause=Cause.VECTOR)
+    if not math.isfinite(sums.update) or not matrix:
+        return found
+    found = replace(found, rows=int(sums.rows.sum()), columns=int(sums.columns.sum()), cause=Cause.FULL)
+    # Rounding moves nothing in rows and columns that are all equal.
+    row_noise, column_noise = sums.row_noise * sums.rows, sums.column_noise * sums.columns
+    noise = min(float(row_noise.sum()), float(column_noise.sum()))
+    spread = math.sqrt(float(row_noise.max())) + math.sqrt(float(column_noise.max()))
+    scaling = _scaling(pair, sums, noise)
+    if scaling is not None:
+        return replace(found, cause=scaling[0], explained=scaling[1])
+    changed = (found.rows or 0, found.columns or 0)
+    estimate = estimate_rank(pair.times, pair.transposed_times, changed, pair.shape, spread)
+    if estimate is not None:
+        rank, squares = estimate
+        cause = Cause.LOW_RANK if rank else Cause.ROUNDING
+        return replace(found, rank=rank, explained=min(1.0, squares / sums.update), cause=cause)
+    filled = sums.changed / max(1, (found.rows or 0) * (found.columns or 0))
+    if filled >= 0.5 and (found.rows or 0) < rows:
+        return replace(found, cause=Cause.ROWS)
+    return replace(found, cause=Cause.ENTRIES) if filled < 0.5 else found
+
+
+def _scaling(pair: Matrices, sums: _Sums, noise: float) -> tuple[Cause, float] | None:
+    """Whether scaling rows, or columns, explains all but what rounding makes; a single row or column is never told from
+    other changes."""
+    for cause, changed, (products, squares), shape in (
+        (Cause.ROW_SCALING, sums.rows, sums.row_products, (-1, 1)),
+        (Cause.COLUMN_SCALING, sums.columns, sums.column_products, (1, -1)),
+    ):
+        if min(pair.shape) < 2 or int(changed.sum()) < 2:
+            continue
+        scale = torch.where(squares > 0, products / squares.clamp_min(1e-300), 1.0)
+        # |b|^2 - <a, b>^2 / |a|^2 is what is left, up to cancellation: a second pass is worth it where that is little.
+        rough = sums.base + 2 * float((products - squares).sum()) + sums.update - float((scale * products).sum())
+        if rough > 0.02 * sums.update + 4 * noise + 1e-9 * sums.base:
+            continue
+        left = pair.left_by_scaling(scale.view(shape))
+        if left <= 4 * noise + 1e-20 * sums.base and left < 0.5 * sums.update:
+            return cause, 1 - left / sums.update
+    return None
+
+
+def _rounded_to(base: torch.dtype, other: Tensor) -> torch.dtype:
+    """The type that values were rounded to: their own, or that of the base where they all fit into it."""
+    if not (base.is_floating_point and other.dtype.is_floating_point):
+        return torch.float64
+    wider = torch.finfo(other.dtype).eps < torch.finfo(base).eps
+    return base if wider and bool((other.to(base).to(other.dtype) == other).all()) else other.dtype
+
+
+def _rounding_variance(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rounding adds to the variance of each element, values in float64: a twelfth of the square of a unit in the
+    last place."""
+    info = torch.finfo(dtype)
+    power = (values.contiguous().view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
+    return power.clamp_min_(info.tiny).mul_(info.eps).square_().div_(12)

@@ -1,0 +1,222 @@
+"""Two model folders, tensor by tensor, read where they lie: what differs, and what could have made it.
+
+A tensor is read in blocks of rows, some times over, so that the memory that is needed does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from graftc.compiler.roles.findings import format_layers
+from graftc.runtime.compare.difference import Cause, Difference, Matrices, difference
+from graftc.runtime.streaming.shards import INDEX, SINGLE, Checkpoint, StoredTensor, read_checkpoint
+from graftc.specs.errors.diagnostics import GraftError
+
+Status = Literal["added", "removed", "reshaped", "retyped", "changed"]
+COMPARED = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2")
+"""Element types that are compared in numbers; of others it is told whether their bytes are the same."""
+
+
+@dataclass(frozen=True)
+class WeightDifference:
+    """One tensor that is not the same in both.
+
+    Attributes:
+        name: its name.
+        status: only the second has it, only the first has it, or both have it: of other sizes, of another element type
+            with the same values, or with other values.
+        base, other: element type and sizes in the first and in the second, as ``BF16[4, 48]``; empty where it is
+            missing.
+        difference: the numbers, where the values differ and can be compared.
+    """
+
+    name: str
+    status: Status
+    base: str
+    other: str
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True)
+class FolderDifference:
+    """What differs between two model folders.
+
+    Attributes:
+        tensors: those that are not the same, by name, layers in the order of their numbers.
+        equal: how many are.
+    """
+
+    tensors: tuple[WeightDifference, ...]
+    equal: int
+
+    @property
+    def same(self) -> bool:
+        """Nothing differs."""
+        return not self.tensors
+
+    def alike(self) -> list[tuple[str, list[WeightDifference]]]:
+        """The same with tensors of equal layers together, each under a name with its layers: ``h.0-3.attn.q``."""
+        found: dict[tuple[Any, ...], list[WeightDifference]] = {}
+        for item in self.tensors:
+            made = item.difference
+            key = (_LAYER.sub(r"\1*\2", item.name, count=1), item.status, item.base, item.other)
+            found.setdefault((*key, made and made.cause), []).append(item)
+        return [(_named([item.name for item in items]), items) for items in found.values()]
+
+
+_LAYER = re.compile(r"(\.|^)\d+(\.)")
+
+
+def _named(names: list[str]) -> str:
+    """One name for several tensors that differ in the number of a layer."""
+    layers = [int(match.group().strip(".")) for name in names if (match := _LAYER.search(name))]
+    if len(names) == 1 or len(layers) < len(names):
+        return names[0]
+    return _LAYER.sub(lambda match: f"{match[1]}{{{format_layers(layers)}}}{match[2]}", names[0], count=1)
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder has weights as transformers keeps them."""
+    return any((path / name).is_file() for name in (SINGLE, INDEX))
+
+
+def compare_folders(a: Path, b: Path, advance: Callable[[float], None] = lambda _: None) -> FolderDifference:
+    """Compare the weights of two folders, the second with the first.
+
+    Args:
+        a: has ``model.safetensors``, or an index with the files that it names.
+        b: the same.
+        advance: is told how much has been compared, from 0 to 1.
+
+    Raises:
+        GraftError: GC100 where files are missing or damaged, GC101 where names lead out of a folder.
+    """
+    first, second = read_checkpoint(a), read_checkpoint(b)
+    mine, theirs = first.tensors(), second.tensors()
+    whole = max(1, sum(math.prod(stored.shape) for stored in mine.values()))
+    found: list[WeightDifference] = []
+    done = equal = 0
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        readers = [_Reader(checkpoint, stack) for checkpoint in (first, second)]
+        for name, stored in mine.items():
+            item = _compared(name, stored, theirs.get(name), readers)
+            equal += item is None
+            found += [] if item is None else [item]
+            done += math.prod(stored.shape)
+            advance(done / whole)
+    found += [WeightDifference(name, "added", "", str(stored)) for name, stored in theirs.items() if name not in mine]
+    return FolderDifference(tuple(sorted(found, key=_by_name)), equal)
+
+
+def _by_name(item: WeightDifference) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in item.name.split(".")]
+
+
+class _Reader:
+    """Reads tensors of a checkpoint, whose files are opened as they are needed."""
+
+    def __init__(self, checkpoint: Checkpoint, stack: contextlib.ExitStack) -> None:
+        self._folder, self._shards, self._stack = checkpoint.path, checkpoint.shard_of(), stack
+        self._files: dict[str, Any] = {}
+
+    def rows(self, stored: StoredTensor) -> Callable[[int, int], Tensor]:
+        """Reads rows of a tensor, seen as a matrix."""
+        try:
+            shard = self._shards[stored.name]
+            if shard.name not in self._files:
+                self._files[shard.name] = self._stack.enter_context(safe_open(shard.path, "pt"))
+            file = self._files[shard.name]
+            if len(stored.shape) < 2:
+                row = file.get_tensor(stored.name).reshape(1, -1)
+                return lambda start, end: row[start:end]
+            part = file.get_slice(stored.name)
+        except (OSError, SafetensorError) as error:
+            raise GraftError("GC100", f"{self._folder}: {stored.name} cannot be read: {error}") from error
+        return lambda start, end: part[start:end].flatten(1)
+
+
+def _compared(
+    name: str, stored: StoredTensor, other: StoredTensor | None, readers: Iterable[_Reader]
+) -> WeightDifference | None:
+    """How a tensor differs; None where it does not."""
+    if other is None:
+        return WeightDifference(name, "removed", str(stored), "")
+    if stored.shape != other.shape:
+        return WeightDifference(name, "reshaped", str(stored), str(other))
+    if 0 in stored.shape:
+        return None if stored.dtype == other.dtype else WeightDifference(name, "retyped", str(stored), str(other))
+    rows = stored.shape[0] if len(stored.shape) > 1 else 1
+    (a, b), shape = (reader.rows(each) for reader, each in zip(readers, (stored, other), strict=True)), stored.shape
+    pair = Matrices(a, b, (rows, math.prod(shape) // rows))
+    if stored.dtype not in COMPARED or other.dtype not in COMPARED:
+        same = stored.dtype == other.dtype and all(torch.equal(mine, theirs) for _, mine, theirs in pair.blocks())
+        return None if same else WeightDifference(name, "changed", str(stored), str(other))
+    if pair.equal():
+        return None if stored.dtype == other.dtype else WeightDifference(name, "retyped", str(stored), str(other))
+    return WeightDifference(name, "changed", str(stored), str(other), difference(pair, matrix=len(shape) == 2))
+
+
+def summary(found: FolderDifference) -> list[str]:
+    """What could have made all of it, a line for each cause, most tensors first."""
+    counts: dict[Cause, list[Difference]] = {}
+    for item in found.tensors:
+        if item.difference is not None:
+            counts.setdefault(item.difference.cause, []).append(item.difference)
+    order = sorted(counts.items(), key=lambda pair: -len(pair[1]))
+    return [f"{len(items)} by {_MAKERS[cause].format(_ranks(items))}" for cause, items in order]
+
+
+_MAKERS: Mapping[Cause, str] = {
+    Cause.LOW_RANK: "a low-rank update{}, as LoRA's",
+    Cause.ROW_SCALING: "a vector on outputs, as IA3's",
+    Cause.COLUMN_SCALING: "a vector on inputs, as IA3's on feed-forwards",
+    Cause.ROWS: "training some rows, as of tokens",
+    Cause.ENTRIES: "training some entries",
+    Cause.VECTOR: "training a bias, a norm or another tensor that is no matrix",
+    Cause.FULL: "full fine-tuning, or an update of high rank, as DoRA's",
+    Cause.ROUNDING: "no more than rounding",
+}
+
+
+def _ranks(items: Iterable[Difference]) -> str:
+    ranks = sorted({item.rank for item in items if item.rank})
+    if not ranks:
+        return ""
+    return f" of rank {ranks[0]}" if len(ranks) == 1 else f" of rank {ranks[0]} to {ranks[-1]}"
+
+
+def lines(found: FolderDifference) -> Iterator[str]:
+    """One line for each tensor, or for those of layers that differ alike, with a sign in front."""
+    signs = {"added": "+", "removed": "-"}
+    text = {"added": "added", "removed": "removed", "retyped": "the same values", "reshaped": "other sizes"}
+    for name, items in found.alike():
+        first = items[0]
+        count = f" ({len(items)} tensors)" if len(items) > 1 else ""
+        types = " -> ".join(dict.fromkeys(filter(None, (first.base, first.other))))
+        made = [item.difference for item in items if item.difference is not None]
+        how = _numbers(made) if made else text.get(first.status, "differs")
+        yield f"{signs.get(first.status, '~')} {name}{count} {types}: {how}"
+
+
+def _numbers(made: list[Difference]) -> str:
+    cause = made[0].cause
+    parts = [_ranks(made).removeprefix(" of ") or cause.value]
+    explained = min((each.explained for each in made if each.explained is not None), default=None)
+    if explained is not None and cause != Cause.ROUNDING:
+        parts.append(f"which is {100 * explained:.1f} % of it")
+    if cause == Cause.ROWS:
+        parts.append(f"at most {max(each.rows or 0 for each in made)}")
+    norms = dict.fromkeys(f"{norm:.1e}" for norm in (min(d.norm for d in made), max(d.norm for d in made)))
+    return ", ".join(
+        [*parts, f"norm {' to '.join(norms)} of the base's", f"largest {max(d.largest for d in made):.2g}"]
+    )
