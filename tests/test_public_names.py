@@ -17,7 +17,8 @@ from graftc.runtime.compiled import Compiled
 from graftc.runtime.model.runner import Published
 
 PACKAGE = """
-    GraftError GraftWarning Spec __version__ check compile extend load load_spec merge_checkpoint methods optim roles testing tune
+    GraftError GraftWarning Spec __version__ check compile extend load load_spec merge_checkpoint methods optim roles
+    testing tune
 """
 
 COMPILED = """
