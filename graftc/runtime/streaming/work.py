@@ -97,7 +97,7 @@ class RowTarget:
         views = own.views(self._tensors.stored(own.tensor))
         axis = -1 if exact.dim() == 1 else -2
         sizes = [view.shape[axis] for view in views]
-        parts = zip(views, exact.split(sizes, axis), base.split(sizes, axis), strict=True)
+        parts = zip(views, torch.split(exact, sizes, axis), torch.split(base, sizes, axis), strict=True)
         return _together(self._look(*part) for part in parts)
 
     def put_flat(self, name: str, part: slice, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
