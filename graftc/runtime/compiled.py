@@ -357,7 +357,7 @@ class Compiled(ModelRoot, Generic[M]):
 
         Raises:
             GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor, GC104 where what folds
-                changes no tensor; of ``only``, GC050 and GC022 for what does not fold and GC091 for a name that is none.
+                changes no tensor; of ``only``, GC050 and GC022 for what does not fold and GC091 for an unknown name.
         """
         made = self._graftc.merge_partially(budget, only=only, allow_unchanged=allow_unchanged)
         return cast("Partial[M]", made)

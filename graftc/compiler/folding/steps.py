@@ -74,7 +74,7 @@ def site_steps(compilation: Compilation, unit: Unit) -> list[FoldStep]:
             raise GraftError(
                 "GC022",
                 f"{unit.name!r} would fold into {site.key}, which {resolved.shared[site.key]}",
-                hint="folding would change both; list the module in untie:, which gives it its own, or leave this site out",
+                hint="folding would change both; give the module its own with untie:, or leave this site out",
             )
         bias = site.own_bias or _new_bias(compilation, site)
         steps.append(FoldStep(unit.name, str(site.key), site.own, bias, fold.apply))

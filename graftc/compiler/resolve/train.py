@@ -71,7 +71,7 @@ def _parameters(table: SiteTable, path: str) -> list[ParameterSite]:
                 "GC022",
                 f"{path} would train {name}, which is tied to {others}",
                 place=where,
-                hint="training one use of a tied tensor changes the other; list the module in untie:, which gives it its own",
+                hint="training one use of a tied tensor changes the other; give the module its own with untie:",
             )
         if not table.reads(name):
             raise GraftError(

@@ -17,11 +17,11 @@ from graftc.compiler.folding.certificate import SiteEvidence
 from graftc.compiler.folding.retention import Retention
 from graftc.runtime.artifact.write import file_digest
 
-__all__ = ["Done", "Journal"]
+__all__ = ["Journal", "ShardDone"]
 
 
 @dataclass(frozen=True)
-class Done:
+class ShardDone:
     """A file that is done.
 
     Attributes:
@@ -46,9 +46,9 @@ class Journal:
     def __init__(self, path: Path, folder: Path) -> None:
         self._path, self._folder = path, folder
 
-    def done(self) -> dict[str, Done]:
+    def done(self) -> dict[str, ShardDone]:
         """The files that are done, and are as they were written."""
-        found: dict[str, Done] = {}
+        found: dict[str, ShardDone] = {}
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
         for line in lines:
             try:
@@ -62,7 +62,7 @@ class Journal:
                 found[name] = done
         return found
 
-    def add(self, name: str, done: Done) -> None:
+    def add(self, name: str, done: ShardDone) -> None:
         """Note that a file is done, and lies on the disk."""
         data = {"file": name, **asdict(done)}
         line = json.dumps(data)
@@ -73,11 +73,11 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def _read(data: dict[str, Any]) -> Done:
+def _read(data: dict[str, Any]) -> ShardDone:
     check = data.pop("check")
     if hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16] != check:
         raise ValueError("it has changed")
-    return Done(data["sha256"], data["untouched"], tuple(map(_site, data["sites"])))
+    return ShardDone(data["sha256"], data["untouched"], tuple(map(_site, data["sites"])))
 
 
 def _site(data: dict[str, Any]) -> SiteEvidence:

@@ -22,11 +22,11 @@ from graftc.runtime.artifact.write import file_digest, listed
 from graftc.runtime.deploy.merged_folder import COMPANIONS
 from graftc.runtime.files import check_apart, check_destination, staged
 from graftc.runtime.streaming.adapters import read_updates
-from graftc.runtime.streaming.journal import Done, Journal
+from graftc.runtime.streaming.journal import Journal, ShardDone
 from graftc.runtime.streaming.mapped import DTYPES, StoredTensors
-from graftc.runtime.streaming.plan import Plan, make_plan, stored_config
+from graftc.runtime.streaming.plan import MergePlan, make_plan, stored_config
 from graftc.runtime.streaming.shards import INDEX, Checkpoint, Shard, leads_inside, read_checkpoint, read_shard
-from graftc.runtime.streaming.work import BaseTensors, Target, create_file, fold_shard, untouched
+from graftc.runtime.streaming.work import BaseTensors, RowTarget, create_file, fold_shard, untouched
 from graftc.specs.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -140,22 +140,24 @@ def _within(progress: Progress, before: int, shard: Shard, checkpoint: Checkpoin
     return lambda part: progress(before + int(part * shard.size), checkpoint.size)
 
 
-def _measured(plan: Plan, shard: Shard, advance: Callable[[float], None]) -> Done:
+def _measured(plan: MergePlan, shard: Shard, advance: Callable[[float], None]) -> ShardDone:
     """Fold without writing."""
     dtypes = {name: plan.written(stored) for name, stored in shard.tensors.items()}
-    target = Target(shard.tensors, None, dtypes=dtypes)
+    target = RowTarget(shard.tensors, None, dtypes=dtypes)
     report = fold_shard(plan, shard, BaseTensors(plan), target, advance)
     _require_passed(report.sites)
     kept = shard.tensors.keys() - {own.tensor for own in report.changed} - plan.replacements.keys()
-    return Done("", len(kept), report.sites)
+    return ShardDone("", len(kept), report.sites)
 
 
-def _merged(plan: Plan, shard: Shard, path: Path, base: BaseTensors, advance: Callable[[float], None]) -> Done:
+def _merged(
+    plan: MergePlan, shard: Shard, path: Path, base: BaseTensors, advance: Callable[[float], None]
+) -> ShardDone:
     """Make one file, check it, and put it on the disk."""
     create_file(plan, shard, path)
     made = Checkpoint(path.parent, (read_shard(path),), None)
     written = StoredTensors(made, writable=True)
-    report = fold_shard(plan, shard, base, Target(shard.tensors, written, writes=True), advance)
+    report = fold_shard(plan, shard, base, RowTarget(shard.tensors, written, writes=True), advance)
     _require_passed(report.sites)
     written.release()
     compared = dict(untouched(plan, shard, StoredTensors(made), base, report.changed))
@@ -166,7 +168,7 @@ def _merged(plan: Plan, shard: Shard, path: Path, base: BaseTensors, advance: Ca
     shutil.copymode(shard.path, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return Done(digest, len(compared), report.sites)
+    return ShardDone(digest, len(compared), report.sites)
 
 
 def _require_passed(sites: Iterable[SiteEvidence]) -> None:
@@ -186,7 +188,7 @@ def _require_passed(sites: Iterable[SiteEvidence]) -> None:
 
 
 def _result(
-    plan: Plan, path: Path | None, done: Mapping[str, Done], resumed: int, *, allow_unchanged: bool
+    plan: MergePlan, path: Path | None, done: Mapping[str, ShardDone], resumed: int, *, allow_unchanged: bool
 ) -> StreamedMerge:
     """Put together what the files say.
 
@@ -221,7 +223,7 @@ def _joined(a: SiteEvidence, b: SiteEvidence) -> SiteEvidence:
     return SiteEvidence(a.site, a.adaptations, **worst, retention=a.retention + b.retention)
 
 
-def _identity(plan: Plan) -> str:
+def _identity(plan: MergePlan) -> str:
     """SHA-256 of what determines the result: the base's files, the adapter, the type, and the code's version."""
     files = [
         (shard.name, shard.size, shard.path.stat().st_mtime_ns, sorted(map(str, shard.tensors.items())))
@@ -231,7 +233,7 @@ def _identity(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def _copy_beside(plan: Plan, folder: Path) -> None:
+def _copy_beside(plan: MergePlan, folder: Path) -> None:
     """Copy the index and the files beside the weights; a config says which type the weights are in."""
     base = plan.checkpoint.path
     for file in dict.fromkeys(file for pattern in BESIDE for file in sorted(base.glob(pattern))):
@@ -248,7 +250,7 @@ def _copy_beside(plan: Plan, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_index(plan: Plan, folder: Path) -> None:
+def _write_index(plan: MergePlan, folder: Path) -> None:
     index = plan.checkpoint.index
     assert index is not None
     source = plan.checkpoint.path / INDEX
@@ -262,7 +264,7 @@ def _write_index(plan: Plan, folder: Path) -> None:
     shutil.copymode(source, folder / INDEX)
 
 
-def _write_record(plan: Plan, folder: Path, result: StreamedMerge, done: Mapping[str, Done]) -> None:
+def _write_record(plan: MergePlan, folder: Path, result: StreamedMerge, done: Mapping[str, ShardDone]) -> None:
     """Say beside the weights where they come from: see `graftc.runtime.deploy.merged_folder`."""
     known = {name: {"bytes": (folder / name).stat().st_size, "sha256": each.sha256} for name, each in done.items()}
     others = {name: entry for name, entry in listed(folder, skip=known)}

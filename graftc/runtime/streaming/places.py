@@ -22,14 +22,14 @@ from graftc.runtime.streaming.unfolded import BlockMap, BlockMaps
 from graftc.runtime.streaming.update import Replacement, SiteUpdate
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["FoldedBlock", "Place", "PlaceFold", "ReplacedFold", "places_of"]
+__all__ = ["FoldPlace", "FoldedBlock", "PlaceFold", "ReplacedFold", "places_of"]
 
 BLOCK = 2**20
 """Entries of a weight that are in memory in float64 at a time, where its adaptations fold row by row."""
 
 
 @dataclass(frozen=True)
-class Place:
+class FoldPlace:
     """All adaptations of the same rows of one weight, in order.
 
     Attributes:
@@ -77,7 +77,7 @@ class Place:
         return max(2 * least, BLOCK // max(1, self.weight.in_features))
 
 
-def places_of(updates: Iterable[SiteUpdate]) -> list[Place]:
+def places_of(updates: Iterable[SiteUpdate]) -> list[FoldPlace]:
     """Updates by the rows that they change, in order.
 
     Raises:
@@ -90,7 +90,7 @@ def places_of(updates: Iterable[SiteUpdate]) -> list[Place]:
                 message = f"{update.adaptation!r} and {others[0].adaptation!r} change overlapping rows of {own.tensor}"
                 raise GraftError("GC021", message)
         found.setdefault(update.weight, []).append(update)
-    return [Place(tuple(chain)) for chain in found.values()]
+    return [FoldPlace(tuple(chain)) for chain in found.values()]
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class PlaceFold(Held):
         maps: compile what the evidence is held against.
     """
 
-    place: Place
+    place: FoldPlace
     maps: BlockMaps
     change: float = 0.0
     error: float = 0.0

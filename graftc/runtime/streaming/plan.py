@@ -12,20 +12,20 @@ from typing import Any
 import torch
 
 from graftc.runtime.streaming.mapped import FLOATING
-from graftc.runtime.streaming.places import Place, places_of
+from graftc.runtime.streaming.places import FoldPlace, places_of
 from graftc.runtime.streaming.shards import Checkpoint, Shard, StoredTensor
 from graftc.runtime.streaming.unfolded import BlockMaps
 from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["Plan", "make_plan", "stored_config"]
+__all__ = ["MergePlan", "make_plan", "stored_config"]
 
 _SHOWN = 30
 """How many wrong tensors an error lists."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """A merge.
 
     Attributes:
@@ -38,7 +38,7 @@ class Plan:
 
     checkpoint: Checkpoint
     updates: AdapterUpdates
-    places: tuple[Place, ...]
+    places: tuple[FoldPlace, ...]
     dtype: str | None
     maps: BlockMaps = field(default_factory=BlockMaps, repr=False)
 
@@ -47,10 +47,10 @@ class Plan:
         """Trained copies by the tensor that they stand in for."""
         return {item.tensor: item for item in self.updates.replacements}
 
-    def places_in(self, shard: Shard) -> list[Place]:
+    def places_in(self, shard: Shard) -> list[FoldPlace]:
         """The places whose weight or bias is in a file."""
 
-        def touched(place: Place) -> bool:
+        def touched(place: FoldPlace) -> bool:
             names = {place.weight.tensor} | ({place.bias.tensor} if place.bias is not None else set())
             return not names.isdisjoint(shard.tensors)
 
@@ -67,7 +67,7 @@ class Plan:
         return self.dtype if widened and self.dtype is not None else stored.dtype
 
 
-def make_plan(checkpoint: Checkpoint, updates: AdapterUpdates, dtype: str | None = None) -> Plan:
+def make_plan(checkpoint: Checkpoint, updates: AdapterUpdates, dtype: str | None = None) -> MergePlan:
     """Check that an adapter and a checkpoint fit.
 
     Args:
@@ -85,7 +85,7 @@ def make_plan(checkpoint: Checkpoint, updates: AdapterUpdates, dtype: str | None
     if not updates.updates and not updates.replacements:
         raise GraftError("GC104", "the adapter changes no stored tensor")
     _raise(checkpoint, wrong)
-    plan = Plan(checkpoint, updates, tuple(places_of(updates.updates)), dtype)
+    plan = MergePlan(checkpoint, updates, tuple(places_of(updates.updates)), dtype)
     _raise(checkpoint, [problem for place in plan.places for problem in _wrong_parts(plan, place)])
     return plan
 
@@ -155,7 +155,7 @@ def _wrong_copy(item: Replacement, tensors: dict[str, StoredTensor]) -> Iterator
         yield f"what {item.adaptation!r} has for {item.tensor} is not finite"
 
 
-def _wrong_parts(plan: Plan, place: Place) -> Iterator[str]:
+def _wrong_parts(plan: MergePlan, place: FoldPlace) -> Iterator[str]:
     """Tensors of the adapter that are missing, of other sizes than the place gives, or not finite."""
     full = plan.maps.of(place.chain, place.weight.count)
     for update in place.chain:

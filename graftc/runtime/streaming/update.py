@@ -74,5 +74,5 @@ class AdapterUpdates:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the adaptations, in order."""
-        found = (item.adaptation for item in (*self.replacements, *self.updates))
-        return tuple(dict.fromkeys(found))
+        replaced = [item.adaptation for item in self.replacements]
+        return tuple(dict.fromkeys([*replaced, *(update.adaptation for update in self.updates)]))

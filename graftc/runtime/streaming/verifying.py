@@ -12,9 +12,9 @@ from graftc.runtime.loading.verify import Verification, verify
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.mapped import FLOATING, StoredTensors
 from graftc.runtime.streaming.merging import Progress
-from graftc.runtime.streaming.plan import Plan, make_plan
+from graftc.runtime.streaming.plan import MergePlan, make_plan
 from graftc.runtime.streaming.shards import Checkpoint, Shard, read_checkpoint
-from graftc.runtime.streaming.work import BaseTensors, Target, fold_shard, untouched
+from graftc.runtime.streaming.work import BaseTensors, RowTarget, fold_shard, untouched
 from graftc.specs.arguments import as_path
 
 __all__ = ["verify_checkpoint"]
@@ -70,17 +70,21 @@ def verify_checkpoint(
 
 
 def _looked_at(
-    plan: Plan, shard: Shard, base: BaseTensors, written: StoredTensors, progress: Progress, before: int
+    plan: MergePlan, shard: Shard, base: BaseTensors, written: StoredTensors, progress: Progress, before: int
 ) -> tuple[tuple[SiteEvidence, ...], list[tuple[str, bool]]]:
     size = plan.checkpoint.size
     report = fold_shard(
-        plan, shard, base, Target(shard.tensors, written), lambda part: progress(before + int(part * shard.size), size)
+        plan,
+        shard,
+        base,
+        RowTarget(shard.tensors, written),
+        lambda part: progress(before + int(part * shard.size), size),
     )
     changed: tuple[WeightSlice, ...] = report.changed
     return report.sites, list(untouched(plan, shard, written, base, changed))
 
 
-def _same_names(base: Checkpoint, merged: Checkpoint, plan: Plan) -> tuple[bool, str]:
+def _same_names(base: Checkpoint, merged: Checkpoint, plan: MergePlan) -> tuple[bool, str]:
     ours, theirs = base.tensors(), merged.tensors()
     if other := sorted(ours.keys() ^ theirs.keys()):
         has = "lacks" if other[0] in ours else "has"

@@ -21,10 +21,10 @@ from graftc.compiler.folding.rounding import measured, round_and_measure
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.runtime.streaming.mapped import DTYPES, MappedFile, StoredTensors
 from graftc.runtime.streaming.places import PlaceFold, ReplacedFold
-from graftc.runtime.streaming.plan import Plan
+from graftc.runtime.streaming.plan import MergePlan
 from graftc.runtime.streaming.shards import Shard, StoredTensor, header_bytes
 
-__all__ = ["BaseTensors", "ShardReport", "Target", "create_file", "fold_shard", "untouched"]
+__all__ = ["BaseTensors", "RowTarget", "ShardReport", "create_file", "fold_shard", "untouched"]
 
 _CHUNK = 2**22
 """Bytes, or entries, that are copied or compared at a time."""
@@ -48,7 +48,7 @@ class ShardReport:
 class BaseTensors(StoredTensors):
     """The base's tensors, or what stands in for them."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: MergePlan) -> None:
         super().__init__(plan.checkpoint)
         self._replacements = plan.replacements
 
@@ -58,7 +58,7 @@ class BaseTensors(StoredTensors):
         return self.stored(name) if held is None else held.value
 
 
-class Target:
+class RowTarget:
     """Where folded rows go: files that are written, files that are only read, or nowhere.
 
     Args:
@@ -97,7 +97,7 @@ class Target:
         views = own.views(self._tensors.stored(own.tensor))
         axis = -1 if exact.dim() == 1 else -2
         sizes = [view.shape[axis] for view in views]
-        parts = zip(views, exact.split(sizes, axis), base.split(sizes, axis), strict=True)
+        parts = zip(views, torch.split(exact, sizes, axis), torch.split(base, sizes, axis), strict=True)
         return _together(self._look(*part) for part in parts)
 
     def put_flat(self, name: str, part: slice, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
@@ -115,7 +115,7 @@ def _together(found: Iterable[tuple[float, Retention]]) -> tuple[float, Retentio
     return (math.nan if any(map(math.isnan, errors)) else max(errors)), Retention.total(retained)
 
 
-def create_file(plan: Plan, shard: Shard, path: Path) -> None:
+def create_file(plan: MergePlan, shard: Shard, path: Path) -> None:
     """Make the file that is folded into: a copy, byte for byte, or with tensors in a wider type.
 
     Raises:
@@ -137,7 +137,7 @@ def create_file(plan: Plan, shard: Shard, path: Path) -> None:
                 file.write(wide.contiguous().view(torch.uint8).numpy().data)
 
 
-def fold_shard(plan: Plan, shard: Shard, base: BaseTensors, target: Target, advance: Advance) -> ShardReport:
+def fold_shard(plan: MergePlan, shard: Shard, base: BaseTensors, target: RowTarget, advance: Advance) -> ShardReport:
     """Fold everything of a file, and hold what is stored then against the unfolded computation.
 
     Args:
@@ -186,7 +186,7 @@ def fold_shard(plan: Plan, shard: Shard, base: BaseTensors, target: Target, adva
 
 
 def untouched(
-    plan: Plan, shard: Shard, written: StoredTensors, base: BaseTensors, changed: Collection[WeightSlice]
+    plan: MergePlan, shard: Shard, written: StoredTensors, base: BaseTensors, changed: Collection[WeightSlice]
 ) -> Iterator[tuple[str, bool]]:
     """Compare what folding leaves alone with the base: every such tensor by name, and whether it is the same, bit for
     bit, in what was written; of a tensor of which some rows were folded, the others.

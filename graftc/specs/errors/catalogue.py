@@ -131,8 +131,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Leave the site out of the target or of `train`, or use a model class whose outputs depend on it."),
     ("GC024", _WARNING, "a weight has readers that are not adapted",
      "The site trains, but folding it would change the other readers, so merging will be refused (GC022).",
-     "No action is needed if the adapted model is never merged. Otherwise list the module in `untie:`, or leave the site "
-     "out."),
+     "No action is needed if the adapted model is never merged. Otherwise list the module in `untie:`, or leave the "
+     "site out."),
 
     # Capturing and running a model.
     ("GC025", _WARNING, "training hooks were never called",

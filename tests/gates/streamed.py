@@ -1,0 +1,70 @@
+"""Merges a folder file by file, and says how long that took and how much anonymous memory there was: run as a process.
+
+``python -m tests.gates.streamed ADAPTER OUT`` prints JSON. ``python -m tests.gates.streamed peft ADAPTER OUT`` does the
+same with peft's ``merge_and_unload``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def anonymous() -> float:
+    """Megabytes of memory that is of no file: what the system cannot take back."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+
+def measured(work: Callable[[], object]) -> dict[str, float]:
+    """Do it, looking at the memory a hundred times a second."""
+    before = peak = anonymous()
+    stop = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.01):
+            peak = max(peak, anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    start, processor = time.perf_counter(), time.process_time()
+    work()
+    took = {"seconds": time.perf_counter() - start, "processor": time.process_time() - processor}
+    stop.set()
+    thread.join()
+    return {"imports": before, "peak": peak, **took}
+
+
+def with_graftc(adapter: Path, out: Path) -> Callable[[], object]:
+    """Ours."""
+    import graftc
+    from graftc.runtime.streaming import peft
+
+    assert peft is not None  # imported before memory is looked at
+    return lambda: graftc.merge_checkpoint(adapter, None, out)
+
+
+def with_peft(adapter: Path, out: Path) -> Callable[[], object]:
+    """Peft's, from loading the base to saving the merged model."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+    def work() -> None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(out)
+
+    return work
+
+
+if __name__ == "__main__":
+    *other, adapter, out = sys.argv[1:]
+    made = (with_peft if other else with_graftc)(Path(adapter), Path(out))
+    print(json.dumps(measured(made)))
