@@ -301,7 +301,7 @@ def _updates(lazy: LazyTensors, names: Collection[str]) -> Iterator[tuple[FoldGr
     for group in lazy.groups():
         if not any(step.adaptation in names for step in group.steps):
             continue
-        values = lazy.widened(group)
+        values = lazy.widened(lazy.base(group))
         found: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, steps in groupby(group.steps, key=lambda step: step.adaptation):
             before = {n: t.clone() for n, t in values.items()} if name in names else {}

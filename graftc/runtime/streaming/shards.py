@@ -161,7 +161,7 @@ def _index(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         with path.open("rb") as file:
-            data: dict[str, Any] = read_json(file.read(INDEX_BYTES + 1), INDEX_BYTES)
+            data: Any = read_json(file.read(INDEX_BYTES + 1), INDEX_BYTES)
     except (OSError, ValueError) as error:
         raise _damaged(folder, [f"{INDEX} is no plain JSON: {error}"]) from error
     table = data.get("weight_map") if isinstance(data, dict) else None
