@@ -61,4 +61,5 @@ def _leading(
     start = torch.randn(columns, count, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(times(start)).Q
     basis = torch.linalg.qr(times(torch.linalg.qr(transposed_times(basis)).Q)).Q
-    return torch.linalg.svdvals(transposed_times(basis))
+    values: Tensor = torch.linalg.svdvals(transposed_times(basis))
+    return values
