@@ -3,7 +3,7 @@
     python -m benchmarks.retention [--steps 50] [--layers 30] [--out benchmarks/results]
 
 SmolLM2-135M-Instruct (`graftc.runtime.demo.decoder`) with weights rounded to bfloat16 is adapted with LoRA of rank 8
-at all seven projections, and trained on Reuters R8 with AdamW at a constant learning rate: one text of 64 tokens a
+at all seven projections, and trained on Reuters R8 with AdamW at a constant learning rate: one text of 32 tokens a
 step. It is trained in float32; the folded weights are then rounded to bfloat16. The table has the retention of all
 sites together, as the certificate of a merge has it.
 """
@@ -29,7 +29,7 @@ from graftc.runtime.demo.decoder import find_decoder, load_decoder
 
 RATES = (1e-5, 1e-4, 1e-3)
 SCALES = (1, 2, 16)
-RANK, TOKENS = 8, 64
+RANK, TOKENS = 8, 32
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"]
 
 
@@ -44,7 +44,11 @@ def batches(steps: int) -> Iterator[torch.Tensor]:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(find_decoder())
-    tokens = tokenizer("\n\n".join(texts()[: 2 * steps + 50])[: steps * TOKENS * 8])["input_ids"]
+    tokens: list[int] = []
+    for text in texts():
+        tokens += tokenizer(text)["input_ids"]
+        if len(tokens) >= steps * TOKENS:
+            break
     for step in range(steps):
         yield torch.tensor([tokens[step * TOKENS : (step + 1) * TOKENS]])
 
