@@ -263,7 +263,7 @@ EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
         MergeResult,
         {
             **{"artifact": "a", "out": "b", "dry_run": False, "partial": True, "folded": ["x"], "files": FILES},
-            **{"kept": [{"name": "y", "reason": "z"}], "certificate": None, "warnings": []},
+            **{"kept": [{"name": "y", "reason": "z"}], "certificate": None, "streamed": None, "warnings": []},
         },
     ),
     "convert": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -156,14 +157,17 @@ def one(file: Path, name: str) -> Tensor:
 
 
 def test_killed_and_resumed(place: Path) -> None:
-    """Killed at random moments of what is left of it, until it has been killed often enough or is done."""
+    """Killed at random moments after it has begun, until it has been killed often enough."""
     out, rng, killed, rounds = place / "resumed", random.Random(0), 0, 0
     while killed < KILLS:
         process = subprocess.Popen(
             command(place / "adapter", out), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
+        before = state(place)
+        while process.poll() is None and state(place) == before:
+            time.sleep(0.05)  # until it writes
         try:
-            process.wait(8 + 25 * rng.random())
+            process.wait(20 * rng.random())
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
@@ -175,6 +179,15 @@ def test_killed_and_resumed(place: Path) -> None:
     print(f"\n{killed} kills, done {rounds + 1} times")
     same_files(place / "merged", out)
     assert not list(place.glob(".resumed.graftc-*"))
+
+
+def state(place: Path) -> list[tuple[str, int, int]]:
+    """What a merge has written so far: it changes as soon as one begins."""
+    found = []
+    for file in sorted(place.glob(".resumed.graftc-*/**/*")):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+    return found
 
 
 def same_files(a: Path, b: Path) -> None:
