@@ -284,3 +284,34 @@ def test_experts_that_are_missing(moe: Path, tmp_path: Path) -> None:
     with pytest.raises(GraftError, match=r"has no adapter_config\.json"):
         convert_folder(tmp_path, None, "peft")
     assert module.is_adapter_folder(moe)
+
+
+def test_gate_and_up_with_factors_of_their_own(moe: Path, tmp_path: Path) -> None:
+    """Ranks add where PEFT has one map for both: PEFT, which finds the ranks by pattern, gives what weights with the
+    updates of each expert added give."""
+    convert_folder(moe, tmp_path / "own", "vllm")
+    held = tensors(tmp_path / "own")
+    generator = torch.Generator().manual_seed(5)
+    for name, tensor in held.items():
+        if ".up_proj.lora_A" in name:
+            held[name] = 0.2 * torch.randn(tensor.shape, generator=generator)
+    save_file(held, tmp_path / "own" / "adapter_model.safetensors")
+    made = convert_folder(tmp_path / "own", tmp_path / "peft")
+    assert made.rank == 6 and made.largest_error < 1e-12
+    model = base("mixtral")
+    found = outputs(model, tmp_path / "peft")
+    with torch.no_grad():
+        for name in (n for n in held if "lora_A" in n):
+            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            update = 7 / 3 * held[name.replace("lora_A", "lora_B")] @ held[name]
+            if ".experts." not in path:
+                model.get_parameter(f"{path}.weight").add_(update)
+                continue
+            owner, expert, last = path.rsplit(".", 2)
+            weight = model.get_parameter(f"{owner}.{'down_proj' if last == 'down_proj' else 'gate_up_proj'}")[
+                int(expert)
+            ]
+            half = weight.shape[0] // 2
+            rows = {"gate_proj": slice(0, half), "up_proj": slice(half, None), "down_proj": slice(None)}[last]
+            weight[rows].add_(update)
+    assert float((found - outputs(model, None)).abs().max()) < 1e-5

@@ -90,3 +90,24 @@ def test_a_conversion_for_a_server(tmp_path: Path) -> None:
         require_served(server_of("vllm"), config, [KEY])
     convert_folder(own, tmp_path / "vllm", "vllm")
     assert require_served(server_of("vllm"), json.loads((tmp_path / "vllm/adapter_config.json").read_text()), []) == 8
+
+
+def test_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The option that the server needs is printed; a limit that is exceeded leaves nothing behind."""
+    from tests.cli.support import run_here
+
+    monkeypatch.chdir(tmp_path)
+    tiny("llama").save_pretrained("base")
+    from transformers import LlamaForCausalLM
+
+    lora = {"method": "lora", "rank": 12, "target": {"role": ["attn.q"]}}
+    graftc.compile({"adapt": [lora]}, LlamaForCausalLM.from_pretrained("base")).save("artifact", certify=False)
+    words = ["export", "artifact", "--format", "peft"]
+    outcome = run_here(capsys, *words, "--for", "vllm", "--out", "served")
+    assert outcome.status == 0 and "start the server with: --max-lora-rank 16" in outcome.out
+    error = run_here(capsys, *words, "--for", "vllm", "--max-rank", "8", "--out", "x", "--json").data["error"]
+    assert error["code"] == "GC068" and "r is 12, the largest rank is 8" in error["message"]
+    error = run_here(capsys, "export", "artifact", "-f", "onnx", "--for", "vllm", "--out", "x", "--json").data["error"]
+    assert error["code"] == "GC090" and not Path("x").exists()

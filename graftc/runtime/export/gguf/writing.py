@@ -131,7 +131,6 @@ def _data(gguf: Any, entry: Entry, kind: str) -> np.ndarray[Any, Any]:
         if float(value.abs().max()) > _LARGEST_HALF:
             raise GraftError("GC060", f"{entry.name} has numbers that f16 cannot hold", hint="write bf16 or f32")
         return value.half().numpy()
-    # Rounded by torch: the package's own rounding is to nearest as well, but leaves numbers below the smallest normal.
     return value.bfloat16().contiguous().view(torch.uint8).numpy()
 
 
