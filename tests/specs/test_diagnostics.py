@@ -15,7 +15,7 @@ from graftc.specs.errors.diagnostics import CATALOGUE, GraftError, GraftWarning,
 def test_the_catalogue_is_complete_and_ordered() -> None:
     assert list(CATALOGUE) == sorted(CATALOGUE)
     for code, entry in CATALOGUE.items():
-        assert code == entry.code and re.fullmatch(r"GC0\d\d", code)
+        assert code == entry.code and re.fullmatch(r"GC\d{3}", code)
         assert entry.title and entry.explanation.endswith(".")
         assert entry.exit_code in (0, 1, 2, 3)
 
