@@ -17,7 +17,18 @@ from typing import Any
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.strict_json import read_json
 
-__all__ = ["INDEX", "ITEM_SIZES", "SINGLE", "Checkpoint", "Shard", "StoredTensor", "header_bytes", "read_checkpoint"]
+__all__ = [
+    "INDEX",
+    "ITEM_SIZES",
+    "SINGLE",
+    "Checkpoint",
+    "Shard",
+    "StoredTensor",
+    "header_bytes",
+    "leads_inside",
+    "read_checkpoint",
+    "read_shard",
+]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_BYTES, INDEX_BYTES = 100_000_000, 2**28
@@ -144,13 +155,13 @@ def _no_weights(folder: Path) -> str:
 def _index(folder: Path) -> dict[str, Any] | None:
     """The index as data; None where there is none."""
     path = folder / INDEX
-    if path.is_symlink() and not _leads_inside(path):
+    if path.is_symlink() and not leads_inside(path):
         raise GraftError("GC101", f"{path} is a link that leads out of the folder")
     if not path.is_file():
         return None
     try:
         with path.open("rb") as file:
-            data = read_json(file.read(INDEX_BYTES + 1), INDEX_BYTES)
+            data: dict[str, Any] = read_json(file.read(INDEX_BYTES + 1), INDEX_BYTES)
     except (OSError, ValueError) as error:
         raise _damaged(folder, [f"{INDEX} is no plain JSON: {error}"]) from error
     table = data.get("weight_map") if isinstance(data, dict) else None
@@ -168,7 +179,7 @@ def _is_plain(name: str) -> bool:
     return bool(name) and not strange and name not in (".", "..") and name.endswith(".safetensors")
 
 
-def _leads_inside(path: Path) -> bool:
+def leads_inside(path: Path) -> bool:
     """Whether a link leads to a file of the same folder, or, in the cache of the hub, to one of its blobs."""
     target, folder = path.resolve(), path.parent.resolve()
     cached = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
@@ -179,7 +190,7 @@ def _check_files(folder: Path, names: Iterable[str]) -> None:
     missing = []
     for name in names:
         path = folder / name
-        if path.is_symlink() and not _leads_inside(path):
+        if path.is_symlink() and not leads_inside(path):
             raise GraftError("GC101", f"{path} is a link that leads out of the folder")
         if not path.is_file():
             missing.append(name)
