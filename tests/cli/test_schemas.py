@@ -140,15 +140,11 @@ def test_deploying(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
     tiny("bert").save_pretrained(tmp_path / "base")
     run_here(capsys, "compile", "spec.yaml", "-m", "base", "--out", "a", "--json")
-    assert valid("merge", run_here(capsys, "merge", "a", "--allow-unchanged", "--dry-run", "--json"))["folded"] == [
-        "trained",
-        "lora",
-    ]
-    merged = valid("merge", run_here(capsys, "merge", "a", "--allow-unchanged", "--out", "merged", "--json"))
+    untrained = ("--allow-unchanged", "--json")
+    assert valid("merge", run_here(capsys, "merge", "a", *untrained, "--dry-run"))["folded"] == ["trained", "lora"]
+    merged = valid("merge", run_here(capsys, "merge", "a", *untrained, "--out", "merged"))
     assert merged["certificate"]["passed"] and "merged/model.safetensors" in [file["path"] for file in merged["files"]]
-    exported = valid(
-        "export", run_here(capsys, "export", "a", "-f", "onnx", "--allow-unchanged", "--out", "m.onnx", "--json")
-    )
+    exported = valid("export", run_here(capsys, "export", "a", "-f", "onnx", *untrained, "--out", "m.onnx"))
     assert [file["path"] for file in exported["files"]] == ["m.onnx"]
     assert valid("verify", run_here(capsys, "verify", "a", "--json"))["passed"] is True
     assert graftc.load("a").report.trainable_parameters > 0
