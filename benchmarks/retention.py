@@ -23,7 +23,7 @@ import torch
 import graftc
 from graftc.compiler.folding.fold_plan import fold_plan
 from graftc.compiler.folding.retention import Retention
-from graftc.compiler.folding.rounding import retained, round_into
+from graftc.compiler.folding.rounding import retained, round_pieces
 from graftc.runtime.demo.data import find_data, read_tab
 from graftc.runtime.demo.decoder import find_decoder, load_decoder
 
@@ -76,7 +76,7 @@ def run(layers: int, rate: float, scale: int, data: Sequence[torch.Tensor]) -> d
             for name, exact in lazy.fold(group).items():
                 own = lazy.store.full(name)
                 rounded = torch.empty(exact.shape, dtype=torch.bfloat16)
-                round_into(rounded, exact)
+                round_pieces(rounded, exact)
                 whole += retained(own, exact, rounded)
                 update, base = update + float((exact - own).square().sum()), base + float(own.double().square().sum())
     return {

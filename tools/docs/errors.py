@@ -29,7 +29,7 @@ _GROUPS = (
     ("GC07", "Methods and plugins"),
     ("GC08", "Artifacts"),
     ("GC09", "The command line, and inspecting graphs"),
-    ("GC10", "Checkpoints as files"),
+    ("GC10", "Checkpoints as files, and merging"),
     ("GC11", "Checkpoints of PEFT"),
 )
 _INTRO = """\

@@ -25,7 +25,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.certificate import SiteEvidence
 from graftc.compiler.folding.evaluating import evaluate, evaluate_all
 from graftc.compiler.folding.retention import Retention
-from graftc.compiler.folding.rounding import largest, retained, round_and_measure
+from graftc.compiler.folding.rounding import largest, retained, round_into
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.sites import Use, linear_use
 from graftc.passes.core.sites.uses import PROBES, Lookup
@@ -174,7 +174,7 @@ class _Group:
         for name, exact in self.values.items():
             into = torch.empty(exact.shape, dtype=lazy.dtype(name), device=exact.device)
             base.setdefault(name, torch.zeros_like(into))
-            rounding[name], self.retained[name] = round_and_measure(into, exact, base[name])
+            rounding[name], self.retained[name] = round_into(into, exact, base[name])
             self.rounded[name] = into
         self.retention = Retention.total(self.retained.values())
         self.retained |= self._by_site(base)

@@ -15,39 +15,39 @@ PIECE = 2**16
 """Elements that are rounded and checked at a time."""
 
 
-def round_into(into: Tensor, exact: Tensor) -> None:
+def round_pieces(into: Tensor, exact: Tensor) -> None:
     """Round a float64 tensor once into a contiguous one of the same shape, to its type."""
     for to, own in pieces(into, exact):
         to.copy_(folds.round_once(own, to.dtype))
 
 
-def round_and_measure(into: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
+def round_into(into: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
     """The same, with what it does.
 
     Args:
-        into, exact: as for `round_into`.
+        into, exact: as for `round_pieces`.
         base: what was folded, of the same shape.
 
     Returns:
         The largest error in units in the last place, and how much of the update is left.
     """
-    return _measured(into, exact, base, rounds=True)
+    return _rounding(into, exact, base, writes=True)
 
 
-def measured(stored: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
-    """What `round_and_measure` returns, of a tensor that has been rounded before."""
-    return _measured(stored, exact, base, rounds=False)
+def rounding_of(stored: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
+    """What `round_into` returns, of a tensor that somebody else has rounded."""
+    return _rounding(stored, exact, base, writes=False)
 
 
-def _measured(into: Tensor, exact: Tensor, base: Tensor, *, rounds: bool) -> tuple[float, Retention]:
-    worst, retained = 0.0, Retention()
+def _rounding(into: Tensor, exact: Tensor, base: Tensor, *, writes: bool) -> tuple[float, Retention]:
+    worst, left = 0.0, Retention()
     for to, own, before in pieces(into, exact, base):
-        if rounds:
+        if writes:
             to.copy_(folds.round_once(own, to.dtype))
         error = to.to(torch.float64, copy=True).sub_(own)
         worst = largest(worst, _in_last_place(error, own, to.dtype))
-        retained += Retention.of_error(before, own, error)
-    return worst, retained
+        left += Retention.of_error(before, own, error)
+    return worst, left
 
 
 def retained(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:

@@ -11,7 +11,7 @@ from torch import Tensor
 from graftc.compiler.capture.fingerprint import tensor_digest
 from graftc.compiler.capture.isolation import isolated
 from graftc.compiler.folding.fold_plan import fold_plan
-from graftc.compiler.folding.rounding import round_into
+from graftc.compiler.folding.rounding import round_pieces
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
 from graftc.passes.core.weights.store import Store
@@ -82,7 +82,7 @@ class MergedTensors(Iterator[tuple[str, Tensor]]):
                 raise no_place([name], self._source)
             exact = values.pop(name)
             made[name] = torch.empty(exact.shape, dtype=lazy.dtype(name), device=exact.device)
-            round_into(made[name], exact)
+            round_pieces(made[name], exact)
             _require_finite(name, made[name])
         return made
 

@@ -377,7 +377,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "This is a bug in graftc, or a library failed in a way that graftc does not recognise.",
      "Run the command again with `GRAFTC_DEBUG=1` in the environment, which shows the traceback, and report it."),
 
-    # Checkpoints as files: merging and verifying shard by shard.
+    # Checkpoints as files, and merging.
     ("GC100", _FAILED, "a checkpoint cannot be read",
      "The folder has no safetensors files, or some are missing, cut off, or not as their headers or the index say.",
      "Download the checkpoint again. A model that is stored as pickles (`.bin`) has to be saved again as safetensors."),
