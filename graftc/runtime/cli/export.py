@@ -201,7 +201,7 @@ def _to_peft(
         return
     print_tensors(str(made.config["peft_type"]), made.sites())
     if limits is not None:
-        console().print(f"{'start the server with:':<22}{limits.option} {needed}", markup=False)
+        console().print(f"{'the server needs:':<22}{limits.option} {needed}", markup=False)
     print_files(to, files)
 
 
