@@ -63,11 +63,13 @@ def print_files(path: Path | None, files: Sequence[Mapping[str, Any]]) -> None:
     console().print(f"{'wrote:':<22}{path}, {count}, {size} bytes", soft_wrap=True, markup=False)
 
 
-def print_tensors(title: str, tensors: Sequence[Mapping[str, str]]) -> None:
-    """Say which tensor of a PEFT checkpoint is which one here."""
-    from graftc.runtime.cli.output import console, print_table
+def print_tensors(title: str, tensors: Sequence[Mapping[str, str]], most: int = 40) -> None:
+    """Say which tensor of a PEFT checkpoint is which one here: the first of them, ``--json`` has all."""
+    from graftc.runtime.cli.output import console
 
     to = console()
     to.print(f"{title}: {len(tensors)} tensors", soft_wrap=True, markup=False)
-    rows = [(own["key"], own["site"], own["part"]) for own in tensors]
-    print_table(to, ("tensor in the checkpoint", "site", "part"), rows)
+    for own in tensors[:most]:
+        to.print(f"  {own['key']} = {own['tensor']}", soft_wrap=True, markup=False)
+    if len(tensors) > most:
+        to.print(f"  and {len(tensors) - most} more, which --json lists", soft_wrap=True, markup=False)

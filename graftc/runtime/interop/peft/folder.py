@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,11 +109,15 @@ class PeftAdapter:
             GraftError: GC113 for a file that has changed or is damaged.
         """
         try:
-            with safe_open(str(self.folder / WEIGHTS), "pt") as file:
-                found: Tensor = file.get_tensor(key)
+            found: Tensor = self._file.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise GraftError("GC113", f"{quoted(key)} cannot be read: {error}", place=self.place) from None
         return found
+
+    @cached_property
+    def _file(self) -> Any:
+        """The open file, whose tensors are read when they are asked for."""
+        return safe_open(str(self.folder / WEIGHTS), "pt")
 
     def tensors(self, module: PeftModule) -> dict[str, Tensor]:
         """The tensors of a module by our part names and in our form, of the type that they are stored in.
