@@ -106,7 +106,7 @@ def test_on_the_command_line(
     graftc.compile({"adapt": [lora]}, LlamaForCausalLM.from_pretrained("base")).save("artifact", certify=False)
     words = ["export", "artifact", "--format", "peft"]
     outcome = run_here(capsys, *words, "--for", "vllm", "--out", "served")
-    assert outcome.status == 0 and "start the server with: --max-lora-rank 16" in outcome.out
+    assert outcome.status == 0 and "the server needs:     --max-lora-rank 16" in outcome.out
     error = run_here(capsys, *words, "--for", "vllm", "--max-rank", "8", "--out", "x", "--json").data["error"]
     assert error["code"] == "GC068" and "r is 12, the largest rank is 8" in error["message"]
     error = run_here(capsys, "export", "artifact", "-f", "onnx", "--for", "vllm", "--out", "x", "--json").data["error"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graftc.compiler.folding.certificate import SiteEvidence
 from graftc.compiler.folding.retention import Retention
-from graftc.compiler.folding.rounding import measured, round_and_measure
+from graftc.compiler.folding.rounding import round_into, rounding_of
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.runtime.streaming.mapped import DTYPES, MappedFile, StoredTensors
 from graftc.runtime.streaming.places import PlaceFold, ReplacedFold
@@ -93,7 +93,7 @@ class RowTarget:
             The largest error of what is stored now, in units in the last place, and how much of the update is left.
         """
         if self._tensors is None:
-            return round_and_measure(torch.empty_like(exact, dtype=DTYPES[self._dtypes[own.tensor]]), exact, base)
+            return round_into(torch.empty_like(exact, dtype=DTYPES[self._dtypes[own.tensor]]), exact, base)
         views = own.views(self._tensors.stored(own.tensor))
         axis = -1 if exact.dim() == 1 else -2
         sizes = [view.shape[axis] for view in views]
@@ -103,11 +103,11 @@ class RowTarget:
     def put_flat(self, name: str, part: slice, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
         """The same for entries of a flat tensor."""
         if self._tensors is None:
-            return round_and_measure(torch.empty_like(exact, dtype=DTYPES[self._dtypes[name]]), exact, base)
+            return round_into(torch.empty_like(exact, dtype=DTYPES[self._dtypes[name]]), exact, base)
         return self._look(self._tensors.stored(name).reshape(-1)[part], exact, base)
 
     def _look(self, view: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
-        return (round_and_measure if self._writes else measured)(view, exact, base)
+        return (round_into if self._writes else rounding_of)(view, exact, base)
 
 
 def _together(found: Iterable[tuple[float, Retention]]) -> tuple[float, Retention]:

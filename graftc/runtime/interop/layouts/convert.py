@@ -185,7 +185,7 @@ def _written(
     dtypes = {tensor.dtype for tensor in tensors.values()}
     allowed = max((_ROUNDING.get(dtype, _EXACT) for dtype in dtypes), default=_EXACT) if source.rounded else _EXACT
     maps = compared(wanted, found, allowed)
-    rank = max(update.rank for update in adapter.updates.values())
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     return ConvertedFolder(None, source.layout.name, target.name, maps, rank)
 
 
