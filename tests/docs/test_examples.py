@@ -101,7 +101,7 @@ def nothing_to_merge(patch: pytest.MonkeyPatch) -> None:
 
 
 def an_unknown_format(patch: pytest.MonkeyPatch) -> None:
-    compiled().export("model.gguf", format="gguf")  # type: ignore[arg-type]
+    compiled().export("model.gguf", format="tensorrt")  # type: ignore[arg-type]
 
 
 def no_onnx_runtime(patch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,8 @@ def _index(folder: Path) -> dict[str, Any] | None:
     if unsafe := sorted({file for file in table.values() if not _is_plain(file)}):
         message = f"{INDEX} of {folder} names files that are not in the folder: {unsafe[0]!r}"
         raise GraftError("GC101", message, details=[f"also {name!r}" for name in unsafe[1:10]])
-    return data
+    found: dict[str, Any] = data
+    return found
 
 
 def _is_plain(name: str) -> bool:
