@@ -47,7 +47,8 @@ def export_model(
             unknown one.
     """
     if format not in ("onnx", "pt2"):
-        raise GraftError("GC060", f"format {format!r} is unknown", hint="the formats are onnx and pt2")
+        hint = "the formats of graphs are onnx and pt2; peft and gguf are those of adapters and merged models"
+        raise GraftError("GC060", f"format {format!r} is unknown", hint=hint)
     from graftc.runtime.export.inputs import companions_of
     from graftc.runtime.export.module import ExportModule
     from graftc.runtime.tensor_files import save_tensors
