@@ -29,6 +29,8 @@ _GROUPS = (
     ("GC07", "Methods and plugins"),
     ("GC08", "Artifacts"),
     ("GC09", "The command line, and inspecting graphs"),
+    ("GC10", "Checkpoints as files, and merging"),
+    ("GC11", "Checkpoints of PEFT"),
 )
 _INTRO = """\
 Every failure that a spec, a model or a file can cause has a stable code. An error aborts the operation and determines
