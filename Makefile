@@ -62,7 +62,8 @@ durations: setup ## run the tests and write what they take to tests/durations.js
 
 gates: setup ## the long checks in tests/gates: fuzzing at full counts, real models beside peers (tens of minutes)
 	$(TEST_ENV) GRAFTC_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q -m gate tests/gates $(ARGS)
-	$(TEST_ENV) GRAFTC_KILLS=50 $(BIN)/python -m pytest -q tests/artifact/test_kill.py tests/runtime/test_recipes.py -k killed
+	$(TEST_ENV) GRAFTC_KILLS=50 $(BIN)/python -m pytest -q tests/artifact/test_kill.py tests/runtime/test_recipes.py \
+	  tests/streaming/test_resume.py -k "killed or random"
 
 fuzz: setup ## random specs and changed artifacts, FUZZ of them (10,000 by default; some minutes)
 	$(TEST_ENV) GRAFTC_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/gates -k fuzz $(ARGS)

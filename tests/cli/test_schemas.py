@@ -17,9 +17,11 @@ from graftc.runtime.cli.results import (
     SCHEMA_NAMES,
     CheckResult,
     CompileResult,
+    ConvertResult,
     DiffResult,
     ErrorResult,
     ExportResult,
+    ImportPeftResult,
     MergeResult,
     VerifyResult,
     published_schema,
@@ -31,7 +33,10 @@ from tests.cli.support import ROOT, Outcome, run_here
 
 PUBLISHED = ROOT / "docs" / "schemas"
 SPEC = "adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]\ntrain: [classifier]\n"
-COMMANDS = ("methods", "roles", "check", "compile", "merge", "export", "verify", "diff", "inspect", "demo")
+COMMANDS = (
+    *("methods", "roles", "check", "compile", "import-peft", "merge", "convert", "export", "verify", "diff"),
+    *("inspect", "demo"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -241,6 +246,7 @@ def test_an_unexpected_failure(capsys: pytest.CaptureFixture[str], monkeypatch: 
 # --- results of commands that write ------------------------------------------------------------------------------
 
 FILES = [{"path": "manifest.json", "bytes": 3}]
+TENSORS = [{"key": "base_model.model.q.lora_A.weight", "site": "q.weight", "part": "A", "tensor": "q.graftc.lora.A"}]
 COST = {"sites": 1, "trainable_parameters": 2, "frozen_parameters": 0, "bytes": 8, "flops_per_token": 4.0}
 WARNING = GraftError("GC024", "a", place=Place("f", 1, 2, "p"), details=["b", GraftError("GC002", "c")]).to_json()
 CHECK: dict[str, Any] = {
@@ -258,14 +264,33 @@ EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
         MergeResult,
         {
             **{"artifact": "a", "out": "b", "dry_run": False, "partial": True, "folded": ["x"], "files": FILES},
-            **{"kept": [{"name": "y", "reason": "z"}], "certificate": None, "warnings": []},
+            **{"kept": [{"name": "y", "reason": "z"}], "certificate": None, "streamed": None, "warnings": []},
+        },
+    ),
+    "convert": (
+        ConvertResult,
+        {
+            **{"source": "a", "out": "b", "dry_run": False, "from_form": "artifact", "to_form": "lora", "rank": 4},
+            **{"largest_error": 0.1, "outputs": {"logits": 0.2}, "largest_output": 2.0, "into_base": ["trained"]},
+            "sites": [
+                {"adaptation": "x", "site": "a", "rank": 4, "full_rank": 9, "error": 0.1, "probed": 0.1},
+                {"adaptation": None, "site": "b", "rank": None, "full_rank": None, "error": 0.0, "probed": 0.0},
+            ],
+            **{"files": FILES, "warnings": []},
         },
     ),
     "export": (
         ExportResult,
         {
             **{"artifact": "a", "format": "onnx", "out": "b.onnx", "dry_run": False, "merged": True},
-            **{"files": FILES, "certificate": CERTIFICATE, "warnings": []},
+            **{"files": FILES, "certificate": CERTIFICATE, "tensors": TENSORS, "warnings": []},
+        },
+    ),
+    "import-peft": (
+        ImportPeftResult,
+        {
+            **{"adapter": "a", "peft_type": "LORA", "method": "lora", "model": "m", "out": None, "dry_run": True},
+            **{"tensors": TENSORS, "files": [], "certificate": None, "warnings": []},
         },
     ),
     "verify": (
