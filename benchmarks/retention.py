@@ -53,14 +53,18 @@ def batches(steps: int) -> Iterator[torch.Tensor]:
         yield torch.tensor([tokens[step * TOKENS : (step + 1) * TOKENS]])
 
 
-def run(layers: int, rate: float, scale: int, data: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Train once, and measure."""
-    started = time.perf_counter()
+def adapted(layers: int, scale: int) -> Any:
+    """The decoder with its adapters, before training."""
     model = load_decoder(layers).requires_grad_(False)
     for parameter in model.parameters():
         parameter.copy_(parameter.bfloat16())
     spec = {"adapt": [{"method": "lora", "rank": RANK, "alpha": RANK * scale, "target": {"role": ROLES}}]}
-    compiled = graftc.compile(spec, model).train()
+    return graftc.compile(spec, model).train()
+
+
+def run(compiled: Any, rate: float, scale: int, data: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Train once, and measure."""
+    started = time.perf_counter()
     optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     losses: list[float] = []
     for ids in data:
@@ -109,11 +113,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     data = list(batches(options.steps))
-    rows = []
-    for rate in RATES:
-        for scale in SCALES:
-            rows.append(run(options.layers, rate, scale, data))
+    rows: list[dict[str, Any]] = []
+    for scale in SCALES:
+        compiled = adapted(options.layers, scale)
+        untrained = {name: tensor.clone() for name, tensor in compiled.adapter_state_dict().items()}
+        for rate in RATES:
+            compiled.load_adapter_state_dict(untrained)
+            rows.append(run(compiled, rate, scale, data))
             print(json.dumps(rows[-1]), flush=True)
+    rows.sort(key=lambda row: (row["rate"], row["scale"]))
     text = table(rows)
     print(text)
     settings = {"model": "SmolLM2-135M-Instruct", "layers": options.layers, "steps": options.steps, "rank": RANK}
