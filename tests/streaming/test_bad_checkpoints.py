@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +197,72 @@ def test_quantised_bases(place: Path) -> None:
 
 def test_a_narrower_type(place: Path) -> None:
     assert refused(place, dtype=torch.float16).code == "GC073"
+
+
+# --- a folder of peft is held against its config and the base, as an import holds it -----------------------------
+
+Spoiling = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A"
+
+
+def _renamed(config: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
+    for word in "AB":
+        key = FIRST.replace("lora_A", f"lora_{word}")
+        held[f"{key}.default.weight"] = held.pop(f"{key}.weight")
+
+
+def _other_table(config: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
+    held["base_model.model.model.embed_tokens.weight"] = torch.ones(101, 48, dtype=torch.bfloat16)
+
+
+def _more_rows(config: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
+    held["base_model.model.model.embed_tokens.weight"] = torch.ones(150, 48, dtype=torch.bfloat16)
+
+
+PEFT: dict[str, tuple[Spoiling, str, str]] = {
+    "keys with the adapter's name": (_renamed, "GC113", "self_attn.q_proj"),
+    "a norm that no one trains": (
+        lambda c, h: h.update({"base_model.model.model.norm.weight": torch.full((48,), torch.nan)}),
+        *("GC114", "model.norm.weight has other values"),
+    ),
+    "a table of another base": (_other_table, "GC114", "embed_tokens.weight has other values"),
+    "a table of another size": (_more_rows, "GC114", r"embed_tokens.weight is \[101, 48\], in the file it is \[150"),
+    "a tensor of nothing": (
+        lambda c, h: h.update({"base_model.model.junk.weight": torch.ones(2)}),
+        "GC113",
+        "tensors that LORA does not",
+    ),
+    "fewer layers": (lambda c, h: c.update(layers_to_transform=[0]), "GC113", "layers.1.* in the file, not selected"),
+    "fewer modules": (lambda c, h: c.update(target_modules=["q_proj"]), "GC113", "in the file, not selected"),
+    "more modules": (
+        lambda c, h: c.update(target_modules=["q_proj", "k_proj", "v_proj", "down_proj"]),
+        *("GC113", "k_proj: selected by the config, not in the file"),
+    ),
+    "no head": (lambda c, h: c.update(modules_to_save=["lm_head"]), "GC113", "lm_head.weight: trained by the config"),
+    "no rows": (lambda c, h: c.update(trainable_token_indices=[3]), "GC113", "the file has no rows"),
+    "whole numbers": (lambda c, h: h.update({f"{FIRST}.weight": h[f"{FIRST}.weight"].long()}), "GC113", "is I64"),
+    "complex numbers": (lambda c, h: h.update({f"{FIRST}.weight": h[f"{FIRST}.weight"] * 1j}), "GC113", "is C64"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "code", "text"), PEFT.values(), ids=PEFT)
+def test_a_folder_that_its_config_does_not_explain(place: Path, spoil: Spoiling, code: str, text: str) -> None:
+    config = json.loads((place / "adapter" / "adapter_config.json").read_text())
+    held = tensors(place / "adapter")
+    spoil(config, held)
+    (place / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    save_file(held, place / "adapter" / "adapter_model.safetensors")
+    error = refused(place)
+    assert error.code == code
+    assert re.search(text, "\n".join([error.message, *map(str, error.details)]), re.DOTALL)
+
+
+@pytest.mark.parametrize("config", ["[" * 100_000, json.dumps({"base_model_name_or_path": "x" * 5_000})])
+def test_a_config_that_is_none_without_a_base(place: Path, config: str) -> None:
+    (place / "adapter" / "adapter_config.json").write_text(config)
+    with pytest.raises(GraftError) as error:
+        graftc.merge_checkpoint(place / "adapter", None, place / "out")
+    assert error.value.code != "GC099" and not (place / "out").exists()
 
 
 def _twice(fold: WeightFold) -> WeightFold:

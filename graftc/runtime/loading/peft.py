@@ -7,7 +7,7 @@ come from the config, and the tensors are taken over pair by pair; what does not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from graftc.compiler.missing_weights import check_fresh
 from graftc.compiler.pipeline import compile_model
 from graftc.compiler.roles.structure import Structure
 from graftc.runtime.compiled import Compiled, make_compiled
+from graftc.runtime.interop.peft.checks import SHOWN, check_contents, check_copies, token_keys
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, finite, read_peft, table_form
 from graftc.runtime.interop.peft.forms import filled
 from graftc.runtime.interop.peft.pairs import Pair, pairs_of
@@ -35,9 +36,6 @@ from graftc.specs.foreign.config import CONFIG
 from graftc.specs.foreign.fields import fields_of, rows_of
 
 __all__ = ["import_peft", "spec_for"]
-
-_SHOWN = 50
-"""Details that an error lists."""
 
 
 def import_peft(
@@ -120,51 +118,14 @@ def _check_model(adapter: PeftAdapter, model: nn.Module) -> None:
     if absent:
         count = f"{len(absent)} modules or tensors" if len(absent) > 1 else "a module or tensor"
         message = f"the adapter is for {count} that {type(model).__name__} does not have: {some(absent, 3)}"
-        raise GraftError("GC114", message, place=adapter.place, details=absent[3:_SHOWN])
-    unknown = [key for name, key in adapter.copies.items() if name not in tensors]
-    if unknown:
-        message = f"the file has tensors that {adapter.config.peft_type} does not: {some(unknown, 5)}"
-        raise GraftError("GC113", message, place=adapter.place, details=unknown[5:_SHOWN])
-    _check_targets(adapter, paths)
-    _check_copies(adapter, tensors)
+        raise GraftError("GC114", message, place=adapter.place, details=absent[3:SHOWN])
+    check_contents(adapter, paths, dict(model.named_parameters(remove_duplicate=False)))
 
-
-def _check_targets(adapter: PeftAdapter, paths: Sequence[str]) -> None:
-    named = meant(adapter.config, paths)
-    own = {m.path for m in adapter.modules if m.parameter == "weight" and set(m.keys.values()) - _tokens(adapter)}
-    if named is None or adapter.config.is_prompt:
-        return
-    more, fewer = sorted(own - named), sorted(named - own)
-    if more or fewer:
-        message = "target_modules and the file name different modules"
-        details = [f"{path}: in the file, not selected by the config" for path in more]
-        details += [f"{path}: selected by the config, not in the file" for path in fewer]
-        place = Place(str(adapter.folder / CONFIG), path="target_modules")
-        raise GraftError("GC113", message, place=place, details=details[:_SHOWN])
-
-
-def _tokens(adapter: PeftAdapter) -> set[str]:
-    return set(adapter.keys.tokens.values())
-
-
-def _check_copies(adapter: PeftAdapter, tensors: Mapping[str, Tensor]) -> None:
-    """Tensors of the base that were saved too have to be those of this base."""
-    wrong: list[str] = []
-    for name, key in adapter.copies.items():
+    def read(name: str) -> Tensor | None:
         held = tensors[name].detach()
-        if held.is_meta:
-            continue
-        if tuple(held.shape) != adapter.shapes[key]:
-            wrong.append(f"{name} is {list(held.shape)}, in the file it is {list(adapter.shapes[key])}")
-        elif not torch.equal(adapter.tensor(key).to(held.device, held.dtype), held):
-            wrong.append(f"{name} has other values")
-    for first, key in adapter.doubles:
-        if not torch.equal(adapter.tensor(first), adapter.tensor(key)):
-            wrong.append(f"{first} and {key} differ")
-    if wrong:
-        message = f"the file holds tensors of another base: {wrong[0]}"
-        hint = "give the base that the adapter was trained on; where its vocabulary was resized, save that model first"
-        raise GraftError("GC114", message, place=adapter.place, details=wrong[1:_SHOWN], hint=hint)
+        return None if held.is_meta else held
+
+    check_copies(adapter, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, read)
 
 
 def spec_for(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structure]) -> Spec:
@@ -173,7 +134,7 @@ def spec_for(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Str
     Raises:
         GraftError: GC112 for what no spec says.
     """
-    tokens = _tokens(adapter)
+    tokens = token_keys(adapter)
     own = [m for m in adapter.modules if not tokens & set(m.keys.values())]
     rows = [m for m in adapter.modules if tokens & set(m.keys.values())]
     paths = _paths(model)
@@ -284,7 +245,7 @@ def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
     problems += _unfilled(compilation, pairs)
     if problems:
         message = f"{len(problems)} tensors do not fit" if len(problems) > 1 else problems[0]
-        details = problems[:_SHOWN] if len(problems) > 1 else []
+        details = problems[:SHOWN] if len(problems) > 1 else []
         raise GraftError("GC114" if _sizes(problems) else "GC113", message, place=adapter.place, details=details)
     if rounded:
         warn("GC116", f"{len(rounded)} adapter tensors were rounded to the type of the base, such as {rounded[0]}")

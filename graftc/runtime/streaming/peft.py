@@ -7,18 +7,21 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
+from graftc.runtime.interop.peft.checks import check_contents, check_copies
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, read_peft
 from graftc.runtime.models import load_folder
 from graftc.runtime.streaming.names import FileNames
 from graftc.runtime.streaming.shards import Checkpoint
 from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.foreign.config import CONFIG, read_config
 
 __all__ = ["base_named_by", "peft_updates"]
 
@@ -48,11 +51,10 @@ class _Parts(Mapping[str, Tensor]):
 def base_named_by(path: Path) -> Path | None:
     """The folder that an adapter's config names as its base; None where it names none that is here."""
     try:
-        named = json.loads((path / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+        named = read_config((path / CONFIG).read_bytes(), CONFIG).base_model_name_or_path
+        return Path(named) if named and (Path(named) / "config.json").is_file() else None
+    except (OSError, ValueError, GraftError):  # what is wrong with it is said when it is read as an adapter
         return None
-    found = Path(named) if isinstance(named, str) and named else None
-    return found if found is not None and (found / "config.json").is_file() else None
 
 
 def peft_updates(path: Path, checkpoint: Checkpoint) -> AdapterUpdates:
@@ -74,12 +76,30 @@ def peft_updates(path: Path, checkpoint: Checkpoint) -> AdapterUpdates:
         hint = "give the base that the adapter was trained on"
         message = f"{path} adapts another model than {checkpoint.path}: {wrong[0]}"
         raise GraftError("GC102", message, hint=hint, details=wrong[1:30])
+    check_contents(adapter, list(modules), dict(model.named_parameters(remove_duplicate=False)))
+    _check_copies(adapter, model, checkpoint, names)
     tied = {*aliases, *aliases.values()}
     shared = adapter.shared()
     updates = tuple(_update(adapter, module, modules[module.path], names, tied, shared) for module in adapter.modules)
     trained = adapter.trained.items()
     copies = tuple(Replacement("trained", names.of(name), adapter.tensor(key)) for name, key in trained)
     return AdapterUpdates("peft", updates, copies, _digest(adapter.folder), "", json.dumps(dict(adapter.config.own)))
+
+
+def _check_copies(adapter: PeftAdapter, model: nn.Module, checkpoint: Checkpoint, names: FileNames) -> None:
+    """Tensors of the base that were saved too have to be those in its files."""
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    shards = checkpoint.shard_of()
+
+    def read(name: str) -> Tensor | None:
+        found = names.find(name)
+        if found is None:  # buffers that a class makes anew
+            return None
+        with safe_open(str(checkpoint.path / shards[found].name), "pt") as opened:
+            value: Tensor = opened.get_tensor(found)
+        return value
+
+    check_copies(adapter, {name: tuple(tensor.shape) for name, tensor in held}, read)
 
 
 def _digest(folder: Path) -> str:

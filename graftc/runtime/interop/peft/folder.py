@@ -30,6 +30,10 @@ WEIGHTS = "adapter_model.safetensors"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 
+FLOATING = frozenset({"BF16", "F16", "F32", "F64"})
+"""Element types of a method's tensors, as safetensors writes them."""
+
+
 @dataclass(frozen=True)
 class PeftModule:
     """What a checkpoint has at one module.
@@ -176,6 +180,11 @@ def read_peft(
         message = f"the file has tensors that {config.peft_type} does not: {some(keys.unknown, 5)}"
         details = keys.unknown[5:50]
         raise GraftError("GC113", message, place=Place(str(folder / WEIGHTS)), details=details)
+    plain = {*keys.plain.values(), *(key for _, key in keys.again), *keys.unused}
+    numbers = [f"{key} is {kind}" for key, kind in types.items() if key not in plain and kind not in FLOATING]
+    if numbers:
+        message = f"the method's tensors are floating-point numbers of 16, 32 or 64 bits: {numbers[0]}"
+        raise GraftError("GC113", message, place=Place(str(folder / WEIGHTS)), details=numbers[1:50])
     doubles = tuple((keys.plain[name], key) for name, key in keys.again if name in keys.plain)
     bare = PeftAdapter(folder, config, keys, sizes, types, (), doubles)
     return replace(bare, modules=(*_modules(bare, shapes or {}), *_tables(bare)))

@@ -1,0 +1,109 @@
+"""A peft folder held against a base: what its config says has to be in the file, and what is in the file has to be for
+this base. Who imports and who merges file by file ask the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from graftc.runtime.interop.peft.folder import PeftAdapter
+from graftc.runtime.interop.peft.targets import meant
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import some
+from graftc.specs.foreign.config import CONFIG
+from graftc.specs.foreign.fields import takes_bias
+
+__all__ = ["SHOWN", "check_contents", "check_copies", "token_keys"]
+
+SHOWN = 50
+"""Details that an error lists."""
+
+
+def token_keys(adapter: PeftAdapter) -> set[str]:
+    """Keys of trained rows that stand beside the method."""
+    return set(adapter.keys.tokens.values())
+
+
+def check_contents(adapter: PeftAdapter, modules: Sequence[str], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse a file that has more than its config and the base explain, or less.
+
+    Args:
+        adapter: the folder.
+        modules: paths of the base's modules.
+        parameters: the base's, by name, tied ones under each of their names; values do not matter.
+
+    Raises:
+        GraftError: GC113 with every module and tensor at once.
+    """
+    _check_targets(adapter, modules)
+    lacking = [f"{name}: trained by the config, not in the file" for name in _trained(adapter, modules, parameters)]
+    rows = adapter.config.trainable_token_indices
+    if rows and not adapter.keys.tokens:
+        lacking.append("trainable_token_indices: the file has no rows")
+    if lacking:
+        message = lacking[0] if len(lacking) == 1 else f"the file lacks {len(lacking)} tensors that the config trains"
+        raise GraftError("GC113", message, place=adapter.place, details=lacking[:SHOWN] if len(lacking) > 1 else [])
+
+
+def _check_targets(adapter: PeftAdapter, modules: Sequence[str]) -> None:
+    named = meant(adapter.config, modules)
+    own = {m.path for m in adapter.modules if m.parameter == "weight" and set(m.keys.values()) - token_keys(adapter)}
+    if named is None or adapter.config.is_prompt:
+        return
+    more, fewer = sorted(own - named), sorted(named - own)
+    if more or fewer:
+        message = "target_modules and the file name different modules"
+        details = [f"{path}: in the file, not selected by the config" for path in more]
+        details += [f"{path}: selected by the config, not in the file" for path in fewer]
+        place = Place(str(adapter.folder / CONFIG), path="target_modules")
+        raise GraftError("GC113", message, place=place, details=details[:SHOWN])
+
+
+def _trained(adapter: PeftAdapter, modules: Sequence[str], parameters: Mapping[str, Tensor]) -> list[str]:
+    """Parameters that the config trains in full and the file lacks."""
+    saved = adapter.config.modules_to_save or ()
+    full = [path for path in modules if any(path == word or path.endswith(f".{word}") for word in saved)]
+    adapted = {module.path for module in adapter.modules}
+    there = {id(parameters[name]) for name in adapter.trained if name in parameters}
+    found = []
+    for name, parameter in parameters.items():
+        module, _, last = name.rpartition(".")
+        whole = any(name.startswith(f"{path}.") for path in full)
+        trains = whole or (last == "bias" and takes_bias(adapter.config, adapted, module))
+        if trains and id(parameter) not in there:
+            found.append(name)
+    return found
+
+
+def check_copies(adapter: PeftAdapter, base: Mapping[str, Sequence[int]], read: Callable[[str], Tensor | None]) -> None:
+    """Refuse tensors of the base that were saved too, unless they are those of this base.
+
+    Args:
+        adapter: the folder.
+        base: sizes of the base's parameters and buffers, by name.
+        read: the values of one of them; None where there are none to compare.
+
+    Raises:
+        GraftError: GC113 for tensors that are neither the method's nor the base's, GC114 for those of another base.
+    """
+    unknown = [key for name, key in adapter.copies.items() if name not in base]
+    if unknown:
+        message = f"the file has tensors that {adapter.config.peft_type} does not: {some(unknown, 5)}"
+        raise GraftError("GC113", message, place=adapter.place, details=unknown[5:SHOWN])
+    wrong: list[str] = []
+    for name, key in adapter.copies.items():
+        if tuple(base[name]) != adapter.shapes[key]:
+            wrong.append(f"{name} is {list(base[name])}, in the file it is {list(adapter.shapes[key])}")
+            continue
+        held = read(name)
+        if held is not None and not torch.equal(adapter.tensor(key).to(held.device, held.dtype), held):
+            wrong.append(f"{name} has other values")
+    for first, key in adapter.doubles:
+        if not torch.equal(adapter.tensor(first), adapter.tensor(key)):
+            wrong.append(f"{first} and {key} differ")
+    if wrong:
+        message = f"the file holds tensors of another base: {wrong[0]}"
+        hint = "give the base that the adapter was trained on; where its vocabulary was resized, save that model first"
+        raise GraftError("GC114", message, place=adapter.place, details=wrong[1:SHOWN], hint=hint)
