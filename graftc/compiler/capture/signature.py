@@ -84,7 +84,7 @@ def tie_sizes(axes: Sequence[Axis], inputs: Mapping[str, Tensor]) -> None:
         for dim, size in enumerate(axis.axes):
             if isinstance(size, str):
                 actual = inputs[axis.name].shape[dim]
-                torch._check(actual == first.setdefault(size, actual))  # type: ignore[no-untyped-call]
+                torch._check(actual == first.setdefault(size, actual))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def split(present: Mapping[str, Any]) -> tuple[dict[str, Tensor], Flags]:

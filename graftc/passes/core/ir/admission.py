@@ -87,7 +87,8 @@ def _elements(value: Tensor) -> int:
 
 
 def _number(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    found: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(found)
 
 
 def _parts(node: fx.Node) -> int:

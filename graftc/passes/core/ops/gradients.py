@@ -112,7 +112,7 @@ def _grad_mask(weight: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
         seed: ``int64[1]``, of this tensor alone.
         p: probability of keeping an element's gradient, in ``(0, 1]``.
     """
-    result: Tensor = _GradMask.apply(weight, step, seed, p)  # type: ignore[no-untyped-call]
+    result: Tensor = _GradMask.apply(weight, step, seed, p)  # type: ignore[no-untyped-call, unused-ignore]
     return result
 
 
