@@ -161,7 +161,7 @@ def _index(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         with path.open("rb") as file:
-            data: dict[str, Any] = read_json(file.read(INDEX_BYTES + 1), INDEX_BYTES)
+            data: Any = read_json(file.read(INDEX_BYTES + 1), INDEX_BYTES)
     except (OSError, ValueError) as error:
         raise _damaged(folder, [f"{INDEX} is no plain JSON: {error}"]) from error
     table = data.get("weight_map") if isinstance(data, dict) else None
@@ -170,7 +170,8 @@ def _index(folder: Path) -> dict[str, Any] | None:
     if unsafe := sorted({file for file in table.values() if not _is_plain(file)}):
         message = f"{INDEX} of {folder} names files that are not in the folder: {unsafe[0]!r}"
         raise GraftError("GC101", message, details=[f"also {name!r}" for name in unsafe[1:10]])
-    return data
+    found: dict[str, Any] = data
+    return found
 
 
 def _is_plain(name: str) -> bool:
