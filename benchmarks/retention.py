@@ -129,7 +129,7 @@ def main() -> None:
     (options.out / "retention.json").write_text(f"{content}\n", encoding="utf-8")
     head = (
         f"# Retention in bfloat16\n\nSmolLM2-135M-Instruct, {options.layers} layers, LoRA of rank {RANK} at all seven "
-        f"projections, {options.steps} steps of AdamW: `python -m benchmarks.retention`.\n\n"
+        f"projections, {options.steps} steps of AdamW: `python -m benchmarks.retention --layers {options.layers}`.\n\n"
     )
     (options.out / "retention.md").write_text(f"{head}{text}\n", encoding="utf-8")
 
