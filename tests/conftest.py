@@ -78,7 +78,7 @@ spread, from one on that the test's name decides."""
 EVERY_CASE = frozenset({"tests/docs/test_snippets.py::test_the_page_runs"})
 """Tests of which each case is something of its own."""
 
-FILE_BUDGET = 4.0
+FILE_BUDGET = 3.0
 """Processor seconds that the tests of one file may take there: the shortest run, one at least."""
 
 RARE = frozenset(
