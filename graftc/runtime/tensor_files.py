@@ -13,6 +13,9 @@ from torch import Tensor
 
 from graftc.passes.core.weights.sharding import gathered
 
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""Element types of weights and of adapters, as safetensors writes them: what can be folded, and folded into."""
+
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file. Tensors that share storage are written each by itself.

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from graftc.runtime.cli import main
+from graftc.runtime.cli.results import published_schema
 from tests import warm
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cli"
@@ -41,6 +43,14 @@ def run_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
     status = main(arguments)
     captured = capsys.readouterr()
     return Outcome(status, captured.out, captured.err)
+
+
+def run_valid(capsys: pytest.CaptureFixture[str], command: str, *arguments: str, status: int = 0) -> Any:
+    """What a command prints with ``--json``, which keeps to its schema; nothing goes to standard error."""
+    outcome = run_here(capsys, command, *arguments, "--json")
+    assert (outcome.status, outcome.err) == (status, "")
+    Draft202012Validator(published_schema("error" if "error" in outcome.data else command)).validate(outcome.data)
+    return outcome.data
 
 
 def run_apart(*arguments: str, cwd: Path | None = None, **environment: str) -> Outcome:

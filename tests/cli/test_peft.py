@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
 
-from graftc.runtime.cli.results import published_schema
 from graftc.testing import tiny
-from tests.cli.support import run_here
+from tests.cli.support import run_here, run_valid
 
 QUERY = "base_model.model.bert.encoder.layer.{}.attention.self.query.lora_{}.weight"
 
@@ -37,37 +34,30 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(capsys: pytest.CaptureFixture[str], command: str, *arguments: str, status: int = 0) -> Any:
-    outcome = run_here(capsys, command, *arguments, "--json")
-    assert (outcome.status, outcome.err) == (status, "")
-    Draft202012Validator(published_schema("error" if "error" in outcome.data else command)).validate(outcome.data)
-    return outcome.data
-
-
 def test_there_and_back(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    found = run(capsys, "import-peft", "adapter", "--model", "base", "--out", "artifact")
+    found = run_valid(capsys, "import-peft", "adapter", "--model", "base", "--out", "artifact")
     assert (found["peft_type"], found["method"], found["certificate"]["passed"]) == ("LORA", "lora", True)
     assert {own["key"] for own in found["tensors"]} == set(load_file("adapter/adapter_model.safetensors"))
-    made = run(capsys, "export", "artifact", "--format", "peft", "--out", "back")
+    made = run_valid(capsys, "export", "artifact", "--format", "peft", "--out", "back")
     assert made["tensors"] == found["tensors"] and made["merged"] is False
     first, second = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("adapter", "back"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-    assert run(capsys, "export", "artifact", "-f", "peft", "-o", "back", status=3)["error"]["code"] == "GC063"
-    run(capsys, "export", "artifact", "-f", "peft", "-o", "back", "--force")
-    error = run(capsys, "export", "artifact", "-f", "peft", "-o", "other", "--inputs", "lora", status=2)["error"]
+    assert run_valid(capsys, "export", "artifact", "-f", "peft", "-o", "back", status=3)["error"]["code"] == "GC063"
+    run_valid(capsys, "export", "artifact", "-f", "peft", "-o", "back", "--force")
+    error = run_valid(capsys, "export", "artifact", "-f", "peft", "-o", "other", "--inputs", "lora", status=2)["error"]
     assert error["code"] == "GC090"
     assert sorted(path.name for path in here.iterdir()) == ["adapter", "artifact", "back", "base"]
 
 
 def test_nothing_is_written(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    found = run(capsys, "import-peft", "adapter", "--model", "base", "--dry-run", "--no-certify")
+    found = run_valid(capsys, "import-peft", "adapter", "--model", "base", "--dry-run", "--no-certify")
     assert len(found["tensors"]) == 4 and found["files"] == [] and found["certificate"] is None
     config = json.loads(Path("adapter/adapter_config.json").read_text())
     Path("adapter/adapter_config.json").write_text(json.dumps({**config, "r": 3}))
-    error = run(capsys, "import-peft", "adapter", "--model", "base", "--out", "artifact", status=3)["error"]
+    error = run_valid(capsys, "import-peft", "adapter", "--model", "base", "--out", "artifact", status=3)["error"]
     assert error["code"] == "GC114" and len(error["details"]) == 4
     Path("adapter/adapter_config.json").write_text(json.dumps({**config, "peft_type": "BOFT"}))
-    error = run(capsys, "import-peft", "adapter", "--model", "missing", "--out", "artifact", status=2)["error"]
+    error = run_valid(capsys, "import-peft", "adapter", "--model", "missing", "--out", "artifact", status=2)["error"]
     assert error["code"] == "GC112"
     assert sorted(path.name for path in here.iterdir()) == ["adapter", "base"]
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from jsonschema import Draft202012Validator
 
 from graftc.runtime.cli.output import throughput
-from graftc.runtime.cli.results import published_schema
 from graftc.testing import perturb
 from tests.artifact.support import adapted
-from tests.cli.support import run_here
+from tests.cli.support import run_here, run_valid
 from tests.streaming.support import sharded_base, tensors, written_lora
 
 SPEC = {"adapt": [{"name": "a", "method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}]}
@@ -38,16 +35,9 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(capsys: pytest.CaptureFixture[str], command: str, *arguments: str, status: int = 0) -> Any:
-    outcome = run_here(capsys, command, *arguments, "--json")
-    assert (outcome.status, outcome.err) == (status, "")
-    Draft202012Validator(published_schema("error" if "error" in outcome.data else command)).validate(outcome.data)
-    return outcome.data
-
-
 @pytest.mark.parametrize("adapter", [("artifact", "--stream"), ("peft", "--model", "base")], ids=["artifact", "peft"])
 def test_merge_and_verify(capsys: pytest.CaptureFixture[str], here: Path, adapter: tuple[str, ...]) -> None:
-    data = run(capsys, "merge", *adapter, "--out", "merged")
+    data = run_valid(capsys, "merge", *adapter, "--out", "merged")
     assert data["certificate"]["passed"] is True
     assert data["certificate"]["outputs"] == {}
     found, base = tensors(here / "merged"), tensors(here / "base")
@@ -55,9 +45,9 @@ def test_merge_and_verify(capsys: pytest.CaptureFixture[str], here: Path, adapte
     assert len(changed) == len(data["certificate"]["sites"]) > 0
     assert data["streamed"] == {"untouched_tensors": len(base) - len(changed), "resumed_files": 0}
     assert {file["path"] for file in data["files"]} == {p.as_posix() for p in Path("merged").iterdir()}
-    verified = run(capsys, "verify", "merged", "--adapter", adapter[0], "--base", "base")
+    verified = run_valid(capsys, "verify", "merged", "--adapter", adapter[0], "--base", "base")
     assert [check["name"] for check in verified["checks"]] == ["files", "certificate", "tensors", "folded", "untouched"]
-    assert run(capsys, "merge", *adapter, "--out", "merged", status=3)["error"]["code"] == "GC063"
+    assert run_valid(capsys, "merge", *adapter, "--out", "merged", status=3)["error"]["code"] == "GC063"
 
 
 def test_text_and_a_wider_type(capsys: pytest.CaptureFixture[str], here: Path) -> None:
@@ -70,15 +60,15 @@ def test_text_and_a_wider_type(capsys: pytest.CaptureFixture[str], here: Path) -
 
 def test_what_does_not_go_together(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     for option in (["--partial"], ["--budget", "1"]):
-        error = run(capsys, "merge", "artifact", "--stream", *option, "--dry-run", status=2)["error"]
+        error = run_valid(capsys, "merge", "artifact", "--stream", *option, "--dry-run", status=2)["error"]
         assert error["code"] == "GC090" and option[0] in error["message"]
     (here / "peft" / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "gone"}')
-    assert run(capsys, "merge", "peft", "--dry-run", status=3)["error"]["code"] == "GC086"
-    assert run(capsys, "merge", "peft", "--model", "nowhere", "--dry-run", status=3)["error"]["code"] == "GC100"
+    assert run_valid(capsys, "merge", "peft", "--dry-run", status=3)["error"]["code"] == "GC086"
+    assert run_valid(capsys, "merge", "peft", "--model", "nowhere", "--dry-run", status=3)["error"]["code"] == "GC100"
 
 
 def test_verifying_says_no(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    data = run(capsys, "verify", "base", "--adapter", "peft", "--base", "base", status=1)
+    data = run_valid(capsys, "verify", "base", "--adapter", "peft", "--base", "base", status=1)
     assert data["passed"] is False
     assert [check["passed"] for check in data["checks"]] == [True, False, None]
 

@@ -25,7 +25,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.certificate import SiteEvidence
 from graftc.compiler.folding.evaluating import evaluate, evaluate_all
 from graftc.compiler.folding.retention import Retention
-from graftc.compiler.folding.rounding import largest, retained, round_into
+from graftc.compiler.folding.rounding import furthest, largest, retained, round_into
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.sites import Use, linear_use
 from graftc.passes.core.sites.uses import PROBES, Lookup
@@ -225,7 +225,7 @@ class _Probe:
         self.changes = [0.0] * (len(self.spans) + 1)
         for inputs in self._parts():
             seen, before = map(self._seen, self._unfolded_and_base(inputs))
-            self.changes = [largest(c, _distance(*pair)) for c, *pair in zip(self.changes, seen, before, strict=True)]
+            self.changes = [largest(c, furthest(*pair)) for c, *pair in zip(self.changes, seen, before, strict=True)]
             self.unfolded.append(seen)
 
     def _unfolded_and_base(self, inputs: dict[fx.Node, Tensor]) -> tuple[Tensor, Tensor]:
@@ -299,7 +299,7 @@ class _Probe:
         errors = [0.0] * (len(self.spans) + 1)
         for inputs, before in zip(self._parts(), self.unfolded, strict=True):
             seen = self._seen(self._with_added_bias(evaluate(use.node, inputs, self.group.tensor)))
-            errors = [largest(e, _distance(*pair)) for e, *pair in zip(errors, before, seen, strict=True)]
+            errors = [largest(e, furthest(*pair)) for e, *pair in zip(errors, before, seen, strict=True)]
         *own, worst = (error / scale for error in errors)
         found = [
             SiteEvidence(site, names, change, error, ulps, self.group.retained[site])
@@ -328,7 +328,7 @@ class _StandIn:
         generator = torch.Generator().manual_seed(seed)
         self.vectors = _vectors(base.shape[-1], generator, base.device) if base.numel() > LARGE else None
         self.unfolded = self._seen(evaluate(group.adapted.last(node), {}, group.tensor))
-        self.change = _distance(self.unfolded, self._seen(base))
+        self.change = furthest(self.unfolded, self._seen(base))
 
     def _seen(self, value: Tensor) -> Tensor:
         return value if self.vectors is None else value @ self.vectors
@@ -336,7 +336,7 @@ class _StandIn:
     def evidence(self, rounding: float) -> SiteEvidence:
         """What comparing shows."""
         scale = largest(1e-30, float(self.unfolded.abs().max()) if self.unfolded.numel() else 0.0)
-        error = _distance(self.unfolded, self._seen(self.group.tensor(self.name)))
+        error = furthest(self.unfolded, self._seen(self.group.tensor(self.name)))
         adaptations = tuple(dict.fromkeys(s.adaptation for s in self.group.lazy.chain(self.name)))
         retained = self.group.retained[self.name]
         return SiteEvidence(self.name, adaptations, self.change, error / scale, rounding, retained)
@@ -345,8 +345,3 @@ class _StandIn:
 def _vectors(width: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """`PROBES` random vectors, as columns."""
     return torch.randn(width, PROBES, generator=generator, dtype=torch.float64).to(device)
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference; NaN where there is one."""
-    return float((a - b).abs().max()) if a.numel() else 0.0

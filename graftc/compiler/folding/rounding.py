@@ -62,12 +62,27 @@ def units_in_last_place(found: Tensor, exact: Tensor) -> float:
 
 def _in_last_place(error: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
     info = torch.finfo(dtype)
-    # A float64 of which the exponent is left is the power of two below: below the least normal one units stay as they
-    # are.
-    power = (exact.contiguous().view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
-    power.clamp_min_(info.tiny)
+    power = power_below(exact, dtype)
     least, most = (float(end) for end in torch.aminmax(torch.div(error, power, out=power)))
     return largest(-least, most) / info.eps
+
+
+def power_below(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The power of two at or below each absolute value, by whose size units in the last place of ``dtype`` go: at least
+    its least normal number, below which units stay as they are.
+
+    Args:
+        values: float64.
+        dtype: a floating type.
+    """
+    # A float64 of which the exponent is left is that power.
+    power = (values.contiguous().view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
+    return power.clamp_min_(torch.finfo(dtype).tiny)
+
+
+def furthest(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference; NaN where there is one, 0 where there are no elements."""
+    return float((a - b).abs().max()) if a.numel() else 0.0
 
 
 def largest(*values: float) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from graftc.runtime.cli.options import DryRun, Force, Json, ModelOption, Out, Seed, SpecArgument, destination
+from graftc.runtime.cli.options import Certify, DryRun, Force, Json, ModelOption, Out, Seed, SpecArgument, destination
 
 __all__ = ["compile"]
 
@@ -17,9 +17,7 @@ def compile(
     model: ModelOption,
     out: Out = None,
     seed: Seed = 0,
-    certify: Annotated[
-        bool, typer.Option("--certify/--no-certify", help="Fold, and put the certificate into the artifact.")
-    ] = True,
+    certify: Certify = True,
     full: Annotated[
         bool, typer.Option("--full", help="Identify the base by all its values instead of a sample of each tensor.")
     ] = False,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from graftc.runtime.cli.options import DryRun, Force, Json, ModelOption, Out, destination
+from graftc.runtime.cli.options import Certify, DryRun, Force, Json, ModelOption, Out, destination
 
 __all__ = ["import_peft"]
 
@@ -28,9 +28,7 @@ def import_peft(
             show_default=False,
         ),
     ] = None,
-    certify: Annotated[
-        bool, typer.Option("--certify/--no-certify", help="Fold, and put the certificate into the artifact.")
-    ] = True,
+    certify: Certify = True,
     dry_run: DryRun = False,
     force: Force = False,
     json: Json = False,

@@ -54,14 +54,14 @@ def merge(
     json: Json = False,
 ) -> None:
     """Fold, certify, and write a folder that transformers loads. What cannot be folded is named in the error."""
+    from graftc.runtime.artifact.places import is_ours, is_peft
     from graftc.runtime.cli.output import print_json, steps, time_left, working
 
     to = destination(out, dry_run=dry_run)
-    if stream or _is_peft(directory):
+    if stream or is_peft(directory):
         _merge_files(directory, to, model, dtype, budget, partial, allow_unchanged, force, json)
         return
     with working(json) as warnings, steps(json) as step:
-        from graftc.runtime.artifact.places import is_ours
         from graftc.runtime.files import check_apart, check_destination
 
         if to is not None:
@@ -98,10 +98,6 @@ def merge(
         return
     print_certificate(made.certificate, made.kept)
     print_files(to, files)
-
-
-def _is_peft(directory: Path) -> bool:
-    return (directory / "adapter_config.json").is_file() and not (directory / "manifest.json").is_file()
 
 
 def _merge_files(

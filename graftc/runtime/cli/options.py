@@ -16,6 +16,7 @@ __all__ = [
     "ArtifactArgument",
     "BaseOption",
     "Budget",
+    "Certify",
     "DType",
     "DTypeOption",
     "DryRun",
@@ -55,6 +56,9 @@ class DType(StrEnum):
 
 AllowUnchanged: TypeAlias = Annotated[
     bool, typer.Option("--allow-unchanged", help="Accept a fold that changes no tensor of the base.")
+]
+Certify: TypeAlias = Annotated[
+    bool, typer.Option("--certify/--no-certify", help="Fold, and put the certificate into the artifact.")
 ]
 ArtifactArgument: TypeAlias = Annotated[
     Path,

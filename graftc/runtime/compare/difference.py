@@ -10,7 +10,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from graftc.compiler.folding.rounding import largest
+from graftc.compiler.folding.rounding import largest, power_below
 from graftc.runtime.compare.rank import estimate_rank
 
 Read = Callable[[int, int], Tensor]
@@ -230,6 +230,4 @@ def _rounded_to(base: torch.dtype, other: Tensor) -> torch.dtype:
 def _rounding_variance(values: Tensor, dtype: torch.dtype) -> Tensor:
     """What rounding adds to the variance of each element, values in float64: a twelfth of the square of a unit in the
     last place."""
-    info = torch.finfo(dtype)
-    power = (values.contiguous().view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
-    return power.clamp_min_(info.tiny).mul_(info.eps).square_().div_(12)
+    return power_below(values, dtype).mul_(torch.finfo(dtype).eps).square_().div_(12)

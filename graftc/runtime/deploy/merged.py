@@ -216,6 +216,16 @@ def require_changed(certificate: Certificate, allow_unchanged: bool = False) -> 
     raise GraftError("GC104", message, hint=hint)
 
 
+def require_weights(runner: CompiledRunner) -> None:
+    """Refuse a model without values.
+
+    Raises:
+        GraftError: GC050 on the meta device.
+    """
+    if runner.device.type == "meta":
+        raise GraftError("GC050", "there is nothing to fold on the meta device", hint="compile a model with weights")
+
+
 def fold(
     compiled: Compiled | CompiledRunner,
     budget: float | None = None,
@@ -240,8 +250,7 @@ def fold(
     budget = as_budget(budget)
     runner: CompiledRunner = runner_of(compiled)
     compilation = runner.compilation
-    if runner.device.type == "meta":
-        raise GraftError("GC050", "there is nothing to fold on the meta device", hint="compile a model with weights")
+    require_weights(runner)
     found = fold_plan(compilation, only)
     if every and found.kept:
         raise next(iter(found.kept.values()))

@@ -15,6 +15,7 @@ from graftc.compiler.folding.rounding import round_pieces
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
 from graftc.passes.core.weights.store import Store
+from graftc.runtime.deploy.merged import require_weights
 from graftc.runtime.interop.transformers import no_place
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -37,10 +38,7 @@ class MergedTensors(Iterator[tuple[str, Tensor]]):
 
     def __init__(self, compiled: CompiledRunner, *, digests: bool = False) -> None:
         compilation = compiled.compilation
-        if compiled.device.type == "meta":
-            raise GraftError(
-                "GC050", "there is nothing to fold on the meta device", hint="compile a model with weights"
-            )
+        require_weights(compiled)
         plan = fold_plan(compilation)
         if plan.kept:
             raise next(iter(plan.kept.values()))

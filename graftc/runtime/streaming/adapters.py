@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from graftc.runtime.artifact.manifest import MANIFEST
+from graftc.runtime.artifact.places import is_peft
 from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.streaming.peft import base_named_by, peft_updates
 from graftc.runtime.streaming.shards import Checkpoint
@@ -14,14 +14,9 @@ from graftc.runtime.streaming.sources import artifact_updates
 from graftc.runtime.streaming.update import AdapterUpdates
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["is_peft", "read_updates"]
+__all__ = ["read_updates"]
 
 Made = Callable[[Checkpoint], AdapterUpdates]
-
-
-def is_peft(path: Path) -> bool:
-    """Whether a folder looks like an adapter of peft's."""
-    return (path / "adapter_config.json").is_file() and not (path / MANIFEST).is_file()
 
 
 def read_updates(path: Path, base: Path | None) -> tuple[Path, Made]:

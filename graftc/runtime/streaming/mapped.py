@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graftc.runtime.streaming.shards import Checkpoint, Shard, StoredTensor, read_shard
 
-__all__ = ["DTYPES", "FLOATING", "FORMAT_NAMES", "MappedFile", "MappedTensors", "StoredTensors"]
+__all__ = ["DTYPES", "FORMAT_NAMES", "MappedFile", "MappedTensors", "StoredTensors"]
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -23,8 +23,6 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 """Element types of the format that torch computes with."""
 FORMAT_NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
-FLOATING = ("F64", "F32", "F16", "BF16")
-"""Types of weights that can be folded into."""
 
 
 class MappedFile:

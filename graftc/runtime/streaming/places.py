@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from graftc.compiler.folding.certificate import SiteEvidence
 from graftc.compiler.folding.retention import Retention
+from graftc.compiler.folding.rounding import furthest, largest
 from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.folding import fold_at
 from graftc.passes.core.method.registry import method_for
@@ -84,12 +84,18 @@ def places_of(updates: Iterable[SiteUpdate]) -> list[FoldPlace]:
         GraftError: GC021 for rows that overlap and are not the same.
     """
     found: dict[WeightSlice, list[SiteUpdate]] = {}
+    slices: dict[str, list[WeightSlice]] = {}  # of each tensor: those of others need not be looked at
     for update in updates:
-        for own, others in found.items():
-            if own != update.weight and own.overlaps(update.weight):
-                message = f"{update.adaptation!r} and {others[0].adaptation!r} change overlapping rows of {own.tensor}"
+        weight = update.weight
+        for own in slices.get(weight.tensor, ()):
+            if own != weight and own.overlaps(weight):
+                other = found[own][0].adaptation
+                message = f"{update.adaptation!r} and {other!r} change overlapping rows of {own.tensor}"
                 raise GraftError("GC021", message)
-        found.setdefault(update.weight, []).append(update)
+        if weight not in found:
+            found[weight] = []
+            slices.setdefault(weight.tensor, []).append(weight)
+        found[weight].append(update)
     return [FoldPlace(tuple(chain)) for chain in found.values()]
 
 
@@ -119,7 +125,7 @@ class Held:
 
     def note(self, found: tuple[float, Retention]) -> None:
         """Take in what was found of some entries."""
-        self.rounding = _largest(self.rounding, found[0])
+        self.rounding = largest(self.rounding, found[0])
         self.retention += found[1]
 
 
@@ -143,7 +149,7 @@ class ReplacedFold(Held):
         for start in range(0, old.numel(), BLOCK):
             part = slice(start, start + BLOCK)
             before, after = old[part].double(), new[part].double()
-            self.change = _largest(self.change, _distance(before, after))
+            self.change = largest(self.change, furthest(before, after))
             yield part, before, after
 
 
@@ -201,12 +207,12 @@ class PlaceFold(Held):
         every = {name: {**constants[name], **held} for name, held in parts.items()}
         unfolded = block.unfolded(base, bias, every)
         before = block.plain(base, bias)
-        self.change = _largest(self.change, _distance(unfolded, before))
-        self.scale = _largest(self.scale, float(unfolded.abs().max()))
+        self.change = largest(self.change, furthest(unfolded, before))
+        self.scale = largest(self.scale, float(unfolded.abs().max()))
         exact, exact_bias = base.clone(), None if bias is None else bias.clone()
         for update in self.place.chain:
             exact, exact_bias = self._folded(block, update, parts[update.adaptation], exact, exact_bias)
-        self.error = _largest(self.error, _distance(unfolded, block.plain(exact, exact_bias)))
+        self.error = largest(self.error, furthest(unfolded, block.plain(exact, exact_bias)))
         return exact, exact_bias
 
     def _folded(
@@ -246,13 +252,3 @@ def _rows(own: WeightSlice, stored: Tensor) -> Tensor:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference; NaN where there is one."""
-    return float((a - b).abs().max()) if a.numel() else 0.0
-
-
-def _largest(*values: float) -> float:
-    """The largest number; NaN where there is one."""
-    return math.nan if any(map(math.isnan, values)) else max(values)

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from graftc.runtime.streaming.mapped import FLOATING
 from graftc.runtime.streaming.places import FoldPlace, places_of
 from graftc.runtime.streaming.shards import Checkpoint, Shard, StoredTensor
 from graftc.runtime.streaming.unfolded import BlockMaps
 from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
+from graftc.runtime.tensor_files import FLOATING
 from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = ["MergePlan", "make_plan", "stored_config"]

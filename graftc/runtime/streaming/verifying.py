@@ -10,11 +10,12 @@ from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.loading.verify import Verification, verify
 from graftc.runtime.streaming.adapters import read_updates
-from graftc.runtime.streaming.mapped import FLOATING, StoredTensors
+from graftc.runtime.streaming.mapped import StoredTensors
 from graftc.runtime.streaming.merging import Progress
 from graftc.runtime.streaming.plan import MergePlan, make_plan
 from graftc.runtime.streaming.shards import Checkpoint, Shard, read_checkpoint
 from graftc.runtime.streaming.work import BaseTensors, RowTarget, fold_shard, untouched
+from graftc.runtime.tensor_files import FLOATING
 from graftc.specs.arguments import as_path
 
 __all__ = ["verify_checkpoint"]

@@ -5,7 +5,6 @@ The same work verifies a file that is there, and measures without writing any.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from graftc.compiler.folding.certificate import SiteEvidence
 from graftc.compiler.folding.retention import Retention
-from graftc.compiler.folding.rounding import round_into, rounding_of
+from graftc.compiler.folding.rounding import largest, round_into, rounding_of
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.runtime.streaming.mapped import DTYPES, MappedFile, StoredTensors
 from graftc.runtime.streaming.places import PlaceFold, ReplacedFold
@@ -112,7 +111,7 @@ class RowTarget:
 
 def _together(found: Iterable[tuple[float, Retention]]) -> tuple[float, Retention]:
     errors, retained = zip(*found, strict=True)
-    return (math.nan if any(map(math.isnan, errors)) else max(errors)), Retention.total(retained)
+    return largest(*errors), Retention.total(retained)
 
 
 def create_file(plan: MergePlan, shard: Shard, path: Path) -> None:

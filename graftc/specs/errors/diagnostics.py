@@ -199,6 +199,13 @@ def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     return [by_lower[c] for c in close]
 
 
+def alternatives(word: str, known: Iterable[str], what: str) -> str:
+    """The hint for a word that is none of a few: the nearest of them, or ``what`` they are and all of them."""
+    names = list(known)
+    close = nearest(word, names, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"the {what} are {', '.join(names)}"
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> GraftError:
     """GC091 for a name that nothing of a kind has, with the nearest one, which also is its correction.
 

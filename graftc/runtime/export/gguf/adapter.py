@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from graftc.runtime.export.gguf.families import architecture, family_of, heads_of, stored
 from graftc.runtime.export.gguf.writing import Entry, FileType, name_of, package, write
@@ -63,7 +61,7 @@ def export_adapter(
         down = update.down.T if update.table else update.down
         up = stored(family, heads, f"{place}.", update.up)
         for word, value in (("lora_a", down), ("lora_b", up)):
-            entries.append(Entry(f"{name}.{word}", tuple(value.shape), partial(_same, value)))
+            entries.append(Entry.of(f"{name}.{word}", value))
 
     def fill(writer: Any) -> None:
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -73,10 +71,6 @@ def export_adapter(
     with staged(path, force=force) as file:
         write(file, family.arch, entries, fill, dtype)
     return path
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def plain_of(compilation: Compilation) -> PlainAdapter:
@@ -100,7 +94,7 @@ def plain_of(compilation: Compilation) -> PlainAdapter:
                 raise GraftError("GC060", f"{site.key} has no place in a GGUF adapter", hint="merge it into the model")
             update = _whole(compilation, site, parts, spec)
             held = updates.get(site.key.module)
-            updates[site.key.module] = update if held is None else _beside(held, update)
+            updates[site.key.module] = update if held is None else held.beside(update)
     if not updates:
         raise GraftError("GC066", "the model has no LoRA", hint="export the merged model")
     return PlainAdapter(updates)
@@ -114,11 +108,6 @@ def _whole(compilation: Compilation, site: Any, parts: Mapping[str, str], spec: 
         rows = [row for start, end in site.own.spans for row in range(start, end)]
         up[torch.tensor(rows)] = own
     return Update(down, up, spec.scaling, table="embed" in site.roles)
-
-
-def _beside(one: Update, other: Update) -> Update:
-    other = other.scaled(one.scale)
-    return Update(torch.cat([one.down, other.down], -2), torch.cat([one.up, other.up], -1), one.scale, one.table)
 
 
 def _no_lora(name: str, what: str) -> GraftError:

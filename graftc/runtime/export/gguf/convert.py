@@ -14,14 +14,14 @@ from graftc.runtime.export.gguf.adapter import export_adapter
 from graftc.runtime.export.gguf.families import architecture, family_of, heads_of
 from graftc.runtime.export.gguf.writing import FileType, name_of, package
 from graftc.runtime.files import staged
-from graftc.runtime.interop.layouts.convert import AdapterSource, ConvertedFolder, compared
+from graftc.runtime.interop.layouts.convert import ROUNDING, AdapterSource, ConvertedFolder, compared
 from graftc.runtime.interop.layouts.plain import PlainAdapter
 from graftc.runtime.interop.layouts.reference import unpaired
 from graftc.specs.errors.diagnostics import GraftError, Place
 
 __all__ = ["convert_to_gguf"]
 
-_ROUNDING = {"f32": 1e-6, "f16": 4e-3, "bf16": 3e-2}
+_DTYPES: Mapping[FileType, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def convert_to_gguf(
@@ -60,7 +60,7 @@ def _written(
     adapter: PlainAdapter, config: Any, file: Path, wanted: Mapping[str, Tensor], source: AdapterSource, dtype: FileType
 ) -> ConvertedFolder:
     export_adapter(adapter, config, file, dtype=dtype)
-    maps = compared(wanted, _responses(adapter, config, file, source), _ROUNDING[dtype])
+    maps = compared(wanted, _responses(adapter, config, file, source), ROUNDING[_DTYPES[dtype]])
     return ConvertedFolder(None, source.layout.name, "gguf", maps, max(u.rank for u in adapter.updates.values()))
 
 

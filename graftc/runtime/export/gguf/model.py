@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from graftc.compiler.capture.interface import config_of
 from graftc.runtime.export.gguf.families import Family, architecture, family_of, heads_of, rope_factors, stored
 from graftc.runtime.export.gguf.vocabulary import add_vocabulary
@@ -80,12 +78,8 @@ def _entries(gguf: Any, family: Family, config: Any, model: Any) -> list[Entry]:
         entries.append(Entry(name_of(names, name), tuple(make().shape), make, exact))
     factors = rope_factors(config)
     if factors is not None:
-        entries.append(Entry("rope_freqs.weight", tuple(factors.shape), partial(_same, factors), exact=True))
+        entries.append(Entry.of("rope_freqs.weight", factors, exact=True))
     return entries
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _add_numbers(writer: Any, family: Family, config: Any) -> None:

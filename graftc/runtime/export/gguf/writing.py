@@ -41,6 +41,11 @@ class Entry:
     make: Callable[[], Tensor]
     exact: bool = False
 
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, *, exact: bool = False) -> Entry:
+        """A tensor that is there."""
+        return cls(name, tuple(tensor.shape), lambda: tensor, exact)
+
 
 def package() -> Any:
     """The package ``gguf``.

@@ -29,7 +29,7 @@ from graftc.specs.strict_json import read_json
 __all__ = ["AdapterSource", "ConvertedFolder", "ProbedMap", "compared", "convert_folder", "is_adapter_folder"]
 
 PROBES = 4
-_ROUNDING = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+ROUNDING: Mapping[torch.dtype, float] = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """How far an update may be off where a factor had to be scaled, and so rounded again, by its type."""
 _EXACT = 1e-12
 _MOST = 16 * 2**20
@@ -183,7 +183,7 @@ def _written(
         require_served(SERVERS[target.name], config, tensors)
     found = responses(target, tensors, config, source.probe, source.heads)
     dtypes = {tensor.dtype for tensor in tensors.values()}
-    allowed = max((_ROUNDING.get(dtype, _EXACT) for dtype in dtypes), default=_EXACT) if source.rounded else _EXACT
+    allowed = max((ROUNDING.get(dtype, _EXACT) for dtype in dtypes), default=_EXACT) if source.rounded else _EXACT
     maps = compared(wanted, found, allowed)
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     return ConvertedFolder(None, source.layout.name, target.name, maps, rank)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from graftc.runtime.interop.layouts.fusing import apart, together
@@ -19,7 +19,7 @@ from graftc.runtime.interop.layouts.layout import STACKED, AdapterLayout, layout
 from graftc.runtime.interop.layouts.plain import EXPERT, AttentionSizes, PlainAdapter, Update
 from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
 from graftc.runtime.interop.peft import read_peft
-from graftc.runtime.interop.peft.folder import WEIGHTS, PeftAdapter, PeftModule
+from graftc.runtime.interop.peft.folder import WEIGHTS, PeftAdapter, PeftModule, header_of
 from graftc.runtime.interop.peft.forms import Shaped, to_theirs
 from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -40,12 +40,7 @@ def raw_keys(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         GraftError: GC113 for a file that is missing or damaged.
     """
-    file = folder / WEIGHTS
-    try:
-        with safe_open(str(file), "pt") as opened:
-            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
-        raise GraftError("GC113", f"the file cannot be read: {error}", place=Place(str(file))) from None
+    return header_of(folder / WEIGHTS)[0]
 
 
 def detected(folder: Path) -> AdapterLayout:

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 __all__ = ["LAYOUTS", "AdapterLayout", "ExpertForm", "layout_of"]
 
-from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.diagnostics import GraftError, alternatives
 
 ExpertForm: TypeAlias = Literal["flat", "flat_by_expert", "each", "stacked"]
 """How the factors of experts are stored.
@@ -106,7 +106,6 @@ def layout_of(name: str) -> AdapterLayout:
     """
     found = LAYOUTS.get(name)
     if found is None:
-        close = nearest(name, LAYOUTS)
-        hint = f"did you mean '{close[0]}'?" if close else f"the layouts are {', '.join(LAYOUTS)}"
+        hint = alternatives(name, LAYOUTS, "layouts")
         raise GraftError("GC069", f"there is no layout {name!r}", hint=hint)
     return found

@@ -64,6 +64,13 @@ class Update:
         pad = torch.nn.functional.pad
         return self if more <= 0 else replace(self, down=pad(self.down, (0, 0, 0, more)), up=pad(self.up, (0, more)))
 
+    def beside(self, other: Update) -> Update:
+        """One update that adds what both add: the factors side by side, in the scale of this one and the wider type."""
+        dtype = torch.promote_types(self.up.dtype, other.up.dtype)
+        other = replace(other, down=other.down.to(dtype), up=other.up.to(dtype)).scaled(self.scale)
+        down = torch.cat([self.down.to(dtype), other.down], -2)
+        return replace(self, down=down, up=torch.cat([self.up.to(dtype), other.up], -1))
+
     def trimmed(self) -> Update:
         """The same update without the ranks at which ``up`` is zero everywhere; one rank stays."""
         used = self.up.flatten(0, -2).ne(0).any(0)
@@ -139,8 +146,5 @@ def concatenated(first: PlainAdapter, second: PlainAdapter) -> PlainAdapter:
             other.rows,
         ):
             raise GraftError("GC069", f"the adapters are for maps of other sizes at {path}", hint="they need one base")
-        dtype = torch.promote_types(own.up.dtype, other.up.dtype)
-        other = replace(other, down=other.down.to(dtype), up=other.up.to(dtype)).scaled(own.scale)
-        down = torch.cat([own.down.to(dtype), other.down], -2)
-        updates[path] = replace(own, down=down, up=torch.cat([own.up.to(dtype), other.up], -1))
+        updates[path] = own.beside(other)
     return PlainAdapter(updates, first.about)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from graftc.runtime.interop.peft.forms import Shaped, filled, to_ours
 from graftc.runtime.interop.peft.keys import Keys, parse
+from graftc.runtime.tensor_files import FLOATING
 from graftc.specs.arguments import as_path
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -28,10 +29,6 @@ __all__ = ["WEIGHTS", "PeftAdapter", "PeftModule", "read_peft"]
 
 WEIGHTS = "adapter_model.safetensors"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
-
-
-FLOATING = frozenset({"BF16", "F16", "F32", "F64"})
-"""Element types of a method's tensors, as safetensors writes them."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ def read_peft(
     """
     folder = _folder(as_path(path), name)
     config = read_config((folder / CONFIG).read_bytes(), str(folder / CONFIG))
-    sizes, types = _header(folder / WEIGHTS)
+    sizes, types = header_of(folder / WEIGHTS)
     keys = parse(sizes, config)
     if keys.unknown:
         message = f"the file has tensors that {config.peft_type} does not: {some(keys.unknown, 5)}"
@@ -208,7 +205,7 @@ def _folder(path: Path, name: str | None) -> Path:
     raise GraftError("GC110", f"{folder} has no {WEIGHTS}", place=place)
 
 
-def _header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def header_of(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Sizes and element types of the tensors in a file."""
     try:
         with safe_open(str(file), "pt") as opened:

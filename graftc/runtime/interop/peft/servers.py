@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from graftc.specs.errors.diagnostics import GraftError, Place, nearest
+from graftc.specs.errors.diagnostics import GraftError, Place, alternatives
 from graftc.specs.errors.text import shown, some
 
 __all__ = ["SERVERS", "Server", "require_served", "server_of"]
@@ -78,8 +78,7 @@ def server_of(name: str) -> Server:
     """
     found = SERVERS.get(name)
     if found is None:
-        close = nearest(name, SERVERS)
-        hint = f"did you mean '{close[0]}'?" if close else f"the servers are {', '.join(SERVERS)}"
+        hint = alternatives(name, SERVERS, "servers")
         raise GraftError("GC068", f"no limits are known of a server {name!r}", hint=hint)
     return found
 
