@@ -44,12 +44,14 @@ class Retention:
         return cls.of_error(base, exact, rounded.to(torch.float64, copy=True).sub_(exact))
 
     @classmethod
-    def of_error(cls, base: Tensor, exact: Tensor, error: Tensor) -> Retention:
-        """The same where ``rounded - exact`` is known, in float64; it is changed.
+    def of_error(cls, base: Tensor, exact: Tensor, error: Tensor, spare: Tensor | None = None) -> Retention:
+        """The same where ``rounded - exact`` is known, in float64; it is changed, and so is ``spare``, room of the same
+        type and sizes.
 
         Where rounding gives back the base's value, ``error`` is ``-u`` to the bit, so that no change is none here.
         """
-        back = base.to(torch.float64, copy=True).sub_(exact).add_(0.0).reshape(-1)  # -u, without a -0.0
+        back = torch.empty_like(error) if spare is None else spare
+        back = back.copy_(base).sub_(exact).add_(0.0).reshape(-1)  # -u, without a -0.0
         error = error.reshape(-1)
         update, shared, lost = (float(torch.dot(a, b)) for a, b in ((back, back), (back, error), (error, error)))
         wanted = _not_zero(back)

@@ -11,7 +11,7 @@ from torch import Tensor
 from graftc.compiler.folding.retention import Retention
 from graftc.passes.core.weights import folds
 
-PIECE = 2**16
+PIECE = 2**18
 """Elements that are rounded and checked at a time."""
 
 
@@ -41,12 +41,15 @@ def rounding_of(stored: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Ret
 
 def _rounding(into: Tensor, exact: Tensor, base: Tensor, *, writes: bool) -> tuple[float, Retention]:
     worst, left = 0.0, Retention()
+    # The same memory for every piece: what is made anew for each is not in the cache.
+    spare = torch.empty(2, min(PIECE, into.numel()), dtype=torch.float64, device=into.device)
     for to, own, before in pieces(into, exact, base):
         if writes:
             to.copy_(folds.round_once(own, to.dtype))
-        error = to.to(torch.float64, copy=True).sub_(own)
-        worst = largest(worst, _in_last_place(error, own, to.dtype))
-        left += Retention.of_error(before, own, error)
+        error, other = (part[: own.numel()].view(own.shape) for part in spare)
+        error.copy_(to).sub_(own)
+        worst = largest(worst, _in_last_place(error, own, to.dtype, other))
+        left += Retention.of_error(before, own, error, other)
     return worst, left
 
 
@@ -57,26 +60,29 @@ def retained(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
 
 def units_in_last_place(found: Tensor, exact: Tensor) -> float:
     """Largest ``|found - exact|`` in units in the last place of ``found``'s dtype, at the exact value."""
-    return _in_last_place(found.to(torch.float64, copy=True).sub_(exact), exact, found.dtype)
+    error = found.to(torch.float64, copy=True).sub_(exact)
+    return _in_last_place(error, exact, found.dtype, torch.empty_like(error))
 
 
-def _in_last_place(error: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+def _in_last_place(error: Tensor, exact: Tensor, dtype: torch.dtype, spare: Tensor) -> float:
     info = torch.finfo(dtype)
-    power = power_below(exact, dtype)
+    power = power_below(exact, dtype, spare)
     least, most = (float(end) for end in torch.aminmax(torch.div(error, power, out=power)))
     return largest(-least, most) / info.eps
 
 
-def power_below(values: Tensor, dtype: torch.dtype) -> Tensor:
+def power_below(values: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The power of two at or below each absolute value, by whose size units in the last place of ``dtype`` go: at least
     its least normal number, below which units stay as they are.
 
     Args:
         values: float64.
         dtype: a floating type.
+        out: where it goes, of the shape and type of ``values``.
     """
+    power = torch.empty_like(values) if out is None else out
     # A float64 of which the exponent is left is that power.
-    power = (values.contiguous().view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
+    torch.bitwise_and(values.view(torch.int64), 0x7FF0000000000000, out=power.view(torch.int64))
     return power.clamp_min_(torch.finfo(dtype).tiny)
 
 
