@@ -57,7 +57,8 @@ QUICK_FAMILIES = frozenset({"bert", "gpt2"})
 """What runs once for each family is quick on these, and on its first family where it has none of them."""
 
 TRANSPOSED = "gpt2"
-"""Each contract runs on this family, whose weights are fused and transposed, where the class has it."""
+"""Each contract runs on this family, whose weights are fused and transposed, where the class has it. It is quick on
+this one only, and not for another setting of a method."""
 
 CONTRACT_SHARE = 4
 """One in so many of a class's families runs its contract in ``make test``, two at least."""
@@ -78,7 +79,7 @@ spread, from one on that the test's name decides."""
 EVERY_CASE = frozenset({"tests/docs/test_snippets.py::test_the_page_runs"})
 """Tests of which each case is something of its own."""
 
-FILE_BUDGET = 3.0
+FILE_BUDGET = 2.0
 """Processor seconds that the tests of one file may take there: the shortest run, one at least."""
 
 RARE = frozenset(
@@ -146,12 +147,25 @@ def _family(item: pytest.Function) -> str | None:
     return family if isinstance(family, str) else None
 
 
+def _architecture(item: pytest.Function) -> object:
+    """The model it runs on: tests of `tests/compiler` have names of their own for more models than the families."""
+    parameters = item.callspec.params
+    return parameters.get("family", parameters.get("name"))
+
+
 def _mark_slow_families(cases: Sequence[pytest.Function]) -> None:
     """Mark as slow the cases of families that are not quick."""
-    families = dict.fromkeys(family for item in cases if (family := _family(item)) is not None)
-    quick = QUICK_FAMILIES & families.keys() or set(list(families)[:1])
-    for item in cases:
-        if (family := _family(item)) is not None and family not in quick:
+    each = {item: _architecture(item) for item in cases}
+    families = [family for family in dict.fromkeys(each.values()) if isinstance(family, str)]
+    quick = QUICK_FAMILIES.intersection(families)
+    if "family" not in cases[0].callspec.params and not quick:
+        return  # names of something else
+    if _is_contract(cases[0]):
+        quick = frozenset() if getattr(cases[0].cls, "variant", False) else quick & {TRANSPOSED}
+    else:
+        quick = quick or frozenset(families[:1])
+    for item, family in each.items():
+        if isinstance(family, str) and family not in quick:
             item.add_marker(pytest.mark.slow)
 
 

@@ -20,6 +20,8 @@ from graftc.testing import perturb
 from tests.artifact.support import edit_manifest
 from tests.families import tiny
 
+pytestmark = pytest.mark.slow
+
 SPEC = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}}], "train": ["classifier"]}
 ALONE = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}}]}
 IDS = {"input_ids": torch.arange(1, 13).reshape(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}

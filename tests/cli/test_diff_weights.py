@@ -23,6 +23,8 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, tiny
 from tests.cli.support import run_here
 
+pytestmark = pytest.mark.slow
+
 ROWS, COLUMNS, RANK = 120, 90, 5
 
 

@@ -13,6 +13,8 @@ from tests.artifact.support import adapted
 from tests.cli.support import run_here, run_valid
 from tests.streaming.support import sharded_base, tensors, written_lora
 
+pytestmark = pytest.mark.slow
+
 SPEC = {"adapt": [{"name": "a", "method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}]}
 
 

@@ -26,7 +26,7 @@ SPEC = {"adapt": [{"method": "lora", "name": "task", "target": {"role": ["attn.q
 aten = torch.ops.aten
 
 
-@pytest.fixture(scope="module", params=["bert", "gpt2", "t5"])
+@pytest.fixture(scope="module", params=["bert", "gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def compiled(request: pytest.FixtureRequest) -> Any:
     """Tiny models with separate, fused, and encoder's and decoder's projections adapted."""
     return graftc.compile(SPEC, tiny(request.param))

@@ -13,6 +13,8 @@ import pytest
 
 from tests.docs.blocks import ROOT
 
+pytestmark = pytest.mark.slow
+
 _NO_NETWORK = """\
 import socket, sys
 def refuse(*_, **__):

@@ -19,6 +19,8 @@ from tests.artifact.support import tree_bytes
 from tests.forks import Worker
 from tests.streaming.support import sharded_base, written_lora
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("GRAFTC_KILLS", "4"))
 """How often a merge is killed; ``make gates`` has 20."""
 
