@@ -46,13 +46,20 @@ def local_folder(model: nn.Module) -> Path | None:
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
         return None
-    if Path(name).is_dir():
-        return Path(name)
+    return Path(name) if Path(name).is_dir() else _cached_config(name, getattr(model.config, "_commit_hash", None))
+
+
+def local_config(name: str) -> Path | None:
+    """The folder on this machine that has the config of what a folder or hub id names; None where none has."""
+    return Path(name) if (Path(name) / "config.json").is_file() else _cached_config(name)
+
+
+def _cached_config(name: str, revision: str | None = None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=getattr(model.config, "_commit_hash", None))
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.folding import rounding
+from graftc.compiler.folding.certificate import HALF
 from graftc.compiler.folding.steps import lazy_tensors
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import perturb, tiny
 
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v", "ffn.down"]}}
@@ -165,6 +167,18 @@ def test_an_update_that_rounding_loses_is_refused_with_the_way_out() -> None:
     retention = compiled.merge(allow_unchanged=True).certificate.retention
     assert (retention.norm, retention.error, retention.entries) == (0, 1, 0)
     assert compiled.merge(dtype=torch.float32).certificate.retention.entries > 0
+
+
+def test_an_update_that_is_mostly_lost_warns() -> None:
+    compiled = untrained(torch.bfloat16)
+    trained(compiled, "0.graftc.a.B", 2e-5)
+    with pytest.warns(GraftWarning, match="rounding to bfloat16 leaves") as warnings:
+        retention = compiled.merge().certificate.retention
+    assert [w.message.code for w in warnings if isinstance(w.message, GraftWarning)] == ["GC105"]
+    assert 0 < retention.norm < HALF
+    with catch_warnings():
+        simplefilter("error", GraftWarning)
+        compiled.merge(dtype=torch.float32)
 
 
 def test_some_sites_may_be_unchanged() -> None:

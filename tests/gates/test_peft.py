@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.checkpoints import EVERY, KINDS, Checkpoint, check
+from tests.interop.checkpoints import EVERY, IN_SIXTEEN_BITS, KINDS, Checkpoint, check, check_in_sixteen_bits
 
 pytestmark = pytest.mark.gate
 
@@ -25,3 +25,11 @@ def test_there_are_sixty_of_eight_families_and_all_types() -> None:
 def test_in_and_out(case: Checkpoint, tmp_path: Path) -> None:
     """Outputs within 1e-5 of peft's both times; peft finds every tensor that it trains, and no other."""
     check(case, tmp_path)
+
+
+@pytest.mark.parametrize("case", [case for case in EVERY if case.name in IN_SIXTEEN_BITS], ids=str)
+def test_in_sixteen_bits(case: Checkpoint, tmp_path: Path) -> None:
+    """Equal updates, and outputs at most 1.2 times as far from float32 as peft's."""
+    ours, theirs = check_in_sixteen_bits(case, tmp_path / "theirs")
+    print(f"{case}: {ours:.2e}, peft {theirs:.2e}, {ours / theirs:.2f}")
+    assert 0 < ours <= 1.2 * theirs

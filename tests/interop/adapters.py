@@ -26,6 +26,13 @@ def base(name: str) -> nn.Module:
     return phi3() if name == "phi3" else tiny(name).eval()
 
 
+def config_of(model: Any, path: Path) -> Path:
+    """A folder with the config of a model alone."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(path)
+    return path
+
+
 def written(model: nn.Module, path: Path, seed: int = 0, **config: Any) -> Path:
     """A folder with a random LoRA of a model."""
     import copy

@@ -266,3 +266,33 @@ def check(case: Checkpoint, folder: Path) -> tuple[float, float | None]:
     back = difference(ours, loaded(folder / "ours", case.family))
     assert back <= TOLERANCE
     return found, back
+
+
+IN_SIXTEEN_BITS = ("lora", "patterns", "bias", "head", "tables", "conv", "experts", "dora", "ia3", "loha", "lokr")
+"""Kinds that are tried on a base in bfloat16 as well."""
+
+
+def check_in_sixteen_bits(case: Checkpoint, folder: Path, inputs: int = 4) -> tuple[float, float]:
+    """Import a checkpoint of a base in bfloat16.
+
+    The same tensors in float32 give peft's outputs within `TOLERANCE`, so every site has the same update.
+
+    Returns:
+        Root mean square errors of outputs in bfloat16, against peft's in float32 with the same tensors: ours, peft's.
+    """
+    theirs = saved(case.config(), case.family, folder, noise=0.02, dtype=torch.bfloat16)
+    exact = copy.deepcopy(theirs).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = graftc.import_peft(folder, copy.deepcopy(base(case.family)).bfloat16())
+        wide = graftc.import_peft(folder, copy.deepcopy(base(case.family)).bfloat16().float())
+    assert difference(wide, exact) <= TOLERANCE
+    errors: list[list[Tensor]] = [[], []]
+    for seed in range(inputs):
+        given = inputs_for(wide, (3, 9), seed)
+        narrow = {name: v.bfloat16() if v.is_floating_point() else v for name, v in given.items()}
+        expected = first(exact, given)
+        for model, found in zip((ours, theirs), errors, strict=True):
+            found.append((first(model, narrow).float() - expected).square().mean())
+    own, peer = (float(torch.stack(found).mean().sqrt()) for found in errors)
+    return own, peer

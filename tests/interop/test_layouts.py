@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from graftc.runtime.interop.layouts.convert import convert_folder
 from graftc.runtime.interop.layouts.plain import AttentionSizes
 from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
 from graftc.specs.errors.diagnostics import GraftError
-from tests.interop.adapters import base, outputs, written
+from tests.interop.adapters import base, config_of, outputs, written
 
 MOE = {
     "target_modules": ["q_proj", "v_proj"],
@@ -28,7 +29,8 @@ ALL = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(base("mixtral"), tmp_path_factory.mktemp("moe") / "peft", **MOE)
+    folder, model = tmp_path_factory.mktemp("moe"), base("mixtral")
+    return with_base(written(model, folder / "peft", **MOE), config_of(model, folder / "base"))
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +40,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    base("llama").config.save_pretrained(folder)
-    return folder
+    return config_of(base("llama"), tmp_path_factory.mktemp("llama"))
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -50,6 +50,13 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 def config(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
     return found
+
+
+def with_base(adapter: Path, named: Path | None) -> Path:
+    """The same folder, whose config names a base."""
+    about = {**config(adapter), "base_model_name_or_path": None if named is None else str(named)}
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    return adapter
 
 
 @pytest.mark.parametrize("layout", ["vllm", "sglang", "unsloth", "tinker"])
@@ -284,6 +291,57 @@ def test_experts_that_are_missing(moe: Path, tmp_path: Path) -> None:
     with pytest.raises(GraftError, match=r"has no adapter_config\.json"):
         convert_folder(tmp_path, None, "peft")
     assert module.is_adapter_folder(moe)
+
+
+def transposed() -> Any:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "intermediate_size_mlp": 20, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 50, "pad_token_id": 0}
+    return Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, num_local_experts=3, interleave_moe_layer_step=1))
+
+
+def interleaved() -> Any:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "vocab_size": 50, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    return GptOssForCausalLM(GptOssConfig(**sizes, **heads, num_local_experts=3, num_experts_per_tok=2))
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (None, "the base is needed"),
+        (transposed, r"Llama4ForCausalLM.*stored as \[in, out\]|no such module"),
+        (interleaved, r"GptOssForCausalLM.*stored as \[in, out\]"),
+        (lambda: base("llama"), "LlamaForCausalLM.*no such module"),
+    ],
+    ids=["no base", "transposed", "interleaved", "another base"],
+)
+@pytest.mark.parametrize("way", ["there", "back"])
+def test_experts_that_are_stored_otherwise(moe: Path, tmp_path: Path, build: Any, words: str, way: str) -> None:
+    """Keys do not tell in which order experts are: the base does."""
+    source = tmp_path / "source"
+    if way == "there":
+        shutil.copytree(moe, source)
+    else:
+        convert_folder(moe, source, "vllm")
+    with_base(source, None if build is None else config_of(build(), tmp_path / "other"))
+    with pytest.raises(GraftError, match=words) as caught:
+        convert_folder(source, tmp_path / "out", "vllm" if way == "there" else "peft")
+    assert caught.value.code == "GC069" and not (tmp_path / "out").exists()
+
+
+def test_rows_that_alternate(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes do not tell these from others; the class that transformers has does."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    monkeypatch.setattr(
+        MixtralExperts, "is_concatenated", property(lambda self: False, lambda self, value: None), raising=False
+    )
+    with pytest.raises(GraftError, match="alternate"):
+        convert_folder(moe, None, "vllm")
 
 
 def test_gate_and_up_with_factors_of_their_own(moe: Path, tmp_path: Path) -> None:

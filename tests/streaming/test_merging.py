@@ -6,6 +6,7 @@ import json
 import stat
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from graftc.runtime.loading.verify import verify
 from graftc.runtime.models import load_model
 from graftc.runtime.streaming import places
 from graftc.runtime.streaming.verifying import verify_checkpoint
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import perturb
 from tests.artifact.support import tree_bytes
 from tests.streaming.support import PROJECTIONS, exact_lora, peft_adapter, sharded_base, tensors, written_lora
@@ -199,7 +200,7 @@ def test_nothing_that_changes_is_an_error_unless_allowed(llama: Path, tmp_path: 
 
     adapter = written_lora(tmp_path / "adapter", llama / "base")
     edit_adapter(adapter, lambda made: [t.zero_() for name, t in made.items() if "lora_B" in name])
-    with pytest.raises(GraftError, match="its update is zero") as error:
+    with pytest.raises(GraftError, match="the update is zero") as error:
         graftc.merge_checkpoint(adapter, None, tmp_path / "out")
     assert error.value.code == "GC104"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
@@ -209,3 +210,18 @@ def test_nothing_that_changes_is_an_error_unless_allowed(llama: Path, tmp_path: 
     edit_adapter(adapter, lambda made: [t.fill_(1e-9) for name, t in made.items() if "lora_B" in name])
     with pytest.raises(GraftError, match="lost in rounding"):
         graftc.merge_checkpoint(adapter, None, tmp_path / "tiny")
+
+
+def test_an_update_that_is_mostly_lost_warns(tmp_path: Path) -> None:
+    from tests.streaming.support import edit_adapter
+
+    base = sharded_base(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = written_lora(tmp_path / "adapter", base)
+    edit_adapter(adapter, lambda made: [t.mul_(1e-4) for name, t in made.items() if "lora_B" in name])
+    with pytest.warns(GraftWarning, match=r"rounding to bfloat16 leaves .*% of the update") as warnings:
+        made = graftc.merge_checkpoint(adapter, base, tmp_path / "out")
+    assert [w.message.code for w in warnings if isinstance(w.message, GraftWarning)] == ["GC105"]
+    assert 0 < made.certificate.retention.norm < 0.5
+    graftc.merge_checkpoint(
+        adapter, base, tmp_path / "wide", dtype=torch.float32
+    )  # without a warning, which is an error

@@ -17,6 +17,7 @@ import torch
 
 from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.folding.retention import Retention
+from graftc.specs.errors.diagnostics import GraftError, warn
 
 ALGEBRA_BOUND = 1e-9
 """Largest relative difference of float64 results; sums of some thousand float64 products stay far below."""
@@ -28,6 +29,12 @@ DEFAULT_BUDGET: Mapping[torch.dtype, float] = {
     torch.bfloat16: 1e-1,
 }
 """Largest difference of outputs by dtype, relative to the largest output or 1."""
+
+
+HALF = 0.5
+"""What is left of the norm of an update below which a merge warns."""
+
+_WIDER = "dtype=torch.float32 (--dtype float32) keeps it"
 
 
 @dataclass(frozen=True)
@@ -170,3 +177,31 @@ class Certificate:
             "anchors": [item.to_json() for item in self.anchors],
             "largest_difference": self.largest_difference,
         }
+
+
+def require_changed(certificate: Certificate, allow_unchanged: bool = False) -> None:
+    """Refuse a fold after which every folded tensor is the base's, unless that is allowed, and warn (GC105) where
+    rounding has lost more than half of the update.
+
+    Raises:
+        GraftError: GC104 with the reason.
+    """
+    retention = certificate.retention
+    if not certificate.sites:
+        return
+    if retention.unchanged and not allow_unchanged:
+        sites = len(dict.fromkeys(site.site for site in certificate.sites))
+        where = "the only site" if sites == 1 else f"all {sites} sites"
+        if retention.wanted:
+            message = f"the merge changes nothing: at {where} the update is lost in rounding to {certificate.dtype}"
+            hint = f"{_WIDER}; allow_unchanged=True (--allow-unchanged) merges all the same"
+        else:
+            message = f"the merge changes nothing: the update is zero at {where}"
+            hint = (
+                "train first, or load the tensors that were trained, and look at alpha; allow_unchanged=True "
+                "(--allow-unchanged) merges all the same"
+            )
+        raise GraftError("GC104", message, hint=hint)
+    if retention.norm < HALF and not retention.unchanged:
+        message = f"rounding to {certificate.dtype} leaves {retention.norm:.1%} of the update"
+        warn("GC105", message, hint=_WIDER, stacklevel=4)

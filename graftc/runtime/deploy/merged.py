@@ -13,7 +13,7 @@ from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.capture.fingerprint import identify
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import program_of
-from graftc.compiler.folding.certificate import DEFAULT_BUDGET, Certificate
+from graftc.compiler.folding.certificate import DEFAULT_BUDGET, Certificate, require_changed
 from graftc.compiler.folding.certify import Advance, Folded, added_bias, fold_tensors
 from graftc.compiler.folding.collapse import collapse_evidence
 from graftc.compiler.folding.differences import largest_difference, largest_number
@@ -192,28 +192,6 @@ def require_passed(certificate: Certificate) -> None:
     if failures:
         hint = None if certificate.finite else "look for NaN in what was trained and in buffers of the base"
         raise GraftError("GC051", "the fold is not certified: " + "; ".join(failures[:3]), hint=hint, details=failures)
-
-
-def require_changed(certificate: Certificate, allow_unchanged: bool = False) -> None:
-    """Refuse a fold after which every folded tensor is the base's, unless that is allowed.
-
-    Raises:
-        GraftError: GC104 with the reason.
-    """
-    if allow_unchanged or not (certificate.sites and certificate.retention.unchanged):
-        return
-    sites = len(dict.fromkeys(site.site for site in certificate.sites))
-    where = "the only site" if sites == 1 else f"all {sites} sites"
-    if certificate.retention.wanted:
-        message = f"the merge changes nothing: at {where} the update is lost in rounding to {certificate.dtype}"
-        hint = "dtype=torch.float32 (--dtype float32) keeps it; allow_unchanged=True merges all the same"
-    else:
-        message = f"the merge changes nothing: the update is zero at {where}"
-        hint = (
-            "train first, or load the tensors that were trained, and look at alpha; allow_unchanged=True "
-            "(--allow-unchanged) merges all the same"
-        )
-    raise GraftError("GC104", message, hint=hint)
 
 
 def require_weights(runner: CompiledRunner) -> None:

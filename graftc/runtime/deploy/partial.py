@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.folding.certificate import Certificate
+from graftc.compiler.folding.certificate import Certificate, require_changed
 from graftc.compiler.folding.certify import Advance
 from graftc.compiler.folding.collapse import collapsed_spec, collapsed_values
 from graftc.compiler.folding.differences import largest_difference
@@ -22,7 +22,7 @@ from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
-from graftc.runtime.deploy.merged import Merged, fold, require_changed, require_passed
+from graftc.runtime.deploy.merged import Merged, fold, require_passed
 from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.widening import of_the_base, widened
 from graftc.runtime.model.runner import M, runner_of

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import graftc
-from graftc.compiler.folding.certificate import Certificate, SiteEvidence
+from graftc.compiler.folding.certificate import Certificate, SiteEvidence, require_changed
 from graftc.compiler.folding.retention import Retention
 from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
 from graftc.runtime.artifact.places import RECORD, is_merged
@@ -201,11 +201,6 @@ def _result(
         sites[evidence.site] = evidence if known is None else _joined(known, evidence)
     order = [place.site for place in plan.places] + list(plan.replacements)
     total = Retention.total(evidence.retention for evidence in sites.values())
-    if total.unchanged and not allow_unchanged:
-        why = "its update is zero" if not total.wanted else "all of its update is lost in rounding"
-        hint = "--dtype float32 keeps small updates" if total.wanted else "is this the adapter that was trained?"
-        message = f"merging changes no entry of any weight: {why}"
-        raise GraftError("GC104", message, hint=f"{hint}; --allow-unchanged, or allow_unchanged=True, goes on anyway")
     dtypes = {plan.written(plan.checkpoint.tensors()[p.weight.tensor]) for p in plan.places} or {"F32"}
     dtype = str(DTYPES[sorted(dtypes)[0]]).removeprefix("torch.")
     note = "made from files: every site was probed, and the outputs of the whole model were not compared"
@@ -213,6 +208,7 @@ def _result(
     certificate = Certificate(
         found, {}, 0.0, "", "", fingerprint=plan.updates.base, dtype=dtype, notes=(note,), retention=total
     )
+    require_changed(certificate, allow_unchanged)
     untouched = sum(each.untouched for each in done.values())
     return StreamedMerge(path, certificate, plan.updates.names, untouched, resumed, dtype)
 

@@ -123,7 +123,7 @@ def _update(
     if found.parameter != "weight" or found.depth or method.stands_in or kind not in _MATRICES:
         raise GraftError("GC103", f"{found.spec.method} at {found.name}, a {kind}, is no change of a stored matrix")
     if found.name in tied:
-        hint = "leave the site out, or break the tie in the model before training"
+        hint = "leave the site out, or save a base in which the weight is a copy of its own"
         raise GraftError("GC022", f"{found.name} is tied to another weight, which would change too", hint=hint)
     spec = method.standing_alone(found.spec, ()) if isinstance(method, RowWise) else found.spec
     weight, bias = module.weight, getattr(module, "bias", None)

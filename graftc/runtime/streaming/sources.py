@@ -179,7 +179,7 @@ def _update(
         raise GraftError(
             "GC022",
             f"{place.adaptation!r} would fold into {site}, which something else reads too",
-            hint="folding would change both; leave the site out, or break the tie in the model before compiling",
+            hint="folding would change both; leave the site out, or give the module a weight of its own with untie:",
         )
     spec = specs[place.adaptation].for_site(place.module, place.roles, place.layer, depth=depths.get(place.stack))
     method = method_for(spec.method)

@@ -398,6 +398,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "or its scale is zero, or all of its update is smaller than the spacing of the base's type.",
      "Check that it is the right adapter. `--dtype float32` (`dtype=torch.float32`) keeps small updates; "
      "`--allow-unchanged` (`allow_unchanged=True`) merges all the same."),
+    ("GC105", _WARNING, "the merge loses most of the update",
+     "Most of the update is smaller than the spacing of the type in which the merged weights are stored, so that "
+     "rounding gives back the base's values.",
+     "`--dtype float32` (`dtype=torch.float32`) keeps small updates, as does serving the adapter unmerged."),
 
     # Checkpoints of peft.
     ("GC110", _FAILED, "there is no PEFT adapter",

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from graftc.runtime.files import staged
+from graftc.runtime.interop.layouts.experts import require_usual_experts
 from graftc.runtime.interop.layouts.folder import detected, read_layout, write_layout
 from graftc.runtime.interop.layouts.fusing import FUSED, joined, split
 from graftc.runtime.interop.layouts.layout import AdapterLayout, layout_of
@@ -21,6 +22,7 @@ from graftc.runtime.interop.layouts.plain import AttentionSizes, PlainAdapter, c
 from graftc.runtime.interop.layouts.reference import responses
 from graftc.runtime.interop.peft.folder import WEIGHTS
 from graftc.runtime.interop.peft.servers import SERVERS, require_served
+from graftc.runtime.models import local_config
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG
@@ -99,7 +101,8 @@ def convert_folder(
         add: more folders of the same layout and base, whose updates are added.
         join: what is fused into one map: ``"qkv"``, ``"gate_up"``.
         apart: what is split into its parts.
-        model: the base's folder, for sizes of heads; by default the one that the config names, where it is a folder.
+        model: the base's folder, of which the config is read: experts need it, and what depends on heads. By default
+            what the adapter's config names, where it is a folder or in the hub's cache.
         force: replace an adapter folder that is there.
 
     Raises:
@@ -112,6 +115,7 @@ def convert_folder(
             raise GraftError("GC069", f"nothing is fused as {word!r}", hint=f"what can be fused: {', '.join(FUSED)}")
     origin = AdapterSource.of(folder, source, add, model)
     adapter, wanted = origin.read(join, apart)
+    require_usual_experts(adapter, (origin.layout, target), origin.base)
     if out is None:
         import tempfile
 
@@ -128,11 +132,13 @@ class AdapterSource:
     Attributes:
         folders: adapter folders of one layout and base, whose updates are added.
         layout: theirs.
-        heads: the base's, where its config is at hand.
+        base: the folder of the base, or of its config alone; None where it is not at hand.
+        heads: the base's, where its config says them.
     """
 
     folders: tuple[Path, ...]
     layout: AdapterLayout
+    base: Path | None
     heads: AttentionSizes | None
 
     @classmethod
@@ -143,7 +149,8 @@ class AdapterSource:
         folders = (folder, *add)
         _require_readable(folders)
         found = layout_of(layout) if layout is not None else detected(folder)
-        return cls(folders, found, _base(_config(folder), model))
+        base = _base(_config(folder), model)
+        return cls(folders, found, base, None if base is None else _heads(base, required=model is not None))
 
     def read(self, join: Sequence[str] = (), apart: Sequence[str] = ()) -> tuple[PlainAdapter, dict[str, Tensor]]:
         """One adapter with the updates of all, and what they add by the description of their layout."""
@@ -252,21 +259,24 @@ def _require_readable(folders: Sequence[Path]) -> None:
             raise GraftError("GC110", f"{folder} has no {missing}", place=Place(str(folder)))
 
 
-def _base(config: Mapping[str, Any], model: Path | None) -> AttentionSizes | None:
-    """The heads of the base, where its config is at hand."""
-    named = config.get("base_model_name_or_path")
-    where = model if model is not None else Path(named) if isinstance(named, str) and named else None
-    file = None if where is None else where / "config.json"
-    if file is None or not file.is_file():
-        if model is not None:
+def _base(config: Mapping[str, Any], model: Path | None) -> Path | None:
+    """The folder of the base, or of its config alone, where it is on this machine."""
+    if model is not None:
+        if not (model / "config.json").is_file():
             raise GraftError("GC069", f"{model} has no config.json", place=Place(str(model)))
-        return None
+        return model
+    named = config.get("base_model_name_or_path")
+    return local_config(named) if isinstance(named, str) and named else None
+
+
+def _heads(base: Path, *, required: bool) -> AttentionSizes | None:
+    file = base / "config.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         return AttentionSizes.of(found, str(file))
     except (ValueError, AttributeError) as error:
         raise GraftError("GC069", f"the config of the base cannot be read: {error}", place=Place(str(file))) from None
     except GraftError:
-        if model is not None:
+        if required:
             raise
         return None

@@ -1,0 +1,69 @@
+"""Whether a base stores its experts as the layouts describe them, by which an adapter can be converted at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from graftc.runtime.interop.layouts.layout import AdapterLayout
+from graftc.runtime.interop.layouts.plain import EXPERT, PlainAdapter
+from graftc.runtime.models import load_folder
+from graftc.specs.errors.diagnostics import GraftError, Place
+
+__all__ = ["require_usual_experts"]
+
+_FLAT = ("flat", "flat_by_expert")
+_WAY_OUT = "merge the adapter as it is, or import it: graftc merge --stream and graftc import-peft look at the model"
+
+
+def require_usual_experts(adapter: PlainAdapter, layouts: tuple[AdapterLayout, ...], base: Path | None) -> None:
+    """Refuse to take experts apart or to fuse them unless the base has them as the layouts say: ``[experts, out, in]``,
+    with the rows of the gate above those of the up projection. gpt-oss and Llama 4 have them otherwise, under the same
+    keys.
+
+    Args:
+        adapter: what is converted.
+        layouts: what is read and what is written.
+        base: the folder of the base; its config is enough.
+
+    Raises:
+        GraftError: GC069 where the base is not at hand, or has its experts otherwise; GC032 where its config cannot be
+            read.
+    """
+    if not adapter.has_experts or not any(layout.experts in _FLAT for layout in layouts):
+        return
+    if base is None:
+        message = "the adapter has experts, whose order its keys do not tell: the base is needed, or its config.json"
+        raise GraftError("GC069", message, hint="name the folder of the base: --model MODEL")
+    model = load_folder(base, meta=True)
+    wrong: dict[str, None] = {}
+    for path in adapter.updates:
+        found = EXPERT.fullmatch(path)
+        if found is not None and (reason := _unusual(model, found["module"], adapter)) is not None:
+            wrong[f"{found['module']}: {reason}"] = None
+    if wrong:
+        message = f"the layouts do not describe the experts of {type(model).__name__}: {next(iter(wrong))}"
+        raise GraftError("GC069", message, place=Place(str(base)), hint=_WAY_OUT, details=tuple(wrong))
+
+
+def _unusual(model: nn.Module, path: str, adapter: PlainAdapter) -> str | None:
+    """How experts are stored, where it is not as the layouts say."""
+    try:
+        module: Any = model.get_submodule(path)
+    except AttributeError:
+        return "the base has no such module"
+    both, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if not isinstance(both, Tensor) or not isinstance(down, Tensor) or both.dim() != 3 or down.dim() != 3:
+        return "its gate and up projections are not one tensor of all experts"
+    if getattr(module, "is_transposed", False) or (both.shape[1], both.shape[2]) != (2 * down.shape[2], down.shape[1]):
+        return "its matrices are stored as [in, out]"
+    if not getattr(module, "is_concatenated", True):
+        return "rows of the gate and of the up projection alternate"
+    sizes = {"gate_proj": both[:, : both.shape[1] // 2], "up_proj": both[:, both.shape[1] // 2 :], "down_proj": down}
+    for word, weight in sizes.items():
+        update = adapter.updates.get(f"{path}.{word}")
+        if update is not None and (update.experts, update.rows, update.down.shape[-1]) != tuple(weight.shape):
+            return f"its {word} is {list(weight.shape)}, which the adapter's does not fit"
+    return None
