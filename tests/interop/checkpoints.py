@@ -252,8 +252,7 @@ def check(case: Checkpoint, folder: Path) -> tuple[float, float | None]:
     Returns:
         The largest differences of outputs: imported, and of what peft loads of the export.
     """
-    noise = 0.02 if case.name in ("pissa", "olora") else 0.1
-    theirs = saved(case.config(), case.family, folder / "theirs", noise=noise, seed=case.seed)
+    theirs = saved(case.config(), case.family, folder / "theirs", seed=case.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ours = graftc.import_peft(folder / "theirs", base(case.family))
@@ -272,7 +271,7 @@ IN_SIXTEEN_BITS = ("lora", "patterns", "bias", "head", "tables", "conv", "expert
 """Kinds that are tried on a base in bfloat16 as well."""
 
 
-def check_in_sixteen_bits(case: Checkpoint, folder: Path, inputs: int = 4) -> tuple[float, float]:
+def check_in_sixteen_bits(case: Checkpoint, folder: Path, inputs: int = 12) -> tuple[float, float]:
     """Import a checkpoint of a base in bfloat16.
 
     The same tensors in float32 give peft's outputs within `TOLERANCE`, so every site has the same update.

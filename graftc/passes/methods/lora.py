@@ -94,15 +94,21 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
 
 def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """The first ``rank`` singular directions, ``s B A`` their part of the weight, values shared by both factors."""
-    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    u, s, v = torch.linalg.svd(_single(weight), full_matrices=False)
     root = (s[..., :rank] / scaling).sqrt()
     return root[..., :, None] * v[..., :rank, :], u[..., :rank] * root[..., None, :]
 
 
 def _olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """The first ``rank`` columns of Q and rows of R, as they are."""
-    q, r = torch.linalg.qr(weight.double())
+    q, r = torch.linalg.qr(_single(weight))
     return r[..., :rank, :], q[..., :rank]
+
+
+def _single(weight: Tensor) -> Tensor:
+    """At least float32. Checkpoints of peft lack the initial factors, and what peft subtracts from the base when it
+    loads one comes from a float32 decomposition: a wider one would give another base."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 _FROM_WEIGHT = {"pissa": _pissa, "olora": _olora}
