@@ -95,7 +95,8 @@ class Certificate:
 
     Attributes:
         sites: evidence per site.
-        outputs: largest absolute difference of each output, folded against unfolded, in the model's dtype.
+        outputs: largest absolute difference of each output, folded against unfolded, in the model's dtype; none where
+            the whole model was not run.
         budget: what `outputs` may differ by.
         structure: hash of the folded graph.
         base_structure: hash of the base's graph.
@@ -171,11 +172,12 @@ class Certificate:
             "retention": self.retention.to_json(),
             "unchanged": list(self.unchanged),
             "outputs": dict(self.outputs),
+            "budget": self.budget if self.outputs else None,
             "additions": list(self.additions),
             "notes": list(self.notes),
             "collapses": [asdict(item) for item in self.collapses],
             "anchors": [item.to_json() for item in self.anchors],
-            "largest_difference": self.largest_difference,
+            "largest_difference": self.largest_difference if self.outputs else None,
         }
 
 

@@ -275,10 +275,11 @@ class CertificateData(Result):
     """Evidence for each site."""
 
     outputs: Mapping[str, float]
-    """Largest absolute difference of each output, folded against unfolded, in the model's dtype."""
+    """Largest absolute difference of each output, folded against unfolded, in the model's dtype; none where the whole
+    model was not run."""
 
-    budget: float = Field(ge=0)
-    """What outputs may differ by."""
+    budget: float | None = Field(ge=0)
+    """What outputs may differ by; null where none were compared."""
 
     structure: str
     """Hash of the folded graph."""
@@ -310,5 +311,5 @@ class CertificateData(Result):
     unchanged: Items[str]
     """Sites at which every folded element is the base's."""
 
-    largest_difference: float = Field(ge=0)
-    """The largest of `outputs`."""
+    largest_difference: float | None = Field(ge=0)
+    """The largest of `outputs`; null where none were compared."""
