@@ -283,7 +283,7 @@ EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
         ExportResult,
         {
             **{"artifact": "a", "format": "onnx", "out": "b.onnx", "dry_run": False, "merged": True},
-            **{"files": FILES, "certificate": CERTIFICATE, "tensors": TENSORS, "warnings": []},
+            **{"files": FILES, "certificate": CERTIFICATE, "tensors": TENSORS, "max_rank": 16, "warnings": []},
         },
     ),
     "import-peft": (

@@ -124,7 +124,8 @@ def export(
         result = {
             **{"artifact": str(directory), "format": format.value, "out": None if to is None else str(to)},
             **{"dry_run": dry_run, "merged": merge, "files": files},
-            **{"certificate": certificate.to_json() if certificate else None, "tensors": [], "warnings": warnings},
+            **{"certificate": certificate.to_json() if certificate else None, "tensors": []},
+            **{"max_rank": None, "warnings": warnings},
         }
         print_json(ExportResult.model_validate(result))
         return
@@ -197,7 +198,7 @@ def _to_peft(
         result = {
             **{"artifact": str(directory), "format": "peft", "out": None if to is None else str(to)},
             **{"dry_run": to is None, "merged": False, "files": files, "certificate": None},
-            **{"tensors": made.sites(), "warnings": warnings},
+            **{"tensors": made.sites(), "max_rank": needed, "warnings": warnings},
         }
         print_json(ExportResult.model_validate(result))
         return

@@ -199,6 +199,9 @@ class ExportResult(Result):
     tensors: Items[PeftTensorData]
     """With `--format peft`, every tensor that was written, and what it is here; empty otherwise."""
 
+    max_rank: int | None = Field(ge=1)
+    """With `--for`, the largest rank with which the server has to be started, its `--max-lora-rank`; null otherwise."""
+
     warnings: Items[DiagnosticData]
     """Warnings."""
 
