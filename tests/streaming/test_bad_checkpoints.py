@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import graftc
 from graftc.passes.core.weights.folds import WeightFold
 from graftc.passes.methods.lora import LoRAMethod
 from graftc.runtime.streaming import places
 from graftc.specs.errors.diagnostics import GraftError
+from tests.families import tiny
 from tests.streaming.support import edit_adapter, sharded_base, tensors, written_lora
 
 INDEX = "model.safetensors.index.json"
@@ -185,6 +186,39 @@ def test_numbers_in_the_base_that_are_none(place: Path) -> None:
     error = refused(place)
     assert error.code == "GC102"
     assert "q_proj" in error.message
+
+
+def test_tensors_that_the_files_lack(place: Path) -> None:
+    """Neither in the files nor in the index: transformers would draw them at random."""
+    edit_index(place / "base", lambda table: table.pop("lm_head.weight"))
+    files = [file for file in (place / "base").glob("*.safetensors")]
+    for file in files:
+        held = {name: tensor for name, tensor in load_file(file).items() if name != "lm_head.weight"}
+        file.unlink() if not held else save_file(held, file, metadata={"format": "pt"})
+    error = refused(place)
+    assert error.code == "GC100" and "lm_head.weight" in error.message
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids="+".join)
+def test_copies_of_tied_tensors(tmp_path: Path, modules: list[str]) -> None:
+    """peft trains a copy for one of two modules that share a tensor: in files there is one."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    model = tiny("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "base")
+    tied = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=modules)
+    adapted = peft.get_peft_model(tied, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    error = refused(tmp_path)
+    assert error.code in ("GC022", "GC113", "GC114") and ("tied" in error.message or error.code != "GC022")
 
 
 def test_quantised_bases(place: Path) -> None:

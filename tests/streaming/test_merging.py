@@ -11,6 +11,7 @@ from warnings import catch_warnings, simplefilter
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import graftc
 from graftc.runtime.loading.verify import verify
@@ -58,6 +59,13 @@ def merged_both_ways(folder: Path, family: str, dtype: torch.dtype, spec: Any) -
         ("bert", torch.bfloat16, {"adapt": [{"method": "sora", "target": ROLES, "rank": 4}]}),
         ("bert", torch.bfloat16, {"adapt": [{"method": "adamix_lora", "target": ROLES, "rank": 4}]}),
         ("bert", torch.bfloat16, {"adapt": [{"method": "bitfit"}]}),
+        (
+            "gpt2",
+            torch.float32,
+            {"adapt": [{"method": "lora", "target": {"role": ["ffn.up", "ffn.down"]}, "rank": 4, "bias": "lora_only"}]},
+        ),
+        ("bert", torch.bfloat16, {"adapt": [{"method": "lora", "target": ROLES, "rank": 4, "bias": "all"}]}),
+        ("llama", torch.bfloat16, {"adapt": [{"method": "lora", "target": ROLES, "rank": 4}], "train": ["lm_head"]}),
     ],
     ids=lambda value: value["adapt"][0]["method"] if isinstance(value, dict) else None,
 )
@@ -123,6 +131,35 @@ def test_peft_types_merge_as_peft_merges_them(tmp_path: Path) -> None:
     assert len(made.certificate.sites) == 8
     for name, found in ours.items():  # peft rounds in float32 several times
         assert torch.allclose(found, theirs[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("family", "bias", "targets"),
+    [
+        ("gpt2", "all", ["c_attn"]),
+        ("gpt2", "lora_only", ["c_attn", "c_fc"]),
+        ("bert", "lora_only", ["query", "output.dense"]),
+        ("gpt_neox", "all", ["query_key_value"]),
+    ],
+)
+def test_trained_biases_of_adapted_modules(family: str, bias: Any, targets: list[str], tmp_path: Path) -> None:
+    """They are in the merged files, and a folder that lacks them is not verified."""
+    import peft
+
+    base = sharded_base(tmp_path / "base", family, torch.float32)
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, bias=bias, fan_in_fan_out=family == "gpt2")
+    model = peft_adapter(tmp_path / "adapter", base, config)
+    graftc.merge_checkpoint(tmp_path / "adapter", base, tmp_path / "ours")
+    assert verify_checkpoint(tmp_path / "ours", tmp_path / "adapter", base).passed
+    theirs, ours, before = model.merge_and_unload().state_dict(), tensors(tmp_path / "ours"), tensors(base)
+    for name, found in ours.items():  # a class may call a head differently from its files
+        assert torch.allclose(found, theirs.get(name, before[name]), rtol=1e-5, atol=1e-6), name
+    trained = [name for name in ours if name.endswith(".bias") and not torch.equal(ours[name], before[name])]
+    assert any(name.removesuffix(".bias").endswith(targets[0]) for name in trained)
+    file = next(f for f in (tmp_path / "ours").glob("*.safetensors") if trained[0] in tensors_of(f))
+    held = load_file(file)
+    save_file({**held, trained[0]: before[trained[0]]}, file, metadata={"format": "pt"})
+    assert not verify_checkpoint(tmp_path / "ours", tmp_path / "adapter", base).passed
 
 
 def test_float32_keeps_the_update(llama: Path, tmp_path: Path) -> None:

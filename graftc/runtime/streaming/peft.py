@@ -27,6 +27,7 @@ __all__ = ["base_named_by", "peft_updates"]
 
 NAME = "adapter"
 """What the adaptation is called: peft's checkpoints do not say."""
+_UNTIED = "save a base with tie_word_embeddings false, whose files have both tensors, and merge into that"
 _MATRICES = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 
 
@@ -77,13 +78,28 @@ def peft_updates(path: Path, checkpoint: Checkpoint) -> AdapterUpdates:
         message = f"{path} adapts another model than {checkpoint.path}: {wrong[0]}"
         raise GraftError("GC102", message, hint=hint, details=wrong[1:30])
     check_contents(adapter, list(modules), dict(model.named_parameters(remove_duplicate=False)))
+    _check_complete(adapter, model, checkpoint, names)
     _check_copies(adapter, model, checkpoint, names)
     tied = {*aliases, *aliases.values()}
+    if whole := [name for name in adapter.trained if name in tied]:
+        message = f"{whole[0]} was trained apart from a tensor that it is tied to in the base: both would change"
+        raise GraftError("GC022", message, hint=_UNTIED, details=whole[1:])
     shared = adapter.shared()
     updates = tuple(_update(adapter, module, modules[module.path], names, tied, shared) for module in adapter.modules)
     trained = adapter.trained.items()
     copies = tuple(Replacement("trained", names.of(name), adapter.tensor(key)) for name, key in trained)
     return AdapterUpdates("peft", updates, copies, _digest(adapter.folder), "", json.dumps(dict(adapter.config.own)))
+
+
+def _check_complete(adapter: PeftAdapter, model: nn.Module, checkpoint: Checkpoint, names: FileNames) -> None:
+    """Refuse a base whose files, or their index, lack tensors of its class that the adapter does not bring. Where the
+    files have others that the class has not, it calls them differently, and none may be lacking."""
+    lacking = [name for name, _ in model.named_parameters() if names.find(name) is None and name not in adapter.trained]
+    own = [name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
+    if lacking and not checkpoint.tensors().keys() - {names.find(name) for name in own}:
+        message = f"the files of {checkpoint.path} lack {len(lacking)} tensors of {type(model).__name__}: {lacking[0]}"
+        hint = "copy the base again; of an index, every tensor of the files has to be listed"
+        raise GraftError("GC100", message, hint=hint, details=lacking[1:30])
 
 
 def _check_copies(adapter: PeftAdapter, model: nn.Module, checkpoint: Checkpoint, names: FileNames) -> None:
@@ -123,8 +139,7 @@ def _update(
     if found.parameter != "weight" or found.depth or method.stands_in or kind not in _MATRICES:
         raise GraftError("GC103", f"{found.spec.method} at {found.name}, a {kind}, is no change of a stored matrix")
     if found.name in tied:
-        hint = "leave the site out, or save a base in which the weight is a copy of its own"
-        raise GraftError("GC022", f"{found.name} is tied to another weight, which would change too", hint=hint)
+        raise GraftError("GC022", f"{found.name} is tied to another weight, which would change too", hint=_UNTIED)
     spec = method.standing_alone(found.spec, ()) if isinstance(method, RowWise) else found.spec
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)

@@ -131,7 +131,7 @@ class Held:
 
 @dataclass
 class ReplacedFold(Held):
-    """A trained copy in the place of a whole tensor, and the evidence."""
+    """A trained copy in the place of a tensor, and the evidence."""
 
     replacement: Replacement
     change: float = 0.0
@@ -143,14 +143,17 @@ class ReplacedFold(Held):
             self.replacement.tensor, (self.replacement.adaptation,), self.change, 0.0, self.rounding, self.retention
         )
 
-    def blocks(self, stored: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Entries of the flat tensor, their values before and after, ``float64``."""
-        old, new = stored.reshape(-1), self.replacement.value.reshape(-1)
-        for start in range(0, old.numel(), BLOCK):
-            part = slice(start, start + BLOCK)
-            before, after = old[part].double(), new[part].double()
+    def blocks(self, rows: WeightSlice, stored: Tensor) -> Iterator[tuple[WeightSlice, Tensor, Tensor]]:
+        """Rows of the tensor, their values before and after, ``float64``.
+
+        Args:
+            rows: those in which nothing else is written.
+            stored: the base's tensor.
+        """
+        for _, own in rows.blocks(max(1, BLOCK // max(1, rows.size // max(1, rows.count)))):
+            before, after = _rows(own, stored), _rows(own, self.replacement.value)
             self.change = largest(self.change, furthest(before, after))
-            yield part, before, after
+            yield own, before, after
 
 
 @dataclass
@@ -245,9 +248,7 @@ class PlaceFold(Held):
 def _rows(own: WeightSlice, stored: Tensor) -> Tensor:
     """Own rows of a tensor, as the map has them, in float64: a copy."""
     views = own.views(stored)
-    return (views[0] if len(views) == 1 else torch.cat(views, -1 if stored.dim() == 1 else -2)).to(
-        torch.float64, copy=True
-    )
+    return (views[0] if len(views) == 1 else torch.cat(views, own.row_axis)).to(torch.float64, copy=True)
 
 
 def _widened(tensor: Tensor) -> Tensor:

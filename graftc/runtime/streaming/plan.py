@@ -56,10 +56,9 @@ class MergePlan:
 
         return [place for place in self.places if touched(place)]
 
-    def replaced_alone(self, shard: Shard) -> list[Replacement]:
-        """The copies of tensors in a file that nothing folds into."""
-        folded = {own.tensor for place in self.places for own in (place.weight, place.bias) if own is not None}
-        return [item for name, item in self.replacements.items() if name in shard.tensors and name not in folded]
+    def replaced_in(self, shard: Shard) -> list[Replacement]:
+        """The copies of tensors in a file."""
+        return [item for name, item in self.replacements.items() if name in shard.tensors]
 
     def written(self, stored: StoredTensor) -> str:
         """The element type that a tensor is written in."""

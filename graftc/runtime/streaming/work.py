@@ -94,16 +94,9 @@ class RowTarget:
         if self._tensors is None:
             return round_into(torch.empty_like(exact, dtype=DTYPES[self._dtypes[own.tensor]]), exact, base)
         views = own.views(self._tensors.stored(own.tensor))
-        axis = -1 if exact.dim() == 1 else -2
-        sizes = [view.shape[axis] for view in views]
-        parts = zip(views, torch.split(exact, sizes, axis), torch.split(base, sizes, axis), strict=True)
+        sizes = [view.shape[own.row_axis] for view in views]
+        parts = zip(views, torch.split(exact, sizes, own.row_axis), torch.split(base, sizes, own.row_axis), strict=True)
         return _together(self._look(*part) for part in parts)
-
-    def put_flat(self, name: str, part: slice, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
-        """The same for entries of a flat tensor."""
-        if self._tensors is None:
-            return round_into(torch.empty_like(exact, dtype=DTYPES[self._dtypes[name]]), exact, base)
-        return self._look(self._tensors.stored(name).reshape(-1)[part], exact, base)
 
     def _look(self, view: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
         return (round_into if self._writes else rounding_of)(view, exact, base)
@@ -151,9 +144,8 @@ def fold_shard(plan: MergePlan, shard: Shard, base: BaseTensors, target: RowTarg
     """
     sites: list[SiteEvidence] = []
     changed: list[WeightSlice] = []
-    places = plan.places_in(shard)
-    alone = plan.replaced_alone(shard)
-    sizes = [place.weight.size for place in places] + [item.value.numel() for item in alone]
+    places, copies = plan.places_in(shard), plan.replaced_in(shard)
+    sizes = [place.weight.size for place in places] + [item.value.numel() for item in copies]
     total, done = max(1, sum(sizes)), 0
 
     for place in places:
@@ -174,12 +166,15 @@ def fold_shard(plan: MergePlan, shard: Shard, base: BaseTensors, target: RowTarg
             advance(done / total)
         else:
             sites.append(fold.evidence)  # a bias in a file of its own has evidence of its own
-    for item in alone:
+    for item in copies:  # in the rows that no fold has written, which were folded from the copy
+        rest = _complement([own for own in changed if own.tensor == item.tensor], shard.tensors[item.tensor])
+        if rest is None:
+            continue
         copied = ReplacedFold(item)
-        for part, before, after in copied.blocks(base.stored(item.tensor)):
-            copied.note(target.put_flat(item.tensor, part, after, before))
-            done += after.numel()
-            advance(done / total)
+        for own, before, after in copied.blocks(rest, base.stored(item.tensor)):
+            copied.note(target.put(own, after, before))
+            done += own.size
+            advance(min(1.0, done / total))
         sites.append(copied.evidence)
     return ShardReport(tuple(sites), tuple(changed))
 

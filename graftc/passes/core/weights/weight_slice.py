@@ -243,7 +243,7 @@ class WeightSlice:
         Nothing else makes values of an operand from a stored tensor.
         """
         every = self.oriented(stored)
-        return every if self.whole else every.index_select(self._row_axis, self.index(every.device))
+        return every if self.whole else every.index_select(self.row_axis, self.index(every.device))
 
     def put_operand(self, stored: Tensor | None, operand: Tensor) -> Tensor:
         """What the Store would hold for another operand of the own rows: the way back from `operand`.
@@ -266,8 +266,8 @@ class WeightSlice:
         Args:
             stored: contiguous.
         """
-        every = self.oriented(stored)
-        return [every.narrow(self._row_axis, start, end - start) for start, end in self.spans]
+        every = self.oriented(stored if stored.dim() else stored.reshape(1))
+        return [every.narrow(self.row_axis, start, end - start) for start, end in self.spans]
 
     def restored(self, operand: Tensor) -> Tensor:
         """The way back from `oriented`."""
@@ -286,7 +286,7 @@ class WeightSlice:
             node = call(aten.transpose.int, node, -2, -1, part="weight")
         elif self.layout is Layout.KERNEL:
             node = call(aten.flatten.using_ints, node, 1, part="weight")
-        return self.read(partial(call, part="weight rows"), node, index, axis=self._row_axis)
+        return self.read(partial(call, part="weight rows"), node, index, axis=self.row_axis)
 
     def restore(self, call: Emit, operand: fx.Node, part: str) -> fx.Node:
         """The node for what `restored` gives of any rows ``[..., k, in]``."""
@@ -298,8 +298,8 @@ class WeightSlice:
         return operand
 
     @property
-    def _row_axis(self) -> int:
-        """Which axis of the operand counts the rows."""
+    def row_axis(self) -> int:
+        """Which axis of the operand counts the rows: the first one of what is no matrix."""
         return 0 if self.layout is Layout.PLAIN else -2
 
     # --- entries by number ---------------------------------------------------------------------------------
