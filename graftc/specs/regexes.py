@@ -90,11 +90,11 @@ class RegexMatcher:
         Raises:
             GraftError: GC002 and GC009 as :func:`check_regex`; GC008 where the time for matching is over.
         """
-        check_regex(text)
-        pattern = _compiled(text)
         found: set[str] = set()
         started = time.process_time()
         try:
+            check_regex(text)
+            pattern = _compiled(text)
             for path in dict.fromkeys(paths):
                 left = self.seconds - (time.process_time() - started)
                 if left <= 0:

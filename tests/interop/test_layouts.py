@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from graftc.runtime.interop.layouts.convert import convert_folder
 from graftc.runtime.interop.layouts.plain import AttentionSizes
 from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
 from graftc.specs.errors.diagnostics import GraftError
+from tests.families import tiny
 from tests.interop.adapters import base, config_of, outputs, written
 
 MOE = {
@@ -204,6 +206,65 @@ def test_several_become_one(dense: Path, tmp_path: Path) -> None:
     one, two, both = (t[f"{front}.lora_B.weight"] @ t[f"{front}.lora_A.weight"] for t in held)
     scale = config(tmp_path / "both")["alpha_pattern"].get("model.layers.0.self_attn.q_proj", 0) / 5
     assert torch.allclose(scale * both, 7 / 3 * one + 3 / 2 * two, atol=1e-5)
+
+
+def test_adapters_of_two_bases(dense: Path, llama_config: Path, tmp_path: Path) -> None:
+    """Another base by its name, or by what it has."""
+    llama = with_base(shutil.copytree(dense, tmp_path / "llama"), llama_config)
+    other = written(base("gpt2"), tmp_path / "other", target_modules=["c_attn"], fan_in_fan_out=True)
+    with_base(other, tmp_path / "elsewhere")
+    with pytest.raises(GraftError, match="name different bases"):
+        convert_folder(llama, tmp_path / "out", add=[other])
+    for options in ({"model": llama_config}, {}):
+        with pytest.raises(GraftError, match=r"another base than .*: it has no transformer\.h\.0\.attn\.c_attn"):
+            convert_folder(llama, tmp_path / "out", add=[with_base(other, None)], **options)
+    wide = tiny("llama", hidden_size=96, num_attention_heads=4)
+    with pytest.raises(GraftError, match="and the adapter is for"):
+        convert_folder(llama, tmp_path / "out", model=config_of(wide, tmp_path / "wide"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ("{", "GC111"),
+        ("null", "GC111"),
+        ('{"peft_type": "LORA", "r": NaN}', "GC111"),
+        ('{"peft_type": "LORA", "lora_alpha": 1e999}', "GC111"),
+        ('{"peft_type": "LORA", "r": 3, "r": 4}', "GC111"),
+        ("[" * 5000, "GC111"),
+        ({"lora_alpha": None}, "GC111"),
+        ({"rank_pattern": {f"(a|b){n}.*": 4 for n in range(5000)}}, "GC008"),
+    ],
+    ids=["cut off", "null", "nan", "infinite", "twice", "deep", "no scale", "many"],
+)
+def test_hostile_configs(dense: Path, tmp_path: Path, change: Any, code: str) -> None:
+    folder = shutil.copytree(dense, tmp_path / "own")
+    text = change if isinstance(change, str) else json.dumps({**config(folder), **change})
+    (folder / "adapter_config.json").write_text(text)
+    started = time.process_time()
+    with pytest.raises(GraftError) as caught:
+        convert_folder(folder, tmp_path / "out", "vllm")
+    assert caught.value.code == code and time.process_time() - started < 20
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_that_python_would_never_finish(dense: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(dense, tmp_path / "own")
+    patterns = {"rank_pattern": {"(([a-z_.0-9])+)+!": 4}, "alpha_pattern": {"(([a-z_.0-9])+)+!": 4}}
+    (folder / "adapter_config.json").write_text(json.dumps({**config(folder), **patterns}))
+    started = time.process_time()
+    assert convert_folder(folder, None, "vllm").largest_error < 1e-6 and time.process_time() - started < 20
+
+
+def test_a_factor_that_is_missing(moe: Path, tmp_path: Path) -> None:
+    convert_folder(moe, tmp_path / "own", "vllm")
+    lost = "layers.0.mlp.experts.1.up_proj.lora_A.weight"
+    held = {n: t for n, t in tensors(tmp_path / "own").items() if not n.endswith(lost)}
+    save_file(held, tmp_path / "own" / "adapter_model.safetensors")
+    with pytest.raises(GraftError, match=r"experts\.1\.up_proj has no lora_A") as caught:
+        convert_folder(tmp_path / "own", None, "peft")
+    assert caught.value.code == "GC113"
 
 
 def rolled(tensor: Tensor) -> Tensor:

@@ -110,5 +110,7 @@ def test_on_the_command_line(
     assert run_here(capsys, *words, "--for", "vllm", "--dry-run", "--json").data["max_rank"] == 16
     error = run_here(capsys, *words, "--for", "vllm", "--max-rank", "8", "--out", "x", "--json").data["error"]
     assert error["code"] == "GC068" and "r is 12, the largest rank is 8" in error["message"]
+    error = run_here(capsys, *words, "--max-rank", "8", "--out", "x", "--json").data["error"]
+    assert error["code"] == "GC090" and "--for" in error["hint"]
     error = run_here(capsys, "export", "artifact", "-f", "onnx", "--for", "vllm", "--out", "x", "--json").data["error"]
     assert error["code"] == "GC090" and not Path("x").exists()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import graftc
 from graftc.passes.core.weights.folds import WeightFold
 from graftc.passes.methods.lora import LoRAMethod
-from graftc.runtime.streaming import places
+from graftc.runtime.streaming import merging, places
 from graftc.specs.errors.diagnostics import GraftError
 from tests.families import tiny
 from tests.streaming.support import edit_adapter, sharded_base, tensors, written_lora
@@ -351,3 +351,28 @@ def test_a_tensor_that_nothing_folds_into_and_that_changed(place: Path, monkeypa
     error = refused(place)
     assert error.code == "GC051"
     assert "input_layernorm" in error.message
+
+
+@pytest.mark.parametrize("how", ["cut off", "gone", "another", "written to"])
+def test_a_base_that_changes_meanwhile(place: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the first file is made, a later one is spoilt."""
+    right, count = merging.create_file, 0
+
+    def create(plan: Any, shard: Any, path: Path) -> None:
+        nonlocal count
+        count += 1
+        first, _, later, *_ = sorted((place / "base").glob("*.safetensors"))
+        if count == 1:
+            if how == "cut off":
+                os.truncate(later, later.stat().st_size // 2)
+            elif how == "gone":
+                later.unlink()
+            elif how == "another":
+                later.write_bytes(first.read_bytes())
+            else:
+                save_file(load_file(later), later, metadata={"format": "pt"})
+        right(plan, shard, path)
+
+    monkeypatch.setattr(merging, "create_file", create)
+    error = refused(place)
+    assert error.code == "GC100" and "changed while it was merged" in error.message

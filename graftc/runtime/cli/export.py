@@ -167,6 +167,8 @@ def _to_peft(
     if names or budget is not None:
         option = "--inputs" if names else "--budget"
         raise GraftError("GC090", f"{option} is not for --format peft", hint="leave it out: nothing is folded")
+    if max_rank is not None and server is None:
+        raise GraftError("GC090", "--max-rank is a limit of a server", hint="name it: --for vllm or --for sglang")
     with working(json) as warnings, steps(json) as step:
         from graftc.runtime.files import check_apart, check_destination
         from graftc.runtime.interop.peft.exporting import export_peft, is_exported, prepared

@@ -27,7 +27,7 @@ from graftc.runtime.interop.peft.checks import SHOWN, check_contents, check_copi
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, finite, read_peft, table_form
 from graftc.runtime.interop.peft.forms import filled
 from graftc.runtime.interop.peft.pairs import Pair, pairs_of
-from graftc.runtime.interop.peft.targets import globs, meant
+from graftc.runtime.interop.peft.targets import globs, is_saved, meant
 from graftc.specs.claims import SiteKind
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place, warn
@@ -143,8 +143,7 @@ def spec_for(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Str
     else:
         adapt = [_adaptation(adapter, own, paths, list(_shapes(model)))]
     adapt += [{"method": m.spec.method, "rows": list(_rows(m)), "target": {"modules": m.path}} for m in rows]
-    saved = adapter.config.modules_to_save or ()
-    full = [path for path in paths if any(path == word or path.endswith(f".{word}") for word in saved)]
+    full = [path for path in paths if is_saved(adapter.config, path)]
     full = [path for path in full if any(name.startswith(f"{path}.") for name in adapter.trained)]
     if adapter.config.value("bias") == "all" and any(_biased(adapter, path) for path in full):
         message = "bias: all beside modules_to_save whose biases train as well has no equivalent here"

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -95,14 +95,62 @@ def merge_checkpoint(
     wide = _as_written(dtype)
     base, made = read_updates(source, None if model is None else as_path(model))
     checkpoint = read_checkpoint(base)
-    plan = make_plan(checkpoint, made(checkpoint), wide)
+    with _Watch(checkpoint) as watch:
+        plan = make_plan(checkpoint, made(checkpoint), wide)
+        return _merge(plan, watch, source, None if out is None else as_path(out), progress, allow_unchanged, force)
+
+
+class _Watch:
+    """Refuses a base that somebody changes while it is merged, whatever that leads to."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._paths = [shard.path for shard in checkpoint.shards]
+        self._before = self._states()
+
+    def _states(self) -> dict[Path, tuple[int, int] | None]:
+        """Size and time of the last change of each file; None for one that is not there."""
+        found: dict[Path, tuple[int, int] | None] = {}
+        for path in self._paths:
+            try:
+                stat = path.stat()
+                found[path] = stat.st_size, stat.st_mtime_ns
+            except OSError:
+                found[path] = None
+        return found
+
+    def require_unchanged(self) -> None:
+        """Raise GC100 with every file that is another than at the start."""
+        now = self._states()
+        if wrong := [str(path) for path, state in self._before.items() if now[path] != state]:
+            hint = "merge again once nobody writes to the base"
+            raise GraftError("GC100", f"{wrong[0]} changed while it was merged", hint=hint, details=wrong[1:])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: object) -> None:
+        if isinstance(error, Exception):
+            self.require_unchanged()
+
+
+def _merge(
+    plan: MergePlan,
+    watch: _Watch,
+    source: Path,
+    out: Path | None,
+    progress: Progress,
+    allow_unchanged: bool,
+    force: bool,
+) -> StreamedMerge:
+    checkpoint, base = plan.checkpoint, plan.checkpoint.path
     if out is None:
         done, finished = {}, 0
         for shard in checkpoint.shards:
             done[shard.name] = _measured(plan, shard, _within(progress, finished, shard, checkpoint))
             finished += shard.size
+        watch.require_unchanged()
         return _result(plan, None, done, 0, allow_unchanged=allow_unchanged)
-    path = Path(os.path.abspath(as_path(out)))
+    path = Path(os.path.abspath(out))
     check_apart(path, source, base)
     check_destination(path, force=force, replaceable=is_merged)
     resume = _identity(plan)
@@ -126,6 +174,7 @@ def merge_checkpoint(
         result = _result(plan, path, done, len(before), allow_unchanged=allow_unchanged)
         _copy_beside(plan, folder)
         _write_record(plan, folder, result, done)
+        watch.require_unchanged()
     return result
 
 

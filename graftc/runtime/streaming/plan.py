@@ -162,8 +162,9 @@ def _wrong_parts(plan: MergePlan, place: FoldPlace) -> Iterator[str]:
         for part, shape in full.shapes[update.adaptation].items():
             held = update.parts.get(part)
             if held is None:
-                yield f"{where} has no {part}"
-                continue
+                message = f"{where} has no {part} in its file, which follows from the model"
+                hint = "import it with graftc import-peft, and merge the artifact"
+                raise GraftError("GC103", message, hint=hint)
             found = tuple(held.shape)
             least = len(found) == len(shape) and all(a >= b for a, b in zip(found, shape, strict=True))
             if not (found == shape or (least and part in full.shared[update.adaptation])):

@@ -180,6 +180,9 @@ def _check_fields(config: AdapterConfig, where: str) -> None:
         hint = f"did you mean {quoted(close[0])}?" if close else "remove it if it is not about the adapter's function"
         message = f"fields are unknown to {config.peft_type}: {some(unknown)}"
         raise GraftError("GC111", message, place=Place(where, path=unknown[0]), hint=hint)
+    if empty := [name for name in _NUMBERS if name in config.own and config.own[name] is None]:
+        message = f"{empty[0]} is null, which PEFT cannot compute with"
+        raise GraftError("GC111", message, place=Place(where, path=empty[0]))
     refused = [
         (name, config.value(name)) for name, value in table.fixed.items() if not _same(config.value(name, value), value)
     ]
@@ -189,6 +192,10 @@ def _check_fields(config: AdapterConfig, where: str) -> None:
             "None", "null"
         )
         raise GraftError("GC112", wrong, place=Place(where, path=refused[0][0]), details=others, hint=hint)
+
+
+_NUMBERS = ("r", "lora_alpha", "alpha", "init_r")
+"""Fields of which PEFT makes ranks and scales."""
 
 
 def _same(given: Any, value: Any) -> bool:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from graftc.runtime.files import staged
-from graftc.runtime.interop.layouts.experts import require_usual_experts
+from graftc.runtime.interop.layouts.base import require_fitting, require_usual_experts
 from graftc.runtime.interop.layouts.folder import detected, read_layout, write_layout
 from graftc.runtime.interop.layouts.fusing import FUSED, joined, split
 from graftc.runtime.interop.layouts.layout import AdapterLayout, layout_of
@@ -25,7 +25,7 @@ from graftc.runtime.interop.peft.servers import SERVERS, require_served
 from graftc.runtime.models import local_config
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
-from graftc.specs.foreign.config import CONFIG
+from graftc.specs.foreign.config import CONFIG, MOST, read_config
 from graftc.specs.strict_json import read_json
 
 __all__ = ["AdapterSource", "ConvertedFolder", "ProbedMap", "compared", "convert_folder", "is_adapter_folder"]
@@ -34,7 +34,6 @@ PROBES = 4
 ROUNDING: Mapping[torch.dtype, float] = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """How far an update may be off where a factor had to be scaled, and so rounded again, by its type."""
 _EXACT = 1e-12
-_MOST = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,8 @@ def convert_folder(
             raise GraftError("GC069", f"nothing is fused as {word!r}", hint=f"what can be fused: {', '.join(FUSED)}")
     origin = AdapterSource.of(folder, source, add, model)
     adapter, wanted = origin.read(join, apart)
+    if origin.base is not None and (model is not None or add) and not (join or apart):
+        require_fitting(adapter, origin.base)
     require_usual_experts(adapter, (origin.layout, target), origin.base)
     if out is None:
         import tempfile
@@ -149,7 +150,10 @@ class AdapterSource:
         folders = (folder, *add)
         _require_readable(folders)
         found = layout_of(layout) if layout is not None else detected(folder)
-        base = _base(_config(folder), model)
+        configs = [_config(path) for path in folders]
+        if model is None:
+            _require_one_base(folders, configs)
+        base = _base(configs[0], model)
         return cls(folders, found, base, None if base is None else _heads(base, required=model is not None))
 
     def read(self, join: Sequence[str] = (), apart: Sequence[str] = ()) -> tuple[PlainAdapter, dict[str, Tensor]]:
@@ -247,8 +251,9 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    found = read_json((folder / CONFIG).read_bytes(), _MOST)
-    assert isinstance(found, dict)
+    raw = (folder / CONFIG).read_bytes()
+    read_config(raw, str(folder / CONFIG))  # refuses what is none
+    found: dict[str, Any] = read_json(raw, MOST)
     return found
 
 
@@ -257,6 +262,23 @@ def _require_readable(folders: Sequence[Path]) -> None:
         if not is_adapter_folder(folder):
             missing = some([name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()])
             raise GraftError("GC110", f"{folder} has no {missing}", place=Place(str(folder)))
+
+
+def _require_one_base(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to add adapters whose configs name different bases.
+
+    Raises:
+        GraftError: GC069.
+    """
+    named = {
+        str(config["base_model_name_or_path"]): path
+        for config, path in zip(configs, folders, strict=True)
+        if config.get("base_model_name_or_path")
+    }
+    if len(named) > 1:
+        (first, _), (second, path), *_ = named.items()
+        message = f"the adapters name different bases: {first} and, in {path}, {second}"
+        raise GraftError("GC069", message, hint="where both are the same model, name it: --model MODEL")
 
 
 def _base(config: Mapping[str, Any], model: Path | None) -> Path | None:

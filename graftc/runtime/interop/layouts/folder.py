@@ -132,6 +132,8 @@ def _require_plain(adapter: PeftAdapter) -> None:
 
 def _updates(adapter: PeftAdapter, module: PeftModule, layout: AdapterLayout) -> Iterator[tuple[str, Update]]:
     assert isinstance(module.spec, LoRA)
+    if lacking := [f"lora_{part}" for part in "AB" if part not in module.keys]:
+        raise GraftError("GC113", f"{module.path} has no {lacking[0]} in the file", place=adapter.place)
     down, up = (adapter.tensor(module.keys[part]) for part in ("A", "B"))
     table = "embedding" in module.keys["A"]
     fused = {"gate_up_proj", "down_proj"} & {module.parameter}

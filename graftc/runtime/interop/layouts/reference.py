@@ -5,7 +5,6 @@ Conversions are judged by this: nothing here is shared with what reads and write
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,8 @@ from torch import Tensor
 from graftc.runtime.interop.layouts.folder import named
 from graftc.runtime.interop.layouts.layout import STACKED, AdapterLayout
 from graftc.runtime.interop.layouts.plain import AttentionSizes
+from graftc.specs.foreign.config import matching
+from graftc.specs.regexes import RegexMatcher
 
 __all__ = ["responses", "unpaired"]
 
@@ -39,13 +40,14 @@ def responses(
         heads: the base's, where rows are rotated in pairs.
     """
     found: dict[str, Tensor] = {}
+    stated = _Config(config)
     a_word, b_word = layout.factors
     for key, down in tensors.items():
         for word, other in ((f".{a_word}.weight", f".{b_word}.weight"), (".lora_embedding_A", ".lora_embedding_B")):
             if key.endswith(word):
                 path = key[len(layout.prefix) : -len(word)]
                 pair = _Pair(down.double(), tensors[key[: -len(word)] + other].double(), probe)
-                for site, value in _sites(layout, path, pair, config):
+                for site, value in _sites(layout, path, pair, stated):
                     if layout.rotary and heads is not None and site.endswith(("q_proj", "k_proj")):
                         value = unpaired(value, heads.size)
                     found[site] = value
@@ -64,7 +66,7 @@ class _Pair:
         return up @ (down @ self.probe(down.shape[-1]))
 
 
-def _sites(layout: AdapterLayout, path: str, pair: _Pair, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _sites(layout: AdapterLayout, path: str, pair: _Pair, config: _Config) -> Iterator[tuple[str, Tensor]]:
     bare = path.removesuffix(".base_layer")
     if layout.experts == "stacked" and pair.down.dim() == 3:
         yield from _stacked(path, pair, config)
@@ -72,30 +74,28 @@ def _sites(layout: AdapterLayout, path: str, pair: _Pair, config: Mapping[str, A
         yield from _flat(layout, path, bare, pair, config)
     else:
         name = named(layout, path, back=True)
-        scale = _scale(config, path, patterns=not layout.uniform)
+        scale = config.scale(path, patterns=not layout.uniform)
         yield name, scale * pair.product()
 
 
-def _stacked(path: str, pair: _Pair, config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _stacked(path: str, pair: _Pair, config: _Config) -> Iterator[tuple[str, Tensor]]:
     module, _, last = path.rpartition(".")
     word = {theirs: ours for ours, theirs in STACKED.items()}[last]
-    scale = _scale(config, path, patterns=False)
+    scale = config.scale(path, patterns=False)
     for expert in range(max(pair.down.shape[0], pair.up.shape[0])):
         down = pair.down[expert if pair.down.shape[0] > 1 else 0]
         up = pair.up[expert if pair.up.shape[0] > 1 else 0]
         yield f"{module}.{expert}.{word}", scale * (up @ (down @ pair.probe(down.shape[-1])))
 
 
-def _flat(
-    layout: AdapterLayout, path: str, bare: str, pair: _Pair, config: Mapping[str, Any]
-) -> Iterator[tuple[str, Tensor]]:
+def _flat(layout: AdapterLayout, path: str, bare: str, pair: _Pair, config: _Config) -> Iterator[tuple[str, Tensor]]:
     """PEFT's: row ``e * r + k`` of A is rank k of expert e; so is column ``k * E + e`` of B."""
-    targets = [str(name).rpartition(".")[2] for name in config.get("target_parameters") or ()]
+    targets = [str(name).rpartition(".")[2] for name in config.own.get("target_parameters") or ()]
     inner = path != bare or targets == ["gate_up_proj"]
     parameter = "gate_up_proj" if inner else "down_proj"
-    rank = _rank(config, f"{bare}.{parameter}")
+    rank = config.rank(f"{bare}.{parameter}")
     experts = pair.down.shape[0] // rank
-    scale = _scale(config, f"{bare}.{parameter}", patterns=True)
+    scale = config.scale(f"{bare}.{parameter}", patterns=True)
     for expert in range(experts):
         rows = [expert * rank + k for k in range(rank)]
         fast = layout.experts == "flat"
@@ -109,23 +109,29 @@ def _flat(
             yield f"{bare}.{expert}.up_proj", value[half:]
 
 
-def _pattern(config: Mapping[str, Any], name: str, path: str) -> Any:
-    for pattern, value in (config.get(name) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            return value
-    return None
+class _Config:
+    """The ranks and scales that a config states, by its patterns where they are asked for."""
 
+    def __init__(self, own: Mapping[str, Any]) -> None:
+        self.own, self._matcher = own, RegexMatcher()
 
-def _rank(config: Mapping[str, Any], path: str) -> int:
-    found = _pattern(config, "rank_pattern", path)
-    return int(config["r"] if found is None else found)
+    def _pattern(self, name: str, path: str) -> Any:
+        given = self.own.get(name) or {}
+        key = matching(list(given), path, self._matcher)
+        return None if key is None else given[key]
 
+    def rank(self, path: str, *, patterns: bool = True) -> int:
+        found = self._pattern("rank_pattern", path) if patterns else None
+        return int(self._stated("r") if found is None else found)
 
-def _scale(config: Mapping[str, Any], path: str, *, patterns: bool) -> float:
-    rank = _rank(config, path) if patterns else int(config["r"])
-    alpha = _pattern(config, "alpha_pattern", path) if patterns else None
-    value = float(config["lora_alpha"] if alpha is None else alpha)
-    return value / (rank**0.5 if config.get("use_rslora") else rank)
+    def scale(self, path: str, *, patterns: bool) -> float:
+        rank = self.rank(path, patterns=patterns)
+        alpha = self._pattern("alpha_pattern", path) if patterns else None
+        value = float(self._stated("lora_alpha") if alpha is None else alpha)
+        return value / (rank**0.5 if self.own.get("use_rslora") else rank)
+
+    def _stated(self, name: str) -> Any:
+        return self.own.get(name, 8)  # peft's own default of both
 
 
 def unpaired(value: Tensor, size: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graftc.runtime.interop.peft.folder import PeftAdapter
-from graftc.runtime.interop.peft.targets import meant
+from graftc.runtime.interop.peft.targets import is_saved, meant
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG
@@ -63,8 +63,7 @@ def _check_targets(adapter: PeftAdapter, modules: Sequence[str]) -> None:
 
 def _trained(adapter: PeftAdapter, modules: Sequence[str], parameters: Mapping[str, Tensor]) -> list[str]:
     """Parameters that the config trains in full and the file lacks."""
-    saved = adapter.config.modules_to_save or ()
-    full = [path for path in modules if any(path == word or path.endswith(f".{word}") for word in saved)]
+    full = [path for path in modules if is_saved(adapter.config, path)]
     adapted = {module.path for module in adapter.modules}
     there = {id(parameters[name]) for name in adapter.trained if name in parameters}
     found = []

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from graftc.runtime.interop.peft.forms import Shaped, filled, to_ours
 from graftc.runtime.interop.peft.keys import Keys, parse
+from graftc.runtime.interop.peft.targets import is_saved
 from graftc.runtime.tensor_files import FLOATING
 from graftc.specs.arguments import as_path
 from graftc.specs.base import MethodSpec
@@ -97,9 +98,7 @@ class PeftAdapter:
 
     def _trains(self, name: str) -> bool:
         module, _, last = name.rpartition(".")
-        saved = self.config.modules_to_save or ()
-        # as peft finds them: by the end of a module's path
-        if any(_ends(module, word) for word in saved):
+        if any(is_saved(self.config, path) for path in _ancestors(module)):
             return True
         return last == "bias" and takes_bias(self.config, {m.path for m in self.modules}, module)
 
@@ -142,10 +141,6 @@ class PeftAdapter:
     def shared(self) -> dict[str, Tensor]:
         """The tensors of the adaptation as a whole, by our part names."""
         return {part: self.tensor(key) for part, key in self.keys.shared.items()}
-
-
-def _ends(module: str, word: str) -> bool:
-    return any(part == word or part.endswith(f".{word}") for part in _ancestors(module))
 
 
 def _ancestors(module: str) -> list[str]:

@@ -9,7 +9,7 @@ from graftc.specs.foreign.config import AdapterConfig
 from graftc.specs.patterns import BRANCHES, glob_to_regex
 from graftc.specs.regexes import RegexMatcher
 
-__all__ = ["ALL_LINEAR", "globs", "meant", "suffixes"]
+__all__ = ["ALL_LINEAR", "globs", "is_saved", "meant", "suffixes"]
 
 ALL_LINEAR = "all-linear"
 """peft's word for every linear layer but the head; what it writes into files are the names."""
@@ -30,6 +30,12 @@ def meant(config: AdapterConfig, modules: Sequence[str]) -> set[str] | None:
         found -= _named(config.exclude_modules, modules, matcher)
     saved = config.modules_to_save or ()
     return {path for path in found if not any(_within(path, word) for word in saved)}
+
+
+def is_saved(config: AdapterConfig, path: str) -> bool:
+    """Whether `modules_to_save` names a module: peft compares ends of paths, so that ``norm`` means ``input_layernorm``
+    as well."""
+    return any(path.endswith(word) for word in config.modules_to_save or ())
 
 
 def _named(targets: Sequence[str] | str, modules: Sequence[str], matcher: RegexMatcher) -> set[str]:

@@ -1,4 +1,4 @@
-"""Whether a base stores its experts as the layouts describe them, by which an adapter can be converted at all."""
+"""Whether an adapter is for a base, and whether that stores its experts as the layouts describe them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,33 @@ from graftc.runtime.interop.layouts.plain import EXPERT, PlainAdapter
 from graftc.runtime.models import load_folder
 from graftc.specs.errors.diagnostics import GraftError, Place
 
-__all__ = ["require_usual_experts"]
+__all__ = ["require_fitting", "require_usual_experts"]
 
 _FLAT = ("flat", "flat_by_expert")
 _WAY_OUT = "merge the adapter as it is, or import it: graftc merge --stream and graftc import-peft look at the model"
+
+
+def require_fitting(adapter: PlainAdapter, base: Path) -> None:
+    """Refuse an adapter of maps that the base does not have, or has in other sizes; experts aside.
+
+    Raises:
+        GraftError: GC069 with all of them; GC032 where the base's config cannot be read.
+    """
+    model = load_folder(base, meta=True)
+    modules = dict(model.named_modules())
+    wrong = []
+    for path, update in adapter.updates.items():
+        weight = getattr(modules.get(path), "weight", None)
+        if EXPERT.fullmatch(path) is not None:
+            continue
+        if not isinstance(weight, Tensor):
+            wrong.append(f"it has no {path}")
+        elif sorted((update.rows, update.down.shape[-1])) != sorted(weight.shape):
+            found = f"[{update.rows}, {update.down.shape[-1]}]"
+            wrong.append(f"{path} is {list(weight.shape)}, and the adapter is for {found}")
+    if wrong:
+        message = f"the adapter is for another base than {base}: {wrong[0]}"
+        raise GraftError("GC069", message, place=Place(str(base)), details=tuple(wrong[1:30]))
 
 
 def require_usual_experts(adapter: PlainAdapter, layouts: tuple[AdapterLayout, ...], base: Path | None) -> None:
