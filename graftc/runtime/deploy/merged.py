@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal
@@ -25,7 +26,8 @@ from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.remove_folded import take_out
-from graftc.runtime.deploy.widening import of_the_base, widened
+from graftc.runtime.deploy.rounding_noise import rounding_noise
+from graftc.runtime.deploy.widening import NARROW, of_the_base, widened
 from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.model.blocks import Root
 from graftc.runtime.model.runner import M, ModelRoot, Published, runner_of
@@ -299,9 +301,17 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budge
     }
     if budget is None:
         budget = compilation.spec.fold.budget.logits
+    notes: tuple[str, ...] = ()
     if budget is None:
         largest = max((largest_number(a) for a in unfolded if isinstance(a, Tensor)), default=1.0)
         budget = DEFAULT_BUDGET.get(compiled.dtype, 1e-4) * max(1.0, largest)
+        worst = max(differences.values(), default=0.0)
+        if budget < worst < math.inf and compiled.dtype in NARROW:
+            # In 16 bits, a deep model makes much of the last bit of its weights, however they are rounded.
+            weights = [weight for name in made.tensors if (weight := merged._store.get(name)).dtype in NARROW]
+            noise = rounding_noise(weights, lambda: merged.in_eval(inputs), folded)
+            told = f"the budget is twice what other roundings of the folded weights do to outputs, not {budget:.1e}"
+            notes, budget = ((told,), 2 * noise) if 2 * noise > budget else ((), budget)
     program = merged._programs[compilation.key("eval")]
     if merged.kept:
         program = take_out(program, merged.kept)
@@ -317,6 +327,7 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budge
         collapses=collapse_evidence(compilation),
         anchors=compilation.main.anchors,
         retention=made.retention,
+        notes=notes,
     )
 
 

@@ -101,10 +101,11 @@ def _folded(sites: list[SiteEvidence]) -> tuple[bool, str]:
     failed = [site for site in sites if not site.passed]
     if failed:
         shown = "; ".join(
-            f"{site.site}: algebra {site.algebra:.1e}, off by {site.rounding:.3g} units in the last place"
+            f"{site.site}: off by {site.rounding:.3g} units in the last place, {site.retention.error:.1e} of the update"
             for site in failed[:3]
         )
-        return False, f"{len(failed)} of {len(sites)} sites are not the base with the adapter: {shown}"
+        what = "are not the base with the adapter, rounded to nearest"
+        return False, f"{len(failed)} of {len(sites)} sites {what}: {shown}"
     kept = Retention.total(site.retention for site in sites)
     worst = max((site.algebra for site in sites), default=0.0)
     return True, (

@@ -1,0 +1,75 @@
+"""The budget of outputs in 16 bits: what other roundings of folded weights change is no sign of a wrong fold."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import graftc
+from graftc.compiler.folding import certificate
+from graftc.runtime.deploy import merged as module
+from graftc.runtime.deploy.rounding_noise import rounding_noise
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing import perturb, tiny
+
+SPEC = {"adapt": [{"method": "lora", "rank": 4, "target": {"role": ["attn.q", "ffn.down"]}}]}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Any:
+    made = graftc.compile(SPEC, tiny("llama").to(torch.bfloat16)).eval()
+    perturb(made)
+    return made
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default budget that no fold in 16 bits keeps to."""
+    monkeypatch.setattr(module, "DEFAULT_BUDGET", {**certificate.DEFAULT_BUDGET, torch.bfloat16: 1e-6})
+
+
+def test_a_difference_that_any_rounding_makes_is_allowed(compiled: Any, narrow: None) -> None:
+    made = compiled.merge()
+    (note,) = made.certificate.notes
+    assert made.certificate.passed and "other roundings of the folded weights" in note
+    assert 0 < made.certificate.largest_difference <= made.certificate.budget < 1
+    own, other = (m.to_transformers().state_dict() for m in (made, compiled.merge(budget=10)))
+    assert all(torch.equal(own[name], other[name]) for name in own), "weights are not what they were"
+
+
+def test_a_larger_difference_is_refused(compiled: Any, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "rounding_noise", lambda weights, run, outputs: 1e-9)
+    with pytest.raises(GraftError) as caught:
+        compiled.merge()
+    assert caught.value.code == "GC051"
+
+
+def test_a_budget_that_is_given_holds(compiled: Any) -> None:
+    with pytest.raises(GraftError) as caught:
+        compiled.merge(budget=1e-6)
+    assert caught.value.code == "GC051"
+
+
+def test_the_usual_budget_costs_no_other_run(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "rounding_noise", lambda *a: pytest.fail("outputs keep to the budget"))
+    assert compiled.merge().certificate.notes == ()
+
+
+def test_entries_move_by_a_unit_in_the_last_place_at_most() -> None:
+    weight, seen = torch.randn(64, 65).bfloat16(), []
+    before = weight.clone()
+
+    def run() -> list[torch.Tensor]:
+        seen.append(weight.clone())
+        return [weight.float()]
+
+    noise = rounding_noise([weight], run, [before.float()])
+    assert torch.equal(weight, before) and len(seen) == 2 and not torch.equal(seen[0], seen[1])
+    exponent = torch.floor(torch.log2(before.double().abs()))
+    for other in seen:
+        moved = (other.double() - before.double()).abs() / (2.0**exponent * torch.finfo(torch.bfloat16).eps)
+        assert float(moved.max()) == 1 and 0.1 < float((moved > 0).double().mean()) < 0.5
+    assert math.isclose(noise, max(float((s.float() - before.float()).abs().max()) for s in seen))
