@@ -100,6 +100,9 @@ def write_text(path: Path, text: str, *, force: bool = False) -> Path:
 
 
 def _cannot_write(path: Path, error: OSError) -> GraftError:
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+        hint = "another process has written it; --force, or force=True, replaces it"
+        return GraftError("GC063", f"{path} has appeared meanwhile", hint=hint)
     hints = {
         errno.ENOSPC: "the disk is full: make room or choose another disk",
         errno.EDQUOT: "the quota is used up: make room or choose another disk",

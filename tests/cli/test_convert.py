@@ -30,6 +30,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     perturb(compiled)
     compiled.save(folder / "artifact", certify=False)
     written(base("llama"), folder / "adapter", target_modules=["q_proj", "v_proj"])
+    (folder / "pickled").mkdir()
+    (folder / "pickled" / "adapter_config.json").write_bytes((folder / "adapter" / "adapter_config.json").read_bytes())
+    (folder / "pickled" / "adapter_model.bin").write_bytes(b"cos\nsystem\n")
     return folder
 
 
@@ -83,6 +86,7 @@ def test_a_folder(capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: p
         (("artifact", "--dry-run", "--split", "qkv"), 2, "GC090", "--split is not for an artifact"),
         (("artifact", "--dry-run", "--to", "vllm"), 2, "GC090", "not converted to 'vllm'"),
         (("artifact", "--dry-run", "--names", "lora"), 2, "GC091", "no adaptation 'lora'"),
+        (("pickled", "--dry-run"), 3, "GC110", "has no adapter_model.safetensors"),
         (("nowhere", "--dry-run"), 3, "GC080", "nowhere"),
         (("adapter",), 2, "GC090", "--out"),
     ],

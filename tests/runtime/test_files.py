@@ -201,7 +201,8 @@ def test_somebody_else_was_quicker(tmp_path: Path) -> None:
     with pytest.raises(GraftError) as caught, staged(tmp_path / "it") as file:
         file.write_text(NEW)
         (tmp_path / "it").write_text("theirs")
-    assert caught.value.code == "GC064" and (tmp_path / "it").read_text() == "theirs"
+    assert caught.value.code == "GC063" and "appeared meanwhile" in caught.value.message
+    assert (tmp_path / "it").read_text() == "theirs"
     assert strays(tmp_path) == []
 
 

@@ -406,8 +406,15 @@ def first_error(error: ValidationError) -> str:
     return f"{place}: {first['msg'].lower()}".removeprefix(": ")
 
 
-def unsealed(text: bytes, where: str, kind: str, version: int) -> dict[str, Any]:
+def unsealed(text: bytes, where: str, kind: str, version: int, file: str = MANIFEST) -> dict[str, Any]:
     """The data of a canonical text that ends with its digest.
+
+    Args:
+        text: what was read.
+        where: the folder, for errors.
+        kind: what it says it is.
+        version: the newest format that is understood.
+        file: the file's name, for errors.
 
     Raises:
         GraftError: GC080 where it is not of this kind, GC081 of a newer version, GC082 where it was changed.
@@ -416,7 +423,7 @@ def unsealed(text: bytes, where: str, kind: str, version: int) -> dict[str, Any]
         data = read_json(text, MANIFEST_BYTES)
         canonical = canonical_json(data).encode()
     except (ValueError, RecursionError) as error:
-        raise damaged(where, MANIFEST, f"is no plain JSON: {error}") from error
+        raise damaged(where, file, f"is no plain JSON: {error}") from error
     if not isinstance(data, dict) or data.get(kind) != "graftc":
         raise GraftError("GC080", f"{where} is no {kind} of graftc", hint="graftc compile writes artifacts")
     found = data.get("schema_version")
@@ -425,7 +432,7 @@ def unsealed(text: bytes, where: str, kind: str, version: int) -> dict[str, Any]
         raise GraftError("GC081", message, hint="upgrade graftc: pip install -U graftc")
     digest = data.pop("digest", None)
     if canonical != text or hashlib.sha256(canonical_json(data).encode()).hexdigest() != digest:
-        raise damaged(where, MANIFEST, "has changed since it was written")
+        raise damaged(where, file, "has changed since it was written")
     return data
 
 

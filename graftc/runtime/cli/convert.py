@@ -91,9 +91,9 @@ def convert(
     given |= {"from": source, "add": add, "join": join, "split": split}
     place = destination(out, dry_run=dry_run)
     with working(json) as warnings, steps(json) as step:
-        from graftc.runtime.interop.layouts.convert import is_adapter_folder
+        from graftc.runtime.artifact.places import is_peft
 
-        if is_adapter_folder(directory):
+        if is_peft(directory):
             _require_none(given, _OF_ARTIFACTS, "an adapter folder")
             step("converting")
             folder = _folder(directory, place, to, source, add, join, split, model, force)

@@ -224,7 +224,7 @@ def _verify_merged(folder: Path, where: str) -> Verification:
     found = Verification()
 
     def record() -> MergedRecord:
-        unsealed(content(folder / RECORD, MANIFEST_BYTES), where, "merged", SCHEMA_VERSION)
+        unsealed(content(folder / RECORD, MANIFEST_BYTES), where, "merged", SCHEMA_VERSION, RECORD)
         return read_model(MergedRecord, folder / RECORD, where, RECORD)
 
     def files() -> tuple[bool, str]:
