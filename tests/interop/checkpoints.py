@@ -142,6 +142,7 @@ KINDS: dict[str, tuple[Callable[[str, Rng], Any], tuple[str, ...]]] = {
     "bias": (lambda f, r: lora(f, r, bias="lora_only"), ("bert", "vit")),
     "every-bias": (lambda f, r: lora(f, r, bias="all"), ("roberta", "gpt2")),
     "head": (lambda f, r: lora(f, r, modules_to_save=[HEADS[f]]), ("bert", "roberta", "vit", "mixtral")),
+    "norm-suffix": (lambda f, r: lora(f, r, modules_to_save=["norm"]), ("llama",)),
     "tables": (
         lambda f, r: lora(f, r, target_modules=[TABLES[f], LINEAR[f][0]]),
         ("bert", "gpt2", "gpt_neox"),

@@ -20,7 +20,7 @@ from graftc.passes.methods.lora import LoRAMethod
 from graftc.runtime.streaming import merging, places
 from graftc.specs.errors.diagnostics import GraftError
 from tests.families import tiny
-from tests.streaming.support import edit_adapter, sharded_base, tensors, written_lora
+from tests.streaming.support import edit_adapter, peft_adapter, sharded_base, tensors, written_lora
 
 INDEX = "model.safetensors.index.json"
 
@@ -219,6 +219,22 @@ def test_copies_of_tied_tensors(tmp_path: Path, modules: list[str]) -> None:
     adapted.save_pretrained(tmp_path / "adapter")
     error = refused(tmp_path)
     assert error.code in ("GC022", "GC113", "GC114") and ("tied" in error.message or error.code != "GC022")
+
+
+@pytest.mark.parametrize("kind", ["pissa", "vera"])
+def test_what_follows_from_the_model(tmp_path: Path, kind: str) -> None:
+    """Factors that the file lacks: peft works them out of the base's weights, or draws them."""
+    import peft
+
+    base = sharded_base(tmp_path / "base", "llama", torch.float32)
+    config = (
+        peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+        if kind == "pissa"
+        else peft.VeraConfig(r=2, target_modules=["q_proj"], save_projection=False)
+    )
+    peft_adapter(tmp_path / "adapter", base, config)
+    error = refused(tmp_path)
+    assert error.code == "GC103" and "import-peft" in str(error.hint)
 
 
 def test_quantised_bases(place: Path) -> None:
