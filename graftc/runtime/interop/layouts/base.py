@@ -19,12 +19,16 @@ _WAY_OUT = "merge the adapter as it is, or import it: graftc merge --stream and 
 
 
 def require_fitting(adapter: PlainAdapter, base: Path) -> None:
-    """Refuse an adapter of maps that the base does not have, or has in other sizes; experts aside.
+    """Refuse an adapter of maps that the base does not have, or has in other sizes; experts aside. Of a base whose class
+    transformers does not have, nothing is known.
 
     Raises:
-        GraftError: GC069 with all of them; GC032 where the base's config cannot be read.
+        GraftError: GC069 with all of them.
     """
-    model = load_folder(base, meta=True)
+    try:
+        model = load_folder(base, meta=True)
+    except GraftError:
+        return
     modules = dict(model.named_modules())
     wrong = []
     for path, update in adapter.updates.items():

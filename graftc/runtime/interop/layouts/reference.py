@@ -1,6 +1,7 @@
 """What an adapter folder computes, written out for each layout by row and column numbers, as its reader sees it.
 
-Conversions are judged by this: nothing here is shared with what reads and writes the layouts, but their names.
+Conversions are judged by this: nothing here is shared with what reads and writes the layouts, but their names and how
+patterns match paths.
 """
 
 from __future__ import annotations
