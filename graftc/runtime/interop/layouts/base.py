@@ -19,8 +19,8 @@ _WAY_OUT = "merge the adapter as it is, or import it: graftc merge --stream and 
 
 
 def require_fitting(adapter: PlainAdapter, base: Path) -> None:
-    """Refuse an adapter of maps that the base does not have, or has in other sizes; experts aside. Of a base whose class
-    transformers does not have, nothing is known.
+    """Refuse an adapter of maps that the base does not have, or has in other sizes; experts aside. Of a base whose
+    class transformers does not have, nothing is known.
 
     Raises:
         GraftError: GC069 with all of them.
