@@ -135,6 +135,7 @@ def unknown_method(tag: object) -> GraftError:
     """GC004 for a tag that no method has, with the nearest tags."""
     tags = list(method_specs())
     close = nearest(tag, tags) if isinstance(tag, str) else []
-    hint = f"did you mean '{close[0]}'?" if close else f"the methods are: {', '.join(tags)}"
+    every = f"the methods are: {', '.join(tags)}; one of a plugin needs its package in this environment"
+    hint = f"did you mean '{close[0]}'?" if close else every
     fix = (str(tag), close[0]) if close else None
     return GraftError("GC004", f"method {shown(tag)} is unknown", hint=hint, fix=fix)
