@@ -443,5 +443,9 @@ def test_other_sizes_get_the_graph_of_their_own_range(branch: str, tmp_path: Pat
     held(compiled)
     held(compiled.train())
     compiled.eval().save(tmp_path / "kept")
-    for made in (copy.deepcopy(compiled), compiled.merge(allow_unchanged=True), graftc.load(tmp_path / "kept", model).eval()):
+    for made in (
+        copy.deepcopy(compiled),
+        compiled.merge(allow_unchanged=True),
+        graftc.load(tmp_path / "kept", model).eval(),
+    ):
         held(made)
