@@ -95,10 +95,11 @@ RARE = frozenset(
 MAIN_JOBS = frozenset(
     {
         *("tests/demo/test_demo.py", "tests/test_readme.py", "tests/docs/test_snippets.py", "tests/test_plugin.py"),
-        *("tests/artifact/test_stored.py", "tests/frozen/test_frozen.py"),
+        *("tests/artifact/test_stored.py", "tests/frozen/test_frozen.py", "tests/test_no_model_tables.py"),
     }
 )
-"""Files that run whole: what the README and the pages of docs/ show, and what earlier versions wrote."""
+"""Files that run whole: what the README and the pages of docs/ show, what earlier versions wrote, and the rule that no
+line decides by the kind of a model."""
 
 
 @pytest.hookimpl(tryfirst=True)

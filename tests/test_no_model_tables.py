@@ -126,9 +126,13 @@ def offence(node: ast.AST, tainted: frozenset[str]) -> list[str]:
     return []
 
 
+FORMATS = frozenset({"runtime/export/gguf/families.py", "runtime/interop/peft/expressible.py"})
+"""Files about formats that state the kind of a model: GGUF's architecture, and the task in PEFT's configs."""
+
+
 def test_nothing_is_decided_by_the_kind_of_a_model() -> None:
     found = {str(path.relative_to(ROOT)): offences(path.read_text(encoding="utf-8")) for path in FILES}
-    assert {path: lines for path, lines in found.items() if lines} == {}
+    assert {path for path, lines in found.items() if lines} == FORMATS
 
 
 def test_every_file_is_read() -> None:

@@ -28,7 +28,7 @@ __all__ = ["base_named_by", "peft_updates"]
 NAME = "adapter"
 """What the adaptation is called: peft's checkpoints do not say."""
 _UNTIED = "save a base with tie_word_embeddings false, whose files have both tensors, and merge into that"
-_MATRICES = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _Parts(Mapping[str, Tensor]):
@@ -134,22 +134,27 @@ def _update(
     tied: set[str],
     shared: Mapping[str, Tensor],
 ) -> SiteUpdate:
-    kind = type(module).__name__
-    method = method_for(found.spec.method)
-    if found.parameter != "weight" or found.depth or method.stands_in or kind not in _MATRICES:
-        raise GraftError("GC103", f"{found.spec.method} at {found.name}, a {kind}, is no change of a stored matrix")
+    layout, method = _layout(module), method_for(found.spec.method)
+    if found.parameter != "weight" or found.depth or method.stands_in or layout is None:
+        what = f"{found.spec.method} at {found.name}, a {type(module).__name__},"
+        raise GraftError("GC103", f"{what} is no change of a stored matrix")
     if found.name in tied:
         raise GraftError("GC022", f"{found.name} is tied to another weight, which would change too", hint=_UNTIED)
     spec = method.standing_alone(found.spec, ()) if isinstance(method, RowWise) else found.spec
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
-    own = WeightSlice(names.of(found.name), tuple(weight.shape), _layout(kind))
+    own = WeightSlice(names.of(found.name), tuple(weight.shape), layout)
     own_bias = own.companion(names.of(f"{found.path}.bias")) if isinstance(bias, Tensor) else None
     parts = _Parts((*found.keys, *shared), lambda: {**adapter.tensors(found), **shared})
-    return SiteUpdate(NAME, spec, found.name, own, own_bias, kind == "Embedding", parts)
+    return SiteUpdate(NAME, spec, found.name, own, own_bias, type(module) is nn.Embedding, parts)
 
 
-def _layout(kind: str) -> Layout:
-    if kind in ("Conv1D", "Embedding"):
-        return Layout.COLUMNS
-    return Layout.ROWS if kind == "Linear" else Layout.KERNEL
+def _layout(module: nn.Module) -> Layout | None:
+    """How a layer stores its weight; None for a class that may do anything with it."""
+    from transformers.pytorch_utils import Conv1D
+
+    if type(module) is nn.Linear:
+        return Layout.ROWS
+    if type(module) in _CONVOLUTIONS:
+        return Layout.KERNEL
+    return Layout.COLUMNS if type(module) in (Conv1D, nn.Embedding) else None
