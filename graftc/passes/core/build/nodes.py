@@ -184,10 +184,12 @@ class Part:
         """Change values of the model, through the seam.
 
         Raises:
-            TypeError: what is given is of another type than the values, which it would make theirs.
+            TypeError: what is given is of a type that the values would become, or cannot hold. In a sum, a narrower one
+                is widened: a stream may be in float32 although the weights are in 16 bits.
         """
         if change.like is not None and change.given:
             mine, theirs = change.given[0].meta["val"].dtype, change.like.meta["val"].dtype
-            if mine != theirs:
+            after = torch.promote_types(mine, theirs) if change.kind == "sum" else mine
+            if after != theirs:
                 raise TypeError(f"it gives values of {mine} for values of {theirs}")
         self._nodes.seams.write(self._nodes, change, put)
