@@ -22,6 +22,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,28 @@ def staged(
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def staged_or_dropped(
+    path: Path | None,
+    name: str,
+    *,
+    force: bool = False,
+    replaceable: Callable[[Path], bool] = only_files,
+    sources: Iterable[str | Path | None] = (),
+) -> Iterator[Path]:
+    """`staged`; without a path, a place called ``name`` that is gone when the block ends: for what is only checked.
+
+    Raises:
+        GraftError: as `staged`.
+    """
+    if path is None:
+        with tempfile.TemporaryDirectory() as place:
+            yield Path(place) / name
+        return
+    with staged(path, force=force, replaceable=replaceable, sources=sources) as staging:
+        yield staging
 
 
 def write_text(path: Path, text: str, *, force: bool = False) -> Path:

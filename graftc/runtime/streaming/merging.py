@@ -105,7 +105,7 @@ class _Watch:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._paths = [shard.path for shard in checkpoint.shards]
-        self._before = self._states()
+        self.before = self._states()
 
     def _states(self) -> dict[Path, tuple[int, int] | None]:
         """Size and time of the last change of each file; None for one that is not there."""
@@ -121,7 +121,7 @@ class _Watch:
     def require_unchanged(self) -> None:
         """Raise GC100 with every file that is another than at the start."""
         now = self._states()
-        if wrong := [str(path) for path, state in self._before.items() if now[path] != state]:
+        if wrong := [str(path) for path, state in self.before.items() if now[path] != state]:
             hint = "merge again once nobody writes to the base"
             raise GraftError("GC100", f"{wrong[0]} changed while it was merged", hint=hint, details=wrong[1:])
 
@@ -153,7 +153,7 @@ def _merge(
     path = Path(os.path.abspath(out))
     check_apart(path, source, base)
     check_destination(path, force=force, replaceable=is_merged)
-    resume = _identity(plan)
+    resume = _identity(plan, watch)
     with staged(path, force=force, replaceable=is_merged, sources=[base], resume=resume, keep_modes=True) as folder:
         folder.mkdir(exist_ok=True)
         journal = Journal(folder.parent.parent / "journal.jsonl", folder)
@@ -268,10 +268,10 @@ def _joined(a: SiteEvidence, b: SiteEvidence) -> SiteEvidence:
     return SiteEvidence(a.site, a.adaptations, **worst, retention=a.retention + b.retention)
 
 
-def _identity(plan: MergePlan) -> str:
+def _identity(plan: MergePlan, watch: _Watch) -> str:
     """SHA-256 of what determines the result: the base's files, the adapter, the type, and the code's version."""
     files = [
-        (shard.name, shard.size, shard.path.stat().st_mtime_ns, sorted(map(str, shard.tensors.items())))
+        (shard.name, watch.before[shard.path], sorted(map(str, shard.tensors.items())))
         for shard in plan.checkpoint.shards
     ]
     data = [os.path.realpath(plan.checkpoint.path), files, plan.updates.digest, plan.dtype, graftc.__version__]

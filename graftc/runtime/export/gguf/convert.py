@@ -13,7 +13,7 @@ from torch import Tensor
 from graftc.runtime.export.gguf.adapter import export_adapter
 from graftc.runtime.export.gguf.families import architecture, family_of, heads_of
 from graftc.runtime.export.gguf.writing import FileType, name_of, package
-from graftc.runtime.files import staged
+from graftc.runtime.files import staged_or_dropped
 from graftc.runtime.interop.layouts.convert import ROUNDING, AdapterSource, ConvertedFolder, compared
 from graftc.runtime.interop.layouts.plain import PlainAdapter
 from graftc.runtime.interop.layouts.reference import unpaired
@@ -47,12 +47,7 @@ def convert_to_gguf(
         raise GraftError("GC069", "GGUF needs the config of the base", place=Place(str(model or "")), hint=hint)
     config = AutoConfig.from_pretrained(model, local_files_only=True)
     adapter, wanted = source.read()
-    if out is None:
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as place:
-            return _written(adapter, config, Path(place) / "adapter.gguf", wanted, source, dtype)
-    with staged(out, force=force, sources=source.folders) as file:
+    with staged_or_dropped(out, "adapter.gguf", force=force, sources=source.folders) as file:
         return replace(_written(adapter, config, file, wanted, source, dtype), out=out)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from graftc.runtime.files import staged
+from graftc.runtime.files import staged_or_dropped
 from graftc.runtime.interop.layouts.base import require_fitting, require_usual_experts
 from graftc.runtime.interop.layouts.folder import detected, read_layout, write_layout
 from graftc.runtime.interop.layouts.fusing import FUSED, joined, split
@@ -117,12 +117,8 @@ def convert_folder(
     if origin.base is not None and (model is not None or add) and not (join or apart):
         require_fitting(adapter, origin.base)
     require_usual_experts(adapter, (origin.layout, target), origin.base)
-    if out is None:
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as place:
-            return _written(adapter, target, Path(place) / "adapter", wanted, origin)
-    with staged(out, force=force, replaceable=is_adapter_folder, sources=origin.folders) as staging:
+    place = staged_or_dropped(out, "adapter", force=force, replaceable=is_adapter_folder, sources=origin.folders)
+    with place as staging:
         return replace(_written(adapter, target, staging, wanted, origin), out=out)
 
 
