@@ -1,7 +1,7 @@
 """Merges a folder file by file, and says how long that took and how much anonymous memory there was: run as a process.
 
 ``python -m tests.gates.streamed ADAPTER OUT`` prints JSON. ``python -m tests.gates.streamed peft ADAPTER OUT`` does the
-same with peft's ``merge_and_unload``.
+same with peft's ``merge_and_unload``, and ``mergekit`` in place of ``peft`` with mergekit, where that is installed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,21 @@ def with_peft(adapter: Path, out: Path) -> Callable[[], object]:
     return work
 
 
+def with_mergekit(adapter: Path, out: Path) -> Callable[[], object]:
+    """Mergekit's, which merges with peft into a folder of its own and copies that tensor by tensor."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    models = [{"model": f"{base}+{adapter}"}]
+    config = {"merge_method": "passthrough", "models": models, "dtype": "bfloat16"}
+    options = {"copy_tokenizer": False, "lora_merge_cache": f"{out}-cache", "lora_merge_dtype": "bfloat16", "quiet": True}
+    return lambda: run_merge(MergeConfiguration.model_validate(config), str(out), MergeOptions(**options))
+
+
+WAYS = {"peft": with_peft, "mergekit": with_mergekit, "graftc": with_graftc}
+
 if __name__ == "__main__":
-    *other, adapter, out = sys.argv[1:]
-    made = (with_peft if other else with_graftc)(Path(adapter), Path(out))
+    way, adapter, out = ["graftc", *sys.argv[1:]][-3:]
+    made = WAYS[way](Path(adapter), Path(out))
     print(json.dumps(measured(made)))
