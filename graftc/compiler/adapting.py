@@ -319,7 +319,7 @@ def _lengthened(compilation: Compilation, mode: Mode, table: SiteTable, plan: Pl
 def _insert_tokens(compilation: Compilation, program: Program, table: SiteTable, clock: _Clock) -> None:
     spec, store = compilation.spec, compilation.store
     assert spec.tokens is not None
-    build = Builder(program, store, TOKENS, TOKENS, compilation.seed, compilation.values)
+    build = _builder(compilation, program, TOKENS, TOKENS)
     try:
         found = token_sites(compilation.model, store, table, spec.tokens)
     except GraftError as error:
@@ -339,7 +339,7 @@ def _insert(
 ) -> None:
     store = compilation.store
     if trained:
-        build = Builder(program, store, TRAIN, TRAIN, compilation.seed, compilation.values)
+        build = _builder(compilation, program, TRAIN, TRAIN)
         clock.step("insert(train)", lambda: insert_train(build, trained), program)
         _collect(compilation, build)
         clock.step("verify", lambda: verify(program, store, "insert(train)"), program)
@@ -353,7 +353,7 @@ def _insert(
             clock.step("verify", partial(verify, program, store, stage), program)
             pending, verified = [], len(program.graph.nodes)
     if program.graph.find_nodes(op="call_function", target=torch.ops.graftc.sparse_weight.default):
-        build = Builder(program, store, "", "", compilation.seed, compilation.values)
+        build = _builder(compilation, program, "", "")
         clock.step("recompute", lambda: recompute_weights(build), program)
         clock.step("verify", lambda: verify(program, store, "recompute"), program)
 
@@ -362,9 +362,16 @@ _VERIFIED_EACH = 8
 """Adaptations behind each of which a graph is verified."""
 
 
+def _builder(
+    compilation: Compilation, program: Program, adaptation: str, method: str, seams: Seams | None = None
+) -> Builder:
+    given = program, compilation.store, adaptation, method, compilation.seed, compilation.values
+    return Builder(*given, seams=seams, narrow=compilation.narrow)
+
+
 def _insert_unit(compilation: Compilation, program: Program, unit: Unit) -> None:
     def new(name: str, method: str, seams: Seams | None = None) -> Builder:
-        return Builder(program, compilation.store, name, method, compilation.seed, compilation.values, seams=seams)
+        return _builder(compilation, program, name, method, seams)
 
     if unit.composition is not None:
         for owner, parts in insert_unit(unit, program, compilation.spec, new, _adapt).items():

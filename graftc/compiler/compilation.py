@@ -14,7 +14,7 @@ from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.fingerprint import replaced_tensors
 from graftc.compiler.capture.signature import Axis, fits, inputs_of
-from graftc.compiler.resolve.compose import Unit, controls, units
+from graftc.compiler.resolve.compose import Unit, controls, narrow_names, units
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.roles.structure import Structure
 from graftc.passes.core.ir.program import Program
@@ -169,6 +169,11 @@ class Compilation:
     def controls(self) -> Mapping[str, CompositionSpec]:
         """Inputs beside the source model's, by which a call chooses among adaptations."""
         return controls(self.spec)
+
+    @cached_property
+    def narrow(self) -> frozenset[str]:
+        """Names of adaptations and compositions whose tensors are kept in the base's element type."""
+        return narrow_names(self.spec)
 
     @cached_property
     def units(self) -> list[Unit]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Collection, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import GetJsonSchemaHandler, field_validator
 from pydantic.json_schema import JsonSchemaValue
@@ -74,6 +74,10 @@ class MethodSpec(SpecModel):
 
     target: Target
     """Which sites of the model to adapt."""
+
+    dtype: Literal["float32", "base"] = "float32"
+    """Element type of the adaptation's tensors on a base in 16 bits. `float32`: they are cast where they are used, so
+    that no small step of an optimiser is lost. `base`: the base's own. Wider bases have theirs either way."""
 
     @field_validator("name")
     @classmethod

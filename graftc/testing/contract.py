@@ -113,9 +113,11 @@ class MethodContract(Contract):
 
     Attributes:
         fold_tolerance: largest difference of float32 outputs, folded against unfolded.
+        starts_elsewhere: the setting does not start at the base's outputs, whatever its method claims.
     """
 
     fold_tolerance: ClassVar[float] = 2e-5
+    starts_elsewhere: ClassVar[bool] = False
 
     def test_sites(self, family: str) -> None:
         """The adaptation has sites of claimed kinds only; among linear ones, one that is not square."""
@@ -130,7 +132,7 @@ class MethodContract(Contract):
 
     def test_identity_at_init(self, family: str) -> None:
         """Before training, the adapted model gives the base's outputs to the bit."""
-        if not self.claims.identity_at_init:
+        if not self.claims.identity_at_init or self.starts_elsewhere:
             raise unittest.SkipTest("the method does not claim identity at init")
         model, compiled = self.shared(family)
         for sizes in SHAPES:
@@ -242,6 +244,25 @@ class MethodContract(Contract):
         trainable = sum(t.numel() for t in compiled.parameters() if t.requires_grad)
         assert report.trainable_parameters + report.trained_in_full == trainable
         assert report.adaptations[0].sites == sum(len(r.places) for r in compiled.compilation.main.resolved)
+
+    def test_sixteen_bits(self, family: str) -> None:
+        """On a base in bfloat16 everything that trains is float32 and gets gradients of that type; before training the
+        outputs are the base's to the bit; what folds is certified."""
+        model = copy.deepcopy(self._made(family).reference).to(torch.bfloat16).eval()
+        compiled = self.compiled(family, model).eval()
+        trainable = {name: tensor for name, tensor in compiled.named_parameters() if tensor.requires_grad}
+        assert {tensor.dtype for tensor in trainable.values()} == {torch.float32}
+        assert compiled.dtype == torch.bfloat16
+        inputs = inputs_for(compiled)
+        if self.claims.identity_at_init and not self.starts_elsewhere:
+            assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
+        seen = _train(compiled, inputs, trainable)
+        assert any(seen.values()) and all(t.grad is None or t.grad.dtype == t.dtype for t in trainable.values())
+        self.perturb(family, compiled)
+        if self.claims.folds is FoldKind.NONE:
+            _refuses_to_merge(compiled)
+        else:
+            assert compiled.eval().merge().certificate.passed
 
     def test_bank(self, family: str) -> None:
         """Of two adaptations in a bank, the active one is what it is alone; and a batch whose rows choose is each one's

@@ -72,8 +72,9 @@ def with_mergekit(adapter: Path, out: Path) -> Callable[[], object]:
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     models = [{"model": f"{base}+{adapter}"}]
     config = {"merge_method": "passthrough", "models": models, "dtype": "bfloat16"}
-    options = {"copy_tokenizer": False, "lora_merge_cache": f"{out}-cache", "lora_merge_dtype": "bfloat16", "quiet": True}
-    return lambda: run_merge(MergeConfiguration.model_validate(config), str(out), MergeOptions(**options))
+    cache = {"lora_merge_cache": f"{out}-cache", "lora_merge_dtype": "bfloat16"}
+    options = MergeOptions(copy_tokenizer=False, quiet=True, **cache)
+    return lambda: run_merge(MergeConfiguration.model_validate(config), str(out), options)
 
 
 WAYS = {"peft": with_peft, "mergekit": with_mergekit, "graftc": with_graftc}

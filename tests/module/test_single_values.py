@@ -50,6 +50,7 @@ def test_one_value_raises(name: str) -> None:
     after = compiled.state_dict()
     assert all(torch.equal(t, after[n]) and bool(t.isfinite().all()) for n, t in before.items())
     x = torch.randn(enough)
+    model.requires_grad_(False)  # some processors multiply otherwise where a weight wants a gradient
     model.load_state_dict(model.state_dict() | {n: t for n, t in before.items() if n in model.state_dict()})
     assert torch.equal(compiled(x), model(x))
 

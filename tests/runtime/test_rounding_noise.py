@@ -10,8 +10,10 @@ import torch
 
 import graftc
 from graftc.compiler.folding import certificate
+from graftc.compiler.folding.steps import fold_steps
+from graftc.passes.core.weights.folds import LazyTensors, round_once
 from graftc.runtime.deploy import merged as module
-from graftc.runtime.deploy.rounding_noise import rounding_noise
+from graftc.runtime.deploy.rounding_noise import as_cast, rounding_noise
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, tiny
 
@@ -41,7 +43,7 @@ def test_a_difference_that_any_rounding_makes_is_allowed(compiled: Any, narrow: 
 
 
 def test_a_larger_difference_is_refused(compiled: Any, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "rounding_noise", lambda weights, run, outputs: 1e-9)
+    monkeypatch.setattr(module, "rounding_noise", lambda *given, enough: 1e-9)
     with pytest.raises(GraftError) as caught:
         compiled.merge()
     assert caught.value.code == "GC051"
@@ -54,22 +56,47 @@ def test_a_budget_that_is_given_holds(compiled: Any) -> None:
 
 
 def test_the_usual_budget_costs_no_other_run(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "rounding_noise", lambda *a: pytest.fail("outputs keep to the budget"))
+    monkeypatch.setattr(module, "rounding_noise", lambda *a, **k: pytest.fail("outputs keep to the budget"))
     assert compiled.merge().certificate.notes == ()
 
 
 def test_entries_move_by_a_unit_in_the_last_place_at_most() -> None:
     weight, seen = torch.randn(64, 65).bfloat16(), []
-    before = weight.clone()
+    before, cast = weight.clone(), torch.zeros(64, 65)
 
     def run() -> list[torch.Tensor]:
         seen.append(weight.clone())
         return [weight.float()]
 
-    noise = rounding_noise([weight], run, [before.float()])
-    assert torch.equal(weight, before) and len(seen) == 2 and not torch.equal(seen[0], seen[1])
+    noise = rounding_noise({"w": weight}, lambda name: cast, run, [before.float()])
+    first, *others = seen
+    assert torch.equal(weight, before) and torch.equal(first.float(), cast) and not torch.equal(*others[:2])
     exponent = torch.floor(torch.log2(before.double().abs()))
-    for other in seen:
+    for other in others:
         moved = (other.double() - before.double()).abs() / (2.0**exponent * torch.finfo(torch.bfloat16).eps)
         assert float(moved.max()) == 1 and 0.1 < float((moved > 0).double().mean()) < 0.5
     assert math.isclose(noise, max(float((s.float() - before.float()).abs().max()) for s in seen))
+
+
+def test_no_more_roundings_than_needed() -> None:
+    weight, seen = torch.ones(8, 8).bfloat16(), []
+
+    def run() -> list[torch.Tensor]:
+        seen.append(weight.clone())
+        return [weight.float()]
+
+    rounding_noise({"w": weight}, lambda name: weight.float(), run, [torch.ones(8, 8)], enough=1e-3)
+    assert len(seen) == 2, "the cast changes nothing here, and the first rounding is enough"
+
+
+def test_what_the_graph_casts_counts(compiled: Any) -> None:
+    """Folded from factors in 16 bits, as the graph casts them: other weights than from the factors themselves."""
+    compilation = compiled.compilation
+    cast = as_cast(compilation, ("lora",))
+    exact = LazyTensors(compilation.store, fold_steps(compilation))
+    for name in exact.names:
+        site = name.removesuffix(".weight")
+        a, b = (compilation.store.get(f"{site}.graftc.lora.{part}").detach().bfloat16().double() for part in "AB")
+        wanted = torch.addmm(compilation.store.get(name).double(), b, a, alpha=4)  # 16 / 4
+        assert torch.equal(cast(name), round_once(wanted, torch.bfloat16))
+        assert not torch.equal(cast(name), exact.folded(name))

@@ -56,7 +56,8 @@ def _simpler(compilation: Compilation, resolved: Resolved) -> MethodSpec | None:
     if resolved.spec.virtual_tokens() and not are_constant(compilation, resolved):
         return None
     method = method_for(resolved.spec.method)
-    return method.collapse(resolved.spec) if isinstance(method, Collapsing) else None
+    made = method.collapse(resolved.spec) if isinstance(method, Collapsing) else None
+    return None if made is None else made.model_copy(update={"dtype": resolved.spec.dtype})
 
 
 def collapsed_values(compilation: Compilation) -> dict[str, Tensor]:

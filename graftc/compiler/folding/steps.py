@@ -25,42 +25,51 @@ from graftc.passes.core.weights.folds import (
     WeightFunction,
     weight_fold,
 )
-from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.tensor_edits import TensorEdit
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
 from graftc.specs.errors.diagnostics import GraftError
 
+Read = Callable[[str], Tensor]
+"""Gives an adapter tensor by its Store name."""
 
-def fold_steps(compilation: Compilation, only: Sequence[str] | None = None) -> list[FoldStep]:
+
+def fold_steps(compilation: Compilation, only: Sequence[str] | None = None, read: Read | None = None) -> list[FoldStep]:
     """Every adaptation's change of base tensors, in the order in which they apply: what stands in for tensors, and
     what is made of that, is below everything that stands at sites, and either is in insertion order.
+
+    Args:
+        compilation: what to fold.
+        only: names of adaptations, by default of all.
+        read: gives adapter tensors, by default those of the Store.
 
     Raises:
         GraftError: GC050 naming the adaptation that cannot fold and why.
     """
     found = compilation.unit_of
     names = only if only is not None else [TOKENS, TRAIN, *found]
+    read = read or compilation.store.full
     below: list[FoldStep] = []
     steps: list[FoldStep] = []
     for name in names:
-        below += _overlay_steps(compilation, name)
-        own = site_steps(compilation, found[name]) if name in found else []
+        below += _overlay_steps(compilation, name, read)
+        own = site_steps(compilation, found[name], read) if name in found else []
         below += [step for step in own if step.weight.layout is Layout.PLAIN]
         steps += [step for step in own if step.weight.layout is not Layout.PLAIN]
     return [*below, *steps]
 
 
-def site_steps(compilation: Compilation, unit: Unit) -> list[FoldStep]:
-    """What an adaptation, or a composition, changes of its sites' weights.
+def site_steps(compilation: Compilation, unit: Unit, read: Read | None = None) -> list[FoldStep]:
+    """What an adaptation, or a composition, changes of its sites' weights. Args as for `fold_steps`.
 
     Raises:
         GraftError: GC050 where it cannot fold, GC022 where something else reads a weight.
     """
     resolved = unit.members[0]
     method = method_for(resolved.spec.method)
+    read = read or compilation.store.full
     steps: list[FoldStep] = []
     for site, spec in resolved.places:
-        tensors = averaged(unit, compilation.parts, site.key, compilation.store.full)
+        tensors = averaged(unit, compilation.parts, site.key, read)
         fold = keep_composed(fold_at(method, spec, site, tensors), unit)
         if isinstance(fold, StandIn):
             continue
@@ -101,9 +110,9 @@ def _new_bias(compilation: Compilation, site: LinearSite) -> WeightSlice | None:
     return None if not isinstance(site.use, Dense) or name in compilation.store else site.own.companion(name)
 
 
-def _overlay_steps(compilation: Compilation, name: str) -> list[FoldStep]:
+def _overlay_steps(compilation: Compilation, name: str, read: Read) -> list[FoldStep]:
     return [
-        FoldStep(name, str(edit.site), edit.own, None, _replace(compilation.store, edit))
+        FoldStep(name, str(edit.site), edit.own, None, _replace(read, edit))
         for edit in compilation.tensor_edits.copies(name)
     ]
 
@@ -117,8 +126,8 @@ def _changed(change: Callable[[Tensor], Tensor]) -> WeightFunction:
     return weight_fold(change).apply
 
 
-def _replace(store: Store, edit: TensorEdit) -> WeightFunction:
+def _replace(read: Read, edit: TensorEdit) -> WeightFunction:
     def stand_in(_: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return edit.own.oriented(store.full(edit.trained).to(torch.float64, copy=True)), bias
+        return edit.own.oriented(read(edit.trained).to(torch.float64, copy=True)), bias
 
     return stand_in

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.resolve.resolver import Resolved, place_of
+from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.build.bank import Chosen, Mixing, Rows, active, average, by_index, by_weights
 from graftc.passes.core.build.batch import BATCH, batch_input
 from graftc.passes.core.build.builder import Builder
@@ -89,6 +91,14 @@ def _order(spec: Spec, names: Sequence[str]) -> list[str]:
     for name in names:
         order |= dict.fromkeys(stacks[name].members if name in stacks else [name])
     return list(order)
+
+
+def narrow_names(spec: Spec) -> frozenset[str]:
+    """The names of what is kept in the base's element type: adaptations with ``dtype: base``, compositions of nothing
+    else, and the ``train:`` list and new tokens beside nothing else."""
+    found = {str(a.name) for a in spec.adapt if a.dtype == "base"}
+    composed = {str(c.name) for c in spec.compose if found.issuperset(c.members)}
+    return frozenset(found | composed | ({TRAIN, TOKENS} if len(found) == len(spec.adapt) else set()))
 
 
 def check_units(spec: Spec, found: Sequence[Unit]) -> None:

@@ -27,7 +27,8 @@ def insert_tokens(build: Builder, sites: list[LinearSite], rows: WeightSlice) ->
     ((first, end),) = rows.spans
     for site in sites:
         with build.on(site):
-            trained = build.trained_rows(rows)
+            dtype = build.output(site).meta["val"].dtype
+            trained = build.cast(build.trained_rows(rows), dtype)
             if isinstance(site, EmbeddingSite):
                 _look_up(build, site, trained, first, end)
             else:

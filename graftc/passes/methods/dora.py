@@ -130,8 +130,8 @@ def _first_norm(
 ) -> Tensor:
     """What `_norm` gives before training, by the same arithmetic. A product with zeros changes no bit of a square."""
     if square is not None:
-        return norm_of_squares(build.store.get(str(square.target)))
-    held = [build.store.get(str(node.target)).detach() for node in pair]
+        return norm_of_squares(build.held(square))
+    held = [build.held(node) for node in pair]
     return _norm_with_update(base.value(), *held, scaling=spec.scaling)[0]
 
 

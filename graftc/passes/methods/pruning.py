@@ -138,7 +138,7 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
             held = _largest(_magnitudes(base), math.prod(site.leading), spec.remaining(spec.stage - 1))
         found: Tensor = held.to(torch.int32 if base.numel() < SMALL else torch.int64)
         indices = build.buffer(f"{part}_indices", found.to)
-        values = build.trained(f"{part}_values", lambda: base.reshape(-1)[found.to(base.device)])
+        values = build.trained(f"{part}_values", lambda: base.reshape(-1)[found.to(base.device)], dtype=base.dtype)
         zero = build.call(aten.new_zeros.default, values, [1] * base.dim(), part="zeros")
         empty = build.call(aten.expand.default, zero, list(base.shape), part="zeros")
         return build.call(torch.ops.graftc.sparse_weight.default, empty, indices, values, part="kept")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["methods"]
 
-_COMMON = ("name", "method", "target")
+_COMMON = ("name", "method", "target", "dtype")
 _BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
 
 

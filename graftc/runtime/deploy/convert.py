@@ -24,7 +24,7 @@ from graftc.passes.core.sites.sites import LinearSite, SiteKey
 from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.weight_slice import Layout
-from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lora_of, target_of, values_of
+from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lora_of, stored_dtype, target_of, values_of
 from graftc.runtime.model.runner import ModelRunner
 from graftc.specs.arguments import kind_of
 from graftc.specs.base import MethodSpec
@@ -251,7 +251,7 @@ class _Conversion:
         if self.rank is not None:
             rank = min(self.rank, limit) if self.error is None else min(self.rank, rank)
         made = found.factors(min(rank, full))
-        stored = made.rounded(site.dtype)
+        stored = made.rounded(stored_dtype(site))
         exact = Factors(stored.down.double(), stored.up.double())
         self.made[name][site.key] = made.padded(rank)
         generator = torch.Generator().manual_seed(len(self._found))

@@ -105,6 +105,11 @@ def _through_range(update: Tensor, at_most: int) -> tuple[Tensor, Tensor, Tensor
     return basis @ u, s, v
 
 
+def stored_dtype(site: LinearSite) -> torch.dtype:
+    """The element type of a LoRA's factors at a site: float32 at least."""
+    return torch.promote_types(site.dtype, torch.float32)
+
+
 def distance(found: Tensor, wanted: Tensor) -> float:
     """The Frobenius distance over the norm of what is wanted; 0 where both are zero."""
     return float((found - wanted).norm() / wanted.norm().clamp_min(1e-300))
@@ -127,13 +132,13 @@ def lora_of(name: str, target: Target, made: Mapping[SiteKey, Factors], sites: I
 
 
 def values_of(name: str, made: Mapping[SiteKey, Factors], sites: Iterable[LinearSite]) -> dict[str, Tensor]:
-    """The tensors of `lora_of` under their names, in the types of the weights."""
+    """The tensors of `lora_of` under their names, at least in float32."""
     sites = tuple(sites)
     ranks, told = _ranks(made, sites), _told_by(sites)
     values: dict[str, Tensor] = {}
     for site in sites:
         key = site.key
-        factors = made[key].padded(ranks[told[key]]).rounded(site.dtype)
+        factors = made[key].padded(ranks[told[key]]).rounded(stored_dtype(site))
         tensor = "" if key.name == "weight" else key.name
         for part, value in (("A", factors.down), ("B", factors.up)):
             values[adapter_name(key.module, name, tensor, key.part, part)] = value.contiguous()

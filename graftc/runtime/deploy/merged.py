@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal
 
@@ -26,7 +27,7 @@ from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.remove_folded import take_out
-from graftc.runtime.deploy.rounding_noise import rounding_noise
+from graftc.runtime.deploy.rounding_noise import as_cast, rounding_noise
 from graftc.runtime.deploy.widening import NARROW, of_the_base, widened
 from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.model.blocks import Root
@@ -308,8 +309,10 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budge
         worst = max(differences.values(), default=0.0)
         if budget < worst < math.inf and compiled.dtype in NARROW:
             # In 16 bits, a deep model makes much of the last bit of its weights, however they are rounded.
-            weights = [weight for name in made.tensors if (weight := merged._store.get(name)).dtype in NARROW]
-            noise = rounding_noise(weights, lambda: merged.in_eval(inputs), folded)
+            weights = {name: merged._store.get(name) for name in made.tensors}
+            weights = {name: weight for name, weight in weights.items() if weight.dtype in NARROW}
+            cast, run = as_cast(compilation, merged.folded), partial(merged.in_eval, inputs)
+            noise = rounding_noise(weights, cast, run, folded, enough=worst / 2)
             told = f"the budget is twice what other roundings of the folded weights do to outputs, not {budget:.1e}"
             notes, budget = ((told,), 2 * noise) if 2 * noise > budget else ((), budget)
     program = merged._programs[compilation.key("eval")]

@@ -2,43 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.differences import largest_difference
+from graftc.compiler.folding.steps import fold_steps
+from graftc.passes.core.weights.folds import LazyTensors
+from graftc.runtime.deploy.widening import NARROW
 
-__all__ = ["rounding_noise"]
+__all__ = ["as_cast", "rounding_noise"]
 
-TIMES = 2
-"""How many other roundings are tried."""
+TIMES = 8
+"""How many other roundings are tried at most. A router of experts decides otherwise in few of them."""
 
 
-def rounding_noise(weights: Iterable[Tensor], run: Callable[[], Sequence[object]], outputs: Sequence[object]) -> float:
-    """The largest difference of outputs over a few runs in which weights are rounded to neighbours of their values.
+def rounding_noise(
+    weights: Mapping[str, Tensor],
+    cast: Callable[[str], Tensor],
+    run: Callable[[], Sequence[object]],
+    outputs: Sequence[object],
+    *,
+    enough: float = math.inf,
+) -> float:
+    """The largest difference of outputs over a few runs in which weights are rounded otherwise.
 
-    Every entry is multiplied by ``1 + r``, with ``r`` drawn from ``[-eps / 2, eps / 2]`` by a fixed seed, and rounded
-    to its type. Weights have their own values again afterwards, whatever happens.
+    In one, what they are folded from is rounded first, as the adapted graph does. In the others every entry is
+    multiplied by ``1 + r``, with ``r`` drawn from ``[-eps / 2, eps / 2]`` by a fixed seed, and rounded to its type.
+    Weights have their own values again afterwards, whatever happens.
 
     Args:
-        weights: in 16 bits; written to, one after the other.
+        weights: in 16 bits, by name; written to, one after the other.
+        cast: gives one as it is folded from adapter tensors of its own type.
         run: gives the outputs of the model that has them.
         outputs: those with the weights as they are.
+        enough: no further run is tried once a difference is as large.
     """
-    held = [weight.detach() for weight in weights]
-    kept = [weight.clone() for weight in held]
-    worst = 0.0
+    held = {name: weight.detach() for name, weight in weights.items()}
+    kept = {name: weight.clone() for name, weight in held.items()}
+
+    def moved() -> float:
+        pairs = zip(run(), outputs, strict=True)
+        tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)]
+        return max((largest_difference(a, b) for a, b in tensors if a.is_floating_point()), default=0.0)
+
     try:
+        for name, weight in held.items():
+            weight.copy_(cast(name))
+        worst = moved()
         for seed in range(TIMES):
+            if worst >= enough:
+                break
             generator = torch.Generator().manual_seed(seed)
-            for weight, own in zip(held, kept, strict=True):
+            for name, own in kept.items():
                 drawn = torch.rand(own.shape, generator=generator).sub_(0.5).mul_(torch.finfo(own.dtype).eps).add_(1)
-                weight.copy_(own.float().mul_(drawn.to(own.device)))
-            for a, b in zip(run(), outputs, strict=True):
-                if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point():
-                    worst = max(worst, largest_difference(a, b))
+                held[name].copy_(own.float().mul_(drawn.to(own.device)))
+            worst = max(worst, moved())
     finally:
-        for weight, own in zip(held, kept, strict=True):
-            weight.copy_(own)
+        for name, weight in held.items():
+            weight.copy_(kept[name])
     return worst
+
+
+def as_cast(compilation: Compilation, names: Sequence[str]) -> Callable[[str], Tensor]:
+    """Gives folded tensors as they come out of adapter tensors in the types that the adapted graph computes with.
+
+    Args:
+        compilation: what is folded.
+        names: of which adaptations.
+    """
+    graph = compilation.program("eval").graph
+    nodes = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
+
+    def read(name: str) -> Tensor:
+        value, users = compilation.store.full(name), nodes[name].users if name in nodes else ()
+        types = {user.meta["val"].dtype for user in users if user.target is torch.ops.aten.to.dtype}
+        narrow = [dtype for dtype in NARROW if dtype in types]
+        return value.to(narrow[0]) if narrow else value
+
+    return LazyTensors(compilation.store, fold_steps(compilation, names, read)).folded

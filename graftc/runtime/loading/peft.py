@@ -247,7 +247,7 @@ def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
         details = problems[:SHOWN] if len(problems) > 1 else []
         raise GraftError("GC114" if _sizes(problems) else "GC113", message, place=adapter.place, details=details)
     if rounded:
-        warn("GC116", f"{len(rounded)} adapter tensors were rounded to the type of the base, such as {rounded[0]}")
+        warn("GC116", f"{len(rounded)} adapter tensors were rounded to a narrower type, such as {rounded[0]}")
     with torch.no_grad():
         for name, value in values:
             store.get(name).copy_(value)

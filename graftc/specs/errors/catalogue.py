@@ -427,8 +427,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "written.",
      "Merge the adaptation into the base instead, save it as an artifact, or leave out what the message names."),
     ("GC116", _WARNING, "adapter tensors were rounded",
-     "The checkpoint's tensors have a wider type than the model's weights, in which graftc keeps them.",
-     "Load the base in float32 to keep every bit of the adapter."),
+     "The checkpoint's tensors have a wider type than those of the compiled model.",
+     "Leave out `dtype: base`, which keeps tensors in 16 bits; load the base in float64 where the file is in float64."),
 )
 # fmt: on
 

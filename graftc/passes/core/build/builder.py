@@ -7,7 +7,7 @@ work; what compositions intercept of it are its `Seams`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
@@ -70,6 +70,8 @@ class Builder:
         values: tensors that are there already, by name: they take the place of initial values.
         seams: how the adaptation is composed with others; by default it is not.
         within: the builder of what composes it.
+        narrow: names of adaptations whose tensors are kept in the element type that they are computed with; those of
+            the others are at least float32, and the graph casts them.
 
     Attributes:
         part_of: its parts, by the names of their classes.
@@ -86,9 +88,10 @@ class Builder:
         *,
         seams: Seams | None = None,
         within: Builder | None = None,
+        narrow: Collection[str] = (),
     ) -> None:
         inside: Nodes | None = within.nodes if within is not None else None
-        nodes = Nodes(program, store, adaptation, method, seed, values, seams, inside)
+        nodes = Nodes(program, store, adaptation, method, seed, values, seams, inside, narrow)
         self.nodes: Nodes = nodes
         self.program, self.store, self.method, self.seed, self.values = program, store, method, seed, values
         tensors, operations, branches, masks = Tensors(nodes), Operations(nodes), Branches(nodes), Masks(nodes)
@@ -105,7 +108,8 @@ class Builder:
 
     def within(self, seams: Seams, adaptation: str, method: str) -> Builder:
         """A builder of an adaptation that this one composes. One of its own name has its tensors among this one's."""
-        made = Builder(self.program, self.store, adaptation, method, self.seed, self.values, seams=seams, within=self)
+        given = self.program, self.store, adaptation, method, self.seed, self.values
+        made = Builder(*given, seams=seams, within=self, narrow=self.nodes.narrow)
         if adaptation == self.adaptation:
             made.nodes.parts = self.parts
         return made
@@ -149,6 +153,7 @@ class Builder:
     on = _Forwarded(Nodes.on)
     attribute = _Forwarded(Nodes.attribute)
     fake = _Forwarded(Nodes.fake)
+    cast = _Forwarded(Nodes.cast)
 
     parameter = _Forwarded(Tensors.parameter)
     trained = _Forwarded(Tensors.trained)
@@ -163,6 +168,7 @@ class Builder:
     instead = _Forwarded(Tensors.instead)
     stand_in = _Forwarded(Tensors.stand_in)
     known = _Forwarded(Tensors.known)
+    held = _Forwarded(Tensors.held)
     tensors = _Forwarded(Tensors.tensors)
     every = _Forwarded(Tensors.every)
     read_weight = _Forwarded(Tensors.read_weight)

@@ -157,7 +157,11 @@ class LinearMaps(Part):
 
     def _own_map(self, site: LinearSite, x: fx.Node) -> fx.Node:
         """The base's own map of ``x`` for the site's rows alone, in the output's layout."""
-        own, offset = self.map(site, x, self.weight(site), part="own rows"), self.offset(site)
+        weight, bias = self.weight(site), self.bias(site)
+        if isinstance(site.use, Dense) and bias is not None and not _has_rows(site, weight, 2):
+            own = self.call(aten.linear.default, x, weight, bias, part="own rows")  # in 16 bits it is rounded once
+            return site.use.columns_home(self.call, own)
+        own, offset = self.map(site, x, weight, part="own rows"), self.offset(site)
         if offset is not None:
             own = self.call(aten.add.Tensor, own, offset, part="own rows")
         return site.use.columns_home(self.call, own)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +34,8 @@ class Nodes:
         values: tensors that are there already, by name: they take the place of initial values.
         seams: how the adaptation is composed with others; by default it is not.
         within: what composes it. Nodes at a site are then that one's own, which go on reading what was there before.
+        narrow: names of adaptations whose tensors are kept in the element type that they are computed with. Those of
+            the others are at least float32: steps that are small beside a value are lost in 16 bits.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Nodes:
         values: Mapping[str, Tensor] = MappingProxyType({}),
         seams: Seams | None = None,
         within: Nodes | None = None,
+        narrow: Collection[str] = (),
     ) -> None:
         self.program = program
         self.store = store
@@ -54,6 +57,7 @@ class Nodes:
         self.seed = seed
         self.values = values
         self.seams = seams if seams is not None else Seams()
+        self.narrow = narrow
         self.parts: dict[SiteKey | None, dict[str, str]] = {}
         self._types = Inference(program)
         self._within = within
@@ -123,6 +127,18 @@ class Nodes:
         node.meta = {"val": self._types.tensor(self.store.get(name)), **self._tags(part)}
         self.attributes[name] = node
         return node
+
+    def kept_in(self, dtype: torch.dtype) -> torch.dtype:
+        """The element type in which a tensor of the adaptation is kept that the graph computes with in ``dtype``."""
+        if self.adaptation in self.narrow or not dtype.is_floating_point:
+            return dtype
+        return torch.promote_types(dtype, torch.float32)
+
+    def cast(self, node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
+        """A tensor of the adaptation, or what is made of it, in the element type that the graph computes with."""
+        if dtype is None or node.meta["val"].dtype == dtype:
+            return node
+        return self.call(aten.to.dtype, node, dtype, part="cast")
 
     def emit(self, part: str) -> Callable[..., fx.Node]:
         """`call` for functions that insert calls by target and arguments alone."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import fx
 
 from graftc.passes.core.sites.sites import Site
@@ -42,6 +43,7 @@ class NewTensor:
             already, and returns that name; its argument says whether a parameter trains.
         trainable: whether the method lets it train.
         base: the base tensor that it is a copy of.
+        dtype: element type that the method computes with; None for the one that it is kept in.
     """
 
     part: str
@@ -49,6 +51,7 @@ class NewTensor:
     create: Callable[[bool], str]
     trainable: bool = True
     base: str = ""
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Seams:
             names: what `make` returned.
         """
         (name,) = names
-        return nodes.attribute(name, new.part)
+        return nodes.cast(nodes.attribute(name, new.part), new.dtype)
 
     def read(self, nodes: Nodes, node: fx.Node, kind: Reading, site: Site) -> fx.Node:
         """A value of the model as the method gets it.

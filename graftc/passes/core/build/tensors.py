@@ -21,6 +21,12 @@ Initialiser = Callable[[Tensor, torch.Generator], None]
 """Fills a float32 CPU tensor in place, drawing from the generator only."""
 
 
+def _is_exact(held: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether a type has every value of another one. Files of earlier releases have 16 bits where there are 32 now."""
+    floating = held.is_floating_point and wanted.is_floating_point
+    return held == wanted or (floating and torch.promote_types(held, wanted) == wanted)
+
+
 def tensor_name(site: Site | None, adaptation: str, part: str) -> str:
     """The name of a tensor of an adaptation at a site; or of one that all its sites share."""
     if site is None:
@@ -51,33 +57,38 @@ class Tensors(Part):
             part: its name within the adaptation, as ``"A"``.
             shape: its sizes.
             init: fills a float32 CPU tensor; not called on the meta device.
-            dtype: element type it is kept in.
+            dtype: element type of the node. One of 16 bits is kept as float32 and cast in the graph, unless the spec
+                has ``dtype: base``.
             trainable: False for constants that the method reads.
         """
 
         def create(trains: bool) -> str:
             name = self._enter(part)
             if name not in self.store:
-                self.store.add_parameter(name, self._initial(name, shape, init, dtype), trainable=trains)
+                value = self._initial(name, shape, init, self._nodes.kept_in(dtype))
+                self.store.add_parameter(name, value, trainable=trains)
             return name
 
-        return self._new(NewTensor(part, "parameter", create, trainable))
+        return self._new(NewTensor(part, "parameter", create, trainable, dtype=dtype))
 
-    def trained(self, part: str, value: Callable[[], Tensor]) -> fx.Node:
+    def trained(self, part: str, value: Callable[[], Tensor], *, dtype: torch.dtype | None = None) -> fx.Node:
         """A trainable tensor of the current site that starts at a value which is worked out, created once.
 
         Args:
             part: its name within the adaptation, as ``"m"``.
-            value: makes its first value, on the site's device; element type and sizes are those for good.
+            value: makes its first value, on the site's device; sizes are those for good.
+            dtype: element type of the node, as for `parameter`; by default that of the value, which is kept.
         """
 
         def create(trains: bool) -> str:
             name = self._enter(part)
             if name not in self.store:
-                self.store.add_parameter(name, self._first(name, value().detach().clone()), trainable=trains)
+                first = value().detach()
+                kept = first.dtype if dtype is None else self._nodes.kept_in(dtype)
+                self.store.add_parameter(name, self._first(name, first.to(kept, copy=True)), trainable=trains)
             return name
 
-        return self._new(NewTensor(part, "parameter", create))
+        return self._new(NewTensor(part, "parameter", create, dtype=dtype))
 
     def _enter(self, part: str) -> str:
         """The Store name of a tensor of the current site, which is entered among the adaptation's."""
@@ -150,10 +161,16 @@ class Tensors(Part):
 
     def _given(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         value = self.values[name]
-        if (tuple(value.shape), value.dtype) != (shape, dtype):
+        if tuple(value.shape) != shape or not _is_exact(value.dtype, dtype):
             found, wanted = f"{value.dtype}{list(value.shape)}", f"{dtype}{list(shape)}"
             raise GraftError("GC053", f"{name} is {found}, it must be {wanted}")
-        return value.detach().to(device, copy=True)
+        return value.detach().to(device, dtype, copy=True)
+
+    def held(self, node: fx.Node) -> Tensor:
+        """The value that the node of a tensor of the adaptation has now."""
+        if node.target is aten.to.dtype:
+            return self.held(node.all_input_nodes[0]).to(node.meta["val"].dtype)
+        return self.store.get(str(node.target)).detach()
 
     def tensors(self) -> tuple[str, ...]:
         """Base tensors that the Program reads, in the order of the graph."""
@@ -183,8 +200,9 @@ class Tensors(Part):
     ) -> fx.Node:
         """Train a copy of a base tensor, or of rows of one, in its place; the base is never written.
 
-        Returns the node of the trained tensor, which is as the base's rows are stored. It folds by standing in for
-        them.
+        Returns the node of the trained tensor, which has the sizes that the base's rows are stored in. It folds by
+        standing in for them. A copy of 16 bits is float32, unless the spec has ``dtype: base``, and what takes the
+        base's place is cast.
 
         Args:
             base: rows of it; all of the tensor that a Store name names.
@@ -198,13 +216,14 @@ class Tensors(Part):
         current = self._attributes.get(own.tensor)
         if is_new and current is not None:
             numbers = index if index is not None else lambda: self.index(own)
-            after = own.write(self._emit("overlay"), current, through(trained), numbers)
+            made = self._nodes.cast(through(trained), current.meta["val"].dtype)
+            after = own.write(self._emit("overlay"), current, made, numbers)
             self._replace(current, after)
         return trained
 
     def trained_rows(self, own: WeightSlice) -> fx.Node:
-        """The node of a trained copy of rows of a base tensor, as they are stored. The caller puts it in place wherever
-        they are read."""
+        """The node of a trained copy of rows of a base tensor, in the sizes that they are stored in and at least in
+        float32 (see `overlay`). The caller puts it in place wherever they are read."""
         new = NewTensor(own.part, "copy", lambda trains: self._trained_rows(own), base=own.tensor)
         return self._new(new)
 
@@ -216,6 +235,7 @@ class Tensors(Part):
         name = self._enter(part)
         if name not in self.store:
             held = own.take(self.store.get(own.tensor).detach())
+            held = held.to(self._nodes.kept_in(held.dtype))
             first = self._first(name, held)
             self.store.add_parameter(name, first.clone() if first is held else first, trainable=True)
         self._edit_tensor(own, EditMode.TRAINED, name)

@@ -1,0 +1,124 @@
+"""Element types of what trains on a base in 16 bits: float32, or the base's own with ``dtype: base``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftc
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing import perturb, tiny
+from graftc.testing.compare import inputs_for, outputs_of, same_bits
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+LORA = {"method": "lora", "rank": 4, "target": {"role": ["attn.q", "ffn.up"]}}
+
+
+def types(compiled: Any) -> dict[str, torch.dtype]:
+    """The element types of what trains, by the name of the adaptation and the part."""
+    trained = [(name, t) for name, t in compiled.named_parameters() if t.requires_grad]
+    return {name.partition("graftc.")[2]: tensor.dtype for name, tensor in trained}
+
+
+def saved(compiled: Any, inputs: dict[str, Tensor]) -> int:
+    """How many bytes a forward pass keeps for the backward pass, parameters aside."""
+    own = {p.untyped_storage().data_ptr() for p in compiled.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs_of_training = compiled(**inputs)
+    assert outputs_of_training is not None
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("base", "kept"), [(BF16, FP32), (FP16, FP32), (FP32, FP32), (FP64, FP64)])
+def test_what_trains_is_float32_at_least(base: torch.dtype, kept: torch.dtype) -> None:
+    spec = {"adapt": [LORA], "train": ["transformer.ln_f"], "tokens": {"add": ["<new>"]}}
+    compiled = graftc.compile(spec, tiny("gpt2").to(base))
+    found = types(compiled)
+    assert len(found) == 7 and set(found.values()) == {kept} and compiled.dtype == base
+    assert any(name.startswith("trained.") for name in found) and any(name.startswith("tokens.") for name in found)
+
+
+def test_the_base_s_own_type() -> None:
+    """Copies of base tensors are in 16 bits where nothing else trains in float32."""
+    model = tiny("gpt2").to(BF16)
+    narrow = {**LORA, "dtype": "base"}
+    assert set(types(graftc.compile({"adapt": [narrow], "train": ["transformer.ln_f"]}, model)).values()) == {BF16}
+    mixed = types(graftc.compile({"adapt": [narrow, {**LORA, "name": "wide"}], "train": ["transformer.ln_f"]}, model))
+    assert {name.partition(".")[0]: t for name, t in mixed.items()} == {"lora": BF16, "wide": FP32, "trained": FP32}
+    with pytest.raises(GraftError) as caught:
+        graftc.load_spec({"adapt": [{**LORA, "dtype": "bfloat16"}]})
+    assert caught.value.code == "GC002"
+
+
+def test_both_types_compute_the_same() -> None:
+    """Float32 values that 16 bits hold give the outputs of tensors in 16 bits, to the bit."""
+    model = tiny("gpt2").to(BF16)
+    wide, narrow = (graftc.compile({"adapt": [{**LORA, "dtype": d}]}, model).eval() for d in ("float32", "base"))
+    perturb(narrow)
+    wide.load_adapter_state_dict(narrow.adapter_state_dict())
+    inputs = inputs_for(wide)
+    assert same_bits(outputs_of(wide, inputs), outputs_of(narrow, inputs))
+    a, b = (made.merge().state_dict() for made in (wide, narrow))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_steps_that_16_bits_lose_are_kept() -> None:
+    """A thousandth of a value is no step in bfloat16."""
+    model = tiny("gpt2").to(BF16)
+    for dtype, moves in (("float32", True), ("base", False)):
+        compiled = graftc.compile({"adapt": [{**LORA, "dtype": dtype}]}, model)
+        tensors = [p for name, p in compiled.named_parameters() if p.requires_grad and name.endswith("A")]
+        before = [p.detach().clone() for p in tensors]
+        with torch.no_grad():
+            for p in tensors:
+                p.mul_(1.001)
+        assert any(not torch.equal(a, b) for a, b in zip(before, tensors, strict=True)) is moves
+
+
+def test_folding_is_from_float32() -> None:
+    """The merged weight is the exact sum of base and float32 factors, rounded once."""
+    compiled = graftc.compile(
+        {"adapt": [{"method": "lora", "rank": 4, "target": {"role": "attn.q"}}]}, tiny("llama").to(BF16)
+    )
+    perturb(compiled)
+    merged = compiled.merge().state_dict()
+    name = "model.layers.1.self_attn.q_proj"
+    tensors = compiled.adapter_state_dict()
+    a, b = (tensors[f"{name}.graftc.lora.{part}"].double() for part in "AB")
+    base = compiled.full_state_dict()[f"{name}.weight"].double()
+    exact = torch.addmm(base, b, a, alpha=4)
+    nearest = (merged[f"{name}.weight"].double() - exact).abs()
+    other = torch.addmm(base, b.bfloat16().double(), a.bfloat16().double(), alpha=4).bfloat16().double()
+    assert float((nearest > (other - exact).abs()).double().mean()) == 0
+    assert float((nearest < (other - exact).abs()).double().mean()) > 0.01
+
+
+def test_files_of_16_bits_are_read(tmp_path: Path) -> None:
+    """Tensors of earlier releases, which had the base's type, take their values along exactly."""
+    model = tiny("gpt2").to(BF16)
+    narrow = graftc.compile({"adapt": [{**LORA, "dtype": "base"}]}, model).eval()
+    perturb(narrow)
+    tensors = narrow.adapter_state_dict()
+    wide = graftc.compile({"adapt": [LORA]}, model).eval()
+    wide.load_state_dict({**narrow.state_dict()}, strict=False)
+    assert all(torch.equal(t, tensors[name].float()) for name, t in wide.adapter_state_dict().items())
+
+
+def test_little_more_is_kept_for_the_backward_pass() -> None:
+    """The casts of factors are all that comes on top."""
+    model = tiny("llama").to(BF16)
+    inputs = inputs_for(graftc.compile({"adapt": [LORA]}, model), (8, 64))
+    wide, narrow = (graftc.compile({"adapt": [{**LORA, "dtype": d}]}, model).train() for d in ("float32", "base"))
+    assert saved(narrow, inputs) < saved(wide, inputs) <= 1.05 * saved(narrow, inputs)
