@@ -188,7 +188,7 @@ def adapted(config: Any, family: str, noise: float = 0.1, seed: int = 0, dtype: 
     """peft's model with every trained tensor perturbed, in eval mode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(copy.deepcopy(base(family)).to(dtype), config, autocast_adapter_dtype=False)
+        model = peft.get_peft_model(copy.deepcopy(base(family)).to(dtype), config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -272,7 +272,7 @@ IN_SIXTEEN_BITS = ("lora", "patterns", "bias", "head", "tables", "conv", "expert
 """Kinds that are tried on a base in bfloat16 as well."""
 
 
-def check_in_sixteen_bits(case: Checkpoint, folder: Path, inputs: int = 12) -> tuple[float, float]:
+def check_in_sixteen_bits(case: Checkpoint, folder: Path, inputs: int = 60) -> tuple[float, float]:
     """Import a checkpoint of a base in bfloat16.
 
     The same tensors in float32 give peft's outputs within `TOLERANCE`, so every site has the same update.

@@ -176,18 +176,20 @@ def test_prompts_of_a_classifier_pool_the_text(tmp_path: Path) -> None:
 
 
 def test_sixteen_bit_bases(tmp_path: Path) -> None:
-    """Factors in bfloat16 are taken over bit for bit, so updates are equal in float32; wider ones are rounded, with a
-    warning."""
+    """Factors in float32 beside a base in bfloat16 are taken over bit for bit, and so are those in bfloat16; wider ones
+    are rounded, with a warning."""
     folder = tmp_path / "theirs"
     saved(peft.LoraConfig(r=3, target_modules=["q_proj"]), "llama", folder, dtype=torch.bfloat16)
     model = adapted(peft.LoraConfig(r=3, target_modules=["q_proj"]), "llama", dtype=torch.bfloat16).unload()
-    ours = graftc.import_peft(folder, model)
     held = load_file(folder / "adapter_model.safetensors")
-    for name, value in ours.adapter_state_dict().items():
-        module, _, part = name.partition(".graftc.lora.")
-        assert value.dtype == torch.bfloat16
-        assert torch.equal(value, held[f"base_model.model.{module}.lora_{part}.weight"])
-    wide = {key: value.float() + 1e-5 for key, value in held.items()}
+    for kept in (torch.float32, torch.bfloat16):
+        save_file({key: value.to(kept) for key, value in held.items()}, folder / "adapter_model.safetensors")
+        ours = graftc.import_peft(folder, model)
+        for name, value in ours.adapter_state_dict().items():
+            module, _, part = name.partition(".graftc.lora.")
+            assert value.dtype == torch.float32
+            assert torch.equal(value, held[f"base_model.model.{module}.lora_{part}.weight"].to(kept).float())
+    wide = {key: value.double() + 1e-12 for key, value in held.items()}
     save_file(wide, folder / "adapter_model.safetensors")
     with pytest.warns(GraftWarning, match="4 adapter tensors were rounded"):
         graftc.import_peft(folder, model)
