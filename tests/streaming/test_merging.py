@@ -94,6 +94,17 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_folder_of_peft_gives_the_bits_of_importing_it(tmp_path: Path) -> None:
+    """On a base in 16 bits too: both fold from the float32 factors of the file."""
+    base = sharded_base(tmp_path / "base")
+    adapter = written_lora(tmp_path / "adapter", base)
+    graftc.merge_checkpoint(adapter, None, tmp_path / "files")
+    graftc.import_peft(adapter, load_model(str(base))).merge().save(tmp_path / "memory")
+    files, memory = tensors(tmp_path / "files"), tensors(tmp_path / "memory")
+    assert all(torch.equal(files[name], tensor) for name, tensor in memory.items())
+    assert sum(not torch.equal(memory[name], tensor) for name, tensor in tensors(base).items()) == 6
+
+
 def test_where_peft_differs_the_exact_value_is_nearer(tmp_path: Path) -> None:
     import peft
 
