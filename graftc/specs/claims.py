@@ -39,6 +39,10 @@ class Claims:
         bankable: several adaptations of one shape can share a bank. Default False.
         inert: names of tensor parts that legitimately get no gradient at first, or patterns of them (``*_gate``).
             Default none.
+        up: names of the parts that are the factor next to the output in a low-rank product ``B A``, to which LoRA+
+            (Hayou et al. 2024) gives a larger learning rate. Default none.
+        undecayed: names of parts, or patterns of them, that have two axes or more and are gates, scores or biases all
+            the same, so that weight decay leaves them alone as it does vectors. Default none.
 
     Raises:
         ValueError: ``sites`` is empty.
@@ -49,10 +53,13 @@ class Claims:
     folds: FoldKind
     bankable: bool = False
     inert: frozenset[str] = field(default_factory=frozenset)
+    up: frozenset[str] = field(default_factory=frozenset)
+    undecayed: frozenset[str] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", frozenset(SiteKind(s) for s in self.sites))
         object.__setattr__(self, "folds", FoldKind(self.folds))
-        object.__setattr__(self, "inert", frozenset(self.inert))
+        for name in ("inert", "up", "undecayed"):
+            object.__setattr__(self, name, frozenset(getattr(self, name)))
         if not self.sites:
             raise ValueError("a method claims at least one kind of site")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -363,3 +364,58 @@ class Two(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``[batch, 6]`` twice."""
         return self.first(x), self.second(x)
+
+
+def test_frozen_a(tmp_path: Path) -> None:
+    """LoRA-FA: the function and the gradient of B are those of LoRA with the same factors; A neither trains nor counts
+    as what trains, and is kept with the adapter, in PEFT's format too."""
+    plain, frozen = adapted(tiny("llama")), adapted(tiny("llama"), freeze_a=True)
+    perturb(plain, 0.1)
+    frozen.load_adapter_state_dict(plain.adapter_state_dict())
+    inputs = inputs_for(plain)
+    for compiled in (plain, frozen):
+        compiled.train()(**inputs).logits.square().sum().backward()
+    assert same_bits(outputs_of(plain, inputs), outputs_of(frozen, inputs))
+    factors = {name: (tensor, frozen.get_parameter(name)) for name, tensor in trainable(plain).items()}
+    assert {name for name in factors if name.endswith(".B")} == set(trainable(frozen))
+    for name, (tensor, own) in factors.items():
+        assert own.grad is None if name.endswith(".A") else torch.equal(own.grad, tensor.grad), name
+    adaptation = frozen.report.adaptations[0]
+    assert adaptation.trainable_parameters == sum(t.numel() for t in trainable(frozen).values())
+    assert adaptation.frozen_parameters == plain.report.trainable_parameters - adaptation.trainable_parameters
+    folder = frozen.export(tmp_path / "peft", format="peft")
+    read = graftc.import_peft(folder, tiny("llama"))
+    assert same_bits(outputs_of(frozen.eval(), inputs), outputs_of(read, inputs))
+
+
+def test_frozen_a_keeps_no_input_of_its_sites() -> None:
+    """Only the gradient of A needs them: here each is 48 or 80 wide, and B's needs 4 numbers of a token instead."""
+
+    def kept(compiled: Any) -> int:
+        found: list[int] = []
+        inputs = inputs_for(compiled)
+
+        def count(tensor: Tensor) -> Tensor:
+            found.append(tensor.numel() if not isinstance(tensor, nn.Parameter) else 0)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            compiled(**inputs)
+        return sum(found)
+
+    fields = {"dropout": 0.1, "dropout_scope": "target"}
+    plain, frozen = (kept(adapted(tiny("llama"), **fields, freeze_a=is_frozen).train()) for is_frozen in (False, True))
+    tokens = inputs_for(adapted(tiny("llama")))["input_ids"].numel()
+    assert plain - frozen >= 2 * tokens * (48 + 48 + 80)
+
+
+def test_a_table_with_frozen_a_trains() -> None:
+    """A is drawn there and B is zero, so that a step changes the table."""
+    compiled = adapted(tiny("bert"), role="embed", freeze_a=True)
+    assert set(trainable(compiled)) == {"bert.embeddings.word_embeddings.graftc.lora.B"}
+    (b,) = trainable(compiled).values()
+    before = outputs_of(compiled, inputs_for(compiled))
+    compiled(**inputs_for(compiled)).logits.square().sum().backward()
+    with torch.no_grad():
+        b -= 0.1 * b.grad
+    assert largest_difference(before, outputs_of(compiled, inputs_for(compiled))) > 1e-3

@@ -69,6 +69,19 @@ class TestWithHead(MethodContract):
     families = ("roberta",)
 
 
+class TestFrozenA(MethodContract):
+    """LoRA-FA, with a table and experts in other families' places."""
+
+    variant = True
+    adaptation: ClassVar[dict[str, Any]] = {
+        "method": "lora",
+        "target": {"role": [*ROLES, "embed"]},
+        "rank": 4,
+        "freeze_a": True,
+    }
+    families = ("bert",)
+
+
 class TestDeployed(DeploymentContract):
     """Exports and compilation on every family, adapters in place and folded."""
 

@@ -33,6 +33,9 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
 
     Each expert has its own pair of factors, ``A: [experts, rank, in]`` and ``B: [experts, out, rank]``. In a
     convolution ``in`` counts the entries of a patch. An embedding table starts with ``A = 0`` instead of ``B = 0``.
+
+    With ``freeze_a`` (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303) ``A`` does not train, so that the branch's input,
+    which only its gradient needs, is not kept.
     """
 
     def prepare(self, spec: LoRA, sites: Sequence[LinearSite], build: Builder) -> None:
@@ -52,7 +55,7 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
             GraftError: GC020 when the rank exceeds ``min(in, out)``.
         """
         down, up = _starts(spec, site, build)
-        a, b = factors(build, site, spec.rank, down, up)
+        a, b = factors(build, site, spec.rank, down, up, freeze_down=spec.freeze_a)
         x = build.input(site)
         if spec.init in _FROM_WEIGHT:
             # torch picks another product for a weight that wants a gradient where the input is not contiguous, and the
@@ -118,7 +121,8 @@ def _starts(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, 
     """What fills A and B."""
     if spec.init not in _FROM_WEIGHT:
         if isinstance(site, EmbeddingSite):
-            return zeros, normal(1)  # as loralib does for tables: a row is looked up alone, so its fan-in is one
+            # As loralib does for tables: a row is looked up alone, so its fan-in is one.
+            return (normal(1), zeros) if spec.freeze_a else (zeros, normal(1))
         return normal(1 / spec.rank) if spec.init == "gaussian" else uniform, zeros
     weight = build.read_weight(site)
     if weight.device.type == "meta":

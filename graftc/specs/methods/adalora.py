@@ -53,6 +53,7 @@ class AdaLoRA(MethodSpec):
         sites=frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS}),
         identity_at_init=True,
         folds=FoldKind.EXACT,
+        up=frozenset({"B"}),
     )
     paper: ClassVar[str] = (
         "Zhang et al. 2023, AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning (arXiv:2303.10512)"

@@ -58,7 +58,12 @@ class AdaMix(BottleneckSpec):
     values.
     """
 
-    claims: ClassVar[Claims] = Claims(sites=frozenset({SiteKind.SUBLAYER}), identity_at_init=False, folds=FoldKind.NONE)
+    claims: ClassVar[Claims] = Claims(
+        sites=frozenset({SiteKind.SUBLAYER}),
+        identity_at_init=False,
+        folds=FoldKind.NONE,
+        undecayed=frozenset({"*_bias"}),
+    )
     paper: ClassVar[str] = (
         "Wang et al. 2022, AdaMix: Mixture-of-Adaptations for Parameter-efficient Model Tuning (arXiv:2205.12410)"
     )

@@ -36,6 +36,7 @@ class AdaMixLoRA(MethodSpec):
         identity_at_init=True,
         folds=FoldKind.EXACT,
         inert=frozenset({"A"}),  # while the copies of B that are drawn are zeros
+        up=frozenset({"B"}),
     )
     paper: ClassVar[str] = (
         "Wang et al. 2022, AdaMix: Mixture-of-Adaptations for Parameter-efficient Model Tuning (arXiv:2205.12410)"

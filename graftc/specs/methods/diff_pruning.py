@@ -48,6 +48,7 @@ class DiffPruning(StagedSpec):
         folds=FoldKind.EXACT,
         # Gates have a gradient where they are not clipped, once there is a difference.
         inert=frozenset({"bias_w", "bias_delta", "*_alpha", "*_group"}),
+        undecayed=frozenset({"*_alpha", "*_group"}),
     )
     paper: ClassVar[str] = "Guo et al. 2021, Parameter-Efficient Transfer Learning with Diff Pruning (arXiv:2012.07463)"
     usual_density: ClassVar[float] = 0.005

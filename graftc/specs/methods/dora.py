@@ -58,6 +58,7 @@ class DoRA(MethodSpec):
         identity_at_init=True,
         folds=FoldKind.EXACT,
         bankable=True,
+        up=frozenset({"B"}),
     )
     paper: ClassVar[str] = "Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation (arXiv:2402.09353)"
 

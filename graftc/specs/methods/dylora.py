@@ -34,6 +34,7 @@ class DyLoRA(MethodSpec):
         identity_at_init=True,
         folds=FoldKind.EXACT,
         inert=frozenset({"A"}),
+        up=frozenset({"B"}),
     )
     paper: ClassVar[str] = (
         "Valipour et al. 2023, DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free "

@@ -44,10 +44,12 @@ class LoRA(MethodSpec):
         identity_at_init=True,
         folds=FoldKind.EXACT,
         bankable=True,
+        up=frozenset({"B"}),
     )
     paper: ClassVar[str] = (
         "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models; "
-        "rsLoRA: Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA"
+        "rsLoRA: Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA; "
+        "LoRA-FA: Zhang et al. 2023, Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning"
     )
 
     peft: ClassVar[PeftFormat | None] = PeftFormat(
@@ -67,7 +69,7 @@ class LoRA(MethodSpec):
         constant={"dropout_scope": "target"},
         fixed=LORA_FIXED,
         ignored=LORA_IGNORED,
-        training=frozenset({"dropout", "dropout_mask", "dropout_scope"}),
+        training=frozenset({"dropout", "dropout_mask", "dropout_scope", "freeze_a"}),
         turned=True,
     )
 
@@ -98,6 +100,10 @@ class LoRA(MethodSpec):
     """`kaiming`: A uniform in ±1/sqrt(in), B zero. `gaussian`: A normal with standard deviation 1/rank, B zero. In an
     embedding table both make A zero and B standard normal. `pissa`: principal singular vectors of W. `olora`: its QR
     factors. The last two subtract their initial product, so the model is initially unchanged."""
+
+    freeze_a: bool = False
+    """LoRA-FA: A keeps its initial values and B alone trains, so that the inputs of the sites need not be kept for the
+    backward pass. In an embedding table A then starts standard normal and B zero."""
 
     bias: Literal["none", "lora_only", "all"] = "none"
     """Which biases train as well: none, those of the adapted layers, or all biases of the model."""

@@ -79,7 +79,10 @@ class Pruning(MethodSpec):
     """
 
     claims: ClassVar[Claims] = Claims(
-        sites=frozenset({SiteKind.LINEAR, SiteKind.EXPERTS}), identity_at_init=True, folds=FoldKind.EXACT
+        sites=frozenset({SiteKind.LINEAR, SiteKind.EXPERTS}),
+        identity_at_init=True,
+        folds=FoldKind.EXACT,
+        undecayed=frozenset({"*_scores"}),
     )
     paper: ClassVar[str] = (
         "Sanh et al. 2020, Movement Pruning: Adaptive Sparsity by Fine-Tuning (arXiv:2005.07683); "

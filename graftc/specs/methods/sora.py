@@ -44,6 +44,7 @@ class SoRA(MethodSpec):
         sites=frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS}),
         identity_at_init=True,
         folds=FoldKind.EXACT,
+        up=frozenset({"B"}),
     )
     paper: ClassVar[str] = (
         "Ding et al. 2023, Sparse Low-rank Adaptation of Pre-trained Language Models (arXiv:2311.11696)"

@@ -57,6 +57,7 @@ class UniPELT(PartsSpec):
         sites=frozenset({SiteKind.ATTENTION, SiteKind.SUBLAYER, SiteKind.LINEAR}),
         identity_at_init=False,
         folds=FoldKind.NONE,
+        up=frozenset({"B"}),
     )
     paper: ClassVar[str] = "Mao et al. 2022, UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning"
     roles: ClassVar[Mapping[str, tuple[str, ...]]] = {

@@ -31,16 +31,25 @@ def check_rank(site: LinearSite, rank: int) -> None:
 
 
 def factors(
-    build: Builder, site: LinearSite, rank: int, down: Initialiser, up: Initialiser, number: str = ""
+    build: Builder,
+    site: LinearSite,
+    rank: int,
+    down: Initialiser,
+    up: Initialiser,
+    number: str = "",
+    *,
+    freeze_down: bool = False,
 ) -> tuple[fx.Node, fx.Node]:
     """``A: [..., rank, in]`` and ``B: [..., out, rank]`` in the site's dtype; experts lead. ``number`` follows their
-    names where a site has several pairs.
+    names where a site has several pairs. With ``freeze_down`` the first one does not train.
 
     Raises:
         GraftError: GC020 when the rank exceeds ``min(in, out)``.
     """
     check_rank(site, rank)
-    a = build.parameter(f"A{number}", (*site.leading, rank, site.in_features), down, dtype=site.dtype)
+    a = build.parameter(
+        f"A{number}", (*site.leading, rank, site.in_features), down, dtype=site.dtype, trainable=not freeze_down
+    )
     b = build.parameter(f"B{number}", (*site.leading, site.out_features, rank), up, dtype=site.dtype)
     return a, b
 
