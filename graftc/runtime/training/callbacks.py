@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import TrainerCallback
+
+from graftc.runtime.model.blocks import Runner
+from graftc.runtime.training.watching import Watch, is_plain, watch
 
 if TYPE_CHECKING:
     from graftc.runtime.training.steering import Steered
@@ -21,10 +24,14 @@ class _Steering(TrainerCallback):
 
     def __init__(self, compiled: Steered) -> None:
         self.compiled = compiled
+        self._check: Watch | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The Trainer knows how long it will be."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """The Trainer knows how long it will be, and has an optimiser whose first steps are looked at."""
         self.compiled.steps_left(state.max_steps - state.global_step)
+        if self._check is not None:  # of an attempt that has been given up
+            self._check.remove()
+        self._check = watch(cast(Runner, self.compiled), optimizer) if is_plain(optimizer) else None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Before the micro-batches of an optimiser step."""

@@ -261,6 +261,11 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC058", _FAILED, "the folder holds another recipe",
      "The recipe that was started there has a different spec, seed or model.",
      "Give every recipe a folder of its own, or remove the old one."),
+    ("GC059", _WARNING, "tensors do not train",
+     "In the first optimiser steps, tensors that should train had no gradient or did not move: they are in no "
+     "optimiser, the loss does not depend on them, their learning rate is 0, or the step was lost in rounding.",
+     "The message names the tensors with the likely cause of each. `graftc.optim.param_groups(compiled, lr)` gives the "
+     "optimiser all that trains."),
 
     # Writing, packages and plugins.
     ("GC060", _FAILED, "the export failed",

@@ -15,6 +15,12 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.detach() if gather is None else gather().detach()
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: its part of one that is sharded, any other as it is."""
+    part = getattr(tensor, "to_local", None)
+    return tensor if part is None else part()
+
+
 def copy_whole(own: Tensor, value: Tensor) -> None:
     """Copy a whole value into a tensor; into one that is sharded, each process copies its part."""
     mesh = getattr(own, "device_mesh", None)

@@ -1,4 +1,4 @@
-"""Optimisers for sparse deltas: AdamW with an age for each entry, and SM3 with accumulators by row and column.
+"""AdamW with an age for each entry, and SM3 with accumulators by row and column.
 
 They are made from the compiled model, and controllers that replace entries then tell them which. What trains beside
 deltas they treat as AdamW and SM3 do.

@@ -1,0 +1,148 @@
+"""What is known of every tensor that trains: whose it is, what it does there, and how deep in the model it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, TypeAlias
+
+from torch import Tensor, fx
+
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.roles.findings import place
+from graftc.passes.core.ir.layers import repeated_layers
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.sites.entries import slices_of
+from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, Site, SiteKey
+from graftc.passes.graph.compose import GATE
+from graftc.specs.claims import Claims
+
+Kind: TypeAlias = Literal["weight", "up", "table", "vector"]
+"""`up`: the factor next to the output in a low-rank product. `table`: a factor at a table of embeddings. `vector`:
+biases, norms, scales and gates. `weight`: all else."""
+
+
+@dataclass(frozen=True)
+class TrainedTensor:
+    """A tensor that trains.
+
+    Attributes:
+        name, tensor: in the Store.
+        adaptation: whose it is; ``trained`` for the spec's ``train`` list, ``tokens`` for new tokens.
+        part: its name within the adaptation.
+        kind: what it does.
+        inert: whether the method claims that it may have no gradient at first.
+        site: where it is; None for what an adaptation has once.
+        below: how many layers lie between it and the output side of its stack: 0 outside the layers, 1 in the last one,
+            one more than there are layers for what is read before them.
+    """
+
+    name: str
+    tensor: Tensor
+    adaptation: str
+    part: str
+    kind: Kind
+    inert: bool
+    site: SiteKey | None
+    below: int
+
+
+def trained_tensors(compilation: Compilation) -> Iterator[TrainedTensor]:
+    """Every tensor that trains now, each once, in the order of the Store."""
+    known: dict[str, TrainedTensor] = {}
+    depths = _Depths(compilation)
+    store = compilation.store
+    claims = {r.name: r.spec.claims for r in compilation.main.resolved}
+    for adaptation, at in compilation.parts.items():
+        sites = _sites(compilation, adaptation)
+        stored = _stored(compilation, adaptation, sites)
+        for key, parts in at.items():
+            site = sites.get(key) if key is not None else None
+            for part, name in parts.items():
+                tensor = store.get(name)
+                if not tensor.requires_grad or name in known:
+                    continue
+                axes = _axes(part, tensor, site, stored.get(key, {}))
+                kind = _kind(part, axes, site, claims.get(adaptation), copied=key in stored)
+                inert = any(fnmatchcase(part, p) for p in claims[adaptation].inert) if adaptation in claims else False
+                known[name] = TrainedTensor(name, tensor, adaptation, part, kind, inert, key, depths.of(name, key))
+    return (known[name] for name, tensor in store.adapters() if name in known)
+
+
+def _sites(compilation: Compilation, adaptation: str) -> dict[SiteKey, Site]:
+    """The sites of an adaptation, or of the members of a composition, by their keys."""
+    main = compilation.main
+    unit = compilation.unit_of.get(adaptation)
+    found = unit.members if unit is not None else [r for r in main.resolved if r.name == adaptation]
+    return {**{site.key: site for site in main.trained}, **{s.key: s for r in found for s, _ in r.sites}}
+
+
+def _stored(
+    compilation: Compilation, adaptation: str, sites: Mapping[SiteKey, Site]
+) -> Mapping[SiteKey | None, dict[str, int]]:
+    """Of an adaptation that stands in for base tensors: how many axes these have, by site and part."""
+    resolved = next((r for r in compilation.main.resolved if r.name == adaptation), None)
+    if resolved is None or not method_for(resolved.spec.method).stands_in:
+        return {}
+    base = compilation.store
+    return {key: {region.part: len(region.shape) for region in slices_of(s, base)} for key, s in sites.items()}
+
+
+def _axes(part: str, tensor: Tensor, site: Site | None, stored: Mapping[str, int]) -> int:
+    """How many axes a tensor has, those of experts apart; of entries of a base tensor, how many that one has."""
+    for name, axes in stored.items():
+        if part == name or part.startswith(f"{name}_"):
+            return max(axes, tensor.dim())
+    return tensor.dim() - (len(site.leading) if isinstance(site, LinearSite) else 0)
+
+
+def _kind(part: str, axes: int, site: Site | None, claims: Claims | None, *, copied: bool) -> Kind:
+    gates = claims.undecayed if claims is not None else ()
+    if axes <= 1 or part in GATE or any(fnmatchcase(part, pattern) for pattern in gates):
+        return "vector"
+    if isinstance(site, EmbeddingSite) and not copied:
+        return "table"
+    return "up" if claims is not None and part in claims.up else "weight"
+
+
+class _Depths:
+    """How deep tensors are, by their layers; outside of these by where the graph reads them first."""
+
+    def __init__(self, compilation: Compilation) -> None:
+        program = compilation.program("train")
+        self._layers = _layers(compilation, program)
+        self._first: dict[str, int] = {}
+        self._start: int | None = None
+        for number, node in enumerate(program.graph.nodes):
+            if node.op == "get_attr":
+                continue
+            for source in node.all_input_nodes:
+                if source.op == "get_attr":
+                    self._first.setdefault(str(source.target), number)
+            if self._start is None and self._stack_of(node) in self._layers:
+                self._start = number
+
+    def of(self, name: str, key: SiteKey | None) -> int:
+        """See `TrainedTensor.below`."""
+        if key is None:
+            return 0
+        layer, stack = place(key.module)
+        if stack in self._layers and layer is not None:
+            return self._layers[stack] - layer
+        early = self._start is not None and self._first.get(name, self._start) < self._start
+        return max(self._layers.values(), default=0) + 1 if early else 0
+
+    @staticmethod
+    def _stack_of(node: fx.Node) -> str:
+        return place(node.meta.get("module", ""))[1]
+
+
+def _layers(compilation: Compilation, program: Program) -> dict[str, int]:
+    """How many layers each stack has: of the stacks with residual branches, or, where there are none, of all lists of
+    modules that the graph runs."""
+    branches = {s.stack for s in compilation.main.structure.sublayers if s.stack}
+    stacks = branches or {path.rpartition(".")[0] for path in repeated_layers(program)}
+    containers = {stack: compilation.store.container(stack) for stack in stacks}
+    return {stack: sum(name.isdigit() for name in c._modules) for stack, c in containers.items()}

@@ -1,0 +1,203 @@
+"""`graftc.optim.param_groups`: every tensor once, at the rate and with the decay of what it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graftc
+from graftc.specs.errors.diagnostics import GraftError
+from tests.families import tiny
+from tests.parity.support import Names
+
+LORA = {"name": "low", "method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 2}
+
+
+def settings_of(groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Learning rate and decay by name; no tensor is in two groups."""
+    found = [(name, (g["lr"], g["weight_decay"])) for g in groups for name in g["names"]]
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+def rates_of(compiled: Any, **options: Any) -> dict[str, float]:
+    """Learning rates by name, for a rate of 1."""
+    return {name: rate for name, (rate, _) in settings_of(graftc.optim.param_groups(compiled, 1.0, **options)).items()}
+
+
+PARTS = {"A": "lora_A.default.weight", "B": "lora_B.default.weight", "m": "lora_magnitude_vector.default.weight"}
+TABLE = {"A": "lora_embedding_A.default", "B": "lora_embedding_B.default"}
+
+
+def peft_name(name: str) -> str:
+    """What peft calls a tensor of ours: a factor, a bias that trains as it is, or one of a head's copy."""
+    if name.endswith(".bias") and "classifier" not in name:
+        return Names({"bias": "base_layer.bias"}).of(name)
+    if "classifier" in name:
+        return Names({part: f"modules_to_save.default.{part}" for part in ("weight", "bias")}).of(name)
+    return Names({**PARTS, **(TABLE if "embeddings" in name else {})}).of(name)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_lora_plus_is_that_of_peft(method: str) -> None:
+    """The same groups of the same tensors at the same rates, with a table, biases and a head. Magnitudes of DoRA, which
+    are scales, do not decay here: in peft they do, which pulls them to zero and not to the base."""
+    peft = pytest.importorskip("peft")
+    judge = pytest.importorskip("peft.optimizers").create_loraplus_optimizer
+    base = tiny("bert")
+    names = ["query", "value", "word_embeddings"] if method == "lora" else ["query", "value"]
+    biases = "lora_only" if method == "lora" else "none"
+    entry = {"method": method, "target": {"modules": [f"**.{name}" for name in names]}, "rank": 2}
+    entry |= {"bias": biases} if method == "lora" else {}
+    ours = graftc.compile({"adapt": [entry], "train": ["classifier"]}, copy.deepcopy(base))
+    config = peft.LoraConfig(
+        r=2, target_modules=names, modules_to_save=["classifier"], bias=biases, use_dora=method == "dora"
+    )
+    theirs = peft.get_peft_model(base, config)
+    judged = judge(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1)
+    named = {id(p): name for name, p in theirs.named_parameters()}
+
+    def plain(groups: Any, name: Any) -> set[tuple[Any, ...]]:
+        found: dict[tuple[float, float], set[str]] = {}
+        for group in groups:
+            for each in map(name, group["params"]):
+                decay = 0.0 if "magnitude" in each else group["weight_decay"]
+                found.setdefault((group["lr"], decay), set()).add(each)
+        return {(*key, frozenset(names)) for key, names in found.items()}
+
+    mine = {id(p): peft_name(name) for name, p in ours.named_parameters() if p.requires_grad}
+    groups = graftc.optim.param_groups(ours, 1e-3, lr_ratio=16, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(groups)
+    assert plain(optimizer.param_groups, lambda p: mine[id(p)]) == plain(judged.param_groups, lambda p: named[id(p)])
+    assert len(groups) == (4 if method == "lora" else 3)
+
+
+METHODS: dict[str, tuple[Mapping[str, Any], set[str]]] = {
+    "houlsby": ({}, {"down", "up"}),
+    "unipelt": ({}, {"vectors", "hidden", "A", "B", "keys_out", "values_out", "down", "up"}),
+    "adamix": ({}, {"down", "up"}),
+    "mask": ({"density": 0.01}, {"weight_delta"}),
+    "diff_pruning": ({"density": 0.01}, {"weight_w"}),
+    "bitfit": ({}, set()),
+    "norms": ({}, set()),
+    "prefix": ({}, {"keys", "values"}),
+    "full": ({"target": {"role": ["attn.q", "norm"]}}, {"weight"}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_decays(method: str) -> None:
+    """Matrices, prompts and entries of matrices; no bias, norm, scale or gate. Whatever trains is in one group."""
+    fields, decays = METHODS[method]
+    compiled = graftc.compile({"adapt": [{"method": method, **fields}]}, tiny("gpt2"))
+    found = settings_of(graftc.optim.param_groups(compiled, 1e-3, weight_decay=0.1))
+    assert set(found) == {name for name, p in compiled.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name, (_, decay) in found.items() if decay} == decays
+    norms = [decay for name, (_, decay) in found.items() if ".ln_" in name]
+    assert not any(norms) and bool(norms) == (method in ("norms", "full", "diff_pruning", "mask", "bitfit"))
+
+
+def test_layers() -> None:
+    """As BEiT has it: the last layer at ``d``, the first at ``d^L``, the tables before it at ``d^(L+1)``, the rest as
+    it is."""
+    spec = {"adapt": [LORA], "train": ["transformer.wpe", "transformer.ln_f", "transformer.h.1.ln_1"]}
+    found = rates_of(graftc.compile(spec, tiny("gpt2", n_layer=3)), layer_decay=0.5)
+    for name, rate in found.items():
+        wanted = {"h.0": 0.125, "h.1": 0.25, "h.2": 0.5, "wpe": 0.0625, "ln_f": 1.0}
+        (expected,) = [r for place, r in wanted.items() if f".{place}." in name]
+        assert rate == expected, name
+    assert set(found.values()) == {0.125, 0.25, 0.5, 0.0625, 1.0}
+
+
+def test_an_encoder_and_a_decoder() -> None:
+    """Each counts its own layers; what a decoder has before its layers is behind the encoder's first one."""
+    spec = {"adapt": [{**LORA, "target": {"role": ["attn.q", "decoder.cross.attn.q", "embed"]}}]}
+    with pytest.warns(graftc.GraftWarning, match="GC024"):
+        compiled = graftc.compile(spec, tiny("t5", num_decoder_layers=3))
+    found = rates_of(compiled, layer_decay=0.5)
+    for stack, layers in {"encoder": 2, "decoder": 3}.items():
+        for layer in range(layers):
+            rates = {r for name, r in found.items() if f"{stack}.block.{layer}." in name}
+            assert rates == {0.5 ** (layers - layer)}, (stack, layer)
+    assert {r for name, r in found.items() if "block" not in name} == {0.5**4}
+
+
+class Small(nn.Module):
+    """Numbered layers without residual branches, between two maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(4, 6)
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[batch, 4]`` to ``[batch, 3]``."""
+        x = self.read(x)
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return self.head(x)
+
+
+def test_layers_without_residual_branches() -> None:
+    spec = {"adapt": [{"method": "lora", "target": {"modules": ["**"]}, "rank": 2}]}
+    found = rates_of(graftc.compile(spec, Small(), (torch.zeros(2, 4),)), layer_decay=0.5)
+    by_module = {name.partition(".graftc.")[0]: rate for name, rate in found.items()}
+    assert by_module == {"read": 0.125, "layers.0": 0.25, "layers.1": 0.5, "head": 1.0}
+
+
+def test_overrides_and_frozen_tensors() -> None:
+    """An adaptation's own numbers replace the common ones; options of the optimiser pass through."""
+    other = {"name": "other", "method": "ia3"}
+    compiled = graftc.compile({"adapt": [LORA, other], "train": ["transformer.ln_f"]}, tiny("gpt2"))
+    own = {"other": {"lr": 0.5, "betas": (0.8, 0.9)}, "trained": {"lr": 0.25, "lr_ratio": None}}
+    groups = graftc.optim.param_groups(compiled, 1.0, lr_ratio=2.0, weight_decay=0.1, overrides=own)
+    owners = {name.partition(".graftc.")[2].partition(".")[0]: g for g in groups for name in g["names"]}
+    assert owners["other"]["lr"] == 1.0 and owners["other"]["betas"] == (0.8, 0.9)  # twice 0.5: scales go with B
+    assert owners["trained"]["lr"] == 0.25 and "betas" not in owners["trained"]
+    optimizer = torch.optim.AdamW(groups)
+    assert sorted({g["betas"] for g in optimizer.param_groups}) == [(0.8, 0.9), (0.9, 0.999)]
+    compiled.train_only("other")
+    assert all(".graftc.other." in name for name in rates_of(compiled))
+
+
+def test_they_train_in_the_trainer(tmp_path: Any) -> None:
+    """With the Trainer's own schedule, which multiplies each group's rate."""
+    from transformers import Trainer, TrainingArguments
+
+    compiled = graftc.compile({"adapt": [LORA]}, tiny("gpt2"))
+    groups = graftc.optim.param_groups(compiled, 1e-2, lr_ratio=16.0)
+    example = {"input_ids": torch.arange(8), "labels": torch.arange(8)}
+    settings = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no")
+    made = (torch.optim.AdamW, {"params": groups})
+    trainer = Trainer(compiled, settings, train_dataset=[example] * 8, optimizer_cls_and_kwargs=made)
+    before = compiled.adapter_state_dict()
+    start = {name: tensor.clone() for name, tensor in before.items()}
+    trainer.train()
+    assert [g["initial_lr"] for g in trainer.optimizer.param_groups] == [1e-2, 0.16]
+    assert all(not torch.equal(start[name], tensor) for name, tensor in compiled.adapter_state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"lr": -1.0}, "GC073"),
+        ({"weight_decay": float("nan")}, "GC073"),
+        ({"lr_ratio": "16"}, "GC073"),
+        ({"layer_decay": 0.0}, "GC073"),
+        ({"layer_decay": 1.5}, "GC073"),
+        ({"overrides": {"lwo": {"lr": 1.0}}}, "GC091"),
+        ({"overrides": {"low": {"lr": True}}}, "GC073"),
+        ({"overrides": [("low", {})]}, "GC073"),
+    ],
+)
+def test_wrong_numbers(options: dict[str, Any], code: str) -> None:
+    compiled = graftc.compile({"adapt": [LORA]}, tiny("gpt2"))
+    with pytest.raises(GraftError) as caught:
+        graftc.optim.param_groups(compiled, **{"lr": 1e-3, **options})
+    assert caught.value.code == code

@@ -1,0 +1,217 @@
+"""`graftc.optim.watch`: what trains in name only is found in the first steps, and nothing else is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftc
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning
+from graftc.specs.registry import method_specs
+from graftc.testing.compare import flat, inputs_for
+from tests.families import tiny
+
+LORA = {"name": "low", "method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 2}
+
+
+def adapted(*entries: dict[str, Any], dtype: torch.dtype = torch.float32, **spec: Any) -> Any:
+    """A tiny GPT-2 that trains."""
+    return graftc.compile({"adapt": list(entries or (LORA,)), **spec}, tiny("gpt2", dtype=dtype)).train()
+
+
+def loss_of(compiled: Any) -> Tensor:
+    """A loss of all outputs of one batch."""
+    return sum(leaf.float().square().mean() for leaf in flat(compiled(**inputs_for(compiled))) if leaf.requires_grad)
+
+
+def train(compiled: Any, optimizer: Any, steps: int = 3, loss: Callable[[Any], Tensor] = loss_of) -> None:
+    """Steps of a plain loop."""
+    for _ in range(steps):
+        (loss(compiled) + compiled.extra_loss()).backward()
+        optimizer.step()
+        compiled.after_step()
+        optimizer.zero_grad()
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Nothing warns inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GraftWarning)
+        yield
+
+
+def example(method: str) -> Any:
+    """An adaptation with the least that the method asks for, on a family that it fits."""
+    entry = {"method": method, **method_specs()[method].needed}
+    if method == "pasta":
+        entry["special_tokens"] = [1, 2]
+    if "target" not in entry and method_specs()[method].spec_class.model_fields["target"].is_required():
+        entry["target"] = {"role": ["attn.q", "attn.v", "ffn.down"]}
+    family = {"cross_attention": "t5", "pasta": "bert"}.get(method, "gpt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraftWarning)
+        return graftc.compile({"adapt": [entry]}, tiny(family)).train()
+
+
+@pytest.mark.parametrize("method", method_specs())
+def test_no_method_alarms(method: str) -> None:
+    """All that trains is looked at, and nothing is found at any step."""
+    compiled = example(method)
+    compiled.begin(100)
+    optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
+    check = graftc.optim.watch(compiled, optimizer)
+    assert check.watched == sum(p.requires_grad for p in compiled.parameters()) > 0
+    with silence():
+        train(compiled, optimizer)
+    assert check.done and not check.findings
+
+
+def test_a_tensor_is_in_no_optimiser() -> None:
+    compiled = adapted(train=["transformer.ln_f"])
+    optimizer = torch.optim.SGD([p for n, p in compiled.named_parameters() if p.requires_grad and "ln_f" not in n])
+    check = graftc.optim.watch(compiled, optimizer)
+    with pytest.warns(GraftWarning, match="GC059: 2 of 10 tensors") as caught:
+        train(compiled, optimizer, 1)
+    assert "param_groups" in str(caught[0].message) and not check.done
+    assert all("ln_f" in name and "in no optimiser" in text for name, text in check.findings.items())
+    with silence():  # each is named once
+        train(compiled, optimizer)
+    assert len(check.findings) == 2 and check.done
+    other = torch.optim.SGD([p for n, p in compiled.named_parameters() if "ln_f.graftc" in n])
+    check = graftc.optim.watch(compiled, optimizer, other)
+    with silence():
+        for _ in range(3):
+            loss_of(compiled).backward()
+            optimizer.step()
+            other.step()
+    assert check.done and not check.findings
+
+
+def test_the_loss_depends_on_nothing() -> None:
+    """As where layers were recomputed whose inputs wanted no gradient: training went on, and nothing was learnt."""
+    compiled = adapted({**LORA, "target": {"role": "attn.q", "layers": 0}}, {**LORA, "name": "high", "method": "dora"})
+    optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
+
+    def cut(compiled: Any) -> Tensor:
+        own = [p for n, p in compiled.named_parameters() if ".high." in n]
+        return sum((p * p).sum() for p in own)
+
+    check = graftc.optim.watch(compiled, optimizer)
+    with pytest.warns(GraftWarning, match=r"(?s)GC059.*the loss does not depend on it"):
+        train(compiled, optimizer, 1, cut)
+    assert sorted({name.split(".graftc.")[1].split(".")[0] for name in check.findings}) == ["low"]
+
+
+def test_zeros_are_told_after_the_last_step() -> None:
+    """A gradient of zeros may be that of the start; in every step it is none."""
+    compiled = adapted()
+    optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
+    check = graftc.optim.watch(compiled, optimizer)
+    with silence():
+        train(compiled, optimizer, 2, lambda c: 0 * loss_of(c))
+    with pytest.warns(GraftWarning, match=r"(?s)GC059: 8 of 8.*zeros only"):
+        train(compiled, optimizer, 1, lambda c: 0 * loss_of(c))
+    assert check.done and len(check.findings) == 8
+
+
+def test_a_rate_of_zero() -> None:
+    """At once where nothing schedules it; a schedule may warm up, but not for ever."""
+    compiled = adapted()
+    still = torch.optim.AdamW(graftc.optim.param_groups(compiled, 0.0))
+    graftc.optim.watch(compiled, still)
+    with pytest.warns(GraftWarning, match=r"(?s)GC059.*learning rate of 0"):
+        train(compiled, still, 1)
+    for slope, alarms in ((1.0, False), (0.0, True)):
+        optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, slope=slope: slope * step / 10)
+        check = graftc.optim.watch(compiled, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GraftWarning)
+            for _ in range(3):
+                train(compiled, optimizer, 1)
+                schedule.step()
+        assert check.done and bool(check.findings) == alarms
+
+
+def test_steps_that_are_rounded_away() -> None:
+    """In bfloat16 a step of 1e-5 moves few entries of A; in float32 it moves all of them."""
+    for dtype in (torch.bfloat16, torch.float32):
+        compiled = adapted()
+        factors = {n: p for n, p in compiled.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for p in factors.values():
+                p.data = p.data.uniform_(0.5, 1).to(dtype)
+        optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-5))
+        check = graftc.optim.watch(compiled, optimizer, steps=1)
+        for p in factors.values():
+            p.grad = torch.ones_like(p)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        assert len(check.findings) == (8 if dtype == torch.bfloat16 else 0)
+        assert ("bfloat16 is too narrow" in str(caught[0].message)) if caught else dtype == torch.float32
+
+
+def test_what_is_frozen_later_and_what_is_held() -> None:
+    """A tensor frozen by hand, and one that something else puts back after each step."""
+    compiled = adapted()
+    optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
+    frozen, held = [(n, p) for n, p in compiled.named_parameters() if n.endswith(".B")][:2]
+    optimizer.register_step_post_hook(lambda *_: held[1].data.zero_())
+    check = graftc.optim.watch(compiled, optimizer, steps=2)
+    frozen[1].requires_grad_(False)
+    with pytest.warns(GraftWarning, match="GC059"):
+        train(compiled, optimizer, 2)
+    found = dict(check.findings)
+    assert found.pop(frozen[0]).startswith("has been frozen")
+    assert found.pop(held[0]).startswith("did not move, although")
+    # Without their B, these have no gradient either.
+    assert all(name.endswith(".A") and "zeros only" in text for name, text in found.items())
+
+
+def test_slots_that_no_call_chooses() -> None:
+    """Of a bank only what is chosen has a gradient; where nothing of it is, all are named."""
+    two = [{**LORA, "name": name, "target": {"role": "attn.q"}} for name in ("one", "two")]
+    compiled = adapted(*two, compose={"bank": ["one", "two"], "name": "tasks"})
+    compiled.activate("two")
+    optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
+    check = graftc.optim.watch(compiled, optimizer)
+    with silence():
+        train(compiled, optimizer)
+    assert check.done and not check.findings
+
+
+def test_in_the_trainer(tmp_path: Any) -> None:
+    """`compiled.callback()` does it, with accelerate's wrapper around the optimiser."""
+    from transformers import Trainer, TrainingArguments
+
+    compiled = adapted()
+    data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+    settings = TrainingArguments(str(tmp_path), max_steps=3, report_to=[], use_cpu=True, save_strategy="no")
+    some = [p for n, p in compiled.named_parameters() if p.requires_grad and n.endswith(".B")]
+    for parameters, alarms in ((some, True), ([p for p in compiled.parameters() if p.requires_grad], False)):
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+        trainer = Trainer(
+            compiled, settings, train_dataset=data, optimizers=(optimizer, None), callbacks=[compiled.callback()]
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        told = [str(w.message) for w in caught if "GC059" in str(w.message)]
+        assert len(told) == alarms and all("4 of 8" in text for text in told)
+        assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_wrong_arguments() -> None:
+    compiled = adapted()
+    optimizer = torch.optim.SGD(compiled.parameters(), lr=1e-3)
+    for arguments, options in (((), {}), ((3,), {}), ((optimizer,), {"steps": 0})):
+        with pytest.raises(GraftError, match="GC073"):
+            graftc.optim.watch(compiled, *arguments, **options)
