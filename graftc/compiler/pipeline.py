@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -169,10 +171,20 @@ def recompile(
         seed=compilation.seed,
         use_cache=compilation.use_cache,
         values=values,
-        known=compilation.known,
+        known={**_captures(compilation), **compilation.known},
     )
     made.values = {}
     return made
+
+
+def _captures(compilation: Compilation) -> dict[str, Callable[[], Capture]]:
+    """What a Compilation was made of, so that nothing is captured twice."""
+    captures = (capture for found in compilation.signatures.values() for capture in found.captures)
+    return {capture.key: partial(_again, capture) for capture in captures if capture.key is not None}
+
+
+def _again(capture: Capture) -> Capture:
+    return replace(capture, program=capture.program.copy())
 
 
 @exclusive()

@@ -30,11 +30,12 @@ from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.model.checkpointing import Checkpointed
 from graftc.runtime.model.choosing import Choosing
 from graftc.runtime.model.ecosystem import Ecosystem
+from graftc.runtime.model.editing import Editing
 from graftc.runtime.model.inspection import Inspected
 from graftc.runtime.model.runner import M, ModelRoot, Published
 from graftc.runtime.state import Stateful
 from graftc.runtime.training.selecting import Selecting
-from graftc.specs.arguments import as_mapping, as_path
+from graftc.specs.arguments import as_mapping, as_names, as_path
 from graftc.specs.compose import Parallel
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 
 class CompiledRunner(
-    Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Combining, Converting, Selecting, Exporting
+    Editing, Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Combining, Converting, Selecting, Exporting
 ):
     """All that a `Compiled` does."""
 
@@ -173,8 +174,9 @@ class CompiledRunner(
     @isolated()
     def merge(
         self,
-        budget: float | None = None,
+        names: str | Sequence[str] | None = None,
         *,
+        budget: float | None = None,
         progress: Callable[[float], None] | None = None,
         dtype: torch.dtype | None = None,
         allow_unchanged: bool = False,
@@ -183,7 +185,8 @@ class CompiledRunner(
         from graftc.runtime.deploy.merged import merge
 
         self.warn_of_unsteered()
-        return merge(self, budget, progress or (lambda _: None), dtype=dtype, allow_unchanged=allow_unchanged)
+        chosen = self if names is None else self.alone(as_names(names))
+        return merge(chosen, budget, progress or (lambda _: None), dtype=dtype, allow_unchanged=allow_unchanged)
 
     @isolated()
     def merge_partially(
@@ -253,16 +256,23 @@ class CompiledRunner(
         self._pause()
 
     @contextmanager
-    def disabled(self, *names: Any) -> Iterator[None]:
-        """Inside, the model computes what its base computes. With ``parallel`` it does so once for each adaptation, as
-        many rows as a call gives outside.
+    def disabled(self, *names: str) -> Iterator[None]:
+        """Inside, the model computes what its base computes, or, with names, what it computes without these. With
+        ``parallel`` it gives the base's rows once for each adaptation, as many as a call gives outside.
+
+        Leaving out some adaptations takes as long as compiling without a capture at its first use, and next to nothing
+        after that.
+
+        Args:
+            names: adaptations or compositions to leave out; ``trained`` is the ``train:`` list. By default all.
 
         Raises:
-            GraftError: GC073 where names of adaptations are given: all are left out.
+            GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition.
         """
         if names:
-            hint = "leave out the names; compiled.activate(name) and fix(name) choose from a bank"
-            raise GraftError("GC073", f"disabled() leaves out every adaptation, not {names[0]!r} only", hint=hint)
+            with self.without(names):
+                yield
+            return
         self._base_only = True
         try:
             yield
@@ -322,8 +332,9 @@ class Compiled(ModelRoot, Generic[M]):
 
     def merge(
         self,
-        budget: float | None = None,
+        names: str | Sequence[str] | None = None,
         *,
+        budget: float | None = None,
         progress: Callable[[float], None] | None = None,
         dtype: torch.dtype | None = None,
         allow_unchanged: bool = False,
@@ -331,6 +342,8 @@ class Compiled(ModelRoot, Generic[M]):
         """Fold every adaptation into base weights and certify the result; this model stays as it is.
 
         Args:
+            names: fold these adaptations alone, with the ``train:`` list and added tokens; the others are left out, and
+                nothing of them is in the result. `merge_partially` with ``only`` keeps them beside the new base.
             budget: largest allowed absolute difference of outputs; by default the spec's, or a bound by dtype.
             progress: is told how much of the folding is done, from 0 to 1, tensor by tensor.
             dtype: ``torch.float32`` widens a base in 16 bits first, so that rounding takes nothing of the update: the
@@ -339,9 +352,10 @@ class Compiled(ModelRoot, Generic[M]):
 
         Raises:
             GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC104 where no tensor
-                changes, GC073 for a budget that is no number and a dtype that is not wider.
+                changes, GC073 for a budget that is no number and a dtype that is not wider; of ``names``, GC091 for an
+                unknown one and GC036 for a part of a composition.
         """
-        made = self._graftc.merge(budget, progress=progress, dtype=dtype, allow_unchanged=allow_unchanged)
+        made = self._graftc.merge(names, budget=budget, progress=progress, dtype=dtype, allow_unchanged=allow_unchanged)
         return cast("Merged[M]", made)
 
     def merge_partially(

@@ -10,7 +10,7 @@ from typing import Any
 
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["as_budget", "as_mapping", "as_path", "as_seed", "kind_of"]
+__all__ = ["as_budget", "as_mapping", "as_names", "as_path", "as_seed", "kind_of"]
 
 
 def kind_of(value: Any) -> str:
@@ -60,6 +60,19 @@ def as_budget(budget: Any) -> float | None:
         return float(budget)
     shown = repr(budget) if number else kind_of(budget)
     raise GraftError("GC073", f"the budget is {shown}", hint="give a number from 0, or None for the spec's")
+
+
+def as_names(names: Any) -> tuple[str, ...]:
+    """Names of adaptations: one, or several.
+
+    Raises:
+        GraftError: GC073 for anything else, and for none.
+    """
+    found = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, list | tuple | set) else ()
+    if not found or not all(isinstance(name, str) for name in found):
+        shown = repr(names) if isinstance(names, int | float) else kind_of(names)
+        raise GraftError("GC073", f"the names are {shown}", hint='give a name, or a list of them: ["a", "b"]')
+    return found
 
 
 def as_mapping(values: Any, what: str, kind: type) -> Mapping[str, Any]:

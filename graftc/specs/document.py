@@ -179,7 +179,7 @@ class Spec(SpecModel):
         if problems:
             reject([{"name": a.name} for a in adapt], *problems)
         taken = set(first)
-        return tuple(_named(a, taken) for a in adapt)
+        return tuple(named(a, taken) for a in adapt)
 
     @model_validator(mode="after")
     def _patterns_are_few(self) -> Self:
@@ -251,7 +251,7 @@ class Spec(SpecModel):
         return self._source.locate(error)
 
 
-def _named(adaptation: MethodSpec, taken: set[str]) -> MethodSpec:
+def named(adaptation: MethodSpec, taken: set[str]) -> MethodSpec:
     """The adaptation under its own name, or the first free of ``lora``, ``lora_2``, ``lora_3`` ..."""
     if adaptation.name is not None:
         return adaptation

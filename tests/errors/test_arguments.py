@@ -120,7 +120,7 @@ def test_combined(names: Any, compiled: Any) -> None:
 
 @pytest.mark.parametrize("budget", [float("inf"), float("nan"), -1, -1e-9, True, "1", [1.0]], ids=repr)
 def test_budgets(budget: Any, compiled: Any) -> None:
-    refused(lambda: compiled.merge(budget))
+    refused(lambda: compiled.merge(budget=budget))
     refused(lambda: compiled.merge_partially(budget))
 
 

@@ -217,7 +217,7 @@ def _folded(compiled: Compiled, budget: float | None, inputs: Sequence[str], all
         GraftError: GC050 for what does not fold and is no input; as `Compiled.merge`.
     """
     if not inputs:
-        return compiled.merge(budget, allow_unchanged=allow_unchanged)
+        return compiled.merge(budget=budget, allow_unchanged=allow_unchanged)
     from graftc.runtime.deploy.partial import merge_what_folds
 
     made = merge_what_folds(compiled, budget, allow_unchanged=allow_unchanged)

@@ -77,7 +77,7 @@ def merge(
         if partial:
             made = merge_what_folds(compiled, budget, advance, **options)
         else:
-            made = compiled.merge(budget, progress=advance, **options)
+            made = compiled.merge(budget=budget, progress=advance, **options)
         if to is not None:
             step("writing")
             made.save(to, force=force)

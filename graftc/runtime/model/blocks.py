@@ -143,6 +143,8 @@ class Runner:
         self._store = store
         self._roots: dict[ProgramKey, Function] = {}
         self._programs: dict[ProgramKey, Program] = {}
+        self._label = ""
+        self._showing: frozenset[str] = frozenset()
 
     def adopt(self, module: Root) -> None:
         """Make a module the root of the tree."""
@@ -172,10 +174,10 @@ class Runner:
             owner = self._store.container(block.path)
             if not isinstance(owner, Block):
                 owner = self._store.replace_container(block.path, Block)
-            owner._graftc.functions[f"{key}#{block.use}"] = function_of(block.graph, owner, device)
+            owner._graftc.functions[f"{self._label}{key}#{block.use}"] = function_of(block.graph, owner, device)
         for node in outlined.root.find_nodes(op="call_module"):
             use, *inputs = node.args
-            node.args = (f"{key}#{use}", *inputs)
+            node.args = (f"{self._label}{key}#{use}", *inputs)
         self._roots[key] = function_of(outlined.root, self.module, device)
 
     def _store_device(self) -> torch.device:

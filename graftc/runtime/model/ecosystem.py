@@ -20,7 +20,6 @@ COPIED = ("accepts_loss_kwargs", "base_model_prefix", "generation_config", "loss
 
 _MERGED = "compiled.merge().to_transformers() gives a plain model that does it"
 _SAVE = "compiled.save(path) writes what was trained, compiled.merge().save(path) a plain transformers folder"
-_ADAPTATIONS = "adaptations stand in the spec: compile one that has both; combine() and compose join trained ones"
 
 ELSEWHERE = {
     "generate": _MERGED,
@@ -30,9 +29,12 @@ ELSEWHERE = {
     "from_pretrained": "graftc.load(path) reads what compiled.save wrote",
     "merge_and_unload": "compiled.merge() folds into the weights and certifies the result",
     "unload": "compiled.disabled() computes what the base computes; the source model is as it was",
-    "disable_adapter": "with compiled.disabled(): computes what the base computes",
+    "disable_adapter": "with compiled.disabled(): computes what the base computes, disabled(name) leaves one out",
     "get_base_model": "the source model that was compiled is as it was",
-    "add_adapter": _ADAPTATIONS,
+    "add_adapter": "compiled.add({...}) adds an adaptation, as an entry of a spec's adapt list",
+    "delete_adapter": "compiled.remove(name) removes an adaptation",
+    "disable_adapters": "compiled.disable(name) leaves an adaptation out until compiled.enable(name)",
+    "enable_adapters": "compiled.enable(name) undoes compiled.disable(name)",
     "load_adapter": "compiled.load_adapter_state_dict(tensors), or graftc.load(path)",
     "set_adapter": "compiled.activate(name) chooses from a bank, compiled.train_only(name) what trains",
     "resize_token_embeddings": "tokens: {add: ...} in the spec gives the table new rows that train",

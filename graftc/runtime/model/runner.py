@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, NoReturn, ParamSpec, Self, TypeVar, cast
 
@@ -159,7 +159,7 @@ class ModelRunner(Runner):
     def __init__(self, compilation: Compilation, store: Store) -> None:
         super().__init__(store)
         model = compilation.model
-        self._compilation = compilation
+        self._compilation = self._active = compilation
         self._interface = Interface(model)
         self._dtype = dtype_of(model)
         self.constants = plain_attributes(model)
@@ -221,10 +221,10 @@ class ModelRunner(Runner):
         return self._run(args, kwargs, "hidden", **{FLAG: True})
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry = "forward", **flags: Any) -> Any:
-        chosen = {name: kwargs.pop(name) for name in self._compilation.controls if name in kwargs}
+        chosen = {name: kwargs.pop(name) for name in self._active.controls if name in kwargs}
         present, plain = self._interface.read({**self._interface.named(args, kwargs), **flags})
-        if self._compilation.controls:
-            present = with_choices(self._compilation, present, chosen)
+        if self._active.controls:
+            present = with_choices(self._active, present, chosen)
         key = self.ready(present, entry)
         outputs = self._programs[key].outputs.build(self._results(key, present))
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
@@ -239,7 +239,7 @@ class ModelRunner(Runner):
         Raises:
             GraftError: GC031 where it cannot be.
         """
-        signature = self._compilation.find(present)
+        signature = self._active.find(present)
         key = self.key(signature, self._mode(signature), entry) if signature is not None else None
         if key is None or key not in self._roots:
             if is_traced():
@@ -247,7 +247,7 @@ class ModelRunner(Runner):
                 names = ", ".join([*tensors, *(name for name, _ in flags)])
                 raise GraftError("GC031", f"{names} have no graph yet; call the model once before compiling it")
             with exclusive():
-                signature = signature_for(self._compilation, present)
+                signature = signature_for(self._active, present)
                 key = self.key(signature, self._mode(signature), entry)
                 if key not in self._roots:
                     self.install(key, self._program_of(key))
@@ -257,7 +257,7 @@ class ModelRunner(Runner):
         """The mode that the modules are in; code of `torch.compile` looks at that of the whole model."""
         if is_traced():
             return "train" if self.training else "eval"
-        paths = self._compilation.signatures[signature].moded
+        paths = self._active.signatures[signature].moded
         off = frozenset(path for path in paths if not self._store.container(path).training)
         if self.training:
             return off or "train"
@@ -265,13 +265,19 @@ class ModelRunner(Runner):
 
     def shared(self) -> list[Any]:
         """What a copy of the module has in common with it: Graphs, which hold no tensors, and the source model."""
-        compilation = self._compilation
         found: list[Any] = [self._interface, *self._programs.values()]
-        if compilation.store is not self._store:
-            return [*found, compilation]
-        found += [compilation.model, compilation.source, compilation.spec, compilation.values, compilation.known]
-        found += [*compilation.programs.values(), *compilation.signatures.values()]
-        return [*found, *(site for r in compilation.main.resolved for site, _ in r.sites)]
+        for compilation in self.compilations():
+            if compilation.store is not self._store:
+                found.append(compilation)
+                continue
+            found += [compilation.model, compilation.source, compilation.spec, compilation.values, compilation.known]
+            found += [*compilation.programs.values(), *compilation.signatures.values()]
+            found += (site for r in compilation.main.resolved for site, _ in r.sites)
+        return found
+
+    def compilations(self) -> list[Compilation]:
+        """Those that calls may run: the model's own."""
+        return [self._compilation]
 
     def copied(self) -> None:
         """Called when the module has been copied, on the copy's Runner."""
@@ -280,12 +286,16 @@ class ModelRunner(Runner):
         """Flat outputs of the first signature in eval mode, whatever mode the model is in."""
         present = {**inputs, **dict(self._compilation.program("train", "base").flags)}
         present = with_choices(self._compilation, present, {})
-        with in_eval_mode(self.module):
+        with in_eval_mode(self.module), self.whole():
             call = _FlatCall(self.ready(present), present)
             # Hooks of the module gather what is sharded; others are not told of calls that nobody made.
             sharded = hasattr(type(self.module), "unshard")
             found: tuple[Any, ...] = self.module(call) if sharded else self._flat(call)
             return found
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, calls run all adaptations."""
+        return nullcontext()
 
     def _flat(self, call: _FlatCall) -> tuple[Any, ...]:
         return self.run(call.key, call.present)
@@ -299,4 +309,4 @@ class ModelRunner(Runner):
             from transformers.modeling_outputs import BaseModelOutput
 
             return cut_at_hidden_state(self._program_of(key._replace(entry="forward")), BaseModelOutput)
-        return program_of(self._compilation, key)
+        return program_of(self._active, key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graftc.compiler.inspect.trained import TrainedTensor, trained_tensors
@@ -29,6 +29,7 @@ def param_groups(
     embedding_lr: float | None = None,
     layer_decay: float = 1.0,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    only: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """What trains, as parameter groups for any optimiser of torch's interface.
 
@@ -54,6 +55,8 @@ def param_groups(
             by themselves.
         overrides: other values of the arguments above for some adaptations, by name (``trained`` is the ``train:``
             list, ``tokens`` the added tokens), and further options of their groups, such as ``betas``.
+        only: names of the adaptations whose tensors are wanted, for ``optimizer.add_param_group`` after
+            ``compiled.add``; by default all.
 
     Raises:
         GraftError: GC073 for numbers out of their bounds, GC091 for a name that is no adaptation.
@@ -63,12 +66,14 @@ def param_groups(
     common = _checked({**given, "layer_decay": layer_decay})
     own = {} if overrides is None else as_mapping(overrides, "overrides", Mapping)
     known = [*runner.spec.owners, TRAIN, TOKENS]
-    for name in own:
+    for name in (*own, *(only or ())):
         if name not in known:
             raise unknown_name("adaptation", name, known)
     options = {name: _checked({**common, **values}) for name, values in own.items()}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for item in trained_tensors(runner.compilation):
+        if only is not None and item.adaptation not in only:
+            continue
         settings = options.get(item.adaptation, common)
         decay = 0.0 if item.kind == "vector" else float(settings["weight_decay"])
         group = {"lr": _rate(item, settings), "weight_decay": decay}

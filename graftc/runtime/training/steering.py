@@ -50,9 +50,10 @@ class Steered(Repeated):
     _objectives_used = 0
     _objectives_due = False
 
-    def _watch(self) -> None:
-        """Notice when an adaptation is trained, so that its steering can be missed."""
-        for name in {*self._steering.controllers, *self._steering.objectives}:
+    def _watch(self, names: Iterable[str] | None = None) -> None:
+        """Notice when an adaptation is trained, so that its steering can be missed: of some, by default of all."""
+        every = {*self._steering.controllers, *self._steering.objectives}
+        for name in every if names is None else every & {*names}:
             own = (t for n, t in self._compilation.store.adapters() if owner_of(n) == name and t.requires_grad)
             first = next(own, None)
             if first is not None:

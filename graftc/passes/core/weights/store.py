@@ -196,6 +196,26 @@ class Store:
         path, _, name = fqn.rpartition(".")
         _register(self.container(path), name, tensor, persistent=persistent)
 
+    def put(self, fqn: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
+        """Put in an adapter tensor as it is, a parameter or a buffer. Raises `KeyError` when the name is taken."""
+        if fqn in self:
+            raise KeyError(f"{fqn} exists")
+        path, _, name = fqn.rpartition(".")
+        _register(self.container(path), name, tensor, persistent=persistent)
+
+    def drop(self, fqn: str) -> None:
+        """Take out an adapter tensor, and with it the containers of graftc's that are empty then. Raises `KeyError`
+        where there is none."""
+        path, _, name = fqn.rpartition(".")
+        owner = self.owner(path)
+        (owner._parameters if name in owner._parameters else owner._buffers).pop(name)
+        owner._non_persistent_buffers_set.discard(name)
+        while RESERVED in path.split("."):
+            owner, (path, _, name) = self.owner(path), path.rpartition(".")
+            if owner._parameters or owner._buffers or owner._modules:
+                return
+            del self.owner(path)._modules[name]
+
     def add_constant(self, fqn: str, tensor: torch.Tensor) -> None:
         """Add a tensor that the source model made while it was captured; a known name is passed over."""
         if fqn not in self:

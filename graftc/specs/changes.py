@@ -1,0 +1,81 @@
+"""Specs with an adaptation more, with some fewer, or with another name: what a live model is changed to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from graftc.specs.base import MethodSpec, check_name
+from graftc.specs.compose import CompositionSpec, Stack
+from graftc.specs.document import Spec, named
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = ["adding", "leaving", "renaming"]
+
+
+def adding(spec: Spec, adaptation: MethodSpec | Mapping[str, Any]) -> Spec:
+    """A spec with one more adaptation at its end.
+
+    Raises:
+        GraftError: GC002 to GC012 for what is none, GC005 for a name that is taken.
+    """
+    own_name = adaptation.name if isinstance(adaptation, MethodSpec) else dict(adaptation).get("name")
+    (own,) = Spec.model_validate({"adapt": [adaptation]}).adapt
+    taken = {*(str(a.name) for a in spec.adapt), *(str(c.name) for c in spec.compose)}
+    if own_name in taken:
+        raise GraftError("GC005", f"the name {own_name!r} is taken", hint="names are unique")
+    if own_name is None:
+        own = named(own.model_copy(update={"name": None}), taken)
+    return spec.model_copy(update={"adapt": (*spec.adapt, own)})
+
+
+def renaming(spec: Spec, old: str, new: str) -> Spec:
+    """A spec in which an adaptation has another name.
+
+    Raises:
+        GraftError: GC002 for what is no name, GC005 for one that is taken.
+    """
+    if (error := check_name(new)) is not None:
+        raise error
+    if new in {*(str(a.name) for a in spec.adapt), *(str(c.name) for c in spec.compose)}:
+        raise GraftError("GC005", f"the name {new!r} is taken", hint="names are unique")
+    (own,) = (a for a in spec.adapt if a.name == old)
+    adapt = tuple(a.model_copy(update={"name": new}) if a is own else a for a in spec.adapt)
+    compose = tuple(
+        c.model_copy(update={c.kind: tuple(new if member == old else member for member in c.members)})
+        for c in spec.compose
+    )
+    return spec.model_copy(update={"adapt": adapt, "compose": compose})
+
+
+def leaving(spec: Spec, names: Collection[str], *, train: bool = True) -> Spec:
+    """A spec without some adaptations, and without the compositions that consist of them.
+
+    Args:
+        spec: the spec.
+        names: of adaptations.
+        train: whether the ``train:`` list stays.
+
+    Raises:
+        GraftError: GC036 where a composition would lose a part.
+    """
+    gone = set(names)
+    for composition in (c for c in spec.compose if not isinstance(c, Stack)):
+        lost = gone & set(composition.members)
+        if lost and len(lost) < len(composition.members):
+            message = f"{min(lost)!r} is part of {composition.name!r}, which cannot be without it"
+            hint = f"name {composition.name!r}, or all of {', '.join(composition.members)}"
+            raise GraftError("GC036", message, hint=hint)
+        gone |= {str(composition.name)} if lost else set()
+    compose = tuple(found for c in spec.compose if (found := _left(c, gone)) is not None)
+    adapt = tuple(a for a in spec.adapt if a.name not in gone)
+    changes = {"adapt": adapt, "compose": compose, "train": spec.train if train else ()}
+    return spec.model_copy(update=changes)
+
+
+def _left(composition: CompositionSpec, gone: Collection[str]) -> CompositionSpec | None:
+    """What is left of a composition: of a stack those that are not gone, of others all or nothing."""
+    if not isinstance(composition, Stack):
+        return None if composition.name in gone else composition
+    left = tuple(member for member in composition.members if member not in gone)
+    return composition.model_copy(update={composition.kind: left}) if len(left) >= composition.least else None
