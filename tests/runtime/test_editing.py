@@ -11,7 +11,7 @@ import torch
 
 import graftc
 from graftc.compiler import adapting
-from graftc.runtime.model import editing
+from graftc.runtime.model import views
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
@@ -91,7 +91,7 @@ def test_leaving_out_costs_nothing_in_a_loop(monkeypatch: pytest.MonkeyPatch) ->
             with compiled.disabled(*names):
                 compiled(**inputs)
                 compiled(**labelled)
-        monkeypatch.setattr(editing, "recompile", never)
+        monkeypatch.setattr(views, "recompile", never)
         monkeypatch.setattr(adapting, "find_structure", never)
 
 
