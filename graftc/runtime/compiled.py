@@ -32,6 +32,7 @@ from graftc.runtime.model.choosing import Choosing
 from graftc.runtime.model.ecosystem import Ecosystem
 from graftc.runtime.model.editing import Editing
 from graftc.runtime.model.inspection import Inspected
+from graftc.runtime.model.reference_model import Referring
 from graftc.runtime.model.runner import M, ModelRoot, Published
 from graftc.runtime.state import Stateful
 from graftc.runtime.training.selecting import Selecting
@@ -50,7 +51,17 @@ if TYPE_CHECKING:
 
 
 class CompiledRunner(
-    Editing, Ecosystem, Stateful, Inspected, Checkpointed, Choosing, Combining, Converting, Selecting, Exporting
+    Editing,
+    Ecosystem,
+    Stateful,
+    Inspected,
+    Checkpointed,
+    Choosing,
+    Combining,
+    Converting,
+    Selecting,
+    Referring,
+    Exporting,
 ):
     """All that a `Compiled` does."""
 
@@ -273,13 +284,8 @@ class CompiledRunner(
             with self.without(names):
                 yield
             return
-        self._base_only = True
-        try:
+        with self.base_only():
             yield
-        finally:
-            self._base_only = False
-
-    _base_only = False
 
     def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
         """See `ModelRunner.key`."""
@@ -307,6 +313,7 @@ class Compiled(ModelRoot, Generic[M]):
     save = Published(CompiledRunner.save)
     export = Published(CompiledRunner.export)
     disabled = Published(CompiledRunner.disabled)
+    reference = Published(CompiledRunner.reference)
     adapter_state_dict = Published(CompiledRunner.adapter_state_dict)
     load_adapter_state_dict = Published(CompiledRunner.load_adapter_state_dict)
     full_state_dict = Published(CompiledRunner.full_state_dict)

@@ -119,14 +119,18 @@ class Pair:
         return max(largest_difference(outputs_of(ours, i), outputs_of(theirs, i)) for i in calls)
 
 
-def pair(case: Case) -> Pair:
+def pair(case: Case, base: nn.Module | None = None) -> Pair:
     """Adapt one tiny model with both libraries and give peft our tensors, every one of them perturbed.
+
+    Args:
+        case: the adaptation.
+        base: the model; by default that of the case's family.
 
     Raises:
         AssertionError: the two do not adapt the same places with tensors of the same sizes.
     """
     peft = pytest.importorskip("peft")
-    base = tiny(case.family)
+    base = tiny(case.family) if base is None else base
     ours = graftc.compile({"adapt": [dict(case.adaptation)]}, copy.deepcopy(base)).eval()
     perturb(ours, case.noise)
     theirs = peft.get_peft_model(copy.deepcopy(base), case.config(peft)).eval()

@@ -31,6 +31,7 @@ _GROUPS = (
     ("GC09", "The command line, and inspecting graphs"),
     ("GC10", "Checkpoints as files, and merging"),
     ("GC11", "Checkpoints of PEFT"),
+    ("GC12", "Training loops"),
 )
 _INTRO = """\
 Every failure that a spec, a model or a file can cause has a stable code. An error aborts the operation and determines

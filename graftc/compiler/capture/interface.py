@@ -90,6 +90,7 @@ class Interface:
             extra = frozenset([*(extra or ()), "use_cache"])
         self._accepted = None if extra is None else frozenset(self.parameters) | extra
         config = getattr(model, "config", None) if self._conventional else None
+        self._ignored = _sizes_of_kernels(config) if self._conventional else frozenset()
         self._usual = {
             name: bool(getattr(config, name, False))
             for name in [*(self._accepted or ()), "return_dict"]
@@ -157,6 +158,8 @@ class Interface:
         return present, False
 
     def _says_nothing(self, name: str, value: Any) -> bool:
+        if name in self._ignored:
+            return True
         if self._conventional and name == "use_cache":
             if value:
                 self._refuse(name, value)
@@ -178,6 +181,15 @@ class Interface:
             f"input {name!r} is a {type(value).__name__}, not a tensor",
             hint="a graph takes tensors, and flags that are bool, int, float or str",
         )
+
+
+def _sizes_of_kernels(config: Any) -> frozenset[str]:
+    """Keywords that only kernels of flash attention read, where attention is another: the longest text of a packed
+    batch is a number that differs from batch to batch, and each would have a graph of its own."""
+    from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+
+    kind = str(getattr(config, "_attn_implementation", None))
+    return frozenset() if "flash" in kind else frozenset(FlashAttentionKwargs.__annotations__)
 
 
 def _keywords(rest: inspect.Parameter, conventional: bool) -> frozenset[str] | None:

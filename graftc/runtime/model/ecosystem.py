@@ -13,6 +13,7 @@ from torch import nn
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.model.blocks import Runner
+from graftc.runtime.model.head import head_at
 from graftc.specs.errors.diagnostics import GraftError
 
 COPIED = ("accepts_loss_kwargs", "base_model_prefix", "generation_config", "loss_type", "model_tags", "name_or_path")
@@ -71,6 +72,7 @@ class Ecosystem(Runner):
 
     _compilation: Compilation
     accepts_loss_kwargs: bool
+    _base_only: bool
 
     def __init__(self, compilation: Compilation, store: Store) -> None:
         """Take over what a source model says of itself. Names of its children stay theirs."""
@@ -94,17 +96,28 @@ class Ecosystem(Runner):
         return self._at("get_input_embeddings")
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Where the weights of the head over the vocabulary are; None where there is none."""
-        return self._at("get_output_embeddings")
+        """Where the weights of the head over the vocabulary are, as the model uses them: a `Head` where it is trained;
+        None where there is none. An adapted head is refused when its weight is read."""
+        path = self._path("get_output_embeddings")
+        if path is None:
+            return None
+        return (
+            self.module.get_submodule(path)
+            if self._base_only
+            else head_at(self._store, path, self._compilation.tensor_edits)
+        )
 
     def _at(self, getter: str) -> nn.Module | None:
+        path = self._path(getter)
+        return None if path is None else self.module.get_submodule(path)
+
+    def _path(self, getter: str) -> str | None:
         model = self._compilation.model
         try:
             found = getattr(model, getter)()
         except (AttributeError, NotImplementedError):
             return None
-        path = next((path for path, module in model.named_modules() if module is found), None)
-        return None if path is None else self.module.get_submodule(path)
+        return next((path for path, module in model.named_modules() if module is found), None)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many elements all parameters have together, those of the base included and tied ones once.

@@ -17,15 +17,18 @@ from graftc.compiler.capture.signature import split
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import program_of
 from graftc.compiler.pipeline import signature_for
+from graftc.passes.core.ir.eval_mode import dropouts
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, Modes, ProgramKey, Signature
-from graftc.passes.core.weights.containers import OWN, constant, plain_attributes
+from graftc.passes.core.weights.containers import OWN, Container, constant, is_silent, plain_attributes
+from graftc.passes.core.weights.names import module_of
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.cut import FLAG, cut_at_hidden_state
 from graftc.runtime.model.base_model import install_base_model
 from graftc.runtime.model.blocks import Root, Runner
 from graftc.runtime.model.choosing import with_choices
 from graftc.runtime.model.ecosystem import refuse_pickling
+from graftc.runtime.model.packing import warn_of_packed
 from graftc.specs.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -81,11 +84,10 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _FlatCall:
-    """A call that wants the flat outputs of a graph."""
+class Inner:
+    """A call of the module that runs something else inside, where its hooks have gathered what is sharded."""
 
-    key: ProgramKey
-    present: Mapping[str, Any]
+    run: Callable[[], Any]
 
 
 class ModelRoot(Root):
@@ -131,7 +133,8 @@ class ModelRoot(Root):
         memo.update((id(item), item) for item in self._graftc.shared())
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        vars(copied).update(copy.deepcopy(vars(self), memo))
+        # What others have put in the place of forward calls this very model.
+        vars(copied).update(copy.deepcopy({n: v for n, v in vars(self).items() if n != "forward"}, memo))
         copied._graftc.copied()
         return copied
 
@@ -162,6 +165,7 @@ class ModelRunner(Runner):
         self._compilation = self._active = compilation
         self._interface = Interface(model)
         self._dtype = dtype_of(model)
+        self._looked_at: set[Signature] = set()
         self.constants = plain_attributes(model)
         names = self._interface.parameters
         self.main_input_name = getattr(model, "main_input_name", names[0] if names else "")
@@ -207,8 +211,8 @@ class ModelRunner(Runner):
         Raises:
             GraftError: GC031 for inputs that cannot be captured.
         """
-        if args and isinstance(args[0], _FlatCall):
-            return self._flat(args[0])
+        if args and isinstance(args[0], Inner):
+            return args[0].run()
         return self._run(args, kwargs)
 
     def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -226,6 +230,9 @@ class ModelRunner(Runner):
         if self._active.controls:
             present = with_choices(self._active, present, chosen)
         key = self.ready(present, entry)
+        if key.signature not in self._looked_at and not is_traced():
+            self._looked_at.add(key.signature)
+            warn_of_packed(present)
         outputs = self._programs[key].outputs.build(self._results(key, present))
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 
@@ -254,14 +261,33 @@ class ModelRunner(Runner):
         return key
 
     def _mode(self, signature: Signature) -> Modes:
-        """The mode that the modules are in; code of `torch.compile` looks at that of the whole model."""
+        """The mode that the modules are in, where a dropout that was set to zero is in eval mode; code of
+        `torch.compile` looks at that of the whole model, and at such dropouts once."""
         if is_traced():
-            return "train" if self.training else "eval"
-        paths = self._active.signatures[signature].moded
-        off = frozenset(path for path in paths if not self._store.container(path).training)
+            return (self._silent(signature) or "train") if self.training else "eval"
+        modules = {path: self._store.container(path) for path in self._active.signatures[signature].moded}
+        paths = modules.keys()
+        off = frozenset(path for path, module in modules.items() if not module.training or is_silent(module))
         if self.training:
             return off or "train"
         return off if len(off) < len(paths) else "eval"
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _silent(self, signature: Signature) -> frozenset[str]:
+        """Paths of dropouts that were set to zero."""
+        paths = self._active.signatures[signature].moded
+        return frozenset(path for path in paths if is_silent(self._store.container(path)))
+
+    def install(self, key: ProgramKey, program: Program) -> None:
+        """See `Runner.install`. Dropouts of adaptations have modules that stand for them, for ``eval()`` and for
+        whoever sets ``p`` to zero."""
+        super().install(key, program)
+        for path, p in dropouts(program).items():
+            parent, _, name = path.rpartition(".")
+            holder = self._store.container(parent)
+            if holder._modules.get(name) is None:
+                training = self._store.owner(module_of(path)).training
+                holder._modules[name] = Container.like(nn.Dropout(p)).train(training)
 
     def shared(self) -> list[Any]:
         """What a copy of the module has in common with it: Graphs, which hold no tensors, and the source model."""
@@ -287,18 +313,18 @@ class ModelRunner(Runner):
         present = {**inputs, **dict(self._compilation.program("train", "base").flags)}
         present = with_choices(self._compilation, present, {})
         with in_eval_mode(self.module), self.whole():
-            call = _FlatCall(self.ready(present), present)
-            # Hooks of the module gather what is sharded; others are not told of calls that nobody made.
-            sharded = hasattr(type(self.module), "unshard")
-            found: tuple[Any, ...] = self.module(call) if sharded else self._flat(call)
+            key = self.ready(present)
+            found: tuple[Any, ...] = self.within(lambda: self.run(key, present))
             return found
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, calls run all adaptations."""
         return nullcontext()
 
-    def _flat(self, call: _FlatCall) -> tuple[Any, ...]:
-        return self.run(call.key, call.present)
+    def within(self, run: Callable[[], Any]) -> Any:
+        """Run something inside of a call of the module where that is sharded: its hooks gather the tensors. Other hooks
+        are not told of calls that nobody made."""
+        return self.module(Inner(run)) if hasattr(type(self.module), "unshard") else run()
 
     def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
         """The key of what a call runs."""

@@ -434,6 +434,13 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC116", _WARNING, "adapter tensors were rounded",
      "The checkpoint's tensors have a wider type than those of the compiled model.",
      "Leave out `dtype: base`, which keeps tensors in 16 bits; load the base in float64 where the file is in float64."),
+
+    # Training loops.
+    ("GC120", _WARNING, "packed texts attend to one another",
+     "Positions begin anew within a row, as where texts are packed, and an attention mask is given as well. Models of "
+     "transformers keep packed texts apart by their positions only if there is no mask; with one, tokens also attend "
+     "to the texts before theirs. The source model does the same.",
+     "Leave `attention_mask` out of packed batches. Collators for padding-free batches do so."),
 )
 # fmt: on
 

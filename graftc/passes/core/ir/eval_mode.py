@@ -13,13 +13,29 @@ from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.program import Program, follow, provenance
 from graftc.passes.core.ir.routes import is_pick
 from graftc.passes.core.ir.updates import updates
+from graftc.passes.core.weights.names import adapter_name
 
 aten = torch.ops.aten
+_DROPOUTS = (torch.ops.graftc.masked_dropout.default, torch.ops.graftc.seeded_dropout.default)
 
 
 def moded(program: Program) -> set[str]:
     """Paths of the modules whose mode makes a difference to a train Program."""
-    return {str(n.meta.get("module", "")) for n in program.graph.nodes if n.op == "call_function" and n.target in RULES}
+    return {_place(n) for n in program.graph.nodes if n.op == "call_function" and n.target in RULES}
+
+
+def dropouts(program: Program) -> dict[str, float]:
+    """Where the dropouts of adaptations are, by the paths of modules that stand for them, with their probabilities."""
+    found = (n for n in program.graph.nodes if n.op == "call_function" and n.target in _DROPOUTS)
+    return {_place(n): float(n.args[2]) for n in found if provenance(n) is not None}
+
+
+def _place(node: fx.Node) -> str:
+    """Path of the module whose mode a node depends on: a dropout of an adaptation has one of its own, below that of its
+    site."""
+    module, owner = str(node.meta.get("module", "")), provenance(node)
+    dropped = owner is not None and node.target in (*_DROPOUTS, torch.ops.graftc.rescale.default)
+    return adapter_name(module, owner["adaptation"], "dropout") if owner is not None and dropped else module
 
 
 def to_eval(
@@ -39,7 +55,7 @@ def to_eval(
     result = program.copy(mode="eval" if only is None else program.mode)
     erased: dict[fx.Node, fx.Node] = {}
     for node in list(result.graph.nodes):
-        here = only is None or node.meta.get("module", "") in only
+        here = only is None or _place(node) in only
         here = here and node.op == "call_function" and (base or provenance(node) is not None)
         rule = RULES.get(node.target) if here and node.target not in keep else None
         if rule is _erase:

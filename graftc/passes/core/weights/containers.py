@@ -5,8 +5,9 @@ from __future__ import annotations
 import enum
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 import torch
@@ -153,10 +154,10 @@ class Node:
     """What graftc keeps at a container.
 
     Attributes:
-        constants: names of attributes that the source module has, and graphs have taken the values of.
+        constants: attributes that the source module has, with the values that graphs have taken.
     """
 
-    constants: frozenset[str] = frozenset()
+    constants: Mapping[str, Any] = MappingProxyType({})
 
 
 class Container(Tree):
@@ -175,7 +176,7 @@ class Container(Tree):
         made: Self = _class_like(cls, _source_class(type(module)))()  # type: ignore[arg-type]
         held = plain_attributes(module)
         vars(made).update(held)
-        made._graftc.constants = module._graftc.constants if isinstance(module, Container) else frozenset(held)
+        made._graftc.constants = module._graftc.constants if isinstance(module, Container) else dict(held)
         vars(made)["training"] = module.training
         made._modules.update((name, None) for name, child in module._modules.items() if child is None)
         made._parameters.update((name, None) for name, tensor in module._parameters.items() if tensor is None)
@@ -188,7 +189,7 @@ class Container(Tree):
     def __setattr__(self, name: str, value: Any) -> None:
         Tree.__setattr__(self, name, value)
         own = vars(self).get(OWN)
-        if own is not None and name in own.constants:
+        if own is not None and name in own.constants and value != own.constants[name] and not is_silent(self):
             constant(self, name)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
@@ -210,6 +211,11 @@ class Container(Tree):
     register_full_backward_hook = _no_hook
     register_full_backward_pre_hook = _no_hook
     register_backward_hook = _no_hook
+
+
+def is_silent(module: nn.Module) -> bool:
+    """Whether a module is a dropout whose probability has been set to zero, which is the same as its eval mode."""
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
 
 
 for _name, _value in vars(nn.Module).items():

@@ -1,0 +1,118 @@
+"""The base of a compiled model as a module of its own, over the same tensors: the reference of DPO and the like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
+
+from torch import Tensor, nn
+
+from graftc.passes.core.ir.program_key import Modes, Signature
+from graftc.runtime.model.ecosystem import COPIED
+from graftc.runtime.model.runner import ModelRunner
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import CompiledRunner
+
+SAME = frozenset({*COPIED, "config", "device", "dtype", "main_input_name"})
+"""Attributes of a compiled model that its reference has as well."""
+
+
+class Reference(nn.Module):
+    """A module that computes what the base of a compiled model computes, in eval mode, without a tensor of its own.
+
+    A call runs the base's graph over the tensors of the compiled model, wherever these are by then: moved, or sharded.
+    It has no parameters, so that no optimiser, wrapper or copy takes them for another model's.
+
+    Args:
+        runner: of the compiled model.
+        entry: ``"hidden"`` ends at the last hidden state, as `base_model` does.
+    """
+
+    def __init__(self, runner: CompiledRunner, entry: Literal["forward", "hidden"] = "forward") -> None:
+        super().__init__()
+        self._runner, self._entry = runner, entry
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's own outputs, as its class would give them.
+
+        Raises:
+            GraftError: GC031 for inputs that cannot be captured.
+        """
+        runner = self._runner
+        with runner.as_reference():
+            return runner.within(lambda: (runner.call if self._entry == "forward" else runner.hidden)(args, kwargs))
+
+    @property
+    def base_model(self) -> Reference:
+        """The base without its head: called, it gives ``last_hidden_state``."""
+        return Reference(self._runner, "hidden")
+
+    def train(self, mode: bool = True) -> Self:
+        """Nothing to do: a reference is in eval mode, whatever mode the compiled model is in."""
+        return self
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """See `Ecosystem.get_input_embeddings`."""
+        return self._runner.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Where the base's own weights of the head over the vocabulary are; None where there is none."""
+        with self._runner.as_reference():
+            return self._runner.get_output_embeddings()
+
+    def get_extra_state(self) -> Tensor:
+        """See `torch.nn.Module.get_extra_state`: what the base is, as ``uint8[bytes]``, by which its results are kept
+        apart from those of another."""
+        return self._runner.record()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to do: there is nothing to load."""
+
+    def __getattr__(self, name: str) -> Any:
+        """What it has in common with the compiled model."""
+        return getattr(self._runner, name) if name in SAME else super().__getattr__(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reference:
+        """One of the same compiled model: no copy of the base is made."""
+        return Reference(self._runner, self._entry)
+
+    def extra_repr(self) -> str:
+        """See `torch.nn.Module.extra_repr`."""
+        return f"of {type(self._runner.module).__name__}"
+
+
+class Referring(ModelRunner):
+    """The part of `Compiled` that runs the base beside it."""
+
+    _base_only = False
+    _as_reference = False
+
+    def reference(self) -> Reference:
+        """A module that computes what the base computes, in eval mode, over the tensors of this model: the reference of
+        DPO and KTO, ``DPOTrainer(compiled, ref_model=compiled.reference(), ...)``. No second model is in memory, and it
+        follows this one to another device.
+
+        It has the config, ``base_model`` and ``get_output_embeddings()`` of the base, and no parameters.
+        """
+        return Reference(cast("CompiledRunner", self))
+
+    @contextmanager
+    def base_only(self, *, reference: bool = False) -> Iterator[None]:
+        """Inside, calls run the base's graphs, those of eval mode for a reference; they may be nested."""
+        before = self._base_only, self._as_reference
+        self._base_only, self._as_reference = True, reference or self._as_reference
+        try:
+            yield
+        finally:
+            self._base_only, self._as_reference = before
+
+    def as_reference(self) -> Any:
+        """See `base_only`."""
+        return self.base_only(reference=True)
+
+    def _mode(self, signature: Signature) -> Modes:
+        """See `ModelRunner`."""
+        return "eval" if self._as_reference else super()._mode(signature)

@@ -1,0 +1,129 @@
+"""TRL's trainers over compiled models, a few steps each; `tests/gates/test_trl.py` has long runs and a real model."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.runtime.compiled import Compiled
+from graftc.specs.errors.diagnostics import GraftError
+from tests.families import tiny
+from tests.interop.trl_runs import LORA, both, dpo, kto, logged, reward, scoring, sft
+
+pytest.importorskip("trl")
+STEPS = 4
+
+
+def compiled_of(**spec: Any) -> Any:
+    return graftc.compile({"adapt": [dict(LORA.adaptation)], **spec}, tiny("llama"))
+
+
+def referring(trainer: Any, **changes: Any) -> Any:
+    """A trainer with the reference of a compiled model; peft's model is its own."""
+
+    def made(model: Any, folder: Path) -> Any:
+        reference = model.reference() if isinstance(model, Compiled) else None
+        return trainer(model, folder, reference, max_steps=STEPS, **changes)
+
+    return made
+
+
+RUNS: dict[str, Any] = {
+    "packed": lambda model, folder: sft(model, folder, max_steps=STEPS, packing=True),
+    "padded": lambda model, folder: sft(model, folder, max_steps=STEPS),
+    "smoothed": lambda model, folder: sft(model, folder, max_steps=STEPS, label_smoothing_factor=0.1),
+    "dft": lambda model, folder: sft(model, folder, max_steps=STEPS, loss_type="dft"),
+    "recomputed": lambda model, folder: sft(model, folder, max_steps=STEPS, gradient_checkpointing=True),
+    "dpo": referring(dpo),
+    "dpo precomputed": referring(dpo, precompute_ref_log_probs=True),
+    "kto": referring(kto),
+    "reward": lambda model, folder: reward(model, folder, max_steps=STEPS),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_steps_are_those_of_peft(run: str, tmp_path: Path) -> None:
+    runs = both(RUNS[run], tmp_path, scoring() if run == "reward" else None)
+    assert runs.losses() < 1e-5 and runs.tensors() < 1e-4
+
+
+def test_the_reference_of_preferences_is_the_base_and_no_second_one_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = compiled_of()
+    source = compiled.compilation.source.eval()
+    sizes = {tuple(p.shape) for p in source.parameters() if p.dim() == 2}
+
+    def alive() -> set[int]:
+        gc.collect()
+        held = (o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and tuple(o.shape) in sizes)
+        return {t.untyped_storage().data_ptr() for t in held if not t.is_meta}
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was copied or loaded")
+
+    before = alive()
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Parameter, "__deepcopy__", refuse)
+        patch.setattr("trl.trainer.dpo_trainer.create_model_from_path", refuse)
+        trainer = dpo(compiled, tmp_path, compiled.reference(), max_steps=STEPS)
+        trainer.train()
+    compiled.zero_grad()
+    assert alive() <= before
+    batch = next(iter(trainer.get_train_dataloader()))
+    found = torch.cat(trainer.compute_ref_log_probs(trainer.ref_model, batch))
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        scores = source(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+    each = scores.gather(-1, ids[:, 1:, None])[..., 0] * batch["completion_mask"][:, 1:]
+    assert torch.allclose(found, each.sum(1), rtol=1e-5)
+    own = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
+    assert not torch.allclose(own, found, rtol=1e-3), "the model has been trained"
+
+
+def test_dropout_is_switched_off_where_a_trainer_says_so(tmp_path: Path) -> None:
+    compiled = compiled_of(adapt=[{**LORA.adaptation, "dropout": 0.5}])
+    trainer = dpo(compiled, tmp_path, compiled.reference(), max_steps=STEPS, learning_rate=0.0)
+    assert trainer.args.disable_dropout
+    with torch.no_grad():
+        for tensor in compiled.adapter_state_dict().values():
+            tensor.add_(0.1)
+        batch = next(iter(trainer.get_train_dataloader()))
+        compiled.train()
+        found = [trainer.compute_loss(compiled, batch) for _ in range(3)]
+        compiled.eval()
+        expected = trainer.compute_loss(compiled, batch)
+    assert all(torch.equal(loss, expected) for loss in found)
+
+
+def test_a_head_that_trains_learns(tmp_path: Path) -> None:
+    compiled = compiled_of(train=["lm_head"])
+    before = compiled.get_parameter("lm_head.graftc.trained.weight").detach().clone()
+    sft(compiled, tmp_path, max_steps=STEPS).train()
+    assert not torch.equal(compiled.get_parameter("lm_head.graftc.trained.weight"), before)
+
+
+def test_an_adapted_head_is_refused(tmp_path: Path) -> None:
+    compiled = compiled_of(adapt=[{"method": "lora", "target": {"role": ["attn.q", "head"]}}])
+    with pytest.raises(GraftError, match="GC072: the head lm_head is adapted by 'lora'"):
+        sft(compiled, tmp_path, max_steps=STEPS).train()
+
+
+def test_a_checkpoint_is_resumed_and_loaded(tmp_path: Path) -> None:
+    settings = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": STEPS // 2}
+    whole = sft(compiled_of(), tmp_path, **settings)
+    whole.train()
+    resumed = sft(compiled_of(), tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    expected = whole.model.adapter_state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in resumed.model.adapter_state_dict().items())
+    loaded: Any = graftc.load(tmp_path / f"checkpoint-{STEPS}", tiny("llama"))
+    assert all(torch.equal(t, expected[n]) for n, t in loaded.adapter_state_dict().items())
+    assert len(logged(resumed, "loss")) == STEPS and "trl" in whole.model.model_tags
+    assert (tmp_path / f"checkpoint-{STEPS}" / "README.md").is_file() or (tmp_path / "README.md").is_file()

@@ -1,0 +1,184 @@
+"""The same run of a TRL trainer over a compiled model and over peft's, from the same tensors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.families import llama
+from tests.parity.support import Case, Names, Pair, pair
+
+WORDS = 90
+"""Of the tokenizer, ``w0`` to ``w89``; the rest of the tiny models' vocabulary are special tokens."""
+
+LORA = Case(
+    "llama",
+    {"method": "lora", "rank": 4, "alpha": 8, "target": {"modules": ["**.q_proj", "**.v_proj", "**.down_proj"]}},
+    lambda peft: peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]),
+    Names({"A": "lora_A.default.weight", "B": "lora_B.default.weight"}),
+    noise=0.0,
+)
+"""LoRA of a tiny Llama as it starts: the second factor is zero."""
+
+
+def tokenizer() -> Any:
+    """Of words that are numbered, with an end and padding."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<unk>"]
+    words = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate([*(f"w{i}" for i in range(WORDS)), *special])}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def _text(draw: random.Random, low: int, high: int) -> str:
+    return " ".join(f"w{draw.randrange(WORDS)}" for _ in range(draw.randint(low, high)))
+
+
+def completions(count: int = 64) -> Any:
+    """Prompts with completions, of different lengths."""
+    from datasets import Dataset
+
+    draw = random.Random(0)
+    return Dataset.from_list(
+        [{"prompt": _text(draw, 2, 6), "completion": " " + _text(draw, 3, 8)} for _ in range(count)]
+    )
+
+
+def preferences(count: int = 32) -> Any:
+    """Prompts with a chosen and a rejected answer."""
+    from datasets import Dataset
+
+    draw = random.Random(0)
+    return Dataset.from_list(
+        [
+            {"prompt": _text(draw, 2, 5), "chosen": " " + _text(draw, 3, 6), "rejected": " " + _text(draw, 3, 6)}
+            for _ in range(count)
+        ]
+    )
+
+
+SETTINGS: Mapping[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 5e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "seed": 3,
+}
+"""Arguments of every run."""
+
+
+@dataclass(frozen=True)
+class Both:
+    """Two runs from the same tensors.
+
+    Attributes:
+        pair: both models, trained.
+        ours, theirs: their trainers.
+    """
+
+    pair: Pair
+    ours: Any
+    theirs: Any
+
+    def losses(self, key: str = "loss") -> float:
+        """The largest relative difference of what was logged at a step."""
+        mine, other = logged(self.ours, key), logged(self.theirs, key)
+        assert len(mine) == len(other) > 1 and len({round(x, 4) for x in other}) > 1
+        return max(abs(a - b) / abs(b) for a, b in zip(mine, other, strict=True))
+
+    def tensors(self) -> float:
+        """The largest difference of a trained tensor from peft's, over the norm of that; all of them have moved."""
+        own = dict(self.pair.ours.named_parameters())
+        worst = 0.0
+        for name, other in self.pair.tensors.items():
+            assert bool(other.any()), f"{name} has not moved"
+            mine = own[name].detach().reshape(other.shape)
+            worst = max(worst, float((mine - other.detach()).norm() / other.detach().norm()))
+        return worst
+
+
+def logged(trainer: Any, key: str) -> list[float]:
+    """What a trainer logged at its steps."""
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def both(trainer: Callable[[Any, Path], Any], folder: Path, base: Any = None) -> Both:
+    """Train both models.
+
+    Args:
+        trainer: makes a trainer for a model and a folder.
+        folder: where they write.
+        base: what both adapt; by default a tiny Llama with its head over the vocabulary.
+    """
+    models = pair(LORA, base)
+    found = []
+    for name, model in (("ours", models.ours), ("theirs", models.theirs)):
+        torch.manual_seed(0)
+        made = trainer(model, folder / name)
+        made.train()
+        found.append(made)
+    return Both(models, *found)
+
+
+def sft(model: Any, folder: Path, **changes: Any) -> Any:
+    """Supervised fine-tuning on completions alone."""
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = SFTConfig(str(folder), **{**SETTINGS, "completion_only_loss": True, "max_length": 24, **changes})
+    return SFTTrainer(model=model, args=arguments, train_dataset=completions(), processing_class=tokenizer())
+
+
+def dpo(model: Any, folder: Path, ref_model: Any = None, **changes: Any) -> Any:
+    """Preference optimisation; peft's model is its own reference."""
+    from trl import DPOConfig, DPOTrainer
+
+    arguments = DPOConfig(str(folder), **{**SETTINGS, "max_length": 24, **changes})
+    return DPOTrainer(
+        model=model, ref_model=ref_model, args=arguments, train_dataset=preferences(), processing_class=tokenizer()
+    )
+
+
+def kto(model: Any, folder: Path, ref_model: Any = None, **changes: Any) -> Any:
+    """Kahneman-Tversky optimisation, on the same preferences."""
+    from trl import KTOConfig, KTOTrainer, unpair_preference_dataset
+
+    arguments = KTOConfig(str(folder), **{**SETTINGS, "max_length": 24, **changes})
+    return KTOTrainer(
+        model=model,
+        ref_model=ref_model,
+        args=arguments,
+        train_dataset=unpair_preference_dataset(preferences()),
+        processing_class=tokenizer(),
+    )
+
+
+def scoring() -> Any:
+    """A tiny Llama that scores texts."""
+    from transformers import LlamaForSequenceClassification
+
+    config = llama().config
+    config.num_labels, config.pad_token_id = 1, WORDS
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(config)
+
+
+def reward(model: Any, folder: Path, **changes: Any) -> Any:
+    """A reward model of the same preferences."""
+    from trl import RewardConfig, RewardTrainer
+
+    arguments = RewardConfig(str(folder), **{**SETTINGS, "max_length": 24, **changes})
+    return RewardTrainer(model=model, args=arguments, train_dataset=preferences(), processing_class=tokenizer())

@@ -1,0 +1,105 @@
+"""Packed batches: texts in one row that positions tell apart."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftc
+from graftc.specs.errors.diagnostics import GraftWarning
+from graftc.testing.perturb import perturb
+from tests.families import tiny
+
+LENGTHS = (5, 3, 6)
+ROW = torch.randint(3, 90, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+TEXTS = torch.split(ROW[0], LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Any:
+    made = graftc.compile(
+        {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.up"]}}]}, tiny("llama")
+    )
+    perturb(made, 0.1)
+    return made.eval()
+
+
+def logits(compiled: Any, row: Tensor, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = compiled(input_ids=row, position_ids=POSITIONS, **inputs).logits
+    return found[0]
+
+
+def leaks(compiled: Any, **inputs: Any) -> bool:
+    """Whether a token of the first text makes a difference to the others."""
+    other = ROW.clone()
+    other[0, 1] = (ROW[0, 1] + 1) % 90
+    one, two = logits(compiled, ROW, **inputs), logits(compiled, other, **inputs)
+    assert not torch.allclose(one[1:5], two[1:5]), "it makes none within its own text"
+    return not torch.equal(one[5:], two[5:])
+
+
+def test_no_token_attends_across_texts(compiled: Any) -> None:
+    assert compiled.config._attn_implementation == "sdpa"
+    assert not leaks(compiled)
+
+
+def test_packed_texts_give_what_each_gives_alone(compiled: Any) -> None:
+    """Their logits, their loss and their gradients."""
+    packed = torch.split(logits(compiled, ROW), LENGTHS)
+    with torch.no_grad():
+        alone = [compiled(input_ids=text[None]).logits[0] for text in TEXTS]
+    assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(packed, alone, strict=True))
+    labels = torch.where(POSITIONS == 0, -100, ROW)  # no text predicts the first token of the next
+    ids = torch.nn.utils.rnn.pad_sequence(list(TEXTS), batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in TEXTS], batch_first=True)
+    padded = torch.where(mask == 1, ids, -100)
+    found = []
+    for inputs in (
+        {"input_ids": ROW, "position_ids": POSITIONS, "labels": labels},
+        {"input_ids": ids, "attention_mask": mask, "labels": padded},
+    ):
+        compiled.zero_grad()
+        loss = compiled(**inputs).loss
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in compiled.parameters() if p.grad is not None]))
+    (one, mine), (two, theirs) = found
+    assert torch.allclose(one, two, rtol=1e-5) and len(mine) == len(theirs) > 0
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_with_a_mask_they_attend_across_texts_and_a_warning_says_so(compiled: Any) -> None:
+    """As in the source model."""
+    source = compiled.compilation.model.eval()
+    ones = torch.ones_like(ROW)
+    with pytest.warns(GraftWarning, match="GC120"):
+        assert leaks(compiled, attention_mask=ones)
+    assert leaks(source, attention_mask=ones)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert leaks(compiled, attention_mask=ones), "once is enough"
+
+
+def test_positions_of_padding_are_not_taken_for_packed_texts() -> None:
+    from graftc.runtime.model.packing import warn_of_packed
+
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fill in (0, 1):
+            warn_of_packed({"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).masked_fill(mask == 0, fill)})
+
+
+def test_numbers_for_flash_attention_have_no_graphs_of_their_own(compiled: Any) -> None:
+    sizes = torch.tensor([0, 5, 8, 14], dtype=torch.int32)
+    plain = logits(compiled, ROW)
+    for longest in (6, 7):
+        more = {"cu_seq_lens_q": sizes, "cu_seq_lens_k": sizes, "max_length_q": longest, "max_length_k": longest}
+        assert torch.equal(logits(compiled, ROW, **more), plain)
+    given = [s for s in compiled.compilation.signatures if any("cu_seq_lens" in name for name in s.inputs)]
+    assert len(given) == 1

@@ -1,0 +1,136 @@
+"""The base beside the adapted model: the reference of preference optimisation, and the head that losses are read by."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.runtime.model.head import Head
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing.perturb import perturb
+from tests.families import gpt2, tiny
+
+IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
+LORA = {"method": "lora", "rank": 2, "dropout": 0.3, "target": {"role": ["attn.q", "ffn.up"]}}
+
+
+def compiled_of(family: str = "llama", **spec: Any) -> Any:
+    made = graftc.compile({"adapt": [LORA], **spec}, tiny(family))
+    perturb(made, 0.1)
+    return made
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_it_computes_what_the_base_does_whatever_mode_the_model_is_in(family: str) -> None:
+    compiled = compiled_of(family)
+    source = compiled.compilation.model.eval()
+    reference = compiled.reference()
+    with torch.no_grad():
+        expected = source(input_ids=IDS).logits
+        for mode in (True, False):
+            compiled.train(mode)
+            assert torch.equal(reference(input_ids=IDS).logits, expected)
+            assert compiled.training is mode and not reference.train().training
+        assert not torch.allclose(compiled(input_ids=IDS).logits, expected), "the model is adapted as before"
+        hidden = reference.base_model(input_ids=IDS).last_hidden_state
+        own = getattr(source, source.base_model_prefix)(input_ids=IDS).last_hidden_state
+    assert torch.allclose(hidden, own, atol=1e-6)
+    assert reference.config is compiled.config and reference.dtype == compiled.dtype
+
+
+def test_it_has_no_tensor_and_cannot_be_copied_apart() -> None:
+    compiled = compiled_of()
+    sizes = {tuple(p.shape) for p in compiled.compilation.source.parameters()}
+
+    def alive() -> set[int]:
+        gc.collect()
+        held = (o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter) and tuple(o.shape) in sizes)
+        return {t.untyped_storage().data_ptr() for t in held}
+
+    before = alive()
+    reference = copy.deepcopy(compiled.reference())
+    with torch.no_grad():
+        reference(input_ids=IDS)
+    assert alive() <= before
+    assert not [*reference.parameters(), *reference.buffers()]
+    perturb(compiled, 0.1)  # it follows the tensors, of which it has none
+    with torch.no_grad():
+        expected = compiled.compilation.model.eval()(input_ids=IDS).logits
+        assert torch.equal(reference(input_ids=IDS).logits, expected)
+
+
+def test_references_of_two_bases_are_told_apart_by_their_state() -> None:
+    torch.manual_seed(1)
+    one, two = compiled_of().reference(), compiled_of("gpt2").reference()
+    assert list(one.state_dict()) == ["_extra_state"]
+    assert not torch.equal(one.state_dict()["_extra_state"], two.state_dict()["_extra_state"])
+
+
+def test_a_trained_head_is_the_one_that_losses_see() -> None:
+    compiled = compiled_of(train=["lm_head"])
+    head = compiled.get_output_embeddings()
+    assert isinstance(head, Head) and head.bias is None
+    with torch.no_grad():
+        hidden = compiled.eval().base_model(input_ids=IDS).last_hidden_state
+        assert torch.allclose(hidden @ head.weight.T, compiled(input_ids=IDS).logits, atol=1e-5)
+        assert compiled.reference().get_output_embeddings().weight is compiled.get_submodule("lm_head").weight
+    head.weight.sum().backward()
+    assert compiled.get_parameter("lm_head.graftc.trained.weight").grad is not None
+    with pytest.raises(GraftError, match="GC043"):
+        head(hidden)
+
+
+def test_rows_of_a_head_that_train_are_in_its_place() -> None:
+    compiled = graftc.compile({"adapt": [LORA], "tokens": {"add": ["<x>"]}}, gpt2())
+    perturb(compiled, 0.1)
+    head: Any = compiled.eval().get_output_embeddings()
+    with torch.no_grad():
+        hidden = compiled.base_model(input_ids=IDS).last_hidden_state
+        assert torch.allclose(hidden @ head.weight.T, compiled(input_ids=IDS).logits, atol=1e-5)
+    assert not torch.equal(head.weight, compiled.compilation.model.lm_head.weight)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "bottleneck"])
+def test_an_adapted_head_is_refused_when_its_weight_is_read(method: str) -> None:
+    compiled = graftc.compile({"adapt": [{"method": method, "target": {"role": ["attn.q", "head"]}}]}, tiny("llama"))
+    with pytest.raises(GraftError, match=f"GC072: the head lm_head is adapted by '{method}'"):
+        compiled.get_output_embeddings().weight  # noqa: B018
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_dropouts_that_are_set_to_zero_drop_nothing(family: str) -> None:
+    """Those of the base and of adaptations, one by one; code of `torch.compile` too."""
+    compiled = compiled_of(family).train()
+    found = [m for m in compiled.modules() if isinstance(m, nn.Dropout)]
+    with torch.no_grad():
+        expected = copy.deepcopy(compiled).eval()(input_ids=IDS).logits
+        assert not torch.equal(compiled(input_ids=IDS).logits, compiled(input_ids=IDS).logits)
+        for module in found:
+            module.p = 0
+        if family == "bert":  # its attention drops by a function
+            assert len(found) > 4
+            compiled.bert.encoder.eval()
+        assert torch.equal(compiled(input_ids=IDS).logits, expected)
+        run = torch.compile(compiled, backend="eager")
+        assert family == "bert" or torch.allclose(run(input_ids=IDS).logits, expected, atol=1e-6)
+        found[-1].p = 0.3 if family == "llama" else 0.1
+        assert not torch.equal(compiled(input_ids=IDS).logits, compiled(input_ids=IDS).logits)
+
+
+def test_a_copy_runs_itself_after_a_trainer_has_changed_forward() -> None:
+    import types
+
+    compiled = compiled_of().eval()
+    own = compiled.forward
+    compiled.forward = types.MethodType(lambda self, *args, **kwargs: own(*args, **kwargs), compiled)
+    copied = copy.deepcopy(compiled)
+    for tensor in copied.adapter_state_dict().values():
+        tensor.zero_()
+    with torch.no_grad():
+        assert not torch.allclose(copied(input_ids=IDS).logits, compiled(input_ids=IDS).logits)
