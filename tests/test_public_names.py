@@ -23,7 +23,7 @@ PACKAGE = """
 
 COMPILED = """
     activate adapter_state_dict advance after_step begin callback disabled explain export extra_loss full_state_dict
-    load_adapter_state_dict merge merge_partially merged_state_dict report save select train_only
+    load_adapter_state_dict merge merge_partially merged_state_dict reference report save select train_only
 """
 """What is graftc's whatever the children of a source model are called: at most 20 names."""
 

@@ -19,7 +19,7 @@ SAME = frozenset({*COPIED, "config", "device", "dtype", "main_input_name"})
 """Attributes of a compiled model that its reference has as well."""
 
 
-class Reference(nn.Module):
+class ReferenceModel(nn.Module):
     """A module that computes what the base of a compiled model computes, in eval mode, without a tensor of its own.
 
     A call runs the base's graph over the tensors of the compiled model, wherever these are by then: moved, or sharded.
@@ -46,9 +46,9 @@ class Reference(nn.Module):
             return runner.within(lambda: (runner.call if self._entry == "forward" else runner.hidden)(args, kwargs))
 
     @property
-    def base_model(self) -> Reference:
+    def base_model(self) -> ReferenceModel:
         """The base without its head: called, it gives ``last_hidden_state``."""
-        return Reference(self._runner, "hidden")
+        return ReferenceModel(self._runner, "hidden")
 
     def train(self, mode: bool = True) -> Self:
         """Nothing to do: a reference is in eval mode, whatever mode the compiled model is in."""
@@ -75,9 +75,9 @@ class Reference(nn.Module):
         """What it has in common with the compiled model."""
         return getattr(self._runner, name) if name in SAME else super().__getattr__(name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Reference:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReferenceModel:
         """One of the same compiled model: no copy of the base is made."""
-        return Reference(self._runner, self._entry)
+        return ReferenceModel(self._runner, self._entry)
 
     def extra_repr(self) -> str:
         """See `torch.nn.Module.extra_repr`."""
@@ -90,14 +90,14 @@ class Referring(ModelRunner):
     _base_only = False
     _as_reference = False
 
-    def reference(self) -> Reference:
+    def reference(self) -> ReferenceModel:
         """A module that computes what the base computes, in eval mode, over the tensors of this model: the reference of
         DPO and KTO, ``DPOTrainer(compiled, ref_model=compiled.reference(), ...)``. No second model is in memory, and it
         follows this one to another device.
 
         It has the config, ``base_model`` and ``get_output_embeddings()`` of the base, and no parameters.
         """
-        return Reference(cast("CompiledRunner", self))
+        return ReferenceModel(cast("CompiledRunner", self))
 
     @contextmanager
     def base_only(self, *, reference: bool = False) -> Iterator[None]:
