@@ -39,6 +39,7 @@ RUNS: dict[str, Any] = {
     "padded": lambda model, folder: sft(model, folder, max_steps=STEPS),
     "smoothed": lambda model, folder: sft(model, folder, max_steps=STEPS, label_smoothing_factor=0.1),
     "dft": lambda model, folder: sft(model, folder, max_steps=STEPS, loss_type="dft"),
+    "with noise": lambda model, folder: sft(model, folder, max_steps=STEPS, neftune_noise_alpha=5.0),
     "recomputed": lambda model, folder: sft(model, folder, max_steps=STEPS, gradient_checkpointing=True),
     "dpo": referring(dpo),
     "dpo precomputed": referring(dpo, precompute_ref_log_probs=True),

@@ -22,6 +22,7 @@ from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.core.weights.containers import OWN, Container, Node, Tree
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.outline import outline
+from graftc.runtime.model.embeddings import call_hooks
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ class Runner:
         self._programs: dict[ProgramKey, Program] = {}
         self._label = ""
         self._showing: frozenset[str] = frozenset()
+        self._hooked: str | None = None
 
     def adopt(self, module: Root) -> None:
         """Make a module the root of the tree."""
@@ -178,6 +180,8 @@ class Runner:
         for node in outlined.root.find_nodes(op="call_module"):
             use, *inputs = node.args
             node.args = (f"{self._label}{key}#{use}", *inputs)
+        if self._hooked is not None:
+            call_hooks(program, outlined.root, self._hooked)
         self._roots[key] = function_of(outlined.root, self.module, device)
 
     def _store_device(self) -> torch.device:

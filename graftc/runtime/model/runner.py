@@ -28,6 +28,7 @@ from graftc.runtime.model.base_model import install_base_model
 from graftc.runtime.model.blocks import Root, Runner
 from graftc.runtime.model.choosing import with_choices
 from graftc.runtime.model.ecosystem import refuse_pickling
+from graftc.runtime.model.embeddings import install_embeddings
 from graftc.runtime.model.packing import warn_of_packed
 from graftc.specs.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
@@ -176,7 +177,19 @@ class ModelRunner(Runner):
         """See `Runner.adopt`."""
         super().adopt(module)
         self._base_model = install_base_model(self._store, self._compilation.model, self.hidden)
+        self._embeddings = install_embeddings(self._store, self._compilation.model, self._call_hooks)
         self._start_in_modes(module)
+
+    def _call_hooks(self) -> None:
+        """Make code that calls the hooks of the table of embeddings."""
+        if self._hooked is None:
+            self._hooked = self._embeddings
+            try:
+                self.relower()
+            except GraftError:
+                self._hooked = None
+                self.relower()
+                raise
 
     def _start_in_modes(self, module: Root) -> None:
         """Put every module into the mode of the source's."""

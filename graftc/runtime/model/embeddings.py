@@ -1,0 +1,106 @@
+"""The table of token embeddings within a compiled model: hooks on it see, and may change, what the graphs look up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+from torch.utils.hooks import RemovableHandle
+
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.weights.containers import Container, Node
+from graftc.passes.core.weights.store import Store
+from graftc.specs.errors.diagnostics import GraftError
+
+_LOOKED_UP = "looked up"
+"""What graphs call the module with, beside the embeddings."""
+
+
+class Hooks(Node):
+    """What an `Embeddings` tells of.
+
+    Attributes:
+        changed: called when it has its first hook; makes graphs call the module.
+    """
+
+    changed: Callable[[], None] | None = None
+
+
+class Embeddings(Container):
+    """The module that `get_input_embeddings` gives. Training loops hook it to add noise to embeddings (NEFTune)."""
+
+    _graftc: Hooks
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._graftc = Hooks()
+
+    def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:  # type: ignore[override]
+        """See `torch.nn.Module.register_forward_hook`. The output is what the graph looks up, adaptations of the table
+        included, ``[batch, sequence, hidden]``; the input is the graph's own.
+
+        Raises:
+            GraftError: GC043 where the graph has no one value that is the output.
+        """
+        if self._graftc.changed is not None:
+            self._graftc.changed()
+        return nn.Module.register_forward_hook(self, hook, **options)
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Pass on what a graph has looked up.
+
+        Raises:
+            GraftError: GC043 for a call as of the source's module.
+        """
+        if options or len(inputs) != 2 or not isinstance(inputs[0], str) or inputs[0] != _LOOKED_UP:
+            return super().forward()
+        return inputs[1]
+
+
+def install_embeddings(store: Store, model: nn.Module, changed: Callable[[], None]) -> str | None:
+    """Let the table of token embeddings of a compiled model have hooks.
+
+    Args:
+        store: its tree has the containers of the compiled model.
+        model: the source model, which says where its table is.
+        changed: see `Hooks`.
+
+    Returns:
+        Its path; None where the model has none, or is one.
+    """
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    path = next((path for path, module in model.named_modules() if module is found), None)
+    if not path:
+        return None
+    store.replace_container(path, Embeddings)._graftc.changed = changed
+    return path
+
+
+def call_hooks(program: Program, root: fx.Graph, path: str) -> None:
+    """Let code call a module with what it looks up.
+
+    Args:
+        program: where the value is found.
+        root: the part of its code that is not in layers; changed.
+        path: of the module.
+
+    Raises:
+        GraftError: GC043 where there is no one such value.
+    """
+    calls = program.graph.nodes
+    inside = {n for n in calls if n.op == "call_function" and n.meta.get("module", "") == path}
+    exits = {n.name for n in inside if any(user not in inside for user in n.users)}
+    if not exits:  # embeddings were given
+        return
+    found = [node for node in root.nodes if node.name in exits]
+    if len(exits) > 1 or not found:
+        message = f"a hook on {path} would never be called: its output is no one value of the graph"
+        raise GraftError("GC043", message, hint="put it on the compiled model, on a whole layer or on the source model")
+    (node,) = found
+    with root.inserting_after(node):
+        called = root.call_module(path, (_LOOKED_UP, node))
+    node.replace_all_uses_with(called, delete_user_cb=lambda user: user is not called)
