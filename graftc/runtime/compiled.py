@@ -34,6 +34,7 @@ from graftc.runtime.model.editing import Editing
 from graftc.runtime.model.inspection import Inspected
 from graftc.runtime.model.reference_model import Referring
 from graftc.runtime.model.runner import M, ModelRoot, Published
+from graftc.runtime.model.sharded import Meeting, in_every_process, written_once
 from graftc.runtime.state import Stateful
 from graftc.runtime.training.selecting import Selecting
 from graftc.specs.arguments import as_mapping, as_names, as_path
@@ -69,11 +70,13 @@ class CompiledRunner(
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Every tensor that graftc added and that has to be kept, by its full name, detached: parameters, and what
-        controllers remember."""
+        controllers remember. Of a sharded model they are gathered, so every process calls it."""
+        Meeting.of(self.module, "adapter_state_dict")
         return dict(adapter_values(self._store))
 
     def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy adapter tensors in; names and shapes must be those of `adapter_state_dict`.
+        """Copy adapter tensors in; names and shapes must be those of `adapter_state_dict`. Of a sharded model every
+        process calls it, and gets its parts of what the first one gives.
 
         Raises:
             GraftError: GC053 for missing, unknown or misshapen tensors, and for those of other rows than were chosen
@@ -89,11 +92,13 @@ class CompiledRunner(
         if other:
             message = f"the graphs were made by other numbers: {', '.join(other[:5])}"
             raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors are from")
+        Meeting.of(self.module, "load_adapter_state_dict")
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                copy_whole(own[name], tensor)
+            for name in own:  # in the same order everywhere
+                copy_whole(own[name], tensors[name])
 
     @isolated()
+    @written_once
     def save(
         self,
         path: str | Path,
@@ -105,7 +110,8 @@ class CompiledRunner(
     ) -> Path:
         """Write an artifact: spec, places, graphs without weights, adapter tensors, and where the base is.
 
-        The base's own weights are not in it. `graftc.load` reads it back.
+        The base's own weights are not in it. `graftc.load` reads it back. Of a sharded model every process calls it,
+        and the first one writes.
 
         Args:
             path: the folder to make; it is complete when it appears.
@@ -182,7 +188,12 @@ class CompiledRunner(
         compiled: Compiled = make_compiled(made).to(self.device)
         return compiled
 
+    def over(self, compilation: Compilation) -> CompiledRunner:
+        """The model of another Compilation: the same Programs over another Store."""
+        return make_compiled(compilation)._graftc
+
     @isolated()
+    @in_every_process
     def merge(
         self,
         names: str | Sequence[str] | None = None,
@@ -200,6 +211,7 @@ class CompiledRunner(
         return merge(chosen, budget, progress or (lambda _: None), dtype=dtype, allow_unchanged=allow_unchanged)
 
     @isolated()
+    @in_every_process
     def merge_partially(
         self, budget: float | None = None, *, only: Sequence[str] | None = None, allow_unchanged: bool = False
     ) -> Partial:
@@ -209,6 +221,7 @@ class CompiledRunner(
         return merge_partially(self, budget, only=only, allow_unchanged=allow_unchanged)
 
     @isolated()
+    @in_every_process
     def merged_state_dict(self, *, digests: bool = False) -> MergedTensors:
         """The tensors of the merged model one after the other, for trainers that push weights to an inference engine.
 

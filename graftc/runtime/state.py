@@ -13,6 +13,7 @@ from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.passes.core.weights.sharding import gathered
 from graftc.runtime.artifact.checkpoint_record import RECORD, as_tensor, from_tensor, record_of, weights_of
 from graftc.runtime.model.blocks import Root, Runner
+from graftc.runtime.model.sharded import Meeting
 from graftc.specs.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -34,7 +35,9 @@ class Stateful(Runner):
         module.register_load_state_dict_post_hook(_miss_no_base)  # type: ignore[no-untyped-call]
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Every tensor, the base's too, by its name and detached; tied ones once, by the name that owns them."""
+        """Every tensor, the base's too, by its name and detached; tied ones once, by the name that owns them. Of a
+        sharded model they are gathered, so every process calls it."""
+        Meeting.of(self.module, "full_state_dict")
         kept = dict(adapter_tensors(self._store))
         base = {name: tensor for name, tensor in self._store.base() if name not in kept and self._persists(name)}
         return {name: gathered(tensor) for name, tensor in (base | kept).items()}

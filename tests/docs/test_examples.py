@@ -9,7 +9,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import graftc
 from graftc.runtime.cli.results.publish import published_schema
@@ -251,6 +255,31 @@ def several_adaptations(patch: pytest.MonkeyPatch) -> None:
     graftc.compile({"adapt": [LORA, {"method": "ia3"}]}, tiny("bert")).export("adapter", format="peft")
 
 
+@contextmanager
+def a_process_group() -> Iterator[torch.distributed.DeviceMesh]:
+    """A group of one process, as each of several has it."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def a_model_that_is_sharded_already(patch: pytest.MonkeyPatch) -> None:
+    with a_process_group() as mesh:
+        graftc.compile({"adapt": [LORA]}, fully_shard(tiny("bert"), mesh=mesh))
+
+
+def a_process_that_writes_alone(patch: pytest.MonkeyPatch) -> None:
+    model = compiled()
+    with a_process_group() as mesh:
+        fully_shard(model, mesh=mesh)
+        store = torch.distributed.distributed_c10d._get_default_store()
+        patch.setattr("graftc.runtime.model.sharded.ranks_of", lambda tensor: (0, 1))
+        store.set_timeout(timedelta(seconds=0.1))
+        model.save("artifact")
+
+
 CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC006": a_missing_spec,
     "GC018": a_gap_of_tokens,
@@ -288,6 +317,8 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC113": a_config_of_other_modules,
     "GC114": an_adapter_of_a_larger_model,
     "GC115": several_adaptations,
+    "GC130": a_model_that_is_sharded_already,
+    "GC131": a_process_that_writes_alone,
 }
 
 

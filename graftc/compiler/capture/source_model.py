@@ -7,19 +7,24 @@ from typing import Any
 from torch import nn
 
 from graftc.passes.core.weights.containers import Tree
+from graftc.passes.core.weights.sharding import is_sharded
 from graftc.specs.errors.diagnostics import GraftError
 
+_PARALLEL = ("torch.nn.parallel", "torch.distributed")
+"""Where the classes of wrappers come from."""
 _PLAIN = "it has the adaptation in its weights"
 
 
 def require_plain(model: Any) -> None:
-    """Refuse what is no model, and a model that holds adaptations of graftc or peft.
+    """Refuse what is no model, a model that holds adaptations of graftc or peft, and one that is spread over processes.
 
     Raises:
-        GraftError: GC073 for what is no module, or holds a compiled or merged one; GC032 for layers of peft.
+        GraftError: GC073 for what is no module, or holds a compiled or merged one; GC032 for layers of peft; GC130 for
+            a model that is sharded or replicated over processes.
     """
     if not isinstance(model, nn.Module):
         raise _no_module(model)
+    _require_undivided(model)
     for path, module in model.named_modules():
         where = f"{type(model).__name__} holds {{}} at {path!r}" if path else "{} is no base"
         if isinstance(module, Tree):
@@ -36,6 +41,23 @@ def require_plain(model: Any) -> None:
                 "not merge: train them here, by prefix or prompt"
             )
             raise GraftError("GC032", where.format(what), hint=hint)
+
+
+def _require_undivided(model: nn.Module) -> None:
+    kind = type(model).__name__
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_sharded(tensor):
+            placed = ", ".join(map(str, tensor.placements))  # type: ignore[attr-defined]
+            message = f"{name} of {kind} is sharded over processes already: {placed}"
+            hint = (
+                "load the model whole, compile it, and shard the compiled one: fully_shard(block) for each of "
+                "compiled.blocks.values(), then fully_shard(compiled); tensor parallelism (tp_plan) is for models "
+                "without adaptations"
+            )
+            raise GraftError("GC130", message, hint=hint)
+    if type(model).__module__.startswith(_PARALLEL):
+        hint = "compile the model in it, and wrap the compiled one"
+        raise GraftError("GC130", f"the model is in {kind} already", hint=hint)
 
 
 def _no_module(model: Any) -> GraftError:

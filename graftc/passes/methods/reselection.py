@@ -16,6 +16,7 @@ from graftc.passes.core.method.base_gradients import BaseGradients
 from graftc.passes.core.method.sparse_optimiser import Seen, SparseOptimiser
 from graftc.passes.core.method.steering import AdaptedSite, Controller, unknown_length
 from graftc.passes.core.sites.entries import largest
+from graftc.passes.core.weights.sharding import Spread
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.methods.selection import regions_at
 from graftc.specs.errors.diagnostics import GraftError, warn
@@ -92,6 +93,20 @@ class Reselection(Controller[SpIEL]):
         if self.spec.decay == "linear":
             return first * (1 - Fraction(number, self.total))
         return float(first) * (1 + math.cos(math.pi * number / self.total)) / 2
+
+    def check_spread(self, spread: Spread) -> None:
+        """See `Controller.check_spread`. The optimiser keeps moments by entry, and the gradients of the base's weights,
+        which variant AG looks at, are those of one process.
+
+        Raises:
+            GraftError: GC130 for weights that are sharded, and for variant AG.
+        """
+        if spread.sharded:
+            message = f"{self.spec.name!r} replaces entries of whole weights, and these are sharded"
+            raise GraftError("GC130", message, hint="DistributedDataParallel trains variant: MA")
+        if self.spec.variant == "AG":
+            message = f"{self.spec.name!r} looks at the gradients of weights in one process of {spread.processes}"
+            raise GraftError("GC130", message, hint="set variant: MA, which needs none, or train in one process")
 
     # Windows
 

@@ -26,6 +26,7 @@ from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lora_of, stored_dtype, target_of, values_of
 from graftc.runtime.model.runner import ModelRunner
+from graftc.runtime.model.sharded import in_every_process
 from graftc.specs.arguments import kind_of
 from graftc.specs.base import MethodSpec
 from graftc.specs.compose import Stack
@@ -116,6 +117,7 @@ class Converting(ModelRunner):
     merge_partially: Callable[..., Partial]
 
     @isolated()
+    @in_every_process
     @torch.no_grad()
     def convert(
         self,

@@ -24,7 +24,6 @@ from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.core.weights.names import owner_of
-from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.remove_folded import take_out
 from graftc.runtime.deploy.rounding_noise import as_cast, rounding_noise
@@ -263,28 +262,19 @@ def _folded_store(model: nn.Module, store: Store, fold: FoldPlan, made: Folded) 
     folded.shape(model)
     for name, tensor in store.base():
         if name in made.tensors:
-            _add(folded, store, name, made.tensors[name])
+            folded.add_like(store, name, made.tensors[name], trainable=False)
         else:
-            value = gathered(tensor)
-            _add(folded, store, name, value.clone() if name in store.updated else value)
+            value = tensor.detach()
+            folded.add_like(store, name, value.clone() if name in store.updated else value, trainable=False)
     for name, tensor in store.adapters():
         if owner_of(name) in fold.kept:
-            _add(folded, store, name, gathered(tensor))
+            folded.add_like(store, name, tensor.detach(), trainable=False)
     for name in made.additions:
         folded.add_parameter(name, made.tensors[name], trainable=False)
     folded.constants = set(store.constants)
     for alias, owner in store.aliases.items():
         folded.alias(alias, owner)
     return folded
-
-
-def _add(folded: Store, store: Store, name: str, value: Tensor) -> None:
-    """Add a tensor as what it is in the other Store."""
-    if isinstance(store.get(name), nn.Parameter):
-        folded.add_parameter(name, value, trainable=False)
-    else:
-        path, _, last = name.rpartition(".")
-        folded.add_buffer(name, value, persistent=last not in store.owner(path)._non_persistent_buffers_set)
 
 
 def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budget: float | None) -> Certificate:

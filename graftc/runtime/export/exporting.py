@@ -11,6 +11,7 @@ from graftc.compiler.capture.isolation import isolated
 from graftc.compiler.pipeline import signature_for
 from graftc.runtime.model.choosing import with_choices
 from graftc.runtime.model.runner import ModelRunner
+from graftc.runtime.model.sharded import written_once
 from graftc.specs.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -22,6 +23,7 @@ class Exporting(ModelRunner):
     """A Runner whose Programs can be exported."""
 
     @isolated()
+    @written_once
     def export(
         self,
         path: str | Path,

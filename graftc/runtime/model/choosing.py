@@ -17,6 +17,7 @@ from graftc.compiler.resolve.compose import ACTIVE
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.build.batch import BATCH
 from graftc.passes.core.weights.names import adapter_name, owner_of, renamed
+from graftc.runtime.model.sharded import in_every_process
 from graftc.specs.compose import Bank, CompositionSpec, Parallel
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, nearest, unknown_name
@@ -177,6 +178,7 @@ class Choosing:
         """What trains if everything does."""
         return {fqn: tensor for fqn, tensor in self._compilation.store.adapters() if tensor.requires_grad}
 
+    @in_every_process
     def fix(self, choice: Choice, bank: str | None = None) -> Compiled:
         """A compiled model in which a bank is one adaptation for good, with no axis of slots: it folds and exports as
         any other. This model stays as it is, and shares no adapter tensor with it.

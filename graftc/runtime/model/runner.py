@@ -326,9 +326,7 @@ class ModelRunner(Runner):
         present = {**inputs, **dict(self._compilation.program("train", "base").flags)}
         present = with_choices(self._compilation, present, {})
         with in_eval_mode(self.module), self.whole():
-            key = self.ready(present)
-            found: tuple[Any, ...] = self.within(lambda: self.run(key, present))
-            return found
+            return self.run(self.ready(present), present)
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, calls run all adaptations."""

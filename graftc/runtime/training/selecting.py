@@ -22,6 +22,7 @@ from graftc.passes.core.weights.names import owner_of
 from graftc.passes.methods.selection import SELECTED
 from graftc.runtime.model.blocks import Runner
 from graftc.runtime.model.runner import in_eval_mode, runner_of
+from graftc.runtime.model.sharded import in_every_process
 from graftc.runtime.training.steering import Steered
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
@@ -61,6 +62,7 @@ class Selecting(Steered, Runner):
                 hint = "train compiled.select(examples) instead, or let graftc.tune do both"
                 self._warn([name], "{names} was trained at random entries, before examples had chosen", hint)
 
+    @in_every_process
     def select(self, examples: Iterable[Mapping[str, Any]], *, loss: Loss | None = None) -> Compiled:
         """A model whose adaptations train the entries that examples choose, at their initial values; this one stays as
         it is.
@@ -146,6 +148,7 @@ class Selecting(Steered, Runner):
             method.stages(resolved.spec) - int(getattr(resolved.spec, "stage", 1)) if isinstance(method, Staged) else 0
         )
 
+    @in_every_process
     def advance(self, start: Mapping[str, Tensor] | None = None) -> Compiled:
         """The model of the next training, after the one that this model is for; this one stays as it is.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.core.method.capabilities import Ranked, one_rank
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.names import owner_of
+from graftc.passes.core.weights.sharding import Spread, all_whole, sharded_modules
 from graftc.runtime.training.repeated import Repeated
 from graftc.specs.errors.diagnostics import unknown_name, warn
 
@@ -94,7 +96,9 @@ class Steered(Repeated):
         """
         self._objectives_used += 1
         self._objectives_due = False
-        terms = [objective.value() for objective in self._steering.objectives.values()] + self._waited()
+        with self._whole(self._steering.objectives, write=False):
+            terms = [objective.value() for objective in self._steering.objectives.values()]
+        terms += self._waited()
         if not terms:
             device = self._compilation.store.device()
             return torch.zeros((), device=device)
@@ -114,8 +118,17 @@ class Steered(Repeated):
             self._waited()
             self._miss()
         self._objectives_due = bool(self._steering.objectives)
-        for controller in self._steering.controllers.values():
-            controller.after_step()
+        with self._whole(self._steering.controllers, write=True):
+            for controller in self._steering.controllers.values():
+                controller.after_step()
+
+    def _whole(self, names: Collection[str], *, write: bool) -> AbstractContextManager[None]:
+        """Inside, tensors of these adaptations that are sharded are whole; see `all_whole`."""
+        store = self._compilation.store
+        if not names or not any(sharded_modules(store.root)):
+            return nullcontext()
+        owners = {name.rpartition(".")[0] for name, _ in store.adapters() if owner_of(name) in names}
+        return all_whole([store.owner(path)._parameters for path in sorted(owners)], write=write)
 
     def skip_step(self) -> None:
         """Say that the gradients since the last `after_step` have been thrown away, as a gradient scaler does with
@@ -138,7 +151,10 @@ class Steered(Repeated):
         """See `Repeated`. Controllers are asked before; compiled code has no hooks, so they are not asked there."""
         if not is_traced() and self._steering.controllers:
             if self.training and torch.is_grad_enabled() and not getattr(self, "_base_only", False):
+                spread = Spread.of(self._compilation.store.root)
                 for controller in self._steering.controllers.values():
+                    if spread is not None:
+                        controller.check_spread(spread)
                     controller.before_forward()
             else:
                 self._pause()
@@ -207,7 +223,8 @@ class Steered(Repeated):
         method = method_for(resolved.spec.method)
         if not isinstance(method, Ranked):
             return {}
-        return {str(p.site.key): method.live_ranks(p.spec, {**shared, **p.tensors}) for p in places}
+        with self._whole([name], write=False):
+            return {str(p.site.key): method.live_ranks(p.spec, {**shared, **p.tensors}) for p in places}
 
     def _named(self, name: str) -> Resolved:
         known = {resolved.name: resolved for resolved in self._compilation.main.resolved}

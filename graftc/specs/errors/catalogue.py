@@ -441,6 +441,17 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "transformers keep packed texts apart by their positions only if there is no mask; with one, tokens also attend "
      "to the texts before theirs. The source model does the same.",
      "Leave `attention_mask` out of packed batches. Collators for padding-free batches do so."),
+
+    # Several processes.
+    ("GC130", _SPEC, "not possible over several processes",
+     "A model is sharded before it is compiled, or something needs the whole weights, or gradients of the whole batch, "
+     "and each process has a part of them.",
+     "Compile the whole model in each process first, and shard or wrap the compiled one. Otherwise do what the message "
+     "names."),
+    ("GC131", _FAILED, "a process did not take part",
+     "Tensors of a sharded model are gathered by all processes together. One of them has called something else, or "
+     "nothing, until the time limit of the process group was over; or the process that writes has failed.",
+     "Make the call in every process, not under `if rank == 0`: one of them writes."),
 )
 # fmt: on
 

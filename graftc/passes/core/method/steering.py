@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.sites.sites import Site
+from graftc.passes.core.weights.sharding import Spread
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError, Place
 
@@ -135,6 +136,13 @@ class Controller(Steering[S]):
     def steps(self) -> int:
         """How many optimiser steps there have been, those before a resume included."""
         return int(self.shared[STEP])
+
+    def check_spread(self, spread: Spread) -> None:
+        """A forward pass of a training over several processes follows. Tensors that are sharded are whole in `step`.
+
+        Raises:
+            GraftError: GC130 where that cannot be.
+        """
 
     def before_forward(self) -> None:
         """A forward pass of a training follows: what has to be there for its backward pass. Compiled code comes without

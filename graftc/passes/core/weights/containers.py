@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from graftc.passes.core.weights.names import RESERVED
+from graftc.passes.core.weights.sharding import is_sharded
 from graftc.specs.errors.diagnostics import GraftError, warn
 
 SOURCE = "_source"
@@ -200,6 +201,18 @@ class Container(Tree):
         """
         name = type(self).__name__
         raise GraftError("GC043", f"{name} computes nothing by itself", hint="call the compiled model")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """See `torch.nn.Module.register_parameter`.
+
+        Raises:
+            GraftError: GC130 for one that is sharded, as tensor parallelism puts there: graphs are of whole ones.
+        """
+        if param is not None and is_sharded(param):
+            message = f"{name} of {type(self).__name__} cannot be sharded by itself"
+            hint = "shard whole layers: fully_shard(block) for each of compiled.blocks.values()"
+            raise GraftError("GC130", message, hint=hint)
+        nn.Module.register_parameter(self, name, param)
 
     def _no_hook(self, *_: Any, **__: Any) -> Any:
         name = type(self).__name__

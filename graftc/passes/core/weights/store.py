@@ -260,6 +260,15 @@ class Store:
                 message = f"the model writes to {name}, which shares memory with {other}"
                 raise GraftError("GC030", message, hint="give each buffer memory of its own")
 
+    def add_like(self, other: Store, name: str, value: torch.Tensor, *, trainable: bool | None = None) -> None:
+        """Add a tensor as what another Store has by this name; a parameter trains where it does there, by default."""
+        own = other.get(name)
+        if isinstance(own, nn.Parameter):
+            self.add_parameter(name, value, trainable=own.requires_grad if trainable is None else trainable)
+        else:
+            path, _, last = name.rpartition(".")
+            self.add_buffer(name, value, persistent=last not in other.owner(path)._non_persistent_buffers_set)
+
     def alias(self, name: str, owner: str) -> None:
         """Give the tensor called ``owner`` another name."""
         tensor = self.get(owner)

@@ -1,0 +1,246 @@
+"""What processes do together in tests of training over several of them: see `tests.runtime.processes`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import graftc
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing.perturb import perturb
+from tests.families import tiny
+
+STEPS = 6
+BATCH = 4
+LENGTH = 6
+MAPS = {"role": ["attn.q", "ffn.up"]}
+SPECS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora", "rank": 4, "target": MAPS},
+    "dora": {"method": "dora", "rank": 4, "target": MAPS},
+    "adalora": {
+        "method": "adalora",
+        "rank": 4,
+        "target_rank": 2,
+        "warmup_steps": 1,
+        "final_steps": 1,
+        "interval": 1,
+        "total_steps": STEPS,
+        "target": MAPS,
+    },
+    "sora": {"method": "sora", "rank": 4, "threshold": 0.02, "l1": 0.1, "target": MAPS},
+    "vera": {"method": "vera", "rank": 4, "target": MAPS},
+    "spiel": {"method": "spiel", "variant": "MA", "density": 0.1, "interval": 3, "accumulation_steps": 1},
+    "spiel-ag": {"method": "spiel", "density": 0.1, "interval": 3, "accumulation_steps": 1},
+    "prefix": {"method": "prefix", "length": 3},
+    "houlsby": {"method": "houlsby", "bottleneck": 5},
+}
+SPECS["overlay"] = SPECS["lora"]
+SPECS["spiel"]["total_steps"] = SPECS["spiel-ag"]["total_steps"] = STEPS
+SHARDED = ("lora", "overlay", "dora", "adalora", "sora", "vera", "prefix", "houlsby")
+"""Those that train sharded."""
+
+
+def base(name: str) -> nn.Module:
+    """The model that an adaptation is tried on, without dropout: processes draw each their own."""
+    if name == "houlsby":
+        return tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return tiny("llama")
+
+
+def made(name: str) -> Any:
+    """A compiled model."""
+    trained = ["model.norm", "model.layers.1.mlp.down_proj"] if name == "overlay" else []
+    return graftc.compile({"adapt": [SPECS[name]], "train": trained}, base(name))
+
+
+def sharded(compiled: Any, processes: int, **options: Any) -> Any:
+    """The model with a unit for each layer and one for the rest."""
+    mesh = init_device_mesh("cpu", (processes,))
+    for block in compiled.blocks.values():
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(compiled, mesh=mesh, **options)
+    return compiled
+
+
+def spread(compiled: Any, kind: str, processes: int) -> Any:
+    """What the loop calls: the model, sharded or replicated or neither."""
+    if kind == "fsdp":
+        return sharded(compiled, processes)
+    return DistributedDataParallel(compiled) if kind == "ddp" else compiled
+
+
+def optimiser(name: str, compiled: Any) -> torch.optim.Optimizer:
+    """The one that an adaptation is trained with."""
+    if name == "spiel":
+        return graftc.optim.SM3(compiled, lr=1e-2)
+    if name == "spiel-ag":
+        return graftc.optim.AgedAdamW(compiled, lr=1e-2)
+    return torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2)
+
+
+def batches(rank: int, processes: int) -> Iterator[Tensor]:
+    """Each step's part of the batch that all processes have together."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(STEPS):
+        yield torch.randint(3, 90, (BATCH, LENGTH), generator=generator).chunk(processes)[rank]
+
+
+def loss_of(model: Any, ids: Tensor) -> Tensor:
+    """A mean over the rows of the batch."""
+    if getattr(model, "module", model).config.model_type == "llama":
+        return model(input_ids=ids, labels=ids).loss
+    found = model(input_ids=ids)[0]
+    return (found * torch.randn(found.shape[1:], generator=torch.Generator().manual_seed(1))).mean()
+
+
+def step(model: Any, compiled: Any, by: torch.optim.Optimizer, ids: Tensor) -> float:
+    """One optimiser step; the loss."""
+    loss = loss_of(model, ids)
+    (loss + compiled.extra_loss()).backward()
+    by.step()
+    compiled.after_step()
+    by.zero_grad()
+    return loss.item()
+
+
+def train(rank: int, processes: int, folder: Path, name: str, kind: str) -> None:
+    """Train, and write the adapter tensors."""
+    compiled = made(name)
+    model = spread(compiled, kind, processes)
+    compiled.train()
+    by = optimiser(name, compiled)
+    for ids in batches(rank, processes):
+        step(model, compiled, by, ids)
+    found = compiled.adapter_state_dict()
+    if rank == 0:
+        torch.save(found, folder / f"{name}-{kind}.pt")
+
+
+@contextmanager
+def coded(code: str, text: str = "") -> Iterator[None]:
+    """Inside, an error of this code is raised, with a text in its message."""
+    try:
+        yield
+    except GraftError as error:
+        if error.code != code or text not in error.message:
+            raise
+    else:
+        raise AssertionError(f"there is no {code}")
+
+
+def refused(rank: int, processes: int, folder: Path, name: str, kind: str) -> None:
+    """Training is an error in every process."""
+    compiled = made(name)
+    model = spread(compiled, kind, processes)
+    compiled.train()
+    with coded("GC130"):
+        loss_of(model, next(batches(rank, processes)))
+
+
+def artifacts(rank: int, processes: int, folder: Path, kind: str, formats: str) -> None:
+    """Save, merge and export a model with given tensors, the same calls in every process."""
+    compiled = made("lora")
+    perturb(compiled, 0.05)
+    tensors = {name: tensor.clone() for name, tensor in compiled.adapter_state_dict().items()}
+    compiled.load_adapter_state_dict({name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+    compiled.eval()
+    spread(compiled, kind, processes)
+    ids = next(batches(0, 1))
+    with torch.no_grad():
+        before = compiled(input_ids=ids).logits
+    # After a pass without gradients; and only the first process's values count.
+    compiled.load_adapter_state_dict(tensors if rank == 0 else {n: torch.full_like(t, 7) for n, t in tensors.items()})
+    with torch.no_grad():
+        logits = compiled(input_ids=ids).logits
+    assert not torch.equal(before, logits)
+    found = compiled.adapter_state_dict()
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+    assert compiled.save(folder / "artifact") == folder / "artifact"
+    merged = compiled.merge()
+    streamed = {name: tensor.clone() for name, tensor in compiled.merged_state_dict()}
+    partial = compiled.merge_partially()
+    for format in formats.split(","):
+        compiled.export(folder / format, format)
+    if rank == 0:
+        merged.save(folder / "merged")
+        torch.save([logits, merged.folded_state_dict(), streamed, partial.merged.folded_state_dict()], folder / "made")
+    else:
+        torch.save([logits, merged.folded_state_dict(), streamed], folder / "other")
+
+
+def alone(rank: int, processes: int, folder: Path) -> None:
+    """What all processes have to do together is an error where one does it alone, or something else."""
+    compiled = sharded(made("lora"), processes)
+    if rank == 0:
+        with coded("GC131", "process 1"):
+            compiled.save(folder / "artifact")
+        assert not (folder / "artifact").exists()
+        (folder / "over").touch()
+    while not (folder / "over").exists():
+        time.sleep(0.1)
+
+
+def apart(rank: int, processes: int, folder: Path) -> None:
+    """The same where processes do different things, and where the one that writes cannot."""
+    compiled = sharded(made("lora"), processes)
+    (folder / "taken").mkdir(exist_ok=True)
+    with coded("GC131", f"process {1 - rank}"):
+        compiled.merge() if rank else compiled.save(folder / "artifact")
+    with coded("GC063"):
+        compiled.save(folder / "taken")
+
+
+def brief(rank: int, processes: int, folder: Path) -> None:
+    """Each process trains the whole batch by itself, then all of them together over shards; one folder is written."""
+    whole = made("adalora")
+    by = optimiser("adalora", whole.train())
+    for ids in list(batches(0, 1))[:3]:
+        step(whole, whole, by, ids)
+    compiled = sharded(made("adalora"), processes)
+    by = optimiser("adalora", compiled.train())
+    for ids in list(batches(rank, processes))[:3]:
+        step(compiled, compiled, by, ids)
+    found, expected = compiled.adapter_state_dict(), whole.adapter_state_dict()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert any((tensor == 0).any() for name, tensor in found.items() if name.endswith(".kept"))
+    compiled.load_adapter_state_dict(expected)
+    for one, two in zip(compiled.merged_state_dict(), whole.merged_state_dict(), strict=True):
+        assert one[0] == two[0] and torch.equal(one[1], two[1]), one[0]
+    path = compiled.save(folder / "artifact", certify=False)
+    loaded = graftc.load(path, base("adalora")).adapter_state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def parallel_bases(rank: int, processes: int, folder: Path) -> None:
+    """A base that transformers has spread over processes is refused, and so is spreading a compiled one in its way."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    if rank == 0:
+        base("lora").save_pretrained(folder / "base")  # type: ignore[operator]
+    torch.distributed.barrier()
+    for config in (DistributedConfig(tp_size=processes, tp_plan="auto"), DistributedConfig(fsdp_size=processes)):
+        model = AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=config)
+        with coded("GC130"):
+            graftc.compile({"adapt": [SPECS["lora"]]}, model)
+    with coded("GC130"):
+        graftc.compile({"adapt": [SPECS["lora"]]}, DistributedDataParallel(base("lora")))
+    mesh = init_device_mesh("cpu", (processes,))
+    with coded("GC130"):
+        parallelize_module(made("lora"), mesh, {"model.layers.*.self_attn.q_proj": ColwiseParallel()})
+    with coded("GC043"):  # what context parallelism of Accelerate does to a model
+        from accelerate.big_modeling import _attach_context_parallel_hooks
+
+        _attach_context_parallel_hooks(made("lora"))
