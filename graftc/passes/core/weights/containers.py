@@ -206,9 +206,9 @@ class Container(Tree):
         """See `torch.nn.Module.register_parameter`.
 
         Raises:
-            GraftError: GC130 for one that is sharded, as tensor parallelism puts there: graphs are of whole ones.
+            GraftError: GC130 for an adaptation's, which tensor parallelism would take for one of the map.
         """
-        if param is not None and is_sharded(param):
+        if param is not None and "." in name and is_sharded(param):
             message = f"{name} of {type(self).__name__} cannot be sharded by itself"
             hint = "shard whole layers: fully_shard(block) for each of compiled.blocks.values()"
             raise GraftError("GC130", message, hint=hint)
