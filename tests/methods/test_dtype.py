@@ -51,10 +51,11 @@ def test_what_trains_is_float32_at_least(base: torch.dtype, kept: torch.dtype) -
 
 
 def test_the_base_s_own_type() -> None:
-    """Copies of base tensors are in 16 bits where nothing else trains in float32."""
+    """It is that adaptation's alone; copies of base tensors that ``full`` trains have it as well."""
     model = tiny("gpt2").to(BF16)
     narrow = {**LORA, "dtype": "base"}
-    assert set(types(graftc.compile({"adapt": [narrow], "train": ["transformer.ln_f"]}, model)).values()) == {BF16}
+    copies = {"method": "full", "target": {"modules": "transformer.ln_f"}, "dtype": "base"}
+    assert set(types(graftc.compile({"adapt": [narrow, copies]}, model)).values()) == {BF16}
     mixed = types(graftc.compile({"adapt": [narrow, {**LORA, "name": "wide"}], "train": ["transformer.ln_f"]}, model))
     assert {name.partition(".")[0]: t for name, t in mixed.items()} == {"lora": BF16, "wide": FP32, "trained": FP32}
     with pytest.raises(GraftError) as caught:

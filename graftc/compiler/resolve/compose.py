@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.resolve.resolver import Resolved, place_of
-from graftc.compiler.resolve.tokens import TOKENS
-from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.build.bank import Chosen, Mixing, Rows, active, average, by_index, by_weights
 from graftc.passes.core.build.batch import BATCH, batch_input
 from graftc.passes.core.build.builder import Builder
@@ -94,11 +92,10 @@ def _order(spec: Spec, names: Sequence[str]) -> list[str]:
 
 
 def narrow_names(spec: Spec) -> frozenset[str]:
-    """The names of what is kept in the base's element type: adaptations with ``dtype: base``, compositions of nothing
-    else, and the ``train:`` list and new tokens beside nothing else."""
+    """The names of what is kept in the base's element type: adaptations with ``dtype: base``, and compositions of nothing
+    else. What an adaptation beside them has makes no difference, so that it may come and go."""
     found = {str(a.name) for a in spec.adapt if a.dtype == "base"}
-    composed = {str(c.name) for c in spec.compose if found.issuperset(c.members)}
-    return frozenset(found | composed | ({TRAIN, TOKENS} if len(found) == len(spec.adapt) else set()))
+    return frozenset(found | {str(c.name) for c in spec.compose if found.issuperset(c.members)})
 
 
 def check_units(spec: Spec, found: Sequence[Unit]) -> None:

@@ -36,7 +36,7 @@ class Embeddings(Container):
         super().__init__()
         self._graftc = Hooks()
 
-    def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:  # type: ignore[override]
+    def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
         """See `torch.nn.Module.register_forward_hook`. The output is what the graph looks up, adaptations of the table
         included, ``[batch, sequence, hidden]``; the input is the graph's own.
 
@@ -73,7 +73,7 @@ def install_embeddings(store: Store, model: nn.Module, changed: Callable[[], Non
         found = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    path = next((path for path, module in model.named_modules() if module is found), None)
+    path: str | None = next((path for path, module in model.named_modules() if module is found), None)
     if not path:
         return None
     store.replace_container(path, Embeddings)._graftc.changed = changed

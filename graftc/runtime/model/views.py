@@ -1,0 +1,224 @@
+"""Views of a live model: what it computes without some of its adaptations, over the same tensors.
+
+A *view* is a Compilation of another spec over the model's own Store, with its code. Showing one exchanges the Runner's
+tables; calls then run it, and cost nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from graftc.compiler.capture.isolation import exclusive, is_traced
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.inspect.snapshot import adapter_values
+from graftc.compiler.pipeline import recompile
+from graftc.compiler.resolve.train import TRAIN
+from graftc.compiler.steering import Steerings
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program_key import ProgramKey
+from graftc.passes.core.weights.store import Store
+from graftc.specs.arguments import as_names
+from graftc.specs.changes import leaving
+from graftc.specs.errors.diagnostics import GraftError, unknown_name
+
+_SHOWN = ("_active", "_roots", "_programs", "_outputs", "_label", "_showing", "_steering")
+"""Attributes of a Runner that a view has its own of."""
+
+View = Mapping[str, Any]
+"""Their values."""
+
+
+class Viewed:
+    """The part of `Compiled` that leaves adaptations out."""
+
+    _compilation: Compilation
+    _active: Compilation
+    _showing: frozenset[str]
+    _label: str
+    _store: Store
+    _steering: Steerings
+    install: Callable[[ProgramKey, Program], None]
+    device: Any
+
+    _off: frozenset[str] = frozenset()
+    _made_views = 0
+
+    @cached_property
+    def _views(self) -> dict[frozenset[str], View]:
+        """Views by the adaptations that they are without."""
+        return {}
+
+    @contextmanager
+    def without(self, names: tuple[str, ...]) -> Iterator[None]:
+        """Inside, the model computes what it computes without some adaptations.
+
+        Raises:
+            GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition.
+        """
+        before = self._shown()
+        self._show(self._showing | self._adaptations(names))
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def disable(self, *names: str) -> None:
+        """Leave adaptations out of all calls from now on, until `enable`. Their tensors stay: `save` and `merge` have
+        them, and they are not trained, since no loss depends on them. ``compiled.disabled(name)`` does it for a while.
+
+        The first time it takes as long as compiling without a capture; after that it costs next to nothing.
+
+        Args:
+            names: adaptations or compositions; ``trained`` is the ``train:`` list.
+
+        Raises:
+            GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition; nothing has changed
+                then.
+        """
+        off = self._off | self._adaptations(names)
+        self._show(off)
+        self._off = off
+
+    def enable(self, *names: str) -> None:
+        """Undo `disable` for some adaptations, or for all where none is named.
+
+        Raises:
+            GraftError: GC091 where there is no such adaptation.
+        """
+        off = self._off - self._adaptations(names) if names else frozenset()
+        self._show(off)
+        self._off = off
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, nothing is left out."""
+        before = self._shown()
+        self._show(frozenset())
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def compilations(self) -> list[Compilation]:
+        """See `ModelRunner`: those of views too."""
+        shown = [view["_active"] for view in self._views.values()]
+        return list({id(c): c for c in (self._compilation, self._active, *shown)}.values())
+
+    def shared(self) -> list[Any]:
+        """See `ModelRunner`."""
+        programs = (program for view in self._views.values() for program in view["_programs"].values())
+        return [*super().shared(), *programs]  # type: ignore[misc]
+
+    def relower(self) -> None:
+        """See `Runner`: the code of views too."""
+        before = self._shown()
+        for view in [view for off, view in self._views.items() if off != self._showing]:
+            vars(self).update(view)
+            super().relower()  # type: ignore[misc]
+        vars(self).update(before)
+        super().relower()  # type: ignore[misc]
+
+    def _adaptations(self, names: tuple[str, ...]) -> frozenset[str]:
+        """Adaptations by their names, or by those of their compositions."""
+        spec = self._compilation.spec
+        names = as_names(names) if names else ()
+        found: set[str] = set()
+        known = [*spec.owners, *([TRAIN] if spec.train else [])]
+        for name in names:
+            composed = next((c.members for c in spec.compose if c.name == name), None)
+            if composed is None and name not in known:
+                raise unknown_name("adaptation", name, known)
+            found |= self._adaptations(tuple(composed)) if composed is not None else {name}
+        return frozenset(found)
+
+    def _shown(self) -> dict[str, Any]:
+        self._steering  # noqa: B018 - it is made when it is first asked for
+        return {name: vars(self)[name] for name in _SHOWN}
+
+    def _show(self, off: frozenset[str]) -> None:
+        """Show what the model computes without some adaptations."""
+        if off == self._showing:
+            return
+        if off not in self._views:
+            if is_traced():
+                raise GraftError("GC031", "this has no graph yet; call the model so once before compiling it")
+            self._views[self._showing] = self._shown()
+            with exclusive():
+                self._views[off] = self._view(off)
+        vars(self).update(self._views[off])
+
+    def _view(self, off: frozenset[str]) -> View:
+        """A view without some adaptations; what is shown stays."""
+        spec = leaving(self._compilation.spec, off, train=TRAIN not in off)
+        own = dict(adapter_values(self._store))
+        made = recompile(self._compilation, spec, own)
+        steering = self._everything()
+        left = {str(a.name) for a in spec.adapt} | {str(c.name) for c in spec.compose}
+        kept = Steerings(*({n: v for n, v in table.items() if n in left} for table in tables_of(steering)))
+        before, tables = self._shown(), Tables(self._store)
+        try:
+            for fqn, tensor in made.store.adapters():
+                if fqn not in self._store:  # constants, of what is now directly on a weight of the base
+                    tables.put(fqn, self._here(tensor), persistent=False)
+            put_over(made, self._compilation)
+            self._install(made, kept, off)
+            return self._shown()
+        except BaseException:
+            tables.undo()
+            raise
+        finally:
+            vars(self).update(before)
+
+    def _install(self, made: Compilation, steering: Steerings, off: frozenset[str]) -> None:
+        """Code of its own for a Compilation over the same tensors."""
+        self._made_views += 1
+        fresh = {"_active": made, "_roots": {}, "_programs": {}, "_outputs": {}, "_steering": steering}
+        vars(self).update({**fresh, "_label": f"{self._made_views}: ", "_showing": off})
+        for key in (made.key("train"), made.key("eval")):
+            self.install(key, made.programs[key])
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """A new tensor where the model is."""
+        moved = tensor.detach().to(self.device)
+        return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+
+    def _everything(self) -> Steerings:
+        """What steers when nothing is left out."""
+        whole = self._views.get(frozenset())
+        return self._steering if whole is None else cast(Steerings, whole["_steering"])
+
+
+def tables_of(steering: Steerings) -> tuple[Mapping[str, Any], ...]:
+    return steering.controllers, steering.objectives, steering.outputs
+
+
+def put_over(made: Compilation, known: Compilation) -> None:
+    """Let a Compilation that was made of the same source run over the tensors of another one."""
+    made.store, made.model, made.held = known.store, known.model, known.held
+
+
+class Tables:
+    """Puts tensors into a Store's tree and takes them out again."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._put: list[str] = []
+
+    def put(self, fqn: str, tensor: Tensor, *, persistent: bool) -> None:
+        """Put a tensor in by a new name."""
+        self._store.put(fqn, tensor, persistent=persistent)
+        self._put.append(fqn)
+
+    def drop(self, fqn: str) -> None:
+        """Take a tensor out, and containers that are empty then."""
+        self._store.drop(fqn)
+
+    def undo(self) -> None:
+        """Take out all that was put in."""
+        for fqn in self._put:
+            self._store.drop(fqn)
