@@ -32,6 +32,7 @@ _GROUPS = (
     ("GC10", "Checkpoints as files, and merging"),
     ("GC11", "Checkpoints of PEFT"),
     ("GC12", "Training loops"),
+    ("GC13", "Several processes"),
 )
 _INTRO = """\
 Every failure that a spec, a model or a file can cause has a stable code. An error aborts the operation and determines

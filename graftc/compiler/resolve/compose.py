@@ -92,8 +92,8 @@ def _order(spec: Spec, names: Sequence[str]) -> list[str]:
 
 
 def narrow_names(spec: Spec) -> frozenset[str]:
-    """The names of what is kept in the base's element type: adaptations with ``dtype: base``, and compositions of nothing
-    else. What an adaptation beside them has makes no difference, so that it may come and go."""
+    """The names of what is kept in the base's element type: adaptations with ``dtype: base``, and compositions of
+    nothing else. What an adaptation beside them has makes no difference, so that it may come and go."""
     found = {str(a.name) for a in spec.adapt if a.dtype == "base"}
     return frozenset(found | {str(c.name) for c in spec.compose if found.issuperset(c.members)})
 

@@ -6,7 +6,7 @@ along, which optimisers know them by, and whatever fails does so before anything
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.pipeline import recompile
 from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.steering import Steerings, steerings
-from graftc.passes.core.weights.names import owner_of, renamed
+from graftc.passes.core.ir.eval_mode import dropouts
+from graftc.passes.core.weights.names import owner_of, parsed, renamed
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.model.blocks import Runner
 from graftc.runtime.model.views import Tables, Viewed, put_over, tables_of
@@ -153,7 +154,9 @@ class Editing(Viewed):
             tables.undo()
             self._compilation, store.settled = compilation, settled
             vars(self).update(before)
+            self._tidy()
             raise
+        self._take_dropouts(names)
         updated = set(store.updated.values())
         for fqn, (old, tensor) in held.items():
             if old not in wanted and old not in updated:
@@ -162,6 +165,7 @@ class Editing(Viewed):
                 tensor.grad = None
         store.settled = {_as(fqn, names) for fqn in settled} & wanted.keys() | fresh.settled
         self._forget(names)
+        self._tidy()
         watched = {*_steered(steering)} - {names.get(n, n) for n in _steered(whole)}
         self._watch(watched)
 
@@ -177,6 +181,27 @@ class Editing(Viewed):
         off = {names.get(name, name) for name in self._off}
         self._off = frozenset(off & {*(str(a.name) for a in self._compilation.spec.adapt), TRAIN})
         self._show(self._off)
+
+    def _take_dropouts(self, names: Mapping[str, str]) -> None:
+        """The modules that stand for dropouts of renamed adaptations take over how these were set."""
+        for path, module in list(self._dropouts()):
+            name = parsed(path)
+            if name is not None and name.adaptation in names:
+                new = self._store.container(_as(path, names))
+                new.p, new.training = module.p, module.training
+
+    def _tidy(self) -> None:
+        """Let go of modules that stand for dropouts of adaptations that there are no more."""
+        programs = [p for c in self.compilations() for p in c.programs.values() if p.mode == "train"]
+        wanted = {path for program in programs for path in dropouts(program)}
+        for path, _ in list(self._dropouts()):
+            if path not in wanted:
+                self._store.drop_container(path)
+
+    def _dropouts(self) -> Iterator[tuple[str, Any]]:
+        """Modules that stand for dropouts of adaptations, with their paths."""
+        modules = self._store.root.named_modules()
+        return ((path, m) for path, m in modules if isinstance(m, nn.Dropout) and parsed(path) is not None)
 
     def _prune(self) -> None:
         """Let the code go that nothing shows any more."""

@@ -278,7 +278,7 @@ class ModelRunner(Runner):
         `torch.compile` looks at that of the whole model, and at such dropouts once."""
         if is_traced():
             return (self._silent(signature) or "train") if self.training else "eval"
-        modules = {path: self._store.container(path) for path in self._active.signatures[signature].moded}
+        modules = {path: self._store.nearest(path) for path in self._active.signatures[signature].moded}
         paths = modules.keys()
         off = frozenset(path for path, module in modules.items() if not module.training or is_silent(module))
         if self.training:
@@ -289,7 +289,7 @@ class ModelRunner(Runner):
     def _silent(self, signature: Signature) -> frozenset[str]:
         """Paths of dropouts that were set to zero."""
         paths = self._active.signatures[signature].moded
-        return frozenset(path for path in paths if is_silent(self._store.container(path)))
+        return frozenset(path for path in paths if is_silent(self._store.nearest(path)))
 
     def install(self, key: ProgramKey, program: Program) -> None:
         """See `Runner.install`. Dropouts of adaptations have modules that stand for them, for ``eval()`` and for

@@ -130,6 +130,16 @@ class Store:
             module = child
         return module
 
+    def nearest(self, path: str) -> nn.Module:
+        """The container at ``path``, or the next one above it that there is."""
+        module = self.root
+        for segment in path.split(".") if path else ():
+            child = module._modules.get(segment)
+            if child is None:
+                break
+            module = child
+        return module
+
     def owner(self, path: str) -> nn.Module:
         """The container at ``path`` (``""`` is the root); `KeyError` where there is none."""
         module = self.root
@@ -210,6 +220,15 @@ class Store:
         owner = self.owner(path)
         (owner._parameters if name in owner._parameters else owner._buffers).pop(name)
         owner._non_persistent_buffers_set.discard(name)
+        self._drop_empty(path)
+
+    def drop_container(self, path: str) -> None:
+        """Take out a container of graftc's that holds nothing, and those around it that are empty then. Raises
+        `KeyError` where there is none."""
+        self.owner(path)
+        self._drop_empty(path)
+
+    def _drop_empty(self, path: str) -> None:
         while RESERVED in path.split("."):
             owner, (path, _, name) = self.owner(path), path.rpartition(".")
             if owner._parameters or owner._buffers or owner._modules:
