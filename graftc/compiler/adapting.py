@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from graftc.compiler import progress
 from graftc.compiler.capture.anchor import Anchor, anchor
 from graftc.compiler.capture.cache import captured, forget, keep
 from graftc.compiler.capture.capture import Capture, capture, random_structure
@@ -49,6 +50,7 @@ class _Clock:
         self.entries: list[HistoryEntry] = []
 
     def step(self, name: str, run: Callable[[], Any], program: Program) -> Any:
+        progress.step(name)
         before = {node.name for node in program.graph.nodes}
         started = time.perf_counter()
         result = run()
@@ -73,6 +75,13 @@ def adapt_signature(
         axes, flags: the inputs and flags of the source model.
         controls: inputs beside these, which choose among adaptations.
     """
+    with progress.compiling(type(compilation.source).__name__):
+        return _adapt_signature(compilation, axes, flags, controls)
+
+
+def _adapt_signature(
+    compilation: Compilation, axes: Sequence[Axis], flags: Flags, controls: Sequence[str]
+) -> tuple[Graphs, Resolution]:
     clock = _Clock()
     found = _capture(compilation, axes, flags, "train", clock)
     base = found.program
@@ -214,6 +223,7 @@ def _checked(compilation: Compilation, found: Capture, axes: Sequence[Axis], clo
 
 def _anchored(compilation: Compilation, found: Capture, program: Program) -> Anchor:
     """A graph, captured or derived from one that was, held against the source model."""
+    progress.step(f"anchor({program.mode})")
     axes = [Axis(spec.name, spec.dtype, spec.shape) for spec in program.inputs]
     return anchor(compilation.model, program, found.constants, axes, compilation.store.aliases)
 

@@ -16,6 +16,7 @@ from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.inspect.report import Report, report
 from graftc.compiler.missing_weights import check_fresh
 from graftc.compiler.pipeline import compile_model, first_capture
+from graftc.compiler.progress import asked
 from graftc.compiler.roles.structure import Structure, find_structure
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.compiled import Compiled, make_compiled
@@ -34,6 +35,7 @@ def compile(
     *,
     seed: int = 0,
     cache: bool = True,
+    progress: bool | None = None,
 ) -> Compiled[Source]:
     """Compile a spec against a model.
 
@@ -46,13 +48,16 @@ def compile(
             (``output_hidden_states=True``) may be among them.
         seed: initial values of adapter tensors depend on it and their names only.
         cache: keep captured graphs in the user's cache folder.
+        progress: whether one line on the standard error says what is done once it takes over two seconds; by default
+            on a terminal, or what the environment variable ``GRAFTC_PROGRESS`` says, ``on`` or ``off``.
 
     Raises:
         GraftError: coded, for everything that is wrong with the spec, the model or their fit.
     """
     loaded, seed = load_spec(spec), as_seed(seed)
     axes, flags = _request(model, example_inputs)
-    compilation = compile_model(loaded, model, axes, flags=flags, seed=seed, use_cache=cache)
+    with asked(progress):
+        compilation = compile_model(loaded, model, axes, flags=flags, seed=seed, use_cache=cache)
     check_fresh(compilation)
     return cast("Compiled[Source]", make_compiled(compilation))
 

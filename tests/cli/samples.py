@@ -21,7 +21,12 @@ CERTIFICATE: dict[str, Any] = {
 REPORT: dict[str, Any] = {
     **{"adaptations": [], "base_parameters": 9, "trainable_parameters": 1, "trained_in_full": 0, "percent": 10.0},
     **{"deployed_parameters": 1, "flops_per_token": 2, "capture_seconds": 0.1, "rewrite_seconds": 0.1},
-    **{"cached": False, "notes": [], "anchors": [{**ANCHOR, "seconds": 0.1}]},
+    **{
+        "cached": False,
+        "notes": [],
+        "anchors": [{**ANCHOR, "seconds": 0.1}],
+        "steps": [{"name": "capture", "seconds": 0.1}],
+    },
 }
 AGREEMENT = {"passed": True, "same_predictions": 1.0, "largest_difference": 1e-6, "tolerance": 1e-4}
 DEMO: dict[str, Any] = {

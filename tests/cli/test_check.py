@@ -71,7 +71,8 @@ def test_check_is_what_python_gives(capsys: pytest.CaptureFixture[str]) -> None:
     report["notes"] = list(report["notes"])
     for found in (*data["anchors"], *report["anchors"]):
         del found["seconds"]
-    for key in report.keys() - {"capture_seconds", "rewrite_seconds", "cached"}:
+    assert [s["name"] for s in data["steps"]] == [s["name"] for s in report["steps"]]
+    for key in report.keys() - {"capture_seconds", "rewrite_seconds", "cached", "steps"}:
         assert data[key] == report[key]
 
 

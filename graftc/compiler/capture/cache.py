@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 import graftc
+from graftc.compiler import progress
 from graftc.compiler.capture.capture import Capture, capture
 from graftc.compiler.capture.capture_key import LARGEST_TENSOR, UnknownHoldingError, holdings
 from graftc.compiler.capture.interface import Flags, device_of
@@ -113,6 +114,7 @@ def captured(
 
     See `graftc.compiler.capture.capture.capture`.
     """
+    progress.step(f"capture({mode})")
     try:
         wanted, aside = _key(model, axes, flags, mode), ""
     except UnknownHoldingError as unknown:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graftc.compiler.capture.anchor import Anchor
-from graftc.compiler.compilation import Compilation
+from graftc.compiler.compilation import Compilation, Resolution
 from graftc.compiler.folding.collapse import collapsed_parameters
 from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.compiler.resolve.tokens import TOKENS
@@ -55,6 +55,19 @@ class AdaptationReport:
 
 
 @dataclass(frozen=True)
+class StepReport:
+    """How long a step of compiling took, all its runs together.
+
+    Attributes:
+        name: as in the history of a graph: ``capture``, ``roles``, ``insert(attention)``, ``verify``.
+        seconds: in the graphs of the first signature.
+    """
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Report:
     """A Compilation's cost.
 
@@ -71,6 +84,7 @@ class Report:
         capture_seconds, rewrite_seconds: how long compiling took.
         notes: what capturing had to change, and what could not be looked at.
         anchors: how the base's graphs compare with the source model itself.
+        steps: how long each step took, in the order in which they began.
     """
 
     adaptations: tuple[AdaptationReport, ...]
@@ -85,6 +99,7 @@ class Report:
     cached: bool
     notes: tuple[str, ...] = ()
     anchors: tuple[Anchor, ...] = ()
+    steps: tuple[StepReport, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON data."""
@@ -92,6 +107,7 @@ class Report:
             **asdict(self),
             "adaptations": [asdict(a) for a in self.adaptations],
             "notes": list(self.notes),
+            "steps": [asdict(s) for s in self.steps],
             "anchors": [{**a.to_json(), "seconds": a.seconds} for a in self.anchors],
         }
 
@@ -129,7 +145,17 @@ def report(compilation: Compilation) -> Report:
         main.cached,
         (*compilation.notes, *(f"not held against the model itself: {a.skipped}" for a in main.anchors if a.skipped)),
         main.anchors,
+        _steps(main, adapted),
     )
+
+
+def _steps(main: Resolution, adapted: Program) -> tuple[StepReport, ...]:
+    """Capturing, comparing with the model, and what the history of the adapted graph of eval mode has, which goes on
+    from that of train mode."""
+    found = {"capture": main.capture_seconds, "anchor": sum(a.seconds for a in main.anchors)}
+    for entry in adapted.history:
+        found[entry.step] = found.get(entry.step, 0.0) + entry.seconds
+    return tuple(StepReport(name, seconds) for name, seconds in found.items())
 
 
 def _left(compilation: Compilation) -> dict[str, int]:

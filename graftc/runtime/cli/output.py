@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from graftc.compiler.progress import listening
 from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.specs.errors.text import printable
 
@@ -151,23 +152,29 @@ def working(as_json: bool) -> Iterator[list[dict[str, Any]]]:
 def steps(as_json: bool) -> Iterator[Callable[[str], None]]:
     """Around long work: yields what is called with the name of each step, in lower case, as it begins.
 
-    A terminal shows the step on the standard error, beside something that turns, until the next one or the end.
+    A terminal shows the step on the standard error, beside something that turns, until the next one or the end; of a
+    compile that takes over two seconds also what it is at.
     With ``as_json``, NO_COLOR or no terminal nothing is shown.
     """
     if as_json or without_colours() or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        yield lambda _: None
+        with listening(lambda *_: None):
+            yield lambda _: None
         return
     from rich.status import Status
     from rich.text import Text
 
     status = Status("", console=error_console(), spinner="dots")
+    current = ""
 
     def step(text: str) -> None:
+        nonlocal current
+        current = text
         status.update(Text(f"{text} ..."))
         status.start()
 
     try:
-        yield step
+        with listening(lambda name, seconds: status.update(Text(f"{current}: {name}, {seconds:.0f} s ..."))):
+            yield step
     finally:
         status.stop()
 

@@ -173,6 +173,16 @@ class TimedAnchorData(AnchorData):
     """How long it took."""
 
 
+class StepData(Result):
+    """A step of compiling."""
+
+    name: str
+    """Its name, as in the history of a graph."""
+
+    seconds: float = Field(ge=0)
+    """How long all its runs took."""
+
+
 class ReportData(Result):
     """What a spec adds to a model."""
 
@@ -211,6 +221,9 @@ class ReportData(Result):
 
     anchors: Items[TimedAnchorData]
     """The source model's graphs held against the model itself, in each mode."""
+
+    steps: Items[StepData]
+    """How long each step of compiling took, in the order in which they began."""
 
 
 class RetentionData(Result):

@@ -1,0 +1,141 @@
+"""Progress of long compiles: what a compile is at, and for how long. The standard library only.
+
+Where nobody listens, a terminal shows one line on the standard error once a compile has taken two seconds, and keeps it
+when it ends. ``GRAFTC_PROGRESS=off`` turns that off, ``on`` shows the last line where there is no terminal too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TextIO
+
+AFTER, EVERY = 2.0, 1.0
+"""Seconds until something is shown, and between two times that it is."""
+
+Listener = Callable[[str, float], None]
+"""Is told the step that a compile is at, and how many seconds it has taken so far: from another thread, once it has
+taken two seconds, and every second from then on."""
+
+
+@dataclass
+class _Work:
+    """A compile that is under way."""
+
+    name: str
+    began: float = field(default_factory=time.monotonic)
+    step: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+
+_WORK: ContextVar[_Work | None] = ContextVar("_WORK", default=None)
+_LISTENER: ContextVar[Listener | None] = ContextVar("_LISTENER", default=None)
+_ASKED: ContextVar[bool | None] = ContextVar("_ASKED", default=None)
+
+
+def step(name: str) -> None:
+    """Say what the compile that is under way is at now."""
+    work = _WORK.get()
+    if work is not None:
+        work.step = name
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Inside, a listener is told of compiles in this thread, and nothing else is shown."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+@contextmanager
+def asked(shown: bool | None) -> Iterator[None]:
+    """Inside, compiles in this thread are shown, or not; None leaves that as it is."""
+    if shown is None:
+        yield
+        return
+    token = _ASKED.set(shown)
+    try:
+        yield
+    finally:
+        _ASKED.reset(token)
+
+
+@contextmanager
+def compiling(name: str) -> Iterator[None]:
+    """Around a compile of a model of the class ``name``; one within another is part of that."""
+    listener, line = _LISTENER.get(), None
+    if listener is None and _wanted():
+        listener = line = _Line(name, sys.stderr)
+    if listener is None or _WORK.get() is not None:
+        yield
+        return
+    work, over = _Work(name), threading.Event()
+    told = listener
+
+    def tell() -> None:
+        wait = AFTER
+        while not over.wait(wait):
+            told(work.step, work.seconds)
+            wait = EVERY
+
+    thread = threading.Thread(target=tell, name="graftc progress", daemon=True)
+    token = _WORK.set(work)
+    thread.start()
+    try:
+        yield
+    finally:
+        _WORK.reset(token)
+        over.set()
+        thread.join()
+        if line is not None and work.seconds >= AFTER:
+            line.end(work.seconds)
+
+
+def _wanted() -> bool:
+    shown = _ASKED.get()
+    if shown is not None:
+        return shown
+    setting = os.environ.get("GRAFTC_PROGRESS", "").lower()
+    if setting in ("on", "off", "1", "0"):
+        return setting in ("on", "1")
+    return _is_terminal(sys.stderr)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    with suppress(Exception):  # some have no such method, others are closed
+        return stream.isatty() and os.environ.get("TERM") != "dumb"
+    return False
+
+
+class _Line:
+    """A line that is written over until it ends; where there is no terminal it is written once, at the end."""
+
+    def __init__(self, name: str, stream: TextIO) -> None:
+        self._name, self._stream, self._width = name, stream, 0
+        self._over = _is_terminal(stream)
+
+    def __call__(self, step: str, seconds: float) -> None:
+        if self._over:
+            self._write(f"graftc: compiling {self._name}: {step}, {seconds:.0f} s")
+
+    def end(self, seconds: float) -> None:
+        """Say how long it took."""
+        self._write(f"graftc: {self._name} took {seconds:.1f} s to compile", "\n")
+
+    def _write(self, text: str, end: str = "") -> None:
+        with suppress(Exception):  # no compile fails since nobody can be told of it
+            self._stream.write(("\r" + text.ljust(self._width) if self._over else text) + end)
+            self._stream.flush()
+        self._width = len(text)

@@ -1,0 +1,138 @@
+"""Long compiles say what they are at, on a terminal or to whoever listens, and others say nothing."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from typing import Any
+
+import pytest
+
+import graftc
+from graftc.compiler import progress
+from graftc.runtime.cli.output import steps
+from tests.families import tiny
+
+SPEC = {"adapt": [{"name": "low", "method": "lora", "target": {"role": "attn.q"}, "rank": 2}]}
+
+
+class Terminal(io.StringIO):
+    """A stream that people look at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, seconds: float = 0.1) -> str:
+    """What is written of a compile that takes a while, in which a hundredth of a second counts as long."""
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr(progress, "AFTER", 0.01)
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    with progress.compiling("Model"):
+        progress.step("capture(train)")
+        with progress.compiling("Inner"):
+            time.sleep(seconds)
+        progress.step("roles")
+        time.sleep(seconds)
+    return stream.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is set in the environment."""
+    monkeypatch.delenv("GRAFTC_PROGRESS", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def test_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written over, names the steps in turn, and says in the end how long it took."""
+    text = slow(monkeypatch, Terminal())
+    assert text.count("\n") == 1 and text.endswith("s to compile\n")
+    shown = [line.strip() for line in text.split("\r") if line]
+    assert "graftc: compiling Model: capture(train), 0 s" in shown and "graftc: compiling Model: roles, 0 s" in shown
+    assert not any("Inner" in line for line in shown)
+    assert not any(thread.name == "graftc progress" for thread in threading.enumerate())
+
+
+def test_a_quick_compile_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    graftc.compile(SPEC, tiny("bert"))
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("stream", "setting", "term", "asked", "shown"),
+    [
+        (io.StringIO, None, "xterm", None, False),
+        (io.StringIO, "on", "xterm", None, True),
+        (io.StringIO, None, "xterm", True, True),
+        (Terminal, "off", "xterm", None, False),
+        (Terminal, None, "xterm", False, False),
+        (Terminal, "off", "xterm", True, True),
+        (Terminal, None, "dumb", None, False),
+    ],
+)
+def test_who_is_told(
+    stream: Any, setting: str | None, term: str, asked: bool | None, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no terminal only who asks for it, and then one line without what steers a terminal."""
+    monkeypatch.setenv("TERM", term)
+    if setting is not None:
+        monkeypatch.setenv("GRAFTC_PROGRESS", setting)
+    with progress.asked(asked):
+        text = slow(monkeypatch, stream(), 0.05)
+    assert bool(text) == shown
+    assert stream is Terminal or text.count("\r") == 0
+
+
+def test_a_stream_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compile fails since nobody can be told of it."""
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr(progress, "AFTER", 0.01)
+    with progress.compiling("Model"):
+        stream.close()
+        time.sleep(0.05)
+
+
+def test_a_compile_is_told_by_its_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a real one: steps are those of the report, which has the time of each."""
+    monkeypatch.setattr(progress, "AFTER", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.001)
+    told: list[tuple[str, float]] = []
+    with progress.listening(lambda name, seconds: told.append((name, seconds))):
+        compiled = graftc.compile(SPEC, tiny("bert"), cache=False)
+    report = compiled.report
+    names = [step.name for step in report.steps]
+    assert {"capture", "anchor", "roles", "resolve", "insert(low)", "verify", "mode(eval)"} <= set(names)
+    assert len(names) == len(set(names)) and all(step.seconds >= 0 for step in report.steps)
+    assert (
+        {"capture(train)", "roles"}
+        <= {name for name, _ in told}
+        <= {*names, "capture(train)", "capture(eval)"}
+        | {
+            "anchor(train)",
+            "anchor(eval)",
+            "",
+        }
+    )
+    seconds = [at for _, at in told]
+    assert seconds == sorted(seconds)
+    of = {step.name: step.seconds for step in report.steps}
+    assert of["capture"] == report.capture_seconds
+    rest = sum(at for name, at in of.items() if name not in ("capture", "anchor"))
+    assert rest == pytest.approx(report.rewrite_seconds)
+    assert report.to_json()["steps"][0] == {"name": "capture", "seconds": of["capture"]}
+    graftc.compile(SPEC, tiny("bert"), progress=True)
+    assert "took" in capsys.readouterr().err
+
+
+def test_commands_show_no_second_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --json, or where there is no terminal, nothing is shown at all."""
+    monkeypatch.setenv("GRAFTC_PROGRESS", "on")
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr("sys.stderr", stream)
+        with steps(as_json=True):
+            assert slow(monkeypatch, stream, 0.05) == ""
