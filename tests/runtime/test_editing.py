@@ -12,7 +12,9 @@ import torch
 import graftc
 from graftc.compiler import adapting
 from graftc.runtime.model import views
+from graftc.specs.claims import FoldKind
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.registry import method_specs
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny
@@ -112,6 +114,57 @@ def test_an_adapter_is_left_out_for_good(tmp_path: Path) -> None:
     for each in (compiled, copied):
         each.enable("other")
         assert same_bits(outputs_of(each, inputs), every)
+
+
+def entry_of(method: str) -> tuple[dict[str, Any], str]:
+    """An adaptation with the least that a method asks for, on sites that no other adapts, and a family for it."""
+    spec = method_specs()[method]
+    entry = {"name": "new", "method": method, **spec.needed}
+    if method == "pasta":
+        entry["special_tokens"] = [1, 2]
+    elif spec.claims.folds == FoldKind.EXACT and method not in ("norms", "last_layers", "bitfit"):
+        entry["target"] = {"role": "decoder.cross.attn.v" if method == "cross_attention" else "attn.v"}
+    return entry, {"cross_attention": "t5", "pasta": "bert"}.get(method, "gpt2")
+
+
+@pytest.mark.parametrize("method", method_specs())
+def test_every_method_comes_and_goes(method: str) -> None:
+    """Added, it is what compiling both gives, initial values included, or refused with the same code; left out,
+    renamed and removed, the rest is to the bit what it was, and no tensor is left over."""
+    entry, family = entry_of(method)
+    low = {**LOW, "target": {"role": "ffn.up"}}
+    compiled = graftc.compile({"adapt": [low]}, tiny(family)).eval()
+    perturb(compiled, 0.1)
+    inputs = inputs_for(compiled)
+    before, tensors = (
+        outputs_of(compiled, inputs),
+        [n for n, _ in (*compiled.named_parameters(), *compiled.named_buffers())],
+    )
+    try:
+        both = graftc.compile({"adapt": [low, entry]}, tiny(family)).eval()
+    except GraftError as error:
+        with pytest.raises(GraftError, match=error.code):
+            compiled.add(entry)
+        assert same_bits(outputs_of(compiled, inputs), before)
+        return
+    compiled.add(entry)
+    own, other = compiled.adapter_state_dict(), both.adapter_state_dict()
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], tensor) for name, tensor in other.items() if ".new." in f".{name}.")
+    for name, p in compiled.named_parameters():
+        if p.requires_grad and ".new." in f".{name}.":
+            with torch.no_grad():
+                p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    both.load_adapter_state_dict(compiled.adapter_state_dict())
+    every = outputs_of(compiled, inputs)
+    assert same_bits(every, outputs_of(both, inputs)) and not same_bits(every, before)
+    with compiled.disabled("new"):
+        assert same_bits(outputs_of(compiled, inputs), before)
+    compiled.rename("new", "renamed")
+    assert same_bits(outputs_of(compiled, inputs), every)
+    compiled.remove("renamed")
+    assert same_bits(outputs_of(compiled, inputs), before)
+    assert [n for n, _ in (*compiled.named_parameters(), *compiled.named_buffers())] == tensors
 
 
 def steps(compiled: Any, optimizer: Any, numbers: range) -> None:

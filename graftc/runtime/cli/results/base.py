@@ -173,7 +173,7 @@ class TimedAnchorData(AnchorData):
     """How long it took."""
 
 
-class StepData(Result):
+class CompileStepData(Result):
     """A step of compiling."""
 
     name: str
@@ -222,7 +222,7 @@ class ReportData(Result):
     anchors: Items[TimedAnchorData]
     """The source model's graphs held against the model itself, in each mode."""
 
-    steps: Items[StepData]
+    steps: Items[CompileStepData]
     """How long each step of compiling took, in the order in which they began."""
 
 
