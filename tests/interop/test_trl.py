@@ -103,6 +103,18 @@ def test_dropout_is_switched_off_where_a_trainer_says_so(tmp_path: Path) -> None
     assert all(torch.equal(loss, expected) for loss in found)
 
 
+def test_attention_is_kept_where_a_trainer_recomputes_the_rest(tmp_path: Path) -> None:
+    """Peft's models fail at this option of TRL's."""
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
+    runs = [sft(compiled_of(), tmp_path, max_steps=STEPS, **changes) for changes in ({}, options)]
+    for run in runs:
+        run.train()
+    plain, kept = (logged(run, "loss") for run in runs)
+    assert kept == pytest.approx(plain, rel=1e-6)
+    recompute, _ = runs[1].model._graftc._recompute
+    assert "context_fn" in recompute.options
+
+
 def test_a_head_that_trains_learns(tmp_path: Path) -> None:
     compiled = compiled_of(train=["lm_head"])
     before = compiled.get_parameter("lm_head.graftc.trained.weight").detach().clone()

@@ -40,6 +40,14 @@ class Checkpointed(Runner):
         Raises:
             GraftError: GC034 where the model has no layers, GC072 for what cannot be done.
         """
+        # As in transformers: what wraps the older name, as selective recomputation of TRL does, stays the way in.
+        wrapped = vars(self.module).get("gradient_checkpointing_enable")
+        enable = self._enable if wrapped is None else wrapped
+        enable(activation_checkpointing_kwargs, every_n_layers=every_n_layers, offload=offload)
+
+    def _enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None, every_n_layers: int, offload: bool
+    ) -> None:
         options = dict(activation_checkpointing_kwargs or {})
         for option in options:
             if option not in _OPTIONS:
@@ -70,7 +78,7 @@ class Checkpointed(Runner):
         offload: bool = False,
     ) -> None:
         """The older name of `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
+        self._enable(gradient_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
         """The older name of `activation_checkpointing_disable`."""

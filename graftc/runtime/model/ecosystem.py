@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from graftc.compiler.compilation import Compilation
+from graftc.passes.core.weights.containers import deepspeed
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.model.blocks import Runner
 from graftc.runtime.model.head import head_at
@@ -65,6 +67,17 @@ def refuse_pickling(module: nn.Module) -> NoReturn:
     message = f"{name} cannot be pickled: its graphs are code, which no file should hold"
     hint = "model.save(path) keeps all of it; torch.save(model.state_dict(), path) what trains; copy.deepcopy copies it"
     raise GraftError("GC074", message, hint=hint)
+
+
+def refuse_deepspeed() -> None:
+    """Say that a model does not train with DeepSpeed, where Accelerate, and so the Trainer, was told to use it.
+
+    Raises:
+        GraftError: GC072.
+    """
+    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    if state is not None and state._shared_state.get("deepspeed_plugins"):
+        raise deepspeed()
 
 
 class Ecosystem(Runner):

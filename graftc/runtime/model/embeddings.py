@@ -70,10 +70,10 @@ def install_embeddings(store: Store, model: nn.Module, changed: Callable[[], Non
         Its path; None where the model has none, or is one.
     """
     try:
-        found = model.get_input_embeddings()  # type: ignore[operator]
+        found: Any = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    path: str | None = next((path for path, module in model.named_modules() if module is found), None)
+    path: str = next((path for path, module in model.named_modules() if module is found), "")
     if not path:
         return None
     store.replace_container(path, Embeddings)._graftc.changed = changed

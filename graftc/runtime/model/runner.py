@@ -27,7 +27,7 @@ from graftc.passes.graph.cut import FLAG, cut_at_hidden_state
 from graftc.runtime.model.base_model import install_base_model
 from graftc.runtime.model.blocks import Root, Runner
 from graftc.runtime.model.choosing import with_choices
-from graftc.runtime.model.ecosystem import refuse_pickling
+from graftc.runtime.model.ecosystem import refuse_deepspeed, refuse_pickling
 from graftc.runtime.model.embeddings import install_embeddings
 from graftc.runtime.model.packing import warn_of_packed
 from graftc.specs.arguments import kind_of
@@ -243,7 +243,8 @@ class ModelRunner(Runner):
         if self._active.controls:
             present = with_choices(self._active, present, chosen)
         key = self.ready(present, entry)
-        if key.signature not in self._looked_at and not is_traced():
+        if not is_traced() and key.signature not in self._looked_at:
+            refuse_deepspeed()
             self._looked_at.add(key.signature)
             warn_of_packed(present)
         outputs = self._programs[key].outputs.build(self._results(key, present))
@@ -262,15 +263,24 @@ class ModelRunner(Runner):
         signature = self._active.find(present)
         key = self.key(signature, self._mode(signature), entry) if signature is not None else None
         if key is None or key not in self._roots:
-            if is_traced():
+            if is_traced() and torch.compiler.is_exporting():
                 tensors, flags = split(present)
                 names = ", ".join([*tensors, *(name for name, _ in flags)])
-                raise GraftError("GC031", f"{names} have no graph yet; call the model once before compiling it")
-            with exclusive():
-                signature = signature_for(self._active, present)
-                key = self.key(signature, self._mode(signature), entry)
-                if key not in self._roots:
-                    self.install(key, self._program_of(key))
+                raise GraftError("GC031", f"{names} have no graph yet; call the model once before exporting it")
+            found: ProgramKey = self._captured(present, entry)
+            return found
+        return key
+
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+        reason="a compiled model captures a call that is new: call it once before compiling it"
+    )
+    def _captured(self, present: Mapping[str, Any], entry: Entry) -> ProgramKey:
+        """The key of a call that has no code yet, which `torch.compile` leaves to Python the first time."""
+        with exclusive():
+            signature = signature_for(self._active, present)
+            key = self.key(signature, self._mode(signature), entry)
+            if key not in self._roots:
+                self.install(key, self._program_of(key))
         return key
 
     def _mode(self, signature: Signature) -> Modes:

@@ -214,7 +214,9 @@ class Container(Tree):
             raise GraftError("GC130", message, hint=hint)
         nn.Module.register_parameter(self, name, param)
 
-    def _no_hook(self, *_: Any, **__: Any) -> Any:
+    def _no_hook(self, *hook: Any, **_: Any) -> Any:
+        if any(str(getattr(each, "__module__", "")).partition(".")[0] == "deepspeed" for each in hook):
+            raise deepspeed()
         name = type(self).__name__
         message = f"a hook on {name} would never be called: the graphs of the whole model compute what it does"
         raise GraftError("GC043", message, hint="put it on the compiled model, on a whole layer or on the source model")
@@ -235,6 +237,12 @@ for _name, _value in vars(nn.Module).items():
     # A source class may override what modules have in common, in ways that need what only its own constructor makes.
     if _name not in vars(Container) and _name not in vars(Tree) and _name not in _OF_THE_SOURCE:
         setattr(Container, _name, _value)
+
+
+def deepspeed() -> GraftError:
+    """The error for a model that DeepSpeed was given."""
+    hint = "train with DDP or FSDP2, which the Trainer and Accelerate start in the same way"
+    return GraftError("GC072", "a compiled model does not train with DeepSpeed", hint=hint)
 
 
 def constant(module: nn.Module, name: str) -> None:
