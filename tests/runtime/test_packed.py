@@ -92,7 +92,23 @@ def test_positions_of_padding_are_not_taken_for_packed_texts() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for fill in (0, 1):
-            warn_of_packed({"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).masked_fill(mask == 0, fill)})
+            positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, fill)
+            warn_of_packed({"attention_mask": mask, "position_ids": positions}, ["prompt"])
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_every_text_sees_a_prefix_and_a_warning_says_where_only_the_first_one_does(method: str) -> None:
+    made: Any = graftc.compile({"adapt": [{"method": method, "length": 3}]}, tiny("llama"))
+    perturb(made, 0.3)
+    made.eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        packed = torch.split(logits(made, ROW), LENGTHS)
+    with torch.no_grad():
+        alone = [made(input_ids=text[None]).logits[0] for text in TEXTS]
+    same = [torch.allclose(one, two, atol=1e-5) for one, two in zip(packed, alone, strict=True)]
+    told = [w.message.code for w in caught if isinstance(w.message, GraftWarning)]
+    assert (same, told) == (([True] * 3, []) if method == "prefix" else ([True, False, False], ["GC121"]))
 
 
 def test_numbers_for_flash_attention_have_no_graphs_of_their_own(compiled: Any) -> None:

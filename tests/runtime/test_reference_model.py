@@ -86,6 +86,17 @@ def test_a_trained_head_is_the_one_that_losses_see() -> None:
         head(hidden)
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_hidden_states_are_those_of_the_text_alone(method: str) -> None:
+    """Virtual tokens are not among them, so that labels fit."""
+    compiled: Any = graftc.compile({"adapt": [{"method": method, "length": 3}]}, tiny("llama"))
+    perturb(compiled, 0.3)
+    with torch.no_grad():
+        hidden = compiled.eval().base_model(input_ids=IDS).last_hidden_state
+        logits = hidden @ compiled.get_output_embeddings().weight.T
+        assert torch.allclose(logits, compiled(input_ids=IDS).logits, atol=1e-5)
+
+
 def test_rows_of_a_head_that_train_are_in_its_place() -> None:
     compiled = graftc.compile({"adapt": [LORA], "tokens": {"add": ["<x>"]}}, gpt2())
     perturb(compiled, 0.1)

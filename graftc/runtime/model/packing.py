@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +13,25 @@ from graftc.specs.errors.diagnostics import warn
 POSITIONS, MASK = "position_ids", "attention_mask"
 
 
-def warn_of_packed(present: Mapping[str, Any]) -> None:
-    """Warn (GC120) of a call with packed texts and a mask, which has models attend across texts.
+def warn_of_packed(present: Mapping[str, Any], virtual: Sequence[str]) -> None:
+    """Warn of a call with packed texts where these are not as they would be alone: with a mask, models attend across
+    texts (GC120), and virtual tokens stand in front of the first one only (GC121).
 
     Args:
-        present: tensors of a call by name; both are ``[batch, sequence]``, other shapes mean something else.
+        present: tensors of a call by name; positions are ``[batch, sequence]``, other shapes mean something else.
+        virtual: names of adaptations with virtual tokens.
     """
     positions, mask = present.get(POSITIONS), present.get(MASK)
-    if not isinstance(positions, Tensor) or not isinstance(mask, Tensor) or positions.device.type == "meta":
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.device.type == "meta":
         return
-    if positions.dim() != 2 or mask.dim() != 2 or positions.shape[1] != mask.shape[1]:
+    anew = positions[:, 1:] <= positions[:, :-1]
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == positions.shape[1]:
+        anew = anew & mask[:, 1:].bool() & mask[:, :-1].bool()  # padding has any positions
+    if not bool(torch.any(anew)):
         return
-    both = mask[:, 1:].bool() & mask[:, :-1].bool()  # padding has any positions
-    if bool(torch.any((positions[:, 1:] <= positions[:, :-1]) & both)):
+    if mask is not None:
         message = f"{POSITIONS} begin anew in a row that has an {MASK} too: tokens attend to the texts before theirs"
         warn("GC120", message, hint=f"leave {MASK} out of packed batches", stacklevel=6)
+    if virtual:
+        message = f"of the texts packed into a row, only the first one has the virtual tokens of {virtual[0]!r}"
+        warn("GC121", message, hint="do not pack texts, or use prefix, which every text of a row sees", stacklevel=6)

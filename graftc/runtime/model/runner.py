@@ -246,7 +246,8 @@ class ModelRunner(Runner):
         if not is_traced() and key.signature not in self._looked_at:
             refuse_deepspeed()
             self._looked_at.add(key.signature)
-            warn_of_packed(present)
+            resolved = self._compilation.main.resolved if key.stage == "adapted" else ()
+            warn_of_packed(present, [item.name for item in resolved if item.spec.virtual_tokens()])
         outputs = self._programs[key].outputs.build(self._results(key, present))
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 

@@ -441,6 +441,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "transformers keep packed texts apart by their positions only if there is no mask; with one, tokens also attend "
      "to the texts before theirs. The source model does the same.",
      "Leave `attention_mask` out of packed batches. Collators for padding-free batches do so."),
+    ("GC121", _WARNING, "packed texts lack virtual tokens",
+     "Virtual tokens stand at the beginning of a row. Where several texts are packed into it, only the first one has "
+     "them, so that the others are computed without the adaptation.",
+     "Do not pack the texts, or use `prefix`, whose keys and values every text of a row sees."),
 
     # Several processes.
     ("GC130", _SPEC, "not possible over several processes",
