@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing.perturb import perturb
 from tests.families import tiny
 from tests.interop.trl_runs import LORA, both, dpo, kto, logged, reward, scoring, sft
 
@@ -86,6 +88,17 @@ def test_the_reference_of_preferences_is_the_base_and_no_second_one_is_in_memory
     assert torch.allclose(found, each.sum(1), rtol=1e-5)
     own = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
     assert not torch.allclose(own, found, rtol=1e-3), "the model has been trained"
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_a_trained_adapter_goes_on_from_the_base_or_from_itself(precomputed: bool, tmp_path: Path) -> None:
+    compiled = compiled_of()
+    perturb(compiled, 0.1)
+    reference = None if precomputed else compiled.reference()
+    trainer = dpo(compiled, tmp_path, reference, max_steps=STEPS, precompute_ref_log_probs=precomputed)
+    trainer.train()
+    same = logged(trainer, "loss")[0] == pytest.approx(math.log(2), rel=1e-5)
+    assert same == precomputed, "the first step's policy and reference are one only if the model was its own"
 
 
 def test_dropout_is_switched_off_where_a_trainer_says_so(tmp_path: Path) -> None:
