@@ -102,6 +102,28 @@ def test_what_decays(method: str) -> None:
     assert not any(norms) and bool(norms) == (method in ("norms", "full", "diff_pruning", "mask", "bitfit"))
 
 
+PFEIFFER = [{"name": name, "method": "pfeiffer"} for name in ("one", "two")]
+TWO = [{**LORA, "name": name} for name in ("one", "two")]
+SPECS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
+    "fuse": ("bert", {"adapt": PFEIFFER, "compose": {"fuse": ["one", "two"], "train": "all"}}, {"bias"}),
+    "gate": ("bert", {"adapt": [*PFEIFFER, LORA], "compose": {"gate": ["one", "two", "low"]}}, {"bias", "gate"}),
+    "bank": ("bert", {"adapt": TWO, "compose": {"bank": ["one", "two"]}}, set()),
+    "tokens": ("gpt2", {"adapt": [LORA], "tokens": {"add": ["<x>"]}}, set()),
+    "untie": ("gpt2", {"adapt": [{**LORA, "target": {"role": "head"}}], "untie": ["lm_head"]}, set()),
+}
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_compositions_and_what_else_a_spec_has(case: str) -> None:
+    """Whatever trains is in one group; gates are vectors, wherever they are from."""
+    family, spec, vectors = SPECS[case]
+    compiled = graftc.compile(spec, tiny(family))
+    found = settings_of(graftc.optim.param_groups(compiled, 1e-3, weight_decay=0.1))
+    assert set(found) == {name for name, p in compiled.named_parameters() if p.requires_grad}
+    still = {name.rpartition(".")[2].rpartition("_")[2] for name, (_, decay) in found.items() if not decay}
+    assert still == vectors
+
+
 def test_layers() -> None:
     """As BEiT has it: the last layer at ``d``, the first at ``d^L``, the tables before it at ``d^(L+1)``, the rest as
     it is."""
