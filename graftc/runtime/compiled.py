@@ -23,7 +23,7 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, Modes, ProgramKey, Signature
 from graftc.passes.core.ir.updates import as_source
 from graftc.passes.core.method.base_gradients import wanted
-from graftc.passes.core.weights.sharding import copy_whole
+from graftc.passes.core.weights.sharding import computes_in, copy_whole, is_unit
 from graftc.runtime.deploy.combine import Combining
 from graftc.runtime.deploy.convert import Converting
 from graftc.runtime.export.exporting import Exporting
@@ -251,8 +251,13 @@ class CompiledRunner(
         """See `ModelRunner`.
 
         Raises:
-            GraftError: GC044 where a base tensor has been unfrozen; code of `torch.compile` takes no notice.
+            GraftError: GC044 where a base tensor has been unfrozen, GC130 where FSDP2 computes in another type than the
+                graphs; code of `torch.compile` takes no notice.
         """
+        if is_unit(self.module) and computes_in(self.module) not in (None, self.dtype):
+            own, other = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, computes_in(self.module)))
+            message = f"FSDP2 computes in {other}, and the graphs were captured in {own}"
+            raise GraftError("GC130", message, hint=f"load the base in {other}, or leave out param_dtype")
         if torch.is_grad_enabled() and not is_traced():
             self._check_frozen()
         return super().call(args, kwargs)

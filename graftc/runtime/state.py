@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from graftc.compiler.capture.fingerprint import Identity, identify
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_tensors
-from graftc.passes.core.weights.sharding import gathered
+from graftc.passes.core.weights.sharding import gathered, is_sharded
+from graftc.passes.core.weights.store import plain
 from graftc.runtime.artifact.checkpoint_record import RECORD, as_tensor, from_tensor, record_of, weights_of
 from graftc.runtime.model.blocks import Root, Runner
 from graftc.runtime.model.sharded import Meeting
 from graftc.specs.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
-
-_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 
 
 class Stateful(Runner):
@@ -62,20 +61,15 @@ class Stateful(Runner):
     def _kept(self) -> set[str]:
         """Names in a state dict."""
         trained = (name for name, parameter in self.module.named_parameters() if parameter.requires_grad)
-        return {_plain(name) for name in [*(name for name, _ in adapter_tensors(self._store)), *trained]}
+        return {plain(name) for name in [*(name for name, _ in adapter_tensors(self._store)), *trained]}
 
     def _stone(self, kept: set[str]) -> str | None:
         """The base tensor in whose place a state dict has an empty one, so that whoever takes it for the state of a
         plain model is told: no loader passes over another size."""
         inner = f"{getattr(self, 'base_model_prefix', '')}."
         names = [name for name, t in self._store.base() if isinstance(t, nn.Parameter) and t.numel()]
-        names = [name for name in names if _plain(name) not in kept]
+        names = [name for name in names if plain(name) not in kept]
         return next((name for name in names if name.startswith(inner)), names[0] if names else None)
-
-
-def _plain(name: str) -> str:
-    """A tensor's name without the modules that others have wrapped around its owners."""
-    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
 
 
 def _of(module: Root) -> Stateful:
@@ -85,10 +79,19 @@ def _of(module: Root) -> Stateful:
 
 
 def _without_base(module: Root, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Take the base out of a state dict.
+
+    Raises:
+        GraftError: GC130 for a base that was sharded on the meta device, to be filled from a state dict.
+    """
     runner = _of(module)
+    if any(is_sharded(tensor) and tensor.device.type == "meta" for tensor in module.parameters()):
+        message = "the base was sharded without its weights, and a state dict of a compiled model has none of them"
+        hint = "load the base in every process: fsdp_cpu_ram_efficient_loading: false in the config of Accelerate"
+        raise GraftError("GC130", message, hint=hint)
     kept = runner._kept()
     for key in [key for key in state if key.startswith(prefix)]:
-        name = _plain(key.removeprefix(prefix))
+        name = plain(key.removeprefix(prefix))
         if name not in kept and name != RECORD:
             del state[key]
     stone = runner._stone(kept)
@@ -106,10 +109,10 @@ def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) ->
     runner._loading = prefix
     kept, store = runner._kept(), runner._store
     _check_record(runner, state.get(prefix + RECORD))
-    own = {_plain(name): tensor for name, tensor in store.tensors()}
+    own = {plain(name): tensor for name, tensor in store.tensors()}
     other: list[str] = []
     for key in [key for key in state if key.startswith(prefix)]:
-        name = _plain(key.removeprefix(prefix))
+        name = plain(key.removeprefix(prefix))
         if name in own and name in kept and isinstance(state[key], Tensor):
             # As copying does: ``assign`` would put in what graphs cannot take.
             state[key] = state[key].to(own[name].dtype)
@@ -159,4 +162,4 @@ def _miss_no_base(module: Root, found: Any) -> None:
     """Base tensors are missing in no state dict."""
     prefix, kept = _of(module)._loading, _of(module)._kept()
     missing: list[str] = found.missing_keys
-    missing[:] = [key for key in missing if not key.startswith(prefix) or _plain(key.removeprefix(prefix)) in kept]
+    missing[:] = [key for key in missing if not key.startswith(prefix) or plain(key.removeprefix(prefix)) in kept]

@@ -15,18 +15,22 @@ JOBS = "tests.runtime.distributed_jobs"
 pytestmark = pytest.mark.gate
 
 
+def largest(found: Path, expected: Path) -> float:
+    """The largest difference between two files of tensors."""
+    one, two = torch.load(found), torch.load(expected)
+    assert one.keys() == two.keys()
+    return max(float((one[name].double() - tensor.double()).abs().max()) for name, tensor in two.items())
+
+
 @pytest.mark.parametrize("name", [*SHARDED, "spiel"])
 def test_two_processes_train_as_one(name: str, tmp_path: Path) -> None:
     kinds = ("ddp", "fsdp") if name in SHARDED else ("ddp",)
     together(f"{JOBS}:train", 1, tmp_path, name, "one")
-    expected = torch.load(tmp_path / f"{name}-one.pt")
     for kind in kinds:
         together(f"{JOBS}:train", 2, tmp_path, name, kind)
-        found = torch.load(tmp_path / f"{name}-{kind}.pt")
-        assert found.keys() == expected.keys()
-        largest = max(float((found[n].double() - t.double()).abs().max()) for n, t in expected.items() if t.numel())
-        print(f"{name} {kind}: largest difference {largest:.1e}")
-        assert largest < 1e-5
+        difference = largest(tmp_path / f"{name}-{kind}.pt", tmp_path / f"{name}-one.pt")
+        print(f"{name} {kind}: largest difference {difference:.1e}")
+        assert difference < 1e-5
 
 
 @pytest.mark.parametrize(("name", "kind"), [("spiel", "fsdp"), ("spiel-ag", "ddp"), ("spiel-ag", "fsdp")])
@@ -59,3 +63,44 @@ def test_a_sharded_model_is_saved_merged_and_exported_to_the_bit(tmp_path: Path)
     expected = torch.load(one / "made")
     torch.testing.assert_close(torch.load(two / "made"), expected, rtol=0, atol=0)
     torch.testing.assert_close(torch.load(two / "other"), expected[:3], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["overlay", "adalora"])
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (1, 2), (2, 1)])
+def test_a_distributed_checkpoint_is_resumed(name: str, before: int, after: int, tmp_path: Path) -> None:
+    together(f"{JOBS}:kept", before, tmp_path, name, "fsdp")
+    together(f"{JOBS}:resumed", after, tmp_path, name, "fsdp")
+    difference = largest(tmp_path / f"resumed-{after}.pt", tmp_path / "whole.pt")
+    print(f"{name}, {before} to {after}: largest difference {difference:.1e}")
+    assert difference == 0 if before == after else difference < 1e-5
+
+
+@pytest.mark.parametrize("job", ["policies", "full_states"])
+def test_sharded(job: str, tmp_path: Path) -> None:
+    together(f"{JOBS}:{job}", 2, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp-recomputed", "fsdp-meta"])
+def test_accelerate(kind: str, tmp_path: Path) -> None:
+    together(f"{JOBS}:accelerated", 2, tmp_path, kind)
+    if kind != "fsdp-meta":
+        together(f"{JOBS}:train", 1, tmp_path, "overlay", "one")
+        difference = largest(tmp_path / f"overlay-{kind}.pt", tmp_path / "overlay-one.pt")
+        print(f"accelerate, {kind}: largest difference {difference:.1e}")
+        assert difference < 1e-5
+
+
+@pytest.mark.parametrize("name", ["overlay", "adalora"])
+def test_the_trainer(name: str, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for place, processes in ((one, 1), (two, 2)):
+        place.mkdir()
+        together(f"{JOBS}:trainer", processes, place, name, "whole")
+    difference = largest(two / f"{name}-whole-2.pt", one / f"{name}-whole-1.pt")
+    print(f"trainer, {name}: largest difference {difference:.1e}")
+    assert difference < 1e-5
+    for processes in (2, 1):
+        together(f"{JOBS}:trainer", processes, two, name, "resumed")
+        difference = largest(two / f"{name}-resumed-{processes}.pt", two / f"{name}-whole-2.pt")
+        print(f"trainer, {name}: resumed with {processes}: largest difference {difference:.1e}")
+        assert difference == 0 if processes == 2 else difference < 1e-5

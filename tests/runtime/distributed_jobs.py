@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import graftc
@@ -244,3 +251,152 @@ def parallel_bases(rank: int, processes: int, folder: Path) -> None:
         from accelerate.big_modeling import _attach_context_parallel_hooks
 
         _attach_context_parallel_hooks(made("lora"))
+
+
+def kept(rank: int, processes: int, folder: Path, name: str, kind: str) -> None:
+    """Train, and write a distributed checkpoint halfway."""
+    compiled, model, by = begun(name, kind, processes)
+    for number, ids in enumerate(batches(rank, processes)):
+        if number == STEPS // 2:
+            model_state, optimiser_state = get_state_dict(model, by)
+            dcp.save({"model": model_state, "optimiser": optimiser_state}, checkpoint_id=str(folder / "checkpoint"))
+        step(model, compiled, by, ids)
+    found = compiled.adapter_state_dict()
+    if rank == 0:
+        torch.save(found, folder / "whole.pt")
+
+
+def resumed(rank: int, processes: int, folder: Path, name: str, kind: str) -> None:
+    """Go on from there, with as many processes or another number of them."""
+    compiled, model, by = begun(name, kind, processes)
+    model_state, optimiser_state = get_state_dict(model, by)
+    state = {"model": model_state, "optimiser": optimiser_state}
+    dcp.load(state, checkpoint_id=str(folder / "checkpoint"))
+    set_state_dict(model, by, model_state_dict=model_state, optim_state_dict=optimiser_state)
+    for ids in list(batches(rank, processes))[STEPS // 2 :]:
+        step(model, compiled, by, ids)
+    found = compiled.adapter_state_dict()
+    if rank == 0:
+        torch.save(found, folder / f"resumed-{processes}.pt")
+
+
+def begun(name: str, kind: str, processes: int) -> tuple[Any, Any, torch.optim.Optimizer]:
+    """A compiled model in train mode, what the loop calls, and the optimiser."""
+    compiled = made(name)
+    model = spread(compiled, kind, processes)
+    return compiled, model, optimiser(name, compiled.train())
+
+
+def policies(rank: int, processes: int, folder: Path) -> None:
+    """Offloaded to the host, and with layers that are recomputed, training is the same to the bit; a base in bfloat16
+    trains in mixed precision."""
+    options: list[dict[str, Any]] = [{}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}, {}]
+    found = []
+    for number, option in enumerate(options):
+        compiled = sharded(made("overlay"), processes, **option)
+        if number == 2:
+            compiled.activation_checkpointing_enable()
+        by = optimiser("overlay", compiled.train())
+        for ids in batches(rank, processes):
+            step(compiled, compiled, by, ids)
+        found.append(compiled.adapter_state_dict())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    with coded("GC130", "computes in bfloat16"):
+        loss_of(sharded(made("lora"), processes, mp_policy=policy), next(batches(rank, processes)))
+    narrow = graftc.compile({"adapt": [SPECS["lora"]]}, tiny("llama", dtype=torch.bfloat16))
+    sharded(narrow, processes, mp_policy=policy)
+    by = optimiser("lora", narrow.train())
+    losses = [step(narrow, narrow, by, ids) for ids in [next(batches(rank, processes))] * 20]
+    assert losses[-1] < losses[0]
+
+
+def full_states(rank: int, processes: int, folder: Path) -> None:
+    """The state dict that torch gathers is that of one process."""
+    whole, compiled = made("overlay"), sharded(made("overlay"), processes)
+    perturb(whole, 0.05)
+    compiled.load_adapter_state_dict(whole.adapter_state_dict())
+    found = get_model_state_dict(compiled, options=StateDictOptions(full_state_dict=True))
+    expected = whole.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    every = compiled.full_state_dict()
+    assert all(torch.equal(every[name], tensor) for name, tensor in whole.full_state_dict().items())
+
+
+def accelerated(rank: int, processes: int, folder: Path, kind: str) -> None:
+    """Train with Accelerate, save its state, go on, and go back. On CPUs it never chooses FSDP by itself."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    accelerator = Accelerator(cpu=True)
+    if kind.startswith("fsdp"):
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            cpu_ram_efficient_loading=kind == "fsdp-meta",
+            activation_checkpointing=kind == "fsdp-recomputed",
+            state_dict_type="SHARDED_STATE_DICT",
+        )
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    compiled = made("overlay").train()
+    by = optimiser("overlay", compiled)
+    if kind == "fsdp-meta":
+        with coded("GC130", "sharded without its weights"):
+            accelerator.prepare(compiled, by)
+        return
+    model, by = accelerator.prepare(compiled, by)
+    compiled = accelerator.unwrap_model(model)
+    for _ in range(2):
+        for number, ids in enumerate(batches(rank, processes)):
+            if number < STEPS // 2 and (folder / "state").exists():
+                continue
+            accelerator.backward(loss_of(model, ids))
+            by.step()
+            by.zero_grad()
+            if number == STEPS // 2 - 1:
+                accelerator.save_state(str(folder / "state"))
+        found = compiled.adapter_state_dict()
+        if rank == 0 and not (folder / f"overlay-{kind}.pt").exists():
+            torch.save(found, folder / f"overlay-{kind}.pt")
+        torch.distributed.barrier()
+        first = torch.load(folder / f"overlay-{kind}.pt")
+        assert all(torch.equal(found[name], tensor) for name, tensor in first.items())
+        accelerator.load_state(str(folder / "state"))
+    if kind.startswith("fsdp"):
+        assert all(hasattr(parameter, "full_tensor") for parameter in compiled.parameters())
+        compiled.save(folder / "artifact")
+
+
+def trainer(rank: int, processes: int, folder: Path, name: str, stage: str) -> None:
+    """Train with the transformers Trainer, which writes a checkpoint halfway; or go on from there."""
+    from transformers import Trainer, TrainingArguments
+
+    compiled = made(name)
+    rows = torch.cat(list(batches(0, 1)))
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+    arguments = TrainingArguments(
+        str(folder / f"run-{name}"),
+        use_cpu=True,
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH // processes,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        save_steps=STEPS // 2,
+        report_to=[],
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+    )
+    loop = Trainer(compiled, arguments, train_dataset=examples, callbacks=[compiled.callback()])
+    loop.train(
+        resume_from_checkpoint=str(folder / f"run-{name}" / f"checkpoint-{STEPS // 2}") if stage != "whole" else None
+    )
+    found = compiled.adapter_state_dict()
+    if rank == 0:
+        torch.save(found, folder / f"{name}-{stage}-{processes}.pt")

@@ -45,6 +45,7 @@ def _rank(job: str, rank: int, processes: int, folder: Path, seconds: float, arg
 
     status = 1
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500", LOCAL_WORLD_SIZE=str(processes))
     try:
         limit = timedelta(seconds=seconds)
         dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=processes, timeout=limit)

@@ -6,9 +6,10 @@ Runner, which is no module, so that no name of a source model's child can come b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from graftc.passes.core.ir.codegen import Function, function_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
-from graftc.passes.core.weights.containers import OWN, Container, Node, Tree
+from graftc.passes.core.weights.containers import OWN, Container, Node, Pass, Tree
+from graftc.passes.core.weights.sharding import is_unit, sharded_modules
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.outline import outline
 from graftc.runtime.model.embeddings import call_hooks
@@ -69,8 +71,8 @@ class Block(Container):
 
     _graftc: LayerCode
 
-    register_forward_hook = nn.Module.register_forward_hook
-    register_forward_pre_hook = nn.Module.register_forward_pre_hook
+    register_forward_hook = nn.Module.register_forward_hook  # type: ignore[assignment]
+    register_forward_pre_hook = nn.Module.register_forward_pre_hook  # type: ignore[assignment]
     register_full_backward_hook = nn.Module.register_full_backward_hook
     register_full_backward_pre_hook = nn.Module.register_full_backward_pre_hook
 
@@ -190,8 +192,18 @@ class Runner:
     def run(self, key: ProgramKey, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
         """Flat outputs of the Program installed as ``key``."""
         program_inputs = [inputs[name] for name in self._programs[key].signature]
-        outputs: tuple[Any, ...] = self._roots[key](self.module, *program_inputs)
-        return outputs
+        found: Callable[[], tuple[Any, ...]] = partial(self._roots[key], self.module, *program_inputs)
+        for unit in self._passive_units():
+            found = partial(unit, Pass(found))
+        return found()
+
+    def _passive_units(self) -> list[nn.Module]:
+        """Modules that FSDP2 has made units by themselves and that compute nothing, as Accelerate does with tables of
+        embeddings and heads: their tensors are whole during a pass."""
+        if not is_unit(self.module):
+            return []
+        units = sharded_modules(self.module)
+        return [unit for unit in units if isinstance(unit, Container) and not isinstance(unit, Block)]
 
     def relower(self) -> None:
         """Make all code anew, for tensors that have moved to another device."""

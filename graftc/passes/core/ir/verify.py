@@ -21,6 +21,7 @@ from graftc.passes.core.ir.effects import flaw
 from graftc.passes.core.ir.printer import format_around, literal, target_name
 from graftc.passes.core.ir.program import Program, map_nodes, provenance
 from graftc.passes.core.ir.shapes import Sizes, SymbolNames, expression
+from graftc.passes.core.weights.sharding import is_unit
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -74,6 +75,12 @@ def _is_call(node: fx.Node) -> bool:
     return node.op == "call_function"
 
 
+def _same_type(value: Tensor, held: Tensor, store: Store) -> bool:
+    """FSDP2 keeps parameters in one type of floating point and computes in another."""
+    cast = is_unit(store.root) and value.is_floating_point() and held.is_floating_point()
+    return cast or value.dtype == held.dtype
+
+
 def _sound(program: Program, store: Store) -> Finding | None:
     try:
         program.graph.lint()
@@ -84,7 +91,11 @@ def _sound(program: Program, store: Store) -> Finding | None:
         if name not in store:
             return node, f"{name} is not in the Store"
         held, value = store.get(name), node.meta.get("val")
-        if not isinstance(value, Tensor) or value.dtype != held.dtype or tuple(value.shape) != tuple(held.shape):
+        if (
+            not isinstance(value, Tensor)
+            or tuple(value.shape) != tuple(held.shape)
+            or not _same_type(value, held, store)
+        ):
             return node, f"{name} is {held.dtype} {list(held.shape)} in the Store, the graph says otherwise"
     return None
 

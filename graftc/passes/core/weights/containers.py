@@ -6,6 +6,7 @@ import enum
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
@@ -161,6 +162,13 @@ class Node:
     constants: Mapping[str, Any] = MappingProxyType({})
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A pass through graphs, around which a container is entered that FSDP2 has made a unit."""
+
+    run: Callable[[], Any]
+
+
 class Container(Tree):
     """A node of the Store's tree: holds tensors and containers, computes nothing. `like` makes one whose class is also
     that of a source module, so that ``isinstance``, ``len`` and indices are as they are there."""
@@ -194,11 +202,14 @@ class Container(Tree):
             constant(self, name)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Refused: what a module computes is a part of the graphs of the whole model.
+        """Refused: what a module computes is a part of the graphs of the whole model. One that FSDP2 has made a unit is
+        entered around them, for its hooks: a `Pass` is run.
 
         Raises:
             GraftError: GC043.
         """
+        if len(inputs) == 1 and isinstance(inputs[0], Pass):
+            return inputs[0].run()
         name = type(self).__name__
         raise GraftError("GC043", f"{name} computes nothing by itself", hint="call the compiled model")
 
@@ -221,8 +232,22 @@ class Container(Tree):
         message = f"a hook on {name} would never be called: the graphs of the whole model compute what it does"
         raise GraftError("GC043", message, hint="put it on the compiled model, on a whole layer or on the source model")
 
-    register_forward_hook = _no_hook
-    register_forward_pre_hook = _no_hook
+    def register_forward_hook(self, hook: Any, **options: Any) -> Any:
+        """Refused but to FSDP2: see `forward`.
+
+        Raises:
+            GraftError: GC043.
+        """
+        return nn.Module.register_forward_hook(self, hook, **options) if _of_fsdp(hook) else self._no_hook()
+
+    def register_forward_pre_hook(self, hook: Any, **options: Any) -> Any:
+        """Refused but to FSDP2: see `forward`.
+
+        Raises:
+            GraftError: GC043.
+        """
+        return nn.Module.register_forward_pre_hook(self, hook, **options) if _of_fsdp(hook) else self._no_hook()
+
     register_full_backward_hook = _no_hook
     register_full_backward_pre_hook = _no_hook
     register_backward_hook = _no_hook
@@ -231,6 +256,10 @@ class Container(Tree):
 def is_silent(module: nn.Module) -> bool:
     """Whether a module is a dropout whose probability has been set to zero, which is the same as its eval mode."""
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
+
+
+def _of_fsdp(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
 for _name, _value in vars(nn.Module).items():

@@ -20,9 +20,21 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def is_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 has sharded a module as a unit."""
+    return hasattr(type(module), "reshard")
+
+
 def sharded_modules(root: nn.Module) -> Iterator[nn.Module]:
     """The modules of a tree that FSDP2 has sharded as units."""
-    return (module for module in root.modules() if hasattr(type(module), "reshard"))
+    return filter(is_unit, root.modules())
+
+
+def computes_in(unit: nn.Module) -> torch.dtype | None:
+    """The type that FSDP2's `MixedPrecisionPolicy` casts a unit's parameters to; None where it leaves them."""
+    found = getattr(unit, "_get_fsdp_state", lambda: None)()
+    dtype = getattr(getattr(found, "_mp_policy", None), "param_dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ from graftc.passes.core.weights.names import RESERVED, adapter_name, parsed
 from graftc.passes.core.weights.sharding import gathered
 from graftc.specs.errors.diagnostics import GraftError
 
+_WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
+"""Under which names wrappers of modules hold what they wrap."""
+
 
 def _adopt(module: nn.Module, old: nn.Module) -> None:
     module._parameters.update(old._parameters)
@@ -127,7 +130,7 @@ class Store:
             child = module._modules.get(segment)
             if child is None:
                 child = module._modules[segment] = Container()
-            module = child
+            module = _unwrapped(child)
         return module
 
     def nearest(self, path: str) -> nn.Module:
@@ -147,7 +150,7 @@ class Store:
             child = module._modules.get(segment)
             if child is None:
                 raise KeyError(path)
-            module = child
+            module = _unwrapped(child)
         return module
 
     def replace_container(self, path: str, kind: type[C]) -> C:
@@ -312,8 +315,8 @@ class Store:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every name with its tensor, tied names included, in the order of the source model."""
-        yield from self.root.named_parameters(remove_duplicate=False)
-        yield from self.root.named_buffers(remove_duplicate=False)
+        for named in (self.root.named_parameters, self.root.named_buffers):
+            yield from ((plain(name), tensor) for name, tensor in named(remove_duplicate=False))
 
     def base(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Base tensors by owning name (tied names once)."""
@@ -340,6 +343,17 @@ class Store:
         for name, tensor in self.tensors():
             if self.is_adapter(name):
                 yield name, tensor
+
+
+def plain(name: str) -> str:
+    """A tensor's name without the modules that others have wrapped around its owners."""
+    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS) if "._" in f".{name}" else name
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while (inner := next(filter(None, map(module._modules.get, _WRAPPERS)), None)) is not None:
+        module = inner
+    return module
 
 
 def _memory(tensor: torch.Tensor) -> tuple[int, int]:
