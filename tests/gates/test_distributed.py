@@ -104,3 +104,8 @@ def test_the_trainer(name: str, tmp_path: Path) -> None:
         difference = largest(two / f"{name}-resumed-{processes}.pt", two / f"{name}-whole-2.pt")
         print(f"trainer, {name}: resumed with {processes}: largest difference {difference:.1e}")
         assert difference == 0 if processes == 2 else difference < 1e-5
+
+
+@pytest.mark.parametrize("title", ["ddp.py", "fsdp2.py", "accelerated.py", "trainer.py"])
+def test_the_examples_of_the_page_run(title: str, tmp_path: Path) -> None:
+    together(f"{JOBS}:documented", 2, tmp_path, title)

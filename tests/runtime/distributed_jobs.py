@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -400,3 +401,20 @@ def trainer(rank: int, processes: int, folder: Path, name: str, stage: str) -> N
     found = compiled.adapter_state_dict()
     if rank == 0:
         torch.save(found, folder / f"{name}-{stage}-{processes}.pt")
+
+
+def documented(rank: int, processes: int, folder: Path, title: str) -> None:
+    """Run an example of ``docs/distributed.md``, and load what it saves."""
+    from tests.docs.blocks import blocks
+
+    os.chdir(folder)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    (block,) = (block for block in blocks("distributed.md", "python") if block.title == title)
+    scope: dict[str, Any] = {"__name__": title}
+    exec(compile(block.text, str(block), "exec"), scope)
+    model, initial = tiny("llama"), graftc.compile(scope["SPEC"], tiny("llama")).adapter_state_dict()
+    scope["train"](model, list(batches(rank, processes)))
+    torch.distributed.barrier()
+    trained = graftc.load("adapter", tiny("llama")).adapter_state_dict()
+    assert trained.keys() == initial.keys()
+    assert all(not torch.equal(trained[name], tensor) for name, tensor in initial.items())

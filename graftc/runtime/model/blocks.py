@@ -21,7 +21,7 @@ from graftc.passes.core.ir.codegen import Function, function_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.core.weights.containers import OWN, Container, Node, Pass, Tree
-from graftc.passes.core.weights.sharding import is_unit, sharded_modules
+from graftc.passes.core.weights.sharding import computes_on, is_unit, sharded_modules
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.outline import outline
 from graftc.runtime.model.embeddings import call_hooks
@@ -141,6 +141,8 @@ class Runner:
     """
 
     module: Root
+    _kind = ""
+    """Of the device that all code is for."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -173,7 +175,7 @@ class Runner:
     def _lower(self, key: ProgramKey) -> None:
         program = self._programs[key]
         outlined = outline(program)
-        device = self._store_device()
+        device = self._code_device()
         for block in outlined.blocks:
             owner = self._store.container(block.path)
             if not isinstance(owner, Block):
@@ -185,12 +187,21 @@ class Runner:
         if self._hooked is not None:
             call_hooks(program, outlined.root, self._hooked)
         self._roots[key] = function_of(outlined.root, self.module, device)
+        self._kind = device.type
 
     def _store_device(self) -> torch.device:
         return self._store.device()
 
+    def _code_device(self) -> torch.device:
+        """Where code makes tensors: where the base is, or where FSDP2 puts it for a pass."""
+        kind = computes_on(self.module) if is_unit(self.module) else None
+        device = self._store_device()
+        return device if kind in (None, device.type) else torch.device(str(kind))
+
     def run(self, key: ProgramKey, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
         """Flat outputs of the Program installed as ``key``."""
+        if is_unit(self.module) and self._code_device().type != self._kind:
+            self.relower()  # sharding has moved the tensors
         program_inputs = [inputs[name] for name in self._programs[key].signature]
         found: Callable[[], tuple[Any, ...]] = partial(self._roots[key], self.module, *program_inputs)
         for unit in self._passive_units():

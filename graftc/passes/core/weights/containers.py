@@ -238,7 +238,7 @@ class Container(Tree):
         Raises:
             GraftError: GC043.
         """
-        return nn.Module.register_forward_hook(self, hook, **options) if _of_fsdp(hook) else self._no_hook()
+        return nn.Module.register_forward_hook(self, hook, **options) if _of_fsdp(hook) else self._no_hook(hook)
 
     def register_forward_pre_hook(self, hook: Any, **options: Any) -> Any:
         """Refused but to FSDP2: see `forward`.
@@ -246,7 +246,7 @@ class Container(Tree):
         Raises:
             GraftError: GC043.
         """
-        return nn.Module.register_forward_pre_hook(self, hook, **options) if _of_fsdp(hook) else self._no_hook()
+        return nn.Module.register_forward_pre_hook(self, hook, **options) if _of_fsdp(hook) else self._no_hook(hook)
 
     register_full_backward_hook = _no_hook
     register_full_backward_pre_hook = _no_hook

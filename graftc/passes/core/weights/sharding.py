@@ -58,6 +58,13 @@ class Spread:
         return cls(processes, sharded) if processes > 1 or sharded else None
 
 
+def computes_on(unit: nn.Module) -> str | None:
+    """The kind of device on which FSDP2 lets a unit compute, wherever it keeps the shards; None where none is seen."""
+    meshes = (tensor.device_mesh for tensor in unit.parameters() if is_sharded(tensor))  # type: ignore[attr-defined]
+    mesh = next(meshes, None)
+    return None if mesh is None else str(mesh.device_type)
+
+
 def gathered(tensor: Tensor) -> Tensor:
     """The whole value of a tensor, detached and on its device.
 
