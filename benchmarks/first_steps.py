@@ -40,8 +40,8 @@ def model_of(case: str) -> Any:
 
     torch.manual_seed(0)
     if case == "bert":
-        sizes: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
-        return BertForSequenceClassification(BertConfig(**sizes))
+        sizes: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return BertForSequenceClassification(BertConfig(**sizes, intermediate_size=512))
     sizes = {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 5632}
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
