@@ -17,13 +17,12 @@ from graftc.compiler.capture.interface import config_of
 from graftc.compiler.capture.isolation import exclusive, is_traced, isolated
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_values
 from graftc.compiler.pipeline import recompile
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, Modes, ProgramKey, Signature
 from graftc.passes.core.ir.updates import as_source
 from graftc.passes.core.method.base_gradients import wanted
-from graftc.passes.core.weights.sharding import computes_in, copy_whole, is_unit
+from graftc.passes.core.weights.sharding import computes_in, is_unit
 from graftc.runtime.deploy.combine import Combining
 from graftc.runtime.deploy.convert import Converting
 from graftc.runtime.export.exporting import Exporting
@@ -34,10 +33,10 @@ from graftc.runtime.model.editing import Editing
 from graftc.runtime.model.inspection import Inspected
 from graftc.runtime.model.reference_model import Referring
 from graftc.runtime.model.runner import M, ModelRoot, Published
-from graftc.runtime.model.sharded import Meeting, in_every_process, written_once
+from graftc.runtime.model.sharded import in_every_process, written_once
 from graftc.runtime.state import Stateful
 from graftc.runtime.training.selecting import Selecting
-from graftc.specs.arguments import as_mapping, as_names, as_path
+from graftc.specs.arguments import as_names, as_path
 from graftc.specs.compose import Parallel
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
@@ -67,35 +66,6 @@ class CompiledRunner(
     """All that a `Compiled` does."""
 
     _keys_to_ignore_on_save = None
-
-    def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Every tensor that graftc added and that has to be kept, by its full name, detached: parameters, and what
-        controllers remember. Of a sharded model they are gathered, so every process calls it."""
-        Meeting.of(self.module, "adapter_state_dict")
-        return dict(adapter_values(self._store))
-
-    def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy adapter tensors in; names and shapes must be those of `adapter_state_dict`. Of a sharded model every
-        process calls it, and gets its parts of what the first one gives.
-
-        Raises:
-            GraftError: GC053 for missing, unknown or misshapen tensors, and for those of other rows than were chosen
-                here, GC073 for what is no mapping of tensors; nothing is copied then.
-        """
-        as_mapping(tensors, "adapter tensors", Tensor)
-        own = dict(adapter_tensors(self._store))
-        wrong = sorted(own.keys() ^ tensors.keys())
-        wrong += [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
-        if wrong:
-            raise GraftError("GC053", f"the adapter tensors do not fit: {', '.join(wrong[:5])}")
-        other = sorted(n for n in self._store.settled if not torch.equal(own[n].cpu(), tensors[n].cpu()))
-        if other:
-            message = f"the graphs were made by other numbers: {', '.join(other[:5])}"
-            raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors are from")
-        Meeting.of(self.module, "load_adapter_state_dict")
-        with torch.no_grad():
-            for name in own:  # in the same order everywhere
-                copy_whole(own[name], tensors[name])
 
     @isolated()
     @written_once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,13 +10,13 @@ from torch import Tensor, nn
 
 from graftc.compiler.capture.fingerprint import Identity, identify
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.inspect.snapshot import adapter_tensors
-from graftc.passes.core.weights.sharding import gathered, is_sharded
+from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_values
+from graftc.passes.core.weights.sharding import copy_whole, gathered, is_sharded, local
 from graftc.passes.core.weights.store import plain
 from graftc.runtime.artifact.checkpoint_record import RECORD, as_tensor, from_tensor, record_of, weights_of
 from graftc.runtime.model.blocks import Root, Runner
 from graftc.runtime.model.sharded import Meeting
-from graftc.specs.arguments import kind_of
+from graftc.specs.arguments import as_mapping, kind_of
 from graftc.specs.errors.diagnostics import GraftError
 
 
@@ -32,6 +33,35 @@ class Stateful(Runner):
         module.register_state_dict_post_hook(_without_base)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(_check_base)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_post_hook(_miss_no_base)  # type: ignore[no-untyped-call]
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Every tensor that graftc added and that has to be kept, by its full name, detached: parameters, and what
+        controllers remember. Of a sharded model they are gathered, so every process calls it."""
+        Meeting.of(self.module, "adapter_state_dict")
+        return dict(adapter_values(self._store))
+
+    def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy adapter tensors in; names and shapes must be those of `adapter_state_dict`. Of a sharded model every
+        process calls it, and gets its parts of what the first one gives.
+
+        Raises:
+            GraftError: GC053 for missing, unknown or misshapen tensors, and for those of other rows than were chosen
+                here, GC073 for what is no mapping of tensors; nothing is copied then.
+        """
+        as_mapping(tensors, "adapter tensors", Tensor)
+        own = dict(adapter_tensors(self._store))
+        wrong = sorted(own.keys() ^ tensors.keys())
+        wrong += [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
+        if wrong:
+            raise GraftError("GC053", f"the adapter tensors do not fit: {', '.join(wrong[:5])}")
+        other = sorted(n for n in self._store.settled if not torch.equal(own[n].cpu(), tensors[n].cpu()))
+        if other:
+            message = f"the graphs were made by other numbers: {', '.join(other[:5])}"
+            raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors are from")
+        Meeting.of(self.module, "load_adapter_state_dict")
+        with torch.no_grad():
+            for name in own:  # in the same order everywhere
+                copy_whole(own[name], tensors[name])
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every tensor, the base's too, by its name and detached; tied ones once, by the name that owns them. Of a
@@ -146,16 +176,10 @@ def _check_record(runner: Stateful, state: Any) -> None:
 def _same(own: Tensor, given: Any) -> bool:
     if not isinstance(given, Tensor) or own.shape != given.shape:
         return False
-    mine, theirs = _local(own), _local(given)
+    mine, theirs = local(own.detach()), local(given.detach())
     if mine.device.type == "meta" or theirs.device.type == "meta":
         return False
     return torch.equal(mine, theirs.to(mine.device, mine.dtype))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is on this machine."""
-    to_local = getattr(tensor.detach(), "to_local", None)
-    return tensor.detach() if to_local is None else to_local()
 
 
 def _miss_no_base(module: Root, found: Any) -> None:
