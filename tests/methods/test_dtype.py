@@ -123,3 +123,16 @@ def test_little_more_is_kept_for_the_backward_pass() -> None:
     inputs = inputs_for(graftc.compile({"adapt": [LORA]}, model), (8, 64))
     wide, narrow = (graftc.compile({"adapt": [{**LORA, "dtype": d}]}, model).train() for d in ("float32", "base"))
     assert saved(narrow, inputs) < saved(wide, inputs) <= 1.05 * saved(narrow, inputs)
+
+
+@pytest.mark.parametrize("beside", [{"train": ["lm_head"]}, {"tokens": {"add": ["<new>"]}}], ids=["train", "tokens"])
+def test_a_head_that_loops_read_is_of_the_base_s_type(beside: dict[str, Any]) -> None:
+    """Whoever computes logits from hidden states gets the graph's, and gradients reach the float32 values."""
+    compiled = graftc.compile({"adapt": [LORA], **beside}, tiny("llama").to(BF16)).train()
+    ids = torch.randint(0, 50, (2, 5))
+    hidden = compiled.base_model(input_ids=ids).last_hidden_state
+    logits = hidden @ compiled.get_output_embeddings().weight.T
+    assert torch.equal(logits, compiled(input_ids=ids).logits)
+    logits.float().sum().backward()
+    found = [p.grad for name, p in compiled.named_parameters() if name.startswith("lm_head.graftc")]
+    assert found and all(grad is not None and grad.dtype == FP32 for grad in found)

@@ -54,7 +54,7 @@ class Embeddings(Container):
             GraftError: GC043 for a call as of the source's module.
         """
         if options or len(inputs) != 2 or not isinstance(inputs[0], str) or inputs[0] != _LOOKED_UP:
-            return super().forward()
+            return super().forward(*inputs, **options)
         return inputs[1]
 
 

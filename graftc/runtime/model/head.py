@@ -69,7 +69,7 @@ class Head(nn.Module):
             raise GraftError("GC072", message, hint=hint)
         for edit in copies:
             if edit.own.tensor == _owning(self._store, f"{self._path}.{name}"):
-                trained, own = self._store.get(edit.trained), edit.own
+                trained, own = self._store.get(edit.trained).to(found.dtype), edit.own  # as graphs cast it
                 found = trained if own.whole else found.index_copy(own.axis, own.index(found.device), trained)
         return found
 
