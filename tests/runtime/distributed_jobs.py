@@ -230,6 +230,49 @@ def brief(rank: int, processes: int, folder: Path) -> None:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
+def parts(rank: int, processes: int, folder: Path) -> None:
+    """Loops that run the base model and the head by themselves, and the reference of a policy, over shards."""
+    whole, compiled = made("overlay").train(), sharded(made("overlay"), processes).train()
+    ids = next(batches(0, 1))
+    found = []
+    for model in (whole, compiled):
+        hidden = model.base_model(input_ids=ids).last_hidden_state
+        logits = hidden @ model.get_output_embeddings().weight.T
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        with torch.no_grad():
+            reference = model.reference()(input_ids=ids).logits
+        found.append((logits.detach(), reference, grads))
+    (one, base_one, grads_one), (two, base_two, grads_two) = found
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+    torch.testing.assert_close(base_two, base_one, rtol=0, atol=1e-5)
+    assert grads_one.keys() == grads_two.keys() and grads_one
+    for name, grad in grads_one.items():
+        torch.testing.assert_close(grads_two[name].full_tensor(), grad, rtol=0, atol=1e-5)
+
+
+def sixteen_bits(rank: int, processes: int, folder: Path) -> None:
+    """Factors in float32 over shards of a base in bfloat16, with and without a policy: as in one process."""
+    spec = {"adapt": [SPECS["lora"]], "train": ["model.norm"]}
+    ids = [(own, every) for own, every in zip(batches(rank, processes), batches(0, 1), strict=True)]
+    found = []
+    for policy in (None, MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.bfloat16, torch.float32)):
+        compiled = graftc.compile(spec, base("lora").to(torch.bfloat16)).train()
+        if policy is not None:
+            compiled = sharded(compiled, processes, mp_policy=policy).train()
+        by = torch.optim.SGD([p for p in compiled.parameters() if p.requires_grad], lr=0.1)
+        for own, every in ids:
+            step(compiled, compiled, by, every if policy is None else own)
+        tensors = compiled.adapter_state_dict()
+        assert {t.dtype for t in tensors.values()} == {torch.float32}
+        found.append(tensors)
+    start = graftc.compile(spec, base("lora").to(torch.bfloat16)).adapter_state_dict()
+    for tensors in found[1:]:
+        for name, tensor in found[0].items():
+            moved = (tensor - start[name]).norm()
+            assert (found[0][name] - tensor).norm() <= 0.05 * moved, name  # activations are in 16 bits
+
+
 def parallel_bases(rank: int, processes: int, folder: Path) -> None:
     """A base that transformers has spread over processes is refused, and so is spreading a compiled one in its way."""
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from graftc.passes.core.weights.containers import Container, Node
+from graftc.passes.core.weights.containers import Container, Node, Pass
 from graftc.passes.core.weights.store import Store
 
 
@@ -38,7 +38,9 @@ class BaseModel(Container):
             GraftError: GC031 for inputs that cannot be captured; GC043 where the model returns no hidden states.
         """
         call = self._graftc.call
-        return super().forward() if call is None else call(inputs, options)
+        if call is None or (inputs and isinstance(inputs[0], Pass)):
+            return super().forward(*inputs, **options)
+        return call(inputs, options)
 
 
 def install_base_model(

@@ -167,6 +167,7 @@ class ModelRunner(Runner):
         self._interface = Interface(model)
         self._dtype = dtype_of(model)
         self._looked_at: set[Signature] = set()
+        self._entered = False
         self.constants = plain_attributes(model)
         names = self._interface.parameters
         self.main_input_name = getattr(model, "main_input_name", names[0] if names else "")
@@ -225,7 +226,11 @@ class ModelRunner(Runner):
             GraftError: GC031 for inputs that cannot be captured.
         """
         if args and isinstance(args[0], Inner):
-            return args[0].run()
+            self._entered = True
+            try:
+                return args[0].run()
+            finally:
+                self._entered = False
         return self._run(args, kwargs)
 
     def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -235,7 +240,7 @@ class ModelRunner(Runner):
         Raises:
             GraftError: GC031 for inputs that cannot be captured, and where the model returns no hidden states.
         """
-        return self._run(args, kwargs, "hidden", **{FLAG: True})
+        return self.within(lambda: self._run(args, kwargs, "hidden", **{FLAG: True}))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry = "forward", **flags: Any) -> Any:
         chosen = {name: kwargs.pop(name) for name in self._active.controls if name in kwargs}
@@ -346,7 +351,7 @@ class ModelRunner(Runner):
     def within(self, run: Callable[[], Any]) -> Any:
         """Run something inside of a call of the module where that is sharded: its hooks gather the tensors. Other hooks
         are not told of calls that nobody made."""
-        return self.module(Inner(run)) if hasattr(type(self.module), "unshard") else run()
+        return self.module(Inner(run)) if hasattr(type(self.module), "unshard") and not self._entered else run()
 
     def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
         """The key of what a call runs."""
