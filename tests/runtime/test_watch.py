@@ -140,6 +140,16 @@ def test_a_rate_of_zero() -> None:
         assert check.done and bool(check.findings) == alarms
 
 
+def test_zeros_that_follow_from_a_rate_of_zero_are_no_finding_of_their_own() -> None:
+    """LoRA's A has zeros as long as B stands still."""
+    compiled = adapted()
+    optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 0.0))
+    check = graftc.optim.watch(compiled, optimizer)
+    with pytest.warns(GraftWarning, match="learning rate of 0") as caught:
+        train(compiled, optimizer, 3)
+    assert len(caught) == 1 and {name.rpartition(".")[2] for name in check.findings} == {"B"}
+
+
 def test_steps_that_are_rounded_away() -> None:
     """In bfloat16 a step of 1e-5 moves few entries of A; in float32 it moves all of them."""
     for dtype in (torch.bfloat16, torch.float32):

@@ -61,8 +61,11 @@ def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> Fo
                     kept[name] = GraftError("GC050", f"{name!r} is not among what was to be folded")
                 continue
             if below is not None:
-                message = f"{name!r} stands on {below[0]!r} at {below[1]}, which does not fold"
-                raise GraftError("GC050", message, hint="fold without it, or put it first in the spec")
+                chosen = only is None or below[0] in only
+                reason = "which does not fold" if chosen else "which is to stay, and would then apply after it"
+                message = f"{name!r} stands on {below[0]!r} at {below[1]}, {reason}"
+                other = "without it" if chosen else f"{below[0]!r} too"
+                raise GraftError("GC050", message, hint=f"fold {other}, or put {name!r} first in the spec")
             if fold_steps(compilation, [name]):
                 names.append(name)
         except GraftError as error:

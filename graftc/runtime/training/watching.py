@@ -118,10 +118,13 @@ class Watch:
             self.remove()
 
     def _excused(self, seen: _Seen) -> bool:
-        """Whether a method says that a tensor may be without a gradient at first, or no call has chosen its slot."""
+        """Whether a method says that a tensor may be without a gradient at first, or no call has chosen its slot; or
+        whether zeros come of another tensor of the adaptation that stands still at a rate of 0."""
         if seen.wrong not in (_ZERO, _UNREACHED):
             return False
         owner = seen.item.adaptation
+        if seen.wrong == _ZERO and any(s.wrong == _STOPPED for s in self._seen if s.item.adaptation == owner):
+            return True
         bank = next((members for members in self._banks if owner in members), ())
         return seen.item.inert or any(s.gradient for s in self._seen if s.item.adaptation in bank)
 
