@@ -112,12 +112,14 @@ def test_a_folder_in_float32(gpt2: Any, tmp_path: Any) -> None:
 
 
 def test_a_trained_copy_in_a_wider_type() -> None:
-    """What trains as a copy of the base is widened as it is."""
+    """What trains as a copy of the base is kept in float32, and a merge in float32 has all of it."""
     spec = {"adapt": [LORA], "train": ["classifier"]}
     compiled = graftc.compile(spec, tiny("bert").bfloat16()).eval()
     perturb(compiled)
     narrow, wide = compiled.merge().folded_state_dict(), compiled.merge(dtype=torch.float32).folded_state_dict()
-    assert torch.equal(narrow["classifier.weight"].float(), wide["classifier.weight"])
+    trained = compiled.adapter_state_dict()["classifier.graftc.trained.weight"]
+    assert torch.equal(wide["classifier.weight"], trained)
+    assert torch.equal(narrow["classifier.weight"], trained.bfloat16())
     assert not torch.equal(narrow["classifier.weight"], compiled.compilation.source.state_dict()["classifier.weight"])
 
 
