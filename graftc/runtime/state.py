@@ -54,6 +54,11 @@ class Stateful(Runner):
         wrong += [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
         if wrong:
             raise GraftError("GC053", f"the adapter tensors do not fit: {', '.join(wrong[:5])}")
+        odd = sorted(n for n in own if not _holds(own[n], tensors[n]))
+        if odd:
+            kind = str(tensors[odd[0]].dtype).removeprefix("torch.")
+            message = f"{odd[0]} has values that {str(own[odd[0]].dtype).removeprefix('torch.')} cannot hold: {kind}"
+            raise GraftError("GC053", message, details=[f"{len(odd)} tensors"])
         other = sorted(n for n in self._store.settled if not torch.equal(own[n].cpu(), tensors[n].cpu()))
         if other:
             message = f"the graphs were made by other numbers: {', '.join(other[:5])}"
@@ -171,6 +176,14 @@ def _check_record(runner: Stateful, state: Any) -> None:
         message = f"the state dict is of another base, a {record.base.model} with other weights"
         hint = "compile its own base; load_adapter_state_dict() takes its adapter tensors for this one"
         raise GraftError("GC087", message, hint=hint)
+
+
+def _holds(own: Tensor, given: Tensor) -> bool:
+    """Whether a tensor's type has room for the values of another: rounded where they are floating."""
+    if not own.is_floating_point() or not given.is_floating_point():
+        return own.dtype == given.dtype
+    wider = torch.promote_types(own.dtype, given.dtype) != own.dtype
+    return not wider or own.is_meta or bool((given.to(own.dtype).isfinite() | ~given.isfinite()).all())
 
 
 def _same(own: Tensor, given: Any) -> bool:

@@ -77,7 +77,8 @@ class MethodSpec(SpecModel):
 
     dtype: Literal["float32", "base"] = "float32"
     """Element type of the adaptation's tensors on a base in 16 bits. `float32`: they are cast where they are used, so
-    that no small step of an optimiser is lost. `base`: the base's own. Wider bases have theirs either way."""
+    that no small step of an optimiser is lost. `base`: the base's own, but for what a method computes in float32 either
+    way, such as DoRA's magnitudes and the deltas of sparse methods. Wider bases have theirs."""
 
     @field_validator("name")
     @classmethod

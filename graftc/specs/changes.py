@@ -19,8 +19,8 @@ def adding(spec: Spec, adaptation: MethodSpec | Mapping[str, Any]) -> Spec:
     Raises:
         GraftError: GC002 to GC012 for what is none, GC005 for a name that is taken.
     """
-    own_name = adaptation.name if isinstance(adaptation, MethodSpec) else dict(adaptation).get("name")
     (own,) = Spec.model_validate({"adapt": [adaptation]}).adapt
+    own_name = adaptation.name if isinstance(adaptation, MethodSpec) else dict(adaptation).get("name")
     taken = {*(str(a.name) for a in spec.adapt), *(str(c.name) for c in spec.compose)}
     if own_name in taken:
         raise GraftError("GC005", f"the name {own_name!r} is taken", hint="names are unique")

@@ -39,6 +39,11 @@ WITHOUT_WORDS = {("vit", "prompt"), ("vit", "pre_layer")}
 TOLERANCE = 1e-6
 
 
+def apart(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference over the largest number, or over 1: how products are rounded depends on the processor."""
+    return largest_difference(found, expected) / max(1.0, *(float(t.abs().max()) for t in expected))
+
+
 def spec_of(method: str, slots: tuple[str, ...] = SLOTS, **bank: Any) -> dict[str, Any]:
     """A bank of a method's adaptations."""
     adapt = [{"method": method, "name": name, **METHODS[method]} for name in slots]
@@ -88,12 +93,12 @@ def test_a_mixed_batch_is_every_adapter_on_its_rows(family: str, method: str) ->
         own = outputs_of(one, inputs)
         mask = number == IDS
         for expected, found in zip(rows(own, mask), rows(mixed, mask), strict=True):
-            assert largest_difference([found], [expected]) <= TOLERANCE
+            assert apart([found], [expected]) <= TOLERANCE
         assert all(
             largest_difference([a], [b]) > 1e-3 for a, b in zip(rows(own, ~mask), rows(mixed, ~mask), strict=True)
         )
         compiled.activate(slot)
-        assert largest_difference(outputs_of(compiled, inputs), own) <= TOLERANCE
+        assert apart(outputs_of(compiled, inputs), own) <= TOLERANCE
 
 
 @pytest.mark.parametrize("method", ["lora", "houlsby", "dora"])
@@ -103,7 +108,7 @@ def test_weights(method: str) -> None:
     inputs = inputs_for(compiled, (8, 6))
     one_hot = torch.nn.functional.one_hot(IDS, len(SLOTS)).float()
     ids = outputs_of(compiled, {**inputs, "adapter_ids": IDS})
-    assert largest_difference(outputs_of(compiled, {**inputs, "adapter_weights": one_hot}), ids) <= TOLERANCE
+    assert apart(outputs_of(compiled, {**inputs, "adapter_weights": one_hot}), ids) <= TOLERANCE
     factors = {"de": 0.25, "it": 0.75}
     weights = torch.zeros(8, 4)
     weights[:, 0], weights[:, 2] = 0.25, 0.75
@@ -112,7 +117,7 @@ def test_weights(method: str) -> None:
     fixed = outputs_of(compiled.fix(factors).eval(), inputs)
     others = torch.arange(8) != 3
     assert largest_difference(rows(mixed, others), rows(fixed, others)) <= 1e-5
-    assert largest_difference(rows(mixed, ~others), rows(ids, ~others)) <= TOLERANCE
+    assert apart(rows(mixed, ~others), rows(ids, ~others)) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -134,7 +139,7 @@ def test_in_onnx_runtime(family: str, tmp_path: Path) -> None:
     mixed = run(IDS)
     for number in range(len(SLOTS)):
         own, mask = run(torch.full((8,), number)), number == IDS
-        assert largest_difference(rows(mixed, mask), rows(own, mask)) <= TOLERANCE
+        assert apart(rows(mixed, mask), rows(own, mask)) <= TOLERANCE
         assert largest_difference(rows(mixed, ~mask), rows(own, ~mask)) > 1e-3
 
 
@@ -157,7 +162,7 @@ def test_other_ids_compile_nothing(family: str) -> None:
             active = run(**inputs)
         last = compiled(**inputs, adapter_ids=torch.full((8,), 3))
     assert largest_difference([first[0]], [second[0]]) > 1e-3
-    assert largest_difference([active[0]], [last[0]]) <= TOLERANCE
+    assert apart([active[0]], [last[0]]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("method", ["bapna_firat", "lora"])
@@ -204,7 +209,7 @@ def test_one_for_good_folds(method: str) -> None:
     inputs = inputs_for(compiled, (5, 6))
     expected = outputs_of(compiled, {**inputs, "adapter_ids": ["it"]})
     fixed = compiled.fix("it").eval()
-    assert largest_difference(outputs_of(fixed, inputs), expected) <= TOLERANCE
+    assert apart(outputs_of(fixed, inputs), expected) <= TOLERANCE
     assert not fixed.compilation.controls and fixed.compilation.spec.compose == ()
     assert {n.split(".graftc.")[1].split(".")[0] for n in fixed.adapter_state_dict()} == {"it"}
     merged = fixed.merge()
@@ -226,7 +231,7 @@ def test_shared_parts() -> None:
     inputs = inputs_for(compiled, (4, 6))
     before = outputs_of(compiled, {**inputs, "adapter_ids": ["fr"]})
     fixed = outputs_of(compiled.fix("fr").eval(), inputs)
-    assert largest_difference(fixed, before) <= TOLERANCE * max(1.0, float(before[0].abs().max()))
+    assert apart(fixed, before) <= TOLERANCE
 
 
 @pytest.mark.parametrize("method", ["prompt", "pre_layer", "prefix"])
@@ -236,7 +241,7 @@ def test_a_part_that_all_share_is_read_by_every_row(method: str) -> None:
     compiled = banked("bert", method, share=share)
     inputs = inputs_for(compiled, (8, 6))
     mixed = outputs_of(compiled, {**inputs, "adapter_ids": IDS})
-    assert largest_difference(mixed, outputs_of(compiled, inputs)) <= TOLERANCE
+    assert apart(mixed, outputs_of(compiled, inputs)) <= TOLERANCE
     with compiled.disabled():
         assert largest_difference(mixed, outputs_of(compiled, inputs)) > 1e-3
 
@@ -298,9 +303,9 @@ def test_two_banks_and_an_adaptation_between() -> None:
     for row, (language, task) in enumerate((("a", "x"), ("a", "y"), ("b", "x"), ("b", "y"))):
         compiled.activate(language, "bank")
         compiled.activate(task, "bank_2")
-        assert largest_difference([outputs_of(compiled, inputs)[0][row]], [both[0][row]]) <= TOLERANCE
+        assert apart([outputs_of(compiled, inputs)[0][row]], [both[0][row]]) <= TOLERANCE
     fixed = compiled.fix("b", "bank").fix("x").eval()
-    assert largest_difference([outputs_of(fixed, inputs)[0][2]], [both[0][2]]) <= TOLERANCE
+    assert apart([outputs_of(fixed, inputs)[0][2]], [both[0][2]]) <= TOLERANCE
 
 
 REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
@@ -362,7 +367,7 @@ def test_every_row_through_every_adapter() -> None:
     tensors = compiled.adapter_state_dict()
     for number, slot in enumerate(SLOTS[:3]):
         own = outputs_of(alone("bert", "pfeiffer", slot, tensors), inputs)
-        assert largest_difference([found[0][2 * number : 2 * number + 2]], own) <= TOLERANCE
+        assert apart([found[0][2 * number : 2 * number + 2]], own) <= TOLERANCE
 
 
 def test_sequence_first_models_choose_too() -> None:
@@ -384,5 +389,5 @@ def test_sequence_first_models_choose_too() -> None:
     perturb(compiled, 0.05)
     mixed = compiled(x, adapter_ids=[0, 1, 1, 0])
     compiled.activate("b")
-    assert largest_difference([compiled(x)[1:3]], [mixed[1:3]]) <= TOLERANCE
+    assert apart([compiled(x)[1:3]], [mixed[1:3]]) <= TOLERANCE
     assert largest_difference([compiled(x)[:1]], [mixed[:1]]) > 1e-3

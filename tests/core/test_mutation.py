@@ -158,7 +158,7 @@ def test_without_bias(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trained biases of adapted layers forgotten."""
     compiled = adapted(family, "attn.q", bias="lora_only")
     assert passes(compiled)
-    monkeypatch.setattr(folding, "_overlay_steps", lambda compilation, name: [])
+    monkeypatch.setattr(folding, "_overlay_steps", lambda compilation, name, read: [])
     assert refused(compiled)
 
 

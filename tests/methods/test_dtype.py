@@ -136,3 +136,26 @@ def test_a_head_that_loops_read_is_of_the_base_s_type(beside: dict[str, Any]) ->
     logits.float().sum().backward()
     found = [p.grad for name, p in compiled.named_parameters() if name.startswith("lm_head.graftc")]
     assert found and all(grad is not None and grad.dtype == FP32 for grad in found)
+
+
+def test_what_trains_is_not_rounded_by_a_cast_of_the_model() -> None:
+    """Trainers cast models for evaluation; moving and casts that change nothing are fine."""
+    compiled = graftc.compile({"adapt": [LORA]}, tiny("llama").to(BF16))
+    before = {name: tensor.clone() for name, tensor in compiled.adapter_state_dict().items()}
+    for cast in (lambda m: m.to(BF16), lambda m: m.bfloat16(), lambda m: m.get_submodule("model.layers.0").to(BF16)):
+        with pytest.raises(GraftError, match="GC033"):
+            cast(compiled)
+    compiled.to("cpu")
+    compiled.get_submodule("model.layers.1").to("cpu")
+    assert all(torch.equal(t, before[n]) and t.dtype == FP32 for n, t in compiled.adapter_state_dict().items())
+
+
+def test_what_a_type_cannot_hold_is_not_loaded() -> None:
+    compiled = graftc.compile({"adapt": [LORA]}, tiny("gpt2"))
+    own = compiled.adapter_state_dict()
+    name = next(iter(own))
+    for odd in (own[name].to(torch.complex64), own[name].to(torch.int64), own[name].bool(), own[name].double() + 1e300):
+        with pytest.raises(GraftError, match="GC053"):
+            compiled.load_adapter_state_dict({**own, name: odd})
+    compiled.load_adapter_state_dict({**own, name: own[name].double()})
+    assert torch.equal(compiled.adapter_state_dict()[name], own[name])

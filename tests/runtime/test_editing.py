@@ -342,3 +342,47 @@ def test_what_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert same_bits(outputs_of(compiled, inputs), outputs)
     compiled.rename("low", "high")
     assert same_bits(outputs_of(compiled, inputs), outputs)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at once", "after a call"])
+@pytest.mark.parametrize("out", ["low", "other"])
+def test_changes_inside_of_disabled(out: str, called: bool) -> None:
+    """What is left out stays left out, whatever is changed meanwhile; afterwards nothing is."""
+    inputs = None
+    for change in ("remove", "rename", "rename out", "add", "disable"):
+        compiled, kept = adapted(LOW, OTHER), "other" if out == "low" else "low"
+        inputs = inputs_for(compiled)
+        if called:
+            outputs_of(compiled, inputs)
+        with compiled.disabled(kept):
+            alone = outputs_of(compiled, inputs)
+        with compiled.disabled():
+            base = outputs_of(compiled, inputs)
+        with compiled.disabled(out):
+            inside = outputs_of(compiled, inputs)
+            every = {"remove": alone, "disable": alone}.get(change)
+            if change == "remove":
+                compiled.remove(kept)
+            elif change == "disable":
+                compiled.disable(kept)
+            elif change == "rename":
+                compiled.rename(kept, "new")
+            elif change == "rename out":
+                compiled.rename(out, "new")
+            else:
+                compiled.add({"name": "front", "method": "prefix", "length": 3})
+            if change != "add":
+                expected = base if change in ("remove", "disable") else inside
+                assert same_bits(outputs_of(compiled, inputs), expected), change
+        if every is not None:
+            assert same_bits(outputs_of(compiled, inputs), every), change
+        compiled.enable()
+        loaded = adapted(*(a.model_dump(exclude_unset=True) for a in compiled.spec.adapt))
+        loaded.load_adapter_state_dict(compiled.adapter_state_dict())
+        assert same_bits(outputs_of(compiled, inputs), outputs_of(loaded, inputs)), change
+
+
+@pytest.mark.parametrize("entry", ["x", None, 3, [LOW]])
+def test_what_is_no_adaptation_is_not_added(entry: Any) -> None:
+    with pytest.raises(GraftError, match="GC002"):
+        adapted(LOW).add(entry)

@@ -93,7 +93,7 @@ def test_positions_of_padding_are_not_taken_for_packed_texts() -> None:
         warnings.simplefilter("error")
         for fill in (0, 1):
             positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, fill)
-            warn_of_packed({"attention_mask": mask, "position_ids": positions}, ["prompt"])
+            warn_of_packed({"attention_mask": mask, "position_ids": positions}, ["prompt"], [])
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
@@ -119,3 +119,27 @@ def test_numbers_for_flash_attention_have_no_graphs_of_their_own(compiled: Any) 
         assert torch.equal(logits(compiled, ROW, **more), plain)
     given = [s for s in compiled.compilation.signatures if any("cu_seq_lens" in name for name in s.inputs)]
     assert len(given) == 1
+
+
+def test_gates_are_of_the_row_and_a_warning_says_so() -> None:
+    made = graftc.compile({"adapt": [{"method": "unipelt"}]}, tiny("llama"))
+    perturb(made, 0.1)
+    with pytest.warns(GraftWarning, match="GC122: the gates of 'unipelt'"):
+        assert leaks(made.eval())
+
+
+def test_a_mask_of_pairs_keeps_texts_apart_without_a_warning() -> None:
+    made = graftc.compile(
+        {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]},
+        tiny("llama"),
+        example_inputs={
+            "input_ids": ROW,
+            "position_ids": POSITIONS,
+            "attention_mask": torch.ones(1, 1, ROW.shape[1], ROW.shape[1], dtype=torch.bool),
+        },
+    ).eval()
+    texts = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    mask = (texts[:, None] == texts[None]).tril()[None, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GraftWarning)
+        assert not leaks(made, attention_mask=mask)

@@ -225,3 +225,39 @@ def test_wrong_arguments() -> None:
     for arguments, options in (((), {}), ((3,), {}), ((optimizer,), {"steps": 0})):
         with pytest.raises(GraftError, match="GC073"):
             graftc.optim.watch(compiled, *arguments, **options)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_closures(by_name: bool) -> None:
+    """Gradients are there when the closure has been called: all that moves is seen to, and nothing alarms."""
+    compiled = adapted()
+    for make in (torch.optim.AdamW, torch.optim.LBFGS):
+        optimizer = make([p for p in compiled.parameters() if p.requires_grad], lr=1e-3)
+        check = graftc.optim.watch(compiled, optimizer)
+
+        def closure(optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(compiled)
+            loss.backward()
+            return loss
+
+        with silence():
+            for _ in range(3):
+                loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+                assert isinstance(loss, Tensor)
+        assert check.done and not check.findings
+    stuck = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=0.0)
+    check = graftc.optim.watch(compiled, stuck)
+    with pytest.warns(GraftWarning, match="GC059"):
+        stuck.step(lambda: closure(stuck))
+
+
+def test_an_adaptation_that_is_removed_meanwhile() -> None:
+    compiled = adapted(LORA, {**LORA, "name": "other"})
+    optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
+    check = graftc.optim.watch(compiled, optimizer)
+    with silence():
+        train(compiled, optimizer, 1)
+        compiled.remove("other")
+        train(compiled, optimizer, 2)
+    assert check.done and not check.findings

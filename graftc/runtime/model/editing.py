@@ -178,9 +178,11 @@ class Editing(Viewed):
         for old, new in names.items():
             if old in self._trained:
                 self._trained.add(new)
-        off = {names.get(name, name) for name in self._off}
-        self._off = frozenset(off & {*(str(a.name) for a in self._compilation.spec.adapt), TRAIN})
-        self._show(self._off)
+        known = {*(str(a.name) for a in self._compilation.spec.adapt), TRAIN}
+        self._off, *self._left_out[:] = (
+            frozenset({names.get(name, name) for name in off} & known) for off in (self._off, *self._left_out)
+        )
+        self._show(self._hidden)
 
     def _take_dropouts(self, names: Mapping[str, str]) -> None:
         """The modules that stand for dropouts of renamed adaptations take over how these were set."""

@@ -8,18 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.passes.core.ir.program import Program, provenance
 from graftc.specs.errors.diagnostics import warn
 
 POSITIONS, MASK = "position_ids", "attention_mask"
 
 
-def warn_of_packed(present: Mapping[str, Any], virtual: Sequence[str]) -> None:
+def gates_over_rows(program: Program) -> list[str]:
+    """Names of adaptations with gates that are means over the tokens of a row."""
+    found = (provenance(node) for node in program.graph.nodes if node.target in _MEANS)
+    return list(dict.fromkeys(o["adaptation"] for o in found if o is not None and o["part"] == "gate"))
+
+
+_MEANS = (torch.ops.aten.mean.dim, torch.ops.aten.sum.dim_IntList)
+
+
+def warn_of_packed(present: Mapping[str, Any], virtual: Sequence[str], gated: Sequence[str]) -> None:
     """Warn of a call with packed texts where these are not as they would be alone: with a mask, models attend across
-    texts (GC120), and virtual tokens stand in front of the first one only (GC121).
+    texts (GC120), virtual tokens stand in front of the first one only (GC121), and gates are those of the row (GC122).
 
     Args:
         present: tensors of a call by name; positions are ``[batch, sequence]``, other shapes mean something else.
         virtual: names of adaptations with virtual tokens.
+        gated: names of adaptations with gates that are means over a row.
     """
     positions, mask = present.get(POSITIONS), present.get(MASK)
     if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.device.type == "meta":
@@ -29,9 +40,12 @@ def warn_of_packed(present: Mapping[str, Any], virtual: Sequence[str]) -> None:
         anew = anew & mask[:, 1:].bool() & mask[:, :-1].bool()  # padding has any positions
     if not bool(torch.any(anew)):
         return
-    if mask is not None:
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() > 2):  # one of pairs may tell texts apart
         message = f"{POSITIONS} begin anew in a row that has an {MASK} too: tokens attend to the texts before theirs"
         warn("GC120", message, hint=f"leave {MASK} out of packed batches", stacklevel=6)
     if virtual:
         message = f"of the texts packed into a row, only the first one has the virtual tokens of {virtual[0]!r}"
         warn("GC121", message, hint="do not pack texts, or use prefix, which every text of a row sees", stacklevel=6)
+    if gated:
+        message = f"the gates of {gated[0]!r} are means over all texts that are packed into a row"
+        warn("GC122", message, hint="do not pack texts where gates are", stacklevel=6)

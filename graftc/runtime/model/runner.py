@@ -20,7 +20,14 @@ from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.eval_mode import dropouts
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, Modes, ProgramKey, Signature
-from graftc.passes.core.weights.containers import OWN, Container, constant, is_silent, plain_attributes
+from graftc.passes.core.weights.containers import (
+    OWN,
+    Container,
+    constant,
+    drops_nothing,
+    plain_attributes,
+    require_types,
+)
 from graftc.passes.core.weights.names import module_of
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.cut import FLAG, cut_at_hidden_state
@@ -29,7 +36,7 @@ from graftc.runtime.model.blocks import Root, Runner
 from graftc.runtime.model.choosing import with_choices
 from graftc.runtime.model.ecosystem import refuse_deepspeed, refuse_pickling
 from graftc.runtime.model.embeddings import install_embeddings
-from graftc.runtime.model.packing import warn_of_packed
+from graftc.runtime.model.packing import gates_over_rows, warn_of_packed
 from graftc.specs.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -122,6 +129,7 @@ class ModelRoot(Root):
                 f"the graphs were captured in {runner.dtype} and cannot run in {moved.dtype}",
                 hint=f"load the base model in {moved.dtype} and compile that",
             )
+        require_types(self, fn)
         before = runner.device
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if runner.device != before:
@@ -251,8 +259,9 @@ class ModelRunner(Runner):
         if not is_traced() and key.signature not in self._looked_at:
             refuse_deepspeed()
             self._looked_at.add(key.signature)
-            resolved = self._compilation.main.resolved if key.stage == "adapted" else ()
-            warn_of_packed(present, [item.name for item in resolved if item.spec.virtual_tokens()])
+            resolved = self._active.main.resolved if key.stage == "adapted" else ()
+            virtual = [item.name for item in resolved if item.spec.virtual_tokens()]
+            warn_of_packed(present, virtual, gates_over_rows(self._programs[key]))
         outputs = self._programs[key].outputs.build(self._results(key, present))
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 
@@ -296,7 +305,7 @@ class ModelRunner(Runner):
             return (self._silent(signature) or "train") if self.training else "eval"
         modules = {path: self._store.nearest(path) for path in self._active.signatures[signature].moded}
         paths = modules.keys()
-        off = frozenset(path for path, module in modules.items() if not module.training or is_silent(module))
+        off = frozenset(path for path, module in modules.items() if not module.training or drops_nothing(module))
         if self.training:
             return off or "train"
         return off if len(off) < len(paths) else "eval"
@@ -305,7 +314,7 @@ class ModelRunner(Runner):
     def _silent(self, signature: Signature) -> frozenset[str]:
         """Paths of dropouts that were set to zero."""
         paths = self._active.signatures[signature].moded
-        return frozenset(path for path in paths if is_silent(self._store.nearest(path)))
+        return frozenset(path for path in paths if drops_nothing(self._store.nearest(path)))
 
     def install(self, key: ProgramKey, program: Program) -> None:
         """See `Runner.install`. Dropouts of adaptations have modules that stand for them, for ``eval()`` and for

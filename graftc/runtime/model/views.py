@@ -49,6 +49,16 @@ class Viewed:
     _made_views = 0
 
     @cached_property
+    def _left_out(self) -> list[frozenset[str]]:
+        """What each context that is open leaves out, the outermost first."""
+        return []
+
+    @property
+    def _hidden(self) -> frozenset[str]:
+        """What calls leave out now."""
+        return self._off.union(*self._left_out)
+
+    @cached_property
     def _views(self) -> dict[frozenset[str], View]:
         """Views by the adaptations that they are without."""
         return {}
@@ -60,12 +70,15 @@ class Viewed:
         Raises:
             GraftError: GC091 where there is no such adaptation, GC036 for a part of a composition.
         """
-        before = self._shown()
-        self._show(self._showing | self._adaptations(names))
+        off = self._adaptations(names)
+        self._show(self._hidden | off)
+        depth = len(self._left_out)
+        self._left_out.append(off)
         try:
             yield
-        finally:
-            vars(self).update(before)
+        finally:  # adaptations may have come, gone and changed their names meanwhile
+            del self._left_out[depth:]
+            self._show(self._hidden)
 
     def disable(self, *names: str) -> None:
         """Leave adaptations out of all calls from now on, until `enable`. Their tensors stay: `save` and `merge` have
@@ -81,7 +94,7 @@ class Viewed:
                 then.
         """
         off = self._off | self._adaptations(names)
-        self._show(off)
+        self._show(self._hidden | off)
         self._off = off
 
     def enable(self, *names: str) -> None:
@@ -91,7 +104,7 @@ class Viewed:
             GraftError: GC091 where there is no such adaptation.
         """
         off = self._off - self._adaptations(names) if names else frozenset()
-        self._show(off)
+        self._show(off.union(*self._left_out))
         self._off = off
 
     @contextmanager

@@ -17,6 +17,7 @@ from graftc.specs.errors.diagnostics import GraftError, unknown_name
 TABLE_LR = 1e-6
 """The learning rate of factors at tables of embeddings under LoRA+, by default: that of its authors."""
 
+_OWN = frozenset({"params", "names"})
 _NUMBERS = ("lr", "weight_decay", "lr_ratio", "embedding_lr", "layer_decay")
 
 
@@ -69,6 +70,10 @@ def param_groups(
     for name in (*own, *(only or ())):
         if name not in known:
             raise unknown_name("adaptation", name, known)
+    for name, values in own.items():
+        if taken := _OWN.intersection(as_mapping(values, f"overrides of {name!r}", object)):
+            hint = "overrides change numbers and options of groups, not what is in them"
+            raise GraftError("GC073", f"overrides of {name!r} have {min(taken)!r}", hint=hint)
     options = {name: _checked({**common, **values}) for name, values in own.items()}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for item in trained_tensors(runner.compilation):

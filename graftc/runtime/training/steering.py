@@ -19,7 +19,8 @@ from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.sharding import Spread, all_whole, sharded_modules
 from graftc.runtime.training.repeated import Repeated
-from graftc.specs.errors.diagnostics import unknown_name, warn
+from graftc.specs.arguments import kind_of
+from graftc.specs.errors.diagnostics import GraftError, unknown_name, warn
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -69,8 +70,12 @@ class Steered(Repeated):
             total_steps: in all, those before a resume included.
 
         Raises:
-            GraftError: GC026 where a schedule does not fit into that many.
+            GraftError: GC026 where a schedule does not fit into that many, GC073 for what is no number of steps.
         """
+        given: Any = total_steps
+        if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+            shown = repr(given) if isinstance(given, int) else kind_of(given)
+            raise GraftError("GC073", f"total_steps is {shown}", hint="give how many optimiser steps there are in all")
         for controller in self._steering.controllers.values():
             controller.begin(total_steps)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,7 @@ class Watch:
     _banks: list[tuple[str, ...]] = field(default_factory=list, repr=False)
     _hooks: list[Any] = field(default_factory=list, repr=False)
     _left: int = 0
+    _present: Callable[[], set[int]] = field(default=set, repr=False)
 
     @property
     def watched(self) -> int:
@@ -83,6 +84,27 @@ class Watch:
         self._hooks.clear()
         self._seen.clear()
         self.done = True
+
+    def _begin(
+        self, optimizers: Sequence[Optimizer], turn: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Look at gradients before the step; with a closure, when it has been called first."""
+        place = "closure" in kwargs
+        closure = kwargs.get("closure") if place else next(iter(args[1:]), None)
+        if not callable(closure):
+            self._before(optimizers, turn)
+            return None
+        calls = 0
+
+        def looked_at() -> Any:
+            nonlocal calls
+            loss = closure()
+            calls += 1
+            if calls == 1:
+                self._before(optimizers, turn)
+            return loss
+
+        return (args, {**kwargs, "closure": looked_at}) if place else ((args[0], looked_at, *args[2:]), kwargs)
 
     @torch.no_grad()
     def _before(self, optimizers: Iterable[Optimizer], turn: Optimizer) -> None:
@@ -109,7 +131,9 @@ class Watch:
     def _tell(self) -> None:
         """Warn of what is sure, and after the last step of all that is wrong."""
         ended = self._left <= 0
-        found = {s.item.name: s.wrong for s in self._seen if s.wrong and (s.sure or ended) and not self._excused(s)}
+        present = self._present()
+        wrong = [s for s in self._seen if s.wrong and (s.sure or ended) and id(s.item.tensor) in present]
+        found = {s.item.name: s.wrong for s in wrong if not self._excused(s)}
         new = {name: text for name, text in found.items() if name not in self.findings}
         self.findings |= new
         if new:
@@ -160,10 +184,11 @@ def watch(compiled: nn.Module | Runner, *optimizers: Optimizer, steps: int = 3) 
     check = Watch(_left=steps)
     check._seen = [_Seen(item) for item in trained_tensors(runner.compilation)]
     check._banks = [tuple(c.members) for c in runner.spec.compose if isinstance(c, Bank)]
+    check._present = lambda: {id(tensor) for _, tensor in runner._store.adapters()}
     for optimizer in plain:
         last = optimizer is plain[-1]
         check._hooks += [
-            optimizer.register_step_pre_hook(lambda turn, *_: check._before(plain, turn)),
+            optimizer.register_step_pre_hook(lambda turn, args, kwargs: check._begin(plain, turn, args, kwargs)),
             optimizer.register_step_post_hook(lambda turn, *_, last=last: check._after(turn, last)),
         ]
     return check

@@ -445,6 +445,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Virtual tokens stand at the beginning of a row. Where several texts are packed into it, only the first one has "
      "them, so that the others are computed without the adaptation.",
      "Do not pack the texts, or use `prefix`, whose keys and values every text of a row sees."),
+    ("GC122", _WARNING, "packed texts share a gate",
+     "Gates (of UniPELT, and of `compose: gate`) are means over the tokens of a row. Where several texts are packed "
+     "into it, each text changes what the others give.",
+     "Do not pack the texts."),
 
     # Several processes.
     ("GC130", _SPEC, "not possible over several processes",

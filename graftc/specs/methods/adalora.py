@@ -33,10 +33,10 @@ class AdaLoRAOverride(Override):
 class AdaLoRA(MethodSpec):
     """Low-rank adaptation with ranks allocated by importance: `y = W x + b + s B diag(E) A dropout(x)`.
 
-    `A` is `[rank, in]`, `E` is `[rank]` and `B` is `[out, rank]`, in the weight's dtype; `s = alpha / (rank + 1e-5)`
-    with the initial rank, as in the authors' code (the paper has no scale). `E` is initialised to zeros, `A` and `B` to
-    normal values with standard deviation 0.02, so before training the adapted layer computes exactly what the base
-    computes.
+    `A` is `[rank, in]`, `E` is `[rank]` and `B` is `[out, rank]`, used in the weight's dtype; `s = alpha / (rank +
+    1e-5)` with the initial rank, as in the authors' code (the paper has no scale). `E` is initialised to zeros, `A` and
+    `B` to normal values with standard deviation 0.02, so before training the adapted layer computes exactly what the
+    base computes.
 
     During training, all sites share a budget of ranks that falls from the sum of `rank` to the sum of `target_rank`:
     after every `interval` optimiser steps the least important triplets get `E = 0`, exactly as many as the budget

@@ -19,9 +19,9 @@ class AdaMixLoRA(MethodSpec):
 
     During training, `i` and `j` are drawn uniformly in every forward pass, separately for every site and for both
     factors: q and v of one fused weight are two sites, each with its own draws. Experts are one tensor with a leading
-    axis, `A: [experts, rank, in]` and `B: [experts, out, rank]`, in the weight's dtype. All copies of `A` start with
-    the same values, uniform in ±1/sqrt(in), and `B` starts as zeros: before training the adapted layer computes exactly
-    what the base computes, and the experts diverge through routing alone.
+    axis, `A: [experts, rank, in]` and `B: [experts, out, rank]`, used in the weight's dtype. All copies of `A` start
+    with the same values, uniform in ±1/sqrt(in), and `B` starts as zeros: before training the adapted layer computes
+    exactly what the base computes, and the experts diverge through routing alone.
 
     In eval mode, in exports and when folding, each factor is the mean of its experts. Since `i` and `j` are
     independent, `mean(B) mean(A)` is the expectation of `B_j A_i`, and it folds exactly. If left unfolded, it is

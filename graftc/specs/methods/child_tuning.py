@@ -17,9 +17,9 @@ __all__ = ["ChildTuning"]
 class ChildTuning(BudgetSpec):
     """Child-Tuning: fine-tunes a child network, a subset of all parameters.
 
-    `F` draws a different random subset in every step. The trained tensors are copies in the base's dtype that stand in
-    for the base's tensors, as with `full`. Before the optimiser sees the gradient of an element, it is divided by
-    `reserve_p` in steps that keep the element and set to zero in all others, so the mean over steps is the gradient
+    `F` draws a different random subset in every step. The trained tensors are copies, used in the base's dtype, that
+    stand in for the base's tensors, as with `full`. Before the optimiser sees the gradient of an element, it is divided
+    by `reserve_p` in steps that keep the element and set to zero in all others, so the mean over steps is the gradient
     itself. Masks are derived from the seed, the tensor's name and the step number: they take no memory, the
     micro-batches of a step share one, and a resumed run continues with the same masks. Call `compiled.after_step()`
     after each optimiser step, or give the Trainer `compiled.callback()`: it counts the steps, and without it every step

@@ -16,7 +16,7 @@ __all__ = ["DyLoRA"]
 class DyLoRA(MethodSpec):
     """Low-rank adaptation for many ranks: `y = W x + b + (alpha / r) B[:, :r] A[:r] dropout(x)`.
 
-    `A` is `[rank, in]`, initially uniform in ±1/sqrt(in), and `B` is `[out, rank]`, initially zeros, both in the
+    `A` is `[rank, in]`, initially uniform in ±1/sqrt(in), and `B` is `[out, rank]`, initially zeros, both used in the
     weight's dtype, so before training the adapted layer computes exactly what the base computes. Every forward pass in
     training draws one `r`, the same for all sites, uniformly from 1 to `rank`. With gradient accumulation every
     micro-batch draws its own (the authors draw once per optimiser step).

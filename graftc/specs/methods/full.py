@@ -17,7 +17,7 @@ TENSORS = frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS, Site
 class Full(MethodSpec):
     """Full fine-tuning: trains every parameter of the model, or every parameter of the sites that a target selects.
 
-    The trained tensors are copies in the base's dtype that stand in for the base's tensors, so the base is never
+    The trained tensors are copies, used in the base's dtype, that stand in for the base's tensors, so the base is never
     written, other adaptations alongside see it unchanged, and the model is initially unchanged bit for bit. A tensor
     that is used in several places (a head tied to the embedding table) has one copy. Parameters that no output depends
     on are left out. Folding writes the trained values in their place.

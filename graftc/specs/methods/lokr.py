@@ -21,8 +21,8 @@ class LoKr(ProductSpec):
     `out` and `in` are each split into two factors, `out = c1 d1` and `in = c2 d2`; `C` is `[c1, c2]` and `D`, usually
     the larger one, is `[d1, d2]`. `D` is the product of `DB`, `[d1, rank]`, and `DA`, `[rank, d2]`, unless the rank is
     at least half of its larger side; then it is one full matrix. `C` is full, or treated in the same way with
-    `decompose_both`. All are in the weight's dtype. `C` is initialised to zero (if decomposed, `CB` is), so the model
-    is initially unchanged; the update folds exactly into `W`.
+    `decompose_both`. All are used in the weight's dtype. `C` is initialised to zero (if decomposed, `CB` is), so the
+    model is initially unchanged; the update folds exactly into `W`.
 
     Linear maps are layers, convolutions (`in` counts the entries of a patch, and is split) and experts (separate
     factors for each). A forward pass materialises the whole update, a matrix of the weight's size, at every site.

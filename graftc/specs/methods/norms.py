@@ -15,9 +15,9 @@ __all__ = ["Norms"]
 class Norms(MethodSpec):
     """LayerNorm tuning: trains the scale and the shift of every normalisation; the rest of the model stays unchanged.
 
-    Layer norms have both, `[width]` each; RMS norms have only a scale. The trained tensors are copies in the base's
-    dtype that stand in for the base's tensors, so the model is initially unchanged bit for bit, and folding writes the
-    trained values in their place.
+    Layer norms have both, `[width]` each; RMS norms have only a scale. The trained tensors are copies, used in the
+    base's dtype, that stand in for the base's tensors, so the model is initially unchanged bit for bit, and folding
+    writes the trained values in their place.
     """
 
     claims: ClassVar[Claims] = Claims(sites=frozenset({SiteKind.NORM}), identity_at_init=True, folds=FoldKind.EXACT)

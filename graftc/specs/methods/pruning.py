@@ -53,7 +53,7 @@ class PruningOverride(Override):
 class Pruning(MethodSpec):
     """Pruning: trains `W' = W * M`, where `M` is 1 for entries that are kept and 0 for the others.
 
-    `W` is a copy of the base's weight in its dtype, and `M` keeps the entries with the largest scores:
+    `W` is a copy of the base's weight, used in its dtype, and `M` keeps the entries with the largest scores:
 
     - `magnitude`: the scores are the current `|W|`. Entries that are not kept have no gradient.
     - `movement`: scores `S` in float32 train along with `W`, starting from zeros. Their gradient is a straight-through

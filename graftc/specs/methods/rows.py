@@ -29,7 +29,7 @@ class RowSelection(MethodSpec):
     once, for each weight separately, and their selection is saved with the trained tensors: an artifact always has the
     same rows.
 
-    The trained tensors are copies of these rows in the base's dtype that stand in for them, so the base is never
+    The trained tensors are copies of these rows, used in the base's dtype, that stand in for them, so the base is never
     written, nothing else changes, and the model is initially unchanged bit for bit. Optimisers have state for these
     rows only; a forward pass puts them in place in a copy of the weight. A table that is tied to a head has one copy
     for both. Folding writes the trained rows into the weights. For new tokens, see `tokens:`.

@@ -29,10 +29,10 @@ class SoRAOverride(Override):
 class SoRA(MethodSpec):
     """Sparse low-rank adaptation: `y = W x + b + s B (g * (A dropout(x)))` with `s = alpha / rank`.
 
-    `A` is `[rank, in]`, the gate `g` is `[rank]` and `B` is `[out, rank]`, in the weight's dtype. `A` starts uniform in
-    ±1/sqrt(in), `g` standard normal and `B` as zeros, so before training the adapted layer computes exactly what the
-    base computes. After each optimiser step a proximal operator shrinks the gates and sets small ones to zero; ranks
-    whose gate is zero can be removed without any change. When folding, `g` is multiplied into `B`, exactly.
+    `A` is `[rank, in]`, the gate `g` is `[rank]` and `B` is `[out, rank]`, used in the weight's dtype. `A` starts
+    uniform in ±1/sqrt(in), `g` standard normal and `B` as zeros, so before training the adapted layer computes exactly
+    what the base computes. After each optimiser step a proximal operator shrinks the gates and sets small ones to zero;
+    ranks whose gate is zero can be removed without any change. When folding, `g` is multiplied into `B`, exactly.
 
     A training loop calls `compiled.after_step()` after `optimizer.step()`, and `compiled.extra_loss()` for `l1`; the
     Trainer takes `compiled.callback()`. `compiled.rank_pattern(name)` reports which ranks are left. The authors use no

@@ -21,7 +21,7 @@ class VeRA(MethodSpec):
 
     One pair serves the whole adaptation: `A` is `[rank, largest in]` and `B` is `[largest out, rank]`, and a site uses
     their first `in` columns and `out` rows. A site trains `d`, `[rank]`, and `b`, `[out]`, which is initially zero, so
-    the model is unchanged. All are in the weights' dtype. `diag(b) B diag(d) A` folds exactly into `W`.
+    the model is unchanged. All are used in the weights' dtype. `diag(b) B diag(d) A` folds exactly into `W`.
     """
 
     claims: ClassVar[Claims] = Claims(sites=frozenset({SiteKind.LINEAR}), identity_at_init=True, folds=FoldKind.EXACT)

@@ -147,6 +147,22 @@ def _wraps(value: Any, child: nn.Module) -> bool:
     return isinstance(value, nn.Module) and any(module is child for module in value.modules())
 
 
+def require_types(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Refuse what would change the element type of a tensor in a module: graphs are of these types, and what trains is
+    float32 for a reason.
+
+    Raises:
+        GraftError: GC033.
+    """
+    held = {(t.dtype, t.device) for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()}
+    for dtype, device in held:
+        moved = fn(torch.empty(0, dtype=dtype, device=device)).dtype
+        if moved != dtype:
+            message = f"tensors of {dtype} would become {moved}, and the graphs were made for them as they are"
+            hint = f"load the base in {moved} and compile that; with dtype: base in the spec, what trains has its type"
+            raise GraftError("GC033", message, hint=hint)
+
+
 def _fixed(module: nn.Module, name: str) -> GraftError:
     message = f"{name} of {module._get_name()} is a part of the graphs"  # type: ignore[no-untyped-call]
     return GraftError("GC043", message, hint="change it in the source model, and compile that")
@@ -200,6 +216,11 @@ class Container(Tree):
         own = vars(self).get(OWN)
         if own is not None and name in own.constants and value != own.constants[name] and not is_silent(self):
             constant(self, name)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """See `torch.nn.Module`. Raises: GC033 where tensors would become of another type."""
+        require_types(self, fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Refused: what a module computes is a part of the graphs of the whole model. One that FSDP2 has made a unit is
@@ -256,6 +277,13 @@ class Container(Tree):
 def is_silent(module: nn.Module) -> bool:
     """Whether a module is a dropout whose probability has been set to zero, which is the same as its eval mode."""
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
+
+
+def drops_nothing(module: nn.Module) -> bool:
+    """Whether a module is silent, or all dropouts are that it has itself: an attention drops probabilities by the
+    number of such a child, which it never calls."""
+    own = [child for child in module._modules.values() if isinstance(child, nn.modules.dropout._DropoutNd)]
+    return is_silent(module) or (bool(own) and all(map(is_silent, own)))
 
 
 def _of_fsdp(hook: Any) -> bool:
