@@ -146,8 +146,25 @@ def _short(text: str) -> str:
 
 def made_with() -> Record:
     """What else the records depend on: versions, and for values the processor."""
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_rounding()}"
     return {"cpu": cpu, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _rounding() -> str:
+    """A digest of products, sums and decompositions: two processors of one name and one instruction set may add up in
+    other orders."""
+    rng = torch.Generator().manual_seed(0)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        a, b = (torch.randn(size, generator=rng, dtype=dtype) for size in ((48, 33), (33, 96)))
+        found += [
+            a @ b,
+            torch.addmm(torch.zeros(48, 96, dtype=dtype), a, b),
+            a.square().sum(-1),
+            torch.linalg.svd(a)[1],
+        ]
+        found += [a[:, :2] @ b[:2], a[:, :8] @ b[:8], torch.linalg.qr(a)[1]]
+    return tensors_digest((str(number), tensor) for number, tensor in enumerate(found))[:8]
 
 
 class Frozen(NamedTuple):

@@ -157,9 +157,12 @@ class LinearMaps(Part):
 
     def _own_map(self, site: LinearSite, x: fx.Node) -> fx.Node:
         """The base's own map of ``x`` for the site's rows alone, in the output's layout."""
-        weight, bias = self.weight(site), self.bias(site)
-        if isinstance(site.use, Dense) and bias is not None and not _has_rows(site, weight, 2):
-            own = self.call(aten.linear.default, x, weight, bias, part="own rows")  # in 16 bits it is rounded once
+        weight = self.weight(site)
+        narrow = torch.finfo(weight.meta["val"].dtype).bits == 16
+        plain = narrow and isinstance(site.use, Dense) and not _has_rows(site, weight, 2)
+        if plain and (bias := self.bias(site)) is not None:
+            # A sum behind the product would be rounded twice, as the base's is not.
+            own = self.call(aten.linear.default, x, weight, bias, part="own rows")
             return site.use.columns_home(self.call, own)
         own, offset = self.map(site, x, weight, part="own rows"), self.offset(site)
         if offset is not None:
