@@ -249,7 +249,11 @@ class MethodContract(Contract):
         """On a base in bfloat16 everything that trains is float32 and gets gradients of that type; before training the
         outputs are the base's to the bit; what folds is certified."""
         model = copy.deepcopy(self._made(family).reference).to(torch.bfloat16).eval()
-        compiled = self.compiled(family, model).eval()
+        try:
+            compiled = self.compiled(family, model).eval()
+        except GraftError as error:
+            assert error.code == "GC030" and "does not run" in error.message, error
+            raise unittest.SkipTest("the source model does not run in bfloat16 itself") from None
         trainable = {name: tensor for name, tensor in compiled.named_parameters() if tensor.requires_grad}
         assert {tensor.dtype for tensor in trainable.values()} == {torch.float32}
         assert compiled.dtype == torch.bfloat16
