@@ -66,12 +66,12 @@ def test_full_rank_is_the_fold(method: str, family: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_sixteen_bits_say_what_rounding_costs(dtype: torch.dtype, family: str) -> None:
-    """The error that is stated is that of the rounded factors: a few units in the last place of 16 bits."""
+def test_factors_beside_16_bits_are_float32(dtype: torch.dtype, family: str) -> None:
+    """The error that is stated is that of the rounded factors: a few units in the last place of float32."""
     entry = {"method": "dora", "rank": 2, "target": TARGET}
     compiled = graftc.compile({"adapt": [entry]}, tiny(family).to(dtype)).eval()
     perturb(compiled)
     made = runner_of(compiled).convert()
-    step = torch.finfo(dtype).eps
+    step = torch.finfo(torch.float32).eps
     assert step / 10 < made.largest_error < 2 * step
     assert all(site.probed == pytest.approx(site.error, rel=0.7) for site in made.sites)

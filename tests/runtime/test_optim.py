@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.passes.core.method.sparse_optimiser import Seen
-from graftc.runtime import optim
+from graftc.runtime.optim import sparse
 from tests.families import tiny
 
 ULP = 2.0**-23
@@ -26,7 +26,8 @@ SPIEL = {"method": "spiel", "target": {"role": ["attn.q", "ffn.down"]}, "density
 
 def adapted(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
     """A tiny GPT-2 with deltas, and a norm that trains as a copy."""
-    return graftc.compile({"adapt": [{**SPIEL, **fields}], "train": ["transformer.ln_f"]}, tiny("gpt2", dtype=dtype))
+    norm = {"method": "full", "target": {"modules": "transformer.ln_f"}, "dtype": "base"}
+    return graftc.compile({"adapt": [{**SPIEL, **fields}, norm]}, tiny("gpt2", dtype=dtype))
 
 
 def trained(compiled: Any) -> dict[str, Any]:
@@ -203,7 +204,7 @@ def test_sm3_on_deltas(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None
         r, c = (a.clone() for a in accumulators)
         for i in range(delta.numel()):
             assert min(r[rows[i]], c[columns[i]]) >= bound[i] * (1 - 2 * ULP)
-    monkeypatch.setattr(optim, "CHUNK", 7)
+    monkeypatch.setattr(sparse, "CHUNK", 7)
     second = graftc.optim.SM3(again, lr=0.1, momentum=momentum)
     other = trained(again)[name]
     for number in range(5):
