@@ -57,7 +57,7 @@ def test_exactly_the_share_of_each_matrix_is_kept(variant: str, dtype: torch.dty
     for place in places_of(compiled):
         kept = kept_entries(place)
         assert int(kept.sum()) == max(1, math.floor(Fraction(str(density)) * kept.numel()))
-        assert torch.equal(merged[str(place.site.key)], place.tensors["weight"].where(kept, 0))
+        assert torch.equal(merged[str(place.site.key)], place.tensors["weight"].where(kept, 0).to(dtype))
 
 
 def test_every_expert_has_its_share_and_rows_have_theirs() -> None:
