@@ -93,7 +93,7 @@ def test_positions_of_padding_are_not_taken_for_packed_texts() -> None:
         warnings.simplefilter("error")
         for fill in (0, 1):
             positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, fill)
-            warn_of_packed({"attention_mask": mask, "position_ids": positions}, ["prompt"], [])
+            warn_of_packed({"attention_mask": mask, "position_ids": positions}, ["prompt"], list)
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])

@@ -143,3 +143,18 @@ def test_a_copy_runs_itself_after_a_trainer_has_changed_forward() -> None:
         tensor.zero_()
     with torch.no_grad():
         assert not torch.allclose(copied(input_ids=IDS).logits, compiled(input_ids=IDS).logits)
+
+
+def test_dropouts_in_wrapped_layers_that_are_set_to_zero_drop_nothing() -> None:
+    """Accelerate wraps layers whose activations are recomputed."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    compiled = compiled_of().train()
+    layers: Any = compiled.get_submodule("model.layers")
+    for name, layer in list(layers._modules.items()):
+        layers._modules[name] = checkpoint_wrapper(layer)
+    for module in compiled.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0
+    with torch.no_grad():
+        assert torch.equal(compiled(input_ids=IDS).logits, compiled(input_ids=IDS).logits)

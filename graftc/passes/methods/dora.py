@@ -60,7 +60,7 @@ class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
             recompute = spec.dropout_mask == "recomputed"
             dropped = build.dropout(x, spec.dropout, recompute=recompute, scope=spec.dropout_scope)
             if dropped is not x and spec.dropout_on == "input":
-                weight = _cast(build, base.weight, x.meta["val"].dtype)
+                weight = build.cast(base.weight, x.meta["val"].dtype)
                 lost = build.map(site, build.call(aten.sub.Tensor, x, dropped, part="lost"), weight, part="lost")
             whole = whole and lost is None
             delta = build.low_rank(site, dropped, pair[0], _scaled_up(build, pair[1], scale, whole), spec.scaling)
@@ -110,7 +110,7 @@ def _scaled_up(build: Builder, b: fx.Node, scale: fx.Node, whole: bool) -> fx.No
         factor = build.call(aten.where.ScalarSelf, vanishes, TINY, factor, part="scaled up")
     column = build.call(aten.unsqueeze.default, factor, -1, part="scaled up")
     product = build.call(aten.mul.Tensor, b, column, part="scaled up")
-    return _cast(build, product, b.meta["val"].dtype)
+    return build.cast(product, b.meta["val"].dtype)
 
 
 def _scale(
@@ -162,7 +162,3 @@ def _norm_with_update(weight: Tensor, *pair: Tensor, scaling: float) -> list[Ten
 
 def _direct_norm(weight: Tensor) -> Tensor:
     return weight.square().sum(-1).clamp_min(SMALLEST).sqrt()
-
-
-def _cast(build: Builder, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return node if node.meta["val"].dtype == dtype else build.call(aten.to.dtype, node, dtype, part="cast")

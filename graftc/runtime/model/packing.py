@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,14 +23,14 @@ def gates_over_rows(program: Program) -> list[str]:
 _MEANS = (torch.ops.aten.mean.dim, torch.ops.aten.sum.dim_IntList)
 
 
-def warn_of_packed(present: Mapping[str, Any], virtual: Sequence[str], gated: Sequence[str]) -> None:
+def warn_of_packed(present: Mapping[str, Any], virtual: Sequence[str], gated: Callable[[], Sequence[str]]) -> None:
     """Warn of a call with packed texts where these are not as they would be alone: with a mask, models attend across
     texts (GC120), virtual tokens stand in front of the first one only (GC121), and gates are those of the row (GC122).
 
     Args:
         present: tensors of a call by name; positions are ``[batch, sequence]``, other shapes mean something else.
         virtual: names of adaptations with virtual tokens.
-        gated: names of adaptations with gates that are means over a row.
+        gated: gives names of adaptations with gates that are means over a row; asked where texts are packed only.
     """
     positions, mask = present.get(POSITIONS), present.get(MASK)
     if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.device.type == "meta":
@@ -46,6 +46,6 @@ def warn_of_packed(present: Mapping[str, Any], virtual: Sequence[str], gated: Se
     if virtual:
         message = f"of the texts packed into a row, only the first one has the virtual tokens of {virtual[0]!r}"
         warn("GC121", message, hint="do not pack texts, or use prefix, which every text of a row sees", stacklevel=6)
-    if gated:
-        message = f"the gates of {gated[0]!r} are means over all texts that are packed into a row"
+    if names := gated():
+        message = f"the gates of {names[0]!r} are means over all texts that are packed into a row"
         warn("GC122", message, hint="do not pack texts where gates are", stacklevel=6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, NoReturn, ParamSpec, Self, TypeVar, cast
 
 import torch
@@ -23,12 +23,14 @@ from graftc.passes.core.ir.program_key import Entry, Modes, ProgramKey, Signatur
 from graftc.passes.core.weights.containers import (
     OWN,
     Container,
+    Pass,
     constant,
     drops_nothing,
     plain_attributes,
     require_types,
 )
 from graftc.passes.core.weights.names import module_of
+from graftc.passes.core.weights.sharding import is_unit
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.cut import FLAG, cut_at_hidden_state
 from graftc.runtime.model.base_model import install_base_model
@@ -89,13 +91,6 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for each, mode in modes:
             each.training = mode
-
-
-@dataclass(frozen=True)
-class Inner:
-    """A call of the module that runs something else inside, where its hooks have gathered what is sharded."""
-
-    run: Callable[[], Any]
 
 
 class ModelRoot(Root):
@@ -233,7 +228,7 @@ class ModelRunner(Runner):
         Raises:
             GraftError: GC031 for inputs that cannot be captured.
         """
-        if args and isinstance(args[0], Inner):
+        if args and isinstance(args[0], Pass):
             self._entered = True
             try:
                 return args[0].run()
@@ -261,7 +256,7 @@ class ModelRunner(Runner):
             self._looked_at.add(key.signature)
             resolved = self._active.main.resolved if key.stage == "adapted" else ()
             virtual = [item.name for item in resolved if item.spec.virtual_tokens()]
-            warn_of_packed(present, virtual, gates_over_rows(self._programs[key]))
+            warn_of_packed(present, virtual, partial(gates_over_rows, self._programs[key]))
         outputs = self._programs[key].outputs.build(self._results(key, present))
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 
@@ -360,7 +355,7 @@ class ModelRunner(Runner):
     def within(self, run: Callable[[], Any]) -> Any:
         """Run something inside of a call of the module where that is sharded: its hooks gather the tensors. Other hooks
         are not told of calls that nobody made."""
-        return self.module(Inner(run)) if hasattr(type(self.module), "unshard") and not self._entered else run()
+        return self.module(Pass(run)) if is_unit(self.module) and not self._entered else run()
 
     def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
         """The key of what a call runs."""

@@ -180,7 +180,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass through graphs, around which a container is entered that FSDP2 has made a unit."""
+    """A pass through graphs, around which a module is entered that FSDP2 has made a unit: its hooks gather tensors."""
 
     run: Callable[[], Any]
 

@@ -135,23 +135,24 @@ class Store:
 
     def nearest(self, path: str) -> nn.Module:
         """The container at ``path``, or the next one above it that there is."""
-        module = self.root
-        for segment in path.split(".") if path else ():
-            child = module._modules.get(segment)
-            if child is None:
-                break
-            module = child
-        return module
+        return self._reached(path)[0]
 
     def owner(self, path: str) -> nn.Module:
         """The container at ``path`` (``""`` is the root); `KeyError` where there is none."""
+        module, whole = self._reached(path)
+        if not whole:
+            raise KeyError(path)
+        return module
+
+    def _reached(self, path: str) -> tuple[nn.Module, bool]:
+        """The last container on the way to ``path``, and whether it is the one there."""
         module = self.root
         for segment in path.split(".") if path else ():
             child = module._modules.get(segment)
             if child is None:
-                raise KeyError(path)
+                return module, False
             module = _unwrapped(child)
-        return module
+        return module, True
 
     def replace_container(self, path: str, kind: type[C]) -> C:
         """Put a container of another kind at ``path``; it adopts all that the one there held."""
