@@ -16,12 +16,13 @@ from graftc.compiler.capture.cache import captured, forget, keep
 from graftc.compiler.capture.capture import Capture, capture, random_structure
 from graftc.compiler.capture.draws import draws
 from graftc.compiler.capture.interface import Flags, dtype_of
+from graftc.compiler.capture.past import ENCODED, ENCODER, is_cross, is_past
 from graftc.compiler.capture.signature import Axis, inputs_of_program
 from graftc.compiler.capture.untraced import unkept
 from graftc.compiler.compilation import Compilation, Resolution
 from graftc.compiler.resolve.compose import Unit, add_controls, check_units, insert_unit, placed, units
 from graftc.compiler.resolve.embeds import Plan, lengthened, planned, require_token_embeddings
-from graftc.compiler.resolve.resolver import Resolved, Resolver
+from graftc.compiler.resolve.resolver import Resolved, Resolver, not_read
 from graftc.compiler.resolve.sitetable import SiteTable
 from graftc.compiler.resolve.token_embeddings import token_embeddings
 from graftc.compiler.resolve.tokens import TOKENS, token_sites
@@ -130,9 +131,37 @@ def _adapt_signature(
     )
 
 
+def _is_part(program: Program) -> bool:
+    """Whether a graph runs a part of the model: its encoder, or its decoder on what an encoder gave."""
+    return (ENCODER, True) in program.flags or ENCODED in program.signature or any(map(is_cross, program.signature))
+
+
+def _require_every_place(
+    compilation: Compilation, program: Program, found: Sequence[Resolved], trained: Sequence[ParameterSite]
+) -> None:
+    """Whether a decoder's graph reads all places that are adapted, together with the graphs that gave its inputs.
+
+    Raises:
+        GraftError: GC031 naming a place that none of them reads.
+    """
+    if not _is_part(program) or (ENCODER, True) in program.flags:
+        return
+    parts = [r for s, r in compilation.signatures.items() if _is_part(compilation.program("train", "base", s))]
+    places = {str(site.key) for r in [*found, *(r for part in parts for r in part.resolved)] for site, _ in r.places}
+    tensors = {site.tensor for sites in [trained, *(part.trained for part in parts)] for site in sites}
+    for resolved in compilation.main.resolved:
+        for site, _ in resolved.places:
+            if str(site.key) not in places:
+                raise not_read(program, str(site.key), resolved.name)
+    for site in compilation.main.trained:
+        if site.tensor not in tensors:
+            raise not_read(program, site.tensor, TRAIN)
+
+
 def _signature(compilation: Compilation, adapted: Program, base: Program) -> Signature:
     """What tells the calls of a graph from those of others."""
-    bounds = [(f"{s.name}.{i}", low, high) for s in base.inputs for i, (low, high) in enumerate(s.ranges)]
+    own = [spec for spec in base.inputs if not is_past(spec.name)]  # heads and their widths are the model's
+    bounds = [(f"{s.name}.{i}", low, high) for s in own for i, (low, high) in enumerate(s.ranges)]
     fixed = tuple(f"{axis}={low}" for axis, low, high in bounds if low == high)
     signature = Signature(inputs_of_program(adapted.inputs, adapted.flags), fixed)
     if signature in compilation.signatures:  # for other sizes of the same inputs the model may compute something else
@@ -271,8 +300,9 @@ def _adapted(
     structure = clock.step("roles", lambda: find_structure(program.graph, found.constants), program)
     resolver = _resolver(compilation, program, structure)
     require_token_embeddings(spec, compilation.model, resolver.table)
-    # What train mode alone reads is adapted there alone; another signature has to read every place.
-    every = not isinstance(main, _Adapted)
+    # What train mode alone reads is adapted there alone; another signature has to read every place, or be one of those
+    # that generating goes through, which read them together.
+    every = not isinstance(main, _Adapted) and not _is_part(base)
     resolved = clock.step(
         "resolve",
         lambda: resolver.resolve(spec) if main is None else resolver.again(main.resolved, every=every),
@@ -300,6 +330,8 @@ def _adapted(
     )
     if main is None:
         check_units(spec, units(spec, resolved))
+    else:
+        _require_every_place(compilation, program, resolved, trained)
     add_controls(program, spec, controls, dtype_of(compilation.model))
     if spec.tokens is not None:
         _insert_tokens(compilation, program, resolver.table, clock)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.fingerprint import replaced_tensors
+from graftc.compiler.capture.interface import device_of
+from graftc.compiler.capture.past import CacheLayout, probe
 from graftc.compiler.capture.signature import Axis, fits, inputs_of
 from graftc.compiler.resolve.compose import Unit, controls, narrow_names, units
 from graftc.compiler.resolve.resolver import Resolved
@@ -152,6 +154,16 @@ class Compilation:
                 entry = "tokens" if found.program is self.program(mode, "source", signature) else "embeds"
                 named[f"{entry}.{mode}"] = found.program
         return named
+
+    @cached_property
+    def cache_layout(self) -> CacheLayout:
+        """What the source model's cache holds.
+
+        Raises:
+            GraftError: GC140 where it keeps no cache of keys and values.
+        """
+        device = device_of(self.model)
+        return probe(self.model, {axis.name: axis.example(device) for axis in self.main.axes})
 
     @property
     def tensor_edits(self) -> TensorEdits:

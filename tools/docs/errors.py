@@ -33,6 +33,7 @@ _GROUPS = (
     ("GC11", "Checkpoints of PEFT"),
     ("GC12", "Training loops"),
     ("GC13", "Several processes"),
+    ("GC14", "Generating"),
 )
 _INTRO = """\
 Every failure that a spec, a model or a file can cause has a stable code. An error aborts the operation and determines

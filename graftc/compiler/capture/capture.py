@@ -26,7 +26,8 @@ from torch._ops import HigherOrderOperator
 
 from graftc.compiler.capture.assignments import Attributes, noticed
 from graftc.compiler.capture.defaults import default_axes
-from graftc.compiler.capture.interface import Flags, declared, device_of, is_transformers
+from graftc.compiler.capture.interface import Flags, declared, device_of, is_transformers, parameters
+from graftc.compiler.capture.past import ENCODER, assembled, taken_apart
 from graftc.compiler.capture.ranges import InputSizes, fixed_notes
 from graftc.compiler.capture.refusals import not_captured, require_products
 from graftc.compiler.capture.signature import Axis, tie_sizes
@@ -271,15 +272,19 @@ def _patches(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Iterator[None]:
     """Give ``forward`` a flat signature of the present inputs, and tell the tracer which sizes are one."""
-    original = model.forward
+    settings = dict(flags)
+    called: Any = model.get_encoder() if settings.pop(ENCODER, False) else model  # type: ignore[operator]
+    original = called if called is not model else model.forward
     owned = "forward" in vars(model)
-    positional = [n for n, p in declared(model).items() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
+    before = vars(model).get("forward")
+    names = parameters(called)
+    positional = [n for n, p in declared(called).items() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
 
     def forward(**inputs: torch.Tensor) -> Any:
         tie_sizes(axes, inputs)
-        given: dict[str, Any] = {**inputs, **dict(flags)}
+        given: dict[str, Any] = assembled({**inputs, **settings}, names)
         first = [given.pop(name) for name in positional if name in given]
-        return original(*first, **given)
+        return taken_apart(original(*first, **given))
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -291,7 +296,7 @@ def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Itera
         yield
     finally:
         if owned:
-            vars(model)["forward"] = original
+            vars(model)["forward"] = before
         else:
             del vars(model)["forward"]
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compiler.capture.past import CACHE, CACHES, ENCODED, USE_CACHE, cache_name
 from graftc.specs.arguments import as_mapping, kind_of
 from graftc.specs.errors.diagnostics import GraftError, nearest
 
@@ -22,7 +23,6 @@ Flags = tuple[tuple[str, Flag], ...]
 ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor
 """Inputs by name, or in the order of ``forward``'s parameters."""
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-_CACHES = ("cache", "past_key_values")
 COUNT = "num_items_in_batch"
 """How many labels a loss is the mean over, where a batch is computed in several calls. It differs from step to step, so
 that a number is made a tensor: as a flag, each value would have a graph of its own."""
@@ -73,6 +73,7 @@ class Interface:
 
     Attributes:
         parameters: names that ``forward`` declares, in order.
+        cache: that of them which takes a cache; None where there is none.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -82,6 +83,7 @@ class Interface:
         self._positional = tuple(n for n in self.parameters if found[n].kind is not inspect.Parameter.KEYWORD_ONLY)
         self._defaults = {n: p.default for n, p in found.items() if p.default is not inspect.Parameter.empty}
         self._conventional = is_transformers(model)
+        self.cache = cache_name(self.parameters) if self._conventional else None
         rest = next((p for p in found.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
         extra = _keywords(rest, self._conventional) if rest is not None else frozenset()
         if extra and "labels" in found:  # the rest of the keywords goes to the loss as well
@@ -131,13 +133,18 @@ class Interface:
         Usual values count as absent, and so does None. ``return_dict=False`` needs no graph of its own: only the
         container differs.
 
+        A cache is a value named ``cache``, as it was given, and ``use_cache`` is a flag only where it is True.
+
         Raises:
-            GraftError: GC031 for a name that ``forward`` does not take, a cache, or a value that is neither a tensor
-                nor a flag.
+            GraftError: GC031 for a name that ``forward`` does not take, or a value that is neither a tensor nor a flag;
+                GC140 for a cache where it takes none.
         """
         present: dict[str, Any] = {}
         for name, value in named.items():
             if value is None and self._defaults.get(name) is None:
+                continue
+            if name in CACHES and self.cache is not None and not isinstance(value, Tensor):
+                present[CACHE] = value
                 continue
             if self._accepted is not None and name not in self._accepted:
                 close = nearest(name, sorted(self._accepted))
@@ -145,6 +152,8 @@ class Interface:
                 raise GraftError("GC031", f"{self.model} takes no input {name!r}", hint=hint)
             if name == COUNT and isinstance(value, int | float) and not isinstance(value, bool):
                 value = torch.tensor(value)
+            if name == ENCODED and self._conventional and not isinstance(value, Tensor):
+                value = _encoded(value)
             if isinstance(value, Tensor):
                 present[name] = value
             elif value is None or isinstance(value, bool | int | float | str):
@@ -152,6 +161,8 @@ class Interface:
                     present[name] = value
             else:
                 self._refuse(name, value)
+        if CACHE in present:
+            present[USE_CACHE] = True
         if self._conventional and present.get("return_dict") is False:
             del present["return_dict"]
             return present, True
@@ -160,27 +171,27 @@ class Interface:
     def _says_nothing(self, name: str, value: Any) -> bool:
         if name in self._ignored:
             return True
-        if self._conventional and name == "use_cache":
-            if value:
-                self._refuse(name, value)
-            return True
+        if self._conventional and name == USE_CACHE:
+            if value and self.cache is None:
+                message = f"{self.model} keeps no cache: its forward takes none"
+                raise GraftError("GC140", message, hint="leave use_cache out")
+            return not value
         usual = self._defaults.get(name)
         usual = self._usual.get(name) if usual is None else usual
         return type(value) is type(usual) and bool(value == usual)
 
     def _refuse(self, name: str, value: Any) -> None:
-        if self._conventional and (name == "use_cache" or name in _CACHES):
-            given = f"{name}={value!r}" if name == "use_cache" else f"{name}, a {type(value).__name__},"
-            raise GraftError(
-                "GC031",
-                f"{given} is not supported by a captured model",
-                hint="the graph of a forward pass keeps no cache; leave it out, or merge and generate with the result",
-            )
         raise GraftError(
             "GC031",
             f"input {name!r} is a {type(value).__name__}, not a tensor",
             hint="a graph takes tensors, and flags that are bool, int, float or str",
         )
+
+
+def _encoded(value: Any) -> Any:
+    """The hidden state of what an encoder gave: of its own output, or of a tuple."""
+    first = value[0] if isinstance(value, tuple | list) and value else getattr(value, "last_hidden_state", value)
+    return first if isinstance(first, Tensor) else value
 
 
 def _sizes_of_kernels(config: Any) -> frozenset[str]:

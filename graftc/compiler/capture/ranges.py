@@ -15,7 +15,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
-from graftc.compiler.capture.signature import Axis
+from graftc.compiler.capture.signature import Axis, is_sum
 from graftc.passes.core.ir.program import InputSpec
 
 _UNBOUNDED = 2**31
@@ -52,8 +52,10 @@ class InputSizes:
         found: dict[str, set[int]] = {}
         bound = _bound(self.environment, self.places) if self.places else set()
         for expr, places in self.places.items():
-            repeated = len(places) > 1 and self._name(expr) is None
-            if not expr.is_symbol or expr in bound or repeated:
+            name = self._name(expr)
+            repeated = len(places) > 1 and name is None
+            summed = name is not None and is_sum(name)
+            if (not expr.is_symbol and not summed) or expr in bound or repeated:
                 for axis, dim in places:
                     found.setdefault(axis.name, set()).add(dim)
         return found
@@ -108,6 +110,8 @@ def _expression(size: Any) -> Any:
 
 def _range(environment: Any, symbol: Any, captured: int) -> tuple[int, int | None]:
     """From the least size to the largest: on the captured side of single sizes that the graph does not hold for."""
+    if not symbol.is_symbol:  # a sum, of sizes that have ranges of their own
+        return 0, None
     bounds = environment.var_to_range[symbol]
     low, high = int(bounds.lower), bounds.upper
     finite = isinstance(high, int | sympy.Integer) and int(high) < _UNBOUNDED

@@ -14,13 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import COUNT, Flags, Interface, parameters
+from graftc.compiler.capture.past import CACHE, ENCODED, PAST, Past, described_past, has_encoder, is_cross, is_past
 from graftc.passes.core.ir.program import InputSpec
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
 from graftc.specs.errors.diagnostics import GraftError
 
 BATCH, SEQUENCE, TARGET = "batch", "sequence", "target_sequence"
-_SIZES = {BATCH: 3, SEQUENCE: 7}
+_SIZES = {BATCH: 3, SEQUENCE: 7, PAST: 5}
 _OTHER = 11
+_SUM = "+"
+"""Joins the names of axes to that of one which is as long as these together."""
+
+
+def is_sum(name: str) -> bool:
+    """Whether an axis is as long as others together."""
+    return _SUM in name
+
+
+def size_of(name: str, sizes: Mapping[str, int], default: int = _OTHER) -> int:
+    """The size of a named axis, which may be a sum, where those of single names are known."""
+    return sum(sizes.get(part, default) for part in name.split(_SUM))
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Axis:
     @property
     def sizes(self) -> tuple[int, ...]:
         """The sizes to capture with; those that share a name agree."""
-        return tuple(_SIZES.get(a, _OTHER) if isinstance(a, str) else a for a in self.axes)
+        return tuple(size_of(a, _SIZES) if isinstance(a, str) else a for a in self.axes)
 
     def example(self, device: torch.device) -> Tensor:
         """A tensor of ones to capture with."""
@@ -50,6 +63,8 @@ def inputs_of(present: Mapping[str, Any]) -> tuple[str, ...]:
     for name, value in present.items():
         if isinstance(value, Tensor):
             found.append(f"{name}:{DTYPE_NAMES.get(value.dtype, 'other')}[{value.dim()}]")
+        elif isinstance(value, Past):
+            found.append(value.described)
         else:
             found.append(f"{name}={value!r}")
     return tuple(sorted(found))
@@ -57,7 +72,10 @@ def inputs_of(present: Mapping[str, Any]) -> tuple[str, ...]:
 
 def inputs_of_program(inputs: Sequence[InputSpec], flags: Flags) -> tuple[str, ...]:
     """The same of the calls that a Program serves."""
-    found = [f"{spec.name}:{DTYPE_NAMES.get(spec.dtype, 'other')}[{len(spec.shape)}]" for spec in inputs]
+    own = [spec for spec in inputs if not is_past(spec.name)]
+    found = [f"{spec.name}:{DTYPE_NAMES.get(spec.dtype, 'other')}[{len(spec.shape)}]" for spec in own]
+    if len(own) < len(inputs):
+        found.append(described_past(spec.name for spec in inputs))
     return tuple(sorted([*found, *(f"{name}={value!r}" for name, value in flags)]))
 
 
@@ -65,8 +83,16 @@ def fits(inputs: Sequence[InputSpec], present: Mapping[str, Any]) -> bool:
     """Whether a graph holds for the sizes of tensors: they are in its ranges, equal where they share a name,
     and others where the graph took a decision by that."""
     first: dict[str, Any] = {}
+    past = present.get(CACHE)
+    tensors = past.tensors if isinstance(past, Past) else {}
+    seen: set[str] = set()
     for spec in inputs:
-        shape = present[spec.name].shape
+        if is_past(spec.name):  # those of one kind have one length, which has been looked at
+            kind = spec.name.partition("_")[0]
+            if kind in seen:
+                continue
+            seen.add(kind)
+        shape = tensors[spec.name].shape if is_past(spec.name) else present[spec.name].shape
         for dim, (low, high) in enumerate(spec.ranges):
             size = shape[dim]
             if size < low or (high is not None and size > high):
@@ -74,6 +100,9 @@ def fits(inputs: Sequence[InputSpec], present: Mapping[str, Any]) -> bool:
         for dim, name in enumerate(spec.shape):
             if isinstance(name, str) and first.setdefault(name, shape[dim]) != shape[dim]:
                 return False
+    sums = [name for name in first if is_sum(name)]
+    if any(first[name] != size_of(name, first, 0) for name in sums):
+        return False
     return not any(a in first and first[a] == first.get(b) for spec in inputs for a, b in spec.apart)
 
 
@@ -85,17 +114,24 @@ def tie_sizes(axes: Sequence[Axis], inputs: Mapping[str, Tensor]) -> None:
             if isinstance(size, str):
                 actual = inputs[axis.name].shape[dim]
                 torch._check(actual == first.setdefault(size, actual))  # type: ignore[no-untyped-call, unused-ignore]
+    for name in first:
+        if is_sum(name):
+            torch._check(first[name] == size_of(name, first, 0))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def split(present: Mapping[str, Any]) -> tuple[dict[str, Tensor], Flags]:
-    """Tensors by name, and flags in order of their names."""
+    """Tensors by name, those of a past among them, and flags in order of their names."""
+    past = present.get(CACHE)
     tensors = {name: value for name, value in present.items() if isinstance(value, Tensor)}
-    return tensors, tuple(sorted((name, value) for name, value in present.items() if name not in tensors))
+    flags = sorted((n, value) for n, value in present.items() if n not in tensors and value is not past)
+    return tensors | dict(past.tensors if isinstance(past, Past) else {}), tuple(flags)
 
 
 def described(axes: Sequence[Axis], flags: Flags) -> str:
     """Inputs and flags, for messages."""
-    return ", ".join([*(axis.name for axis in axes), *(f"{name}={value!r}" for name, value in flags)])
+    own = [axis.name for axis in axes if not is_past(axis.name)]
+    past = [CACHE] if len(own) < len(axes) else []
+    return ", ".join([*own, *past, *(f"{name}={value!r}" for name, value in flags)])
 
 
 def request(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Axis], Flags]:
@@ -122,17 +158,43 @@ def axes_of(model: nn.Module, inputs: Mapping[str, Tensor], like: Sequence[Axis]
     """
     known = parameters(model)
     position = {name: index for index, name in enumerate(known)}
-    ordered = sorted(inputs.items(), key=lambda item: (position.get(item[0], len(known)), item[0]))
+    past = [name for name in inputs if is_past(name)]
+    own = [item for item in inputs.items() if not is_past(item[0])]
+    ordered = sorted(own, key=lambda item: (position.get(item[0], len(known)), item[0]))
     for name, value in ordered:
         if not isinstance(value, Tensor):
             raise GraftError("GC031", f"input {name!r} is a {type(value).__name__}, not a tensor")
+    pairs = has_encoder(model)
+    if past:
+        axes = [Axis(name, value.dtype, _axes_beside_past(name, value, inputs, pairs)) for name, value in ordered]
+        return axes + [Axis(name, inputs[name].dtype, _axes_of_past(name, inputs[name])) for name in past]
     before = {axis.name: axis.axes for axis in like or () if axis.name in inputs}
     before = {name: axes for name, axes in before.items() if len(axes) == inputs[name].dim()}
     sizes = _actual_sizes(ordered, before)
-    pairs = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     return [
         Axis(n, v.dtype, _known(before[n], v, sizes) if n in before else _axes(n, v, sizes, pairs)) for n, v in ordered
     ]
+
+
+def _axes_of_past(name: str, value: Tensor) -> tuple[int | str, ...]:
+    return BATCH, value.shape[1], SEQUENCE if is_cross(name) else PAST, value.shape[3]
+
+
+def _axes_beside_past(name: str, value: Tensor, inputs: Mapping[str, Tensor], pairs: bool) -> tuple[int | str, ...]:
+    """The axes of an input that a past comes with, by its name: next to a past, sizes say little, since texts of one
+    token are usual. A mask of what is attended to counts the past as well."""
+    past = next(tensor for other, tensor in inputs.items() if is_past(other))
+    own = TARGET if pairs else SEQUENCE
+    tokens = own if name.startswith("decoder_") or not pairs or name == "labels" else SEQUENCE
+    if name == ("decoder_" if pairs else "") + "attention_mask":
+        tokens = f"{PAST}{_SUM}{own}"
+    axes: list[int | str] = list(value.shape)
+    if value.dim() and value.shape[0] == past.shape[0]:
+        axes[0] = BATCH
+    text = value.dim() == 2 or name.endswith(("inputs_embeds", ENCODED))
+    if value.dim() > 1 and text and (not value.is_floating_point() or value.dim() > 2):
+        axes[1] = tokens
+    return tuple(axes)
 
 
 def less_dynamic(axes: Sequence[Axis], inputs: Mapping[str, Tensor] | None = None) -> Iterator[list[Axis]]:

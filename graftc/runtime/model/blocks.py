@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from graftc.compiler.capture.past import CACHE
 from graftc.passes.core.ir.codegen import Function, function_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
@@ -202,7 +203,8 @@ class Runner:
         """Flat outputs of the Program installed as ``key``."""
         if is_unit(self.module) and self._code_device().type != self._kind:
             self.relower()  # sharding has moved the tensors
-        program_inputs = [inputs[name] for name in self._programs[key].signature]
+        given = {**inputs, **inputs[CACHE].tensors} if CACHE in inputs else inputs
+        program_inputs = [given[name] for name in self._programs[key].signature]
         found: Callable[[], tuple[Any, ...]] = partial(self._roots[key], self.module, *program_inputs)
         for unit in self._passive_units():
             found = partial(unit, Pass(found))

@@ -18,14 +18,13 @@ from graftc.runtime.model.blocks import Runner
 from graftc.runtime.model.head import head_at
 from graftc.specs.errors.diagnostics import GraftError
 
-COPIED = ("accepts_loss_kwargs", "base_model_prefix", "generation_config", "loss_type", "model_tags", "name_or_path")
+COPIED = ("accepts_loss_kwargs", "base_model_prefix", "loss_type", "model_tags", "name_or_path")
 """Attributes of a source model that a compiled one has as well, as copies."""
 
 _MERGED = "compiled.merge().to_transformers() gives a plain model that does it"
 _SAVE = "compiled.save(path) writes what was trained, compiled.merge().save(path) a plain transformers folder"
 
 ELSEWHERE = {
-    "generate": _MERGED,
     "prepare_inputs_for_generation": _MERGED,
     "save_pretrained": _SAVE,
     "push_to_hub": _SAVE,
@@ -160,10 +159,6 @@ class Ecosystem(Runner):
         """Add tags to ``model_tags``, for the card of a model, each once."""
         new = [tags] if isinstance(tags, str) else list(tags)
         self.model_tags = list(dict.fromkeys([*(getattr(self, "model_tags", None) or []), *new]))
-
-    def can_generate(self) -> bool:
-        """False: a graph of a forward pass keeps no cache."""
-        return False
 
     def enable_input_require_grads(self) -> None:
         """Nothing to do: layers that are recomputed need no gradient of their inputs."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import Interface, config_of, dtype_of
 from graftc.compiler.capture.isolation import exclusive, is_traced
+from graftc.compiler.capture.past import CACHE, USE_CACHE, read_cache, with_cache
 from graftc.compiler.capture.signature import split
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import program_of
@@ -38,6 +39,7 @@ from graftc.runtime.model.blocks import Root, Runner
 from graftc.runtime.model.choosing import with_choices
 from graftc.runtime.model.ecosystem import refuse_deepspeed, refuse_pickling
 from graftc.runtime.model.embeddings import install_embeddings
+from graftc.runtime.model.generation import OF_GENERATING, Generating
 from graftc.runtime.model.packing import gates_over_rows, warn_of_packed
 from graftc.specs.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
@@ -153,7 +155,7 @@ class ModelRoot(Root):
         refuse_pickling(self)
 
 
-class ModelRunner(Runner):
+class ModelRunner(Generating, Runner):
     """A Runner with the interface of a source model: inputs by name or position, the model's own output class.
 
     Args:
@@ -176,6 +178,10 @@ class ModelRunner(Runner):
         self.main_input_name = getattr(model, "main_input_name", names[0] if names else "")
         if (config := config_of(model)) is not None:
             self.config = copy.deepcopy(config)
+        held = {
+            name: getattr(model, name) for name in OF_GENERATING if hasattr(model, name) and name not in model._modules
+        }
+        vars(self).update(copy.deepcopy(held))
 
     def adopt(self, module: Root) -> None:
         """See `Runner.adopt`."""
@@ -248,8 +254,15 @@ class ModelRunner(Runner):
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry = "forward", **flags: Any) -> Any:
         chosen = {name: kwargs.pop(name) for name in self._active.controls if name in kwargs}
         present, plain = self._interface.read({**self._interface.named(args, kwargs), **flags})
+        if USE_CACHE in present:
+            self._past(present)
         if self._active.controls:
             present = with_choices(self._active, present, chosen)
+        return self._run_part(present, plain, entry)
+
+    def _run_part(self, present: dict[str, Any], plain: bool, entry: Entry = "forward") -> Any:
+        """The outputs for tensors and flags by name."""
+        past = present.get(CACHE)
         key = self.ready(present, entry)
         if not is_traced() and key.signature not in self._looked_at:
             refuse_deepspeed()
@@ -258,7 +271,23 @@ class ModelRunner(Runner):
             virtual = [item.name for item in resolved if item.spec.virtual_tokens()]
             warn_of_packed(present, virtual, partial(gates_over_rows, self._programs[key]))
         outputs = self._programs[key].outputs.build(self._results(key, present))
+        if past is not None:
+            outputs = with_cache(outputs, past.cache)
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
+
+    def _past(self, present: dict[str, Any]) -> None:
+        """Read the cache of a call; it is among what is present from then on.
+
+        Raises:
+            GraftError: GC140 where there is none, or it is not of this model.
+        """
+        with exclusive():
+            layout = self._active.cache_layout
+        names = ("decoder_input_ids", "decoder_inputs_embeds") if layout.pairs else ("input_ids", "inputs_embeds")
+        tokens = next((present[name] for name in names if name in present), None)
+        if tokens is None:
+            raise GraftError("GC140", f"a call with a cache needs {names[0]}", hint=f"give {names[0]}")
+        present[CACHE] = read_cache(present.get(CACHE), layout, int(tokens.shape[0]), self.device)
 
     def _results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
         """Flat outputs of a call."""

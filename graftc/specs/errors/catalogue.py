@@ -460,6 +460,21 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Tensors of a sharded model are gathered by all processes together. One of them has called something else, or "
      "nothing, until the time limit of the process group was over; or the process that writes has failed.",
      "Make the call in every process, not under `if rank == 0`: one of them writes."),
+
+    # Generating.
+    ("GC140", _SPEC, "a cache that does not fit",
+     "A call has a cache, and the model keeps none of keys and values; or the cache is of another model, of another "
+     "batch, of a kind that does not grow with the text, or it has dropped the tokens behind a sliding window.",
+     "Give the cache that this model returned for the same batch, an empty `DynamicCache()`, or `use_cache=True` alone "
+     "for a new one. Models whose state is no keys and values run without: `use_cache=False`."),
+    ("GC141", _SPEC, "an adaptation that a cache cannot hold",
+     "With a cache, a call computes the new tokens only. What an adaptation does with a token depends on tokens that "
+     "are not in that call, as a gate over a whole row does.",
+     "Generate with `use_cache=False`, which computes the whole text at every step, or leave the adaptation out with "
+     "`disabled(name)`."),
+    ("GC142", _SPEC, "the model does not generate",
+     "The source model's class has no head that gives the next token, or takes no cache.",
+     "Compile a model with a language model head."),
 )
 # fmt: on
 

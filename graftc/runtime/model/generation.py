@@ -1,0 +1,183 @@
+"""Generating with a compiled model: by transformers' own loop, over graphs with a cache.
+
+The loop runs on a *stand-in*: an object of the source model's class whose calls are those of the compiled model. All
+that a class says of generating is therefore its own: how inputs are prepared, which tokens begin, Whisper's segments.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.capture.interface import Interface, is_transformers
+from graftc.compiler.capture.past import ENCODER, cache_name, has_encoder, new_cache
+from graftc.compiler.compilation import Compilation
+from graftc.runtime.model.blocks import Root
+from graftc.specs.errors.diagnostics import GraftError
+
+OF_GENERATING = ("generation_config", "input_modalities", "output_modalities")
+"""Attributes of a source model that a compiled one has as well, as copies."""
+KEPT, POSITIONS = "logits_to_keep", "position_ids"
+_GROWING = (None, "dynamic")
+
+
+class Generating:
+    """The part of a compiled or merged model that generates."""
+
+    _compilation: Compilation
+    _active: Compilation
+    _run: Callable[..., Any]
+    module: Root
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers' ``generate`` does, with the same arguments and results: greedy, sampled, beams,
+        assisted, streamed. The first call captures graphs with a cache, which serve the prompt and every step.
+
+        An ``assistant_model`` may be a compiled model too. Inputs of banks (``adapter_ids``) choose for each row.
+
+        Raises:
+            GraftError: GC140 where the model keeps no cache of keys and values, or the call asks for one that does not
+                grow; GC141 for an adaptation that a cache cannot hold; GC142 for a model that does not generate.
+        """
+        if not self.can_generate():
+            name = type(self._compilation.model).__name__
+            raise GraftError("GC142", f"{name} does not generate", hint="compile a model with a language model head")
+        assistant = kwargs.get("assistant_model")
+        if isinstance(assistant, Root) and isinstance(assistant._graftc, Generating):
+            kwargs = {**kwargs, "assistant_model": assistant._graftc._stand_in}
+        return self._stand_in.generate(*args, **kwargs)
+
+    def can_generate(self) -> bool:
+        """Whether the source model's class generates text, with a cache."""
+        model: Any = self._compilation.model
+        can = is_transformers(model) and callable(getattr(model, "can_generate", None)) and model.can_generate()
+        return bool(can) and Interface(model).cache is not None
+
+    @cached_property
+    def _stand_in(self) -> Any:
+        return stand_in(self, self._compilation.model)
+
+    def encode(self, kwargs: dict[str, Any]) -> Any:
+        """What the model's encoder gives for a call, in its own output class."""
+        present, plain = self._encoder.read(kwargs)
+        return self._run_part({**present, ENCODER: True}, plain)
+
+    @cached_property
+    def _encoder(self) -> Interface:
+        model: Any = self._compilation.model
+        return Interface(model.get_encoder())
+
+
+def stand_in(runner: Generating, source: nn.Module) -> Any:
+    """An object of a model's class that generates with the calls of a Runner.
+
+    Args:
+        runner: what is called.
+        source: the model; the stand-in has its modules, and everything else that it holds.
+    """
+    own = {
+        "__doc__": type(source).__doc__,
+        "__module__": type(source).__module__,
+        "forward": _forward(runner, source),
+        "config": property(lambda self: runner.config),
+        "generation_config": property(lambda self: runner.module.generation_config),
+    }
+    cls: Any = type(type(source).__name__, (_StandIn, type(source)), own)
+    made = cls.__new__(cls)
+    held = {
+        name: value for name, value in vars(source).items() if name not in ("forward", "config", "generation_config")
+    }
+    vars(made).update(held)
+    hooks = [name for name, value in held.items() if name.endswith("_hooks") or "_hooks_" in name]
+    vars(made).update({name: type(held[name])() for name in hooks if isinstance(held[name], dict)})
+    vars(made)["_graftc_runner"] = runner
+    return made
+
+
+def _forward(runner: Generating, source: nn.Module) -> Callable[..., Any]:
+    """A ``forward`` that calls a Runner, with the parameters that the source's has, and those of banks."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        positions, ids = kwargs.get(POSITIONS), kwargs.get("input_ids")
+        if isinstance(positions, Tensor) and isinstance(ids, Tensor) and positions.shape[:1] == (1,) != ids.shape[:1]:
+            kwargs[POSITIONS] = positions.expand(ids.shape[0], -1)  # one graph for all batches
+        kept = kwargs.get(KEPT)
+        if isinstance(kept, int) and kept > 1:  # each number would be a graph of its own
+            outputs = runner.module(*args, **{**kwargs, KEPT: 0})
+            outputs["logits"] = outputs.logits[:, -kept:]
+            return outputs
+        return runner.module(*args, **kwargs)
+
+    own = inspect.signature(type(source).forward)
+    chosen = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in runner._active.controls
+        if name not in own.parameters
+    ]
+    listed = [*own.parameters.values()]
+    rest = [p for p in listed if p.kind is inspect.Parameter.VAR_KEYWORD]
+    forward.__signature__ = own.replace(parameters=[*(p for p in listed if p not in rest), *chosen, *rest])  # type: ignore[attr-defined]
+    return forward
+
+
+class _StandIn:
+    """What of generating goes to a Runner."""
+
+    _graftc_runner: Any
+
+    @property
+    def device(self) -> torch.device:
+        return self._graftc_runner.device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._graftc_runner.dtype  # type: ignore[no-any-return]
+
+    @property
+    def training(self) -> bool:
+        return bool(self._graftc_runner.training)
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder, whose calls are those of the Runner."""
+        return _Encoder(self._graftc_runner, super().get_encoder(*args, **kwargs))  # type: ignore[misc]
+
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """A cache whose layers keep all tokens, where the call gives none."""
+        kind = generation_config.cache_implementation
+        if kind not in _GROWING:
+            message = f"a compiled model's graphs take no cache of the kind {kind!r}"
+            raise GraftError("GC140", message, hint="leave cache_implementation out: the cache grows with the text")
+        name = cache_name(inspect.signature(self.forward).parameters)  # type: ignore[attr-defined]
+        given = model_kwargs.get(name) if name is not None else None
+        if given is not None:
+            given._is_user_defined = True
+        elif generation_config.use_cache is not False and name is not None:
+            model_kwargs[name] = new_cache(has_encoder(self))  # type: ignore[arg-type]
+
+
+class _Encoder(nn.Module):
+    """A model's encoder as the loop calls it."""
+
+    def __init__(self, runner: Any, encoder: nn.Module) -> None:
+        super().__init__()
+        self._runner = runner
+        self.main_input_name = getattr(encoder, "main_input_name", None)
+        self.config = getattr(encoder, "config", None)
+        signature = inspect.signature(type(encoder).forward)
+        own = [p for p in signature.parameters.values() if p.name != "self"]
+
+        def forward(**kwargs: Any) -> Any:
+            return runner.encode(kwargs)
+
+        forward.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+        self.forward = forward
