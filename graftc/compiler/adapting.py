@@ -11,18 +11,24 @@ from typing import Any
 import torch
 
 from graftc.compiler import progress
+from graftc.compiler.cached import (
+    is_encoder,
+    is_part,
+    require_every_place,
+    require_no_virtual_tokens,
+    require_tokens_alone,
+)
 from graftc.compiler.capture.anchor import Anchor, anchor
 from graftc.compiler.capture.cache import captured, forget, keep
 from graftc.compiler.capture.capture import Capture, capture, random_structure
 from graftc.compiler.capture.draws import draws
 from graftc.compiler.capture.interface import Flags, dtype_of
-from graftc.compiler.capture.past import ENCODED, ENCODER, is_cross, is_past
 from graftc.compiler.capture.signature import Axis, inputs_of_program
 from graftc.compiler.capture.untraced import unkept
 from graftc.compiler.compilation import Compilation, Resolution
 from graftc.compiler.resolve.compose import Unit, add_controls, check_units, insert_unit, placed, units
 from graftc.compiler.resolve.embeds import Plan, lengthened, planned, require_token_embeddings
-from graftc.compiler.resolve.resolver import Resolved, Resolver, not_read
+from graftc.compiler.resolve.resolver import Resolved, Resolver
 from graftc.compiler.resolve.sitetable import SiteTable
 from graftc.compiler.resolve.token_embeddings import token_embeddings
 from graftc.compiler.resolve.tokens import TOKENS, token_sites
@@ -32,6 +38,7 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.seams import Seams
 from graftc.passes.core.ir.effects import flaw
 from graftc.passes.core.ir.eval_mode import moded, to_eval
+from graftc.passes.core.ir.past_inputs import is_past
 from graftc.passes.core.ir.program import HistoryEntry, Program, from_two
 from graftc.passes.core.ir.program_key import Entry, Mode, Signature, Stage
 from graftc.passes.core.ir.verify import record_baseline, verify
@@ -129,33 +136,6 @@ def _adapt_signature(
         tuple(captures),
         (*(c.anchor for c in captures if c.anchor is not None), *derived),
     )
-
-
-def _is_part(program: Program) -> bool:
-    """Whether a graph runs a part of the model: its encoder, or its decoder on what an encoder gave."""
-    return (ENCODER, True) in program.flags or ENCODED in program.signature or any(map(is_cross, program.signature))
-
-
-def _require_every_place(
-    compilation: Compilation, program: Program, found: Sequence[Resolved], trained: Sequence[ParameterSite]
-) -> None:
-    """Whether a decoder's graph reads all places that are adapted, together with the graphs that gave its inputs.
-
-    Raises:
-        GraftError: GC031 naming a place that none of them reads.
-    """
-    if not _is_part(program) or (ENCODER, True) in program.flags:
-        return
-    parts = [r for s, r in compilation.signatures.items() if _is_part(compilation.program("train", "base", s))]
-    places = {str(site.key) for r in [*found, *(r for part in parts for r in part.resolved)] for site, _ in r.places}
-    tensors = {site.tensor for sites in [trained, *(part.trained for part in parts)] for site in sites}
-    for resolved in compilation.main.resolved:
-        for site, _ in resolved.places:
-            if str(site.key) not in places:
-                raise not_read(program, str(site.key), resolved.name)
-    for site in compilation.main.trained:
-        if site.tensor not in tensors:
-            raise not_read(program, site.tensor, TRAIN)
 
 
 def _signature(compilation: Compilation, adapted: Program, base: Program) -> Signature:
@@ -297,12 +277,13 @@ def _adapted(
     """A capture's Program, adapted as the spec says, or at the places of ``main``."""
     spec, store, base = compilation.spec, compilation.store, found.program
     program = clock.step("copy", base.copy, base)
-    structure = clock.step("roles", lambda: find_structure(program.graph, found.constants), program)
+    alone = is_encoder(base)
+    structure = clock.step("roles", lambda: find_structure(program.graph, found.constants, encoder=alone), program)
     resolver = _resolver(compilation, program, structure)
     require_token_embeddings(spec, compilation.model, resolver.table)
     # What train mode alone reads is adapted there alone; another signature has to read every place, or be one of those
     # that generating goes through, which read them together.
-    every = not isinstance(main, _Adapted) and not _is_part(base)
+    every = not isinstance(main, _Adapted) and not is_part(base)
     resolved = clock.step(
         "resolve",
         lambda: resolver.resolve(spec) if main is None else resolver.again(main.resolved, every=every),
@@ -310,6 +291,7 @@ def _adapted(
     )
     plan = planned(units(spec, resolved), resolver.table.token_embeddings)
     captures = [found]
+    require_no_virtual_tokens(base, plan)
     if plan:
         base, body = clock.step(
             "lengthen", lambda: _lengthened(compilation, found.program.mode, resolver.table, plan), program
@@ -319,7 +301,7 @@ def _adapted(
         clock.step("verify", lambda: verify(base, store, "lengthen"), base)
         program = base.copy()
         constants = {**found.constants, **body.constants}
-        structure = clock.step("roles", lambda: find_structure(program.graph, constants), program)
+        structure = clock.step("roles", lambda: find_structure(program.graph, constants, encoder=alone), program)
         resolver = _resolver(compilation, program, structure)
         resolved = clock.step("resolve", lambda: resolver.again(resolved), program)
     table = resolver.table
@@ -331,11 +313,12 @@ def _adapted(
     if main is None:
         check_units(spec, units(spec, resolved))
     else:
-        _require_every_place(compilation, program, resolved, trained)
+        require_every_place(compilation, program, resolved, trained)
     add_controls(program, spec, controls, dtype_of(compilation.model))
     if spec.tokens is not None:
         _insert_tokens(compilation, program, resolver.table, clock)
     _insert(compilation, program, trained, resolved, clock)
+    require_tokens_alone(compilation, program)
     attentions = tuple(s for sites in resolver.table.entries for s in sites if isinstance(s, AttentionSite))
     return _Adapted(program, structure, resolved, trained, base, tuple(captures), attentions)
 

@@ -49,6 +49,57 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     return [leaf for leaf in leaves if leaf.is_floating_point()]
 
 
+_PARTS = ((0, 5), (5, 6), (6, 8))
+
+
+def in_parts(model: ModelRoot, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The logits that a text gives at once, and those that it gives in parts, each with the cache of those before:
+    without a past, of one token, and of two. Rows differ in their padding, whose logits are zeros in both.
+
+    Args:
+        model: one that generates.
+        seed: of the text.
+    """
+    runner, training = runner_of(model), model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, _PARTS[-1][1])
+    rows = min(100, int(getattr(runner.config.get_text_config(), "vocab_size", 100)))
+    ids = torch.randint(3, rows, shape, generator=generator)
+    mask = torch.ones(shape, dtype=torch.int64)
+    try:
+        with torch.no_grad():
+            if runner.config.is_encoder_decoder:
+                mask[0, -2:] = 0
+                text = {"attention_mask": mask}
+                tokens = torch.randint(3, rows, shape, generator=generator)
+                whole = model(input_ids=ids, decoder_input_ids=tokens, **text).logits
+                text["encoder_outputs"] = runner.encode({"input_ids": ids, **text})
+                calls = [{"decoder_input_ids": tokens[:, a:b], **text} for a, b in _PARTS]
+                return whole, _called(model, calls)
+            mask[0, :2] = 0
+            text = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+            if "position_ids" not in runner._interface.parameters:
+                text = {}
+            whole = model(input_ids=ids, attention_mask=mask, **text).logits
+            calls = [
+                {"input_ids": ids[:, a:b], "attention_mask": mask[:, :b], **{n: t[:, a:b] for n, t in text.items()}}
+                for a, b in _PARTS
+            ]
+            return whole * mask[..., None], _called(model, calls) * mask[..., None]
+    finally:
+        model.train(training)
+
+
+def _called(model: ModelRoot, calls: list[dict[str, Any]]) -> Tensor:
+    cache, found = None, []
+    for call in calls:
+        outputs = model(**call, cache=cache, use_cache=True)
+        cache = outputs.cache
+        found.append(outputs.logits)
+    return torch.cat(found, 1)
+
+
 def flat(outputs: Any) -> list[Tensor]:
     """Every tensor of a model's output, in order."""
     return [leaf for leaf in pytree.tree_leaves(_plain(outputs)) if isinstance(leaf, Tensor)]

@@ -22,7 +22,7 @@ from graftc.passes.core.weights.store import Store
 from graftc.runtime.compiled import Compiled
 from graftc.specs.claims import Claims, FoldKind
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing.compare import SHAPES, flat, inputs_for, largest_difference, outputs_of, same_bits
+from graftc.testing.compare import SHAPES, flat, in_parts, inputs_for, largest_difference, outputs_of, same_bits
 from graftc.testing.families import FAMILIES, tiny
 from graftc.testing.perturb import perturb
 
@@ -114,10 +114,12 @@ class MethodContract(Contract):
     Attributes:
         fold_tolerance: largest difference of float32 outputs, folded against unfolded.
         starts_elsewhere: the setting does not start at the base's outputs, whatever its method claims.
+        cacheable: what the method does with a token depends on it and on those before, so that a cache can hold these.
     """
 
     fold_tolerance: ClassVar[float] = 2e-5
     starts_elsewhere: ClassVar[bool] = False
+    cacheable: ClassVar[bool] = True
 
     def test_sites(self, family: str) -> None:
         """The adaptation has sites of claimed kinds only; among linear ones, one that is not square."""
@@ -268,6 +270,20 @@ class MethodContract(Contract):
         else:
             assert compiled.eval().merge().certificate.passed
 
+    def test_cache(self, family: str) -> None:
+        """A text in parts, each with the cache of those before, gives what the whole text gives; where that cannot be,
+        the call is refused."""
+        _, compiled = self.shared(family, perturbed=True)
+        if not compiled.can_generate():
+            raise unittest.SkipTest("the model does not generate")
+        try:
+            whole, parts = in_parts(compiled)
+        except GraftError as error:
+            assert error.code == "GC141" and not self.cacheable, error
+            return
+        assert self.cacheable, "a cache holds what the class says it does not"
+        assert largest_difference([whole], [parts]) <= _CACHE_TOLERANCE * max(1.0, float(whole.abs().max()))
+
     def test_bank(self, family: str) -> None:
         """Of two adaptations in a bank, the active one is what it is alone; and a batch whose rows choose is each one's
         own run on its rows, unless a place has no rows that could be told apart."""
@@ -306,6 +322,8 @@ class MethodContract(Contract):
 
 _SLOTS = ("first", "second")
 _BANK_TOLERANCE = 1e-5
+_CACHE_TOLERANCE = 2e-6
+"""Of the largest logit."""
 
 
 def _train(compiled: Compiled, inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, float]:

@@ -20,9 +20,11 @@ from graftc.compiler.capture.capture import as_captured, output_spec
 from graftc.compiler.capture.draws import draws, same_draws
 from graftc.compiler.capture.example_inputs import samples_on
 from graftc.compiler.capture.interface import device_of, dtype_of
-from graftc.compiler.capture.signature import Axis, described
+from graftc.compiler.capture.past import PAST
+from graftc.compiler.capture.signature import Axis, described, is_sum
 from graftc.compiler.capture.sources import home_of_module
 from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import Program, map_nodes
 from graftc.passes.core.ir.program_key import Mode
 from graftc.specs.errors.diagnostics import first_line
@@ -40,6 +42,7 @@ where they are the same there is none."""
 _SHORT = 5
 """Tokens of the shortest texts that a model is tried with."""
 _MORE_SAMPLES = 6
+_STEPS = 3
 _SMALL = 400_000_000
 """Products of parameters and positions that a pass over the samples may take."""
 
@@ -138,6 +141,9 @@ def anchor(
             break
         other_worst, differing = run.against(more, bound)
         worst = max(worst, other_worst)
+    if not (differing or plain) and any(map(is_past, program.signature)):
+        stepped, differing = run.steps(bound)
+        worst = max(worst, stepped)
     special = run.special_ones(bound) if not (differing or plain) else ()
     return made(worst, differing=tuple(differing), assigned=tuple(run.assigned), plain=plain, from_two=special)
 
@@ -215,7 +221,7 @@ class _Runs:
             size
             for spec in self._program.inputs
             for size, (low, _) in zip(spec.shape, spec.ranges, strict=False)
-            if isinstance(size, str) and low <= 1
+            if isinstance(size, str) and low <= 1 and not is_sum(size)
         )
         names = tuple(dict.fromkeys(named))
         library = home_of_module(type(self._model).__module__) == "library"
@@ -233,12 +239,34 @@ class _Runs:
             return False
         return bool(self.against(ours, bound)[1])
 
-    def sample(self, seed: int, ones: Collection[str] = ()) -> dict[str, Tensor]:
+    def steps(self, bound: float) -> tuple[float, list[str]]:
+        """`against` for three calls that follow one another, as in generating: a text without a past, where the graph
+        takes one, and two single tokens behind it, each with the cache that the model returned."""
+        tokens = next(spec.shape[1] for spec in self._program.inputs if spec.name.endswith(("input_ids", "embeds")))
+        crosses = any(map(is_cross, self._program.signature))
+        held = {} if crosses else {PAST: 0}
+        worst, given = 0.0, self.sample(0, held=held)
+        for _ in range(_STEPS):
+            try:
+                run = self.model(given)
+            except _NoRunError:  # there is nothing to hold a graph against
+                break
+            difference, differing = self.against(run, bound)
+            worst = max(worst, difference)
+            if differing:
+                return worst, differing
+            returned = {n.rpartition(".")[2]: leaf for n, leaf in zip(run.spec.names, run.leaves, strict=True)}
+            past = {name: returned.get(name, given[name]) for name in given if is_past(name)}
+            length = next(tensor.shape[2] for name, tensor in past.items() if not is_cross(name))
+            given = {**self.sample(1, held={PAST: length, str(tokens): 1}), **past}
+        return worst, []
+
+    def sample(self, seed: int, ones: Collection[str] = (), held: Mapping[str, int] | None = None) -> dict[str, Tensor]:
         """Random inputs; the larger the model, the fewer tokens. Named sizes in ``ones`` are 1."""
         length = self._length
         rows = 4 if length > 8 else 3
         config = getattr(self._model, "config", None)
-        return samples_on(self._device, self._program, seed, (rows, length, length - 2), config, ones=ones)
+        return samples_on(self._device, self._program, seed, (rows, length, length - 2), config, ones=ones, held=held)
 
     def model(self, inputs: Mapping[str, Tensor]) -> _Run:
         """What the model gives.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graftc.compiler.capture.signature import is_sum, size_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.weights.store import Store
 
@@ -50,20 +51,14 @@ def samples_on(
     *,
     front: bool = True,
     ones: Collection[str] = (),
+    held: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """`random_inputs`, on a device; named sizes in ``ones`` are 1."""
+    """`random_inputs`, on a device; named sizes in ``ones`` are 1, and those in ``held`` what they are there."""
     generator = torch.Generator().manual_seed(seed)
-    axes: dict[str, int] = {}
+    axes = _sizes(program, sizes, {**dict.fromkeys(ones, 1), **dict(held or {})})
     inputs: dict[str, Tensor] = {}
     for spec, node in zip(program.inputs, program.placeholders(), strict=True):
-        shape = []
-        for dim, size in enumerate(spec.shape):
-            if isinstance(size, str):
-                low, high = spec.ranges[dim] if spec.ranges else (0, None)
-                wanted = max(sizes[min(len(axes), len(sizes) - 1)], low)
-                wanted = 1 if size in ones else wanted
-                axes.setdefault(size, wanted if high is None else min(wanted, high))
-            shape.append(axes[size] if isinstance(size, str) else size)
+        shape = [size_of(size, axes) if isinstance(size, str) else size for size in spec.shape]
         if spec.dtype.is_floating_point:
             value = torch.randn(shape, generator=generator).to(spec.dtype)
         elif (rows := _table_rows(node)) is not None:
@@ -75,6 +70,18 @@ def samples_on(
                 value[_padding(*shape, front=front)] = 0
         inputs[spec.name] = value.to(device)
     return inputs
+
+
+def _sizes(program: Program, sizes: Sequence[int], held: Mapping[str, int]) -> dict[str, int]:
+    """The size of every named axis that is no sum of others."""
+    axes: dict[str, int] = {}
+    for spec in program.inputs:
+        for dim, name in enumerate(spec.shape):
+            if isinstance(name, str) and not is_sum(name):
+                low, high = spec.ranges[dim] if spec.ranges else (0, None)
+                wanted = held.get(name, max(sizes[min(len(axes), len(sizes) - 1)], low))
+                axes.setdefault(name, wanted if high is None else min(wanted, high))
+    return axes
 
 
 def _padding(rows: int, length: int, *, front: bool) -> Tensor:

@@ -7,7 +7,6 @@ object is taken apart before a graph runs and filled again behind it; inside of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_name, past_place
 from graftc.specs.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
@@ -27,29 +27,6 @@ ENCODER = "encoder_only"
 """The flag of a graph that runs a model's encoder alone."""
 PAST = "past"
 """The axis of a cache that counts tokens."""
-_NAME = re.compile(r"(?P<kind>past|cross)_(?P<layer>\d+)_(?P<part>key|value)")
-
-
-def is_past(name: str) -> bool:
-    """Whether an input is a tensor of a cache."""
-    return _NAME.fullmatch(name) is not None
-
-
-def is_cross(name: str) -> bool:
-    """Whether an input has keys or values of what an encoder gave."""
-    return is_past(name) and name.startswith("cross")
-
-
-def past_name(kind: str, layer: int, part: str) -> str:
-    """The name of a tensor of a cache: of kind ``past`` or ``cross``, the part ``key`` or ``value``."""
-    return f"{kind}_{layer}_{part}"
-
-
-def past_place(name: str) -> tuple[str, int, str]:
-    """The kind, the layer and the part that `past_name` was given."""
-    found = _NAME.fullmatch(name)
-    assert found is not None
-    return found["kind"], int(found["layer"]), found["part"]
 
 
 @dataclass(frozen=True)

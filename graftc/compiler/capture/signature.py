@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import COUNT, Flags, Interface, parameters
-from graftc.compiler.capture.past import CACHE, ENCODED, PAST, Past, described_past, has_encoder, is_cross, is_past
+from graftc.compiler.capture.past import CACHE, ENCODED, PAST, Past, described_past, has_encoder
+from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import InputSpec
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
 from graftc.specs.errors.diagnostics import GraftError

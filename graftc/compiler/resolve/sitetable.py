@@ -325,7 +325,10 @@ class SiteTable:
             return self._same[spot]
         key, shared = site.key, isinstance(site, SublayerSite | ValueSite)
         here = (s for sites in self.entries for s in sites if type(s) is type(site))
-        return [s for s in here if (s.key.place == key.place if shared else s.key == key)]
+        found = [s for s in here if (s.key.place == key.place if shared else s.key == key)]
+        if isinstance(site, AttentionSite):  # where keys come from a cache, the graph does not show what gives them
+            return [replace(s, keys=site.keys, values=site.values) for s in found if isinstance(s, AttentionSite)]
+        return found
 
 
 def site_of(

@@ -28,6 +28,7 @@ from graftc.compiler.roles.operators import (
     RESIZING,
     SHAPING,
 )
+from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import map_nodes, nodes_in
 from graftc.passes.core.sites.calls import op_name
 from graftc.passes.core.sites.moves import BREAKS, HOLE, Move, move_of, moved
@@ -53,6 +54,7 @@ class Columns:
         number: source node to number.
         front: per node, the nearest sources that reach it, as a bit set.
         through: per node, what lies between those and it.
+        cached: whether the graph takes keys and values of earlier tokens.
     """
 
     def __init__(self, flow: Flow, constants: Mapping[str, Tensor]) -> None:
@@ -63,6 +65,7 @@ class Columns:
         self.front: dict[fx.Node, int] = {}
         self.through: dict[fx.Node, Through] = {}
         self.failures: list[fx.Node] = []
+        self.cached = False
         self._index: dict[fx.Node, Any] = {}
         self._shapes: dict[fx.Node, tuple[int, ...]] = {}
         self._columns: dict[fx.Node, dict[int, Tensor]] = {}
@@ -104,6 +107,10 @@ class Columns:
 
     def _visit(self, node: fx.Node, is_source: bool) -> None:
         value = node.meta.get("val")
+        if node.op == "placeholder" and is_past(str(node.target)) and not is_cross(str(node.target)):
+            # Keys and values of earlier tokens: columns of what gives them are those of the tokens beside.
+            self.front[node], self.through[node], self.cached = 0, Through.NOTHING, True
+            return
         if is_source or (node.op == "placeholder" and isinstance(value, Tensor) and value.is_floating_point()):
             self._source(node)
             return

@@ -25,13 +25,14 @@ class Labels:
         flow, columns: the facts they are read from.
         roles: per source node, the roles given so far with their columns (None is all of them).
         stream: numbers of the sources that residual streams start from or go through.
+        encoder_only: the graph is that of an encoder alone.
         encoder: nodes of the encoder, as a bit set of positions, in a graph with cross-attention.
         crosses: attentions whose keys come from another stream than their queries.
         mixing: nodes that mix positions without attention, as a bit set; None until asked for.
     """
 
-    def __init__(self, flow: Flow, columns: Columns) -> None:
-        self.flow, self.columns = flow, columns
+    def __init__(self, flow: Flow, columns: Columns, *, encoder: bool = False) -> None:
+        self.flow, self.columns, self.encoder_only = flow, columns, encoder
         self.findings: list[Finding] = []
         self.unresolved: dict[fx.Node, Unresolved] = {}
         self.roles: dict[fx.Node, dict[str, Tensor | None]] = defaultdict(dict)
@@ -94,6 +95,8 @@ class Labels:
 
     def prefix(self, node: fx.Node, attention: fx.Node | None = None) -> str:
         """``encoder.``, ``decoder.`` or ``decoder.cross.`` in a model of two stacks; empty in others."""
+        if self.encoder_only:
+            return "encoder."
         if not self.crosses:
             return ""
         if attention is not None and attention in self.crosses:

@@ -26,7 +26,9 @@ __all__ = ["Finding", "Structure", "Sublayer", "Unresolved", "find_structure", "
 _SMALL = 2
 
 
-def find_structure(graph: fx.Graph, constants: Mapping[str, Tensor] | None = None) -> Structure:
+def find_structure(
+    graph: fx.Graph, constants: Mapping[str, Tensor] | None = None, *, encoder: bool = False
+) -> Structure:
     """The roles in a canonical graph.
 
     Args:
@@ -35,12 +37,13 @@ def find_structure(graph: fx.Graph, constants: Mapping[str, Tensor] | None = Non
             model on ``meta`` will do.
         constants: integer tensors that the graph mentions beyond the model's own, by name; some models pick heads
             with them. Default none: columns picked by such a tensor are then unresolved.
+        encoder: the graph is that of a model's encoder alone, whose roles have its prefix.
 
     Returns:
         Findings in graph order, weights without a role with the reason, and the residual branches.
     """
     columns = _propagate(graph, constants or {})
-    labels = Labels(columns.flow, columns)
+    labels = Labels(columns.flow, columns, encoder=encoder)
     read_attentions(labels)
     read_branches(labels)
     read_ends(labels)

@@ -8,19 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.passes.core.ir.program import Program, provenance
 from graftc.specs.errors.diagnostics import warn
 
 POSITIONS, MASK = "position_ids", "attention_mask"
-
-
-def gates_over_rows(program: Program) -> list[str]:
-    """Names of adaptations with gates that are means over the tokens of a row."""
-    found = (provenance(node) for node in program.graph.nodes if node.target in _MEANS)
-    return list(dict.fromkeys(o["adaptation"] for o in found if o is not None and o["part"] == "gate"))
-
-
-_MEANS = (torch.ops.aten.mean.dim, torch.ops.aten.sum.dim_IntList)
 
 
 def warn_of_packed(present: Mapping[str, Any], virtual: Sequence[str], gated: Callable[[], Sequence[str]]) -> None:

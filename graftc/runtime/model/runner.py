@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, NoReturn, ParamSpec
 import torch
 from torch import Tensor, nn
 
+from graftc.compiler.cached import gates_over_rows
 from graftc.compiler.capture.interface import Interface, config_of, dtype_of
 from graftc.compiler.capture.isolation import exclusive, is_traced
 from graftc.compiler.capture.past import CACHE, USE_CACHE, read_cache, with_cache
@@ -40,7 +41,7 @@ from graftc.runtime.model.choosing import with_choices
 from graftc.runtime.model.ecosystem import refuse_deepspeed, refuse_pickling
 from graftc.runtime.model.embeddings import install_embeddings
 from graftc.runtime.model.generation import OF_GENERATING, Generating
-from graftc.runtime.model.packing import gates_over_rows, warn_of_packed
+from graftc.runtime.model.packing import warn_of_packed
 from graftc.specs.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 

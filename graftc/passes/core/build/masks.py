@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.nodes import Nodes, Part
+from graftc.passes.core.ir.past_inputs import past_length
 from graftc.passes.core.ir.program import is_random, map_nodes, nodes_in
 from graftc.passes.core.ir.shapes import expression
 
@@ -43,15 +44,15 @@ class Masks(Part):
 
         Args:
             mask: ``[..., rows, size]``, made from sizes, stored tensors, masks of tokens and their positions.
-            size: the number of keys: a symbol of the graph.
+            size: the number of keys: a symbol of the graph, or the tokens of a cache and those of the call together.
             length: how many tokens stand in front.
 
         Returns:
             ``[..., rows, size + length]``; None where something else goes in (activations, token ids, an input that is
             a mask of pairs already), where sizes are fixed, or where the result is no mask of that shape.
         """
-        symbol = expression(size)
-        if isinstance(symbol, int) or not symbol.is_symbol:
+        symbol = self._growing(expression(size))
+        if symbol is None:
             return None
         held = self._replayed.setdefault((symbol, length), {})
         cone = _cone(mask, symbol)
@@ -69,12 +70,21 @@ class Masks(Part):
                 del held[node]
             return None
 
+    def _growing(self, size: Any) -> Any:
+        """The symbol that is greater in a text with more tokens in front; None where there is none."""
+        if isinstance(size, int):
+            return None
+        if size.is_symbol:
+            return size
+        past = past_length(self.program)
+        return past if past is not None and _growth(size, past) == 1 else None
+
     def _longer(self, node: fx.Node, symbol: Any, length: int, held: dict[fx.Node, fx.Node]) -> fx.Node | None:
         """What stands for ``node`` in the longer text; None where it is the same."""
         if node.op == "placeholder":
             return self._longer_input(node, symbol, length)
         if node.target is aten.sym_size.int:
-            found = expression(node.meta["val"]) == symbol
+            found = _growth(expression(node.meta["val"]), symbol) == 1
             return self._like(node, self.call(operator.add, node, length, part="mask")) if found else None
         if not any(source in held for source in _read(node)):
             return None
@@ -83,10 +93,11 @@ class Masks(Part):
 
     def _longer_input(self, node: fx.Node, symbol: Any, length: int) -> fx.Node | None:
         axes = _axes(node, symbol)
-        if not axes:
-            return None
-        (axis,) = axes
         value = node.meta["val"]
+        if not axes:
+            cached = symbol == past_length(self.program) and _is_positions(node)
+            return self._like(node, self.call(aten.add.Tensor, node, length, part="mask")) if cached else None
+        (axis,) = axes
         sizes = [length if a == axis else self._size(node, a) for a in range(value.dim())]
         if not _is_positions(node):
             front = self.call(aten.new_ones.default, node, sizes, part="mask")
@@ -140,7 +151,14 @@ def _is_positions(node: fx.Node) -> bool:
 
 
 def _axes(node: fx.Node, symbol: Any) -> list[int]:
-    return [axis for axis, size in enumerate(node.meta["val"].shape) if expression(size) == symbol]
+    return [axis for axis, size in enumerate(node.meta["val"].shape) if _growth(expression(size), symbol) == 1]
+
+
+def _growth(size: Any, symbol: Any) -> int | None:
+    """How much greater a size is where a symbol is greater by 1; None where that is no number."""
+    if isinstance(size, int) or symbol not in size.free_symbols:
+        return 0
+    return surplus(size.subs(symbol, symbol + 1), size)
 
 
 def _read(node: fx.Node) -> Iterable[fx.Node]:
@@ -177,7 +195,7 @@ def _known_in_front(node: fx.Node, symbol: Any) -> bool:
         return False
     if node.target is aten.sym_size.int:
         expr = expression(node.meta["val"])
-        return isinstance(expr, int) or expr == symbol or symbol not in expr.free_symbols
+        return _growth(expr, symbol) in (0, 1)
     if node.op != "placeholder":
         return True
     value = node.meta["val"]

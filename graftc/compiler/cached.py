@@ -1,0 +1,101 @@
+"""Graphs that run a part of what a call computes: new tokens behind a cache, an encoder alone, a decoder behind one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from graftc.compiler.capture.past import ENCODED, ENCODER
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.resolve.compose import Unit
+from graftc.compiler.resolve.resolver import Resolved, not_read
+from graftc.compiler.resolve.train import TRAIN
+from graftc.passes.core.ir.past_inputs import is_cross, is_past
+from graftc.passes.core.ir.program import Program, provenance
+from graftc.passes.core.sites.sites import ParameterSite
+from graftc.specs.compose import Parallel
+from graftc.specs.errors.diagnostics import GraftError
+
+_WITHOUT = "generate with use_cache=False, or leave it out with disabled(name)"
+
+
+def is_encoder(program: Program) -> bool:
+    """Whether a graph runs a model's encoder alone."""
+    return (ENCODER, True) in program.flags
+
+
+def is_part(program: Program) -> bool:
+    """Whether a graph runs a part of the model: its encoder, or its decoder on what an encoder gave."""
+    return is_encoder(program) or ENCODED in program.signature or any(map(is_cross, program.signature))
+
+
+def is_cached(program: Program) -> bool:
+    """Whether a graph takes the keys and values of earlier tokens."""
+    return any(map(is_past, program.signature))
+
+
+def require_every_place(
+    compilation: Compilation, program: Program, found: Sequence[Resolved], trained: Sequence[ParameterSite]
+) -> None:
+    """Whether a decoder's graph reads all places that are adapted, together with the graphs that gave its inputs.
+
+    Args:
+        compilation: has those graphs.
+        program: the graph.
+        found, trained: what of the adaptations it has.
+
+    Raises:
+        GraftError: GC031 naming a place that none of them reads.
+    """
+    if not is_part(program) or is_encoder(program):
+        return
+    parts = [r for s, r in compilation.signatures.items() if is_part(compilation.program("train", "base", s))]
+    places = {str(site.key) for r in [*found, *(r for part in parts for r in part.resolved)] for site, _ in r.places}
+    tensors = {site.tensor for sites in [trained, *(part.trained for part in parts)] for site in sites}
+    for resolved in compilation.main.resolved:
+        for site, _ in resolved.places:
+            if str(site.key) not in places:
+                raise not_read(program, str(site.key), resolved.name)
+    for parameter in compilation.main.trained:
+        if parameter.tensor not in tensors:
+            raise not_read(program, parameter.tensor, TRAIN)
+
+
+def require_no_virtual_tokens(program: Program, plan: Mapping[Any, Sequence[tuple[Unit, Any]]]) -> None:
+    """Whether a part of a call has no place for virtual tokens, which stand in front of the whole text.
+
+    Raises:
+        GraftError: GC141.
+    """
+    if plan and (is_cached(program) or is_part(program)):
+        name = next(iter(plan.values()))[0][0].name
+        message = f"the virtual tokens of {name!r} stand in front of the whole text, and a call with a cache has a part"
+        raise GraftError("GC141", message, hint=f"call generate, which puts them into the cache, or {_WITHOUT}")
+
+
+def require_tokens_alone(compilation: Compilation, program: Program) -> None:
+    """Whether what adaptations do with a token of a graph with a cache depends on no token that is not in the call.
+
+    Raises:
+        GraftError: GC141.
+    """
+    if not is_cached(program):
+        return
+    for name in gates_over_rows(program):
+        message = f"the gates of {name!r} are means over all tokens of a row, and a call with a cache has some of them"
+        raise GraftError("GC141", message, hint=_WITHOUT)
+    for composition in compilation.controls.values():
+        if isinstance(composition, Parallel):
+            message = f"{composition.name!r} gives rows for each of its adaptations, and a cache has those of the batch"
+            raise GraftError("GC141", message, hint="generate with use_cache=False")
+
+
+def gates_over_rows(program: Program) -> list[str]:
+    """Names of adaptations with gates that are means over the tokens of a row."""
+    found = (provenance(node) for node in program.graph.nodes if node.target in _MEANS)
+    return list(dict.fromkeys(o["adaptation"] for o in found if o is not None and o["part"] == "gate"))
+
+
+_MEANS = (torch.ops.aten.mean.dim, torch.ops.aten.sum.dim_IntList)
