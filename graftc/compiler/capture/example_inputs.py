@@ -23,6 +23,7 @@ def random_inputs(
     config: Any = None,
     *,
     front: bool = True,
+    held: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Random inputs for a Program: indices within their table, masks, normal floats. The rows of a batch differ in
     where their padding stands: in front, inside, behind, nowhere, and so on.
@@ -37,9 +38,10 @@ def random_inputs(
             and have it nowhere else, since some heads look for it.
         front: whether padding may stand in front. Under a causal mask its rows see nothing then, and what attention
             gives for them is up to the kernel: zeros in torch, a mean elsewhere.
+        held: sizes of named axes that are not up to ``sizes``.
     """
     device = store.device()
-    return samples_on(device, program, seed, sizes, config, front=front)
+    return samples_on(device, program, seed, sizes, config, front=front, held=held)
 
 
 def samples_on(

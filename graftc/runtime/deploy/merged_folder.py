@@ -71,11 +71,16 @@ def write_merged(merged: Merged | MergedRunner, folder: Path) -> Any:
     model = merged.to_transformers()
     with quiet_transformers(), writing(weights):
         model.save_pretrained(folder)
-    origin = local_folder(source)
-    for file in _companions(origin) if origin is not None else ():
+    for file in companions_of_model(source):
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
     return model
+
+
+def companions_of_model(source: Any) -> list[Path]:
+    """Files beside a model that its users need, where it was loaded from a folder."""
+    origin = local_folder(source)
+    return [] if origin is None else list(_companions(origin))
 
 
 def _companions(origin: Path) -> Iterator[Path]:

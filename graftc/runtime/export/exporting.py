@@ -27,7 +27,7 @@ class Exporting(ModelRunner):
     def export(
         self,
         path: str | Path,
-        format: Literal["onnx", "pt2", "peft", "gguf"] = "onnx",
+        format: Literal["onnx", "onnx-generate", "pt2", "peft", "gguf"] = "onnx",
         example_inputs: ExampleInputs | None = None,
         *,
         inputs: Sequence[str] = (),
@@ -38,6 +38,7 @@ class Exporting(ModelRunner):
         """Export the model in eval mode: a compiled one with its adapters, experts averaged, a merged one folded, with
         its certificate in the metadata. ``"peft"`` writes the adapters of a compiled model as a folder that PEFT loads.
         ``"gguf"`` writes a merged model for llama.cpp, or the LoRAs of a compiled one as an adapter for it.
+        ``"onnx-generate"`` writes a folder of graphs with a cache, with which ONNX Runtime generates.
 
         The tensors of ``inputs`` are no constants of the graph, but inputs by their full names, so that one file serves
         every adaptation of these shapes; in ``.pt2`` they are one keyword, ``adapter_tensors``, a mapping of names to
@@ -45,7 +46,7 @@ class Exporting(ModelRunner):
 
         Args:
             path: the file to write, or the folder.
-            format: ``"onnx"``, ``"pt2"``, ``"peft"`` or ``"gguf"``.
+            format: ``"onnx"``, ``"onnx-generate"``, ``"pt2"``, ``"peft"`` or ``"gguf"``.
             example_inputs: a call whose signature is exported, by name or in order; by default the one that the model
                 was compiled with. Values of tensors do not matter.
             inputs: names of adaptations that are in the graph.
@@ -64,6 +65,8 @@ class Exporting(ModelRunner):
             return self._export_peft(as_path(path), force, server)
         if format == "gguf":
             return self._export_gguf(as_path(path), dtype, force)
+        if format == "onnx-generate":
+            return self._export_cached(as_path(path), getattr(self, "certificate", None), force)
         return self._export(path, format, example_inputs, inputs, getattr(self, "certificate", None), force)
 
     def _export(
@@ -88,6 +91,12 @@ class Exporting(ModelRunner):
             present = with_choices(self._compilation, self._interface.read(own)[0], chosen)
             signature = signature_for(self._compilation, present)
         return export_model(self, as_path(path), format, signature, inputs=inputs, certificate=certificate, force=force)
+
+    def _export_cached(self, path: Path, certificate: Certificate | None, force: bool) -> Path:
+        from graftc.runtime.export.cached import export_cached
+
+        simplest = self._deployed()
+        return export_cached(simplest, path, certificate=certificate, force=force)
 
     def _export_peft(self, path: Path, force: bool, server: str | None) -> Path:
         """Write the adapters as peft's checkpoint; only a compiled model has some."""

@@ -57,8 +57,10 @@ class ExportModule:
         self._base, self._tensors = runner._compilation.program("train", "base", signature), store
         self.adaptations = tensors_of(runner, self.program, names)
         self.tensors = {name: tensor for own in self.adaptations.values() for name, tensor in own.items()}
+        every = [Axis(s.name, s.dtype, s.shape) for s in self.program.inputs]
+        self.axes = every  # which of them varies by name is asked below
+        self.axes = [axis for axis in every if self.taken(axis)]
         self.inputs: Mapping[str, Any] = self.sample(sizes=(3, 7))
-        self.axes = [Axis(s.name, s.dtype, s.shape) for s in self.program.inputs]
         self.module = nn.Module()
         without(store, self.program, self.tensors).rehome(self.module)
         self._function = function_of(_decomposed(self.program, list(self.tensors)), self.module, runner.device)
@@ -68,34 +70,67 @@ class ExportModule:
 
     def _flat(self) -> Callable[..., dict[str, Any]]:
         names, outputs, axes = self.program.signature, self.program.outputs.names, self.axes
-        order = list(self.tensors)
-        every = [*names, *([ADAPTER_TENSORS] if order else [])]
+        order, kept = list(self.tensors), set(self.outputs)
+        every = [*(axis.name for axis in axes), *([ADAPTER_TENSORS] if order else [])]
 
         def forward(*args: Any, **kwargs: Any) -> dict[str, Any]:
             inputs = {**dict(zip(every, args, strict=False)), **kwargs}
             tensors = inputs.pop(ADAPTER_TENSORS) if order else {}
             tie_sizes(axes, inputs)
+            inputs = self.filled(inputs)
             values = self._function(self.module, *(tensors[name] for name in order), *(inputs[name] for name in names))
-            return dict(zip(outputs, values, strict=True))
+            return {name: value for name, value in zip(outputs, values, strict=True) if name in kept}
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in every])  # type: ignore[attr-defined]
         return forward
 
-    def sample(self, seed: int = 0, sizes: tuple[int, int] = (2, 9)) -> dict[str, Any]:
-        """Random inputs of batch and sequence ``sizes``. Tensors of adaptations have their own values with seed 0 and
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what the module gives, in order."""
+        return self.program.outputs.names
+
+    def input_name(self, name: str) -> str:
+        """The name that a file has for an input."""
+        return name
+
+    def output_name(self, name: str) -> str:
+        """The name that a file has for an output."""
+        return name
+
+    def axis_name(self, name: str) -> str:
+        """The name that a file has for an axis."""
+        return name
+
+    def taken(self, axis: Axis) -> bool:
+        """Whether the module has an input of the Program."""
+        return True
+
+    def filled(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The module's inputs with those that the Program has beside."""
+        return dict(inputs)
+
+    def _taken(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        names = {axis.name for axis in self.axes} | {ADAPTER_TENSORS}
+        return {name: value for name, value in inputs.items() if name in names}
+
+    def sample(
+        self, seed: int = 0, sizes: tuple[int, int] = (2, 9), held: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
+        """Random inputs of batch and sequence ``sizes``, where ``held`` says nothing else of a named size. Tensors of
+        adaptations have their own values with seed 0 and
         these in reverse with another, which tells a graph that has them as constants."""
-        inputs: dict[str, Any] = dict(self._sample(seed, sizes))
+        inputs: dict[str, Any] = self._taken(self._sample(seed, sizes, held))
         if self.tensors:
             turned = {n: t.flip(0) if seed and t.dim() else t for n, t in self.tensors.items()}
             inputs[ADAPTER_TENSORS] = turned
         return inputs
 
-    def _sample(self, seed: int, sizes: tuple[int, int]) -> dict[str, Tensor]:
-        inputs = random_inputs(self._base, self._tensors, seed, sizes, self.config, front=False)
+    def _sample(self, seed: int, sizes: tuple[int, int], held: Mapping[str, int] | None) -> dict[str, Tensor]:
+        inputs = random_inputs(self._base, self._tensors, seed, sizes, self.config, front=False, held=held)
         chosen = [name for name in self.program.signature if name not in inputs]
         if chosen:
-            every = random_inputs(self.program, self._tensors, seed, sizes, front=False)
+            every = random_inputs(self.program, self._tensors, seed, sizes, front=False, held=held)
             inputs |= {name: every[name] for name in chosen}
         return inputs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 
+from graftc.compiler.capture.past import PAST
 from graftc.compiler.folding.differences import largest_difference, largest_number
+from graftc.passes.core.ir.past_inputs import is_past
 from graftc.runtime.export.module import ExportModule
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
@@ -100,6 +103,9 @@ def _quiet() -> Iterator[None]:
 
 def _name_tensors(model: Any, module: ExportModule) -> None:
     """Call inputs that are tensors of adaptations by their full names."""
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        renamed = module.input_name if value in model.graph.inputs else module.output_name
+        value.name = renamed(value.name)
     inputs = list(model.graph.inputs)
     for value, name in zip(inputs[len(module.axes) :], module.tensors, strict=True):
         value.name = name
@@ -111,22 +117,31 @@ def _name_axes(ir: Any, model: Any, module: ExportModule) -> None:
     for value, axis in zip(model.graph.inputs, module.axes, strict=False):
         for dim, size in zip(value.shape, axis.axes, strict=True):
             if isinstance(size, str) and not isinstance(dim, int):
-                names[str(dim.value)] = size
+                names[str(dim.value)] = module.axis_name(size)
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.shape is not None:
-            dims = [d if isinstance(d, int) else ir.SymbolicDim(names.get(str(d.value), d.value)) for d in value.shape]
+            dims = [d if isinstance(d, int) else ir.SymbolicDim(_named(names, d.value)) for d in value.shape]
             value.shape = ir.Shape(dims)
+
+
+def _named(names: Mapping[str, str], size: Any) -> Any:
+    """A size with the names of axes in the places of symbols: it may be a sum of them."""
+    return size if size is None else re.sub(r"\w+", lambda found: names.get(found[0], found[0]), str(size))
 
 
 def _compare(ort: Any, module: ExportModule, path: Path) -> None:
     """Run the file in ONNX Runtime, which optimises it first, against torch, at sizes that were not captured."""
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = module.program.outputs.names
-    for seed, sizes in enumerate(((2, 5), (1, 4))):
-        inputs = module.sample(seed, sizes)
+    names = module.outputs
+    samples = [module.sample(seed, sizes) for seed, sizes in enumerate(((2, 5), (1, 4)))]
+    if any(is_past(axis.name) for axis in module.axes):
+        tokens = next(axis.axes[1] for axis in module.axes if axis.name.endswith("input_ids"))
+        samples += [module.sample(2, (2, 5), {PAST: 0}), module.sample(3, (2, 5), {str(tokens): 1})]
+    for inputs in samples:
         with torch.no_grad():
             expected = module.module(**inputs)
-        found = session.run(list(names), {name: value.cpu().numpy() for name, value in module.flat(inputs).items()})
+        feed = {module.input_name(name): value.cpu().numpy() for name, value in module.flat(inputs).items()}
+        found = session.run([module.output_name(name) for name in names], feed)
         for name, value in zip(names, found, strict=True):
             reference = expected[name].cpu()
             if reference.numel() and not bool(reference.isfinite().any()):

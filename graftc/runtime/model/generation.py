@@ -44,13 +44,26 @@ class Generating:
             GraftError: GC140 where the model keeps no cache of keys and values, or the call asks for one that does not
                 grow; GC141 for an adaptation that a cache cannot hold; GC142 for a model that does not generate.
         """
-        if not self.can_generate():
-            name = type(self._compilation.model).__name__
-            raise GraftError("GC142", f"{name} does not generate", hint="compile a model with a language model head")
+        self.require_generating()
         assistant = kwargs.get("assistant_model")
         if isinstance(assistant, Root) and isinstance(assistant._graftc, Generating):
             kwargs = {**kwargs, "assistant_model": assistant._graftc._stand_in}
         return self._stand_in.generate(*args, **kwargs)
+
+    def require_generating(self) -> None:
+        """Refuse what does not generate.
+
+        Raises:
+            GraftError: GC142.
+        """
+        if not self.can_generate():
+            name = type(self._compilation.model).__name__
+            raise GraftError("GC142", f"{name} does not generate", hint="compile a model with a language model head")
+
+    @property
+    def encoder_parameters(self) -> tuple[str, ...]:
+        """Names that the encoder's ``forward`` takes."""
+        return self._encoder.parameters
 
     def can_generate(self) -> bool:
         """Whether the source model's class generates text, with a cache."""

@@ -1,0 +1,220 @@
+"""Graphs with a cache as ONNX files that generate, with the names that Optimum gives them.
+
+A decoder is one file, ``model.onnx``, for prompts and for the steps behind them. A model with an encoder is three:
+``encoder_model.onnx``; ``decoder_model.onnx``, the first step, which works out keys and values of what the encoder
+gave; and ``decoder_with_past_model.onnx`` for all others. The model's config and generation config lie beside them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.capture.past import CACHE, ENCODED, ENCODER, USE_CACHE, fill_cache, new_cache, read_cache
+from graftc.compiler.capture.signature import BATCH, PAST, SEQUENCE, TARGET, Axis
+from graftc.compiler.pipeline import signature_for
+from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_place
+from graftc.passes.core.ir.program_key import Signature
+from graftc.runtime.artifact.places import is_ours
+from graftc.runtime.export.module import ExportModule
+from graftc.runtime.files import only_files, staged
+from graftc.runtime.model.choosing import with_choices
+
+if TYPE_CHECKING:
+    from graftc.compiler.folding.certificate import Certificate
+    from graftc.runtime.model.runner import ModelRunner
+
+_AXES = {BATCH: "batch_size", PAST: "past_sequence_length"}
+_HIDDEN = "last_hidden_state"
+
+
+@dataclass(frozen=True)
+class CachedFile:
+    """One of the files.
+
+    Attributes:
+        name: of the file.
+        present: the call that its graph is of.
+        inputs, outputs: names in the file by those in the graph; outputs that are not named are left out.
+        empty: inputs of the graph that the file has not: they have no tokens.
+    """
+
+    name: str
+    present: Mapping[str, Any]
+    inputs: Callable[[str], str]
+    outputs: Callable[[str], str | None]
+    empty: Callable[[str], bool] = field(default=lambda name: False)
+
+
+class CachedModule(ExportModule):
+    """A graph with a cache as a module: see `ExportModule`."""
+
+    def __init__(self, runner: ModelRunner, signature: Signature, file: CachedFile) -> None:
+        self._file = file
+        super().__init__(runner, signature)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """See `ExportModule`."""
+        return tuple(name for name in super().outputs if self._file.outputs(name) is not None)
+
+    def input_name(self, name: str) -> str:
+        """See `ExportModule`."""
+        return self._file.inputs(name)
+
+    def output_name(self, name: str) -> str:
+        """See `ExportModule`."""
+        return str(self._file.outputs(name))
+
+    def axis_name(self, name: str) -> str:
+        """See `ExportModule`."""
+        return " + ".join(self._axis(part) for part in name.split("+"))
+
+    def _axis(self, name: str) -> str:
+        if name in (SEQUENCE, TARGET):
+            encoded = name == SEQUENCE and any(TARGET in axis.axes for axis in self.axes)
+            return "encoder_sequence_length" if encoded else "sequence_length"
+        return _AXES.get(name, name)
+
+    def taken(self, axis: Axis) -> bool:
+        """See `ExportModule`: what nothing in the graph reads is no input, and neither is what has no tokens."""
+        node = next(n for n in self.program.placeholders() if str(n.target) == axis.name)
+        read = bool(node.users) and not all(user.op == "output" for user in node.users)
+        return not self._file.empty(axis.name) and read
+
+    def filled(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """See `ExportModule`."""
+        like = next(value for value in inputs.values() if isinstance(value, Tensor))
+        found = dict(inputs)
+        for spec in self.program.inputs:
+            if spec.name not in found:
+                sizes = [
+                    like.shape[0] if size == BATCH else size if isinstance(size, int) else 0 for size in spec.shape
+                ]
+                found[spec.name] = like.new_zeros(sizes, dtype=spec.dtype)
+        return found
+
+
+def export_cached(
+    runner: ModelRunner, path: Path, *, certificate: Certificate | None = None, force: bool = False
+) -> Path:
+    """Write a folder of ONNX files that generate.
+
+    Args:
+        runner: a compiled model, with its adaptations in the graph, or a merged one.
+        path: the folder; nothing is there until all files are complete and checked in ONNX Runtime.
+        certificate: what the files say of the fold.
+        force: replace such a folder.
+
+    Raises:
+        GraftError: GC142 for a model that does not generate, GC140 for one that keeps no cache of keys and values,
+            GC141 for adaptations that a cache cannot hold; others as `graftc.runtime.export.export_model`.
+    """
+    from graftc.runtime.deploy.merged_folder import companions_of_model
+    from graftc.runtime.export import metadata
+    from graftc.runtime.export.onnx import prepare_onnx
+
+    runner.require_generating()
+    origin = companions_of_model(runner._compilation.source)
+    with staged(path, force=force, replaceable=_is_cached_folder) as folder:
+        folder.mkdir()
+        about = metadata(runner, certificate=certificate)
+        for file in _files(runner):
+            signature = signature_for(runner._compilation, file.present)
+            prepare_onnx(CachedModule(runner, signature, file), about)(folder / file.name)
+        runner.config.save_pretrained(folder)
+        if (generation := getattr(runner.module, "generation_config", None)) is not None:
+            generation.save_pretrained(folder)
+        for companion in origin:
+            if not (folder / companion.name).exists():
+                shutil.copyfile(companion, folder / companion.name)
+    return path
+
+
+def _is_cached_folder(path: Path) -> bool:
+    return only_files(path) or is_ours(path) or any(path.glob("*model.onnx"))
+
+
+def _files(runner: ModelRunner) -> Iterator[CachedFile]:
+    """The files of a model, in the order in which their graphs are made."""
+    compilation, device = runner._compilation, runner.device
+    layout, takes = compilation.cache_layout, runner._interface.parameters
+    if not layout.pairs:
+        ids = torch.ones(2, 3, dtype=torch.int64, device=device)
+        names = [name for name in ("input_ids", "attention_mask", "position_ids") if name in takes]
+        yield CachedFile("model.onnx", _called(runner, dict.fromkeys(names, ids), {}), _past_input, _decoder_output)
+        return
+    main = [axis for axis in compilation.main.axes if not axis.name.startswith("decoder_")]
+    text = {axis.name: axis.example(device) for axis in main if axis.name in runner.encoder_parameters}
+    yield CachedFile("encoder_model.onnx", {**text, ENCODER: True}, str, lambda name: name if name == _HIDDEN else None)
+    with torch.no_grad():
+        encoded = next(iter(runner.encode(dict(text)).values()))
+    rows, length = encoded.shape[:2]
+    ids = torch.ones(rows, 3, dtype=torch.int64, device=device)
+    mask = {name: value for name, value in text.items() if name == "attention_mask" and name in takes}
+    start = {"decoder_input_ids": ids, ENCODED: encoded, **mask}
+    yield CachedFile("decoder_model.onnx", _called(runner, start, {}), _pair_input, _pair_output, is_past)
+    past = {
+        name: torch.zeros(rows, heads, length if is_cross(name) else 3, width, dtype=dtype, device=device)
+        for name, (dtype, heads, width) in layout.heads.items()
+    }
+    yield CachedFile("decoder_with_past_model.onnx", _called(runner, start, past), _pair_input, _text_output)
+
+
+def _called(runner: ModelRunner, given: Mapping[str, Any], past: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A call with a cache, as its signature is looked up."""
+    layout = runner._compilation.cache_layout
+    rows = next(iter(given.values())).shape[0]
+    cache = fill_cache(new_cache(layout.pairs), past)
+    present = {**given, USE_CACHE: True, CACHE: read_cache(cache, layout, rows, runner.device)}
+    return with_choices(runner._compilation, present, {})
+
+
+def _past_input(name: str) -> str:
+    return f"past_key_values.{_place(name)}" if is_past(name) else name
+
+
+def _decoder_output(name: str) -> str | None:
+    last = name.rpartition(".")[2]
+    if is_past(last):
+        return f"present.{_place(last)}"
+    return name if name == "logits" else None
+
+
+def _place(name: str) -> str:
+    _, layer, part = past_place(name)
+    return f"{layer}.{part}"
+
+
+_PAIRED = {
+    "decoder_input_ids": "input_ids",
+    "attention_mask": "encoder_attention_mask",
+    ENCODED: "encoder_hidden_states",
+}
+
+
+def _pair_input(name: str) -> str:
+    return f"past_key_values.{_pair_place(name)}" if is_past(name) else _PAIRED.get(name, name)
+
+
+def _pair_output(name: str) -> str | None:
+    last = name.rpartition(".")[2]
+    if is_past(last):
+        return f"present.{_pair_place(last)}"
+    return name if name == "logits" else None
+
+
+def _text_output(name: str) -> str | None:
+    """That of a step which leaves alone what an encoder gave."""
+    return None if is_cross(name.rpartition(".")[2]) else _pair_output(name)
+
+
+def _pair_place(name: str) -> str:
+    _, layer, part = past_place(name)
+    return f"{layer}.{'encoder' if is_cross(name) else 'decoder'}.{part}"
