@@ -30,6 +30,7 @@ from graftc.runtime.model.checkpointing import Checkpointed
 from graftc.runtime.model.choosing import Choosing
 from graftc.runtime.model.ecosystem import Ecosystem
 from graftc.runtime.model.editing import Editing
+from graftc.runtime.model.generation import stand_in
 from graftc.runtime.model.inspection import Inspected
 from graftc.runtime.model.reference_model import Referring
 from graftc.runtime.model.runner import M, ModelRoot, Published
@@ -105,6 +106,25 @@ class CompiledRunner(
         certificate, kept = certificate_of(self) if certify else (None, {})
         save(self, place, force=force, base=base, certificate=certificate, kept=kept, full=full)
         return place
+
+    def _generating(self, kwargs: Mapping[str, Any]) -> Any:
+        """See `Generating`. Prefixes and virtual tokens are the first contents of the cache, where they can be."""
+        from graftc.runtime.model.initial_cache import initial_cache
+
+        names = ("cache", "past_key_values")
+        given = any(kwargs.get(name) is not None for name in names) or kwargs.get("use_cache") is False
+        config = kwargs.get("generation_config")
+        if given or getattr(config, "use_cache", True) is False or (initial := initial_cache(self)) is None:
+            return self._stand_in
+        made = stand_in(self.beside(initial.names), self._compilation.model)
+        vars(made)["_graftc_initial"] = initial
+        return made
+
+    def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `Generating`."""
+        if self.module._graftc is self:
+            return self.module(*args, **kwargs)
+        return self.within(lambda: self.call(args, kwargs))
 
     def _deployed(self) -> Exporting:
         """See `ModelRunner`. Adaptations are in their simplest form."""

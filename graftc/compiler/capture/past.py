@@ -69,7 +69,7 @@ class Past:
     @property
     def crosses(self) -> bool:
         """Whether keys and values of what an encoder gave are there already."""
-        return any(is_cross(name) for name in reversed(self.tensors))
+        return any(map(is_cross, self.tensors))
 
     @property
     def described(self) -> str:
@@ -253,7 +253,7 @@ def _layer(cache: Any, number: int) -> Any:
     from transformers.cache_utils import DynamicLayer
 
     while len(cache.layers) <= number:
-        cache.layers.append(DynamicLayer())
+        cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
     return cache.layers[number]
 
 

@@ -25,6 +25,7 @@ from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.routes import is_pick, is_route
 from graftc.passes.core.method.capabilities import Collapsing
 from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.sites.sites import SiteKey
 from graftc.passes.core.weights.folds import round_once
 from graftc.passes.graph.compose import GATE
 from graftc.specs.base import MethodSpec
@@ -111,6 +112,13 @@ def _places(compilation: Compilation, resolved: Resolved, read: Any) -> Iterator
         names = parts[site.key]
         prefix = next(name.removesuffix(part) for part, name in names.items())
         yield prefix, _Own(spec, {part: read(name) for part, name in names.items()}, shared)
+
+
+def place_values(compilation: Compilation, resolved: Resolved) -> Iterator[tuple[SiteKey, Mapping[str, Tensor]]]:
+    """The tensors that every place of an adaptation is deployed with, by part: its own, or what these collapse to."""
+    simpler = _simpler(compilation, resolved)
+    for site, (_, own) in zip(resolved.places, _places(compilation, resolved, compilation.store.full), strict=True):
+        yield site[0].key, own.held if simpler is None else own.collapsed()
 
 
 def collapse_evidence(compilation: Compilation, seed: int = 0) -> tuple[CollapseEvidence, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from graftc.compiler.capture.interface import config_of
 from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
 from graftc.runtime.artifact.places import RECORD, is_ours
 from graftc.runtime.artifact.write import listed
+from graftc.runtime.companions import companions_of_model
 from graftc.runtime.files import staged
 from graftc.runtime.interop.transformers import no_place
 from graftc.runtime.model.runner import runner_of
@@ -21,12 +21,6 @@ from graftc.specs.io import dump_spec
 
 if TYPE_CHECKING:
     from graftc.runtime.deploy.merged import Merged, MergedRunner
-
-COMPANIONS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
-    *("chat_template*", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-)
-"""Files beside a model that its users need and folding does not change."""
 
 
 def save_merged(merged: MergedRunner, path: Path, *, force: bool = False) -> Path:
@@ -75,14 +69,3 @@ def write_merged(merged: Merged | MergedRunner, folder: Path) -> Any:
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
     return model
-
-
-def companions_of_model(source: Any) -> list[Path]:
-    """Files beside a model that its users need, where it was loaded from a folder."""
-    origin = local_folder(source)
-    return [] if origin is None else list(_companions(origin))
-
-
-def _companions(origin: Path) -> Iterator[Path]:
-    for pattern in COMPANIONS:
-        yield from (file for file in sorted(origin.glob(pattern)) if file.is_file())

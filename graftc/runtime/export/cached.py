@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graftc.compiler.capture.past import CACHE, ENCODED, ENCODER, USE_CACHE, fill_cache, new_cache, read_cache
-from graftc.compiler.capture.signature import BATCH, PAST, SEQUENCE, TARGET, Axis
+from graftc.compiler.capture.past import CACHE, ENCODED, ENCODER, PAST, USE_CACHE, fill_cache, new_cache, read_cache
+from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis
 from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_place
 from graftc.passes.core.ir.program_key import Signature
 from graftc.runtime.artifact.places import is_ours
 from graftc.runtime.export.module import ExportModule
-from graftc.runtime.files import only_files, staged
+from graftc.runtime.files import staged
 from graftc.runtime.model.choosing import with_choices
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def export_cached(
         GraftError: GC142 for a model that does not generate, GC140 for one that keeps no cache of keys and values,
             GC141 for adaptations that a cache cannot hold; others as `graftc.runtime.export.export_model`.
     """
-    from graftc.runtime.deploy.merged_folder import companions_of_model
+    from graftc.runtime.companions import companions_of_model
     from graftc.runtime.export import metadata
     from graftc.runtime.export.onnx import prepare_onnx
 
@@ -138,7 +138,7 @@ def export_cached(
 
 
 def _is_cached_folder(path: Path) -> bool:
-    return only_files(path) or is_ours(path) or any(path.glob("*model.onnx"))
+    return is_ours(path) or any(path.glob("*model.onnx"))
 
 
 def _files(runner: ModelRunner) -> Iterator[CachedFile]:

@@ -7,7 +7,7 @@ that a class says of generating is therefore its own: how inputs are prepared, w
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 OF_GENERATING = ("generation_config", "input_modalities", "output_modalities")
 """Attributes of a source model that a compiled one has as well, as copies."""
-KEPT, POSITIONS = "logits_to_keep", "position_ids"
+KEPT, MASK, POSITIONS = "logits_to_keep", "attention_mask", "position_ids"
 _GROWING = (None, "dynamic")
 
 
@@ -31,7 +31,8 @@ class Generating:
 
     _compilation: Compilation
     _active: Compilation
-    _run: Callable[..., Any]
+    _run_part: Callable[..., Any]
+    config: Any
     module: Root
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +49,11 @@ class Generating:
         assistant = kwargs.get("assistant_model")
         if isinstance(assistant, Root) and isinstance(assistant._graftc, Generating):
             kwargs = {**kwargs, "assistant_model": assistant._graftc._stand_in}
-        return self._stand_in.generate(*args, **kwargs)
+        return self._generating(kwargs).generate(*args, **kwargs)
+
+    def _generating(self, kwargs: Mapping[str, Any]) -> Any:
+        """What runs the loop."""
+        return self._stand_in
 
     def require_generating(self) -> None:
         """Refuse what does not generate.
@@ -59,6 +64,10 @@ class Generating:
         if not self.can_generate():
             name = type(self._compilation.model).__name__
             raise GraftError("GC142", f"{name} does not generate", hint="compile a model with a language model head")
+
+    def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The outputs of a call of the loop."""
+        return self.module(*args, **kwargs)
 
     @property
     def encoder_parameters(self) -> tuple[str, ...]:
@@ -121,10 +130,10 @@ def _forward(runner: Generating, source: nn.Module) -> Callable[..., Any]:
             kwargs[POSITIONS] = positions.expand(ids.shape[0], -1)  # one graph for all batches
         kept = kwargs.get(KEPT)
         if isinstance(kept, int) and kept > 1:  # each number would be a graph of its own
-            outputs = runner.module(*args, **{**kwargs, KEPT: 0})
+            outputs = runner.called(args, {**kwargs, KEPT: 0})
             outputs["logits"] = outputs.logits[:, -kept:]
             return outputs
-        return runner.module(*args, **kwargs)
+        return runner.called(args, kwargs)
 
     own = inspect.signature(type(source).forward)
     chosen = [
@@ -142,6 +151,7 @@ class _StandIn:
     """What of generating goes to a Runner."""
 
     _graftc_runner: Any
+    _graftc_initial: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -176,6 +186,29 @@ class _StandIn:
             given._is_user_defined = True
         elif generation_config.use_cache is not False and name is not None:
             model_kwargs[name] = new_cache(has_encoder(self))  # type: ignore[arg-type]
+            if self._graftc_initial is not None:
+                self._begin_with(self._graftc_initial, name, generation_config, model_kwargs, *args)
+
+    def _begin_with(
+        self,
+        initial: Any,
+        name: str,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        mode: Any,
+        batch_size: int,
+        *rest: Any,
+    ) -> None:
+        """Let the cache begin with what stands for adaptations, and the text behind it."""
+        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        model_kwargs[name] = initial.cache(rows)
+        mask, positions = model_kwargs.get(MASK), model_kwargs.get(POSITIONS)
+        if mask is not None:
+            model_kwargs[MASK] = torch.cat([mask.new_ones(mask.shape[0], initial.length), mask], 1)
+        elif hasattr(generation_config, "_mask_length"):
+            generation_config._mask_length += initial.length
+        if positions is not None and initial.shifted:
+            model_kwargs[POSITIONS] = positions + initial.length
 
 
 class _Encoder(nn.Module):

@@ -6,6 +6,7 @@ tables; calls then run it, and cost nothing more.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -79,6 +80,27 @@ class Viewed:
         finally:  # adaptations may have come, gone and changed their names meanwhile
             del self._left_out[depth:]
             self._show(self._hidden)
+
+    def beside(self, names: tuple[str, ...]) -> Any:
+        """A Runner of the same module that computes without some adaptations, whatever calls of the module leave out.
+
+        Raises:
+            GraftError: as `without`.
+        """
+        off = self._hidden | self._adaptations(names)
+        if off not in self._views:
+            with exclusive():
+                self._views.setdefault(self._showing, self._shown())
+                self._views[off] = self._view(off)
+        made = copy.copy(self)
+        vars(made).pop("_stand_in", None)
+        vars(made).update(self._views[off])
+        return made
+
+    @cached_property
+    def tried_caches(self) -> dict[tuple[str, ...], bool]:
+        """Whether a cache that begins with some adaptations gives what they do in the graph."""
+        return {}
 
     def disable(self, *names: str) -> None:
         """Leave adaptations out of all calls from now on, until `enable`. Their tensors stay: `save` and `merge` have

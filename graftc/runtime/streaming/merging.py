@@ -19,7 +19,7 @@ from graftc.compiler.folding.retention import Retention
 from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
 from graftc.runtime.artifact.places import RECORD, is_merged
 from graftc.runtime.artifact.write import file_digest, listed
-from graftc.runtime.deploy.merged_folder import COMPANIONS
+from graftc.runtime.companions import COMPANIONS
 from graftc.runtime.files import check_apart, check_destination, staged
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.journal import Journal, ShardDone

@@ -1,0 +1,164 @@
+"""Adaptations as the first contents of a cache: prefixes and virtual tokens, which decoding then pays nothing for.
+
+A prefix is keys and values in front of those of a text, and so are virtual tokens in front of it where attention is
+causal: what a layer makes of them depends on no token behind. A cache that begins with them, and a graph without these
+adaptations, compute what the adapted graph does. That is tried out on a sample, with the adapted graph, before it is
+used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.capture.anchor import BOUNDS
+from graftc.compiler.capture.example_inputs import samples_on
+from graftc.compiler.capture.past import CacheLayout, fill_cache, new_cache
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.folding.collapse import place_values
+from graftc.compiler.folding.differences import largest_difference, largest_number
+from graftc.compiler.resolve.resolver import Resolved
+from graftc.passes.core.build.base_activations import computed
+from graftc.passes.core.ir.past_inputs import past_name
+from graftc.passes.core.sites.sites import AttentionSite
+from graftc.specs.methods.prefix import PrefixSpec
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import CompiledRunner
+
+
+@dataclass(frozen=True)
+class InitialCache:
+    """What a cache begins with.
+
+    Attributes:
+        names: adaptations that it stands for.
+        length: how many tokens it has.
+        tensors: keys and values, ``[1, heads, length, width]``, by name.
+        shifted: whether the text's positions begin behind it.
+    """
+
+    names: tuple[str, ...]
+    length: int
+    tensors: Mapping[str, Tensor]
+    shifted: bool
+
+    def cache(self, rows: int) -> Any:
+        """A cache of that, for a batch."""
+        return fill_cache(new_cache(False), {name: t.expand(rows, -1, -1, -1) for name, t in self.tensors.items()})
+
+
+def initial_cache(runner: CompiledRunner) -> InitialCache | None:
+    """What a cache begins with, so that a model generates with it as it is adapted; None where nothing does, or where
+    the graph has to do it: in several adaptations at once, in compositions, in some of the layers only, behind windows
+    that would hide a prefix."""
+    compilation = runner._active
+    if runner._base_only or runner.training or compilation.cache_layout.pairs:
+        return None
+    composed = {name for composition in compilation.spec.compose for name in composition.members}
+    held = [r for r in compilation.main.resolved if isinstance(r.spec, PrefixSpec) or r.spec.virtual_tokens()]
+    if len(held) != 1 or held[0].name in composed:
+        return None
+    (resolved,) = held
+    made = _of_prefix(runner, resolved) if isinstance(resolved.spec, PrefixSpec) else _of_tokens(compilation, resolved)
+    return made if made is not None and _is_the_same(runner, made) else None
+
+
+def _of_prefix(runner: CompiledRunner, resolved: Resolved) -> InitialCache | None:
+    compilation, spec = runner._active, resolved.spec
+    assert isinstance(spec, PrefixSpec)
+    sites = {site.key: site for site in compilation.main.attentions}
+    places = {site.key: own.length for site, own in resolved.places}  # type: ignore[attr-defined]
+    if places.keys() != sites.keys() or len(set(places.values())) != 1:
+        return None
+    if spec.window == "visible" and _has_windows(runner.config):
+        return None
+    tables = {key: values for key, values in place_values(compilation, resolved)}
+    numbered = ((number, site, tables[site.key]) for number, site in enumerate(_in_order(compilation)))
+    tensors: dict[str, Tensor] = {}
+    for number, site, values in numbered:
+        for part, columns in (("key", site.keys), ("value", site.values)):
+            found = _as_heads(compilation.cache_layout, number, part, columns, values[f"{part}s"])
+            if found is None:
+                return None
+            tensors[past_name("past", number, part)] = found
+    return InitialCache((resolved.name,), spec.length, tensors, spec.positions == "shifted")
+
+
+def _as_heads(layout: CacheLayout, number: int, part: str, columns: Tensor | None, table: Tensor) -> Tensor | None:
+    """A table of ``[length, width]`` as a cache has it; heads that queries share are there once."""
+    kind = layout.heads.get(past_name("past", number, part))
+    if kind is None or columns is None:
+        return None
+    dtype, heads, width = kind
+    own = torch.unique_consecutive(columns, dim=0)
+    if tuple(own.shape) != (heads, width):
+        return None
+    split = table[:, own.flatten().to(table.device)].reshape(len(table), heads, width)
+    return split.transpose(0, 1).unsqueeze(0).to(dtype)
+
+
+def _of_tokens(compilation: Compilation, resolved: Resolved) -> InitialCache | None:
+    """What the adapted graph computes for virtual tokens, on a text that they do not depend on."""
+    virtual = compilation.program("eval").virtual
+    if len(virtual) != 1 or virtual[0].starts != (0,) or virtual[0].owner != resolved.name:
+        return None
+    length = sum(run.length for run in resolved.spec.virtual_tokens())
+    store, program = compilation.store, compilation.program("eval")
+    samples = samples_on(store.device(), compilation.program("train", "base"), 0, (1, 4), None)
+    nodes = {node.name: node for node in program.graph.nodes}
+    operands: list[fx.Node] = []
+    sites = list(_in_order(compilation))
+    for site in sites:
+        if site.operands is None:
+            return None
+        operands += [nodes[operand.name] for operand in (site.operands.keys, site.operands.values)]
+    values = iter(computed(operands, lambda node: samples[str(node.target)], store.get, store.device()))
+    tensors: dict[str, Tensor] = {}
+    for number, site in enumerate(sites):
+        for part, columns in (("key", site.keys), ("value", site.values)):
+            found, name = next(values)[:1, :, :length], past_name("past", number, part)
+            if columns is None or name not in compilation.cache_layout.heads:
+                return None
+            first = [at for at in range(len(columns)) if at == 0 or not torch.equal(columns[at], columns[at - 1])]
+            tensors[name] = found[:, first]
+    return InitialCache((resolved.name,), length, tensors, shifted=True)
+
+
+def _in_order(compilation: Compilation) -> Iterator[AttentionSite]:
+    """Attentions as a cache counts them: by layer."""
+    yield from sorted(compilation.main.attentions, key=lambda site: (site.layer is None, site.layer or 0))
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether a layer's cache would drop what a sliding window has passed."""
+    from transformers.cache_utils import DynamicCache
+
+    return any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers)
+
+
+@torch.no_grad()
+def _is_the_same(runner: CompiledRunner, made: InitialCache) -> bool:
+    """Whether a text behind the cache gives what the adapted graph gives for it, where that has been asked before."""
+    tried = runner.tried_caches.get(made.names)
+    if tried is None:
+        compilation = runner._active
+        base = compilation.program("train", "base")
+        inputs = samples_on(runner.device, base, 0, (2, 6), None)
+        inputs = {n: torch.ones_like(t) if n.endswith("mask") else t for n, t in inputs.items()}
+        if not {"input_ids"} <= inputs.keys() <= {"input_ids", "attention_mask"}:
+            return False
+        ids = inputs["input_ids"]
+        expected = runner.call((), dict(inputs)).logits
+        start = made.length if made.shifted else 0
+        given: dict[str, Any] = {"input_ids": ids, "cache": made.cache(len(ids))}
+        if "position_ids" in runner._interface.parameters:
+            given["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
+        found = runner.beside(made.names).call((), given).logits
+        bound = BOUNDS.get(runner.dtype, BOUNDS[torch.float32]) * max(1.0, largest_number(expected))
+        tried = runner.tried_caches[made.names] = largest_difference(expected, found) <= bound
+    return tried
