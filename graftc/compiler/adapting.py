@@ -14,6 +14,7 @@ from graftc.compiler import progress
 from graftc.compiler.cached import (
     is_encoder,
     is_part,
+    require_every_edit,
     require_every_place,
     require_no_virtual_tokens,
     require_tokens_alone,
@@ -280,13 +281,14 @@ def _adapted(
     alone = is_encoder(base)
     structure = clock.step("roles", lambda: find_structure(program.graph, found.constants, encoder=alone), program)
     resolver = _resolver(compilation, program, structure)
+    edits = compilation.tensor_edits if is_part(base) and compilation.signatures else None
     require_token_embeddings(spec, compilation.model, resolver.table)
     # What train mode alone reads is adapted there alone; another signature has to read every place, or be one of those
     # that generating goes through, which read them together.
     every = not isinstance(main, _Adapted) and not is_part(base)
     resolved = clock.step(
         "resolve",
-        lambda: resolver.resolve(spec) if main is None else resolver.again(main.resolved, every=every),
+        lambda: resolver.resolve(spec) if main is None else resolver.again(main.resolved, every=every, edits=edits),
         program,
     )
     plan = planned(units(spec, resolved), resolver.table.token_embeddings)
@@ -319,6 +321,7 @@ def _adapted(
         _insert_tokens(compilation, program, resolver.table, clock)
     _insert(compilation, program, trained, resolved, clock)
     require_tokens_alone(compilation, program)
+    require_every_edit(compilation, program, base)
     attentions = tuple(s for sites in resolver.table.entries for s in sites if isinstance(s, AttentionSite))
     return _Adapted(program, structure, resolved, trained, base, tuple(captures), attentions)
 

@@ -15,6 +15,7 @@ from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.sites.sites import ParameterSite
+from graftc.passes.core.weights.tensor_edits import CHANGING
 from graftc.specs.compose import Parallel
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -61,6 +62,26 @@ def require_every_place(
     for parameter in compilation.main.trained:
         if parameter.tensor not in tensors:
             raise not_read(program, parameter.tensor, TRAIN)
+
+
+def require_every_edit(compilation: Compilation, program: Program, base: Program) -> None:
+    """Whether a part of the model has every change of a stored tensor that it reads.
+
+    Args:
+        compilation: has the changes that the whole model has.
+        program: the adapted graph of the part.
+        base: its graph.
+
+    Raises:
+        GraftError: GC031.
+    """
+    if not is_part(program) or not compilation.signatures:
+        return
+    read = {str(node.target) for node in base.graph.find_nodes(op="get_attr")}
+    for edit in compilation.tensor_edits:
+        own = program.tensor_edits.at(edit.own.tensor, CHANGING)
+        if edit.mode in CHANGING and edit.own.tensor in read and all(held.owner != edit.owner for held in own):
+            raise not_read(program, str(edit.site or edit.own.tensor), edit.owner)
 
 
 def require_no_virtual_tokens(program: Program, plan: Mapping[Any, Sequence[tuple[Unit, Any]]]) -> None:

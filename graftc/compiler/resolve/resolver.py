@@ -11,6 +11,7 @@ from graftc.compiler.resolve.sitetable import BlockedSite, SiteTable
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey, SublayerSite, ValueSite
+from graftc.passes.core.weights.tensor_edits import CHANGING, TensorEdits
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.base import MethodSpec
 from graftc.specs.document import Spec
@@ -130,12 +131,16 @@ class Resolver:
         others = [n for n in (first.own.tensor, *self.table.store.tied(first.own.tensor)) if n != own]
         return f"is tied to {', '.join(others)}" if others else f"is also read by {reader}"
 
-    def again(self, main: Iterable[Resolved], *, every: bool = True) -> list[Resolved]:
+    def again(
+        self, main: Iterable[Resolved], *, every: bool = True, edits: TensorEdits | None = None
+    ) -> list[Resolved]:
         """The places that another Program's adaptations have, in this one.
 
         Args:
             main: what was found there.
             every: all have to be here; otherwise those that are not are left out.
+            edits: what that Program's adaptations do with stored tensors: in a part of a model another module may read
+                such a tensor.
 
         Raises:
             GraftError: GC031 naming an adaptation and a place that this Program does not read.
@@ -145,6 +150,9 @@ class Resolver:
             sites: list[tuple[Site, MethodSpec]] = []
             for site, spec in resolved.places:
                 here = self.table.same(site)
+                if not here and edits is not None and isinstance(site, LinearSite):
+                    changed = edits.at(site.own.tensor, CHANGING)
+                    here = self.table.readers(site) if any(e.owner == resolved.name for e in changed) else []
                 if not here and every:
                     raise not_read(self.table.program, str(site.key), resolved.name)
                 sites += [(other, spec) for other in here]

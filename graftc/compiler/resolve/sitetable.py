@@ -173,6 +173,14 @@ class SiteTable:
             layer, stack = (found[0].layer, found[0].stack) if found else place(key.module)
         return [site_of(use, replace(key, use=index), own, roles, layer, stack) for index, use in enumerate(uses)]
 
+    def readers(self, site: LinearSite) -> list[Site]:
+        """Sites at all that reads the rows of a site of another Program here, whatever module calls it: what changes
+        the tensor itself is everywhere."""
+        uses = [use for weight in self.weights.values() for use in weight.uses if use.weight.tensor == site.own.tensor]
+        alike = [use for use in uses if use.weight.layout is site.use.weight.layout and use.weight.covers(site.own)]
+        where = site.roles, site.layer, site.stack
+        return [site_of(use, replace(site.key, use=at), site.own, *where) for at, use in enumerate(alike)]
+
     def reads(self, tensor: str) -> bool:
         """Whether the Program reads a tensor of the Store."""
         return tensor in self._attributes

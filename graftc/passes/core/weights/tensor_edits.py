@@ -30,6 +30,10 @@ class EditMode(StrEnum):
     """Something else is in their place, of which nothing of the base remains."""
 
 
+CHANGING = (EditMode.TRAINED, EditMode.ADDED, EditMode.REPLACED)
+"""Modes in which whatever reads the tensor reads something else."""
+
+
 @dataclass(frozen=True)
 class TensorEdit:
     """What one adaptation does with rows of a stored tensor.
