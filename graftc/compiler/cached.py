@@ -14,6 +14,7 @@ from graftc.compiler.resolve.resolver import Resolved, not_read
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import Program, provenance
+from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import ParameterSite
 from graftc.passes.core.weights.tensor_edits import CHANGING
 from graftc.specs.compose import Parallel
@@ -104,8 +105,8 @@ def require_tokens_alone(compilation: Compilation, program: Program) -> None:
     """
     if not is_cached(program):
         return
-    for name in gates_over_rows(program):
-        message = f"the gates of {name!r} are means over all tokens of a row, and a call with a cache has some of them"
+    for name in _across_tokens(program):
+        message = f"what {name!r} does with a token depends on all tokens of its row, and a call with a cache has some"
         raise GraftError("GC141", message, hint=_WITHOUT)
     for composition in compilation.controls.values():
         if isinstance(composition, Parallel):
@@ -119,4 +120,30 @@ def gates_over_rows(program: Program) -> list[str]:
     return list(dict.fromkeys(o["adaptation"] for o in found if o is not None and o["part"] == "gate"))
 
 
+def _across_tokens(program: Program) -> list[str]:
+    """Names of adaptations that put together, or count, what the tokens of a call have."""
+    tokens = {
+        expression(node.meta["val"].shape[1]) for node in program.placeholders() if str(node.target).endswith(_TOKENS)
+    }
+    found: dict[str, None] = {}
+    for node in program.graph.nodes:
+        owner = provenance(node)
+        if owner is None or node.target not in _ACROSS or len(node.args) < 2:
+            continue
+        value, dims = node.args[0].meta["val"], node.args[1]
+        axes = [dims] if isinstance(dims, int) else dims
+        if any(expression(value.shape[axis]) in tokens for axis in axes):
+            found[owner["adaptation"]] = None
+    return list(found)
+
+
+_TOKENS = ("input_ids", "inputs_embeds")
+_ACROSS = (
+    torch.ops.aten.mean.dim,
+    torch.ops.aten.sum.dim_IntList,
+    torch.ops.aten.cumsum.default,
+    torch.ops.aten.amax.default,
+    torch.ops.aten.amin.default,
+    torch.ops.aten.argmax.default,
+)
 _MEANS = (torch.ops.aten.mean.dim, torch.ops.aten.sum.dim_IntList)

@@ -22,14 +22,17 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import DynamicCache
 
 import graftc
 from graftc.runtime.cli.results.publish import published_schema
 from graftc.runtime.compiled import Compiled
+from graftc.runtime.generate import load as load_graphs
 from graftc.runtime.models import load_model
 from graftc.specs import registry
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, tiny
+from tests.runtime import onnx_toy
 
 GOLDEN = Path(__file__).parent / "golden"
 LORA: dict[str, Any] = {"method": "lora", "target": {"role": ["attn.q", "attn.v"]}}
@@ -48,8 +51,17 @@ def a_gap_of_tokens(patch: pytest.MonkeyPatch) -> None:
     compiled(tokens={"add": ["<ent>"], "first": 200})
 
 
-def a_cache(patch: pytest.MonkeyPatch) -> None:
-    compiled("llama")(input_ids=torch.ones(2, 7, dtype=torch.int64), use_cache=True)
+def a_call_without_a_graph(patch: pytest.MonkeyPatch) -> None:
+    compiled("llama")(input_ids=torch.ones(2, 7, dtype=torch.int64), labels=torch.zeros(2, 3, 4))
+
+
+def gates_behind_a_cache(patch: pytest.MonkeyPatch) -> None:
+    spec = {"adapt": [{"method": "unipelt"}]}
+    graftc.compile(spec, tiny("llama"))(input_ids=torch.ones(2, 7, dtype=torch.int64), use_cache=True)
+
+
+def an_encoder_that_generates(patch: pytest.MonkeyPatch) -> None:
+    compiled().generate(torch.ones(2, 7, dtype=torch.int64))
 
 
 def a_missing_model(patch: pytest.MonkeyPatch) -> None:
@@ -280,10 +292,32 @@ def a_process_that_writes_alone(patch: pytest.MonkeyPatch) -> None:
         model.save("artifact")
 
 
+def a_toy(**config: Any) -> Any:
+    return load_graphs(onnx_toy.write(Path("onnx"), **config), threads=1)
+
+
+def a_graph_without_a_cache(patch: pytest.MonkeyPatch) -> None:
+    load_graphs(onnx_toy.write(Path("onnx"), onnx_toy.model(cached=False)))
+
+
+def a_cache_of_another_model(patch: pytest.MonkeyPatch) -> None:
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
+    a_toy()(input_ids=torch.ones(1, 1, dtype=torch.int64), cache=cache)
+
+
+def what_the_graph_does_not_give(patch: pytest.MonkeyPatch) -> None:
+    a_toy()(input_ids=torch.ones(1, 4, dtype=torch.int64), output_attentions=True)
+
+
+def more_tokens_than_positions(patch: pytest.MonkeyPatch) -> None:
+    a_toy().generate(torch.ones(1, 20, dtype=torch.int64), max_new_tokens=20, eos_token_id=None)
+
+
 CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC006": a_missing_spec,
     "GC018": a_gap_of_tokens,
-    "GC031": a_cache,
+    "GC031": a_call_without_a_graph,
     "GC032": a_missing_model,
     "GC033": another_dtype,
     "GC034": no_layers,
@@ -319,6 +353,12 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC115": several_adaptations,
     "GC130": a_model_that_is_sharded_already,
     "GC131": a_process_that_writes_alone,
+    "GC144": a_graph_without_a_cache,
+    "GC140": a_cache_of_another_model,
+    "GC145": what_the_graph_does_not_give,
+    "GC141": gates_behind_a_cache,
+    "GC142": an_encoder_that_generates,
+    "GC143": more_tokens_than_positions,
 }
 
 

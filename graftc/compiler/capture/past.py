@@ -114,6 +114,16 @@ def probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> CacheLayout:
     return CacheLayout(heads, pairs)
 
 
+def require_no_cache(present: Mapping[str, Any], hint: str) -> None:
+    """Refuse a call with a cache where there is to be none.
+
+    Raises:
+        GraftError: GC140.
+    """
+    if present.get(USE_CACHE):
+        raise GraftError("GC140", "the example call has a cache", hint=hint)
+
+
 def has_encoder(model: nn.Module) -> bool:
     """Whether a model has a decoder that attends to an encoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -7,6 +7,8 @@ gave; and ``decoder_with_past_model.onnx`` for all others. The model's config an
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -125,16 +127,29 @@ def export_cached(
     with staged(path, force=force, replaceable=_is_cached_folder) as folder:
         folder.mkdir()
         about = metadata(runner, certificate=certificate)
+        config, generation = copy.deepcopy(runner.config), getattr(runner.module, "generation_config", None)
+        config.architectures = [type(runner._compilation.model).__name__]
         for file in _files(runner):
-            signature = signature_for(runner._compilation, file.present)
-            prepare_onnx(CachedModule(runner, signature, file), about)(folder / file.name)
-        runner.config.save_pretrained(folder)
-        if (generation := getattr(runner.module, "generation_config", None)) is not None:
+            module = CachedModule(runner, signature_for(runner._compilation, file.present), file)
+            prepare_onnx(module, about)(folder / file.name)
+            _describe(module, config, generation, folder, file.name)
+        config.save_pretrained(folder)
+        if generation is not None:
             generation.save_pretrained(folder)
         for companion in origin:
             if not (folder / companion.name).exists():
                 shutil.copyfile(companion, folder / companion.name)
     return path
+
+
+def _describe(module: CachedModule, config: Any, generation: Any, folder: Path, name: str) -> None:
+    """Write what onnxruntime-genai reads beside a graph, where it knows such models."""
+    from graftc.runtime.generate import genai_config
+
+    inputs = [module.input_name(axis.name) for axis in module.axes]
+    outputs = [module.output_name(output) for output in module.outputs]
+    if generation is not None and (content := genai_config(config, generation, name, inputs, outputs)) is not None:
+        (folder / "genai_config.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
 
 
 def _is_cached_folder(path: Path) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.isolation import isolated
+from graftc.compiler.capture.past import require_no_cache
 from graftc.compiler.pipeline import signature_for
 from graftc.runtime.model.choosing import with_choices
 from graftc.runtime.model.runner import ModelRunner
@@ -88,7 +89,9 @@ class Exporting(ModelRunner):
             examples = self._interface.examples(example_inputs)
             chosen = {n: v for n, v in examples.items() if n in self._compilation.controls}
             own = {n: v for n, v in examples.items() if n not in chosen}
-            present = with_choices(self._compilation, self._interface.read(own)[0], chosen)
+            read = self._interface.read(own)[0]
+            require_no_cache(read, 'use format "onnx-generate", which writes graphs with a cache')
+            present = with_choices(self._compilation, read, chosen)
             signature = signature_for(self._compilation, present)
         return export_model(self, as_path(path), format, signature, inputs=inputs, certificate=certificate, force=force)
 

@@ -475,6 +475,17 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC142", _SPEC, "the model does not generate",
      "The source model's class has no head that gives the next token, or takes no cache.",
      "Compile a model with a language model head."),
+    ("GC143", _SPEC, "a position is beyond the table",
+     "The model learned a vector for each position, and a row has more tokens than there are positions.",
+     "Shorten the prompt, or generate fewer tokens (`max_new_tokens`)."),
+    ("GC144", _FAILED, "the graphs cannot generate",
+     "A folder for generation has ONNX files with a cache (keys and values of earlier tokens go in, and those of all "
+     "tokens come out) and the model's `config.json`. A file is missing or cannot be read, or a graph has no cache.",
+     "Export the model for generation into a new folder. Encoders and graphs without a cache do not generate."),
+    ("GC145", _SPEC, "the call does not fit the graph",
+     "The graph takes or gives nothing for an argument, an input is missing or of another shape, or a token is not in "
+     "the vocabulary.",
+     "Leave out what the message names, or give the input in the shape that it states."),
 )
 # fmt: on
 

@@ -1,0 +1,122 @@
+"""transformers' Cache objects as the inputs and outputs of a cached graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graftc.runtime.generate.names import Slot
+from graftc.specs.arguments import kind_of
+from graftc.specs.errors.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from graftc.runtime.generate.graphs import OnnxGraph
+
+__all__ = ["cross_is_there", "empty", "length_of", "read", "write"]
+
+_HINT = "give a DynamicCache that this model has filled, or an empty one"
+
+
+def empty(*, seq2seq: bool) -> Any:
+    """A new cache of plain layers."""
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+    return EncoderDecoderCache(DynamicCache(), DynamicCache()) if seq2seq else DynamicCache()
+
+
+def _parts(cache: Any, *, seq2seq: bool) -> dict[str, Any]:
+    """The caches of each kind of attention.
+
+    Raises:
+        GraftError: GC140 for what is none, or of the other kind.
+    """
+    from transformers.cache_utils import Cache, EncoderDecoderCache
+
+    if isinstance(cache, EncoderDecoderCache) and seq2seq:
+        return {"self": cache.self_attention_cache, "cross": cache.cross_attention_cache}
+    if isinstance(cache, Cache) and not isinstance(cache, EncoderDecoderCache) and not seq2seq:
+        return {"self": cache}
+    raise GraftError("GC140", f"the cache is {kind_of(cache)}", hint=_HINT)
+
+
+def cross_is_there(cache: Any) -> bool:
+    """Whether keys and values of the encoder's states are in the cache."""
+    layers = _parts(cache, seq2seq=True)["cross"].layers
+    return bool(layers) and bool(layers[0].is_initialized) and layers[0].get_seq_length() > 0
+
+
+def length_of(cache: Any, *, seq2seq: bool) -> int:
+    """How many tokens of each row the cache holds."""
+    return int(_parts(cache, seq2seq=seq2seq)["self"].get_seq_length())
+
+
+def _plain(layers: list[Any], count: int) -> None:
+    """Make the layers of a cache such that they hold every token: empty ones of other kinds are replaced.
+
+    Raises:
+        GraftError: GC140 for layers that hold something and are of another kind, or more of them than the graph has.
+    """
+    from transformers import cache_utils
+
+    plain: Any = cache_utils.DynamicLayer
+    for i, layer in enumerate(layers):
+        if type(layer) is plain:
+            continue
+        if getattr(layer, "is_initialized", True):
+            what = type(layer).__name__
+            message = f"layer {i} of the cache is a {what}, and the graph needs every token"
+            raise GraftError("GC140", message, hint=_HINT)
+        layers[i] = plain()
+    held = sum(layer.is_initialized for layer in layers[count:])
+    if held:
+        message = f"the cache has {len(layers)} layers that hold something, and the graph {count}: another model's"
+        raise GraftError("GC140", message, hint=_HINT)
+    del layers[count:]
+    layers += [plain() for _ in range(count - len(layers))]
+
+
+def read(graph: OnnxGraph, cache: Any, batch: int, *, seq2seq: bool) -> dict[str, Tensor]:
+    """What the graph takes from a cache, by names of inputs; of an empty one, tensors of length 0.
+
+    Raises:
+        GraftError: GC140 for a cache of another model, batch or type.
+    """
+    parts = _parts(cache, seq2seq=seq2seq)
+    for attention, part in parts.items():
+        count = 1 + max((s.layer for s in graph.present if s.attention == attention), default=-1)
+        if attention == "self" or count:
+            _plain(part.layers, count)
+    lengths: dict[str, int] = {}
+    found: dict[str, Tensor] = {}
+    for slot, name in graph.past.items():
+        heads, width = graph.sizes(slot)
+        layer = parts[slot.attention].layers[slot.layer]
+        tensor = (layer.keys if slot.part == "key" else layer.values) if layer.is_initialized else None
+        if tensor is None:
+            tensor = torch.empty((batch, heads, 0, width), dtype=graph.dtype(slot), device=graph.device)
+        length = lengths.setdefault(slot.attention, tensor.shape[-2])
+        _check(slot, tensor, (batch, heads, length, width), graph.dtype(slot))
+        found[name] = tensor
+    return found
+
+
+def _check(slot: Slot, tensor: Tensor, expected: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != expected or tensor.dtype != dtype:
+        has, wants = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(expected)}"
+        message = f"{slot.part}s of layer {slot.layer} in the cache are {has}, and the graph takes {wants}"
+        raise GraftError("GC140", message.replace("torch.", ""), hint=_HINT)
+
+
+def write(graph: OnnxGraph, cache: Any, outputs: Mapping[str, Tensor], *, seq2seq: bool) -> None:
+    """Put what the graph gave into a cache, in place and without a copy."""
+    parts = _parts(cache, seq2seq=seq2seq)
+    for slot, name in graph.present.items():
+        layer, tensor = parts[slot.attention].layers[slot.layer], outputs[name]
+        if not layer.is_initialized:
+            layer.lazy_initialization(tensor, tensor)
+        setattr(layer, "keys" if slot.part == "key" else "values", tensor)
+        if slot.attention == "cross":
+            cache.is_updated[slot.layer] = True

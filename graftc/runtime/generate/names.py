@@ -1,0 +1,48 @@
+"""Names of a cached graph's inputs and outputs: Optimum's, and those of transformers' exporters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+__all__ = ["Slot", "optimum_name", "slots_of"]
+
+
+class Slot(NamedTuple):
+    """One tensor of a cache, ``[batch, heads, length, head_dim]``: of self-attention, or of attention to an encoder."""
+
+    layer: int
+    attention: Literal["self", "cross"]
+    part: Literal["key", "value"]
+
+
+# past_key_values.0.key, present.0.decoder.key, present.0.encoder.value
+_OPTIMUM = re.compile(r"(?:past_key_values|present)\.(\d{1,4})\.(?:(decoder|encoder)\.)?(key|value)")
+# input.cache.layers.0.keys, output.cache.cross_attention_cache.layers.0.values
+_TRANSFORMERS = re.compile(
+    r"(?:(?:input|output)\.)?(?:cache|past_key_values)\.(?:(self|cross)_attention_cache\.)?layers\.(\d{1,4})\.(key|value)s"
+)
+
+
+def _slot(name: str) -> Slot | None:
+    if found := _OPTIMUM.fullmatch(name):
+        layer, attention, part = found.groups()
+    elif found := _TRANSFORMERS.fullmatch(name):
+        attention, layer, part = found.groups()
+    else:
+        return None
+    kind: Literal["self", "cross"] = "cross" if attention in ("encoder", "cross") else "self"
+    return Slot(int(layer), kind, "key" if part == "key" else "value")
+
+
+def slots_of(names: Iterable[str]) -> dict[Slot, str]:
+    """Those names that are of a cache, by what they hold, in order of layers."""
+    found = {slot: name for name in names if (slot := _slot(name)) is not None}
+    return dict(sorted(found.items()))
+
+
+def optimum_name(slot: Slot, side: Literal["past_key_values", "present"], *, seq2seq: bool = False) -> str:
+    """The name of a cache's tensor as an input (``past_key_values``) or an output (``present``)."""
+    middle = {"self": "decoder.", "cross": "encoder."}[slot.attention] if seq2seq else ""
+    return f"{side}.{slot.layer}.{middle}{slot.part}"
