@@ -55,6 +55,6 @@ def test_pt2_with_a_flag(adapted: Any, tmp_path: Path) -> None:
 
 
 def test_example_inputs_without_a_graph(adapted: Any, tmp_path: Path) -> None:
-    with pytest.raises(graftc.GraftError, match="GC031"):
+    with pytest.raises(graftc.GraftError, match="GC140"):
         adapted.export(tmp_path / "m.onnx", example_inputs={**text(2, 4), "use_cache": True})
     assert not list(tmp_path.iterdir())

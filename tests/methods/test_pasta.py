@@ -33,6 +33,7 @@ WITH_TOKENS = tuple(family for family in FAMILIES if family != "vit")
 class TestPasta(MethodContract):
     """As the authors have it, on every family that reads tokens."""
 
+    cacheable = False
     adaptation: ClassVar[dict[str, Any]] = {**MANY, "slots": 3, "dropout": 0.0}
     families = WITH_TOKENS
 
@@ -41,6 +42,7 @@ class TestShared(MethodContract):
     """One vector for all slots, from zeros, with dropout."""
 
     variant = True
+    cacheable = False
     adaptation: ClassVar[dict[str, Any]] = {**MANY, "shared": True, "init": "zeros"}
     families = WITH_TOKENS
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import COUNT, Flags, Interface, parameters
-from graftc.compiler.capture.past import CACHE, ENCODED, PAST, Past, described_past, has_encoder
+from graftc.compiler.capture.past import CACHE, ENCODED, PAST, Past, described_past, has_encoder, require_no_cache
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import InputSpec
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
@@ -142,6 +142,7 @@ def request(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Axis], Fl
         GraftError: GC031 for what ``forward`` does not take.
     """
     present, _ = Interface(model).read(inputs)
+    require_no_cache(present, "leave it out: a call with a cache is captured when it comes")
     tensors, flags = split(present)
     return axes_of(model, tensors), flags
 
