@@ -17,7 +17,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test tests test-fast test-full durations gates fuzz test-gpu lint format wheel coverage bench-train bench-adapters bench-inputs bench-sparse docs clean
+.PHONY: help setup demo test tests test-fast test-full durations gates fuzz test-gpu lint format wheel coverage bench-train bench-adapters bench-inputs bench-sparse bench-generate docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -114,6 +114,9 @@ bench-inputs: setup ## what virtual tokens and prefixes cost in a step, beside p
 
 bench-sparse: setup ## time and memory of whole steps, full, LoRA and sparse deltas: benchmarks/results/sparse.* (ARGS="--dtype float32")
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.sparse $(ARGS)
+
+bench-generate: setup ## what a prompt and the tokens behind it cost, beside transformers: benchmarks/results/generate.* (ARGS="--onnx DIR")
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.generate $(ARGS)
 
 # Material for MkDocs prints a notice about MkDocs 2 at every build unless it is told not to.
 docs: setup ## write the generated pages of docs/ and build the site (site/, no network needed)

@@ -166,6 +166,11 @@ class Compilation:
         return probe(self.model, {axis.name: axis.example(device) for axis in self.main.axes})
 
     @property
+    def known_cache_layout(self) -> CacheLayout | None:
+        """The same, where the model has been asked for it."""
+        return vars(self).get("cache_layout")
+
+    @property
     def tensor_edits(self) -> TensorEdits:
         """What every adaptation does with which rows of a stored tensor; the same in all signatures."""
         return self.program("train").tensor_edits

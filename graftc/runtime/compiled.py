@@ -335,10 +335,10 @@ class Compiled(ModelRoot, Generic[M]):
     activate = Published(CompiledRunner.activate)
     train_only = Published(CompiledRunner.train_only)
     explain = Published(CompiledRunner.explain)
-    generate = Published(CompiledRunner.generate)
 
     if TYPE_CHECKING:  # attributes of the Runner, which give way to a child of their name
         base_model: nn.Module
+        generate: Callable[..., Any]
         compilation: Compilation
         device: torch.device
         dtype: torch.dtype

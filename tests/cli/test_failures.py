@@ -10,7 +10,7 @@ from tests.cli.support import run_apart, run_here
 
 COMMANDS = (
     *("compile", "inspect", "merge", "convert", "export", "verify", "diff"),
-    *("methods", "schema", "roles", "check", "demo"),
+    *("methods", "schema", "roles", "check", "demo", "generate", "chat"),
 )
 
 

@@ -35,7 +35,7 @@ PUBLISHED = ROOT / "docs" / "schemas"
 SPEC = "adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]\ntrain: [classifier]\n"
 COMMANDS = (
     *("methods", "roles", "check", "compile", "import-peft", "merge", "convert", "export", "verify", "diff"),
-    *("inspect", "demo"),
+    *("inspect", "demo", "generate", "chat"),
 )
 
 

@@ -29,9 +29,13 @@ from graftc.runtime.cli.results.publish import published_schema
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.generate import load as load_graphs
 from graftc.runtime.models import load_model
+from graftc.runtime.text.answering import Settings
+from graftc.runtime.text.conversation import Conversation
+from graftc.runtime.text.opening import open_text_model
 from graftc.specs import registry
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, tiny
+from tests.cli.speakers import save_tokenizer
 from tests.runtime import onnx_toy
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -314,6 +318,17 @@ def more_tokens_than_positions(patch: pytest.MonkeyPatch) -> None:
     a_toy().generate(torch.ones(1, 20, dtype=torch.int64), max_new_tokens=20, eos_token_id=None)
 
 
+def a_model_without_a_tokenizer(patch: pytest.MonkeyPatch) -> None:
+    tiny("llama").save_pretrained("model")
+    open_text_model(Path("model"))
+
+
+def a_model_that_is_not_for_chat(patch: pytest.MonkeyPatch) -> None:
+    tiny("llama").save_pretrained("model")
+    save_tokenizer(Path("model"), template=None)
+    Conversation(open_text_model(Path("model")), Settings())
+
+
 CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC006": a_missing_spec,
     "GC018": a_gap_of_tokens,
@@ -359,6 +374,8 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC141": gates_behind_a_cache,
     "GC142": an_encoder_that_generates,
     "GC143": more_tokens_than_positions,
+    "GC146": a_model_without_a_tokenizer,
+    "GC147": a_model_that_is_not_for_chat,
 }
 
 

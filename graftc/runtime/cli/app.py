@@ -6,12 +6,14 @@ from typing import Annotated
 
 import typer
 
+from graftc.runtime.cli.chat import chat
 from graftc.runtime.cli.check import check
 from graftc.runtime.cli.compile import compile
 from graftc.runtime.cli.convert import convert
 from graftc.runtime.cli.demo import demo
 from graftc.runtime.cli.diff import diff
 from graftc.runtime.cli.export import export
+from graftc.runtime.cli.generate import generate
 from graftc.runtime.cli.import_peft import import_peft
 from graftc.runtime.cli.inspect import inspect
 from graftc.runtime.cli.merge import merge
@@ -39,7 +41,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog=_EPILOG)(_graftc)
-    working = (compile, import_peft, inspect, merge, convert, export, verify, diff)
+    working = (compile, import_peft, inspect, merge, convert, export, verify, diff, generate, chat)
     for command in (*working, check, roles, methods, schema, demo):
         app.command()(command)
     return app

@@ -7,6 +7,7 @@ are the trainer's.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,16 @@ def checkpoint_file(path: str | os.PathLike[str]) -> Path | None:
     if place.is_dir() and not (place / MANIFEST).exists():
         place = place / WEIGHTS
     return place if place.is_file() and place.suffix == Path(WEIGHTS).suffix else None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder holds what a trainer wrote of a compiled model, and no model of transformers."""
+    file = checkpoint_file(path)
+    try:
+        with safe_open(file, framework="pt") if file is not None else nullcontext() as opened:
+            return opened is not None and RECORD in opened.keys()  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
 
 
 def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:

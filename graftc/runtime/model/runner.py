@@ -282,8 +282,10 @@ class ModelRunner(Generating, Runner):
         Raises:
             GraftError: GC140 where there is none, or it is not of this model.
         """
-        with exclusive():
-            layout = self._active.cache_layout
+        layout = self._active.known_cache_layout
+        if layout is None:
+            with exclusive():
+                layout = self._active.cache_layout
         names = ("decoder_input_ids", "decoder_inputs_embeds") if layout.pairs else ("input_ids", "inputs_embeds")
         tokens = next((present[name] for name in names if name in present), None)
         if tokens is None:

@@ -486,6 +486,13 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "The graph takes or gives nothing for an argument, an input is missing or of another shape, or a token is not in "
      "the vocabulary.",
      "Leave out what the message names, or give the input in the shape that it states."),
+    ("GC146", _FAILED, "there is no tokenizer",
+     "The folder and the base have no tokenizer, it cannot be read, or it is that of another model.",
+     "Name a folder or hub id that has the model's tokenizer: `--tokenizer NAME`."),
+    ("GC147", _SPEC, "there is no chat template",
+     "The model's tokenizer has no template for conversations, or the template does not take such messages.",
+     "Use a model that is tuned for chat, or `graftc generate` without `--chat`. Leave out `--system` where the "
+     "template knows no such role."),
 )
 # fmt: on
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from graftc.passes.core.ir.cleaning import takes_device
+from graftc.passes.core.ir.grouped_heads import share_heads
 
 Function = Callable[..., Any]
 _OF_A_BATCH: dict[Any, Function] = {
@@ -63,6 +64,8 @@ def _made(graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
             node.target = _OF_A_BATCH[node.target]
         if node.op == "placeholder":
             node.target = node.name  # one of its own: what a model or a file calls an input may be the name of a value
+    if device.type == "cpu":
+        share_heads(placed)
     placed.set_codegen(_Reading(_read_first(placed, module)))
     code = placed.python_code("self", verbose=False)
     key = (code.src, tuple(sorted(f"{k}={v!r}" for k, v in code.globals.items())))

@@ -22,7 +22,7 @@ def is_past(name: str) -> bool:
 
 def is_cross(name: str) -> bool:
     """Whether an input has keys or values of what an encoder gave."""
-    return is_past(name) and name.startswith("cross")
+    return name.startswith("cross") and is_past(name)
 
 
 def past_name(kind: str, layer: int, part: str) -> str:

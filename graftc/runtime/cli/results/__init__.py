@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from graftc.runtime.cli.results.converting import ConvertedSiteData as ConvertedSiteData
     from graftc.runtime.cli.results.converting import ConvertResult as ConvertResult
     from graftc.runtime.cli.results.demo import DemoData as DemoData
+    from graftc.runtime.cli.results.generating import ChatResult as ChatResult
+    from graftc.runtime.cli.results.generating import GenerateResult as GenerateResult
     from graftc.runtime.cli.results.listing import MethodPage as MethodPage
     from graftc.runtime.cli.results.listing import MethodsResult as MethodsResult
     from graftc.runtime.cli.results.listing import RolesResult as RolesResult
@@ -42,6 +44,7 @@ _HOME = {
     "base": ("DiagnosticData", "ErrorResult", "FileData", "Result"),
     "converting": ("ConvertResult", "ConvertedSiteData"),
     "demo": ("DemoData",),
+    "generating": ("ChatResult", "GenerateResult"),
     "listing": ("MethodPage", "MethodsResult", "RolesResult"),
     "publish": ("DIALECT", "SCHEMA_NAMES", "published_schema", "published_schemas"),
     "views": ("InspectResult",),

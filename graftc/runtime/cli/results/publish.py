@@ -71,6 +71,12 @@ def _convert() -> dict[str, Any]:
     return _model(ConvertResult)
 
 
+def _generating(name: str) -> dict[str, Any]:
+    from graftc.runtime.cli.results import generating
+
+    return _model(getattr(generating, name))
+
+
 def _error() -> dict[str, Any]:
     from graftc.runtime.cli.results.base import ErrorResult
 
@@ -91,6 +97,8 @@ _BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "export": partial(_work, "ExportResult"),
     "verify": partial(_work, "VerifyResult"),
     "diff": partial(_work, "DiffResult"),
+    "generate": partial(_generating, "GenerateResult"),
+    "chat": partial(_generating, "ChatResult"),
     "inspect": _inspect,
     "demo": _demo,
 }

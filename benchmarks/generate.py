@@ -1,0 +1,222 @@
+"""What generating costs: a prompt, and a token behind it, in graftc, transformers and ONNX Runtime.
+
+    python -m benchmarks.generate [--rounds 12] [--only merged] [--case llama] [--layers N] [--context 256] [--steps 4]
+        [--inductor] [--onnx DIR] [--quick] [--threads N] [--out benchmarks/results]
+
+Writes generate.json and generate.md. A turn is a prompt of ``--context`` tokens with an empty cache, and then
+``--steps`` single tokens behind a context of that length; what is given is what transformers' loop gives. The floor
+reads as many bytes as the model has weights. README.md says how it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.command import command_line, parse, parser, write
+from benchmarks.generation import FLOOR, Case, Entry, Live, entries
+from benchmarks.train.report import load_text, machine
+from benchmarks.turns import all_ready, in_turns
+
+PARTS = ("prefill", "decode")
+TOLERANCE = 1e-3
+"""Of logits, over the largest of them."""
+
+
+@dataclass
+class Running:
+    """An entry that is ready, and what its turns took, in seconds."""
+
+    entry: Entry
+    live: Live
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    processor: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    logits: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """The entry's."""
+        return self.entry.name
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """Models with what they are given."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    quick = options.quick
+    context, steps = (7, 2) if quick else (options.context, options.steps)
+    for name in ("llama",) if quick else options.case or ("llama", "smollm2"):
+        torch.manual_seed(0)
+        if name == "smollm2":
+            from graftc.runtime.demo.decoder import load_decoder
+
+            model: Any = load_decoder(options.layers)
+        else:
+            sizes = {"hidden_size": 32 if quick else 256, "intermediate_size": 48 if quick else 704}
+            sizes |= {"num_hidden_layers": 2 if quick else 8, "num_attention_heads": 4, "num_key_value_heads": 2}
+            model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100 if quick else 4096))
+        model = model.eval().requires_grad_(False)
+        ids = torch.randint(3, model.config.vocab_size, (1, context + steps))
+        yield Case(name, model, ids, context, options.onnx / name if options.onnx is not None else None)
+
+
+def turn(running: Running, steps: int) -> None:
+    """A prompt and some steps; the mean of the steps counts."""
+    live = running.live
+    begun, used = time.perf_counter(), time.process_time()
+    live.prefill()
+    running.seconds["prefill"].append(time.perf_counter() - begun)
+    running.processor["prefill"].append(time.process_time() - used)
+    step = live.begin()
+    begun, used = time.perf_counter(), time.process_time()
+    for number in range(steps):
+        running.logits = step(number)
+    running.seconds["decode"].append((time.perf_counter() - begun) / steps)
+    running.processor["decode"].append((time.process_time() - used) / steps)
+
+
+def ratio(own: Sequence[float], other: Sequence[float]) -> float:
+    """The median of ratios within rounds."""
+    return statistics.median(a / b for a, b in zip(own, other, strict=True))
+
+
+def measure(case: Case, wanted: Sequence[Entry], rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The figures of a case."""
+
+    def ready(entry: Entry) -> Running:
+        tell(f"{case.name}: {entry.name}")
+        made = Running(entry, entry.make(case))
+        for _ in range(2):
+            turn(made, case.ids.shape[1] - case.context)
+        made.seconds, made.processor = ({part: [] for part in PARTS} for _ in range(2))
+        return made
+
+    found, skipped = all_ready(wanted, ready, tell)
+    steps = case.ids.shape[1] - case.context
+    in_turns(found, rounds, lambda one, _: turn(one, steps), tell)
+    by_name = {one.name: one for one in found}
+    data: dict[str, Any] = {}
+    for one in found:
+        peer = by_name.get(one.entry.peer or "")
+        own: dict[str, Any] = {"peer": one.entry.peer, "aim": dict(one.entry.aim), "difference": None}
+        for part in PARTS:
+            own[part] = {
+                "seconds": one.seconds[part],
+                "median": statistics.median(one.seconds[part]),
+                "processor": statistics.median(one.processor[part]),
+                "over_floor": ratio(one.seconds[part], by_name[FLOOR].seconds[part]),
+                "over_peer": None if peer is None else ratio(one.seconds[part], peer.seconds[part]),
+                "over_peer_processor": None if peer is None else ratio(one.processor[part], peer.processor[part]),
+            }
+        if peer is not None and one.entry.same:
+            assert one.logits is not None and peer.logits is not None
+            own["difference"] = float((one.logits - peer.logits).abs().max() / peer.logits.abs().max())
+        data[one.name] = own
+    read = case.weights / statistics.median(by_name[FLOOR].seconds["decode"])
+    sizes = {"weights": case.weights, "context": case.context, "steps": steps, "bytes_per_second": read}
+    layers = case.model.config.num_hidden_layers
+    return {**sizes, "layers": layers, "entries": data, "skipped": skipped}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 1 where an entry does not compute what its peer does."""
+    prog = "python -m benchmarks.generate"
+    own = parser(prog, "Prompts and tokens behind them.", 12)
+    own.add_argument("--only", help="a regular expression of entries; their peers run too")
+    own.add_argument("--case", action="append", choices=("llama", "smollm2"), help="one model (default: both)")
+    own.add_argument("--layers", type=int, help="the first layers of SmolLM2 only (default: all)")
+    own.add_argument("--context", type=int, default=256, help="tokens of the prompt (default: 256)")
+    own.add_argument("--steps", type=int, default=4, help="tokens behind it in each round (default: 4)")
+    own.add_argument("--inductor", action="store_true", help="torch.compile with a static cache too: some minutes")
+    own.add_argument("--onnx", type=Path, help="a folder with CASE/model.onnx, the cached model")
+    options = parse(own, arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    rounds = min(options.rounds, 2) if options.quick else options.rounds
+    date, before = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), machine()
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    wanted = chosen(entries(options.inductor), options.only)
+    found = {case.name: measure(case, wanted, rounds, tell) for case in cases(options)}
+    here = {**before, "load_after": machine()["load"]}
+    data = {"command": command_line(prog, arguments), "date": date, "rounds": rounds, "machine": here, "cases": found}
+    write(options.out, "generate", data, "\n".join(_lines(data)) + "\n")
+    wrong = [
+        f"{name}: {entry}: its logits are {one['difference']:.1e} from its peer's"
+        for name, case in found.items()
+        for entry, one in case["entries"].items()
+        if one["difference"] is not None and one["difference"] > TOLERANCE
+    ]
+    for line in wrong:
+        tell(line)
+    return 1 if wrong else 0
+
+
+def chosen(all_of_them: Sequence[Entry], pattern: str | None) -> list[Entry]:
+    """Entries that a regular expression finds, with the floor and their peers."""
+    if pattern is None:
+        return [*all_of_them]
+    names = {FLOOR, *(e.name for e in all_of_them if re.search(pattern, e.name))}
+    for entry in reversed(all_of_them):  # peers stand before those who are compared with them
+        if entry.name in names and entry.peer is not None:
+            names.add(entry.peer)
+    return [entry for entry in all_of_them if entry.name in names]
+
+
+def _lines(data: Mapping[str, Any]) -> Iterator[str]:
+    """The figures for people."""
+    here = data["machine"]
+    before, after = load_text(here["load"]), load_text(here["load_after"])
+    yield "# Generating\n"
+    yield f"`{data['command']}`, {data['date']}.\n"
+    yield (
+        f"Machine: {here['processor']}, {here['cores']} cores, {here['threads']} threads, {here['capability']}; load "
+        f"{before} before and {after} after. Medians of {data['rounds']} alternated rounds; an aim stands in brackets, "
+        "**bold** where it was missed. `processor` is the same ratio of the processor's time, which other work on the "
+        "machine disturbs less."
+    )
+    for name, case in data["cases"].items():
+        yield f"\n## {name}\n"
+        yield (
+            f"{case['layers']} layers, {case['weights'] / 1e6:.0f} MB of weights that a token reads, a context of "
+            f"{case['context']} tokens, {case['steps']} steps a round. The floor reads "
+            f"{case['bytes_per_second'] / 1e9:.1f} GB/s.\n"
+        )
+        columns = "prefill ms | ratio | processor | decode ms | ratio | processor | over the floor"
+        yield f"| entry | compared with | {columns} |"
+        yield f"| --- | --- |{' ---: |' * 7}"
+        for entry, one in case["entries"].items():
+            cells = [entry, one["peer"] or ""]
+            for part in PARTS:
+                cells.append(f"{1e3 * one[part]['median']:.2f}")
+                cells += [_ratio(one[part]["over_peer"], one["aim"].get(part))]
+                cells += [_ratio(one[part]["over_peer_processor"], None)]
+            yield f"| {' | '.join(cells)} | {one['decode']['over_floor']:.2f} |"
+        for entry, reason in case["skipped"].items():
+            yield f"\n{entry}: skipped: {reason}"
+
+
+def _ratio(value: float | None, aim: float | None) -> str:
+    if value is None:
+        return ""
+    shown = f"{value:.2f}"
+    if aim is None:
+        return shown
+    return f"**{shown}** ({aim})" if value > aim else f"{shown} ({aim})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

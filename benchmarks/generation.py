@@ -1,0 +1,258 @@
+"""Who generates in `benchmarks.generate`: models, and ways to run them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.train.contestants import UnavailableError
+from benchmarks.train.models import shared_copy
+
+FLOOR, EAGER, BASE, MERGED = "floor", "transformers", "graftc base", "graftc merged"
+LORA: dict[str, Any] = {"method": "lora", "rank": 8, "target": {"role": ["attn.{q,k,v,o}", "ffn.{gate,up,down}"]}}
+PREFIX: dict[str, Any] = {"method": "prefix", "length": 32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and what it is given.
+
+    Attributes:
+        name: of the case.
+        model: of transformers, in eval mode.
+        ids: of the context and what follows, ``[1, context + steps]``.
+        context: tokens of the prompt.
+        onnx: a folder with its cached ONNX model, if there is one.
+        compiled: by what is in their spec, made when first asked for.
+    """
+
+    name: str
+    model: Any
+    ids: Tensor
+    context: int
+    onnx: Path | None
+    compiled: dict[str, Any] = field(default_factory=dict)
+
+    def adapted(self, **entry: Any) -> Any:
+        """The model with one adaptation, whose values are as after some training."""
+        import graftc
+        from graftc.testing import perturb
+
+        if (key := entry["method"]) not in self.compiled:
+            made = graftc.compile({"adapt": [entry]}, shared_copy(self.model)).eval()
+            perturb(made, scale=0.01)
+            self.compiled[key] = made
+        return self.compiled[key]
+
+    @property
+    def weights(self) -> int:
+        """Bytes that a token reads: of all parameters, a tied head once, the table of words only where it is tied."""
+        held = {id(p): p for p in self.model.parameters()}
+        table = self.model.get_input_embeddings().weight
+        if table is not self.model.get_output_embeddings().weight:
+            held.pop(id(table))
+        return sum(p.numel() * p.element_size() for p in held.values())
+
+
+@dataclass(frozen=True)
+class Live:
+    """What takes turns.
+
+    Attributes:
+        prefill: runs the prompt.
+        begin: what decodes from the end of the prompt on: each call is a step.
+        logits: of the last step, to compare.
+    """
+
+    prefill: Callable[[], Any]
+    begin: Callable[[], Callable[[int], Any]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the table.
+
+    Attributes:
+        name: unique.
+        make: what runs.
+        peer: whom it is compared with.
+        aim: of the ratio to that.
+        same: whether its logits have to be those of the peer.
+    """
+
+    name: str
+    make: Callable[[Case], Live]
+    peer: str | None = None
+    aim: Mapping[str, float] = field(default_factory=dict)
+    same: bool = False
+
+
+def called(case: Case, model: nn.Module, within: Callable[[], Any] | None = None, **fixed: Any) -> Live:
+    """A module that is called as transformers' loop calls a model."""
+    from transformers.cache_utils import DynamicCache
+
+    around = within or nullcontext
+
+    def call(first: int, last: int, cache: Any) -> Any:
+        given = {
+            "input_ids": case.ids[:, first:last],
+            "attention_mask": torch.ones(1, last, dtype=torch.int64),
+            "position_ids": torch.arange(first, last)[None],
+            **{"cache": cache, "use_cache": True, "logits_to_keep": 1, **fixed},
+        }
+        with torch.no_grad(), around():
+            return model(**given)
+
+    kept = call(0, case.context, DynamicCache()).cache
+
+    def begin() -> Callable[[int], Any]:
+        cache = copy.copy(kept)
+        cache.layers = [copy.copy(layer) for layer in kept.layers]
+        return lambda step: call(case.context + step, case.context + step + 1, cache).logits
+
+    return Live(lambda: call(0, case.context, DynamicCache()).logits, begin)
+
+
+def floor(case: Case) -> Live:
+    """Reads as many bytes as the weights have."""
+    held = torch.ones(case.weights // 4)
+
+    def read(*_: int) -> None:
+        held.sum()
+
+    return Live(read, lambda: read)
+
+
+def lora(case: Case) -> Live:
+    """LoRA on all projections, beside the weights."""
+    return called(case, case.adapted(**LORA))
+
+
+def base(case: Case) -> Live:
+    """The same model without its adaptations."""
+    compiled = case.adapted(**LORA)
+    return called(case, compiled, compiled.disabled)
+
+
+def merged(case: Case) -> Live:
+    """LoRA folded into the weights."""
+    return called(case, merged_model(case))
+
+
+def merged_model(case: Case) -> Any:
+    """The folded model."""
+    if "merged" not in case.compiled:
+        case.compiled["merged"] = case.adapted(**LORA).merge()
+    return case.compiled["merged"]
+
+
+def prefix(case: Case) -> Live:
+    """A prefix of 32 keys and values."""
+    from graftc.specs.errors.diagnostics import GraftError
+
+    try:
+        return called(case, case.adapted(**PREFIX))
+    except GraftError as error:
+        raise UnavailableError(str(error).splitlines()[0]) from error
+
+
+def static(case: Case) -> Live:
+    """transformers with its static cache, by `torch.compile`."""
+    from transformers.cache_utils import StaticCache
+
+    model = shared_copy(case.model)
+    length = case.ids.shape[1]
+    run = torch.compile(model, dynamic=False)
+    cache = StaticCache(config=model.config, max_cache_len=length)
+
+    def call(first: int, last: int) -> Any:
+        given = {"input_ids": case.ids[:, first:last], "position_ids": torch.arange(first, last)[None]}
+        with torch.no_grad():
+            return run(**given, cache=cache, use_cache=True, logits_to_keep=1).logits
+
+    def prefill() -> Any:
+        cache.reset()
+        return call(0, case.context)
+
+    def begin() -> Callable[[int], Any]:
+        prefill()
+        return lambda step: call(case.context + step, case.context + step + 1)
+
+    return Live(prefill, begin)
+
+
+def onnx(case: Case) -> Live:
+    """The cached ONNX model of the merged one, in ONNX Runtime, its keys and values bound and never copied."""
+    file = case.onnx / "model.onnx" if case.onnx is not None else None
+    if file is None or not file.is_file():
+        raise UnavailableError("no cached ONNX model: --onnx DIR, with CASE/model.onnx")
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise UnavailableError("onnxruntime is not installed") from error
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    takes = [each.name for each in session.get_inputs()]
+    gives = [each.name for each in session.get_outputs()]
+    config = case.model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    nothing = ort.OrtValue.ortvalue_from_numpy(torch.empty(1, config.num_key_value_heads, 0, width).numpy())
+    empty = {name: nothing for name in takes if name.startswith("past_key_values.")}
+
+    def call(first: int, last: int, past: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        own = {
+            "input_ids": case.ids[:, first:last],
+            "attention_mask": torch.ones(1, last, dtype=torch.int64),
+            "position_ids": torch.arange(first, last)[None],
+        }
+        binding = session.io_binding()
+        for name in takes:
+            if name in past:
+                binding.bind_ortvalue_input(name, past[name])
+            else:
+                binding.bind_cpu_input(name, own[name].contiguous().numpy())
+        for name in gives:
+            binding.bind_output(name)
+        session.run_with_iobinding(binding)
+        found = dict(zip(gives, binding.get_outputs(), strict=True))
+        present = {f"past_key_values.{name.removeprefix('present.')}": v for name, v in found.items() if "." in name}
+        return torch.from_numpy(found["logits"].numpy())[:, -1:], present
+
+    kept = call(0, case.context, empty)[1]
+
+    def begin() -> Callable[[int], Any]:
+        past = kept
+
+        def step(number: int) -> Any:
+            nonlocal past
+            logits, past = call(case.context + number, case.context + number + 1, past)
+            return logits
+
+        return step
+
+    return Live(lambda: call(0, case.context, empty)[0], begin)
+
+
+def entries(inductor: bool) -> list[Entry]:
+    """All lines, in the order of their turns."""
+    aims = {"prefill": 0.9, "decode": 0.9}
+    found = [
+        Entry(FLOOR, floor),
+        Entry(EAGER, lambda case: called(case, case.model)),
+        Entry(BASE, base, EAGER, aims, same=True),
+        Entry(MERGED, merged, EAGER, aims),
+        Entry("graftc LoRA", lora, MERGED, {"decode": 1.05}, same=True),
+        Entry("graftc prefix", prefix, BASE, {"decode": 1.02}),
+        Entry("graftc in ONNX Runtime", onnx, EAGER, {"prefill": 0.6, "decode": 0.6}),
+    ]
+    if inductor:
+        found.append(Entry("transformers, torch.compile", static, EAGER, same=True))
+    return found

@@ -1,0 +1,229 @@
+"""Opening what generates text: an artifact, a folder of transformers, or an adapter of PEFT's, with its tokenizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from graftc.compiler.capture.interface import Interface
+from graftc.compiler.capture.past import cache_name
+from graftc.runtime.artifact.manifest import MANIFEST
+from graftc.runtime.artifact.places import is_peft
+from graftc.runtime.loading.checkpoint import is_checkpoint
+from graftc.runtime.models import load_folder, load_model_and_inputs, local_folder, quiet_transformers
+from graftc.specs.compose import Bank
+from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import Compiled
+
+__all__ = ["Kind", "TextModel", "open_text_model"]
+
+Kind = Literal["artifact", "model", "onnx", "peft"]
+"""What a folder holds: an artifact, a whole model, graphs for ONNX Runtime, or an adapter of PEFT's."""
+
+_TOKENIZER = ("tokenizer*.json", "vocab.*", "*.model", "merges.txt", "*.tiktoken")
+_ONNX = ("model.onnx", "decoder_model.onnx")
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model that generates, with its tokenizer.
+
+    Attributes:
+        kind: what the folder holds.
+        model: what is called: a compiled model, or one of transformers.
+        source: the model of transformers that it is, or is made from.
+        tokenizer: of transformers.
+        compiled: the compiled model; None for a whole model.
+    """
+
+    kind: Kind
+    model: Any
+    source: Any
+    tokenizer: Any
+    compiled: Compiled | None = None
+
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """As transformers' ``generate``."""
+        found: Callable[..., Any] = self.model.generate
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found: torch.device = self.model.device
+        return found
+
+    @property
+    def text_config(self) -> Any:
+        """The config of the part that makes text."""
+        return self.source.config.get_text_config()
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it is an encoder and a decoder."""
+        return bool(getattr(self.source.config, "is_encoder_decoder", False))
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens a text may have; None where the model sets no limit."""
+        found = None if self.has_encoder else getattr(self.text_config, "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else None
+
+    @property
+    def cache_name(self) -> str | None:
+        """The name by which a call is given a cache; None where it takes none."""
+        forward = getattr(type(self.source), "forward", None)
+        return None if forward is None else cache_name(inspect.signature(forward).parameters)
+
+    def choose(self, adapter: str) -> None:
+        """Let calls use one adaptation of a bank.
+
+        Raises:
+            GraftError: GC091 where the model has no bank; GC038 for a name that none has.
+        """
+        banks = [c for c in self.compiled.spec.compose if isinstance(c, Bank)] if self.compiled is not None else []
+        if not banks or self.compiled is None:
+            raise GraftError("GC091", f"there is no adaptation {adapter!r} to choose: the model has no bank of them")
+        holding = [bank for bank in banks if adapter in bank.members]
+        for bank in holding or banks[:1]:
+            self.compiled.activate(adapter, bank.name)
+
+    def base_only(self) -> AbstractContextManager[None]:
+        """Inside, the model computes what its base computes.
+
+        Raises:
+            GraftError: GC090 where it has no adaptations.
+        """
+        if self.compiled is None:
+            raise GraftError("GC090", "a whole model has no base beside it", hint="leave out --base")
+        return self.compiled.disabled()
+
+
+def open_text_model(
+    folder: Path,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    *,
+    device: str | None = None,
+) -> TextModel:
+    """The model of a folder, in eval mode, with its tokenizer.
+
+    Args:
+        folder: an artifact, a model of transformers, graphs for ONNX Runtime, or an adapter of PEFT's.
+        model: the base of an artifact or adapter, as the command line takes it; by default what an artifact says.
+        tokenizer: a folder or hub id that has one; by default that of the folder or of the base.
+        device: where the model goes; it stays where it is loaded by default.
+
+    Raises:
+        GraftError: GC032 for a folder that holds no model, GC142 for a model that does not generate, GC146 where there
+            is no tokenizer; and as `graftc.load`.
+    """
+    kind, made, compiled = _loaded(folder, model)
+    source = made if compiled is None else compiled.compilation.source
+    _require_generating(source, compiled)
+    found = _tokenizer(tokenizer, [folder, local_folder(source)])
+    if device is not None:
+        made = _moved(made, device)
+    return TextModel(kind, made.eval(), source, found, compiled)
+
+
+def _loaded(folder: Path, model: str | None) -> tuple[Kind, Any, Compiled | None]:
+    from graftc.runtime.api import import_peft, load
+
+    if not folder.is_dir():
+        raise GraftError("GC032", f"there is no folder {str(folder)!r}", hint=_neighbour(folder))
+    if (folder / MANIFEST).is_file() or is_checkpoint(folder):
+        compiled = load(folder, model)
+        return "artifact", compiled, compiled
+    if is_peft(folder) and model is not None:
+        base, inputs = load_model_and_inputs(model)
+        compiled = import_peft(folder, base, inputs)
+        return "peft", compiled, compiled
+    if model is not None:
+        raise GraftError("GC090", f"{str(folder)!r} is no adapter, and takes no --model", hint="leave out --model")
+    if not any(folder.glob("*.safetensors")) and any((folder / name).is_file() for name in _ONNX):
+        from graftc.runtime.generate import load as load_graphs
+
+        return "onnx", load_graphs(folder), None
+    return "model", load_folder(folder), None
+
+
+def _neighbour(folder: Path) -> str | None:
+    try:
+        names = [p.name for p in folder.parent.iterdir() if p.is_dir()]
+    except OSError:
+        return None
+    close = nearest(folder.name, names, n=1)
+    return f"did you mean {str(folder.parent / close[0])!r}?" if close else None
+
+
+def _require_generating(source: Any, compiled: Compiled | None) -> None:
+    from graftc.runtime.model.runner import runner_of
+
+    if compiled is not None:
+        can = runner_of(compiled).can_generate()
+    else:
+        can = source.can_generate() and (not isinstance(source, nn.Module) or Interface(source).cache is not None)
+    if not can:
+        name = type(source).__name__
+        raise GraftError("GC142", f"{name} does not generate", hint="take a model with a language model head")
+
+
+def _moved(model: Any, device: str) -> Any:
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise GraftError("GC090", f"there is no device {device!r}: {first_line(error)}") from error
+
+
+def _tokenizer(named: str | None, places: list[Path | None]) -> Any:
+    """A tokenizer: of what a user names, else of the first folder that has one."""
+    if named is not None:
+        return _read(named)
+    place = next((p for p in places if p is not None and _has_tokenizer(p)), None)
+    if place is None:
+        shown = " or ".join(repr(str(p)) for p in dict.fromkeys(places) if p is not None)
+        raise GraftError("GC146", f"there is no tokenizer in {shown}", hint="name a folder or hub id: --tokenizer NAME")
+    return _read(str(place))
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) is not None for pattern in _TOKENIZER)
+
+
+def _read(place: str) -> Any:
+    from transformers import AutoTokenizer
+
+    if (folder := Path(place).expanduser()).is_dir():
+        place = str(folder)
+        if not _has_tokenizer(folder):  # transformers would make an empty one
+            raise GraftError("GC146", f"there is no tokenizer in {place!r}", hint="give a folder with a tokenizer.json")
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        except Exception as error:
+            message = f"the tokenizer of {place!r} cannot be read: {first_line(error).rstrip('.')}"
+            raise GraftError("GC146", message, hint="name a folder or hub id: --tokenizer NAME") from error
+
+
+@contextmanager
+def adapted(model: TextModel, *, adapter: str | None, base: bool) -> Iterator[None]:
+    """Inside, calls run the adaptation of a bank that is named, or the base alone.
+
+    Raises:
+        GraftError: as `TextModel.choose` and `TextModel.base_only`.
+    """
+    if adapter is not None:
+        model.choose(adapter)
+    with model.base_only() if base else nullcontext():
+        yield
