@@ -32,6 +32,7 @@ PLAIN = {"length": 3, "reparameterization": None}
 class TestAPL(MethodContract):
     """All parts, and an update of a linear map that is not square; all such of Mixtral's are experts."""
 
+    cacheable = False
     adaptation: ClassVar[dict[str, Any]] = {
         **APL,
         "target": {"role": ["ffn.sublayer", "attn", "attn.q", "attn.v", "ffn.up"]},
@@ -42,6 +43,7 @@ class TestAPL(MethodContract):
 class TestAP(MethodContract):
     """Without low-rank updates, over real tokens, with dropout."""
 
+    cacheable = False
     variant = True
     adaptation: ClassVar[dict[str, Any]] = {**AP, "tokens": "real", "adapter": {"reduction": 6, "dropout": 0.1}}
 

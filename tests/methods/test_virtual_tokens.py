@@ -32,6 +32,7 @@ def deployed(compiled: Any) -> Any:
 class TestPrompt(MethodContract):
     """In front of the text."""
 
+    cacheable = False
     families = TEXT
     adaptation: ClassVar[dict[str, Any]] = {"method": "prompt", "length": 3}
 
@@ -39,6 +40,7 @@ class TestPrompt(MethodContract):
 class TestSuffix(MethodContract):
     """Behind the last real token of each row, from the vectors of some tokens."""
 
+    cacheable = False
     variant = True
     families = TEXT
     adaptation: ClassVar[dict[str, Any]] = {
@@ -53,6 +55,7 @@ class TestSuffix(MethodContract):
 class TestPreEmbed(MethodContract):
     """In front and within."""
 
+    cacheable = False
     variant = True
     families = TEXT
     adaptation: ClassVar[dict[str, Any]] = {"method": "pre_embed", "length": 2, "infix": 3, "infix_after": 7}
@@ -61,6 +64,7 @@ class TestPreEmbed(MethodContract):
 class TestPreLayer(MethodContract):
     """Before every layer."""
 
+    cacheable = False
     families = TEXT
     adaptation: ClassVar[dict[str, Any]] = {"method": "pre_layer", "length": 3}
 
@@ -68,6 +72,7 @@ class TestPreLayer(MethodContract):
 class TestInfixPreLayer(MethodContract):
     """Before every layer, in front and within."""
 
+    cacheable = False
     variant = True
     families = TEXT
     adaptation: ClassVar[dict[str, Any]] = {"method": "pre_layer", "length": 3, "infix": 2}
