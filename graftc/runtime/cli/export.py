@@ -78,14 +78,16 @@ def export(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Export to ONNX, .pt2 or GGUF, folded and certified, or the adapters alone to PEFT's format or (--no-merge) to
-    GGUF; files are checked before they appear."""
+    """Export to ONNX (onnx-generate: with a cache, to generate), .pt2 or GGUF, folded and certified, or the adapters
+    alone to PEFT's format or (--no-merge) to GGUF; files are checked before they appear."""
     from graftc.runtime.cli.output import print_json, steps, working
 
     if format is ExportFormat.GGUF and inputs:
         raise GraftError(
             "GC090", "a GGUF file has no inputs", hint="--no-merge writes the LoRAs as a file of their own"
         )
+    if format is ExportFormat.ONNX_GENERATE and inputs:
+        raise GraftError("GC090", "graphs that generate take no adaptations as inputs", hint="leave out --inputs")
     to = destination(out, dry_run=dry_run)
     names = inputs or []
     if format is ExportFormat.PEFT:
@@ -99,7 +101,12 @@ def export(
 
         if to is not None:
             check_apart(to, directory, model)
-            check_destination(to, force=force, companions=companions)
+            if format is ExportFormat.ONNX_GENERATE:
+                from graftc.runtime.export.cached import is_exported
+
+                check_destination(to, force=force, replaceable=is_exported)
+            else:
+                check_destination(to, force=force, companions=companions)
         step("loading")
         from graftc.runtime.api import load
 
@@ -140,6 +147,9 @@ def _write(
 
     if format is ExportFormat.GGUF and not isinstance(made, Partial):
         made.export(to, format="gguf", dtype=cast("Literal['f32', 'f16', 'bf16']", dtype), force=force)
+        return
+    if format is ExportFormat.ONNX_GENERATE:
+        made.export(to, format="onnx-generate", force=force)
         return
     kind: Literal["onnx", "pt2"] = "onnx" if format is ExportFormat.ONNX else "pt2"
     made.export(to, format=kind, inputs=names, force=force)

@@ -43,6 +43,7 @@ class ExportFormat(StrEnum):
     """What ``graftc export`` can write."""
 
     ONNX = "onnx"
+    ONNX_GENERATE = "onnx-generate"
     PT2 = "pt2"
     GGUF = "gguf"
     PEFT = "peft"

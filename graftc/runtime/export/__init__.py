@@ -47,7 +47,7 @@ def export_model(
             unknown one.
     """
     if format not in ("onnx", "pt2"):
-        hint = "the formats of graphs are onnx and pt2; peft and gguf are those of adapters and merged models"
+        hint = "graphs are onnx, onnx-generate or pt2; adapters and merged models may also be peft or gguf"
         raise GraftError("GC060", f"format {format!r} is unknown", hint=hint)
     from graftc.runtime.export.inputs import companions_of
     from graftc.runtime.export.module import ExportModule

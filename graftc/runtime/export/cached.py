@@ -23,7 +23,6 @@ from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis
 from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_place
 from graftc.passes.core.ir.program_key import Signature
-from graftc.runtime.artifact.places import is_ours
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.files import staged
 from graftc.runtime.model.choosing import with_choices
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
 _AXES = {BATCH: "batch_size", PAST: "past_sequence_length"}
 _HIDDEN = "last_hidden_state"
+_FIRST = ("model.onnx", "encoder_model.onnx")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def export_cached(
 
     runner.require_generating()
     origin = companions_of_model(runner._compilation.source)
-    with staged(path, force=force, replaceable=_is_cached_folder) as folder:
+    with staged(path, force=force, replaceable=is_exported) as folder:
         folder.mkdir()
         about = metadata(runner, certificate=certificate)
         config, generation = copy.deepcopy(runner.config), getattr(runner.module, "generation_config", None)
@@ -152,8 +152,9 @@ def _describe(module: CachedModule, config: Any, generation: Any, folder: Path, 
         (folder / "genai_config.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
 
 
-def _is_cached_folder(path: Path) -> bool:
-    return is_ours(path) or any(path.glob("*model.onnx"))
+def is_exported(path: Path) -> bool:
+    """Whether a folder is one that `export_cached` wrote, and may replace."""
+    return (path / "config.json").is_file() and any((path / name).is_file() for name in _FIRST)
 
 
 def _files(runner: ModelRunner) -> Iterator[CachedFile]:
