@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.graftc-setup
 EXTRAS := dev,demo,docs,train,export
-OUT    ?= demo-out
+OUT    ?=
 QUICK  ?=
 JOBS   ?= 2
 FUZZ   ?= 10000
 ARGS   ?=
+DEMO   := $(if $(OUT),--out "$(OUT)") $(if $(filter-out 0,$(QUICK)),--quick)
 
 # Two test processes with one thread each: more threads on two cores only get in each other's way.
 # Byte code is kept whatever the environment says: tests start dozens of processes that read the same sources.
@@ -17,7 +18,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test tests test-fast test-full durations gates fuzz test-gpu lint format wheel coverage bench-train bench-adapters bench-inputs bench-sparse bench-generate docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full durations gates fuzz test-gpu lint format wheel coverage bench-train bench-adapters bench-inputs bench-sparse bench-generate docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,8 +44,11 @@ $(STAMP): pyproject.toml
 	echo "[4/4] ready"; \
 	cp pyproject.toml $@
 
-demo: setup ## the whole path on a real model and real data (QUICK=1: under 2 minutes; OUT=DIR)
-	$(BIN)/python -m graftc demo --out "$(OUT)" $(if $(filter-out 0,$(QUICK)),--quick)
+demo: setup ## the whole path on a pretrained encoder and real news (QUICK=1: under 2 minutes; OUT=DIR)
+	$(BIN)/python -m graftc demo $(DEMO)
+
+demo-llm: setup ## the whole path on a real chat model, beside peft: under 15 minutes (QUICK=1: under 4; OUT=DIR)
+	$(BIN)/python -m graftc demo --llm $(DEMO)
 
 test: lint wheel tests ## linters, types, layers, the wheel, and the tests
 
@@ -125,5 +129,5 @@ docs: setup ## write the generated pages of docs/ and build the site (site/, no 
 	@echo "docs: site/index.html"
 
 clean: ## remove builds, caches and the demo's output; .venv stays
-	rm -rf build dist site demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist site demo-out demo-llm-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find graftc tests tools examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

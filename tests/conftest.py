@@ -94,7 +94,8 @@ RARE = frozenset(
 
 MAIN_JOBS = frozenset(
     {
-        *("tests/demo/test_demo.py", "tests/test_readme.py", "tests/docs/test_snippets.py", "tests/test_plugin.py"),
+        *("tests/demo/test_demo.py", "tests/demo/test_llm.py", "tests/test_readme.py"),
+        *("tests/docs/test_snippets.py", "tests/test_plugin.py"),
         *("tests/artifact/test_stored.py", "tests/frozen/test_frozen.py", "tests/test_no_model_tables.py"),
     }
 )

@@ -70,11 +70,12 @@ def in_parts(model: ModelRoot, seed: int = 0) -> tuple[Tensor, Tensor]:
     try:
         with torch.no_grad():
             if runner.config.is_encoder_decoder:
-                mask[0, -2:] = 0
-                text = {"attention_mask": mask}
+                given = inputs_for(model, shape, seed)
+                source = {name: value for name, value in given.items() if not name.startswith("decoder_")}
                 tokens = torch.randint(3, rows, shape, generator=generator)
-                whole = model(input_ids=ids, decoder_input_ids=tokens, **text).logits
-                text["encoder_outputs"] = runner.encode({"input_ids": ids, **text})
+                whole = model(**source, decoder_input_ids=tokens).logits
+                text = {name: value for name, value in source.items() if name == "attention_mask"}
+                text["encoder_outputs"] = runner.encode(dict(source))
                 calls = [{"decoder_input_ids": tokens[:, a:b], **text} for a, b in _PARTS]
                 return whole, _called(model, calls)
             mask[0, :2] = 0

@@ -35,3 +35,13 @@ DEMO: dict[str, Any] = {
     **{"report": REPORT, "certificate": CERTIFICATE, "transformers": AGREEMENT, "onnx": AGREEMENT},
     **{"seconds": {"training": 0.5}, "files": {"model": "folded"}},
 }
+SCORE = {"accuracy": 0.5, "macro_f1": 0.5}
+LLM_DEMO: dict[str, Any] = {
+    **{"passed": True, "failures": [], "quick": True, "examples": {"train": 9, "test": 3}},
+    "training": {"steps": 3, "batch": 3, "losses_apart": None},
+    "scores": {side: {"likelihood": SCORE, "generation": 0.5} for side in ("untuned", "graftc")} | {"peft": None},
+    "answers": [{"text": "a", "topic": "b", "before": "c", "after": "b"}],
+    **{"report": REPORT, "certificate": CERTIFICATE},
+    "same_tokens": {"merged": {"passed": True, "prompts": 2, "same": 2, "tokens": 8}},
+    **{"seconds": {"training": 0.5}, "files": {"model": "folded"}, "bytes": {"model": 9}},
+}

@@ -9,26 +9,40 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.cli.samples import DEMO
+from tests.cli.samples import DEMO, LLM_DEMO
 from tests.cli.support import run_here
 
 
 @pytest.mark.parametrize(("passed", "status"), [(True, 0), (False, 1)])
+@pytest.mark.parametrize(
+    ("llm", "runs", "sample", "place"),
+    [(False, "demo.run_demo", DEMO, "demo-out"), (True, "llm.run_llm_demo", LLM_DEMO, "demo-llm-out")],
+    ids=["encoder", "llm"],
+)
 def test_options_status_and_json(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, passed: bool, status: int
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    llm: bool,
+    runs: str,
+    sample: dict[str, Any],
+    place: str,
+    passed: bool,
+    status: int,
 ) -> None:
     seen: list[tuple[Path, bool]] = []
+    found = {**sample, "passed": passed}
 
     def fake(out: Path, quick: bool = False, console: Console | None = None) -> Any:
         seen.append((out, quick))
         assert console is not None
         console.print("working")
-        return SimpleNamespace(passed=passed, to_json=lambda: {**DEMO, "passed": passed})
+        return SimpleNamespace(failures=() if passed else ("it fails",), to_json=lambda: found)
 
-    monkeypatch.setattr("graftc.runtime.demo.demo.run_demo", fake)
-    plain = run_here(capsys, "demo", "--out", "there", "--quick")
+    monkeypatch.setattr(f"graftc.runtime.demo.{runs}", fake)
+    which = ["--llm"] if llm else []
+    plain = run_here(capsys, "demo", *which, "--out", "there", "--quick")
     assert (plain.status, plain.out, plain.err) == (status, "working\n", "")
-    data = run_here(capsys, "demo", "--json")
+    data = run_here(capsys, "demo", *which, "--json")
     assert data.status == status and data.err == "working\n"
-    assert data.data == {**DEMO, "passed": passed, "out": "demo-out", "warnings": []}
-    assert seen == [(Path("there"), True), (Path("demo-out"), False)]
+    assert data.data == {**found, "out": place, "warnings": []}
+    assert seen == [(Path("there"), True), (Path(place), False)]

@@ -28,14 +28,14 @@ from graftc.runtime.cli.results import (
 )
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.registry import method_specs
-from tests.cli.samples import CERTIFICATE, DEMO, REPORT
+from tests.cli.samples import CERTIFICATE, DEMO, LLM_DEMO, REPORT
 from tests.cli.support import ROOT, Outcome, run_here
 
 PUBLISHED = ROOT / "docs" / "schemas"
 SPEC = "adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]\ntrain: [classifier]\n"
 COMMANDS = (
     *("methods", "roles", "check", "compile", "import-peft", "merge", "convert", "export", "verify", "diff"),
-    *("inspect", "demo", "generate", "chat"),
+    *("inspect", "demo", "demo-llm", "generate", "chat"),
 )
 
 
@@ -156,7 +156,7 @@ def test_deploying(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = SimpleNamespace(passed=True, to_json=lambda: DEMO)
+    found = SimpleNamespace(failures=(), to_json=lambda: DEMO)
     monkeypatch.setattr("graftc.runtime.demo.demo.run_demo", lambda *_, **__: found)
     assert valid("demo", run_here(capsys, "demo", "--json")) == {**DEMO, "out": "demo-out", "warnings": []}
 
@@ -170,6 +170,13 @@ def test_the_demo_gives_what_its_schema_says() -> None:
     scores = (Scores(0.5, 0.5), Scores(0.9, 0.9), Scores(0.7, 0.7))
     made = demo.DemoResult(False, (9, 3), *scores, REPORT, CERTIFICATE, agreement, agreement, {"a": 1.0}, {"b": "c"})
     DemoData.model_validate({**made.to_json(), "out": "demo-out", "warnings": []})
+
+
+def test_demo_of_a_language_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(failures=(), to_json=lambda: LLM_DEMO)
+    monkeypatch.setattr("graftc.runtime.demo.llm.run_llm_demo", lambda *_, **__: found)
+    printed = valid("demo-llm", run_here(capsys, "demo", "--llm", "--json"))
+    assert printed == {**LLM_DEMO, "out": "demo-llm-out", "warnings": []}
 
 
 @pytest.fixture(scope="module")

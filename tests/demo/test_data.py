@@ -131,6 +131,17 @@ def test_neither_package_is_imported() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_balanced_part_takes_labels_in_turn_as_long_as_they_last() -> None:
+    split = DataSplit(tuple("abcdefghij"), (0, 0, 0, 0, 0, 0, 1, 1, 1, 2))
+    some = split.balanced(6, seed=1)
+    assert some == split.balanced(6, seed=1)
+    assert sorted(split.balanced(5).labels) == [0, 0, 1, 1, 2] and sorted(split.balanced(9).labels)[5:] == [1, 1, 1, 2]
+    assert all(split.labels[split.texts.index(t)] == label for t, label in zip(some.texts, some.labels, strict=True))
+    assert list(some.texts) == sorted(some.texts)
+    assert split.balanced(10) == split and split.balanced(99) == split
+    assert len({split.balanced(3, seed).texts for seed in range(20)}) > 1
+
+
 def test_a_subset_is_seeded_and_keeps_pairs_and_order() -> None:
     split = DataSplit(tuple("abcdefgh"), tuple(range(8)))
     some = split.subset(3, seed=1)

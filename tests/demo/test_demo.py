@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from graftc.runtime.demo import demo
+from graftc.runtime.demo import demo, stages
 from graftc.runtime.demo.data import find_model
 from graftc.runtime.demo.result import DemoResult, PredictionAgreement
 from graftc.runtime.demo.training import Scores
@@ -59,8 +59,8 @@ def test_the_spec_is_valid() -> None:
 def test_a_missing_package_is_said_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quick: bool, absent: str, named: str
 ) -> None:
-    find_spec = demo.find_spec
-    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == absent else find_spec(name))
+    find_spec = stages.find_spec
+    monkeypatch.setattr(stages, "find_spec", lambda name: None if name == absent else find_spec(name))
     with pytest.raises(GraftError) as caught:
         demo.run_demo(tmp_path / "out", quick=quick, console=Console(file=io.StringIO()))
     assert str(caught.value) == f"GC061: the demo needs {named}\n  hint: pip install 'graftc[demo]'"
@@ -113,5 +113,5 @@ def test_the_quick_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.Monk
     assert set(saved) == set(plain.state_dict()), "no tensor of an adapter is left"
 
     (out / "stray.txt").write_text("stays")
-    demo._claim(out)
+    stages.claim(out, demo._FILES)
     assert sorted(p.name for p in out.iterdir()) == ["demo.json", "stray.txt"], "a rerun starts afresh"

@@ -10,7 +10,7 @@ from torch import nn
 
 from graftc.runtime.demo.baseline import embed, logistic_regression
 from graftc.runtime.demo.data import Encoded
-from graftc.runtime.demo.training import Scores, predict, score, train_classifier
+from graftc.runtime.demo.training import Scores, predict, score, train
 
 
 class Toy(nn.Module):
@@ -62,7 +62,7 @@ def test_training_learns_and_leaves_frozen_tensors_alone() -> None:
     model = Toy().eval()
     base = {name: tensor.clone() for name, tensor in model.base.state_dict().items()}
     seen: list[tuple[int, float]] = []
-    run = train_classifier(model, separable(), 60, lr=5e-2, on_step=lambda *step: seen.append(step))
+    run = train(model, separable(), 60, lr=5e-2, on_step=lambda *step: seen.append(step))
     assert seen == list(enumerate(run.losses, start=1)) and len(seen) == 60
     assert sum(run.losses[-10:]) < 0.7 * sum(run.losses[:10])
     assert all(torch.equal(base[name], tensor) for name, tensor in model.base.state_dict().items())
@@ -73,7 +73,7 @@ def test_training_learns_and_leaves_frozen_tensors_alone() -> None:
 def test_training_is_repeatable() -> None:
     def losses() -> tuple[float, ...]:
         torch.manual_seed(1)
-        return train_classifier(Toy(), separable(2), 5, lr=1e-2).losses
+        return train(Toy(), separable(2), 5, lr=1e-2).losses
 
     assert losses() == losses()
 
@@ -90,7 +90,7 @@ def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
     # Adam's step on a constant gradient is the learning rate itself.
     model, at = Constant(), [0.0]
     batches = iter([{"x": torch.ones(1)}] * 20)
-    train_classifier(model, batches, 20, lr=1.0, on_step=lambda *_: at.append(-model.p.item()))
+    train(model, batches, 20, lr=1.0, on_step=lambda *_: at.append(-model.p.item()))
     rates = [b - a for a, b in pairwise(at)]
     assert rates[:2] == pytest.approx([0.5, 1.0], rel=1e-3)
     assert rates[2:] == pytest.approx([(20 - step) / 18 for step in range(2, 20)], rel=1e-3)
@@ -103,7 +103,7 @@ def test_a_loss_that_is_no_number_ends_training() -> None:
         yield {**next(good), "x": torch.full((16, 6), float("nan"))}
 
     with pytest.raises(FloatingPointError, match="the loss of step 2 is nan"):
-        train_classifier(Toy(), broken(), 2, lr=1e-2)
+        train(Toy(), broken(), 2, lr=1e-2)
 
 
 def test_predictions_come_in_the_order_of_the_data() -> None:

@@ -40,6 +40,14 @@ def _name(text: str) -> str:
     return text
 
 
+def _axis(text: str) -> str:
+    """The name of an axis, or of two that it is as long as together."""
+    names = text.split("+")
+    if len(names) > 2:
+        raise ValueError("no name of an axis")
+    return "+".join(map(_name, names))
+
+
 Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 Shape: TypeAlias = Annotated[tuple[Count, ...], Field(max_length=16), AfterValidator(_bounded)]
@@ -51,7 +59,8 @@ ElementType: TypeAlias = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")
 ClassName: TypeAlias = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_printable)]
 Settings: TypeAlias = Annotated[dict[str, bool | int | float | str], Field(max_length=4096)]
 Labels: TypeAlias = Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=MOST_LABELS)]
-Size: TypeAlias = Annotated[int, Field(ge=0, le=2**24)] | Name
+AxisName: TypeAlias = Annotated[str, AfterValidator(_axis)]
+Size: TypeAlias = Annotated[int, Field(ge=0, le=2**24)] | AxisName
 
 
 class Record(BaseModel):

@@ -341,7 +341,8 @@ class Manifest(Record):
             names = [entry.name for entry in signature.inputs]
             if len(set(names)) != len(names) or not names:
                 raise ValueError("inputs of one name, or none")
-            if math.prod(size for entry in signature.inputs for size in entry.axes if isinstance(size, int)) > 2**32:
+            sizes = ([size for size in entry.axes if isinstance(size, int)] for entry in signature.inputs)
+            if sum(map(math.prod, sizes)) > 2**32:
                 raise ValueError("inputs of a great size")
             for captured in signature.captures:
                 if not set(captured.constants) <= self.constants.keys():

@@ -3,35 +3,59 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graftc.runtime.cli.options import Json
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graftc.runtime.demo.stages import Outcome
+
 __all__ = ["demo"]
 
 
 def demo(
+    llm: Annotated[
+        bool, typer.Option("--llm", help="Fine-tune a chat model, SmolLM2-135M-Instruct, instead of an encoder.")
+    ] = False,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="DIR", help="A new folder, or that of an earlier demo.")
-    ] = Path("demo-out"),
-    quick: Annotated[bool, typer.Option("--quick", help="A subset of the data and no baseline.")] = False,
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="A new folder, or that of an earlier demo; by default demo-out, with --llm demo-llm-out.",
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and texts, and nothing to compare with.")] = False,
     json: Json = False,
 ) -> None:
-    """Run the whole path on a pretrained encoder and Reuters R8: compile, train, fold, certify, export."""
+    """Run the whole path on a pretrained model and Reuters R8: compile, train, fold, certify, save, export."""
     import sys
 
     from graftc.runtime.cli.output import console, print_json, working
 
     to = console(sys.stderr if json else sys.stdout)
+    place = out or Path("demo-llm-out" if llm else "demo-out")
     with working(json) as warnings:
-        from graftc.runtime.demo.demo import run_demo
-
-        result = run_demo(out, quick=quick, console=to)
+        result = _run(llm, place, quick, to)
     if json:
-        from graftc.runtime.cli.results import DemoData
+        from graftc.runtime.cli.results import DemoData, LLMDemoData
 
-        print_json(DemoData.model_validate({**result.to_json(), "out": str(out), "warnings": warnings}))
-    if not result.passed:
+        data = {**result.to_json(), "out": str(place), "warnings": warnings}
+        print_json((LLMDemoData if llm else DemoData).model_validate(data))
+    if result.failures:
         raise typer.Exit(1)
+
+
+def _run(llm: bool, out: Path, quick: bool, to: Console) -> Outcome:
+    if llm:
+        from graftc.runtime.demo.llm import run_llm_demo
+
+        return run_llm_demo(out, quick=quick, console=to)
+    from graftc.runtime.demo.demo import run_demo
+
+    return run_demo(out, quick=quick, console=to)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_TOKENS",
+    "Batched",
     "DataSplit",
     "Dataset",
     "Encoded",
@@ -29,6 +31,7 @@ __all__ = [
     "find_data",
     "find_model",
     "load_r8",
+    "padded",
     "read_tab",
     "training_batches",
 ]
@@ -57,8 +60,22 @@ class DataSplit:
         """``size`` examples drawn without replacement, in their original order; all of them if fewer."""
         if size >= len(self):
             return self
-        chosen = sorted(random.Random(seed).sample(range(len(self)), size))
-        return DataSplit(tuple(self.texts[i] for i in chosen), tuple(self.labels[i] for i in chosen))
+        return self._of(sorted(random.Random(seed).sample(range(len(self)), size)))
+
+    def balanced(self, size: int, seed: int = 0) -> DataSplit:
+        """``size`` examples, drawn so that each label has as many as the others as long as there are more of it, in
+        their original order; all of them if fewer."""
+        order = random.Random(seed).sample(range(len(self)), len(self))
+        seen: Counter[int] = Counter()
+        turns: list[tuple[int, int]] = []
+        for i in order:
+            turns.append((seen[self.labels[i]], i))
+            seen[self.labels[i]] += 1
+        turns.sort(key=lambda turn: turn[0])
+        return self._of(sorted(i for _, i in turns[:size]))
+
+    def _of(self, rows: Sequence[int]) -> DataSplit:
+        return DataSplit(tuple(self.texts[i] for i in rows), tuple(self.labels[i] for i in rows))
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,20 @@ class Dataset:
     names: tuple[str, ...]
     train: DataSplit
     test: DataSplit
+
+
+class Batched(Protocol):
+    """Examples of different lengths, and how they make a batch."""
+
+    @property
+    def ids(self) -> Sequence[Sequence[int]]:
+        """Token ids of each example, unpadded."""
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+
+    def collate(self, rows: Sequence[int], labels: bool) -> dict[str, torch.Tensor]:
+        """What a model is called with for these examples: to train on, or without what it is to say."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +111,30 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def collate(self, rows: Sequence[int], labels: bool) -> dict[str, torch.Tensor]:
+        """``input_ids`` and ``attention_mask``, int64 ``[rows, longest]``, padded on the right, and ``labels``."""
+        import torch
+
+        ids, mask = padded([self.ids[i] for i in rows], self.pad)
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if labels:
+            batch["labels"] = torch.tensor([self.labels[i] for i in rows], dtype=torch.int64)
+        return batch
+
+
+def padded(texts: Sequence[Sequence[int]], pad: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and their mask, int64 ``[texts, longest]``, padded on one side."""
+    import torch
+
+    width = max(map(len, texts))
+    ids = torch.full((len(texts), width), pad, dtype=torch.int64)
+    mask = torch.zeros((len(texts), width), dtype=torch.int64)
+    for k, text in enumerate(texts):
+        place = slice(width - len(text), width) if left else slice(len(text))
+        ids[k, place] = torch.tensor(text, dtype=torch.int64)
+        mask[k, place] = 1
+    return ids, mask
 
 
 def find_model() -> Path:
@@ -173,23 +228,8 @@ def encode(tokenizer: Any, split: DataSplit, max_tokens: int = MAX_TOKENS) -> En
     return Encoded(tuple(tuple(row) for row in ids), split.labels, int(tokenizer.pad_token_id))
 
 
-def _collate(data: Encoded, rows: Sequence[int], labels: bool) -> dict[str, torch.Tensor]:
-    import torch
-
-    width = max(len(data.ids[i]) for i in rows)
-    ids = torch.full((len(rows), width), data.pad, dtype=torch.int64)
-    mask = torch.zeros((len(rows), width), dtype=torch.int64)
-    for k, i in enumerate(rows):
-        ids[k, : len(data.ids[i])] = torch.tensor(data.ids[i], dtype=torch.int64)
-        mask[k, : len(data.ids[i])] = 1
-    batch = {"input_ids": ids, "attention_mask": mask}
-    if labels:
-        batch["labels"] = torch.tensor([data.labels[i] for i in rows], dtype=torch.int64)
-    return batch
-
-
-def training_batches(data: Encoded, size: int, seed: int = 0, pool: int = 8) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless shuffled batches with ``input_ids``, ``attention_mask`` and ``labels``, int64.
+def training_batches(data: Batched, size: int, seed: int = 0, pool: int = 8) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless shuffled batches with labels.
 
     Each epoch shuffles the data, sorts it by length within pools of ``pool`` batches, and shuffles the
     batches: texts of like length meet, so that little is spent on padding. What is left over at the end of
@@ -210,12 +250,12 @@ def training_batches(data: Encoded, size: int, seed: int = 0, pool: int = 8) -> 
             batches += [near[k : k + size] for k in range(0, len(near), size)]
         draw.shuffle(batches)
         for rows in batches:
-            yield _collate(data, rows, labels=True)
+            yield data.collate(rows, labels=True)
 
 
-def evaluation_batches(data: Encoded, size: int) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+def evaluation_batches(data: Batched, size: int) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Every example once, shortest first: the rows' indices and a batch without labels."""
     order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        yield rows, _collate(data, rows, labels=False)
+        yield rows, data.collate(rows, labels=False)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from graftc.runtime.demo.data import Encoded, evaluation_batches
+from graftc.runtime.demo.data import Batched, evaluation_batches
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Scores", "TrainingRun", "predict", "score", "train_classifier"]
+__all__ = ["Scores", "TrainingRun", "predict", "score", "train"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def score(predicted: Sequence[int], actual: Sequence[int], classes: int) -> Scor
     return Scores(sum(right) / len(actual), sum(f1) / classes)
 
 
-def train_classifier(
+def train(
     model: nn.Module,
     batches: Iterator[dict[str, torch.Tensor]],
     steps: int,
@@ -112,7 +112,7 @@ def train_classifier(
 
 def predict(
     forward: Callable[[dict[str, torch.Tensor]], torch.Tensor],
-    data: Encoded,
+    data: Batched,
     *,
     size: int = 64,
     on_batch: Callable[[int], None] | None = None,
@@ -120,7 +120,7 @@ def predict(
     """The logits of every example, float32 ``[examples, classes]``, in the order of ``data``.
 
     Args:
-        forward: from a batch with ``input_ids`` and ``attention_mask`` to logits ``[batch, classes]``.
+        forward: from a batch without labels to logits ``[batch, classes]``.
         size: examples in a batch; each is padded to its own longest text.
         on_batch: called after each batch with its number of examples.
     """

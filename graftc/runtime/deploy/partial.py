@@ -26,6 +26,7 @@ from graftc.runtime.deploy.merged import Merged, fold, require_passed
 from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.widening import of_the_base, widened
 from graftc.runtime.model.runner import M, runner_of
+from graftc.specs.arguments import as_path
 from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
@@ -70,7 +71,7 @@ class Partial(Generic[M]):
     def export(
         self,
         path: str | Path,
-        format: Literal["onnx", "pt2"] = "onnx",
+        format: Literal["onnx", "onnx-generate", "pt2"] = "onnx",
         example_inputs: ExampleInputs | None = None,
         *,
         inputs: Sequence[str] = (),
@@ -80,6 +81,8 @@ class Partial(Generic[M]):
 
         Args, Raises: as `ModelRunner.export`.
         """
+        if format == "onnx-generate":
+            return self.compiled._graftc._export_cached(as_path(path), self.certificate, force)
         return self.compiled._graftc._export(path, format, example_inputs, inputs, self.certificate, force)
 
 

@@ -214,7 +214,11 @@ def _decode_input(data: Mapping[str, Any]) -> InputSpec:
     shape = tuple(_typed(data["shape"], list))
     for size in shape:
         if isinstance(size, str):
-            _identifier(size)
+            first, *others = size.split("+")  # an axis that is as long as two others together
+            if len(others) > 1:
+                raise SerialisationError(f"size {size!r}")
+            for name in (first, *others):
+                _identifier(name)
         elif _typed(size, int) < 0:
             raise SerialisationError(f"size {size}")
     if ranges and (len(ranges) != len(shape) or any(low < 0 or (high or low) < low for low, high in ranges)):

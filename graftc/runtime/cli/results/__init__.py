@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from graftc.runtime.cli.results.converting import ConvertedSiteData as ConvertedSiteData
     from graftc.runtime.cli.results.converting import ConvertResult as ConvertResult
     from graftc.runtime.cli.results.demo import DemoData as DemoData
+    from graftc.runtime.cli.results.demo import LLMDemoData as LLMDemoData
     from graftc.runtime.cli.results.generating import ChatResult as ChatResult
     from graftc.runtime.cli.results.generating import GenerateResult as GenerateResult
     from graftc.runtime.cli.results.listing import MethodPage as MethodPage
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 _HOME = {
     "base": ("DiagnosticData", "ErrorResult", "FileData", "Result"),
     "converting": ("ConvertResult", "ConvertedSiteData"),
-    "demo": ("DemoData",),
+    "demo": ("DemoData", "LLMDemoData"),
     "generating": ("ChatResult", "GenerateResult"),
     "listing": ("MethodPage", "MethodsResult", "RolesResult"),
     "publish": ("DIALECT", "SCHEMA_NAMES", "published_schema", "published_schemas"),

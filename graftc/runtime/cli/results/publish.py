@@ -59,10 +59,10 @@ def _inspect() -> dict[str, Any]:
     return _model(InspectResult)
 
 
-def _demo() -> dict[str, Any]:
-    from graftc.runtime.cli.results.demo import DemoData
+def _demo(name: str) -> dict[str, Any]:
+    from graftc.runtime.cli.results import demo
 
-    return _model(DemoData)
+    return _model(getattr(demo, name))
 
 
 def _convert() -> dict[str, Any]:
@@ -100,7 +100,8 @@ _BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "generate": partial(_generating, "GenerateResult"),
     "chat": partial(_generating, "ChatResult"),
     "inspect": _inspect,
-    "demo": _demo,
+    "demo": partial(_demo, "DemoData"),
+    "demo-llm": partial(_demo, "LLMDemoData"),
 }
 
 SCHEMA_NAMES: tuple[str, ...] = tuple(_BUILDERS)

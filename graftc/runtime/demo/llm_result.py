@@ -1,0 +1,189 @@
+"""What the demo on a language model found, whether that is what it promises, and the page about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from graftc.runtime.demo.training import Scores
+
+__all__ = ["GAIN", "PEER", "Answer", "LLMResult", "TokenAgreement", "TopicScores"]
+
+GAIN = 0.20
+"""By how much the tuned model's accuracies are to be above the untuned one's."""
+
+PEER = 0.015
+"""How far the accuracies may be from those that PEFT reaches from the same start with the same batches."""
+
+
+@dataclass(frozen=True)
+class TopicScores:
+    """How often a model knows the topic of a test text.
+
+    Attributes:
+        likelihood: of the topic whose name is the most probable first token of the answer.
+        generation: the fraction of texts where greedily generated answers name the right topic first.
+    """
+
+    likelihood: Scores
+    generation: float
+
+    @property
+    def accuracies(self) -> tuple[float, float]:
+        """By likelihood, and by generation."""
+        return self.likelihood.accuracy, self.generation
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"likelihood": self.likelihood.to_json(), "generation": round(self.generation, 6)}
+
+
+@dataclass(frozen=True)
+class TokenAgreement:
+    """How often another form of the tuned model generates the same tokens.
+
+    Attributes:
+        prompts: how many were continued.
+        same: those with the same tokens, all of them.
+        tokens: how many were generated.
+    """
+
+    prompts: int
+    same: int
+    tokens: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether all tokens are the same."""
+        return self.same == self.prompts
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"passed": self.passed, "prompts": self.prompts, "same": self.same, "tokens": self.tokens}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A test text, its topic, and what the model says about it before and after tuning."""
+
+    text: str
+    topic: str
+    before: str
+    after: str
+
+    def to_json(self) -> dict[str, str]:
+        """Plain data."""
+        return {"text": self.text, "topic": self.topic, "before": self.before, "after": self.after}
+
+
+@dataclass(frozen=True)
+class LLMResult:
+    """What the demo on a language model found; :attr:`failures` says what is wrong, if anything is.
+
+    Attributes:
+        quick: whether it was the short version, without PEFT.
+        examples: conversations to train on and to test with.
+        steps: of training, and how many conversations there are in each.
+        untuned, tuned, peft: scores on the test texts; None for PEFT in a quick run.
+        losses_apart: the largest difference of a step's loss from PEFT's, relative to the largest loss.
+        answers: some test texts with answers.
+        report: the cost of the adaptation, as of ``Compiled.report``.
+        certificate: of the fold, as of ``Merged.certificate``.
+        same_tokens: other forms of the tuned model against the compiled one.
+        seconds: by stage.
+        files: what was written, by purpose.
+        bytes: how large that is, by purpose.
+    """
+
+    quick: bool
+    examples: tuple[int, int]
+    steps: tuple[int, int]
+    untuned: TopicScores
+    tuned: TopicScores
+    peft: TopicScores | None
+    losses_apart: float | None
+    answers: tuple[Answer, ...]
+    report: dict[str, Any]
+    certificate: dict[str, Any]
+    same_tokens: Mapping[str, TokenAgreement]
+    seconds: dict[str, float] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What the demo promises and this run did not show."""
+        found = []
+        ways = ("by likelihood", "by generation")
+        for way, before, after in zip(ways, self.untuned.accuracies, self.tuned.accuracies, strict=True):
+            if not after >= before + GAIN:
+                found.append(f"{way}, tuning did not raise the accuracy by {100 * GAIN:.0f} points")
+        if self.peft is not None:
+            for way, theirs, ours in zip(ways, self.peft.accuracies, self.tuned.accuracies, strict=True):
+                if not abs(theirs - ours) <= PEER:
+                    found.append(f"{way}, the accuracy is more than {100 * PEER:.1f} points from PEFT's")
+        if not self.certificate.get("passed", False):
+            found.append("the certificate of the fold did not pass")
+        found += [f"{name} generates other tokens" for name, form in self.same_tokens.items() if not form.passed]
+        return tuple(found)
+
+    @property
+    def passed(self) -> bool:
+        """Whether there are no :attr:`failures`."""
+        return not self.failures
+
+    @property
+    def scores(self) -> dict[str, TopicScores]:
+        """By the name of who reached them."""
+        found = {"untuned": self.untuned, "graftc": self.tuned}
+        return found if self.peft is None else {**found, "peft": self.peft}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as written to ``demo.json``."""
+        return {
+            "passed": self.passed,
+            "failures": list(self.failures),
+            "quick": self.quick,
+            "examples": {"train": self.examples[0], "test": self.examples[1]},
+            "training": {"steps": self.steps[0], "batch": self.steps[1], "losses_apart": self.losses_apart},
+            "scores": {"peft": None} | {name: scores.to_json() for name, scores in self.scores.items()},
+            "answers": [answer.to_json() for answer in self.answers],
+            "report": self.report,
+            "certificate": self.certificate,
+            "same_tokens": {name: form.to_json() for name, form in self.same_tokens.items()},
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            "files": self.files,
+            "bytes": self.bytes,
+        }
+
+    def page(self) -> str:
+        """The result as Markdown."""
+        lines = [
+            "# A language model learns the topics of news",
+            "",
+            f"SmolLM2-135M-Instruct, {self.steps[0]} steps of {self.steps[1]} conversations; "
+            f"accuracy on {self.examples[1]} test texts of Reuters R8.",
+            "",
+            "| model | by likelihood | by generation | macro-F1, by likelihood |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        for name, scores in self.scores.items():
+            values = (*scores.accuracies, scores.likelihood.macro_f1)
+            lines.append(f"| {name} | " + " | ".join(f"{100 * value:.1f} %" for value in values) + " |")
+        lines += ["", "## Answers", "", "| text | topic | before | after |", "| --- | --- | --- | --- |"]
+        lines += ["| " + " | ".join(map(_cell, (a.text, a.topic, a.before, a.after))) + " |" for a in self.answers]
+        lines += ["", "## The same tokens", ""]
+        lines += [
+            f"- {name}: {form.same} of {form.prompts} prompts, {form.tokens} tokens"
+            for name, form in self.same_tokens.items()
+        ]
+        lines += ["", "## Files", "", "| what | name | MB |", "| --- | --- | ---: |"]
+        lines += [f"| {purpose} | {self.files[purpose]} | {size / 1e6:,.1f} |" for purpose, size in self.bytes.items()]
+        lines += ["", "## Seconds", "", "| stage | s |", "| --- | ---: |"]
+        lines += [f"| {name} | {value:.1f} |" for name, value in self.seconds.items()]
+        return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
