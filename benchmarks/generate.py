@@ -1,7 +1,7 @@
 """What generating costs: a prompt, and a token behind it, in graftc, transformers and ONNX Runtime.
 
     python -m benchmarks.generate [--rounds 12] [--only merged] [--case llama] [--layers N] [--context 256] [--steps 4]
-        [--inductor] [--onnx DIR] [--quick] [--threads N] [--out benchmarks/results]
+        [--inductor] [--quick] [--threads N] [--out benchmarks/results]
 
 Writes generate.json and generate.md. A turn is a prompt of ``--context`` tokens with an empty cache, and then
 ``--steps`` single tokens behind a context of that length; what is given is what transformers' loop gives. The floor
@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +67,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100 if quick else 4096))
         model = model.eval().requires_grad_(False)
         ids = torch.randint(3, model.config.vocab_size, (1, context + steps))
-        yield Case(name, model, ids, context, options.onnx / name if options.onnx is not None else None)
+        yield Case(name, model, ids, context)
 
 
 def turn(running: Running, steps: int) -> None:
@@ -139,7 +138,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own.add_argument("--context", type=int, default=256, help="tokens of the prompt (default: 256)")
     own.add_argument("--steps", type=int, default=4, help="tokens behind it in each round (default: 4)")
     own.add_argument("--inductor", action="store_true", help="torch.compile with a static cache too: some minutes")
-    own.add_argument("--onnx", type=Path, help="a folder with CASE/model.onnx, the cached model")
     options = parse(own, arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -10,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.train.contestants import UnavailableError
 from benchmarks.train.models import shared_copy
@@ -29,7 +32,6 @@ class Case:
         model: of transformers, in eval mode.
         ids: of the context and what follows, ``[1, context + steps]``.
         context: tokens of the prompt.
-        onnx: a folder with its cached ONNX model, if there is one.
         compiled: by what is in their spec, made when first asked for.
     """
 
@@ -37,7 +39,6 @@ class Case:
     model: Any
     ids: Tensor
     context: int
-    onnx: Path | None
     compiled: dict[str, Any] = field(default_factory=dict)
 
     def adapted(self, **entry: Any) -> Any:
@@ -94,30 +95,41 @@ class Entry:
     same: bool = False
 
 
-def called(case: Case, model: nn.Module, within: Callable[[], Any] | None = None, **fixed: Any) -> Live:
-    """A module that is called as transformers' loop calls a model."""
+def called(
+    case: Case,
+    model: Callable[..., Any],
+    within: Callable[[], Any] | None = None,
+    new: Callable[[], Any] | None = None,
+) -> Live:
+    """What is called as transformers' loop calls a model where no row is padded: without a mask.
+
+    Args:
+        case: what is given.
+        model: called with inputs by name.
+        within: a context of every call.
+        new: makes the cache that a prompt begins with.
+    """
     from transformers.cache_utils import DynamicCache
 
-    around = within or nullcontext
+    around, empty = within or nullcontext, new or DynamicCache
 
     def call(first: int, last: int, cache: Any) -> Any:
         given = {
             "input_ids": case.ids[:, first:last],
-            "attention_mask": torch.ones(1, last, dtype=torch.int64),
             "position_ids": torch.arange(first, last)[None],
-            **{"cache": cache, "use_cache": True, "logits_to_keep": 1, **fixed},
+            **{"cache": cache, "use_cache": True, "logits_to_keep": 1},
         }
         with torch.no_grad(), around():
             return model(**given)
 
-    kept = call(0, case.context, DynamicCache()).cache
+    kept = call(0, case.context, empty()).cache
 
     def begin() -> Callable[[int], Any]:
         cache = copy.copy(kept)
         cache.layers = [copy.copy(layer) for layer in kept.layers]
         return lambda step: call(case.context + step, case.context + step + 1, cache).logits
 
-    return Live(lambda: call(0, case.context, DynamicCache()).logits, begin)
+    return Live(lambda: call(0, case.context, empty()).logits, begin)
 
 
 def floor(case: Case) -> Live:
@@ -154,13 +166,16 @@ def merged_model(case: Case) -> Any:
 
 
 def prefix(case: Case) -> Live:
-    """A prefix of 32 keys and values."""
-    from graftc.specs.errors.diagnostics import GraftError
+    """A prefix of 32 keys and values that a cache begins with, as `generate` has it."""
+    from graftc.runtime.model.initial_cache import initial_cache
+    from graftc.runtime.model.runner import runner_of
 
-    try:
-        return called(case, case.adapted(**PREFIX))
-    except GraftError as error:
-        raise UnavailableError(str(error).splitlines()[0]) from error
+    runner = runner_of(case.adapted(**PREFIX))
+    initial = initial_cache(runner)
+    if initial is None:
+        raise UnavailableError("the cache of this model cannot begin with a prefix")
+    beside = runner.beside(initial.names)
+    return called(case, lambda **given: beside.call((), given), new=lambda: initial.cache(1))
 
 
 def static(case: Case) -> Live:
@@ -190,13 +205,13 @@ def static(case: Case) -> Live:
 
 def onnx(case: Case) -> Live:
     """The cached ONNX model of the merged one, in ONNX Runtime, its keys and values bound and never copied."""
-    file = case.onnx / "model.onnx" if case.onnx is not None else None
-    if file is None or not file.is_file():
-        raise UnavailableError("no cached ONNX model: --onnx DIR, with CASE/model.onnx")
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise UnavailableError("onnxruntime is not installed") from error
+    folder = merged_model(case).export(Path(tempfile.mkdtemp()) / "onnx", "onnx-generate")
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    file = folder / "model.onnx"
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

@@ -32,6 +32,7 @@ class Generating:
     _compilation: Compilation
     _active: Compilation
     _run_part: Callable[..., Any]
+    within: Callable[[Callable[[], Any]], Any]
     config: Any
     module: Root
 
@@ -87,7 +88,7 @@ class Generating:
     def encode(self, kwargs: dict[str, Any]) -> Any:
         """What the model's encoder gives for a call, in its own output class."""
         present, plain = self._encoder.read(kwargs)
-        return self._run_part({**present, ENCODER: True}, plain)
+        return self.within(lambda: self._run_part({**present, ENCODER: True}, plain))
 
     @cached_property
     def _encoder(self) -> Interface:

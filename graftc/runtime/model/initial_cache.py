@@ -153,12 +153,13 @@ def _is_the_same(runner: CompiledRunner, made: InitialCache) -> bool:
         if not {"input_ids"} <= inputs.keys() <= {"input_ids", "attention_mask"}:
             return False
         ids = inputs["input_ids"]
-        expected = runner.call((), dict(inputs)).logits
+        expected = runner.within(lambda: runner.call((), dict(inputs))).logits
         start = made.length if made.shifted else 0
         given: dict[str, Any] = {"input_ids": ids, "cache": made.cache(len(ids))}
         if "position_ids" in runner._interface.parameters:
             given["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
-        found = runner.beside(made.names).call((), given).logits
+        beside = runner.beside(made.names)
+        found = beside.within(lambda: beside.call((), given)).logits
         bound = BOUNDS.get(runner.dtype, BOUNDS[torch.float32]) * max(1.0, largest_number(expected))
         tried = runner.tried_caches[made.names] = largest_difference(expected, found) <= bound
     return tried
