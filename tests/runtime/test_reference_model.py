@@ -158,3 +158,13 @@ def test_dropouts_in_wrapped_layers_that_are_set_to_zero_drop_nothing() -> None:
             module.p = 0
     with torch.no_grad():
         assert torch.equal(compiled(input_ids=IDS).logits, compiled(input_ids=IDS).logits)
+
+
+def test_dropouts_of_zero_leave_masks_of_gradients_alone() -> None:
+    """A module whose only dropout drops nothing still trains: the gradients of its own tensors are masked."""
+    compiled = graftc.compile({"adapt": [{"method": "child_tuning", "reserve_p": 0.5}]}, tiny("vit")).train()
+    torch.manual_seed(0)
+    compiled(torch.randn(2, 3, 32, 32)).logits.square().sum().backward()
+    name = "vit.embeddings.graftc.child_tuning.position_embeddings"
+    kept = (dict(compiled.named_parameters())[name].grad != 0).double().mean()
+    assert 0.3 < float(kept) < 0.7

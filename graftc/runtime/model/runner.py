@@ -19,7 +19,7 @@ from graftc.compiler.capture.signature import split
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import program_of
 from graftc.compiler.pipeline import signature_for
-from graftc.passes.core.ir.eval_mode import dropouts
+from graftc.passes.core.ir.eval_mode import dropouts, silent
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, Modes, ProgramKey, Signature
 from graftc.passes.core.weights.containers import (
@@ -332,16 +332,17 @@ class ModelRunner(Generating, Runner):
             return (self._silent(signature) or "train") if self.training else "eval"
         modules = {path: self._store.nearest(path) for path in self._active.signatures[signature].moded}
         paths = modules.keys()
-        off = frozenset(path for path, module in modules.items() if not module.training or drops_nothing(module))
-        if self.training:
-            return off or "train"
-        return off if len(off) < len(paths) else "eval"
+        off = {path for path, module in modules.items() if not module.training}
+        if len(off) == len(paths) and not self.training:
+            return "eval"
+        zero = {silent(path) for path, module in modules.items() if module.training and drops_nothing(module)}
+        return frozenset(off | zero) or "train"
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _silent(self, signature: Signature) -> frozenset[str]:
         """Paths of dropouts that were set to zero."""
         paths = self._active.signatures[signature].moded
-        return frozenset(path for path in paths if drops_nothing(self._store.nearest(path)))
+        return frozenset(silent(path) for path in paths if drops_nothing(self._store.nearest(path)))
 
     def install(self, key: ProgramKey, program: Program) -> None:
         """See `Runner.install`. Dropouts of adaptations have modules that stand for them, for ``eval()`` and for

@@ -17,6 +17,22 @@ from graftc.passes.core.weights.names import adapter_name
 
 aten = torch.ops.aten
 _DROPOUTS = (torch.ops.graftc.masked_dropout.default, torch.ops.graftc.seeded_dropout.default)
+_DROPPING = (
+    *_DROPOUTS,
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.scaled_dot_product_attention.default,
+    torch.ops.graftc.rescale.default,
+)
+"""What a dropout of probability 0 changes; all else that depends on a module's mode goes on."""
+_SILENT = ":dropout"
+
+
+def silent(path: str) -> str:
+    """What stands for the dropouts of a module that trains where they were set to zero, among paths of modules that
+    are in eval mode."""
+    return path + _SILENT
 
 
 def moded(program: Program) -> set[str]:
@@ -49,13 +65,14 @@ def to_eval(
     Args:
         program: stays as it is.
         keep: operators that are left as they are in train mode.
-        only: paths of modules that are in eval mode while the others train; by default all are.
+        only: paths of modules that are in eval mode while the others train, and `silent` ones; by default all are.
         base: whether the base's nodes are of train mode too; otherwise what was inserted among them is alone.
     """
     result = program.copy(mode="eval" if only is None else program.mode)
     erased: dict[fx.Node, fx.Node] = {}
     for node in list(result.graph.nodes):
         here = only is None or _place(node) in only
+        here = here or (node.target in _DROPPING and only is not None and silent(_place(node)) in only)
         here = here and node.op == "call_function" and (base or provenance(node) is not None)
         rule = RULES.get(node.target) if here and node.target not in keep else None
         if rule is _erase:

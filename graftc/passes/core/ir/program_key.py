@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 Mode = Literal["train", "eval"]
 
 Modes = Mode | frozenset[str]
-"""The mode of all modules, or the paths of those that are in eval mode while the others train."""
+"""The mode of all modules, or the paths of those that are in eval mode while the others train, those among them whose
+dropouts alone were set to zero marked so (`graftc.passes.core.ir.eval_mode.silent`)."""
 
 Entry = Literal["forward", "embeds", "hidden"]
 """Which way into and out of the model: its ``forward``, with token embeddings in the place of token ids, or as far as
