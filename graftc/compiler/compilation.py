@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.fingerprint import replaced_tensors
-from graftc.compiler.capture.interface import device_of
-from graftc.compiler.capture.past import CacheLayout, probe
+from graftc.compiler.capture.interface import device_of, parameters
+from graftc.compiler.capture.past import CACHE, CacheLayout, cache_name, probe
 from graftc.compiler.capture.signature import Axis, fits, inputs_of
 from graftc.compiler.resolve.compose import Unit, controls, narrow_names, units
 from graftc.compiler.resolve.resolver import Resolved
@@ -163,7 +163,8 @@ class Compilation:
             GraftError: GC140 where it keeps no cache of keys and values.
         """
         device = device_of(self.model)
-        return probe(self.model, {axis.name: axis.example(device) for axis in self.main.axes})
+        name = cache_name(parameters(self.model)) or CACHE
+        return probe(self.model, {axis.name: axis.example(device) for axis in self.main.axes}, name)
 
     @property
     def known_cache_layout(self) -> CacheLayout | None:

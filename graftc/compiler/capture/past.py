@@ -41,16 +41,6 @@ class CacheLayout:
     heads: Mapping[str, tuple[torch.dtype, int, int]]
     pairs: bool
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Tensors of the text itself."""
-        return tuple(name for name in self.heads if not is_cross(name))
-
-    @property
-    def cross_names(self) -> tuple[str, ...]:
-        """Tensors of what an encoder gave."""
-        return tuple(name for name in self.heads if is_cross(name))
-
 
 @dataclass(frozen=True)
 class Past:
@@ -67,11 +57,6 @@ class Past:
     length: int
 
     @property
-    def crosses(self) -> bool:
-        """Whether keys and values of what an encoder gave are there already."""
-        return any(map(is_cross, self.tensors))
-
-    @property
     def described(self) -> str:
         """What tells it from the past of other calls."""
         return described_past(self.tensors)
@@ -82,12 +67,13 @@ def described_past(names: Iterable[str]) -> str:
     return "cache:past+cross" if any(is_cross(name) for name in names) else "cache:past"
 
 
-def probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> CacheLayout:
+def probe(model: nn.Module, inputs: Mapping[str, Tensor], name: str) -> CacheLayout:
     """What the cache of a model holds: it is called once, and what it returns is looked at.
 
     Args:
         model: the source model.
         inputs: small ones that it takes.
+        name: that it has for a cache.
 
     Raises:
         GraftError: GC140 where it keeps no cache of keys and values.
@@ -98,17 +84,17 @@ def probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> CacheLayout:
     try:
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=()):
-            model(**inputs, cache=cache, use_cache=True)
+            model(**inputs, **{name: cache, USE_CACHE: True})
     except Exception as error:
         raise _no_cache(model, f"it does not run with one: {first_line(error)}") from error
     finally:
         for module, mode in modes:
             module.training = mode
     heads = {}
-    for name, tensor in _tensors(cache).items():
+    for held, tensor in _tensors(cache).items():
         if tensor.dim() != 4:
-            raise _no_cache(model, f"{name} has {tensor.dim()} axes")
-        heads[name] = (tensor.dtype, int(tensor.shape[1]), int(tensor.shape[3]))
+            raise _no_cache(model, f"{held} has {tensor.dim()} axes")
+        heads[held] = (tensor.dtype, int(tensor.shape[1]), int(tensor.shape[3]))
     if not heads:
         raise _no_cache(model, "it leaves nothing in one")
     return CacheLayout(heads, pairs)
