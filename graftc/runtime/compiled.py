@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import config_of
 from graftc.compiler.capture.isolation import exclusive, is_traced, isolated
+from graftc.compiler.capture.past import CACHES, USE_CACHE
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.pipeline import recompile
@@ -30,7 +31,7 @@ from graftc.runtime.model.checkpointing import Checkpointed
 from graftc.runtime.model.choosing import Choosing
 from graftc.runtime.model.ecosystem import Ecosystem
 from graftc.runtime.model.editing import Editing
-from graftc.runtime.model.generation import stand_in
+from graftc.runtime.model.generation import LOOKUP, stand_in
 from graftc.runtime.model.inspection import Inspected
 from graftc.runtime.model.reference_model import Referring
 from graftc.runtime.model.runner import M, ModelRoot, Published
@@ -111,10 +112,12 @@ class CompiledRunner(
         """See `Generating`. Prefixes and virtual tokens are the first contents of the cache, where they can be."""
         from graftc.runtime.model.initial_cache import initial_cache
 
-        names = ("cache", "past_key_values")
-        given = any(kwargs.get(name) is not None for name in names) or kwargs.get("use_cache") is False
         config = kwargs.get("generation_config")
-        if given or getattr(config, "use_cache", True) is False or (initial := initial_cache(self)) is None:
+        # Assisted generation counts its masks by the tokens of the text alone.
+        ruled_out = any(kwargs.get(name) is not None for name in (*CACHES, "assistant_model", LOOKUP))
+        ruled_out = ruled_out or getattr(config, LOOKUP, None) is not None
+        ruled_out = ruled_out or False in (kwargs.get(USE_CACHE), getattr(config, USE_CACHE, None))
+        if ruled_out or (initial := initial_cache(self)) is None:
             return self._stand_in
         made = stand_in(self.beside(initial.names), self._compilation.model)
         vars(made)["_graftc_initial"] = initial

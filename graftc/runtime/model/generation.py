@@ -23,6 +23,7 @@ from graftc.specs.errors.diagnostics import GraftError
 OF_GENERATING = ("generation_config", "input_modalities", "output_modalities")
 """Attributes of a source model that a compiled one has as well, as copies."""
 KEPT, MASK, POSITIONS = "logits_to_keep", "attention_mask", "position_ids"
+LOOKUP = "prompt_lookup_num_tokens"
 _GROWING = (None, "dynamic")
 
 
@@ -49,7 +50,7 @@ class Generating:
         self.require_generating()
         assistant = kwargs.get("assistant_model")
         if isinstance(assistant, Root) and isinstance(assistant._graftc, Generating):
-            kwargs = {**kwargs, "assistant_model": assistant._graftc._stand_in}
+            kwargs = {**kwargs, "assistant_model": assistant._graftc._generating({})}
         return self._generating(kwargs).generate(*args, **kwargs)
 
     def _generating(self, kwargs: Mapping[str, Any]) -> Any:
