@@ -272,9 +272,9 @@ def _patches(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Iterator[None]:
     """Give ``forward`` a flat signature of the present inputs, and tell the tracer which sizes are one."""
-    settings = dict(flags)
-    called: Any = model.get_encoder() if settings.pop(ENCODER, False) else model  # type: ignore[operator]
-    original = called if called is not model else model.forward
+    settings, original = dict(flags), model.forward
+    alone = bool(settings.pop(ENCODER, False))
+    called: Any = model.get_encoder() if alone else model  # type: ignore[operator]
     owned = "forward" in vars(model)
     before = vars(model).get("forward")
     names = parameters(called)
@@ -284,7 +284,9 @@ def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Itera
         tie_sizes(axes, inputs)
         given: dict[str, Any] = assembled({**inputs, **settings}, names)
         first = [given.pop(name) for name in positional if name in given]
-        return taken_apart(original(*first, **given))
+        # The tracer knows a module's path by how it was reached while tracing.
+        run: Any = model.get_encoder() if alone else original  # type: ignore[operator]
+        return taken_apart(run(*first, **given))
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
