@@ -44,12 +44,32 @@ def with_choices(compilation: Compilation, present: Mapping[str, Any], chosen: M
     for name, composition in compilation.controls.items():
         if isinstance(composition, Parallel):
             found = _repeated(compilation, found, name, composition)
-        elif isinstance(composition, Bank) and chosen.get(name) is not None:
-            rows, device = _rows(compilation, found)
-            mixture = name == composition.mixture
-            found[name] = (_weights if mixture else _ids)(composition, name, chosen[name], rows, device)
-            if mixture:
-                found[name] = found[name].to(dtype_of(compilation.model))
+        elif chosen.get(name) is not None:
+            found |= rows_for(compilation, {name: chosen[name]}, *_rows(compilation, found))
+    return found
+
+
+def rows_for(compilation: Compilation, chosen: Mapping[str, Any], rows: int, device: torch.device) -> dict[str, Tensor]:
+    """Inputs of banks, as they are given, for each row.
+
+    Args:
+        compilation: has the banks.
+        chosen: inputs by name, as for `with_choices`; None counts as absent.
+        rows: of the batch.
+        device: of numbers that are given as a list.
+
+    Raises:
+        GraftError: GC038 for a choice that does not fit its bank or the batch.
+    """
+    found: dict[str, Tensor] = {}
+    for name, composition in compilation.controls.items():
+        if not isinstance(composition, Bank) or chosen.get(name) is None:
+            continue
+        if name == composition.mixture:
+            weights = _weights(composition, name, chosen[name], rows, device)
+            found[name] = weights.to(dtype_of(compilation.model))
+        else:
+            found[name] = _ids(composition, name, chosen[name], rows, device)
     return found
 
 

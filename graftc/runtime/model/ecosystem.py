@@ -21,11 +21,9 @@ from graftc.specs.errors.diagnostics import GraftError
 COPIED = ("accepts_loss_kwargs", "base_model_prefix", "loss_type", "model_tags", "name_or_path")
 """Attributes of a source model that a compiled one has as well, as copies."""
 
-_MERGED = "compiled.merge().to_transformers() gives a plain model that does it"
 _SAVE = "compiled.save(path) writes what was trained, compiled.merge().save(path) a plain transformers folder"
 
 ELSEWHERE = {
-    "prepare_inputs_for_generation": _MERGED,
     "save_pretrained": _SAVE,
     "push_to_hub": _SAVE,
     "from_pretrained": "graftc.load(path) reads what compiled.save wrote",
@@ -101,7 +99,7 @@ class Ecosystem(Runner):
         if name in ELSEWHERE:
             kind = type(self._compilation.model).__name__
             raise NotHereError("GC072", f"a compiled {kind} has no {name}", hint=ELSEWHERE[name])
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        return super().__getattr__(name)  # type: ignore[misc]
 
     def get_input_embeddings(self) -> nn.Module | None:
         """Where the table of token embeddings is; it holds tensors and computes nothing. None where there is none."""

@@ -172,6 +172,7 @@ class Editing(Viewed):
     def _forget(self, names: Mapping[str, str]) -> None:
         """What was made of the Compilation before, and what it called adaptations."""
         self._views.clear()
+        self.tried_caches.clear()
         self._prune()
         for cached in ("report", "_frozen", "_trainable"):
             vars(self).pop(cached, None)

@@ -7,6 +7,7 @@ that a class says of generating is therefore its own: how inputs are prepared, w
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -15,16 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import Interface, is_transformers
-from graftc.compiler.capture.past import ENCODER, cache_name, has_encoder, new_cache
+from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.capture.past import CACHE, ENCODER, cache_name, has_encoder, new_cache, read_cache
+from graftc.compiler.capture.signature import SEQUENCE, TARGET
 from graftc.compiler.compilation import Compilation
+from graftc.compiler.positions import PositionTable, require_positions
 from graftc.runtime.model.blocks import Root
+from graftc.runtime.model.choosing import rows_for, with_choices
 from graftc.specs.errors.diagnostics import GraftError
 
 OF_GENERATING = ("generation_config", "input_modalities", "output_modalities")
 """Attributes of a source model that a compiled one has as well, as copies."""
-KEPT, MASK, POSITIONS = "logits_to_keep", "attention_mask", "position_ids"
+KEPT, MASK, POSITIONS, EMBEDS = "logits_to_keep", "attention_mask", "position_ids", "inputs_embeds"
 LOOKUP = "prompt_lookup_num_tokens"
 _GROWING = (None, "dynamic")
+_PADDING = "_graftc_padding"
+"""Where the copy of a generation config that a call of the loop has keeps how much padding each row has at least."""
 
 
 class Generating:
@@ -34,8 +41,16 @@ class Generating:
     _active: Compilation
     _run_part: Callable[..., Any]
     within: Callable[[Callable[[], Any]], Any]
+    tables: Callable[..., tuple[PositionTable, ...]]
     config: Any
     module: Root
+
+    def __getattr__(self, name: str) -> Any:
+        """What transformers' loop asks a model that assists another one: as the source's class answers it."""
+        loop = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
+        if not name.startswith("__") and hasattr(loop, name) and self.can_generate():
+            return getattr(self._stand_in, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers' ``generate`` does, with the same arguments and results: greedy, sampled, beams,
@@ -86,10 +101,38 @@ class Generating:
     def _stand_in(self) -> Any:
         return stand_in(self, self._compilation.model)
 
+    def read_past(self, present: dict[str, Any]) -> None:
+        """Read the cache of a call; it is among what is present from then on.
+
+        Raises:
+            GraftError: GC140 where there is none, or it is not of this model.
+        """
+        layout = self._active.known_cache_layout
+        if layout is None:
+            with exclusive():
+                layout = self._active.cache_layout
+        names = ("decoder_input_ids", "decoder_inputs_embeds") if layout.pairs else ("input_ids", "inputs_embeds")
+        tokens = next((present[name] for name in names if name in present), None)
+        if tokens is None:
+            raise GraftError("GC140", f"a call with a cache needs {names[0]}", hint=f"give {names[0]}")
+        present[CACHE] = read_cache(present.get(CACHE), layout, int(tokens.shape[0]), tokens.device)
+
     def encode(self, kwargs: dict[str, Any]) -> Any:
-        """What the model's encoder gives for a call, in its own output class."""
-        present, plain = self._encoder.read(kwargs)
-        return self.within(lambda: self._run_part({**present, ENCODER: True}, plain))
+        """What the model's encoder gives for a call, in its own output class. Arguments that are for others are left
+        out, as the encoder's own ``**kwargs`` does."""
+        taken = (*self._encoder.parameters, "return_dict")
+        chosen = {name: kwargs[name] for name in self._active.controls if name in kwargs}
+        usual = {name: value for name, value in kwargs.items() if name in taken or name.startswith("output_")}
+        present, plain = self._encoder.read(usual)
+        every = with_choices(self._active, {**present, ENCODER: True}, chosen)
+        return self.within(lambda: self._run_part(every, plain))
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens a text has positions for; None where any number has."""
+        text = TARGET if has_encoder(self._compilation.model) else SEQUENCE
+        tables = self.tables(self._active.key("eval"))
+        return min((table.most for table in tables if table.axis == text), default=None)
 
     @cached_property
     def _encoder(self) -> Interface:
@@ -171,6 +214,30 @@ class _StandIn:
         """The encoder, whose calls are those of the Runner."""
         return _Encoder(self._graftc_runner, super().get_encoder(*args, **kwargs))  # type: ignore[misc]
 
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> Any:
+        """What chooses among adaptations is for rows of the prompt, each of which may become several."""
+        compilation = self._graftc_runner._active
+        given = {name: model_kwargs.pop(name) for name in compilation.controls if name in model_kwargs}
+        prompt = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
+        if prompt is not None:
+            given = rows_for(compilation, given, int(prompt.shape[0]), prompt.device)
+        expand = super()._expand_inputs_for_generation  # type: ignore[misc]
+        return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs, **given)
+
+    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own. Texts that only their length ends are refused where there are no positions for that."""
+        found = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
+        longest = generation_config.max_length if len(found) == 1 else generation_config.min_length
+        most = self._graftc_runner.most_tokens
+        if most is not None and longest is not None:  # the last token goes into no call
+            initial = (
+                self._graftc_initial.length if self._graftc_initial is not None and self._graftc_initial.shifted else 0
+            )
+            require_positions(int(longest) - 1 - getattr(generation_config, _PADDING, 0), most - initial)
+        return found
+
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         return False
 
@@ -184,6 +251,9 @@ class _StandIn:
             raise GraftError("GC140", message, hint="leave cache_implementation out: the cache grows with the text")
         name = cache_name(inspect.signature(self.forward).parameters)  # type: ignore[attr-defined]
         given = model_kwargs.get(name) if name is not None else None
+        mask = model_kwargs.get(MASK)
+        if mask is not None and not has_encoder(self):  # type: ignore[arg-type]
+            setattr(generation_config, _PADDING, int((mask == 0).sum(-1).min()))
         if given is not None:
             given._is_user_defined = True
         elif generation_config.use_cache is not False and name is not None:
@@ -211,6 +281,10 @@ class _StandIn:
             generation_config._mask_length += initial.length
         if positions is not None and initial.shifted:
             model_kwargs[POSITIONS] = positions + initial.length
+        embeds = model_kwargs.get(EMBEDS)
+        if embeds is not None:  # the loop takes as many of the first away as there are tokens in the cache
+            before = embeds.new_zeros(embeds.shape[0], initial.length, embeds.shape[2])
+            model_kwargs[EMBEDS] = torch.cat([before, embeds], 1)
 
 
 class _Encoder(nn.Module):

@@ -26,8 +26,9 @@ def warn_of_packed(present: Mapping[str, Any], virtual: Sequence[str], gated: Ca
     if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.device.type == "meta":
         return
     anew = positions[:, 1:] <= positions[:, :-1]
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == positions.shape[1]:
-        anew = anew & mask[:, 1:].bool() & mask[:, :-1].bool()  # padding has any positions
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= positions.shape[1]:
+        real = mask[:, mask.shape[1] - positions.shape[1] :].bool()  # that of a past stands in front
+        anew = anew & real[:, 1:] & real[:, :-1]  # padding has any positions
     if not bool(torch.any(anew)):
         return
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() > 2):  # one of pairs may tell texts apart

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graftc.compiler.cached import gates_over_rows
 from graftc.compiler.capture.interface import Interface, config_of, dtype_of
 from graftc.compiler.capture.isolation import exclusive, is_traced
-from graftc.compiler.capture.past import CACHE, USE_CACHE, read_cache, with_cache
+from graftc.compiler.capture.past import CACHE, USE_CACHE, with_cache
 from graftc.compiler.capture.signature import split
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.derived import program_of
@@ -42,6 +42,7 @@ from graftc.runtime.model.ecosystem import refuse_deepspeed, refuse_pickling
 from graftc.runtime.model.embeddings import install_embeddings
 from graftc.runtime.model.generation import OF_GENERATING, Generating
 from graftc.runtime.model.packing import warn_of_packed
+from graftc.runtime.model.positioned import Positioned
 from graftc.specs.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -156,7 +157,7 @@ class ModelRoot(Root):
         refuse_pickling(self)
 
 
-class ModelRunner(Generating, Runner):
+class ModelRunner(Generating, Positioned):
     """A Runner with the interface of a source model: inputs by name or position, the model's own output class.
 
     Args:
@@ -233,7 +234,7 @@ class ModelRunner(Generating, Runner):
         """The outputs of a call, as the source model gives them.
 
         Raises:
-            GraftError: GC031 for inputs that cannot be captured.
+            GraftError: GC031 for inputs that cannot be captured, GC143 for more tokens than there are positions.
         """
         if args and isinstance(args[0], Pass):
             self._entered = True
@@ -256,7 +257,7 @@ class ModelRunner(Generating, Runner):
         chosen = {name: kwargs.pop(name) for name in self._active.controls if name in kwargs}
         present, plain = self._interface.read({**self._interface.named(args, kwargs), **flags})
         if USE_CACHE in present:
-            self._past(present)
+            self.read_past(present)
         if self._active.controls:
             present = with_choices(self._active, present, chosen)
         return self._run_part(present, plain, entry)
@@ -265,32 +266,23 @@ class ModelRunner(Generating, Runner):
         """The outputs for tensors and flags by name."""
         past = present.get(CACHE)
         key = self.ready(present, entry)
-        if not is_traced() and key.signature not in self._looked_at:
-            refuse_deepspeed()
-            self._looked_at.add(key.signature)
-            resolved = self._active.main.resolved if key.stage == "adapted" else ()
-            virtual = [item.name for item in resolved if item.spec.virtual_tokens()]
-            warn_of_packed(present, virtual, partial(gates_over_rows, self._programs[key]))
+        if not is_traced():
+            self._look_at(key, present)
         outputs = self._programs[key].outputs.build(self._results(key, present))
         if past is not None:
             outputs = with_cache(outputs, past.cache)
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 
-    def _past(self, present: dict[str, Any]) -> None:
-        """Read the cache of a call; it is among what is present from then on.
-
-        Raises:
-            GraftError: GC140 where there is none, or it is not of this model.
-        """
-        layout = self._active.known_cache_layout
-        if layout is None:
-            with exclusive():
-                layout = self._active.cache_layout
-        names = ("decoder_input_ids", "decoder_inputs_embeds") if layout.pairs else ("input_ids", "inputs_embeds")
-        tokens = next((present[name] for name in names if name in present), None)
-        if tokens is None:
-            raise GraftError("GC140", f"a call with a cache needs {names[0]}", hint=f"give {names[0]}")
-        present[CACHE] = read_cache(present.get(CACHE), layout, int(tokens.shape[0]), self.device)
+    def _look_at(self, key: ProgramKey, present: Mapping[str, Any]) -> None:
+        """Look at a call as far as its sizes and values say what is wrong with it, the first of its kind at all."""
+        self.require_positions(key, present)
+        if key.signature in self._looked_at:
+            return
+        refuse_deepspeed()
+        self._looked_at.add(key.signature)
+        resolved = self._active.main.resolved if key.stage == "adapted" else ()
+        virtual = [item.name for item in resolved if item.spec.virtual_tokens()]
+        warn_of_packed(present, virtual, partial(gates_over_rows, self._programs[key]))
 
     def _results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
         """Flat outputs of a call."""

@@ -27,7 +27,7 @@ from graftc.specs.arguments import as_names
 from graftc.specs.changes import leaving
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
-_SHOWN = ("_active", "_roots", "_programs", "_outputs", "_label", "_showing", "_steering")
+_SHOWN = ("_active", "_roots", "_programs", "_outputs", "_tables", "_label", "_showing", "_steering")
 """Attributes of a Runner that a view has its own of."""
 
 View = Mapping[str, Any]
@@ -195,25 +195,27 @@ class Viewed:
         steering = self._everything()
         left = {str(a.name) for a in spec.adapt} | {str(c.name) for c in spec.compose}
         kept = Steerings(*({n: v for n, v in table.items() if n in left} for table in tables_of(steering)))
-        before, tables = self._shown(), Tables(self._store)
+        tables = Tables(self._store)
+        beside = copy.copy(self)  # other threads may run this one meanwhile
         try:
             for fqn, tensor in made.store.adapters():
                 if fqn not in self._store:  # constants, of what is now directly on a weight of the base
                     tables.put(fqn, self._here(tensor), persistent=False)
             put_over(made, self._compilation)
-            self._install(made, kept, off)
-            return self._shown()
+            beside._install(made, kept, off)
+            return beside._shown()
         except BaseException:
             tables.undo()
             raise
         finally:
-            vars(self).update(before)
+            self._made_views = beside._made_views
 
     def _install(self, made: Compilation, steering: Steerings, off: frozenset[str]) -> None:
         """Code of its own for a Compilation over the same tensors."""
         self._made_views += 1
-        fresh = {"_active": made, "_roots": {}, "_programs": {}, "_outputs": {}, "_steering": steering}
-        vars(self).update({**fresh, "_label": f"{self._made_views}: ", "_showing": off})
+        fresh: dict[str, Any] = {name: {} for name in ("_roots", "_programs", "_outputs", "_tables")}
+        own = {"_active": made, "_steering": steering, "_label": f"{self._made_views}: ", "_showing": off}
+        vars(self).update({**fresh, **own})
         for key in (made.key("train"), made.key("eval")):
             self.install(key, made.programs[key])
 

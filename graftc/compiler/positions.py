@@ -1,0 +1,151 @@
+"""Tables of positions: graphs that read a learned vector at the position of each token have no more than it has rows.
+
+Which lookups are these is tried out: at a text of twice as many tokens as a table has rows, such a lookup leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.capture.past import CACHE, PAST, Past
+from graftc.compiler.capture.signature import BATCH, size_of
+from graftc.passes.core.build.base_activations import computed
+from graftc.passes.core.ir.past_inputs import is_past
+from graftc.passes.core.ir.program import InputSpec, Program
+from graftc.passes.core.ir.shapes import expression
+from graftc.passes.core.weights.store import Store
+from graftc.specs.errors.diagnostics import GraftError
+
+_LARGEST = 2**16
+"""Rows of a table that is tried out."""
+_POSITIONS = "position_ids"
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """A table that is read at the positions of tokens.
+
+    Attributes:
+        index: what it is read at.
+        most: how many tokens it is for.
+        rows: how many rows it has: some families begin behind the first.
+        input: the input that has the tokens, and which of its axes counts them.
+        axis: the name of that axis.
+        given: whether calls give the positions.
+    """
+
+    index: fx.Node
+    most: int
+    rows: int
+    input: tuple[str, int]
+    axis: str
+    given: bool
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PositionTable:
+        """Itself: graphs are shared by copies of a model."""
+        return self
+
+    def require(self, present: Mapping[str, Any], store: Store) -> None:
+        """Check that every token of a call has a position. Values are looked at where there are more tokens than
+        positions, which may be padding, and on the CPU where calls give the positions.
+
+        Args:
+            present: what the graph is called with, by name.
+            store: its tensors.
+
+        Raises:
+            GraftError: GC143 beyond the table.
+        """
+        past, (name, dim) = present.get(CACHE), self.input
+        held = past.tensors if isinstance(past, Past) else {}
+        total = int(present[name].shape[dim]) + (past.length if isinstance(past, Past) else 0)
+        device = store.device()
+        if total <= self.most and not (self.given and device.type == "cpu"):
+            return
+        tensors = {**present, **held}
+        (index,) = computed([self.index], lambda node: tensors[str(node.target)], store.get, device)
+        require_positions(int(index.max()) + 1 - self.rows + self.most if index.numel() else 0, self.most)
+
+
+def require_positions(tokens: int, most: int) -> None:
+    """Whether a table has positions for a text.
+
+    Args:
+        tokens: how many the text has.
+        most: how many the table is for.
+
+    Raises:
+        GraftError: GC143.
+    """
+    if tokens > most:
+        raise GraftError("GC143", f"token {tokens} of a row has no position: the model has a table of {most}")
+
+
+def position_tables(program: Program, store: Store) -> tuple[PositionTable, ...]:
+    """The tables that a graph reads at the positions of tokens.
+
+    Args:
+        program: a captured or an adapted graph.
+        store: its tensors.
+    """
+    return tuple(_tables(program, store))
+
+
+def _tables(program: Program, store: Store) -> Iterator[PositionTable]:
+    counts = {
+        expression(size): (spec, dim)
+        for spec, node in zip(program.inputs, program.placeholders(), strict=True)
+        for dim, size in enumerate(node.meta["val"].shape)
+        if isinstance(spec.shape[dim], str) and spec.shape[dim] != BATCH and not is_past(spec.name)
+    }
+    for lookup in program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
+        table, index = lookup.args[:2]
+        rows, inputs = int(table.meta["val"].shape[0]), _inputs_of(index)
+        counted = counts.get(expression(index.meta["val"].shape[-1])) if index.meta["val"].dim() else None
+        if rows > _LARGEST or inputs is None or counted is None:
+            continue
+        if index.op == "placeholder" and not str(index.target).endswith(_POSITIONS):
+            continue
+        length = 2 * rows
+        given = {spec.name: _long(spec, length, store.device()) for spec in program.inputs}
+        try:
+            (found,) = computed([index], lambda node: given[str(node.target)], store.get, store.device())  # noqa: B023
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            continue  # a graph for shorter texts alone
+        begins = int(found.max()) + 1 - length
+        if 0 <= begins < rows:
+            spec, dim = counted
+            taken = any(name.endswith(_POSITIONS) for name in inputs)
+            yield PositionTable(index, rows - begins, rows, (spec.name, dim), str(spec.shape[dim]), taken)
+
+
+def _inputs_of(index: fx.Node) -> set[str] | None:
+    """Names of the inputs that an index is made of; None where weights take part."""
+    found: set[str] = set()
+    seen: set[fx.Node] = set()
+    pending = [index]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            found.add(str(node.target))
+        elif node.op == "get_attr" and node.meta["val"].is_floating_point():
+            return None
+        pending += node.all_input_nodes
+    return found
+
+
+def _long(spec: InputSpec, length: int, device: torch.device) -> Tensor:
+    """An input of one row of so many tokens, none of which is padding, without a past."""
+    sizes = {BATCH: 1, PAST: 0}
+    shape = [size_of(size, sizes, length) if isinstance(size, str) else size for size in spec.shape]
+    if spec.name.endswith(_POSITIONS):
+        return torch.arange(length, dtype=spec.dtype, device=device).expand(shape)
+    return torch.full((), 1 if spec.name.endswith("mask") else 2, dtype=spec.dtype, device=device).expand(shape)
