@@ -273,6 +273,7 @@ class CompiledRunner(
 
     def copied(self) -> None:
         """See `ModelRunner`. What steers a training, and how far it is, is copied as well."""
+        super().copied()
         vars(self).pop("_frozen", None)
         self._watch()
         self._pause()

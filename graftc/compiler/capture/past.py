@@ -176,7 +176,7 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device)
     for own in kinds.values():
         _require_growing(own)
     held = _tensors(given)
-    length = _length(kinds["past"], held)
+    length = _length(held)
     tensors: dict[str, Tensor] = {}
     crossed = any(is_cross(name) for name in held)
     for name, (dtype, heads, width) in layout.heads.items():
@@ -211,11 +211,12 @@ def _require_growing(cache: Any) -> None:
             raise GraftError("GC140", message, hint="give a DynamicCache, which grows with the text")
 
 
-def _length(cache: Any, held: Mapping[str, Tensor]) -> int:
-    lengths = {int(tensor.shape[2]) for name, tensor in held.items() if not is_cross(name)}
-    if len(lengths) > 1:
+def _length(held: Mapping[str, Tensor]) -> int:
+    """Tokens of the text in a cache. Sizes stay what they are: as numbers, `torch.compile` would make a graph of each."""
+    lengths = [tensor.shape[2] for name, tensor in held.items() if not is_cross(name)]
+    if any(length != lengths[0] for length in lengths):
         raise _other(f"its layers have {min(lengths)} to {max(lengths)} tokens")
-    return lengths.pop() if lengths else 0
+    return lengths[0] if lengths else 0
 
 
 def _other(what: str) -> GraftError:

@@ -115,7 +115,7 @@ class Generating:
         tokens = next((present[name] for name in names if name in present), None)
         if tokens is None:
             raise GraftError("GC140", f"a call with a cache needs {names[0]}", hint=f"give {names[0]}")
-        present[CACHE] = read_cache(present.get(CACHE), layout, int(tokens.shape[0]), tokens.device)
+        present[CACHE] = read_cache(present.get(CACHE), layout, tokens.shape[0], tokens.device)
 
     def encode(self, kwargs: dict[str, Any]) -> Any:
         """What the model's encoder gives for a call, in its own output class. Arguments that are for others are left
@@ -151,8 +151,8 @@ def stand_in(runner: Generating, source: nn.Module) -> Any:
         "__doc__": type(source).__doc__,
         "__module__": type(source).__module__,
         "forward": _forward(runner, source),
-        "config": property(lambda self: runner.config),
-        "generation_config": property(lambda self: runner.module.generation_config),
+        "config": property(lambda self: self._graftc_runner.config),
+        "generation_config": property(lambda self: self._graftc_runner.module.generation_config),
     }
     cls: Any = type(type(source).__name__, (_StandIn, type(source)), own)
     made = cls.__new__(cls)
@@ -170,6 +170,7 @@ def _forward(runner: Generating, source: nn.Module) -> Callable[..., Any]:
     """A ``forward`` that calls a Runner, with the parameters that the source's has, and those of banks."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runner = self._graftc_runner
         positions, ids = kwargs.get(POSITIONS), kwargs.get("input_ids")
         if isinstance(positions, Tensor) and isinstance(ids, Tensor) and positions.shape[:1] == (1,) != ids.shape[:1]:
             kwargs[POSITIONS] = positions.expand(ids.shape[0], -1)  # one graph for all batches

@@ -349,7 +349,7 @@ class ModelRunner(Generating, Positioned):
 
     def shared(self) -> list[Any]:
         """What a copy of the module has in common with it: Graphs, which hold no tensors, and the source model."""
-        found: list[Any] = [self._interface, *self._programs.values()]
+        found: list[Any] = [self._interface, *self._programs.values(), vars(self).get("_stand_in")]
         for compilation in self.compilations():
             if compilation.store is not self._store:
                 found.append(compilation)
@@ -365,6 +365,7 @@ class ModelRunner(Generating, Positioned):
 
     def copied(self) -> None:
         """Called when the module has been copied, on the copy's Runner."""
+        vars(self).pop("_stand_in", None)  # it calls the original
 
     def in_eval(self, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
         """Flat outputs of the first signature in eval mode, whatever mode the model is in."""
