@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor
 
 import graftc
 from graftc.testing.perturb import perturb
+from tests.cli.support import run_warm
 from tests.language_models import FAMILIES, language_model, prompt
+from tests.warm import output
 
 pytestmark = pytest.mark.gate
 
@@ -62,3 +65,38 @@ def test_what_is_folded_generates_the_same(pair: tuple[Any, Any]) -> None:
         assert not torch.equal(expected, identity[way]), "the adaptation changes no token"
         assert torch.equal(generated(compiled, way), expected), way
         assert torch.equal(generated(merged, way), expected), way
+
+
+_AGAIN = """
+import sys, torch, graftc
+given, expected = torch.load(sys.argv[2])
+compiled = graftc.load(sys.argv[1]).eval()
+known = len(compiled.compilation.signatures)
+found = compiled.generate(**given, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+signatures = compiled.compilation.signatures
+print(torch.equal(found, expected), len(signatures) == known, all(found.cached for found in signatures.values()))
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_an_artifact_generates_in_another_process(family: str, tmp_path: Path) -> None:
+    """The same tokens, from the graphs that are in it; what was merged is a folder of transformers that does, too."""
+    import transformers
+
+    language_model(family).save_pretrained(tmp_path / "base")
+    auto = transformers.AutoModelForCausalLM if family == "llama" else transformers.AutoModelForSeq2SeqLM
+    compiled = graftc.compile(SPEC, auto.from_pretrained(tmp_path / "base")).eval()
+    perturb(compiled, 0.3)
+    given = prompt(compiled, 3, padded=True)
+    expected = compiled.generate(**given, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+    place = compiled.save(tmp_path / "artifact")
+    torch.save((given, expected), tmp_path / "expected")
+    code = _AGAIN.replace("TOKENS", str(TOKENS))
+    (tmp_path / "empty").mkdir()
+    seen = output(code, str(place), str(tmp_path / "expected"), GRAFTC_CACHE=str(tmp_path / "empty"))
+    assert seen.split() == ["True"] * 3, "tokens, signatures, captures"
+    for command in ("verify", "inspect"):
+        assert run_warm(command, str(place), cwd=tmp_path).status == 0, command
+    compiled.merge().save(tmp_path / "merged")
+    plain = auto.from_pretrained(tmp_path / "merged")
+    assert torch.equal(plain.generate(**given, max_new_tokens=TOKENS, min_new_tokens=TOKENS), expected)

@@ -10,7 +10,7 @@ import pytest
 
 import graftc
 from graftc.runtime.compiled import Compiled
-from tests.interop.trl_runs import SETTINGS, both, dpo, kto, logged, reward, scoring, sft
+from tests.interop.trl_runs import SETTINGS, both, dpo, grpo, kto, logged, reward, scoring, sft
 
 pytestmark = pytest.mark.gate
 
@@ -48,6 +48,15 @@ def test_twenty_steps_of_a_reward_model_are_those_of_peft(tmp_path: Path) -> Non
     losses, tensors = runs.losses(), runs.tensors()
     print(f"losses differ by {losses:.1e}, tensors by {tensors:.1e}")
     assert losses < 1e-5 and tensors < 1e-4
+
+
+def test_eight_steps_on_what_it_generates_are_those_of_peft(tmp_path: Path) -> None:
+    """The same answers are drawn, their rewards are the same, and so is what is learned from them."""
+    runs = both(lambda model, folder: grpo(model, folder, max_steps=8, learning_rate=1e-2), tmp_path)
+    rewards = [logged(trainer, "reward") for trainer in (runs.ours, runs.theirs)]
+    print(f"rewards {rewards[0]}, losses differ by {runs.losses('entropy'):.1e}, tensors by {runs.tensors():.1e}")
+    assert rewards[0] == rewards[1] and len(set(rewards[0])) > 2
+    assert runs.losses("entropy") < 1e-5 and runs.tensors() < 1e-4
 
 
 TURNS = [

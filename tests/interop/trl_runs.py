@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,3 +183,18 @@ def reward(model: Any, folder: Path, **changes: Any) -> Any:
 
     arguments = RewardConfig(str(folder), **{**SETTINGS, "max_length": 24, **changes})
     return RewardTrainer(model=model, args=arguments, train_dataset=preferences(), processing_class=tokenizer())
+
+
+def grpo(model: Any, folder: Path, **changes: Any) -> Any:
+    """Group relative policy optimisation: answers are generated, and those with more even words are better."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    def even(completions: list[str], **rest: Any) -> list[float]:
+        return [float(sum(int(word[1:]) % 2 == 0 for word in re.findall(r"w\d+", text))) for text in completions]
+
+    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in completions()])
+    arguments = GRPOConfig(str(folder), **{**SETTINGS, "num_generations": 4, "max_completion_length": 8, **changes})
+    return GRPOTrainer(
+        model=model, reward_funcs=even, args=arguments, train_dataset=prompts, processing_class=tokenizer()
+    )
