@@ -53,16 +53,23 @@ def require_every_place(
     """
     if not is_part(program) or is_encoder(program):
         return
-    parts = [r for s, r in compilation.signatures.items() if is_part(compilation.program("train", "base", s))]
+    bases = ((part, compilation.program("train", "base", s)) for s, part in compilation.signatures.items())
+    parts = [part for part, base in bases if is_part(base) or is_cached(base)]
     places = {str(site.key) for r in [*found, *(r for part in parts for r in part.resolved)] for site, _ in r.places}
     tensors = {site.tensor for sites in [trained, *(part.trained for part in parts)] for site in sites}
     for resolved in compilation.main.resolved:
         for site, _ in resolved.places:
             if str(site.key) not in places:
-                raise not_read(program, str(site.key), resolved.name)
+                raise _missing(program, str(site.key), resolved.name)
     for parameter in compilation.main.trained:
         if parameter.tensor not in tensors:
-            raise not_read(program, parameter.tensor, TRAIN)
+            raise _missing(program, parameter.tensor, TRAIN)
+
+
+def _missing(program: Program, place: str, owner: str) -> GraftError:
+    error = not_read(program, place, owner)
+    hint = "encoder_outputs come from compiled.get_encoder()(...), whose adaptations the decoder's graph has not"
+    return GraftError(error.code, error.message, hint=hint) if ENCODED in program.signature else error
 
 
 def require_every_edit(compilation: Compilation, program: Program, base: Program) -> None:
@@ -94,7 +101,8 @@ def require_no_virtual_tokens(program: Program, plan: Mapping[Any, Sequence[tupl
     if plan and (is_cached(program) or is_part(program)):
         name = next(iter(plan.values()))[0][0].name
         message = f"the virtual tokens of {name!r} stand in front of the whole text, and a call with a cache has a part"
-        raise GraftError("GC141", message, hint=f"call generate, which puts them into the cache, or {_WITHOUT}")
+        hint = "decoders generate with one such adaptation in eval mode; else use_cache=False, or disabled(name)"
+        raise GraftError("GC141", message, hint=hint)
 
 
 def require_tokens_alone(compilation: Compilation, program: Program) -> None:
@@ -108,10 +116,24 @@ def require_tokens_alone(compilation: Compilation, program: Program) -> None:
     for name in _across_tokens(program):
         message = f"what {name!r} does with a token depends on all tokens of its row, and a call with a cache has some"
         raise GraftError("GC141", message, hint=_WITHOUT)
+
+
+def require_rows_of_one(compilation: Compilation) -> None:
+    """Whether a call gives as many rows as it is given.
+
+    Raises:
+        GraftError: GC141 where adaptations are parallel.
+    """
     for composition in compilation.controls.values():
         if isinstance(composition, Parallel):
-            message = f"{composition.name!r} gives rows for each of its adaptations, and a cache has those of the batch"
-            raise GraftError("GC141", message, hint="generate with use_cache=False")
+            message = f"{composition.name!r} gives rows for each of its adaptations, and a text goes on in one"
+            raise GraftError("GC141", message, hint="compose the adaptations as a bank, whose rows choose")
+
+
+def cannot_be_cached(compilation: Compilation) -> bool:
+    """Whether an adaptation keeps graphs with a cache from being made: virtual tokens, or work across tokens."""
+    program = compilation.program("train")
+    return bool(program.virtual or _across_tokens(program))
 
 
 def gates_over_rows(program: Program) -> list[str]:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.adapting import adapt_signature
+from graftc.compiler.cached import require_rows_of_one
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.capture_key import held_by
 from graftc.compiler.capture.defaults import default_signatures
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.isolation import exclusive
+from graftc.compiler.capture.past import CACHE
 from graftc.compiler.capture.signature import Axis, axes_of, described, fits, less_dynamic, split
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.compilation import Compilation
@@ -46,6 +48,8 @@ def signature_for(compilation: Compilation, inputs: Mapping[str, Any]) -> Signat
 def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signature:
     _look_for_changes(compilation)
     tensors, flags = split(inputs)
+    if CACHE in inputs:
+        require_rows_of_one(compilation)
     chosen = [name for name in compilation.controls if name in tensors]
     tensors = {name: value for name, value in tensors.items() if name not in chosen}
     _check_room(compilation, tensors)

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from graftc.compiler.cached import cannot_be_cached
 from graftc.compiler.capture.interface import config_of
 from graftc.compiler.capture.isolation import exclusive, is_traced, isolated
 from graftc.compiler.capture.past import CACHES, USE_CACHE
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.pipeline import recompile
+from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, Modes, ProgramKey, Signature
 from graftc.passes.core.ir.updates import as_source
@@ -112,6 +114,11 @@ class CompiledRunner(
         """See `Generating`. Prefixes and virtual tokens are the first contents of the cache, where they can be."""
         from graftc.runtime.model.initial_cache import initial_cache
 
+        if self._base_only:
+            if not cannot_be_cached(self._active):
+                return self._stand_in
+            every = (*self._active.spec.owners, *([TRAIN] if self._active.spec.train else []))
+            return stand_in(self.beside(every), self._compilation.model)
         config = kwargs.get("generation_config")
         # Assisted generation counts its masks by the tokens of the text alone.
         ruled_out = any(kwargs.get(name) is not None for name in (*CACHES, "assistant_model", LOOKUP))

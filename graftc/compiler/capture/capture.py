@@ -27,7 +27,7 @@ from torch._ops import HigherOrderOperator
 from graftc.compiler.capture.assignments import Attributes, noticed
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import Flags, declared, device_of, is_transformers, parameters
-from graftc.compiler.capture.past import ENCODER, assembled, taken_apart
+from graftc.compiler.capture.past import ENCODER, assembled, has_encoder, taken_apart
 from graftc.compiler.capture.ranges import InputSizes, fixed_notes
 from graftc.compiler.capture.refusals import not_captured, require_products
 from graftc.compiler.capture.signature import Axis, tie_sizes
@@ -282,7 +282,7 @@ def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Itera
 
     def forward(**inputs: torch.Tensor) -> Any:
         tie_sizes(axes, inputs)
-        given: dict[str, Any] = assembled({**inputs, **settings}, names)
+        given: dict[str, Any] = assembled({**inputs, **settings}, names, has_encoder(model))
         first = [given.pop(name) for name in positional if name in given]
         # The tracer knows a module's path by how it was reached while tracing.
         run: Any = model.get_encoder() if alone else original  # type: ignore[operator]

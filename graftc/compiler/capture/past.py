@@ -212,7 +212,7 @@ def _require_growing(cache: Any) -> None:
 
 
 def _length(held: Mapping[str, Tensor]) -> int:
-    """Tokens of the text in a cache. Sizes stay what they are: as numbers, `torch.compile` would make a graph of each."""
+    """Tokens of the text in a cache. Sizes stay what they are: of numbers, `torch.compile` makes a graph each."""
     lengths = [tensor.shape[2] for name, tensor in held.items() if not is_cross(name)]
     if any(length != lengths[0] for length in lengths):
         raise _other(f"its layers have {min(lengths)} to {max(lengths)} tokens")
@@ -266,13 +266,14 @@ def cache_name(parameters: Iterable[str]) -> str | None:
     return next((name for name in CACHES if name in parameters), None)
 
 
-def assembled(inputs: Mapping[str, Any], parameters: Iterable[str]) -> dict[str, Any]:
+def assembled(inputs: Mapping[str, Any], parameters: Iterable[str], pairs: bool) -> dict[str, Any]:
     """Inputs of a graph as the model takes them: tensors of a cache are put together to one, and what an encoder gave
     is that encoder's output again.
 
     Args:
         inputs: by name.
         parameters: names that the model's ``forward`` takes.
+        pairs: whether the model has an encoder.
     """
     given = {name: value for name, value in inputs.items() if not is_past(name)}
     past = {name: value for name, value in inputs.items() if is_past(name)}
@@ -281,7 +282,7 @@ def assembled(inputs: Mapping[str, Any], parameters: Iterable[str]) -> dict[str,
 
         given[ENCODED] = BaseModelOutput(last_hidden_state=encoded)
     if past and (name := cache_name(parameters)) is not None:
-        given[name] = fill_cache(new_cache(ENCODED in given or any(is_cross(n) for n in past)), past)
+        given[name] = fill_cache(new_cache(pairs), past)
     return given
 
 

@@ -158,19 +158,18 @@ class OnnxModel(GenerationMixin):
             raise GraftError("GC143", message)
 
     def _run(self, graph: OnnxGraph, given: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-        """Run a graph; where it fails, look whether a token did it."""
-        try:
-            return graph(given)
-        except GraftError as error:
-            size = getattr(self.config.get_text_config(), "vocab_size", None)
-            if isinstance(size, int) and tokens.numel() and not tokens.is_floating_point():
-                low, high = int(tokens.min()), int(tokens.max())
-                if low < 0 or high >= size:
-                    token = low if low < 0 else high
-                    hint = "take ids from the model's own tokenizer"
-                    message = f"token {token} is not in the vocabulary of {size}"
-                    raise GraftError("GC145", message, hint=hint) from error
-            raise
+        """Run a graph. ONNX counts ids below zero from the end of a table, so that tokens are looked at before.
+
+        Raises:
+            GraftError: GC145 for a token that is not in the vocabulary.
+        """
+        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        if isinstance(size, int) and tokens.numel() and not tokens.is_floating_point():
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= size:
+                message = f"token {low if low < 0 else high} is not in the vocabulary of {size}"
+                raise GraftError("GC145", message, hint="take ids from the model's own tokenizer")
+        return graph(given)
 
 
 def _mask(mask: Tensor | None, batch: int, length: int, like: Tensor, name: str) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compiler.cached import require_rows_of_one
 from graftc.compiler.capture.interface import Interface, is_transformers
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import CACHE, ENCODER, cache_name, has_encoder, new_cache, read_cache
@@ -81,6 +82,18 @@ class Generating:
         if not self.can_generate():
             name = type(self._compilation.model).__name__
             raise GraftError("GC142", f"{name} does not generate", hint="compile a model with a language model head")
+        require_rows_of_one(self._active)
+
+    def get_encoder(self) -> nn.Module:
+        """The encoder of a model that has one: called, it gives ``encoder_outputs`` as the adapted model has them.
+
+        Raises:
+            GraftError: GC142 where there is none.
+        """
+        model: Any = self._compilation.model
+        if not has_encoder(model):
+            raise GraftError("GC142", f"{type(model).__name__} has no encoder beside a decoder", hint="call the model")
+        return _Encoder(self, model.get_encoder())
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The outputs of a call of the loop."""
@@ -280,8 +293,12 @@ class _StandIn:
             model_kwargs[MASK] = torch.cat([mask.new_ones(mask.shape[0], initial.length), mask], 1)
         elif hasattr(generation_config, "_mask_length"):
             generation_config._mask_length += initial.length
-        if positions is not None and initial.shifted:
-            model_kwargs[POSITIONS] = positions + initial.length
+        if (
+            positions is not None
+        ):  # the loop cuts them to the text, or into chunks that are counted from the cache's end
+            own = positions + initial.length if initial.shifted else positions
+            front = torch.arange(initial.length, dtype=positions.dtype, device=positions.device)
+            model_kwargs[POSITIONS] = torch.cat([front.expand(*positions.shape[:-1], -1), own], -1)
         embeds = model_kwargs.get(EMBEDS)
         if embeds is not None:  # the loop takes as many of the first away as there are tokens in the cache
             before = embeds.new_zeros(embeds.shape[0], initial.length, embeds.shape[2])

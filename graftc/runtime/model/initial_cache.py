@@ -125,7 +125,7 @@ def _of_tokens(compilation: Compilation, resolved: Resolved) -> InitialCache | N
             if columns is None or name not in compilation.cache_layout.heads:
                 return None
             first = [at for at in range(len(columns)) if at == 0 or not torch.equal(columns[at], columns[at - 1])]
-            tensors[name] = found[:, first]
+            tensors[name] = found[:, first].to(compilation.cache_layout.heads[name][0])
     return InitialCache((resolved.name,), length, tensors, shifted=True)
 
 
