@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, StaticCache, StoppingCriteriaList
+from torch._dynamo.utils import counters
+from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 
 import graftc
-from graftc.runtime.compiled import Compiled
 from graftc.testing.perturb import perturb
 from tests.families import tiny
 from tests.language_models import language_model, prompt
@@ -71,6 +71,52 @@ def test_one_graph_serves_the_prompt_and_every_step(source: Any, monkeypatch: py
 
 def no_capture(*_: Any) -> Any:
     raise AssertionError("a call was taken for a new one")
+
+
+@pytest.mark.parametrize("way", ["compile", "forward"])
+def test_steps_of_a_model_under_torch_compile_are_not_compiled_again(compiled: Any, way: str) -> None:
+    """A prompt, a first step and a second one, whose past is of another length: that is all that is compiled."""
+    given = prompt(compiled, 2, padded=True)
+    expected = compiled.generate(**given, max_new_tokens=64, min_new_tokens=64)
+    copied = copy.deepcopy(compiled)
+    torch._dynamo.reset()
+    counters.clear()
+    try:
+        if way == "compile":
+            copied.compile(backend="aot_eager")
+        else:
+            copied.forward = torch.compile(copied.forward, backend="eager")
+        copied.generate(**given, max_new_tokens=3, min_new_tokens=3)
+        assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+        with torch.compiler.set_stance("fail_on_recompile"):
+            found = copied.generate(**given, max_new_tokens=64, min_new_tokens=64)
+    finally:
+        torch._dynamo.reset()
+    assert torch.equal(found, expected)
+
+
+def test_a_copy_generates_with_its_own_tensors(compiled: Any, merged: Any) -> None:
+    given = prompt(compiled, 2)
+    expected = compiled.generate(**given, **SOME)
+    copied = copy.deepcopy(compiled)
+    assert torch.equal(copied.generate(**given, **SOME), expected)
+    perturb(copied, 0.5, seed=3)
+    assert not torch.equal(copied.generate(**given, **SOME), expected)
+    assert torch.equal(compiled.generate(**given, **SOME), expected)
+    assert torch.equal(copy.deepcopy(merged).generate(**given, **SOME), expected)
+
+
+def test_what_is_saved_has_the_graphs_that_generate(source: Any, tmp_path: Path) -> None:
+    source.save_pretrained(tmp_path / "base")
+    compiled = graftc.compile({"adapt": [LORA]}, type(source).from_pretrained(tmp_path / "base")).eval()
+    perturb(compiled, 0.3)
+    expected = compiled.generate(**prompt(source), **SOME)
+    loaded = graftc.load(compiled.save(tmp_path / "artifact")).eval()
+    assert list(loaded.compilation.signatures) == list(compiled.compilation.signatures)
+    assert torch.equal(loaded.generate(**prompt(source), **SOME), expected)
+    assert len(loaded.compilation.signatures) == 2
+    with fails("GC033", ""):
+        loaded.to(torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +225,15 @@ def alone(bank: Any) -> list[Any]:
     return [bank.fix(name).merge().to_transformers() for name in "ab"]
 
 
+def test_threads(compiled: Any, plain: Any) -> None:
+    """A model that several threads generate with gives each what it gives alone."""
+    ways: list[dict[str, Any]] = [{"rows": 3, "padded": True}, {"rows": 2, "seed": 8}, {"rows": 1, "seed": 9}]
+    given = [prompt(compiled, **way) for way in ways]
+    found = at_once(*(lambda each=each: compiled.generate(**each, **SOME) for each in given))
+    for each, own in zip(given, found, strict=True):
+        assert torch.equal(own, plain.generate(**each, **SOME))
+
+
 class TestBanks:
     """Rows choose among two adaptations, each of which generates what it does alone."""
 
@@ -211,182 +266,6 @@ class TestBanks:
             bank.generate(**prompt(bank, 2), adapter_ids=[0, 1, 1], num_beams=2)
         with fails("GC038", "no slot 'c'"):
             bank.generate(**prompt(bank, 2), adapter_ids=["a", "c"])
-
-
-LENGTH = 5
-
-
-def in_front(source: Any, method: str, **fields: Any) -> Compiled:
-    """A prefix, or virtual tokens."""
-    made = graftc.compile({"adapt": [{"method": method, "length": LENGTH, **fields}]}, source).eval()
-    perturb(made, 0.5)
-    return made
-
-
-def as_cache(prefixed: Compiled, rows: int) -> DynamicCache:
-    """The keys and values of a prefix, as peft would put them into a model's cache."""
-    config, tensors = prefixed.config, prefixed.adapter_state_dict()
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    cache = DynamicCache()
-    for layer, name in enumerate(sorted(n.removesuffix(".keys") for n in tensors if n.endswith(".keys"))):
-        keys, values = (
-            tensors[f"{name}.{part}"].view(LENGTH, heads, -1).transpose(0, 1) for part in ("keys", "values")
-        )
-        cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
-    return cache
-
-
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def base(request: pytest.FixtureRequest) -> Any:
-    return language_model(request.param)
-
-
-@pytest.fixture(scope="module")
-def prefixed(base: Any) -> Any:
-    return in_front(base, "prefix", positions="shifted")
-
-
-class TestInFront:
-    """What stands in front of a text is the first of a cache: tokens are those of the whole text at every step."""
-
-    def test_a_prefix_is_the_source_models_cache(self, base: Any, prefixed: Any) -> None:
-        given = prompt(base, 5, padded=True)
-        mask = torch.cat([torch.ones(5, LENGTH, dtype=torch.int64), given["attention_mask"]], 1)
-        positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0) + LENGTH
-        options = {"max_new_tokens": 32, "min_new_tokens": 32}
-        expected = base.generate(
-            given["input_ids"],
-            attention_mask=mask,
-            position_ids=positions,
-            cache=as_cache(prefixed, 5),
-            **options,
-        )
-        found = prefixed.generate(**given, **options)
-        assert torch.equal(found, expected)
-        assert not torch.equal(found, base.generate(**given, **options))
-        assert torch.equal(found, prefixed.generate(**given, **options, use_cache=False))
-
-    @pytest.mark.parametrize(
-        "options",
-        [{"rows": 3, "padded": True, "num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"rows": 2}],
-        ids=["beams", "lookup", "no padding"],
-    )
-    def test_options(self, prefixed: Any, options: dict[str, Any]) -> None:
-        wanted = {name: value for name, value in options.items() if name != "prompt_lookup_num_tokens"}
-        given = prompt(prefixed, options.get("rows", 1), padded=options.get("padded", False))
-        ways = [
-            {name: value for name, value in each.items() if name not in ("rows", "padded")}
-            for each in (options, wanted)
-        ]
-        found = prefixed.generate(**given, **SOME, **ways[0])
-        assert torch.equal(found, prefixed.generate(**given, **SOME, **ways[1], use_cache=False))
-
-    def test_embeddings(self, base: Any, prefixed: Any) -> None:
-        given = prompt(base, 3, padded=True)
-        embeds = base.get_input_embeddings()(given["input_ids"])
-        found = prefixed.generate(inputs_embeds=embeds, attention_mask=given["attention_mask"], **SOME)
-        assert torch.equal(found, prefixed.generate(**given, **SOME)[:, 9:])
-
-    def test_virtual_tokens(self, base: Any) -> None:
-        prompted = in_front(base, "prompt")
-        given = prompt(base, 3, padded=True)
-        found = prompted.generate(**given, **SOME)
-        assert torch.equal(found, prompted.generate(**given, **SOME, use_cache=False))
-        assert not torch.equal(found, base.generate(**given, **SOME))
-
-    def test_threads(self, base: Any, prefixed: Any) -> None:
-        """The first calls of a model, at once: what one thread leaves out, others keep."""
-        fresh = graftc.compile(prefixed.spec, base).eval()
-        fresh.load_adapter_state_dict(prefixed.adapter_state_dict())
-        given = prompt(base, 3, padded=True)
-        jobs: list[Callable[[Compiled], Any]] = [
-            lambda model: model.generate(**given, **SOME),
-            lambda model: model(**given).logits[given["attention_mask"].bool()],
-            lambda model: model.generate(**prompt(base, 2, seed=8), **SOME, num_beams=2),
-        ]
-        expected = [job(prefixed) for job in jobs]
-        for found, own in zip(at_once(*(lambda job=job: job(fresh) for job in jobs)), expected, strict=True):
-            torch.testing.assert_close(found, own)
-
-    def test_copies(self, base: Any, prefixed: Any) -> None:
-        given = prompt(base, 2)
-        expected = prefixed.generate(**given, **SOME)
-        copied = copy.deepcopy(prefixed)
-        assert torch.equal(copied.generate(**given, **SOME), expected)
-        perturb(copied, 0.5)
-        assert not torch.equal(copied.generate(**given, **SOME), expected)
-        assert torch.equal(prefixed.generate(**given, **SOME), expected)
-
-
-class TestRefused:
-    """What cannot be is said, with a code, before anything is computed."""
-
-    def test_encoders(self) -> None:
-        with fails("GC142", ""):
-            graftc.compile({"adapt": [LORA]}, tiny("bert")).generate(torch.ones(1, 3, dtype=torch.int64))
-
-    @pytest.mark.parametrize(
-        "cache",
-        [
-            lambda model: language_model("gpt2")(**prompt(model, 2), use_cache=True).cache,
-            lambda model: model(**prompt(model, 3), use_cache=True).cache,
-            lambda model: StaticCache(config=model.config, max_cache_len=32),
-            lambda model: ((torch.zeros(2, 2, 3, 8),) * 2,) * 2,
-        ],
-        ids=["model", "batch", "static", "tuple"],
-    )
-    def test_caches(self, compiled: Any, cache: Any) -> None:
-        with fails("GC140", ""):
-            compiled(**prompt(compiled, 2), cache=cache(compiled))
-
-    @pytest.mark.parametrize("kind", ["static", "quantized", "offloaded"])
-    def test_kinds(self, compiled: Any, kind: str) -> None:
-        with fails("GC140", kind):
-            compiled.generate(**prompt(compiled), cache_implementation=kind)
-
-    def test_a_cache_that_has_dropped_tokens(self) -> None:
-        source = language_model("gemma3")
-        compiled = graftc.compile({"adapt": [LORA]}, source).eval()
-        dropped = source(**prompt(source), use_cache=True).cache
-        ids = torch.ones(1, 10, dtype=torch.int64)
-        with fails("GC140", "window of 8"):
-            compiled.generate(ids, attention_mask=ids, cache=dropped)
-
-    @pytest.mark.parametrize("family", ["gpt2", "opt", "bart"])
-    def test_positions_beyond_the_table(self, family: str) -> None:
-        source: Any = language_model(family)
-        compiled = graftc.compile({"adapt": [LORA]}, source).eval()
-        given, own = prompt(source), 1 if source.config.is_encoder_decoder else 9
-        name = "decoder_input_ids" if source.config.is_encoder_decoder else "input_ids"
-        long = {**{n: t for n, t in given.items() if name == "decoder_input_ids"}, name: torch.full((1, 97), 5)}
-        with fails("GC143", "token 97 of a row"):
-            compiled(**long)
-        compiled(**{**long, name: torch.full((1, 96), 5)})
-        most = 97 - own  # the last token goes into no call
-        with fails("GC143", "token 97 of a row"):
-            compiled.generate(**given, max_new_tokens=most + 1, eos_token_id=None)
-        with fails("GC143", "token 97 of a row"):
-            compiled.generate(**given, min_new_tokens=most + 1, max_new_tokens=most + 2)
-        found = compiled.generate(**given, max_new_tokens=most, min_new_tokens=most)
-        assert torch.equal(found, source.generate(**given, max_new_tokens=most, min_new_tokens=most))
-
-    def test_padding_takes_no_positions(self) -> None:
-        """A row of more tokens than there are positions, some of which are padding, has room."""
-        for family in ("gpt2", "opt"):
-            source = language_model(family)
-            compiled = graftc.compile({"adapt": [LORA]}, source).eval()
-            ids = torch.full((1, 120), 5)
-            mask = (torch.arange(120) >= 40).long()[None]
-            options = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4}
-            assert torch.equal(compiled.generate(ids, **options), source.generate(ids, **options))
-            positions = torch.arange(120)[None] if family == "gpt2" else None
-            with fails("GC143", "token 120 of a row"):
-                compiled(input_ids=ids, attention_mask=torch.ones_like(mask), position_ids=positions)
-
-    def test_positions_that_a_call_gives(self) -> None:
-        compiled = graftc.compile({"adapt": [LORA]}, language_model("gpt2")).eval()
-        with fails("GC143", "token 101 of a row"):
-            compiled(input_ids=torch.ones(1, 2, dtype=torch.int64), position_ids=torch.tensor([[3, 100]]))
 
 
 def test_the_loops_own_methods_are_there(compiled: Any) -> None:
