@@ -126,8 +126,11 @@ def offence(node: ast.AST, tainted: frozenset[str]) -> list[str]:
     return []
 
 
-FORMATS = frozenset({"runtime/export/gguf/families.py", "runtime/interop/peft/expressible.py"})
-"""Files about formats that state the kind of a model: GGUF's architecture, and the task in PEFT's configs."""
+FORMATS = frozenset(
+    {"runtime/export/gguf/families.py", "runtime/generate/genai.py", "runtime/interop/peft/expressible.py"}
+)
+"""Files about formats that state the kind of a model: GGUF's architecture, that of onnxruntime-genai's configs, and the
+task in PEFT's."""
 
 
 def test_nothing_is_decided_by_the_kind_of_a_model() -> None:

@@ -128,7 +128,7 @@ def test_the_system_speaks_first(
 def test_an_interrupt_stops_an_answer_and_not_the_conversation(
     model: TextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graftc.runtime.cli.chat import _turn
+    from graftc.runtime.cli.text.chat import _turn
 
     talked = Conversation(model, Settings(max_new_tokens=40, sample=False))
     heard: list[str] = []

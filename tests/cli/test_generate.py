@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftc.runtime.cli.interrupts import Stop, interrupts
+from graftc.runtime.cli.text.interrupts import Stop, interrupts
 from graftc.runtime.models import load_model, quiet_transformers
 from tests.cli.speakers import WORDS, save_artifact, save_model, save_tokenizer
 from tests.cli.support import run_here, run_valid

@@ -91,7 +91,7 @@ def test_existing_file_is_kept(tmp_path: Path) -> None:
 
 def test_unknown_format(tmp_path: Path) -> None:
     """The formats are named."""
-    with pytest.raises(GraftError, match="onnx and pt2") as error:
+    with pytest.raises(GraftError, match="onnx, onnx-generate or pt2") as error:
         perturbed("bert").export(tmp_path / "model.bin", format="bin")
     assert error.value.code == "GC060"
     assert not list(tmp_path.iterdir())

@@ -6,14 +6,12 @@ from typing import Annotated
 
 import typer
 
-from graftc.runtime.cli.chat import chat
 from graftc.runtime.cli.check import check
 from graftc.runtime.cli.compile import compile
 from graftc.runtime.cli.convert import convert
 from graftc.runtime.cli.demo import demo
 from graftc.runtime.cli.diff import diff
 from graftc.runtime.cli.export import export
-from graftc.runtime.cli.generate import generate
 from graftc.runtime.cli.import_peft import import_peft
 from graftc.runtime.cli.inspect import inspect
 from graftc.runtime.cli.merge import merge
@@ -21,6 +19,8 @@ from graftc.runtime.cli.methods import methods
 from graftc.runtime.cli.output import without_colours
 from graftc.runtime.cli.roles import roles
 from graftc.runtime.cli.schema import schema
+from graftc.runtime.cli.text.chat import chat
+from graftc.runtime.cli.text.generate import generate
 from graftc.runtime.cli.verify import verify
 
 __all__ = ["build_app"]

@@ -19,7 +19,7 @@ from graftc.runtime.demo.chat import topics_of
 from graftc.runtime.demo.data import Dataset, load_r8
 from graftc.runtime.demo.decoder import find_decoder
 from graftc.runtime.demo.generation import BATCH, greedy, onnx_generator
-from graftc.runtime.demo.llm_result import Answer, LLMResult, TokenAgreement, TopicScores
+from graftc.runtime.demo.llm_result import LLMResult, TokenAgreement, TopicAnswer, TopicScores
 from graftc.runtime.demo.stages import RESULT, SEED, Stages, claim, require, size_of
 from graftc.runtime.demo.training import TrainingRun, score
 from graftc.runtime.files import check_apart
@@ -244,11 +244,11 @@ class _LLMDemo(Stages):
             {name: (*scores.accuracies, scores.likelihood.macro_f1) for name, scores in rows.items()},
         )
 
-    def _answers(self, before: list[str], after: list[str]) -> tuple[Answer, ...]:
+    def _answers(self, before: list[str], after: list[str]) -> tuple[TopicAnswer, ...]:
         """The first test text of each topic, as many as there is room for."""
         names, labels = self.topics.names, self.test.labels
         rows = sorted(labels.index(label) for label in set(labels))[:_EXAMPLE_ANSWERS]
-        found = tuple(Answer(self.test.texts[i], names[labels[i]], before[i], after[i]) for i in rows)
+        found = tuple(TopicAnswer(self.test.texts[i], names[labels[i]], before[i], after[i]) for i in rows)
         table = Table(title="answers", title_justify="left", show_lines=True)
         for column in ("text", "topic", "before", "after"):
             table.add_column(column)

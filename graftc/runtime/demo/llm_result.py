@@ -8,7 +8,7 @@ from typing import Any
 
 from graftc.runtime.demo.training import Scores
 
-__all__ = ["GAIN", "PEER", "Answer", "LLMResult", "TokenAgreement", "TopicScores"]
+__all__ = ["GAIN", "PEER", "LLMResult", "TokenAgreement", "TopicAnswer", "TopicScores"]
 
 GAIN = 0.20
 """By how much the tuned model's accuracies are to be above the untuned one's."""
@@ -64,7 +64,7 @@ class TokenAgreement:
 
 
 @dataclass(frozen=True)
-class Answer:
+class TopicAnswer:
     """A test text, its topic, and what the model says about it before and after tuning."""
 
     text: str
@@ -103,7 +103,7 @@ class LLMResult:
     tuned: TopicScores
     peft: TopicScores | None
     losses_apart: float | None
-    answers: tuple[Answer, ...]
+    answers: tuple[TopicAnswer, ...]
     report: dict[str, Any]
     certificate: dict[str, Any]
     same_tokens: Mapping[str, TokenAgreement]

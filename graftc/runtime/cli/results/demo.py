@@ -11,13 +11,13 @@ from graftc.specs.base_model import Items
 
 __all__ = [
     "AgreementData",
-    "AnswerData",
     "DemoData",
     "ExamplesData",
     "LLMDemoData",
     "ScoreData",
     "ScoresData",
     "TokensData",
+    "TopicAnswerData",
     "TopicScoreData",
     "TopicScoresData",
     "TrainingData",
@@ -152,7 +152,7 @@ class TopicScoresData(Result):
     """The same training with PEFT; null in a quick run."""
 
 
-class AnswerData(Result):
+class TopicAnswerData(Result):
     """What the model says about a test text."""
 
     text: str
@@ -205,7 +205,7 @@ class LLMDemoData(Result):
     scores: TopicScoresData
     """Scores on the test texts."""
 
-    answers: Items[AnswerData]
+    answers: Items[TopicAnswerData]
     """Some test texts, with answers before and after."""
 
     report: ReportData

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from graftc.runtime.cli.options import BaseOption, Json
-from graftc.runtime.cli.speaking import (
+from graftc.runtime.cli.text.speaking import (
     AdapterOption,
     BaseAlone,
     DeviceOption,
@@ -57,7 +57,7 @@ def chat(
     from contextlib import ExitStack
 
     from graftc.runtime.cli.output import print_json, steps, working
-    from graftc.runtime.cli.speaking import opened, settings
+    from graftc.runtime.cli.text.speaking import opened, settings
 
     given = settings(max_new_tokens, sample, temperature, top_k, top_p, num_beams, seed, no_cache)
     with ExitStack() as stack:
@@ -78,7 +78,7 @@ def chat(
 def _talk(conversation: Conversation, json: bool) -> list[dict[str, object]]:
     """Turns until somebody leaves; what was said and answered."""
     from graftc.runtime.cli.output import print_coded
-    from graftc.runtime.cli.speaking import report, writer
+    from graftc.runtime.cli.text.speaking import report, writer
     from graftc.specs.errors.diagnostics import GraftError
 
     write = writer(sys.stdout)
@@ -115,8 +115,8 @@ def _talk(conversation: Conversation, json: bool) -> list[dict[str, object]]:
 
 def _turn(conversation: Conversation, said: str, write: Callable[[str], None]) -> Answer:
     """An answer, which an interrupt stops."""
-    from graftc.runtime.cli.interrupts import Stop, interrupts
     from graftc.runtime.cli.output import working
+    from graftc.runtime.cli.text.interrupts import Stop, interrupts
 
     stop = Stop()
     with working(False), interrupts(stop):
@@ -125,7 +125,7 @@ def _turn(conversation: Conversation, said: str, write: Callable[[str], None]) -
 
 def _lines(live: bool, tell: Callable[[str], None]) -> Iterator[str]:
     """What is said, line by line, without empty ones."""
-    from graftc.runtime.cli.speaking import stdin_text
+    from graftc.runtime.cli.text.speaking import stdin_text
 
     if not live:
         yield from (line.strip() for line in stdin_text() if line.strip())
@@ -142,7 +142,7 @@ def _asked(tell: Callable[[str], None]) -> str | None:
     """A line from a terminal; None at its end. An interrupt clears the line."""
     import contextlib
 
-    from graftc.runtime.cli.interrupts import interrupts
+    from graftc.runtime.cli.text.interrupts import interrupts
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (lines can be edited then)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from graftc.runtime.cli.options import BaseOption, Json
-from graftc.runtime.cli.speaking import (
+from graftc.runtime.cli.text.speaking import (
     AdapterOption,
     BaseAlone,
     DeviceOption,
@@ -70,10 +70,10 @@ def generate(
     error."""
     from contextlib import ExitStack
 
-    from graftc.runtime.cli.interrupts import Stop, interrupts
     from graftc.runtime.cli.output import print_json, steps, working
     from graftc.runtime.cli.process import INTERRUPTED
-    from graftc.runtime.cli.speaking import opened, report, settings, writer
+    from graftc.runtime.cli.text.interrupts import Stop, interrupts
+    from graftc.runtime.cli.text.speaking import opened, report, settings, writer
 
     given = settings(max_new_tokens, sample, temperature, top_k, top_p, num_beams, seed, no_cache)
     if system is not None and not chat:
@@ -113,7 +113,7 @@ def generate(
 
 
 def _prompts(given: list[str] | None, file: Path | None, lines: bool) -> list[str]:
-    from graftc.runtime.cli.speaking import stdin_text
+    from graftc.runtime.cli.text.speaking import stdin_text
 
     if given and (file is not None or lines):
         other = "--file" if file is not None else "--lines"
