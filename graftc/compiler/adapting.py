@@ -320,7 +320,7 @@ def _adapted(
     if spec.tokens is not None:
         _insert_tokens(compilation, program, resolver.table, clock)
     _insert(compilation, program, trained, resolved, clock)
-    require_tokens_alone(compilation, program)
+    require_tokens_alone(program)
     require_every_edit(compilation, program, base)
     attentions = tuple(s for sites in resolver.table.entries for s in sites if isinstance(s, AttentionSite))
     return _Adapted(program, structure, resolved, trained, base, tuple(captures), attentions)

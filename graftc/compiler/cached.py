@@ -105,7 +105,7 @@ def require_no_virtual_tokens(program: Program, plan: Mapping[Any, Sequence[tupl
         raise GraftError("GC141", message, hint=hint)
 
 
-def require_tokens_alone(compilation: Compilation, program: Program) -> None:
+def require_tokens_alone(program: Program) -> None:
     """Whether what adaptations do with a token of a graph with a cache depends on no token that is not in the call.
 
     Raises:

@@ -93,3 +93,22 @@ def test_positions_that_a_call_gives() -> None:
     compiled = graftc.compile({"adapt": [LORA]}, language_model("gpt2")).eval()
     with fails("GC143", "token 101 of a row"):
         compiled(input_ids=torch.ones(1, 2, dtype=torch.int64), position_ids=torch.tensor([[3, 100]]))
+
+
+def test_rows_of_several_adaptations() -> None:
+    both = [{**LORA, "name": name} for name in "ab"]
+    compiled = graftc.compile({"adapt": both, "compose": {"parallel": ["a", "b"]}}, language_model("llama")).eval()
+    for options in ({}, {"use_cache": False}):
+        with fails("GC141", "gives rows for each"):
+            compiled.generate(**prompt(compiled), **options)
+    with fails("GC141", "gives rows for each"):
+        compiled(**prompt(compiled), use_cache=True)
+
+
+def test_a_mask_of_the_new_tokens_alone(compiled: Any) -> None:
+    given = prompt(compiled)
+    cache = compiled(**given, use_cache=True).cache
+    one = torch.ones(1, 1, dtype=torch.int64)
+    with fails("GC031", r"attention_mask is \[1, 1\]"):
+        compiled(input_ids=one, attention_mask=one, cache=cache)
+    assert compiled(input_ids=one, attention_mask=one.expand(1, 10), cache=cache).logits.shape[1] == 1

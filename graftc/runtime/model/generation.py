@@ -77,7 +77,7 @@ class Generating:
         """Refuse what does not generate.
 
         Raises:
-            GraftError: GC142.
+            GraftError: GC142, and GC141 for adaptations that give a row several times.
         """
         if not self.can_generate():
             name = type(self._compilation.model).__name__
@@ -118,8 +118,10 @@ class Generating:
         """Read the cache of a call; it is among what is present from then on.
 
         Raises:
-            GraftError: GC140 where there is none, or it is not of this model.
+            GraftError: GC140 where there is none, or it is not of this model; GC141 for an adaptation that it cannot
+                hold; GC031 for a mask of another length.
         """
+        require_rows_of_one(self._active)
         layout = self._active.known_cache_layout
         if layout is None:
             with exclusive():
@@ -128,7 +130,12 @@ class Generating:
         tokens = next((present[name] for name in names if name in present), None)
         if tokens is None:
             raise GraftError("GC140", f"a call with a cache needs {names[0]}", hint=f"give {names[0]}")
-        present[CACHE] = read_cache(present.get(CACHE), layout, tokens.shape[0], tokens.device)
+        past = present[CACHE] = read_cache(present.get(CACHE), layout, tokens.shape[0], tokens.device)
+        name = f"decoder_{MASK}" if layout.pairs else MASK
+        mask, length = present.get(name), past.length + tokens.shape[1]
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != length:
+            hint = f"it has one number for each token, those in the cache included: {[tokens.shape[0], length]}"
+            raise GraftError("GC031", f"{name} is {list(mask.shape)}", hint=hint)
 
     def encode(self, kwargs: dict[str, Any]) -> Any:
         """What the model's encoder gives for a call, in its own output class. Arguments that are for others are left
