@@ -1,0 +1,63 @@
+"""Graphs with a cache are held against the model in three steps: a prompt, and two tokens behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import graftc
+from graftc.compiler.capture import anchor
+from graftc.specs.errors.diagnostics import GraftError
+from tests.families import tiny
+
+SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
+IDS = torch.tensor([[5, 9, 23, 7]])
+
+
+def odd(where: Callable[[int, int], bool]) -> Any:
+    """A Llama whose logits are others where something holds of the past's length and the number of new tokens."""
+
+    class Odd(LlamaForCausalLM):
+        def forward(self, input_ids: Any = None, cache: Any = None, **kwargs: Any) -> Any:
+            past = cache.get_seq_length() if cache is not None else -1
+            outputs = super().forward(input_ids=input_ids, cache=cache, **kwargs)
+            if where(past, input_ids.shape[1]):
+                outputs.logits = outputs.logits * 2
+            return outputs
+
+    model: Any = tiny("llama")
+    model.__class__ = Odd
+    return model
+
+
+@pytest.mark.parametrize(
+    "where", [lambda past, new: past == 0, lambda past, new: past > 0 and new == 1], ids=["prompts", "single tokens"]
+)
+def test_what_a_graph_does_not_show_is_found(where: Callable[[int, int], bool]) -> None:
+    """The tracer sees several tokens behind a past, so that neither branch is in the graph."""
+    compiled = graftc.compile(SPEC, odd(where)).eval()
+    with pytest.raises(GraftError) as error:
+        compiled(IDS, use_cache=True)
+    assert error.value.code in ("GC031", "GC041"), error.value
+
+
+def test_steps_are_as_many_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[tuple[int, int]] = []
+    against = anchor._Runs.against
+
+    def noted(self: Any, run: Any, bound: float) -> Any:
+        if "past_0_key" in run.inputs:
+            lengths.append((run.inputs["past_0_key"].shape[2], run.inputs["input_ids"].shape[1]))
+        return against(self, run, bound)
+
+    monkeypatch.setattr(anchor._Runs, "against", noted)
+    compiled = graftc.compile(SPEC, tiny("llama"), cache=False).eval()
+    compiled(IDS, use_cache=True)
+    first = next(tokens for past, tokens in lengths if past == 0)
+    assert {(0, first), (first, 1), (first + 1, 1)} <= set(lengths)
+    (found,) = (f for s, f in compiled.compilation.signatures.items() if "use_cache=True" in s.inputs)
+    assert all(held.passed and held.difference is not None for held in found.anchors)
