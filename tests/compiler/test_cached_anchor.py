@@ -21,7 +21,7 @@ IDS = torch.tensor([[5, 9, 23, 7]])
 def odd(where: Callable[[int, int], bool]) -> Any:
     """A Llama whose logits are others where something holds of the past's length and the number of new tokens."""
 
-    class Odd(LlamaForCausalLM):
+    class Odd(LlamaForCausalLM):  # type: ignore[no-untyped-call]
         def forward(self, input_ids: Any = None, cache: Any = None, **kwargs: Any) -> Any:
             past = cache.get_seq_length() if cache is not None else -1
             outputs = super().forward(input_ids=input_ids, cache=cache, **kwargs)
