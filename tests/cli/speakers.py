@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +52,13 @@ def save_artifact(folder: Path, base: Path) -> Any:
     perturb(compiled, scale=0.3)
     compiled.eval().save(folder, certify=False)
     return compiled
+
+
+@contextmanager
+def heard_interrupts() -> Iterator[None]:
+    """Inside, an interrupt is heard, as in a terminal: shells let what runs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

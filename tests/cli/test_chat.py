@@ -16,7 +16,7 @@ from graftc.runtime.cli.results import published_schema
 from graftc.runtime.text.answering import Settings
 from graftc.runtime.text.conversation import Conversation
 from graftc.runtime.text.opening import TextModel, open_text_model
-from tests.cli.speakers import save_artifact, save_model, save_tokenizer
+from tests.cli.speakers import heard_interrupts, save_artifact, save_model, save_tokenizer
 from tests.cli.support import Outcome, run_here
 
 LINES = ("w1 w2 w3", "w4", "w5 w6")
@@ -138,7 +138,8 @@ def test_an_interrupt_stops_an_answer_and_not_the_conversation(
         if len(heard) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    found = _turn(talked, "w1", hear)
+    with heard_interrupts():
+        found = _turn(talked, "w1", hear)
     assert found.finish == "interrupted" and len(found.ids) < 10 and "".join(heard) == found.text
     assert talked.messages[-1] == {"role": "assistant", "content": found.text}
     assert _turn(talked, "w2", lambda _: None).finish == "length"

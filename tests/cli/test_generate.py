@@ -14,7 +14,7 @@ import torch
 
 from graftc.runtime.cli.text.interrupts import Stop, interrupts
 from graftc.runtime.models import load_model, quiet_transformers
-from tests.cli.speakers import WORDS, save_artifact, save_model, save_tokenizer
+from tests.cli.speakers import WORDS, heard_interrupts, save_artifact, save_model, save_tokenizer
 from tests.cli.support import run_here, run_valid
 
 PROMPT = "w3 w1 w4 w1 w5"
@@ -201,12 +201,13 @@ def test_prompts_that_are_none(
 
 def test_the_first_interrupt_asks_and_the_second_interrupts() -> None:
     stop = Stop()
-    before = signal.getsignal(signal.SIGINT)
-    with interrupts(stop):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked
+    with heard_interrupts():
+        before = signal.getsignal(signal.SIGINT)
+        with interrupts(stop):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.asked
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
