@@ -130,12 +130,6 @@ class CompiledRunner(
         vars(made)["_graftc_initial"] = initial
         return made
 
-    def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See `Generating`."""
-        if self.module._graftc is self:
-            return self.module(*args, **kwargs)
-        return self.within(lambda: self.call(args, kwargs))
-
     def _deployed(self) -> Exporting:
         """See `ModelRunner`. Adaptations are in their simplest form."""
         from graftc.runtime.deploy.deployed import deployed

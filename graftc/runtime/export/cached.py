@@ -25,6 +25,7 @@ from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_place
 from graftc.passes.core.ir.program_key import Signature
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.files import staged
+from graftc.runtime.generate.names import DECODER, PAIR, Slot, optimum_name
 from graftc.runtime.model.choosing import with_choices
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 _AXES = {BATCH: "batch_size", PAST: "past_sequence_length"}
 _HIDDEN = "last_hidden_state"
-_FIRST = ("model.onnx", "encoder_model.onnx")
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _describe(module: CachedModule, config: Any, generation: Any, folder: Path, 
 
 def is_exported(path: Path) -> bool:
     """Whether a folder is one that `export_cached` wrote, and may replace."""
-    return (path / "config.json").is_file() and any((path / name).is_file() for name in _FIRST)
+    return (path / "config.json").is_file() and any((path / name).is_file() for name in (DECODER, PAIR[0]))
 
 
 def _files(runner: ModelRunner) -> Iterator[CachedFile]:
@@ -164,23 +164,23 @@ def _files(runner: ModelRunner) -> Iterator[CachedFile]:
     if not layout.pairs:
         ids = torch.ones(2, 3, dtype=torch.int64, device=device)
         names = [name for name in ("input_ids", "attention_mask", "position_ids") if name in takes]
-        yield CachedFile("model.onnx", _called(runner, dict.fromkeys(names, ids), {}), _past_input, _decoder_output)
+        yield CachedFile(DECODER, _called(runner, dict.fromkeys(names, ids), {}), _input, _output)
         return
     main = [axis for axis in compilation.main.axes if not axis.name.startswith("decoder_")]
     text = {axis.name: axis.example(device) for axis in main if axis.name in runner.encoder_parameters}
-    yield CachedFile("encoder_model.onnx", {**text, ENCODER: True}, str, lambda name: name if name == _HIDDEN else None)
+    yield CachedFile(PAIR[0], {**text, ENCODER: True}, str, lambda name: name if name == _HIDDEN else None)
     with torch.no_grad():
         encoded = next(iter(runner.encode(dict(text)).values()))
     rows, length = encoded.shape[:2]
     ids = torch.ones(rows, 3, dtype=torch.int64, device=device)
     mask = {name: value for name, value in text.items() if name == "attention_mask" and name in takes}
     start = {"decoder_input_ids": ids, ENCODED: encoded, **mask}
-    yield CachedFile("decoder_model.onnx", _called(runner, start, {}), _pair_input, _pair_output, is_past)
+    yield CachedFile(PAIR[1], _called(runner, start, {}), _pair_input, _pair_output, is_past)
     past = {
         name: torch.zeros(rows, heads, length if is_cross(name) else 3, width, dtype=dtype, device=device)
         for name, (dtype, heads, width) in layout.heads.items()
     }
-    yield CachedFile("decoder_with_past_model.onnx", _called(runner, start, past), _pair_input, _text_output)
+    yield CachedFile(PAIR[2], _called(runner, start, past), _pair_input, _text_output)
 
 
 def _called(runner: ModelRunner, given: Mapping[str, Any], past: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -192,20 +192,15 @@ def _called(runner: ModelRunner, given: Mapping[str, Any], past: Mapping[str, Te
     return with_choices(runner._compilation, present, {})
 
 
-def _past_input(name: str) -> str:
-    return f"past_key_values.{_place(name)}" if is_past(name) else name
+def _input(name: str) -> str:
+    return optimum_name(_slot(name), "past_key_values") if is_past(name) else name
 
 
-def _decoder_output(name: str) -> str | None:
+def _output(name: str) -> str | None:
     last = name.rpartition(".")[2]
     if is_past(last):
-        return f"present.{_place(last)}"
+        return optimum_name(_slot(last), "present")
     return name if name == "logits" else None
-
-
-def _place(name: str) -> str:
-    _, layer, part = past_place(name)
-    return f"{layer}.{part}"
 
 
 _PAIRED = {
@@ -216,14 +211,12 @@ _PAIRED = {
 
 
 def _pair_input(name: str) -> str:
-    return f"past_key_values.{_pair_place(name)}" if is_past(name) else _PAIRED.get(name, name)
+    return optimum_name(_slot(name), "past_key_values", seq2seq=True) if is_past(name) else _PAIRED.get(name, name)
 
 
 def _pair_output(name: str) -> str | None:
     last = name.rpartition(".")[2]
-    if is_past(last):
-        return f"present.{_pair_place(last)}"
-    return name if name == "logits" else None
+    return optimum_name(_slot(last), "present", seq2seq=True) if is_past(last) else _output(name)
 
 
 def _text_output(name: str) -> str | None:
@@ -231,6 +224,6 @@ def _text_output(name: str) -> str | None:
     return None if is_cross(name.rpartition(".")[2]) else _pair_output(name)
 
 
-def _pair_place(name: str) -> str:
+def _slot(name: str) -> Slot:
     _, layer, part = past_place(name)
-    return f"{layer}.{'encoder' if is_cross(name) else 'decoder'}.{part}"
+    return Slot(layer, "cross" if is_cross(name) else "self", "key" if part == "key" else "value")

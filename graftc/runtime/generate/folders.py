@@ -8,12 +8,11 @@ from typing import Any
 
 from graftc.runtime.generate.exported import MANIFEST, graph_in
 from graftc.runtime.generate.graphs import OnnxGraph, Provider, providers_for, runtime
+from graftc.runtime.generate.names import DECODER, PAIR
 from graftc.specs.arguments import as_path, kind_of
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
 __all__ = ["open_folder"]
-
-_DECODER, _FILES = "model.onnx", ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx")
 
 
 def _config(folder: Path) -> Any:
@@ -59,8 +58,8 @@ def open_folder(folder: Any, providers: Sequence[Provider] | None, threads: int 
     folder = as_path(folder)
     if not folder.is_dir():
         raise GraftError("GC144", f"{folder} is no folder")
-    seq2seq = any((folder / name).is_file() for name in _FILES)
-    files = [folder / name for name in _FILES] if seq2seq else [folder / _DECODER]
+    seq2seq = any((folder / name).is_file() for name in PAIR)
+    files = [folder / name for name in PAIR] if seq2seq else [folder / DECODER]
     if (folder / MANIFEST).is_file():
         seq2seq, files = False, [graph_in(folder)]
     if missing := [file.name for file in files if not file.is_file()]:

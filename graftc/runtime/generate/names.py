@@ -6,7 +6,12 @@ import re
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-__all__ = ["Slot", "optimum_name", "slots_of"]
+__all__ = ["DECODER", "PAIR", "Slot", "optimum_name", "slots_of"]
+
+DECODER = "model.onnx"
+"""The file of a decoder."""
+PAIR = ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx")
+"""The files of an encoder and of the decoder behind it: its first step, and all others."""
 
 
 class Slot(NamedTuple):

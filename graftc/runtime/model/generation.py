@@ -41,6 +41,8 @@ class Generating:
     _compilation: Compilation
     _active: Compilation
     _run_part: Callable[..., Any]
+    _interface: Interface
+    call: Callable[..., Any]
     within: Callable[[Callable[[], Any]], Any]
     tables: Callable[..., tuple[PositionTable, ...]]
     config: Any
@@ -96,8 +98,11 @@ class Generating:
         return _Encoder(self, model.get_encoder())
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The outputs of a call of the loop."""
-        return self.module(*args, **kwargs)
+        """The outputs of a call of the loop: of the module, whose hooks hear of it, unless that runs something else."""
+        own: Any = self.module._graftc
+        if own is self:
+            return self.module(*args, **kwargs)
+        return self.within(lambda: self.call(args, kwargs))
 
     @property
     def encoder_parameters(self) -> tuple[str, ...]:
@@ -108,7 +113,7 @@ class Generating:
         """Whether the source model's class generates text, with a cache."""
         model: Any = self._compilation.model
         can = is_transformers(model) and callable(getattr(model, "can_generate", None)) and model.can_generate()
-        return bool(can) and Interface(model).cache is not None
+        return bool(can) and self._interface.cache is not None
 
     @cached_property
     def _stand_in(self) -> Any:

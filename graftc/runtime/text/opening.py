@@ -16,6 +16,7 @@ from graftc.compiler.capture.interface import Interface
 from graftc.compiler.capture.past import cache_name
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.artifact.places import is_peft
+from graftc.runtime.generate.names import DECODER, PAIR
 from graftc.runtime.loading.checkpoint import is_checkpoint
 from graftc.runtime.models import load_folder, load_model_and_inputs, local_folder, quiet_transformers
 from graftc.specs.compose import Bank
@@ -30,7 +31,6 @@ Kind = Literal["artifact", "model", "onnx", "peft"]
 """What a folder holds: an artifact, a whole model, graphs for ONNX Runtime, or an adapter of PEFT's."""
 
 _TOKENIZER = ("tokenizer*.json", "vocab.*", "*.model", "merges.txt", "*.tiktoken")
-_ONNX = ("model.onnx", "decoder_model.onnx")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _loaded(folder: Path, model: str | None) -> tuple[Kind, Any, Compiled | None
         return "peft", compiled, compiled
     if model is not None:
         raise GraftError("GC090", f"{str(folder)!r} is no adapter, and takes no --model", hint="leave out --model")
-    if not any(folder.glob("*.safetensors")) and any((folder / name).is_file() for name in _ONNX):
+    if not any(folder.glob("*.safetensors")) and any((folder / name).is_file() for name in (DECODER, PAIR[1])):
         from graftc.runtime.generate import load as load_graphs
 
         return "onnx", load_graphs(folder), None
