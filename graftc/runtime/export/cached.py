@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.capture.past import CACHE, ENCODED, ENCODER, PAST, USE_CACHE, fill_cache, new_cache, read_cache
-from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis
+from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis, size_of
 from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_place
 from graftc.passes.core.ir.program_key import Signature
@@ -93,14 +93,11 @@ class CachedModule(ExportModule):
     def filled(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """See `ExportModule`."""
         like = next(value for value in inputs.values() if isinstance(value, Tensor))
-        found = dict(inputs)
-        for spec in self.program.inputs:
-            if spec.name not in found:
-                sizes = [
-                    like.shape[0] if size == BATCH else size if isinstance(size, int) else 0 for size in spec.shape
-                ]
-                found[spec.name] = like.new_zeros(sizes, dtype=spec.dtype)
-        return found
+        rows = {BATCH: like.shape[0]}
+        absent = [spec for spec in self.program.inputs if spec.name not in inputs]
+        shapes = ([size_of(n, rows, 0) if isinstance(n, str) else n for n in spec.shape] for spec in absent)
+        made = {s.name: like.new_zeros(shape, dtype=s.dtype) for s, shape in zip(absent, shapes, strict=True)}
+        return {**inputs, **made}
 
 
 def export_cached(
