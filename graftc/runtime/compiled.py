@@ -35,6 +35,7 @@ from graftc.runtime.model.ecosystem import Ecosystem
 from graftc.runtime.model.editing import Editing
 from graftc.runtime.model.generation import LOOKUP, stand_in
 from graftc.runtime.model.inspection import Inspected
+from graftc.runtime.model.lowered import Lowering
 from graftc.runtime.model.reference_model import Referring
 from graftc.runtime.model.runner import M, ModelRoot, Published
 from graftc.runtime.model.sharded import in_every_process, written_once
@@ -60,6 +61,7 @@ class CompiledRunner(
     Stateful,
     Inspected,
     Checkpointed,
+    Lowering,
     Choosing,
     Combining,
     Converting,

@@ -14,6 +14,8 @@ from graftc.specs.compose import Bank, Compositions, CompositionSpec, Stack, com
 from graftc.specs.errors.diagnostics import GraftError, Place, unknown_name
 from graftc.specs.errors.text import quoted, shown
 from graftc.specs.limits import ADAPTATIONS, TOKENS
+from graftc.specs.memory import Memory
+from graftc.specs.optimise import Optimise
 from graftc.specs.patterns import PATTERNS, measure_braces
 from graftc.specs.registry import method_specs, unknown_method
 from graftc.specs.source import Source
@@ -150,6 +152,12 @@ class Spec(SpecModel):
 
     checkpoint: Literal["layers"] | None = None
     """`layers`: recompute each layer's activations in the backward pass instead of keeping them."""
+
+    memory: Memory = Memory()
+    """What a training step keeps in memory."""
+
+    optimise: Optimise = Optimise()
+    """How training graphs are lowered."""
 
     fold: FoldOptions = FoldOptions()
     """Constraints on folding."""

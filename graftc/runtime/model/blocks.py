@@ -25,6 +25,7 @@ from graftc.passes.core.weights.containers import OWN, Container, Node, Pass, Tr
 from graftc.passes.core.weights.sharding import computes_on, is_unit, sharded_modules
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.outline import outline
+from graftc.passes.lowering.lower import Outcome
 from graftc.runtime.model.embeddings import call_hooks
 
 
@@ -149,6 +150,8 @@ class Runner:
         self._store = store
         self._roots: dict[ProgramKey, Function] = {}
         self._programs: dict[ProgramKey, Program] = {}
+        self._lowered: dict[ProgramKey, Program] = {}
+        self._outcomes: dict[ProgramKey, list[Outcome]] = {}
         self._label = ""
         self._showing: frozenset[str] = frozenset()
         self._hooked: str | None = None
@@ -174,7 +177,7 @@ class Runner:
         self._lower(key)
 
     def _lower(self, key: ProgramKey) -> None:
-        program = self._programs[key]
+        program = self._lowered[key] = self.lowered(key)
         outlined = outline(program)
         device = self._code_device()
         for block in outlined.blocks:
@@ -190,6 +193,10 @@ class Runner:
         self._roots[key] = function_of(outlined.root, self.module, device)
         self._kind = device.type
 
+    def lowered(self, key: ProgramKey) -> Program:
+        """What code is made of for a Program: here the Program itself."""
+        return self._programs[key]
+
     def _store_device(self) -> torch.device:
         return self._store.device()
 
@@ -204,7 +211,7 @@ class Runner:
         if is_unit(self.module) and self._code_device().type != self._kind:
             self.relower()  # sharding has moved the tensors
         given = {**inputs, **inputs[CACHE].tensors} if CACHE in inputs else inputs
-        program_inputs = [given[name] for name in self._programs[key].signature]
+        program_inputs = [given[name] for name in self._lowered[key].signature]
         found: Callable[[], tuple[Any, ...]] = partial(self._roots[key], self.module, *program_inputs)
         for unit in self._passive_units():
             found = partial(unit, Pass(found))

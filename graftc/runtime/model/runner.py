@@ -268,7 +268,8 @@ class ModelRunner(Generating, Positioned):
         key = self.ready(present, entry)
         if not is_traced():
             self._look_at(key, present)
-        outputs = self._programs[key].outputs.build(self._results(key, present))
+        results = self._results(key, present)
+        outputs = self._lowered[key].outputs.build(results)
         if past is not None:
             outputs = with_cache(outputs, past.cache)
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
@@ -349,7 +350,12 @@ class ModelRunner(Generating, Positioned):
 
     def shared(self) -> list[Any]:
         """What a copy of the module has in common with it: Graphs, which hold no tensors, and the source model."""
-        found: list[Any] = [self._interface, *self._programs.values(), vars(self).get("_stand_in")]
+        found: list[Any] = [
+            self._interface,
+            *self._programs.values(),
+            *self._lowered.values(),
+            vars(self).get("_stand_in"),
+        ]
         for compilation in self.compilations():
             if compilation.store is not self._store:
                 found.append(compilation)

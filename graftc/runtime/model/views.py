@@ -27,7 +27,8 @@ from graftc.specs.arguments import as_names
 from graftc.specs.changes import leaving
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
-_SHOWN = ("_active", "_roots", "_programs", "_outputs", "_tables", "_label", "_showing", "_steering")
+_TABLES = ("_roots", "_programs", "_lowered", "_outcomes", "_outputs", "_tables")
+_SHOWN = (*_TABLES, "_active", "_label", "_showing", "_steering")
 """Attributes of a Runner that a view has its own of."""
 
 View = Mapping[str, Any]
@@ -213,7 +214,7 @@ class Viewed:
     def _install(self, made: Compilation, steering: Steerings, off: frozenset[str]) -> None:
         """Code of its own for a Compilation over the same tensors."""
         self._made_views += 1
-        fresh: dict[str, Any] = {name: {} for name in ("_roots", "_programs", "_outputs", "_tables")}
+        fresh: dict[str, Any] = {name: {} for name in _TABLES}
         own = {"_active": made, "_steering": steering, "_label": f"{self._made_views}: ", "_showing": off}
         vars(self).update({**fresh, **own})
         for key in (made.key("train"), made.key("eval")):

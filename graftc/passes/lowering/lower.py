@@ -1,0 +1,53 @@
+"""The steps of lowering a training Program, in order, each of which can be turned off by its name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from graftc.passes.core.ir.program import HistoryEntry, Program
+from graftc.specs.optimise import LoweringName
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step found at one place.
+
+    Attributes:
+        step: its name.
+        place: a module path.
+        done: whether the place was rewritten.
+        reason: why not, for people; empty where it was.
+    """
+
+    step: str
+    place: str
+    done: bool
+    reason: str = ""
+
+
+Lowering = Callable[[Program], list[Outcome]]
+"""Rewrites a Program in place."""
+
+STEPS: Mapping[LoweringName, Lowering] = {}
+"""By name, in order."""
+
+
+def lower(program: Program, off: Collection[str] = ()) -> tuple[Program, list[Outcome]]:
+    """A copy of a training Program as it is run, and what each step did to it.
+
+    Args:
+        program: stays as it is.
+        off: names of steps to leave out.
+    """
+    lowered, outcomes = program.copy(), []
+    for name, step in STEPS.items():
+        if name in off:
+            continue
+        before, started = set(lowered.graph.nodes), time.perf_counter()
+        outcomes += step(lowered)
+        after = set(lowered.graph.nodes)
+        taken = time.perf_counter() - started
+        lowered.history.append(HistoryEntry(f"lower({name})", len(after - before), len(before - after), taken))
+    return lowered, outcomes

@@ -1,0 +1,19 @@
+"""How training graphs are lowered to code. Nothing here changes what a model computes."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from graftc.specs.base import Items, SpecModel
+
+LoweringName: TypeAlias = Literal["projections", "recompute"]
+"""A step of lowering: see `Optimise.off`."""
+
+
+class Optimise(SpecModel):
+    """Which steps of lowering a training graph are left out. All are taken by default."""
+
+    off: Items[LoweringName] = ()
+    """Steps to leave out. `projections`: adapted linear maps of one input are computed together. `recompute`: norms,
+    activation functions, rotary embeddings and other cheap values are computed again in the backward pass instead of
+    being kept."""
