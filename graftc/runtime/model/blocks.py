@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +26,7 @@ from graftc.passes.core.weights.sharding import computes_on, is_unit, sharded_mo
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.outline import outline
 from graftc.passes.lowering.lower import Outcome
+from graftc.runtime.activations.budget import Levels
 from graftc.runtime.model.embeddings import call_hooks
 
 
@@ -58,12 +59,14 @@ class LayerCode(Node):
 
     Attributes:
         functions: the code of its part of each Program, by key.
+        levels: how much of its activations each kind of call computes again.
         checkpointing: recompute activations in the backward pass instead of keeping them.
         recompute: how.
     """
 
     def __init__(self) -> None:
         self.functions: dict[str, Function] = {}
+        self.levels: Levels = {}
         self.checkpointing = False
         self.recompute = Recompute()
 
@@ -94,7 +97,7 @@ class Block(Container):
             return super().forward()
         function = code.functions[key]
         if code.checkpointing and self.training and torch.is_grad_enabled():
-            return code.recompute(function, self, *inputs)
+            return code.recompute(getattr(function, "function", function), self, *inputs)
         return function(self, *inputs)
 
 
@@ -155,6 +158,7 @@ class Runner:
         self._label = ""
         self._showing: frozenset[str] = frozenset()
         self._hooked: str | None = None
+        self.levels: Levels = {}
 
     def adopt(self, module: Root) -> None:
         """Make a module the root of the tree."""
@@ -184,14 +188,18 @@ class Runner:
             owner = self._store.container(block.path)
             if not isinstance(owner, Block):
                 owner = self._store.replace_container(block.path, Block)
-            owner._graftc.functions[f"{self._label}{key}#{block.use}"] = function_of(block.graph, owner, device)
+            owner._graftc.functions[f"{self._label}{key}#{block.use}"] = self.code(key, block.graph, owner, device)
         for node in outlined.root.find_nodes(op="call_module"):
             use, *inputs = node.args
             node.args = (f"{self._label}{key}#{use}", *inputs)
         if self._hooked is not None:
             call_hooks(program, outlined.root, self._hooked)
-        self._roots[key] = function_of(outlined.root, self.module, device)
+        self._roots[key] = self.code(key, outlined.root, self.module, device)
         self._kind = device.type
+
+    def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
+        """Code for a part of a Program."""
+        return function_of(graph, module, device)
 
     def lowered(self, key: ProgramKey) -> Program:
         """What code is made of for a Program: here the Program itself."""

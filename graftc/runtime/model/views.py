@@ -147,7 +147,8 @@ class Viewed:
 
     def shared(self) -> list[Any]:
         """See `ModelRunner`."""
-        programs = (program for view in self._views.values() for program in view["_programs"].values())
+        tables = (view[name] for view in self._views.values() for name in ("_programs", "_lowered"))
+        programs = (program for table in tables for program in table.values())
         return [*super().shared(), *programs]  # type: ignore[misc]
 
     def relower(self) -> None:

@@ -39,7 +39,7 @@ def function_of(graph: fx.Graph, module: nn.Module, device: torch.device) -> Fun
     """
     key = (device, tuple(_of_node(node, module) for node in graph.nodes))
     if key not in _KNOWN:
-        _KNOWN[key] = _made(graph, module, device)
+        _KNOWN[key] = code_of(placed(graph, device), module)
     return _KNOWN[key]
 
 
@@ -51,11 +51,12 @@ def _of_node(node: fx.Node, module: nn.Module) -> tuple[Any, ...]:
     return node.op, node.name, target, repr(node.args), repr(node.kwargs)
 
 
-def _made(graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
-    placed = fx.Graph()
-    output = placed.graph_copy(graph, {})
-    placed.output(output)
-    for node in placed.nodes:
+def placed(graph: fx.Graph, device: torch.device) -> fx.Graph:
+    """A copy of a graph for one device, with the operators that run there."""
+    made = fx.Graph()
+    output = made.graph_copy(graph, {})
+    made.output(output)
+    for node in made.nodes:
         if node.op == "call_function" and takes_device(node.target) and not _follows_input(node.target):
             node.kwargs = {**node.kwargs, "device": device}
         if node.op == "call_function" and node.target in _OF_A_BATCH and node.args[5]:
@@ -65,9 +66,14 @@ def _made(graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
         if node.op == "placeholder":
             node.target = node.name  # one of its own: what a model or a file calls an input may be the name of a value
     if device.type == "cpu":
-        share_heads(placed)
-    placed.set_codegen(_Reading(_read_first(placed, module)))
-    code = placed.python_code("self", verbose=False)
+        share_heads(made)
+    return made
+
+
+def code_of(graph: fx.Graph, module: nn.Module) -> Function:
+    """`function_of` for what `placed` gives, which is used up."""
+    graph.set_codegen(_Reading(_read_first(graph, module)))
+    code = graph.python_code("self", verbose=False)
     key = (code.src, tuple(sorted(f"{k}={v!r}" for k, v in code.globals.items())))
     if key not in _FUNCTIONS:
         filename = f"<graftc {len(_FUNCTIONS)}>"

@@ -1,0 +1,230 @@
+"""Code of a training graph that keeps less for the backward pass than autograd would."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graftc.compiler.capture.isolation import is_traced
+from graftc.passes.core.ir.codegen import Function, code_of, function_of, placed
+from graftc.passes.core.weights.containers import OWN
+from graftc.runtime.activations.budget import Call, Levels, chosen
+from graftc.runtime.activations.frames import Casts, Frame, FrameCode, Hooks, PartCode, casts_of
+from graftc.runtime.activations.plan import Part, Plan, plans
+from graftc.runtime.activations.recording import Recorded, fake, record, tensor_at
+
+
+class Kind(NamedTuple):
+    """What a plan depends on beside the graph.
+
+    Attributes:
+        wanted: for every tensor that the graph reads, whether it wants a gradient.
+        casts: autocast.
+    """
+
+    wanted: tuple[bool, ...]
+    casts: Casts
+
+
+_KNOWN: dict[tuple[Function, float | None], TrainingCode] = {}
+
+
+def training_code(graph: fx.Graph, module: nn.Module, device: torch.device, budget: float | None) -> TrainingCode:
+    """`function_of` for a graph that trains; equal graphs share what is returned, and their plans.
+
+    Args:
+        graph, module, device: as there.
+        budget: bytes of activations to keep, as a part of those that autograd keeps by itself.
+    """
+    function = function_of(graph, module, device)
+    key = (function, budget)
+    if key not in _KNOWN:
+        _KNOWN[key] = TrainingCode(function, placed(graph, device), budget)
+    return _KNOWN[key]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Ways to run calls of one kind.
+
+    Attributes:
+        plans: from the cheapest in time to the one that keeps least; empty where the graph cannot be run without
+            values.
+        codes: for each of them, None where it is autograd's own choice.
+        reason: why there is no plan.
+    """
+
+    plans: tuple[Plan, ...]
+    codes: tuple[FrameCode | None, ...]
+    reason: str = ""
+
+
+class TrainingCode:
+    """``f(module, *inputs)``.
+
+    Args:
+        function: the plain code.
+        graph: what it was made of.
+        budget: see `training_code`.
+
+    Attributes:
+        planned: by kind of call.
+    """
+
+    def __init__(self, function: Function, graph: fx.Graph, budget: float | None) -> None:
+        self.function, self._graph, self._budget = function, graph, budget
+        self._names = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "get_attr"))
+        self._results: dict[tuple[Any, ...], Any] = {}
+        self.planned: dict[Kind, Planned] = {}
+
+    def __deepcopy__(self, memo: Any) -> TrainingCode:
+        return self  # code holds no tensors
+
+    def __call__(self, module: nn.Module, *inputs: Any) -> Any:
+        """Run the graph."""
+        if is_traced() or not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return self.function(module, *inputs)
+        kind = self.kind(module, inputs)
+        hooks, levels = _hooks(), levels_of(module)
+        level = levels.get((self, kind))
+        if level is None:
+            if hooks is not None or torch._C._len_torch_dispatch_stack():
+                return self.function(module, *inputs)  # what others count on may not change between two calls
+            self._choose(module, inputs, kind)
+            level = levels[self, kind]
+        codes = self.planned[kind].codes
+        code = codes[level] if codes else None
+        if code is None:
+            return self.function(module, *inputs)
+        return Frame(code, module, hooks, kind.casts).run(inputs)
+
+    def kind(self, module: nn.Module, inputs: Sequence[Any]) -> Kind:
+        """What plans are made for."""
+        tensors = [*(tensor_at(module, name) for name in self._names), *(t for t in inputs if isinstance(t, Tensor))]
+        devices = dict.fromkeys(tensor.device.type for tensor in tensors)
+        return Kind(tuple(tensor.requires_grad for tensor in tensors), casts_of(tuple(devices)))
+
+    def _choose(self, module: nn.Module, inputs: Sequence[Any], kind: Kind) -> None:
+        """Choose how this graph runs, and how the layers that it calls do, which share its budget."""
+        mode, calls = FakeTensorMode(), list[Call]()
+        planned = self._plan(module, fake(list(inputs), mode), kind, mode, calls)
+        calls.append(Call(levels_of(module), (self, kind), planned.plans))
+        chosen(calls, self._budget)
+
+    def _plan(
+        self, module: nn.Module, inputs: Sequence[Any], kind: Kind, mode: FakeTensorMode, calls: list[Call]
+    ) -> Planned:
+        """The plans for a kind of call with fake inputs; adds the layers that it calls to ``calls``."""
+        try:
+            recorded = self._record(module, inputs, mode, calls)
+        except Exception as error:  # whatever an operator without values raises: such a graph runs as it is
+            calls.clear()
+            return self.planned.setdefault(kind, Planned((), (), f"{type(error).__name__}: {error}".splitlines()[0]))
+        if kind not in self.planned:
+
+            def is_buffer(name: str) -> bool:
+                return not isinstance(tensor_at(module, name), nn.Parameter)
+
+            found = tuple(plans(self._graph, recorded, is_buffer, self._budget is not None))
+            codes = tuple(self._framed(module, recorded, plan.parts) if plan.parts else None for plan in found)
+            self.planned[kind] = Planned(found, codes)
+        return self.planned[kind]
+
+    def _record(self, module: nn.Module, inputs: Sequence[Any], mode: FakeTensorMode, calls: list[Call]) -> Recorded:
+        def layer(block: Any, key: str, *given: Any) -> Any:
+            return block._graftc.functions[key].results(block, given, mode, calls)
+
+        layers = {str(node.target): layer for node in self._graph.nodes if node.op == "call_module"}
+        return record(self._graph, module, inputs, layers, mode)
+
+    def results(self, module: nn.Module, inputs: Sequence[Any], mode: FakeTensorMode, calls: list[Call]) -> Any:
+        """Fake results for fake inputs, of a layer, which is added to ``calls``."""
+        kind = self.kind(module, inputs)
+        key = (kind, *(_seen(value) for value in inputs))
+        if key not in self._results:
+            self._plan(module, inputs, kind, mode, calls)
+            self._results[key] = self._record(module, inputs, mode, calls).results
+        calls.append(Call(levels_of(module), (self, kind), self.planned[kind].plans))
+        return fake(self._results[key], mode)
+
+    def _framed(self, module: nn.Module, recorded: Recorded, parts: Sequence[Part]) -> FrameCode:
+        """The graph with marks, and code for its parts."""
+        roots = list(dict.fromkeys(root for part in parts for root in part.roots))
+        where = {target: (n, at) for n, part in enumerate(parts) for at, target in enumerate(part.targets)}
+        marked = _marked(self._graph, recorded, roots, list(where))
+        codes = tuple(_part_code(part, roots, module) for part in parts)
+        return FrameCode(code_of(marked, module), codes, tuple(where.values()), tensor_at)
+
+
+def levels_of(module: nn.Module) -> Levels:
+    """Which plan each kind of call of a module runs by."""
+    found: Levels = vars(module)[OWN].levels
+    return found
+
+
+def _seen(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+
+
+def _hooks() -> Hooks | None:
+    """The hooks of saved tensors that are in force beside those of frames."""
+    found: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    frame = getattr(found[0], "__self__", None) if found is not None else None
+    return frame.hooks if isinstance(frame, Frame) else found
+
+
+def _keep(frame: Frame, index: int, value: Any) -> None:
+    frame.keep(index, value)
+
+
+def _mark(frame: Frame, index: int, value: Tensor) -> None:
+    frame.mark(index, value)
+
+
+def _marked(graph: fx.Graph, recorded: Recorded, roots: Sequence[fx.Node], targets: Sequence[fx.Node]) -> fx.Graph:
+    """A copy that tells a frame, its first input, of what it keeps and what it need not keep."""
+    made = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    frame = made.placeholder("frame")
+    made.output(made.graph_copy(graph, mapping))
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    first = next(node for node in made.nodes if node.op != "placeholder")
+    sharing: dict[int, list[fx.Node]] = {}
+    for node, storage in recorded.storages.items():
+        sharing.setdefault(storage, []).append(node)
+    for index, target in enumerate(targets):
+        readers = [user for node in sharing[recorded.storages[target]] for user in (node, *node.users)]
+        last = max((user for user in readers if user.op != "output"), key=place.__getitem__)
+        with made.inserting_after(mapping[last]):
+            made.call_function(_mark, (frame, index, mapping[target]))
+    for index, root in enumerate(roots):
+        context = made.inserting_before(first) if root.op == "placeholder" else made.inserting_after(mapping[root])
+        with context:
+            made.call_function(_keep, (frame, index, mapping[root]))
+    return made
+
+
+def _part_code(part: Part, roots: Sequence[fx.Node], module: nn.Module) -> PartCode:
+    made = fx.Graph()
+    mapping = {root: made.placeholder(f"r{number}") for number, root in enumerate(part.roots)}
+    names: dict[str, fx.Node] = {}
+
+    def value(node: fx.Node) -> fx.Node:
+        if node.op == "get_attr":
+            name = str(node.target)
+            if name not in names:
+                names[name] = made.get_attr(name)
+            return names[name]
+        return mapping[node]
+
+    for node in part.nodes:
+        mapping[node] = made.node_copy(node, value)
+    made.output(tuple(mapping[target] for target in part.targets))
+    return PartCode(code_of(made, module), tuple(roots.index(root) for root in part.roots), tuple(names))
