@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 import torch
+from networkx.algorithms.flow import boykov_kolmogorov
 from torch import fx
 
 from graftc.passes.core.ir.effects import Memory
@@ -176,7 +177,7 @@ class _Choice:
         if not self.needed:
             return set()
         # Of all smallest cuts, networkx finds the one that is nearest to its target.
-        _, (_, near) = nx.minimum_cut(network, source, sink)
+        _, (_, near) = nx.minimum_cut(network, source, sink, flow_func=boykov_kolmogorov)
         return {node for node in self.graph.nodes if (node, 1) in near and (node, 0) not in near}
 
     def _parts(self, targets: list[fx.Node], kept: Collection[fx.Node]) -> Iterator[Part]:

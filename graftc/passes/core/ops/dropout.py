@@ -68,7 +68,7 @@ def masked_dropout_decomposed(x: Tensor, mask: Tensor, p: float) -> Tensor:
     return torch.where(mask, x, 0.0) * _factor(p)
 
 
-@torch.library.custom_op("graftc::masked_dropout", mutates_args=())
+@torch.library.custom_op("graftc::masked_dropout", mutates_args=(), tags=(torch.Tag.pointwise,))
 def masked_dropout(x: Tensor, mask: Tensor, p: float) -> Tensor:
     """``x`` with elements dropped and the rest scaled up; the backward pass keeps the mask alone.
 

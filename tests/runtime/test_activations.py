@@ -1,0 +1,246 @@
+"""Training steps keep less for the backward pass, and their gradients are the same."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+import graftc
+from graftc.runtime.activations.training_code import TrainingCode, levels_of
+from graftc.testing import perturb, tiny
+from graftc.testing.compare import flat, inputs_for
+from graftc.testing.families import FAMILIES
+from tests.language_models import language_model
+
+ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down"]
+LORA: dict[str, Any] = {"method": "lora", "rank": 2, "dropout": 0.2}
+PLAIN = {"optimise": {"off": ["recompute"]}}
+Gradients = dict[str, Tensor]
+
+
+def compiled(base: Any, change: dict[str, Any] | None = None, /, **spec: Any) -> Any:
+    config: Any = base.config
+    roles = [*ROLES[:4], "experts"] if hasattr(config, "num_local_experts") else ROLES
+    whole = {"adapt": [{**LORA, **(change or {}), "target": {"role": roles}}], **spec}
+    model = graftc.compile(whole, copy.deepcopy(base)).train()
+    perturb(model)
+    return model
+
+
+def loss_of(model: Any, inputs: dict[str, Any]) -> Tensor:
+    torch.manual_seed(3)
+    leaves = flat(model(**inputs))
+    return torch.stack([leaf.square().mean() for leaf in leaves if leaf.is_floating_point()]).sum()
+
+
+def gradients(model: Any, inputs: dict[str, Any], run: Callable[..., Tensor] = loss_of) -> Gradients:
+    model.zero_grad()
+    run(model, inputs).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def saved(model: Any, inputs: dict[str, Any], run: Callable[..., Tensor] = loss_of) -> int:
+    """Bytes that are alive for the backward pass when the forward pass is over, tensors of the model not counted."""
+    held: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    class Held:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor.detach()
+
+    def pack(tensor: Tensor) -> Held:
+        kept = Held(tensor)
+        held.add(kept)
+        return kept
+
+    with saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        loss = run(model, inputs)
+    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    sizes = {h.tensor.untyped_storage()._cdata: h.tensor.untyped_storage().nbytes() for h in held}
+    del loss
+    return sum(size for address, size in sizes.items() if address not in own)
+
+
+def equal(one: Gradients, other: Gradients) -> bool:
+    return bool(one) and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    return tiny("llama").double().train()
+
+
+@pytest.fixture(scope="module")
+def usual(base: Any) -> Any:
+    """A model with everything that there is by default."""
+    return compiled(base)
+
+
+@pytest.fixture(scope="module")
+def inputs(usual: Any) -> dict[str, Any]:
+    return inputs_for(usual)
+
+
+@pytest.fixture(scope="module")
+def expected(base: Any, inputs: dict[str, Any]) -> Gradients:
+    """What autograd gives that keeps what it likes."""
+    return gradients(compiled(base, **PLAIN), inputs)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+def test_gradients_are_the_same_to_the_bit_and_less_is_kept(family: str) -> None:
+    torch.manual_seed(0)
+    base = (language_model(family) if family not in FAMILIES else tiny(family)).double().train()
+    ours, plain = compiled(base), compiled(base, **PLAIN)
+    inputs = inputs_for(ours, front=False)
+    assert equal(gradients(ours, inputs), gradients(plain, inputs))
+    assert saved(ours, inputs) < saved(plain, inputs)
+
+
+@pytest.mark.parametrize("budget", [0.3])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "t5"])
+def test_a_budget_is_kept_within(family: str, budget: float) -> None:
+    torch.manual_seed(0)
+    base = tiny(family).double().train()
+    ours, plain = compiled(base, memory={"budget": budget}), compiled(base, **PLAIN)
+    inputs = inputs_for(ours, (6, 20))
+    for name, expected in gradients(plain, inputs).items():
+        torch.testing.assert_close(dict(gradients(ours, inputs))[name], expected, rtol=1e-10, atol=1e-14)
+    # Draws of the base's own dropouts, and what the loss reads, cannot be had again.
+    least = compiled(base, memory={"budget": 1e-9})
+    gradients(least, inputs)
+    assert saved(ours, inputs) <= max(1.05 * budget * saved(plain, inputs), saved(least, inputs))
+
+
+def test_less_budget_keeps_less(base: Any, inputs: dict[str, Any]) -> None:
+    kept = []
+    for budget in (0.9, 0.6, 0.4, 0.2):
+        model = compiled(base, memory={"budget": budget})
+        gradients(model, inputs)
+        kept.append(saved(model, inputs))
+    assert kept == sorted(kept, reverse=True) and kept[-1] < 0.6 * kept[0]
+
+
+def test_predicted_bytes_are_those_that_are_kept(usual: Any, inputs: dict[str, Any]) -> None:
+    gradients(usual, inputs)
+    predicted = sum(
+        code.planned[kind].plans[level].kept
+        for module in (usual, *usual.blocks.values())
+        for (code, kind), level in levels_of(module).items()
+    )
+    found = saved(usual, inputs, lambda model, given: model(**given).logits.sum())
+    assert found == pytest.approx(predicted, rel=0.05)
+
+
+@contextmanager
+def kept_by_the_host() -> Iterator[None]:
+    with save_on_cpu():
+        yield
+
+
+def test_under_the_hooks_of_others(usual: Any, inputs: dict[str, Any], expected: Gradients) -> None:
+    def recomputed(model: Any, given: dict[str, Any]) -> Tensor:
+        found: Tensor = checkpoint(loss_of, model, given, use_reentrant=False)
+        return found
+
+    assert equal(gradients(usual, inputs, recomputed), expected)
+    with kept_by_the_host():
+        assert equal(gradients(usual, inputs), expected)
+
+
+def test_backward_twice(usual: Any, inputs: dict[str, Any], expected: Gradients) -> None:
+    def twice(model: Any, given: dict[str, Any]) -> Tensor:
+        loss = loss_of(model, given)
+        loss.backward(retain_graph=True)
+        model.zero_grad()
+        return loss
+
+    assert equal(gradients(usual, inputs, twice), expected)
+
+
+def test_two_forward_passes_before_a_backward_pass(usual: Any, inputs: dict[str, Any], expected: Gradients) -> None:
+    def both(model: Any, given: dict[str, Any]) -> Tensor:
+        return (loss_of(model, given) + loss_of(model, given)) / 2
+
+    found = gradients(usual, inputs, both)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_gradients_of_gradients(base: Any, usual: Any, inputs: dict[str, Any]) -> None:
+    def second(model: Any) -> list[Tensor]:
+        own = [p for p in model.parameters() if p.requires_grad]
+        with sdpa_kernel(SDPBackend.MATH):
+            first = torch.autograd.grad(loss_of(model, inputs), own, create_graph=True)
+            return list(torch.autograd.grad(sum(g.square().sum() for g in first), own))  # type: ignore[arg-type]
+
+    for ours, plain in zip(second(usual), second(compiled(base, **PLAIN)), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-14)
+
+
+def test_a_change_before_the_backward_pass_is_an_error(base: Any, inputs: dict[str, Any]) -> None:
+    model = compiled(base, train=["**.input_layernorm"])
+    gradients(model, inputs)
+    loss = loss_of(model, inputs)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "input_layernorm" in name:
+                parameter += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_nothing_is_left_behind(usual: Any, inputs: dict[str, Any]) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(each, Tensor) for each in gc.get_objects())
+
+    gradients(usual, inputs)
+    before = alive()
+    for _ in range(3):
+        gradients(usual, inputs)
+        loss_of(usual, inputs)  # never read
+    assert alive() <= before
+
+
+def test_equal_layers_share_their_plans(usual: Any, inputs: dict[str, Any]) -> None:
+    gradients(usual, inputs)
+    codes = [code for block in usual.blocks.values() for code in block._graftc.functions.values()]
+    training = {code for code in codes if isinstance(code, TrainingCode)}
+    assert len(training) == 1 < len(usual.blocks)
+
+
+def test_transforms_of_functions(base: Any, inputs: dict[str, Any]) -> None:
+    """`torch.func` allows no hooks: there autograd keeps what it likes."""
+    model = compiled(base, {"dropout": 0.0})
+    own = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        found: Tensor = torch.func.functional_call(model, values, kwargs=dict(inputs)).logits.square().mean()
+        return found
+
+    found = torch.func.grad(loss)(own)
+    for name, gradient in gradients(model, inputs, lambda m, given: m(**given).logits.square().mean()).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_autocast(base: Any) -> None:
+    base = copy.deepcopy(base).float()
+    ours, plain = compiled(base), compiled(base, **PLAIN)
+    inputs = inputs_for(ours)
+
+    def run(model: Any, given: dict[str, Any]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_of(model, given)
+
+    assert equal(gradients(ours, inputs, run), gradients(plain, inputs, run))
