@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from graftc.compiler.capture.isolation import is_traced
 from graftc.passes.core.ir.codegen import Function, code_of, function_of, placed
@@ -93,7 +94,7 @@ class TrainingCode:
         hooks, levels = _hooks(), levels_of(module)
         level = levels.get((self, kind))
         if level is None:
-            if hooks is not None or torch._C._len_torch_dispatch_stack():
+            if hooks is not None:
                 return self.function(module, *inputs)  # what others count on may not change between two calls
             self._choose(module, inputs, kind)
             level = levels[self, kind]
@@ -112,7 +113,8 @@ class TrainingCode:
     def _choose(self, module: nn.Module, inputs: Sequence[Any], kind: Kind) -> None:
         """Choose how this graph runs, and how the layers that it calls do, which share its budget."""
         mode, calls = FakeTensorMode(), list[Call]()
-        planned = self._plan(module, fake(list(inputs), mode), kind, mode, calls)
+        with _disable_current_modes():
+            planned = self._plan(module, fake(list(inputs), mode), kind, mode, calls)
         calls.append(Call(levels_of(module), (self, kind), planned.plans))
         chosen(calls, self._budget)
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import torch
-from torch import fx, nn
+import copy
+from typing import Any
 
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.codegen import Function
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.lowering.lower import lower
-from graftc.runtime.activations.training_code import training_code
-from graftc.runtime.model.runner import ModelRunner
+from graftc.runtime.activations.recording import fake
+from graftc.runtime.activations.simulated import peak_of
+from graftc.runtime.activations.summary import Activations, layers_of
+from graftc.runtime.activations.training_code import levels_of, training_code
+from graftc.runtime.model.blocks import Block, Root
+from graftc.runtime.model.runner import ModelRunner, runner_of
 
 
 class Lowering(ModelRunner):
@@ -24,6 +33,43 @@ class Lowering(ModelRunner):
         lowered, self._outcomes[key] = lower(program, self._active.spec.optimise.off)
         return lowered
 
+    def activations(self, **inputs: Any) -> Activations:
+        """What a training step keeps for its backward pass and takes at its peak, worked out on tensors without memory.
+
+        Args:
+            inputs: of a call; of tensors the sizes count alone. Where the outputs have a ``loss``, the step is that of
+                the loss, otherwise that of all outputs.
+
+        Raises:
+            GraftError: GC031 for inputs that cannot be captured.
+        """
+        present, _ = self._interface.read(self._interface.named((), inputs))
+        signature = signature_for(self._active, present)
+        mode = FakeTensorMode()
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        copied = copy.deepcopy(self.module, {id(tensor): _faked(tensor, mode) for tensor in tensors}).train()
+        runner: Lowering = runner_of(copied)
+        for module in copied.modules():
+            if isinstance(module, (Block, Root)):
+                levels_of(module).clear()
+        key = self.key(signature, "train")
+        if key not in runner._roots:
+            runner.install(key, runner._program_of(key))
+        given = fake(present, mode)
+
+        def step() -> None:
+            results = runner.run(key, given)
+            names = runner._lowered[key].outputs.names
+            floats = {n: t for n, t in zip(names, results, strict=True) if isinstance(t, Tensor) and t.requires_grad}
+            loss = floats["loss"] if "loss" in floats else sum(t.sum() for t in floats.values())
+            if isinstance(loss, Tensor):
+                loss.backward()  # type: ignore[no-untyped-call]
+
+        with mode, torch.enable_grad():
+            peak = peak_of(step)
+        parts = [(n, m) for n, m in copied.named_modules() if isinstance(m, (Block, Root))]
+        return Activations(tuple(layers_of(parts)), peak)
+
     def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
         """See `Runner.code`. Training graphs keep less for the backward pass than autograd would."""
         spec = self._active.spec
@@ -34,3 +80,9 @@ class Lowering(ModelRunner):
 
 def _trains(key: ProgramKey) -> bool:
     return key.mode != "eval" and key.stage == "adapted"
+
+
+def _faked(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    found: Tensor = fake(tensor.detach(), mode)
+    with mode:
+        return nn.Parameter(found, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else found

@@ -1,0 +1,78 @@
+"""What a training step keeps, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from graftc.runtime.activations.training_code import levels_of
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """What one part of a model keeps for the backward pass.
+
+    Attributes:
+        module: path of a layer; empty for what is in none.
+        without: bytes that autograd would keep by itself.
+        kept: bytes that are kept.
+        recomputed: how many values are computed again in the backward pass.
+        reason: why nothing could be planned, where that is so: the part keeps what autograd keeps.
+    """
+
+    module: str
+    without: int
+    kept: int
+    recomputed: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a training step takes for given inputs, worked out without computing it.
+
+    Attributes:
+        layers: by part of the model.
+        peak: bytes at the highest point of the forward and backward pass, parameters, gradients from before and states
+            of optimisers not counted. What operators use inside is not known.
+    """
+
+    layers: tuple[LayerActivations, ...]
+    peak: int
+
+    @property
+    def without(self) -> int:
+        """Bytes that autograd would keep by itself."""
+        return sum(layer.without for layer in self.layers)
+
+    @property
+    def kept(self) -> int:
+        """Bytes that are kept for the backward pass."""
+        return sum(layer.kept for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"without": self.without, "kept": self.kept, **asdict(self)}
+
+    def __str__(self) -> str:
+        share = f", {self.kept / self.without:.0%} of what autograd would keep" if self.without else ""
+        lines = [f"kept {self.kept / 1e6:.1f} MB{share}; peak {self.peak / 1e6:.1f} MB"]
+        for layer in self.layers:
+            what = layer.reason or f"{layer.kept / 1e6:.1f} of {layer.without / 1e6:.1f} MB"
+            lines.append(f"  {layer.module or '(outside of layers)'}: {what}")
+        return "\n".join(lines)
+
+
+def layers_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[LayerActivations]:
+    """What was chosen for modules that have run."""
+    for name, module in modules:
+        for (code, kind), level in levels_of(module).items():
+            planned = code.planned[kind]
+            if not planned.plans:
+                yield LayerActivations(name, 0, 0, 0, planned.reason)
+                continue
+            plan = planned.plans[level]
+            yield LayerActivations(name, plan.without, plan.kept, sum(len(part.nodes) for part in plan.parts))
