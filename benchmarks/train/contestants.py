@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -30,11 +31,13 @@ class Aims:
         over_floor: time over the floor's, at most.
         over_peer: time over the peer's, at most.
         saved_of_peer: bytes saved for backward over the peer's, at most.
+        peak_of_peer: bytes at the peak over the peer's, at most.
     """
 
     over_floor: float | None = None
     over_peer: float | None = None
     saved_of_peer: float | None = None
+    peak_of_peer: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,23 @@ def floor() -> Entry:
     return Entry("floor", "torch", make)
 
 
-def peer(name: str, config: str, *, ranked: str | None = "r", **options: Any) -> Entry:
+def peer(
+    name: str,
+    config: str,
+    *,
+    ranked: str | None = "r",
+    checkpointed: bool = False,
+    against: str | None = None,
+    **options: Any,
+) -> Entry:
     """A method of peft on all projections.
 
     Args:
         name: the entry's.
         config: the class of its config.
         ranked: the option that takes the rank, None where there is none.
+        checkpointed: recompute each layer's activations.
+        against: the name of the entry that it is compared with.
         options: others of the config.
     """
 
@@ -101,12 +114,23 @@ def peer(name: str, config: str, *, ranked: str | None = "r", **options: Any) ->
         model = peft.get_peft_model(shared_copy(base.model), made).train()
         # peft's own forward only maps the task's inputs; AdaLoRA's adds its term to the loss.
         inner = model.base_model
+        if checkpointed:
+            inner.gradient_checkpointing_enable({"use_reentrant": False})
         return Live(model, lambda: inner(**base.batch).loss, fill(model))
 
-    return Entry(name, "peft", make)
+    return Entry(name, "peft", make, against)
 
 
-def ours(name: str, method: str, peer: str, aims: Aims, *, ranked: bool = True, **options: Any) -> Entry:
+def ours(
+    name: str,
+    method: str,
+    peer: str,
+    aims: Aims,
+    *,
+    ranked: bool = True,
+    document: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> Entry:
     """A method of graftc on all projections.
 
     Args:
@@ -115,6 +139,7 @@ def ours(name: str, method: str, peer: str, aims: Aims, *, ranked: bool = True, 
         peer: the name of the entry of peft that does the same.
         aims: what it should reach.
         ranked: whether it has a rank.
+        document: what the spec says beside the adaptation.
         options: other fields of the adaptation.
     """
 
@@ -126,7 +151,8 @@ def ours(name: str, method: str, peer: str, aims: Aims, *, ranked: bool = True, 
             raise UnavailableError(f"graftc has no method {method!r}")
         rank = {"rank": base.shape.rank} if ranked else {}
         try:
-            spec = graftc.load_spec({"adapt": [{"method": method, "target": {"role": ROLES}, **rank, **options}]})
+            adapt = [{"method": method, "target": {"role": ROLES}, **rank, **options}]
+            spec = graftc.load_spec({"adapt": adapt, **document})
         except graftc.GraftError as error:
             raise UnavailableError(str(error).splitlines()[0]) from error
         model = graftc.compile(spec, shared_copy(base.model), base.batch).train()

@@ -57,13 +57,15 @@ class Lowering(ModelRunner):
             runner.install(key, runner._program_of(key))
         given = fake(present, mode)
 
-        def step() -> None:
+        def loss_of_call() -> Tensor:
+            # Nothing else of the results is there in the backward pass, as where a training loop takes the loss alone.
             results = runner.run(key, given)
             names = runner._lowered[key].outputs.names
             floats = {n: t for n, t in zip(names, results, strict=True) if isinstance(t, Tensor) and t.requires_grad}
-            loss = floats["loss"] if "loss" in floats else sum(t.sum() for t in floats.values())
-            if isinstance(loss, Tensor):
-                loss.backward()  # type: ignore[no-untyped-call]
+            return floats["loss"] if "loss" in floats else torch.stack([t.sum() for t in floats.values()]).sum()
+
+        def step() -> None:
+            loss_of_call().backward()  # type: ignore[no-untyped-call]
 
         with mode, torch.enable_grad():
             peak = peak_of(step)
