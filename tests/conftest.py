@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from graftc.runtime.activations import plan
 from tests.timing import LONG, SLOW, Timing, name_of, recorded
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +34,9 @@ os.environ.pop("COLUMNS", None)
 # Other work on the machine is no reason to fail.
 hypothesis.settings.register_profile("graftc", deadline=None)
 hypothesis.settings.load_profile("graftc")
+
+# Activations of tiny models are computed again as those of large ones are.
+plan.WORTH = 1
 
 # Graphs are many small objects that live on: with Python's own thresholds, a tenth of the time goes into looking for
 # garbage among them.

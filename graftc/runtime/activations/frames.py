@@ -82,9 +82,11 @@ class _Part:
             raise RuntimeError(_CHANGED)
         roots = [root.get() if isinstance(root, _Kept) else root for root in self.roots]
         with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
+            if torch.is_grad_enabled():
+                stack.enter_context(torch.no_grad())
             for device, dtype, on, cached in self.casts:
-                stack.enter_context(torch.autocast(device, dtype, on, cached))
+                if on or torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, dtype, on, cached))
             values = self.code.function(self.module, *roots)
         for place, reference in self.slots.items():
             slot = reference()
@@ -139,20 +141,35 @@ class _Kept:
 
 
 class _Saved:
-    """What autograd holds in the place of a tensor."""
+    """What autograd holds in the place of a tensor: first the tensor, then what it is had again from.
 
-    __slots__ = ("held", "offset", "size", "stride", "version")
+    Attributes:
+        held: a tensor, a slot, or what the caller's own hooks keep.
+        version: of the tensor when it was saved.
+        view: size, strides and offset of the tensor in a slot's value.
+    """
+
+    __slots__ = ("held", "version", "view")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.held: Any = tensor.detach()
+        self.held: Any = tensor
         self.version = tensor._version
-        self.size, self.stride, self.offset = tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def become(self, slot: _Slot) -> None:
+        """Let the tensor go: a slot has its value."""
+        tensor = self.held
+        self.view = tensor.shape, tensor.stride(), tensor.storage_offset()
+        self.held = slot
 
     def get(self) -> Tensor:
         """The tensor."""
         held = self.held
+        if isinstance(held, Tensor):
+            if held._version != self.version:
+                raise RuntimeError(_CHANGED)
+            return held
         if isinstance(held, _Slot):
-            return held.get().as_strided(self.size, self.stride, self.offset)
+            return held.get().as_strided(*self.view)
         found: Tensor = held.get()
         return found
 
@@ -186,9 +203,10 @@ class Frame:
         """The outputs of the call."""
         with torch.autograd.graph.saved_tensors_hooks(self.pack, _unpack):
             outputs = self.code.function(self.module, self, *inputs)
-        for waiting in self.open.values():
-            for saved in waiting:
-                saved.held = _Kept(saved.held, saved.version, self.hooks)
+        if self.hooks is not None:
+            for waiting in self.open.values():
+                for saved in waiting:
+                    saved.held = _Kept(saved.held.detach(), saved.version, self.hooks)
         for part in self.parts.values():
             part.roots = [self.kept[index] for index in part.code.roots]
         return outputs
@@ -220,7 +238,7 @@ class Frame:
         slot = _Slot(part, value)
         part.slots[place] = weakref.ref(slot)
         for saved in waiting:
-            saved.held = slot
+            saved.become(slot)
 
 
 def casts_of(devices: Sequence[str]) -> Casts:

@@ -20,6 +20,9 @@ from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.program import is_random, mutates
 from graftc.runtime.activations.recording import Recorded
 
+WORTH = 2**20
+"""Bytes that a call has to save, where there is no budget: following what autograd saves takes time of its own."""
+
 FLOPS_PER_BYTE = 16
 """Floating point operations of a product that take as long as moving a byte."""
 
@@ -67,9 +70,9 @@ def plans(graph: fx.Graph, recorded: Recorded, is_buffer: Callable[[str], bool],
             is computed again where that saves memory.
     """
     choice = _Choice(graph, recorded, is_buffer)
-    first = choice.plan(_LEAST, costly=False)
     if not costly:
-        return [first]
+        return [choice.plan(_LEAST, costly=False, worth=WORTH)]
+    first = choice.plan(_LEAST, costly=False)
     found = {first.kept: first}
 
     def between(low: float, least: Plan, high: float, most: Plan, steps: int) -> None:
@@ -130,8 +133,9 @@ class _Choice:
             return False
         return costly or node not in self.recorded.flops
 
-    def plan(self, price: float, costly: bool) -> Plan:
-        """The choice for which kept bytes, and the cost of computing again times its price, are least."""
+    def plan(self, price: float, costly: bool, worth: int = 1) -> Plan:
+        """The choice for which kept bytes, and the cost of computing again times its price, are least; autograd's own
+        where less than ``worth`` bytes are saved."""
         kept = self._cut(price, costly)
         targets = [self.owners[s] for s in self.needed if self.owners[s] not in kept and s not in self.recorded.outputs]
         parts = tuple(self._parts([t for t in targets if t.op == "call_function"], kept))
@@ -140,7 +144,7 @@ class _Choice:
         sizes = self.recorded.sizes
         total = sum(sizes[s] for s in (self.recorded.saved - again) | roots)
         without = self.recorded.saved_bytes
-        if total >= without:
+        if without - total < worth:
             return Plan((), without, without)
         return Plan(parts, without, total, sum(self._cost(node) for part in parts for node in part.nodes))
 

@@ -106,9 +106,10 @@ class TrainingCode:
 
     def kind(self, module: nn.Module, inputs: Sequence[Any]) -> Kind:
         """What plans are made for."""
-        tensors = [*(tensor_at(module, name) for name in self._names), *(t for t in inputs if isinstance(t, Tensor))]
-        devices = dict.fromkeys(tensor.device.type for tensor in tensors)
-        return Kind(tuple(tensor.requires_grad for tensor in tensors), casts_of(tuple(devices)))
+        tensors = [tensor_at(module, name) for name in self._names]
+        tensors += [value for value in inputs if isinstance(value, Tensor)]
+        devices = {tensor.device.type for tensor in tensors}
+        return Kind(tuple([tensor.requires_grad for tensor in tensors]), casts_of(sorted(devices)))
 
     def _choose(self, module: nn.Module, inputs: Sequence[Any], kind: Kind) -> None:
         """Choose how this graph runs, and how the layers that it calls do, which share its budget."""
