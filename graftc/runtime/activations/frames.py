@@ -152,7 +152,8 @@ class _Saved:
     __slots__ = ("held", "version", "view")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.held: Any = tensor
+        # An operator's own result, held by the operator, would hold the operator.
+        self.held: Any = tensor if tensor.grad_fn is None else tensor.detach()
         self.version = tensor._version
 
     def become(self, slot: _Slot) -> None:
@@ -206,7 +207,7 @@ class Frame:
         if self.hooks is not None:
             for waiting in self.open.values():
                 for saved in waiting:
-                    saved.held = _Kept(saved.held.detach(), saved.version, self.hooks)
+                    saved.held = _Kept(saved.held, saved.version, self.hooks)
         for part in self.parts.values():
             part.roots = [self.kept[index] for index in part.code.roots]
         return outputs
