@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from graftc.compiler.capture.isolation import is_traced
@@ -16,6 +19,7 @@ from graftc.passes.core.ir.codegen import Function, code_of, function_of, placed
 from graftc.passes.core.weights.containers import OWN
 from graftc.runtime.activations.budget import Call, Levels, chosen
 from graftc.runtime.activations.frames import Casts, Frame, FrameCode, Hooks, PartCode, casts_of
+from graftc.runtime.activations.offload import offload_of
 from graftc.runtime.activations.plan import Part, Plan, plans
 from graftc.runtime.activations.recording import Recorded, fake, record, tensor_at
 
@@ -32,20 +36,24 @@ class Kind(NamedTuple):
     casts: Casts
 
 
-_KNOWN: dict[tuple[Function, float | None], TrainingCode] = {}
+_KNOWN: dict[tuple[Any, ...], TrainingCode] = {}
 
 
-def training_code(graph: fx.Graph, module: nn.Module, device: torch.device, budget: float | None) -> TrainingCode:
+def training_code(
+    graph: fx.Graph, module: nn.Module, device: torch.device, budget: float | None = None, offload: bool = False
+) -> TrainingCode:
     """`function_of` for a graph that trains; equal graphs share what is returned, and their plans.
 
     Args:
         graph, module, device: as there.
         budget: bytes of activations to keep, as a part of those that autograd keeps by itself.
+        offload: hold what is kept in the host's memory, where the graph runs on another device.
     """
     function = function_of(graph, module, device)
-    key = (function, budget)
+    away = device if offload and device.type not in ("cpu", "meta") else None
+    key = (function, budget, away)
     if key not in _KNOWN:
-        _KNOWN[key] = TrainingCode(function, placed(graph, device), budget)
+        _KNOWN[key] = TrainingCode(function, placed(graph, device), budget, away)
     return _KNOWN[key]
 
 
@@ -72,13 +80,16 @@ class TrainingCode:
         function: the plain code.
         graph: what it was made of.
         budget: see `training_code`.
+        away: the device from which what is kept is taken to the host's memory.
 
     Attributes:
         planned: by kind of call.
     """
 
-    def __init__(self, function: Function, graph: fx.Graph, budget: float | None) -> None:
-        self.function, self._graph, self._budget = function, graph, budget
+    def __init__(
+        self, function: Function, graph: fx.Graph, budget: float | None, away: torch.device | None = None
+    ) -> None:
+        self.function, self._graph, self._budget, self._away = function, graph, budget, away
         self._names = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "get_attr"))
         self._results: dict[tuple[Any, ...], Any] = {}
         self.planned: dict[Kind, Planned] = {}
@@ -100,9 +111,19 @@ class TrainingCode:
             level = levels[self, kind]
         codes = self.planned[kind].codes
         code = codes[level] if codes else None
+        if hooks is None and self._away is not None:
+            hooks = self._taken_away(module)
         if code is None:
-            return self.function(module, *inputs)
+            with nullcontext() if hooks is None else saved_tensors_hooks(*hooks):
+                return self.function(module, *inputs)
         return Frame(code, module, hooks, kind.casts).run(inputs)
+
+    def _taken_away(self, module: nn.Module) -> Hooks:
+        """Hooks that take what is kept to the host's memory, but for the model's own tensors."""
+        assert self._away is not None
+        own = {tensor_at(module, name).untyped_storage()._cdata for name in self._names}
+        offload = offload_of(self._away)
+        return partial(offload.pack, own), offload.unpack
 
     def kind(self, module: nn.Module, inputs: Sequence[Any]) -> Kind:
         """What plans are made for."""

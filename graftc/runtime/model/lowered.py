@@ -75,9 +75,11 @@ class Lowering(ModelRunner):
     def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
         """See `Runner.code`. Training graphs keep less for the backward pass than autograd would."""
         spec = self._active.spec
-        if not _trains(key) or ("recompute" in spec.optimise.off and spec.memory.budget is None):
+        memory = spec.memory
+        plain = "recompute" in spec.optimise.off and memory.budget is None and not memory.offload
+        if not _trains(key) or plain:
             return super().code(key, graph, module, device)
-        return training_code(graph, module, device, spec.memory.budget)
+        return training_code(graph, module, device, memory.budget, memory.offload)
 
 
 def _trains(key: ProgramKey) -> bool:

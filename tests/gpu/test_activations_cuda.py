@@ -1,0 +1,47 @@
+"""What a training step keeps, on a GPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import graftc
+from graftc.runtime.activations import offload
+from graftc.testing import perturb, tiny
+
+pytestmark = pytest.mark.gpu
+LORA: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.up", "ffn.down"]}}]}
+
+
+def compiled(base: Any, **spec: Any) -> Any:
+    model = graftc.compile({**LORA, **spec}, copy.deepcopy(base)).to("cuda").train()
+    perturb(model)
+    return model
+
+
+def gradients(model: Any) -> tuple[dict[str, torch.Tensor], int]:
+    ids = torch.arange(4 * 64, device="cuda").reshape(4, 64) % 101
+    model.zero_grad()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    loss = model(input_ids=ids).logits.square().mean()
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated() - before
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, kept
+
+
+@pytest.mark.parametrize("memory", [{}, {"budget": 0.3}, {"offload": True}, {"budget": 0.3, "offload": True}])
+def test_gradients_are_the_same_and_less_is_kept(memory: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST", 2**10)
+    base = tiny("llama").double().train()
+    expected, most = gradients(compiled(base, optimise={"off": ["recompute"]}))
+    model = compiled(base, memory=memory)
+    for _ in range(2):
+        found, kept = gradients(model)
+        assert kept < most
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-14)
