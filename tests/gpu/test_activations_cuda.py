@@ -12,7 +12,10 @@ import graftc
 from graftc.runtime.activations import offload
 from graftc.testing import perturb, tiny
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 LORA: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.up", "ffn.down"]}}]}
 
 
