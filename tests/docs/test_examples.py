@@ -323,6 +323,13 @@ def a_model_without_a_tokenizer(patch: pytest.MonkeyPatch) -> None:
     open_text_model(Path("model"))
 
 
+def logits_while_training(patch: pytest.MonkeyPatch) -> None:
+    ids = torch.ones(2, 7, dtype=torch.int64)
+    call = {"input_ids": ids, "labels": ids}
+    spec = {"adapt": [LORA], "memory": {"loss": "chunked"}}
+    graftc.compile(spec, tiny("llama"), call).train()(**call).logits  # noqa: B018
+
+
 def a_model_that_is_not_for_chat(patch: pytest.MonkeyPatch) -> None:
     tiny("llama").save_pretrained("model")
     save_tokenizer(Path("model"), template=None)
@@ -376,6 +383,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC143": more_tokens_than_positions,
     "GC146": a_model_without_a_tokenizer,
     "GC147": a_model_that_is_not_for_chat,
+    "GC150": logits_while_training,
 }
 
 

@@ -34,6 +34,7 @@ _GROUPS = (
     ("GC12", "Training loops"),
     ("GC13", "Several processes"),
     ("GC14", "Generating"),
+    ("GC15", "Memory of training"),
 )
 _INTRO = """\
 Every failure that a spec, a model or a file can cause has a stable code. An error aborts the operation and determines

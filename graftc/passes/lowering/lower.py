@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from graftc.passes.core.ir.program import HistoryEntry, Program
 from graftc.specs.optimise import LoweringName
@@ -34,15 +35,18 @@ STEPS: Mapping[LoweringName, Lowering] = {}
 """By name, in order."""
 
 
-def lower(program: Program, off: Collection[str] = ()) -> tuple[Program, list[Outcome]]:
+def lower(
+    program: Program, off: Collection[str] = (), first: Mapping[str, Lowering] = MappingProxyType({})
+) -> tuple[Program, list[Outcome]]:
     """A copy of a training Program as it is run, and what each step did to it.
 
     Args:
         program: stays as it is.
         off: names of steps to leave out.
+        first: steps by name that the spec asks for, which come before the others.
     """
     lowered, outcomes = program.copy(), []
-    for name, step in STEPS.items():
+    for name, step in (*first.items(), *STEPS.items()):
         if name in off:
             continue
         before, started = set(lowered.graph.nodes), time.perf_counter()

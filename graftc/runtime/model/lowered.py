@@ -19,18 +19,23 @@ from graftc.runtime.activations.simulated import peak_of
 from graftc.runtime.activations.summary import Activations, layers_of
 from graftc.runtime.activations.training_code import levels_of, training_code
 from graftc.runtime.model.blocks import Block, Root
+from graftc.runtime.model.chunked import loss_step, warn_of_whole
 from graftc.runtime.model.runner import ModelRunner, runner_of
 
 
 class Lowering(ModelRunner):
     """The part of `Compiled` that rewrites training graphs before they become code."""
 
+    _steering: Any
+
     def lowered(self, key: ProgramKey) -> Program:
         """See `Runner.lowered`."""
         program = self._programs[key]
         if not _trains(key):
             return program
-        lowered, self._outcomes[key] = lower(program, self._active.spec.optimise.off)
+        spec = self._active.spec
+        lowered, self._outcomes[key] = lower(program, spec.optimise.off, loss_step(spec, self._steering.outputs))
+        warn_of_whole(spec, program, self._outcomes[key])
         return lowered
 
     def activations(self, **inputs: Any) -> Activations:

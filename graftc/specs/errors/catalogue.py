@@ -493,6 +493,17 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "The model's tokenizer has no template for conversations, or the template does not take such messages.",
      "Use a model that is tuned for chat, or `graftc generate` without `--chat`. Leave out `--system` where the "
      "template knows no such role."),
+
+    # Memory of a training step.
+    ("GC150", _SPEC, "an output that is not there while training",
+     "With `memory: {loss: chunked}`, and with `auto` where it applies, the head and the loss of a language model are "
+     "computed a few rows at a time while training, so that the logits are never there.",
+     "Put `memory: {loss: whole}` into the spec, or call the model in eval mode, where all outputs are there."),
+    ("GC151", _WARNING, "the loss is computed as a whole",
+     "The spec says `memory: {loss: chunked}`, and the graph has no head over a vocabulary with a cross-entropy behind "
+     "it, something else reads the logits, or the head is adapted in a way that is no sum of linear maps.",
+     "Training is right, and keeps the logits. Leave the head out of the adaptation that the message names, or use "
+     "`memory: {loss: auto}`, which does not warn."),
 )
 # fmt: on
 

@@ -1,0 +1,345 @@
+"""A head over a vocabulary and its cross-entropy in one operator: logits are there for a few rows at a time.
+
+Rows without a label are left out. Gradients are made in the forward pass, while a chunk's logits are at hand, and wait
+for the backward pass as they are for a loss that is summed, so that 16-bit gradients are as large as with a loss that
+is scaled; only the losses of single rows that are to reach a weight need their logits twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+NONE, MEAN, SUM = 0, 1, 2
+"""Reductions, as torch numbers them."""
+
+CHUNK_BYTES = {"cpu": 16 * 2**20}
+"""Bytes of a chunk's logits, by kind of device."""
+
+CHUNK_ROWS = {"cpu": 128}
+"""Rows of a chunk, however long these are: with fewer, products take longer, since each reads all of the weight."""
+
+_OTHER_BYTES, _OTHER_ROWS = 256 * 2**20, 512
+"""The same of accelerators, whose products need more rows for each time that a weight is read."""
+
+
+class Form(NamedTuple):
+    """What is computed from products: see `head_loss`."""
+
+    starts: Sequence[int]
+    ignored: int
+    reduction: int
+    smoothing: float
+    scale: float
+    cap: float | None
+    square: float
+
+
+def chunk_rows(vocabulary: int, dtype: torch.dtype, device: str = "cpu") -> int:
+    """How many rows of logits are made at a time from products in a dtype, on a kind of device."""
+    row = vocabulary * torch.promote_types(dtype, torch.float32).itemsize
+    return max(CHUNK_ROWS.get(device, _OTHER_ROWS), CHUNK_BYTES.get(device, _OTHER_BYTES) // row)
+
+
+def vocabulary_of(weights: Sequence[Tensor], starts: Sequence[int]) -> int:
+    """How many logits a row has."""
+    return max(start + len(weight) for weight, start in zip(weights, starts, strict=True))
+
+
+class _Chunks:
+    """Buffers for the logits of a chunk, and what is computed in them.
+
+    Args:
+        weights: ``[columns, in]`` each.
+        bias: ``[vocabulary]``.
+        form: what is computed.
+        rows: how many there are at most in a chunk.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], bias: Tensor | None, form: Form, rows: int) -> None:
+        self.weights, self.bias, self.form = weights, bias, form
+        vocabulary, dtype = vocabulary_of(weights, form.starts), weights[0].dtype
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self._narrow = weights[0].new_empty(rows, vocabulary)
+        self._logits = self._narrow if dtype == self.wide else self._narrow.new_empty(rows, vocabulary, dtype=self.wide)
+        self._slope = torch.empty_like(self._logits) if form.cap is not None else None
+
+    def loss(self, xs: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of rows, ``[n, 1]``, and the factor from exponentials to their gradient."""
+        form, logits = self.form, self._made(xs)
+        most = logits.amax(-1, keepdim=True)
+        logits.sub_(most)
+        own = logits.gather(1, labels)
+        average = logits.mean(-1, keepdim=True) if form.smoothing else own
+        total = logits.exp_().sum(-1, keepdim=True)
+        log = total.log()
+        found = log - torch.lerp(own, average, form.smoothing)
+        factor = total.reciprocal()
+        if form.square:
+            whole = log + most
+            found = torch.addcmul(found, whole, whole, value=form.square)
+            factor = factor * (1 + 2 * form.square * whole)
+        return found, factor
+
+    def _made(self, xs: Sequence[Tensor]) -> Tensor:
+        count = len(xs[0])
+        narrow, logits, form = self._narrow[:count], self._logits[:count], self.form
+        filled = 0
+        for x, weight, start in zip(xs, self.weights, form.starts, strict=True):
+            end = start + len(weight)
+            part = narrow[:, start:end]
+            if start < filled:
+                part.addmm_(x, weight.t())
+            elif self.bias is None:
+                torch.mm(x, weight.t(), out=part)
+            else:
+                torch.addmm(self.bias[start:end], x, weight.t(), out=part)
+            filled = max(filled, end)
+        if narrow.dtype != self.wide:
+            logits.copy_(narrow)
+        if form.cap is None:
+            return logits.mul_(form.scale) if form.scale != 1 else logits
+        assert self._slope is not None
+        logits.mul_(form.scale / form.cap).tanh_()
+        torch.mul(logits, logits, out=self._slope[:count])
+        return logits.mul_(form.cap)
+
+    def gradient(self, labels: Tensor, factor: Tensor, outer: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The gradient of losses for the products, in the dtype of losses and in that of products, where `loss` has
+        left exponentials.
+
+        Args:
+            labels: ``int64[n, 1]``.
+            factor: what `loss` gave.
+            outer: gradients of the losses, ``[n, 1]``; by default ones.
+        """
+        count, form = len(labels), self.form
+        found = self._logits[:count].mul_(factor)
+        if form.smoothing:
+            found.sub_(form.smoothing / found.shape[-1])
+        found.scatter_add_(1, labels, torch.full_like(factor, form.smoothing - 1))
+        if self._slope is not None:
+            found.mul_(self._slope[:count].neg_().add_(1))
+        if outer is not None:
+            found.mul_(outer * form.scale)
+        elif form.scale != 1:
+            found.mul_(form.scale)
+        return found, found if found.dtype == self._narrow.dtype else self._narrow[:count].copy_(found)
+
+
+@torch.library.custom_op("graftc::head_loss_forward", mutates_args=())
+def head_loss_forward(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    labels: Tensor,
+    outer: Tensor | None,
+    starts: Sequence[int],
+    ignored: int,
+    reduction: int,
+    smoothing: float,
+    scale: float,
+    cap: float | None,
+    square: float,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """`head_loss` without a gradient of its own: losses, how many rows have a label, and gradients that are asked for.
+
+    Args:
+        outer: gradients of the losses of rows, ``[rows]``; by default ones.
+        needed: for each of ``xs``, each of ``weights`` and the bias, whether its gradient is made.
+
+    Returns:
+        The losses, summed with any reduction but `NONE`; the number of labels; the gradients.
+    """
+    form = Form(starts, ignored, reduction, smoothing, scale, cap, square)
+    with torch.autocast(labels.device.type, enabled=False):
+        return _all_chunks(xs, weights, bias, labels, outer, form, needed)
+
+
+def _all_chunks(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    labels: Tensor,
+    outer: Tensor | None,
+    form: Form,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    places = (labels != form.ignored).nonzero()[:, 0]
+    count = len(places)
+    vocabulary = vocabulary_of(weights, form.starts)
+    size = min(max(count, 1), chunk_rows(vocabulary, weights[0].dtype, labels.device.type))
+    chunks = _Chunks(weights, bias, form, size)
+    losses = weights[0].new_zeros(len(labels) if form.reduction == NONE else 1, dtype=chunks.wide)
+    of_x, of_weight = needed[: len(xs)], needed[len(xs) : -1]
+    grad_xs = [torch.zeros_like(x) if need else x for x, need in zip(xs, of_x, strict=True)]
+    grads = [w.new_zeros(w.shape, dtype=chunks.wide) if need else w for w, need in zip(weights, of_weight, strict=True)]
+    grad_bias = weights[0].new_zeros(vocabulary, dtype=chunks.wide)
+    for start in range(0, count, size):
+        at = places[start : start + size]
+        own, label = [x.index_select(0, at) for x in xs], labels.index_select(0, at)[:, None]
+        found, factor = chunks.loss(own, label)
+        if form.reduction == NONE:
+            losses.index_copy_(0, at, found[:, 0])
+        else:
+            losses += found.sum()
+        if not any(needed):
+            continue
+        wide, narrow = chunks.gradient(label, factor, outer.index_select(0, at)[:, None] if outer is not None else None)
+        parts = [narrow[:, start : start + len(w)] for start, w in zip(form.starts, weights, strict=True)]
+        for grad, part, weight, need in zip(grad_xs, parts, weights, of_x, strict=True):
+            if need:
+                grad.index_copy_(0, at, part @ weight)
+        for grad, part, x, need in zip(grads, parts, own, of_weight, strict=True):
+            if need and grad.dtype == x.dtype:
+                grad.addmm_(part.t(), x)
+            elif need:
+                grad += part.t() @ x
+        if needed[-1]:
+            grad_bias += wide.sum(0)
+    result = [losses if form.reduction == NONE else losses[0], losses.new_full((), count)]
+    result += [grad for grad, need in zip([*grad_xs, *grads, grad_bias], needed, strict=True) if need]
+    return result
+
+
+@head_loss_forward.register_fake
+def _(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    labels: Tensor,
+    outer: Tensor | None,
+    starts: Sequence[int],
+    ignored: int,
+    reduction: int,
+    smoothing: float,
+    scale: float,
+    cap: float | None,
+    square: float,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
+    result = [weights[0].new_empty(labels.shape if reduction == NONE else (), dtype=wide)]
+    result.append(result[0].new_empty(()))
+    made = [torch.empty_like(x) for x in xs]
+    made += [w.new_empty(w.shape, dtype=wide) for w in weights]
+    made.append(weights[0].new_empty(vocabulary_of(weights, starts), dtype=wide))
+    return result + [grad for grad, need in zip(made, needed, strict=True) if need]
+
+
+class _HeadLoss(torch.autograd.Function):
+    """`head_loss` of rows, with its gradient. Its tensors are ``xs``, ``weights`` and the bias where there is one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, form: Form, needed: tuple[bool, ...], count: int, labels: Tensor, *tensors: Tensor | None
+    ) -> Tensor:
+        """See `torch.autograd.Function.forward`; ``count`` is the number of ``xs``."""
+        ctx.form, ctx.needed, ctx.count, ctx.dtypes = (
+            form,
+            needed,
+            count,
+            [t if t is None else t.dtype for t in tensors],
+        )
+        ctx.again = form.reduction == NONE and any(needed[count:])
+        at_once = (False,) * len(needed) if ctx.again else needed
+        loss, labelled, *grads = _forward(form, at_once, count, labels, None, *tensors)
+        ctx.save_for_backward(labelled, *((labels, *tensors) if ctx.again else grads))
+        return loss / labelled if form.reduction == MEAN else loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """See `torch.autograd.Function.backward`."""
+        labelled, *held = ctx.saved_tensors
+        if ctx.again:
+            labels, *tensors = held
+            _, _, *held = _forward(ctx.form, ctx.needed, ctx.count, labels, grad, *tensors)
+            factor = None
+        elif ctx.form.reduction == NONE:
+            factor = grad[:, None]
+        else:
+            factor = grad / labelled.clamp_min(1) if ctx.form.reduction == MEAN else grad
+        made = iter(held)
+        grads = (
+            _scaled(next(made), factor, dtype) if need else None
+            for need, dtype in zip(ctx.needed, ctx.dtypes, strict=True)
+        )
+        return None, None, None, None, *grads
+
+
+def _forward(
+    form: Form, needed: Sequence[bool], count: int, labels: Tensor, outer: Tensor | None, *tensors: Tensor | None
+) -> list[Tensor]:
+    xs, weights, bias = tensors[:count], tensors[count:-1], tensors[-1]
+    found: list[Tensor] = torch.ops.graftc.head_loss_forward(xs, weights, bias, labels, outer, *form, needed)
+    return found
+
+
+def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A factor may be too large for 16 bits, as that of a loss that is scaled is."""
+    if factor is None:
+        return grad.to(dtype)
+    return (grad.to(torch.promote_types(grad.dtype, torch.float32)) * factor).to(dtype)
+
+
+torch.library.define(
+    "graftc::head_loss",
+    "(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor labels, int[] starts, int ignored=-100, int reduction=1, "
+    "float smoothing=0., float scale=1., float? cap=None, float square=0.) -> Tensor",
+)
+
+
+@torch.library.impl("graftc::head_loss", "CompositeImplicitAutograd")
+def head_loss(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    labels: Tensor,
+    starts: Sequence[int],
+    ignored: int = -100,
+    reduction: int = MEAN,
+    smoothing: float = 0.0,
+    scale: float = 1.0,
+    cap: float | None = None,
+    square: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of labels with logits ``cap * tanh(scale / cap * u)`` for ``u = sum(x @ w.mT) + bias``, or
+    ``scale * u`` without a cap, in float32 or better: what `torch.nn.functional.cross_entropy` gives, some rows at a
+    time. Products are in the dtype of their factors, or that of autocast.
+
+    There is a gradient for ``xs``, ``weights`` and ``bias``, and no second one.
+
+    Args:
+        xs: ``[rows, in]`` each: the hidden states and, for a head with a product of two factors beside its weight, what
+            the first of them gives.
+        weights: ``[columns, in]`` for each of ``xs``, of one dtype.
+        bias: ``[vocabulary]``.
+        labels: ``int64[rows]``.
+        starts: for each weight, which part of the vocabulary its columns begin at. The first weights cover all of it in
+            order; those that begin where there is something already are added to that.
+        ignored: the label of rows that are left out.
+        reduction: `NONE`, `MEAN` over the rows that have a label, or `SUM`, as torch numbers them.
+        smoothing: label smoothing, which gives so much of a label to all of the vocabulary alike.
+        scale: of the products.
+        cap: of the logits.
+        square: adds so much of the square of the logarithm of the sum of exponentials (z-loss).
+
+    Returns:
+        A scalar, or ``[rows]`` without a reduction: zero for rows that are left out. float32, for float64 in that.
+    """
+    device = labels.device.type
+    tensors = [*xs, *weights, bias]
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    recorded = torch.is_grad_enabled()
+    needed = tuple(t is not None and recorded and t.requires_grad for t in tensors)
+    form = Form(starts, ignored, reduction, smoothing, scale, cap, square)
+    found: Tensor = _HeadLoss.apply(form, needed, len(xs), labels, *tensors)  # type: ignore[no-untyped-call]
+    return found

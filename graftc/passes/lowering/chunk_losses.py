@@ -1,0 +1,112 @@
+"""A head over a vocabulary and the loss behind it become one operator, which makes logits a few rows at a time.
+
+What moved rows of the logits moves rows of what they are made from instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from graftc.passes.core.ir.edits import Edits
+from graftc.passes.core.ir.inference import Inference
+from graftc.passes.core.ir.program import Program
+from graftc.passes.lowering.absent import without
+from graftc.passes.lowering.head import VIEWS, LossHead, NoMatchError, Term, loss_of, read_head, width_of
+from graftc.passes.lowering.lower import Outcome
+
+aten = torch.ops.aten
+
+STEP = "loss"
+"""The name of this step."""
+
+
+def chunk_losses(program: Program, wanted: Callable[[Program, LossHead], str] | None = None) -> list[Outcome]:
+    """Rewrite every loss over a vocabulary in place. Logits leave the outputs.
+
+    Args:
+        program: one in train mode.
+        wanted: why a head is to stay as it is; empty where it is not. By default none is.
+    """
+    outcomes = []
+    for loss in [node for node in program.graph.nodes if loss_of(node) is not None]:
+        head = LossHead(loss)
+        try:
+            read_head(head)
+            if reason := (wanted(program, head) if wanted is not None else ""):
+                raise NoMatchError(reason)
+            _write(program, head)
+            outcomes.append(Outcome(STEP, head.place, True))
+        except NoMatchError as reason:
+            place = head.place or str(loss.meta.get("module", "")) or str(loss.name)
+            outcomes.append(Outcome(STEP, place, False, str(reason)))
+    return outcomes
+
+
+def _write(program: Program, head: LossHead) -> None:
+    found = loss_of(head.loss)
+    assert found is not None
+    graph, types = program.graph, Inference(program)
+    dtype = head.terms[0].x.meta["val"].dtype
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        with graph.inserting_before(head.loss):
+            node = graph.call_function(target, args)
+        node.meta = {**head.loss.meta, "val": types.call(target, args, {}), "module": head.place}
+        return node
+
+    def cast(node: fx.Node) -> fx.Node:
+        return node if node.meta["val"].dtype == dtype else call(aten.to.dtype, node, dtype)
+
+    def part(term: Term, node: fx.Node, axis: int) -> fx.Node:
+        whole = term.stop - term.start == node.meta["val"].shape[axis]
+        return node if whole else call(aten.slice.Tensor, node, axis, term.start, term.stop)
+
+    def moved(term: Term) -> fx.Node:
+        x, width = term.x, width_of(term.x)
+        for move in reversed(term.moves):
+            args: list[Any] = list(move.args[1:])
+            if move.target in VIEWS:
+                args[0] = [*args[0][:-1], width]
+            x = call(aten.reshape.default if move.target in VIEWS else move.target, x, *args)
+        return cast(x if term.factor == 1 else call(aten.mul.Tensor, x, term.factor))
+
+    def weight(term: Term, held: fx.Node) -> fx.Node:
+        return cast(part(term, call(aten.t.default, held) if term.turned else held, 0))
+
+    def bias(term: Term) -> fx.Node:
+        flat = call(aten.reshape.default, term.x, [-1]) if term.x.meta["val"].dim() > 1 else term.x
+        own = cast(part(term, flat, 0))
+        own = own if term.factor == 1 else call(aten.mul.Tensor, own, term.factor)
+        around = [term.to, width_of(found.logits) - term.end]
+        return call(aten.constant_pad_nd.default, own, around) if any(around) else own
+
+    biases = [bias(term) for term in head.biases if term.stop > term.start]
+    total = biases[0] if biases else None
+    for other in biases[1:]:
+        total = call(aten.add.Tensor, total, other)
+    xs = [moved(term) for term in head.terms]
+    weights = [weight(term, term.weight) for term in head.terms if term.weight is not None]
+    starts = [term.to for term in head.terms]
+    form = (found.ignored, found.reduction, found.smoothing, head.scale, head.cap)
+    after = call(torch.ops.graftc.head_loss.default, xs, weights, total, found.labels, starts, *form)
+    if after.meta["val"].dtype != head.loss.meta["val"].dtype:
+        after = call(aten.to.dtype, after, head.loss.meta["val"].dtype)
+    head.loss.replace_all_uses_with(after)
+    _drop(program, head)
+
+
+def _drop(program: Program, head: LossHead) -> None:
+    """Take logits out of the outputs, and what made them out of the graph."""
+    leaves = program.output_node.args[0]
+    assert isinstance(leaves, tuple | list)
+    gone = {at for at, leaf in enumerate(leaves) if leaf in head.chain}
+    program.outputs = without(program.outputs, gone)
+    program.output_node.args = (tuple(leaf for at, leaf in enumerate(leaves) if at not in gone),)
+    dead = {head.loss, *head.chain}
+    program.edits = Edits(e for e in program.edits if e.before not in dead and e.after not in dead)
+    for node in sorted(dead, reverse=True):
+        program.graph.erase_node(node)

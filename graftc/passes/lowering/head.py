@@ -1,0 +1,328 @@
+"""Finds heads over a vocabulary with a cross-entropy behind them, by data flow, from the loss backwards.
+
+First comes what is done to all logits alike (casts, moves of rows, a scale, a cap), then the sum of linear maps that
+they are made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from graftc.passes.core.ir.program import provenance
+from graftc.passes.core.ir.shapes import expression
+from graftc.passes.core.ops.head_loss import MEAN
+
+aten = torch.ops.aten
+
+_SAME = frozenset(
+    {
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten._to_copy.default,
+        aten.type_as.default,
+        aten.contiguous.default,
+        aten.clone.default,
+        aten.alias.default,
+    }
+)
+"""Operators that change nothing but how values are stored."""
+
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_MOVES = (*VIEWS, aten.flatten.using_ints, aten.slice.Tensor, aten.index.Tensor)
+_FACTORS = (aten.mul.Tensor, aten.mul.Scalar)
+_QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
+_SUMS = (aten.add.Tensor, aten.sub.Tensor)
+
+
+class NoMatchError(Exception):
+    """Why a loss stays as it is."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """A linear map among those whose sum the logits are.
+
+    Attributes:
+        x: ``[..., in]``.
+        weight: ``[columns, in]``; None for a bias, which is ``x`` then, ``[..., columns]``.
+        turned: the weight is ``[in, columns]``.
+        factor: of its result.
+        moves: of rows, behind the map, the last one first.
+        start, stop: which part of its columns is taken.
+        to: where that part stands in the vocabulary.
+    """
+
+    x: fx.Node
+    weight: fx.Node | None
+    factor: float
+    moves: tuple[fx.Node, ...]
+    start: int
+    stop: int
+    to: int = 0
+    turned: bool = False
+
+    @property
+    def end(self) -> int:
+        """Where its part of the vocabulary ends."""
+        return self.to + self.stop - self.start
+
+
+@dataclass
+class LossHead:
+    """What a loss is computed from.
+
+    Attributes:
+        loss: the cross-entropy.
+        chain: everything between the maps' inputs and the loss.
+        terms: linear maps, those first that cover the vocabulary.
+        biases: what else is added.
+        scale, cap: see `graftc.passes.core.ops.head_loss`.
+        place: the path of the module that owns the head.
+    """
+
+    loss: fx.Node
+    chain: set[fx.Node] = field(default_factory=set)
+    terms: list[Term] = field(default_factory=list)
+    biases: list[Term] = field(default_factory=list)
+    scale: float = 1.0
+    cap: float | None = None
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Arguments of a cross-entropy."""
+
+    logits: fx.Node
+    labels: fx.Node
+    weight: Any
+    reduction: int
+    ignored: int
+    smoothing: float
+
+
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def loss_of(node: fx.Node) -> Loss | None:
+    """What a cross-entropy is called with; None for other nodes."""
+    if node.target is aten.cross_entropy_loss.default:
+        return Loss(*_filled(node, (None, MEAN, -100, 0.0)))
+    if node.target in (aten.nll_loss.default, aten.nll_loss_nd.default):
+        logits, labels, weight, reduction, ignored = _filled(node, (None, MEAN, -100))
+        if logits.target is aten.log_softmax.int and logits.args[1] in (-1, logits.meta["val"].dim() - 1):
+            return Loss(logits, labels, weight, reduction, ignored, 0.0)
+    return None
+
+
+def _filled(node: fx.Node, defaults: tuple[Any, ...]) -> list[Any]:
+    """Arguments of a loss, given or not."""
+    names = ("weight", "reduction", "ignore_index", "label_smoothing")[: len(defaults)]
+    named = (
+        dict(zip(names, defaults, strict=True)) | dict(zip(names, _args(node)[2:], strict=False)) | dict(node.kwargs)
+    )
+    return [*_args(node)[:2], *named.values()]
+
+
+def read_head(head: LossHead) -> None:
+    """Find out what a loss is computed from.
+
+    Raises:
+        NoMatchError: it is not a head over a vocabulary, or not one that the operator knows.
+    """
+    found = loss_of(head.loss)
+    assert found is not None
+    node, outer = found.logits, 1.0
+    moves: tuple[fx.Node, ...] = ()
+    if found.weight is not None:
+        raise NoMatchError("classes have weights")
+    if found.labels.meta["val"].is_floating_point() or found.labels.meta["val"].dim() != 1:
+        raise NoMatchError("labels are no numbers of tokens, one for each row")
+    if node.target is aten.log_softmax.int:
+        head.chain.add(node)
+        node = _args(node)[0]
+    capped = False
+    while True:
+        if node.target is aten.tanh.default and not capped:
+            head.cap, outer, capped = outer, 1.0, True
+            head.chain.add(node)
+            node = _args(node)[0]
+            continue
+        step = _step(node, moves, outer)
+        if step is None:
+            break
+        head.chain.add(node)
+        node, moves, outer = step
+    head.scale = outer if head.cap is None else outer * head.cap
+    if head.cap is not None and head.cap <= 0:
+        raise NoMatchError("logits are capped at no positive number")
+    _collect(head, node, 1.0, moves)
+    _order(head, width_of(found.logits))
+    _require_unread(head)
+
+
+def _step(
+    node: fx.Node, moves: tuple[fx.Node, ...], factor: float
+) -> tuple[fx.Node, tuple[fx.Node, ...], float] | None:
+    """The same one operator earlier; None at one that is no cast, move of rows or factor."""
+    source = _args(node)[0] if _args(node) else None
+    if not isinstance(source, fx.Node):
+        return None
+    if node.target in _SAME and source.meta["val"].is_floating_point() and node.meta["val"].is_floating_point():
+        return source, moves, factor
+    if node.target in _MOVES and _of_rows(node, source):
+        return source, (*moves, node), factor
+    if node.target in _FACTORS + _QUOTIENTS:
+        number = _args(node)[1]
+        if isinstance(number, int | float):
+            return source, moves, factor * number if node.target in _FACTORS else factor / number
+    return None
+
+
+def _of_rows(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a move leaves the vocabulary's axis alone."""
+    axes, width = source.meta["val"].dim(), width_of(source)
+    if width_of(node) != width:
+        return False
+    if node.target in VIEWS:
+        sizes = _args(node)[1]
+        return isinstance(sizes, list | tuple) and isinstance(sizes[-1], int) and sizes[-1] in (width, -1)
+    if node.target is aten.flatten.using_ints:
+        return len(_args(node)) > 2 and _args(node)[2] not in (-1, axes - 1)
+    if node.target is aten.index.Tensor:
+        indices = _args(node)[1]
+        assert isinstance(indices, list | tuple)
+        used = sum(i.meta["val"].dim() if i.meta["val"].dtype == torch.bool else 1 for i in indices if i is not None)
+        return None not in indices and used < axes
+    return (_args(node)[1] if len(_args(node)) > 1 else 0) not in (-1, axes - 1)
+
+
+def width_of(node: fx.Node) -> int:
+    """How many values a row has.
+
+    Raises:
+        NoMatchError: that is not fixed.
+    """
+    shape = node.meta["val"].shape
+    width = expression(shape[-1]) if len(shape) else None
+    if not isinstance(width, int):
+        raise NoMatchError("the number of logits of a row is not fixed")
+    return width
+
+
+def _collect(head: LossHead, node: fx.Node, factor: float, moves: tuple[fx.Node, ...]) -> None:
+    """Add the linear maps whose sum a node is."""
+    width = width_of(node)
+    if node.meta["val"].dim() == 1 or all(expression(size) == 1 for size in node.meta["val"].shape[:-1]):
+        head.biases.append(Term(node, None, factor, (), 0, width))
+        return
+    head.chain.add(node)
+    step = _step(node, moves, factor)
+    if step is not None:
+        source, moves, factor = step
+        _collect(head, source, factor, moves)
+    elif node.target in _SUMS and all(isinstance(arg, fx.Node) for arg in _args(node)[:2]):
+        alpha: Any = node.kwargs.get("alpha", 1)
+        alpha = alpha if node.target is aten.add.Tensor else -alpha
+        for source, own in zip(_args(node)[:2], (factor, factor * alpha), strict=True):
+            _collect(head, source, own, moves)
+    elif node.target is aten.cat.default and _is_last(node, 1):
+        to = 0
+        for source in _args(node)[0]:
+            _within(head, partial(_put, to=to), source, factor, moves)
+            to += width_of(source)
+    elif node.target is aten.slice.Tensor and _is_last(node, 1) and len(_args(node)) <= 4:
+        source = _args(node)[0]
+        start, stop, _ = slice(*_args(node)[2:]).indices(width_of(source))
+        _within(head, partial(_cut, start=start, stop=stop), source, factor, moves)
+    elif (found := _linear(node)) is not None:
+        x, weight, bias, turned = found
+        head.terms.append(Term(x, weight, factor, moves, 0, width, turned=turned))
+        head.place = head.place or str(node.meta.get("module", ""))
+        if bias is not None:
+            head.biases.append(Term(bias, None, factor, (), 0, width))
+    else:
+        head.place = head.place or str(node.meta.get("module", ""))
+        owner = provenance(node)
+        who = f"{owner['adaptation']!r} adapts the head by" if owner else "between the head and the loss there is"
+        raise NoMatchError(f"{who} {node.target}, which is no linear map")
+
+
+def _within(
+    head: LossHead, change: Callable[[Term], Term], node: fx.Node, factor: float, moves: tuple[fx.Node, ...]
+) -> None:
+    """`_collect` what another part of the vocabulary is made from."""
+    inner = LossHead(head.loss, head.chain)
+    _collect(inner, node, factor, moves)
+    head.terms += [change(term) for term in inner.terms]
+    head.biases += [change(term) for term in inner.biases]
+    head.place = head.place or inner.place
+
+
+def _put(term: Term, to: int) -> Term:
+    """A term of a part of the vocabulary that begins at a place."""
+    return replace(term, to=term.to + to)
+
+
+def _cut(term: Term, start: int, stop: int) -> Term:
+    """What of a term is between two places of the vocabulary, which begins at the first of them."""
+    low, high = max(start, term.to), max(start, term.to, min(stop, term.end))
+    return replace(term, start=term.start + low - term.to, stop=term.start + high - term.to, to=low - start)
+
+
+def _is_last(node: fx.Node, at: int) -> bool:
+    axis = _args(node)[at] if len(_args(node)) > at else 0
+    return axis in (-1, node.meta["val"].dim() - 1)
+
+
+def _linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
+    """Input, weight and bias of a linear map, and whether the weight is ``[in, columns]``."""
+    x: Any
+    weight: Any
+    bias: Any = None
+    if node.target is aten.linear.default:
+        x, weight, bias = (*_args(node), None)[:3]
+    elif node.target is aten.addmm.default and not node.kwargs:
+        bias, x, weight = _args(node)
+        if bias.meta["val"].dim() != 1:
+            return None
+    elif node.target in (aten.mm.default, aten.matmul.default):
+        x, weight = _args(node)
+    else:
+        return None
+    plain = weight.meta["val"].dim() == 2 and weight.meta["val"].is_floating_point()
+    return (x, weight, bias, node.target is not aten.linear.default) if plain else None
+
+
+def _order(head: LossHead, vocabulary: int) -> None:
+    """Put those terms first that cover the vocabulary, in its order."""
+    left, filled = [term for term in head.terms if term.stop > term.start], 0
+    first: list[Term] = []
+    while filled < vocabulary:
+        found = max((t for t in left if t.to == filled), key=lambda t: t.end, default=None)
+        if found is None:
+            raise NoMatchError("a part of the logits is not made by linear maps")
+        left.remove(found)
+        first.append(found)
+        filled = found.end
+    head.terms = first + left
+    width = max(width_of(term.x) for term in head.terms)
+    if vocabulary <= width:
+        raise NoMatchError(f"{vocabulary} logits are no more than the {width} values that they are made from")
+
+
+def _require_unread(head: LossHead) -> None:
+    """Logits are read by the loss and the caller alone."""
+    known = {*head.chain, head.loss}
+    for node in sorted(head.chain):
+        for user in node.users:
+            if user not in known and user.op != "output":
+                raise NoMatchError(f"{user.target} reads the logits as well")

@@ -1,0 +1,74 @@
+"""What a training graph keeps for its backward pass, by size: an estimate from the graph alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.ir.layers import layer_path, repeated_layers
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.shapes import Sizes, expression
+from graftc.passes.lowering.head import LossHead
+
+TOKENS = 512
+"""Length of the row that sizes are worked out for."""
+
+LARGE = 0.1
+"""Logits are large from this part of the rest on."""
+
+
+def small_logits(program: Program, head: LossHead, *, checkpointed: bool) -> str:
+    """Why the logits of a head are not worth leaving out; empty where they are.
+
+    Counted are the bytes of all values that a graph makes for one row of 512 tokens: logits, in each of the forms in
+    which the loss reads them, and once more for their softmax, against the others. Views count as nothing.
+
+    Args:
+        program: where the head is.
+        head: as it was found.
+        checkpointed: layers keep what they read, and nothing else.
+    """
+    sizes = Sizes(_symbols(program))
+    chain = [node for node in program.graph.nodes if node in head.chain]
+    logits = sum(_bytes(node, sizes) for node in chain) + max(_bytes(node, sizes, view=True) for node in chain)
+    layers = repeated_layers(program) if checkpointed else set()
+    others = [n for n in program.graph.nodes if n not in head.chain and _layer(n) not in layers]
+    rest = sum(_bytes(node, sizes) for node in others)
+    rest += len(layers) * max(_bytes(term.x, sizes, view=True) for term in head.terms)
+    if logits >= LARGE * rest:
+        return ""
+    return f"its logits are {logits / max(rest, 1):.0%} of what is kept besides"
+
+
+def _layer(node: fx.Node) -> str:
+    return layer_path(node.meta.get("module", ""))
+
+
+def _symbols(program: Program) -> Any:
+    """One row: sizes of the first axes of inputs are 1, all others `TOKENS`."""
+    inputs = [node.meta["val"] for node in program.placeholders()]
+    rows = {str(expression(value.shape[0])) for value in inputs if isinstance(value, Tensor) and value.dim()}
+    return lambda symbol: 1 if symbol in rows else TOKENS
+
+
+def _bytes(node: fx.Node, sizes: Sizes, *, view: bool = False) -> int:
+    """Of the floating-point tensors that a call makes."""
+    if node.op != "call_function" or not (view or _is_new(node)):
+        return 0
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    floats = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    return sum(int(math.prod(sizes.shape(v))) * v.dtype.itemsize for v in floats)
+
+
+def _is_new(node: fx.Node) -> bool:
+    """Whether a call makes a tensor of its own: casts to the same type and views do not."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not any(r.alias_info for r in target._schema.returns):
+        return isinstance(target, torch._ops.OpOverload)
+    source = node.args[0]
+    value = source.meta.get("val") if isinstance(source, fx.Node) else None
+    return isinstance(value, Tensor) and isinstance(node.meta["val"], Tensor) and value.dtype != node.meta["val"].dtype
