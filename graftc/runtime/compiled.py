@@ -38,6 +38,7 @@ from graftc.runtime.model.inspection import Inspected
 from graftc.runtime.model.lowered import Lowering
 from graftc.runtime.model.reference_model import Referring
 from graftc.runtime.model.runner import M, ModelRoot, Published
+from graftc.runtime.model.scoring import Scoring
 from graftc.runtime.model.sharded import in_every_process, written_once
 from graftc.runtime.state import Stateful
 from graftc.runtime.training.selecting import Selecting
@@ -62,6 +63,7 @@ class CompiledRunner(
     Inspected,
     Checkpointed,
     Lowering,
+    Scoring,
     Choosing,
     Combining,
     Converting,

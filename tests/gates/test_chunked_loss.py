@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import graftc
 from graftc.passes.core.ops import head_loss
 from graftc.runtime.compiled import Compiled
 from graftc.testing import tiny
@@ -126,3 +128,58 @@ def test_checkpointing_and_autocast_work_with_it() -> None:
     for name, right in expected.items():
         error, usual = ((t[name] - right).norm() / right.norm() for t in (narrow, whole))
         assert error <= usual + torch.finfo(torch.bfloat16).eps, name
+
+
+@pytest.mark.parametrize("head", [None, "lora", "dora"])
+def test_log_probabilities_of_tokens_are_those_of_logits(head: str | None) -> None:
+    """With their gradients, in train and eval mode, also where a head is computed as a whole."""
+    own = [{"method": head, "name": "head", "target": {"modules": "lm_head"}}] if head else []
+    compiled = made(in_float64(tiny("llama")), "whole", adapt=[LORA, *own])
+    shifted = functional.pad(LABELS, (0, 1), value=-100)[:, 1:]
+    for mode in (True, False):
+        logits = compiled.train(mode)(**CALL).logits
+        taken = logits.log_softmax(-1).gather(-1, shifted.clamp_min(0)[..., None])[..., 0]
+        expected = torch.where(shifted == -100, 0, taken)
+        found = compiled.token_log_probs(**CALL)
+        weights = torch.rand(expected.shape, dtype=torch.float64)
+        parameters = [p for p in compiled.parameters() if p.requires_grad]
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        grads = (torch.autograd.grad((t * weights).sum(), parameters) for t in (found, expected))
+        for mine, right in zip(*grads, strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-11)
+    with compiled.disabled():
+        base = compiled.token_log_probs(**CALL)
+    assert not torch.equal(base, expected) and base.shape == expected.shape
+
+
+def trained(folder: Path, loss: str, **changes: Any) -> tuple[list[float], tuple[int, ...]]:
+    """Losses of a run of transformers' Trainer, and the shape of the predictions that its metrics saw."""
+    from transformers import Trainer, TrainingArguments
+
+    seen: list[tuple[int, ...]] = []
+
+    def metrics(found: Any) -> dict[str, float]:
+        seen.append(found.predictions.shape)
+        return {}
+
+    rows = torch.randint(3, 100, (24, 8), generator=torch.Generator().manual_seed(0))
+    data = [
+        {"input_ids": row, "labels": row.masked_fill(torch.arange(8) < at % 6, -100)} for at, row in enumerate(rows)
+    ]
+    settings: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    settings |= {"report_to": [], "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "disable_tqdm": True}
+    settings |= {"eval_strategy": "steps", "eval_steps": 3, "learning_rate": 5e-3}
+    args = TrainingArguments(str(folder), **settings, **changes)
+    model = graftc.compile({"adapt": [LORA], "memory": {"loss": loss}}, tiny("llama"))
+    trainer = Trainer(model, args, train_dataset=data, eval_dataset=data[:8], compute_metrics=metrics)  # type: ignore[arg-type]
+    trainer.train()
+    logged = trainer.state.log_history
+    return [entry[key] for entry in logged for key in ("loss", "eval_loss") if key in entry], seen[0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"label_smoothing_factor": 0.1}, {"gradient_checkpointing": True}], ids=str)
+def test_the_trainer_logs_the_same_losses(changes: dict[str, Any], tmp_path: Path) -> None:
+    """The count of items is that of the whole step, and metrics see logits."""
+    (found, shape), (expected, _) = (trained(tmp_path, loss, **changes) for loss in ("chunked", "whole"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert shape == (8, 8, VOCABULARY) and len(found) == 4

@@ -155,3 +155,12 @@ def test_objectives_that_compare_outputs_keep_them() -> None:
     with pytest.warns(GraftWarning, match="GC151.*compares the outputs of several passes"):
         compiled = made(tiny("gpt2"), "chunked", **spec)
     assert "logits" in compiled(**CALL)
+
+
+def test_log_probabilities_of_tokens_need_labels_and_sum_up_to_the_loss() -> None:
+    compiled = made(tiny("llama"), "whole")
+    found = compiled.token_log_probs(**CALL)
+    assert found.shape == IDS.shape
+    torch.testing.assert_close(-found.sum() / (LABELS[:, 1:] != -100).sum(), compiled(**CALL).loss)
+    with pytest.raises(GraftError, match="GC073"):
+        compiled.token_log_probs(input_ids=IDS)
