@@ -33,7 +33,7 @@ SPEC = {
     ],
     "train": ["classifier"],
 }
-VIEWS = ("summary", "graph", "diff", "history", "tree", "explanation")
+VIEWS = ("summary", "graph", "diff", "history", "lowering", "tree", "explanation")
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +63,13 @@ def test_json_has_every_key_and_what_was_asked_for(live: Any, capsys: pytest.Cap
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_every_view_is_that_of_the_live_model(live: Any, capsys: pytest.CaptureFixture[str], mode: Any) -> None:
-    chosen = ["--graph", "--diff", "--history", "--explain", "%query.down_1", "--mode", mode]
+    chosen = ["--graph", "--diff", "--history", "--lowering", "--explain", "%query.down_1", "--mode", mode]
     data = shown(capsys, *chosen, "--json").data
     program = live.program(mode)
     assert data["graph"] == {"text": live.print_graph(mode), **graph_data(program)}
     assert data["diff"] == json.loads(json.dumps(diff(live.program(mode, base=True), program).to_json()))
-    assert data["history"] == [{**row.to_json(), "seconds": None} for row in history(live.snapshot, mode)]
+    assert data["history"] == [{**row.to_json(), "seconds": None} for row in history(live.snapshot, mode, lowered=True)]
+    assert data["lowering"] == live.lowering().to_json()
     expected = live.explain("%query.down_1", mode).to_json()
     origin = {}
     for field in ("file", "line", "column", "path", "source"):

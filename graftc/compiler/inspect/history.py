@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from typing import Any
 
 from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.passes.core.ir.program import HistoryEntry, provenance
 from graftc.passes.core.ir.program_key import Mode
+from graftc.passes.lowering.lower import lower
 
 CAPTURE = "capture"
 """The step that base nodes come from."""
@@ -42,8 +43,14 @@ class HistoryRow:
         return asdict(self)
 
 
-def history(snapshot: Snapshot, mode: Mode = "eval") -> tuple[HistoryRow, ...]:
-    """The steps from the capture to the adapted Program of a mode. The verifier's runs are marks on other rows."""
+def history(snapshot: Snapshot, mode: Mode = "eval", *, lowered: bool = False) -> tuple[HistoryRow, ...]:
+    """The steps from the capture to the adapted Program of a mode. The verifier's runs are marks on other rows.
+
+    Args:
+        snapshot: whose.
+        mode: which Program.
+        lowered: in train mode, also the steps that make what is run of it.
+    """
     program = snapshot.program(mode)
     # Both modes start from what was captured in train mode.
     before = list(takewhile(lambda entry: entry.step != _VERIFY, program.history))
@@ -62,6 +69,12 @@ def history(snapshot: Snapshot, mode: Mode = "eval") -> tuple[HistoryRow, ...]:
         verified = index + 1 < len(entries) and entries[index + 1].step == _VERIFY
         seconds = entry.seconds if entry.seconds > 0 else None
         rows.append(HistoryRow(entry.step, entry.added, entry.removed, nodes, inserted, verified, seconds))
+    if lowered and mode == "train":
+        run = lower(program, snapshot.spec.optimise.off)[0]
+        for entry in run.history[len(program.history) :]:
+            nodes += entry.added - entry.removed
+            rows.append(HistoryRow(entry.step, entry.added, entry.removed, nodes, inserted, False, None))
+        rows[-1] = replace(rows[-1], inserted=sum(provenance(node) is not None for node in run.graph.nodes))
     return tuple(rows)
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from graftc.passes.core.ir.cleaning import live
 from graftc.passes.core.ir.layers import layer_path, repeated_layers
-from graftc.passes.core.ir.program import Program, map_nodes, mutates, provenance
+from graftc.passes.core.ir.program import Program, map_nodes, provenance
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Outlined:
 
 def outline(program: Program) -> Outlined:
     """Split a Program into its layers; the Program stays as it is."""
-    groups, live = _group(program), _live(program)
+    groups, needed = _group(program), live(program)
     uses: dict[str, int] = defaultdict(int)
     blocks: list[BlockGraph] = []
     root = fx.Graph()
@@ -64,7 +65,7 @@ def outline(program: Program) -> Outlined:
                     args, kwargs = map_nodes((node.args, dict(node.kwargs)), value)
                     mapping[node] = root.create_node(node.op, node.target, args, kwargs, name=node.name)
             continue
-        block, inputs, outputs = _block(path, uses[path], nodes, live)
+        block, inputs, outputs = _block(path, uses[path], nodes, needed)
         uses[path] += 1
         blocks.append(block)
         call = root.call_module(path, (block.use, *(value(n) for n in inputs)))
@@ -130,9 +131,9 @@ def _ordered(program: Program, layers: Collection[str]) -> list[fx.Node]:
                 place(source)
         ordered.append(node)
 
-    live = _live(program)
+    needed = live(program)
     for node in program.graph.nodes:
-        if node.op == "get_attr" or node not in live:
+        if node.op == "get_attr" or node not in needed:
             continue
         if provenance(node) is not None and all(n.op == "get_attr" or n in settled for n in node.all_input_nodes):
             settled.add(node)
@@ -143,20 +144,8 @@ def _ordered(program: Program, layers: Collection[str]) -> list[fx.Node]:
     return ordered
 
 
-def _live(program: Program) -> set[fx.Node]:
-    """What an output needs, inputs, and what changes a tensor: what an edit has replaced may have no reader left."""
-    found: set[fx.Node] = set()
-    pending = [n for n in program.graph.nodes if n.op in ("placeholder", "output") or mutates(n)]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += node.all_input_nodes
-    return found
-
-
 def _block(
-    path: str, use: int, nodes: list[fx.Node], live: Collection[fx.Node]
+    path: str, use: int, nodes: list[fx.Node], needed: Collection[fx.Node]
 ) -> tuple[BlockGraph, list[fx.Node], list[fx.Node]]:
     inside = set(nodes)
     prefix = path + "."
@@ -168,7 +157,7 @@ def _block(
                 own[source] = None
             elif source not in inside:
                 inputs[source] = None
-    outputs = [node for node in nodes if any(user not in inside and user in live for user in node.users)]
+    outputs = [node for node in nodes if any(user not in inside and user in needed for user in node.users)]
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for index, node in enumerate(inputs):

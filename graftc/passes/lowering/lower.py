@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from graftc.passes.core.ir.program import HistoryEntry, Program
+from graftc.passes.lowering.outcome import Outcome
+from graftc.passes.lowering.projections import fuse_projections
 from graftc.specs.optimise import LoweringName
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a step found at one place.
-
-    Attributes:
-        step: its name.
-        place: a module path.
-        done: whether the place was rewritten.
-        reason: why not, for people; empty where it was.
-    """
-
-    step: str
-    place: str
-    done: bool
-    reason: str = ""
-
+__all__ = ["STEPS", "Lowering", "Outcome", "lower"]
 
 Lowering = Callable[[Program], list[Outcome]]
 """Rewrites a Program in place."""
 
-STEPS: Mapping[LoweringName, Lowering] = {}
+STEPS: Mapping[LoweringName, Lowering] = {"projections": fuse_projections}
 """By name, in order."""
 
 

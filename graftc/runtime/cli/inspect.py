@@ -35,6 +35,10 @@ def inspect(
         bool, typer.Option("--diff", help="Print what changed; layers with equal changes are shown once.")
     ] = False,
     history: Annotated[bool, typer.Option("--history", help="Print what each pass did.")] = False,
+    lowering: Annotated[
+        bool,
+        typer.Option("--lowering", help="Print which sites of the training graph are computed otherwise, and why not."),
+    ] = False,
     tree: Annotated[
         bool, typer.Option("--tree", help="Print the model's modules with what was added to them.")
     ] = False,
@@ -68,7 +72,8 @@ def inspect(
         targets = {"graphml": graphml, "dot": dot}
         _check(directory, targets, force)
         snapshot = open_artifact(directory).snapshot
-        wanted = {"graph": graph, "diff": diff, "history": history, "tree": tree, "explanation": explain is not None}
+        wanted = {"graph": graph, "diff": diff, "history": history, "lowering": lowering, "tree": tree}
+        wanted["explanation"] = explain is not None
         views = {name: view for name, view in _views(snapshot, mode.value, explain).items() if wanted[name]}
         made = {name: make() for name, make in views.items()}
         files = _write(snapshot, mode.value, targets, force)
@@ -106,6 +111,7 @@ def _views(snapshot: Snapshot, mode: Any, name: str | None) -> dict[str, Callabl
         "graph": lambda: _graph_view(snapshot, mode),
         "diff": lambda: _diff_view(snapshot, mode),
         "history": lambda: _history_view(snapshot, mode),
+        "lowering": lambda: _lowering_view(snapshot),
         "tree": lambda: _tree_view(snapshot),
         "explanation": lambda: _explanation_view(snapshot, name or "", mode),
     }
@@ -133,7 +139,7 @@ def _diff_view(snapshot: Snapshot, mode: Any) -> _View:
 def _history_view(snapshot: Snapshot, mode: Any) -> _View:
     from graftc.compiler.inspect.history import history, history_columns
 
-    rows = history(snapshot, mode)
+    rows = history(snapshot, mode, lowered=True)
 
     def show(to: Console) -> None:
         from graftc.runtime.cli.output import print_table
@@ -142,6 +148,19 @@ def _history_view(snapshot: Snapshot, mode: Any) -> _View:
         print_table(to, columns, lines, right=("added", "removed", "nodes", "inserted", "seconds"))
 
     return _View([row.to_json() for row in rows], show)
+
+
+def _lowering_view(snapshot: Snapshot) -> _View:
+    from graftc.compiler.inspect.lowering import COLUMNS, lowering
+
+    found = lowering(snapshot)
+
+    def show(to: Console) -> None:
+        from graftc.runtime.cli.output import print_table
+
+        print_table(to, COLUMNS, list(found.rows()), right=("sites",))
+
+    return _View(found.to_json(), show)
 
 
 def _tree_view(snapshot: Snapshot) -> _View:

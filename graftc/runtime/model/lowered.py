@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import fx, nn
 
 from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.codegen import Function
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.lowering.lower import lower
-from graftc.runtime.activations.recording import fake
-from graftc.runtime.activations.simulated import peak_of
-from graftc.runtime.activations.summary import Activations, layers_of
-from graftc.runtime.activations.training_code import levels_of, training_code
-from graftc.runtime.model.blocks import Block, Root
+from graftc.runtime.activations.summary import Activations
+from graftc.runtime.activations.training_code import training_code
 from graftc.runtime.model.chunked import loss_step, warn_of_whole
-from graftc.runtime.model.runner import ModelRunner, runner_of
+from graftc.runtime.model.runner import ModelRunner
+
+if TYPE_CHECKING:
+    from graftc.compiler.inspect.lowering import Lowered
 
 
 class Lowering(ModelRunner):
     """The part of `Compiled` that rewrites training graphs before they become code."""
-
-    _steering: Any
 
     def lowered(self, key: ProgramKey) -> Program:
         """See `Runner.lowered`."""
@@ -38,6 +34,14 @@ class Lowering(ModelRunner):
         warn_of_whole(spec, program, self._outcomes[key])
         return lowered
 
+    def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
+        """See `Runner.code`. Training graphs keep less for the backward pass than autograd would."""
+        memory, off = self._active.spec.memory, self._active.spec.optimise.off
+        plain = "recompute" in off and memory.budget is None and not memory.offload
+        if plain or not _trains(key):
+            return super().code(key, graph, module, device)
+        return training_code(graph, module, device, memory.budget, memory.offload)
+
     def activations(self, **inputs: Any) -> Activations:
         """What a training step keeps for its backward pass and takes at its peak, worked out on tensors without memory.
 
@@ -48,50 +52,19 @@ class Lowering(ModelRunner):
         Raises:
             GraftError: GC031 for inputs that cannot be captured.
         """
+        from graftc.runtime.model.simulated_step import simulated_step
+
         present, _ = self._interface.read(self._interface.named((), inputs))
-        signature = signature_for(self._active, present)
-        mode = FakeTensorMode()
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        copied = copy.deepcopy(self.module, {id(tensor): _faked(tensor, mode) for tensor in tensors}).train()
-        runner: Lowering = runner_of(copied)
-        for module in copied.modules():
-            if isinstance(module, (Block, Root)):
-                levels_of(module).clear()
-        key = self.key(signature, "train")
-        if key not in runner._roots:
-            runner.install(key, runner._program_of(key))
-        given = fake(present, mode)
+        return simulated_step(self, signature_for(self._active, present), present)
 
-        def loss_of_call() -> Tensor:
-            # Nothing else of the results is there in the backward pass, as where a training loop takes the loss alone.
-            results = runner.run(key, given)
-            names = runner._lowered[key].outputs.names
-            floats = {n: t for n, t in zip(names, results, strict=True) if isinstance(t, Tensor) and t.requires_grad}
-            return floats["loss"] if "loss" in floats else torch.stack([t.sum() for t in floats.values()]).sum()
+    def lowering(self) -> Lowered:
+        """Which sites the steps of lowering rewrite in the training graph of the first signature, and why not the
+        others; print it to read it."""
+        from graftc.compiler.inspect.lowering import lowering
+        from graftc.compiler.inspect.snapshot import snapshot
 
-        def step() -> None:
-            loss_of_call().backward()  # type: ignore[no-untyped-call]
-
-        with mode, torch.enable_grad():
-            peak = peak_of(step)
-        parts = [(n, m) for n, m in copied.named_modules() if isinstance(m, (Block, Root))]
-        return Activations(tuple(layers_of(parts)), peak)
-
-    def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
-        """See `Runner.code`. Training graphs keep less for the backward pass than autograd would."""
-        spec = self._active.spec
-        memory = spec.memory
-        plain = "recompute" in spec.optimise.off and memory.budget is None and not memory.offload
-        if not _trains(key) or plain:
-            return super().code(key, graph, module, device)
-        return training_code(graph, module, device, memory.budget, memory.offload)
+        return lowering(snapshot(self._compilation))
 
 
 def _trains(key: ProgramKey) -> bool:
     return key.mode != "eval" and key.stage == "adapted"
-
-
-def _faked(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    found: Tensor = fake(tensor.detach(), mode)
-    with mode:
-        return nn.Parameter(found, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
 from graftc.passes.core.ir.program import Program, mutates
 
@@ -18,6 +19,18 @@ def remove_dead(program: Program) -> None:
         unused = not node.users and node not in kept
         if unused and node.op in ("call_function", "get_attr") and not mutates(node):
             program.graph.erase_node(node)
+
+
+def live(program: Program) -> set[fx.Node]:
+    """What an output needs, inputs, and what changes a tensor: what an edit has replaced may have no reader left."""
+    found: set[fx.Node] = set()
+    pending = [n for n in program.graph.nodes if n.op in ("placeholder", "output") or mutates(n)]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
 
 
 def takes_device(target: Any) -> bool:

@@ -211,6 +211,22 @@ class StepData(Result):
     """How long it took; null where that is not known."""
 
 
+class OutcomeData(Result):
+    """What a step of lowering found at a site of the training graph."""
+
+    step: str
+    """Its name, as in `optimise.off`."""
+
+    place: str
+    """The site."""
+
+    done: bool
+    """Whether it is computed otherwise."""
+
+    reason: str
+    """Why not; empty where it is."""
+
+
 class InspectResult(Result):
     """`graftc inspect DIR --json`. What was not asked for is null."""
 
@@ -231,6 +247,9 @@ class InspectResult(Result):
 
     history: Items[StepData] | None
     """With `--history`: what every step did."""
+
+    lowering: Items[OutcomeData] | None
+    """With `--lowering`: what steps of lowering found in the training graph."""
 
     tree: TreeData | None
     """With `--tree`: the model's modules with what was added to them."""

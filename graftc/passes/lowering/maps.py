@@ -1,0 +1,351 @@
+"""Finds products with matrices in a graph, and the low-rank updates that are added to their results, by data flow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from graftc.passes.core.ir.cleaning import live
+from graftc.passes.core.ir.effects import Memory
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.shapes import expression
+from graftc.passes.core.ops.projections import Runs
+
+aten = torch.ops.aten
+Step = tuple[fx.Node, list["Branch"], list[fx.Node]]
+"""The node that has a sum, what is added in it, and the nodes that are computed for it."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A product of two factors of a source: ``scale * B A z``.
+
+    Attributes:
+        source: what the first factor is applied to.
+        a, b: the factors.
+        scale: of the product.
+        nodes: what is computed for it.
+        columns: numbers of the columns that it is added to; None where they are ``runs``.
+        runs: the same as half-open runs; none for all columns.
+    """
+
+    source: fx.Node
+    a: fx.Node
+    b: fx.Node
+    scale: float
+    nodes: tuple[fx.Node, ...]
+    columns: fx.Node | None = None
+    runs: Runs = ()
+
+    def on(self, *, columns: fx.Node | None = None, runs: Runs = ()) -> Branch:
+        """The same, for some columns."""
+        return replace(self, columns=columns, runs=runs)
+
+
+@dataclass
+class Map:
+    """A product with a matrix, and what is added to its result.
+
+    Attributes:
+        node: the product.
+        x, weight, bias: what it reads.
+        transposed: whether the weight is ``[in, out]``.
+        end: the node that has its result with all updates.
+        branches: the updates, in order.
+        nodes: everything from the product to the end.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool
+    end: fx.Node
+    branches: list[Branch] = field(default_factory=list)
+    nodes: list[fx.Node] = field(default_factory=list)
+
+    def inputs(self) -> Iterator[fx.Node]:
+        """Everything that it reads."""
+        yield from (n for n in (self.x, self.weight, self.bias) if n is not None)
+        for branch in self.branches:
+            yield from (n for n in (branch.source, branch.a, branch.b, branch.columns) if n is not None)
+
+
+class Matcher:
+    """Finds maps in a Program.
+
+    Attributes:
+        live: nodes that something needs.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.live = live(program)
+        memory = Memory(program.graph)
+        self._roots = memory.roots
+        self._written = frozenset().union(*memory.writes.values())
+
+    def map(self, node: fx.Node) -> Map | None:
+        """The map that a product is; None where it is no product with one matrix."""
+        found = _product(node)
+        if found is None or not self._settled(node, *node.all_input_nodes):
+            return None
+        value, branches, nodes = node, [], [node]
+        while (step := self._step(value, found.x)) is not None:
+            value, added, passed = step
+            branches += added
+            nodes += passed
+        found.end, found.branches, found.nodes = value, branches, nodes
+        return found
+
+    def together(self, maps: list[Map]) -> Iterator[list[Map]]:
+        """Maps of one input in groups of those that can be computed at one place: behind all that they read, in front
+        of all that reads them. A map alone without an update stays as it is."""
+        group: list[Map] = []
+        for one in maps:
+            if group and not self._fits([*group, one]):
+                yield from self._worthwhile(group)
+                group = []
+            group.append(one)
+        yield from self._worthwhile(group)
+
+    def _worthwhile(self, group: list[Map]) -> Iterator[list[Map]]:
+        if self._fits(group) and (len(group) > 1 or group[0].branches):
+            yield group
+
+    def _fits(self, group: list[Map]) -> bool:
+        inside = {node for one in group for node in (*one.nodes, *(n for b in one.branches for n in b.nodes))}
+        given = [n for one in group for n in one.inputs() if n.op != "get_attr"]
+        read = [u for one in group for u in self.readers(one.end)]
+        return bool(read) and not inside.intersection(given) and max(given) < min(read)
+
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """Nodes that read a value, and that something needs."""
+        return [user for user in node.users if user in self.live]
+
+    def _settled(self, *nodes: fx.Node) -> bool:
+        """Whether nobody writes to the memory of values, so that it does not matter when they are read."""
+        return all(self._written.isdisjoint(self._roots[node]) for node in nodes)
+
+    def _step(self, value: fx.Node, x: fx.Node) -> Step | None:
+        """The next sum behind a value: what has it, what is added, and the nodes on the way."""
+        readers = self.readers(value)
+        if not self._settled(value):
+            return None
+        if len(readers) == 1 and (branch := self.added(readers[0], value, x)) is not None:
+            return readers[0], [branch], [readers[0], *branch.nodes]
+        return self._indexed(value, readers, x) or self._in_columns(value, readers, x)
+
+    def added(self, node: fx.Node, value: fx.Node, x: fx.Node) -> Branch | None:
+        """What a sum adds to a value."""
+        if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2 or not _alike(node, value):
+            return None
+        others = [argument for argument in node.args if argument is not value]
+        return self._branch(others[0], value, x) if len(others) == 1 else None
+
+    def _branch(self, node: Any, value: fx.Node, x: fx.Node) -> Branch | None:
+        """The product of two factors that a value is, which is added to another one."""
+        if not self._own(node, aten.linear.default) or not _alike(node, value):
+            return None
+        hidden, b = _operands(node)
+        nodes, scale = [node], 1.0
+        if self._own(hidden, aten.mul.Tensor):
+            numbers = [v for v in hidden.args if isinstance(v, int | float)]
+            factors = [v for v in hidden.args if isinstance(v, fx.Node)]
+            if len(numbers) != 1 or len(factors) != 1:
+                return None
+            nodes.append(hidden)
+            scale, hidden = float(numbers[0]), factors[0]
+        if not self._own(hidden, aten.linear.default):
+            return None
+        source, a = _operands(hidden)
+        if a is None or b is None or not _alike(source, x) or not self._settled(source, a, b):
+            return None
+        return Branch(source, a, b, scale, (*nodes, hidden))
+
+    def _own(self, node: Any, target: Any) -> bool:
+        """Whether a value is a call of an operator that has one reader."""
+        return isinstance(node, fx.Node) and node.target is target and len(self.readers(node)) == 1
+
+    def _indexed(self, value: fx.Node, readers: list[fx.Node], x: fx.Node) -> Step | None:
+        """A sum with columns that are picked by their numbers, which takes their place."""
+        picked = next((n for n in readers if n.target is aten.index_select.default), None)
+        put = next((n for n in readers if n.target is aten.index_copy.default), None)
+        if picked is None or put is None or len(readers) != 2 or len(put.args) != 4:
+            return None
+        _, axis, columns, total = put.args
+        same = picked.args == (value, axis, columns) and put.args[0] is value and _is_last(value, axis)
+        if not same or not self._own(total, aten.add.Tensor) or len(self.readers(picked)) != 1:
+            return None
+        assert isinstance(total, fx.Node) and isinstance(columns, fx.Node)
+        branch = self.added(total, picked, x)
+        if branch is None:
+            return None
+        return put, [branch.on(columns=columns)], [picked, total, put, *branch.nodes]
+
+    def _in_columns(self, value: fx.Node, readers: list[fx.Node], x: fx.Node) -> Step | None:
+        """Sums with columns that are cut out, all put together again."""
+        if not readers or any(node.target is not aten.slice.Tensor for node in readers):
+            return None
+        passed: set[fx.Node] = set()
+        pending = list(readers)
+        while pending and len(passed) < _MOST:
+            node = pending.pop(0)
+            if node.target is aten.cat.default and _alike(node, value):
+                return self._put_together(node, value, x)
+            if node not in passed and node.target in _COLUMN_WISE:
+                passed.add(node)
+                pending += self.readers(node)
+        return None
+
+    def _put_together(self, node: fx.Node, value: fx.Node, x: fx.Node) -> Step | None:
+        columns = _Columns(self, value, x)
+        parts = columns.of(node)
+        if parts is None or not all(columns.seen.issuperset(self.readers(n)) for n in columns.seen - {node}):
+            return None
+        branches = _in_runs(parts, columns.branches)
+        if branches is None:
+            return None
+        return node, branches, [*columns.seen - {value}, *(n for b in branches for n in b.nodes)]
+
+
+_MOST = 64
+"""How many nodes are looked at for one sum."""
+
+_COLUMN_WISE = frozenset({aten.slice.Tensor, aten.cat.default, aten.add.Tensor})
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Columns of a value, with something added.
+
+    Attributes:
+        start, end: which.
+        added: what was added; None for nothing.
+        at: which column of that is the first.
+    """
+
+    start: int
+    end: int
+    added: fx.Node | None = None
+    at: int = 0
+
+    def cut(self, start: int, end: int) -> _Part:
+        """Some of them, counted from the first."""
+        return _Part(self.start + start, self.start + end, self.added, self.at + start)
+
+
+class _Columns:
+    """Reads what values are made of, column by column.
+
+    Attributes:
+        seen: what was read on the way.
+        branches: what is added somewhere, by its node.
+    """
+
+    def __init__(self, matcher: Matcher, value: fx.Node, x: fx.Node) -> None:
+        self._matcher, self._value, self._x = matcher, value, x
+        self.seen: set[fx.Node] = set()
+        self.branches: dict[fx.Node, Branch] = {}
+
+    def of(self, node: Any) -> list[_Part] | None:
+        """The columns of the value that a node has, in order; None where it has others."""
+        if not isinstance(node, fx.Node):
+            return None
+        self.seen.add(node)
+        if node is self._value:
+            return [_Part(0, _width(node))]
+        if node.target is aten.slice.Tensor and len(node.args) == 4 and _is_last(node, node.args[1]):
+            return self._cut(node)
+        if node.target is aten.cat.default and len(node.args) == 2 and _is_last(node, node.args[1]):
+            parts = [self.of(source) for source in node.args[0]]  # type: ignore[union-attr]
+            return None if None in parts else [part for some in parts for part in some or ()]
+        if node.target is aten.add.Tensor and len(node.args) == 2 and isinstance(node.args[0], fx.Node):
+            parts_of = self.of(node.args[0])
+            branch = self._matcher.added(node, node.args[0], self._x)
+            if parts_of is None or branch is None or any(part.added is not None for part in parts_of):
+                return None
+            self.branches[node] = branch
+            sizes = [part.end - part.start for part in parts_of]
+            starts = [sum(sizes[:i]) for i in range(len(sizes))]
+            return [_Part(p.start, p.end, node, at) for p, at in zip(parts_of, starts, strict=True)]
+        return None
+
+    def _cut(self, node: fx.Node) -> list[_Part] | None:
+        source, _, start, end = node.args
+        parts = self.of(source)
+        if parts is None or not (isinstance(start, int) and isinstance(end, int)) or start < 0 or end < 0:
+            return None
+        found, at = [], 0
+        for part in parts:
+            first, last = max(start - at, 0), min(end - at, part.end - part.start)
+            if first < last:
+                found.append(part.cut(first, last))
+            at += part.end - part.start
+        return found
+
+
+def _in_runs(parts: list[_Part], branches: dict[fx.Node, Branch]) -> list[Branch] | None:
+    """What is added to which runs of columns, where every column is in its place."""
+    at = 0
+    runs: dict[fx.Node, list[tuple[int, int]]] = {}
+    taken: dict[fx.Node, int] = {}
+    for part in parts:
+        if part.start != at:
+            return None
+        at = part.end
+        if part.added is not None:
+            if taken.get(part.added, 0) != part.at:
+                return None
+            runs.setdefault(part.added, []).append((part.start, part.end))
+            taken[part.added] = part.at + part.end - part.start
+    if any(taken[node] != _width(node) for node in taken) or runs.keys() != branches.keys():
+        return None
+    return [branches[node].on(runs=tuple(runs[node])) for node in sorted(runs)]
+
+
+def _product(node: fx.Node) -> Map | None:
+    """A product with a matrix as the base's or an adaptation's node has it."""
+    if node.kwargs or node.op != "call_function":
+        return None
+    if node.target is aten.linear.default and len(node.args) in (2, 3):
+        x, weight, bias = (*node.args, None)[:3]
+        transposed = False
+    elif node.target is aten.addmm.default and len(node.args) == 3:
+        bias, x, weight = node.args
+        transposed = True
+    else:
+        return None
+    if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)) or weight.meta["val"].dim() != 2:
+        return None
+    if bias is not None and (not isinstance(bias, fx.Node) or bias.meta["val"].dim() != 1):
+        return None
+    if bias is not None and bias.meta["val"].shape[0] != node.meta["val"].shape[-1]:
+        return None
+    return Map(node, x, weight, bias, transposed, node)
+
+
+def _operands(node: fx.Node) -> tuple[Any, fx.Node | None]:
+    """The input and the weight of a product without a bias; None for the weight where it is another kind."""
+    x, weight, *rest = node.args
+    plain = not node.kwargs and not any(rest) and isinstance(weight, fx.Node) and weight.meta["val"].dim() == 2
+    return x, weight if plain else None  # type: ignore[return-value]
+
+
+def _alike(node: Any, other: fx.Node) -> bool:
+    """Whether two values are tensors of one type."""
+    if not isinstance(node, fx.Node):
+        return False
+    a, b = node.meta["val"], other.meta["val"]
+    return a.dtype == b.dtype and list(map(expression, a.shape)) == list(map(expression, b.shape))
+
+
+def _is_last(node: fx.Node, axis: Any) -> bool:
+    return axis in (-1, node.meta["val"].dim() - 1)
+
+
+def _width(node: fx.Node) -> int:
+    return int(node.meta["val"].shape[-1])

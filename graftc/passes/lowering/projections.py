@@ -1,0 +1,128 @@
+"""Linear maps of one input, with their low-rank updates, become one call of `graftc.passes.core.ops.projections`.
+
+A map is found by what is computed: a product with a matrix, and behind it sums with products of two factors, over all
+of its columns or over some. Maps that read one value in one layer are computed together, those too that nothing is
+added to: what they say of the value's gradient is then added up in one tensor.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from itertools import takewhile
+from typing import Any
+
+from torch import fx
+
+from graftc.passes.core.ir.cleaning import live
+from graftc.passes.core.ir.edits import Edit, Edits
+from graftc.passes.core.ir.layers import layer_path
+from graftc.passes.core.ir.printer import target_name
+from graftc.passes.core.ir.program import Program, provenance
+from graftc.passes.core.ops.projections import projections
+from graftc.passes.lowering.maps import Map, Matcher
+from graftc.passes.lowering.outcome import Outcome
+
+STEP = "projections"
+
+
+def fuse_projections(program: Program) -> list[Outcome]:
+    """Compute maps of one input together, and add updates to their results in place.
+
+    Returns:
+        For every site at a product with a weight, whether what was inserted there is part of such a call.
+    """
+    matcher = Matcher(program)
+    groups: dict[tuple[fx.Node, str], list[Map]] = {}
+    for node in program.graph.nodes:
+        found = matcher.map(node) if node in matcher.live else None
+        if found is not None:
+            groups.setdefault((found.x, layer_path(node.meta.get("module", ""))), []).append(found)
+    chosen = [group for members in groups.values() for group in matcher.together(members)]
+    passed = {node for group in chosen for one in group for node in one.nodes}
+    outcomes = [outcome for edit in program.edits if (outcome := _outcome(edit, program.edits, passed)) is not None]
+    replaced = {before: after for group in chosen for before, after in _replace(program, group, matcher).items()}
+    _erase(program, replaced)
+    return outcomes
+
+
+def _replace(program: Program, group: list[Map], matcher: Matcher) -> dict[fx.Node, fx.Node]:
+    """One call for a group; returns what has the result of each map now, by what had it."""
+    graph = program.graph
+    sources: list[fx.Node] = []
+    factors, updates = [], []
+    for number, one in enumerate(group):
+        for branch in one.branches:
+            if branch.source is not one.x and branch.source not in sources:
+                sources.append(branch.source)
+            source = 0 if branch.source is one.x else 1 + sources.index(branch.source)
+            factors.append((branch.a, branch.b, branch.columns))
+            updates.append((number, source, branch.scale, branch.runs))
+    weights = tuple((one.weight, one.bias) for one in group)
+    maps = tuple((one.transposed,) for one in group)
+    arguments: tuple[Any, ...] = (group[0].x, tuple(sources), weights, tuple(factors), maps, tuple(updates))
+    with graph.inserting_before(min(user for one in group for user in matcher.readers(one.end))):
+        call = graph.call_function(projections, arguments)
+        results = [graph.call_function(operator.getitem, (call, number)) for number in range(len(group))]
+    for given in call.all_input_nodes:
+        if given.op == "get_attr" and given > call:
+            call.prepend(given)
+    module = _common(str(one.node.meta.get("module", "")) for one in group)
+    call.meta = {"val": tuple(one.end.meta["val"] for one in group), "module": module}
+    first = next((node for one in group for node in one.nodes if provenance(node) is not None), None)
+    if first is not None:
+        call.meta["custom"] = {"graftc": {**(provenance(first) or {}), "part": STEP}}
+    for one, result in zip(group, results, strict=True):
+        result.meta = {**one.end.meta, "module": call.meta["module"]}
+        if first is not None:
+            result.meta["custom"] = call.meta["custom"]
+        one.end.replace_all_uses_with(result)
+    return {one.end: result for one, result in zip(group, results, strict=True)}
+
+
+def _erase(program: Program, replaced: dict[fx.Node, fx.Node]) -> None:
+    """Erase what nothing needs now; of edits those are left whose nodes are."""
+    needed = live(program)
+    for node in reversed(list(program.graph.nodes)):
+        if node not in needed:
+            program.graph.erase_node(node)
+    edits = program.edits.mapped(lambda node: replaced.get(node, node))
+    program.edits = Edits(edit for edit in edits if edit.before in needed and edit.after in needed)
+
+
+def _common(paths: Iterable[str]) -> str:
+    """The module that modules are all in, or are."""
+    segments = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, segments))
+
+
+def _outcome(edit: Edit, edits: Edits, passed: set[fx.Node]) -> Outcome | None:
+    """What became of an edit; None where it does not stand at a product with a weight."""
+    product = edits.original(edit.before)
+    if edit.narrow or target_name(product.target) not in _PRODUCTS:
+        return None
+    if edit.after in passed:
+        return Outcome(STEP, edit.site, True)
+    reason = _PRODUCTS[target_name(product.target)]
+    if not reason:
+        kind = target_name(edit.after.target)
+        reason = _KINDS.get(kind, f"{kind} is no sum with a product of two matrices, or parts of it are read elsewhere")
+    return Outcome(STEP, edit.site, False, reason)
+
+
+_PRODUCTS = {
+    "aten.linear": "",
+    "aten.addmm": "",
+    "aten.mm": "a product without a bias that is stored by columns",
+    "aten.matmul": "a product of two values",
+    **dict.fromkeys(("aten.bmm", "aten.baddbmm", "aten._grouped_mm", "transformers.grouped_mm_fallback"), "experts"),
+    **dict.fromkeys(("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"), "a convolution"),
+    "aten.embedding": "a table",
+}
+"""Operators that apply a weight, with why their sites are left as they are; empty where they need not be."""
+
+_KINDS = {
+    "aten.mul.Tensor": "the result is scaled",
+    "graftc.rescale": "rows of the weight are rescaled",
+}
+"""Why a site is left as it is, by what takes the place of its result."""

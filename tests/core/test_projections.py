@@ -1,0 +1,166 @@
+"""Linear maps of one input with their updates: what `projections` gives, and its gradients."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from graftc.passes.core.ops import projections as module
+from graftc.passes.core.ops.projections import projections
+
+MAPS = ((False,), (False,), (False,))
+UPDATES = ((0, 0, 0.5, ()), (1, 1, 2.0, ()), (1, 0, 1.0, ((0, 2), (4, 6))), (1, 1, 0.3, ()), (0, 0, 1.5, ()))
+COLUMNS = torch.tensor([0, 3, 5])
+
+
+def tensors(dtype: torch.dtype = torch.float64, *lead: int) -> list[Tensor]:
+    """An input, another source, three weights, the first with a bias, and five pairs of factors, as `split` reads."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(*(lead or (2, 3)), 4)] * 2 + [(5, 4), (5,), (6, 4), (4, 4)]
+    shapes += [(2, 4), (5, 2), (1, 4), (3, 1), (2, 4), (4, 2), (3, 4), (6, 3), (1, 4), (5, 1)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def split(given: Any) -> tuple[Any, ...]:
+    """Arguments of `projections`."""
+    x, z, w0, b0, w1, w2, *factors = given
+    columns = [None, COLUMNS, None, None, None]
+    pairs = [(factors[2 * i], factors[2 * i + 1], columns[i]) for i in range(5)]
+    return x, (z,), ((w0, b0), (w1, None), (w2, None)), tuple(pairs)
+
+
+def fused(*given: Tensor) -> tuple[Tensor, ...]:
+    """What is under test."""
+    return projections(*split(given), MAPS, UPDATES)
+
+
+def plain(*given: Tensor) -> tuple[Tensor, ...]:
+    """The same by hand."""
+    x, (z,), weights, factors = split(given)
+    found = [x @ w.mT + (0 if b is None else b) for w, b in weights]
+    for (of, source, scale, runs), (a, b, columns) in zip(UPDATES, factors, strict=True):
+        width = found[of].shape[-1]
+        own = columns if columns is not None else torch.cat([torch.arange(*run) for run in runs or ((0, width),)])
+        found[of] = found[of].index_add(-1, own, scale * ((x, z)[source] @ a.mT @ b.mT))
+    return tuple(found)
+
+
+def test_results_and_gradients_are_those_of_plain_products() -> None:
+    given = tensors()
+    for a, b in zip(fused(*given), plain(*given), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(fused, given)
+
+
+@pytest.mark.parametrize("frozen", [(), range(2, 6), (0, 6, 14), range(7, 16, 2)])
+def test_gradients_have_gradients(frozen: Any) -> None:
+    given = tensors()
+    for number in frozen:
+        given[number].requires_grad_(False)
+    assert torch.autograd.gradgradcheck(fused, given)
+
+
+@pytest.mark.parametrize("used", range(3))
+def test_what_nobody_reads_has_no_gradient(used: int) -> None:
+    given = tensors()
+    mine, theirs = (torch.autograd.grad(make(*given)[used].sum(), given, allow_unused=True) for make in (fused, plain))
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("lead", [(0, 3), (3,), (2, 1, 3)])
+def test_any_number_of_rows(lead: tuple[int, ...]) -> None:
+    given = tensors(torch.float64, *lead)
+    found, expected = fused(*given), plain(*given)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    mine = torch.autograd.grad(sum(t.square().sum() for t in found), given)
+    theirs = torch.autograd.grad(sum(t.square().sum() for t in expected), given)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_inputs_that_are_not_contiguous_and_weights_by_columns() -> None:
+    x = torch.randn(4, 6, dtype=torch.float64).t().requires_grad_()
+    weight, bias = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
+    a, b = torch.randn(4, 2, dtype=torch.float64).t(), torch.randn(2, 5, dtype=torch.float64).t()
+
+    def call(*given: Tensor) -> Tensor:
+        x, weight, bias, a, b = given
+        return projections(x, (), ((weight, bias),), ((a, b, None),), ((True,),), ((0, 0, 0.5, ()),))[0]
+
+    given = (x, weight, bias.requires_grad_(), a.requires_grad_(), b.requires_grad_())
+    torch.testing.assert_close(call(*given), x @ weight + bias + 0.5 * x @ a.mT @ b.mT)
+    assert torch.autograd.gradcheck(call, given)
+
+
+def test_factors_of_zero_change_no_bit() -> None:
+    given = tensors(torch.float32)
+    with torch.no_grad():
+        for number in range(7, 16, 2):
+            given[number].zero_()
+    x, _, weights, _ = split(given)
+    for (weight, bias), found in zip(weights, fused(*given), strict=True):
+        assert torch.equal(found, torch.nn.functional.linear(x, weight, bias))
+
+
+def test_under_autocast_it_computes_as_products_do() -> None:
+    given = tensors(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fused(*given)
+    expected = plain(*given)
+    assert {t.dtype for t in found} == {torch.bfloat16}
+    mine = torch.autograd.grad(sum(t.float().square().sum() for t in found), given)
+    theirs = torch.autograd.grad(sum(t.square().sum() for t in expected), given)
+    for a, b in zip((*found, *mine), (*expected, *theirs), strict=True):
+        assert (a - b).norm() <= 0.02 * b.norm()
+    assert [g.dtype for g in mine] == [t.dtype for t in given]
+
+
+def test_an_input_is_kept_once_and_weights_as_they_are() -> None:
+    given = tensors(torch.float32, 64)
+    for number in range(2, 6):
+        given[number].requires_grad_(False)
+    kept: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
+        fused(*given)
+    assert [t.dtype for t in kept if t.shape == (64, 4)] == [torch.bfloat16] * 3  # both inputs, and four ranks of one
+    own = {t.data_ptr() for t in given}
+    assert all(t.data_ptr() in own for t in kept if t.shape in ((5, 4), (6, 4), (4, 4)))
+
+
+def test_functional_transforms_and_compilers_see_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_Projections", None)
+    given = tensors()
+    rest = given[1:]
+    torch.func.grad(lambda x: fused(x, *rest)[1].sum())(given[0])
+    many = torch.func.vmap(lambda x: fused(x, *rest)[0])(torch.stack([given[0]] * 2))
+    torch.testing.assert_close(many[1], plain(*given)[0])
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(given[0].detach(), torch.ones_like(given[0]))
+        assert forward_ad.unpack_dual(fused(dual, *rest)[0]).tangent is not None
+    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    for a, b in zip(compiled(*given), plain(*given), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_that_others_read_is_written_to() -> None:
+    given = tensors()
+    before = [t.detach().clone() for t in given]
+    found = fused(*given)
+    copies = [t.detach().clone() for t in found]
+    grads = [torch.randn_like(t) for t in found]
+    kept = [g.clone() for g in grads]
+    torch.autograd.grad(found, given, grads)
+    for ours, theirs in ((given, before), (found, copies), (grads, kept)):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    addresses = [t.data_ptr() for t in found]
+    assert all(a != b for a, b in pairwise(sorted(addresses)))
