@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from graftc.passes.core.ops import masked_products
 from graftc.passes.core.ops import projections as module
 from graftc.passes.core.ops.projections import projections
 
 MAPS = ((False,), (False,), (False,))
-UPDATES = ((0, 0, 0.5, ()), (1, 1, 2.0, ()), (1, 0, 1.0, ((0, 2), (4, 6))), (1, 1, 0.3, ()), (0, 0, 1.5, ()))
+UPDATES = ((0, 0, 0.5, ()), (1, 1, 2.0, ()), (1, 0, 1.0, ((0, 2), (4, 6))), (1, 1, 0.3, ()), (0, 2, 1.5, ()))
+DROPPED = (None, 0.25)
+MASK = torch.rand(200, 4, generator=torch.Generator().manual_seed(1)) > 0.25
 COLUMNS = torch.tensor([0, 3, 5])
 
 
@@ -31,22 +34,24 @@ def split(given: Any) -> tuple[Any, ...]:
     x, z, w0, b0, w1, w2, *factors = given
     columns = [None, COLUMNS, None, None, None]
     pairs = [(factors[2 * i], factors[2 * i + 1], columns[i]) for i in range(5)]
-    return x, (z,), ((w0, b0), (w1, None), (w2, None)), tuple(pairs)
+    mask = MASK[: x[..., 0].numel()].view(x.shape)
+    return x, (z, mask), ((w0, b0), (w1, None), (w2, None)), tuple(pairs)
 
 
 def fused(*given: Tensor) -> tuple[Tensor, ...]:
     """What is under test."""
-    return projections(*split(given), MAPS, UPDATES)
+    return projections(*split(given), MAPS, UPDATES, DROPPED)
 
 
 def plain(*given: Tensor) -> tuple[Tensor, ...]:
     """The same by hand."""
-    x, (z,), weights, factors = split(given)
+    x, (z, mask), weights, factors = split(given)
+    sources = (x, z, x * mask / 0.75)
     found = [x @ w.mT + (0 if b is None else b) for w, b in weights]
     for (of, source, scale, runs), (a, b, columns) in zip(UPDATES, factors, strict=True):
         width = found[of].shape[-1]
         own = columns if columns is not None else torch.cat([torch.arange(*run) for run in runs or ((0, width),)])
-        found[of] = found[of].index_add(-1, own, scale * ((x, z)[source] @ a.mT @ b.mT))
+        found[of] = found[of].index_add(-1, own, scale * (sources[source] @ a.mT @ b.mT))
     return tuple(found)
 
 
@@ -94,7 +99,7 @@ def test_inputs_that_are_not_contiguous_and_weights_by_columns() -> None:
 
     def call(*given: Tensor) -> Tensor:
         x, weight, bias, a, b = given
-        return projections(x, (), ((weight, bias),), ((a, b, None),), ((True,),), ((0, 0, 0.5, ()),))[0]
+        return projections(x, (), ((weight, bias),), ((a, b, None),), ((True,),), ((0, 0, 0.5, ()),), ())[0]
 
     given = (x, weight, bias.requires_grad_(), a.requires_grad_(), b.requires_grad_())
     torch.testing.assert_close(call(*given), x @ weight + bias + 0.5 * x @ a.mT @ b.mT)
@@ -109,6 +114,23 @@ def test_factors_of_zero_change_no_bit() -> None:
     x, _, weights, _ = split(given)
     for (weight, bias), found in zip(weights, fused(*given), strict=True):
         assert torch.equal(found, torch.nn.functional.linear(x, weight, bias))
+
+
+def test_masks_apply_to_many_rows() -> None:
+    """In blocks, and all at once where gradients are to have some."""
+    given = tensors(torch.float64, 200)
+    masked_products._BLOCK, before = 4 * 64, masked_products._BLOCK
+    try:
+        mine, again = (
+            torch.autograd.grad(sum(t.square().sum() for t in fused(*given)), given, create_graph=many)
+            for many in (False, True)
+        )
+    finally:
+        masked_products._BLOCK = before
+    theirs = torch.autograd.grad(sum(t.square().sum() for t in plain(*given)), given)
+    for a, b, c in zip(mine, again, theirs, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(b, c, rtol=1e-12, atol=1e-12)
 
 
 def test_under_autocast_it_computes_as_products_do() -> None:
@@ -132,7 +154,8 @@ def test_an_input_is_kept_once_and_weights_as_they_are() -> None:
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
     with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
         fused(*given)
-    assert [t.dtype for t in kept if t.shape == (64, 4)] == [torch.bfloat16] * 3  # both inputs, and four ranks of one
+    wide = [t.dtype for t in kept if t.shape == (64, 4)]
+    assert sorted(wide, key=str) == [torch.bfloat16] * 4 + [torch.bool]  # inputs, four ranks of both, and a mask
     own = {t.data_ptr() for t in given}
     assert all(t.data_ptr() in own for t in kept if t.shape in ((5, 4), (6, 4), (4, 4)))
 
@@ -140,13 +163,17 @@ def test_an_input_is_kept_once_and_weights_as_they_are() -> None:
 def test_functional_transforms_and_compilers_see_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_Projections", None)
     given = tensors()
-    rest = given[1:]
-    torch.func.grad(lambda x: fused(x, *rest)[1].sum())(given[0])
-    many = torch.func.vmap(lambda x: fused(x, *rest)[0])(torch.stack([given[0]] * 2))
-    torch.testing.assert_close(many[1], plain(*given)[0])
+    x, (z, _), weights, pairs = split(given)
+
+    def call(x: Tensor) -> tuple[Tensor, ...]:  # torch.func takes no dropout that keeps a mask
+        return projections(x, (z,), weights, pairs[:4], MAPS, UPDATES[:4], (None,))
+
+    torch.func.grad(lambda x: call(x)[1].sum())(x)
+    many = torch.func.vmap(lambda x: call(x)[1])(torch.stack([x] * 2))
+    torch.testing.assert_close(many[1], plain(*given)[1])
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(given[0].detach(), torch.ones_like(given[0]))
-        assert forward_ad.unpack_dual(fused(dual, *rest)[0]).tangent is not None
+        dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        assert forward_ad.unpack_dual(call(dual)[0]).tangent is not None
     compiled = torch.compile(fused, backend="eager", fullgraph=True)
     for a, b in zip(compiled(*given), plain(*given), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

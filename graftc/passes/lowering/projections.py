@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
 
+import torch
 from torch import fx
 
 from graftc.passes.core.ir.cleaning import live
@@ -58,15 +59,18 @@ def _replace(program: Program, group: list[Map], matcher: Matcher) -> dict[fx.No
             source = 0 if branch.source is one.x else 1 + sources.index(branch.source)
             factors.append((branch.a, branch.b, branch.columns))
             updates.append((number, source, branch.scale, branch.runs))
+    masks = [_mask(source, group, matcher) for source in sources]
+    given = tuple(source if mask is None else mask[0] for source, mask in zip(sources, masks, strict=True))
+    dropped = tuple(None if mask is None else mask[1] for mask in masks)
     weights = tuple((one.weight, one.bias) for one in group)
     maps = tuple((one.transposed,) for one in group)
-    arguments: tuple[Any, ...] = (group[0].x, tuple(sources), weights, tuple(factors), maps, tuple(updates))
+    arguments: tuple[Any, ...] = (group[0].x, given, weights, tuple(factors), maps, tuple(updates), dropped)
     with graph.inserting_before(min(user for one in group for user in matcher.readers(one.end))):
         call = graph.call_function(projections, arguments)
         results = [graph.call_function(operator.getitem, (call, number)) for number in range(len(group))]
-    for given in call.all_input_nodes:
-        if given.op == "get_attr" and given > call:
-            call.prepend(given)
+    for tensor in call.all_input_nodes:
+        if tensor.op == "get_attr" and tensor > call:
+            call.prepend(tensor)
     module = _common(str(one.node.meta.get("module", "")) for one in group)
     call.meta = {"val": tuple(one.end.meta["val"] for one in group), "module": module}
     first = next((node for one in group for node in one.nodes if provenance(node) is not None), None)
@@ -78,6 +82,18 @@ def _replace(program: Program, group: list[Map], matcher: Matcher) -> dict[fx.No
             result.meta["custom"] = call.meta["custom"]
         one.end.replace_all_uses_with(result)
     return {one.end: result for one, result in zip(group, results, strict=True)}
+
+
+def _mask(source: fx.Node, group: list[Map], matcher: Matcher) -> tuple[fx.Node, float] | None:
+    """The mask by which a source is what dropout leaves of the group's input, and the probability that it was drawn
+    with; None where it is something else, or is read elsewhere too."""
+    if source.target is not torch.ops.graftc.masked_dropout.default or source.kwargs or len(source.args) != 3:
+        return None
+    x, mask, p = source.args
+    inside = {node for one in group for node in one.nodes}
+    if x is not group[0].x or not isinstance(mask, fx.Node) or not isinstance(p, float):
+        return None
+    return (mask, p) if inside.issuperset(matcher.readers(source)) else None
 
 
 def _erase(program: Program, replaced: dict[fx.Node, fx.Node]) -> None:

@@ -27,7 +27,7 @@ def level(p: float) -> int:
     return min(round(p * LEVELS), LEVELS - 1)
 
 
-def _factor(p: float) -> float:
+def factor(p: float) -> float:
     """What kept elements are multiplied with: by the probability that is used, so that the expectation is exact."""
     return LEVELS / (LEVELS - level(p))
 
@@ -65,7 +65,7 @@ def _(like: Tensor, p: float) -> Tensor:
 
 def masked_dropout_decomposed(x: Tensor, mask: Tensor, p: float) -> Tensor:
     """`masked_dropout` in ATen."""
-    return torch.where(mask, x, 0.0) * _factor(p)
+    return torch.where(mask, x, 0.0) * factor(p)
 
 
 @torch.library.custom_op("graftc::masked_dropout", mutates_args=(), tags=(torch.Tag.pointwise,))
@@ -84,7 +84,7 @@ def masked_dropout(x: Tensor, mask: Tensor, p: float) -> Tensor:
     # In the layout of x, which what reads the result may have been made for; one new tensor, since getting a second
     # would take longer than filling it.
     result = torch.empty_like(x)
-    return torch.where(mask, x, x.new_zeros(()), out=result).mul_(_factor(p))
+    return torch.where(mask, x, x.new_zeros(()), out=result).mul_(factor(p))
 
 
 @masked_dropout.register_fake

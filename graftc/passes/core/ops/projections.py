@@ -8,7 +8,6 @@ makes them, and what maps and updates say of the input's gradient is added up in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,8 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-Runs = tuple[tuple[int, int], ...]
-"""Columns of a result, as half-open runs; none stand for all of them."""
+from graftc.passes.core.ops.autocasting import autocast_dtype, cast, without_autocast
+from graftc.passes.core.ops.dropout import factor
+from graftc.passes.core.ops.masked_products import add_masked_product, masked, masked_product, product_of_masked
+from graftc.passes.core.ops.plain_projections import Runs, plain_projections
+
+__all__ = ["Map", "Runs", "Update", "projections"]
 
 
 class Map(NamedTuple):
@@ -54,6 +57,7 @@ def projections(
     factors: Sequence[tuple[Tensor, Tensor, Tensor | None]],
     maps: tuple[tuple[bool], ...],
     updates: tuple[tuple[int, int, float, Runs], ...],
+    dropped: tuple[float | None, ...],
 ) -> tuple[Tensor, ...]:
     """``y_i = W_i x + b_i``, plus ``scale * B A z`` for each update of it, where ``z`` is ``x`` or another source.
 
@@ -63,23 +67,24 @@ def projections(
 
     Args:
         x: ``[..., in]``.
-        sources: other inputs of updates, of ``x``'s shape: what dropout has left of it.
+        sources: other inputs of updates, of ``x``'s shape; or masks of what dropout leaves of ``x``, ``bool``.
         weights: of each map, ``[out, in]`` or ``[in, out]``, with its bias, ``[out]``.
         factors: of each update: ``A: [rank, in]``, ``B: [rows, rank]``, and where ``B``'s rows are not all columns of
             the result or runs of them, which they are, ``int64[rows]``.
         maps: a `Map` for each of ``weights``.
         updates: an `Update` for each of ``factors``.
+        dropped: for each of ``sources`` that is a mask, the probability that it was drawn with; None for others.
 
     Returns:
         ``[..., out]`` for each map.
     """
     tensors = _flat(sources, weights, factors)
     if _watched([x, *tensors]):
-        return _plain(x, sources, weights, factors, maps, updates)
-    plan = _plan(maps, updates)
-    dtype = _autocast_dtype(x)
+        return plain_projections(x, sources, weights, factors, maps, updates, dropped)
+    plan = _plan(maps, updates, dropped)
+    dtype = autocast_dtype(x)
     if dtype is not None:
-        x, *others = (_cast(t, dtype) for t in (x, *sources))
+        x, *others = (cast(t, dtype) for t in (x, *sources))
         tensors[: len(others)] = others
     found: tuple[Tensor, ...] = _Projections.apply(plan, dtype, x, *tensors)  # type: ignore[no-untyped-call]
     return found[: len(maps)]
@@ -90,26 +95,40 @@ class _Plan:
     """What is known of a call before it is made.
 
     Attributes:
-        maps, updates: of the call.
-        sources: how many there are, the maps' input included.
+        maps, updates: of the call; scales make up for what dropout takes.
+        masked: for each source, the maps' input included, whether it is a mask of that.
         of: numbers of the updates of each source.
         at: numbers of the updates of each map.
     """
 
     maps: tuple[Map, ...]
     updates: tuple[Update, ...]
-    sources: int
+    masked: tuple[bool, ...]
     of: tuple[tuple[int, ...], ...]
     at: tuple[tuple[int, ...], ...]
 
+    @property
+    def sources(self) -> int:
+        """How many there are."""
+        return len(self.masked)
+
+    def read(self, source: int) -> int:
+        """The source that the gradient of one is for: a mask has none."""
+        return 0 if self.masked[source] else source
+
 
 @lru_cache(maxsize=1024)
-def _plan(maps: tuple[tuple[bool], ...], updates: tuple[tuple[int, int, float, Runs], ...]) -> _Plan:
-    made = tuple(Update(*update) for update in updates)
-    count = max((update.source for update in made), default=0) + 1
-    of = tuple(tuple(i for i, u in enumerate(made) if u.source == s) for s in range(count))
+def _plan(
+    maps: tuple[tuple[bool], ...],
+    updates: tuple[tuple[int, int, float, Runs], ...],
+    dropped: tuple[float | None, ...],
+) -> _Plan:
+    given = (None, *dropped)
+    factors = [1.0 if p is None else factor(p) for p in given]
+    made = tuple(Update(of, source, scale * factors[source], runs) for of, source, scale, runs in updates)
+    of = tuple(tuple(i for i, u in enumerate(made) if u.source == s) for s in range(len(given)))
     at = tuple(tuple(i for i, u in enumerate(made) if u.of == m) for m in range(len(maps)))
-    return _Plan(tuple(Map(*one) for one in maps), made, count, of, at)
+    return _Plan(tuple(Map(*one) for one in maps), made, tuple(p is not None for p in given), of, at)
 
 
 def _flat(
@@ -148,24 +167,6 @@ def _watched(tensors: Sequence[Tensor | None]) -> bool:
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The element type that products have now; None where it is that of their factors."""
-    kind = x.device.type
-    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if enabled else None
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """As autocast does it, which leaves float64 alone."""
-    if dtype is None or tensor.dtype == dtype or tensor.dtype == torch.float64 or not tensor.is_floating_point():
-        return tensor
-    return tensor.to(dtype)
-
-
-def _no_autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    return nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False)
-
-
 class _Projections(torch.autograd.Function):
     """`projections`, whose results also are ``A z`` for the updates of each source, ``[rows, ranks]``: as results they
     can be kept for the backward pass and have gradients there.
@@ -174,9 +175,9 @@ class _Projections(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, dtype: torch.dtype | None, x: Tensor, *flat: Tensor | None) -> Any:
         given = _Given.of(plan, x, flat)
-        with _no_autocast(x, dtype):
+        with without_autocast(x, dtype):
             hidden = [
-                _rows(given.sources[source]) @ _stacked(numbers, given, dtype).t() if numbers else None
+                _narrowed(plan, given, source, _stacked(numbers, given, dtype).t()) if numbers else None
                 for source, numbers in enumerate(plan.of)
             ]
             narrow = _apart(plan, hidden, [a.shape[0] for a, _, _ in given.factors])
@@ -186,7 +187,7 @@ class _Projections(torch.autograd.Function):
                 for n in plan.at[number]:  # while the result is in the cache
                     part, (_, b, columns) = narrow[n], given.factors[n]
                     assert part is not None
-                    _add_to(output, part, _cast(b, dtype), columns, plan.updates[n])
+                    _add_to(output, part, cast(b, dtype), columns, plan.updates[n])
                 outputs.append(output)
         ctx.plan, ctx.dtype, ctx.shape = plan, dtype, x.shape
         ctx.ranks = [a.shape[0] for a, _, _ in given.factors]
@@ -202,20 +203,26 @@ class _Projections(torch.autograd.Function):
         some = next((grad for grad in grads if grad is not None), None)
         if some is None:
             return (None,) * len(ctx.needs_input_grad)
-        with _no_autocast(some, ctx.dtype):
+        with without_autocast(some, ctx.dtype):
             return None, None, *_Backward(ctx, grads).gradients()
 
 
 def _mapped(x: Tensor, one: Map, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    weight, bias = _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+    weight, bias = cast(weight, dtype), None if bias is None else cast(bias, dtype)
     if one.transposed:
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
     return nn.functional.linear(x.contiguous(), weight, bias)
 
 
+def _narrowed(plan: _Plan, given: _Given, source: int, down: Tensor) -> Tensor:
+    """``z @ down`` for a source: ``[rows, ranks]``."""
+    rows = _rows(given.sources[source])
+    return masked_product(_rows(given.sources[0]), rows, down) if plan.masked[source] else rows @ down
+
+
 def _stacked(numbers: Sequence[int], given: _Given, dtype: torch.dtype | None) -> Tensor:
     """First factors of some updates, ``[ranks, in]``."""
-    return _joined([_cast(given.factors[number][0], dtype) for number in numbers], 0)
+    return _joined([cast(given.factors[number][0], dtype) for number in numbers], 0)
 
 
 def _apart(plan: _Plan, stacked: Sequence[Tensor | None], ranks: Sequence[int]) -> list[Tensor | None]:
@@ -252,13 +259,14 @@ def _add_to(output: Tensor, hidden: Tensor, b: Tensor, columns: Tensor | None, u
 def _kept(plan: _Plan, given: _Given, needs: _Given) -> list[Tensor | None]:
     """What gradients that are wanted are made of, as `_given` reads it; each input once. Weights stay as they are
     stored: under autocast they are cast again, which is less than keeping them."""
-    read = [any(needs.factors[n][0] for n in numbers) for numbers in plan.of]
-    read[0] = read[0] or any(wants[0] for wants in needs.weights)
+    first = [any(needs.factors[n][0] for n in numbers) for numbers in plan.of]
+    read = [a or (plan.masked[s] and needs.sources[0]) for s, a in enumerate(first)]
+    read[0] = any(a for s, a in enumerate(first) if plan.read(s) == 0) or any(wants[0] for wants in needs.weights)
     kept: list[Tensor | None] = [source if wanted else None for source, wanted in zip(given.sources, read, strict=True)]
     for weight, _ in given.weights:
         kept += [weight if needs.sources[0] else None, None]
     for update, (a, b, columns), wants in zip(plan.updates, given.factors, needs.factors, strict=True):
-        below = needs.sources[update.source]
+        below = needs.sources[plan.read(update.source)]
         kept += [a if below else None, b if below or wants[0] else None, columns]
     return kept
 
@@ -280,7 +288,8 @@ class _Backward:
         self._hidden = _apart(self._plan, saved[ctx.given :], self._ranks)
         wanted = [any(self._needs.factors[n][0] for n in numbers) for numbers in self._plan.of]
         self._first = wanted
-        self._below = [a or b for a, b in zip(wanted, self._needs.sources, strict=True)]
+        self._second = [self._needs.sources[self._plan.read(s)] for s in range(self._plan.sources)]
+        self._below = [a or b for a, b in zip(wanted, self._second, strict=True)]
         self._sums: list[Tensor | None] = [None] * self._plan.sources
         self._narrow: list[Tensor | None] = [None] * len(self._plan.updates)
         self._factors: list[list[Tensor | None]] = [[None] * 3 for _ in self._plan.updates]
@@ -298,6 +307,22 @@ class _Backward:
         total = self._sums[source]
         self._sums[source] = a @ b if total is None else total.addmm_(a, b)
 
+    def _add_masked(self, source: int, a: Tensor, b: Tensor) -> None:
+        mask = _rows(self._given.sources[source])
+        if self._sums[0] is not None and not torch.is_grad_enabled():
+            add_masked_product(self._sums[0], mask, a, b)
+            return
+        product = masked(a @ b, mask)
+        self._sums[0] = product if self._sums[0] is None else self._sums[0] + product
+
+    def _down(self, source: int, grad: Tensor) -> Tensor:
+        """The gradient of the first factors of a source's updates, from that of ``A z``."""
+        rows = _rows(self._given.sources[source])
+        if not self._plan.masked[source]:
+            return grad.t() @ rows
+        x = _rows(self._given.sources[0])
+        return grad.t() @ masked(x, rows) if torch.is_grad_enabled() else product_of_masked(grad, x, rows)
+
     def _of_map(self, number: int) -> tuple[Tensor | None, Tensor | None]:
         """Of a weight and its bias, and of the factors of its updates; what the map says of the input's is added up."""
         grad, transposed = self._results[number], self._plan.maps[number].transposed
@@ -306,7 +331,7 @@ class _Backward:
         for update in self._plan.at[number]:
             self._of_update(update, grad)
         if self._needs.sources[0]:
-            weight = _cast(self._given.weights[number][0], self._dtype)
+            weight = cast(self._given.weights[number][0], self._dtype)
             self._add(0, grad, weight.t() if transposed else weight)
         weight_grad = None
         if self._needs.weights[number][0]:
@@ -318,8 +343,8 @@ class _Backward:
         """Of the second factor, and of ``A z``, ``[rows, rank]``."""
         update, (_, b, columns) = self._plan.updates[number], self._given.factors[number]
         own = _own(grad, columns, update)
-        if self._needs.sources[update.source] or self._needs.factors[number][0]:
-            self._narrow[number] = (own @ _cast(b, self._dtype)) * update.scale
+        if self._second[update.source] or self._needs.factors[number][0]:
+            self._narrow[number] = (own @ cast(b, self._dtype)) * update.scale
         if self._needs.factors[number][1]:
             hidden = self._hidden[number]
             assert hidden is not None
@@ -339,10 +364,11 @@ class _Backward:
             grad = _joined(every, 1) if grad is None else grad + _joined(every, 1)
         if grad is None:
             return
-        if self._needs.sources[source]:
-            self._add(source, grad, _stacked(numbers, self._given, self._dtype))
+        if self._second[source]:
+            down = _stacked(numbers, self._given, self._dtype)
+            (self._add_masked if self._plan.masked[source] else self._add)(source, grad, down)
         if self._first[source]:
-            made = grad.t() @ _rows(self._given.sources[source])
+            made = self._down(source, grad)
             for number, part in zip(numbers, torch.split(made, sizes), strict=True):
                 if self._needs.factors[number][0] and (self._narrow[number] is not None or whole):
                     self._factors[number][0] = part
@@ -355,39 +381,3 @@ def _own(grad: Tensor, columns: Tensor | None, update: Update) -> Tensor:
     if not update.runs:
         return grad
     return _joined([grad[:, start:end] for start, end in update.runs], 1)
-
-
-def _plain(
-    x: Tensor,
-    sources: Sequence[Tensor],
-    weights: Sequence[tuple[Tensor, Tensor | None]],
-    factors: Sequence[tuple[Tensor, Tensor, Tensor | None]],
-    maps: tuple[tuple[bool], ...],
-    updates: tuple[tuple[int, int, float, Runs], ...],
-) -> tuple[Tensor, ...]:
-    """`projections` as the graph had it."""
-    linear = nn.functional.linear
-    results = [
-        linear(x, weight, bias) if not transposed else x @ weight if bias is None else torch.addmm(bias, x, weight)
-        for (transposed,), (weight, bias) in zip(maps, weights, strict=True)
-    ]
-    for (of, source, scale, runs), (a, b, columns) in zip(updates, factors, strict=True):
-        hidden = linear((x, *sources)[source], a)
-        delta = linear(hidden if scale == 1 else hidden * scale, b)
-        results[of] = _added(results[of], delta, columns, runs)
-    return tuple(results)
-
-
-def _added(result: Tensor, delta: Tensor, columns: Tensor | None, runs: Runs) -> Tensor:
-    if columns is not None:
-        return result.index_copy(-1, columns, result.index_select(-1, columns) + delta)
-    parts: list[Tensor] = []
-    at = taken = 0
-    for start, end in runs:
-        if start > at:
-            parts.append(result[..., at:start])
-        parts.append(result[..., start:end] + delta[..., taken : taken + end - start])
-        at, taken = end, taken + end - start
-    if at < result.shape[-1] and runs:
-        parts.append(result[..., at:])
-    return torch.cat(parts, -1) if runs else result + delta

@@ -1,0 +1,50 @@
+"""What `graftc.passes.core.ops.projections` computes, in ATen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+Runs = tuple[tuple[int, int], ...]
+"""Columns of a result, as half-open runs; none stand for all of them."""
+
+
+def plain_projections(
+    x: Tensor,
+    sources: Sequence[Tensor],
+    weights: Sequence[tuple[Tensor, Tensor | None]],
+    factors: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    maps: tuple[tuple[bool], ...],
+    updates: tuple[tuple[int, int, float, Runs], ...],
+    dropped: tuple[float | None, ...],
+) -> tuple[Tensor, ...]:
+    """`projections` as the graph had it."""
+    linear = nn.functional.linear
+    drop = torch.ops.graftc.masked_dropout
+    read = [x, *(z if p is None else drop(x, z, p) for z, p in zip(sources, dropped, strict=True))]
+    results = [
+        linear(x, weight, bias) if not transposed else x @ weight if bias is None else torch.addmm(bias, x, weight)
+        for (transposed,), (weight, bias) in zip(maps, weights, strict=True)
+    ]
+    for (of, source, scale, runs), (a, b, columns) in zip(updates, factors, strict=True):
+        hidden = linear(read[source], a)
+        delta = linear(hidden if scale == 1 else hidden * scale, b)
+        results[of] = _added(results[of], delta, columns, runs)
+    return tuple(results)
+
+
+def _added(result: Tensor, delta: Tensor, columns: Tensor | None, runs: Runs) -> Tensor:
+    if columns is not None:
+        return result.index_copy(-1, columns, result.index_select(-1, columns) + delta)
+    parts: list[Tensor] = []
+    at = taken = 0
+    for start, end in runs:
+        if start > at:
+            parts.append(result[..., at:start])
+        parts.append(result[..., start:end] + delta[..., taken : taken + end - start])
+        at, taken = end, taken + end - start
+    if at < result.shape[-1] and runs:
+        parts.append(result[..., at:])
+    return torch.cat(parts, -1) if runs else result + delta
