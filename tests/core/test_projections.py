@@ -35,7 +35,7 @@ def split(given: Any) -> tuple[Any, ...]:
     columns = [None, COLUMNS, None, None, None]
     pairs = [(factors[2 * i], factors[2 * i + 1], columns[i]) for i in range(5)]
     mask = MASK[: x[..., 0].numel()].view(x.shape)
-    return x, (z, mask), ((w0, b0), (w1, None), (w2, None)), tuple(pairs)
+    return x, (z, mask), ((w0, b0, None), (w1, None, None), (w2, None, None)), tuple(pairs)
 
 
 def fused(*given: Tensor) -> tuple[Tensor, ...]:
@@ -47,7 +47,7 @@ def plain(*given: Tensor) -> tuple[Tensor, ...]:
     """The same by hand."""
     x, (z, mask), weights, factors = split(given)
     sources = (x, z, x * mask / 0.75)
-    found = [x @ w.mT + (0 if b is None else b) for w, b in weights]
+    found = [x @ w.mT + (0 if b is None else b) for w, b, _ in weights]
     for (of, source, scale, runs), (a, b, columns) in zip(UPDATES, factors, strict=True):
         width = found[of].shape[-1]
         own = columns if columns is not None else torch.cat([torch.arange(*run) for run in runs or ((0, width),)])
@@ -68,6 +68,33 @@ def test_gradients_have_gradients(frozen: Any) -> None:
     for number in frozen:
         given[number].requires_grad_(False)
     assert torch.autograd.gradgradcheck(fused, given)
+
+
+def rescaled(x: Tensor, weight: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """What is under test, with a scale of rows that is a factor of ``B`` too."""
+    scaled = b * scale.detach()[:, None]
+    return projections(x, (), ((weight, None, scale),), ((a, scaled, None),), ((False,),), ((0, 0, 0.5, ()),), ())[0]
+
+
+def test_rows_are_rescaled_with_what_is_added() -> None:
+    shapes = ((2, 3, 4), (5, 4), (5,), (2, 4), (5, 2))
+    given = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+    def by_hand(x: Tensor, weight: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return x @ (scale[:, None] * (weight + 0.5 * b @ a)).mT
+
+    torch.testing.assert_close(rescaled(*given), by_hand(*given), rtol=1e-12, atol=1e-12)
+    every = [[t for t in given if t is not given[4]], list(given)]
+    for wanted in every:
+        grads = torch.randn(2, 3, 5, dtype=torch.float64)
+        mine, theirs = (torch.autograd.grad(make(*given), wanted, grads) for make in (rescaled, by_hand))
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    x = given[0]
+    first = [torch.autograd.grad(make(*given).square().sum(), x, create_graph=True)[0] for make in (rescaled, by_hand)]
+    mine, theirs = (torch.autograd.grad(g.square().sum(), (x, given[1], given[3])) for g in first)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("used", range(3))
@@ -99,7 +126,7 @@ def test_inputs_that_are_not_contiguous_and_weights_by_columns() -> None:
 
     def call(*given: Tensor) -> Tensor:
         x, weight, bias, a, b = given
-        return projections(x, (), ((weight, bias),), ((a, b, None),), ((True,),), ((0, 0, 0.5, ()),), ())[0]
+        return projections(x, (), ((weight, bias, None),), ((a, b, None),), ((True,),), ((0, 0, 0.5, ()),), ())[0]
 
     given = (x, weight, bias.requires_grad_(), a.requires_grad_(), b.requires_grad_())
     torch.testing.assert_close(call(*given), x @ weight + bias + 0.5 * x @ a.mT @ b.mT)
@@ -112,7 +139,7 @@ def test_factors_of_zero_change_no_bit() -> None:
         for number in range(7, 16, 2):
             given[number].zero_()
     x, _, weights, _ = split(given)
-    for (weight, bias), found in zip(weights, fused(*given), strict=True):
+    for (weight, bias, _), found in zip(weights, fused(*given), strict=True):
         assert torch.equal(found, torch.nn.functional.linear(x, weight, bias))
 
 

@@ -55,6 +55,7 @@ class Map:
         x, weight, bias: what it reads.
         transposed: whether the weight is ``[in, out]``.
         end: the node that has its result with all updates.
+        scale: what the rows of its result are multiplied with; None for nothing.
         branches: the updates, in order.
         nodes: everything from the product to the end.
     """
@@ -65,12 +66,13 @@ class Map:
     bias: fx.Node | None
     transposed: bool
     end: fx.Node
+    scale: fx.Node | None = None
     branches: list[Branch] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
 
     def inputs(self) -> Iterator[fx.Node]:
         """Everything that it reads."""
-        yield from (n for n in (self.x, self.weight, self.bias) if n is not None)
+        yield from (n for n in (self.x, self.weight, self.bias, self.scale) if n is not None)
         for branch in self.branches:
             yield from (n for n in (branch.source, branch.a, branch.b, branch.columns) if n is not None)
 
@@ -93,6 +95,8 @@ class Matcher:
         found = _product(node)
         if found is None or not self._settled(node, *node.all_input_nodes):
             return None
+        if (rescaled := self._rescaled(found)) is not None:
+            return rescaled
         value, branches, nodes = node, [], [node]
         while (step := self._step(value, found.x)) is not None:
             value, added, passed = step
@@ -100,6 +104,23 @@ class Matcher:
             nodes += passed
         found.end, found.branches, found.nodes = value, branches, nodes
         return found
+
+    def _rescaled(self, one: Map) -> Map | None:
+        """The map with its rows rescaled, and one update that is scaled already."""
+        readers = self.readers(one.node)
+        if len(readers) != 1 or readers[0].target is not torch.ops.graftc.rescale.default or readers[0].kwargs:
+            return None
+        x, scale, delta, *fixed = readers[0].args
+        if x is not one.node or fixed != [None, None, True] or not self._settled(one.node):
+            return None
+        if not isinstance(scale, fx.Node) or scale.meta["val"].shape != (_width(one.node),):
+            return None
+        branch = None if delta is None else self._branch(delta, one.node, one.x)
+        if delta is not None and branch is None:
+            return None
+        branches = [] if branch is None else [branch]
+        nodes = [one.node, readers[0], *(n for b in branches for n in b.nodes)]
+        return replace(one, end=readers[0], scale=scale, branches=branches, nodes=nodes)
 
     def together(self, maps: list[Map]) -> Iterator[list[Map]]:
         """Maps of one input in groups of those that can be computed at one place: behind all that they read, in front
@@ -113,7 +134,7 @@ class Matcher:
         yield from self._worthwhile(group)
 
     def _worthwhile(self, group: list[Map]) -> Iterator[list[Map]]:
-        if self._fits(group) and (len(group) > 1 or group[0].branches):
+        if self._fits(group) and (len(group) > 1 or group[0].branches or group[0].scale is not None):
             yield group
 
     def _fits(self, group: list[Map]) -> bool:

@@ -62,7 +62,7 @@ def _replace(program: Program, group: list[Map], matcher: Matcher) -> dict[fx.No
     masks = [_mask(source, group, matcher) for source in sources]
     given = tuple(source if mask is None else mask[0] for source, mask in zip(sources, masks, strict=True))
     dropped = tuple(None if mask is None else mask[1] for mask in masks)
-    weights = tuple((one.weight, one.bias) for one in group)
+    weights = tuple((one.weight, one.bias, one.scale) for one in group)
     maps = tuple((one.transposed,) for one in group)
     arguments: tuple[Any, ...] = (group[0].x, given, weights, tuple(factors), maps, tuple(updates), dropped)
     with graph.inserting_before(min(user for one in group for user in matcher.readers(one.end))):
@@ -139,6 +139,6 @@ _PRODUCTS = {
 
 _KINDS = {
     "aten.mul.Tensor": "the result is scaled",
-    "graftc.rescale": "rows of the weight are rescaled",
+    "graftc.rescale": "rows of the weight are rescaled beside a bias or a dropout of the input",
 }
 """Why a site is left as it is, by what takes the place of its result."""

@@ -270,7 +270,7 @@ def _rescale_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = (grad * used).to(grad.dtype) if needs[0] else None
     grad_scale = None
     if kept is not None:
-        grad_scale, summed = _column_sums(grad, kept, scale)
+        grad_scale, summed = column_sums(grad, kept, scale)
         if ctx.whole:
             grad_scale = grad_scale / used
         elif offset is not None:
@@ -283,7 +283,7 @@ def _rescale_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_scale, grad if needs[2] else None, *others, None
 
 
-def _column_sums(grad: Tensor, other: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def column_sums(grad: Tensor, other: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of ``grad * other`` and of ``grad`` over the axes along which ``like`` was broadcast."""
     if like.dim() == 1 and grad.dtype == other.dtype == like.dtype:
         # The gradients of a layer norm's gain and shift are these sums, in one pass and without the product.

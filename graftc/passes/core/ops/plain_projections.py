@@ -10,11 +10,14 @@ from torch import Tensor, nn
 Runs = tuple[tuple[int, int], ...]
 """Columns of a result, as half-open runs; none stand for all of them."""
 
+Weights = Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
+"""A weight with its bias and its scale, for each map."""
+
 
 def plain_projections(
     x: Tensor,
     sources: Sequence[Tensor],
-    weights: Sequence[tuple[Tensor, Tensor | None]],
+    weights: Weights,
     factors: Sequence[tuple[Tensor, Tensor, Tensor | None]],
     maps: tuple[tuple[bool], ...],
     updates: tuple[tuple[int, int, float, Runs], ...],
@@ -26,12 +29,22 @@ def plain_projections(
     read = [x, *(z if p is None else drop(x, z, p) for z, p in zip(sources, dropped, strict=True))]
     results = [
         linear(x, weight, bias) if not transposed else x @ weight if bias is None else torch.addmm(bias, x, weight)
-        for (transposed,), (weight, bias) in zip(maps, weights, strict=True)
+        for (transposed,), (weight, bias, _) in zip(maps, weights, strict=True)
     ]
+    scaled = {number for number, (_, _, scale) in enumerate(weights) if scale is not None}
     for (of, source, scale, runs), (a, b, columns) in zip(updates, factors, strict=True):
         hidden = linear(read[source], a)
         delta = linear(hidden if scale == 1 else hidden * scale, b)
-        results[of] = _added(results[of], delta, columns, runs)
+        scale_of = weights[of][2]
+        if of in scaled and scale_of is not None:
+            scaled.remove(of)
+            results[of] = torch.ops.graftc.rescale(results[of], scale_of, delta, None, None, True)
+        else:
+            results[of] = _added(results[of], delta, columns, runs)
+    for of in scaled:
+        scale_of = weights[of][2]
+        assert scale_of is not None
+        results[of] = torch.ops.graftc.rescale(results[of], scale_of, None, None, None, True)
     return tuple(results)
 
 

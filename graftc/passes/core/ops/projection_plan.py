@@ -1,0 +1,139 @@
+"""What `graftc.passes.core.ops.projections` is told, and what its two passes share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.ops.autocasting import cast
+from graftc.passes.core.ops.dropout import factor
+from graftc.passes.core.ops.magnitude import TINY
+from graftc.passes.core.ops.plain_projections import Runs, Weights
+
+
+class Map(NamedTuple):
+    """How a weight is stored.
+
+    Attributes:
+        transposed: as ``[in, out]``, not ``[out, in]``.
+    """
+
+    transposed: bool
+
+
+class Update(NamedTuple):
+    """A product of two factors that is added to a result.
+
+    Attributes:
+        of: number of the map.
+        source: number of what the first factor is applied to: 0 for the maps' input.
+        scale: of the product.
+        runs: columns of the result that it is for.
+    """
+
+    of: int
+    source: int
+    scale: float
+    runs: Runs = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a call before it is made.
+
+    Attributes:
+        maps, updates: of the call; scales make up for what dropout takes.
+        masked: for each source, the maps' input included, whether it is a mask of that.
+        of: numbers of the updates of each source.
+        at: numbers of the updates of each map.
+    """
+
+    maps: tuple[Map, ...]
+    updates: tuple[Update, ...]
+    masked: tuple[bool, ...]
+    of: tuple[tuple[int, ...], ...]
+    at: tuple[tuple[int, ...], ...]
+
+    @property
+    def sources(self) -> int:
+        """How many there are."""
+        return len(self.masked)
+
+    def read(self, source: int) -> int:
+        """The source that the gradient of one is for: a mask has none."""
+        return 0 if self.masked[source] else source
+
+
+@lru_cache(maxsize=1024)
+def plan_of(
+    maps: tuple[tuple[bool], ...],
+    updates: tuple[tuple[int, int, float, Runs], ...],
+    dropped: tuple[float | None, ...],
+) -> Plan:
+    """The `Plan` of a call."""
+    given = (None, *dropped)
+    factors = [1.0 if p is None else factor(p) for p in given]
+    made = tuple(Update(of, source, scale * factors[source], runs) for of, source, scale, runs in updates)
+    of = tuple(tuple(i for i, u in enumerate(made) if u.source == s) for s in range(len(given)))
+    at = tuple(tuple(i for i, u in enumerate(made) if u.of == m) for m in range(len(maps)))
+    return Plan(tuple(Map(*one) for one in maps), made, tuple(p is not None for p in given), of, at)
+
+
+def flat(
+    sources: Sequence[Tensor],
+    weights: Weights,
+    factors: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+) -> list[Tensor | None]:
+    """All tensors of a call but the maps' input, in order."""
+    return [*sources, *(t for three in (*weights, *factors) for t in three)]
+
+
+class Given(NamedTuple):
+    """What `flat` has made flat, or as much of anything else."""
+
+    sources: list[Any]
+    weights: list[list[Any]]
+    factors: list[list[Any]]
+
+    @classmethod
+    def of(cls, plan: Plan, x: Any, flat: Sequence[Any]) -> Given:
+        """The way back from `flat`, with the maps' input."""
+        start = plan.sources - 1
+        threes = [list(flat[i : i + 3]) for i in range(start, len(flat), 3)]
+        return cls([x, *flat[:start]], threes[: len(plan.maps)], threes[len(plan.maps) :])
+
+
+def stacked(numbers: Sequence[int], given: Given, dtype: torch.dtype | None) -> Tensor:
+    """First factors of some updates, ``[ranks, in]``."""
+    return joined([cast(given.factors[number][0], dtype) for number in numbers], 0)
+
+
+def apart(plan: Plan, stacked: Sequence[Tensor | None], ranks: Sequence[int]) -> list[Tensor | None]:
+    """What each update has of values that all updates of a source have side by side, ``[rows, rank]``."""
+    found: list[Tensor | None] = [None] * len(ranks)
+    for numbers, value in zip(plan.of, stacked, strict=True):
+        if value is not None:
+            parts = torch.split(value, [ranks[n] for n in numbers], 1) if len(numbers) > 1 else (value,)
+            for number, part in zip(numbers, parts, strict=True):
+                found[number] = part
+    return found
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Tensors side by side."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def nonzero(scale: Tensor) -> Tensor:
+    """A scale by which can be divided."""
+    return torch.where(scale == 0, TINY, scale)
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """``[..., width]`` as ``[rows, width]``."""
+    return tensor.reshape(-1, tensor.shape[-1])
