@@ -18,6 +18,7 @@ from torch import fx
 
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.program import is_random, mutates
+from graftc.passes.core.ops.projections import projections
 from graftc.runtime.activations.recording import Recorded
 
 WORTH = 2**20
@@ -25,6 +26,10 @@ WORTH = 2**20
 
 FLOPS_PER_BYTE = 16
 """Floating point operations of a product that take as long as moving a byte."""
+
+
+_FUNCTIONS = frozenset({operator.getitem, projections})
+"""Functions of Python that give the same again."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +132,10 @@ class _Choice:
         if any(operand not in self.steady or self.is_buffer(operand) for operand in node.all_input_nodes):
             return False
         target = node.target
-        if not isinstance(target, torch._ops.OpOverload):
-            return target is operator.getitem
-        if target.namespace != "aten" and torch.Tag.pointwise not in target.tags:
+        if isinstance(target, torch._ops.OpOverload):
+            if target.namespace != "aten" and torch.Tag.pointwise not in target.tags:
+                return False
+        elif target not in _FUNCTIONS:
             return False
         return costly or node not in self.recorded.flops
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from graftc.passes.core.ops.autocasting import autocast_dtype, cast, without_autocast
@@ -86,7 +87,7 @@ def _watched(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
 class _Projections(torch.autograd.Function):
