@@ -14,7 +14,7 @@ from graftc.passes.core.ops import masked_products
 from graftc.passes.core.ops import projections as module
 from graftc.passes.core.ops.projections import projections
 
-MAPS = ((False,), (False,), (False,))
+MAPS = (False, False, False)
 UPDATES = ((0, 0, 0.5, ()), (1, 1, 2.0, ()), (1, 0, 1.0, ((0, 2), (4, 6))), (1, 1, 0.3, ()), (0, 2, 1.5, ()))
 DROPPED = (None, 0.25)
 MASK = torch.rand(200, 4, generator=torch.Generator().manual_seed(1)) > 0.25
@@ -73,7 +73,7 @@ def test_gradients_have_gradients(frozen: Any) -> None:
 def rescaled(x: Tensor, weight: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """What is under test, with a scale of rows that is a factor of ``B`` too."""
     scaled = b * scale.detach()[:, None]
-    return projections(x, (), ((weight, None, scale),), ((a, scaled, None),), ((False,),), ((0, 0, 0.5, ()),), ())[0]
+    return projections(x, (), ((weight, None, scale),), ((a, scaled, None),), (False,), ((0, 0, 0.5, ()),), ())[0]
 
 
 def test_rows_are_rescaled_with_what_is_added() -> None:
@@ -126,7 +126,7 @@ def test_inputs_that_are_not_contiguous_and_weights_by_columns() -> None:
 
     def call(*given: Tensor) -> Tensor:
         x, weight, bias, a, b = given
-        return projections(x, (), ((weight, bias, None),), ((a, b, None),), ((True,),), ((0, 0, 0.5, ()),), ())[0]
+        return projections(x, (), ((weight, bias, None),), ((a, b, None),), (True,), ((0, 0, 0.5, ()),), ())[0]
 
     given = (x, weight, bias.requires_grad_(), a.requires_grad_(), b.requires_grad_())
     torch.testing.assert_close(call(*given), x @ weight + bias + 0.5 * x @ a.mT @ b.mT)

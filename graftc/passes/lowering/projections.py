@@ -63,8 +63,8 @@ def _replace(program: Program, group: list[Map], matcher: Matcher) -> dict[fx.No
     given = tuple(source if mask is None else mask[0] for source, mask in zip(sources, masks, strict=True))
     dropped = tuple(None if mask is None else mask[1] for mask in masks)
     weights = tuple((one.weight, one.bias, one.scale) for one in group)
-    maps = tuple((one.transposed,) for one in group)
-    arguments: tuple[Any, ...] = (group[0].x, given, weights, tuple(factors), maps, tuple(updates), dropped)
+    transposed = tuple(one.transposed for one in group)
+    arguments: tuple[Any, ...] = (group[0].x, given, weights, tuple(factors), transposed, tuple(updates), dropped)
     with graph.inserting_before(min(user for one in group for user in matcher.readers(one.end))):
         call = graph.call_function(projections, arguments)
         results = [graph.call_function(operator.getitem, (call, number)) for number in range(len(group))]

@@ -19,7 +19,7 @@ def plain_projections(
     sources: Sequence[Tensor],
     weights: Weights,
     factors: Sequence[tuple[Tensor, Tensor, Tensor | None]],
-    maps: tuple[tuple[bool], ...],
+    transposed: tuple[bool, ...],
     updates: tuple[tuple[int, int, float, Runs], ...],
     dropped: tuple[float | None, ...],
 ) -> tuple[Tensor, ...]:
@@ -28,8 +28,8 @@ def plain_projections(
     drop = torch.ops.graftc.masked_dropout
     read = [x, *(z if p is None else drop(x, z, p) for z, p in zip(sources, dropped, strict=True))]
     results = [
-        linear(x, weight, bias) if not transposed else x @ weight if bias is None else torch.addmm(bias, x, weight)
-        for (transposed,), (weight, bias, _) in zip(maps, weights, strict=True)
+        linear(x, weight, bias) if not columns else x @ weight if bias is None else torch.addmm(bias, x, weight)
+        for columns, (weight, bias, _) in zip(transposed, weights, strict=True)
     ]
     scaled = {number for number, (_, _, scale) in enumerate(weights) if scale is not None}
     for (of, source, scale, runs), (a, b, columns) in zip(updates, factors, strict=True):

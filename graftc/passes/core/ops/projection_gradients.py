@@ -11,7 +11,7 @@ from torch import Tensor
 from graftc.passes.core.ops.autocasting import cast
 from graftc.passes.core.ops.magnitude import column_sums
 from graftc.passes.core.ops.masked_products import add_masked_product, masked, product_of_masked
-from graftc.passes.core.ops.projection_plan import Given, Plan, Update, apart, joined, nonzero, rows, stacked
+from graftc.passes.core.ops.projection_plan import Given, LowRankUpdate, Plan, apart, joined, nonzero, rows, stacked
 
 
 class Backward:
@@ -25,7 +25,7 @@ class Backward:
         saved = ctx.saved_tensors
         self._given = Given.of(self._plan, saved[0], saved[1 : ctx.given])
         self._needs = Given.of(self._plan, ctx.needs_input_grad[2], ctx.needs_input_grad[3:])
-        count = len(self._plan.maps)
+        count = len(self._plan.transposed)
         self._results = [None if grad is None else rows(grad) for grad in grads[:count]]
         self._of_hidden = grads[count:]
         self._outputs = saved[ctx.given : ctx.given + count]
@@ -40,7 +40,7 @@ class Backward:
 
     def gradients(self) -> list[Tensor | None]:
         """For the input and for all that `flat` gives, in order."""
-        weights = [grad for number in range(len(self._plan.maps)) for grad in self._of_map(number)]
+        weights = [grad for number in range(len(self._plan.transposed)) for grad in self._of_map(number)]
         for source, below in enumerate(self._below):
             if below and self._plan.of[source]:
                 self._of_source(source)
@@ -70,7 +70,7 @@ class Backward:
     def _of_map(self, number: int) -> list[Tensor | None]:
         """Of a weight, its bias and its scale, and of the factors of its updates; what the map says of the input's is
         added up."""
-        grad, transposed = self._results[number], self._plan.maps[number].transposed
+        grad, transposed = self._results[number], self._plan.transposed[number]
         if grad is None:
             return [None, None, None]
         for update in self._plan.at[number]:
@@ -126,7 +126,7 @@ class Backward:
                     self._factors[number][0] = part
 
 
-def _own(grad: Tensor, columns: Tensor | None, update: Update) -> Tensor:
+def _own(grad: Tensor, columns: Tensor | None, update: LowRankUpdate) -> Tensor:
     """The columns of a result's gradient that an update is for: ``[rows, out]``."""
     if columns is not None:
         return grad.index_select(1, columns)

@@ -16,17 +16,7 @@ from graftc.passes.core.ops.magnitude import TINY
 from graftc.passes.core.ops.plain_projections import Runs, Weights
 
 
-class Map(NamedTuple):
-    """How a weight is stored.
-
-    Attributes:
-        transposed: as ``[in, out]``, not ``[out, in]``.
-    """
-
-    transposed: bool
-
-
-class Update(NamedTuple):
+class LowRankUpdate(NamedTuple):
     """A product of two factors that is added to a result.
 
     Attributes:
@@ -47,14 +37,14 @@ class Plan:
     """What is known of a call before it is made.
 
     Attributes:
-        maps, updates: of the call; scales make up for what dropout takes.
+        transposed, updates: of the call; scales make up for what dropout takes.
         masked: for each source, the maps' input included, whether it is a mask of that.
         of: numbers of the updates of each source.
         at: numbers of the updates of each map.
     """
 
-    maps: tuple[Map, ...]
-    updates: tuple[Update, ...]
+    transposed: tuple[bool, ...]
+    updates: tuple[LowRankUpdate, ...]
     masked: tuple[bool, ...]
     of: tuple[tuple[int, ...], ...]
     at: tuple[tuple[int, ...], ...]
@@ -71,17 +61,17 @@ class Plan:
 
 @lru_cache(maxsize=1024)
 def plan_of(
-    maps: tuple[tuple[bool], ...],
+    transposed: tuple[bool, ...],
     updates: tuple[tuple[int, int, float, Runs], ...],
     dropped: tuple[float | None, ...],
 ) -> Plan:
     """The `Plan` of a call."""
     given = (None, *dropped)
     factors = [1.0 if p is None else factor(p) for p in given]
-    made = tuple(Update(of, source, scale * factors[source], runs) for of, source, scale, runs in updates)
+    made = tuple(LowRankUpdate(of, source, scale * factors[source], runs) for of, source, scale, runs in updates)
     of = tuple(tuple(i for i, u in enumerate(made) if u.source == s) for s in range(len(given)))
-    at = tuple(tuple(i for i, u in enumerate(made) if u.of == m) for m in range(len(maps)))
-    return Plan(tuple(Map(*one) for one in maps), made, tuple(p is not None for p in given), of, at)
+    at = tuple(tuple(i for i, u in enumerate(made) if u.of == m) for m in range(len(transposed)))
+    return Plan(transposed, made, tuple(p is not None for p in given), of, at)
 
 
 def flat(
@@ -105,7 +95,7 @@ class Given(NamedTuple):
         """The way back from `flat`, with the maps' input."""
         start = plan.sources - 1
         threes = [list(flat[i : i + 3]) for i in range(start, len(flat), 3)]
-        return cls([x, *flat[:start]], threes[: len(plan.maps)], threes[len(plan.maps) :])
+        return cls([x, *flat[:start]], threes[: len(plan.transposed)], threes[len(plan.transposed) :])
 
 
 def stacked(numbers: Sequence[int], given: Given, dtype: torch.dtype | None) -> Tensor:

@@ -21,9 +21,8 @@ from graftc.passes.core.ops.plain_projections import Runs, Weights, plain_projec
 from graftc.passes.core.ops.projection_gradients import Backward
 from graftc.passes.core.ops.projection_plan import (
     Given,
-    Map,
+    LowRankUpdate,
     Plan,
-    Update,
     apart,
     flat,
     nonzero,
@@ -32,7 +31,7 @@ from graftc.passes.core.ops.projection_plan import (
     stacked,
 )
 
-__all__ = ["Map", "Runs", "Update", "projections"]
+__all__ = ["LowRankUpdate", "Runs", "projections"]
 
 
 def projections(
@@ -40,7 +39,7 @@ def projections(
     sources: Sequence[Tensor],
     weights: Weights,
     factors: Sequence[tuple[Tensor, Tensor, Tensor | None]],
-    maps: tuple[tuple[bool], ...],
+    transposed: tuple[bool, ...],
     updates: tuple[tuple[int, int, float, Runs], ...],
     dropped: tuple[float | None, ...],
 ) -> tuple[Tensor, ...]:
@@ -58,8 +57,8 @@ def projections(
             gradient counts both its places; as in `graftc::rescale`, one of zero counts as `TINY`.
         factors: of each update: ``A: [rank, in]``, ``B: [rows, rank]``, and where ``B``'s rows are not all columns of
             the result or runs of them, which they are, ``int64[rows]``.
-        maps: a `Map` for each of ``weights``.
-        updates: an `Update` for each of ``factors``.
+        transposed: for each of ``weights``, whether it is ``[in, out]``.
+        updates: an `LowRankUpdate` for each of ``factors``.
         dropped: for each of ``sources`` that is a mask, the probability that it was drawn with; None for others.
 
     Returns:
@@ -67,14 +66,14 @@ def projections(
     """
     tensors = flat(sources, weights, factors)
     if _watched([x, *tensors]):
-        return plain_projections(x, sources, weights, factors, maps, updates, dropped)
-    plan = plan_of(maps, updates, dropped)
+        return plain_projections(x, sources, weights, factors, transposed, updates, dropped)
+    plan = plan_of(transposed, updates, dropped)
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, *others = (cast(t, dtype) for t in (x, *sources))
         tensors[: len(others)] = others
     found: tuple[Tensor, ...] = _Projections.apply(plan, dtype, x, *tensors)  # type: ignore[no-untyped-call]
-    return found[: len(maps)]
+    return found[: len(transposed)]
 
 
 def _watched(tensors: Sequence[Tensor | None]) -> bool:
@@ -105,8 +104,8 @@ class _Projections(torch.autograd.Function):
             ]
             narrow = apart(plan, hidden, [a.shape[0] for a, _, _ in given.factors])
             outputs = []
-            for number, (one, weights) in enumerate(zip(plan.maps, given.weights, strict=True)):
-                output = _mapped(x, one, weights[0], weights[1], dtype)
+            for number, (by_columns, weights) in enumerate(zip(plan.transposed, given.weights, strict=True)):
+                output = _mapped(x, by_columns, weights[0], weights[1], dtype)
                 if weights[2] is not None:
                     output.mul_(nonzero(weights[2]))
                 for n in plan.at[number]:  # while the result is in the cache
@@ -134,9 +133,9 @@ class _Projections(torch.autograd.Function):
             return None, None, *Backward(ctx, grads).gradients()
 
 
-def _mapped(x: Tensor, one: Map, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def _mapped(x: Tensor, transposed: bool, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     weight, bias = cast(weight, dtype), None if bias is None else cast(bias, dtype)
-    if one.transposed:
+    if transposed:
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
     return nn.functional.linear(x.contiguous(), weight, bias)
 
@@ -147,7 +146,7 @@ def _narrowed(plan: Plan, given: Given, source: int, down: Tensor) -> Tensor:
     return masked_product(rows(given.sources[0]), own, down) if plan.masked[source] else own @ down
 
 
-def _add_to(output: Tensor, hidden: Tensor, b: Tensor, columns: Tensor | None, update: Update) -> None:
+def _add_to(output: Tensor, hidden: Tensor, b: Tensor, columns: Tensor | None, update: LowRankUpdate) -> None:
     """Add an update to its columns of a result, in place."""
     flat = output.view(-1, output.shape[-1])
     if columns is not None:
