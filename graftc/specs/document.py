@@ -14,8 +14,8 @@ from graftc.specs.compose import Bank, Compositions, CompositionSpec, Stack, com
 from graftc.specs.errors.diagnostics import GraftError, Place, unknown_name
 from graftc.specs.errors.text import quoted, shown
 from graftc.specs.limits import ADAPTATIONS, TOKENS
-from graftc.specs.memory import Memory
-from graftc.specs.optimise import Optimise
+from graftc.specs.options.memory import MemoryOptions
+from graftc.specs.options.optimise import OptimiseOptions
 from graftc.specs.patterns import PATTERNS, measure_braces
 from graftc.specs.registry import method_specs, unknown_method
 from graftc.specs.source import Source
@@ -153,10 +153,10 @@ class Spec(SpecModel):
     checkpoint: Literal["layers"] | None = None
     """`layers`: recompute each layer's activations in the backward pass instead of keeping them."""
 
-    memory: Memory = Memory()
+    memory: MemoryOptions = MemoryOptions()
     """What a training step keeps in memory."""
 
-    optimise: Optimise = Optimise()
+    optimise: OptimiseOptions = OptimiseOptions()
     """How training graphs are lowered."""
 
     fold: FoldOptions = FoldOptions()

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from graftc.compiler.inspect.snapshot import Snapshot
-from graftc.passes.lowering.lower import Outcome, lower
+from graftc.passes.lowering.lower import LoweringOutcome, lower
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Lowered:
         outcomes: one for each step and site, in the order of the graph's edits.
     """
 
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[LoweringOutcome, ...]
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values."""

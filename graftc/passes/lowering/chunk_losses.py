@@ -16,7 +16,7 @@ from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.program import Program
 from graftc.passes.lowering.absent import without
 from graftc.passes.lowering.head import VIEWS, LossHead, NoMatchError, Term, loss_of, read_head, width_of
-from graftc.passes.lowering.lower import Outcome
+from graftc.passes.lowering.lower import LoweringOutcome
 
 aten = torch.ops.aten
 
@@ -24,7 +24,7 @@ STEP = "loss"
 """The name of this step."""
 
 
-def chunk_losses(program: Program, wanted: Callable[[Program, LossHead], str] | None = None) -> list[Outcome]:
+def chunk_losses(program: Program, wanted: Callable[[Program, LossHead], str] | None = None) -> list[LoweringOutcome]:
     """Rewrite every loss over a vocabulary in place. Logits leave the outputs.
 
     Args:
@@ -39,10 +39,10 @@ def chunk_losses(program: Program, wanted: Callable[[Program, LossHead], str] | 
             if reason := (wanted(program, head) if wanted is not None else ""):
                 raise NoMatchError(reason)
             _write(program, head)
-            outcomes.append(Outcome(STEP, head.place, True))
+            outcomes.append(LoweringOutcome(STEP, head.place, True))
         except NoMatchError as reason:
             place = head.place or str(loss.meta.get("module", "")) or str(loss.name)
-            outcomes.append(Outcome(STEP, place, False, str(reason)))
+            outcomes.append(LoweringOutcome(STEP, place, False, str(reason)))
     return outcomes
 
 

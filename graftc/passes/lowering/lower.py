@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 
 from graftc.passes.core.ir.program import HistoryEntry, Program
-from graftc.passes.lowering.outcome import Outcome
+from graftc.passes.lowering.outcome import LoweringOutcome
 from graftc.passes.lowering.projections import fuse_projections
-from graftc.specs.optimise import LoweringName
+from graftc.specs.options.optimise import LoweringName
 
-__all__ = ["STEPS", "Lowering", "Outcome", "lower"]
+__all__ = ["STEPS", "Lowering", "LoweringOutcome", "lower"]
 
-Lowering = Callable[[Program], list[Outcome]]
+Lowering = Callable[[Program], list[LoweringOutcome]]
 """Rewrites a Program in place."""
 
 STEPS: Mapping[LoweringName, Lowering] = {"projections": fuse_projections}
@@ -22,7 +22,7 @@ STEPS: Mapping[LoweringName, Lowering] = {"projections": fuse_projections}
 
 def lower(
     program: Program, off: Collection[str] = (), first: Mapping[str, Lowering] = MappingProxyType({})
-) -> tuple[Program, list[Outcome]]:
+) -> tuple[Program, list[LoweringOutcome]]:
     """A copy of a training Program as it is run, and what each step did to it.
 
     Args:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LoweringOutcome:
     """What a step found at one place.
 
     Attributes:

@@ -22,12 +22,12 @@ from graftc.passes.core.ir.printer import target_name
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ops.projections import projections
 from graftc.passes.lowering.maps import Map, Matcher
-from graftc.passes.lowering.outcome import Outcome
+from graftc.passes.lowering.outcome import LoweringOutcome
 
 STEP = "projections"
 
 
-def fuse_projections(program: Program) -> list[Outcome]:
+def fuse_projections(program: Program) -> list[LoweringOutcome]:
     """Compute maps of one input together, and add updates to their results in place.
 
     Returns:
@@ -112,18 +112,18 @@ def _common(paths: Iterable[str]) -> str:
     return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, segments))
 
 
-def _outcome(edit: Edit, edits: Edits, passed: set[fx.Node]) -> Outcome | None:
+def _outcome(edit: Edit, edits: Edits, passed: set[fx.Node]) -> LoweringOutcome | None:
     """What became of an edit; None where it does not stand at a product with a weight."""
     product = edits.original(edit.before)
     if edit.narrow or target_name(product.target) not in _PRODUCTS:
         return None
     if edit.after in passed:
-        return Outcome(STEP, edit.site, True)
+        return LoweringOutcome(STEP, edit.site, True)
     reason = _PRODUCTS[target_name(product.target)]
     if not reason:
         kind = target_name(edit.after.target)
         reason = _KINDS.get(kind, f"{kind} is no sum with a product of two matrices, or parts of it are read elsewhere")
-    return Outcome(STEP, edit.site, False, reason)
+    return LoweringOutcome(STEP, edit.site, False, reason)
 
 
 _PRODUCTS = {

@@ -25,7 +25,7 @@ from graftc.passes.core.weights.containers import OWN, Container, Node, Pass, Tr
 from graftc.passes.core.weights.sharding import computes_on, is_unit, sharded_modules
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.outline import outline
-from graftc.passes.lowering.lower import Outcome
+from graftc.passes.lowering.lower import LoweringOutcome
 from graftc.runtime.activations.budget import Levels
 from graftc.runtime.model.embeddings import call_hooks
 
@@ -154,7 +154,7 @@ class Runner:
         self._roots: dict[ProgramKey, Function] = {}
         self._programs: dict[ProgramKey, Program] = {}
         self._lowered: dict[ProgramKey, Program] = {}
-        self._outcomes: dict[ProgramKey, list[Outcome]] = {}
+        self._outcomes: dict[ProgramKey, list[LoweringOutcome]] = {}
         self._label = ""
         self._showing: frozenset[str] = frozenset()
         self._hooked: str | None = None

@@ -9,7 +9,7 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.lowering.chunk_losses import STEP, chunk_losses
 from graftc.passes.lowering.head import LossHead
 from graftc.passes.lowering.kept import small_logits
-from graftc.passes.lowering.lower import Lowering, Outcome
+from graftc.passes.lowering.lower import Lowering, LoweringOutcome
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import warn
 
@@ -33,7 +33,7 @@ def loss_step(spec: Spec, objectives: Collection[str]) -> Mapping[str, Lowering]
     return {STEP: partial(chunk_losses, wanted=wanted)}
 
 
-def warn_of_whole(spec: Spec, program: Program, outcomes: list[Outcome]) -> None:
+def warn_of_whole(spec: Spec, program: Program, outcomes: list[LoweringOutcome]) -> None:
     """GC151 where a spec asks for a chunked loss, and a graph that has a loss computes it as a whole."""
     own = [outcome for outcome in outcomes if outcome.step == STEP]
     scalars = [leaf for leaf in program.output_node.all_input_nodes if not leaf.meta["val"].dim()]

@@ -7,10 +7,10 @@ from typing import Literal, TypeAlias
 from graftc.specs.base import Items, SpecModel
 
 LoweringName: TypeAlias = Literal["projections", "recompute"]
-"""A step of lowering: see `Optimise.off`."""
+"""A step of lowering: see `OptimiseOptions.off`."""
 
 
-class Optimise(SpecModel):
+class OptimiseOptions(SpecModel):
     """Which steps of lowering a training graph are left out. All are taken by default."""
 
     off: Items[LoweringName] = ()

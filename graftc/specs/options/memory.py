@@ -9,7 +9,7 @@ from pydantic import Field
 from graftc.specs.base import SpecModel
 
 
-class Memory(SpecModel):
+class MemoryOptions(SpecModel):
     """What a training step keeps for its backward pass. Nothing here changes what a model computes."""
 
     loss: Literal["whole", "chunked", "auto"] = "whole"

@@ -1,0 +1,1 @@
+"""Options of a spec that hold for the whole model."""
