@@ -38,7 +38,7 @@ from graftc.runtime.model.inspection import Inspected
 from graftc.runtime.model.lowered import Lowering
 from graftc.runtime.model.reference_model import Referring
 from graftc.runtime.model.runner import M, ModelRoot, Published
-from graftc.runtime.model.scoring import Scoring
+from graftc.runtime.model.scoring import TokenScoring, answering
 from graftc.runtime.model.sharded import in_every_process, written_once
 from graftc.runtime.state import Stateful
 from graftc.runtime.training.selecting import Selecting
@@ -63,7 +63,7 @@ class CompiledRunner(
     Inspected,
     Checkpointed,
     Lowering,
-    Scoring,
+    TokenScoring,
     Choosing,
     Combining,
     Converting,
@@ -419,6 +419,10 @@ class Compiled(ModelRoot, Generic[M]):
         from graftc.runtime.model.printed import printed
 
         return printed(self._graftc._compilation, self, *self._graftc.get_nb_trainable_parameters())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """See `torch.nn.Module`. TRL puts a forward of its own in the place of a model's."""
+        super().__setattr__(name, answering(self._graftc, value) if name == "forward" else value)
 
     def _get_name(self) -> str:
         return type(self._graftc._compilation.model).__name__

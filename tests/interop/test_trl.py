@@ -135,10 +135,47 @@ def test_a_head_that_trains_learns(tmp_path: Path) -> None:
     assert not torch.equal(compiled.get_parameter("lm_head.graftc.trained.weight"), before)
 
 
-def test_an_adapted_head_is_refused(tmp_path: Path) -> None:
-    compiled = compiled_of(adapt=[{"method": "lora", "target": {"role": ["attn.q", "head"]}}])
-    with pytest.raises(GraftError, match="GC072: the head lm_head is adapted by 'lora'"):
+def test_a_head_that_is_no_sum_of_products_is_refused(tmp_path: Path) -> None:
+    compiled = compiled_of(adapt=[{"method": "dora", "target": {"role": ["attn.q", "head"]}}])
+    with pytest.raises(GraftError, match="GC072: the head lm_head is adapted by 'dora'"):
         sft(compiled, tmp_path, max_steps=STEPS).train()
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["as it is", "adapted"])
+def test_losses_and_metrics_are_those_of_trls_own_forward(head: bool) -> None:
+    """The adapted head, which TRL's own has no weight of, is compared with the model's own loss."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    compiled = compiled_of(adapt=[{"method": "lora", "target": {"role": ["attn.q", *(["head"] if head else [])]}}])
+    with torch.no_grad():
+        for tensor in compiled.adapter_state_dict().values():
+            tensor.add_(0.1)
+    ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(9) < 4, -100)}
+    plain = compiled.train()(**batch).loss
+    add_fused_lm_head(compiled, outputs=("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"))
+    found = compiled(**batch, fused_lm_head=True)
+    torch.testing.assert_close(found.loss, plain)
+    if not head:
+        theirs = compiled.forward.__wrapped__(**batch, fused_lm_head=True)
+        assert list(found) == list(theirs)
+        for name in theirs:
+            torch.testing.assert_close(found[name], theirs[name], rtol=1e-5, atol=1e-5)
+        own = [p for p in compiled.parameters() if p.requires_grad]
+        for mine, other in zip(*(torch.autograd.grad(o.loss, own) for o in (found, theirs)), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
+    counted = compiled(**batch, fused_lm_head=True, num_items_in_batch=torch.tensor(20))
+    torch.testing.assert_close(counted.loss, plain * found.label_mask.sum() / 20)
+
+
+def test_entropies_of_an_objective_are_left_to_trl() -> None:
+    """They have gradients, and probabilities at another temperature are others."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    for options in ({"outputs": ("log_probs", "entropy")}, {"temperature": 0.7}, {"cast_lm_head_to_fp32": True}):
+        compiled = compiled_of()
+        add_fused_lm_head(compiled, **options)
+        assert hasattr(compiled.forward, "__func__"), "it is TRL's own"
 
 
 def test_a_checkpoint_is_resumed_and_loaded(tmp_path: Path) -> None:

@@ -114,6 +114,11 @@ class TestOutputs:
         (loss,) = compiled(**CALL, return_dict=False)
         assert torch.equal(loss, outputs.loss)
 
+    def test_a_model_with_views_is_copied(self, compiled: Compiled) -> None:
+        with compiled.disabled("lora"):
+            assert "logits" not in compiled(**CALL)
+        assert_equal(step(copy.deepcopy(compiled)), step(compiled), 1e-6)
+
     def test_copies_are_of_the_plain_class(self, compiled: Compiled) -> None:
         with torch.no_grad():
             copied = copy.deepcopy(compiled(**CALL))

@@ -5,6 +5,7 @@ What moved rows of the logits moves rows of what they are made from instead.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import fx
 
 from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.inference import Inference
-from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program import OutputSpec, Program
 from graftc.passes.lowering.absent import without
 from graftc.passes.lowering.head import VIEWS, LossHead, NoMatchError, Term, loss_of, read_head, width_of
 from graftc.passes.lowering.lower import LoweringOutcome
@@ -24,12 +25,15 @@ STEP = "loss"
 """The name of this step."""
 
 
-def chunk_losses(program: Program, wanted: Callable[[Program, LossHead], str] | None = None) -> list[LoweringOutcome]:
+def chunk_losses(
+    program: Program, wanted: Callable[[Program, LossHead], str] | None = None, *, scores: bool = False
+) -> list[LoweringOutcome]:
     """Rewrite every loss over a vocabulary in place. Logits leave the outputs.
 
     Args:
         program: one in train mode.
         wanted: why a head is to stay as it is; empty where it is not. By default none is.
+        scores: the loss has no reduction and is the only output; what `head_scores` gives beside it becomes another.
     """
     outcomes = []
     for loss in [node for node in program.graph.nodes if loss_of(node) is not None]:
@@ -38,7 +42,7 @@ def chunk_losses(program: Program, wanted: Callable[[Program, LossHead], str] | 
             read_head(head)
             if reason := (wanted(program, head) if wanted is not None else ""):
                 raise NoMatchError(reason)
-            _write(program, head)
+            _write(program, head, scores)
             outcomes.append(LoweringOutcome(STEP, head.place, True))
         except NoMatchError as reason:
             place = head.place or str(loss.meta.get("module", "")) or str(loss.name)
@@ -46,7 +50,7 @@ def chunk_losses(program: Program, wanted: Callable[[Program, LossHead], str] | 
     return outcomes
 
 
-def _write(program: Program, head: LossHead) -> None:
+def _write(program: Program, head: LossHead, scores: bool) -> None:
     found = loss_of(head.loss)
     assert found is not None
     graph, types = program.graph, Inference(program)
@@ -91,8 +95,15 @@ def _write(program: Program, head: LossHead) -> None:
     xs = [moved(term) for term in head.terms]
     weights = [weight(term, term.weight) for term in head.terms if term.weight is not None]
     starts = [term.to for term in head.terms]
-    form = (found.ignored, found.reduction, found.smoothing, head.scale, head.cap)
-    after = call(torch.ops.graftc.head_loss.default, xs, weights, total, found.labels, starts, *form)
+    given = (xs, weights, total, found.labels, starts, found.ignored)
+    if scores:
+        both = call(torch.ops.graftc.head_scores.default, *given, head.scale, head.cap)
+        program.outputs = OutputSpec("tuple", children=(OutputSpec("leaf"), OutputSpec("leaf")))
+        program.output_node.args = ((head.loss, call(operator.getitem, both, 1)),)
+        after = call(operator.getitem, both, 0)
+    else:
+        form = (found.reduction, found.smoothing, head.scale, head.cap)
+        after = call(torch.ops.graftc.head_loss.default, *given, *form)
     if after.meta["val"].dtype != head.loss.meta["val"].dtype:
         after = call(aten.to.dtype, after, head.loss.meta["val"].dtype)
     head.loss.replace_all_uses_with(after)

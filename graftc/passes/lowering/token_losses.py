@@ -14,14 +14,18 @@ from graftc.passes.lowering.head import loss_of
 from graftc.specs.errors.diagnostics import GraftError
 
 
-def token_losses(program: Program) -> Program:
+def token_losses(program: Program, *, scores: bool = False) -> Program:
     """The Program as far as its cross-entropy without a reduction, ``[rows]``: zero where there is no label. Head and
     loss are computed a few rows at a time where that is possible.
+
+    Args:
+        program: one that takes labels.
+        scores: what `graftc.passes.core.ops.head_loss.head_scores` gives is another output, where it is possible.
 
     Raises:
         GraftError: GC031 where there is no cross-entropy of tokens, or more than one.
     """
-    made = program.copy(outputs=OutputSpec("leaf"), entry="losses", edits=Edits(), baseline={})
+    made = program.copy(outputs=OutputSpec("leaf"), entry="scores" if scores else "losses", edits=Edits(), baseline={})
     losses = [node for node in made.graph.nodes if (found := loss_of(node)) is not None and _of_tokens(found.labels)]
     if len(losses) != 1:
         message = f"the model's outputs have {len(losses)} losses over tokens, and one is needed"
@@ -33,7 +37,7 @@ def token_losses(program: Program) -> Program:
     loss.meta["val"] = Inference(made).call(loss.target, loss.args, loss.kwargs)
     made.output_node.args = ((loss,),)
     remove_dead(made)
-    chunk_losses(made)
+    chunk_losses(made, scores=scores)
     return made
 
 

@@ -73,7 +73,7 @@ class Repeated:
         objectives = self._steering.outputs
         if not self.training or not objectives or getattr(self, "_base_only", False):
             return first
-        if key.entry == "losses":  # there are no outputs to compare
+        if key.entry in ("losses", "scores"):  # there are no outputs to compare
             self._miss()
             return first
         count = max(objective.passes for objective in objectives.values())

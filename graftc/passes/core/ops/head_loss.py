@@ -37,12 +37,18 @@ class Form(NamedTuple):
     scale: float
     cap: float | None
     square: float
+    statistics: bool = False
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, device: str = "cpu") -> int:
     """How many rows of logits are made at a time from products in a dtype, on a kind of device."""
     row = vocabulary * torch.promote_types(dtype, torch.float32).itemsize
     return max(CHUNK_ROWS.get(device, _OTHER_ROWS), CHUNK_BYTES.get(device, _OTHER_BYTES) // row)
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """Products of rows, ``[n, 1]``, without a tensor of all of their terms."""
+    return torch.bmm(a[:, None], b[:, :, None])[:, 0]
 
 
 def vocabulary_of(weights: Sequence[Tensor], starts: Sequence[int]) -> int:
@@ -58,7 +64,12 @@ class _Chunks:
         bias: ``[vocabulary]``.
         form: what is computed.
         rows: how many there are at most in a chunk.
+
+    Attributes:
+        statistics: of the rows that `loss` has seen last, ``[n, 4]``, where the form asks for them: see `head_scores`.
     """
+
+    statistics: Tensor
 
     def __init__(self, weights: Sequence[Tensor], bias: Tensor | None, form: Form, rows: int) -> None:
         self.weights, self.bias, self.form = weights, bias, form
@@ -74,9 +85,17 @@ class _Chunks:
         most = logits.amax(-1, keepdim=True)
         logits.sub_(most)
         own = logits.gather(1, labels)
+        if form.statistics:
+            self._shifted = logits.clone()
+            top = logits.argmax(-1, keepdim=True) == labels
         average = logits.mean(-1, keepdim=True) if form.smoothing else own
         total = logits.exp_().sum(-1, keepdim=True)
         log = total.log()
+        if form.statistics:
+            entropy = log - _dots(self._shifted, logits) / total
+            squares = _dots(logits, logits).log() - 2 * log
+            mean = self._shifted.mean(-1, keepdim=True) + most
+            self.statistics = torch.cat([entropy, squares, mean, top.to(mean.dtype)], dim=1)
         found = log - torch.lerp(own, average, form.smoothing)
         factor = total.reciprocal()
         if form.square:
@@ -145,6 +164,7 @@ def head_loss_forward(
     scale: float,
     cap: float | None,
     square: float,
+    statistics: bool,
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """`head_loss` without a gradient of its own: losses, how many rows have a label, and gradients that are asked for.
@@ -154,9 +174,10 @@ def head_loss_forward(
         needed: for each of ``xs``, each of ``weights`` and the bias, whether its gradient is made.
 
     Returns:
-        The losses, summed with any reduction but `NONE`; the number of labels; the gradients.
+        The losses, summed with any reduction but `NONE`; the number of labels; with ``statistics`` those of rows; the
+        gradients.
     """
-    form = Form(starts, ignored, reduction, smoothing, scale, cap, square)
+    form = Form(starts, ignored, reduction, smoothing, scale, cap, square, statistics)
     with torch.autocast(labels.device.type, enabled=False):
         return _all_chunks(xs, weights, bias, labels, outer, form, needed)
 
@@ -180,10 +201,13 @@ def _all_chunks(
     grad_xs = [torch.zeros_like(x) if need else x for x, need in zip(xs, of_x, strict=True)]
     grads = [w.new_zeros(w.shape, dtype=chunks.wide) if need else w for w, need in zip(weights, of_weight, strict=True)]
     grad_bias = weights[0].new_zeros(vocabulary, dtype=chunks.wide)
+    scores = losses.new_zeros(len(labels) if form.statistics else 0, 4)
     for start in range(0, count, size):
         at = places[start : start + size]
         own, label = [x.index_select(0, at) for x in xs], labels.index_select(0, at)[:, None]
         found, factor = chunks.loss(own, label)
+        if form.statistics:
+            scores.index_copy_(0, at, chunks.statistics)
         if form.reduction == NONE:
             losses.index_copy_(0, at, found[:, 0])
         else:
@@ -203,6 +227,7 @@ def _all_chunks(
         if needed[-1]:
             grad_bias += wide.sum(0)
     result = [losses if form.reduction == NONE else losses[0], losses.new_full((), count)]
+    result += [scores] if form.statistics else []
     result += [grad for grad, need in zip([*grad_xs, *grads, grad_bias], needed, strict=True) if need]
     return result
 
@@ -221,11 +246,13 @@ def _(
     scale: float,
     cap: float | None,
     square: float,
+    statistics: bool,
     needed: Sequence[bool],
 ) -> list[Tensor]:
     wide = torch.promote_types(weights[0].dtype, torch.float32)
     result = [weights[0].new_empty(labels.shape if reduction == NONE else (), dtype=wide)]
     result.append(result[0].new_empty(()))
+    result += [result[0].new_empty(len(labels), 4)] if statistics else []
     made = [torch.empty_like(x) for x in xs]
     made += [w.new_empty(w.shape, dtype=wide) for w in weights]
     made.append(weights[0].new_empty(vocabulary_of(weights, starts), dtype=wide))
@@ -238,7 +265,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, form: Form, needed: tuple[bool, ...], count: int, labels: Tensor, *tensors: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """See `torch.autograd.Function.forward`; ``count`` is the number of ``xs``."""
         ctx.form, ctx.needed, ctx.count, ctx.dtypes = (
             form,
@@ -249,17 +276,19 @@ class _HeadLoss(torch.autograd.Function):
         ctx.again = form.reduction == NONE and any(needed[count:])
         at_once = (False,) * len(needed) if ctx.again else needed
         loss, labelled, *grads = _forward(form, at_once, count, labels, None, *tensors)
+        scores = grads.pop(0) if form.statistics else loss.new_empty(0)
+        ctx.mark_non_differentiable(scores)
         ctx.save_for_backward(labelled, *((labels, *tensors) if ctx.again else grads))
-        return loss / labelled if form.reduction == MEAN else loss
+        return (loss / labelled if form.reduction == MEAN else loss), scores
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         """See `torch.autograd.Function.backward`."""
         labelled, *held = ctx.saved_tensors
         if ctx.again:
             labels, *tensors = held
-            _, _, *held = _forward(ctx.form, ctx.needed, ctx.count, labels, grad, *tensors)
+            _, _, *held = _forward(ctx.form._replace(statistics=False), ctx.needed, ctx.count, labels, grad, *tensors)
             factor = None
         elif ctx.form.reduction == NONE:
             factor = grad[:, None]
@@ -333,6 +362,12 @@ def head_loss(
     Returns:
         A scalar, or ``[rows]`` without a reduction: zero for rows that are left out. float32, for float64 in that.
     """
+    return _recorded(xs, weights, bias, labels, Form(starts, ignored, reduction, smoothing, scale, cap, square))[0]
+
+
+def _recorded(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, labels: Tensor, form: Form
+) -> tuple[Tensor, Tensor]:
     device = labels.device.type
     tensors = [*xs, *weights, bias]
     if torch.is_autocast_enabled(device):
@@ -340,6 +375,33 @@ def head_loss(
         tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
     recorded = torch.is_grad_enabled()
     needed = tuple(t is not None and recorded and t.requires_grad for t in tensors)
-    form = Form(starts, ignored, reduction, smoothing, scale, cap, square)
-    found: Tensor = _HeadLoss.apply(form, needed, len(xs), labels, *tensors)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor] = _HeadLoss.apply(form, needed, len(xs), labels, *tensors)  # type: ignore[no-untyped-call]
     return found
+
+
+torch.library.define(
+    "graftc::head_scores",
+    "(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor labels, int[] starts, int ignored=-100, float scale=1., "
+    "float? cap=None) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("graftc::head_scores", "CompositeImplicitAutograd")
+def head_scores(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    labels: Tensor,
+    starts: Sequence[int],
+    ignored: int = -100,
+    scale: float = 1.0,
+    cap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`head_loss` without a reduction, and what metrics tell of each row.
+
+    Returns:
+        The losses, ``[rows]``, and without a gradient ``[rows, 4]``: the entropy, the logarithm of the sum of squared
+        probabilities, the mean of the logits, and 1 where no logit is larger than the label's. Zero where a row has no
+        label.
+    """
+    return _recorded(xs, weights, bias, labels, Form(starts, ignored, NONE, 0.0, scale, cap, 0.0, True))
