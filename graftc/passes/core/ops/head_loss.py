@@ -179,18 +179,11 @@ def head_loss_forward(
     """
     form = Form(starts, ignored, reduction, smoothing, scale, cap, square, statistics)
     with torch.autocast(labels.device.type, enabled=False):
-        return _all_chunks(xs, weights, bias, labels, outer, form, needed)
+        return _all_chunks((xs, weights, bias), labels, outer, form, needed)
 
 
-def _all_chunks(
-    xs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    labels: Tensor,
-    outer: Tensor | None,
-    form: Form,
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def _all_chunks(given: Any, labels: Tensor, outer: Tensor | None, form: Form, needed: Sequence[bool]) -> list[Tensor]:
+    xs, weights, bias = given
     places = (labels != form.ignored).nonzero()[:, 0]
     count = len(places)
     vocabulary = vocabulary_of(weights, form.starts)
@@ -267,12 +260,8 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, form: Form, needed: tuple[bool, ...], count: int, labels: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """See `torch.autograd.Function.forward`; ``count`` is the number of ``xs``."""
-        ctx.form, ctx.needed, ctx.count, ctx.dtypes = (
-            form,
-            needed,
-            count,
-            [t if t is None else t.dtype for t in tensors],
-        )
+        ctx.form, ctx.needed, ctx.count = form, needed, count
+        ctx.dtypes = [t if t is None else t.dtype for t in tensors]
         ctx.again = form.reduction == NONE and any(needed[count:])
         at_once = (False,) * len(needed) if ctx.again else needed
         loss, labelled, *grads = _forward(form, at_once, count, labels, None, *tensors)
