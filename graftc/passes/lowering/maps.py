@@ -141,7 +141,8 @@ class Matcher:
         inside = {node for one in group for node in (*one.nodes, *(n for b in one.branches for n in b.nodes))}
         given = [n for one in group for n in one.inputs() if n.op != "get_attr"]
         read = [u for one in group for u in self.readers(one.end)]
-        return bool(read) and not inside.intersection(given) and max(given) < min(read)
+        # What reads tensors alone, such as a prefix's network, runs once and not for every token.
+        return bool(read and given) and not inside.intersection(given) and max(given) < min(read)
 
     def readers(self, node: fx.Node) -> list[fx.Node]:
         """Nodes that read a value, and that something needs."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftc.runtime.activations.plan import Plan
+from graftc.runtime.activations.plan import ActivationPlan
 
 Levels = dict[Any, int]
 """Which of its plans each kind of call runs by."""
@@ -24,7 +24,7 @@ class Call:
 
     levels: Levels
     key: Any
-    plans: Sequence[Plan]
+    plans: Sequence[ActivationPlan]
 
 
 def chosen(calls: Sequence[Call], budget: float | None) -> None:

@@ -33,7 +33,7 @@ _FUNCTIONS = frozenset({operator.getitem, projections})
 
 
 @dataclass(frozen=True)
-class Part:
+class Recomputation:
     """Values that are computed again together.
 
     Attributes:
@@ -48,7 +48,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ActivationPlan:
     """What is kept of a graph, and what is computed again.
 
     Attributes:
@@ -58,13 +58,15 @@ class Plan:
         cost: what computing again takes, in bytes moved; a product counts for `FLOPS_PER_BYTE` a byte.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[Recomputation, ...]
     without: int
     kept: int
     cost: float = 0.0
 
 
-def plans(graph: fx.Graph, recorded: Recorded, is_buffer: Callable[[str], bool], costly: bool = False) -> list[Plan]:
+def plans(
+    graph: fx.Graph, recorded: Recorded, is_buffer: Callable[[str], bool], costly: bool = False
+) -> list[ActivationPlan]:
     """Ways to run a graph, from the one that is cheapest in time to the one that keeps least.
 
     Args:
@@ -80,7 +82,7 @@ def plans(graph: fx.Graph, recorded: Recorded, is_buffer: Callable[[str], bool],
     first = choice.plan(_LEAST, costly=False)
     found = {first.kept: first}
 
-    def between(low: float, least: Plan, high: float, most: Plan, steps: int) -> None:
+    def between(low: float, least: ActivationPlan, high: float, most: ActivationPlan, steps: int) -> None:
         """Find the plans for prices between two, where these differ."""
         if not steps or least.kept == most.kept:
             return
@@ -139,7 +141,7 @@ class _Choice:
             return False
         return costly or node not in self.recorded.flops
 
-    def plan(self, price: float, costly: bool, worth: int = 1) -> Plan:
+    def plan(self, price: float, costly: bool, worth: int = 1) -> ActivationPlan:
         """The choice for which kept bytes, and the cost of computing again times its price, are least; autograd's own
         where less than ``worth`` bytes are saved."""
         kept = self._cut(price, costly)
@@ -151,8 +153,8 @@ class _Choice:
         total = sum(sizes[s] for s in (self.recorded.saved - again) | roots)
         without = self.recorded.saved_bytes
         if without - total < worth:
-            return Plan((), without, without)
-        return Plan(parts, without, total, sum(self._cost(node) for part in parts for node in part.nodes))
+            return ActivationPlan((), without, without)
+        return ActivationPlan(parts, without, total, sum(self._cost(node) for part in parts for node in part.nodes))
 
     def _cost(self, node: fx.Node) -> float:
         moved = self.bytes_of(node) if node in self.owned else 0
@@ -190,7 +192,7 @@ class _Choice:
         _, (_, near) = nx.minimum_cut(network, source, sink, flow_func=boykov_kolmogorov)
         return {node for node in self.graph.nodes if (node, 1) in near and (node, 0) not in near}
 
-    def _parts(self, targets: list[fx.Node], kept: Collection[fx.Node]) -> Iterator[Part]:
+    def _parts(self, targets: list[fx.Node], kept: Collection[fx.Node]) -> Iterator[Recomputation]:
         """The targets with what is computed again for them, those that share a part of it together."""
         links: nx.Graph[fx.Node] = nx.Graph()
         roots: dict[fx.Node, set[fx.Node]] = {}
@@ -211,7 +213,7 @@ class _Choice:
                     pending.append(operand)
         wanted = set(targets)
         for group in nx.connected_components(links):
-            yield Part(
+            yield Recomputation(
                 tuple(sorted(group & wanted)),
                 tuple(sorted(set().union(*(roots[node] for node in group)))),
                 tuple(sorted(group)),

@@ -20,7 +20,7 @@ from graftc.passes.core.weights.containers import OWN
 from graftc.runtime.activations.budget import Call, Levels, chosen
 from graftc.runtime.activations.frames import Casts, Frame, FrameCode, Hooks, PartCode, casts_of
 from graftc.runtime.activations.offload import offload_of
-from graftc.runtime.activations.plan import Part, Plan, plans
+from graftc.runtime.activations.plan import ActivationPlan, Recomputation, plans
 from graftc.runtime.activations.recording import Recorded, fake, record, tensor_at
 
 
@@ -68,7 +68,7 @@ class Planned:
         reason: why there is no plan.
     """
 
-    plans: tuple[Plan, ...]
+    plans: tuple[ActivationPlan, ...]
     codes: tuple[FrameCode | None, ...]
     reason: str = ""
 
@@ -176,7 +176,7 @@ class TrainingCode:
         calls.append(Call(levels_of(module), (self, kind), self.planned[kind].plans))
         return fake(self._results[key], mode)
 
-    def _framed(self, module: nn.Module, recorded: Recorded, parts: Sequence[Part]) -> FrameCode:
+    def _framed(self, module: nn.Module, recorded: Recorded, parts: Sequence[Recomputation]) -> FrameCode:
         """The graph with marks, and code for its parts."""
         roots = list(dict.fromkeys(root for part in parts for root in part.roots))
         where = {target: (n, at) for n, part in enumerate(parts) for at, target in enumerate(part.targets)}
@@ -235,7 +235,7 @@ def _marked(graph: fx.Graph, recorded: Recorded, roots: Sequence[fx.Node], targe
     return made
 
 
-def _part_code(part: Part, roots: Sequence[fx.Node], module: nn.Module) -> PartCode:
+def _part_code(part: Recomputation, roots: Sequence[fx.Node], module: nn.Module) -> PartCode:
     made = fx.Graph()
     mapping = {root: made.placeholder(f"r{number}") for number, root in enumerate(part.roots)}
     names: dict[str, fx.Node] = {}

@@ -1,1 +1,1 @@
-"""Options of a spec that hold for the whole model."""
+"""Options of a spec for the whole model: what a training step keeps in memory, and how its graph is lowered."""
