@@ -128,6 +128,7 @@ def ours(
     aims: Aims,
     *,
     ranked: bool = True,
+    exact: bool = True,
     document: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> Entry:
@@ -139,6 +140,7 @@ def ours(
         peer: the name of the entry of peft that does the same.
         aims: what it should reach.
         ranked: whether it has a rank.
+        exact: whether its tensors have the values of the peer's, so that the loss has to be the same.
         document: what the spec says beside the adaptation.
         options: other fields of the adaptation.
     """
@@ -164,17 +166,23 @@ def ours(
 
         return Live(model, loss, fill(model))
 
-    return Entry(name, "graftc", make, peer, aims, exact=not options.get("dropout"))
+    return Entry(name, "graftc", make, peer, aims, exact=exact and not options.get("dropout"))
 
 
 ENTRIES: tuple[Entry, ...] = (
     floor(),
     peer("peft LoRA", "LoraConfig", lora_alpha=16),
-    ours("graftc LoRA", "lora", "peft LoRA", Aims(over_floor=1.10), alpha=16),
+    ours(
+        "graftc LoRA",
+        "lora",
+        "peft LoRA",
+        Aims(over_floor=1.10, over_peer=1.05, saved_of_peer=0.73, peak_of_peer=0.85),
+        alpha=16,
+    ),
     peer("peft LoRA, dropout", "LoraConfig", lora_alpha=16, lora_dropout=DROPOUT),
     ours("graftc LoRA, dropout", "lora", "peft LoRA, dropout", Aims(over_floor=1.15), alpha=16, dropout=DROPOUT),
     peer("peft DoRA", "LoraConfig", lora_alpha=16, use_dora=True),
-    ours("graftc DoRA", "dora", "peft DoRA", Aims(over_floor=1.15, saved_of_peer=0.6), alpha=16),
+    ours("graftc DoRA", "dora", "peft DoRA", Aims(over_floor=1.15, saved_of_peer=0.45), alpha=16),
     peer("peft DoRA, dropout", "LoraConfig", lora_alpha=16, use_dora=True, lora_dropout=DROPOUT),
     ours(
         "graftc DoRA, dropout",
@@ -188,14 +196,28 @@ ENTRIES: tuple[Entry, ...] = (
         "graftc DoRA, dropout on the branch",
         "dora",
         "peft DoRA, dropout",
-        Aims(over_floor=1.35),
+        Aims(over_floor=1.25),
         alpha=16,
         dropout=DROPOUT,
         dropout_on="branch",
     ),
     peer("peft IA3", "IA3Config", ranked=None, feedforward_modules=["down_proj"]),
-    ours("graftc IA3", "ia3", "peft IA3", Aims(over_peer=1.0), ranked=False),
+    ours("graftc IA3", "ia3", "peft IA3", Aims(over_peer=0.95, saved_of_peer=0.75), ranked=False),
     peer("peft AdaLoRA", "AdaLoraConfig", ranked="init_r", lora_alpha=16, total_step=100, orth_reg_weight=0.5),
-    ours("graftc AdaLoRA", "adalora", "peft AdaLoRA", Aims(over_peer=1.0), alpha=16, orthogonality=0.5, target_rank=1),
+    ours(
+        "graftc AdaLoRA",
+        "adalora",
+        "peft AdaLoRA",
+        Aims(over_peer=0.95, saved_of_peer=0.75),
+        alpha=16,
+        orthogonality=0.5,
+        target_rank=1,
+    ),
+    peer("peft VeRA", "VeraConfig"),
+    ours("graftc VeRA", "vera", "peft VeRA", Aims(over_peer=1.05, saved_of_peer=1.05), exact=False),
+    peer("peft LoHa", "LoHaConfig", alpha=16),
+    ours("graftc LoHa", "loha", "peft LoHa", Aims(over_peer=1.05, saved_of_peer=1.05), exact=False, alpha=16),
+    peer("peft LoKr", "LoKrConfig", alpha=16),
+    ours("graftc LoKr", "lokr", "peft LoKr", Aims(over_peer=1.05, saved_of_peer=1.05), exact=False, alpha=16),
 )
 """All entries, each next to its peer: neighbours in a round meet the same state of the machine."""

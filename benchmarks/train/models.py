@@ -125,7 +125,7 @@ def fill(model: nn.Module) -> int:
 
 def place_of(name: str) -> tuple[str, str]:
     """The module that an adapter tensor is for, and ``A``, ``B`` or ``vector``, from its name in peft or graftc."""
-    for mark in (".graftc.", ".lora_", ".ia3_"):
+    for mark in (".graftc.", ".lora_", ".ia3_", ".vera_", ".hada_", ".lokr_"):
         module, found, rest = name.partition(mark)
         if found:
             # peft: lora_A.default.weight; graftc: <adaptation>.A

@@ -73,8 +73,8 @@ def plans(
         graph: what runs.
         recorded: a run of it.
         is_buffer: whether a tensor is a buffer, which may have changed when the backward pass comes.
-        costly: whether products and attentions may be computed again too. Otherwise there is one plan: what is cheaper
-            is computed again where that saves memory.
+        costly: whether products and attentions may be computed again too. Otherwise there is one plan: what is as cheap
+            as moving it is computed again where that saves memory.
     """
     choice = _Choice(graph, recorded, is_buffer)
     if not costly:
@@ -128,7 +128,7 @@ class _Choice:
         return node.op == "get_attr" and self._is_buffer(str(node.target))
 
     def may_repeat(self, node: fx.Node, costly: bool) -> bool:
-        """Whether a value may be computed again; products and attentions only where ``costly`` says so."""
+        """Whether a value may be computed again; costly ones only where ``costly`` says so."""
         if node.op != "call_function" or node not in self.steady or is_random(node) or mutates(node):
             return False
         if any(operand not in self.steady or self.is_buffer(operand) for operand in node.all_input_nodes):
@@ -139,7 +139,12 @@ class _Choice:
                 return False
         elif target not in _FUNCTIONS:
             return False
-        return costly or node not in self.recorded.flops
+        return costly or not self.is_costly(node)
+
+    def is_costly(self, node: fx.Node) -> bool:
+        """Whether computing a value takes longer than moving it: a product with a small rank is as cheap as a sum."""
+        flops = self.recorded.flops.get(node, 0)
+        return flops > FLOPS_PER_BYTE * (self.bytes_of(node) if node in self.recorded.storages else 0)
 
     def plan(self, price: float, costly: bool, worth: int = 1) -> ActivationPlan:
         """The choice for which kept bytes, and the cost of computing again times its price, are least; autograd's own
