@@ -171,12 +171,14 @@ def _capture(compilation: Compilation, axes: Sequence[Axis], flags: Flags, mode:
         use_cache=compilation.use_cache,
         known=compilation.known,
     )
-    if found.cached:
+    if found.cached or found.alike:
         try:
             found = _checked(compilation, found, axes, clock)
-        except Exception as error:  # a graph from a file is no better than one that has to be captured
+        except Exception as error:  # such a graph is no better than one for which every layer has to be traced
+            kept = found.cached
             found = _captured_anew(compilation, found, axes, flags, mode, clock)
-            found.notes += (f"the graph that was kept for this model was captured anew: {first_line(error)}",)
+            if kept:
+                found.notes += (f"the graph that was kept for this model was captured anew: {first_line(error)}",)
     else:
         found = _checked(compilation, found, axes, clock)
     _note(compilation, found)
@@ -192,7 +194,7 @@ def _captured_anew(
     model = compilation.model
     if compilation.use_cache:
         forget(model, axes, flags, mode)
-    fresh = capture(model, axes, flags=flags, mode=mode, canonical=compilation.store.aliases)
+    fresh = capture(model, axes, flags=flags, mode=mode, canonical=compilation.store.aliases, alike=False)
     fresh = _checked(compilation, replace(fresh, key=stale.key), axes, clock)
     if compilation.use_cache:
         keep(model, axes, fresh)

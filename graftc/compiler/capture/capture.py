@@ -24,6 +24,8 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
 
+from graftc.compiler.capture.alike import Repeats, traced_once
+from graftc.compiler.capture.alike_graph import inlined
 from graftc.compiler.capture.assignments import Attributes, noticed
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import Flags, declared, device_of, is_transformers, parameters
@@ -31,7 +33,7 @@ from graftc.compiler.capture.past import ENCODER, assembled, has_encoder, taken_
 from graftc.compiler.capture.ranges import InputSizes, fixed_notes
 from graftc.compiler.capture.refusals import not_captured, require_products
 from graftc.compiler.capture.signature import Axis, tie_sizes
-from graftc.passes.core.ir.program import HistoryEntry, InputSpec, OutputSpec, Program
+from graftc.passes.core.ir.program import HistoryEntry, InputSpec, OutputSpec, Program, map_nodes
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.shapes import raw_bytes
 from graftc.passes.core.ir.updates import updates
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from graftc.compiler.capture.anchor import Anchor
 
 _REPEAT = re.compile(r"@\d+")
+_NUMBER = re.compile(r"_\d+$")
 _TALKATIVE = {"fx.experimental.symbolic_shapes": logging.ERROR, "_subclasses.fake_tensor": logging.CRITICAL}
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
@@ -58,6 +61,7 @@ class Capture:
         key: what identifies the model and the request (`graftc.compiler.capture.cache.key`); None where nothing does.
         assigned: attributes of modules that the forward pass assigned while it was traced.
         anchor: how it compares with the model itself.
+        alike: how many calls of layers were not traced, since they are like others.
     """
 
     program: Program
@@ -68,6 +72,7 @@ class Capture:
     key: str | None = None
     assigned: tuple[str, ...] = ()
     anchor: Anchor | None = None
+    alike: int = 0
 
 
 def capture(
@@ -77,6 +82,7 @@ def capture(
     flags: Flags = (),
     mode: Mode = "train",
     canonical: Mapping[str, str] | None = None,
+    alike: bool = True,
 ) -> Capture:
     """Capture ``model`` for one signature.
 
@@ -86,28 +92,45 @@ def capture(
         flags: other keyword arguments; they become constants of the graph.
         mode: capture in train mode (the default) or in eval mode.
         canonical: tied tensor names to the name that owns the tensor.
+        alike: trace one of the layers that are alike, see `graftc.compiler.capture.alike`; all of them otherwise.
 
     Raises:
         GraftError: GC030 when torch.export cannot capture the model.
     """
     chosen = list(axes) if axes is not None else default_axes(model)
-    device = device_of(model)
-    inputs = {axis.name: axis.example(device) for axis in chosen}
     started = time.perf_counter()
+    found = _captured(model, chosen, flags, mode, canonical or {}, alike=True) if alike else None
+    if found is None:
+        found = _captured(model, chosen, flags, mode, canonical or {}, alike=False)
+    assert found is not None
+    found.seconds = time.perf_counter() - started
+    return found
+
+
+def _captured(
+    model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode, canonical: Mapping[str, str], *, alike: bool
+) -> Capture | None:
+    """One attempt; None where layers that seemed to be alike are not, or where anything else is in the way of that."""
+    device = device_of(model)
+    inputs = {axis.name: axis.example(device) for axis in axes}
     with ExitStack() as stack:
-        notes = stack.enter_context(as_captured(model, chosen, flags, mode))
+        notes = stack.enter_context(as_captured(model, axes, flags, mode))
         stack.enter_context(_patches(model))
+        repeats = stack.enter_context(traced_once(model)) if alike else None
         assigned = stack.enter_context(noticed(model))
         try:
-            exported, sizes = _export(model, chosen, inputs)
-            result = _program(exported, sizes.specs(), canonical or {})
+            exported, sizes = _export(model, axes, inputs, repeats)
+            result = _program(exported, sizes.specs(), canonical, repeats)
             require_products(result.program.graph)
         except Exception as error:
-            raise not_captured(model, chosen, flags, inputs, error) from error
+            if repeats is not None and repeats.calls:
+                return None
+            raise not_captured(model, axes, flags, inputs, error) from error
+    result.alike = repeats.reused if repeats is not None else 0
+    if assigned and result.alike:
+        return None
     result.program.mode, result.program.flags = mode, flags
-    notes += fixed_notes(chosen, result.program.inputs)
-    result.seconds = time.perf_counter() - started
-    result.notes, result.assigned = tuple(notes), tuple(assigned)
+    result.notes, result.assigned = (*notes, *fixed_notes(axes, result.program.inputs)), tuple(assigned)
     return result
 
 
@@ -129,12 +152,14 @@ def as_captured(model: nn.Module, axes: Sequence[Axis], flags: Flags, mode: Mode
 
 
 def _export(
-    model: nn.Module, axes: Sequence[Axis], inputs: Mapping[str, torch.Tensor]
+    model: nn.Module, axes: Sequence[Axis], inputs: Mapping[str, torch.Tensor], repeats: Repeats | None
 ) -> tuple[torch.export.ExportedProgram, InputSizes]:
     """Export with every axis as dynamic as it can be, and again with those fixed that turned out to be bound."""
     auto = torch.export.Dim.AUTO
     dynamic = {a.name: {i: auto for i in range(len(a.axes)) if _may_vary(a, i)} for a in axes}
     while True:
+        if repeats is not None:
+            repeats.restart()
         # Remembering calls costs more than it saves where sizes are symbols: a fifth to two fifths of a capture.
         with _silence(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             found = torch.export.export(
@@ -304,11 +329,16 @@ def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Itera
 
 
 def _program(
-    exported: torch.export.ExportedProgram, inputs: tuple[InputSpec, ...], canonical: Mapping[str, str]
+    exported: torch.export.ExportedProgram,
+    inputs: tuple[InputSpec, ...],
+    canonical: Mapping[str, str],
+    repeats: Repeats | None = None,
 ) -> Capture:
     names = _numbered(exported)
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
+    if repeats is not None:
+        inlined(module.graph, repeats, names)
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     attributes: dict[str, fx.Node] = {}
@@ -326,7 +356,9 @@ def _program(
         elif node.op == "get_attr":
             attributes[target] = copied = graph.create_node("get_attr", target, name=name)
         else:
-            copied = graph.node_copy(node, lambda old: mapping[old])
+            args, kwargs = map_nodes((node.args, dict(node.kwargs)), mapping.__getitem__)
+            name = _NUMBER.sub("", node.name) if node.op == "call_function" else node.name
+            copied = graph.create_node(node.op, node.target, tuple(args), kwargs, name)
         mapping[node] = copied
         path = target.rpartition(".")[0] if node.op == "get_attr" else _module_path(node)
         copied.meta = {"val": node.meta.get("val"), "module": path}

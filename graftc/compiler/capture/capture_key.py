@@ -19,6 +19,7 @@ import re
 import types
 import weakref
 from collections.abc import Sequence, Set
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -138,6 +139,19 @@ def held_by(model: nn.Module) -> dict[str, str] | None:
     return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in found.items()}
 
 
+def held_by_modules(model: nn.Module) -> dict[str, list[Any]]:
+    """What each module of a model holds, as JSON data that is equal where they hold the same: its class, the names of
+    its modules, its attributes, and the buffers that no checkpoint has. Modules that hold something which cannot be
+    written down are left out. By path.
+    """
+    walk = _Walk(model)
+    found: dict[str, list[Any]] = {}
+    for path, module in model.named_modules():
+        with suppress(UnknownHoldingError):
+            found[path] = walk.module(path, module)[1:]
+    return found
+
+
 class _Walk:
     """One walk. What was met is numbered in the order of meeting, so that equal models give equal data."""
 
@@ -163,7 +177,7 @@ class _Walk:
             if kind.startswith("_global_") and kind.endswith("_hooks") and hooks and "state" not in kind:
                 raise UnknownHoldingError(kind.strip("_"), "hooks on every module of the process")
         tensors = self._stored()
-        modules = [self._module(path, module) for path, module in self._model.named_modules(remove_duplicate=False)]
+        modules = [self.module(path, module) for path, module in self._model.named_modules(remove_duplicate=False)]
         code = self._reached()
         if "requires_grad" in self._names:
             tensors.append([p.requires_grad for p in self._model.parameters()])
@@ -184,7 +198,7 @@ class _Walk:
                 )
         return found
 
-    def _module(self, path: str, module: nn.Module) -> list[Any]:
+    def module(self, path: str, module: nn.Module) -> list[Any]:
         if self._paths[id(module)] != path:
             return [path, "is", self._paths[id(module)]]
         held = vars(module)

@@ -1,0 +1,305 @@
+"""Layers that are alike are traced once: what the tracer records of one is put in the place of the others.
+
+Where a layer is called with arguments of the same types, and in the same state of torch, as one before that holds the
+same (`alike_modules`), its ``forward`` does not run. An operator that computes nothing stands for the call while the
+tracer is at work (`traced_once`); afterwards `alike_graph` puts the nodes of the first call there, over the layer's own
+tensors.
+
+Whole numbers may differ between layers that are alike, since most know their own place, unless ``forward`` reads them:
+reads are watched. What a forward pass does beside giving its result is looked for, and nothing is taken over then:
+attributes and arguments that it changes; values that something outside of the layer uses; values that are neither
+arguments nor the layer's tensors; sizes that depend on data. The last layer is traced as well, and has to do the same
+as the one that was taken over.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn, overrides
+from torch.utils import _python_dispatch
+
+from graftc.compiler.capture.alike_modules import Layer, Place, alike
+from graftc.compiler.capture.assignments import Attributes
+from graftc.passes.core.ir.shapes import expression
+
+_LIBRARY: Any = torch.library.Library("graftc_capture", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define("begin(int call, Tensor[] inputs) -> ()")
+_LIBRARY.define("end(int call, Tensor[] outputs) -> ()")
+_LIBRARY.define("again(int call, int layer, Tensor[] inputs) -> Tensor[]")
+BEGIN: Any = torch.ops.graftc_capture.begin.default
+"""Stands in front of what is traced of a call: its number, the tensors that it is given."""
+END: Any = torch.ops.graftc_capture.end.default
+"""Stands behind it: its number, the tensors that it made."""
+AGAIN: Any = torch.ops.graftc_capture.again.default
+"""Stands for a call that is not traced: the number of the one that was, the layer's, the tensors that it is given."""
+for _mark in (BEGIN, END):
+    fx.node.has_side_effect(_mark)  # kept, though nobody uses what it gives
+
+
+@dataclass(eq=False)
+class TracedCall:
+    """A call of a layer.
+
+    Attributes:
+        number: of the call.
+        layer: whose.
+        key: what another call has to have in common with it, numbers aside.
+        read: the numbers of the layer that were read.
+        result: how it is put together from the tensors given and made.
+        made: types of the tensors that it made.
+        reusable: whether it changed nothing that can be seen from outside.
+    """
+
+    number: int
+    layer: Layer
+    key: Any
+    read: set[Place] = field(default_factory=set)
+    result: Any = None
+    made: list[tuple[Any, ...]] = field(default_factory=list)
+    reusable: bool = False
+
+    def stands_for(self, other: TracedCall) -> bool:
+        """Whether this one, of which it is known what it reads, says what another one does."""
+        same = all(self.layer.numbers[place] == other.layer.numbers[place] for place in self.read)
+        return same and self is not other and self.layer.group is other.layer.group and self.key == other.key
+
+
+class Repeats:
+    """What was traced once, and what stands for what.
+
+    Attributes:
+        layers: those that are like others.
+        calls: what was traced of them, by number.
+        reused: how many calls were not traced.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
+        self.calls: list[TracedCall] = []
+        self.reused = 0
+        self._number = {id(layer): number for number, layer in enumerate(layers)}
+        self._open: TracedCall | None = None
+
+    def restart(self) -> None:
+        """Forget what was traced: the tracer begins anew."""
+        self.calls, self.reused, self._open = [], 0, None
+
+    def call(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A call of a layer while the model is traced."""
+        tensors: list[Tensor] = []
+        given = [list(args), kwargs]
+        try:
+            told = _told(given, tensors)
+        except _UntoldError:
+            return forward(*args, **kwargs)
+        if self._open is not None:  # a layer within a layer is part of that
+            return forward(*args, **kwargs)
+        call = TracedCall(len(self.calls), layer, [told, _state(layer.module)])
+        known = next((one for one in self.calls if one.reusable and one.stands_for(call)), None)
+        if known is None or layer.is_last:
+            self.calls.append(call)
+            return self._traced(call, tensors, given, lambda: forward(*args, **kwargs))
+        self.reused += 1
+        made = AGAIN(known.number, self._number[id(layer)], tensors)
+        return _put_together(known.result, tensors, made)
+
+    def _traced(self, call: TracedCall, tensors: list[Tensor], given: Any, run: Callable[[], Any]) -> Any:
+        modules = list(call.layer.module.modules())
+        before = [(module, Attributes(module), dict(module._buffers)) for module in modules]
+        BEGIN(call.number, tensors)
+        self._open = call
+        try:
+            result = run()
+        finally:
+            self._open = None
+        made: list[Tensor] = []
+        after: list[Tensor] = []
+        try:
+            call.result = _taken_apart(result, tensors, made)
+            same = _told(given, after) == call.key[0] and all(a is b for a, b in zip(after, tensors, strict=True))
+            kept = [not held.changed() and _same(module._buffers, buffers) for module, held, buffers in before]
+            call.reusable = same and all(kept)
+        except _UntoldError:
+            made.clear()
+        call.made = [(t.dtype, t.device, tuple(t.shape), t.stride()) for t in made]
+        END(call.number, made)
+        return result
+
+    def note(self, place: Place) -> None:
+        """A number of a layer is read."""
+        if self._open is not None:
+            self._open.read.add(place)
+
+
+_TRACING: list[Repeats] = []
+
+
+def _nothing(call: int, tensors: list[Tensor]) -> None:
+    return None
+
+
+def _again(call: int, layer: int, inputs: list[Tensor]) -> list[Tensor]:
+    made = _TRACING[-1].calls[call].made
+    return [torch.empty_strided(size, stride, dtype=dtype, device=device) for dtype, device, size, stride in made]
+
+
+for _name, _fake in (("begin", _nothing), ("end", _nothing), ("again", _again)):
+    torch.library.register_fake(f"graftc_capture::{_name}", _fake, lib=_LIBRARY)
+
+
+@contextmanager
+def traced_once(model: nn.Module) -> Iterator[Repeats]:
+    """Inside, the tracer runs one of the layers that are alike, and operators stand for the others.
+
+    Args:
+        model: any module, in the state in which it is captured; as before afterwards.
+    """
+    repeats = Repeats(alike(model))
+    with ExitStack() as stack:
+        for layer in repeats.layers:
+            stack.enter_context(_called_through(repeats, layer))
+        stack.enter_context(_watched(repeats))
+        _TRACING.append(repeats)
+        stack.callback(_TRACING.pop)
+        yield repeats
+
+
+@contextmanager
+def _called_through(repeats: Repeats, layer: Layer) -> Iterator[None]:
+    original = layer.module.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return repeats.call(layer, original, args, kwargs)
+
+    vars(layer.module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(layer.module)["forward"]
+
+
+class _Watched:
+    """Stands for an attribute of a class's instances, which keep its value, and tells of reads."""
+
+    def __init__(self, name: str, note: Callable[[nn.Module, str], None]) -> None:
+        self._name, self._note = name, note
+
+    def __get__(self, owner: nn.Module | None, kind: type) -> Any:
+        if owner is None or self._name not in vars(owner):
+            raise AttributeError(self._name)
+        self._note(owner, self._name)
+        return vars(owner)[self._name]
+
+    def __set__(self, owner: nn.Module, value: Any) -> None:
+        vars(owner)[self._name] = value
+
+    def __delete__(self, owner: nn.Module) -> None:
+        if self._name not in vars(owner):
+            raise AttributeError(self._name)
+        del vars(owner)[self._name]
+
+
+@contextmanager
+def _watched(repeats: Repeats) -> Iterator[None]:
+    """Inside, reads of the numbers in which layers of a group differ are noted."""
+    paths: dict[int, str] = {}
+    watched: set[tuple[type, str]] = set()
+    for layer in repeats.layers:
+        parts, first = dict(layer.module.named_modules()), layer.group[0].numbers
+        paths |= {id(part): path for path, part in parts.items()}
+        watched |= {(type(parts[at]), name) for (at, name), n in layer.numbers.items() if n != first[at, name]}
+
+    def note(module: nn.Module, name: str) -> None:
+        if id(module) in paths:
+            repeats.note((paths[id(module)], name))
+
+    try:
+        for kind, name in watched:
+            setattr(kind, name, _Watched(name, note))
+        yield
+    finally:
+        for kind, name in watched:
+            delattr(kind, name)
+
+
+# --- what a call depends on, and what it gives -------------------------------------------------------------
+
+
+class _UntoldError(Exception):
+    """A value of a kind that is not looked into."""
+
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def _told(value: Any, tensors: list[Tensor]) -> Any:
+    """A value as data; tensors by their types and by which of them are one object, and collected in order."""
+    if isinstance(value, Tensor):
+        at = next((i for i, known in enumerate(tensors) if known is value), None)
+        if at is not None:
+            return ["known", at]
+        if value.layout != torch.strided or value.is_conj() or value.is_neg():
+            raise _UntoldError
+        tensors.append(value)
+        sizes = [expression(size) for size in (*value.shape, *value.stride(), value.storage_offset())]
+        return ["new", value.dtype, value.device, value.dim(), sizes, value.requires_grad, type(value)]
+    if type(value) in (list, tuple):
+        return [type(value), [_told(item, tensors) for item in value]]
+    if type(value) is dict:
+        return [dict, [(_told(key, tensors), _told(item, tensors)) for key, item in value.items()]]
+    if type(value) in _PLAIN:
+        return [type(value), value]
+    raise _UntoldError
+
+
+def _taken_apart(value: Any, given: list[Tensor], made: list[Tensor]) -> Any:
+    """A result as data; tensors by their place among those given, or among those made, which are collected."""
+    if isinstance(value, Tensor):
+        for kind, known in (("given", given), ("made", made)):
+            at = next((i for i, tensor in enumerate(known) if tensor is value), None)
+            if at is not None:
+                return kind, at
+        if value.layout != torch.strided or value.is_conj() or value.is_neg() or value.requires_grad:
+            raise _UntoldError
+        made.append(value)
+        return "made", len(made) - 1
+    if type(value) in (list, tuple):
+        return type(value), [_taken_apart(item, given, made) for item in value]
+    if type(value) in _PLAIN:
+        return "plain", value
+    raise _UntoldError
+
+
+def _put_together(data: Any, given: Sequence[Tensor], made: Sequence[Tensor]) -> Any:
+    kind, content = data
+    if kind in ("given", "made"):
+        return (given if kind == "given" else made)[content]
+    return content if kind == "plain" else kind(_put_together(item, given, made) for item in content)
+
+
+def _state(module: nn.Module) -> Any:
+    """What else a forward pass depends on: the state of torch, the modes of modules, how many hooks there are within.
+    Those of the layer itself run in any case."""
+    autocast = [
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda", "mps", "xpu")
+        if torch.amp.is_autocast_available(kind)
+    ]
+    state = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast]
+    function_modes: Any = overrides._get_current_function_mode_stack
+    modes = [*function_modes(), *_python_dispatch._get_current_dispatch_mode_stack()]
+    inside = [
+        (m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in module.modules() if m is not module
+    ]
+    return [state, modes, module.training, inside]
+
+
+def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    return now.keys() == before.keys() and all(now[name] is value for name, value in before.items())

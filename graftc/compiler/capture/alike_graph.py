@@ -1,0 +1,180 @@
+"""The nodes of a layer that was traced, put in the place of the calls of those that are like it.
+
+See `graftc.compiler.capture.alike`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from graftc.compiler.capture.alike import AGAIN, BEGIN, END, Repeats, TracedCall
+from graftc.passes.core.ir.shapes import expression
+
+
+class NotAlikeError(Exception):
+    """What a layer does cannot be put in the place of another one's call."""
+
+
+def inlined(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str]) -> None:
+    """Put what was traced of layers in the place of the calls of those that are like them.
+
+    Args:
+        graph: as it was exported, with the model's tensors as attributes; changed in place.
+        repeats: what `traced_once` gave while it was.
+        names: of the model's tensors, by those of attributes.
+
+    Raises:
+        NotAlikeError: what was traced is not all that a layer does, or the last one does something else.
+    """
+    _Inlining(graph, repeats, names).run()
+
+
+@dataclass(eq=False)
+class _Segment:
+    """What was traced of a call: what it was given, its nodes without sizes and tensors of the model, what it made."""
+
+    call: TracedCall
+    given: list[fx.Node]
+    nodes: list[fx.Node] = field(default_factory=list)
+    made: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.call.layer.path}."
+
+
+class _Inlining:
+    def __init__(self, graph: fx.Graph, repeats: Repeats, names: Mapping[str, str]) -> None:
+        self._graph, self._repeats = graph, repeats
+        self._tensors = {names.get(str(n.target), str(n.target)): n for n in graph.find_nodes(op="get_attr")}
+        self._names = {node: name for name, node in self._tensors.items()}
+        self._segments: dict[int, _Segment] = {}
+        self._marks: set[fx.Node] = set()
+        self._again: list[fx.Node] = []
+        current: _Segment | None = None
+        for node in graph.nodes:
+            if node.target is BEGIN:
+                current = _Segment(repeats.calls[node.args[0]], list(node.args[1]))
+                self._segments[node.args[0]] = current
+                self._marks.add(node)
+            elif node.target is END:
+                self._segments[node.args[0]].made = list(node.args[1])
+                current = None
+                self._marks.add(node)
+            elif node.target is AGAIN:
+                self._again.append(node)
+            elif current is not None and node.op != "get_attr" and not _is_size(node):
+                current.nodes.append(node)
+
+    def run(self) -> None:
+        for number in sorted({_number(node) for node in self._again}):
+            segment = self._segments[number]
+            self._require_closed(segment)
+            for other in self._segments.values():
+                if other.call.layer.is_last and segment.call.stands_for(other.call):
+                    self._require_same(segment, other)
+        for node in self._again:
+            self._replace(node)
+        for node in self._marks:
+            self._graph.erase_node(node)
+
+    def _require_closed(self, segment: _Segment) -> None:
+        """Whether a call depends on nothing but its arguments and its own tensors, and gives nothing but its result."""
+        inside, path = set(segment.nodes), segment.call.layer.path
+        for node in segment.nodes:
+            for source in node.all_input_nodes:
+                own = self._names.get(source, "").startswith(segment.prefix)
+                if not (own or source in inside or source in segment.given or _is_size(source)):
+                    raise NotAlikeError(f"{path} reads {source}, which is not its own")
+            outside = [user for user in node.users if user not in inside and not _is_size(user)]
+            if node not in segment.made and not self._marks.issuperset(outside):
+                raise NotAlikeError(f"{node} of {path} is used outside of it")
+            if free_unbacked_symbols(node.meta.get("val")):
+                raise NotAlikeError(f"sizes in {path} depend on data")
+
+    def _require_same(self, a: _Segment, b: _Segment) -> None:
+        """Whether two calls do the same."""
+        same = dict(zip(a.given, b.given, strict=True))
+
+        def tensor(source: fx.Node, segment: _Segment) -> Any:
+            size = expression(source.meta.get("val")) if _is_size(source) else None
+            return size if size is not None else self._names[source].removeprefix(segment.prefix)
+
+        def first(source: fx.Node) -> Any:
+            return same[source] if source in same else tensor(source, a)
+
+        def second(source: fx.Node) -> Any:
+            return source if source in known else tensor(source, b)
+
+        known = {*b.given, *b.nodes}
+        alike = len(a.nodes) == len(b.nodes) and len(a.made) == len(b.made)
+        for one, other in zip(a.nodes, b.nodes, strict=False):
+            alike = alike and one.target is other.target and _type(one.meta.get("val")) == _type(other.meta.get("val"))
+            alike = alike and _told([one.args, one.kwargs], first) == _told([other.args, other.kwargs], second)
+            same[one] = other
+        if not alike or [same[node] for node in a.made] != b.made:
+            raise NotAlikeError(f"{b.call.layer.path} does not do what {a.call.layer.path} does")
+
+    def _replace(self, again: fx.Node) -> None:
+        args: Any = again.args
+        number, position, inputs = args
+        segment, layer = self._segments[number], self._repeats.layers[position]
+        copies: dict[fx.Node, fx.Node] = dict(zip(segment.given, inputs, strict=True))
+
+        def copied(source: fx.Node) -> Any:
+            if source in copies or _is_size(source):
+                return copies.get(source, source)
+            return self._tensors[f"{layer.path}.{self._names[source].removeprefix(segment.prefix)}"]
+
+        with self._graph.inserting_before(again):
+            for node in segment.nodes:
+                new = copies[node] = self._graph.node_copy(node, copied)
+                new.meta = {"val": node.meta.get("val"), "nn_module_stack": _moved(node, segment, layer.path)}
+        picked: Any
+        for user in list(again.users):  # each picks one of the tensors that it made
+            _, picked = user.args
+            user.replace_all_uses_with(copies[segment.made[picked]])
+            self._graph.erase_node(user)
+        self._graph.erase_node(again)
+
+
+def _moved(node: fx.Node, segment: _Segment, path: str) -> dict[str, tuple[str, Any]]:
+    """A node's stack of modules in another layer, from the layer on."""
+    before = segment.call.layer.path
+    stack = (node.meta.get("nn_module_stack") or {}).items()
+    inside = [
+        (key, at, cls) for key, (at, cls) in stack if at == before or at.startswith((segment.prefix, f"{before}@"))
+    ]
+    return {key: (path + at[len(before) :], cls) for key, at, cls in inside}
+
+
+def _told(value: Any, name: Callable[[fx.Node], Any]) -> Any:
+    """Arguments as data that is equal where they are."""
+    if isinstance(value, fx.Node):
+        return name(value)
+    if isinstance(value, list | tuple):
+        return [_told(item, name) for item in value]
+    if isinstance(value, dict):
+        return {key: _told(item, name) for key, item in value.items()}
+    return type(value), value
+
+
+def _type(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.device, value.dim(), [expression(size) for size in (*value.shape, *value.stride())]
+    return [_type(item) for item in value] if isinstance(value, list | tuple) else expression(value)
+
+
+def _number(node: fx.Node) -> int:
+    number: Any = node.args[0]
+    return int(number)
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)

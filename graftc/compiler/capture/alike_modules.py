@@ -1,0 +1,103 @@
+"""Which layers of a model are alike: modules beside each other that hold the same."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from graftc.compiler.capture.capture_key import held_by_modules
+
+FEWEST = 4
+"""Layers that are alike, from which on it pays: the first and the last one are traced."""
+
+Place = tuple[str, str]
+"""An attribute by the path of its module within a layer and its name."""
+
+
+@dataclass(eq=False)
+class Layer:
+    """One of some layers that hold the same.
+
+    Attributes:
+        path: of its module.
+        module: itself.
+        numbers: the whole numbers that it holds, in which it may differ from the others.
+        group: it and the others, in the order of the model.
+    """
+
+    path: str
+    module: nn.Module
+    numbers: dict[Place, int]
+    group: list[Layer] = field(repr=False)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether none of the others comes behind it."""
+        return self.group[-1] is self
+
+
+def alike(model: nn.Module) -> list[Layer]:
+    """Layers of which there are several that hold the same: classes, values of attributes, types of tensors.
+
+    Only modules that have modules count, and none that is within another one that does. What another module has as
+    well, or holds something that cannot be written down, is like no other.
+    """
+    if any(count > 1 for count in Counter(id(m) for _, m in model.named_modules(remove_duplicate=False)).values()):
+        return []  # the tracer tells apart the paths of a shared module by how it was reached
+    both = (model.named_parameters, model.named_buffers)
+    tensors = Counter(id(tensor) for named in both for _, tensor in named(remove_duplicate=False))
+    held = held_by_modules(model)
+    found: list[Layer] = []
+    pending = [("", model)]
+    while pending:
+        path, module = pending.pop()
+        children = [(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
+        layers = _among(children, held, tensors) if len(children) >= FEWEST else []
+        taken = {id(layer.module) for layer in layers}
+        found += layers
+        pending += [(at, child) for at, child in children if id(child) not in taken]
+    return found
+
+
+def _among(
+    modules: Sequence[tuple[str, nn.Module]], held: Mapping[str, list[Any]], tensors: Mapping[int, int]
+) -> list[Layer]:
+    groups: dict[str, list[Layer]] = defaultdict(list)
+    for path, module in modules:
+        parts = [(name, f"{path}.{name}".rstrip("."), part) for name, part in module.named_modules()]
+        shared = any(tensors[id(tensor)] > 1 for tensor in (*module.parameters(), *module.buffers()))
+        if len(parts) < 2 or shared or "forward" in vars(module) or any(at not in held for _, at, _ in parts):
+            continue
+        numbers: dict[Place, int] = {}
+        group = groups[repr([_described(name, part, held[at], numbers) for name, at, part in parts])]
+        group.append(Layer(path, module, numbers, group))
+    return [layer for group in groups.values() if len(group) >= FEWEST for layer in group]
+
+
+def _described(name: str, module: nn.Module, held: Sequence[Any], numbers: dict[Place, int]) -> list[Any]:
+    """What a module within a layer holds; whole numbers that can be watched go to ``numbers``."""
+    kind, children, values, buffers = held
+    rest: list[Any] = []
+    for attribute, value in values:
+        number = vars(module)[attribute]
+        if type(number) is int and _can_be_watched(type(module), attribute):
+            numbers[name, attribute] = number
+            rest.append(attribute)
+        else:
+            rest.append([attribute, value])
+    tensors = [
+        [key, None if t is None else (t.dtype, t.device, tuple(t.shape), t.stride(), t.requires_grad, type(t))]
+        for table in (module._parameters, module._buffers)
+        for key, t in table.items()
+    ]
+    return [name, kind, children, rest, buffers, tensors]
+
+
+def _can_be_watched(kind: type, name: str) -> bool:
+    """Whether every read of an instance's attribute would come to a descriptor of its class."""
+    own = [base for base in kind.__mro__ if base not in (object, nn.Module)]
+    return not any("__getattribute__" in vars(base) or name in vars(base) for base in own)

@@ -1,0 +1,97 @@
+"""On models of every family, layers that are alike are traced once, and the graph is the one that tracing all gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from graftc.testing import families
+from tests.compiler.taken_over import taken_over
+
+pytestmark = pytest.mark.gate
+
+_WIDTHS = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 80}
+_DECODER = {**_WIDTHS, "num_key_value_heads": 2, "head_dim": 12, "vocab_size": 101}
+_T5 = {"d_model": 48, "d_kv": 12, "d_ff": 80, "num_heads": 4, "vocab_size": 101, "decoder_start_token_id": 0}
+_IMAGES = {"image_size": 32, "patch_size": 8}
+_STATES = {"hidden_size": 48, "state_size": 4, "vocab_size": 101}
+_EXPERTS = {"moe_intermediate_size": 20, "num_experts": 4, "num_experts_per_tok": 2}
+_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 12}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 20}
+
+
+def _of(name: str, config: str, **values: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(transformers, name)(getattr(transformers, config)(**values))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "bert": (lambda: families.bert(num_hidden_layers=6), 4),
+    "gpt2": (lambda: families.gpt2(n_layer=6), 4),
+    "gpt_neox": (lambda: families.gpt_neox(num_hidden_layers=6), 4),
+    "llama": (lambda: families.llama(num_hidden_layers=6), 4),
+    "mixtral": (lambda: families.mixtral(num_hidden_layers=6), 4),
+    # Two kinds of layers in turn, and two in a ratio of five to one, of which the second is too rare.
+    "gemma 2": (_of("Gemma2ForCausalLM", "Gemma2Config", **_DECODER, num_hidden_layers=10), 6),
+    "gemma 3": (_of("Gemma3ForCausalLM", "Gemma3TextConfig", **_DECODER, num_hidden_layers=14), 10),
+    # The first layer holds the relative bias; the first of the others gets it as a tensor of another kind.
+    "t5": (_of("T5ForConditionalGeneration", "T5Config", **_T5, num_layers=6), 6),
+    "vit": (
+        _of("ViTForImageClassification", "ViTConfig", **_WIDTHS, num_hidden_layers=6, image_size=32, patch_size=8),
+        4,
+    ),
+    "mamba": (
+        _of("MambaForCausalLM", "MambaConfig", hidden_size=48, num_hidden_layers=6, vocab_size=101, state_size=4),
+        3,
+    ),
+    "qwen 3 moe": (_of("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **_DECODER, **_EXPERTS, num_hidden_layers=6), 4),
+    "deepseek 3": (
+        _of(
+            "DeepseekV3ForCausalLM",
+            "DeepseekV3Config",
+            **{**_WIDTHS, **_LATENT, **_ROUTED, "num_key_value_heads": 4, "num_hidden_layers": 8, "vocab_size": 101},
+        ),
+        3,
+    ),
+    # One layer that is called several times is no several layers.
+    "albert": (
+        _of("AlbertModel", "AlbertConfig", **_WIDTHS, embedding_size=48, num_hidden_layers=6, vocab_size=101),
+        0,
+    ),
+}
+
+
+def _made(case: str) -> nn.Module:
+    torch.manual_seed(0)
+    return CASES[case][0]().requires_grad_(False)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_families(case: str) -> None:
+    assert taken_over(_made(case)).alike == CASES[case][1]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_modes(mode: str) -> None:
+    assert taken_over(_made("gpt2"), mode=mode).alike == 4
+
+
+@pytest.mark.parametrize(
+    ("case", "flag", "count"),
+    [
+        ("bert", "output_hidden_states", 4),
+        # A cast within the first layer, to the type that its input has, stands for that input from then on.
+        ("llama", "output_hidden_states", 0),
+        # Attentions are noted by hooks within layers, which have to run for each.
+        ("bert", "output_attentions", 0),
+        ("t5", "output_attentions", 0),
+    ],
+)
+def test_what_is_recorded_within_layers(case: str, flag: str, count: int) -> None:
+    model = _made(case)
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    assert taken_over(model, flags=((flag, True),)).alike == count
