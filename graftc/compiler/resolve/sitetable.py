@@ -14,8 +14,8 @@ from graftc.compiler.resolve.token_embeddings import TokenEmbeddings
 from graftc.compiler.roles.findings import Finding, Structure, Sublayer, place
 from graftc.compiler.roles.layer_values import attended, value_sites
 from graftc.compiler.roles.parameters import other_parameters
-from graftc.compiler.roles.positions import position_readers
-from graftc.passes.core.ir.program import Program, above
+from graftc.compiler.roles.positions import PositionsAbove
+from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.sites import (
     AttentionSite,
     EmbeddingSite,
@@ -97,7 +97,7 @@ class SiteTable:
         self._by_node: dict[fx.Node, list[Finding]] = defaultdict(list)
         for finding in structure.findings:
             self._by_node[finding.node].append(finding)
-        self._positions = position_readers(program.graph, structure.findings)
+        self._positions = PositionsAbove(program.graph, structure.findings)
         read = self._read_uses()
         for weight in self.weights.values():
             self._weight(weight)
@@ -204,7 +204,6 @@ class SiteTable:
     def _attention(self, finding: Finding) -> None:
         key = SiteKey(finding.module, finding.role, use=finding.use)
         heads = self.structure.heads.get(finding.node)
-        made = set(above([finding.node]))
         self._add(
             [
                 AttentionSite(
@@ -215,7 +214,7 @@ class SiteTable:
                     keys=heads.keys if heads is not None else None,
                     values=heads.values if heads is not None else None,
                     operands=heads.operands if heads is not None else None,
-                    positions=tuple(p for p in self._positions if p.reader in made),
+                    positions=self._positions.of(finding.node),
                     read=attended(finding.node, self.structure.sublayers),
                 )
             ]

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from graftc.compiler.roles.findings import Finding, Structure, Sublayer
-from graftc.passes.core.ir.program import above
+from graftc.passes.core.ir.program import is_above
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import SiteKey, TokenNumbers, ValueSite
 from graftc.specs.claims import SiteKind
@@ -105,7 +105,7 @@ def attended(attention: fx.Node, sublayers: Iterable[Sublayer]) -> fx.Node | Non
     """
     for sublayer in sublayers:
         attends = any(role.endswith("attn.sublayer") for role in sublayer.roles)
-        if attends and sublayer.projection > attention and attention in above([sublayer.projection]):
+        if attends and sublayer.projection > attention and is_above(sublayer.projection, attention):
             return sublayer.normed
     return None
 

@@ -29,6 +29,29 @@ def position_readers(graph: fx.Graph, findings: Iterable[Finding]) -> list[Posit
     return [found[node] for node in sorted(found)]
 
 
+class PositionsAbove:
+    """Which calls that read positions each value of a graph depends on.
+
+    Args:
+        graph: the graph.
+        findings: its roles.
+    """
+
+    def __init__(self, graph: fx.Graph, findings: Iterable[Finding]) -> None:
+        self._all = position_readers(graph, findings)
+        own = {positions.reader: 1 << number for number, positions in enumerate(self._all)}
+        self._above: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            mark = own.get(node, 0)
+            for source in node.all_input_nodes:
+                mark |= self._above[source]
+            self._above[node] = mark
+
+    def of(self, value: fx.Node) -> tuple[Positions, ...]:
+        """Those of a value, in graph order."""
+        return tuple(positions for number, positions in enumerate(self._all) if self._above[value] >> number & 1)
+
+
 def _casts(node: fx.Node) -> list[fx.Node]:
     """The calls above a rotation that make numbers of whole ones."""
     found, pending, seen = [], [node], {node}

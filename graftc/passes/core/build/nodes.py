@@ -64,6 +64,7 @@ class Nodes:
         self.attributes: dict[str, fx.Node] = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
         self.current: Site | None = None
         self._emitted: set[fx.Node] = set()
+        self._first: fx.Node | None = None
 
     @contextmanager
     def on(self, site: Site) -> Iterator[None]:
@@ -98,13 +99,17 @@ class Nodes:
         for source in sources:
             if source.op == "get_attr" and source > node:
                 node.prepend(source)
+        if self._first is not None and node < self._first:
+            self._first = node
         node.meta = {"val": self._types.call(target, args, kwargs), **self._tags(part)}
         self._emitted.add(node)
         return node
 
     def _first_call(self) -> fx.Node:
-        first: fx.Node = next(n for n in self.program.graph.nodes if n.op in ("call_function", "output"))
-        return first
+        """The node behind inputs and tensors; looked for once, since there may be thousands of tensors."""
+        if self._first is None or self._first._erased:
+            self._first = next(n for n in self.program.graph.nodes if n.op in ("call_function", "output"))
+        return self._first
 
     def _tags(self, part: str) -> dict[str, Any]:
         site = str(self.current.key) if self.current is not None else ""

@@ -8,7 +8,7 @@ of the Store, or a value that the graph made itself.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -64,10 +64,15 @@ class Memory:
         return found
 
 
+def _written(graph: fx.Graph) -> Mapping[fx.Node, frozenset[fx.Node]]:
+    """`Memory.writes`; whose memory values are does not matter where no operator writes, as in most graphs."""
+    return Memory(graph).writes if any(_may_write(node.target) for node in graph.nodes) else {}
+
+
 def updated(graph: fx.Graph) -> dict[str, fx.Node]:
     """Tensors of the Store that a graph writes to, by name, each with the first node that does."""
     found: dict[str, fx.Node] = {}
-    for node, roots in Memory(graph).writes.items():
+    for node, roots in _written(graph).items():
         for root in roots:
             if root.op == "get_attr":
                 found.setdefault(str(root.target), node)
@@ -79,7 +84,7 @@ def flaw(graph: fx.Graph, mode: Mode, is_buffer: Callable[[str], bool]) -> tuple
 
     A graph may change values that it made itself, and, in train mode, buffers.
     """
-    for node, roots in Memory(graph).writes.items():
+    for node, roots in _written(graph).items():
         for root in sorted(roots):
             if root.op == "placeholder":
                 return node, f"it writes to the input {root.target}"
@@ -120,12 +125,14 @@ def _is_product(node: fx.Node, operands: Any) -> bool:
     return node.target is aten.einsum.default and isinstance(operands, (list, tuple)) and len(operands) > 1
 
 
+def _may_write(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and (target in _STATISTICS or target._schema.is_mutable)
+
+
 def _writes(node: fx.Node, name: str, given: dict[str, Any]) -> bool:
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not _may_write(target):
         return False
     if target in _STATISTICS:
         return name in ("running_mean", "running_var") and given.get(_STATISTICS[target]) is not False
-    if not target._schema.is_mutable:
-        return False
     return any(a.name == name and a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments)

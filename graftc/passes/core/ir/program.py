@@ -256,6 +256,20 @@ def above(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> list[fx.N
     return sorted(found)
 
 
+def is_above(node: fx.Node, other: fx.Node) -> bool:
+    """Whether a node is made from another one; what stands in front of that one is not looked at."""
+    found, pending = {node}, [node]
+    while pending:
+        current = pending.pop()
+        if current is other:
+            return True
+        for source in current.all_input_nodes:
+            if source not in found and not source < other:
+                found.add(source)
+                pending.append(source)
+    return False
+
+
 def map_nodes(value: Any, fn: Callable[[fx.Node], Any]) -> Any:
     """``value`` (arguments of a node) with ``fn`` applied to every node in it."""
     return fx.node.map_arg(value, fn)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -221,50 +222,131 @@ def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = Fal
             assigned[symbol] = free if high is None else min(free, high)
         return assigned[symbol]
 
-    sizes = Sizes(assign)
-    meta = torch.device("meta")
-    values: dict[fx.Node, Any] = {}
-    known: dict[Any, Any] = {}
-
-    def concrete(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return torch.empty(sizes.shape(value), dtype=value.dtype, device=meta)
-        if isinstance(value, list | tuple):
-            return tuple(concrete(v) for v in value)
-        return value if value is None or isinstance(value, bool | float) else sizes.size(value)
-
-    def number(value: Any) -> Any:
-        return sizes.size(value) if isinstance(value, torch.SymInt) else value
-
+    calls = _Calls(Sizes(assign))
     for node in program.graph.nodes:
         if not _is_call(node):
             if node.op != "output":
-                values[node] = concrete(node.meta["val"])
+                calls.values[node] = calls.concrete(node.meta["val"])
             continue
-        args, kwargs = map_nodes((node.args, dict(node.kwargs)), values.__getitem__)
+        inserted = provenance(node) is not None
+        expected, call = calls.concrete(node.meta["val"]), calls.made(node)
+        if call.mixed and (strict or inserted):
+            return node, f"it multiplies {call.mixed}"
+        if call.error is not None:
+            if inserted or (strict and not _depends_on_values(node, call.error)):
+                return node, f"it does not run on the meta device: {call.error}"
+            calls.values[node] = expected
+            continue
+        calls.values[node] = found = call.result
+        if type(found) is int and abs(found) >= _LARGEST:
+            return node, "it gives a number without end"
+        if not calls.alike(found, expected):
+            return node, f"it gives {_plain(found)}, the graph says {_plain(expected)}"
+    return None
+
+
+@dataclass
+class _Call:
+    """What a call gives on the meta device.
+
+    Attributes:
+        mixed: see `mixed_product`.
+        result: its result; None where it was refused.
+        error: why it was.
+    """
+
+    mixed: str
+    result: Any = None
+    error: Exception | None = None
+
+
+class _Calls:
+    """Calls on the meta device, each kind made once: layers that are alike make the same ones, and types are all there
+    is to a value there.
+
+    Args:
+        sizes: numbers for sizes.
+
+    Attributes:
+        values: by node; values that are known to be of one type are mostly one object.
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+        self.values: dict[fx.Node, Any] = {}
+        self._made: dict[Any, _Call] = {}
+        self._concrete: dict[int, Any] = {}
+        self._tensors: dict[Any, Tensor] = {}
+        self._alike: set[tuple[int, int]] = set()
+
+    def concrete(self, value: Any) -> Any:
+        """A value of a graph with numbers for sizes; graphs hold theirs, so that they are known by identity."""
+        if id(value) not in self._concrete:
+            self._concrete[id(value)] = self._new(value)
+        return self._concrete[id(value)]
+
+    def _new(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._one(torch.empty(self._sizes.shape(value), dtype=value.dtype, device=_META))
+        if isinstance(value, list | tuple):
+            return tuple(self._new(v) for v in value)
+        return value if value is None or isinstance(value, bool | float) else self._sizes.size(value)
+
+    def _one(self, value: Any) -> Any:
+        """The one object for all values of a type."""
+        if isinstance(value, Tensor):
+            return self._tensors.setdefault((value.dtype, value.shape, value.stride()), value)
+        return type(value)(map(self._one, value)) if type(value) in (list, tuple) else value
+
+    def made(self, node: fx.Node) -> _Call:
+        """What the call of a node gives."""
+        key = (node.target, self._key(node.args), self._key(node.kwargs))
+        found = self._made.get(key)
+        if found is None:
+            found = self._made[key] = self._run(node)
+        return found
+
+    def _run(self, node: fx.Node) -> _Call:
+        def number(value: Any) -> Any:
+            return self._sizes.size(value) if isinstance(value, torch.SymInt) else value
+
+        args, kwargs = map_nodes((node.args, dict(node.kwargs)), self.values.__getitem__)
         args, kwargs = fx.node.map_aggregate((args, kwargs), number)
         if takes_device(node.target):
-            kwargs = {**kwargs, "device": meta}
-        expected = concrete(node.meta["val"])
-        key = (node.target, repr(_plain(args)), repr(_plain(kwargs)))
-        mixed = mixed_product(node.target, args)
-        if mixed and (strict or provenance(node) is not None):
-            return node, f"it multiplies {mixed}"
+            kwargs = {**kwargs, "device": _META}
+        target: Any = node.target
+        call = _Call(mixed_product(target, args))
         try:
-            # Identical layers make identical calls, and on the meta device a call's types are all there is to it.
-            if key not in known:
-                known[key] = node.target(*args, **kwargs)
-            values[node] = known[key]
-            if type(values[node]) is int and abs(values[node]) >= _LARGEST:
-                return node, "it gives a number without end"
+            call.result = self._one(target(*args, **kwargs))
         except _REFUSALS as error:
-            if provenance(node) is not None or (strict and not _depends_on_values(node, error)):
-                return node, f"it does not run on the meta device: {error}"
-            values[node] = expected
-            continue
-        if _kind(values[node]) != _kind(expected):
-            return node, f"it gives {_plain(values[node])}, the graph says {_plain(expected)}"
-    return None
+            call.error = error
+        return call
+
+    def _key(self, argument: Any) -> Any:
+        """An argument as something to look calls up by: equal for values of one type, as far as that is known."""
+        if isinstance(argument, fx.Node):
+            argument = self.values[argument]
+            if isinstance(argument, Tensor):
+                return (Tensor, id(argument))
+        if isinstance(argument, list | tuple):
+            return tuple(self._key(item) for item in argument)
+        if isinstance(argument, dict):
+            return tuple((name, self._key(item)) for name, item in argument.items())
+        if isinstance(argument, slice):
+            return (slice, self._key((argument.start, argument.stop, argument.step)))
+        if isinstance(argument, torch.SymInt):
+            argument = self._sizes.size(argument)
+        return (type(argument), argument)
+
+    def alike(self, value: Any, expected: Any) -> bool:
+        """Whether two values are of one type."""
+        known = (id(value), id(expected))
+        if known not in self._alike and _kind(value) == _kind(expected):
+            self._alike.add(known)
+        return known in self._alike
+
+
+_META = torch.device("meta")
 
 
 def _ranges(program: Program) -> dict[str, tuple[int, int | None]]:
