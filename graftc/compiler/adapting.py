@@ -24,6 +24,7 @@ from graftc.compiler.capture.cache import captured, forget, keep
 from graftc.compiler.capture.capture import Capture, capture, random_structure
 from graftc.compiler.capture.draws import draws
 from graftc.compiler.capture.interface import Flags, dtype_of
+from graftc.compiler.capture.isolation import seldom_collected
 from graftc.compiler.capture.signature import Axis, inputs_of_program
 from graftc.compiler.capture.untraced import unkept
 from graftc.compiler.compilation import Compilation, Resolution
@@ -84,7 +85,7 @@ def adapt_signature(
         axes, flags: the inputs and flags of the source model.
         controls: inputs beside these, which choose among adaptations.
     """
-    with progress.compiling(type(compilation.source).__name__):
+    with progress.compiling(type(compilation.source).__name__), seldom_collected():
         return _adapt_signature(compilation, axes, flags, controls)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -163,3 +164,27 @@ def test_the_default_dtype_is_restored_when_threads_overlap() -> None:
         leave.set()
         thread.join()
         assert torch.get_default_dtype() == torch.float64
+
+
+def test_cycles_of_objects_are_looked_for_as_before_once_a_graph_is_made() -> None:
+    """While it is made, seldom, unless somebody wants it more seldom still."""
+    before, inside = gc.get_threshold(), list[tuple[int, int, int]]()
+
+    class Asking(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            inside.append(gc.get_threshold())
+            return super().forward(x)
+
+    def asked(*thresholds: int) -> tuple[int, int, int]:
+        gc.set_threshold(*thresholds)
+        inside.clear()
+        graftc.check(SPEC, Asking(), EXAMPLE)
+        assert gc.get_threshold() == thresholds
+        return inside[0]
+
+    try:
+        assert min(asked(700, 10, 10)) > 10
+        assert asked(10**6, 10, 10)[0] == 10**6
+        assert asked(0, 10, 10) == (0, 10, 10)
+    finally:
+        gc.set_threshold(*before)

@@ -7,6 +7,7 @@ globals of the process, and a capture changes the model for a while, so that two
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -61,6 +62,25 @@ def exclusive() -> Iterator[None]:
             yield
         finally:
             _holder = before
+
+
+@contextmanager
+def seldom_collected() -> Iterator[None]:
+    """Inside, Python looks for cycles of objects that nobody needs seldom, and among new objects alone.
+
+    A compile makes many objects that stay, and with the modules of torch and transformers about a fourth of its time
+    would go into looking through all of them, again and again.
+    """
+    before = gc.get_threshold()
+    if before[0]:  # 0 is never
+        gc.set_threshold(*map(max, before, _SELDOM))
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+_SELDOM = (100_000, 50, 100)
 
 
 def is_traced() -> bool:

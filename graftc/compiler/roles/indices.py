@@ -26,6 +26,10 @@ def distinct(index: Tensor) -> dict[int, Tensor]:
         if stride == 0 and index.shape[dim]:
             index = index.narrow(dim, 0, 1)
     flat = index.reshape(-1)
+    if flat.numel() and (low := int(flat[0])) >= 0:
+        high = low + flat.numel() - 1
+        if low >> SHIFT == high >> SHIFT and torch.equal(flat, torch.arange(low, high + 1)):  # as they mostly are
+            return {low >> SHIFT: flat & _COLUMN}
     flat = flat[flat >= 0]
     if not flat.numel():
         return {}

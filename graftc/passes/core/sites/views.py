@@ -66,7 +66,7 @@ class View:
         if len(self._shape) != 2:
             return None
         first, second = self._shape
-        if len(self.chain) == 1:
+        if all(op_name(node) in _IN_PLACE for node in self.chain[1:]):
             return self.slice(Layout.ROWS if out_axis == 0 else Layout.COLUMNS)
         if any(op_name(node) in _PICKING for node in self.chain):
             return None
