@@ -130,7 +130,7 @@ def _may_write(target: Any) -> bool:
 
 
 def _writes(node: fx.Node, name: str, given: dict[str, Any]) -> bool:
-    target = node.target
+    target: Any = node.target
     if not _may_write(target):
         return False
     if target in _STATISTICS:
