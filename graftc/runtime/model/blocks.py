@@ -175,6 +175,19 @@ class Runner:
         """Blocks by module path."""
         return {name: module for name, module in self.module.named_modules() if isinstance(module, Block)}
 
+    def compile_layers(self, **options: Any) -> None:
+        """Have `torch.compile` compile every repeated layer by itself, in place, when it is called next.
+
+        Layers that do the same share their code, so that compiling takes as long for a deep model as for a shallow one;
+        what is around them, such as embeddings, the head and the loss, runs as before. A model without repeated layers
+        is compiled as a whole. See `torch.nn.Module.compile`, which compiles the model as one graph.
+
+        Args:
+            options: those of `torch.compile`: ``backend``, ``mode``, ``dynamic`` ...
+        """
+        for module in self.blocks.values() or [self.module]:
+            module.compile(**options)
+
     def install(self, key: ProgramKey, program: Program) -> None:
         """Lower a Program to code; `run` runs it under ``key``."""
         self._programs[key] = program
