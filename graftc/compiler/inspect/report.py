@@ -6,6 +6,7 @@ The task head is not counted (it trains anyway); a percentage is of base plus ad
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -117,18 +118,19 @@ def report(compilation: Compilation) -> Report:
     store, main = compilation.store, compilation.main
     adapted, base_eval = compilation.program("eval"), compilation.program("eval", "base")
     base = sum(t.numel() for _, t in store.base() if isinstance(t, nn.Parameter))
-    entries = [_entry(item.name, item.spec.method, len(item.places), adapted, store) for item in main.resolved]
+    counts = _Counts(adapted, store)
+    entries = [counts.entry(item.name, item.spec.method, len(item.places)) for item in main.resolved]
     for unit in compilation.units:
         if unit.composition is not None:
             places = {site.key for member in unit.members for site, _ in member.places}
-            entries.append(_entry(unit.name, unit.composition.kind, len(places), adapted, store))
+            entries.append(counts.entry(unit.name, unit.composition.kind, len(places)))
     if compilation.spec.tokens is not None:
         tables = {edit.own.tensor for edit in compilation.tensor_edits.copies(TOKENS)}
-        entries.insert(0, _entry(TOKENS, TOKENS, len(tables), adapted, store))
+        entries.insert(0, counts.entry(TOKENS, TOKENS, len(tables)))
     trainable = sum(entry.trainable_parameters for entry in entries)
     full = 0
     if main.trained:
-        entry = _entry(TRAIN, "full", len(main.trained), adapted, store)
+        entry = counts.entry(TRAIN, "full", len(main.trained))
         full = entry.trainable_parameters
         entries.append(entry)
     added = {entry.name: entry.trainable_parameters + entry.frozen_parameters for entry in entries}
@@ -171,19 +173,38 @@ def _left(compilation: Compilation) -> dict[str, int]:
     return found
 
 
-def _entry(name: str, method: str, sites: int, program: Program, store: Store) -> AdaptationReport:
-    kept = [tensor for fqn, tensor in adapter_tensors(store) if owner_of(fqn) == name]
-    tensors = [tensor for tensor in kept if isinstance(tensor, nn.Parameter)]
-    inserted = [n for n in program.graph.nodes if (provenance(n) or {}).get("adaptation") == name]
-    return AdaptationReport(
-        name,
-        method,
-        sites,
-        sum(t.numel() for t in tensors if t.requires_grad),
-        sum(t.numel() for t in tensors if not t.requires_grad),
-        sum(t.numel() * t.element_size() for t in kept),
-        flops_per_token(program, inserted),
-    )
+class _Counts:
+    """What each adaptation has added, from one look through tensors and nodes for all of them.
+
+    Args:
+        program: the adapted graph.
+        store: its tensors.
+    """
+
+    def __init__(self, program: Program, store: Store) -> None:
+        self._program = program
+        self._tensors: dict[str, list[Tensor]] = defaultdict(list)
+        self._nodes: dict[str, list[fx.Node]] = defaultdict(list)
+        for fqn, tensor in adapter_tensors(store):
+            self._tensors[owner_of(fqn)].append(tensor)
+        for node in program.graph.nodes:
+            origin = provenance(node)
+            if origin is not None:
+                self._nodes[origin["adaptation"]].append(node)
+
+    def entry(self, name: str, method: str, sites: int) -> AdaptationReport:
+        """The line of an adaptation, a composition, the new tokens or the ``train:`` list."""
+        kept = self._tensors.get(name, [])
+        tensors = [tensor for tensor in kept if isinstance(tensor, nn.Parameter)]
+        return AdaptationReport(
+            name,
+            method,
+            sites,
+            sum(t.numel() for t in tensors if t.requires_grad),
+            sum(t.numel() for t in tensors if not t.requires_grad),
+            sum(t.numel() * t.element_size() for t in kept),
+            flops_per_token(self._program, self._nodes.get(name, [])),
+        )
 
 
 def flops_per_token(program: Program, nodes: Iterable[fx.Node]) -> float:

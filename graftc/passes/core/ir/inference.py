@@ -14,7 +14,7 @@ from graftc.passes.core.ir.shapes import fake_mode_of, types_of
 
 
 class Inference:
-    """Works out the values of nodes in the fake mode of a Program, equal types once.
+    """Works out the values of nodes in the fake mode of a Program, equal types once for all that it is made for there.
 
     Args:
         program: whose values the calls read.
@@ -25,13 +25,14 @@ class Inference:
 
     def __init__(self, program: Program) -> None:
         self.fake = fake_mode_of(program)
-        self._known: dict[Any, Any] = {}
+        # With the mode, whose values these are: every adaptation has an Inference of its own.
+        self._known: dict[Any, Any] = vars(self.fake).setdefault("_graftc_known", {})
         values = (node.meta["val"] for node in program.placeholders())
         self._device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
 
     def call(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The value of a call of an operator with nodes and literals."""
-        key = (target, types_of(args), types_of(kwargs))
+        key = (target, self._device, types_of(args), types_of(kwargs))
         if key not in self._known:
             # Some operators expand to symbolic sizes with their Python decompositions only.
             with enable_python_dispatcher(), self.fake:
