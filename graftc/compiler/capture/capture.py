@@ -24,6 +24,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
 
+from graftc.compiler import progress
 from graftc.compiler.capture.alike import Repeats, traced_once
 from graftc.compiler.capture.alike_graph import inlined
 from graftc.compiler.capture.assignments import Attributes, noticed
@@ -101,6 +102,7 @@ def capture(
     started = time.perf_counter()
     found = _captured(model, chosen, flags, mode, canonical or {}, alike=True) if alike else None
     if found is None:
+        progress.step(f"capture({mode}), every layer")
         found = _captured(model, chosen, flags, mode, canonical or {}, alike=False)
     assert found is not None
     found.seconds = time.perf_counter() - started

@@ -1,0 +1,48 @@
+"""What compiling costs grows as the graph does: no step looks at everything for each layer, site or adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import graftc
+from graftc.compiler.capture.capture import capture
+from graftc.testing import families
+from tests.counting import calls
+
+MAPS = ["attn.q", "attn.v", "ffn.up"]
+
+
+def model(layers: int) -> Any:
+    with torch.device("meta"):
+        return families.llama(num_hidden_layers=layers)
+
+
+def compiled(layers: int, adaptations: int = 1) -> Callable[[], object]:
+    """A compile of a model that is in the cache."""
+    made = model(layers)
+    lora = {"method": "lora", "target": {"role": MAPS}, "rank": 2}
+    spec = {"adapt": [{"name": f"a{number}", **lora} for number in range(adaptations)]}
+    graftc.check(spec, made)
+    return lambda: graftc.check(spec, made)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [lambda n: compiled(2 * n), lambda n: compiled(2, 8 * n)],
+    ids=["layers", "adaptations"],
+)
+def test_a_compile_from_the_cache_is_linear(work: Callable[[int], Callable[[], object]]) -> None:
+    calls(work(1))  # what is looked up once in a process
+    one, two, four = (calls(work(n)) for n in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one), rel=0.1)
+
+
+@pytest.mark.full
+def test_a_capture_hardly_grows_with_layers_that_are_alike() -> None:
+    few, more = (calls(lambda n=n: capture(model(n))) for n in (5, 8))
+    assert more - few < few / 4
+    assert calls(lambda: capture(model(8), alike=False)) > 2 * more
