@@ -126,11 +126,12 @@ def table(results: Mapping[str, Any]) -> str:
     models = {name: values for name, values in results["runs"].items() if "first" in values}
     growth = {name: values for name, values in results["runs"].items() if "nodes" in values}
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    runs = "one run" if results["repeat"] == 1 else f"medians of {results['repeat']} runs"
     lines = [
         "# What compiling takes",
         "",
-        f"`{results['command']}` on {results['machine']} ({versions}), load {results['load']}. Seconds of the processor,",
-        f"medians of {results['repeat']} runs; LoRA on all seven maps of a layer, on q and v in BERT.",
+        f"`{results['command']}` on {results['machine']} ({versions}), load {results['load']}.",
+        f"Seconds of the processor, {runs}; LoRA on all seven maps of a layer, on q and v in BERT.",
         "",
         "| model | sites | capture | the same, every layer traced | first compile | second, from the cache |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -142,10 +143,10 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(f"| {name} | {values['sites']:.0f} | {shown} |")
     lines += [
         "",
-        "The first compile includes what transformers and torch import when they export for the first time in a process;",
-        "the captures beside it are later ones.",
+        "The first compile includes what transformers and torch import when they export for the first time in a",
+        "process; the captures beside it are later ones.",
         "",
-        f"A compile from the cache as it grows: a narrow Llama with one LoRA, and one of {STACKED} layers with several.",
+        f"A compile from the cache as it grows: a narrow Llama with one LoRA, one of {STACKED} layers with several.",
         "",
         "| | sites | nodes | seconds | per 1,000 nodes |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -182,7 +183,7 @@ def plot(results: Mapping[str, Any], paths: Sequence[Path]) -> None:
             axes.plot([0, x[-1]], [0, y[-1]], color="#b9bec4", linewidth=1, linestyle="--", label="proportional")
             axes.plot(x, y, "o-", color="#2f6fb0", linewidth=1.5, markersize=4, label="measured")
             for (name, _), at, value in zip(points, x, y, strict=True):
-                axes.annotate(name, (at, value), (-4, 5), textcoords="offset points", ha="right", color="#5f6368")
+                axes.annotate(name, (at, value), (5, -11), textcoords="offset points", color="#5f6368")
             axes.set_title(f"{title} (numbers: {kind})", loc="left", fontsize=10)
             axes.set_xlabel(f"{along} of the adapted graph" if along == "nodes" else "adapted sites")
             axes.set_ylabel("seconds from the cache")
