@@ -261,14 +261,13 @@ class _Call:
 
 
 class _Calls:
-    """Calls on the meta device, each kind made once: layers that are alike make the same ones, and types are all there
-    is to a value there.
+    """Calls on the meta device, each kind made once: layers that are alike make the same ones.
 
     Args:
         sizes: numbers for sizes.
 
     Attributes:
-        values: by node; values that are known to be of one type are mostly one object.
+        values: by node; those of one type are one object.
     """
 
     def __init__(self, sizes: Sizes) -> None:
