@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from graftc.runtime.activations.workspaces import WORKSPACES
+
 
 class Tracking(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the bytes of all tensors that are made while it is on.
@@ -33,6 +35,8 @@ class Tracking(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in map(_storage, tree_leaves(result)):
             if storage is not None and id(storage) not in given and id(storage) not in self._known:
                 self._follow(storage)
+        if func in WORKSPACES:
+            self.peak = max(self.peak, self.level + WORKSPACES[func](*args, **(kwargs or {})))
         return result
 
     def _follow(self, storage: Any) -> None:

@@ -1,0 +1,25 @@
+"""What operators of ours take while they run, which tensors without memory do not show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.ops.head_loss import chunk_rows, vocabulary_of
+
+
+def _of_head_loss(xs: Sequence[Tensor], weights: Sequence[Tensor], *rest: Any) -> int:
+    """Those of a chunk."""
+    labels, cap = rest[1], rest[8]
+    dtype = weights[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    vocabulary = vocabulary_of(weights, rest[3])
+    row = wide.itemsize * (1 if cap is None else 2) + (0 if dtype == wide else dtype.itemsize)
+    return min(len(labels), chunk_rows(vocabulary, dtype, labels.device.type)) * vocabulary * row
+
+
+WORKSPACES: Mapping[Any, Callable[..., int]] = {torch.ops.graftc.head_loss_forward.default: _of_head_loss}
+"""Bytes, for an operator's arguments."""
