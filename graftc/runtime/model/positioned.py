@@ -28,7 +28,9 @@ class Positioned(Runner):
         self._tables.pop(key, None)
 
     def tables(self, key: ProgramKey) -> tuple[PositionTable, ...]:
-        """Where a Program reads at the positions of tokens."""
+        """Where a Program reads at the positions of tokens; on the meta device there are no values that would tell."""
+        if self._store.device().type == "meta":
+            return ()
         found = self._tables.get(key)
         if found is None:
             program = self._programs[key] if key in self._programs else self._active.programs[key]
