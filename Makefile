@@ -18,7 +18,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-llm test tests test-fast test-full durations gates fuzz test-gpu lint format wheel coverage bench-train bench-adapters bench-inputs bench-sparse bench-generate docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full durations gates fuzz test-gpu lint format wheel coverage bench bench-train bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-compile docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -110,6 +110,9 @@ bench-train: setup ## what a training step costs, beside peft: benchmarks/result
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install -q -e ".[bench]"
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.train $(ARGS)
 
+bench-memory: setup ## the peak of a LoRA step with small and real vocabularies, beside peft: benchmarks/results/memory.*
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.memory $(ARGS)
+
 bench-adapters: setup ## what bottleneck adapters and AdaMix cost in a step: benchmarks/results/adapters.* (ARGS="--rounds 60")
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.adapters $(ARGS)
 
@@ -121,6 +124,11 @@ bench-sparse: setup ## time and memory of whole steps, full, LoRA and sparse del
 
 bench-generate: setup ## what a prompt and the tokens behind it cost, beside transformers: benchmarks/results/generate.* (ARGS="--onnx DIR")
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.generate $(ARGS)
+
+bench-compile: setup ## what compiling takes, up to 405B, and how it grows: benchmarks/results/compile_time.*
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/compile_time.py --out benchmarks/results/compile_time $(ARGS)
+
+bench: bench-train bench-memory bench-inputs bench-adapters bench-sparse bench-generate bench-compile ## all benchmarks, an hour or more
 
 # Material for MkDocs prints a notice about MkDocs 2 at every build unless it is told not to.
 docs: setup ## write the generated pages of docs/ and build the site (site/, no network needed)

@@ -12,9 +12,13 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.command import chosen, parse, parser, timed, verdict, write
-from benchmarks.train.contestants import ENTRIES
+from benchmarks.train.by_hand import by_hand
+from benchmarks.train.contestants import ENTRIES as METHODS
 from benchmarks.train.plot import plot
 from benchmarks.train.report import as_markdown
+
+ENTRIES = (*METHODS[:3], by_hand("LoRA by hand", "peft LoRA"), *METHODS[3:])
+"""All entries; a Llama with kernels by hand stands beside LoRA."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.command import chosen
-from benchmarks.train.__main__ import main
-from benchmarks.train.contestants import ENTRIES, Aims, Entry, Live, UnavailableError
+from benchmarks.train.__main__ import ENTRIES, main
+from benchmarks.train.contestants import Aims, Entry, Live, UnavailableError
 from benchmarks.train.measure import Measured, contest, mismatches, peak_bytes, saved_bytes
 from benchmarks.train.models import TINY, Base, base, fill, place_of, shared_copy
 from benchmarks.train.plot import rows
