@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import graftc
+from benchmarks.train.measure import peak_bytes
 from graftc.runtime.activations.training_code import TrainingCode, levels_of
 from graftc.testing import perturb, tiny
 from graftc.testing.compare import flat, inputs_for
@@ -140,6 +141,27 @@ def test_predicted_bytes_are_those_that_are_kept(usual: Any, inputs: dict[str, A
     )
     found = saved(usual, inputs, lambda model, given: model(**given).logits.sum())
     assert found == pytest.approx(predicted, rel=0.05)
+
+
+@pytest.mark.parametrize("document", [{}, {"memory": {"budget": 0.4}}, {"checkpoint": "layers"}])
+def test_a_step_is_told_before_it_runs(base: Any, document: dict[str, Any]) -> None:
+    """As torch's allocator counts it, and nothing of the model has changed by it."""
+    model = compiled(base, **document)
+    inputs = {"input_ids": torch.arange(8 * 64).reshape(8, 64) % 101}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    told = model.activations(**inputs)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert all(p.grad is None for p in model.parameters())
+
+    def step() -> None:
+        torch.autograd.backward(model(**inputs).logits.sum())
+
+    step()
+    model.zero_grad()
+    assert told.peak == pytest.approx(peak_bytes(step), rel=0.05)
+    kept = saved(model, inputs, lambda m, given: m(**given).logits.sum())
+    assert told.kept == pytest.approx(kept, rel=0.1)
+    assert f"kept {told.kept / 1e6:.1f} MB" in str(told) and told.to_json()["peak"] == told.peak
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from graftc.passes.core.weights.containers import OWN
 from graftc.runtime.activations.training_code import levels_of
 
 
@@ -75,4 +76,7 @@ def layers_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[LayerActivat
                 yield LayerActivations(name, 0, 0, 0, planned.reason)
                 continue
             plan = planned.plans[level]
-            yield LayerActivations(name, plan.without, plan.kept, sum(len(part.nodes) for part in plan.parts))
+            if getattr(vars(module)[OWN], "checkpointing", False):
+                yield LayerActivations(name, plan.without, planned.given, code.size)
+            else:
+                yield LayerActivations(name, plan.without, plan.kept, sum(len(part.nodes) for part in plan.parts))

@@ -66,11 +66,13 @@ class Planned:
             values.
         codes: for each of them, None where it is autograd's own choice.
         reason: why there is no plan.
+        given: bytes of what the graph is given, which is all that is kept of it under checkpointing.
     """
 
     plans: tuple[ActivationPlan, ...]
     codes: tuple[FrameCode | None, ...]
     reason: str = ""
+    given: int = 0
 
 
 class TrainingCode:
@@ -93,6 +95,11 @@ class TrainingCode:
         self._names = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "get_attr"))
         self._results: dict[tuple[Any, ...], Any] = {}
         self.planned: dict[Kind, Planned] = {}
+
+    @property
+    def size(self) -> int:
+        """How many values it computes."""
+        return sum(node.op == "call_function" for node in self._graph.nodes)
 
     def __deepcopy__(self, memo: Any) -> TrainingCode:
         return self  # code holds no tensors
@@ -156,7 +163,8 @@ class TrainingCode:
 
             found = tuple(plans(self._graph, recorded, is_buffer, self._budget is not None))
             codes = tuple(self._framed(module, recorded, plan.parts) if plan.parts else None for plan in found)
-            self.planned[kind] = Planned(found, codes)
+            given = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in inputs if isinstance(t, Tensor)}
+            self.planned[kind] = Planned(found, codes, given=sum(given.values()))
         return self.planned[kind]
 
     def _record(self, module: nn.Module, inputs: Sequence[Any], mode: FakeTensorMode, calls: list[Call]) -> Recorded:
