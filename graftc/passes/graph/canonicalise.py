@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from graftc.passes.core.ir.cleaning import remove_dead
+from graftc.passes.core.ir.effects import Memory, memory_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import expression
 
@@ -29,6 +30,7 @@ Rule = Callable[[fx.Node], "fx.Node | None"]
 def canonicalise(program: Program) -> Program:
     """Canonicalise in place and return the Program."""
     graph = program.graph
+    memory = memory_of(program)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -40,12 +42,19 @@ def canonicalise(program: Program) -> Program:
         _trim_defaults(node)
         rule = RULES.get(node.target)
         replacement = rule(node) if rule is not None else None
-        if replacement is not None:
+        if replacement is not None and not _is_written_apart(node, replacement, memory):
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
     _share_sizes(program)
     remove_dead(program)
+    program.memory = None  # of the graph as it was
     return program
+
+
+def _is_written_apart(node: fx.Node, source: fx.Node, memory: Memory) -> bool:
+    """Whether a value is a copy of another, and one of the two is changed in place later."""
+    own, other = (memory.roots.get(each, frozenset({each})) for each in (node, source))
+    return own.isdisjoint(other) and any(not roots.isdisjoint(own | other) for roots in memory.writes.values())
 
 
 def _value(node: Any) -> Any:

@@ -103,7 +103,7 @@ class Matcher:
             branches += added
             nodes += passed
         found.end, found.branches, found.nodes = value, branches, nodes
-        return found
+        return found if self._settled(value) else None
 
     def _rescaled(self, one: Map) -> Map | None:
         """The map with its rows rescaled, and one update that is scaled already."""

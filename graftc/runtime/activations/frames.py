@@ -33,9 +33,9 @@ class PartCode:
     """What computes values again.
 
     Attributes:
-        function: ``f(module, *roots)``, a tuple of values.
+        function: ``f(module, *roots, *parameters)``, a tuple of values.
         roots: which of the frame's kept values it reads.
-        parameters: names of those that it reads.
+        parameters: names of those that it reads, as they are in the forward pass.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
@@ -70,9 +70,10 @@ class _Part:
 
     def __init__(self, code: PartCode, frame: Frame) -> None:
         self.code, self.module, self.casts, self.hooks = code, frame.module, frame.casts, frame.hooks
-        self.tensor_at = frame.code.tensor_at
+        tensor_at = frame.code.tensor_at
         self.roots: list[Any] | None = None
-        self.parameters = [(p, p._version) for p in (self.tensor_at(self.module, n) for n in code.parameters)]
+        # The tensors themselves: others may have their places when the backward pass comes.
+        self.parameters = [(p.detach(), p._version) for p in (tensor_at(self.module, n) for n in code.parameters)]
         self.slots: dict[int, weakref.ref[_Slot]] = {}
 
     def compute(self) -> None:
@@ -87,7 +88,7 @@ class _Part:
             for device, dtype, on, cached in self.casts:
                 if on or torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, dtype, on, cached))
-            values = self.code.function(self.module, *roots)
+            values = self.code.function(self.module, *roots, *(parameter for parameter, _ in self.parameters))
         for place, reference in self.slots.items():
             slot = reference()
             if slot is not None:

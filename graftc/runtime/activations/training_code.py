@@ -246,15 +246,12 @@ def _marked(graph: fx.Graph, recorded: Recorded, roots: Sequence[fx.Node], targe
 def _part_code(part: Recomputation, roots: Sequence[fx.Node], module: nn.Module) -> PartCode:
     made = fx.Graph()
     mapping = {root: made.placeholder(f"r{number}") for number, root in enumerate(part.roots)}
-    names: dict[str, fx.Node] = {}
+    read = [operand for node in part.nodes for operand in node.all_input_nodes if operand.op == "get_attr"]
+    own = dict.fromkeys(str(operand.target) for operand in read)
+    names = {name: made.placeholder(f"p{number}") for number, name in enumerate(own)}
 
     def value(node: fx.Node) -> fx.Node:
-        if node.op == "get_attr":
-            name = str(node.target)
-            if name not in names:
-                names[name] = made.get_attr(name)
-            return names[name]
-        return mapping[node]
+        return names[str(node.target)] if node.op == "get_attr" else mapping[node]
 
     for node in part.nodes:
         mapping[node] = made.node_copy(node, value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graftc.passes.core.build.seams import Change, Reading, Seams
 from graftc.passes.core.ir.edits import Edit
+from graftc.passes.core.ir.effects import memory_of
 from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.program import Program, nodes_in
 from graftc.passes.core.ir.shapes import expression
@@ -92,6 +93,7 @@ class Nodes:
         sources = nodes_in((args, kwargs))
         computed = [n for n in sources if n.op != "get_attr"]
         point: fx.Node = max(computed) if computed else self._first_call().prev
+        point = max([point, *self._writes_before(computed)])
         if point.op == "placeholder":  # inputs stay in front of everything that is computed
             point = max(self.program.placeholders())
         with graph.inserting_after(point):
@@ -104,6 +106,15 @@ class Nodes:
         node.meta = {"val": self._types.call(target, args, kwargs), **self._tags(part)}
         self._emitted.add(node)
         return node
+
+    def _writes_before(self, sources: Sequence[fx.Node]) -> list[fx.Node]:
+        """What writes to the memory of values before the site's map reads it, which sees them as they are then."""
+        memory = memory_of(self.program)
+        if not memory.writes or not isinstance(self.current, LinearSite):
+            return []
+        reader = self.current.use.node
+        own = frozenset[fx.Node]().union(*(memory.roots.get(source, frozenset({source})) for source in sources))
+        return [write for write, roots in memory.writes.items() if own & roots and write < reader]
 
     def _first_call(self) -> fx.Node:
         """The node behind inputs and tensors; looked for once, since there may be thousands of tensors."""

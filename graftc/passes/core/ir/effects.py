@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graftc.passes.core.ir.program import nodes_in
+from graftc.passes.core.ir.program import Program, nodes_in
 from graftc.passes.core.ir.program_key import Mode
 
 aten = torch.ops.aten
@@ -67,6 +67,14 @@ class Memory:
 def _written(graph: fx.Graph) -> Mapping[fx.Node, frozenset[fx.Node]]:
     """`Memory.writes`; whose memory values are does not matter where no operator writes, as in most graphs."""
     return Memory(graph).writes if any(_may_write(node.target) for node in graph.nodes) else {}
+
+
+def memory_of(program: Program) -> Memory:
+    """The memory of a Program's graph as it was when it was first asked for: adaptations write to nothing."""
+    if program.memory is None:
+        writes = any(_may_write(node.target) for node in program.graph.nodes)
+        program.memory = Memory(program.graph if writes else fx.Graph())
+    return program.memory
 
 
 def updated(graph: fx.Graph) -> dict[str, fx.Node]:

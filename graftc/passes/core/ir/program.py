@@ -16,6 +16,7 @@ from graftc.passes.core.weights.tensor_edits import TensorEdits
 if TYPE_CHECKING:
     import networkx as nx
 
+    from graftc.passes.core.ir.effects import Memory
     from graftc.passes.core.sites.sites import SiteKey
 
 
@@ -180,6 +181,9 @@ class Program:
     updates: frozenset[str] = frozenset()
     """Tensors that it may write to, as it was captured: buffers of the base, in train mode."""
 
+    memory: Memory | None = field(default=None, repr=False, compare=False)
+    """Whose memory its values are, once something has asked: see `effects.memory_of`."""
+
     @property
     def signature(self) -> tuple[str, ...]:
         """Names of the inputs, in the model's order."""
@@ -225,6 +229,7 @@ class Program:
             "tensor_edits": TensorEdits(self.tensor_edits),
             "limits": dict(self.limits),
             "virtual": tuple(v.mapped(mapping) for v in self.virtual),
+            "memory": None,
             **changes,
         }
         return replace(self, **fields)
