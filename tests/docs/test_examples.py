@@ -330,6 +330,14 @@ def logits_while_training(patch: pytest.MonkeyPatch) -> None:
     graftc.compile(spec, tiny("llama"), call).train()(**call).logits  # noqa: B018
 
 
+def second_derivatives_of_a_chunked_loss(patch: pytest.MonkeyPatch) -> None:
+    ids = torch.ones(2, 7, dtype=torch.int64)
+    call = {"input_ids": ids, "labels": ids}
+    compiled = graftc.compile({"adapt": [LORA], "memory": {"loss": "chunked"}}, tiny("llama"), call).train()
+    own = [p for p in compiled.parameters() if p.requires_grad]
+    torch.autograd.grad(compiled(**call).loss, own, create_graph=True)
+
+
 def a_model_that_is_not_for_chat(patch: pytest.MonkeyPatch) -> None:
     tiny("llama").save_pretrained("model")
     save_tokenizer(Path("model"), template=None)
@@ -384,6 +392,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC146": a_model_without_a_tokenizer,
     "GC147": a_model_that_is_not_for_chat,
     "GC150": logits_while_training,
+    "GC152": second_derivatives_of_a_chunked_loss,
 }
 
 

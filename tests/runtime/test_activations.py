@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graftc
 from benchmarks.train.measure import peak_bytes
-from graftc.runtime.activations.training_code import TrainingCode, levels_of
+from graftc.runtime.activations.training_code import TrainingCode, choices_of
 from graftc.testing import perturb, tiny
 from graftc.testing.compare import flat, inputs_for
 from graftc.testing.families import FAMILIES
@@ -134,21 +134,19 @@ def test_less_budget_keeps_less(base: Any, inputs: dict[str, Any]) -> None:
 
 def test_predicted_bytes_are_those_that_are_kept(usual: Any, inputs: dict[str, Any]) -> None:
     gradients(usual, inputs)
-    predicted = sum(
-        code.planned[kind].plans[level].kept
-        for module in (usual, *usual.blocks.values())
-        for (code, kind), level in levels_of(module).items()
-    )
+    modules = (usual, *usual.blocks.values())
+    predicted = sum(choice.kept for module in modules for choice in choices_of(module).values())
     found = saved(usual, inputs, lambda model, given: model(**given).logits.sum())
     assert found == pytest.approx(predicted, rel=0.05)
 
 
-@pytest.mark.parametrize("document", [{}, {"memory": {"budget": 0.4}}, {"checkpoint": "layers"}])
+@pytest.mark.parametrize("document", [{}, {"memory": {"budget": 0.4}}, {"checkpoint": "layers"}, PLAIN])
 def test_a_step_is_told_before_it_runs(base: Any, document: dict[str, Any]) -> None:
     """As torch's allocator counts it, and nothing of the model has changed by it."""
     model = compiled(base, **document)
     inputs = {"input_ids": torch.arange(8 * 64).reshape(8, 64) % 101}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    model.activations(input_ids=torch.ones(2, 3).long())  # other sizes say nothing of these
     told = model.activations(**inputs)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert all(p.grad is None for p in model.parameters())
@@ -220,6 +218,22 @@ def test_a_change_before_the_backward_pass_is_an_error(base: Any, inputs: dict[s
                 parameter += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("memory", [{}, {"budget": 0.2}])
+def test_parameters_are_those_of_the_forward_pass(base: Any, inputs: dict[str, Any], memory: dict[str, Any]) -> None:
+    """Also where others have their places when the backward pass comes, as after `torch.func.functional_call`."""
+    norms = {"train": ["**.input_layernorm", "**.post_attention_layernorm"]}
+
+    def found(**document: Any) -> list[Tensor]:
+        model = compiled(base, {"dropout": 0.0}, **norms, **document)
+        gradients(model, inputs)
+        own = {n: (p.detach() * 1.5 + 0.01).requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
+        loss = torch.func.functional_call(model, own, kwargs=dict(inputs)).logits.square().mean()
+        return list(torch.autograd.grad(loss, list(own.values())))
+
+    for ours, plain in zip(found(memory=memory), found(**PLAIN), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-14)
 
 
 def test_nothing_is_left_behind(usual: Any, inputs: dict[str, Any]) -> None:

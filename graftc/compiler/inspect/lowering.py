@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from graftc.compiler.inspect.snapshot import Snapshot
+from graftc.passes.lowering.asked import loss_step
 from graftc.passes.lowering.lower import LoweringOutcome, lower
 
 
@@ -45,4 +46,5 @@ COLUMNS = ("step", "sites", "outcome", "first")
 
 def lowering(snapshot: Snapshot) -> Lowered:
     """What the steps that the spec leaves on find in the training graph of the first signature."""
-    return Lowered(tuple(lower(snapshot.program("train"), snapshot.spec.optimise.off)[1]))
+    spec = snapshot.spec
+    return Lowered(tuple(lower(snapshot.program("train"), spec.optimise.off, loss_step(spec))[1]))

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from graftc.runtime.activations.plan import ActivationPlan
 
-Levels = dict[Any, int]
-"""Which of its plans each kind of call runs by."""
+
+class Choice(NamedTuple):
+    """How calls of one kind run.
+
+    Attributes:
+        level: which of the plans.
+        without: bytes that autograd would keep of the call that was chosen for.
+        kept: bytes that are kept of it.
+        given: bytes of what it is given.
+    """
+
+    level: int
+    without: int
+    kept: int
+    given: int
+
+
+Choices = dict[Any, Choice]
+"""How each kind of call of a module runs."""
 
 
 @dataclass(frozen=True)
@@ -17,17 +34,33 @@ class Call:
     """One call of a graph in a training step.
 
     Attributes:
-        levels: where what is chosen is noted.
+        choices: where what is chosen is noted.
         key: under which key.
         plans: what there is to choose from; none where the graph has to run as it is.
+        kept: bytes that each of them keeps of this call.
+        without: bytes that autograd would keep of it.
+        given: bytes of what it is given.
     """
 
-    levels: Levels
+    choices: Choices
     key: Any
     plans: Sequence[ActivationPlan]
+    kept: Sequence[int] = ()
+    without: int = 0
+    given: int = 0
+
+    def choose(self, level: int) -> None:
+        """Note that a plan is chosen."""
+        kept = self.kept[level] if self.plans else self.without
+        self.choices[self.key] = Choice(level, self.without, kept, self.given)
+
+    @property
+    def level(self) -> int:
+        """The plan that is chosen."""
+        return self.choices[self.key].level
 
 
-def chosen(calls: Sequence[Call], budget: float | None) -> None:
+def chosen(calls: Sequence[Call], budget: float | None) -> float:
     """Choose a plan for every call, so that all of them together keep no more than a part of what autograd keeps by
     itself, at the least cost.
 
@@ -37,29 +70,29 @@ def chosen(calls: Sequence[Call], budget: float | None) -> None:
     Args:
         calls: in the order in which they run. One that has been chosen for already stays as it is.
         budget: the part; None keeps whatever the cheapest plans keep.
+
+    Returns:
+        The part that is kept.
     """
-    chosen_before = [call.key in call.levels for call in calls]
-    for call in calls:
-        call.levels.setdefault(call.key, 0)
-    if budget is None:
-        return
-    limit = budget * sum(call.plans[0].without for call in calls if call.plans)
-    kept = sum(call.plans[call.levels[call.key]].kept for call in calls if call.plans)
-    while kept > limit:
+    open_calls = [call for call in calls if call.key not in call.choices]
+    for call in open_calls:
+        call.choose(0)
+    planned = [call for call in calls if call.plans]
+    total = sum(call.without for call in planned)
+    kept = sum(call.choices[call.key].kept for call in planned)
+    while budget is not None and kept > budget * total:
         steps = [
-            (_gain(call), -index, call)
-            for index, (call, before) in enumerate(zip(calls, chosen_before, strict=True))
-            if not before and call.levels[call.key] + 1 < len(call.plans)
+            (_gain(call), -index, call) for index, call in enumerate(open_calls) if call.level + 1 < len(call.plans)
         ]
         if not steps:
-            return
+            break
         call = max(steps, key=lambda step: step[:2])[2]
-        level = call.levels[call.key]
-        kept -= call.plans[level].kept - call.plans[level + 1].kept
-        call.levels[call.key] = level + 1
+        kept -= call.kept[call.level] - call.kept[call.level + 1]
+        call.choose(call.level + 1)
+    return kept / total if total else 0.0
 
 
 def _gain(call: Call) -> float:
     """Bytes that the next plan saves for what it costs more."""
-    now, then = call.plans[call.levels[call.key]], call.plans[call.levels[call.key] + 1]
-    return (now.kept - then.kept) / max(then.cost - now.cost, 1.0)
+    cost = call.plans[call.level + 1].cost - call.plans[call.level].cost
+    return (call.kept[call.level] - call.kept[call.level + 1]) / max(cost, 1.0)

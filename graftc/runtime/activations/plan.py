@@ -63,6 +63,12 @@ class ActivationPlan:
     kept: int
     cost: float = 0.0
 
+    def kept_of(self, recorded: Recorded) -> int:
+        """Bytes that are kept of a call of other sizes."""
+        again = {recorded.storages[target] for part in self.parts for target in part.targets}
+        roots = {recorded.storages[root] for part in self.parts for root in part.roots if root in recorded.storages}
+        return sum(recorded.sizes[storage] for storage in (recorded.saved - again) | roots)
+
 
 def plans(
     graph: fx.Graph, recorded: Recorded, is_buffer: Callable[[str], bool], costly: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from graftc.passes.core.weights.containers import OWN
-from graftc.runtime.activations.training_code import levels_of
+from graftc.runtime.activations.training_code import choices_of
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,12 @@ class Activations:
 def layers_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[LayerActivations]:
     """What was chosen for modules that have run."""
     for name, module in modules:
-        for (code, kind), level in levels_of(module).items():
+        for (code, kind), choice in choices_of(module).items():
             planned = code.planned[kind]
             if not planned.plans:
                 yield LayerActivations(name, 0, 0, 0, planned.reason)
-                continue
-            plan = planned.plans[level]
-            if getattr(vars(module)[OWN], "checkpointing", False):
-                yield LayerActivations(name, plan.without, planned.given, code.size)
+            elif getattr(vars(module)[OWN], "checkpointing", False):
+                yield LayerActivations(name, choice.without, choice.given, code.size)
             else:
-                yield LayerActivations(name, plan.without, plan.kept, sum(len(part.nodes) for part in plan.parts))
+                count = sum(len(part.nodes) for part in planned.plans[choice.level].parts)
+                yield LayerActivations(name, choice.without, choice.kept, count)

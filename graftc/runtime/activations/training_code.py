@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from graftc.compiler.capture.isolation import is_traced
 from graftc.passes.core.ir.codegen import Function, code_of, function_of, placed
 from graftc.passes.core.weights.containers import OWN
-from graftc.runtime.activations.budget import Call, Levels, chosen
+from graftc.runtime.activations.budget import Call, Choices, chosen
 from graftc.runtime.activations.frames import Casts, Frame, FrameCode, Hooks, PartCode, casts_of
 from graftc.runtime.activations.offload import offload_of
 from graftc.runtime.activations.plan import ActivationPlan, Recomputation, plans
 from graftc.runtime.activations.recording import Recorded, fake, record, tensor_at
+from graftc.specs.errors.diagnostics import warn
 
 
 class Kind(NamedTuple):
@@ -30,30 +31,39 @@ class Kind(NamedTuple):
     Attributes:
         wanted: for every tensor that the graph reads, whether it wants a gradient.
         casts: autocast.
+        size: of the inputs, by powers of four.
     """
 
     wanted: tuple[bool, ...]
     casts: Casts
+    size: int
 
 
 _KNOWN: dict[tuple[Any, ...], TrainingCode] = {}
 
 
 def training_code(
-    graph: fx.Graph, module: nn.Module, device: torch.device, budget: float | None = None, offload: bool = False
+    graph: fx.Graph,
+    module: nn.Module,
+    device: torch.device,
+    *,
+    plain: bool = False,
+    budget: float | None = None,
+    offload: bool = False,
 ) -> TrainingCode:
     """`function_of` for a graph that trains; equal graphs share what is returned, and their plans.
 
     Args:
         graph, module, device: as there.
+        plain: keep what autograd keeps.
         budget: bytes of activations to keep, as a part of those that autograd keeps by itself.
         offload: hold what is kept in the host's memory, where the graph runs on another device.
     """
     function = function_of(graph, module, device)
     away = device if offload and device.type not in ("cpu", "meta") else None
-    key = (function, budget, away)
+    key = (function, plain, budget, away)
     if key not in _KNOWN:
-        _KNOWN[key] = TrainingCode(function, placed(graph, device), budget, away)
+        _KNOWN[key] = TrainingCode(function, placed(graph, device), plain, budget, away)
     return _KNOWN[key]
 
 
@@ -66,13 +76,11 @@ class Planned:
             values.
         codes: for each of them, None where it is autograd's own choice.
         reason: why there is no plan.
-        given: bytes of what the graph is given, which is all that is kept of it under checkpointing.
     """
 
     plans: tuple[ActivationPlan, ...]
     codes: tuple[FrameCode | None, ...]
     reason: str = ""
-    given: int = 0
 
 
 class TrainingCode:
@@ -81,7 +89,7 @@ class TrainingCode:
     Args:
         function: the plain code.
         graph: what it was made of.
-        budget: see `training_code`.
+        plain, budget: see `training_code`.
         away: the device from which what is kept is taken to the host's memory.
 
     Attributes:
@@ -89,11 +97,11 @@ class TrainingCode:
     """
 
     def __init__(
-        self, function: Function, graph: fx.Graph, budget: float | None, away: torch.device | None = None
+        self, function: Function, graph: fx.Graph, plain: bool, budget: float | None, away: torch.device | None
     ) -> None:
-        self.function, self._graph, self._budget, self._away = function, graph, budget, away
+        self.function, self.plain, self._graph, self._budget, self._away = function, plain, graph, budget, away
         self._names = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "get_attr"))
-        self._results: dict[tuple[Any, ...], Any] = {}
+        self._results: dict[tuple[Any, ...], tuple[Call, Any]] = {}
         self.planned: dict[Kind, Planned] = {}
 
     @property
@@ -106,18 +114,23 @@ class TrainingCode:
 
     def __call__(self, module: nn.Module, *inputs: Any) -> Any:
         """Run the graph."""
-        if is_traced() or not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if (
+            self.plain
+            or is_traced()
+            or not torch.is_grad_enabled()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        ):
             return self.function(module, *inputs)
         kind = self.kind(module, inputs)
-        hooks, levels = _hooks(), levels_of(module)
-        level = levels.get((self, kind))
-        if level is None:
+        hooks, choices = _hooks(), choices_of(module)
+        choice = choices.get((self, kind))
+        if choice is None:
             if hooks is not None:
                 return self.function(module, *inputs)  # what others count on may not change between two calls
-            self._choose(module, inputs, kind)
-            level = levels[self, kind]
+            self.choose(module, inputs, kind)
+            choice = choices[self, kind]
         codes = self.planned[kind].codes
-        code = codes[level] if codes else None
+        code = codes[choice.level] if codes else None
         if hooks is None and self._away is not None:
             hooks = self._taken_away(module)
         if code is None:
@@ -134,38 +147,47 @@ class TrainingCode:
 
     def kind(self, module: nn.Module, inputs: Sequence[Any]) -> Kind:
         """What plans are made for."""
-        tensors = [tensor_at(module, name) for name in self._names]
-        tensors += [value for value in inputs if isinstance(value, Tensor)]
+        given = [value for value in inputs if isinstance(value, Tensor)]
+        tensors = [*(tensor_at(module, name) for name in self._names), *given]
         devices = {tensor.device.type for tensor in tensors}
-        return Kind(tuple([tensor.requires_grad for tensor in tensors]), casts_of(sorted(devices)))
+        size = sum([tensor.numel() for tensor in given]).bit_length() // 2
+        return Kind(tuple([tensor.requires_grad for tensor in tensors]), casts_of(sorted(devices)), size)
 
-    def _choose(self, module: nn.Module, inputs: Sequence[Any], kind: Kind) -> None:
+    def choose(self, module: nn.Module, inputs: Sequence[Any], kind: Kind) -> None:
         """Choose how this graph runs, and how the layers that it calls do, which share its budget."""
         mode, calls = FakeTensorMode(), list[Call]()
         with _disable_current_modes():
-            planned = self._plan(module, fake(list(inputs), mode), kind, mode, calls)
-        calls.append(Call(levels_of(module), (self, kind), planned.plans))
-        chosen(calls, self._budget)
+            call, _ = self._call(module, fake(list(inputs), mode), kind, mode, calls)
+        kept = chosen([*calls, call], self._budget)
+        if self._budget is not None and kept > 1.001 * self._budget:
+            message = f"{kept:.0%} of what autograd keeps is kept, and the budget is {self._budget:.0%}"
+            warn("GC153", message, hint="the rest cannot be computed again")
 
-    def _plan(
+    def _call(
         self, module: nn.Module, inputs: Sequence[Any], kind: Kind, mode: FakeTensorMode, calls: list[Call]
-    ) -> Planned:
-        """The plans for a kind of call with fake inputs; adds the layers that it calls to ``calls``."""
+    ) -> tuple[Call, Any]:
+        """A call with fake inputs, and its results; adds the layers that it calls to ``calls``."""
+        choices, key = choices_of(module), (self, kind)
         try:
             recorded = self._record(module, inputs, mode, calls)
         except Exception as error:  # whatever an operator without values raises: such a graph runs as it is
             calls.clear()
-            return self.planned.setdefault(kind, Planned((), (), f"{type(error).__name__}: {error}".splitlines()[0]))
+            self.planned.setdefault(kind, Planned((), (), f"{type(error).__name__}: {error}".splitlines()[0]))
+            return Call(choices, key, ()), None
         if kind not in self.planned:
 
             def is_buffer(name: str) -> bool:
                 return not isinstance(tensor_at(module, name), nn.Parameter)
 
-            found = tuple(plans(self._graph, recorded, is_buffer, self._budget is not None))
+            own = ActivationPlan((), recorded.saved_bytes, recorded.saved_bytes)
+            made = plans(self._graph, recorded, is_buffer, self._budget is not None) if not self.plain else [own]
+            found = tuple(made)
             codes = tuple(self._framed(module, recorded, plan.parts) if plan.parts else None for plan in found)
-            given = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in inputs if isinstance(t, Tensor)}
-            self.planned[kind] = Planned(found, codes, given=sum(given.values()))
-        return self.planned[kind]
+            self.planned[kind] = Planned(found, codes)
+        planned = self.planned[kind].plans
+        given = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in inputs if isinstance(t, Tensor)}
+        kept = tuple(plan.kept_of(recorded) for plan in planned)
+        return Call(choices, key, planned, kept, recorded.saved_bytes, sum(given.values())), recorded.results
 
     def _record(self, module: nn.Module, inputs: Sequence[Any], mode: FakeTensorMode, calls: list[Call]) -> Recorded:
         def layer(block: Any, key: str, *given: Any) -> Any:
@@ -179,10 +201,12 @@ class TrainingCode:
         kind = self.kind(module, inputs)
         key = (kind, *(_seen(value) for value in inputs))
         if key not in self._results:
-            self._plan(module, inputs, kind, mode, calls)
-            self._results[key] = self._record(module, inputs, mode, calls).results
-        calls.append(Call(levels_of(module), (self, kind), self.planned[kind].plans))
-        return fake(self._results[key], mode)
+            self._results[key] = self._call(module, inputs, kind, mode, calls)
+        call, results = self._results[key]
+        if results is None:
+            raise RuntimeError(self.planned[kind].reason)
+        calls.append(replace(call, choices=choices_of(module)))
+        return fake(results, mode)
 
     def _framed(self, module: nn.Module, recorded: Recorded, parts: Sequence[Recomputation]) -> FrameCode:
         """The graph with marks, and code for its parts."""
@@ -193,9 +217,9 @@ class TrainingCode:
         return FrameCode(code_of(marked, module), codes, tuple(where.values()), tensor_at)
 
 
-def levels_of(module: nn.Module) -> Levels:
-    """Which plan each kind of call of a module runs by."""
-    found: Levels = vars(module)[OWN].levels
+def choices_of(module: nn.Module) -> Choices:
+    """How each kind of call of a module runs."""
+    found: Choices = vars(module)[OWN].choices
     return found
 
 

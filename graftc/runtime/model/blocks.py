@@ -26,7 +26,7 @@ from graftc.passes.core.weights.sharding import computes_on, is_unit, sharded_mo
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.outline import outline
 from graftc.passes.lowering.lower import LoweringOutcome
-from graftc.runtime.activations.budget import Levels
+from graftc.runtime.activations.budget import Choices
 from graftc.runtime.model.embeddings import call_hooks
 
 
@@ -59,14 +59,14 @@ class LayerCode(Node):
 
     Attributes:
         functions: the code of its part of each Program, by key.
-        levels: how much of its activations each kind of call computes again.
+        choices: how much of its activations each kind of call computes again.
         checkpointing: recompute activations in the backward pass instead of keeping them.
         recompute: how.
     """
 
     def __init__(self) -> None:
         self.functions: dict[str, Function] = {}
-        self.levels: Levels = {}
+        self.choices: Choices = {}
         self.checkpointing = False
         self.recompute = Recompute()
 
@@ -158,7 +158,7 @@ class Runner:
         self._label = ""
         self._showing: frozenset[str] = frozenset()
         self._hooked: str | None = None
-        self.levels: Levels = {}
+        self.choices: Choices = {}
 
     def adopt(self, module: Root) -> None:
         """Make a module the root of the tree."""
@@ -231,12 +231,16 @@ class Runner:
         """Flat outputs of the Program installed as ``key``."""
         if is_unit(self.module) and self._code_device().type != self._kind:
             self.relower()  # sharding has moved the tensors
-        given = {**inputs, **inputs[CACHE].tensors} if CACHE in inputs else inputs
-        program_inputs = [given[name] for name in self._lowered[key].signature]
+        program_inputs = self.inputs(key, inputs)
         found: Callable[[], tuple[Any, ...]] = partial(self._roots[key], self.module, *program_inputs)
         for unit in self._passive_units():
             found = partial(unit, Pass(found))
         return found()
+
+    def inputs(self, key: ProgramKey, inputs: Mapping[str, Any]) -> list[Any]:
+        """What the Program installed as ``key`` is given, in its order."""
+        given = {**inputs, **inputs[CACHE].tensors} if CACHE in inputs else inputs
+        return [given[name] for name in self._lowered[key].signature]
 
     def _passive_units(self) -> list[nn.Module]:
         """Modules that FSDP2 has made units by themselves and that compute nothing, as Accelerate does with tables of

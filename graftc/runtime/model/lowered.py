@@ -11,10 +11,10 @@ from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.codegen import Function
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
+from graftc.passes.lowering.asked import loss_step, warn_of_whole
 from graftc.passes.lowering.lower import lower
 from graftc.runtime.activations.summary import Activations
 from graftc.runtime.activations.training_code import training_code
-from graftc.runtime.model.chunked import loss_step, warn_of_whole
 from graftc.runtime.model.runner import ModelRunner
 
 if TYPE_CHECKING:
@@ -31,16 +31,17 @@ class Lowering(ModelRunner):
             return program
         spec = self._active.spec
         lowered, self._outcomes[key] = lower(program, spec.optimise.off, loss_step(spec, self._steering.outputs))
-        warn_of_whole(spec, program, self._outcomes[key])
+        if key not in self._lowered:  # the first time
+            warn_of_whole(spec, program, self._outcomes[key])
         return lowered
 
     def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
         """See `Runner.code`. Training graphs keep less for the backward pass than autograd would."""
+        if not _trains(key):
+            return super().code(key, graph, module, device)
         memory, off = self._active.spec.memory, self._active.spec.optimise.off
         plain = "recompute" in off and memory.budget is None and not memory.offload
-        if plain or not _trains(key):
-            return super().code(key, graph, module, device)
-        return training_code(graph, module, device, memory.budget, memory.offload)
+        return training_code(graph, module, device, plain=plain, budget=memory.budget, offload=memory.offload)
 
     def activations(self, **inputs: Any) -> Activations:
         """What a training step keeps for its backward pass and takes at its peak, worked out on tensors without memory.

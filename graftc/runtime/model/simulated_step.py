@@ -14,7 +14,7 @@ from graftc.passes.core.ir.program_key import Signature
 from graftc.runtime.activations.recording import fake
 from graftc.runtime.activations.simulated import peak_of
 from graftc.runtime.activations.summary import Activations, layers_of
-from graftc.runtime.activations.training_code import levels_of
+from graftc.runtime.activations.training_code import choices_of
 from graftc.runtime.model.blocks import Block, Root
 from graftc.runtime.model.runner import ModelRunner, runner_of
 
@@ -33,11 +33,15 @@ def simulated_step(runner: ModelRunner, signature: Signature, present: Mapping[s
     own: ModelRunner = runner_of(module)
     parts = [(name, part) for name, part in module.named_modules() if isinstance(part, (Block, Root))]
     for _, part in parts:
-        levels_of(part).clear()  # they are of other sizes
+        choices_of(part).clear()  # they are of other sizes
     key = own.key(signature, "train")
     if key not in own._roots:
         own.install(key, own._program_of(key))
     given = fake(dict(present), mode)
+    code: Any = own._roots[key]
+    if code.plain:  # which chooses nothing by itself
+        inputs = own.inputs(key, given)
+        code.choose(own.module, inputs, code.kind(own.module, inputs))
 
     def loss() -> Tensor:
         # Nothing else of the results is there in the backward pass, as where a training loop takes the loss alone.

@@ -504,6 +504,15 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "it, something else reads the logits, or the head is adapted in a way that is no sum of linear maps.",
      "Training is right, and keeps the logits. Leave the head out of the adaptation that the message names, or use "
      "`memory: {loss: auto}`, which does not warn."),
+    ("GC152", _SPEC, "a loss in chunks has no second derivative",
+     "With `memory: {loss: chunked}` the gradient of the loss is made in the forward pass, a few rows at a time, and "
+     "has none of its own.",
+     "Put `memory: {loss: whole}` into the spec where gradients of gradients are needed."),
+    ("GC153", _WARNING, "the budget of activations is not met",
+     "The spec says `memory: {budget: ...}`, and what cannot be computed again is more than that: inputs of layers, "
+     "random draws such as those of the base's own dropouts, and what operators keep inside.",
+     "Training is right, and keeps what the message says. `checkpoint: layers` repeats random draws as well; a base "
+     "without dropouts keeps less."),
 )
 # fmt: on
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from graftc.specs.errors.diagnostics import GraftError
 
 NONE, MEAN, SUM = 0, 1, 2
 """Reductions, as torch numbers them."""
@@ -271,9 +272,15 @@ class _HeadLoss(torch.autograd.Function):
         return (loss / labelled if form.reduction == MEAN else loss), scores
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        """See `torch.autograd.Function.backward`."""
+        """See `torch.autograd.Function.backward`. What it gives was made in the forward pass and has no gradient.
+
+        Raises:
+            GraftError: GC152 where one is asked for.
+        """
+        if torch.is_grad_enabled():
+            message = "gradients of gradients (create_graph=True) of a loss that is computed in chunks"
+            raise GraftError("GC152", message, hint="use memory: {loss: whole}")
         labelled, *held = ctx.saved_tensors
         if ctx.again:
             labels, *tensors = held

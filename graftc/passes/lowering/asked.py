@@ -14,7 +14,7 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import warn
 
 
-def loss_step(spec: Spec, objectives: Collection[str]) -> Mapping[str, Lowering]:
+def loss_step(spec: Spec, objectives: Collection[str] = ()) -> Mapping[str, Lowering]:
     """The step by its name; nothing where losses are to be computed as a whole.
 
     Args:
