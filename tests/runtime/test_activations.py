@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graftc
 from benchmarks.train.measure import peak_bytes
+from graftc.runtime.activations import plan
 from graftc.runtime.activations.training_code import TrainingCode, choices_of
 from graftc.testing import perturb, tiny
 from graftc.testing.compare import flat, inputs_for
@@ -280,3 +281,20 @@ def test_autocast(base: Any) -> None:
             return loss_of(model, given)
 
     assert equal(gradients(ours, inputs, run), gradients(plain, inputs, run))
+
+
+def test_a_budget_that_cannot_be_met_says_what_is_kept(base: Any, inputs: dict[str, Any]) -> None:
+    model = compiled(base, memory={"budget": 1e-6})
+    with pytest.warns(graftc.GraftWarning, match=r"GC153: \d+% of what autograd keeps is kept"):
+        gradients(model, inputs)
+
+
+def test_what_is_small_first_may_be_large_later(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that saves nothing worth it does not decide for others."""
+    monkeypatch.setattr(plan, "WORTH", 2**16)
+    model = compiled(base)
+    small, large = (torch.ones(2, size).long() for size in (2, 100))
+    for ids in (small, large):
+        gradients(model, {"input_ids": ids})
+    kept = [model.activations(input_ids=ids) for ids in (small, large)]
+    assert kept[0].kept == kept[0].without and kept[1].kept < 0.9 * kept[1].without
