@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from graftc.compiler.roles.findings import Finding, Structure, Sublayer
-from graftc.passes.core.ir.program import is_above
+from graftc.passes.core.ir.program import is_above, marks_above
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import SiteKey, TokenNumbers, ValueSite
 from graftc.specs.claims import SiteKind
@@ -125,12 +125,7 @@ class TokenReaders:
             if parse_role(f.role).name == "embed" and f.node.target is torch.ops.aten.embedding.default
         ]
         own = {finding.node: 1 << number for number, finding in enumerate(self._lookups)}
-        self._above: dict[fx.Node, int] = {}
-        for node in graph.nodes:
-            mark = own.get(node, 0)
-            for source in node.all_input_nodes:
-                mark |= self._above[source]
-            self._above[node] = mark
+        self._above = marks_above(graph, own)
 
     def of(self, value: fx.Node, stem: str) -> TokenNumbers | None:
         """The tokens of ``value: [batch, sequence, ...]``: of the largest table, where several are looked up, since

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compiler.roles.findings import Finding
+from graftc.passes.core.ir.program import marks_above
 from graftc.passes.core.sites.sites import Positions
 from graftc.specs.roles import parse_role
 
@@ -40,12 +41,7 @@ class PositionsAbove:
     def __init__(self, graph: fx.Graph, findings: Iterable[Finding]) -> None:
         self._all = position_readers(graph, findings)
         own = {positions.reader: 1 << number for number, positions in enumerate(self._all)}
-        self._above: dict[fx.Node, int] = {}
-        for node in graph.nodes:
-            mark = own.get(node, 0)
-            for source in node.all_input_nodes:
-                mark |= self._above[source]
-            self._above[node] = mark
+        self._above = marks_above(graph, own)
 
     def of(self, value: fx.Node) -> tuple[Positions, ...]:
         """Those of a value, in graph order."""

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graftc.passes.core.ir.cleaning import remove_dead
-from graftc.passes.core.ir.effects import Memory, memory_of
+from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import expression
 
@@ -30,7 +30,7 @@ Rule = Callable[[fx.Node], "fx.Node | None"]
 def canonicalise(program: Program) -> Program:
     """Canonicalise in place and return the Program."""
     graph = program.graph
-    memory = memory_of(program)
+    memory = Memory(graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -47,14 +47,12 @@ def canonicalise(program: Program) -> Program:
             graph.erase_node(node)
     _share_sizes(program)
     remove_dead(program)
-    program.memory = None  # of the graph as it was
     return program
 
 
 def _is_written_apart(node: fx.Node, source: fx.Node, memory: Memory) -> bool:
     """Whether a value is a copy of another, and one of the two is changed in place later."""
-    own, other = (memory.roots.get(each, frozenset({each})) for each in (node, source))
-    return own.isdisjoint(other) and any(not roots.isdisjoint(own | other) for roots in memory.writes.values())
+    return memory.roots(node).isdisjoint(memory.roots(source)) and not memory.settled(node, source)
 
 
 def _value(node: Any) -> Any:

@@ -86,9 +86,7 @@ class Matcher:
 
     def __init__(self, program: Program) -> None:
         self.live = live(program)
-        memory = Memory(program.graph)
-        self._roots = memory.roots
-        self._written = frozenset().union(*memory.writes.values())
+        self._settled = Memory(program.graph).settled
 
     def map(self, node: fx.Node) -> Map | None:
         """The map that a product is; None where it is no product with one matrix."""
@@ -147,10 +145,6 @@ class Matcher:
     def readers(self, node: fx.Node) -> list[fx.Node]:
         """Nodes that read a value, and that something needs."""
         return [user for user in node.users if user in self.live]
-
-    def _settled(self, *nodes: fx.Node) -> bool:
-        """Whether nobody writes to the memory of values, so that it does not matter when they are read."""
-        return all(self._written.isdisjoint(self._roots[node]) for node in nodes)
 
     def _step(self, value: fx.Node, x: fx.Node) -> Step | None:
         """The next sum behind a value: what has it, what is added, and the nodes on the way."""

@@ -69,7 +69,7 @@ class _Part:
     """
 
     def __init__(self, code: PartCode, frame: Frame) -> None:
-        self.code, self.module, self.casts, self.hooks = code, frame.module, frame.casts, frame.hooks
+        self.code, self.module, self.casts = code, frame.module, frame.casts
         tensor_at = frame.code.tensor_at
         self.roots: list[Any] | None = None
         # The tensors themselves: others may have their places when the backward pass comes.
@@ -99,11 +99,11 @@ class _Part:
 class _Slot:
     """A value that is computed again, for all that autograd saved of it."""
 
-    __slots__ = ("__weakref__", "dtype", "part", "size", "stride", "value")
+    __slots__ = ("__weakref__", "part", "size", "stride", "value")
 
     def __init__(self, part: _Part, value: Tensor) -> None:
         self.part: _Part | None = part
-        self.size, self.stride, self.dtype = value.shape, value.stride(), value.dtype
+        self.size, self.stride = value.shape, value.stride()
         self.value: Tensor | None = None
 
     def fill(self, value: Tensor) -> None:

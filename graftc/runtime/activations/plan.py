@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import networkx as nx
@@ -53,21 +53,20 @@ class ActivationPlan:
 
     Attributes:
         parts: what is computed again; empty where that saves nothing.
-        without: bytes that autograd keeps by itself.
-        kept: bytes that are kept.
+        kept: bytes that are kept of the run that the plan was made for.
         cost: what computing again takes, in bytes moved; a product counts for `FLOPS_PER_BYTE` a byte.
     """
 
     parts: tuple[Recomputation, ...]
-    without: int
     kept: int
     cost: float = 0.0
 
-    def kept_of(self, recorded: Recorded) -> int:
-        """Bytes that are kept of a call of other sizes."""
-        again = {recorded.storages[target] for part in self.parts for target in part.targets}
-        roots = {recorded.storages[root] for part in self.parts for root in part.roots if root in recorded.storages}
-        return sum(recorded.sizes[storage] for storage in (recorded.saved - again) | roots)
+
+def kept_by(parts: Iterable[Recomputation], recorded: Recorded) -> int:
+    """Bytes that are kept of a run, of any sizes, where some values are computed again."""
+    again = {recorded.storages[target] for part in parts for target in part.targets}
+    roots = {recorded.storages[root] for part in parts for root in part.roots if root in recorded.storages}
+    return sum(recorded.sizes[storage] for storage in (recorded.saved - again) | roots)
 
 
 def plans(
@@ -120,9 +119,7 @@ class _Choice:
         self.graph, self.recorded, self._is_buffer = graph, recorded, is_buffer
         self.owners = recorded.owners()
         self.owned = {node for node in self.owners.values() if node.op != "get_attr"}
-        memory = Memory(graph)
-        written = frozenset[fx.Node]().union(*memory.writes.values()) if memory.writes else frozenset()
-        self.steady = {node for node in graph.nodes if not memory.roots[node] & written}
+        self.settled = Memory(graph).settled
         self.needed = {s for s in recorded.saved if s in self.owners and self.owners[s] in self.owned}
 
     def bytes_of(self, node: fx.Node) -> int:
@@ -135,9 +132,10 @@ class _Choice:
 
     def may_repeat(self, node: fx.Node, costly: bool) -> bool:
         """Whether a value may be computed again; costly ones only where ``costly`` says so."""
-        if node.op != "call_function" or node not in self.steady or is_random(node) or mutates(node):
+        operands = node.all_input_nodes
+        if node.op != "call_function" or is_random(node) or mutates(node) or not self.settled(node, *operands):
             return False
-        if any(operand not in self.steady or self.is_buffer(operand) for operand in node.all_input_nodes):
+        if any(map(self.is_buffer, operands)):
             return False
         target = node.target
         if isinstance(target, torch._ops.OpOverload):
@@ -158,14 +156,10 @@ class _Choice:
         kept = self._cut(price, costly)
         targets = [self.owners[s] for s in self.needed if self.owners[s] not in kept and s not in self.recorded.outputs]
         parts = tuple(self._parts([t for t in targets if t.op == "call_function"], kept))
-        again = {self.recorded.storages[target] for part in parts for target in part.targets}
-        roots = {self.recorded.storages[root] for part in parts for root in part.roots if root in self.owned}
-        sizes = self.recorded.sizes
-        total = sum(sizes[s] for s in (self.recorded.saved - again) | roots)
-        without = self.recorded.saved_bytes
+        total, without = kept_by(parts, self.recorded), self.recorded.saved_bytes
         if without - total < worth:
-            return ActivationPlan((), without, without)
-        return ActivationPlan(parts, without, total, sum(self._cost(node) for part in parts for node in part.nodes))
+            return ActivationPlan((), without)
+        return ActivationPlan(parts, total, sum(self._cost(node) for part in parts for node in part.nodes))
 
     def _cost(self, node: fx.Node) -> float:
         moved = self.bytes_of(node) if node in self.owned else 0

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from graftc.passes.core.ir.codegen import tensor_at
+
 aten = torch.ops.aten
 _ATTENTIONS = (
     aten._scaled_dot_product_flash_attention_for_cpu,
@@ -162,22 +164,6 @@ def record(
                 found.several.add(node)
     found.outputs = frozenset(storage_of(t) for t in tree_flatten(found.results)[0] if isinstance(t, Tensor))
     # What nothing of the result needs is let go, and with it what autograd kept for it.
-    everything = list(values.values())
     values.clear()
-    kept = {storage_of(each.tensor) for each in held}
-    del everything
-    alive = {storage_of(each.tensor) for each in held}
-    found.saved = frozenset(kept & alive) - own
-    return found
-
-
-def tensor_at(module: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by its path, read from the tables of modules."""
-    owner = module
-    path, _, last = name.rpartition(".")
-    for segment in path.split(".") if path else ():
-        owner = owner._modules[segment]  # type: ignore[assignment]
-    parameter = owner._parameters.get(last)
-    found = owner._buffers[last] if parameter is None else parameter
-    assert found is not None
+    found.saved = frozenset(storage_of(each.tensor) for each in held) - own
     return found

@@ -15,13 +15,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from graftc.compiler.capture.isolation import is_traced
-from graftc.passes.core.ir.codegen import Function, code_of, function_of, placed
+from graftc.passes.core.ir.codegen import Function, code_of, function_of, placed, tensor_at
 from graftc.passes.core.weights.containers import OWN
 from graftc.runtime.activations.budget import Call, Choices, chosen
 from graftc.runtime.activations.frames import Casts, Frame, FrameCode, Hooks, PartCode, casts_of
 from graftc.runtime.activations.offload import offload_of
-from graftc.runtime.activations.plan import ActivationPlan, Recomputation, plans
-from graftc.runtime.activations.recording import Recorded, fake, record, tensor_at
+from graftc.runtime.activations.plan import ActivationPlan, Recomputation, kept_by, plans
+from graftc.runtime.activations.recording import Recorded, fake, record
 from graftc.specs.errors.diagnostics import warn
 
 
@@ -179,14 +179,14 @@ class TrainingCode:
             def is_buffer(name: str) -> bool:
                 return not isinstance(tensor_at(module, name), nn.Parameter)
 
-            own = ActivationPlan((), recorded.saved_bytes, recorded.saved_bytes)
+            own = ActivationPlan((), recorded.saved_bytes)
             made = plans(self._graph, recorded, is_buffer, self._budget is not None) if not self.plain else [own]
             found = tuple(made)
             codes = tuple(self._framed(module, recorded, plan.parts) if plan.parts else None for plan in found)
             self.planned[kind] = Planned(found, codes)
         planned = self.planned[kind].plans
         given = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in inputs if isinstance(t, Tensor)}
-        kept = tuple(plan.kept_of(recorded) for plan in planned)
+        kept = tuple(kept_by(plan.parts, recorded) for plan in planned)
         return Call(choices, key, planned, kept, recorded.saved_bytes, sum(given.values())), recorded.results
 
     def _record(self, module: nn.Module, inputs: Sequence[Any], mode: FakeTensorMode, calls: list[Call]) -> Recorded:

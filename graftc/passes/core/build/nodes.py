@@ -113,7 +113,7 @@ class Nodes:
         if not memory.writes or not isinstance(self.current, LinearSite):
             return []
         reader = self.current.use.node
-        own = frozenset[fx.Node]().union(*(memory.roots.get(source, frozenset({source})) for source in sources))
+        own = frozenset[fx.Node]().union(*map(memory.roots, sources))
         return [write for write, roots in memory.writes.items() if own & roots and write < reader]
 
     def _first_call(self) -> fx.Node:

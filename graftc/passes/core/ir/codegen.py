@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graftc.passes.core.ir.cleaning import takes_device
 from graftc.passes.core.ir.grouped_heads import share_heads
@@ -141,8 +141,21 @@ def _module(module: nn.Module, path: str) -> str:
 
 def _tensor(module: nn.Module, name: str) -> str:
     path, _, last = name.rpartition(".")
-    owner = module
-    for segment in path.split(".") if path else ():
-        owner = owner._modules[segment]  # type: ignore[assignment]
-    table = "_parameters" if owner._parameters.get(last) is not None else "_buffers"
+    table = "_parameters" if _owner(module, path)._parameters.get(last) is not None else "_buffers"
     return f"{_module(module, path)}.{table}[{last!r}]"
+
+
+def tensor_at(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer that code reads by a name."""
+    path, _, last = name.rpartition(".")
+    owner = _owner(module, path)
+    parameter = owner._parameters.get(last)
+    found = owner._buffers[last] if parameter is None else parameter
+    assert found is not None
+    return found
+
+
+def _owner(module: nn.Module, path: str) -> nn.Module:
+    for segment in path.split(".") if path else ():
+        module = module._modules[segment]  # type: ignore[assignment]
+    return module

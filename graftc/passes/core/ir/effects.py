@@ -8,7 +8,7 @@ of the Store, or a value that the graph made itself.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,48 +39,51 @@ _STATISTICS = {
 
 
 class Memory:
-    """Whose memory the values of a graph are.
+    """Whose memory the values of a graph are, where one of its operators may write to it; in most graphs none does, and
+    it does not matter.
 
     Attributes:
-        roots: for every node, the nodes whose memory its value may be: itself where it is new.
         writes: every node that changes a value in place, with the nodes whose memory that may be, in graph order.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.roots: dict[fx.Node, frozenset[fx.Node]] = {}
+        self._roots: dict[fx.Node, frozenset[fx.Node]] = {}
         self.writes: dict[fx.Node, frozenset[fx.Node]] = {}
-        for node in graph.nodes:
+        for node in graph.nodes if any(_may_write(node.target) for node in graph.nodes) else ():
             given = dict(_arguments(node))
             shared = self._of(v for name, v in given.items() if _shares(node.target, name) and not _is_product(node, v))
-            self.roots[node] = shared or frozenset({node})
+            self._roots[node] = shared or frozenset({node})
             written = self._of(v for name, v in given.items() if _writes(node, name, given))
             if written:
                 self.writes[node] = written
+        self._written = frozenset[fx.Node]().union(*self.writes.values())
+
+    def roots(self, node: fx.Node) -> frozenset[fx.Node]:
+        """The nodes whose memory a value may be: its own where it is new."""
+        return self._roots.get(node, frozenset({node}))
+
+    def settled(self, *nodes: fx.Node) -> bool:
+        """Whether nobody writes to the memory of values, so that it does not matter when they are read."""
+        return all(self._written.isdisjoint(self.roots(node)) for node in nodes)
 
     def _of(self, values: Iterable[Any]) -> frozenset[fx.Node]:
         found: frozenset[fx.Node] = frozenset()
         for value in values:
-            found = found.union(*(self.roots[source] for source in nodes_in(value)))
+            found = found.union(*(self._roots[source] for source in nodes_in(value)))
         return found
-
-
-def _written(graph: fx.Graph) -> Mapping[fx.Node, frozenset[fx.Node]]:
-    """`Memory.writes`; whose memory values are does not matter where no operator writes, as in most graphs."""
-    return Memory(graph).writes if any(_may_write(node.target) for node in graph.nodes) else {}
 
 
 def memory_of(program: Program) -> Memory:
     """The memory of a Program's graph as it was when it was first asked for: adaptations write to nothing."""
     if program.memory is None:
-        writes = any(_may_write(node.target) for node in program.graph.nodes)
-        program.memory = Memory(program.graph if writes else fx.Graph())
+        program.memory = Memory(program.graph)
     return program.memory
 
 
 def updated(graph: fx.Graph) -> dict[str, fx.Node]:
     """Tensors of the Store that a graph writes to, by name, each with the first node that does."""
     found: dict[str, fx.Node] = {}
-    for node, roots in _written(graph).items():
+    for node, roots in Memory(graph).writes.items():
         for root in roots:
             if root.op == "get_attr":
                 found.setdefault(str(root.target), node)
@@ -92,7 +95,7 @@ def flaw(graph: fx.Graph, mode: Mode, is_buffer: Callable[[str], bool]) -> tuple
 
     A graph may change values that it made itself, and, in train mode, buffers.
     """
-    for node, roots in _written(graph).items():
+    for node, roots in Memory(graph).writes.items():
         for root in sorted(roots):
             if root.op == "placeholder":
                 return node, f"it writes to the input {root.target}"

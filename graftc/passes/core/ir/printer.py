@@ -163,12 +163,12 @@ def _numbered(program: Program, canonical: Callable[[str], str]) -> tuple[dict[f
     names = SymbolNames(program)
     digests: dict[fx.Node, str] = {}
     draws = 0
-    memory = Memory(program.graph) if any(mutates(node) for node in program.graph.nodes) else None
+    memory = Memory(program.graph)
     changed: dict[fx.Node, str] = {}
     writes: list[str] = []
 
     def text(source: fx.Node) -> str:
-        roots = sorted(memory.roots[source] & changed.keys()) if memory is not None else ()
+        roots = sorted(memory.roots(source) & changed.keys())
         return "+".join([digests[source], *(changed[root] for root in roots)])
 
     for node in program.graph.nodes:
@@ -185,7 +185,7 @@ def _numbered(program: Program, canonical: Callable[[str], str]) -> tuple[dict[f
             parts.append(f"draw {draws}")
             draws += 1
         digests[node] = hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:32]
-        if memory is not None and mutates(node):
+        if mutates(node):
             writes.append(digests[node])
             changed |= dict.fromkeys(memory.writes.get(node, ()), digests[node])
     return digests, writes

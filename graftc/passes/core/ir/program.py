@@ -261,6 +261,17 @@ def above(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> list[fx.N
     return sorted(found)
 
 
+def marks_above(graph: fx.Graph, marks: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    """For every node the marks, as bits, of itself and of everything that it is made from."""
+    found: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        mark = marks.get(node, 0)
+        for source in node.all_input_nodes:
+            mark |= found[source]
+        found[node] = mark
+    return found
+
+
 def is_above(node: fx.Node, other: fx.Node) -> bool:
     """Whether a node is made from another one; what stands in front of that one is not looked at."""
     found, pending = {node}, [node]
