@@ -22,6 +22,7 @@ from graftc.compiler.capture.past import CACHE
 from graftc.compiler.capture.signature import Axis, axes_of, described, fits, less_dynamic, split
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.compilation import Compilation
+from graftc.compiler.resolve.quantise import quantised
 from graftc.compiler.resolve.tokens import with_room
 from graftc.compiler.resolve.untie import untied
 from graftc.passes.core.ir.program_key import Signature
@@ -225,6 +226,8 @@ def compile_model(
             model = untied(model, spec.untie, axes)
         if spec.tokens is not None:
             model = with_room(model, spec.tokens)
+        if spec.base.quantize is not None:
+            model = source = quantised(model, spec.base)  # so that nothing holds the weights as they were
     except GraftError as error:
         raise spec.locate(error) from error
     compilation = Compilation(

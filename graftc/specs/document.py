@@ -14,6 +14,7 @@ from graftc.specs.compose import Bank, Compositions, CompositionSpec, Stack, com
 from graftc.specs.errors.diagnostics import GraftError, Place, unknown_name
 from graftc.specs.errors.text import quoted, shown
 from graftc.specs.limits import ADAPTATIONS, TOKENS
+from graftc.specs.options.base import BaseOptions
 from graftc.specs.options.memory import MemoryOptions
 from graftc.specs.options.optimise import OptimiseOptions
 from graftc.specs.patterns import PATTERNS, measure_braces
@@ -158,6 +159,9 @@ class Spec(SpecModel):
 
     optimise: OptimiseOptions = OptimiseOptions()
     """How training graphs are lowered."""
+
+    base: BaseOptions = BaseOptions()
+    """How the base's weights are stored."""
 
     fold: FoldOptions = FoldOptions()
     """Constraints on folding."""

@@ -27,6 +27,7 @@ from graftc.passes.core.ir.cleaning import takes_device
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import Program, map_nodes
 from graftc.passes.core.ir.program_key import Mode
+from graftc.passes.core.packing.modules import packed_weights
 from graftc.specs.errors.diagnostics import first_line
 
 aten = torch.ops.aten
@@ -190,6 +191,7 @@ class _Runs:
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self._tensors = {aliases.get(name, name): tensor.detach() for name, tensor in named}
         self._tensors |= {name: tensor.detach() for name, tensor in constants.items()}
+        self._tensors |= packed_weights(model)
         buffers = {aliases.get(n, n) for n, _ in model.named_buffers(remove_duplicate=False)}
         self._writable = buffers | constants.keys() | program.updates
         self._aliases = aliases

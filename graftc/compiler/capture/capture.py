@@ -39,6 +39,7 @@ from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.shapes import raw_bytes
 from graftc.passes.core.ir.updates import updates
 from graftc.passes.graph.canonicalise import canonicalise
+from graftc.passes.graph.packed import reading_weights
 
 if TYPE_CHECKING:
     from graftc.compiler.capture.anchor import Anchor
@@ -369,6 +370,7 @@ def _program(
     program = Program(graph, inputs, output_spec(spec))
     before = len(graph.nodes)
     started = time.perf_counter()
+    reading_weights(graph)
     canonicalise(program)
     seconds = time.perf_counter() - started
     program.updates = updates(graph)

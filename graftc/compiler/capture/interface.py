@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.capture.past import CACHE, CACHES, ENCODED, USE_CACHE, cache_name
+from graftc.passes.core.packing.modules import packed_types
 from graftc.specs.arguments import as_mapping, kind_of
 from graftc.specs.errors.diagnostics import GraftError, nearest
 
@@ -51,7 +52,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """The dtype of the model's first floating-point parameter; float32 where it has none."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    packed = (own.dtype for module in model.modules() for own in packed_types(module).values())
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), next(packed, torch.float32))
 
 
 def is_transformers(model: nn.Module) -> bool:

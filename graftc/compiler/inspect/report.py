@@ -117,7 +117,7 @@ def report(compilation: Compilation) -> Report:
     """Count what a Compilation adds."""
     store, main = compilation.store, compilation.main
     adapted, base_eval = compilation.program("eval"), compilation.program("eval", "base")
-    base = sum(t.numel() for _, t in store.base() if isinstance(t, nn.Parameter))
+    base = sum(t.numel() for name, t in store.weights() if not store.is_buffer(name))
     counts = _Counts(adapted, store)
     entries = [counts.entry(item.name, item.spec.method, len(item.places)) for item in main.resolved]
     for unit in compilation.units:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 
-from torch import nn
-
 from graftc.compiler.roles.findings import place
 from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site, SiteKey
 from graftc.passes.core.weights.store import Store
@@ -21,8 +19,8 @@ def other_parameters(store: Store, read: Container[str], entries: Sequence[Seque
         entries: the sites so far.
     """
     known = {name for sites in entries for site in sites for name in _tensors(site)}
-    for name, tensor in store.base():
-        if isinstance(tensor, nn.Parameter) and name in read and name not in known:
+    for name, _ in store.weights():
+        if not store.is_buffer(name) and name in read and name not in known:
             module, _, last = name.rpartition(".")
             layer, stack = place(module)
             yield ParameterSite(SiteKey(module, last), (), layer, stack, kind=SiteKind.PARAMETER, tensor=name)

@@ -19,6 +19,7 @@ from torch import fx
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.program import is_random, mutates
 from graftc.passes.core.ops.projections import projections
+from graftc.passes.core.ops.unpack import UNPACK
 from graftc.runtime.activations.recording import Recorded
 
 WORTH = 2**20
@@ -27,6 +28,9 @@ WORTH = 2**20
 FLOPS_PER_BYTE = 16
 """Floating point operations of a product that take as long as moving a byte."""
 
+
+_OPERATORS = frozenset({UNPACK})
+"""Operators of graftc's that may be called again, beside those that are pointwise."""
 
 _FUNCTIONS = frozenset({operator.getitem, projections})
 """Functions of Python that give the same again."""
@@ -139,7 +143,8 @@ class _Choice:
             return False
         target = node.target
         if isinstance(target, torch._ops.OpOverload):
-            if target.namespace != "aten" and torch.Tag.pointwise not in target.tags:
+            known = target.namespace == "aten" or torch.Tag.pointwise in target.tags or target in _OPERATORS
+            if not known:
                 return False
         elif target not in _FUNCTIONS:
             return False

@@ -15,6 +15,7 @@ from graftc.passes.core.ir.codegen import function_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Signature
 from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
+from graftc.passes.graph.packed import reading_parts
 from graftc.runtime.export.inputs import ADAPTER_TENSORS, as_inputs, tensors_of, without
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ class ExportModule:
     """
 
     def __init__(self, runner: ModelRunner, signature: Signature, names: Sequence[str] = ()) -> None:
-        self.program: Program = runner._program_of(runner.key(signature, "eval"))
         store = runner._store
+        self.program: Program = reading_parts(runner._program_of(runner.key(signature, "eval")), store)
         self.config = getattr(runner, "config", None)
         self._base, self._tensors = runner._compilation.program("train", "base", signature), store
         self.adaptations = tensors_of(runner, self.program, names)

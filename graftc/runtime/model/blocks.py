@@ -25,6 +25,7 @@ from graftc.passes.core.weights.containers import OWN, Container, Node, Pass, Tr
 from graftc.passes.core.weights.sharding import computes_on, is_unit, sharded_modules
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.outline import outline
+from graftc.passes.graph.packed import reading_parts
 from graftc.passes.lowering.lower import LoweringOutcome
 from graftc.runtime.activations.budget import Choices
 from graftc.runtime.model.embeddings import call_hooks
@@ -194,7 +195,7 @@ class Runner:
         self._lower(key)
 
     def _lower(self, key: ProgramKey) -> None:
-        program = self._lowered[key] = self.lowered(key)
+        program = self._lowered[key] = reading_parts(self.lowered(key), self._store)
         outlined = outline(program)
         device = self._code_device()
         for block in outlined.blocks:

@@ -513,6 +513,12 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "random draws such as those of the base's own dropouts, and what operators keep inside.",
      "Training is right, and keeps what the message says. `checkpoint: layers` repeats random draws as well; a base "
      "without dropouts keeps less."),
+
+    # Quantised bases.
+    ("GC160", _SPEC, "nothing to quantise",
+     "The spec says `base: {quantize: ...}`, which is for the linear maps and experts in the repeated layers of a "
+     "model, and there are none, or all of them are under `skip`.",
+     "Leave `quantize` out, or skip fewer modules."),
 )
 # fmt: on
 

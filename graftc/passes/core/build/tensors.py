@@ -178,7 +178,7 @@ class Tensors(Part):
 
     def read_weight(self, site: LinearSite) -> Tensor:
         """The values of the site's own rows of the base weight, ``[..., rows, in]``: for initialisers."""
-        return site.own.operand(self.store.get(site.own.tensor).detach())
+        return site.own.operand(self.store.full(site.own.tensor))
 
     def _name(self, part: str) -> str:
         return tensor_name(self._site, self.adaptation, part)

@@ -18,6 +18,7 @@ from graftc.passes.core.ops.hashing import SEEDS, hashed
 from graftc.passes.core.ops.magnitude import DECOMPOSITIONS as MAGNITUDE
 from graftc.passes.core.ops.pruned import DECOMPOSITIONS as PRUNED
 from graftc.passes.core.ops.sparse import DECOMPOSITIONS as SPARSE
+from graftc.passes.core.ops.unpack import DECOMPOSITIONS as UNPACKED
 
 __all__ = ["DECOMPOSITIONS", "SEEDS", "dropout_mask", "seeded_dropout", "seeded_dropout_decomposed"]
 
@@ -82,5 +83,6 @@ DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
     **MAGNITUDE,
     **PRUNED,
     **SPARSE,
+    **UNPACKED,
 }
 """ATen forms by operator: what exports write instead."""

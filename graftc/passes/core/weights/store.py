@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from graftc.passes.core.packing.modules import packed_types
+from graftc.passes.core.packing.packed_tensor import PackedTensor, dense
+from graftc.passes.core.packing.packing import PackedType
 from graftc.passes.core.weights.containers import OWN, SOURCE, C, Container
 from graftc.passes.core.weights.names import RESERVED, adapter_name, parsed
 from graftc.passes.core.weights.sharding import gathered
@@ -56,6 +59,7 @@ class Store:
         constants: names of tensors that graphs mention beside the source model's own.
         settled: names of kept buffers that graphs were made by, so that other values do not fit.
         updated: names of base tensors that graphs write to, each to the name of what it is in the source model.
+        packed: types of packed weights by name. The tree holds the parts of each, and graphs read the weight.
     """
 
     def __init__(self, root: nn.Module | None = None) -> None:
@@ -64,6 +68,7 @@ class Store:
         self.constants: set[str] = set()
         self.settled: set[str] = set()
         self.updated: dict[str, str] = {}
+        self.packed: dict[str, PackedType] = {}
 
     @classmethod
     def mirror(cls, model: nn.Module) -> Store:
@@ -92,7 +97,20 @@ class Store:
                 if buffer is not None:
                     persistent = name not in module._non_persistent_buffers_set
                     store._mirror(container, path, name, buffer, seen, persistent=persistent)
+            for name, own in packed_types(module).items():
+                store._hold_packed(f"{path}.{name}".lstrip("."), own)
         return store
+
+    def _hold_packed(self, name: str, own: PackedType) -> None:
+        """Enter a weight whose parts are there; under another name of another one, where its parts are that one's."""
+        first = own.names(name)[0]
+        if first in self.aliases:
+            self.aliases[name] = self.aliases[first].removesuffix(first.removeprefix(name))
+        self.packed[name] = own
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """Names of what the tree holds for a tensor: the tensor's own, but for packed weights."""
+        return self.packed[name].names(name) if name in self.packed else (name,)
 
     def shape(self, model: nn.Module) -> None:
         """Make containers like the modules of a model, below the root."""
@@ -169,6 +187,8 @@ class Store:
         self.root = root
 
     def __contains__(self, fqn: str) -> bool:
+        if fqn in self.packed:
+            return True
         path, _, name = fqn.rpartition(".")
         try:
             owner = self.owner(path)
@@ -177,9 +197,11 @@ class Store:
         return owner._parameters.get(name) is not None or owner._buffers.get(name) is not None
 
     def get(self, fqn: str) -> torch.Tensor:
-        """The tensor called ``fqn``; `KeyError` where there is none."""
+        """The tensor called ``fqn``; `KeyError` where there is none. Of a packed weight it is a `PackedTensor`."""
         path, _, name = fqn.rpartition(".")
         owner = self.owner(path)
+        if fqn in self.packed:
+            return self._packed(fqn)
         tensor: torch.Tensor | None = owner._parameters.get(name)
         if tensor is None:
             tensor = owner._buffers.get(name)
@@ -190,11 +212,16 @@ class Store:
     def full(self, fqn: str) -> torch.Tensor:
         """The whole value of the tensor called ``fqn``, detached, also where it is sharded over processes: then all of
         them have to ask. `KeyError` where there is none."""
-        return gathered(self.get(fqn))
+        return dense(gathered(self.get(fqn)))
+
+    def _packed(self, fqn: str) -> PackedTensor:
+        own = self.packed[fqn]
+        parts = [self.get(name) for name in own.names(fqn)]
+        return PackedTensor(own, parts[0].device, lambda: own.value([gathered(part) for part in parts]))
 
     def is_buffer(self, fqn: str) -> bool:
         """Whether the tensor called ``fqn`` is no parameter; `KeyError` where there is none."""
-        return not isinstance(self.get(fqn), nn.Parameter)
+        return fqn not in self.packed and not isinstance(self.get(fqn), nn.Parameter)
 
     def add_parameter(self, fqn: str, tensor: torch.Tensor, *, trainable: bool) -> None:
         """Add an adapter tensor. Raises `KeyError` when the name is taken."""
@@ -320,10 +347,21 @@ class Store:
             yield from ((plain(name), tensor) for name, tensor in named(remove_duplicate=False))
 
     def base(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Base tensors by owning name (tied names once)."""
+        """Base tensors by owning name (tied names once), of packed weights the parts."""
         for name, tensor in self.tensors():
             if not self.is_adapter(name) and name not in self.aliases:
                 yield name, tensor
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Base tensors as graphs read them, tied names once: the same, with each packed weight in the place of its
+        parts."""
+        weight_of = {part: name for name, own in self.packed.items() for part in own.names(name)}
+        for name, tensor in self.base():
+            weight = weight_of.get(name)
+            if weight is None:
+                yield name, tensor
+            elif name == self.parts_of(weight)[0]:
+                yield weight, self.get(weight)
 
     def device(self, module: str = "") -> torch.device:
         """Where the first base tensor in a module is, or the first of all; ``cpu`` where there is none."""

@@ -1,0 +1,47 @@
+"""The operator that makes a weight's values of what is stored of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.packing import affine, blockwise
+from graftc.passes.core.packing.packing import packing_of
+
+__all__ = ["DECOMPOSITIONS", "UNPACK", "affine", "blockwise", "unpack", "unpack_decomposed"]
+
+
+def unpack_decomposed(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`unpack` in ATen."""
+    return packing_of(packing).values(parts, shape, dtype)
+
+
+@torch.library.custom_op("graftc::unpack", mutates_args=())
+def unpack(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The values of a packed weight. It has no gradient: codes do not train.
+
+    Args:
+        parts: what is stored, ``uint8``, in the order of the packing's parts.
+        packing: the text of it, see `graftc.passes.core.packing.packing.Packing.text`.
+        shape: of the weight.
+        dtype: of its values.
+    """
+    return unpack_decomposed(parts, packing, shape, dtype)
+
+
+@unpack.register_fake
+def _(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    sizes = list(shape)
+    if packing_of(packing).transposed:
+        sizes[-2:] = sizes[:-3:-1]
+        return parts[0].new_empty(sizes, dtype=dtype).transpose(-1, -2)
+    return parts[0].new_empty(sizes, dtype=dtype)
+
+
+UNPACK = torch.ops.graftc.unpack.default
+
+DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {UNPACK: unpack_decomposed}
+"""ATen forms by operator."""

@@ -1,0 +1,1 @@
+"""Packed weights: how a weight is stored in fewer bits, and how its values are made of that."""

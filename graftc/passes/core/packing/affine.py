@@ -1,0 +1,75 @@
+"""Whole numbers of 8 or 4 bits with a scale, and a zero point where they are of 4, for each group of inputs of a row:
+torchao's ``int8`` and grouped ``int4`` weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
+
+
+@dataclass(frozen=True)
+class Affine(Packing):
+    """``(code - zero) * scale``, computed in the element type of the weight. ``int8``: codes of -128 to 127, symmetric.
+    ``int4``: codes and zero points of 0 to 15.
+
+    Attributes:
+        group: how many consecutive inputs of a row share a scale; 0 is all of them. The last group may be shorter.
+        parts: ``codes`` ``[..., rows, in]``, of 4 bits ``[..., rows, ceil(in / 2)]`` with the first of two in the lower
+            half of a byte; ``scales``, bytes of float32, ``[..., rows, groups * 4]``; ``zeros`` ``[..., rows, groups]``
+            with 4 bits.
+    """
+
+    group: int = 0
+
+    KINDS = ("int8", "int4")
+
+    @property
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("codes", "scales") if self.kind == "int8" else ("codes", "scales", "zeros")
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """See `Packing.pack`."""
+        width = weight.shape[-1]
+        grouped = _grouped(weight, self.group)
+        low, high = (-128, 127) if self.kind == "int8" else (0, 15)
+        least, most = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
+        tiny = torch.finfo(weight.dtype).smallest_normal
+        if self.kind == "int8":
+            scale = (torch.maximum(-least, most) / ((high - low) / 2)).clamp(min=tiny)
+            zero = torch.zeros_like(scale)
+        else:
+            scale = ((most - least) / (high - low)).clamp(min=tiny)
+            zero = (low - torch.round(least / scale)).clamp(low, high)
+        code = torch.clamp(torch.round(grouped * (1 / scale)) + zero, low, high)
+        code = code.flatten(-2)[..., :width]
+        scales = as_bytes(scale.squeeze(-1).float())
+        if self.kind == "int8":
+            return code.to(torch.int8).view(torch.uint8), scales
+        pairs = torch.nn.functional.pad(code.to(torch.uint8), (0, width % 2))
+        return pairs[..., ::2] | (pairs[..., 1::2] << 4), scales, zero.squeeze(-1).to(torch.uint8)
+
+    def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See `Packing.unpack`."""
+        codes, scales = parts[0], from_bytes(parts[1]).to(dtype)
+        if self.kind == "int8":
+            values = codes.view(torch.int8).to(dtype)
+        else:
+            values = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., : shape[-1]].to(dtype)
+        grouped = _grouped(values, self.group)
+        if self.kind == "int4":
+            grouped = grouped - parts[2].to(dtype).unsqueeze(-1)
+        return (grouped * scales.unsqueeze(-1)).flatten(-2)[..., : shape[-1]].reshape(tuple(shape))
+
+
+def _grouped(values: Tensor, group: int) -> Tensor:
+    """``[..., groups, group]`` of ``[..., in]``, with zeros behind the last ones."""
+    width = values.shape[-1]
+    group = group or width
+    if width % group:
+        values = torch.nn.functional.pad(values, (0, -width % group))
+    return values.reshape(*values.shape[:-1], -1, group)

@@ -1,0 +1,147 @@
+"""4-bit codes of a table, with one scale for each block of consecutive values: NF4 and FP4, as bitsandbytes has them.
+
+NF4's values are quantiles of a normal distribution (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs",
+2023, arXiv:2305.14314); "double quantisation" there stores the scales in 8 bits, with a scale for 256 of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
+
+# fmt: off
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)
+"""By code."""
+# fmt: on
+
+_FP4 = (0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+"""The half of the codes without the sign bit, in twelfths."""
+
+SCALES = 256
+"""How many scales have one scale, where these are in 8 bits."""
+
+_EXPONENTS = 7
+"""Decades that 8-bit scales span; see `dynamic_values`."""
+
+
+def table_of(kind: str) -> Tensor:
+    """The values of the 16 codes, ``float32[16]`` on the CPU."""
+    if kind == "nf4":
+        return torch.tensor(NF4)
+    half = torch.tensor(_FP4)
+    return torch.cat([half, -half]) / half.max()
+
+
+def dynamic_values() -> Tensor:
+    """The 256 values of an 8-bit scale, ascending, ``float32`` on the CPU: the middles of equal steps through each of
+    seven decades, twice as many in each as in the one below (Dettmers, "8-Bit Approximations for Parallelism in Deep
+    Learning", 2016, arXiv:1511.04561)."""
+    found = [0.0, 1.0]
+    for number in range(_EXPONENTS):
+        edges = torch.linspace(0.1, 1, 2**number + 1)
+        middles = (edges[:-1] + edges[1:]) / 2
+        decade = 10.0 ** (number - _EXPONENTS + 1)
+        found += (decade * middles).tolist()
+        found += (-decade * middles).tolist()
+    return torch.tensor(sorted(found))
+
+
+@cache
+def _pairs(kind: str) -> Tensor:
+    """The values of both codes of a byte, ``float32[256, 2]``."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
+        table, byte = table_of(kind), torch.arange(256)
+        return torch.stack([table[byte >> 4], table[byte & 15]], dim=1)
+
+
+def _constant(values: Tensor, like: Tensor) -> Tensor:
+    return torch.tensor(values.tolist(), dtype=values.dtype, device=like.device)
+
+
+@dataclass(frozen=True)
+class Blockwise(Packing):
+    """NF4 or FP4.
+
+    Attributes:
+        group: values in a block, over the whole weight row by row; the last block may be shorter.
+        double: scales are in 8 bits.
+        parts: ``codes`` ``[ceil(n / 2), 1]``, the first of two in the upper half of a byte; ``scales``, the bytes of
+            float32 or the codes of 8 bits, ``[blocks, ...]``; with ``double`` also ``nested``, the scales of these as
+            bytes of float32, and ``offset``, which is added to them.
+    """
+
+    group: int = 64
+    double: bool = False
+
+    KINDS = ("nf4", "fp4")
+
+    @property
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("codes", "scales", "nested", "offset") if self.double else ("codes", "scales")
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """See `Packing.pack`. The codes are those whose values are nearest."""
+        table = table_of(self.kind).to(weight.device)
+        values, order = table.sort()
+        largest, scaled = _scaled(weight.reshape(-1).float(), self.group)
+        scaled = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
+        code = order[torch.bucketize(scaled, (values[1:] + values[:-1]) / 2)].to(torch.uint8)
+        codes = ((code[::2] << 4) | code[1::2]).unsqueeze(1)
+        if not self.double:
+            return codes, as_bytes(largest.unsqueeze(1))
+        offset = largest.mean()
+        known = dynamic_values().to(weight.device)
+        nested, ratio = _scaled(largest - offset, SCALES)
+        scales = torch.bucketize(ratio, (known[1:] + known[:-1]) / 2).to(torch.uint8)
+        return codes, scales.unsqueeze(1), as_bytes(nested.unsqueeze(1)), as_bytes(offset)
+
+    def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See `Packing.unpack`."""
+        codes, scales = parts[:2]
+        size = math.prod(shape)
+        pairs = torch.nn.functional.embedding(codes.reshape(-1).int(), _constant(_pairs(self.kind), codes))
+        values = pairs.reshape(-1)[:size]
+        found = _times(values, self._scales(scales, parts[2:]), self.group)
+        return found.reshape(tuple(shape)).to(dtype)
+
+    def _scales(self, scales: Tensor, rest: Sequence[Tensor]) -> Tensor:
+        if not self.double:
+            return from_bytes(scales).reshape(-1)
+        nested, offset = (from_bytes(part).reshape(-1) for part in rest)
+        known = _constant(dynamic_values(), scales)
+        values = torch.nn.functional.embedding(scales.reshape(-1).int(), known.unsqueeze(1)).reshape(-1)
+        return _times(values, nested, SCALES) + offset
+
+
+def _scaled(values: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """The largest absolute value of each block, and the values as parts of it. In the last block, where it is shorter,
+    they are divided and not multiplied by the reciprocal, as bitsandbytes does."""
+    whole = values.numel() // group * group
+    blocks = values[:whole].reshape(-1, group)
+    largest = blocks.abs().amax(1)
+    scaled = (blocks * (1 / largest.clamp(min=1e-38)).unsqueeze(1)).reshape(-1)
+    if whole < values.numel():
+        last = values[whole:].abs().amax().clamp(min=1e-38)
+        largest = torch.cat([largest, last.unsqueeze(0)])
+        scaled = torch.cat([scaled, values[whole:] / last])
+    return largest, scaled.clamp(-1, 1)
+
+
+def _times(values: Tensor, scales: Tensor, group: int) -> Tensor:
+    """Values times the scale of their block."""
+    size = values.numel()
+    missing = -size % group
+    if missing:
+        values = torch.nn.functional.pad(values, (0, missing))
+    return (values.reshape(-1, group) * scales.unsqueeze(1)).reshape(-1)[:size]

@@ -1,0 +1,97 @@
+"""Modules with packed weights: they hold the parts, and give the weight that is made of them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.passes.core.packing.packed_tensor import PackedTensor
+from graftc.passes.core.packing.packing import PackedType, Packing
+
+_TYPES = "_graftc_packed"
+"""Under which a class of such modules has the types of its packed weights, by their names."""
+
+
+def packed_types(module: nn.Module | type) -> Mapping[str, PackedType]:
+    """The packed weights of a module itself, by their names in it; none of most modules."""
+    found: Mapping[str, PackedType] = getattr(module, _TYPES, types.MappingProxyType({}))
+    return found
+
+
+def held_weight(module: nn.Module, name: str) -> Tensor:
+    """The value of a packed weight of a module, made anew."""
+    own = packed_types(module)[name]
+    return own.value([_part(module, part) for part in own.names(name)])
+
+
+def _part(module: nn.Module, name: str) -> Tensor:
+    found = module._parameters[name]
+    assert found is not None
+    return found
+
+
+def hold_packed(module: nn.Module, packed: Mapping[str, tuple[PackedType, tuple[Tensor, ...]]]) -> None:
+    """Let a module hold parts in the place of weights. It stays of its class, whose code reads the weights as before.
+
+    Args:
+        module: is changed.
+        packed: types and parts, by names of its parameters.
+    """
+    parameters = dict(module._parameters)
+    module._parameters.clear()
+    for name, parameter in parameters.items():
+        if name not in packed:
+            module._parameters[name] = parameter
+            continue
+        own, parts = packed[name]
+        for part, value in zip(own.names(name), parts, strict=True):
+            module._parameters[part] = nn.Parameter(value, requires_grad=False)
+    held = {**packed_types(module), **{name: own for name, (own, _) in packed.items()}}
+    cls: Any = type(module)
+    module.__class__ = _class_of(cls, tuple(held.items()))
+
+
+@cache
+def _class_of(cls: Any, held: tuple[tuple[str, PackedType], ...]) -> type[nn.Module]:
+    while packed_types(cls):
+        cls = cls.__mro__[1]
+    space: dict[str, Any] = {_TYPES: dict(held), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    for name, _ in held:
+        space[name] = property(partial(_read, name))
+    made: type[nn.Module] = types.new_class(cls.__name__, (cls,), {}, lambda own: own.update(space))
+    return made
+
+
+def _read(name: str, module: nn.Module) -> Tensor:
+    return held_weight(module, name)
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedTensor]:
+    """The packed weights of a model by their names, of those that are tied under each."""
+    return {
+        f"{path}.{name}".lstrip("."): PackedTensor(
+            own, _part(module, own.names(name)[0]).device, partial(held_weight, module, name)
+        )
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, own in packed_types(module).items()
+    }
+
+
+def pack_weights(module: nn.Module, packings: Mapping[str, Packing]) -> None:
+    """Pack weights of a module in place.
+
+    Args:
+        module: is changed; the tensors that it held are not.
+        packings: by names of its parameters.
+    """
+    packed: dict[str, tuple[PackedType, tuple[Tensor, ...]]] = {}
+    with torch.no_grad():
+        for name, packing in packings.items():
+            weight = _part(module, name)
+            packed[name] = PackedType(packing, tuple(weight.shape), weight.dtype), packing.packed(weight)
+    hold_packed(module, packed)

@@ -1,0 +1,126 @@
+"""What a packing is, and how packings are written as text, which graphs and files have."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+PACKINGS: dict[str, type[Packing]] = {}
+"""By kind."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing(ABC):
+    """How a weight is stored in fewer bits. A subclass is one family of formats; its fields are whole numbers, flags
+    and words, so that the text of a packing says all of it.
+
+    Attributes:
+        kind: which one of the family.
+        transposed: the codes are of the weight with its last two axes swapped, so that groups lie along the inputs.
+        parts: names of what is stored, each ``uint8``: what casts floating-point tensors leaves it as it is, and FSDP2
+            shards it along its first axis.
+    """
+
+    kind: str
+    transposed: bool = dataclasses.field(default=False, kw_only=True)
+
+    KINDS: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        PACKINGS.update(dict.fromkeys(cls.KINDS, cls))
+
+    @abstractmethod
+    def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The parts of a weight, which is as its codes are: see `transposed`."""
+
+    @abstractmethod
+    def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The values of ``parts``, in ATen operators, as a tensor of ``shape``, which is that of the codes: see
+        `transposed`."""
+
+    def packed(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """What is stored of a weight."""
+        turned = weight.detach().transpose(-1, -2) if self.transposed else weight.detach()
+        return tuple(part.contiguous() for part in self.pack(turned.contiguous()))
+
+    def values(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The weight, in ATen operators.
+
+        Args:
+            parts: as `packed` gives them.
+            shape, dtype: of the weight.
+        """
+        if not self.transposed:
+            return self.unpack(parts, shape, dtype).contiguous()
+        return self.unpack(parts, (*shape[:-2], shape[-1], shape[-2]), dtype).contiguous().transpose(-1, -2)
+
+    @property
+    def text(self) -> str:
+        """All of it, as `packing_of` reads it: ``nf4 group=64 double=1``."""
+        fields = [field for field in dataclasses.fields(self) if field.name != "kind"]
+        given = [(f.name, getattr(self, f.name)) for f in fields if getattr(self, f.name) != f.default]
+        return " ".join([self.kind, *(f"{name}={int(value)}" for name, value in given)])
+
+
+@cache
+def packing_of(text: str) -> Packing:
+    """The packing that a text says. `ValueError` where there is none."""
+    kind, *given = text.split(" ")
+    if kind not in PACKINGS:
+        raise ValueError(f"no packing is called {kind!r}")
+    cls = PACKINGS[kind]
+    types = {field.name: type(field.default) for field in dataclasses.fields(cls) if field.name != "kind"}
+    fields: dict[str, int | bool] = {}
+    for item in given:
+        name, _, value = item.partition("=")
+        if name not in types or name in fields or not value.isdecimal() or len(value) > 9:
+            raise ValueError(f"{text!r} is no packing")
+        fields[name] = types[name](int(value))
+    return cls(kind, **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedType:
+    """What is known of a packed weight without its values.
+
+    Attributes:
+        packing: how it is stored.
+        shape: its sizes as a weight.
+        dtype: the element type of its values.
+    """
+
+    packing: Packing
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    def names(self, weight: str) -> tuple[str, ...]:
+        """Names of the parts of a weight of this name."""
+        return tuple(f"{weight}_{part}" for part in self.packing.parts)
+
+    def value(self, parts: Sequence[Tensor]) -> Tensor:
+        """The weight, made anew."""
+        found: Tensor = torch.ops.graftc.unpack(list(parts), self.packing.text, list(self.shape), self.dtype)
+        return found
+
+
+def as_bytes(numbers: Tensor) -> Tensor:
+    """Numbers as ``uint8``, their bytes along the last axis, which one that has no axis is given."""
+    return (numbers if numbers.dim() else numbers.reshape(1)).contiguous().view(torch.uint8)
+
+
+def from_bytes(stored: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The way back from `as_bytes`."""
+    return stored.view(dtype)

@@ -1,0 +1,64 @@
+"""Packed weights in graphs.
+
+A Program reads the weight itself, so that sites, roles and methods see a plain tensor. What runs or is exported reads
+its parts, and makes the values beside each reader, where they live no longer than it needs them.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from graftc.passes.core.ir.inference import Inference
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ops.unpack import UNPACK
+from graftc.passes.core.weights.store import Store
+
+
+def reading_weights(graph: fx.Graph) -> None:
+    """Let a captured graph read packed weights instead of making them of their parts, in place."""
+    read: dict[str, fx.Node] = {}
+    for node in graph.find_nodes(op="call_function", target=UNPACK):
+        parts = node.args[0]
+        assert isinstance(parts, list | tuple) and isinstance(parts[0], fx.Node)
+        name = str(parts[0].target).removesuffix("_codes")
+        if name not in read:
+            with graph.inserting_before(parts[0]):
+                read[name] = graph.create_node("get_attr", name, name=parts[0].name.removesuffix("_codes"))
+            read[name].meta = {**node.meta, "module": name.rpartition(".")[0]}
+        node.replace_all_uses_with(read[name])
+        graph.erase_node(node)
+        for part in dict.fromkeys(parts):
+            if isinstance(part, fx.Node) and not part.users:
+                graph.erase_node(part)
+
+
+def reading_parts(program: Program, store: Store) -> Program:
+    """A copy of a Program that reads the parts of packed weights, as it can be run or exported; the Program itself
+    where it reads no such weight.
+
+    Args:
+        program: stays as it is.
+        store: says which weights are packed.
+    """
+    if not any(str(node.target) in store.packed for node in program.graph.find_nodes(op="get_attr")):
+        return program
+    made = program.copy()
+    graph, types = made.graph, Inference(made)
+    for node in list(graph.find_nodes(op="get_attr")):
+        name = str(node.target)
+        if name not in store.packed:
+            continue
+        own, parts = store.packed[name], []
+        for part in own.names(name):
+            with graph.inserting_before(node):
+                parts.append(graph.create_node("get_attr", part))
+            parts[-1].meta = {**node.meta, "val": types.tensor(store.get(part))}
+        for user in list(node.users):
+            with graph.inserting_before(user):
+                value = graph.call_function(UNPACK, (parts, own.packing.text, list(own.shape), own.dtype))
+            value.meta = {**node.meta, "module": user.meta.get("module", "")}
+            if (custom := user.meta.get("custom")) is not None:
+                value.meta["custom"] = dict(custom)
+            user.replace_input_with(node, value)
+        graph.erase_node(node)
+    return made

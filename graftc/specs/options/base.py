@@ -1,0 +1,54 @@
+"""How a spec has the base's weights stored."""
+
+from __future__ import annotations
+
+from typing import Literal, Self, TypeAlias
+
+from pydantic import Field, model_validator
+
+from graftc.specs.base import SpecModel
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.spec_errors import reject
+from graftc.specs.target import PatternList
+
+QuantizationName: TypeAlias = Literal["int8", "int4", "nf4", "fp4"]
+"""A format that a base's weights can be quantised to: see `BaseOptions.quantize`."""
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Sizes of groups that `nf4` and `fp4` have, as bitsandbytes."""
+
+
+class BaseOptions(SpecModel):
+    """How the base's weights are stored. Those of the linear maps and experts in the repeated layers are quantised;
+    biases, norms, embeddings, routers and heads are not."""
+
+    quantize: QuantizationName | None = None
+    """The format. `nf4`, `fp4`: the codes of bitsandbytes (QLoRA, arXiv:2305.14314). `int8`, `int4`: whole numbers with
+    a scale, as torchao has them. The values of the base become those of the quantised weights."""
+
+    group: int | None = Field(default=None, ge=1, le=2**16)
+    """How many values share a scale. Default: 64; for `int8` a whole row."""
+
+    double: bool = False
+    """`nf4` and `fp4`: the scales are quantised too, to 8 bits."""
+
+    skip: PatternList = ()
+    """Globs of modules that stay as they are, with all that is in them."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        blocks = self.quantize in ("nf4", "fp4")
+        if self.quantize is None:
+            given = next((name for name in ("group", "double", "skip") if getattr(self, name)), None)
+            if given is not None:
+                hint = "add quantize: nf4, or leave it out"
+                reject(self, ((given,), GraftError("GC002", f"{given} says how weights are quantised", hint=hint)))
+        elif self.double and not blocks:
+            message = f"the scales of {self.quantize} are not quantised"
+            reject(self, (("double",), GraftError("GC002", message, hint="leave double out, or quantize: nf4")))
+        elif blocks and self.group is not None and self.group not in BLOCKS:
+            nearest = min(BLOCKS, key=lambda size: abs(size - (self.group or 0)))
+            message = f"{self.quantize} has no groups of {self.group}"
+            hint = f"write {nearest}; there are groups of {', '.join(map(str, BLOCKS))}"
+            reject(self, (("group",), GraftError("GC002", message, hint=hint)))
+        return self
