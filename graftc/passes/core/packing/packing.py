@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -77,13 +77,13 @@ def packing_of(text: str) -> Packing:
     if kind not in PACKINGS:
         raise ValueError(f"no packing is called {kind!r}")
     cls = PACKINGS[kind]
-    types = {field.name: type(field.default) for field in dataclasses.fields(cls) if field.name != "kind"}
-    fields: dict[str, int | bool] = {}
+    known: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls) if field.name != "kind"}
+    fields: dict[str, Any] = {}
     for item in given:
         name, _, value = item.partition("=")
-        if name not in types or name in fields or not value.isdecimal() or len(value) > 9:
+        if name not in known or name in fields or not value.isdecimal() or len(value) > 9:
             raise ValueError(f"{text!r} is no packing")
-        fields[name] = types[name](int(value))
+        fields[name] = type(known[name])(int(value))
     return cls(kind, **fields)
 
 
