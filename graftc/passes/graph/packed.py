@@ -10,7 +10,7 @@ from torch import fx
 
 from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.program import Program
-from graftc.passes.core.ops.unpack import UNPACK
+from graftc.passes.core.ops.unpack import UNPACK, unpacked
 from graftc.passes.core.weights.store import Store
 
 
@@ -55,7 +55,7 @@ def reading_parts(program: Program, store: Store) -> Program:
             parts[-1].meta = {**node.meta, "val": types.tensor(store.get(part))}
         for user in list(node.users):
             with graph.inserting_before(user):
-                value = graph.call_function(UNPACK, (parts, own.packing.text, list(own.shape), own.dtype))
+                value = graph.call_function(unpacked, (parts, own.packing.text, list(own.shape), own.dtype))
             value.meta = {**node.meta, "module": user.meta.get("module", "")}
             if (custom := user.meta.get("custom")) is not None:
                 value.meta["custom"] = dict(custom)

@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 import torch
@@ -19,7 +20,7 @@ from torch import fx
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.program import is_random, mutates
 from graftc.passes.core.ops.projections import projections
-from graftc.passes.core.ops.unpack import UNPACK
+from graftc.passes.core.ops.unpack import unpacked
 from graftc.runtime.activations.recording import Recorded
 
 WORTH = 2**20
@@ -29,10 +30,7 @@ FLOPS_PER_BYTE = 16
 """Floating point operations of a product that take as long as moving a byte."""
 
 
-_OPERATORS = frozenset({UNPACK})
-"""Operators of graftc's that may be called again, beside those that are pointwise."""
-
-_FUNCTIONS = frozenset({operator.getitem, projections})
+_FUNCTIONS = frozenset({operator.getitem, projections, unpacked})
 """Functions of Python that give the same again."""
 
 
@@ -74,7 +72,11 @@ def kept_by(parts: Iterable[Recomputation], recorded: Recorded) -> int:
 
 
 def plans(
-    graph: fx.Graph, recorded: Recorded, is_buffer: Callable[[str], bool], costly: bool = False
+    graph: fx.Graph,
+    recorded: Recorded,
+    is_buffer: Callable[[str], bool],
+    costly: bool = False,
+    only: Collection[Any] | None = None,
 ) -> list[ActivationPlan]:
     """Ways to run a graph, from the one that is cheapest in time to the one that keeps least.
 
@@ -84,8 +86,9 @@ def plans(
         is_buffer: whether a tensor is a buffer, which may have changed when the backward pass comes.
         costly: whether products and attentions may be computed again too. Otherwise there is one plan: what is as cheap
             as moving it is computed again where that saves memory.
+        only: operators that may be called again; None for all that give the same again.
     """
-    choice = _Choice(graph, recorded, is_buffer)
+    choice = _Choice(graph, recorded, is_buffer, only)
     if not costly:
         return [choice.plan(_LEAST, costly=False, worth=WORTH)]
     first = choice.plan(_LEAST, costly=False)
@@ -119,8 +122,14 @@ _STEPS = 6
 class _Choice:
     """A graph as a network whose minimum cuts are choices."""
 
-    def __init__(self, graph: fx.Graph, recorded: Recorded, is_buffer: Callable[[str], bool]) -> None:
-        self.graph, self.recorded, self._is_buffer = graph, recorded, is_buffer
+    def __init__(
+        self,
+        graph: fx.Graph,
+        recorded: Recorded,
+        is_buffer: Callable[[str], bool],
+        only: Collection[Any] | None = None,
+    ) -> None:
+        self.graph, self.recorded, self._is_buffer, self._only = graph, recorded, is_buffer, only
         self.owners = recorded.owners()
         self.owned = {node for node in self.owners.values() if node.op != "get_attr"}
         self.settled = Memory(graph).settled
@@ -142,9 +151,10 @@ class _Choice:
         if any(map(self.is_buffer, operands)):
             return False
         target = node.target
+        if self._only is not None and target not in self._only:
+            return False
         if isinstance(target, torch._ops.OpOverload):
-            known = target.namespace == "aten" or torch.Tag.pointwise in target.tags or target in _OPERATORS
-            if not known:
+            if target.namespace != "aten" and torch.Tag.pointwise not in target.tags:
                 return False
         elif target not in _FUNCTIONS:
             return False

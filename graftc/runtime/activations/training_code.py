@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from graftc.compiler.capture.isolation import is_traced
 from graftc.passes.core.ir.codegen import Function, code_of, function_of, placed, tensor_at
+from graftc.passes.core.ops.unpack import unpacked
 from graftc.passes.core.weights.containers import OWN
 from graftc.runtime.activations.budget import Call, Choices, chosen
 from graftc.runtime.activations.frames import Casts, Frame, FrameCode, Hooks, PartCode, casts_of
@@ -55,7 +56,7 @@ def training_code(
 
     Args:
         graph, module, device: as there.
-        plain: keep what autograd keeps.
+        plain: keep what autograd keeps, but for the values of packed weights.
         budget: bytes of activations to keep, as a part of those that autograd keeps by itself.
         offload: hold what is kept in the host's memory, where the graph runs on another device.
     """
@@ -101,6 +102,7 @@ class TrainingCode:
     ) -> None:
         self.function, self.plain, self._graph, self._budget, self._away = function, plain, graph, budget, away
         self._names = tuple(dict.fromkeys(str(n.target) for n in graph.nodes if n.op == "get_attr"))
+        self._unpacks = any(node.target is unpacked for node in graph.nodes)
         self._results: dict[tuple[Any, ...], tuple[Call, Any]] = {}
         self.planned: dict[Kind, Planned] = {}
 
@@ -115,7 +117,7 @@ class TrainingCode:
     def __call__(self, module: nn.Module, *inputs: Any) -> Any:
         """Run the graph."""
         if (
-            self.plain
+            (self.plain and not self._unpacks)
             or is_traced()
             or not torch.is_grad_enabled()
             or torch._C._functorch.peek_interpreter_stack() is not None
@@ -180,7 +182,9 @@ class TrainingCode:
                 return not isinstance(tensor_at(module, name), nn.Parameter)
 
             own = ActivationPlan((), recorded.saved_bytes)
-            made = plans(self._graph, recorded, is_buffer, self._budget is not None) if not self.plain else [own]
+            only = (unpacked,) if self.plain else None
+            planned = not self.plain or self._unpacks
+            made = plans(self._graph, recorded, is_buffer, self._budget is not None, only) if planned else [own]
             found = tuple(made)
             codes = tuple(self._framed(module, recorded, plan.parts) if plan.parts else None for plan in found)
             self.planned[kind] = Planned(found, codes)

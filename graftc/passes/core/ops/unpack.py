@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from graftc.passes.core.packing import affine, blockwise
 from graftc.passes.core.packing.packing import packing_of
 
-__all__ = ["DECOMPOSITIONS", "UNPACK", "affine", "blockwise", "unpack", "unpack_decomposed"]
+__all__ = ["DECOMPOSITIONS", "UNPACK", "affine", "blockwise", "unpack", "unpack_decomposed", "unpacked"]
 
 
 def unpack_decomposed(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -43,5 +44,21 @@ def _(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.
 
 UNPACK = torch.ops.graftc.unpack.default
 
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {UNPACK: unpack_decomposed}
+
+def unpacked(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`unpack` as graphs that run call it. Where `torch.compile` traces a training step it is marked to be called again
+    in the backward pass, which would otherwise keep the values."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled():
+        made: Tensor = checkpoint(_unpack_tensors, packing, shape, dtype, *parts, use_reentrant=False)
+        return made
+    found: Tensor = UNPACK(parts, packing, shape, dtype)
+    return found
+
+
+def _unpack_tensors(packing: str, shape: Sequence[int], dtype: torch.dtype, *parts: Tensor) -> Tensor:
+    found: Tensor = UNPACK(parts, packing, shape, dtype)
+    return found
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {UNPACK: unpack_decomposed, unpacked: unpack_decomposed}
 """ATen forms by operator."""
