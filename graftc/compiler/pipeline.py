@@ -220,13 +220,14 @@ def compile_model(
         GraftError: with a code for whatever is wrong with the spec, the model or their fit.
     """
     require_plain(model)
-    source = model
+    source, given = model, dict[str, nn.Parameter]()
     try:
         if spec.untie:
             model = untied(model, spec.untie, axes)
         if spec.tokens is not None:
             model = with_room(model, spec.tokens)
         if spec.base.quantize is not None:
+            given = dict(model.named_parameters(remove_duplicate=False))
             model = source = quantised(model, spec.base)  # so that nothing holds the weights as they were
     except GraftError as error:
         raise spec.locate(error) from error
@@ -234,7 +235,10 @@ def compile_model(
         spec, model, Store.mirror(model), seed, use_cache=use_cache, source=source, values=values, known=known
     )
     compilation.held = held_by(source)
+    compilation.store.originals = {n: p.detach() for n, p in given.items() if n in compilation.store.packed}
+    del given
     first_capture(model, axes, lambda attempt: add_signature(compilation, attempt, flags))
+    compilation.store.originals = {}
     return compilation
 
 

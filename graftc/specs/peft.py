@@ -75,6 +75,8 @@ class PeftFormat:
         when: what a config of this type says if it is this method: field and value.
         fields: fields of the config that are fields of the spec: theirs, then ours.
         values: of such fields, what their values are here; others are refused.
+        unnamed: by field of the config, what is written for values of ours that peft has no word for, and of which
+            nothing remains in what has been trained.
         patterns: fields of the config with other values of a field of ours for some modules: theirs, then ours.
         lists: lists of modules in the config, by field.
         constant: fields of the spec that a checkpoint always has.
@@ -94,6 +96,7 @@ class PeftFormat:
     when: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
+    unnamed: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     patterns: Mapping[str, str] = field(default_factory=dict)
     lists: Mapping[str, PeftList] = field(default_factory=dict)
     constant: Mapping[str, Any] = field(default_factory=dict)

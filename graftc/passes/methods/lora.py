@@ -27,7 +27,8 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
     ``kaiming`` and ``gaussian`` start with ``B = 0``. ``pissa`` (Meng et al. 2024, arXiv:2404.02948) and ``olora``
     (Buyukakyuz 2024, arXiv:2406.01775) initialise ``B A`` to a part of ``W``; conventionally they subtract that part
     from ``W``. Here frozen copies of the initial factors are subtracted in the branch instead: the initial function
-    equals the base's bit for bit, and ``W`` stays unchanged.
+    equals the base's bit for bit, and ``W`` stays unchanged. ``loftq`` (Li et al. 2023, arXiv:2310.08659), with one
+    iteration, starts from what quantising took from ``W``: ``s B A`` is the nearest matrix of that rank, and stays.
 
     The branch is scaled where it is narrowest, on the ``rank`` axis. Dropout acts on the branch's input only.
 
@@ -119,18 +120,19 @@ _FROM_WEIGHT = {"pissa": _pissa, "olora": _olora}
 
 def _starts(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, Initialiser]:
     """What fills A and B."""
-    if spec.init not in _FROM_WEIGHT:
+    if spec.init not in _FROM_WEIGHT and spec.init != "loftq":
         if isinstance(site, EmbeddingSite):
             # As loralib does for tables: a row is looked up alone, so its fan-in is one.
             return (normal(1), zeros) if spec.freeze_a else (zeros, normal(1))
         return normal(1 / spec.rank) if spec.init == "gaussian" else uniform, zeros
-    weight = build.read_weight(site)
-    if weight.device.type == "meta":
+    if build.store.device().type == "meta":
         return zeros, zeros
 
     @cache
     def parts() -> tuple[Tensor, Tensor]:
-        return _FROM_WEIGHT[spec.init](weight, spec.rank, spec.scaling)
+        if spec.init == "loftq":
+            return _pissa(build.read_original(site) - build.read_weight(site), spec.rank, spec.scaling)
+        return _FROM_WEIGHT[spec.init](build.read_weight(site), spec.rank, spec.scaling)
 
     return (lambda tensor, _: _copy(tensor, parts()[0])), (lambda tensor, _: _copy(tensor, parts()[1]))
 

@@ -183,8 +183,9 @@ class TrainingCode:
 
             own = ActivationPlan((), recorded.saved_bytes)
             only = (unpacked,) if self.plain else None
-            planned = not self.plain or self._unpacks
-            made = plans(self._graph, recorded, is_buffer, self._budget is not None, only) if planned else [own]
+            made = [own]
+            if not self.plain or self._unpacks:
+                made = plans(self._graph, recorded, is_buffer, self._budget is not None, only)
             found = tuple(made)
             codes = tuple(self._framed(module, recorded, plan.parts) if plan.parts else None for plan in found)
             self.planned[kind] = Planned(found, codes)

@@ -519,6 +519,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "The spec says `base: {quantize: ...}`, which is for the linear maps and experts in the repeated layers of a "
      "model, and there are none, or all of them are under `skip`.",
      "Leave `quantize` out, or skip fewer modules."),
+    ("GC170", _SPEC, "the weights before quantising are not known",
+     "`init: loftq` starts from what quantising took from the weights. That is known where the spec quantises them, "
+     "and not of a model that was loaded quantised, nor of sites that are not quantised.",
+     "Load the model in full precision and put `base: {quantize: ...}` into the spec, or choose another `init`."),
 )
 # fmt: on
 

@@ -27,7 +27,7 @@ class LoRAOverride(Override):
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Probability of dropping an input of the branch at these sites."""
 
-    init: Literal["kaiming", "gaussian", "pissa", "olora"] | None = None
+    init: Literal["kaiming", "gaussian", "pissa", "olora", "loftq"] | None = None
     """Initialiser at these sites."""
 
 
@@ -65,6 +65,7 @@ class LoRA(MethodSpec):
             **{"bias": "bias", "init_lora_weights": "init"},
         },
         values={"init_lora_weights": LORA_STARTS},
+        unnamed={"init_lora_weights": {"loftq": True}},
         patterns={"rank_pattern": "rank", "alpha_pattern": "alpha"},
         constant={"dropout_scope": "target"},
         fixed=LORA_FIXED,
@@ -96,10 +97,12 @@ class LoRA(MethodSpec):
     """`input`: the sites of the adaptation that read the same input share one mask, which saves memory. `target`: each
     site has its own mask, as in PEFT."""
 
-    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "pissa", "olora", "loftq"] = "kaiming"
     """`kaiming`: A uniform in ±1/sqrt(in), B zero. `gaussian`: A normal with standard deviation 1/rank, B zero. In an
     embedding table both make A zero and B standard normal. `pissa`: principal singular vectors of W. `olora`: its QR
-    factors. The last two subtract their initial product, so the model is initially unchanged."""
+    factors. These two subtract their initial product, so the model is initially unchanged. `loftq`: `s B A` is the part
+    of that rank of what quantising took from W (`base: {quantize: ...}`), so that training starts nearer to the model
+    as it was."""
 
     freeze_a: bool = False
     """LoRA-FA: A keeps its initial values and B alone trains, so that the inputs of the sites need not be kept for the

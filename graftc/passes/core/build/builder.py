@@ -172,6 +172,7 @@ class Builder:
     tensors = _Forwarded(Tensors.tensors)
     every = _Forwarded(Tensors.every)
     read_weight = _Forwarded(Tensors.read_weight)
+    read_original = _Forwarded(Tensors.read_original)
     generator = _Forwarded(Tensors.generator)
 
     linear = _Forwarded(Operations.linear)

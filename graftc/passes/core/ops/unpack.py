@@ -30,7 +30,7 @@ def unpack(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: t
         shape: of the weight.
         dtype: of its values.
     """
-    return unpack_decomposed(parts, packing, shape, dtype)
+    return packing_of(packing).values(parts, shape, dtype, traced=False)
 
 
 @unpack.register_fake

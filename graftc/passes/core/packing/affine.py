@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from graftc.passes.core.packing.blockwise import pairs_by_byte
 from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
 
 
@@ -64,6 +66,26 @@ class Affine(Packing):
         if self.kind == "int4":
             grouped = grouped - parts[2].to(dtype).unsqueeze(-1)
         return (grouped * scales.unsqueeze(-1)).flatten(-2)[..., : shape[-1]].reshape(tuple(shape))
+
+    def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See `Packing.run`."""
+        width = shape[-1]
+        if width % (self.group or width) or width % 2 or dtype != torch.float32:
+            return self.unpack(parts, shape, dtype)
+        codes, scales = parts[0], from_bytes(parts[1])
+        values = codes.view(torch.int8).float() if self.kind == "int8" else pairs_by_byte(_pairs(), codes)
+        grouped = values.view(*shape[:-1], -1, self.group or width)
+        if self.kind == "int4":
+            grouped.sub_(parts[2].float().unsqueeze(-1))
+        return grouped.mul_(scales.unsqueeze(-1)).view(tuple(shape))
+
+
+@cache
+def _pairs() -> Tensor:
+    """The numbers of both codes of a byte, ``float32[256, 2]``."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
+        byte = torch.arange(256)
+        return torch.stack([byte & 15, byte >> 4], dim=1).float()
 
 
 def _grouped(values: Tensor, group: int) -> Tensor:

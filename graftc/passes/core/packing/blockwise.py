@@ -6,8 +6,10 @@ NF4's values are quantiles of a normal distribution (Dettmers et al., "QLoRA: Ef
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -115,6 +117,18 @@ class Blockwise(Packing):
         found = _times(values, self._scales(scales, parts[2:]), self.group)
         return found.reshape(tuple(shape)).to(dtype)
 
+    def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See `Packing.run`. On CUDA, bitsandbytes makes the values where it is installed."""
+        codes, size = parts[0], math.prod(shape)
+        scales = self._scales(parts[1], parts[2:])
+        kernel = dequantize_4bit() if codes.is_cuda else None
+        if kernel is not None:
+            return kernel(codes, scales, self.group, self.kind, tuple(shape), dtype)
+        values = pairs_by_byte(_pairs(self.kind), codes)
+        if size % self.group:
+            return _times(values[:size], scales, self.group).reshape(tuple(shape)).to(dtype)
+        return values.view(-1, self.group).mul_(scales.unsqueeze(1)).view(tuple(shape)).to(dtype)
+
     def _scales(self, scales: Tensor, rest: Sequence[Tensor]) -> Tensor:
         if not self.double:
             return from_bytes(scales).reshape(-1)
@@ -122,6 +136,30 @@ class Blockwise(Packing):
         known = _constant(dynamic_values(), scales)
         values = torch.nn.functional.embedding(scales.reshape(-1).int(), known.unsqueeze(1)).reshape(-1)
         return _times(values, nested, SCALES) + offset
+
+
+def pairs_by_byte(table: Tensor, codes: Tensor) -> Tensor:
+    """The two values of each byte, flat; both are read as one number of 64 bits.
+
+    Args:
+        table: ``float32[256, 2]`` on the CPU.
+        codes: ``uint8``, any shape.
+    """
+    both = table.view(torch.int64).reshape(-1).to(codes.device)
+    return both.index_select(0, codes.reshape(-1).int()).view(torch.float32)
+
+
+@cache
+def dequantize_4bit() -> Callable[..., Tensor] | None:
+    """The operator of bitsandbytes; None where it is not installed.
+
+    It takes codes, float32 scales, the size of a block, ``nf4`` or ``fp4``, and the shape and dtype of the result.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None
+    importlib.import_module("bitsandbytes")
+    found: Callable[..., Tensor] = torch.ops.bitsandbytes.dequantize_4bit.default
+    return found
 
 
 def _scaled(values: Tensor, group: int) -> tuple[Tensor, Tensor]:

@@ -46,21 +46,29 @@ class Packing(ABC):
         """The values of ``parts``, in ATen operators, as a tensor of ``shape``, which is that of the codes: see
         `transposed`."""
 
+    def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The same values as `unpack` gives, to the bit, as fast as there is a way; it need not be one for graphs."""
+        return self.unpack(parts, shape, dtype)
+
     def packed(self, weight: Tensor) -> tuple[Tensor, ...]:
         """What is stored of a weight."""
         turned = weight.detach().transpose(-1, -2) if self.transposed else weight.detach()
         return tuple(part.contiguous() for part in self.pack(turned.contiguous()))
 
-    def values(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The weight, in ATen operators.
+    def values(
+        self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, *, traced: bool = True
+    ) -> Tensor:
+        """The weight.
 
         Args:
             parts: as `packed` gives them.
             shape, dtype: of the weight.
+            traced: in ATen operators that exports know.
         """
+        make = self.unpack if traced else self.run
         if not self.transposed:
-            return self.unpack(parts, shape, dtype).contiguous()
-        return self.unpack(parts, (*shape[:-2], shape[-1], shape[-2]), dtype).contiguous().transpose(-1, -2)
+            return make(parts, shape, dtype).contiguous()
+        return make(parts, (*shape[:-2], shape[-1], shape[-2]), dtype).contiguous().transpose(-1, -2)
 
     @property
     def text(self) -> str:

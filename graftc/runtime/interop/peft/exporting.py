@@ -156,7 +156,8 @@ def _fields(main: Resolved, table: PeftFormat) -> dict[str, Any]:
         own = next(getattr(spec, ours) for spec in specs if repr(getattr(spec, ours)) == value)
         meanings = table.values.get(theirs)
         if meanings is not None:
-            own = next(word for word, meaning in meanings.items() if meaning == own)
+            unnamed = table.unnamed.get(theirs, {})
+            own = unnamed[own] if own in unnamed else next(word for word, meaning in meanings.items() if meaning == own)
         found[theirs] = _as_json(own)
     for theirs, derive in table.written.items():
         found[theirs] = derive(main.spec)

@@ -92,8 +92,8 @@ def _check_options(resolved: Resolved, table: PeftFormat, where: str) -> None:
                 what = f"{field}: {shown(getattr(specs[0], field))} of {resolved.spec.method}"
                 raise _error(what, f"{where}.{field}", f"it always has {field}: {shown(expected)}")
     for theirs, meanings in table.values.items():
-        ours = table.fields[theirs]
-        strange = [getattr(spec, ours) for spec in specs if getattr(spec, ours) not in meanings.values()]
+        ours, known = table.fields[theirs], {*meanings.values(), *table.unnamed.get(theirs, ())}
+        strange = [getattr(spec, ours) for spec in specs if getattr(spec, ours) not in known]
         if strange:
             raise _error(f"{ours}: {shown(strange[0])}", f"{where}.{ours}", "merge it")
 
