@@ -53,7 +53,7 @@ class LiveBase(Mapping[str, Tensor]):
         return self._store.get(name)
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, _ in self._store.base())
+        return (name for name, _ in self._store.weights())
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

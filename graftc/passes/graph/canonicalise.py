@@ -30,7 +30,9 @@ Rule = Callable[[fx.Node], "fx.Node | None"]
 def canonicalise(program: Program) -> Program:
     """Canonicalise in place and return the Program."""
     graph = program.graph
-    memory = Memory(graph)
+    for node in graph.nodes:
+        _functional(node)
+    memory = Memory(graph)  # of what is still written to
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue

@@ -53,9 +53,11 @@ def reading_parts(program: Program, store: Store) -> Program:
             with graph.inserting_before(node):
                 parts.append(graph.create_node("get_attr", part))
             parts[-1].meta = {**node.meta, "val": types.tensor(store.get(part))}
+        alone = len(node.users) == 1
         for user in list(node.users):
             with graph.inserting_before(user):
-                value = graph.call_function(unpacked, (parts, own.packing.text, list(own.shape), own.dtype))
+                read = (parts, own.packing.text, list(own.shape), own.dtype)
+                value = graph.call_function(unpacked, read if alone else (*read, False))
             value.meta = {**node.meta, "module": user.meta.get("module", "")}
             if (custom := user.meta.get("custom")) is not None:
                 value.meta["custom"] = dict(custom)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from graftc.passes.core.ir.codegen import tensor_at
+from graftc.passes.core.packing.gradients import pass_on
 
 aten = torch.ops.aten
 _ATTENTIONS = (
@@ -145,7 +146,7 @@ def record(
             elif node.op == "get_attr":
                 name = str(node.target)
                 if name not in tensors:
-                    tensors[name] = fake(tensor_at(module, name), mode)
+                    tensors[name] = pass_on(tensor_at(module, name), fake(tensor_at(module, name), mode))
                     own.add(storage_of(tensors[name]))
                 value = tensors[name]
             else:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from graftc.compiler.capture.isolation import is_traced
 from graftc.passes.core.ir.codegen import Function, code_of, function_of, placed, tensor_at
 from graftc.passes.core.ops.unpack import unpacked
+from graftc.passes.core.packing.gradients import is_open
 from graftc.passes.core.weights.containers import OWN
 from graftc.runtime.activations.budget import Call, Choices, chosen
 from graftc.runtime.activations.frames import Casts, Frame, FrameCode, Hooks, PartCode, casts_of
@@ -30,7 +31,7 @@ class Kind(NamedTuple):
     """What a plan depends on beside the graph.
 
     Attributes:
-        wanted: for every tensor that the graph reads, whether it wants a gradient.
+        wanted: for every tensor that the graph reads, whether it wants a gradient; of codes, whether the weight does.
         casts: autocast.
         size: of the inputs, by powers of four.
     """
@@ -153,7 +154,9 @@ class TrainingCode:
         tensors = [*(tensor_at(module, name) for name in self._names), *given]
         devices = {tensor.device.type for tensor in tensors}
         size = sum([tensor.numel() for tensor in given]).bit_length() // 2
-        return Kind(tuple([tensor.requires_grad for tensor in tensors]), casts_of(sorted(devices)), size)
+        return Kind(
+            tuple([tensor.requires_grad or is_open(tensor) for tensor in tensors]), casts_of(sorted(devices)), size
+        )
 
     def choose(self, module: nn.Module, inputs: Sequence[Any], kind: Kind) -> None:
         """Choose how this graph runs, and how the layers that it calls do, which share its budget."""

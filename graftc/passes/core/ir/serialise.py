@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.ir.admission import admit
 from graftc.passes.core.ir.allowed_operators import OPERATORS
+from graftc.passes.core.ir.edits import Edit, Edits
 from graftc.passes.core.ir.program import HistoryEntry, InputSpec, OutputSpec, Program
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES, FakeContext, SymbolNames
 
@@ -115,6 +116,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "history": [[entry.step, entry.added, entry.removed] for entry in program.history],
         "types": table,
         "nodes": nodes,
+        "edits": [[e.adaptation, e.site, index[e.before], index[e.after], e.narrow] for e in program.edits],
     }
 
 
@@ -152,7 +154,8 @@ def _program(data: Mapping[str, Any], device: torch.device) -> Program:
     if mode not in ("train", "eval"):
         raise SerialisationError(f"mode {mode!r}")
     written = frozenset(_path(_typed(name, str)) for name in _typed(data.get("updates", []), list))
-    program = Program(graph, inputs, outputs, mode=mode, entry=entry, flags=flags, history=history, updates=written)
+    edits = Edits(_decode_edit(_typed(edit, list), nodes) for edit in _typed(data.get("edits", []), list))
+    program = Program(graph, inputs, outputs, mode, entry, flags, edits, history, updates=written)
     flaw = admit(program)
     if flaw is not None:
         raise SerialisationError(flaw)
@@ -184,6 +187,14 @@ def _decode_node(
     if "custom" in entry:
         node.meta["custom"] = {"graftc": _origin(entry["custom"])}
     return node
+
+
+def _decode_edit(data: list[Any], nodes: list[fx.Node]) -> Edit:
+    adaptation, site, *ends, narrow = data
+    before, after = (_typed(number, int) for number in ends)
+    if not 0 <= min(before, after) <= max(before, after) < len(nodes):
+        raise SerialisationError(f"an edit of nodes {before} and {after}")
+    return Edit(_typed(adaptation, str), _typed(site, str), nodes[before], nodes[after], _typed(narrow, bool))
 
 
 def _origin(data: Any) -> dict[str, str]:

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from graftc.passes.core.packing.gradients import Removable, listen, tap_of
+from graftc.passes.core.packing.packed_tensor import PackedTensor
+
 
 class BaseGradients:
     """Hands over the gradients of base tensors, each as soon as it is there, and lets it go.
@@ -25,14 +28,19 @@ class BaseGradients:
 
     def __init__(self, receive: Callable[[str, Tensor], None]) -> None:
         self._receive = receive
-        self._held: dict[str, tuple[Tensor, list[RemovableHandle]]] = {}
+        self._held: dict[str, tuple[Tensor, list[RemovableHandle | Removable]]] = {}
 
     def want(self, tensors: Mapping[str, Tensor]) -> None:
         """Let tensors, by name, have gradients in the passes that follow."""
-        for name, tensor in tensors.items():
-            tensor.requires_grad_(True)
-            tensor._graftc_wanted = True  # type: ignore[attr-defined]
+        for name, given in tensors.items():
+            tensor = given.parts[0] if isinstance(given, PackedTensor) else given
             held, handles = self._held.get(name, (None, []))
+            if not tensor.is_floating_point():  # the codes of a packed weight
+                if held is not tensor or not handles:
+                    self._held[name] = tensor, [listen(tensor, partial(self._hand_over, name))]
+                _let_want(tensor, True)
+                continue
+            _let_want(tensor, True)
             if held is not tensor or not handles:
                 # The first hook gets the gradient even where another holder's second one has been there already.
                 first = tensor.register_hook(partial(self._hand_over, name))  # type: ignore[no-untyped-call]
@@ -51,8 +59,7 @@ class BaseGradients:
     def pause(self) -> None:
         """No further pass shall give gradients; those of passes that have been run are still handed over."""
         for name, (tensor, handles) in list(self._held.items()):
-            tensor.requires_grad_(False)
-            tensor._graftc_wanted = False  # type: ignore[attr-defined]
+            _let_want(tensor, False)
             if not handles:
                 del self._held[name]
 
@@ -74,6 +81,14 @@ class BaseGradients:
 def wanted(tensor: Tensor) -> bool:
     """Whether a base tensor wants a gradient because graftc does, and not because somebody has unfrozen it."""
     return bool(getattr(tensor, "_graftc_wanted", False))
+
+
+def _let_want(tensor: Tensor, wants: bool) -> None:
+    if tensor.is_floating_point():
+        tensor.requires_grad_(wants)
+        tensor._graftc_wanted = wants  # type: ignore[attr-defined]
+    elif (tap := tap_of(tensor)) is not None:
+        tap.open = wants
 
 
 def _let_go(tensor: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from graftc.passes.core.packing import affine, blockwise
+from graftc.passes.core.packing.gradients import tapped
 from graftc.passes.core.packing.packing import packing_of
 
 __all__ = ["DECOMPOSITIONS", "UNPACK", "affine", "blockwise", "unpack", "unpack_decomposed", "unpacked"]
@@ -45,14 +46,20 @@ def _(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.
 UNPACK = torch.ops.graftc.unpack.default
 
 
-def unpacked(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def unpacked(
+    parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype, alone: bool = True
+) -> Tensor:
     """`unpack` as graphs that run call it. Where `torch.compile` traces a training step it is marked to be called again
-    in the backward pass, which would otherwise keep the values."""
+    in the backward pass, which would otherwise keep the values.
+
+    Args:
+        parts, packing, shape, dtype: as there.
+        alone: the weight is read here only, which its gradient depends on where somebody wants it.
+    """
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled():
         made: Tensor = checkpoint(_unpack_tensors, packing, shape, dtype, *parts, use_reentrant=False)
         return made
-    found: Tensor = UNPACK(parts, packing, shape, dtype)
-    return found
+    return tapped(UNPACK(parts, packing, shape, dtype), parts[0], alone)
 
 
 def _unpack_tensors(packing: str, shape: Sequence[int], dtype: torch.dtype, *parts: Tensor) -> Tensor:
@@ -60,5 +67,11 @@ def _unpack_tensors(packing: str, shape: Sequence[int], dtype: torch.dtype, *par
     return found
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {UNPACK: unpack_decomposed, unpacked: unpack_decomposed}
+def _plainly(
+    parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype, alone: bool = True
+) -> Tensor:
+    return unpack_decomposed(parts, packing, shape, dtype)
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {UNPACK: unpack_decomposed, unpacked: _plainly}
 """ATen forms by operator."""

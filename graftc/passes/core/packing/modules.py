@@ -74,9 +74,7 @@ def _read(name: str, module: nn.Module) -> Tensor:
 def packed_weights(model: nn.Module) -> dict[str, PackedTensor]:
     """The packed weights of a model by their names, of those that are tied under each."""
     return {
-        f"{path}.{name}".lstrip("."): PackedTensor(
-            own, _part(module, own.names(name)[0]).device, partial(held_weight, module, name)
-        )
+        f"{path}.{name}".lstrip("."): PackedTensor(own, [_part(module, part) for part in own.names(name)])
         for path, module in model.named_modules(remove_duplicate=False)
         for name, own in packed_types(module).items()
     }

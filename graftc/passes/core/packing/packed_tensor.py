@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graftc.passes.core.packing.packing import PackedType
+from graftc.passes.core.weights.sharding import gathered
 
 aten = torch.ops.aten
 
@@ -21,22 +23,24 @@ class PackedTensor(Tensor):
 
     Args:
         own: its type.
-        device: where the values are made.
-        make: makes them.
+        parts: what is stored, which may be sharded over processes: then all of them have to read it.
     """
 
     own: PackedType
-    make: Callable[[], Tensor]
+    parts: tuple[Tensor, ...]
 
     @staticmethod
-    def __new__(cls, own: PackedType, device: torch.device, make: Callable[[], Tensor]) -> PackedTensor:
+    def __new__(cls, own: PackedType, parts: Sequence[Tensor]) -> PackedTensor:
         """See the class."""
-        found: PackedTensor = Tensor._make_wrapper_subclass(cls, own.shape, dtype=own.dtype, device=device)
-        found.own, found.make = own, make
+        found: PackedTensor = Tensor._make_wrapper_subclass(cls, own.shape, dtype=own.dtype, device=parts[0].device)
+        found.own, found.parts = own, tuple(parts)
         return found
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PackedTensor({self.own.packing.text!r}, {list(self.shape)}, {self.dtype})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
+        return PackedTensor(self.own, [copy.deepcopy(part, memo) for part in self.parts])
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -45,11 +49,13 @@ class PackedTensor(Tensor):
         """Make the values, but where nothing reads them."""
         if func is aten.detach.default:
             (tensor,) = args
-            return cls(tensor.own, tensor.device, tensor.make)
+            return cls(tensor.own, tensor.parts)
         args, kwargs = pytree.tree_map_only(PackedTensor, dense, (args, dict(kwargs)))
         return func(*args, **kwargs)
 
 
 def dense(tensor: Tensor) -> Tensor:
     """The values of a tensor: those of a packed one are made anew, any other is returned as it is."""
-    return tensor.make() if isinstance(tensor, PackedTensor) else tensor
+    if not isinstance(tensor, PackedTensor):
+        return tensor
+    return tensor.own.value([gathered(part) for part in tensor.parts])

@@ -218,8 +218,7 @@ class Store:
 
     def _packed(self, fqn: str) -> PackedTensor:
         own = self.packed[fqn]
-        parts = [self.get(name) for name in own.names(fqn)]
-        return PackedTensor(own, parts[0].device, lambda: own.value([gathered(part) for part in parts]))
+        return PackedTensor(own, [self.get(name) for name in own.names(fqn)])
 
     def is_buffer(self, fqn: str) -> bool:
         """Whether the tensor called ``fqn`` is no parameter; `KeyError` where there is none."""

@@ -1,0 +1,139 @@
+"""Every method on a quantised base: to the bit what it is on a plain model with the values of the quantised weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.passes.core.packing.packed_tensor import PackedTensor, dense
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing import families
+from graftc.testing.compare import inputs_for
+from tests.packed import dense_twin
+
+MAPS = {"role": ["attn.q", "ffn.down"]}
+EXPERTS = {"role": ["attn.q", "experts"]}
+FORMATS = ("int8", "int4", "nf4", "fp4")
+FAMILIES = ("bert", "gpt2", "llama", "mixtral", "t5")
+METHODS: dict[str, dict[str, Any]] = {
+    **{name: {"target": MAPS, "rank": 4} for name in ("lora", "dora", "adalora")},
+    "loftq": {"method": "lora", "target": MAPS, "rank": 4, "init": "loftq"},
+    "pissa": {"method": "lora", "target": MAPS, "rank": 4, "init": "pissa"},
+    **{name: {} for name in ("houlsby", "ia3", "prefix", "prompt", "unipelt")},
+    "spiel": {"density": 0.02, "target": MAPS},
+    "spiel-ag": {"method": "spiel", "variant": "AG", "density": 0.02, "target": MAPS},
+    **{name: {"target": MAPS} for name in ("sora", "dylora", "vera", "loha", "lokr", "adamix_lora")},
+    **{name: {"target": MAPS} for name in ("child_tuning", "lt_sft", "mask", "pruning", "diff_pruning", "full")},
+}
+
+
+def spec_of(name: str, family: str, **base: Any) -> dict[str, Any]:
+    """A spec for a method of `METHODS`, on a base that is quantised where ``base`` says so."""
+    adaptation = {"method": name, **METHODS[name]}
+    if family == "mixtral" and adaptation.get("target") == MAPS:
+        adaptation["target"] = EXPERTS
+    return {"adapt": [adaptation], **({"base": base} if base else {})}
+
+
+def trained(spec: dict[str, Any], model: nn.Module, family: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Outputs after two steps, and all that trained."""
+    compiled = graftc.compile(graftc.Spec.model_validate(spec), model).train()
+    inputs = inputs_for(compiled, seed=3)
+    parameters = [p for p in compiled.parameters() if p.requires_grad]
+    optimiser = torch.optim.SGD(parameters, lr=0.05)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        compiled(**inputs)[0].square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    compiled.eval()
+    with torch.no_grad():
+        output = compiled(**inputs)[0]
+    return output, {name: p.detach() for name, p in compiled.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "loftq"])
+def test_equals_the_dense_twin(name: str, family: str, kind: str) -> None:
+    """Training and outputs are those of the same method on the values, which tells every place that reads a weight."""
+    model = getattr(families, family)().eval()
+    spec = spec_of(name, family, quantize=kind)
+    try:
+        graftc.check(graftc.Spec.model_validate(spec_of(name, family)), model)
+    except GraftError as error:
+        assert error.code in ("GC014", "GC015")
+        pytest.skip(f"not on this family: {error.message}")
+    output, tensors = trained(spec, model, family)
+    wanted, others = trained(spec_of(name, family), dense_twin(model, quantize=kind), family)
+    assert torch.equal(output, wanted)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[key], others[key]) for key in others)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
+def test_loftq_is_nearer_to_the_model_as_it_was(family: str, kind: str) -> None:
+    """What the factors hold at the start is the best approximation, of their rank, of what quantising took."""
+    model = getattr(families, family)().eval()
+    compiled = graftc.compile(graftc.Spec.model_validate(spec_of("loftq", family, quantize=kind)), model)
+    store, before = compiled.compilation.store, dict(model.named_parameters())
+    seen = 0
+    for site, spec in compiled.compilation.main.resolved[0].places:
+        name = site.own.tensor
+        lost = site.own.operand(before[name].detach() - dense(store.get(name)))
+        parts = compiled.compilation.parts["lora"][site.key]
+        a, b = (store.get(parts[part]).detach() for part in "AB")
+        s = torch.linalg.svdvals(lost)[..., spec.rank :].square().sum(-1).sqrt()
+        torch.testing.assert_close((lost - spec.scaling * b @ a).flatten(-2).norm(dim=-1), s, rtol=1e-4, atol=1e-6)
+        seen += 1
+    assert seen and not compiled.compilation.store.originals
+
+
+def test_loftq_needs_what_was_quantised() -> None:
+    """A base in full precision has lost nothing."""
+    with pytest.raises(GraftError) as caught:
+        graftc.compile(graftc.Spec.model_validate(spec_of("loftq", "llama")), families.llama())
+    assert caught.value.code == "GC170"
+
+
+def test_dropped_and_skipped_modules() -> None:
+    """Heads, embeddings and routers stay as they are, and so does what is skipped; the source is not changed."""
+    model = families.mixtral().eval()
+    before = {name: (id(p), p.clone()) for name, p in model.named_parameters()}
+    spec = graftc.Spec.model_validate(
+        {"base": {"quantize": "nf4", "skip": ["**.k_proj"]}, "adapt": [{"method": "lora", "target": EXPERTS}]}
+    )
+    compiled = graftc.compile(spec, model)
+    packed = compiled.compilation.store.packed
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in packed} == {"q_proj", "v_proj", "o_proj", "experts"}
+    assert all(id(p) == before[n][0] and torch.equal(p, before[n][1]) for n, p in model.named_parameters())
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+    weight = compiled.compilation.store.get("model.layers.0.self_attn.q_proj.weight")
+    assert isinstance(weight, PackedTensor) and weight.shape == (48, 48)
+    report = graftc.check(spec, model)
+    assert report.base_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_the_weights_can_be_read() -> None:
+    """A module of the compiled model still has its weight, and the class of the source's."""
+    model = families.llama().eval()
+    compiled = graftc.compile(graftc.Spec.model_validate(spec_of("lora", "llama", quantize="int8")), model)
+    module = compiled.model.layers[0].mlp.down_proj
+    assert isinstance(module, nn.Linear) and module.weight.shape == (48, 80)
+    scale = model.model.layers[0].mlp.down_proj.weight.abs().amax(1, keepdim=True) / 127.5
+    assert bool(((module.weight - model.model.layers[0].mlp.down_proj.weight).abs() <= scale * 0.6).all())
+
+
+def test_nothing_to_quantise() -> None:
+    """A model without linear maps in its layers, or with all of them skipped."""
+    spec = graftc.Spec.model_validate(
+        {"base": {"quantize": "nf4", "skip": ["model.layers.*"]}, "adapt": [{"method": "lora", "target": MAPS}]}
+    )
+    with pytest.raises(GraftError) as caught:
+        graftc.compile(spec, families.llama())
+    assert caught.value.code == "GC160"

@@ -1,0 +1,31 @@
+"""Models whose weights have the values of quantised ones, as independent judges of what is computed with codes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftc.compiler.resolve.quantise import quantised
+from graftc.passes.core.packing.modules import held_weight, packed_types
+from graftc.specs.options.base import BaseOptions
+
+
+def dense_twin(model: nn.Module, **options: Any) -> nn.Module:
+    """A plain copy of a model with the values of its quantised weights."""
+    twin = copy.deepcopy(model)
+    modules = dict(twin.named_modules())
+    count = 0
+    with torch.no_grad():
+        for path, module in quantised(model, BaseOptions(**options)).named_modules():
+            for name in packed_types(module):
+                held = modules[path]._parameters[name]
+                assert held is not None
+                before = held.clone()
+                held.copy_(held_weight(module, name))
+                assert not torch.equal(held, before)
+                count += 1
+    assert count
+    return twin

@@ -1,0 +1,117 @@
+"""What a training step on a quantised base keeps: codes, and never the values that are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import graftc
+from graftc.testing import families
+from graftc.testing.compare import inputs_for
+from tests.packed import dense_twin
+
+TARGET = {"role": ["attn.q", "attn.o"]}
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "lora": [{"method": "lora", "rank": 4, "target": TARGET}],
+    "dropout": [{"method": "lora", "rank": 4, "dropout": 0.1, "target": TARGET}],
+    "dora": [{"method": "dora", "rank": 4, "target": TARGET}],
+    "spiel": [{"method": "spiel", "density": 0.02, "target": TARGET}],
+    "ag": [{"method": "spiel", "variant": "AG", "density": 0.02, "target": TARGET}],
+    "lokr": [{"method": "lokr", "target": TARGET}],
+    "houlsby": [{"method": "houlsby"}],
+    "prefix": [{"method": "prefix"}],
+}
+OFF: tuple[list[str], ...] = ([], ["projections"], ["recompute"], ["projections", "recompute"])
+
+
+def compiled_of(model: nn.Module, adapt: Any = None, **spec: Any) -> Any:
+    """A model that trains."""
+    return graftc.compile(graftc.Spec.model_validate({"adapt": adapt or METHODS["lora"], **spec}), model).train()
+
+
+def gradients(compiled: Any, run: Callable[..., Any] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a step, and the gradients of all that trains."""
+    inputs = inputs_for(compiled, seed=1)
+    torch.manual_seed(0)
+    loss = (compiled if run is None else run)(**inputs)[0].square().mean()
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None}
+    compiled.zero_grad()
+    return loss.detach(), found
+
+
+def weight_sizes(compiled: Any) -> set[int]:
+    """Entries of the packed weights."""
+    return {own.numel for own in compiled.compilation.store.packed.values()}
+
+
+def kept(compiled: Any, run: Callable[..., Any]) -> list[Tensor]:
+    """What autograd saves in the forward pass, as far as it is no parameter."""
+    saved: list[Tensor] = []
+    own = {p.untyped_storage().data_ptr() for p in (*compiled.parameters(), *compiled.buffers())}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return saved
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("off", OFF, ids=",".join)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral", "t5"])
+def test_no_value_is_kept(family: str, off: list[str], name: str) -> None:
+    """The bytes kept are those of the plain model, whatever is turned off; gradients are to the bit its own."""
+    model = getattr(families, family)().eval()
+    twin = compiled_of(dense_twin(model, quantize="nf4"), METHODS[name], optimise={"off": off})
+    compiled = compiled_of(model, METHODS[name], base={"quantize": "nf4"}, optimise={"off": off})
+    (loss, ours), (other, theirs) = gradients(compiled), gradients(twin)
+    assert loss == other and ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    inputs = inputs_for(compiled, seed=1)
+    found, plain = compiled.activations(**inputs), twin.activations(**inputs)
+    assert found.kept <= plain.kept
+    assert found.without > plain.without + 4 * min(weight_sizes(compiled))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_torch_compile(backend: str) -> None:
+    """Compiled by torch, the step keeps codes as well, and gives the same gradients."""
+    model = families.llama().eval()
+    compiled = compiled_of(model, base={"quantize": "nf4"})
+    loss, wanted = gradients(compiled)
+    run = torch.compile(compiled, fullgraph=True, backend=backend)
+    inputs = inputs_for(compiled, seed=1)
+    run(**inputs)
+    saved = kept(compiled, lambda: run(**inputs))
+    assert saved and not [t.shape for t in saved if t.is_floating_point() and t.numel() in weight_sizes(compiled)]
+    again, found = gradients(compiled, run)
+    torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-6)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5)
+
+
+def test_checkpointed_layers() -> None:
+    """With whole layers computed again the gradients are the same."""
+    model = families.llama().eval()
+    _, wanted = gradients(compiled_of(model, base={"quantize": "int4"}))
+    _, found = gradients(compiled_of(model, base={"quantize": "int4"}, checkpoint="layers"))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_no_gradient_for_codes() -> None:
+    """Parts are frozen parameters of whole numbers; what is trained is the adaptation's."""
+    compiled = compiled_of(families.gpt2().eval(), base={"quantize": "nf4", "double": True})
+    parts = [name for name in compiled.compilation.store.packed for name in compiled.compilation.store.parts_of(name)]
+    held = dict(compiled.named_parameters())
+    assert parts and all(held[name].dtype == torch.uint8 and not held[name].requires_grad for name in parts)
+    assert all(".graftc." in name for name, p in held.items() if p.requires_grad)
