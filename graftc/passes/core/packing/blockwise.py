@@ -98,14 +98,14 @@ class Blockwise(Packing):
         values, order = table.sort()
         largest, scaled = _scaled(weight.reshape(-1).float(), self.group)
         scaled = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
-        code = order[torch.bucketize(scaled, (values[1:] + values[:-1]) / 2)].to(torch.uint8)
+        code = order[torch.bucketize(scaled, (values[1:] + values[:-1]) / 2, out_int32=True)].to(torch.uint8)
         codes = ((code[::2] << 4) | code[1::2]).unsqueeze(1)
         if not self.double:
             return codes, as_bytes(largest.unsqueeze(1))
         offset = largest.mean()
         known = dynamic_values().to(weight.device)
         nested, ratio = _scaled(largest - offset, SCALES)
-        scales = torch.bucketize(ratio, (known[1:] + known[:-1]) / 2).to(torch.uint8)
+        scales = torch.bucketize(ratio, (known[1:] + known[:-1]) / 2, out_int32=True).to(torch.uint8)
         return codes, scales.unsqueeze(1), as_bytes(nested.unsqueeze(1)), as_bytes(offset)
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
