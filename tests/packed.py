@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from graftc.compiler.resolve.quantise import quantised
+from graftc.compiler.capture.signature import Axis
+from graftc.compiler.pipeline import quantised_base
 from graftc.passes.core.packing.modules import held_weight, packed_types
 from graftc.specs.options.base import BaseOptions
 
 
-def dense_twin(model: nn.Module, **options: Any) -> nn.Module:
-    """A plain copy of a model with the values of its quantised weights."""
+def dense_twin(model: nn.Module, axes: Sequence[Axis] | None = None, **options: Any) -> nn.Module:
+    """A plain copy of a model, which has these inputs, with the values of its quantised weights."""
     twin = copy.deepcopy(model)
     modules = dict(twin.named_modules())
     count = 0
     with torch.no_grad():
-        for path, module in quantised(model, BaseOptions(**options)).named_modules():
+        for path, module in quantised_base(model, BaseOptions(**options), axes)[0].named_modules():
             for name in packed_types(module):
                 held = modules[path]._parameters[name]
                 assert held is not None

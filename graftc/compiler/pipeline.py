@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.adapting import adapt_signature
 from graftc.compiler.cached import require_rows_of_one
+from graftc.compiler.capture.cache import captured, key
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.capture_key import held_by
 from graftc.compiler.capture.defaults import default_signatures
@@ -22,7 +23,7 @@ from graftc.compiler.capture.past import CACHE
 from graftc.compiler.capture.signature import Axis, axes_of, described, fits, less_dynamic, split
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.resolve.quantise import quantised
+from graftc.compiler.resolve.quantise import linear_maps, quantised
 from graftc.compiler.resolve.tokens import with_room
 from graftc.compiler.resolve.untie import untied
 from graftc.passes.core.ir.program_key import Signature
@@ -30,6 +31,7 @@ from graftc.passes.core.weights.store import Store
 from graftc.specs.compose import Parallel
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, warn
+from graftc.specs.options.base import BaseOptions
 
 
 def signature_for(compilation: Compilation, inputs: Mapping[str, Any]) -> Signature:
@@ -228,7 +230,9 @@ def compile_model(
             model = with_room(model, spec.tokens)
         if spec.base.quantize is not None:
             given = dict(model.named_parameters(remove_duplicate=False))
-            model = source = quantised(model, spec.base)  # so that nothing holds the weights as they were
+            found = quantised_base(model, spec.base, axes, flags=flags, use_cache=use_cache, known=known)
+            model = source = found[0]  # so that nothing holds the weights as they were
+            known = {**known, **found[1]}
     except GraftError as error:
         raise spec.locate(error) from error
     compilation = Compilation(
@@ -240,6 +244,37 @@ def compile_model(
     first_capture(model, axes, lambda attempt: add_signature(compilation, attempt, flags))
     compilation.store.originals = {}
     return compilation
+
+
+def quantised_base(
+    model: nn.Module,
+    options: BaseOptions,
+    axes: Sequence[Axis] | None = None,
+    *,
+    flags: Flags = (),
+    use_cache: bool = True,
+    known: Mapping[str, Callable[[], Capture]] = MappingProxyType({}),
+) -> tuple[nn.Module, dict[str, Callable[[], Capture]]]:
+    """A model with the weights of its linear maps and experts packed, and the capture that it has in common with the
+    model as it was, by its key: graphs read weights, however they are stored.
+
+    Args:
+        model: the source, which is not changed.
+        options: the format, and what is left out.
+        axes, flags, use_cache, known: as for `compile_model`.
+
+    Raises:
+        GraftError: as `graftc.compiler.resolve.quantise.quantised`; GC030 where the model cannot be captured.
+    """
+    aliases = Store.mirror(model).aliases
+    attempt, found = first_capture(
+        model,
+        axes,
+        lambda tried: (tried, captured(model, tried, flags, canonical=aliases, use_cache=use_cache, known=known)),
+    )
+    made = quantised(model, options, linear_maps(found))
+    name = key(made, attempt, flags, "train")
+    return made, {} if name is None else {name: partial(_again, found)}
 
 
 T = TypeVar("T")

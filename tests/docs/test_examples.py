@@ -338,6 +338,14 @@ def second_derivatives_of_a_chunked_loss(patch: pytest.MonkeyPatch) -> None:
     torch.autograd.grad(compiled(**call).loss, own, create_graph=True)
 
 
+def a_base_with_nothing_to_quantise(patch: pytest.MonkeyPatch) -> None:
+    graftc.compile({"adapt": [LORA], "base": {"quantize": "nf4", "skip": ["model.layers.*"]}}, tiny("llama"))
+
+
+def loftq_without_a_quantised_base(patch: pytest.MonkeyPatch) -> None:
+    graftc.compile({"adapt": [{**LORA, "init": "loftq"}]}, tiny("llama"))
+
+
 def a_model_that_is_not_for_chat(patch: pytest.MonkeyPatch) -> None:
     tiny("llama").save_pretrained("model")
     save_tokenizer(Path("model"), template=None)
@@ -393,6 +401,8 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC147": a_model_that_is_not_for_chat,
     "GC150": logits_while_training,
     "GC152": second_derivatives_of_a_chunked_loss,
+    "GC160": a_base_with_nothing_to_quantise,
+    "GC170": loftq_without_a_quantised_base,
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
+from graftc.compiler.capture.signature import Axis
 from graftc.extend import BaseGradients
 from graftc.testing import families
 from graftc.testing.compare import inputs_for
@@ -47,8 +48,9 @@ class Tied(nn.Module):
 def pair(model: nn.Module, adapt: list[dict[str, Any]], example: Any = None, **spec: Any) -> tuple[Any, Any]:
     """A quantised model and its plain twin, both compiled."""
     base = {"quantize": "nf4"}
+    axes = None if example is None else [Axis("x", torch.float32, ("batch", 32))]
     made = []
-    for source, own in ((model, {"base": base}), (dense_twin(model, **base), {})):
+    for source, own in ((model, {"base": base}), (dense_twin(model, axes, **base), {})):
         document = graftc.Spec.model_validate({"adapt": adapt, **own, **spec})
         made.append(graftc.compile(document, source, example))
     return made[0], made[1]

@@ -1,21 +1,30 @@
-"""A source model with its base quantised, as a spec's ``base`` asks for."""
+"""A source model with its base quantised, as a spec's ``base`` asks for.
+
+Which weights are those of linear maps and experts, and how they are stored, is read off the model's graph.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from graftc.compiler.capture.capture import Capture
 from graftc.compiler.resolve.select import match_modules
 from graftc.compiler.resolve.untie import sharing_copy
+from graftc.compiler.roles.findings import place
+from graftc.compiler.roles.structure import find_structure
 from graftc.passes.core.packing.affine import Affine
 from graftc.passes.core.packing.blockwise import Blockwise
-from graftc.passes.core.packing.modules import pack_weights, packed_types
+from graftc.passes.core.packing.modules import Held, hold_packed, packed_parameter, packed_types
 from graftc.passes.core.packing.packing import Packing
+from graftc.passes.core.sites.readers import linear_use
+from graftc.passes.core.weights.weight_slice import Layout
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.options.base import BaseOptions
+
+_PACKABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 _LEAST = {"int8": 0, "int4": 64, "nf4": 64, "fp4": 64}
 """Groups by format, where the spec has none; 0 is a whole row."""
@@ -35,55 +44,66 @@ def packing_for(options: BaseOptions, *, transposed: bool = False) -> Packing:
     return Affine(kind, group=group, transposed=transposed)
 
 
-def quantised(model: nn.Module, options: BaseOptions) -> nn.Module:
-    """A copy of ``model`` whose linear maps and experts in repeated layers have packed weights; all else is shared.
-    What is packed already stays as it is. The model is not changed.
+def linear_maps(found: Capture) -> dict[str, Layout]:
+    """The weights of a graph that only linear maps and experts read, by name, with the way in which they are stored:
+    those in repeated layers, or all where there are none. Routers, whose results decide what is computed, are left out.
+    """
+    graph = found.program.graph
+    routers = {f.node for f in find_structure(graph, found.constants).findings if f.role.endswith("router")}
+    layouts: dict[str, set[Layout | None]] = {}
+    for node in graph.nodes:
+        use = linear_use(node)
+        if use is not None:
+            apart = node in routers or use.input_axis is None or use.grouped
+            layouts.setdefault(use.weight.tensor, set()).add(None if apart else use.weight.layout)
+    known: dict[str, Layout] = {}
+    for name, held in layouts.items():
+        layout = held.pop()
+        if not held and layout in (Layout.ROWS, Layout.COLUMNS) and layout is not None:
+            known[name] = layout
+    return {n: held for n, held in known.items() if place(n)[0] is not None} or known
+
+
+def quantised(model: nn.Module, options: BaseOptions, maps: Mapping[str, Layout]) -> nn.Module:
+    """A copy of ``model`` with packed weights; all else is shared. What is packed already stays as it is. The model is
+    not changed.
 
     Args:
         model: the source.
         options: the format, and what is left out.
+        maps: the weights, as `linear_maps` gives them.
 
     Raises:
         GraftError: GC011 for a pattern of ``skip`` that matches no module, GC160 where nothing can be quantised.
     """
     result: nn.Module = sharing_copy(model)
-    paths = [path for path, _ in result.named_modules() if path]
-    skipped = set(match_modules(options.skip, paths)) if options.skip else set()
-    held = any(packed_types(module) for module in result.modules())
-    for path, module in _in_layers(result):
-        if any(path == name or path.startswith(f"{name}.") for name in skipped):
+    modules = dict(result.named_modules())
+    skipped = set(match_modules(options.skip, [path for path in modules if path])) if options.skip else set()
+    chosen: dict[str, dict[str, Packing]] = {}
+    for name, layout in maps.items():
+        path, _, last = name.rpartition(".")
+        if any(path == out or path.startswith(f"{out}.") for out in skipped):
             continue
-        found = {name: packing_for(options, transposed=turned) for name, turned in _maps(module)}
-        if found:
-            held = True
-            pack_weights(module, found)
-    if not held:
+        weight = modules[path]._parameters.get(last)
+        if weight is not None and weight.dtype in _PACKABLE:
+            chosen.setdefault(path, {})[last] = packing_for(options, transposed=layout is Layout.COLUMNS)
+    _pack(result, chosen)
+    if not any(packed_types(module) for module in result.modules()):
         hint = "leave quantize out" if not skipped else "skip fewer modules"
         message = f"{type(model).__name__} has no linear maps in repeated layers that could be quantised"
         raise GraftError("GC160", message, place=Place(path="base.quantize"), hint=hint)
     return result
 
 
-def _in_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules in the layers of lists; all modules of a model without any."""
-    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
-    for path, module in model.named_modules():
-        if not lists or any(path.startswith(f"{name}.") for name in lists):
-            yield path, module
-
-
-def _maps(module: nn.Module) -> Iterator[tuple[str, bool]]:
-    """The weights of a module that its linear maps multiply by, and whether they are stored ``[in, out]``."""
-    weight = module._parameters.get("weight")
-    if isinstance(module, nn.Linear) and _is_packable(weight):
-        yield "weight", False
-    elif type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2 and _is_packable(weight):
-        yield "weight", True
-    experts = getattr(module, "num_experts", None)
-    for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.dim() == 3 and parameter.shape[0] == experts and _is_packable(parameter):
-            yield name, bool(getattr(module, "is_transposed", False))
-
-
-def _is_packable(weight: Any) -> bool:
-    return isinstance(weight, nn.Parameter) and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
+def _pack(model: nn.Module, chosen: Mapping[str, Mapping[str, Packing]]) -> None:
+    """Pack weights of a model; those that are one tensor stay one, whichever module has them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    wanted = {id(modules[path]._parameters[name]): own for path, part in chosen.items() for name, own in part.items()}
+    parts: dict[int, Held] = {}
+    for module in dict.fromkeys(modules.values()):
+        tensors = {n: p for n, p in module._parameters.items() if p is not None and id(p) in wanted}
+        for parameter in tensors.values():
+            if id(parameter) not in parts:
+                parts[id(parameter)] = packed_parameter(parameter, wanted[id(parameter)])
+        if tensors:
+            hold_packed(module, {name: parts[id(parameter)] for name, parameter in tensors.items()})

@@ -5,13 +5,16 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from graftc.passes.core.packing.packed_tensor import PackedTensor
 from graftc.passes.core.packing.packing import PackedType, Packing
+
+Held: TypeAlias = tuple[PackedType, tuple[Tensor, ...]]
+"""The type of a packed weight, and its parts."""
 
 _TYPES = "_graftc_packed"
 """Under which a class of such modules has the types of its packed weights, by their names."""
@@ -35,12 +38,13 @@ def _part(module: nn.Module, name: str) -> Tensor:
     return found
 
 
-def hold_packed(module: nn.Module, packed: Mapping[str, tuple[PackedType, tuple[Tensor, ...]]]) -> None:
+def hold_packed(module: nn.Module, packed: Mapping[str, Held]) -> None:
     """Let a module hold parts in the place of weights. It stays of its class, whose code reads the weights as before.
 
     Args:
         module: is changed.
-        packed: types and parts, by names of its parameters.
+        packed: types and parts, by names of its parameters. Parts that are parameters are held as they are, so that
+            several modules can have the same ones.
     """
     parameters = dict(module._parameters)
     module._parameters.clear()
@@ -50,7 +54,8 @@ def hold_packed(module: nn.Module, packed: Mapping[str, tuple[PackedType, tuple[
             continue
         own, parts = packed[name]
         for part, value in zip(own.names(name), parts, strict=True):
-            module._parameters[part] = nn.Parameter(value, requires_grad=False)
+            own_part = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+            module._parameters[part] = own_part
     held = {**packed_types(module), **{name: own for name, (own, _) in packed.items()}}
     cls: Any = type(module)
     module.__class__ = _class_of(cls, tuple(held.items()))
@@ -80,16 +85,8 @@ def packed_weights(model: nn.Module) -> dict[str, PackedTensor]:
     }
 
 
-def pack_weights(module: nn.Module, packings: Mapping[str, Packing]) -> None:
-    """Pack weights of a module in place.
-
-    Args:
-        module: is changed; the tensors that it held are not.
-        packings: by names of its parameters.
-    """
-    packed: dict[str, tuple[PackedType, tuple[Tensor, ...]]] = {}
+def packed_parameter(weight: Tensor, packing: Packing) -> Held:
+    """What a module holds in the place of a weight: see `hold_packed`."""
     with torch.no_grad():
-        for name, packing in packings.items():
-            weight = _part(module, name)
-            packed[name] = PackedType(packing, tuple(weight.shape), weight.dtype), packing.packed(weight)
-    hold_packed(module, packed)
+        parts = tuple(nn.Parameter(part, requires_grad=False) for part in packing.packed(weight))
+    return PackedType(packing, tuple(weight.shape), weight.dtype), parts
