@@ -15,6 +15,7 @@ _FACADE = {
     "compile": "graftc.runtime.api",
     "check": "graftc.runtime.api",
     "load": "graftc.runtime.api",
+    "load_base": "graftc.runtime.api",
     "import_peft": "graftc.runtime.api",
     "merge_checkpoint": "graftc.runtime.streaming.merging",
     "roles": "graftc.runtime.api",
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from graftc import extend, testing
     from graftc.runtime import optim
-    from graftc.runtime.api import check, compile, import_peft, load, roles
+    from graftc.runtime.api import check, compile, import_peft, load, load_base, roles
     from graftc.runtime.recipes import tune
     from graftc.runtime.streaming.merging import merge_checkpoint
     from graftc.specs.document import Spec
@@ -46,6 +47,7 @@ __all__ = [
     "extend",
     "import_peft",
     "load",
+    "load_base",
     "load_spec",
     "merge_checkpoint",
     "methods",

@@ -24,6 +24,13 @@ def mark_fresh(model: nn.Module, names: Iterable[str], where: str) -> None:
         _FRESH[model] = (where, found)
 
 
+def same_fresh(model: nn.Module, other: nn.Module) -> nn.Module:
+    """Let a copy of a model be known to lack the same tensors, and return it."""
+    if model in _FRESH:
+        _FRESH[other] = _FRESH[model]
+    return other
+
+
 def check_fresh(compilation: Compilation) -> None:
     """Refuse a base with random tensors, unless the spec trains all of each.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.adapting import adapt_signature
+from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.cached import require_rows_of_one
 from graftc.compiler.capture.cache import captured, key
 from graftc.compiler.capture.capture import Capture
@@ -23,6 +24,7 @@ from graftc.compiler.capture.past import CACHE
 from graftc.compiler.capture.signature import Axis, axes_of, described, fits, less_dynamic, split
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.compilation import Compilation
+from graftc.compiler.missing_weights import same_fresh
 from graftc.compiler.resolve.quantise import linear_maps, quantised
 from graftc.compiler.resolve.tokens import with_room
 from graftc.compiler.resolve.untie import untied
@@ -222,17 +224,18 @@ def compile_model(
         GraftError: with a code for whatever is wrong with the spec, the model or their fit.
     """
     require_plain(model)
-    source, given = model, dict[str, nn.Parameter]()
+    given: dict[str, nn.Parameter] = {}
     try:
-        if spec.untie:
-            model = untied(model, spec.untie, axes)
-        if spec.tokens is not None:
-            model = with_room(model, spec.tokens)
+        model = source = arrived(model)
         if spec.base.quantize is not None:
             given = dict(model.named_parameters(remove_duplicate=False))
             found = quantised_base(model, spec.base, axes, flags=flags, use_cache=use_cache, known=known)
             model = source = found[0]  # so that nothing holds the weights as they were
             known = {**known, **found[1]}
+        if spec.untie:
+            model = untied(model, spec.untie, axes)
+        if spec.tokens is not None:
+            model = with_room(model, spec.tokens)
     except GraftError as error:
         raise spec.locate(error) from error
     compilation = Compilation(
@@ -272,7 +275,7 @@ def quantised_base(
         axes,
         lambda tried: (tried, captured(model, tried, flags, canonical=aliases, use_cache=use_cache, known=known)),
     )
-    made = quantised(model, options, linear_maps(found))
+    made = same_fresh(model, quantised(model, options, linear_maps(found)))
     name = key(made, attempt, flags, "train")
     return made, {} if name is None else {name: partial(_again, found)}
 

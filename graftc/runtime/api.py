@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, overload
 
+import torch
 from torch import nn
 
+from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.cache import captured
 from graftc.compiler.capture.interface import ExampleInputs, Flags, Interface
 from graftc.compiler.capture.isolation import exclusive
@@ -21,8 +23,11 @@ from graftc.compiler.roles.structure import Structure, find_structure
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.model.runner import Source
+from graftc.runtime.models import load_folder, load_hub
+from graftc.runtime.reference import is_hub_id
 from graftc.specs.arguments import as_path, as_seed
 from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import load_spec
 
 SpecLike = Spec | Mapping[str, Any] | str | Path
@@ -91,6 +96,32 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool 
     return load_from(as_path(path), model, cache=cache)
 
 
+def load_base(name: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None) -> nn.Module:
+    """A model of transformers, in eval mode, from a folder or the hub, quantised or not. No code of it is run.
+
+    Checkpoints of bitsandbytes, GPTQ, AWQ, HQQ, FP8, compressed-tensors and MXFP4 are read without the libraries that
+    wrote them: linear maps and experts hold the codes, and their weights are made of them whenever they are read, to
+    the bit as the library makes them. `compile` takes such a model as any other.
+
+    Args:
+        name: a folder whose ``config.json`` names the class in ``architectures``, or the id of such a repository.
+        dtype: element type of what is not quantised, and of the weights that codes give; what the config says by
+            default.
+        revision: commit of a hub's repository; its newest by default.
+
+    Raises:
+        GraftError: GC032 where there is no such model, GC073 for an element type that is none, GC161 for a format that
+            is not read, GC163 for codes, scales and zero points that do not fit.
+    """
+    given: object = dtype
+    if not (given is None or (isinstance(given, torch.dtype) and given.is_floating_point)):
+        raise GraftError("GC073", f"dtype is {dtype!r}", hint="give an element type of torch: torch.bfloat16")
+    folder = Path(name).expanduser()
+    if folder.exists() or not is_hub_id(str(name)):
+        return load_folder(folder, dtype=dtype)
+    return load_hub(str(name), revision=revision, dtype=dtype)
+
+
 def import_peft(
     path: str | Path,
     model: Source,
@@ -149,6 +180,7 @@ def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cach
         GraftError: GC030 when it cannot be captured.
     """
     axes, flags = _request(model, example_inputs)
+    model = arrived(model)
     store = Store.mirror(model)
     found = first_capture(
         model, axes, lambda attempt: captured(model, attempt, flags, canonical=store.aliases, use_cache=cache)

@@ -21,9 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.fingerprint import settings_of
 from graftc.compiler.capture.interface import ExampleInputs
-from graftc.compiler.missing_weights import mark_fresh
+from graftc.compiler.missing_weights import mark_fresh, same_fresh
+from graftc.runtime.quantised.load import FORMATS, load_quantised, quantization_of, require_read
 from graftc.runtime.reference import Built, is_callable, is_hub_id
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
 
@@ -128,25 +130,36 @@ def _fail(message: str, hint: str | None = None, *, cause: BaseException | None 
 # --- transformers folders and hub ids ---------------------------------------------------------------------------
 
 
-def load_folder(folder: Path, *, meta: bool = False, built: Built | None = None) -> nn.Module:
+def load_folder(
+    folder: Path, *, meta: bool = False, built: Built | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
     """The model of a transformers folder, in eval mode. No code of the folder is run.
 
     Args:
         folder: where its files are.
         meta: build it on the meta device.
         built: the class, labels and dtype to build it with; those of its config by default.
+        dtype: the element type of its tensors, before what ``built`` has.
 
     Raises:
-        GraftError: GC032.
+        GraftError: GC032; GC161 and GC163 for quantised folders that cannot be read.
     """
     _check_folder(folder, meta)
     with quiet_transformers():
-        model: nn.Module = _from_transformers(str(folder), folder, meta, built)
+        model: nn.Module = _from_transformers(str(folder), folder, meta, built, dtype)
     return model
 
 
-def load_hub(name: str, *, meta: bool = False, revision: str | None = None, built: Built | None = None) -> nn.Module:
-    """The model of a hub's repository, in eval mode; a folder of that name here is not it. No code of it is run.
+def load_hub(
+    name: str,
+    *,
+    meta: bool = False,
+    revision: str | None = None,
+    built: Built | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The model of a hub's repository, in eval mode; a folder of that name here is not it. No code of it is run. See
+    `load_folder`.
 
     Raises:
         GraftError: GC032.
@@ -157,7 +170,7 @@ def load_hub(name: str, *, meta: bool = False, revision: str | None = None, buil
         except Exception as error:
             hint = _neighbour(Path(name)) or _cached(name) or _FORMS
             _fail(f"{name!r} is no folder here, and the hub gives no such model: {_reason(error)}", hint, cause=error)
-        model = _from_transformers(name, folder, meta, built)
+        model = _from_transformers(name, folder, meta, built, dtype)
     model.config._name_or_path, model.config._commit_hash = name, folder.name
     made: nn.Module = model
     return made
@@ -184,7 +197,9 @@ def _snapshot(name: str, meta: bool, revision: str | None) -> Path:
     return Path(found)
 
 
-def _from_transformers(text: str, folder: Path, meta: bool, built: Built | None = None) -> Any:
+def _from_transformers(
+    text: str, folder: Path, meta: bool, built: Built | None = None, wanted: torch.dtype | None = None
+) -> Any:
     config = _config(text, folder)
     cls = _architecture(text, config)
     options: dict[str, Any] = {}
@@ -197,12 +212,17 @@ def _from_transformers(text: str, folder: Path, meta: bool, built: Built | None 
             config.label2id = {label: number for number, label in enumerate(built.labels)}
         dtype = getattr(torch, built.dtype, None)
         options = {"dtype": dtype} if isinstance(dtype, torch.dtype) and dtype.is_floating_point else {}
+    if wanted is not None:
+        options = {"dtype": wanted}
     try:
         if not meta:
+            require_read(config, text)
             return from_checkpoint(cls, folder, text, config=config, **options)
         with torch.device("meta"):
             made: nn.Module = cls._from_config(config, **_dtype(config))
         return made.to("meta").eval()
+    except GraftError:
+        raise
     except Exception as error:
         _fail(f"{cls.__name__} cannot be loaded from {text!r}: {_reason(error)}", cause=error)
 
@@ -215,11 +235,15 @@ def from_checkpoint(cls: Any, folder: Path, where: str, **options: Any) -> nn.Mo
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        model, found = cls.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **options)
+        quantization = quantization_of(options["config"]) if "config" in options else None
+        if quantization is not None and quantization.get("quant_method") in FORMATS:
+            model, found = load_quantised(cls, folder, where, quantization, **options)
+        else:
+            model, found = cls.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **options)
     mismatched = [key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"]]
     mark_fresh(model, {*found["missing_keys"], *mismatched}, where)
-    made: nn.Module = model
-    return made
+    made: nn.Module = arrived(model)
+    return made if made is model else same_fresh(model, made)
 
 
 def _check_folder(folder: Path, meta: bool) -> None:

@@ -9,15 +9,31 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, raw_bytes
+from graftc.passes.core.packing.packing import PackedType
 from graftc.passes.core.weights.store import Store
 
 SAMPLES = 64
+_CODES = "_codes"
+"""What the name of the first part of a packed weight ends with."""
+
 Setting: TypeAlias = bool | int | float | str
-_PASSING = frozenset({"transformers_version", "architectures", "dtype", "torch_dtype", "problem_type", "use_cache"})
-"""What a config says or not depending on how the model was made or what was run; dtypes are told from the tensors."""
+_PASSING = frozenset(
+    {
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "problem_type",
+        "use_cache",
+        "quantization_config",
+    }
+)
+"""What a config says or not depending on how the model was made or what was run; dtypes and packings are told from the
+tensors."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +41,8 @@ class TensorIdentity:
     """One base tensor.
 
     Attributes:
-        dtype: its element type, as ``"f32"``.
+        dtype: its element type, as ``"f32"``; of the codes of a packed weight, the packing and the weight's element
+            type, as ``"nf4 group=64; f32"``.
         shape: its sizes.
         digest: SHA-256 of its values, or of a sample; empty on the meta device.
         parameter: a parameter, or else a buffer.
@@ -61,6 +78,15 @@ class Identity:
             digest.update(f"|{name}|{tensor.dtype}|{tensor.shape}|{tensor.digest}".encode())
         return digest.hexdigest()
 
+    @property
+    def packings(self) -> dict[str, str]:
+        """How packed weights are stored, as `described`, by their names."""
+        return {
+            name.removesuffix(_CODES): tensor.dtype
+            for name, tensor in self.tensors.items()
+            if name.endswith(_CODES) and "; " in tensor.dtype
+        }
+
     def differences(self, other: Identity) -> list[str]:
         """In which ways ``other`` is another base, for people; empty where it is the same."""
         found = [] if self.config == other.config else [self.other_config(other)]
@@ -94,22 +120,35 @@ def identify(model: nn.Module, *, full: bool = False, replaced: Collection[str] 
 
     Args:
         model: the source model.
-        full: digest every value instead of `SAMPLES` of each tensor.
+        full: digest every value instead of `SAMPLES` of each tensor. Scales and zero points of packed weights always
+            have every value: codes that are nearly those of another quantiser would differ in few of them.
         replaced: tensors whose values say nothing of which base it is: see `replaced_tensors`.
     """
+    store = Store.mirror(model)
+    packed = {own.names(name)[0]: described(own) for name, own in store.packed.items()}
+    whole = {part for name, own in store.packed.items() for part in own.names(name)[1:]}
     tensors = {
         name: TensorIdentity(
-            DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)),
+            packed.get(name) or _short(tensor.dtype),
             tuple(tensor.shape),
             tensor_digest(tensor[:0] if tensor.dim() else tensor.new_empty(0), full=full)
             if name in replaced
-            else tensor_digest(tensor, full=full),
+            else tensor_digest(tensor, full=full or name in whole),
             isinstance(tensor, nn.Parameter),
         )
-        for name, tensor in Store.mirror(model).base()
+        for name, tensor in store.base()
     }
     config = getattr(model, "config", None)
     return Identity(config_digest(config), tensors, full, settings_of(config))
+
+
+def described(own: PackedType) -> str:
+    """A packing and the element type of the weight, as ``"nf4 group=64; f32"``."""
+    return f"{own.packing.text}; {_short(own.dtype)}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return DTYPE_NAMES.get(dtype, str(dtype))
 
 
 def replaced_tensors(updated: Iterable[str], trained: Iterable[str], aliases: Mapping[str, str]) -> frozenset[str]:

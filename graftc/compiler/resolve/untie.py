@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,10 +18,21 @@ from graftc.compiler.resolve.select import match_modules
 from graftc.specs.errors.diagnostics import GraftError, Place
 
 
-def sharing_copy(model: nn.Module) -> Any:
-    """A copy of ``model`` with handles of its own on the same storage: rebinding one does not reach the source."""
-    shared = {id(t): _handle(t) for t in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, shared)
+def sharing_copy(model: nn.Module, instead: Mapping[int, Any] = MappingProxyType({})) -> Any:
+    """A copy of ``model`` with handles of its own on the same storage: rebinding one does not reach the source.
+
+    Args:
+        model: is not changed.
+        instead: what the copy has in the place of objects in it, by their ids. Modules there are not looked into.
+    """
+    tensors = (
+        tensor
+        for module in model.modules()
+        if id(module) not in instead
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    )
+    return copy.deepcopy(model, {**{id(tensor): _handle(tensor) for tensor in tensors}, **instead})
 
 
 def _handle(tensor: torch.Tensor) -> torch.Tensor:

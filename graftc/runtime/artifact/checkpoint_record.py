@@ -52,6 +52,9 @@ class BaseRecord(Record):
     dtype: ElementType
     """The element type that the graphs are for."""
 
+    packed: dict[str, str] = Field(default_factory=dict)
+    """How its packed weights are stored, by their names."""
+
     replaced: tuple[str, ...]
     """Tensors whose values do not matter, as the state dict has its own of them."""
 
@@ -132,6 +135,7 @@ def record_of(compilation: Compilation, identity: Identity, *, values: bool) -> 
             labels=built.labels,
             settings=dict(built.settings),
             dtype=built.dtype,
+            packed=identity.packings,
             replaced=tuple(sorted(compilation.replaced)),
             fingerprint=identity.fingerprint,
             weights=weights_of(identity) if values else None,

@@ -55,7 +55,9 @@ def compile(
         step("certifying")
         certificate, kept = certificate_of(compiled) if certify else (None, {})
         if to is None:
-            fingerprint = identify(loaded, full=full, replaced=compiled.compilation.replaced).fingerprint
+            fingerprint = identify(
+                compiled.compilation.source, full=full, replaced=compiled.compilation.replaced
+            ).fingerprint
         else:
             step("writing")
             written = save(compiled, to, force=force, base=model, certificate=certificate, kept=kept, full=full)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from graftc.compiler.arrivals.recorded import packed_as
 from graftc.compiler.capture.fingerprint import Identity, identify
 from graftc.compiler.capture.interface import device_of
 from graftc.compiler.pipeline import compile_model
@@ -66,6 +67,7 @@ def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: 
     record = from_tensor(state[RECORD], str(file))
     base = find_base(record.base.place, file.parent) if model is None else model
     base = load_as_built(base, record.base.built) if isinstance(base, str) else base
+    base = packed_as(base, record.base.packed)
     _check_base(file, record, base)
     try:
         compilation = compile_model(

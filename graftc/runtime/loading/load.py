@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from graftc.compiler.arrivals.recorded import packed_as
 from graftc.compiler.capture.fingerprint import identify
 from graftc.compiler.capture.interface import device_of
 from graftc.compiler.compilation import Compilation
@@ -48,12 +49,14 @@ def base_of(artifact: Artifact, model: nn.Module | str | None = None) -> nn.Modu
         model = find_base(artifact.manifest.base.place, artifact.path)
     elif isinstance(model, str):
         model = load_as_built(model, artifact.manifest.base.built)
-    check_base(artifact, model)
-    return model
+    return check_base(artifact, model)
 
 
-def check_base(artifact: Artifact, model: nn.Module) -> None:
+def check_base(artifact: Artifact, model: nn.Module) -> nn.Module:
     """Hold a model against the base that an artifact was made from.
+
+    Returns:
+        The model, packed where that was: see `graftc.compiler.arrivals.recorded.packed_as`.
 
     Raises:
         GraftError: GC087 with what differs, GC089 where its checkpoint lacks tensors.
@@ -62,6 +65,7 @@ def check_base(artifact: Artifact, model: nn.Module) -> None:
     if device_of(model).type == "meta":
         raise GraftError("GC087", "the base is on the meta device, so that its weights cannot be told")
     manifest = artifact.manifest
+    model = packed_as(model, expected.packings)
     found = identify(model, full=expected.full, replaced=artifact.replaced)
     if found.tensors.keys() == expected.tensors.keys():
         trained = (record.base for record in manifest.trained if record.rows is None)
@@ -74,9 +78,11 @@ def check_base(artifact: Artifact, model: nn.Module) -> None:
         raise GraftError(
             "GC087",
             message,
-            hint="name the base: --model MODEL, or graftc.load(path, model=...)",
+            hint="name the base: --model MODEL, or graftc.load(path, model=...)"
+            + (", quantised as it was" if expected.packings else ""),
             details=[*differences[1:5], *more],
         )
+    return model
 
 
 def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, recapture: bool = False) -> Compiled:

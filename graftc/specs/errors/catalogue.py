@@ -519,6 +519,24 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "The spec says `base: {quantize: ...}`, which is for the linear maps and experts in the repeated layers of a "
      "model, and there are none, or all of them are under `skip`.",
      "Leave `quantize` out, or skip fewer modules."),
+    ("GC161", _FAILED, "a quantised checkpoint of another format",
+     "The folder's config says that its weights are quantised, by a method or with options that graftc does not read.",
+     "Take the checkpoint that is not quantised, and let the spec quantise it: `base: {quantize: nf4}`; or one in a "
+     "format of the page on quantised checkpoints."),
+    ("GC162", _SPEC, "a quantised module that cannot be taken over",
+     "The model holds a module or a tensor of a library that quantises, whose codes graftc does not know or whose "
+     "layout has been changed for a kernel.",
+     "Load the folder with `graftc.load_base(folder)`, which reads codes itself, or the model that is not quantised. "
+     "A model of bitsandbytes on a CPU is to be compiled before it is called in eval mode."),
+    ("GC163", _FAILED, "a quantised checkpoint that does not fit together",
+     "Codes, scales and zero points of a weight are missing, or have other sizes or element types than the weight that "
+     "they are for.",
+     "Take the checkpoint anew from where it came; its config has to be the one that it was written with."),
+    ("GC164", _WARNING, "activations are not quantised here",
+     "The checkpoint's own library rounds the inputs of quantised linear maps as well, to 8 or 4 bits. graftc takes "
+     "over the weights, and computes with inputs as they are.",
+     "Nothing has to be done. Outputs are closer to those of the model that was quantised, and differ from the "
+     "library's by its rounding."),
     ("GC170", _SPEC, "the weights before quantising are not known",
      "`init: loftq` starts from what quantising took from the weights. That is known where the spec quantises them, "
      "and not of a model that was loaded quantised, nor of sites that are not quantised.",

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from graftc.passes.core.packing import affine, blockwise
+from graftc.passes.core.packing import affine, blockwise, floating, half_quadratic, ordered, row_scaled
 from graftc.passes.core.packing.gradients import tapped
 from graftc.passes.core.packing.packing import packing_of
 
-__all__ = ["DECOMPOSITIONS", "UNPACK", "affine", "blockwise", "unpack", "unpack_decomposed", "unpacked"]
+__all__ = ["DECOMPOSITIONS", "FAMILIES", "UNPACK", "unpack", "unpack_decomposed", "unpacked"]
+
+FAMILIES = (affine, blockwise, floating, half_quadratic, ordered, row_scaled)
+"""Modules that have packings: importing them makes their kinds known."""
 
 
 def unpack_decomposed(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

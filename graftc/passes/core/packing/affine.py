@@ -1,11 +1,12 @@
-"""Whole numbers of 8 or 4 bits with a scale, and a zero point where they are of 4, for each group of inputs of a row:
-torchao's ``int8`` and grouped ``int4`` weights."""
+"""Whole numbers of 8 or 4 bits with a scale, and a zero point where they have one, for each group of inputs of a row:
+torchao's ``int8`` and grouped ``int4`` weights, and those of GPTQ, AWQ and compressed-tensors, laid out alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,29 +17,34 @@ from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
 
 @dataclass(frozen=True)
 class Affine(Packing):
-    """``(code - zero) * scale``, computed in the element type of the weight. ``int8``: codes of -128 to 127, symmetric.
-    ``int4``: codes and zero points of 0 to 15.
+    """``(code - zero) * scale``, computed in the element type of the weight, or of `via`. ``int8``: codes of -128 to
+    127, symmetric. ``int8z``: the same with zero points. ``int4``: codes and zero points of 0 to 15.
 
     Attributes:
         group: how many consecutive inputs of a row share a scale; 0 is all of them. The last group may be shorter.
         parts: ``codes`` ``[..., rows, in]``, of 4 bits ``[..., rows, ceil(in / 2)]`` with the first of two in the lower
-            half of a byte; ``scales``, bytes of float32, ``[..., rows, groups * 4]``; ``zeros`` ``[..., rows, groups]``
-            with 4 bits.
+            half of a byte; ``scales``, bytes of float32 or of `via`, ``[..., rows, groups * bytes]``; but for ``int8``
+            ``zeros`` ``[..., rows, groups]``.
     """
 
     group: int = 0
 
-    KINDS = ("int8", "int4")
+    KINDS: ClassVar[tuple[str, ...]] = ("int8", "int8z", "int4")
 
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("codes", "scales") if self.kind == "int8" else ("codes", "scales", "zeros")
 
+    @property
+    def is_wide(self) -> bool:
+        """Codes are of 8 bits, and signed."""
+        return self.kind.startswith("int8")
+
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
         """See `Packing.pack`."""
         width = weight.shape[-1]
         grouped = _grouped(weight, self.group)
-        low, high = (-128, 127) if self.kind == "int8" else (0, 15)
+        low, high = (-128, 127) if self.is_wide else (0, 15)
         least, most = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
         tiny = torch.finfo(weight.dtype).smallest_normal
         if self.kind == "int8":
@@ -48,36 +54,49 @@ class Affine(Packing):
             scale = ((most - least) / (high - low)).clamp(min=tiny)
             zero = (low - torch.round(least / scale)).clamp(low, high)
         code = torch.clamp(torch.round(grouped * (1 / scale)) + zero, low, high)
-        code = code.flatten(-2)[..., :width]
-        scales = as_bytes(scale.squeeze(-1).float())
+        code, zeros = code.flatten(-2)[..., :width], zero.squeeze(-1)
+        scales = as_bytes(scale.squeeze(-1).to(self.scales_type))
         if self.kind == "int8":
             return code.to(torch.int8).view(torch.uint8), scales
-        pairs = torch.nn.functional.pad(code.to(torch.uint8), (0, width % 2))
-        return pairs[..., ::2] | (pairs[..., 1::2] << 4), scales, zero.squeeze(-1).to(torch.uint8)
+        if self.is_wide:
+            return code.to(torch.int8).view(torch.uint8), scales, zeros.to(torch.int8).view(torch.uint8)
+        return halves(code.to(torch.uint8)), scales, zeros.to(torch.uint8)
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Packing.unpack`."""
-        codes, scales = parts[0], from_bytes(parts[1]).to(dtype)
-        if self.kind == "int8":
-            values = codes.view(torch.int8).to(dtype)
-        else:
-            values = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., : shape[-1]].to(dtype)
-        grouped = _grouped(values, self.group)
-        if self.kind == "int4":
-            grouped = grouped - parts[2].to(dtype).unsqueeze(-1)
+        scales = from_bytes(parts[1], self.scales_type).to(dtype)
+        grouped = _grouped(self.numbers(parts[0], shape[-1], dtype), self.group)
+        if self.kind != "int8":
+            grouped = grouped - self.zeros(parts[2], dtype).unsqueeze(-1)
         return (grouped * scales.unsqueeze(-1)).flatten(-2)[..., : shape[-1]].reshape(tuple(shape))
 
     def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Packing.run`."""
         width = shape[-1]
-        if width % (self.group or width) or width % 2 or dtype != torch.float32:
+        if width % (self.group or width) or width % 2 or dtype != torch.float32 or self.via:
             return self.unpack(parts, shape, dtype)
         codes, scales = parts[0], from_bytes(parts[1])
-        values = codes.view(torch.int8).float() if self.kind == "int8" else pairs_by_byte(_pairs(), codes)
+        values = self.numbers(codes, width, dtype) if self.is_wide else pairs_by_byte(_pairs(), codes)
         grouped = values.view(*shape[:-1], -1, self.group or width)
-        if self.kind == "int4":
-            grouped.sub_(parts[2].float().unsqueeze(-1))
+        if self.kind != "int8":
+            grouped.sub_(self.zeros(parts[2], dtype).unsqueeze(-1))
         return grouped.mul_(scales.unsqueeze(-1)).view(tuple(shape))
+
+    def numbers(self, codes: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        """The codes as numbers ``[..., rows, width]``."""
+        if self.is_wide:
+            return codes.view(torch.int8).to(dtype)
+        return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., :width].to(dtype)
+
+    def zeros(self, zeros: Tensor, dtype: torch.dtype) -> Tensor:
+        """The zero points as numbers."""
+        return (zeros.view(torch.int8) if self.is_wide else zeros).to(dtype)
+
+
+def halves(codes: Tensor) -> Tensor:
+    """Two codes of 4 bits in a byte along the last axis, the first in the lower half."""
+    pairs = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    return pairs[..., ::2] | (pairs[..., 1::2] << 4)
 
 
 @cache

@@ -15,6 +15,9 @@ from torch import Tensor
 PACKINGS: dict[str, type[Packing]] = {}
 """By kind."""
 
+VIA = (None, torch.float32, torch.float16, torch.bfloat16)
+"""Element types that values are made in, by the number that the text of a packing has; 0 is that of the weight."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Packing(ABC):
@@ -24,12 +27,14 @@ class Packing(ABC):
     Attributes:
         kind: which one of the family.
         transposed: the codes are of the weight with its last two axes swapped, so that groups lie along the inputs.
+        via: the values are made in this element type of `VIA` and rounded to it, before they are of the weight's.
         parts: names of what is stored, each ``uint8``: what casts floating-point tensors leaves it as it is, and FSDP2
             shards it along its first axis.
     """
 
     kind: str
     transposed: bool = dataclasses.field(default=False, kw_only=True)
+    via: int = dataclasses.field(default=0, kw_only=True)
 
     KINDS: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ()
@@ -53,6 +58,7 @@ class Packing(ABC):
     def packed(self, weight: Tensor) -> tuple[Tensor, ...]:
         """What is stored of a weight."""
         turned = weight.detach().transpose(-1, -2) if self.transposed else weight.detach()
+        turned = turned.to(VIA[self.via] or weight.dtype)
         return tuple(part.contiguous() for part in self.pack(turned.contiguous()))
 
     def values(
@@ -65,10 +71,16 @@ class Packing(ABC):
             shape, dtype: of the weight.
             traced: in ATen operators that exports know.
         """
-        make = self.unpack if traced else self.run
+        make, made_in = self.unpack if traced else self.run, VIA[self.via] or dtype
         if not self.transposed:
-            return make(parts, shape, dtype).contiguous()
-        return make(parts, (*shape[:-2], shape[-1], shape[-2]), dtype).contiguous().transpose(-1, -2)
+            return make(parts, shape, made_in).to(dtype).contiguous()
+        turned = (*shape[:-2], shape[-1], shape[-2])
+        return make(parts, turned, made_in).to(dtype).contiguous().transpose(-1, -2)
+
+    @property
+    def scales_type(self) -> torch.dtype:
+        """The element type of scales where a family stores them in that of `via`: float32 without one."""
+        return VIA[self.via] or torch.float32
 
     @property
     def text(self) -> str:
@@ -92,6 +104,8 @@ def packing_of(text: str) -> Packing:
         if name not in known or name in fields or not value.isdecimal() or len(value) > 9:
             raise ValueError(f"{text!r} is no packing")
         fields[name] = type(known[name])(int(value))
+    if fields.get("via", 0) >= len(VIA):
+        raise ValueError(f"{text!r} is no packing")
     return cls(kind, **fields)
 
 
@@ -127,6 +141,11 @@ class PackedType:
 def as_bytes(numbers: Tensor) -> Tensor:
     """Numbers as ``uint8``, their bytes along the last axis, which one that has no axis is given."""
     return (numbers if numbers.dim() else numbers.reshape(1)).contiguous().view(torch.uint8)
+
+
+def via_of(dtype: torch.dtype) -> int:
+    """The number of an element type in `VIA`. `ValueError` for others."""
+    return VIA.index(dtype)
 
 
 def from_bytes(stored: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

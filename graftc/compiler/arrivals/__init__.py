@@ -1,0 +1,1 @@
+"""Models that arrive quantised: their modules as plain ones with packed weights."""

@@ -1,0 +1,65 @@
+"""Plain modules with packed weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from graftc.passes.core.ops.unpack import FAMILIES
+from graftc.passes.core.packing.modules import hold_packed
+from graftc.passes.core.packing.packing import PackedType
+
+__all__ = ["FAMILIES", "Packed", "bytes_of", "plain_linear", "with_packed"]
+
+Packed: TypeAlias = tuple[PackedType, tuple[Tensor, ...]]
+"""A weight: its type and its parts."""
+
+
+def plain_linear(like: nn.Module, packed: Packed) -> nn.Linear:
+    """An `nn.Linear` with a packed weight ``[out, in]``.
+
+    Args:
+        like: has the bias, if there is one, and says whether it trains.
+        packed: the weight.
+    """
+    own, _ = packed
+    rows, width = own.shape
+    made = nn.Linear(width, rows, bias=False, device="meta")
+    bias = like._parameters.get("bias")
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().to(own.dtype), requires_grad=bias.requires_grad)
+    made.train(like.training)
+    hold_packed(made, {"weight": packed})
+    return made
+
+
+def with_packed(module: nn.Module, packed: Mapping[str, Packed]) -> nn.Module:
+    """A copy of a module without children, in which some of its parameters are packed; other tensors are shared.
+
+    Args:
+        module: is not changed.
+        packed: the weights, by names of parameters.
+    """
+    made: Any = copy.copy(module)
+    made.__dict__ = {
+        name: copy.copy(value) if name.startswith("_") and isinstance(value, dict | set) else value
+        for name, value in module.__dict__.items()
+    }
+    made._parameters = {name: _handle(tensor) for name, tensor in module._parameters.items()}
+    hold_packed(made, packed)
+    return made  # type: ignore[no-any-return]
+
+
+def _handle(tensor: nn.Parameter | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+
+
+def bytes_of(tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """The memory of a tensor as ``uint8``: each element's bytes along the last axis, or in another shape."""
+    found = tensor.detach().contiguous()
+    found = (found if found.dim() else found.reshape(1)).view(torch.uint8)
+    return found if shape is None else found.reshape(tuple(shape))

@@ -1,0 +1,70 @@
+"""A base as a file recorded it: packed where it was packed, whether its own files are or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.arrivals.arrived import arrived
+from graftc.compiler.missing_weights import same_fresh
+from graftc.compiler.resolve.untie import sharing_copy
+from graftc.passes.core.ir.shapes import DTYPES
+from graftc.passes.core.packing.modules import hold_packed
+from graftc.passes.core.packing.packing import PackedType, packing_of
+
+
+def packed_as(model: nn.Module, packings: Mapping[str, str]) -> nn.Module:
+    """A model as it was when it was recorded: what arrives quantised is taken over, and what is dense here and was
+    packed is packed in the same way, which gives the same codes where the base is the same. The model itself where
+    neither is so.
+
+    A spec's ``base`` and libraries that quantise while loading leave a dense checkpoint on the disk; what is compared
+    then are the codes.
+
+    Args:
+        model: is not changed.
+        packings: as `graftc.compiler.capture.fingerprint.Identity.packings` has them; one that is none, or that does
+            not fit, is passed over.
+
+    Raises:
+        GraftError: GC162 as `arrived`.
+    """
+    made = arrived(model)
+    found = {name: own for name, text in packings.items() if (own := _fitting(made, name, text)) is not None}
+    if found:
+        made = sharing_copy(made)
+        for name, own in found.items():
+            _pack(made, name, own)
+    return made if made is model else same_fresh(model, made)
+
+
+def _fitting(model: nn.Module, name: str, text: str) -> PackedType | None:
+    path, _, last = name.rpartition(".")
+    words, _, kind = text.partition("; ")
+    try:
+        module, packing, dtype = model.get_submodule(path), packing_of(words), DTYPES[kind]
+    except (AttributeError, ValueError, KeyError):
+        return None
+    weight = module._parameters.get(last)
+    if weight is None or weight.dtype != dtype or weight.dim() < 2:
+        return None
+    turned = type(module).__name__ == "Conv1D" and not packing.transposed
+    return PackedType(packing, tuple(weight.shape[::-1] if turned else weight.shape), dtype)
+
+
+def _pack(model: nn.Module, name: str, own: PackedType) -> None:
+    path, _, last = name.rpartition(".")
+    module: Any = model.get_submodule(path)
+    weight: Tensor = module._parameters[last].detach()
+    if type(module).__name__ == "Conv1D" and not own.packing.transposed:
+        weight, bias = weight.T, module._parameters["bias"]
+        training, module = module.training, nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        module.bias = bias
+        module.train(training)
+        parent, _, inner = path.rpartition(".")
+        setattr(model.get_submodule(parent), inner, module)
+    with torch.no_grad():
+        hold_packed(module, {last: (own, own.packing.packed(weight))})

@@ -1,0 +1,102 @@
+"""Small floating-point numbers with a scale for each block of rows and columns: FP8 (e4m3, Micikevicius et al., "FP8
+Formats for Deep Learning", 2022, arXiv:2209.05433) and MXFP4 (e2m1 with e8m0 scales for 32 values, OCP Microscaling
+Formats 1.0, arXiv:2310.10537)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""By code."""
+
+_LARGEST = {"e4m3": 448.0, "e2m1": 6.0}
+_E2M1_EXPONENT = 2
+"""Of the largest e2m1."""
+
+_EXPONENT_BIAS = 127
+
+
+@cache
+def _by_byte(kind: str) -> list[list[float]]:
+    """The values that a byte stands for."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
+        byte = torch.arange(256, dtype=torch.uint8)
+        if kind == "e4m3":
+            return byte.view(torch.float8_e4m3fn).float().unsqueeze(1).tolist()
+        if kind == "e8m0":
+            return [[2.0 ** (code - _EXPONENT_BIAS)] if code < 255 else [float("nan")] for code in range(256)]
+        return [[E2M1[code & 15], E2M1[code >> 4]] for code in range(256)]
+
+
+def _values(codes: Tensor, kind: str) -> Tensor:
+    """``float32[..., width]`` of ``uint8[..., bytes]``."""
+    table = torch.tensor(_by_byte(kind), dtype=torch.float32, device=codes.device)
+    return torch.nn.functional.embedding(codes.int(), table).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Floating(Packing):
+    """``value of code * scale``, computed in the element type of the weight, or of `via`.
+
+    Attributes:
+        rows, group: how many rows and inputs a block has; 0 is all. The last ones may have fewer.
+        exponents: scales are powers of two, stored as e8m0.
+        parts: ``codes`` ``[..., rows, in]``, of 4 bits ``[..., rows, in / 2]`` with the first of two in the lower half
+            of a byte; ``scales`` for each block, bytes of float32 or of `via`, or exponents,
+            ``[..., row blocks, blocks * bytes]``.
+    """
+
+    rows: int = 1
+    group: int = 0
+    exponents: bool = False
+
+    KINDS = ("e4m3", "e2m1")
+    parts = ("codes", "scales")
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """See `Packing.pack`. Scales are the largest value of a block by that of the codes; exponents as the paper on
+        Microscaling has them."""
+        blocks = self._blocks(weight.float())
+        largest = blocks.abs().amax(dim=(-3, -1), keepdim=True).clamp(min=2.0**-100)
+        if self.exponents:
+            span = _E2M1_EXPONENT if self.kind == "e2m1" else 8
+            exponent = torch.floor(torch.log2(largest)) - span
+            scale, stored = torch.exp2(exponent), (exponent + _EXPONENT_BIAS).to(torch.uint8)
+        else:
+            scale = (largest / _LARGEST[self.kind]).to(self.scales_type)
+            stored, scale = scale, scale.float()
+        found = self._whole(blocks / scale, weight.shape).clamp(-_LARGEST[self.kind], _LARGEST[self.kind])
+        stored = stored.squeeze(-1).squeeze(-2)
+        scales = stored if self.exponents else as_bytes(stored)
+        if self.kind == "e4m3":
+            return found.to(torch.float8_e4m3fn).view(torch.uint8), scales
+        table = torch.tensor(E2M1[:8], device=weight.device)
+        codes = torch.bucketize(found.abs(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
+        codes = codes | (torch.signbit(found).to(torch.uint8) << 3)
+        return codes[..., ::2] | (codes[..., 1::2] << 4), scales
+
+    def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See `Packing.unpack`."""
+        scales = _values(parts[1], "e8m0") if self.exponents else from_bytes(parts[1], self.scales_type)
+        blocks = self._blocks(_values(parts[0], self.kind).to(dtype))
+        scaled = blocks * scales.to(dtype).unsqueeze(-1).unsqueeze(-3)
+        return self._whole(scaled, shape).reshape(tuple(shape))
+
+    def _blocks(self, values: Tensor) -> Tensor:
+        """``[..., row blocks, rows, blocks, group]`` of ``[..., rows, in]``, with zeros behind the last ones."""
+        height, width = values.shape[-2:]
+        rows, group = self.rows or height, self.group or width
+        if width % group or height % rows:
+            values = torch.nn.functional.pad(values, (0, -width % group, 0, -height % rows))
+        return values.reshape(*values.shape[:-2], values.shape[-2] // rows, rows, values.shape[-1] // group, group)
+
+    def _whole(self, blocks: Tensor, shape: Sequence[int]) -> Tensor:
+        """The way back from `_blocks`."""
+        return blocks.flatten(-2).flatten(-3, -2)[..., : shape[-2], : shape[-1]]

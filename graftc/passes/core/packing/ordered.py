@@ -1,0 +1,40 @@
+"""Whole numbers whose groups are of any inputs, not of consecutive ones: GPTQ's with ``desc_act`` (Frantar et al.,
+"GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023, arXiv:2210.17323), which
+quantises inputs in the order of their activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.packing.affine import Affine
+from graftc.passes.core.packing.packing import as_bytes, from_bytes
+
+
+@dataclass(frozen=True)
+class Ordered(Affine):
+    """`Affine` with zero points, and with the group of each input in a part of its own.
+
+    Attributes:
+        parts: those of `Affine`, and ``groups``, bytes of int32, ``[1, in * 4]``.
+    """
+
+    KINDS = ("int8_ordered", "int4_ordered")
+    parts = ("codes", "scales", "zeros", "groups")
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """See `Packing.pack`. Groups are of consecutive inputs."""
+        alike = Affine("int8z" if self.is_wide else "int4", self.group, via=self.via)
+        width = weight.shape[-1]
+        groups = torch.arange(width, device=weight.device) // (self.group or width)
+        return *alike.pack(weight), as_bytes(groups.to(torch.int32).unsqueeze(0))
+
+    def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See `Packing.unpack`."""
+        groups = from_bytes(parts[3], torch.int32).reshape(-1)
+        scales = from_bytes(parts[1], self.scales_type).to(dtype).index_select(-1, groups)
+        zeros = self.zeros(parts[2], dtype).index_select(-1, groups)
+        return ((self.numbers(parts[0], shape[-1], dtype) - zeros) * scales).reshape(tuple(shape))

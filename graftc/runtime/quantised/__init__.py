@@ -1,0 +1,1 @@
+"""Folders of quantised models: their codes read from safetensors, without the libraries that wrote them."""

@@ -1,0 +1,76 @@
+"""HQQ, as its ``HQQLinear.state_dict`` has it: codes beside the options of each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.arrivals.modules import Packed, bytes_of
+from graftc.passes.core.packing.affine import halves
+from graftc.passes.core.packing.half_quadratic import HalfQuadratic
+from graftc.passes.core.packing.packing import PackedType, via_of
+from graftc.runtime.quantised.tensors import FolderTensors, damaged
+from graftc.runtime.quantised.weights import FLOATS, Options, StoredWeight, unread
+
+_PACKINGS = {"8bit_u8": 8, "4bit_u8": 4, "2bit_u8": 2, "1bit_u8": 1}
+_TYPES = {str(dtype): dtype for dtype in FLOATS}
+
+
+def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
+    """The quantised weights of a folder."""
+    for name in tensors.ending(".W_q"):
+        yield StoredWeight(f"{name}.weight", partial(_read, tensors, name))
+
+
+def _read(tensors: FolderTensors, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Packed:
+    rows, width = shape
+    stated = tensors.get(f"{name}.shape")
+    if stated.tolist() != [rows, width]:
+        damaged(f"{name}.shape is {stated.tolist()}, not {[rows, width]}")
+    for part in ("scale", "zero"):
+        if f"{name}.quant_{part}" in tensors and _number(tensors, f"{name}.quant_{part}"):
+            unread(f"the {part}s of {name} are quantised too, which is not read")
+    layout, made_in = _text(tensors, f"{name}.packing"), _TYPES.get(_text(tensors, f"{name}.compute_dtype"))
+    if layout not in _PACKINGS or made_in is None:
+        unread(f"the HQQ packing {layout!r} of {name} is not read", f"there are {', '.join(_PACKINGS)}")
+    bits = _PACKINGS[layout]
+    group = _number(tensors, f"{name}.group_size") if f"{name}.group_size" in tensors else 0
+    axis = _number(tensors, f"{name}.axis")
+    size = group or (width if axis else rows)
+    if size <= 0 or rows * width % size or axis not in (0, 1):
+        damaged(f"{name} is {rows} x {width}, which is not in groups of {size}")
+    count = rows * width // size
+    grouped = (count, size) if axis else (size, count)
+    words = tensors.get(f"{name}.W_q")
+    words = words.contiguous().view(torch.uint8) if words.dtype != torch.uint8 else words
+    if words.numel() * 8 != rows * width * bits:
+        damaged(f"{name}.W_q has {words.numel()} bytes for {rows} x {width} codes of {bits} bits")
+    codes = _unpacked(words.reshape(-1, grouped[1]), bits).reshape(rows, width)
+    scales, zeros = (tensors.get(f"{name}.{part}", *FLOATS).to(made_in) for part in ("scale", "zero"))
+    if scales.numel() != count or zeros.numel() != count:
+        damaged(f"{name} has {scales.numel()} scales and {zeros.numel()} zero points for {count} groups")
+    packing = HalfQuadratic("hqq8" if bits == 8 else "hqq4", group, axis == 0, via=via_of(made_in))
+    parts = (codes if bits == 8 else halves(codes), *(bytes_of(part.reshape(-1, 1)) for part in (scales, zeros)))
+    return PackedType(packing, (rows, width), dtype), tuple(part.contiguous() for part in parts)
+
+
+def _unpacked(words: Tensor, bits: int) -> Tensor:
+    """Codes of which each byte has one from each of ``8 / bits`` parts of the rows, the first in the highest bits."""
+    return torch.cat([(words >> shift) & (2**bits - 1) for shift in range(8 - bits, -1, -bits)])
+
+
+def _number(tensors: FolderTensors, name: str) -> int:
+    found = tensors.get(name)
+    if found.numel() != 1 or found.is_floating_point():
+        damaged(f"{name} is no whole number")
+    return int(found)
+
+
+def _text(tensors: FolderTensors, name: str) -> str:
+    found = tensors.get(name, torch.uint8)
+    if found.dim() != 1 or found.numel() > 64:
+        damaged(f"{name} is no word")
+    return bytes(found.tolist()).decode("latin-1")

@@ -1,0 +1,142 @@
+"""Where the quantised weights of a folder go in a model that has no weights yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.arrivals.modules import Packed
+from graftc.passes.core.packing.floating import Floating
+from graftc.passes.core.packing.packing import PackedType
+from graftc.runtime.quantised.tensors import damaged
+from graftc.runtime.quantised.weights import StoredWeight, unread
+
+_BY_ROWS = ("Affine", "RowScaled", "Floating")
+"""Families whose parts are of rows, so that those of experts stack."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter that is packed.
+
+    Attributes:
+        module: has it.
+        parameter: its name there.
+        read: reads its codes.
+    """
+
+    module: nn.Module
+    parameter: str
+    read: Callable[[], Packed]
+
+
+def places_of(model: Any, found: Iterable[StoredWeight]) -> list[Place]:
+    """The parameters that quantised weights are for. They are taken out of the model, whose loading then does not miss
+    them; modules that transpose become plain linear maps.
+
+    Args:
+        model: of transformers, on the meta device.
+        found: the weights.
+
+    Raises:
+        GraftError: GC163 where the model has no place for a weight, GC161 where several weights that one is made of
+            cannot be joined without quantising again.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    conversions = get_model_conversion_mapping(model, None, None)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    known = model.state_dict()
+    by_target: dict[str, list[tuple[str | None, StoredWeight]]] = {}
+    for weight in sorted(found, key=lambda weight: dot_natural_key(weight.name)):
+        target, source = rename_source_key(weight.name, renamings, converters, model.base_model_prefix, known)
+        if target not in known and weight.name in known:
+            target, source = weight.name, None
+        if target not in known:
+            damaged(f"{type(model).__name__} has no place for {weight.name}")
+        by_target.setdefault(target, []).append((source, weight))
+    places = []
+    for target, weights in by_target.items():
+        path, _, name = target.rpartition(".")
+        module = model.get_submodule(path)
+        if weights[0][0] is None and name == "weight":
+            module = _as_linear(model, path, module)
+        parameter = module._parameters.get(name)
+        if parameter is None:
+            damaged(f"{target} of {type(model).__name__} is no parameter")
+        shape, dtype = tuple(parameter.shape), parameter.dtype
+        if weights[0][0] is None:
+            read = _single(weights[0][1], shape, dtype)
+        else:
+            sources = {source: converter for converter in converters for source in converter.source_patterns}
+            read = _joined(target, weights, sources[str(weights[0][0])], shape, dtype)
+        module._parameters[name] = None
+        module.__dict__[name] = parameter.detach()  # for what initialises all that a module has; it is on meta
+        module._is_hf_initialized = True
+        places.append(Place(module, name, read))
+    return places
+
+
+def _as_linear(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """The module itself where it is a linear map ``[out, in]``; one in its place where it is one of ``[in, out]``."""
+    if type(module).__name__ != "Conv1D":
+        return module
+    weight = module._parameters["weight"]
+    assert weight is not None
+    made = nn.Linear(weight.shape[0], weight.shape[1], dtype=weight.dtype, device="meta")
+    made.train(module.training)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, made)
+    return made
+
+
+def _single(weight: StoredWeight, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Packed]:
+    return lambda: weight.read(shape, dtype)
+
+
+def _joined(
+    target: str,
+    weights: Sequence[tuple[str | None, StoredWeight]],
+    converter: Any,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Callable[[], Packed]:
+    """Reads the weights of experts, which the model has as one."""
+    steps = [type(step).__name__ for step in converter.operations]
+    parts = [[weight for source, weight in weights if source == pattern] for pattern in converter.source_patterns]
+    if steps not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) or len(shape) != 3:
+        unread(f"{target} is made of {len(weights)} weights by {', '.join(steps)}, which quantised ones are not")
+    if any(len(found) != shape[0] for found in parts) or shape[1] % len(parts):
+        damaged(f"{target} is of {shape[0]} experts, and {[len(found) for found in parts]} weights are there")
+
+    def read() -> Packed:
+        single = shape[1] // len(parts), shape[2]
+        found = [[weight.read(single, dtype) for weight in weights] for weights in parts]
+        kinds = {own for weights in found for own, _ in weights}
+        own = next(iter(kinds))
+        if len(kinds) > 1 or type(own.packing).__name__ not in _BY_ROWS or not _divides(own, single):
+            unread(f"{target} is made of weights that are quantised in ways that do not join")
+        packing = own.packing
+        if isinstance(packing, Floating) and packing.rows == 0:
+            packing = replace(packing, rows=single[0])
+        stacked = [[torch.stack(part) for part in zip(*(p for _, p in weights), strict=True)] for weights in found]
+        whole = tuple(_cat(part) for part in zip(*stacked, strict=True))
+        return PackedType(packing, shape, dtype), whole
+
+    return read
+
+
+def _divides(own: PackedType, single: tuple[int, int]) -> bool:
+    """Whether blocks end where the rows of one weight end."""
+    rows = getattr(own.packing, "rows", 1)
+    return not rows or single[0] % rows == 0
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts), dim=1) if len(parts) > 1 else parts[0]

@@ -1,0 +1,28 @@
+"""Codes of a few bits out of the words of 32 bits that they are stored in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 32
+
+
+def fields(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first ``count`` codes along the last axis, ``uint8[..., count]``.
+
+    Args:
+        words: ``int32[..., n]``: a stream of bits, from the lowest bit of the first word on.
+        bits: of a code, 1 to 8.
+        count: at most ``n * 32 / bits``.
+    """
+    start = torch.arange(count) * bits
+    word, bit = start // _WORD, start % _WORD
+    wide = torch.nn.functional.pad(words, (0, 1)).to(torch.int64) & 0xFFFFFFFF
+    pairs = wide[..., :-1] | (wide[..., 1:] << _WORD)
+    return ((pairs[..., word] >> bit) & ((1 << bits) - 1)).to(torch.uint8)
+
+
+def words_for(count: int, bits: int) -> int:
+    """How many words hold so many codes."""
+    return -(-count * bits // _WORD)
