@@ -36,6 +36,9 @@ from graftc.specs import registry
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, tiny
 from tests.cli.speakers import save_tokenizer
+from tests.quantised.writers import FORMATS, gptq
+from tests.quantised.writers import llama as quantised_llama
+from tests.quantised.writers import write as write_quantised
 from tests.runtime import onnx_toy
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -352,6 +355,30 @@ def a_model_that_is_not_for_chat(patch: pytest.MonkeyPatch) -> None:
     Conversation(open_text_model(Path("model")), Settings())
 
 
+def a_format_that_is_not_read(patch: pytest.MonkeyPatch) -> None:
+    write_quantised(Path("model"), quantised_llama(), gptq(4), {"quant_method": "aqlm"})
+    graftc.load_base("model")
+
+
+def a_module_of_another_library(patch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    linear = type("TorchQuantLinear", (nn.Linear,), {"__module__": "gptqmodel.nn_modules.qlinear.torch"})
+    model.lm_head.__class__ = linear  # type: ignore[assignment]
+    graftc.compile({"adapt": [LORA]}, model)
+
+
+def scales_that_are_missing(patch: pytest.MonkeyPatch) -> None:
+    dtype, writer, options = FORMATS["awq"]
+    write_quantised(
+        Path("model"), quantised_llama(dtype), lambda weight: (_without_scales(writer(weight)[0]), weight), options
+    )
+    graftc.load_base("model")
+
+
+def _without_scales(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in stored.items() if name != "scales"}
+
+
 CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC006": a_missing_spec,
     "GC018": a_gap_of_tokens,
@@ -403,6 +430,9 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC152": second_derivatives_of_a_chunked_loss,
     "GC160": a_base_with_nothing_to_quantise,
     "GC170": loftq_without_a_quantised_base,
+    "GC161": a_format_that_is_not_read,
+    "GC162": a_module_of_another_library,
+    "GC163": scales_that_are_missing,
 }
 
 
