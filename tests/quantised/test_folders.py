@@ -17,7 +17,7 @@ import graftc
 from graftc.passes.core.packing.modules import packed_weights
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.perturb import perturb
-from tests.quantised.writers import FORMATS, llama, write
+from tests.quantised.writers import FORMATS, gptq, llama, write
 
 LORA = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.up"]}}]}
 IDS = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -135,6 +135,19 @@ def test_experts_that_are_stored_one_by_one_are_joined(tmp_path: Path) -> None:
     found, expected = packed_weights(graftc.load_base(tmp_path)), graftc.load_base(tmp_path / "dense").state_dict()
     assert sorted(found) == [f"model.layers.0.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj")]
     assert all(torch.equal(weight.make(), expected[name]) for name, weight in found.items())
+
+
+def test_experts_whose_groups_are_of_any_inputs_are_not_joined(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model: Any = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=99, num_local_experts=2))
+    model.half().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in state if ".experts." in name]:
+        stored, _ = gptq(4, order=True)(state.pop(name))
+        state |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in stored.items()}
+    _save(tmp_path, model, state, FORMATS["gptq 4"][2])
+    with pytest.raises(GraftError, match=r"GC161.*do not join"):
+        graftc.load_base(tmp_path)
 
 
 def _save(folder: Path, model: Any, state: dict[str, Tensor], options: dict[str, Any] | None) -> None:

@@ -117,7 +117,7 @@ def one_scale(weight: Tensor) -> Stored:
     return {"weight": codes, "weight_scale_inv": scale}, (codes.float() * scale).bfloat16()
 
 
-def packed_words(bits: int, *, symmetric: bool, grouped: bool = True) -> Writer:
+def packed_words(bits: int, *, symmetric: bool, grouped: bool = True, order: bool = False) -> Writer:
     """compressed-tensors' ``pack-quantized``: signed codes and zero points, stored from 0."""
 
     def writer(weight: Tensor) -> Stored:
@@ -130,12 +130,15 @@ def packed_words(bits: int, *, symmetric: bool, grouped: bool = True) -> Writer:
             "weight_scale": scales,
             "weight_shape": torch.tensor([rows, width]),
         }
+        index = torch.arange(width) // (width // count)
+        if order:
+            index = index[torch.randperm(width)]
+            stored["weight_g_idx"] = index.to(torch.int32)
         if symmetric:
             zeros.zero_()
         else:
             stored["weight_zero_point"] = words(zeros + half, bits)
-        difference = codes.bfloat16() - zeros.bfloat16().repeat_interleave(width // count, 1)
-        return stored, difference * scales.repeat_interleave(width // count, 1)
+        return stored, (codes.bfloat16() - zeros.bfloat16()[:, index]) * scales[:, index]
 
     return writer
 
@@ -213,6 +216,11 @@ FORMATS: dict[str, tuple[torch.dtype, Writer, dict[str, Any]]] = {
     "mxfp8": (BF16, fp8(1, 32, torch.uint8), {"quant_method": "mxfp8", "weight_block_size": [1, 32]}),
     "compressed 4": (BF16, packed_words(4, symmetric=True), _compressed("pack-quantized", num_bits=4)),
     "compressed 4 asymmetric": (BF16, packed_words(4, symmetric=False), _compressed("pack-quantized", num_bits=4)),
+    "compressed 4 by activations": (
+        BF16,
+        packed_words(4, symmetric=True, order=True),
+        _compressed("pack-quantized", num_bits=4),
+    ),
     "compressed 8 rows": (BF16, packed_words(8, symmetric=False, grouped=False), _compressed("pack-quantized")),
     "compressed 6": (BF16, packed_words(6, symmetric=False), _compressed("pack-quantized", num_bits=6)),
     "compressed int8": (BF16, scaled_bytes(torch.int8), _compressed("int-quantized")),
@@ -220,6 +228,7 @@ FORMATS: dict[str, tuple[torch.dtype, Writer, dict[str, Any]]] = {
     "hqq 4": (BF16, hqq(4, 1, BF16), _HQQ),
     "hqq 4 across": (F16, hqq(4, 0, F16), _HQQ),
     "hqq 8": (BF16, hqq(8, 1, BF16), _HQQ),
+    "hqq 1": (F16, hqq(1, 1, F16), _HQQ),
     "hqq 2": (F16, hqq(2, 1, F16), _HQQ),
 }
 """Element type of the model, what writes a weight, and what the config says."""

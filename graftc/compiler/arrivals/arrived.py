@@ -12,7 +12,7 @@ from torch import nn
 from graftc.compiler.arrivals import bitsandbytes, torchao
 from graftc.compiler.missing_weights import same_fresh
 from graftc.compiler.resolve.untie import sharing_copy
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError, warn
 
 Converter: TypeAlias = Callable[[str, Any, torch.dtype], nn.Module]
 """The plain module for one: of its path, itself and the element type that its weights are wanted in."""
@@ -44,6 +44,12 @@ def arrived(model: nn.Module) -> nn.Module:
             found[path] = module, convert
     if not found:
         return model
+    rounded = [
+        p for p, (m, convert) in found.items() if convert is bitsandbytes.linear_8bit or torchao.rounds_inputs(m)
+    ]
+    if rounded:
+        message = f"the library that quantised {rounded[0]} rounds the inputs of linear maps too"
+        warn("GC164", f"{message}; here they stay as they are", stacklevel=3)
     dtype = _element_type(model, {id(module) for module, _ in found.values()})
     instead: dict[int, Any] = {id(module): convert(path, module, dtype) for path, (module, convert) in found.items()}
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def packed_as(model: nn.Module, packings: Mapping[str, str]) -> nn.Module:
     if found:
         made = sharing_copy(made)
         for name, own in found.items():
-            _pack(made, name, own)
+            with suppress(RuntimeError, ValueError, IndexError):  # sizes that such a packing has not
+                _pack(made, name, own)
     return made if made is model else same_fresh(model, made)
 
 
@@ -59,12 +61,14 @@ def _pack(model: nn.Module, name: str, own: PackedType) -> None:
     path, _, last = name.rpartition(".")
     module: Any = model.get_submodule(path)
     weight: Tensor = module._parameters[last].detach()
-    if type(module).__name__ == "Conv1D" and not own.packing.transposed:
-        weight, bias = weight.T, module._parameters["bias"]
-        training, module = module.training, nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    turned = type(module).__name__ == "Conv1D" and not own.packing.transposed
+    with torch.no_grad():
+        parts = own.packing.packed(weight.T if turned else weight)
+    if turned:
+        bias, training = module._parameters["bias"], module.training
+        module = nn.Linear(own.shape[1], own.shape[0], bias=False, device="meta")
         module.bias = bias
         module.train(training)
         parent, _, inner = path.rpartition(".")
         setattr(model.get_submodule(parent), inner, module)
-    with torch.no_grad():
-        hold_packed(module, {last: (own, own.packing.packed(weight))})
+    hold_packed(module, {last: (own, parts)})

@@ -14,7 +14,7 @@ from graftc.passes.core.packing.floating import Floating
 from graftc.passes.core.packing.packing import PackedType, Packing, via_of
 from graftc.specs.errors.diagnostics import GraftError
 
-_KINDS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor", "Int4Tensor")
+_KINDS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 _WAY_OUT = "quantise it with Int8WeightOnlyConfig or IntxWeightOnlyConfig, or by the spec: base: {quantize: int4}"
 
 
@@ -32,6 +32,12 @@ def converter(path: str, module: nn.Module) -> Callable[[str, Any, torch.dtype],
     if next(module.children(), None) is not None:
         raise GraftError("GC162", f"{path} has quantised weights of torchao beside modules of its own", hint=_WAY_OUT)
     return _convert
+
+
+def rounds_inputs(module: nn.Module) -> bool:
+    """Whether the library rounds the inputs of a module too."""
+    names = ("act_quant_kwargs", "activation_quantization")
+    return any(getattr(tensor, name, None) is not None for tensor in module._parameters.values() for name in names)
 
 
 def _is_quantised(tensor: Any) -> bool:
