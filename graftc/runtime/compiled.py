@@ -48,6 +48,7 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 
 if TYPE_CHECKING:
+    from graftc.compiler.folding.requantise import Weights
     from graftc.compiler.inspect.report import Report
     from graftc.compiler.inspect.snapshot import Snapshot
     from graftc.compiler.roles.structure import Structure
@@ -199,6 +200,7 @@ class CompiledRunner(
         budget: float | None = None,
         progress: Callable[[float], None] | None = None,
         dtype: torch.dtype | None = None,
+        weights: Weights | None = None,
         allow_unchanged: bool = False,
     ) -> Merged:
         """See `Compiled.merge`."""
@@ -206,17 +208,23 @@ class CompiledRunner(
 
         self.warn_of_unsteered()
         chosen = self if names is None else self.alone(as_names(names))
-        return merge(chosen, budget, progress or (lambda _: None), dtype=dtype, allow_unchanged=allow_unchanged)
+        told = progress or (lambda _: None)
+        return merge(chosen, budget, told, dtype=dtype, weights=weights, allow_unchanged=allow_unchanged)
 
     @isolated()
     @in_every_process
     def merge_partially(
-        self, budget: float | None = None, *, only: Sequence[str] | None = None, allow_unchanged: bool = False
+        self,
+        budget: float | None = None,
+        *,
+        only: Sequence[str] | None = None,
+        weights: Weights | None = None,
+        allow_unchanged: bool = False,
     ) -> Partial:
         """See `Compiled.merge_partially`."""
         from graftc.runtime.deploy.partial import merge_partially
 
-        return merge_partially(self, budget, only=only, allow_unchanged=allow_unchanged)
+        return merge_partially(self, budget, only=only, weights=weights, allow_unchanged=allow_unchanged)
 
     @isolated()
     @in_every_process
@@ -226,7 +234,8 @@ class CompiledRunner(
         Each is folded when it is asked for, always from the base's own values, so that merging again and again adds up
         no rounding: the same adapters give the same bits, and the base is never written. At any time one tensor is
         there, or those that are folded together. Names are those of the source model's state dict, tied ones included.
-        What folding does not change is the base's own tensor: whoever writes to it has to copy it first. No graph is
+        What folding does not change is the base's own tensor: whoever writes to it has to copy it first. Packed weights
+        are given by their values, in full precision. No graph is
         made and nothing is certified or saved.
 
         Args:
@@ -362,6 +371,7 @@ class Compiled(ModelRoot, Generic[M]):
         budget: float | None = None,
         progress: Callable[[float], None] | None = None,
         dtype: torch.dtype | None = None,
+        weights: Weights | None = None,
         allow_unchanged: bool = False,
     ) -> Merged[M]:
         """Fold every adaptation into base weights and certify the result; this model stays as it is.
@@ -373,24 +383,36 @@ class Compiled(ModelRoot, Generic[M]):
             progress: is told how much of the folding is done, from 0 to 1, tensor by tensor.
             dtype: ``torch.float32`` widens a base in 16 bits first, so that rounding takes nothing of the update: the
                 merged model, its folder and its certificate are in float32. By default the base's own.
+            weights: of a quantised base, what becomes of its packed weights. ``"full"``: all are in full precision, in
+                the element type of the model, and the merged model is a plain one of the source's class.
+                ``"requantized"``: those that change are packed again as they were, others keep their codes; the
+                certificate has the measured error (`Certificate.requantised`), and ``budget`` is by default half of the
+                largest output, 5 % with `int8`. There is no default: the fold is exact only in full precision.
             allow_unchanged: a merge that changes no tensor of the base is no error.
 
         Raises:
             GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC104 where no tensor
                 changes, GC073 for a budget that is no number and a dtype that is not wider; of ``names``, GC091 for an
-                unknown one and GC036 for a part of a composition.
+                unknown one and GC036 for a part of a composition; GC165 for a quantised base where ``weights`` is
+                missing, GC166 where weights cannot be packed again.
         """
-        made = self._graftc.merge(names, budget=budget, progress=progress, dtype=dtype, allow_unchanged=allow_unchanged)
+        options: Any = {"dtype": dtype, "weights": weights, "allow_unchanged": allow_unchanged}
+        made = self._graftc.merge(names, budget=budget, progress=progress, **options)
         return cast("Merged[M]", made)
 
     def merge_partially(
-        self, budget: float | None = None, *, only: Sequence[str] | None = None, allow_unchanged: bool = False
+        self,
+        budget: float | None = None,
+        *,
+        only: Sequence[str] | None = None,
+        weights: Weights | None = None,
+        allow_unchanged: bool = False,
     ) -> Partial[M]:
         """Fold what folds, certify that, and compile the rest on a base that has the folded weights. What was trained
         with experts that are drawn becomes the simpler adaptation with their mean, whether anything folds or not.
 
         Args:
-            budget, allow_unchanged: as for `merge`.
+            budget, weights, allow_unchanged: as for `merge`.
             only: names of what is folded, ``trained`` for the ``train:`` list; the rest stays beside the new base,
                 whether it would fold or not. By default all that folds.
 
@@ -398,7 +420,7 @@ class Compiled(ModelRoot, Generic[M]):
             GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor, GC104 where what folds
                 changes no tensor; of ``only``, GC050 and GC022 for what does not fold and GC091 for an unknown name.
         """
-        made = self._graftc.merge_partially(budget, only=only, allow_unchanged=allow_unchanged)
+        made = self._graftc.merge_partially(budget, only=only, weights=weights, allow_unchanged=allow_unchanged)
         return cast("Partial[M]", made)
 
     def get_extra_state(self) -> Tensor:

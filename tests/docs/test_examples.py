@@ -119,6 +119,16 @@ def training_a_merged_model(patch: pytest.MonkeyPatch) -> None:
     compiled().merge(allow_unchanged=True).train()
 
 
+def a_merge_into_packed_weights(patch: pytest.MonkeyPatch) -> None:
+    compiled(base={"quantize": "nf4"}).merge()
+
+
+def a_folder_of_packed_weights(patch: pytest.MonkeyPatch) -> None:
+    model = compiled(base={"quantize": "int8"})
+    perturb(model)
+    model.merge(weights="requantized").save("merged")
+
+
 def nothing_to_merge(patch: pytest.MonkeyPatch) -> None:
     compiled().merge()
 
@@ -433,6 +443,8 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC161": a_format_that_is_not_read,
     "GC162": a_module_of_another_library,
     "GC163": scales_that_are_missing,
+    "GC165": a_merge_into_packed_weights,
+    "GC166": a_folder_of_packed_weights,
 }
 
 

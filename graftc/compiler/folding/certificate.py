@@ -90,6 +90,29 @@ class CollapseEvidence:
 
 
 @dataclass(frozen=True)
+class PackingEvidence:
+    """What packing a folded weight again does to it, at one site.
+
+    Attributes:
+        site: where, as text.
+        tensor: the weight, of which the site's rows may be a part.
+        packing: its packing, as text.
+        error: root of the mean square of the error over that of the folded values, of the site's rows.
+        largest: the largest error over the largest absolute folded value, of the site's rows.
+        rows: how many rows of the whole weight the fold does not change.
+        disturbed: in how many of these packing changes a value.
+    """
+
+    site: str
+    tensor: str
+    packing: str
+    error: float
+    largest: float
+    rows: int
+    disturbed: int
+
+
+@dataclass(frozen=True)
 class Certificate:
     """The evidence for one fold.
 
@@ -104,7 +127,9 @@ class Certificate:
         fingerprint: of the base.
         collapses: what was drawn while training and is deployed as its mean, folded or not. Nothing is held against it.
         anchors: how the base's graphs compare with the source model itself; without that, no graph is used.
-        retention: how much of the updates of all sites rounding left. Nothing is held against it.
+        retention: how much of the updates of all sites rounding left, and packing again where that was asked for.
+            Nothing is held against it.
+        requantised: what packing folded weights again did to them.
     """
 
     sites: tuple[SiteEvidence, ...]
@@ -119,6 +144,7 @@ class Certificate:
     collapses: tuple[CollapseEvidence, ...] = ()
     anchors: tuple[Anchor, ...] = ()
     retention: Retention = field(default_factory=Retention)
+    requantised: tuple[PackingEvidence, ...] = ()
 
     @property
     def unchanged(self) -> tuple[str, ...]:
@@ -177,6 +203,7 @@ class Certificate:
             "notes": list(self.notes),
             "collapses": [asdict(item) for item in self.collapses],
             "anchors": [item.to_json() for item in self.anchors],
+            "requantised": [asdict(item) for item in self.requantised],
             "largest_difference": self.largest_difference if self.outputs else None,
         }
 
@@ -188,15 +215,18 @@ def require_changed(certificate: Certificate, allow_unchanged: bool = False) -> 
     Raises:
         GraftError: GC104 with the reason.
     """
-    retention = certificate.retention
+    retention, to, wider = certificate.retention, f"rounding to {certificate.dtype}", _WIDER
     if not certificate.sites:
         return
+    if certificate.requantised:
+        kinds = ", ".join(dict.fromkeys(item.packing.partition(" ")[0] for item in certificate.requantised))
+        to, wider = f"packing as {kinds}", 'weights="full" (--weights full) keeps it'
     if retention.unchanged and not allow_unchanged:
         sites = len(dict.fromkeys(site.site for site in certificate.sites))
         where = "the only site" if sites == 1 else f"all {sites} sites"
         if retention.wanted:
-            message = f"the merge changes nothing: at {where} the update is lost in rounding to {certificate.dtype}"
-            hint = f"{_WIDER}; allow_unchanged=True (--allow-unchanged) merges all the same"
+            message = f"the merge changes nothing: at {where} the update is lost in {to}"
+            hint = f"{wider}; allow_unchanged=True (--allow-unchanged) merges all the same"
         else:
             message = f"the merge changes nothing: the update is zero at {where}"
             hint = (
@@ -205,5 +235,5 @@ def require_changed(certificate: Certificate, allow_unchanged: bool = False) -> 
             )
         raise GraftError("GC104", message, hint=hint)
     if retention.norm < HALF and not retention.unchanged:
-        message = f"rounding to {certificate.dtype} leaves {retention.norm:.1%} of the update"
-        warn("GC105", message, hint=_WIDER, stacklevel=4)
+        message = f"{to} leaves {retention.norm:.1%} of the update"
+        warn("GC105", message, hint=wider, stacklevel=4)

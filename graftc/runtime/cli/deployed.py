@@ -41,12 +41,27 @@ def print_certificate(certificate: Certificate | None, kept: Mapping[str, str]) 
         )
         for failure in certificate.failures():
             to.print(f"{'':<22}{failure}", soft_wrap=True, markup=False)
-        for line in _retained(certificate):
+        for line in (*_requantised(certificate), *_retained(certificate)):
             to.print(line, soft_wrap=True, markup=False)
         for name, error in _averaged(certificate).items():
             to.print(f"{'averaged:':<22}{name}, {error:.1e} from the mean of all routes", soft_wrap=True, markup=False)
     for name, reason in kept.items():
         to.print(f"{'does not fold:':<22}{name}: {reason}", soft_wrap=True, markup=False)
+
+
+def _requantised(certificate: Certificate) -> Iterator[str]:
+    """What packing folded weights again did to them."""
+    found = {item.tensor: item for item in certificate.requantised}
+    if not found:
+        return
+    kinds = ", ".join(dict.fromkeys(item.packing.partition(" ")[0] for item in found.values()))
+    worst = max(certificate.requantised, key=lambda item: item.error)
+    count = "1 weight" if len(found) == 1 else f"{len(found)} weights"
+    rows, disturbed = (sum(getattr(item, name) for item in found.values()) for name in ("rows", "disturbed"))
+    yield (
+        f"{'requantised:':<22}{count} ({kinds}), not exact: error at most {_percent(worst.error)} at {worst.site}, "
+        f"{disturbed} of {rows} untouched rows changed"
+    )
 
 
 def _retained(certificate: Certificate) -> Iterator[str]:

@@ -18,6 +18,7 @@ from graftc.runtime.cli.options import (
     Force,
     Json,
     Out,
+    WeightsOption,
     destination,
 )
 
@@ -48,6 +49,7 @@ def merge(
         ),
     ] = False,
     dtype: DTypeOption = None,
+    weights: WeightsOption = None,
     allow_unchanged: AllowUnchanged = False,
     dry_run: DryRun = False,
     force: Force = False,
@@ -73,7 +75,7 @@ def merge(
 
         compiled = load(directory, model)
         advance = time_left(step, "folding and certifying")
-        options: Any = {"dtype": _element_type(dtype), "allow_unchanged": allow_unchanged}
+        options: Any = {"dtype": _element_type(dtype), "weights": weights, "allow_unchanged": allow_unchanged}
         if partial:
             made = merge_what_folds(compiled, budget, advance, **options)
         else:

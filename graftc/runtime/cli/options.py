@@ -30,6 +30,8 @@ __all__ = [
     "Out",
     "Seed",
     "SpecArgument",
+    "WeightsForm",
+    "WeightsOption",
     "destination",
 ]
 
@@ -53,6 +55,13 @@ class DType(StrEnum):
     """What a merged model can be in, other than its base's own type."""
 
     FLOAT32 = "float32"
+
+
+class WeightsForm(StrEnum):
+    """What a merge makes of a quantised base's weights."""
+
+    FULL = "full"
+    REQUANTIZED = "requantized"
 
 
 AllowUnchanged: TypeAlias = Annotated[
@@ -96,6 +105,14 @@ DTypeOption: TypeAlias = Annotated[
     typer.Option(
         "--dtype",
         help="Widen a base in 16 bits first, so that rounding takes nothing of the update. Default: the base's.",
+        show_default=False,
+    ),
+]
+WeightsOption: TypeAlias = Annotated[
+    WeightsForm | None,
+    typer.Option(
+        "--weights",
+        help="What becomes of a quantised base's weights: all in full precision, or those that change packed again.",
         show_default=False,
     ),
 ]

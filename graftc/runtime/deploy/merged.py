@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, get_args
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.capture.fingerprint import identify
@@ -20,6 +20,7 @@ from graftc.compiler.folding.certify import Advance, Folded, added_bias, fold_te
 from graftc.compiler.folding.collapse import collapse_evidence
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.compiler.folding.fold_plan import FoldPlan, fold_plan
+from graftc.compiler.folding.requantise import Repacked, Weights, budget_of, requantised
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
@@ -49,10 +50,18 @@ class MergedRunner(Exporting):
 
     certificate: Certificate
 
-    def __init__(self, compilation: Compilation, fold: FoldPlan, made: Folded) -> None:
+    def __init__(
+        self,
+        compilation: Compilation,
+        fold: FoldPlan,
+        made: Folded,
+        packed: Mapping[str, tuple[Tensor, ...]],
+        *,
+        full: bool,
+    ) -> None:
         self._additions = made.additions
         self.folded, self.kept = fold.names, fold.reasons()
-        super().__init__(compilation, _folded_store(compilation.model, compilation.store, fold, made))
+        super().__init__(compilation, _folded_store(compilation, fold, made, packed, full=full))
 
     def _program_of(self, key: ProgramKey) -> Program:
         if key.entry != "forward":
@@ -72,7 +81,8 @@ class MergedRunner(Exporting):
         return False
 
     def folded_state_dict(self) -> dict[str, Tensor]:
-        """The base's tensors with the folded ones in place, by the source model's names (tied names included)."""
+        """The base's tensors with the folded ones in place, by the source model's names (tied names included). Of a
+        weight that is packed, what is stored of it, as in the state dict of the compiled model."""
         own = ((name, t) for name, t in self._store.tensors() if name not in self._store.constants)
         return {name: tensor.detach() for name, tensor in own}
 
@@ -173,11 +183,13 @@ def merge(
     advance: Advance = lambda _: None,
     *,
     dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
     allow_unchanged: bool = False,
 ) -> Merged:
     """Fold and certify. See `Compiled.merge`."""
-    runner = widened(compiled, dtype)
-    merged = fold(runner, budget, every=True, advance=advance)
+    require_decided(compiled, weights)
+    runner = widened(compiled, dtype, weights)
+    merged = fold(runner, budget, every=True, advance=advance, weights=weights)
     require_passed(merged.certificate)
     require_changed(merged.certificate, allow_unchanged)
     merged._graftc.certificate = of_the_base(merged.certificate, runner, compiled)
@@ -194,6 +206,26 @@ def require_passed(certificate: Certificate) -> None:
     if failures:
         hint = None if certificate.finite else "look for NaN in what was trained and in buffers of the base"
         raise GraftError("GC051", "the fold is not certified: " + "; ".join(failures[:3]), hint=hint, details=failures)
+
+
+def require_decided(compiled: Compiled | CompiledRunner, weights: Weights | None) -> None:
+    """Refuse a merge into packed weights of which it is not said what becomes of them.
+
+    Raises:
+        GraftError: GC073 for what is neither, GC165 where a decision is missing, GC166 where there is none to take.
+    """
+    store = runner_of(compiled).compilation.store
+    if weights not in (None, *get_args(Weights)):
+        raise GraftError("GC073", f"weights={weights!r} is not known", hint='write "full" or "requantized"')
+    if store.packed and weights is None:
+        kinds = ", ".join(dict.fromkeys(own.packing.kind for own in store.packed.values()))
+        hint = (
+            'weights="full" (--weights full) makes a model in full precision, weights="requantized" packs what changed '
+            "again, with a measured error; export and save keep the adapters beside the packed base as they are"
+        )
+        raise GraftError("GC165", f"the base's weights are packed ({kinds}), and have no room for an update", hint=hint)
+    if weights == "requantized" and not store.packed:
+        raise GraftError("GC166", "no weight of the base is packed", hint="leave weights out: a merge rounds once")
 
 
 def require_weights(runner: CompiledRunner) -> None:
@@ -213,6 +245,7 @@ def fold(
     every: bool = False,
     only: Sequence[str] | None = None,
     advance: Advance = lambda _: None,
+    weights: Weights | None = None,
 ) -> Merged:
     """Fold what folds. The certificate may say that it did not pass.
 
@@ -222,6 +255,8 @@ def fold(
         every: all adaptations have to fold.
         only: these have to fold, and no others do; None for all that fold.
         advance: is told how much of the folding is done, from 0 to 1.
+        weights: what becomes of packed weights, see `Compiled.merge`. By default those that change are in full
+            precision, and the others stay packed: what a certificate needs.
 
     Raises:
         GraftError: GC050 on the meta device; with ``every`` and ``only``, GC050 or GC022 naming what does not fold;
@@ -238,8 +273,11 @@ def fold(
     with torch.no_grad():
         unfolded = take_out(compilation.program("eval"), found.kept) if found.kept else None
         made = fold_tensors(compilation, found.lazy, unfolded, advance=advance)
-        merged = Merged(MergedRunner(compilation, found, made))
-        merged._graftc.certificate = _certify(runner, merged._graftc, made, budget)
+        repacked = Repacked()
+        if weights == "requantized":
+            made, repacked = requantised(compilation.store, found.lazy, made)
+        merged = Merged(MergedRunner(compilation, found, made, repacked.packed, full=weights == "full"))
+        merged._graftc.certificate = _certify(runner, merged._graftc, made, repacked, budget)
     return merged
 
 
@@ -257,11 +295,30 @@ def certificate_of(compiled: Compiled | CompiledRunner) -> tuple[Certificate | N
     return (merged.certificate if merged.folded else None), dict(merged.kept)
 
 
-def _folded_store(model: nn.Module, store: Store, fold: FoldPlan, made: Folded) -> Store:
-    folded = Store()
-    folded.shape(model)
-    for name, tensor in store.base():
-        if name in made.tensors:
+def _folded_store(
+    compilation: Compilation, fold: FoldPlan, made: Folded, packed: Mapping[str, tuple[Tensor, ...]], *, full: bool
+) -> Store:
+    """The tensors of a merged model.
+
+    Args:
+        compilation, fold, made: what was folded.
+        packed: weights that were packed again.
+        full: no weight stays packed; otherwise those stay that did not change.
+    """
+    store, folded = compilation.store, Store()
+    folded.shape(compilation.model)
+    parts: set[str] = set()
+    for name, tensor in store.weights():
+        if name in store.packed:
+            own = store.packed[name]
+            if name in made.tensors or (full and name not in packed):
+                parts.update(own.names(name))
+                value = made.tensors[name] if name in made.tensors else store.full(name)
+                folded.add_parameter(name, value, trainable=False)
+            else:
+                held = packed.get(name) or [store.get(part).detach() for part in own.names(name)]
+                folded.add_packed(name, own, held)
+        elif name in made.tensors:
             folded.add_like(store, name, made.tensors[name], trainable=False)
         else:
             value = tensor.detach()
@@ -273,11 +330,14 @@ def _folded_store(model: nn.Module, store: Store, fold: FoldPlan, made: Folded) 
         folded.add_parameter(name, made.tensors[name], trainable=False)
     folded.constants = set(store.constants)
     for alias, owner in store.aliases.items():
-        folded.alias(alias, owner)
+        if owner not in parts:
+            folded.alias(alias, owner)
     return folded
 
 
-def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budget: float | None) -> Certificate:
+def _certify(
+    compiled: CompiledRunner, merged: MergedRunner, made: Folded, repacked: Repacked, budget: float | None
+) -> Certificate:
     compilation, additions = compiled.compilation, merged._additions
     base = compilation.program("eval", "base")
     inputs = random_inputs(
@@ -295,7 +355,8 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budge
     notes: tuple[str, ...] = ()
     if budget is None:
         largest = max((largest_number(a) for a in unfolded if isinstance(a, Tensor)), default=1.0)
-        budget = DEFAULT_BUDGET.get(compiled.dtype, 1e-4) * max(1.0, largest)
+        exact = DEFAULT_BUDGET.get(compiled.dtype, 1e-4)
+        budget = max(exact, budget_of(compilation.store.packed[n] for n in repacked.packed)) * max(1.0, largest)
         worst = max(differences.values(), default=0.0)
         if budget < worst < math.inf and compiled.dtype in NARROW:
             # In 16 bits, a deep model makes much of the last bit of its weights, however they are rounded.
@@ -305,6 +366,11 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budge
             noise = rounding_noise(weights, cast, run, folded, enough=worst / 2)
             told = f"the budget is twice what other roundings of the folded weights do to outputs, not {budget:.1e}"
             notes, budget = ((told,), 2 * noise) if 2 * noise > budget else ((), budget)
+    if repacked.packed:
+        count = f"{len(repacked.packed)} weights" if len(repacked.packed) > 1 else "1 weight"
+        notes += (f"the fold is not exact: {count} that it changes were packed again",)
+    elif compilation.store.packed:
+        notes += ("the base's weights are packed; what was folded is in full precision",)
     program = merged._programs[compilation.key("eval")]
     if merged.kept:
         program = take_out(program, merged.kept)
@@ -321,6 +387,7 @@ def _certify(compiled: CompiledRunner, merged: MergedRunner, made: Folded, budge
         anchors=compilation.main.anchors,
         retention=made.retention,
         notes=notes,
+        requantised=repacked.evidence,
     )
 
 

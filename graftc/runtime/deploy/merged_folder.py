@@ -12,7 +12,7 @@ from graftc.runtime.artifact.places import RECORD, is_ours
 from graftc.runtime.artifact.write import listed
 from graftc.runtime.companions import companions_of_model
 from graftc.runtime.files import staged
-from graftc.runtime.interop.transformers import no_place
+from graftc.runtime.interop.transformers import no_place, require_plain
 from graftc.runtime.model.runner import runner_of
 from graftc.runtime.models import local_folder, quiet_transformers
 from graftc.runtime.tensor_files import save_tensors, writing
@@ -51,15 +51,17 @@ def write_merged(merged: Merged | MergedRunner, folder: Path) -> Any:
     Raises:
         GraftError: GC052 when the class has no place for a folded tensor; OSError: it cannot be written.
     """
-    folder.mkdir()
     merged = runner_of(merged)
+    require_plain(merged._store)
+    folder.mkdir()
     source = merged._compilation.source
     weights = folder / "model.safetensors"
     if config_of(source) is None:
         if merged._additions:
             raise no_place(merged._additions, source)
         aliases = merged._compilation.store.aliases
-        own = {n: t for n, t in merged.folded_state_dict().items() if n not in aliases and n in source.state_dict()}
+        known = {*source.state_dict(), *merged._compilation.store.packed}
+        own = {n: t for n, t in merged.folded_state_dict().items() if n not in aliases and n in known}
         save_tensors(own, weights)
         return source
     model = merged.to_transformers()

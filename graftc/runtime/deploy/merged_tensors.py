@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class MergedTensors(Iterator[tuple[str, Tensor]]):
     """The tensors of the merged model, each with its name in the source model: what `Compiled.merged_state_dict` gives.
 
-    Each is folded when it is asked for, from the base as it is, and let go when the next one is. It goes through the
-    model once; what has been trained since is in what comes after.
+    Each is folded when it is asked for, from the base as it is, and let go when the next one is. Packed weights are
+    given by their values, in full precision. It goes through the model once; what has been trained since is in what
+    comes after.
 
     Attributes:
         digests: SHA-256 of the bytes of each tensor that was given so far, in row-major order, by name; empty where
@@ -59,7 +60,7 @@ class MergedTensors(Iterator[tuple[str, Tensor]]):
     def _merged(self, store: Store, lazy: LazyTensors) -> Iterator[tuple[str, Tensor]]:
         groups = {name: group for group in lazy.groups() for name in group.names}
         given: set[str] = set()
-        for name in [name for name, _ in store.base() if _kept(store, name)]:
+        for name in [name for name, _ in store.weights() if _kept(store, name)]:
             if name in given:
                 continue
             made = self._folded(lazy, groups[name]) if name in groups else {name: _own(store, name)}

@@ -16,20 +16,23 @@ from graftc.compiler.folding.certificate import Certificate, require_changed
 from graftc.compiler.folding.certify import Advance
 from graftc.compiler.folding.collapse import collapsed_spec, collapsed_values
 from graftc.compiler.folding.differences import largest_difference
+from graftc.compiler.folding.requantise import Weights
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
-from graftc.runtime.deploy.merged import Merged, fold, require_passed
+from graftc.runtime.deploy.merged import Merged, fold, require_decided, require_passed
 from graftc.runtime.deploy.merged_folder import write_merged
+from graftc.runtime.deploy.merged_model import base_of
 from graftc.runtime.deploy.widening import of_the_base, widened
 from graftc.runtime.model.runner import M, runner_of
 from graftc.specs.arguments import as_path
 from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.options.base import BaseOptions
 
 if TYPE_CHECKING:
     from graftc.compiler.capture.interface import ExampleInputs
@@ -64,7 +67,7 @@ class Partial(Generic[M]):
         """Write the artifact.
 
         Raises:
-            GraftError: as `Compiled.save`.
+            GraftError: as `Compiled.save`; GC166 where the base is packed.
         """
         return save(self.compiled, path, force=force, bundle=lambda folder: write_merged(self.merged, folder))
 
@@ -91,11 +94,14 @@ def merge_partially(
     budget: float | None = None,
     *,
     only: Sequence[str] | None = None,
+    weights: Weights | None = None,
     allow_unchanged: bool = False,
 ) -> Partial:
     """Fold what folds, and compile what does not on the result, collapsed where it has a simpler form. See
     `Compiled.merge_partially`."""
-    return _partial(compiled, _folded(compiled, budget, only=only, allow_unchanged=allow_unchanged))
+    require_decided(compiled, weights)
+    merged = _folded(compiled, budget, only=only, weights=weights, allow_unchanged=allow_unchanged)
+    return _partial(compiled, merged)
 
 
 def _folded(
@@ -104,9 +110,10 @@ def _folded(
     advance: Advance = lambda _: None,
     *,
     only: Sequence[str] | None = None,
+    weights: Weights | None,
     allow_unchanged: bool,
 ) -> Merged:
-    merged = fold(compiled, budget, only=only, advance=advance)
+    merged = fold(compiled, budget, only=only, advance=advance, weights=weights)
     _require_any(merged)
     require_passed(merged.certificate)
     require_changed(merged.certificate, allow_unchanged)
@@ -132,7 +139,7 @@ def _partial(compiled: Compiled | CompiledRunner, merged: Merged) -> Partial:
     compilation = runner.compilation
     values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) in merged.kept}
     values |= collapsed_values(compilation)
-    made = runner.sibling(_rest(compilation, merged), values, merged.to_transformers())
+    made = runner.sibling(_rest(compilation, merged), values, base_of(merged))
     certificate = _with_outputs(merged.certificate, runner, made._graftc)
     require_passed(certificate)
     return Partial(merged, made, certificate)
@@ -144,6 +151,7 @@ def merge_what_folds(
     advance: Advance = lambda _: None,
     *,
     dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
     allow_unchanged: bool = False,
 ) -> Merged | Partial:
     """A merged model where everything folds, and otherwise what `merge_partially` gives.
@@ -152,21 +160,22 @@ def merge_what_folds(
         compiled: what to merge.
         budget: as for `Compiled.merge`.
         advance: is told how much of the folding is done, from 0 to 1.
-        dtype, allow_unchanged: as for `Compiled.merge`.
+        dtype, weights, allow_unchanged: as for `Compiled.merge`.
 
     Raises:
         GraftError: as `merge_partially`; GC073 for a dtype that is not wider.
     """
-    runner = widened(compiled, dtype)
-    merged = _folded(runner, budget, advance, allow_unchanged=allow_unchanged)
+    require_decided(compiled, weights)
+    runner = widened(compiled, dtype, weights)
+    merged = _folded(runner, budget, advance, weights=weights, allow_unchanged=allow_unchanged)
     merged._graftc.certificate = of_the_base(merged.certificate, runner, compiled)
     return _partial(runner, merged) if merged.kept else merged
 
 
 def _rest(compilation: Compilation, merged: Merged) -> Spec:
     """The spec without what has folded, and the rest in its simplest form. In the base that it is for, what the spec
-    unties is untied already."""
-    changes: dict[str, Any] = {"untie": ()}
+    unties is untied already, and what it quantises is so or is in full precision."""
+    changes: dict[str, Any] = {"untie": (), "base": BaseOptions()}
     changes["compose"] = tuple(found for c in compilation.spec.compose if (found := _left(c, merged)) is not None)
     if TRAIN not in merged.kept:
         changes["train"] = ()

@@ -11,10 +11,14 @@ from torch import Tensor, nn
 
 from graftc.compiler.capture.fingerprint import identify
 from graftc.compiler.folding.certificate import Certificate
+from graftc.compiler.folding.requantise import Weights
 from graftc.compiler.inspect.snapshot import adapter_values
+from graftc.passes.core.packing.modules import hold_values
 from graftc.runtime.model.runner import runner_of
 from graftc.specs.arguments import kind_of
+from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.options.base import BaseOptions
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled, CompiledRunner
@@ -23,14 +27,17 @@ NARROW = (torch.bfloat16, torch.float16)
 """What can be widened, to float32."""
 
 
-def widened(compiled: Compiled | CompiledRunner, dtype: torch.dtype | None) -> CompiledRunner:
+def widened(
+    compiled: Compiled | CompiledRunner, dtype: torch.dtype | None, weights: Weights | None = None
+) -> CompiledRunner:
     """The compiled model with every 16-bit tensor in ``dtype``: the base's values are the same, to the bit.
 
-    The graphs are captured anew, of a copy of the source model. Where ``dtype`` is None or the model's own, this is the
-    model itself.
+    The graphs are captured anew, of a copy of the source model, in which packed weights have their values. Where
+    ``dtype`` is None or the model's own, this is the model itself.
 
     Raises:
-        GraftError: GC073 for what is no dtype, and for one that is not wider than the model's.
+        GraftError: GC073 for what is no dtype, for one that is not wider than the model's, and where weights are to be
+            packed again, as values of their own type.
     """
     runner: CompiledRunner = runner_of(compiled)
     if dtype is None or dtype == runner.dtype:
@@ -42,11 +49,18 @@ def widened(compiled: Compiled | CompiledRunner, dtype: torch.dtype | None) -> C
         message = f"a base in {own} cannot be merged in {wanted}: only 16 bits can be widened, to float32"
         hint = "merge in the base's own dtype and cast the result: casting rounds what no adaptation changes as well"
         raise GraftError("GC073", message, hint=hint)
-    compilation = runner.compilation
+    compilation, spec = runner.compilation, runner.compilation.spec
+    if weights == "requantized":
+        raise GraftError("GC073", "packed weights keep their type", hint='leave dtype out, or write weights="full"')
     values = {name: _wide(tensor, dtype) for name, tensor in adapter_values(compilation.store)}
     axes = [replace(axis, dtype=dtype) if axis.dtype in NARROW else axis for axis in compilation.main.axes]
-    made: CompiledRunner = runner_of(runner.sibling(compilation.spec, values, _copy(compilation.source, dtype), axes))
+    made: CompiledRunner = runner_of(runner.sibling(unquantised(spec), values, _copy(compilation.source, dtype), axes))
     return made
+
+
+def unquantised(spec: Spec) -> Spec:
+    """The spec for a base that has its values in full precision."""
+    return spec.model_copy(update={"base": BaseOptions()})
 
 
 def of_the_base(certificate: Certificate, wide: CompiledRunner, compiled: Compiled | CompiledRunner) -> Certificate:
@@ -74,6 +88,7 @@ def _copy(source: nn.Module, dtype: torch.dtype) -> nn.Module:
         memo[id(tensor)] = wide
     made = copy.deepcopy(source, memo)
     for module in made.modules():
+        hold_values(module, dtype)
         config = getattr(module, "config", None)
         if getattr(config, "dtype", None) in NARROW:
             config.dtype = dtype  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from graftc.compiler.capture.interface import config_of
+from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
@@ -25,13 +26,35 @@ def no_place(missing: Sequence[str], source: nn.Module) -> GraftError:
     )
 
 
+def require_plain(store: Store) -> None:
+    """Refuse a merged model whose weights are packed, for what holds values alone.
+
+    Raises:
+        GraftError: GC166.
+    """
+    if store.packed:
+        message = "the merged model's weights are packed again, which no class of transformers holds"
+        hint = 'merge with weights="full" (--weights full), or export to ONNX or .pt2, which hold what is packed'
+        raise GraftError("GC166", message, hint=hint)
+
+
+def _plain_config(config: Any) -> Any:
+    """A copy of a config that says nothing of how the base was quantised: the weights have their values."""
+    made = copy.deepcopy(config)
+    for own in (made, *vars(made).values()):
+        if getattr(own, "quantization_config", None) is not None:
+            del own.quantization_config
+    return made
+
+
 def to_transformers(merged: MergedRunner) -> Any:
     """See `Merged.to_transformers`. The class is built on the meta device, then given the folded tensors."""
     source = merged._compilation.model
+    require_plain(merged._store)
     if config_of(source) is None:
         raise GraftError("GC032", f"{type(source).__name__} has no config to build it from")
     with torch.device("meta"):
-        model: Any = type(source)(copy.deepcopy(source.config))
+        model: Any = type(source)(_plain_config(source.config))
     tensors = merged.folded_state_dict()
     own = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
     missing = [name for name in merged._additions if name not in own]

@@ -537,6 +537,18 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "over the weights, and computes with inputs as they are.",
      "Nothing has to be done. Outputs are closer to those of the model that was quantised, and differ from the "
      "library's by its rounding."),
+    ("GC165", _NO, "a merge into packed weights needs a decision",
+     "The weights of the base are quantised, and an update is mostly smaller than the steps between their values: a "
+     "merge either makes a model in full precision, which is exact and takes the room of one, or packs the weights "
+     "that change again, which loses some of the update and disturbs the rest.",
+     "`merge(weights=\"full\")` (`--weights full`), or `merge(weights=\"requantized\")`, whose certificate says what "
+     "was lost; or deploy the adapters beside the packed base: `save`, and `export` of the compiled model "
+     "(`--no-merge`)."),
+    ("GC166", _NO, "packed weights have no place there",
+     "A merged model whose weights were packed again is no plain model of transformers, so that it has no folder and "
+     "no `to_transformers`; some packings are read and not written; and a base in full precision has nothing to pack "
+     "again.",
+     "`merge(weights=\"full\")`, or export what is packed to ONNX or `.pt2`."),
     ("GC170", _SPEC, "the weights before quantising are not known",
      "`init: loftq` starts from what quantising took from the weights. That is known where the spec quantises them, "
      "and not of a model that was loaded quantised, nor of sites that are not quantised.",

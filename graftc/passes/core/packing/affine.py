@@ -62,6 +62,11 @@ class Affine(Packing):
             return code.to(torch.int8).view(torch.uint8), scales, zeros.to(torch.int8).view(torch.uint8)
         return halves(code.to(torch.uint8)), scales, zeros.to(torch.uint8)
 
+    def keeping(self, made: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
+        """See `Packing.keeping`. Whole rows are kept."""
+        rows = same.all(-1, keepdim=True)
+        return [torch.where(rows, old, new) for old, new in zip(parts, made, strict=True)]
+
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Packing.unpack`."""
         scales = from_bytes(parts[1], self.scales_type).to(dtype)

@@ -61,10 +61,41 @@ def hold_packed(module: nn.Module, packed: Mapping[str, Held]) -> None:
     module.__class__ = _class_of(cls, tuple(held.items()))
 
 
-@cache
-def _class_of(cls: Any, held: tuple[tuple[str, PackedType], ...]) -> type[nn.Module]:
+def hold_values(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """The way back from `hold_packed`: let a module hold its packed weights' values as frozen parameters.
+
+    Args:
+        module: is changed.
+        dtype: of the values, each of which it holds; by default the weights' own.
+    """
+    packed = packed_types(module)
+    if not packed:
+        return
+    first = {own.names(name)[0]: name for name, own in packed.items()}
+    parts = {part for name, own in packed.items() for part in own.names(name)}
+    parameters = dict(module._parameters)
+    values = {name: held_weight(module, name) for name in packed}
+    module._parameters.clear()
+    for name, parameter in parameters.items():
+        if name in first:
+            weight = first[name]
+            value = values[weight] if dtype is None else values[weight].to(dtype)
+            module._parameters[weight] = nn.Parameter(value, requires_grad=False)
+        elif name not in parts:
+            module._parameters[name] = parameter
+    cls: Any = type(module)
+    module.__class__ = _source_of(cls)
+
+
+def _source_of(cls: Any) -> Any:
     while packed_types(cls):
         cls = cls.__mro__[1]
+    return cls
+
+
+@cache
+def _class_of(cls: Any, held: tuple[tuple[str, PackedType], ...]) -> type[nn.Module]:
+    cls = _source_of(cls)
     space: dict[str, Any] = {_TYPES: dict(held), "__module__": cls.__module__, "__doc__": cls.__doc__}
     for name, _ in held:
         space[name] = property(partial(_read, name))

@@ -61,6 +61,23 @@ class Packing(ABC):
         turned = turned.to(VIA[self.via] or weight.dtype)
         return tuple(part.contiguous() for part in self.pack(turned.contiguous()))
 
+    def repacked(self, weight: Tensor, parts: Sequence[Tensor], same: Tensor) -> tuple[Tensor, ...]:
+        """What is stored of a weight that has changed.
+
+        Args:
+            weight: its new values.
+            parts: what is stored of the old ones.
+            same: which values are as they were, ``bool`` of the weight's shape. Groups of these keep their codes to the
+                bit, in packings where that is possible.
+        """
+        turned = same.transpose(-1, -2) if self.transposed else same
+        made = self.keeping(self.packed(weight), parts, turned.contiguous())
+        return tuple(part.contiguous() for part in made)
+
+    def keeping(self, made: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
+        """New parts, with the old ones in the place of groups that are the ``same``, which is as the codes are."""
+        return made
+
     def values(
         self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, *, traced: bool = True
     ) -> Tensor:

@@ -7,7 +7,7 @@ root, ``graftc.<adaptation>.<part>``, when several sites share them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -109,6 +109,12 @@ class Store:
         if first in self.aliases:
             self.aliases[name] = self.aliases[first].removesuffix(first.removeprefix(name))
         self.packed[name] = own
+
+    def add_packed(self, name: str, own: PackedType, parts: Iterable[torch.Tensor]) -> None:
+        """Add a packed weight, frozen. Raises `KeyError` when a name is taken."""
+        for part, value in zip(own.names(name), parts, strict=True):
+            self.add_parameter(part, value, trainable=False)
+        self._hold_packed(name, own)
 
     def parts_of(self, name: str) -> tuple[str, ...]:
         """Names of what the tree holds for a tensor: the tensor's own, but for packed weights."""
@@ -322,6 +328,9 @@ class Store:
 
     def alias(self, name: str, owner: str) -> None:
         """Give the tensor called ``owner`` another name."""
+        if owner in self.packed:
+            self.packed[name], self.aliases[name] = self.packed[owner], owner
+            return
         tensor = self.get(owner)
         path, _, last = name.rpartition(".")
         _register(self.container(path), last, tensor)

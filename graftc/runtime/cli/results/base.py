@@ -278,6 +278,31 @@ class CollapseEvidenceData(Result):
     this makes."""
 
 
+class PackingEvidenceData(Result):
+    """What packing a folded weight again does to it, at one site."""
+
+    site: str
+    """The site."""
+
+    tensor: str
+    """The weight."""
+
+    packing: str
+    """Its packing, such as `nf4 group=64`."""
+
+    error: float = Field(ge=0)
+    """Root of the mean square of the error over that of the folded values, of the site's rows."""
+
+    largest: float = Field(ge=0)
+    """The largest error over the largest absolute folded value, of the site's rows."""
+
+    rows: int = Field(ge=0)
+    """How many rows of the whole weight the fold does not change."""
+
+    disturbed: int = Field(ge=0)
+    """In how many of these packing changes a value."""
+
+
 class CertificateData(Result):
     """The evidence for a fold."""
 
@@ -317,6 +342,9 @@ class CertificateData(Result):
 
     anchors: Items[AnchorData]
     """The base's graphs held against the source model itself, in each mode."""
+
+    requantised: Items[PackingEvidenceData]
+    """What packing folded weights again did to them; nothing where none was."""
 
     retention: RetentionData | None
     """What rounding left of the updates of all sites; null where all are zero. Nothing is held against it."""

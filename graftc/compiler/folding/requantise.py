@@ -1,0 +1,137 @@
+"""Packing folded weights again, and what that takes away from the fold.
+
+A fold on a quantised base is exact in the element type of the weights. Packed again, its values are the nearest that
+the packing has, which is much coarser than an update often is: how much of the update is left, and how far the weights
+are from the folded ones, is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.folding.certificate import PackingEvidence
+from graftc.compiler.folding.certify import Folded
+from graftc.compiler.folding.retention import Retention
+from graftc.compiler.folding.rounding import retained
+from graftc.passes.core.packing.packing import PackedType
+from graftc.passes.core.weights.folds import FoldStep, LazyTensors
+from graftc.passes.core.weights.store import Store
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.specs.errors.diagnostics import GraftError
+
+Weights: TypeAlias = Literal["full", "requantized"]
+"""What a merge makes of packed weights: see `Compiled.merge`."""
+
+REQUANTISED_BUDGET: Mapping[str, float] = {"int8": 0.05}
+"""What outputs may differ by, relative to the largest output or 1, where weights are packed again, by packing."""
+
+REQUANTISED_MOST = 0.5
+"""The same of all other packings, which have 4 bits."""
+
+
+@dataclass(frozen=True)
+class Repacked:
+    """What packing folded weights again gives.
+
+    Attributes:
+        packed: the parts of what changed, by the weight's name; all others keep theirs.
+        evidence: by site.
+    """
+
+    packed: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    evidence: tuple[PackingEvidence, ...] = ()
+
+
+def requantised(store: Store, lazy: LazyTensors, made: Folded) -> tuple[Folded, Repacked]:
+    """Pack the folded weights that were packed, each as it was.
+
+    Args:
+        store: holds the base.
+        lazy: says whose rows are whose.
+        made: the fold; of a packed weight, the values that it is rounded to are what is packed.
+
+    Returns:
+        The fold without these weights, with what packing has left of the updates, and the packed ones.
+
+    Raises:
+        GraftError: GC166 for a packing that is only read.
+    """
+    tensors, packed = dict(made.tensors), dict[str, tuple[Tensor, ...]]()
+    evidence: list[PackingEvidence] = []
+    total, of_sites = Retention(), dict[str, Retention]()
+    for name, folded in made.tensors.items():
+        base = store.full(name) if name in store else torch.zeros_like(folded)
+        now = folded
+        if name in store.packed:
+            own, same = store.packed[name], folded == base
+            if bool(same.all()):
+                now = base
+            else:
+                packed[name] = _packed(store, name, own, folded, same)
+                now = own.value(packed[name])
+            del tensors[name]
+            evidence += _at_sites(name, own, lazy.chain(name), (base, folded, now))
+        left = retained(base, folded, now)
+        total += left
+        for site, part in _parts(name, lazy.chain(name)):
+            mine = left if part.whole else retained(*(part.take(each) for each in (base, folded, now)))
+            of_sites[site] = of_sites.get(site, Retention()) + mine
+    sites = tuple(replace(s, retention=of_sites.get(s.site, s.retention)) for s in made.sites)
+    return replace(made, tensors=tensors, sites=sites, retention=total), Repacked(packed, tuple(evidence))
+
+
+def _packed(store: Store, name: str, own: PackedType, folded: Tensor, same: Tensor) -> tuple[Tensor, ...]:
+    try:
+        return own.packing.repacked(folded, [store.full(part) for part in own.names(name)], same)
+    except NotImplementedError as error:
+        message = f"{name} is packed as {own.packing.kind!r}, which graftc reads and does not write"
+        raise GraftError("GC166", message, hint='merge with weights="full" (--weights full)') from error
+
+
+def _parts(name: str, steps: Iterable[FoldStep]) -> list[tuple[str, WeightSlice]]:
+    """Each site's own rows of a weight, once."""
+    found = {step.site: part for step in steps for part in step.parts if part.tensor == name}
+    return list(found.items())
+
+
+def _at_sites(
+    name: str, own: PackedType, steps: tuple[FoldStep, ...], values: tuple[Tensor, Tensor, Tensor]
+) -> list[PackingEvidence]:
+    _, folded, now = values
+    parts = _parts(name, steps)
+    turned = own.packing.transposed
+    base, after, packed = (each.transpose(-1, -2) if turned else each for each in values)
+    untouched = (after == base).all(-1)
+    disturbed = untouched & (packed != base).any(-1)
+    rows, lost = int(untouched.sum()), int(disturbed.sum())
+    found = []
+    for site, part in parts:
+        mine, theirs = (part.take(each).double() for each in (folded, now))
+        error = mine - theirs
+        found.append(
+            PackingEvidence(
+                site,
+                name,
+                own.packing.text,
+                _ratio(float(torch.linalg.vector_norm(error)), float(torch.linalg.vector_norm(mine))),
+                _ratio(float(error.abs().max()), float(mine.abs().max())),
+                rows,
+                lost,
+            )
+        )
+    return found
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else (0.0 if not part else math.inf)
+
+
+def budget_of(packings: Iterable[PackedType]) -> float:
+    """The default budget of outputs where weights of these types are packed again, relative to the largest output."""
+    return max((REQUANTISED_BUDGET.get(own.packing.kind, REQUANTISED_MOST) for own in packings), default=0.0)

@@ -1,0 +1,72 @@
+"""Adapted tiny models on quantised bases, and the same on bases of the dequantised values."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+import graftc
+from graftc.compiler.resolve.untie import sharing_copy
+from graftc.passes.core.packing.modules import hold_values
+from graftc.testing import inputs_for, largest_difference, outputs_of, perturb, tiny
+
+FAMILIES = ("bert", "gpt2", "llama", "mixtral", "t5")
+KINDS = ("int8", "int4", "nf4")
+FOLDING: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 2},
+    "dora": {"rank": 2},
+    "adalora": {"rank": 3},
+    "ia3": {},
+    "spiel": {"density": 0.05},
+}
+STAYING: dict[str, dict[str, Any]] = {"bottleneck": {"bottleneck": 6}, "prefix": {"length": 3}}
+
+
+def spec_of(family: str, method: str, **base: Any) -> dict[str, Any]:
+    """One adaptation, on fused rows and experts where the family has them."""
+    own: dict[str, Any] = {"method": method, **{**FOLDING, **STAYING}[method]}
+    if method in FOLDING and (method != "ia3" or family == "mixtral"):
+        inner = [] if family == "mixtral" and method in ("ia3", "spiel") else ["experts"]
+        own["target"] = {"role": ["attn.q", "attn.v", *(inner if family == "mixtral" else ["ffn.down"])]}
+    return {"adapt": [own], **({"base": base} if base else {})}
+
+
+@cache
+def adapted(family: str, method: str, kind: str, **base: Any) -> Any:
+    """Compiled on a quantised base, with random values in what trains."""
+    compiled = graftc.compile(spec_of(family, method, quantize=kind, **base), tiny(family)).eval()
+    perturb(compiled)
+    return compiled
+
+
+def dense_source(compiled: Any) -> nn.Module:
+    """A plain model of the values that a quantised base has."""
+    made: nn.Module = sharing_copy(compiled.compilation.source)
+    for module in made.modules():
+        hold_values(module)
+    return made
+
+
+def on_dense(compiled: Any, family: str, method: str) -> Any:
+    """The same adapters on that model."""
+    other = graftc.compile(spec_of(family, method), dense_source(compiled)).eval()
+    other.load_adapter_state_dict(compiled.adapter_state_dict())
+    return other
+
+
+def full_precision(family: str, method: str, kind: str) -> None:
+    """Merged to full precision, tensors are to the bit those of a merge into a plain base of the same values, and
+    outputs are the compiled model's."""
+    compiled = adapted(family, method, kind)
+    merged = compiled.merge(weights="full")
+    expected = on_dense(compiled, family, method).merge().folded_state_dict()
+    found = merged.folded_state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    inputs = inputs_for(compiled)
+    unfolded = outputs_of(compiled, inputs)
+    bound = 1e-5 * max(1.0, float(unfolded[0].abs().max()))
+    assert largest_difference(outputs_of(merged, inputs), unfolded) < bound

@@ -1,0 +1,215 @@
+"""Merging into a quantised base: in full precision as a plain base of the same values, or packed again and measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import graftc
+from graftc.passes.core.packing.affine import Affine
+from graftc.passes.core.packing.blockwise import Blockwise
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning
+from graftc.testing import inputs_for, largest_difference, outputs_of, perturb, tiny
+from tests.quantised import KINDS, adapted, full_precision, spec_of
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "kind"),
+    [("gpt2", "lora", "nf4"), ("gpt2", "spiel", "int4"), ("mixtral", "lora", "int8"), ("bert", "dora", "int4")],
+)
+def test_full_precision(family: str, method: str, kind: str) -> None:
+    """The merged tensors are, to the bit, those of the same adapters merged into a plain base of the same values; all
+    families, methods and packings are in tests/gates/test_quantised_folds.py."""
+    full_precision(family, method, kind)
+
+
+def test_a_plain_model(tmp_path: Path) -> None:
+    """A folder that transformers loads, without a word of quantisation."""
+    compiled = adapted("llama", "lora", "nf4")
+    merged = compiled.merge(weights="full")
+    merged.save(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(loaded) is type(tiny("llama"))
+    assert type(loaded.model.layers[0].self_attn.q_proj) is nn.Linear
+    ids = torch.arange(12).reshape(2, 6)
+    assert torch.equal(loaded(ids).logits, merged.to_transformers()(ids).logits)
+    torch.testing.assert_close(loaded(ids).logits, compiled(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_a_decision_is_needed() -> None:
+    """Neither is done by itself; what is no choice is an error."""
+    compiled = adapted("bert", "lora", "nf4")
+    for merge in (compiled.merge, compiled.merge_partially):
+        with pytest.raises(GraftError, match="GC165"):
+            merge()
+        with pytest.raises(GraftError, match="GC073"):
+            merge(weights="half")
+    plain = graftc.compile(spec_of("bert", "lora"), tiny("bert")).eval()
+    perturb(plain)
+    with pytest.raises(GraftError, match="GC166"):
+        plain.merge(weights="requantized")
+    assert plain.merge(weights="full").certificate.passed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_requantised(kind: str) -> None:
+    """What changed is the nearest that the packing has to the exact fold; all else keeps its codes to the bit. The
+    certificate's figures are those that follow from the tensors."""
+    compiled = adapted("gpt2", "lora", kind)
+    merged, exact = compiled.merge(weights="requantized"), compiled.merge(weights="full")
+    before, after = compiled._graftc._store, merged._graftc._store
+    changed = {step.weight.tensor for step in _steps(compiled)}
+    assert after.packed == before.packed and changed < set(before.packed)
+    for name, own in before.packed.items():
+        parts = [torch.equal(before.get(part), after.get(part)) for part in own.names(name)]
+        assert not any(parts[:1]) if name in changed else all(parts)
+    certificate = merged.certificate
+    assert certificate.passed and any("not exact" in note for note in certificate.notes)
+    assert {item.tensor for item in certificate.requantised} == changed
+    fused = "transformer.h.0.attn.c_attn.weight"
+    for item in certificate.requantised:
+        wanted, found = (each._graftc._store.full(item.tensor).double() for each in (exact, merged))
+        if item.tensor == fused:  # 48 columns of each of q, k and v, and k is not adapted
+            assert (item.rows, item.disturbed) == (48, 0)
+            own = slice(0, 48) if "q" in item.site.rpartition(".")[2] else slice(96, 144)
+            lost, whole = (wanted - found)[:, own], wanted[:, own]
+            assert item.error == pytest.approx(float(lost.norm() / whole.norm()), rel=1e-9)
+            assert item.largest == pytest.approx(float(lost.abs().max() / whole.abs().max()), rel=1e-9)
+    inputs = inputs_for(compiled)
+    assert 0 < largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) < certificate.budget
+
+
+def _steps(compiled: Any) -> Any:
+    from graftc.compiler.folding.fold_plan import fold_plan
+
+    return fold_plan(compiled.compilation).lazy.steps
+
+
+def test_small_updates_are_lost() -> None:
+    """An update that is smaller than the steps of the codes does not survive, and the merge says so."""
+    compiled = graftc.compile(
+        {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}], "base": {"quantize": "nf4"}},
+        tiny("bert"),
+    )
+    perturb(compiled)
+    values = {name: tensor * 0.03 for name, tensor in compiled.adapter_state_dict().items()}
+    compiled.load_adapter_state_dict(values)
+    assert compiled.merge(weights="full").certificate.retention.norm > 0.999
+    with pytest.warns(GraftWarning, match=r"packing as nf4 leaves .* of the update"):
+        merged = compiled.merge(weights="requantized")
+    assert merged.certificate.retention.norm < 0.5
+    tiny_ones = {name: tensor * 1e-6 for name, tensor in values.items()}
+    compiled.load_adapter_state_dict(tiny_ones)
+    with pytest.raises(GraftError, match=r"GC104.*packing as nf4"):
+        compiled.merge(weights="requantized")
+
+
+def test_a_budget() -> None:
+    """The outputs of what was packed again keep to what is asked for."""
+    compiled = adapted("llama", "lora", "int4")
+    with pytest.raises(GraftError, match="GC051"):
+        compiled.merge(weights="requantized", budget=1e-3)
+
+
+def test_requantised_has_no_plain_form(tmp_path: Path) -> None:
+    """No folder and no class of transformers holds packed weights; the parts are in its state dict."""
+    merged = adapted("llama", "lora", "int8").merge(weights="requantized")
+    for refused in (merged.to_transformers, lambda: merged.save(tmp_path / "merged")):
+        with pytest.raises(GraftError, match="GC166"):
+            refused()
+    assert not (tmp_path / "merged").exists()
+    assert "model.layers.0.self_attn.q_proj.weight_codes" in merged.folded_state_dict()
+
+
+def test_the_compiled_model_stays() -> None:
+    """Merging writes to no tensor of the base."""
+    compiled = adapted("bert", "dora", "int4")
+    before = {name: tensor.clone() for name, tensor in compiled.state_dict().items() if torch.is_tensor(tensor)}
+    compiled.merge(weights="full")
+    compiled.merge(weights="requantized")
+    after = compiled.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("weights", ["full", "requantized"])
+def test_partial(weights: Any) -> None:
+    """What does not fold is compiled on the new base, plain or packed."""
+    spec = {
+        "adapt": [
+            {"method": "lora", "rank": 2, "target": {"role": "attn.q"}},
+            {"method": "bottleneck", "bottleneck": 6},
+        ],
+        "base": {"quantize": "int8"},
+    }
+    compiled = graftc.compile(spec, tiny("bert")).eval()
+    perturb(compiled)
+    made = compiled.merge_partially(weights=weights)
+    assert made.folded == ("lora",) and set(made.kept) == {"bottleneck"}
+    assert bool(made.compiled.compilation.store.packed) is (weights == "requantized")
+    inputs = inputs_for(compiled)
+    difference = largest_difference(outputs_of(made.compiled, inputs), outputs_of(compiled, inputs))
+    assert difference < (1e-4 if weights == "full" else 0.1)
+
+
+def test_streamed_tensors() -> None:
+    """Merged tensors one by one are the values, by the names of a plain model."""
+    compiled = adapted("gpt2", "lora", "nf4")
+    merged = compiled.merge(weights="full").to_transformers().state_dict()
+    made = dict(compiled.merged_state_dict())
+    assert made.keys() == merged.keys()
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in made.items())
+
+
+def test_half_precision() -> None:
+    """A base in 16 bits merges in its own type, and in float32 without a loss of the update."""
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}], "base": {"quantize": "nf4"}}
+    compiled = graftc.compile(spec, tiny("llama").bfloat16()).eval()
+    perturb(compiled)
+    merged = compiled.merge(weights="full").folded_state_dict()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    wide = compiled.merge(weights="full", dtype=torch.float32)
+    assert merged[name].dtype == torch.bfloat16 and wide.folded_state_dict()[name].dtype == torch.float32
+    assert torch.equal(wide.folded_state_dict()[name].bfloat16(), merged[name])
+    assert wide.certificate.retention.norm > 0.9999
+    with pytest.raises(GraftError, match="GC073"):
+        compiled.merge(weights="requantized", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [Affine("int8"), Affine("int8", group=32), Affine("int4", group=32, transposed=True), Blockwise("nf4", group=64)],
+    ids=lambda packing: packing.text,
+)
+def test_what_is_the_same_keeps_its_codes(packing: Any) -> None:
+    """Packed again with other values in some rows, the other rows' values are as they were, to the bit; what changed is
+    as if it had been packed alone."""
+    shape = (128, 6) if packing.transposed else (6, 128)
+    weight = torch.randn(shape)
+    parts = packing.packed(weight)
+    before = packing.values(parts, shape, torch.float32)
+    after = before.clone()
+    turned = after.T if packing.transposed else after
+    turned[2] += torch.randn(128)
+    found = packing.values(packing.repacked(after, parts, after == before), shape, torch.float32)
+    fresh = packing.values(packing.packed(after), shape, torch.float32)
+    mine, old, new = (each.T if packing.transposed else each for each in (found, before, fresh))
+    others = [0, 1, 3, 4, 5]
+    assert (
+        torch.equal(mine[others], old[others]) and not torch.equal(new[others], old[others])
+    ) or "nf4" in packing.text
+    assert torch.equal(mine[2], new[2])
+
+
+def test_saving_certifies(tmp_path: Path) -> None:
+    """An artifact of a quantised base holds the certificate of the fold to full precision, and no base."""
+    compiled = adapted("bert", "lora", "int4")
+    path = compiled.save(tmp_path / "adapter")
+    certificate = json.loads((path / "certificates" / "fold.json").read_text())
+    assert certificate["passed"] and any("packed" in note for note in certificate["notes"])
+    assert sum(file.stat().st_size for file in path.glob("*.safetensors")) < 20_000
