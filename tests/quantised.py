@@ -61,7 +61,7 @@ def full_precision(family: str, method: str, kind: str) -> None:
     """Merged to full precision, tensors are to the bit those of a merge into a plain base of the same values, and
     outputs are the compiled model's."""
     compiled = adapted(family, method, kind)
-    merged = compiled.merge(weights="full")
+    merged = compiled.merge(base="full")
     expected = on_dense(compiled, family, method).merge().folded_state_dict()
     found = merged.folded_state_dict()
     assert found.keys() == expected.keys()

@@ -48,7 +48,7 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 
 if TYPE_CHECKING:
-    from graftc.compiler.folding.requantise import Weights
+    from graftc.compiler.folding.requantise import BaseForm
     from graftc.compiler.inspect.report import Report
     from graftc.compiler.inspect.snapshot import Snapshot
     from graftc.compiler.roles.structure import Structure
@@ -200,7 +200,7 @@ class CompiledRunner(
         budget: float | None = None,
         progress: Callable[[float], None] | None = None,
         dtype: torch.dtype | None = None,
-        weights: Weights | None = None,
+        base: BaseForm | None = None,
         allow_unchanged: bool = False,
     ) -> Merged:
         """See `Compiled.merge`."""
@@ -209,7 +209,7 @@ class CompiledRunner(
         self.warn_of_unsteered()
         chosen = self if names is None else self.alone(as_names(names))
         told = progress or (lambda _: None)
-        return merge(chosen, budget, told, dtype=dtype, weights=weights, allow_unchanged=allow_unchanged)
+        return merge(chosen, budget, told, dtype=dtype, base=base, allow_unchanged=allow_unchanged)
 
     @isolated()
     @in_every_process
@@ -218,13 +218,13 @@ class CompiledRunner(
         budget: float | None = None,
         *,
         only: Sequence[str] | None = None,
-        weights: Weights | None = None,
+        base: BaseForm | None = None,
         allow_unchanged: bool = False,
     ) -> Partial:
         """See `Compiled.merge_partially`."""
         from graftc.runtime.deploy.partial import merge_partially
 
-        return merge_partially(self, budget, only=only, weights=weights, allow_unchanged=allow_unchanged)
+        return merge_partially(self, budget, only=only, base=base, allow_unchanged=allow_unchanged)
 
     @isolated()
     @in_every_process
@@ -371,7 +371,7 @@ class Compiled(ModelRoot, Generic[M]):
         budget: float | None = None,
         progress: Callable[[float], None] | None = None,
         dtype: torch.dtype | None = None,
-        weights: Weights | None = None,
+        base: BaseForm | None = None,
         allow_unchanged: bool = False,
     ) -> Merged[M]:
         """Fold every adaptation into base weights and certify the result; this model stays as it is.
@@ -383,7 +383,7 @@ class Compiled(ModelRoot, Generic[M]):
             progress: is told how much of the folding is done, from 0 to 1, tensor by tensor.
             dtype: ``torch.float32`` widens a base in 16 bits first, so that rounding takes nothing of the update: the
                 merged model, its folder and its certificate are in float32. By default the base's own.
-            weights: of a quantised base, what becomes of its packed weights. ``"full"``: all are in full precision, in
+            base: what becomes of a quantised base's packed weights. ``"full"``: all are in full precision, in
                 the element type of the model, and the merged model is a plain one of the source's class.
                 ``"requantized"``: those that change are packed again as they were, others keep their codes; the
                 certificate has the measured error (`Certificate.requantised`), and ``budget`` is by default half of the
@@ -393,10 +393,10 @@ class Compiled(ModelRoot, Generic[M]):
         Raises:
             GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC104 where no tensor
                 changes, GC073 for a budget that is no number and a dtype that is not wider; of ``names``, GC091 for an
-                unknown one and GC036 for a part of a composition; GC165 for a quantised base where ``weights`` is
+                unknown one and GC036 for a part of a composition; GC165 for a quantised base where ``base`` is
                 missing, GC166 where weights cannot be packed again.
         """
-        options: Any = {"dtype": dtype, "weights": weights, "allow_unchanged": allow_unchanged}
+        options: Any = {"dtype": dtype, "base": base, "allow_unchanged": allow_unchanged}
         made = self._graftc.merge(names, budget=budget, progress=progress, **options)
         return cast("Merged[M]", made)
 
@@ -405,14 +405,14 @@ class Compiled(ModelRoot, Generic[M]):
         budget: float | None = None,
         *,
         only: Sequence[str] | None = None,
-        weights: Weights | None = None,
+        base: BaseForm | None = None,
         allow_unchanged: bool = False,
     ) -> Partial[M]:
         """Fold what folds, certify that, and compile the rest on a base that has the folded weights. What was trained
         with experts that are drawn becomes the simpler adaptation with their mean, whether anything folds or not.
 
         Args:
-            budget, weights, allow_unchanged: as for `merge`.
+            budget, base, allow_unchanged: as for `merge`.
             only: names of what is folded, ``trained`` for the ``train:`` list; the rest stays beside the new base,
                 whether it would fold or not. By default all that folds.
 
@@ -420,7 +420,7 @@ class Compiled(ModelRoot, Generic[M]):
             GraftError: GC051 over budget, GC052 when the class has no place for a folded tensor, GC104 where what folds
                 changes no tensor; of ``only``, GC050 and GC022 for what does not fold and GC091 for an unknown name.
         """
-        made = self._graftc.merge_partially(budget, only=only, weights=weights, allow_unchanged=allow_unchanged)
+        made = self._graftc.merge_partially(budget, only=only, base=base, allow_unchanged=allow_unchanged)
         return cast("Partial[M]", made)
 
     def get_extra_state(self) -> Tensor:

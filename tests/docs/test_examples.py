@@ -126,7 +126,7 @@ def a_merge_into_packed_weights(patch: pytest.MonkeyPatch) -> None:
 def a_folder_of_packed_weights(patch: pytest.MonkeyPatch) -> None:
     model = compiled(base={"quantize": "int8"})
     perturb(model)
-    model.merge(weights="requantized").save("merged")
+    model.merge(base="requantized").save("merged")
 
 
 def nothing_to_merge(patch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gate
 def test_folds(family: str, method: str, kind: str) -> None:
     """To full precision: see `tests.quantised.full_precision`. Packed again: what the packing can hold is left."""
     full_precision(family, method, kind)
-    made = adapted(family, method, kind).merge(weights="requantized", allow_unchanged=True, budget=1e3)
+    made = adapted(family, method, kind).merge(base="requantized", allow_unchanged=True, budget=1e3)
     worst = max(item.error for item in made.certificate.requantised)
     assert worst < (0.01 if kind == "int8" else 0.12)
     if kind == "int8":
@@ -75,7 +75,7 @@ def test_qlora_as_peft(load: Callable[[], nn.Module], tmp_path: Path) -> None:
     compiled = graftc.compile(spec, model).eval()
     perturb(compiled)
     compiled.export(tmp_path / "adapter", "peft")
-    merged = compiled.merge(weights="full").to_transformers()
+    merged = compiled.merge(base="full").to_transformers()
     packed = {name.rpartition(".")[0] for name in compiled.compilation.store.packed}
     judge = peft.PeftModel.from_pretrained(in_4_bits(model, packed), tmp_path / "adapter")
     found = 0

@@ -32,7 +32,7 @@ def test_full_precision(family: str, method: str, kind: str) -> None:
 def test_a_plain_model(tmp_path: Path) -> None:
     """A folder that transformers loads, without a word of quantisation."""
     compiled = adapted("llama", "lora", "nf4")
-    merged = compiled.merge(weights="full")
+    merged = compiled.merge(base="full")
     merged.save(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert type(loaded) is type(tiny("llama"))
@@ -49,12 +49,12 @@ def test_a_decision_is_needed() -> None:
         with pytest.raises(GraftError, match="GC165"):
             merge()
         with pytest.raises(GraftError, match="GC073"):
-            merge(weights="half")
+            merge(base="half")
     plain = graftc.compile(spec_of("bert", "lora"), tiny("bert")).eval()
     perturb(plain)
     with pytest.raises(GraftError, match="GC166"):
-        plain.merge(weights="requantized")
-    assert plain.merge(weights="full").certificate.passed
+        plain.merge(base="requantized")
+    assert plain.merge(base="full").certificate.passed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,7 +62,7 @@ def test_requantised(kind: str) -> None:
     """What changed is the nearest that the packing has to the exact fold; all else keeps its codes to the bit. The
     certificate's figures are those that follow from the tensors."""
     compiled = adapted("gpt2", "lora", kind)
-    merged, exact = compiled.merge(weights="requantized"), compiled.merge(weights="full")
+    merged, exact = compiled.merge(base="requantized"), compiled.merge(base="full")
     before, after = compiled._graftc._store, merged._graftc._store
     changed = {step.weight.tensor for step in _steps(compiled)}
     assert after.packed == before.packed and changed < set(before.packed)
@@ -100,26 +100,26 @@ def test_small_updates_are_lost() -> None:
     perturb(compiled)
     values = {name: tensor * 0.03 for name, tensor in compiled.adapter_state_dict().items()}
     compiled.load_adapter_state_dict(values)
-    assert compiled.merge(weights="full").certificate.retention.norm > 0.999
+    assert compiled.merge(base="full").certificate.retention.norm > 0.999
     with pytest.warns(GraftWarning, match=r"packing as nf4 leaves .* of the update"):
-        merged = compiled.merge(weights="requantized")
+        merged = compiled.merge(base="requantized")
     assert merged.certificate.retention.norm < 0.5
     tiny_ones = {name: tensor * 1e-6 for name, tensor in values.items()}
     compiled.load_adapter_state_dict(tiny_ones)
     with pytest.raises(GraftError, match=r"GC104.*packing as nf4"):
-        compiled.merge(weights="requantized")
+        compiled.merge(base="requantized")
 
 
 def test_a_budget() -> None:
     """The outputs of what was packed again keep to what is asked for."""
     compiled = adapted("llama", "lora", "int4")
     with pytest.raises(GraftError, match="GC051"):
-        compiled.merge(weights="requantized", budget=1e-3)
+        compiled.merge(base="requantized", budget=1e-3)
 
 
 def test_requantised_has_no_plain_form(tmp_path: Path) -> None:
     """No folder and no class of transformers holds packed weights; the parts are in its state dict."""
-    merged = adapted("llama", "lora", "int8").merge(weights="requantized")
+    merged = adapted("llama", "lora", "int8").merge(base="requantized")
     for refused in (merged.to_transformers, lambda: merged.save(tmp_path / "merged")):
         with pytest.raises(GraftError, match="GC166"):
             refused()
@@ -131,14 +131,14 @@ def test_the_compiled_model_stays() -> None:
     """Merging writes to no tensor of the base."""
     compiled = adapted("bert", "dora", "int4")
     before = {name: tensor.clone() for name, tensor in compiled.state_dict().items() if torch.is_tensor(tensor)}
-    compiled.merge(weights="full")
-    compiled.merge(weights="requantized")
+    compiled.merge(base="full")
+    compiled.merge(base="requantized")
     after = compiled.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("weights", ["full", "requantized"])
-def test_partial(weights: Any) -> None:
+@pytest.mark.parametrize("base", ["full", "requantized"])
+def test_partial(base: Any) -> None:
     """What does not fold is compiled on the new base, plain or packed."""
     spec = {
         "adapt": [
@@ -149,18 +149,18 @@ def test_partial(weights: Any) -> None:
     }
     compiled = graftc.compile(spec, tiny("bert")).eval()
     perturb(compiled)
-    made = compiled.merge_partially(weights=weights)
+    made = compiled.merge_partially(base=base)
     assert made.folded == ("lora",) and set(made.kept) == {"bottleneck"}
-    assert bool(made.compiled.compilation.store.packed) is (weights == "requantized")
+    assert bool(made.compiled.compilation.store.packed) is (base == "requantized")
     inputs = inputs_for(compiled)
     difference = largest_difference(outputs_of(made.compiled, inputs), outputs_of(compiled, inputs))
-    assert difference < (1e-4 if weights == "full" else 0.1)
+    assert difference < (1e-4 if base == "full" else 0.1)
 
 
 def test_streamed_tensors() -> None:
     """Merged tensors one by one are the values, by the names of a plain model."""
     compiled = adapted("gpt2", "lora", "nf4")
-    merged = compiled.merge(weights="full").to_transformers().state_dict()
+    merged = compiled.merge(base="full").to_transformers().state_dict()
     made = dict(compiled.merged_state_dict())
     assert made.keys() == merged.keys()
     assert all(torch.equal(tensor, merged[name]) for name, tensor in made.items())
@@ -171,14 +171,14 @@ def test_half_precision() -> None:
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}], "base": {"quantize": "nf4"}}
     compiled = graftc.compile(spec, tiny("llama").bfloat16()).eval()
     perturb(compiled)
-    merged = compiled.merge(weights="full").folded_state_dict()
+    merged = compiled.merge(base="full").folded_state_dict()
     name = "model.layers.0.self_attn.q_proj.weight"
-    wide = compiled.merge(weights="full", dtype=torch.float32)
+    wide = compiled.merge(base="full", dtype=torch.float32)
     assert merged[name].dtype == torch.bfloat16 and wide.folded_state_dict()[name].dtype == torch.float32
     assert torch.equal(wide.folded_state_dict()[name].bfloat16(), merged[name])
     assert wide.certificate.retention.norm > 0.9999
     with pytest.raises(GraftError, match="GC073"):
-        compiled.merge(weights="requantized", dtype=torch.float32)
+        compiled.merge(base="requantized", dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def require_changed(certificate: Certificate, allow_unchanged: bool = False) -> 
         return
     if certificate.requantised:
         kinds = ", ".join(dict.fromkeys(item.packing.partition(" ")[0] for item in certificate.requantised))
-        to, wider = f"packing as {kinds}", 'weights="full" (--weights full) keeps it'
+        to, wider = f"packing as {kinds}", 'base="full" (--base full) keeps it'
     if retention.unchanged and not allow_unchanged:
         sites = len(dict.fromkeys(site.site for site in certificate.sites))
         where = "the only site" if sites == 1 else f"all {sites} sites"

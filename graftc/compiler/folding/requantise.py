@@ -25,7 +25,7 @@ from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.errors.diagnostics import GraftError
 
-Weights: TypeAlias = Literal["full", "requantized"]
+BaseForm: TypeAlias = Literal["full", "requantized"]
 """What a merge makes of packed weights: see `Compiled.merge`."""
 
 REQUANTISED_BUDGET: Mapping[str, float] = {"int8": 0.05}
@@ -91,7 +91,7 @@ def _packed(store: Store, name: str, own: PackedType, folded: Tensor, same: Tens
         return own.packing.repacked(folded, [store.full(part) for part in own.names(name)], same)
     except NotImplementedError as error:
         message = f"{name} is packed as {own.packing.kind!r}, which graftc reads and does not write"
-        raise GraftError("GC166", message, hint='merge with weights="full" (--weights full)') from error
+        raise GraftError("GC166", message, hint='merge with base="full" (--base full)') from error
 
 
 def _parts(name: str, steps: Iterable[FoldStep]) -> list[tuple[str, WeightSlice]]:

@@ -11,6 +11,8 @@ import typer
 from graftc.runtime.cli.options import (
     AllowUnchanged,
     ArtifactArgument,
+    BaseChoice,
+    BaseFormOption,
     BaseOption,
     Budget,
     DryRun,
@@ -19,14 +21,12 @@ from graftc.runtime.cli.options import (
     FormatOption,
     Json,
     Out,
-    WeightsForm,
-    WeightsOption,
     destination,
 )
 from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
-    from graftc.compiler.folding.requantise import Weights
+    from graftc.compiler.folding.requantise import BaseForm
     from graftc.runtime.compiled import Compiled
     from graftc.runtime.deploy.merged import Merged
     from graftc.runtime.deploy.partial import Partial
@@ -55,7 +55,7 @@ def export(
     ] = None,
     budget: Budget = None,
     allow_unchanged: AllowUnchanged = False,
-    weights: WeightsOption = None,
+    base: BaseFormOption = None,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="TYPE", help="Type of the matrices in a GGUF file: f32, f16 or bf16.")
     ] = "f32",
@@ -120,7 +120,7 @@ def export(
 
             require_known(compiled, names)
         step("folding and certifying" if merge else "exporting")
-        merged = _folded(compiled, budget, names, weights, allow_unchanged) if merge else None
+        merged = _folded(compiled, budget, names, base, allow_unchanged) if merge else None
         if to is not None:
             step("exporting")
             _write(merged or compiled.eval(), to, format, names, dtype, force=force)
@@ -228,7 +228,7 @@ def _folded(
     compiled: Compiled,
     budget: float | None,
     inputs: Sequence[str],
-    weights: WeightsForm | None,
+    base: BaseChoice | None,
     allow_unchanged: bool,
 ) -> Merged | Partial:
     """What folds in the weights; of the rest nothing but what the inputs name.
@@ -236,11 +236,12 @@ def _folded(
     Raises:
         GraftError: GC050 for what does not fold and is no input; as `Compiled.merge`.
     """
+    form = cast("BaseForm | None", base)
     if not inputs:
-        return compiled.merge(budget=budget, weights=cast("Weights | None", weights), allow_unchanged=allow_unchanged)
+        return compiled.merge(budget=budget, base=form, allow_unchanged=allow_unchanged)
     from graftc.runtime.deploy.partial import merge_what_folds
 
-    made = merge_what_folds(compiled, budget, weights=cast("Weights | None", weights), allow_unchanged=allow_unchanged)
+    made = merge_what_folds(compiled, budget, base=form, allow_unchanged=allow_unchanged)
     composed = {composition.name for composition in compiled.compilation.spec.compose}
     for name, reason in made.kept.items():
         if name not in inputs and name not in composed:

@@ -10,6 +10,7 @@ import typer
 from graftc.runtime.cli.options import (
     AllowUnchanged,
     ArtifactArgument,
+    BaseFormOption,
     BaseOption,
     Budget,
     DryRun,
@@ -18,7 +19,6 @@ from graftc.runtime.cli.options import (
     Force,
     Json,
     Out,
-    WeightsOption,
     destination,
 )
 
@@ -49,7 +49,7 @@ def merge(
         ),
     ] = False,
     dtype: DTypeOption = None,
-    weights: WeightsOption = None,
+    base: BaseFormOption = None,
     allow_unchanged: AllowUnchanged = False,
     dry_run: DryRun = False,
     force: Force = False,
@@ -75,7 +75,7 @@ def merge(
 
         compiled = load(directory, model)
         advance = time_left(step, "folding and certifying")
-        options: Any = {"dtype": _element_type(dtype), "weights": weights, "allow_unchanged": allow_unchanged}
+        options: Any = {"dtype": _element_type(dtype), "base": base, "allow_unchanged": allow_unchanged}
         if partial:
             made = merge_what_folds(compiled, budget, advance, **options)
         else:

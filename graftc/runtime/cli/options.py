@@ -14,6 +14,8 @@ from graftc.specs.errors.diagnostics import GraftError
 __all__ = [
     "AllowUnchanged",
     "ArtifactArgument",
+    "BaseChoice",
+    "BaseFormOption",
     "BaseOption",
     "Budget",
     "Certify",
@@ -30,8 +32,6 @@ __all__ = [
     "Out",
     "Seed",
     "SpecArgument",
-    "WeightsForm",
-    "WeightsOption",
     "destination",
 ]
 
@@ -57,7 +57,7 @@ class DType(StrEnum):
     FLOAT32 = "float32"
 
 
-class WeightsForm(StrEnum):
+class BaseChoice(StrEnum):
     """What a merge makes of a quantised base's weights."""
 
     FULL = "full"
@@ -108,10 +108,10 @@ DTypeOption: TypeAlias = Annotated[
         show_default=False,
     ),
 ]
-WeightsOption: TypeAlias = Annotated[
-    WeightsForm | None,
+BaseFormOption: TypeAlias = Annotated[
+    BaseChoice | None,
     typer.Option(
-        "--weights",
+        "--base",
         help="What becomes of a quantised base's weights: all in full precision, or those that change packed again.",
         show_default=False,
     ),

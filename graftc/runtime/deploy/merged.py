@@ -20,7 +20,7 @@ from graftc.compiler.folding.certify import Advance, Folded, added_bias, fold_te
 from graftc.compiler.folding.collapse import collapse_evidence
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.compiler.folding.fold_plan import FoldPlan, fold_plan
-from graftc.compiler.folding.requantise import Repacked, Weights, budget_of, requantised
+from graftc.compiler.folding.requantise import BaseForm, Repacked, budget_of, requantised
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
@@ -183,13 +183,13 @@ def merge(
     advance: Advance = lambda _: None,
     *,
     dtype: torch.dtype | None = None,
-    weights: Weights | None = None,
+    base: BaseForm | None = None,
     allow_unchanged: bool = False,
 ) -> Merged:
     """Fold and certify. See `Compiled.merge`."""
-    require_decided(compiled, weights)
-    runner = widened(compiled, dtype, weights)
-    merged = fold(runner, budget, every=True, advance=advance, weights=weights)
+    require_decided(compiled, base)
+    runner = widened(compiled, dtype, base)
+    merged = fold(runner, budget, every=True, advance=advance, base=base)
     require_passed(merged.certificate)
     require_changed(merged.certificate, allow_unchanged)
     merged._graftc.certificate = of_the_base(merged.certificate, runner, compiled)
@@ -208,24 +208,24 @@ def require_passed(certificate: Certificate) -> None:
         raise GraftError("GC051", "the fold is not certified: " + "; ".join(failures[:3]), hint=hint, details=failures)
 
 
-def require_decided(compiled: Compiled | CompiledRunner, weights: Weights | None) -> None:
+def require_decided(compiled: Compiled | CompiledRunner, base: BaseForm | None) -> None:
     """Refuse a merge into packed weights of which it is not said what becomes of them.
 
     Raises:
         GraftError: GC073 for what is neither, GC165 where a decision is missing, GC166 where there is none to take.
     """
     store = runner_of(compiled).compilation.store
-    if weights not in (None, *get_args(Weights)):
-        raise GraftError("GC073", f"weights={weights!r} is not known", hint='write "full" or "requantized"')
-    if store.packed and weights is None:
+    if base not in (None, *get_args(BaseForm)):
+        raise GraftError("GC073", f"base={base!r} is not known", hint='write "full" or "requantized"')
+    if store.packed and base is None:
         kinds = ", ".join(dict.fromkeys(own.packing.kind for own in store.packed.values()))
         hint = (
-            'weights="full" (--weights full) makes a model in full precision, weights="requantized" packs what changed '
+            'base="full" (--base full) makes a model in full precision, base="requantized" packs what changed '
             "again, with a measured error; export and save keep the adapters beside the packed base as they are"
         )
         raise GraftError("GC165", f"the base's weights are packed ({kinds}), and have no room for an update", hint=hint)
-    if weights == "requantized" and not store.packed:
-        raise GraftError("GC166", "no weight of the base is packed", hint="leave weights out: a merge rounds once")
+    if base == "requantized" and not store.packed:
+        raise GraftError("GC166", "no weight of the base is packed", hint="leave base out: a merge rounds once")
 
 
 def require_weights(runner: CompiledRunner) -> None:
@@ -245,7 +245,7 @@ def fold(
     every: bool = False,
     only: Sequence[str] | None = None,
     advance: Advance = lambda _: None,
-    weights: Weights | None = None,
+    base: BaseForm | None = None,
 ) -> Merged:
     """Fold what folds. The certificate may say that it did not pass.
 
@@ -255,7 +255,7 @@ def fold(
         every: all adaptations have to fold.
         only: these have to fold, and no others do; None for all that fold.
         advance: is told how much of the folding is done, from 0 to 1.
-        weights: what becomes of packed weights, see `Compiled.merge`. By default those that change are in full
+        base: what becomes of packed weights, see `Compiled.merge`. By default those that change are in full
             precision, and the others stay packed: what a certificate needs.
 
     Raises:
@@ -274,9 +274,9 @@ def fold(
         unfolded = take_out(compilation.program("eval"), found.kept) if found.kept else None
         made = fold_tensors(compilation, found.lazy, unfolded, advance=advance)
         repacked = Repacked()
-        if weights == "requantized":
+        if base == "requantized":
             made, repacked = requantised(compilation.store, found.lazy, made)
-        merged = Merged(MergedRunner(compilation, found, made, repacked.packed, full=weights == "full"))
+        merged = Merged(MergedRunner(compilation, found, made, repacked.packed, full=base == "full"))
         merged._graftc.certificate = _certify(runner, merged._graftc, made, repacked, budget)
     return merged
 

@@ -16,7 +16,7 @@ from graftc.compiler.folding.certificate import Certificate, require_changed
 from graftc.compiler.folding.certify import Advance
 from graftc.compiler.folding.collapse import collapsed_spec, collapsed_values
 from graftc.compiler.folding.differences import largest_difference
-from graftc.compiler.folding.requantise import Weights
+from graftc.compiler.folding.requantise import BaseForm
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
@@ -94,13 +94,13 @@ def merge_partially(
     budget: float | None = None,
     *,
     only: Sequence[str] | None = None,
-    weights: Weights | None = None,
+    base: BaseForm | None = None,
     allow_unchanged: bool = False,
 ) -> Partial:
     """Fold what folds, and compile what does not on the result, collapsed where it has a simpler form. See
     `Compiled.merge_partially`."""
-    require_decided(compiled, weights)
-    merged = _folded(compiled, budget, only=only, weights=weights, allow_unchanged=allow_unchanged)
+    require_decided(compiled, base)
+    merged = _folded(compiled, budget, only=only, base=base, allow_unchanged=allow_unchanged)
     return _partial(compiled, merged)
 
 
@@ -110,10 +110,10 @@ def _folded(
     advance: Advance = lambda _: None,
     *,
     only: Sequence[str] | None = None,
-    weights: Weights | None,
+    base: BaseForm | None,
     allow_unchanged: bool,
 ) -> Merged:
-    merged = fold(compiled, budget, only=only, advance=advance, weights=weights)
+    merged = fold(compiled, budget, only=only, advance=advance, base=base)
     _require_any(merged)
     require_passed(merged.certificate)
     require_changed(merged.certificate, allow_unchanged)
@@ -151,7 +151,7 @@ def merge_what_folds(
     advance: Advance = lambda _: None,
     *,
     dtype: torch.dtype | None = None,
-    weights: Weights | None = None,
+    base: BaseForm | None = None,
     allow_unchanged: bool = False,
 ) -> Merged | Partial:
     """A merged model where everything folds, and otherwise what `merge_partially` gives.
@@ -160,14 +160,14 @@ def merge_what_folds(
         compiled: what to merge.
         budget: as for `Compiled.merge`.
         advance: is told how much of the folding is done, from 0 to 1.
-        dtype, weights, allow_unchanged: as for `Compiled.merge`.
+        dtype, base, allow_unchanged: as for `Compiled.merge`.
 
     Raises:
         GraftError: as `merge_partially`; GC073 for a dtype that is not wider.
     """
-    require_decided(compiled, weights)
-    runner = widened(compiled, dtype, weights)
-    merged = _folded(runner, budget, advance, weights=weights, allow_unchanged=allow_unchanged)
+    require_decided(compiled, base)
+    runner = widened(compiled, dtype, base)
+    merged = _folded(runner, budget, advance, base=base, allow_unchanged=allow_unchanged)
     merged._graftc.certificate = of_the_base(merged.certificate, runner, compiled)
     return _partial(runner, merged) if merged.kept else merged
 

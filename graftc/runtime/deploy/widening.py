@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.capture.fingerprint import identify
 from graftc.compiler.folding.certificate import Certificate
-from graftc.compiler.folding.requantise import Weights
+from graftc.compiler.folding.requantise import BaseForm
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.passes.core.packing.modules import hold_values
 from graftc.runtime.model.runner import runner_of
@@ -28,7 +28,7 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def widened(
-    compiled: Compiled | CompiledRunner, dtype: torch.dtype | None, weights: Weights | None = None
+    compiled: Compiled | CompiledRunner, dtype: torch.dtype | None, base: BaseForm | None = None
 ) -> CompiledRunner:
     """The compiled model with every 16-bit tensor in ``dtype``: the base's values are the same, to the bit.
 
@@ -50,8 +50,8 @@ def widened(
         hint = "merge in the base's own dtype and cast the result: casting rounds what no adaptation changes as well"
         raise GraftError("GC073", message, hint=hint)
     compilation, spec = runner.compilation, runner.compilation.spec
-    if weights == "requantized":
-        raise GraftError("GC073", "packed weights keep their type", hint='leave dtype out, or write weights="full"')
+    if base == "requantized":
+        raise GraftError("GC073", "packed weights keep their type", hint='leave dtype out, or write base="full"')
     values = {name: _wide(tensor, dtype) for name, tensor in adapter_values(compilation.store)}
     axes = [replace(axis, dtype=dtype) if axis.dtype in NARROW else axis for axis in compilation.main.axes]
     made: CompiledRunner = runner_of(runner.sibling(unquantised(spec), values, _copy(compilation.source, dtype), axes))

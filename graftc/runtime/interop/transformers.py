@@ -34,7 +34,7 @@ def require_plain(store: Store) -> None:
     """
     if store.packed:
         message = "the merged model's weights are packed again, which no class of transformers holds"
-        hint = 'merge with weights="full" (--weights full), or export to ONNX or .pt2, which hold what is packed'
+        hint = 'merge with base="full" (--base full), or export to ONNX or .pt2, which hold what is packed'
         raise GraftError("GC166", message, hint=hint)
 
 

@@ -70,7 +70,7 @@ def _check_folds(artifact: Artifact) -> None:
         raise GraftError("GC050", kept.reason)
     if spec.base.quantize is not None:
         message = f"the spec of {artifact.path} quantises the base, whose files have other values"
-        raise GraftError("GC103", message, hint="merge in memory, without --stream: graftc merge DIR --weights full")
+        raise GraftError("GC103", message, hint="merge in memory, without --stream: graftc merge DIR --base full")
     if spec.compose or spec.tokens is not None or spec.untie:
         what = (
             "combines adaptations" if spec.compose else "adds tokens" if spec.tokens is not None else "unties tensors"

@@ -541,14 +541,14 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "The weights of the base are quantised, and an update is mostly smaller than the steps between their values: a "
      "merge either makes a model in full precision, which is exact and takes the room of one, or packs the weights "
      "that change again, which loses some of the update and disturbs the rest.",
-     "`merge(weights=\"full\")` (`--weights full`), or `merge(weights=\"requantized\")`, whose certificate says what "
+     "`merge(base=\"full\")` (`--base full`), or `merge(base=\"requantized\")`, whose certificate says what "
      "was lost; or deploy the adapters beside the packed base: `save`, and `export` of the compiled model "
      "(`--no-merge`)."),
     ("GC166", _NO, "packed weights have no place there",
      "A merged model whose weights were packed again is no plain model of transformers, so that it has no folder and "
      "no `to_transformers`; some packings are read and not written; and a base in full precision has nothing to pack "
      "again.",
-     "`merge(weights=\"full\")`, or export what is packed to ONNX or `.pt2`."),
+     "`merge(base=\"full\")`, or export what is packed to ONNX or `.pt2`."),
     ("GC170", _SPEC, "the weights before quantising are not known",
      "`init: loftq` starts from what quantising took from the weights. That is known where the spec quantises them, "
      "and not of a model that was loaded quantised, nor of sites that are not quantised.",
