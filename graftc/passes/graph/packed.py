@@ -6,6 +6,8 @@ its parts, and makes the values beside each reader, where they live no longer th
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import fx
 
 from graftc.passes.core.ir.inference import Inference
@@ -32,23 +34,25 @@ def reading_weights(graph: fx.Graph) -> None:
                 graph.erase_node(part)
 
 
-def reading_parts(program: Program, store: Store) -> Program:
+def reading_parts(program: Program, store: Store, but: Collection[str] = ()) -> Program:
     """A copy of a Program that reads the parts of packed weights, as it can be run or exported; the Program itself
     where it reads no such weight.
 
     Args:
         program: stays as it is.
         store: says which weights are packed.
+        but: names of weights that it reads as before.
     """
-    if not any(str(node.target) in store.packed for node in program.graph.find_nodes(op="get_attr")):
+    packed = {name: own for name, own in store.packed.items() if name not in but}
+    if not any(str(node.target) in packed for node in program.graph.find_nodes(op="get_attr")):
         return program
     made = program.copy()
     graph, types = made.graph, Inference(made)
     for node in list(graph.find_nodes(op="get_attr")):
         name = str(node.target)
-        if name not in store.packed:
+        if name not in packed:
             continue
-        own, parts = store.packed[name], []
+        own, parts = packed[name], []
         for part in own.names(name):
             with graph.inserting_before(node):
                 parts.append(graph.create_node("get_attr", part))

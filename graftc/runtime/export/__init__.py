@@ -61,7 +61,7 @@ def export_model(
     beside = companions_of(path, inputs)
     companions = (f"{path.name}.data", *beside.values())
     check_destination(path, force=force, companions=companions)
-    module = ExportModule(runner, signature, inputs)
+    module = ExportModule(runner, signature, inputs, apart=format == "onnx")
     write = prepare(module, metadata(runner, inputs, certificate))
     with staged(path, force=force, companions=companions) as file:
         write(file)

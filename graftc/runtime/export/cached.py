@@ -59,7 +59,7 @@ class CachedModule(ExportModule):
 
     def __init__(self, runner: ModelRunner, signature: Signature, file: CachedFile) -> None:
         self._file = file
-        super().__init__(runner, signature)
+        super().__init__(runner, signature, apart=True)
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -91,12 +91,22 @@ def as_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
                 graph.erase_node(node)
 
 
-def without(root: Store, program: Program, names: Iterable[str]) -> Store:
-    """A Store of what a Program reads, less the tensors that are inputs."""
+def without(root: Store, program: Program, names: Iterable[str], constants: Mapping[str, Tensor]) -> Store:
+    """A Store of what a Program reads, less the tensors that are inputs.
+
+    Args:
+        root: has the tensors.
+        program: what reads them.
+        names: of the tensors that are inputs.
+        constants: what it reads beside those of ``root``, by name.
+    """
     found, taken = Store(), set(names)
     for node in program.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         if name in found or name in taken:
+            continue
+        if name in constants:
+            found.add_buffer(name, constants[name], persistent=True)
             continue
         path, _, last = name.rpartition(".")
         owner, tensor = root.owner(path), root.get(name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +17,12 @@ from graftc.passes.core.ir.codegen import function_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Signature
 from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
+from graftc.passes.core.packing.forms import Entries, Steps
+from graftc.passes.core.packing.packing import PackedType, Packing
+from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.packed import reading_parts
 from graftc.runtime.export.inputs import ADAPTER_TENSORS, as_inputs, tensors_of, without
+from graftc.runtime.export.settled import settled
 
 if TYPE_CHECKING:
     from graftc.runtime.model.runner import ModelRunner
@@ -31,6 +37,36 @@ def _decomposed(program: Program, inputs: Sequence[str]) -> fx.Graph:
     return graph
 
 
+@dataclass(frozen=True)
+class PackedWeight(PackedType):
+    """A packed weight of an exported graph, with what makes its form anew."""
+
+    parts: Callable[[], Sequence[Tensor]]
+
+    def form(self) -> Steps | Entries:
+        """What other software would have of it."""
+        found = self.packing.form(self.parts(), self.shape)
+        assert found is not None
+        return found
+
+
+def known_weights(program: Program, store: Store) -> dict[str, PackedWeight]:
+    """The packed weights that a Program reads and of which other software knows the form, by name."""
+    found: dict[str, PackedWeight] = {}
+    for node in program.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name in store.packed and name not in found:
+            own = store.packed[name]
+            if type(own.packing).form is not Packing.form:
+                made = partial(_parts, store, own.names(name))
+                found[name] = PackedWeight(own.packing, own.shape, own.dtype, made)
+    return found
+
+
+def _parts(store: Store, names: Sequence[str]) -> list[Tensor]:
+    return [store.full(name) for name in names]
+
+
 class ExportModule:
     """One eval Program as a module, which has nothing else but the tensors that the Program reads.
 
@@ -38,36 +74,54 @@ class ExportModule:
         runner: the compiled or merged model.
         signature: the one that is exported.
         names: adaptations whose tensors are inputs.
+        apart: packed weights are inputs too, where their packing is one that other software knows.
 
     Attributes:
         module: the module.
         program: what it computes.
         axes: the model's own inputs.
         adaptations: the tensors that are inputs too, by adaptation and full name.
-        tensors: the same by full name, in the order of inputs.
+        tensors: the same by full name, in the order of inputs, with packed weights behind them.
+        packed: the types of these weights, with what other software would have of them.
         inputs: example inputs.
 
     Raises:
         GraftError: as `graftc.runtime.export.inputs.tensors_of`.
     """
 
-    def __init__(self, runner: ModelRunner, signature: Signature, names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, runner: ModelRunner, signature: Signature, names: Sequence[str] = (), *, apart: bool = False
+    ) -> None:
         store = runner._store
-        self.program: Program = reading_parts(runner._program_of(runner.key(signature, "eval")), store)
+        program = runner._program_of(runner.key(signature, "eval"))
+        self.adaptations = tensors_of(runner, program, names)
+        self.tensors = {name: tensor for own in self.adaptations.values() for name, tensor in own.items()}
+        constants: dict[str, Tensor] = {}
+        if apart and store.packed:
+            with torch.no_grad():
+                program, constants = settled(program, store, self.tensors)
+        self.packed = known_weights(program, store) if apart else {}
+        self.tensors |= {name: store.get(name) for name in self.packed}
+        self.program: Program = reading_parts(program, store, self.packed)
         self.config = getattr(runner, "config", None)
         self._base, self._tensors = runner._compilation.program("train", "base", signature), store
-        self.adaptations = tensors_of(runner, self.program, names)
-        self.tensors = {name: tensor for own in self.adaptations.values() for name, tensor in own.items()}
         every = [Axis(s.name, s.dtype, s.shape) for s in self.program.inputs]
         self.axes = every  # which of them varies by name is asked below
         self.axes = [axis for axis in every if self.taken(axis)]
-        self.inputs: Mapping[str, Any] = self.sample(sizes=(3, 7))
+        self.inputs: Mapping[str, Any] = self._traced(self.sample(sizes=(3, 7)))
         self.module = nn.Module()
-        without(store, self.program, self.tensors).rehome(self.module)
+        without(store, self.program, self.tensors, constants).rehome(self.module)
         self._function = function_of(_decomposed(self.program, list(self.tensors)), self.module, runner.device)
         vars(self.module).update(forward=self._flat(), training=False)
         if self.config is not None:
             vars(self.module).update(config=self.config)
+
+    def _traced(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs, with what has no values and takes no memory in the place of packed weights."""
+        if not self.packed:
+            return inputs
+        empty = {name: torch.zeros((), dtype=own.dtype).expand(own.shape) for name, own in self.packed.items()}
+        return {**inputs, ADAPTER_TENSORS: {**inputs[ADAPTER_TENSORS], **empty}}
 
     def _flat(self) -> Callable[..., dict[str, Any]]:
         names, outputs, axes = self.program.signature, self.program.outputs.names, self.axes
@@ -123,7 +177,7 @@ class ExportModule:
         these in reverse with another, which tells a graph that has them as constants."""
         inputs: dict[str, Any] = self._taken(self._sample(seed, sizes, held))
         if self.tensors:
-            turned = {n: t.flip(0) if seed and t.dim() else t for n, t in self.tensors.items()}
+            turned = {n: t.flip(0) if seed and t.dim() and n not in self.packed else t for n, t in self.tensors.items()}
             inputs[ADAPTER_TENSORS] = turned
         return inputs
 
@@ -146,4 +200,5 @@ class ExportModule:
     def flat(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Inputs by the names that a graph without containers has for them."""
         own = {name: value for name, value in inputs.items() if name != ADAPTER_TENSORS}
-        return {**own, **inputs.get(ADAPTER_TENSORS, {})}
+        given = {name: t for name, t in inputs.get(ADAPTER_TENSORS, {}).items() if name not in self.packed}
+        return {**own, **given}

@@ -18,6 +18,7 @@ from graftc.compiler.capture.past import PAST
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.passes.core.ir.past_inputs import is_past
 from graftc.runtime.export.module import ExportModule
+from graftc.runtime.export.onnx_packed import OPSET, lower_packed
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
 TOLERANCE = 1e-4
@@ -40,18 +41,20 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
     try:
         with _quiet():
             exporters: Any = importlib.import_module("transformers.exporters")
-            config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=module.dynamic_shapes())
+            own = {"opset_version": OPSET} if module.packed else {}
+            config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=module.dynamic_shapes(), **own)
             exported = exporters.OnnxExporter().export(module.module, dict(module.inputs), config=config)
     except Exception as error:
         raise GraftError("GC060", f"the ONNX exporter failed: {first_line(error)}") from error
     model = exported.program
     _name_tensors(model, module)
     _name_axes(ir, model, module)
+    lower_packed(model, module.packed)
     model.metadata_props.update(metadata)
     model.producer_name = "graftc"
 
     def write(path: Path) -> None:
-        size = sum(t.numel() * t.element_size() for t in module.module.state_dict().values())
+        size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
         beside = {"external_data": f"{path.name}.data"} if size > LARGE else {}
         ir.save(model, str(path), **beside)
         try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.packing.blockwise import pairs_by_byte
+from graftc.passes.core.packing.forms import Steps
 from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
 
 
@@ -66,6 +67,15 @@ class Affine(Packing):
         """See `Packing.keeping`. Whole rows are kept."""
         rows = same.all(-1, keepdim=True)
         return [torch.where(rows, old, new) for old, new in zip(parts, made, strict=True)]
+
+    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Steps:
+        """See `Packing.form`."""
+        width = shape[-2] if self.transposed else shape[-1]
+        scales, group = from_bytes(parts[1]), self.group or width
+        if self.kind == "int8":
+            return Steps(8, parts[0] ^ 128, scales, None, group)
+        codes = torch.stack([parts[0] & 15, parts[0] >> 4], dim=-1).flatten(-2)[..., :width]
+        return Steps(4, codes, scales, parts[2], group)
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Packing.unpack`."""

@@ -16,6 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from graftc.passes.core.packing.forms import Entries
 from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
 
 # fmt: off
@@ -118,6 +119,11 @@ class Blockwise(Packing):
         codes = kept.repeat_interleave(self.group // 2)[: len(made[0])]
         each = (codes.reshape(-1, 1), kept.reshape(-1, 1))
         return [torch.where(mask, old, new) for mask, old, new in zip(each, parts, made, strict=True)]
+
+    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Entries:
+        """See `Packing.form`."""
+        scales = self._scales(parts[1], parts[2:])
+        return Entries(self.kind, parts[0].reshape(-1), table_of(self.kind), scales, self.group)
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Packing.unpack`."""

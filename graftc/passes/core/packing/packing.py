@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from graftc.passes.core.packing.forms import Entries, Steps
+
 PACKINGS: dict[str, type[Packing]] = {}
 """By kind."""
 
@@ -77,6 +79,16 @@ class Packing(ABC):
     def keeping(self, made: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
         """New parts, with the old ones in the place of groups that are the ``same``, which is as the codes are."""
         return made
+
+    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Steps | Entries | None:
+        """What other software would have of a weight, in the axes of its codes (see `transposed`); None where it is
+        neither of these.
+
+        Args:
+            parts: as `packed` gives them.
+            shape: of the weight.
+        """
+        return None
 
     def values(
         self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, *, traced: bool = True

@@ -1,0 +1,45 @@
+"""What packed weights are to other software: whole numbers in steps, or entries of a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Steps:
+    """``(code - zero) * scale``, with scales and zero points for groups of the last axis.
+
+    Attributes:
+        bits: of a code, 4 or 8.
+        codes: ``uint8[..., rows, in]``, 0 to ``2**bits - 1``, one of them in each byte.
+        scales: ``float32[..., rows, groups]``.
+        zeros: ``uint8`` of the shape of ``scales``; None is half of the range everywhere.
+        group: how many inputs share a scale; the last group may be shorter.
+    """
+
+    bits: int
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    group: int
+
+
+@dataclass(frozen=True)
+class Entries:
+    """``table[code] * scale``, with scales for blocks of the whole weight, row by row.
+
+    Attributes:
+        kind: ``nf4`` or ``fp4``.
+        codes: ``uint8``, two of 4 bits in a byte, the first of them in its upper half.
+        table: ``float32[16]``.
+        scales: ``float32[blocks]``.
+        group: how many values share a scale; the last block may be shorter.
+    """
+
+    kind: str
+    codes: Tensor
+    table: Tensor
+    scales: Tensor
+    group: int

@@ -1,0 +1,273 @@
+"""Packed weights in ONNX files: codes and scales as they are stored, and operators of ONNX Runtime that read them.
+
+A weight that nothing but linear maps reads is multiplied by ``MatMulNBits`` or ``MatMulBnb4``, which never make it
+whole. Everywhere else it is made by ``DequantizeLinear`` when a call needs it. ONNX Runtime computes what hangs on
+constants alone when it loads a file, and would keep the result in full precision, but leaves that operator out.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftc.passes.core.packing.forms import Entries, Steps
+from graftc.runtime.export.module import PackedWeight
+
+OPSET = 21
+"""The first in which ``DequantizeLinear`` has blocks, and 4 bits."""
+
+_CONTRIB = "com.microsoft"
+_BLOCKS = (256, 128, 64, 32, 16)
+"""Sizes of blocks that ``MatMulNBits`` has."""
+
+_WASTE = 1.07
+"""As many times the codes may be there once rows are filled up to whole blocks."""
+
+
+def lower_packed(model: Any, weights: Mapping[str, PackedWeight]) -> None:
+    """Replace inputs of a graph that are packed weights by what is stored of them, in place.
+
+    Args:
+        model: an ``onnx_ir.Model`` of opset `OPSET` at least.
+        weights: by the names of the inputs.
+    """
+    ir = importlib.import_module("onnx_ir")
+    for value in [value for value in model.graph.inputs if value.name in weights]:
+        _Lowering(ir, model, value, weights[value.name]).run()
+        model.graph.inputs.remove(value)
+    if any(node.domain == _CONTRIB for node in model.graph):
+        model.opset_imports.setdefault(_CONTRIB, 1)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A product by a weight, as it is in the graph.
+
+    Attributes:
+        node: which gives it.
+        bias: what is added, if anything.
+        between: what stands between the weight and it, if anything.
+    """
+
+    node: Any
+    bias: Any
+    between: Any
+
+
+class _Lowering:
+    """One weight."""
+
+    def __init__(self, ir: Any, model: Any, value: Any, weight: PackedWeight) -> None:
+        self.ir, self.graph, self.value, self.weight = ir, model.graph, value, weight
+        self.turned, self.name = weight.packing.transposed, value.name
+        self.form = weight.form()
+        self.before: Any = None
+
+    def run(self) -> None:
+        """Rewrite everything that reads the weight."""
+        products = self._products()
+        multiply = None if products is None else self._multiply()
+        if products is None or multiply is None:
+            self._make_dense()
+            return
+        for product in products:
+            self.before = product.node
+            found = self._node(*multiply(product.node.inputs[0]), like=product.node.outputs[0])
+            if product.bias is not None:
+                found = self._node("Add", [found, product.bias], like=product.node.outputs[0])
+            self._replace(product.node.outputs[0], found)
+            self.graph.remove(product.node, safe=True)
+            if product.between is not None and not list(product.between.outputs[0].uses()):
+                self.graph.remove(product.between, safe=True)
+
+    def _products(self) -> list[_Product] | None:
+        """What reads the weight, where all of that multiplies by it; else None."""
+        if len(self.weight.shape) != 2 or self.weight.dtype != torch.float32:
+            return None
+        found: list[_Product] = []
+        for node, place in self.value.uses():
+            if node.op_type == "Transpose" and not self.turned:
+                uses = [(user, at, node) for user, at in node.outputs[0].uses()]
+            else:
+                uses = [(node, place, None)]
+            for user, at, between in uses:
+                turned = self.turned or between is not None
+                product = self._product(user, at, between, turned)
+                if product is None:
+                    return None
+                found.append(product)
+        return found
+
+    def _product(self, node: Any, place: int, between: Any, turned: bool) -> _Product | None:
+        if place != 1:
+            return None
+        if node.op_type == "MatMul":
+            return _Product(node, None, between) if turned else None
+        if node.op_type != "Gemm" or any(_number(node, name, 1.0) != 1.0 for name in ("alpha", "beta")):
+            return None
+        if _number(node, "transA", 0) or bool(_number(node, "transB", 0)) == turned:
+            return None
+        return _Product(node, node.inputs[2] if len(node.inputs) > 2 else None, between)
+
+    def _multiply(self) -> Callable[[Any], tuple[str, list[Any], dict[str, Any], str]] | None:
+        """What multiplies inputs by the weight without making it; None where there is nothing."""
+        rows, width = self.weight.shape[::-1] if self.turned else self.weight.shape
+        sizes = {"K": width, "N": rows}
+        if isinstance(self.form, Entries):
+            if self.form.group < 16 or self.form.group & (self.form.group - 1):
+                return None
+            stored = [self._constant("codes", self.form.codes), self._constant("scales", self.form.scales)]
+            attributes = {**sizes, "block_size": self.form.group, "quant_type": int(self.form.kind == "nf4")}
+            return lambda x: ("MatMulBnb4", [x, *stored], attributes, _CONTRIB)
+        block = block_of(self.form.group, width)
+        if block is None:
+            return None
+        stored = [self._constant(name, part) for name, part in zip(_STORED, in_blocks(self.form, block), strict=False)]
+        # A level of 1 is float32: the default of what ONNX Runtime fuses itself rounds the inputs to 8 bits.
+        attributes = {**sizes, "bits": self.form.bits, "block_size": block, "accuracy_level": 1}
+        return lambda x: ("MatMulNBits", [x, *stored], attributes, _CONTRIB)
+
+    def _make_dense(self) -> None:
+        """Make the weight once, before the first that reads it."""
+        readers = {node for node, _ in self.value.uses()}
+        self.before = next(node for node in self.graph if node in readers)
+        made = self._steps(self.form) if isinstance(self.form, Steps) else self._entries(self.form)
+        self._replace(self.value, made)
+
+    def _steps(self, form: Steps) -> Any:
+        codes, scales, zeros = form.codes, form.scales, form.zeros
+        axis, size = -1, form.group
+        if self.turned:
+            codes, scales = codes.transpose(-1, -2), scales.transpose(-1, -2)
+            zeros, axis = None if zeros is None else zeros.transpose(-1, -2), -2
+        axis += codes.dim()
+        own = self.ir.DataType.UINT4 if form.bits == 4 else self.ir.DataType.UINT8
+        if zeros is None and form.bits == 8:  # without a zero point, which takes room
+            own, codes = self.ir.DataType.INT8, codes ^ 128
+        elif zeros is None:
+            zeros = torch.full_like(scales, 8, dtype=torch.uint8)
+        stored = [self._constant("codes", codes, own), self._constant("scales", scales.to(self.weight.dtype))]
+        if zeros is not None:
+            stored.append(self._constant("zeros", zeros, own))
+        attributes = {"axis": axis, "block_size": min(size, codes.shape[axis])}
+        return self._node("DequantizeLinear", stored, attributes, like=self.value)
+
+    def _entries(self, form: Entries) -> Any:
+        """The weight looked up in a table, with codes that ONNX Runtime does not take for constants."""
+        size, ir = self.weight.numel, self.ir
+        blocks = form.scales.numel()
+        pairs = torch.nn.functional.pad(form.codes, (0, -form.codes.numel() % ((blocks * form.group + 1) // 2)))
+        codes = torch.stack([pairs >> 4, pairs & 15], dim=1).reshape(-1)[: blocks * form.group]
+        one = self._constant("one", torch.ones(()))
+        numbers = self._node("DequantizeLinear", [self._constant("codes", codes, ir.DataType.UINT4), one])
+        index = self._node("Cast", [numbers], {"to": ir.DataType.INT32.value})
+        values = self._node("Gather", [self._constant("table", form.table), index], {"axis": 0})
+        grid = self._node("Reshape", [values, self._shape("grid", (blocks, form.group))])
+        scaled = self._node("Mul", [grid, self._constant("scales", form.scales.unsqueeze(1))])
+        shape = self.weight.shape
+        if self.turned:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        if blocks * form.group != size:
+            flat = self._node("Reshape", [scaled, self._shape("flat", (-1,))])
+            ends = [self._shape(name, (number,)) for name, number in (("first", 0), ("last", size))]
+            scaled = self._node("Slice", [flat, *ends])
+        found = self._node("Reshape", [scaled, self._shape("shape", shape)])
+        if self.weight.dtype != torch.float32:
+            found = self._node("Cast", [found], {"to": _type(ir, self.weight.dtype).value})
+        if self.turned:
+            order = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
+            found = self._node("Transpose", [found], {"perm": order})
+        found.shape, found.type = self.value.shape, self.value.type
+        return found
+
+    def _node(
+        self,
+        kind: str,
+        inputs: Sequence[Any],
+        attributes: Mapping[str, Any] | None = None,
+        domain: str = "",
+        *,
+        like: Any = None,
+    ) -> Any:
+        """The result of a new node before the present one."""
+        made = [self.ir.Attr(n, _kind(self.ir, v), v) for n, v in (attributes or {}).items()]
+        node = self.ir.Node(domain, kind, inputs, made)
+        self.graph.insert_before(self.before, [node])
+        found = node.outputs[0]
+        if like is not None:
+            found.shape, found.type = like.shape, like.type
+        return found
+
+    def _constant(self, part: str, tensor: Tensor, dtype: Any = None) -> Any:
+        """A constant of the file, by the weight's name."""
+        name = f"{self.name}_{part}"
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        array = tensor.detach().cpu().contiguous().numpy()
+        if dtype is not None and dtype == self.ir.DataType.UINT4:
+            array = array.astype(importlib.import_module("ml_dtypes").uint4)
+        elif dtype is not None and dtype == self.ir.DataType.INT8:
+            array = array.view(np.int8)
+        stored = self.ir.tensor(array, name=name)
+        value = self.ir.Value(name=name, shape=stored.shape, type=self.ir.TensorType(stored.dtype), const_value=stored)
+        self.graph.register_initializer(value)
+        return value
+
+    def _shape(self, part: str, sizes: Sequence[int]) -> Any:
+        return self._constant(part, torch.tensor(sizes, dtype=torch.int64))
+
+    def _replace(self, value: Any, by: Any) -> None:
+        """Let everything read another value, which takes the name where that is an output's."""
+        outputs = self.graph.outputs
+        if value in outputs:
+            name = value.name
+            value.name, by.name = f"{name}_before", name
+        self.ir.convenience.replace_all_uses_with(value, by, replace_graph_outputs=True)
+
+
+_STORED = ("codes", "scales", "zeros")
+
+
+def block_of(group: int, width: int) -> int | None:
+    """The largest size of blocks into which groups fall, so that each block has one scale, and that fills up rows by
+    little; None where there is none."""
+    if group >= width:  # one scale for each row
+        fitting = [size for size in _BLOCKS if -(-width // size) * size <= _WASTE * width]
+        return fitting[0] if fitting else 16
+    return next((size for size in _BLOCKS if group % size == 0), None)
+
+
+def in_blocks(form: Steps, block: int) -> tuple[Tensor, ...]:
+    """What ``MatMulNBits`` reads: codes ``uint8[rows, blocks, block * bits / 8]``, scales ``float32[rows, blocks]``,
+    and zero points ``uint8[rows, ceil(blocks * bits / 8)]`` where they are not half of the range."""
+    rows, width = form.codes.shape
+    blocks = -(-width // block)
+    codes = torch.nn.functional.pad(form.codes, (0, blocks * block - width)).reshape(rows, blocks, block)
+    each = (torch.arange(blocks) * block // form.group).to(form.scales.device)
+    scales = form.scales[:, each]
+    zeros = None if form.zeros is None else form.zeros[:, each]
+    if form.bits == 4:
+        codes = codes[..., ::2] | (codes[..., 1::2] << 4)
+        if zeros is not None:
+            pairs = torch.nn.functional.pad(zeros, (0, blocks % 2))
+            zeros = pairs[:, ::2] | (pairs[:, 1::2] << 4)
+    return (codes, scales) if zeros is None else (codes, scales, zeros)
+
+
+def _number(node: Any, name: str, default: float) -> float:
+    found = node.attributes.get(name)
+    return default if found is None else float(found.value)
+
+
+def _type(ir: Any, dtype: torch.dtype) -> Any:
+    return {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}[dtype]
+
+
+def _kind(ir: Any, value: Any) -> Any:
+    return ir.AttributeType.INTS if isinstance(value, list) else ir.AttributeType.INT

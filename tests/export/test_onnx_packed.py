@@ -1,0 +1,145 @@
+"""Packed weights in exported files: ``.pt2``, and ONNX in every layout that ONNX Runtime has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import graftc
+from graftc.passes.core.packing.affine import Affine
+from graftc.passes.core.packing.blockwise import Blockwise
+from graftc.passes.core.packing.modules import pack_weights
+from graftc.runtime.export.onnx_packed import block_of, in_blocks
+from graftc.testing import inputs_for, outputs_of, perturb, tiny
+from tests.quantised import adapted, in_onnx_runtime
+
+BOTTLENECK = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["2"]}}]}
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "kind"), [("gpt2", "lora", "nf4"), ("bert", "dora", "int4"), ("mixtral", "ia3", "int8")]
+)
+def test_parity(family: str, method: str, kind: str, tmp_path: Path) -> None:
+    """A sample of tests/gates/test_quantised_onnx.py."""
+    in_onnx_runtime(family, method, kind, tmp_path)
+
+
+class Layers(nn.Sequential):
+    """A linear map, one that is stored transposed, and one whose weight is also read as it is."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width, 40), nn.Tanh(), Conv1D(24, 40), nn.Linear(24, 10, bias=False))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + self[3].weight.sum(1)
+
+
+@pytest.mark.parametrize(
+    ("width", "packing", "operators"),
+    [
+        (50, Affine("int8"), {"MatMulNBits": 2, "DequantizeLinear": 1}),
+        (50, Affine("int8", group=16), {"MatMulNBits": 2, "DequantizeLinear": 1}),
+        (50, Affine("int4", group=16), {"MatMulNBits": 2, "DequantizeLinear": 1}),
+        (51, Affine("int4", group=48), {"MatMulNBits": 2, "DequantizeLinear": 1}),
+        (64, Affine("int4", group=10), {"DequantizeLinear": 3}),
+        (50, Blockwise("nf4", group=64), {"MatMulBnb4": 2, "DequantizeLinear": 1}),
+        (50, Blockwise("fp4", group=32), {"MatMulBnb4": 2, "DequantizeLinear": 1}),
+        (51, Blockwise("nf4", group=64, double=True), {"MatMulBnb4": 2, "DequantizeLinear": 1}),
+    ],
+    ids=lambda given: given.text if isinstance(given, Affine | Blockwise) else str(given),
+)
+def test_layouts(width: int, packing: Any, operators: dict[str, int], tmp_path: Path) -> None:
+    """Rows that are no whole groups, odd widths, groups that no operator has, transposed weights, and weights that are
+    not multiplied by alone."""
+    torch.manual_seed(0)
+    model = Layers(width).eval()
+    nn.init.normal_(model[2].weight)
+    for place in (0, 2, 3):
+        turned = place == 2
+        pack_weights(model[place], {"weight": type(packing)(**{**vars(packing), "transposed": turned})})
+    compiled = graftc.compile(BOTTLENECK, model, {"input": torch.randn(3, width)}).eval()
+    perturb(compiled)
+    path = compiled.export(tmp_path / "model.onnx", "onnx")
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert {name: kinds.count(name) for name in ("MatMulNBits", "MatMulBnb4", "DequantizeLinear") if name in kinds} == (
+        operators
+    )
+    x = torch.randn(5, width)
+    (found,) = onnxruntime.InferenceSession(str(path)).run(None, {"input": x.numpy()})
+    with torch.no_grad():
+        expected = compiled(x)
+    np.testing.assert_allclose(found, expected.numpy(), atol=2e-5 * float(expected.abs().max()), rtol=0)
+
+
+def test_blocks() -> None:
+    """Blocks are as large as fits groups, and fill up rows by little; they hold the values of the groups."""
+    assert [block_of(group, 4096) for group in (32, 48, 64, 256, 4096)] == [32, 16, 64, 256, 256]
+    assert block_of(24, 4096) is None and block_of(576, 576) == 64 and block_of(50, 50) == 16
+    packing = Affine("int4", group=32)
+    weight = torch.randn(6, 80)
+    parts = packing.packed(weight)
+    form = packing.form(parts, weight.shape)
+    codes, scales, zeros = in_blocks(form, 16)
+    pairs = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).float()
+    zero = torch.stack([zeros & 15, zeros >> 4], -1).flatten(-2)[:, :5].float()
+    values = ((pairs - zero.unsqueeze(-1)) * scales.unsqueeze(-1)).flatten(1)
+    assert torch.equal(values, packing.values(parts, weight.shape, torch.float32))
+
+
+def test_a_program_of_torch(tmp_path: Path) -> None:
+    """A ``.pt2`` file has the codes and no weight, and gives the same numbers to the bit."""
+    compiled = adapted("llama", "lora", "nf4")
+    loaded = torch.export.load(compiled.export(tmp_path / "model.pt2", "pt2"))
+    state = loaded.state_dict
+    assert state["model.layers.0.self_attn.q_proj.weight_codes"].dtype == torch.uint8
+    assert not any(name in state for name in compiled.compilation.store.packed)
+    inputs = inputs_for(compiled)
+    (expected, *_), found = outputs_of(compiled, inputs), loaded.module()(**inputs)
+    assert torch.equal(found["logits"], expected)
+
+
+def test_requantised(tmp_path: Path) -> None:
+    """A merge into packed weights exports what is packed."""
+    merged = adapted("bert", "lora", "int8").merge(base="requantized")
+    path = merged.export(tmp_path / "model.onnx", "onnx")
+    graph = onnx.load(path).graph
+    assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 12
+    inputs = inputs_for(merged, front=False)
+    found = onnxruntime.InferenceSession(str(path)).run(None, {name: t.numpy() for name, t in inputs.items()})
+    torch.testing.assert_close(torch.from_numpy(found[0]), outputs_of(merged, inputs)[0], atol=2e-5, rtol=0)
+
+
+def test_adapters_as_inputs(tmp_path: Path) -> None:
+    """A file takes adapters as inputs beside a packed base."""
+    compiled = adapted("bert", "lora", "int4")
+    path = compiled.export(tmp_path / "model.onnx", "onnx", inputs=["lora"])
+    session = onnxruntime.InferenceSession(str(path))
+    names = {item.name for item in session.get_inputs()}
+    assert not any("weight_" in name for name in names) and not names & set(compiled.compilation.store.packed)
+    tensors = {name: tensor * 2 for name, tensor in compiled.adapter_state_dict().items()}
+    other = graftc.compile(compiled.spec, tiny("bert")).eval()
+    other.load_adapter_state_dict(tensors)
+    inputs = inputs_for(compiled, front=False)
+    feed = {name: tensor.numpy() for name, tensor in {**inputs, **tensors}.items() if name in names}
+    found = session.run(None, feed)
+    torch.testing.assert_close(torch.from_numpy(found[0]), outputs_of(other, inputs)[0], atol=2e-5, rtol=0)
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    """In float16 the weight is made in its own type."""
+    spec = {
+        "adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}],
+        "base": {"quantize": "nf4"},
+    }
+    compiled = graftc.compile(spec, tiny("gpt2").half()).eval()
+    perturb(compiled)
+    graph = onnx.load(compiled.export(tmp_path / "model.onnx", "onnx")).graph
+    assert sum(node.op_type == "DequantizeLinear" for node in graph.node) == 8

@@ -1,0 +1,19 @@
+"""Quantised bases in ONNX Runtime: every family, method and packing, beside adapters in the graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.quantised import FAMILIES, FOLDING, KINDS, STAYING, in_onnx_runtime
+
+pytestmark = pytest.mark.gate
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [*FOLDING, *STAYING])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parity(family: str, method: str, kind: str, tmp_path: Path) -> None:
+    """See `tests.quantised.in_onnx_runtime`."""
+    in_onnx_runtime(family, method, kind, tmp_path)
