@@ -75,7 +75,7 @@ def test_a_distributed_checkpoint_is_resumed(name: str, before: int, after: int,
     assert difference == 0 if before == after else difference < 1e-5
 
 
-@pytest.mark.parametrize("job", ["policies", "full_states", "parts", "sixteen_bits"])
+@pytest.mark.parametrize("job", ["policies", "full_states", "parts", "sixteen_bits", "quantised_in_16_bits"])
 def test_sharded(job: str, tmp_path: Path) -> None:
     together(f"{JOBS}:{job}", 2, tmp_path)
 

@@ -461,3 +461,54 @@ def documented(rank: int, processes: int, folder: Path, title: str) -> None:
     trained = graftc.load("adapter", tiny("llama")).adapter_state_dict()
     assert trained.keys() == initial.keys()
     assert all(not torch.equal(trained[name], tensor) for name, tensor in initial.items())
+
+
+def quantised(rank: int, processes: int, folder: Path) -> None:
+    """Codes and scales are sharded, training over shards equals one process, and what is written and merged is that of
+    the whole model to the bit."""
+    spec = {"adapt": [SPECS["lora"]], "base": {"quantize": "nf4", "double": True}}
+    whole, compiled = (graftc.compile(spec, base("lora")) for _ in range(2))
+    sharded(compiled, processes)
+    parts = {name: p for name, p in compiled.named_parameters() if p.dtype == torch.uint8}
+    names = {part for name, own in compiled.compilation.store.packed.items() for part in own.names(name)}
+    assert parts.keys() == names and not any(p.requires_grad for p in parts.values())
+    for name, part in parts.items():
+        assert torch.equal(part.full_tensor(), whole.get_parameter(name)), name
+        assert name.endswith("_offset") or part.to_local().numel() <= part.numel() // processes + part[0].numel()
+    for model, ids in ((whole, list(batches(0, 1))), (compiled, list(batches(rank, processes)))):
+        by = torch.optim.SGD([p for p in model.train().parameters() if p.requires_grad], lr=0.1)
+        for own in ids:
+            step(model, model, by, own)
+    found, expected = compiled.adapter_state_dict(), whole.adapter_state_dict()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert all(tensor.abs().max() > 1e-3 for name, tensor in expected.items() if name.endswith(".B"))
+    compiled.load_adapter_state_dict(expected)
+    for one, two in zip(compiled.merged_state_dict(), whole.merged_state_dict(), strict=True):
+        assert one[0] == two[0] and torch.equal(one[1], two[1]), one[0]
+    for form in ("full", "requantized"):
+        one, two = (model.merge(base=form).folded_state_dict() for model in (compiled, whole))
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in two)
+    state = compiled.full_state_dict()
+    assert names < state.keys() and all(torch.equal(state[name], whole.get_parameter(name)) for name in names)
+    path = compiled.save(folder / "artifact")
+    loaded = graftc.load(path, base("lora")).adapter_state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def quantised_in_16_bits(rank: int, processes: int, folder: Path) -> None:
+    """A policy that casts parameters to bfloat16 leaves codes and scales as they are."""
+    spec = {"adapt": [SPECS["lora"]], "base": {"quantize": "int4", "group": 16}}
+    whole = graftc.compile(spec, base("lora").to(torch.bfloat16)).eval()
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    compiled = sharded(graftc.compile(spec, base("lora").to(torch.bfloat16)), processes, mp_policy=policy).eval()
+    ids = next(batches(0, 1))
+    seen: set[torch.dtype] = set()
+
+    def look(module: nn.Module, args: Any) -> None:
+        seen.update(p.dtype for name, p in module.named_parameters() if name.rpartition("_")[2] in ("codes", "scales"))
+
+    block = next(iter(compiled.blocks.values()))
+    block.register_forward_pre_hook(look)
+    with torch.no_grad():
+        assert torch.equal(compiled(input_ids=ids).logits, whole(input_ids=ids).logits)
+    assert seen == {torch.uint8}

@@ -16,6 +16,10 @@ def test_a_sharded_model_trains_and_is_saved_as_a_whole_one(tmp_path: Path) -> N
     together("tests.runtime.distributed_jobs:brief", 2, tmp_path)
 
 
+def test_a_quantised_base_is_sharded(tmp_path: Path) -> None:
+    together("tests.runtime.distributed_jobs:quantised", 2, tmp_path)
+
+
 def test_a_call_that_one_process_makes_alone_is_an_error(tmp_path: Path) -> None:
     together("tests.runtime.distributed_jobs:alone", 2, tmp_path, seconds=5)
     together("tests.runtime.distributed_jobs:apart", 2, tmp_path)

@@ -189,6 +189,7 @@ def whole_model(runner: CompiledRunner, values: dict[str, torch.Tensor] | None =
             value = values[name] if name in values else base.get(name, tensor)
             made.add_like(store, name, value.detach().to(device))
     made.constants, made.settled, made.updated = set(store.constants), set(store.settled), dict(store.updated)
+    made.packed = {name: own for name, own in store.packed.items() if name not in store.aliases}
     for alias, owner in store.aliases.items():
         made.alias(alias, owner)
     twin = runner.over(replace(compilation, store=made))
