@@ -92,11 +92,13 @@ class _Held:
 
 
 def fake(value: Any, mode: FakeTensorMode) -> Any:
-    """Tensors without memory in the place of others, new leaves that want gradients where these do."""
+    """Tensors without memory in the place of others, new leaves that want gradients where these do. Those on the meta
+    device, of which nobody knows where they will be, are on the CPU, whose operators say most of what they keep."""
 
     def made(tensor: Tensor) -> Tensor:
+        device = "cpu" if tensor.device.type == "meta" else tensor.device
         with mode:
-            found = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            found = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             return found.requires_grad_(tensor.requires_grad) if tensor.requires_grad else found
 
     return tree_map_only(Tensor, made, value)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from graftc.runtime.activations.workspaces import WORKSPACES
+
+Part = Hashable
+"""What a stretch of a step is called; the first one is None."""
+
+Levels = Mapping[Part, list[int]]
+"""Bytes, in order, by part."""
 
 
 class Tracking(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -18,17 +25,26 @@ class Tracking(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         level: of those that are there.
-        peak: the most that there were.
+        levels: what there was whenever something had been made, in every part of what ran.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.level = self.peak = 0
+        self.level = 0
+        self.levels: dict[Part, list[int]] = {None: [0]}
+        self._part: Part = None
         self._known: dict[int, weakref.ref[Any]] = {}
+
+    def enter(self, part: Part) -> None:
+        """Begin a part."""
+        self._part = part
+        self._note(self.level)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:  # what asks for a value is given one
+            return False if args[0].dtype == torch.bool else 1 if not args[0].is_floating_point() else 1.0
         # What is given was there before, or has been seen when it was made.
         given = {id(storage) for storage in map(_storage, tree_leaves((args, kwargs))) if storage is not None}
         result = func(*args, **(kwargs or {}))
@@ -36,8 +52,11 @@ class Tracking(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if storage is not None and id(storage) not in given and id(storage) not in self._known:
                 self._follow(storage)
         if func in WORKSPACES:
-            self.peak = max(self.peak, self.level + WORKSPACES[func](*args, **(kwargs or {})))
+            self._note(self.level + WORKSPACES[func](*args, **(kwargs or {})))
         return result
+
+    def _note(self, level: int) -> None:
+        self.levels.setdefault(self._part, []).append(level)
 
     def _follow(self, storage: Any) -> None:
         size, key = storage.nbytes(), id(storage)
@@ -48,16 +67,13 @@ class Tracking(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         self._known[key] = weakref.ref(storage, gone)
         self.level += size
-        self.peak = max(self.peak, self.level)
+        self._note(self.level)
 
 
 def _storage(value: Any) -> Any:
     return value.untyped_storage() if isinstance(value, Tensor) else None
 
 
-def peak_of(step: Callable[[], None]) -> int:
-    """The most bytes that tensors take during a step on fake tensors, those before it not counted."""
-    with Tracking() as tracking:
-        step()
-    peak: int = tracking.peak
-    return peak
+def highest(levels: Levels) -> int:
+    """The most that there was."""
+    return max(map(max, levels.values()))

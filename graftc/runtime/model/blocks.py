@@ -203,13 +203,22 @@ class Runner:
             if not isinstance(owner, Block):
                 owner = self._store.replace_container(block.path, Block)
             owner._graftc.functions[f"{self._label}{key}#{block.use}"] = self.code(key, block.graph, owner, device)
-        for node in outlined.root.find_nodes(op="call_module"):
+        self.run_above(key, outlined.root)
+        self._kind = device.type
+
+    def run_above(self, key: ProgramKey, graph: fx.Graph) -> None:
+        """Make the code that calls the layers.
+
+        Args:
+            key: of the Program.
+            graph: of `outline`, which is used up.
+        """
+        for node in graph.find_nodes(op="call_module"):
             use, *inputs = node.args
             node.args = (f"{self._label}{key}#{use}", *inputs)
         if self._hooked is not None:
-            call_hooks(program, outlined.root, self._hooked)
-        self._roots[key] = self.code(key, outlined.root, self.module, device)
-        self._kind = device.type
+            call_hooks(self._lowered[key], graph, self._hooked)
+        self._roots[key] = self.code(key, graph, self.module, self._code_device())
 
     def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, device: torch.device) -> Function:
         """Code for a part of a Program."""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graftc.passes.core.ir.program_key import Signature
+from graftc.passes.core.ir.program_key import ProgramKey, Signature
+from graftc.passes.graph.outline import outline
 from graftc.runtime.activations.recording import fake
-from graftc.runtime.activations.simulated import peak_of
+from graftc.runtime.activations.simulated import Levels, Tracking, highest
 from graftc.runtime.activations.summary import Activations, layers_of
 from graftc.runtime.activations.training_code import choices_of
 from graftc.runtime.model.blocks import Block, Root
 from graftc.runtime.model.runner import ModelRunner, runner_of
+from graftc.runtime.model.shortened import KEPT, Run, Step, deep, runs_of, shorten
 
 
 def simulated_step(runner: ModelRunner, signature: Signature, present: Mapping[str, Any]) -> Activations:
@@ -27,31 +29,144 @@ def simulated_step(runner: ModelRunner, signature: Signature, present: Mapping[s
         signature: of the call.
         present: tensors and flags of the call, by name; of tensors the sizes count alone.
     """
-    mode = FakeTensorMode()
-    tensors = [*runner.module.parameters(), *runner.module.buffers()]
-    module = copy.deepcopy(runner.module, {id(tensor): _faked(tensor, mode) for tensor in tensors}).train()
-    own: ModelRunner = runner_of(module)
-    parts = [(name, part) for name, part in module.named_modules() if isinstance(part, (Block, Root))]
-    for _, part in parts:
-        choices_of(part).clear()  # they are of other sizes
-    key = own.key(signature, "train")
-    if key not in own._roots:
-        own.install(key, own._program_of(key))
-    given = fake(dict(present), mode)
-    code: Any = own._roots[key]
-    if code.plain:  # which chooses nothing by itself
-        inputs = own.inputs(key, given)
-        code.choose(own.module, inputs, code.kind(own.module, inputs))
+    return Simulation(runner).step(signature, present)
 
-    def loss() -> Tensor:
-        # Nothing else of the results is there in the backward pass, as where a training loop takes the loss alone.
-        named = zip(own._lowered[key].outputs.names, own.run(key, given), strict=True)
-        floats = {name: value for name, value in named if isinstance(value, Tensor) and value.requires_grad}
-        return floats["loss"] if "loss" in floats else torch.stack([value.sum() for value in floats.values()]).sum()
 
-    with mode, torch.enable_grad():
-        peak = peak_of(lambda: torch.autograd.backward(loss()))
-    return Activations(tuple(layers_of(parts)), peak)
+class Simulation:
+    """A model on tensors without memory.
+
+    Args:
+        runner: of the model, which stays as it is. Tensors on the meta device are taken to be on a CPU.
+        gradient: told of every parameter, fake, that has got its gradient in a backward pass.
+
+    Attributes:
+        mode: of its tensors.
+        module: the copy.
+        runner: of the copy.
+    """
+
+    def __init__(self, runner: ModelRunner, gradient: Callable[[Tensor], None] | None = None) -> None:
+        self.mode = FakeTensorMode()
+        tensors = [*runner.module.parameters(), *runner.module.buffers()]
+        faked = {id(tensor): _faked(tensor, self.mode) for tensor in tensors}
+        self.module = copy.deepcopy(runner.module, faked).train()
+        self.runner: ModelRunner = runner_of(self.module)
+        if self.runner.device != runner.device:
+            self.runner.relower()
+        self._parts = [(name, part) for name, part in self.module.named_modules() if isinstance(part, (Block, Root))]
+        if gradient is not None:
+            for parameter in self.module.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(gradient)
+
+    def step(self, signature: Signature, present: Mapping[str, Any], *, whole: bool = False) -> Activations:
+        """What a forward and a backward pass keep and take.
+
+        Args:
+            signature: of the call.
+            present: tensors and flags of the call, by name; of tensors the sizes count alone.
+            whole: run every layer, and not some of those that do the same alone.
+        """
+        for _, part in self._parts:
+            choices_of(part).clear()  # they are of other sizes
+        key = self.runner.key(signature, "train")
+        if key not in self.runner._roots:
+            self.runner.install(key, self.runner._program_of(key))
+        graph = outline(self.runner._lowered[key]).root
+        # With a budget, layers that do the same differ in what they keep.
+        spec = self.runner._active.spec
+        runs = [] if whole or spec.memory.budget is not None else runs_of(graph, self._kind_in(key))
+        if not runs:
+            peak = highest(self._run(key, present))
+        else:
+            peak = self._short(key, graph, runs, present)
+            self.runner.run_above(key, graph)
+        return Activations(tuple(layers_of(self._parts)), peak)
+
+    def _short(self, key: ProgramKey, graph: fx.Graph, runs: list[Run], present: Mapping[str, Any]) -> int:
+        """The peak, from models with fewer layers."""
+        kept = dict.fromkeys(runs, KEPT)
+
+        def levels(counts: Mapping[Run, int]) -> Levels:
+            shorter = fx.Graph()
+            shorter.output(shorter.graph_copy(graph, {}))
+            shorten(shorter, counts)
+            self.runner.run_above(key, shorter)
+            return self._run(key, present)
+
+        short = levels(kept)
+        above = dict(choices_of(self.module))
+        found = deep(short, {run: levels({**kept, run: KEPT + 1}) for run in runs})
+        choices_of(self.module).clear()
+        choices_of(self.module).update(above)
+        blocks = [self.runner.blocks[str(call.target)] for call in graph.find_nodes(op="call_module")]
+        for run in runs:
+            for index in run.left_out(KEPT):
+                first = run.start + (index - run.start) % run.period
+                choices_of(blocks[index]).update(choices_of(blocks[first + run.period]))
+        return found
+
+    def _run(self, key: ProgramKey, present: Mapping[str, Any]) -> Levels:
+        """The bytes that there are whenever something is made, in each part of a step."""
+        own = self.runner
+        given = fake(dict(present), self.mode)
+        code: Any = own._roots[key]
+        if code.plain:  # which chooses nothing by itself
+            inputs = own.inputs(key, given)
+            code.choose(own.module, inputs, code.kind(own.module, inputs))
+
+        def loss() -> Tensor:
+            # Nothing else of the results is there in the backward pass, as where a training loop takes the loss alone.
+            named = zip(own._lowered[key].outputs.names, own.run(key, given), strict=True)
+            floats = {name: value for name, value in named if isinstance(value, Tensor) and value.requires_grad}
+            return floats["loss"] if "loss" in floats else torch.stack([value.sum() for value in floats.values()]).sum()
+
+        tracking = Tracking()
+        handles = list(_watched(own, tracking))
+        try:
+            with self.mode, torch.enable_grad(), tracking:
+                torch.autograd.backward(loss())
+                self.module.zero_grad()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return tracking.levels
+
+    def _kind_in(self, key: ProgramKey) -> Callable[[fx.Node], Hashable]:
+        """What is equal for calls of layers that do the same."""
+
+        def kind(call: fx.Node) -> Hashable:
+            block = self.runner.blocks[str(call.target)]
+            code = block._graftc
+            tensors = [*block.named_parameters(), *block.named_buffers()]
+            forms = tuple((name, t.shape, t.stride(), t.dtype, t.requires_grad) for name, t in tensors)
+            return code.functions[f"{self.runner._label}{key}#{call.args[0]}"], forms, code.checkpointing
+
+        return kind
+
+
+def _watched(runner: ModelRunner, tracking: Tracking) -> Iterator[Any]:
+    """Tell what tracks a step where layers begin, in both passes; gives handles that end it."""
+    calls = -1
+
+    def entered(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        tracking.enter(Step(backward=False, call=calls))
+
+    def left(_: nn.Module, __: Any, results: Any) -> None:
+        call = calls
+
+        def reached(_: Tensor) -> None:
+            tracking.enter(Step(backward=True, call=call))
+
+        for result in results if isinstance(results, tuple) else (results,):
+            if isinstance(result, Tensor) and result.requires_grad:
+                result.register_hook(reached)  # type: ignore[no-untyped-call]
+
+    for block in runner.blocks.values():
+        yield nn.Module.register_forward_pre_hook(block, entered)
+        yield nn.Module.register_forward_hook(block, left)
 
 
 def _faked(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
