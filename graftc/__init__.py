@@ -20,6 +20,8 @@ _FACADE = {
     "merge_checkpoint": "graftc.runtime.streaming.merging",
     "roles": "graftc.runtime.api",
     "tune": "graftc.runtime.recipes",
+    "plan": "graftc.runtime.planner.plan",
+    "MemoryPlan": "graftc.runtime.planner.memory_plan",
     "methods": "graftc.specs.listing",
 }
 _MODULES = {"extend": "graftc.extend", "optim": "graftc.runtime.optim", "testing": "graftc.testing"}
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from graftc import extend, testing
     from graftc.runtime import optim
     from graftc.runtime.api import check, compile, import_peft, load, load_base, roles
+    from graftc.runtime.planner.memory_plan import MemoryPlan
+    from graftc.runtime.planner.plan import plan
     from graftc.runtime.recipes import tune
     from graftc.runtime.streaming.merging import merge_checkpoint
     from graftc.specs.document import Spec
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GraftError",
     "GraftWarning",
+    "MemoryPlan",
     "Spec",
     "__version__",
     "check",
@@ -52,6 +57,7 @@ __all__ = [
     "merge_checkpoint",
     "methods",
     "optim",
+    "plan",
     "roles",
     "testing",
     "tune",

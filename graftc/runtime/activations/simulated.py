@@ -44,7 +44,7 @@ class Tracking(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:  # what asks for a value is given one
-            return False if args[0].dtype == torch.bool else 1 if not args[0].is_floating_point() else 1.0
+            return 1.0 if args[0].is_floating_point() else 0 if args[0].dtype != torch.bool else False
         # What is given was there before, or has been seen when it was made.
         given = {id(storage) for storage in map(_storage, tree_leaves((args, kwargs))) if storage is not None}
         result = func(*args, **(kwargs or {}))

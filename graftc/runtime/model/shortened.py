@@ -104,9 +104,7 @@ def _shifted(before: Any, after: Any, number: Mapping[fx.Node, int], period: int
         if before in number or after in number:
             return number.get(after) == number.get(before, -period - 1) + period
         same = before.op == after.op == "call_function" and before.target == after.target
-        return same and _shifted(
-            (before.args, dict(before.kwargs)), (after.args, dict(after.kwargs)), number, period
-        )
+        return same and _shifted((before.args, dict(before.kwargs)), (after.args, dict(after.kwargs)), number, period)
     if isinstance(before, Mapping):
         return (
             isinstance(after, Mapping)

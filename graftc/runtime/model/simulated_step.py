@@ -37,15 +37,16 @@ class Simulation:
 
     Args:
         runner: of the model, which stays as it is. Tensors on the meta device are taken to be on a CPU.
-        gradient: told of every parameter, fake, that has got its gradient in a backward pass.
+        processes: how many share its gradients: each keeps a shard of them, as FSDP2 does.
 
     Attributes:
         mode: of its tensors.
         module: the copy.
         runner: of the copy.
+        trained: what an optimiser is given.
     """
 
-    def __init__(self, runner: ModelRunner, gradient: Callable[[Tensor], None] | None = None) -> None:
+    def __init__(self, runner: ModelRunner, processes: int = 1) -> None:
         self.mode = FakeTensorMode()
         tensors = [*runner.module.parameters(), *runner.module.buffers()]
         faked = {id(tensor): _faked(tensor, self.mode) for tensor in tensors}
@@ -53,20 +54,31 @@ class Simulation:
         self.runner: ModelRunner = runner_of(self.module)
         if self.runner.device != runner.device:
             self.runner.relower()
+        self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._parts = [(name, part) for name, part in self.module.named_modules() if isinstance(part, (Block, Root))]
-        if gradient is not None:
-            for parameter in self.module.parameters():
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(gradient)
+        self._processes = processes
+        self._shards: list[Tensor] = []
+        self._accumulated = self._steered = False
 
-    def step(self, signature: Signature, present: Mapping[str, Any], *, whole: bool = False) -> Activations:
+    def step(
+        self,
+        signature: Signature,
+        present: Mapping[str, Any],
+        *,
+        whole: bool = False,
+        accumulated: bool = False,
+        steered: bool = False,
+    ) -> Activations:
         """What a forward and a backward pass keep and take.
 
         Args:
             signature: of the call.
             present: tensors and flags of the call, by name; of tensors the sizes count alone.
             whole: run every layer, and not some of those that do the same alone.
+            accumulated: there are gradients from a step before, to which this one adds. They do not count.
+            steered: controllers look at gradients, as they do in their first step.
         """
+        self._accumulated, self._steered = accumulated, steered
         for _, part in self._parts:
             choices_of(part).clear()  # they are of other sizes
         key = self.runner.key(signature, "train")
@@ -123,14 +135,39 @@ class Simulation:
 
         tracking = Tracking()
         handles = list(_watched(own, tracking))
+        if self._processes > 1:
+            for parameter in self.trained:
+                register: Any = parameter.register_post_accumulate_grad_hook
+                handles.append(register(self._scatter))
+        elif self._accumulated:
+            self.give_gradients()
+        controllers = list(own._steering.controllers.values()) if self._steered else []
+        with self.mode, Tracking():
+            for controller in controllers:
+                controller.before_forward()
         try:
             with self.mode, torch.enable_grad(), tracking:
                 torch.autograd.backward(loss())
-                self.module.zero_grad()
         finally:
             for handle in handles:
                 handle.remove()
+            for controller in controllers:
+                controller.pause()
+            self.module.zero_grad()
+            self._shards.clear()
         return tracking.levels
+
+    def give_gradients(self) -> None:
+        """Give everything that trains a gradient."""
+        with self.mode:
+            for parameter in self.trained:
+                parameter.grad = torch.empty_like(parameter)
+
+    def _scatter(self, parameter: Tensor) -> None:
+        """Keep this process's shard of a gradient."""
+        if not self._accumulated:
+            self._shards.append(parameter.new_empty(shard_of(parameter, self._processes)))
+        parameter.grad = None
 
     def _kind_in(self, key: ProgramKey) -> Callable[[fx.Node], Hashable]:
         """What is equal for calls of layers that do the same."""
@@ -167,6 +204,13 @@ def _watched(runner: ModelRunner, tracking: Tracking) -> Iterator[Any]:
     for block in runner.blocks.values():
         yield nn.Module.register_forward_pre_hook(block, entered)
         yield nn.Module.register_forward_hook(block, left)
+
+
+def shard_of(tensor: Tensor, processes: int) -> tuple[int, ...]:
+    """The shape of the largest shard of a tensor: FSDP2 cuts along the first axis."""
+    if processes == 1 or not tensor.dim():
+        return tuple(tensor.shape)
+    return (-(-tensor.shape[0] // processes), *tensor.shape[1:])
 
 
 def _faked(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

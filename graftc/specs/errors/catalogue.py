@@ -513,6 +513,15 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "random draws such as those of the base's own dropouts, and what operators keep inside.",
      "Training is right, and keeps what the message says. `checkpoint: layers` repeats random draws as well; a base "
      "without dropouts keeps less."),
+    ("GC154", _SPEC, "a number of bytes cannot be read",
+     "A memory budget is a positive number of bytes, or one with a unit: kB, MB, GB and TB are powers of 1000, KiB, "
+     "MiB, GiB and TiB of 1024.",
+     "Write it as `24GB` or `22.5GiB`."),
+    ("GC155", _NO, "no step fits into the memory",
+     "Not even one row of the shortest sequences can be trained within the memory budget: what stays from step to "
+     "step, and the least that a step takes, are more.",
+     "The message says what the smallest step takes. Checkpointing and a chunked loss make a step smaller; a base in "
+     "bfloat16, fewer entries that train, another optimiser or more devices make what stays smaller."),
 
     # Quantised bases.
     ("GC160", _SPEC, "nothing to quantise",

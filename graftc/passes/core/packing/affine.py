@@ -68,12 +68,14 @@ class Affine(Packing):
         rows = same.all(-1, keepdim=True)
         return [torch.where(rows, old, new) for old, new in zip(parts, made, strict=True)]
 
-    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Steps:
-        """See `Packing.form`."""
+    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Steps | None:
+        """See `Packing.form`. None where values are rounded on the way."""
+        if self.via:
+            return None
         width = shape[-2] if self.transposed else shape[-1]
         scales, group = from_bytes(parts[1]), self.group or width
-        if self.kind == "int8":
-            return Steps(8, parts[0] ^ 128, scales, None, group)
+        if self.is_wide:
+            return Steps(8, parts[0] ^ 128, scales, None if self.kind == "int8" else parts[2] ^ 128, group)
         codes = torch.stack([parts[0] & 15, parts[0] >> 4], dim=-1).flatten(-2)[..., :width]
         return Steps(4, codes, scales, parts[2], group)
 

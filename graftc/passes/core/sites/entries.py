@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.weights.store import Store
@@ -41,6 +42,8 @@ def largest(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
         scores: for each group, what makes its scores, one axis. It is called twice; NaN is smaller than anything.
         count: at most how many there are.
     """
+    if scores and isinstance(scores[0](), FakeTensor):
+        return _as_many(scores, count)
     best = torch.empty(0)
     for make in scores:
         own = _ordered(make())
@@ -56,6 +59,16 @@ def largest(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
         equal = torch.nonzero(own == least).flatten()[:left]
         left -= equal.numel()
         found.append(torch.cat([torch.nonzero(own > least).flatten(), equal]).sort().values)
+    return found
+
+
+def _as_many(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
+    """Numbers for scores that have no values, as many of each group as there may be, with what ordering them takes."""
+    found: list[Tensor] = []
+    for make in scores:
+        own = _ordered(make())
+        found.append(own.topk(min(count, own.numel()), sorted=False).indices.sort().values)
+        count -= found[-1].numel()
     return found
 
 

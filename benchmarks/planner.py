@@ -1,0 +1,130 @@
+"""What training LLaMA takes by the planner, beside the table of the SpIEL paper's authors.
+
+    python -m benchmarks.planner [--sizes 7B 13B] [--out benchmarks/results]
+
+Writes planner.json and planner.md. Models are on the meta device. All cells have one setting: a row of 2048 tokens a
+micro-batch, the length that LLaMA has, and gradients of other micro-batches, since a step of the table takes half a
+minute; rank 64, and as many entries, on all projections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import graftc
+from benchmarks.command import command_line, write
+
+ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"]
+RANK, BATCH, SEQUENCE = 64, 1, 2048
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRA": {"method": "lora", "rank": RANK, "target": {"role": ROLES}},
+    "SpIEL-AG": {"method": "spiel", "variant": "AG", "equivalent_rank": RANK},
+    "SpIEL-MA": {"method": "spiel", "variant": "MA", "equivalent_rank": RANK},
+}
+SIZES: dict[str, dict[str, int]] = {
+    "7B": {},
+    "13B": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+    },
+}
+PUBLISHED: dict[str, dict[str, tuple[int, int]]] = {
+    "LoRA": {"7B": (40, 18), "13B": (66, 31)},
+    "SpIEL-AG": {"7B": (34, 20), "13B": (56, 36)},
+    "SpIEL-MA": {"7B": (30, 17), "13B": (51, 31)},
+}
+"""GB without and with checkpointing, bfloat16, on an A100."""
+
+ASKED = 2.0
+"""GB that checkpointed cells may differ by."""
+
+
+def llama(size: str) -> nn.Module:
+    """LLaMA in bfloat16, without values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        made: nn.Module = LlamaForCausalLM._from_config(LlamaConfig(**SIZES[size]), dtype=torch.bfloat16)
+    return made
+
+
+def planned(method: str, size: str, checkpoint: bool) -> graftc.MemoryPlan:
+    """The plan of a cell."""
+    return graftc.plan(
+        {"adapt": [METHODS[method]]},
+        llama(size),
+        batch=BATCH,
+        sequence=SEQUENCE,
+        checkpoint=checkpoint,
+        accumulate=True,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 1 where a checkpointed cell differs by more than is asked for."""
+    prog = "python -m benchmarks.planner"
+    parser = argparse.ArgumentParser(prog=prog, description="What training LLaMA takes by the planner.")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="sizes of the model")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where files are written")
+    options = parser.parse_args(arguments)
+    cells = list(_cells(options.sizes))
+    data = {
+        "command": command_line(prog, arguments),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "batch": BATCH,
+        "sequence": SEQUENCE,
+        "rank": RANK,
+        "cells": cells,
+    }
+    write(options.out, "planner", data, "\n".join(_lines(data)) + "\n")
+    return int(any(cell["checkpoint"] and abs(cell["error"]) > ASKED for cell in cells))
+
+
+def _cells(sizes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for size in sizes:
+        for method in METHODS:
+            for checkpoint in (True, False):
+                started = time.perf_counter()
+                plan = planned(method, size, checkpoint)
+                published = PUBLISHED[method][size][checkpoint]
+                found = plan.peak / 1e9
+                cell = {"size": size, "method": method, "checkpoint": checkpoint, "published": published}
+                print(f"{size} {method} {checkpoint}: {found:.1f} GB, {published} published", file=sys.stderr)
+                seconds = time.perf_counter() - started
+                yield {**cell, "planned": found, "error": found - published, "seconds": seconds, "plan": plan.to_json()}
+
+
+def _lines(data: Mapping[str, Any]) -> Iterator[str]:
+    yield "# What training LLaMA takes: planned and published"
+    yield ""
+    yield f"Made by `{data['command']}` on {data['date']}; [how to read it](../README.md)."
+    yield ""
+    yield (
+        f"bfloat16, rank {data['rank']} and as many entries on all projections, {data['batch']} x {data['sequence']} "
+        "tokens a micro-batch, gradients accumulated; GB are 1e9 bytes, errors are planned less published."
+    )
+    yield ""
+    yield "| | checkpointing | planned | published | error | base | adapter | buffers | state | step | update | seconds |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    for cell in data["cells"]:
+        plan = cell["plan"]
+        parts = ("frozen", "trainable", "buffers", "optimizer_state", "step", "update")
+        row = [f"{cell['method']} {cell['size']}", "yes" if cell["checkpoint"] else "no", f"{cell['planned']:.1f}"]
+        row += [str(cell["published"]), f"{cell['error']:+.1f}", *(f"{plan[part] / 1e9:.2f}" for part in parts)]
+        yield "| " + " | ".join([*row, f"{cell['seconds']:.0f}"]) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What training takes, worked out before it starts."""

@@ -1,0 +1,93 @@
+"""Inputs of a size: what a training loop would call a model with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.capture.interface import parameters
+from graftc.compiler.capture.signature import BATCH, size_of
+from graftc.compiler.compilation import Compilation
+from graftc.passes.core.ir.past_inputs import is_past
+from graftc.passes.core.ir.program import Program
+from graftc.specs.errors.diagnostics import GraftError
+
+
+class Inputs:
+    """Makes inputs for the signature that a model was compiled with, and labels where it takes them.
+
+    Args:
+        compilation: of the model.
+
+    Attributes:
+        longest: the longest sequence that the model takes; None where there is no end.
+        sequential: whether there is a sequence at all.
+    """
+
+    def __init__(self, compilation: Compilation) -> None:
+        self._program = compilation.program("train", "base")
+        self._flags = dict(self._program.flags)
+        self._device = compilation.store.device()
+        self._labels = _labels_of(self._program) if "labels" in parameters(compilation.model) else None
+        axes = [
+            (size, spec.ranges[dim][1] if spec.ranges else None)
+            for spec in self._program.inputs
+            for dim, size in enumerate(spec.shape)
+            if isinstance(size, str) and size != BATCH
+        ]
+        ends = [end for _, end in axes if end is not None]
+        self.longest = min(ends) if ends else None
+        self.sequential = bool(axes)
+
+    def __call__(self, batch: int, sequence: int) -> dict[str, Any]:
+        """Tensors and flags of a call, by name.
+
+        Args:
+            batch: rows.
+            sequence: tokens of each; in a model with two sequences, of both.
+
+        Raises:
+            GraftError: GC143 for more tokens than the model has positions.
+        """
+        if self.longest is not None and sequence > self.longest:
+            message = f"sequences of {sequence} tokens, and the model takes {self.longest}"
+            raise GraftError("GC143", message, hint=f"plan for at most {self.longest}")
+        sizes = {BATCH: batch}
+        found: dict[str, Any] = {}
+        for spec in self._program.inputs:
+            if not is_past(spec.name):
+                shape = [size_of(s, sizes, sequence) if isinstance(s, str) else s for s in spec.shape]
+                found[spec.name] = torch.empty(shape, dtype=spec.dtype, device=self._device)
+        if self._labels is not None:
+            axes, dtype = self._labels
+            shape = [size_of(s, sizes, sequence) if isinstance(s, str) else s for s in axes]
+            found["labels"] = torch.empty(shape, dtype=dtype, device=self._device)
+        return {**found, **self._flags}
+
+
+def _labels_of(program: Program) -> tuple[tuple[int | str, ...], torch.dtype] | None:
+    """The axes and the type of labels, which are for each of the logits' rows; None where there are none."""
+    nodes = program.output_node.all_input_nodes
+    named = dict(zip(program.outputs.names, nodes, strict=False))
+    logits = getattr(named.get("logits"), "meta", {}).get("val")
+    if not isinstance(logits, Tensor) or logits.dim() < 2:
+        return None
+    names = _names_of(program)
+    sizes: list[Any] = list(logits.shape[:-1])  # numbers, or symbols for them
+    axes = tuple(names.get(str(size), size) for size in sizes)
+    number = logits.dim() == 2 and logits.shape[-1] == 1
+    return axes, torch.float32 if number else torch.int64
+
+
+def _names_of(program: Program) -> Mapping[str, str]:
+    """The names of axes by the symbols that stand for their sizes."""
+    found: dict[str, str] = {}
+    for spec, node in zip(program.inputs, program.placeholders(), strict=True):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            pairs = zip(value.shape, spec.shape, strict=True)
+            found.update({str(size): name for size, name in pairs if isinstance(name, str)})
+    return found

@@ -1,0 +1,159 @@
+"""Optimisers by name, and what they keep and take: asked of themselves, on tensors without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from graftc.runtime.activations.simulated import Tracking, highest
+from graftc.runtime.model.simulated_step import Simulation, shard_of
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, unknown_name
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import Compiled
+
+Make = Callable[[list[Tensor]], torch.optim.Optimizer]
+"""Makes an optimiser of what trains."""
+
+_SMALL = 4096
+_BLOCK = 256
+
+
+class DeclaredAdamW8bit(torch.optim.Optimizer):
+    """The sizes of the state of bitsandbytes' ``AdamW8bit``, which runs on accelerators only: two moments of a byte
+    an entry with a float32 for each block of 256; of tensors of fewer than 4096 entries, two float32 an entry."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__(parameters, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Make the state."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                for moment in ("1", "2") if not state else ():
+                    if p.numel() < _SMALL:
+                        state[f"state{moment}"] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+                        continue
+                    state[f"state{moment}"] = torch.zeros(p.shape, dtype=torch.uint8, device=p.device)
+                    state[f"absmax{moment}"] = torch.zeros(-(-p.numel() // _BLOCK), device=p.device)
+
+
+def _torch(name: str, **options: Any) -> Callable[[list[Tensor], str], torch.optim.Optimizer]:
+    def make(parameters: list[Tensor], device: str) -> torch.optim.Optimizer:
+        # By default torch's own go through all tensors at once on accelerators.
+        cls: Any = getattr(torch.optim, name)
+        return cast(torch.optim.Optimizer, cls(parameters, lr=1e-3, foreach=device != "cpu", **options))
+
+    return make
+
+
+def _declared(parameters: list[Tensor], device: str) -> torch.optim.Optimizer:
+    return DeclaredAdamW8bit(parameters)
+
+
+OPTIMISERS: dict[str, Callable[[list[Tensor], str], torch.optim.Optimizer]] = {
+    "adamw": _torch("AdamW"),
+    "sgd": _torch("SGD"),
+    "sgd-momentum": _torch("SGD", momentum=0.9),
+    "adafactor": _torch("Adafactor"),
+    "adamw8bit": _declared,
+}
+"""Those that take parameters alone."""
+
+OWN = {"aged-adamw": "AgedAdamW", "sm3": "SM3"}
+"""Those of `graftc.optim`, which take a compiled model."""
+
+
+class State(NamedTuple):
+    """What an optimiser takes.
+
+    Attributes:
+        kept: bytes of its state.
+        step: bytes that a step takes at its peak, over state and gradients.
+    """
+
+    kept: int
+    step: int
+
+
+def usual(spec: Spec) -> str:
+    """The name of the optimiser that a spec is trained with: where its entries move, that which knows of it."""
+    variants = [getattr(a, "variant", None) for a in spec.adapt if a.method == "spiel"]
+    return "sm3" if "MA" in variants else "aged-adamw" if variants else "adamw"
+
+
+def state_of(simulation: Simulation, optimizer: str | Make, device: str, processes: int) -> State:
+    """What an optimiser keeps and takes.
+
+    Args:
+        simulation: has what trains.
+        optimizer: its name, or what makes it of parameters.
+        device: the kind of device that it runs on.
+        processes: how many share its state.
+
+    Raises:
+        GraftError: GC091 where there is none of that name, GC073 where it does not run without values.
+    """
+    make = _make(simulation, optimizer, device)
+    parameters: list[Tensor] = list(simulation.trained)
+    if not parameters:
+        return State(0, 0)
+    own = simulation.module if isinstance(optimizer, str) and optimizer in OWN and processes == 1 else None
+    with simulation.mode:
+        if own is None:
+            shapes = [shard_of(p, processes) for p in parameters]
+            parameters = [
+                torch.nn.Parameter(torch.empty(shape, dtype=p.dtype, device=p.device))
+                for shape, p in zip(shapes, parameters, strict=True)
+            ]
+        try:
+            optimiser = make(parameters)
+            gradients = [p.grad for p in parameters]
+            for p in parameters:
+                p.grad = torch.empty_like(p)
+            with Tracking():
+                optimiser.step()
+            with Tracking() as tracking:
+                optimiser.step()
+            for p, before in zip(parameters, gradients, strict=True):
+                p.grad = before
+        except GraftError:
+            raise
+        except Exception as error:
+            what = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", "the optimizer")
+            message = f"{what} cannot be tried on tensors without values: {type(error).__name__}: {error}"
+            raise GraftError("GC073", message.splitlines()[0], hint="give the name of a similar one") from error
+    tensors = [leaf for leaf in tree_leaves(list(optimiser.state.values())) if isinstance(leaf, Tensor)]
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return State(sum(sizes.values()), highest(tracking.levels))
+
+
+def _make(simulation: Simulation, optimizer: Any, device: str) -> Make:
+    if not isinstance(optimizer, str):
+        if not callable(optimizer):
+            message = f"the optimizer is a {type(optimizer).__name__}"
+            raise GraftError("GC073", message, hint="give a name, or what makes an optimiser of parameters")
+        return cast(Make, optimizer)
+    if optimizer in OPTIMISERS:
+        return lambda parameters: OPTIMISERS[optimizer](parameters, device)
+    if optimizer in OWN:
+        from graftc.runtime import optim
+
+        compiled = cast("Compiled", simulation.module)
+        cls: Any = getattr(optim, OWN[optimizer])
+        return partial(_own, cls, compiled)
+    raise unknown_name("optimizer", optimizer, [*OPTIMISERS, *OWN])
+
+
+def _own(cls: Any, compiled: Compiled, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    mine = {id(p) for p in compiled.parameters()}
+    found = cls(compiled) if all(id(p) in mine for p in parameters) else cls(parameters)
+    return cast(torch.optim.Optimizer, found)

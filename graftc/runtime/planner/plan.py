@@ -1,0 +1,175 @@
+"""Memory before training: what a step takes at its peak, and what fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from graftc.compiler.capture.interface import ExampleInputs
+from graftc.compiler.capture.source_model import require_plain
+from graftc.runtime.api import SpecLike
+from graftc.runtime.models import load_model_and_inputs
+from graftc.runtime.planner.memory_plan import MemoryPlan
+from graftc.runtime.planner.optimisers import Make
+from graftc.runtime.planner.sizes import bytes_of, shown
+from graftc.runtime.planner.workbench import TOKENS, Workbench
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.io import load_spec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+"""Types of a base by name."""
+
+_SHORT = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
+
+
+def plan(
+    spec: SpecLike,
+    model: nn.Module | str,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    batch: int = 1,
+    sequence: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    checkpoint: bool | Literal["layers"] | None = None,
+    optimizer: str | Make | None = None,
+    devices: int = 1,
+    device: str = "cuda",
+    accumulate: bool = False,
+    budget: int | str | None = None,
+    cache: bool = True,
+) -> MemoryPlan:
+    """What training takes on each device at its peak, before it starts.
+
+    A training step is run on tensors without memory, with the recomputation, checkpointing and chunked loss of the
+    spec, and so is a step of the optimiser. The model may be on the meta device.
+
+    Args:
+        spec: as for `graftc.compile`.
+        model: a module, or the name of one as the command line takes it, which is made without weights.
+        example_inputs: as for `graftc.compile`.
+        batch: rows of each device.
+        sequence: tokens of each row; needed by models that take sequences.
+        dtype: of the base, ``"bfloat16"`` for example; by default its own.
+        checkpoint: whether layers are computed again in the backward pass; by default what the spec says.
+        optimizer: ``adamw``, ``sgd``, ``sgd-momentum``, ``adafactor``, ``adamw8bit``, ``aged-adamw`` or ``sm3``, or a
+            function that makes one of a list of parameters. By default ``adamw``, and for SpIEL that of its variant.
+            The state of ``adamw8bit`` is that of bitsandbytes by declaration; it is not run.
+        devices: how many share parameters, gradients and state by FSDP2, a unit for each layer and one for the rest.
+        device: the kind of device: ``cpu`` or an accelerator, on which torch's optimisers go through all tensors at
+            once and chunks of a loss are larger.
+        accumulate: whether gradients of other micro-batches are there already.
+        budget: bytes of each device, ``"24GB"`` for example: the largest batch and sequence that fit are looked for.
+        cache: keep captured graphs in the user's cache folder.
+
+    Raises:
+        GraftError: as `graftc.compile`; GC073 for arguments of another kind, GC091 for an unknown optimizer, GC130 for
+            what cannot be sharded, GC143 for sequences that the model does not take, GC154 for a budget that is no
+            number of bytes, GC155 where not even the smallest step fits.
+    """
+    room = None if budget is None else bytes_of(budget)
+    bench = workbench(
+        spec,
+        model,
+        example_inputs,
+        dtype=dtype,
+        checkpoint=checkpoint,
+        optimizer=optimizer,
+        devices=devices,
+        device=device,
+        accumulate=accumulate,
+        cache=cache,
+    )
+    found = bench.plan(_count("batch", batch), None if sequence is None else _count("sequence", sequence))
+    return found if room is None else fitted(bench, found, room)
+
+
+def workbench(
+    spec: SpecLike,
+    model: nn.Module | str,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    checkpoint: bool | Literal["layers"] | None = None,
+    devices: int = 1,
+    **options: Any,
+) -> Workbench:
+    """What plans steps; arguments are those of `plan`."""
+    loaded = load_spec(spec)
+    if isinstance(model, str):
+        made, given = load_model_and_inputs(model, meta=True)
+        model, example_inputs = made, given if example_inputs is None else example_inputs
+    require_plain(model)
+    return Workbench(
+        checkpointed(loaded, checkpoint),
+        model,
+        example_inputs,
+        dtype=_dtype(dtype),
+        devices=_count("devices", devices),
+        **options,
+    )
+
+
+def checkpointed(spec: Spec, checkpoint: bool | Literal["layers"] | None) -> Spec:
+    """A spec with or without checkpointing; None leaves it as it is."""
+    if checkpoint is None:
+        return spec
+    if checkpoint not in (True, False, "layers"):
+        raise GraftError("GC073", f"checkpoint is {checkpoint!r}", hint="True recomputes layers, False keeps them")
+    return spec.model_copy(update={"checkpoint": "layers" if checkpoint else None})
+
+
+def fitted(bench: Workbench, found: MemoryPlan, room: int) -> MemoryPlan:
+    """A plan with the largest sizes that fit.
+
+    Raises:
+        GraftError: GC155 where not even one row of the shortest sequences does.
+    """
+    batch = bench.largest_batch(found.sequence, room)
+    sequence = bench.largest_sequence(found.batch, room)
+    if not batch and not sequence:
+        smallest = bench.plan(1, min(found.sequence or TOKENS, TOKENS))
+        if smallest.peak > room:
+            raise _nothing_fits(smallest, room)
+    return replace(found, budget=room, largest_batch=batch, largest_sequence=sequence)
+
+
+def _nothing_fits(smallest: MemoryPlan, room: int) -> GraftError:
+    tokens = "" if smallest.sequence is None else f" of {smallest.sequence} tokens"
+    message = f"one row{tokens} takes {shown(smallest.peak)}, and there are {shown(room)}"
+    parts = {
+        "what stays": smallest.resident,
+        "activations": smallest.step,
+        "gradients and the optimizer's step": smallest.gradients + smallest.update,
+    }
+    ways = []
+    if not smallest.checkpoint:
+        ways.append("set checkpoint: layers")
+    if smallest.devices == 1 and smallest.resident > room // 2:
+        ways.append("share the model among devices")
+    hint = f"the smallest is {shown(smallest.peak)}" + (f"; {' or '.join(ways)}" if ways else "")
+    details = [f"{name}: {shown(size)}" for name, size in parts.items()]
+    return GraftError("GC155", message, hint=hint, details=details)
+
+
+def _dtype(given: Any) -> torch.dtype | None:
+    if given is None or given in DTYPES.values():
+        return given  # type: ignore[no-any-return]
+    name = _SHORT.get(str(given), str(given).removeprefix("torch."))
+    if name not in DTYPES:
+        close = nearest(name, [*DTYPES, *_SHORT], n=1)
+        raise GraftError("GC073", f"dtype is {given!r}", hint=f"did you mean {close[0]!r}?" if close else _all(DTYPES))
+    return DTYPES[name]
+
+
+def _all(names: Any) -> str:
+    return f"there is: {', '.join(names)}"
+
+
+def _count(name: str, given: Any) -> int:
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise GraftError("GC073", f"{name} is {given!r}", hint="give a number from 1")
+    return given

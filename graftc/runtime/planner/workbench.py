@@ -1,0 +1,168 @@
+"""A spec on a model, made ready once: every size is a simulated step of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.capture.interface import ExampleInputs
+from graftc.compiler.pipeline import signature_for
+from graftc.passes.core.ir.program_key import Signature
+from graftc.passes.core.weights.sharding import Spread
+from graftc.runtime.activations.workspaces import running_on
+from graftc.runtime.api import compile
+from graftc.runtime.model.runner import runner_of
+from graftc.runtime.model.simulated_step import Simulation
+from graftc.runtime.planner.fitting import largest
+from graftc.runtime.planner.inputs import Inputs
+from graftc.runtime.planner.memory_plan import MemoryPlan
+from graftc.runtime.planner.optimisers import Make, State, state_of, usual
+from graftc.runtime.planner.sharding import communication, shard_bytes
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError
+
+TOKENS = 64
+"""Sequences are looked for in steps of so many tokens."""
+
+_MOST = 1 << 20
+
+
+class Workbench:
+    """Plans steps of one spec on one model.
+
+    Args:
+        spec, model, example_inputs: as for `graftc.compile`.
+        dtype: of the base; None for its own.
+        optimizer: a name, what makes one of parameters, or None for the usual one.
+        devices: how many share parameters, gradients and state.
+        device: the kind of device that is planned for.
+        accumulate: whether there are gradients of other micro-batches.
+        cache: keep captured graphs in the user's cache folder.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        model: nn.Module,
+        example_inputs: ExampleInputs | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        optimizer: str | Make | None = None,
+        devices: int = 1,
+        device: str = "cuda",
+        accumulate: bool = False,
+        cache: bool = True,
+    ) -> None:
+        if dtype is not None and any(p.dtype != dtype for p in model.parameters() if p.is_floating_point()):
+            model = _without_values(model, dtype)
+        self.spec, self._device, self._devices, self._accumulate = spec, device, devices, accumulate
+        self._compiled = compile(spec, model, example_inputs, cache=cache, progress=False)
+        self._runner = runner_of(self._compiled)
+        if devices > 1:
+            for controller in self._runner._steering.controllers.values():
+                controller.check_spread(Spread(devices, sharded=True))
+        self.inputs = Inputs(self._runner._compilation)
+        self._simulations: dict[Signature, Simulation] = {}
+        self._simulation = self._simulated(self.inputs(2, min(TOKENS, self.inputs.longest or TOKENS)))[0]
+        self._optimizer = usual(spec) if optimizer is None else optimizer
+        self._state: State = state_of(self._simulation, self._optimizer, device, devices)
+        self._dtype = str(self._runner.dtype).removeprefix("torch.")
+        self._made: dict[tuple[int, int], MemoryPlan] = {}
+
+    def plan(self, batch: int, sequence: int | None) -> MemoryPlan:
+        """What a step of a size takes.
+
+        Args:
+            batch: rows of each device.
+            sequence: tokens of each row; not read for models without sequences.
+
+        Raises:
+            GraftError: GC073 where there are sequences and none is given, GC143 for one that is too long.
+        """
+        if self.inputs.sequential and sequence is None:
+            raise GraftError("GC073", "the model takes sequences, and none is given", hint="give sequence, in tokens")
+        key = batch, sequence or 0
+        if key not in self._made:
+            self._made[key] = self._plan(*key)
+        return self._made[key]
+
+    def _simulated(self, present: dict[str, Any]) -> tuple[Simulation, Signature]:
+        """The model for a call, whose graphs are captured where they are new."""
+        signature = signature_for(self._runner._active, present)
+        if signature not in self._simulations:
+            self._simulations[signature] = Simulation(self._runner, self._devices)
+        return self._simulations[signature], signature
+
+    def _plan(self, batch: int, sequence: int) -> MemoryPlan:
+        present = self.inputs(batch, sequence)
+        simulation, signature = self._simulated(present)
+        with running_on(self._device):
+            found = simulation.step(signature, present, accumulated=self._accumulate)
+            peak = found.peak
+            if self._runner._steering.controllers:
+                steered = simulation.step(signature, present, accumulated=self._accumulate, steered=True)
+                peak = max(peak, steered.peak)
+        trained = {id(p) for p in self._simulation.trained}
+        parameters = list(self._simulation.module.parameters())
+        sizes = [shard_bytes(p, self._devices) for p in parameters]
+        trainable = sum(size for p, size in zip(parameters, sizes, strict=True) if id(p) in trained)
+        return MemoryPlan(
+            batch=batch,
+            sequence=sequence if self.inputs.sequential else None,
+            dtype=self._dtype,
+            checkpoint=bool(self._runner.is_activation_checkpointing),
+            optimizer=_name_of(self._optimizer),
+            devices=self._devices,
+            device=self._device,
+            frozen=sum(sizes) - trainable,
+            trainable=trainable,
+            buffers=_bytes(self._simulation.module.buffers()),
+            inputs=_bytes(value for value in present.values() if isinstance(value, Tensor)),
+            gradients=trainable,
+            optimizer_state=self._state.kept,
+            saved=found.kept,
+            step=peak + (trainable if self._accumulate else 0),
+            communication=communication(self._simulation, self._devices),
+            update=self._state.step,
+        )
+
+    def largest_batch(self, sequence: int | None, budget: int) -> int:
+        """The largest batch of sequences of a length that fits in so many bytes; 0 if none does."""
+        return largest(lambda batch: self.plan(batch, sequence).peak, budget, _MOST)
+
+    def largest_sequence(self, batch: int, budget: int) -> int | None:
+        """The longest sequences of a batch that fit in so many bytes, in steps of `TOKENS` or as long as the model
+        takes; 0 if none do, None where there are no sequences."""
+        if not self.inputs.sequential:
+            return None
+        end = self.inputs.longest or TOKENS * _MOST
+
+        def tokens(steps: int) -> int:
+            return min(TOKENS * steps, end)
+
+        steps = largest(lambda count: self.plan(batch, tokens(count)).peak, budget, -(-end // TOKENS))
+        return tokens(steps) if steps else 0
+
+
+def _bytes(tensors: Any) -> int:
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(found.values())
+
+
+def _name_of(optimizer: str | Callable[..., Any]) -> str:
+    return optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", type(optimizer).__name__)
+
+
+def _without_values(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy on the meta device, with parameters of floating-point numbers in another type."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        own = isinstance(tensor, nn.Parameter)
+        cast = dtype if own and tensor.is_floating_point() else tensor.dtype
+        found = torch.empty_strided(tensor.shape, tensor.stride(), dtype=cast, device="meta")
+        memo[id(tensor)] = nn.Parameter(found, tensor.requires_grad) if own else found
+    return copy.deepcopy(model, memo)
