@@ -116,7 +116,8 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
         "tokens a micro-batch, gradients accumulated; GB are 1e9 bytes, errors are planned less published."
     )
     yield ""
-    yield "| | checkpointing | planned | published | error | base | adapter | buffers | state | step | update | seconds |"
+    columns = "| | layers again | planned | published | error | base | adapter | buffers | state | step | update | s |"
+    yield columns
     yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     for cell in data["cells"]:
         plan = cell["plan"]

@@ -256,16 +256,24 @@ FILES = [{"path": "manifest.json", "bytes": 3}]
 TENSORS = [{"key": "base_model.model.q.lora_A.weight", "site": "q.weight", "part": "A", "tensor": "q.graftc.lora.A"}]
 COST = {"sites": 1, "trainable_parameters": 2, "frozen_parameters": 0, "bytes": 8, "flops_per_token": 4.0}
 WARNING = GraftError("GC024", "a", place=Place("f", 1, 2, "p"), details=["b", GraftError("GC002", "c")]).to_json()
-CHECK: dict[str, Any] = {
+CHECKED: dict[str, Any] = {
     **{"spec": "s.yaml", "model": "m", "class": "Bert", **REPORT, "totals": COST, "load_seconds": 1.0},
     "adaptations": [{"name": "a", "method": "lora", **COST}],
     "warnings": [WARNING],
 }
+PLAN = {
+    **{"batch": 1, "sequence": 8, "dtype": "float32", "checkpoint": False, "optimizer": "adamw", "devices": 1},
+    **{"device": "cuda", "frozen": 9, "trainable": 1, "buffers": 0, "inputs": 1, "gradients": 1, "optimizer_state": 2},
+    **{"saved": 3, "step": 5, "communication": 0, "update": 1, "resident": 13, "peak": 18, "budget": None},
+    **{"fits": None, "largest_batch": None, "largest_sequence": None},
+}
+FIT = {"method": "lora", "quantize": None, "checkpoint": False, "chunked": False, "plan": PLAN, "reason": ""}
+CHECK = {**CHECKED, "memory": {"plan": PLAN, "table": [FIT, {**FIT, "plan": None, "reason": "GC020: none"}]}}
 EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "check": (CheckResult, CHECK),
     "compile": (
         CompileResult,
-        {**CHECK, "out": None, "dry_run": True, "files": [], "fingerprint": "f", "certificate": CERTIFICATE},
+        {**CHECKED, "out": None, "dry_run": True, "files": [], "fingerprint": "f", "certificate": CERTIFICATE},
     ),
     "merge": (
         MergeResult,

@@ -5,6 +5,24 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import typer
+
+from graftc.runtime.cli.memory import (
+    Accumulate,
+    Asked,
+    BaseDType,
+    Batch,
+    Checkpoint,
+    Device,
+    Devices,
+    Memory,
+    MemoryBudget,
+    Methods,
+    Optimizer,
+    Tokens,
+    plan_memory,
+    print_memory,
+)
 from graftc.runtime.cli.options import Json, Meta, ModelOption, SpecArgument
 
 if TYPE_CHECKING:
@@ -13,8 +31,28 @@ if TYPE_CHECKING:
 __all__ = ["check", "print_report", "totals"]
 
 
-def check(spec: SpecArgument, model: ModelOption, meta: Meta = False, json: Json = False) -> None:
-    """Resolve a spec against a model and count what it adds, without writing anything."""
+def check(
+    spec: SpecArgument,
+    model: ModelOption,
+    meta: Meta = False,
+    json: Json = False,
+    memory: Memory = False,
+    batch: Batch = 1,
+    seq: Tokens = None,
+    dtype: BaseDType = None,
+    checkpoint: Checkpoint = None,
+    optimizer: Optimizer = None,
+    devices: Devices = 1,
+    device: Device = "cuda",
+    accumulate: Accumulate = False,
+    memory_budget: MemoryBudget = None,
+    methods: Methods = None,
+) -> None:
+    """Resolve a spec against a model and count what it adds, without writing anything; work out what training takes."""
+    options = {"dtype": dtype, "checkpoint": checkpoint, "optimizer": optimizer, "devices": devices}
+    options |= {"device": device, "accumulate": accumulate}
+    asked = Asked(batch, seq, memory_budget, methods, options)
+    wanted = memory or memory_budget is not None or methods is not None
     from graftc.runtime.cli.output import print_json, steps, working
     from graftc.specs.io import load_spec
 
@@ -31,14 +69,20 @@ def check(spec: SpecArgument, model: ModelOption, meta: Meta = False, json: Json
         seconds = time.perf_counter() - started
         step("compiling")
         report = check_spec(loaded_spec, loaded, inputs)
+        planned = plan_memory(loaded_spec, loaded, inputs, asked, step) if wanted else None
     if json:
         from graftc.runtime.cli.results import CheckResult
 
         places = {"spec": str(spec), "model": model, "class": type(loaded).__name__}
         found = {**report.to_json(), "totals": totals(report), "load_seconds": seconds, "warnings": warnings}
+        found["memory"] = None if planned is None else planned.to_json()
         print_json(CheckResult.model_validate({**places, **found}))
     else:
         print_report(str(spec), type(loaded).__name__, report, seconds)
+        if planned is not None:
+            print_memory(planned)
+    if planned is not None and planned.plan.fits is False:
+        raise typer.Exit(1)
 
 
 def totals(report: Report) -> dict[str, Any]:

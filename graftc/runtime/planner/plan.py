@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -128,13 +127,12 @@ def fitted(bench: Workbench, found: MemoryPlan, room: int) -> MemoryPlan:
     Raises:
         GraftError: GC155 where not even one row of the shortest sequences does.
     """
-    batch = bench.largest_batch(found.sequence, room)
-    sequence = bench.largest_sequence(found.batch, room)
-    if not batch and not sequence:
+    fitting = bench.fitted(found, room)
+    if not fitting.largest_batch and not fitting.largest_sequence:
         smallest = bench.plan(1, min(found.sequence or TOKENS, TOKENS))
         if smallest.peak > room:
             raise _nothing_fits(smallest, room)
-    return replace(found, budget=room, largest_batch=batch, largest_sequence=sequence)
+    return fitting
 
 
 def _nothing_fits(smallest: MemoryPlan, room: int) -> GraftError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,6 +147,11 @@ class Workbench:
 
         steps = largest(lambda count: self.plan(batch, tokens(count)).peak, budget, -(-end // TOKENS))
         return tokens(steps) if steps else 0
+
+    def fitted(self, found: MemoryPlan, budget: int) -> MemoryPlan:
+        """A plan with the largest sizes that fit in so many bytes."""
+        batch, sequence = self.largest_batch(found.sequence, budget), self.largest_sequence(found.batch, budget)
+        return replace(found, budget=budget, largest_batch=batch, largest_sequence=sequence)
 
 
 def _bytes(tensors: Any) -> int:

@@ -1,0 +1,124 @@
+"""What fits: methods, with and without what saves memory, beside each other."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from graftc.runtime.planner.memory_plan import MemoryPlan
+from graftc.runtime.planner.plan import workbench
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning, unknown_name
+from graftc.specs.registry import method_specs
+
+USUAL = ("lora", "dora", "ia3", "spiel-MA", "spiel-AG", "full")
+"""The methods of a table where none are named."""
+
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "spiel-MA": {"method": "spiel", "variant": "MA"},
+    "spiel-AG": {"method": "spiel", "variant": "AG"},
+    "full": {"method": "full", "target": {"modules": "**"}},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train.
+
+    Attributes:
+        method: its name in the table.
+        quantize: how the base is stored; None as it is.
+        checkpoint: whether layers are computed again in the backward pass.
+        chunked: whether head and loss are computed some rows at a time.
+        plan: what it takes; None where it cannot be done.
+        reason: why it cannot.
+    """
+
+    method: str
+    quantize: str | None
+    checkpoint: bool
+    chunked: bool
+    plan: MemoryPlan | None
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        found = {"method": self.method, "quantize": self.quantize, "checkpoint": self.checkpoint}
+        plan = None if self.plan is None else self.plan.to_json()
+        return {**found, "chunked": self.chunked, "plan": plan, "reason": self.reason}
+
+
+def specs_of(names: Sequence[str], like: Spec) -> dict[str, Spec]:
+    """A spec with nothing but one method, for each name: a tag, ``spiel-MA``, ``spiel-AG``, or ``full:GLOB`` for the
+    modules that train in full.
+
+    Args:
+        names: in the order of the rows.
+        like: a spec, whose first target is that of the methods that have none by default.
+
+    Raises:
+        GraftError: GC091 for a name that there is not.
+    """
+    found: dict[str, Spec] = {}
+    for name in names:
+        tag, _, modules = name.partition(":")
+        if tag not in _VARIANTS and tag not in method_specs():
+            raise unknown_name("method", tag, [*_VARIANTS, *method_specs()])
+        adaptation: dict[str, Any] = {"method": tag, **_VARIANTS.get(tag, {})}
+        target = method_specs()[adaptation["method"]].spec_class.model_fields["target"]
+        if modules:
+            adaptation["target"] = {"modules": modules}
+        elif target.is_required() and "target" not in adaptation:
+            adaptation["target"] = like.adapt[0].target
+        found[name] = Spec.model_validate({"adapt": [adaptation]})
+    return found
+
+
+def rows(
+    specs: dict[str, Spec],
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    batch: int,
+    sequence: int | None,
+    budget: int | None,
+    told: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> Iterator[Row]:
+    """The rows of a table.
+
+    Args:
+        specs: by the name of a row.
+        model, example_inputs, options: as for `graftc.plan`.
+        batch, sequence: the size that peaks are for.
+        budget: bytes; None looks for nothing that fits.
+        told: is told what is being planned.
+    """
+    stored: list[str | None] = [None, *(["nf4"] if "base" in Spec.model_fields else [])]
+    for (name, spec), quantize, chunked, checkpoint in product(specs.items(), stored, (False, True), (False, True)):
+        told(f"planning {name}")
+        changed = _changed(spec, quantize, chunked)
+        try:
+            with warnings.catch_warnings():
+                if chunked:  # where a loss is none over a vocabulary, there is no such row
+                    warnings.simplefilter("error", GraftWarning)
+                bench = workbench(changed, model, example_inputs, checkpoint=checkpoint, **options)
+                plan = bench.plan(batch, sequence)
+            if budget is not None:
+                plan = bench.fitted(plan, budget)
+        except GraftWarning:
+            continue
+        except GraftError as error:
+            yield Row(name, quantize, checkpoint, chunked, None, f"{error.code}: {error.message}")
+        else:
+            yield Row(name, quantize, checkpoint, chunked, plan)
+
+
+def _changed(spec: Spec, quantize: str | None, chunked: bool) -> Spec:
+    document = spec.model_dump(exclude_unset=True)
+    if quantize is not None:
+        document["base"] = {"quantize": quantize}
+    return Spec.model_validate({**document, "memory": {"loss": "chunked" if chunked else "whole"}})
