@@ -343,6 +343,14 @@ def logits_while_training(patch: pytest.MonkeyPatch) -> None:
     graftc.compile(spec, tiny("llama"), call).train()(**call).logits  # noqa: B018
 
 
+def a_budget_without_a_unit(patch: pytest.MonkeyPatch) -> None:
+    graftc.plan({"adapt": [LORA]}, tiny("bert"), sequence=16, budget="24 Gigs")
+
+
+def a_budget_for_nothing(patch: pytest.MonkeyPatch) -> None:
+    graftc.plan({"adapt": [LORA]}, tiny("bert"), batch=8, sequence=16, budget="300kB")
+
+
 def second_derivatives_of_a_chunked_loss(patch: pytest.MonkeyPatch) -> None:
     ids = torch.ones(2, 7, dtype=torch.int64)
     call = {"input_ids": ids, "labels": ids}
@@ -439,12 +447,14 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC150": logits_while_training,
     "GC152": second_derivatives_of_a_chunked_loss,
     "GC160": a_base_with_nothing_to_quantise,
-    "GC170": loftq_without_a_quantised_base,
+    "GC167": loftq_without_a_quantised_base,
     "GC161": a_format_that_is_not_read,
     "GC162": a_module_of_another_library,
     "GC163": scales_that_are_missing,
     "GC165": a_merge_into_packed_weights,
     "GC166": a_folder_of_packed_weights,
+    "GC154": a_budget_without_a_unit,
+    "GC155": a_budget_for_nothing,
 }
 
 

@@ -36,7 +36,6 @@ _GROUPS = (
     ("GC14", "Generating"),
     ("GC15", "Memory of training"),
     ("GC16", "Quantised bases"),
-    ("GC17", "Quantised bases: initial values"),
 )
 _INTRO = """\
 Every failure that a spec, a model or a file can cause has a stable code. An error aborts the operation and determines

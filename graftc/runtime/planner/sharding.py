@@ -16,12 +16,17 @@ def shard_bytes(tensor: nn.Parameter, processes: int) -> int:
     return prod(shard_of(tensor, processes)) * tensor.itemsize
 
 
-def communication(simulation: Simulation, processes: int) -> int:
+def communication(simulation: Simulation, processes: int, device: str) -> int:
     """Bytes of communication buffers at the peak of a step, a unit for each layer and one for the rest.
 
     The rest is whole from its forward to its backward pass. Of layers two are: the one that runs, and the one that is
-    gathered meanwhile. Gradients of one unit are there as a whole twice: as they were made, and in the order in which
-    they are sent.
+    gathered meanwhile; on a CPU, gloo has a copy of the latter for itself. Gradients of one unit are there as a whole
+    twice: as they were made, and in the order in which they are sent.
+
+    Args:
+        simulation: has the layers.
+        processes: how many share them.
+        device: the kind of device.
     """
     if processes == 1:
         return 0
@@ -31,7 +36,8 @@ def communication(simulation: Simulation, processes: int) -> int:
     gathered = [_whole(layer, processes) for layer in layers]
     pairs = [a + b for a, b in pairwise(gathered)] or gathered or [0]
     sent = max(_whole((p for p in unit if p.requires_grad), processes) for unit in [*layers, rest])
-    return _whole(rest, processes) + max(pairs) + 2 * sent
+    copied = max(gathered, default=0) if device == "cpu" else 0
+    return _whole(rest, processes) + max(pairs) + copied + 2 * sent
 
 
 def _whole(parameters: Iterable[nn.Parameter], processes: int) -> int:

@@ -127,7 +127,7 @@ class Workbench:
             optimizer_state=self._state.kept,
             saved=found.kept,
             step=peak + (trainable if self._accumulate else 0),
-            communication=communication(self._simulation, self._devices),
+            communication=communication(self._simulation, self._devices, self._device),
             update=self._state.step,
         )
 

@@ -558,7 +558,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "no `to_transformers`; some packings are read and not written; and a base in full precision has nothing to pack "
      "again.",
      "`merge(base=\"full\")`, or export what is packed to ONNX or `.pt2`."),
-    ("GC170", _SPEC, "the weights before quantising are not known",
+    ("GC167", _SPEC, "the weights before quantising are not known",
      "`init: loftq` starts from what quantising took from the weights. That is known where the spec quantises them, "
      "and not of a model that was loaded quantised, nor of sites that are not quantised.",
      "Load the model in full precision and put `base: {quantize: ...}` into the spec, or choose another `init`."),

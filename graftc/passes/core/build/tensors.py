@@ -184,13 +184,13 @@ class Tensors(Part):
         """The same of the weight before it was quantised, for initialisers.
 
         Raises:
-            GraftError: GC170 where it is not known.
+            GraftError: GC167 where it is not known.
         """
         held = self.store.originals.get(site.own.tensor)
         if held is None:
             message = f"what quantising took from the weight of {site.key} is not known"
             hint = "let the spec quantise the base: base: {quantize: nf4}, or choose another init"
-            raise GraftError("GC170", message, hint=hint)
+            raise GraftError("GC167", message, hint=hint)
         return site.own.operand(held)
 
     def _name(self, part: str) -> str:
