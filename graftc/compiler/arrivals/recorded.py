@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.missing_weights import same_fresh
+from graftc.compiler.resolve.quantise import is_turned
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.ir.shapes import DTYPES
 from graftc.passes.core.packing.modules import hold_packed
@@ -53,7 +54,7 @@ def _fitting(model: nn.Module, name: str, text: str) -> PackedType | None:
     weight = module._parameters.get(last)
     if weight is None or weight.dtype != dtype or weight.dim() < 2:
         return None
-    turned = type(module).__name__ == "Conv1D" and not packing.transposed
+    turned = is_turned(module) and not packing.transposed
     return PackedType(packing, tuple(weight.shape[::-1] if turned else weight.shape), dtype)
 
 
@@ -61,7 +62,7 @@ def _pack(model: nn.Module, name: str, own: PackedType) -> None:
     path, _, last = name.rpartition(".")
     module: Any = model.get_submodule(path)
     weight: Tensor = module._parameters[last].detach()
-    turned = type(module).__name__ == "Conv1D" and not own.packing.transposed
+    turned = is_turned(module) and not own.packing.transposed
     with torch.no_grad():
         parts = own.packing.packed(weight.T if turned else weight)
     if turned:

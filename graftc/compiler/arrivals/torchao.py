@@ -14,7 +14,6 @@ from graftc.passes.core.packing.floating import Floating
 from graftc.passes.core.packing.packing import PackedType, Packing, via_of
 from graftc.specs.errors.diagnostics import GraftError
 
-_KINDS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 _WAY_OUT = "quantise it with Int8WeightOnlyConfig or IntxWeightOnlyConfig, or by the spec: base: {quantize: int4}"
 
 
@@ -25,9 +24,8 @@ def converter(path: str, module: nn.Module) -> Callable[[str, Any, torch.dtype],
         GraftError: GC162 for layouts that are made for a kernel.
     """
     for name, tensor in module._parameters.items():
-        kind = type(tensor).__name__
-        if _is_quantised(tensor) and kind not in _KINDS:
-            message = f"{path}.{name} is an {kind} of torchao, whose layout is made for a kernel"
+        if _is_quantised(tensor) and not _is_laid_out(tensor):
+            message = f"{path}.{name} is a {type(tensor).__name__} of torchao, whose layout is made for a kernel"
             raise GraftError("GC162", message, hint=_WAY_OUT)
     if next(module.children(), None) is not None:
         raise GraftError("GC162", f"{path} has quantised weights of torchao beside modules of its own", hint=_WAY_OUT)
@@ -42,6 +40,12 @@ def rounds_inputs(module: nn.Module) -> bool:
 
 def _is_quantised(tensor: Any) -> bool:
     return any(cls.__module__.partition(".")[0] == "torchao" for cls in type(tensor).__mro__)
+
+
+def _is_laid_out(tensor: Any) -> bool:
+    """Whether a tensor has a code for each value, in their order, and scales of blocks."""
+    codes, scales, block = (getattr(tensor, name, None) for name in ("qdata", "scale", "block_size"))
+    return codes is not None and codes.shape == tensor.shape and scales is not None and block is not None
 
 
 def _convert(path: str, module: Any, dtype: torch.dtype) -> nn.Module:

@@ -107,3 +107,9 @@ def _pack(model: nn.Module, chosen: Mapping[str, Mapping[str, Packing]]) -> None
                 parts[id(parameter)] = packed_parameter(parameter, wanted[id(parameter)])
         if tensors:
             hold_packed(module, {name: parts[id(parameter)] for name, parameter in tensors.items()})
+
+
+def is_turned(module: nn.Module) -> bool:
+    """Whether a module is a linear map whose weight is ``[in, out]``, as transformers' ``Conv1D``."""
+    weight, outputs = module._parameters.get("weight"), getattr(module, "nf", None)
+    return weight is not None and weight.dim() == 2 and type(outputs) is int and weight.shape[1] == outputs

@@ -17,7 +17,7 @@ from torch import nn
 from graftc.compiler.arrivals.modules import Packed
 from graftc.passes.core.packing.modules import hold_packed
 from graftc.runtime.quantised.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, mxfp4
-from graftc.runtime.quantised.placing import Place, places_of
+from graftc.runtime.quantised.placing import PackedPlace, places_of
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.runtime.quantised.weights import Format, unread
 from graftc.specs.errors.diagnostics import GraftError, warn
@@ -121,7 +121,7 @@ def load_quantised(cls: Any, folder: Path, where: str, options: Mapping[str, Any
     return model, info
 
 
-def _put(places: list[Place]) -> None:
+def _put(places: list[PackedPlace]) -> None:
     for place in places:
         packed: dict[str, Packed] = {place.parameter: place.read()}
         del place.module.__dict__[place.parameter]

@@ -10,17 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.arrivals.modules import Packed
+from graftc.compiler.resolve.quantise import is_turned
+from graftc.passes.core.packing.affine import Affine
 from graftc.passes.core.packing.floating import Floating
+from graftc.passes.core.packing.ordered import Ordered
 from graftc.passes.core.packing.packing import PackedType
+from graftc.passes.core.packing.row_scaled import RowScaled
 from graftc.runtime.quantised.tensors import damaged
 from graftc.runtime.quantised.weights import StoredWeight, unread
 
-_BY_ROWS = ("Affine", "RowScaled", "Floating")
-"""Families whose parts are of rows, so that those of experts stack."""
+_BY_ROWS = (Affine, RowScaled, Floating)
+"""Families, but for `Ordered`, whose parts are of rows, so that those of experts stack."""
 
 
 @dataclass(frozen=True)
-class Place:
+class PackedPlace:
     """A parameter that is packed.
 
     Attributes:
@@ -34,7 +38,7 @@ class Place:
     read: Callable[[], Packed]
 
 
-def places_of(model: Any, found: Iterable[StoredWeight]) -> list[Place]:
+def places_of(model: Any, found: Iterable[StoredWeight]) -> list[PackedPlace]:
     """The parameters that quantised weights are for. They are taken out of the model, whose loading then does not miss
     them; modules that transpose become plain linear maps.
 
@@ -79,13 +83,13 @@ def places_of(model: Any, found: Iterable[StoredWeight]) -> list[Place]:
         module._parameters[name] = None
         module.__dict__[name] = parameter.detach()  # for what initialises all that a module has; it is on meta
         module._is_hf_initialized = True
-        places.append(Place(module, name, read))
+        places.append(PackedPlace(module, name, read))
     return places
 
 
 def _as_linear(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
     """The module itself where it is a linear map ``[out, in]``; one in its place where it is one of ``[in, out]``."""
-    if type(module).__name__ != "Conv1D":
+    if not is_turned(module):
         return module
     weight = module._parameters["weight"]
     assert weight is not None
@@ -108,10 +112,13 @@ def _joined(
     dtype: torch.dtype,
 ) -> Callable[[], Packed]:
     """Reads the weights of experts, which the model has as one."""
-    steps = [type(step).__name__ for step in converter.operations]
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    known = len(converter.operations) in (1, 2)
+    known = known and all(map(isinstance, converter.operations, (MergeModulelist, Concatenate)))
     parts = [[weight for source, weight in weights if source == pattern] for pattern in converter.source_patterns]
-    if steps not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) or len(shape) != 3:
-        unread(f"{target} is made of {len(weights)} weights by {', '.join(steps)}, which quantised ones are not")
+    if not known or len(shape) != 3:
+        unread(f"{target} is made of {len(weights)} weights in a way that quantised ones are not")
     if any(len(found) != shape[0] for found in parts) or shape[1] % len(parts):
         damaged(f"{target} is of {shape[0]} experts, and {[len(found) for found in parts]} weights are there")
 
@@ -120,7 +127,7 @@ def _joined(
         found = [[weight.read(single, dtype) for weight in weights] for weights in parts]
         kinds = {own for weights in found for own, _ in weights}
         own = next(iter(kinds))
-        if len(kinds) > 1 or type(own.packing).__name__ not in _BY_ROWS or not _divides(own, single):
+        if len(kinds) > 1 or not _joins(own, single):
             unread(f"{target} is made of weights that are quantised in ways that do not join")
         packing = own.packing
         if isinstance(packing, Floating) and packing.rows == 0:
@@ -132,8 +139,10 @@ def _joined(
     return read
 
 
-def _divides(own: PackedType, single: tuple[int, int]) -> bool:
-    """Whether blocks end where the rows of one weight end."""
+def _joins(own: PackedType, single: tuple[int, int]) -> bool:
+    """Whether parts are of rows, and blocks end where the rows of one weight end."""
+    if not isinstance(own.packing, _BY_ROWS) or isinstance(own.packing, Ordered):
+        return False
     rows = getattr(own.packing, "rows", 1)
     return not rows or single[0] % rows == 0
 
