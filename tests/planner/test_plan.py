@@ -154,7 +154,7 @@ def test_what_fits_fits_and_nothing_larger_does(base: nn.Module) -> None:
 def test_the_largest_size_is_found(peak: Any) -> None:
     for budget in (0, 1, 3, 7, 100, 1000, 1001):
         expected = max((n for n in range(1, 401) if peak(n) <= budget), default=0)
-        assert largest(peak, budget, 400) == expected
+        assert {largest(peak, budget, 400, first) for first in (1, 2, 70, 999)} == {expected}
 
 
 def test_a_model_with_a_table_of_positions_ends_there() -> None:

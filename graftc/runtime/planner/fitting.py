@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
-def largest(peak: Callable[[int], int], budget: int, limit: int) -> int:
+def largest(peak: Callable[[int], int], budget: int, limit: int, first: int = 1) -> int:
     """The largest size whose peak is within a budget, 0 where that of 1 is not.
 
-    Peaks grow with sizes, and nearly in a straight line: sizes are tried where the line through the last two would meet
-    the budget, and beside that; every third one halves what is left, as the line may be none.
+    Peaks grow with sizes, and nearly in a straight line: sizes are tried where the line through two others meets the
+    budget, and beside that. Every third one halves what is left, as the line may be none.
 
     Args:
         peak: bytes for a size from 1.
         budget: bytes that there are.
         limit: the largest size that there is.
+        first: the size to begin with.
     """
-    points = [(1, peak(1))]
-    if points[0][1] > budget:
-        return 0
-    low, high, tries = 1, limit + 1, 0
+    low, high, tries = 0, limit + 1, 0
+    points: dict[int, int] = {}
+    guess = min(first, limit)
     while high - low > 1:
-        guess = _where(points[-2:], budget) if len(points) > 1 else 2
-        if guess is None or tries % 3 == 2:
-            guess = (low + high) // 2 if high <= limit else 2 * low
-        guess = min(max(guess, low + 1), high - 1)
-        points.append((guess, peak(guess)))
+        points[guess] = peak(guess)
         tries += 1
-        if points[-1][1] <= budget:
+        if points[guess] <= budget:
             low = guess
-            points.sort(key=lambda point: abs(point[0] - low), reverse=True)
         else:
             high = guess
+        # Far above what has been tried, sizes cost time and say little.
+        most = high - 1 if high <= limit else min(limit, 4 * max(low, 1))
+        middle = (low + high) // 2 if high <= limit else 2 * max(low, 1)
+        guess = middle if tries % 3 == 0 else _where(points, low, high, budget, middle)
+        guess = min(max(guess, low + 1), most)
     return low
 
 
-def _where(points: list[tuple[int, int]], budget: int) -> int | None:
-    (first, below), (second, above) = points
-    if first == second or below == above:
-        return None
-    return int(first + (budget - below) * (second - first) / (above - below))
+def _where(points: Mapping[int, int], low: int, high: int, budget: int, otherwise: int) -> int:
+    """Where a line through the two sizes nearest to the budget meets it."""
+    below, above = sorted(n for n in points if n <= low)[-2:], sorted(n for n in points if n >= high)[:2]
+    ends = [*below[-1:], *above[:1]] if below and above else [*below, *above]
+    if len(ends) < 2 or points[ends[0]] == points[ends[1]]:
+        return otherwise
+    first, second = ends
+    return int(first + (budget - points[first]) * (second - first) / (points[second] - points[first]))

@@ -131,13 +131,14 @@ class Workbench:
             update=self._state.step,
         )
 
-    def largest_batch(self, sequence: int | None, budget: int) -> int:
-        """The largest batch of sequences of a length that fits in so many bytes; 0 if none does."""
-        return largest(lambda batch: self.plan(batch, sequence).peak, budget, _MOST)
+    def largest_batch(self, sequence: int | None, budget: int, first: int = 1) -> int:
+        """The largest batch of sequences of a length that fits in so many bytes, looked for from one on; 0 if none
+        does."""
+        return largest(lambda batch: self.plan(batch, sequence).peak, budget, _MOST, first)
 
-    def largest_sequence(self, batch: int, budget: int) -> int | None:
+    def largest_sequence(self, batch: int, budget: int, first: int = TOKENS) -> int | None:
         """The longest sequences of a batch that fit in so many bytes, in steps of `TOKENS` or as long as the model
-        takes; 0 if none do, None where there are no sequences."""
+        takes, looked for from one on; 0 if none do, None where there are no sequences."""
         if not self.inputs.sequential:
             return None
         end = self.inputs.longest or TOKENS * _MOST
@@ -145,12 +146,15 @@ class Workbench:
         def tokens(steps: int) -> int:
             return min(TOKENS * steps, end)
 
-        steps = largest(lambda count: self.plan(batch, tokens(count)).peak, budget, -(-end // TOKENS))
+        steps = largest(
+            lambda count: self.plan(batch, tokens(count)).peak, budget, -(-end // TOKENS), first // TOKENS or 1
+        )
         return tokens(steps) if steps else 0
 
     def fitted(self, found: MemoryPlan, budget: int) -> MemoryPlan:
         """A plan with the largest sizes that fit in so many bytes."""
-        batch, sequence = self.largest_batch(found.sequence, budget), self.largest_sequence(found.batch, budget)
+        batch = self.largest_batch(found.sequence, budget, found.batch)
+        sequence = self.largest_sequence(found.batch, budget, found.sequence or TOKENS)
         return replace(found, budget=budget, largest_batch=batch, largest_sequence=sequence)
 
 

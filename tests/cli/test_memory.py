@@ -1,0 +1,50 @@
+"""``graftc check --memory``: the plan of a spec, and a table of methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from jsonschema import Draft202012Validator
+
+import graftc
+from graftc.runtime.cli.results import published_schema
+from tests.cli.support import run_here
+from tests.families import bert
+
+BERT = "tests.families:bert"
+SPEC = "adapt: [{method: lora, target: {role: [attn.q, attn.v]}, rank: 2}]\n"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_with_a_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "spec.yaml").write_text(SPEC, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_plan_is_that_of_python_and_the_table_has_the_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--batch", "2", "--seq", "16", "--methods", "dora,full:**.output.dense,vera")
+    outcome = run_here(capsys, "check", "spec.yaml", "-m", BERT, "--meta", *options, "--json")
+    assert outcome.status == 0
+    assert not list(Draft202012Validator(published_schema("check")).iter_errors(outcome.data))
+    found = outcome.data["memory"]
+    assert found["plan"] == graftc.plan("spec.yaml", bert(), batch=2, sequence=16).to_json()
+    rows = [(row["method"], row["checkpoint"], row["chunked"]) for row in found["table"]]
+    # A classifier over three classes has no loss to chunk.
+    names = ("dora", "full:**.output.dense", "vera")
+    assert rows == [(name, checkpoint, False) for name in names for checkpoint in (False, True)]
+    peaks = [row["plan"]["peak"] for row in found["table"]]
+    assert all(plain > checkpointed for plain, checkpointed in zip(peaks[::2], peaks[1::2], strict=True))
+
+
+def test_what_does_not_fit_is_the_answer_no(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--batch", "64", "--seq", "32", "--memory-budget", "2MB")
+    outcome = run_here(capsys, "check", "spec.yaml", "-m", BERT, *options)
+    assert outcome.status == 1
+    assert "does not fit in 2.00 MB; largest batch" in outcome.out
+
+
+def test_wrong_options_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, text in ((("--methods", "lroa"), "did you mean 'lora'"), (("--optimizer", "adam"), "adamw")):
+        outcome = run_here(capsys, "check", "spec.yaml", "-m", BERT, "--memory", "--seq", "8", *options)
+        assert outcome.status == 2 and text in outcome.err
