@@ -213,3 +213,11 @@ def test_saving_certifies(tmp_path: Path) -> None:
     certificate = json.loads((path / "certificates" / "fold.json").read_text())
     assert certificate["passed"] and any("packed" in note for note in certificate["notes"])
     assert sum(file.stat().st_size for file in path.glob("*.safetensors")) < 20_000
+
+
+def test_a_packed_tensor_has_its_values_strides() -> None:
+    """What is made of views is decided by strides: those of transposed codes are no contiguous ones."""
+    store = adapted("gpt2", "lora", "nf4")._graftc._store
+    for name, own in store.packed.items():
+        assert store.get(name).stride() == store.full(name).stride() == own.strides
+        assert torch.equal(store.get(name).reshape(-1), store.full(name).reshape(-1))

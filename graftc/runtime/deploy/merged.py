@@ -24,9 +24,8 @@ from graftc.compiler.folding.requantise import BaseForm, Repacked, budget_of, re
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
-from graftc.passes.core.weights.names import owner_of
-from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.remove_folded import take_out
+from graftc.runtime.deploy.folded_store import folded_store
 from graftc.runtime.deploy.rounding_noise import as_cast, rounding_noise
 from graftc.runtime.deploy.widening import NARROW, of_the_base, widened
 from graftc.runtime.export.exporting import Exporting
@@ -61,7 +60,7 @@ class MergedRunner(Exporting):
     ) -> None:
         self._additions = made.additions
         self.folded, self.kept = fold.names, fold.reasons()
-        super().__init__(compilation, _folded_store(compilation, fold, made, packed, full=full))
+        super().__init__(compilation, folded_store(compilation, fold, made, packed, full=full))
 
     def _program_of(self, key: ProgramKey) -> Program:
         if key.entry != "forward":
@@ -293,46 +292,6 @@ def certificate_of(compiled: Compiled | CompiledRunner) -> tuple[Certificate | N
         hint = "look for NaN in what was trained and in buffers; certify=False saves it as it is"
         raise GraftError("GC051", message, hint=hint)
     return (merged.certificate if merged.folded else None), dict(merged.kept)
-
-
-def _folded_store(
-    compilation: Compilation, fold: FoldPlan, made: Folded, packed: Mapping[str, tuple[Tensor, ...]], *, full: bool
-) -> Store:
-    """The tensors of a merged model.
-
-    Args:
-        compilation, fold, made: what was folded.
-        packed: weights that were packed again.
-        full: no weight stays packed; otherwise those stay that did not change.
-    """
-    store, folded = compilation.store, Store()
-    folded.shape(compilation.model)
-    parts: set[str] = set()
-    for name, tensor in store.weights():
-        if name in store.packed:
-            own = store.packed[name]
-            if name in made.tensors or (full and name not in packed):
-                parts.update(own.names(name))
-                value = made.tensors[name] if name in made.tensors else store.full(name)
-                folded.add_parameter(name, value, trainable=False)
-            else:
-                held = packed.get(name) or [store.get(part).detach() for part in own.names(name)]
-                folded.add_packed(name, own, held)
-        elif name in made.tensors:
-            folded.add_like(store, name, made.tensors[name], trainable=False)
-        else:
-            value = tensor.detach()
-            folded.add_like(store, name, value.clone() if name in store.updated else value, trainable=False)
-    for name, tensor in store.adapters():
-        if owner_of(name) in fold.kept:
-            folded.add_like(store, name, tensor.detach(), trainable=False)
-    for name in made.additions:
-        folded.add_parameter(name, made.tensors[name], trainable=False)
-    folded.constants = set(store.constants)
-    for alias, owner in store.aliases.items():
-        if owner not in parts:
-            folded.alias(alias, owner)
-    return folded
 
 
 def _certify(

@@ -121,7 +121,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
 
 def _check_floating(checkpoint: Checkpoint, updates: AdapterUpdates) -> None:
     config = stored_config(checkpoint.path)
-    hint = "merge in memory, without --stream: graftc merge DIR --base full; or give the model it was quantised from"
+    hint = "merge in memory (--base full), without --stream; or give the model it was quantised from: --model FOLDER"
     if config.get("quantization_config"):
         raise GraftError("GC103", f"{checkpoint.path} is quantised, and rounding is no longer what it was", hint=hint)
     tensors = checkpoint.tensors()

@@ -32,7 +32,9 @@ class PackedTensor(Tensor):
     @staticmethod
     def __new__(cls, own: PackedType, parts: Sequence[Tensor]) -> PackedTensor:
         """See the class."""
-        found: PackedTensor = Tensor._make_wrapper_subclass(cls, own.shape, dtype=own.dtype, device=parts[0].device)
+        found: PackedTensor = Tensor._make_wrapper_subclass(
+            cls, own.shape, strides=own.strides, dtype=own.dtype, device=parts[0].device
+        )
         found.own, found.parts = own, tuple(parts)
         return found
 

@@ -157,6 +157,17 @@ class PackedType:
         """How many values it has."""
         return math.prod(self.shape)
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Those of its values, which lie in memory in the order of the codes."""
+        sizes = list(self.shape)
+        if self.packing.transposed:
+            sizes[-2:] = sizes[:-3:-1]
+        strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+        if self.packing.transposed:
+            strides[-2:] = strides[:-3:-1]
+        return tuple(strides)
+
     def names(self, weight: str) -> tuple[str, ...]:
         """Names of the parts of a weight of this name."""
         return tuple(f"{weight}_{part}" for part in self.packing.parts)

@@ -1,0 +1,53 @@
+"""The tensors of a merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.folding.certify import Folded
+from graftc.compiler.folding.fold_plan import FoldPlan
+from graftc.passes.core.weights.names import owner_of
+from graftc.passes.core.weights.store import Store
+
+
+def folded_store(
+    compilation: Compilation, fold: FoldPlan, made: Folded, packed: Mapping[str, tuple[Tensor, ...]], *, full: bool
+) -> Store:
+    """A Store with the folded tensors in the places of the base's.
+
+    Args:
+        compilation, fold, made: what was folded.
+        packed: weights that were packed again.
+        full: no weight stays packed; otherwise those stay that did not change.
+    """
+    store, folded = compilation.store, Store()
+    folded.shape(compilation.model)
+    parts: set[str] = set()
+    for name, tensor in store.weights():
+        if name in store.packed:
+            own = store.packed[name]
+            if name in made.tensors or (full and name not in packed):
+                parts.update(own.names(name))
+                value = made.tensors[name] if name in made.tensors else store.full(name)
+                folded.add_parameter(name, value, trainable=False)
+            else:
+                held = packed.get(name) or [store.get(part).detach() for part in own.names(name)]
+                folded.add_packed(name, own, held)
+        elif name in made.tensors:
+            folded.add_like(store, name, made.tensors[name], trainable=False)
+        else:
+            value = tensor.detach()
+            folded.add_like(store, name, value.clone() if name in store.updated else value, trainable=False)
+    for name, tensor in store.adapters():
+        if owner_of(name) in fold.kept:
+            folded.add_like(store, name, tensor.detach(), trainable=False)
+    for name in made.additions:
+        folded.add_parameter(name, made.tensors[name], trainable=False)
+    folded.constants = set(store.constants)
+    for alias, owner in store.aliases.items():
+        if owner not in parts:
+            folded.alias(alias, owner)
+    return folded
