@@ -94,13 +94,16 @@ def test_blocks() -> None:
     assert torch.equal(values, packing.values(parts, weight.shape, torch.float32))
 
 
-def test_a_program_of_torch(tmp_path: Path) -> None:
-    """A ``.pt2`` file has the codes and no weight, and gives the same numbers to the bit."""
-    compiled = adapted("llama", "lora", "nf4")
+@pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("gpt2", "spiel")])
+def test_a_program_of_torch(family: str, method: str, tmp_path: Path) -> None:
+    """A ``.pt2`` file has the codes and no weight, and gives the same numbers to the bit, also where a method replaces
+    the weight itself."""
+    compiled = adapted(family, method, "nf4")
     loaded = torch.export.load(compiled.export(tmp_path / "model.pt2", "pt2"))
     state = loaded.state_dict
-    assert state["model.layers.0.self_attn.q_proj.weight_codes"].dtype == torch.uint8
-    assert not any(name in state for name in compiled.compilation.store.packed)
+    packed = compiled.compilation.store.packed
+    assert all(state[f"{name}_codes"].dtype == torch.uint8 for name in packed)
+    assert not any(name in state for name in packed)
     inputs = inputs_for(compiled)
     (expected, *_), found = outputs_of(compiled, inputs), loaded.module()(**inputs)
     assert torch.equal(found["logits"], expected)

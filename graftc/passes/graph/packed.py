@@ -67,4 +67,5 @@ def reading_parts(program: Program, store: Store, but: Collection[str] = ()) -> 
                 value.meta["custom"] = dict(custom)
             user.replace_input_with(node, value)
         graph.erase_node(node)
+    made.edits = made.edits.within(set(graph.nodes))
     return made

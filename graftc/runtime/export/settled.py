@@ -60,6 +60,7 @@ def settled(program: Program, store: Store, inputs: Collection[str]) -> tuple[Pr
     if not found:
         return program, found
     made.graph.eliminate_dead_code()
+    made.edits = made.edits.within(set(made.graph.nodes))
     return made, found
 
 

@@ -5,7 +5,7 @@ A Program has one `Edits`. All changes go through it, so that the index holds wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
 
@@ -80,6 +80,10 @@ class Edits(Sequence[Edit]):
     def mapped(self, change: Callable[[fx.Node], fx.Node]) -> Edits:
         """The same edits with other nodes: in a copy of the graph, or behind those that have been erased."""
         return Edits(replace(e, before=change(e.before), after=change(e.after)) for e in self._edits)
+
+    def within(self, nodes: Collection[fx.Node]) -> Edits:
+        """Those of which both ends are among some nodes: others have been erased."""
+        return Edits(e for e in self._edits if e.before in nodes and e.after in nodes)
 
     def replacement(self, node: fx.Node, site: str | None = None) -> Edit | None:
         """The edit that starts from a node; None where it has not been replaced.
