@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 import graftc
 from graftc.passes.core.packing.affine import Affine
 from graftc.passes.core.packing.blockwise import Blockwise
+from graftc.runtime.streaming.merging import merge_checkpoint
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import inputs_for, largest_difference, outputs_of, perturb, tiny
-from tests.quantised import KINDS, adapted, full_precision, spec_of
+from tests.quantised import KINDS, adapted, full_precision, on_dense, spec_of
 
 
 @pytest.mark.parametrize(
@@ -221,3 +222,20 @@ def test_a_packed_tensor_has_its_values_strides() -> None:
     for name, own in store.packed.items():
         assert store.get(name).stride() == store.full(name).stride() == own.strides
         assert torch.equal(store.get(name).reshape(-1), store.full(name).reshape(-1))
+
+
+def test_a_conversion_reads_the_values() -> None:
+    """DoRA as a LoRA on the packed base is what it is on a plain base of the same values."""
+    compiled = adapted("gpt2", "dora", "int8")
+    made, expected = (each.convert(rank=4).compiled for each in (compiled, on_dense(compiled, "gpt2", "dora")))
+    assert made.compilation.store.packed and not expected.compilation.store.packed
+    inputs = inputs_for(compiled)
+    assert largest_difference(outputs_of(made, inputs), outputs_of(expected, inputs)) < 1e-5
+
+
+def test_files_alone_are_not_enough(tmp_path: Path) -> None:
+    """A merge that reads files would add the update to values that the model did not have."""
+    tiny("llama").save_pretrained(tmp_path / "base")
+    adapted("llama", "lora", "nf4").save(tmp_path / "adapter", certify=False)
+    with pytest.raises(GraftError, match=r"(?s)GC103.*--base full"):
+        merge_checkpoint(tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "merged")
