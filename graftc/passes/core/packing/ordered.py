@@ -38,3 +38,14 @@ class Ordered(Affine):
         scales = from_bytes(parts[1], self.scales_type).to(dtype).index_select(-1, groups)
         zeros = self.zeros(parts[2], dtype).index_select(-1, groups)
         return ((self.numbers(parts[0], shape[-1], dtype) - zeros) * scales).reshape(tuple(shape))
+
+    def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """See `Packing.run`."""
+        return self.unpack(parts, shape, dtype)
+
+    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> None:
+        """See `Packing.form`. Others have no groups of any inputs."""
+
+    def keeping(self, made: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
+        """See `Packing.keeping`. New rows have groups of consecutive inputs, which are those of all rows."""
+        return made
