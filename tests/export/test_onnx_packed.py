@@ -19,7 +19,7 @@ from graftc.passes.core.packing.blockwise import Blockwise
 from graftc.passes.core.packing.modules import pack_weights
 from graftc.runtime.export.onnx_packed import block_of, in_blocks
 from graftc.testing import inputs_for, outputs_of, perturb, tiny
-from tests.quantised import adapted, in_onnx_runtime
+from tests.packed_bases import adapted, in_onnx_runtime
 
 BOTTLENECK = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["2"]}}]}
 

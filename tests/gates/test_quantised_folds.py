@@ -15,7 +15,7 @@ from transformers import AutoModel
 import graftc
 from graftc.runtime.demo.data import find_model
 from graftc.testing import perturb, tiny
-from tests.quantised import FAMILIES, FOLDING, KINDS, adapted, full_precision
+from tests.packed_bases import FAMILIES, FOLDING, KINDS, adapted, full_precision
 
 pytestmark = pytest.mark.gate
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.quantised import FAMILIES, FOLDING, KINDS, STAYING, in_onnx_runtime
+from tests.packed_bases import FAMILIES, FOLDING, KINDS, STAYING, in_onnx_runtime
 
 pytestmark = pytest.mark.gate
 

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM as Llama
 import graftc
 from graftc.compiler.arrivals.arrived import arrived
 from graftc.passes.core.packing.modules import packed_weights
+from graftc.passes.core.packing.packed_tensor import dense as dense_value
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.perturb import perturb
 
@@ -96,7 +97,7 @@ class TestBitsAndBytes:
         expected = self.dense(bnb, model, dtype)
         found = packed_weights(arrived(model))
         assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name].make(), weight) for name, weight in expected.items())
+        assert all(torch.equal(dense_value(found[name]), weight) for name, weight in expected.items())
         layer = "model.layers.0.mlp.up_proj"
         theirs, ours = (
             model.get_submodule(layer).weight,
@@ -107,7 +108,7 @@ class TestBitsAndBytes:
         model.save_pretrained(tmp_path / "quantised")
         read = packed_weights(graftc.load_base(tmp_path / "quantised"))
         assert read.keys() == expected.keys()
-        assert all(torch.equal(read[name].make(), weight) for name, weight in expected.items())
+        assert all(torch.equal(dense_value(read[name]), weight) for name, weight in expected.items())
 
     def test_outputs_are_the_librarys(self, bnb: Any, tmp_path: Path) -> None:
         """In float32 those of 4 bits are alike; of 8 bits up to the rounding of inputs, which is not done here. The
@@ -171,7 +172,7 @@ class TestTorchao:
         found = packed_weights(arrived(model))
         linear = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
         assert found.keys() == linear.keys()
-        assert all(torch.equal(found[name].make(), m.weight.dequantize()) for name, m in linear.items())
+        assert all(torch.equal(dense_value(found[name]), m.weight.dequantize()) for name, m in linear.items())
         codes = arrived(model).model.layers[0].mlp.up_proj.weight_codes
         assert codes.data_ptr() == model.model.layers[0].mlp.up_proj.weight.qdata.data_ptr()
 

@@ -15,6 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import graftc
 from graftc.passes.core.packing.modules import packed_weights
+from graftc.passes.core.packing.packed_tensor import dense as dense_value
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.perturb import perturb
 from tests.quantised.writers import FORMATS, gptq, llama, write
@@ -36,7 +37,7 @@ def test_weights_are_those_of_the_format_to_the_bit(name: str, tmp_path: Path) -
     model: Any = graftc.load_base(tmp_path)
     found = packed_weights(model)
     assert found.keys() == dense.keys()
-    assert [key for key, weight in dense.items() if not torch.equal(found[key].make(), weight)] == []
+    assert [key for key, weight in dense.items() if not torch.equal(dense_value(found[key]), weight)] == []
     assert all(tensor.dtype == model.dtype == FORMATS[name][0] for tensor in found.values())
     assert not any(p.is_meta or (p.dtype == torch.uint8 and p.requires_grad) for p in model.parameters())
 
@@ -101,7 +102,7 @@ def test_experts_of_mxfp4_are_those_of_transformers(tmp_path: Path) -> None:
     loaded: Any = graftc.load_base(tmp_path)
     found = packed_weights(loaded)
     assert found.keys() == dense.keys()
-    assert all(torch.equal(found[name].make(), weight) for name, weight in dense.items())
+    assert all(torch.equal(dense_value(found[name]), weight) for name, weight in dense.items())
     model.load_state_dict({**model.state_dict(), **dense})
     with torch.no_grad():
         assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=0.02)  # bfloat16, another layout
@@ -134,7 +135,7 @@ def test_experts_that_are_stored_one_by_one_are_joined(tmp_path: Path) -> None:
     _save(tmp_path, model, stored, {"quant_method": "fp8", "weight_block_size": [32, 32]})
     found, expected = packed_weights(graftc.load_base(tmp_path)), graftc.load_base(tmp_path / "dense").state_dict()
     assert sorted(found) == [f"model.layers.0.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj")]
-    assert all(torch.equal(weight.make(), expected[name]) for name, weight in found.items())
+    assert all(torch.equal(dense_value(weight), expected[name]) for name, weight in found.items())
 
 
 def test_experts_whose_groups_are_of_any_inputs_are_not_joined(tmp_path: Path) -> None:

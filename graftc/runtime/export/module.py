@@ -17,7 +17,7 @@ from graftc.passes.core.ir.codegen import function_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Signature
 from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
-from graftc.passes.core.packing.forms import Entries, Steps
+from graftc.passes.core.packing.forms import EvenSteps, TableEntries
 from graftc.passes.core.packing.packing import PackedType, Packing
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.packed import reading_parts
@@ -43,7 +43,7 @@ class PackedWeight(PackedType):
 
     parts: Callable[[], Sequence[Tensor]]
 
-    def form(self) -> Steps | Entries:
+    def form(self) -> EvenSteps | TableEntries:
         """What other software would have of it."""
         found = self.packing.form(self.parts(), self.shape)
         assert found is not None

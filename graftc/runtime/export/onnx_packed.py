@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftc.passes.core.packing.forms import Entries, Steps
+from graftc.passes.core.packing.forms import EvenSteps, TableEntries
 from graftc.runtime.export.module import PackedWeight
 
 OPSET = 21
@@ -119,7 +119,7 @@ class _Lowering:
         """What multiplies inputs by the weight without making it; None where there is nothing."""
         rows, width = self.weight.shape[::-1] if self.turned else self.weight.shape
         sizes = {"K": width, "N": rows}
-        if isinstance(self.form, Entries):
+        if isinstance(self.form, TableEntries):
             if self.form.group < 16 or self.form.group & (self.form.group - 1):
                 return None
             stored = [self._constant("codes", self.form.codes), self._constant("scales", self.form.scales)]
@@ -137,10 +137,10 @@ class _Lowering:
         """Make the weight once, before the first that reads it."""
         readers = {node for node, _ in self.value.uses()}
         self.before = next(node for node in self.graph if node in readers)
-        made = self._steps(self.form) if isinstance(self.form, Steps) else self._entries(self.form)
+        made = self._steps(self.form) if isinstance(self.form, EvenSteps) else self._entries(self.form)
         self._replace(self.value, made)
 
-    def _steps(self, form: Steps) -> Any:
+    def _steps(self, form: EvenSteps) -> Any:
         codes, scales, zeros = form.codes, form.scales, form.zeros
         axis, size = -1, form.group
         if self.turned:
@@ -158,7 +158,7 @@ class _Lowering:
         attributes = {"axis": axis, "block_size": min(size, codes.shape[axis])}
         return self._node("DequantizeLinear", stored, attributes, like=self.value)
 
-    def _entries(self, form: Entries) -> Any:
+    def _entries(self, form: TableEntries) -> Any:
         """The weight looked up in a table, with codes that ONNX Runtime does not take for constants."""
         size, ir = self.weight.numel, self.ir
         blocks = form.scales.numel()
@@ -243,7 +243,7 @@ def block_of(group: int, width: int) -> int | None:
     return next((size for size in _BLOCKS if group % size == 0), None)
 
 
-def in_blocks(form: Steps, block: int) -> tuple[Tensor, ...]:
+def in_blocks(form: EvenSteps, block: int) -> tuple[Tensor, ...]:
     """What ``MatMulNBits`` reads: codes ``uint8[rows, blocks, block * bits / 8]``, scales ``float32[rows, blocks]``,
     and zero points ``uint8[rows, ceil(blocks * bits / 8)]`` where they are not half of the range."""
     rows, width = form.codes.shape

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.packing.blockwise import pairs_by_byte
-from graftc.passes.core.packing.forms import Steps
+from graftc.passes.core.packing.forms import EvenSteps
 from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
 
 
@@ -68,16 +68,16 @@ class Affine(Packing):
         rows = same.all(-1, keepdim=True)
         return [torch.where(rows, old, new) for old, new in zip(parts, made, strict=True)]
 
-    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Steps | None:
+    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> EvenSteps | None:
         """See `Packing.form`. None where values are rounded on the way."""
         if self.via:
             return None
         width = shape[-2] if self.transposed else shape[-1]
         scales, group = from_bytes(parts[1]), self.group or width
         if self.is_wide:
-            return Steps(8, parts[0] ^ 128, scales, None if self.kind == "int8" else parts[2] ^ 128, group)
+            return EvenSteps(8, parts[0] ^ 128, scales, None if self.kind == "int8" else parts[2] ^ 128, group)
         codes = torch.stack([parts[0] & 15, parts[0] >> 4], dim=-1).flatten(-2)[..., :width]
-        return Steps(4, codes, scales, parts[2], group)
+        return EvenSteps(4, codes, scales, parts[2], group)
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Packing.unpack`."""

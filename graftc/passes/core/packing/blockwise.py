@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from graftc.passes.core.packing.forms import Entries
+from graftc.passes.core.packing.forms import TableEntries
 from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
 
 # fmt: off
@@ -120,10 +120,10 @@ class Blockwise(Packing):
         each = (codes.reshape(-1, 1), kept.reshape(-1, 1))
         return [torch.where(mask, old, new) for mask, old, new in zip(each, parts, made, strict=True)]
 
-    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Entries:
+    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> TableEntries:
         """See `Packing.form`."""
         scales = self._scales(parts[1], parts[2:])
-        return Entries(self.kind, parts[0].reshape(-1), table_of(self.kind), scales, self.group)
+        return TableEntries(self.kind, parts[0].reshape(-1), table_of(self.kind), scales, self.group)
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Packing.unpack`."""

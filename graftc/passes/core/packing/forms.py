@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Steps:
+class EvenSteps:
     """``(code - zero) * scale``, with scales and zero points for groups of the last axis.
 
     Attributes:
@@ -27,7 +27,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Entries:
+class TableEntries:
     """``table[code] * scale``, with scales for blocks of the whole weight, row by row.
 
     Attributes:

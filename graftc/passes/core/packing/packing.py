@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from graftc.passes.core.packing.forms import Entries, Steps
+from graftc.passes.core.packing.forms import EvenSteps, TableEntries
 
 PACKINGS: dict[str, type[Packing]] = {}
 """By kind."""
@@ -80,7 +80,7 @@ class Packing(ABC):
         """New parts, with the old ones in the place of groups that are the ``same``, which is as the codes are."""
         return made
 
-    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> Steps | Entries | None:
+    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> EvenSteps | TableEntries | None:
         """What other software would have of a weight, in the axes of its codes (see `transposed`); None where it is
         neither of these.
 
