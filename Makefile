@@ -18,7 +18,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-llm test tests test-fast test-full durations gates fuzz test-gpu lint format wheel coverage bench bench-train bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-compile docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full durations gates fuzz test-gpu lint format wheel coverage bench bench-train bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-compile bench-quantised bench-planner docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -113,6 +113,12 @@ bench-train: setup ## what a training step costs, beside peft: benchmarks/result
 bench-memory: setup ## the peak of a LoRA step with small and real vocabularies, beside peft: benchmarks/results/memory.*
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.memory $(ARGS)
 
+bench-quantised: setup ## LoRA on quantised bases, beside peft on bitsandbytes: benchmarks/results/quantised.*
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.quantised $(ARGS)
+
+bench-planner: setup ## what the planner says of LLaMA, beside published figures: benchmarks/results/planner.*
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.planner $(ARGS)
+
 bench-adapters: setup ## what bottleneck adapters and AdaMix cost in a step: benchmarks/results/adapters.* (ARGS="--rounds 60")
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.adapters $(ARGS)
 
@@ -128,7 +134,7 @@ bench-generate: setup ## what a prompt and the tokens behind it cost, beside tra
 bench-compile: setup ## what compiling takes, up to 405B, and how it grows: benchmarks/results/compile_time.*
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/compile_time.py --out benchmarks/results/compile_time $(ARGS)
 
-bench: bench-train bench-memory bench-inputs bench-adapters bench-sparse bench-generate bench-compile ## all benchmarks, an hour or more
+bench: bench-train bench-memory bench-inputs bench-adapters bench-sparse bench-generate bench-compile bench-quantised bench-planner ## all benchmarks, an hour or more
 
 # Material for MkDocs prints a notice about MkDocs 2 at every build unless it is told not to.
 docs: setup ## write the generated pages of docs/ and build the site (site/, no network needed)

@@ -29,6 +29,7 @@ MA: dict[str, Any] = {"method": "spiel", "variant": "MA", "density": 0.02, "tota
 AG: dict[str, Any] = {"method": "spiel", "variant": "AG", "density": 0.02, "total_steps": 100}
 LAYERS: dict[str, Any] = {"checkpoint": "layers"}
 CHUNKED: dict[str, Any] = {"memory": {"loss": "chunked"}}
+QUANTISED: dict[str, Any] = {"base": {"quantize": "nf4", "double": True}}
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora": (LORA, {}),
     "lora, checkpointing": (LORA, LAYERS),
@@ -38,6 +39,8 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ia3, checkpointing": (IA3, LAYERS),
     "spiel-MA": (MA, {}),
     "spiel-AG, chunked, checkpointing": (AG, {**LAYERS, **CHUNKED}),
+    "qlora": (LORA, QUANTISED),
+    "qspiel-MA, chunked, checkpointing": (MA, {**QUANTISED, **LAYERS, **CHUNKED}),
 }
 
 
@@ -81,7 +84,7 @@ def test_a_process_of_two_takes_what_is_planned_for_it(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "qLoRA"])
 def test_llama_takes_what_was_published(method: str, size: str) -> None:
     plan = planned(method, size, checkpoint=True)
     error = plan.peak / 1e9 - PUBLISHED[method][size][1]
