@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import graftc
 from graftc.passes.core.packing.affine import Affine
 from graftc.passes.core.packing.blockwise import Blockwise
-from graftc.passes.core.packing.modules import pack_weights
+from graftc.passes.core.packing.modules import hold_packed, packed_parameter
 from graftc.runtime.export.onnx_packed import block_of, in_blocks
 from graftc.testing import inputs_for, outputs_of, perturb, tiny
 from tests.packed_bases import adapted, in_onnx_runtime
@@ -39,7 +39,7 @@ class Layers(nn.Sequential):
         super().__init__(nn.Linear(width, 40), nn.Tanh(), Conv1D(24, 40), nn.Linear(24, 10, bias=False))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input) + self[3].weight.sum(1)
+        return super().forward(input) + (self[3].weight * input.mean()).sum(1)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_layouts(width: int, packing: Any, operators: dict[str, int], tmp_path: 
     model = Layers(width).eval()
     nn.init.normal_(model[2].weight)
     for place in (0, 2, 3):
-        turned = place == 2
-        pack_weights(model[place], {"weight": type(packing)(**{**vars(packing), "transposed": turned})})
+        own = type(packing)(**{**vars(packing), "transposed": place == 2})
+        hold_packed(model[place], {"weight": packed_parameter(model[place].weight, own)})
     compiled = graftc.compile(BOTTLENECK, model, {"input": torch.randn(3, width)}).eval()
     perturb(compiled)
     path = compiled.export(tmp_path / "model.onnx", "onnx")
@@ -94,11 +94,14 @@ def test_blocks() -> None:
     assert torch.equal(values, packing.values(parts, weight.shape, torch.float32))
 
 
-@pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("gpt2", "spiel")])
-def test_a_program_of_torch(family: str, method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "method", "base"),
+    [("llama", "lora", {"double": True}), ("gpt2", "lora", {"double": True}), ("gpt2", "spiel", {})],
+)
+def test_a_program_of_torch(family: str, method: str, base: dict[str, Any], tmp_path: Path) -> None:
     """A ``.pt2`` file has the codes and no weight, and gives the same numbers to the bit, also where a method replaces
     the weight itself."""
-    compiled = adapted(family, method, "nf4")
+    compiled = adapted(family, method, "nf4", **base)
     loaded = torch.export.load(compiled.export(tmp_path / "model.pt2", "pt2"))
     state = loaded.state_dict
     packed = compiled.compilation.store.packed

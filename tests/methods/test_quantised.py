@@ -137,3 +137,69 @@ def test_nothing_to_quantise() -> None:
     with pytest.raises(GraftError) as caught:
         graftc.compile(spec, families.llama())
     assert caught.value.code == "GC160"
+
+
+class Twice(nn.Module):
+    """Layers whose weights are read in both orientations, the last of which is the first again, with a head."""
+
+    class Layer(nn.Module):
+        """One of them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 48), nn.Linear(48, 16)
+
+        def forward(self, h: Tensor) -> Tensor:
+            """Both maps, and both turned round."""
+            turned: Tensor = (h @ self.b.weight) @ self.a.weight
+            return h + self.b(self.a(h).relu()) + turned * 0.1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(2))
+        self.layers.append(self.layers[0])
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Through all of them."""
+        for layer in self.layers:
+            x = layer(x)
+        found: Tensor = self.head(x)
+        return found
+
+
+def test_weights_that_are_read_in_both_orientations() -> None:
+    """They are packed, and the head is not; what a target cannot name on the plain model it cannot name here."""
+    torch.manual_seed(0)
+    model, x = Twice().eval(), {"x": torch.randn(3, 16)}
+    adapt = [{"method": "lora", "target": {"modules": "layers.1.a"}}]
+    compiled = graftc.compile({"adapt": adapt, "base": {"quantize": "int4", "group": 7}}, model, x).eval()
+    packed = {f"layers.{layer}.{name}.weight" for layer in range(3) for name in "ab"}
+    assert set(compiled.compilation.store.packed) == packed
+    with torch.no_grad():
+        assert torch.equal(compiled(**x), compiled.compilation.source(**x))
+    bases: tuple[dict[str, Any], ...] = ({}, {"base": {"quantize": "int4"}})
+    for base in bases:
+        with pytest.raises(GraftError) as caught:
+            graftc.compile({"adapt": [{"method": "lora", "target": {"modules": "layers.2.a"}}], **base}, model, x)
+        assert caught.value.code == "GC017"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_modules_that_train_in_full(family: str) -> None:
+    """A dense copy of a packed weight trains in its place, as on the twin."""
+    model = getattr(families, family)().eval()
+    path = {"gpt2": "transformer.h.0.mlp", "llama": "model.layers.0.mlp.down_proj"}[family]
+    spec: dict[str, Any] = {"adapt": [{"method": "lora", "target": {"role": "attn.q"}}], "train": [path]}
+    output, tensors = trained({**spec, "base": {"quantize": "nf4"}}, model, family)
+    wanted, others = trained(spec, dense_twin(model, quantize="nf4"), family)
+    assert torch.equal(output, wanted) and tensors.keys() == others.keys()
+
+
+def test_where_a_pattern_of_skip_is_wrong() -> None:
+    """The error names the list that it stands in."""
+    spec = {"adapt": [{"method": "lora", "target": MAPS}], "base": {"quantize": "nf4", "skip": ["**.zzz"]}}
+    with pytest.raises(GraftError) as caught:
+        graftc.compile(spec, families.llama())
+    assert caught.value.code == "GC011" and caught.value.place is not None
+    assert caught.value.place.path == "base.skip[0]"

@@ -138,6 +138,16 @@ def test_the_model_may_be_without_values_and_in_another_type(base: nn.Module) ->
     assert next(base.parameters()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("options", [{}, {"base": {"quantize": "nf4", "double": True}}], ids=["dense", "nf4"])
+def test_a_chunked_loss_without_values(base: nn.Module, options: Any) -> None:
+    """A model on the meta device, with the loss in chunks and packed weights, takes what it takes with values."""
+    with torch.device("meta"):
+        empty = llama()
+    spec = {"adapt": [LORA], "memory": {"loss": "chunked"}, **options}
+    plans = [graftc.plan(spec, each, batch=2, sequence=16, device="cpu") for each in (empty, base)]
+    assert plans[0].peak == plans[1].peak > plans[0].resident
+
+
 def test_what_fits_fits_and_nothing_larger_does(base: nn.Module) -> None:
     bench = workbench({"adapt": [LORA]}, base)
     room = bench.plan(8, 64).peak + 1000
@@ -195,6 +205,9 @@ def test_sizes_as_people_write_them(given: Any, count: int) -> None:
         ({"sequence": None}, "GC073"),
         ({"dtype": "bf61"}, "GC073"),
         ({"batch": 0}, "GC073"),
+        ({"batch": 10**12, "sequence": 10**9}, "GC073"),
+        ({"sequence": 10**19}, "GC073"),
+        ({"device": "abacus"}, "GC073"),
         ({"checkpoint": "all"}, "GC073"),
     ],
 )

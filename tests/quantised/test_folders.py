@@ -202,6 +202,8 @@ DAMAGED = {
     "groups beyond": ("gptq 4 by activations", _instead("g_idx", lambda t: t + 1)),
     "negative groups": ("gptq 4 by activations", _instead("g_idx", lambda t: t - 1)),
     "fewer blocks": ("fp8 blocks", _instead("weight_scale_inv", lambda t: t[:, :-1].repeat(1, 5))),
+    "blocks of another size": ("fp8 blocks", _instead("weight_scale_inv", lambda t: t[:1])),
+    "one scale for blocks": ("fp8 blocks", _instead("weight_scale_inv", lambda t: t[0, 0])),
     "no blocks": ("fp8 blocks", _dropped("weight_scale_inv")),
     "another shape": ("compressed 4", _instead("weight_shape", lambda t: t.flip(0) + 1)),
     "fewer codes": ("hqq 4", _instead("W_q", lambda t: t[:-1])),

@@ -50,18 +50,18 @@ def linear_maps(found: Capture) -> dict[str, Layout]:
     """
     graph = found.program.graph
     routers = {f.node for f in find_structure(graph, found.constants).findings if f.role.endswith("router")}
-    layouts: dict[str, set[Layout | None]] = {}
+    layouts: dict[str, list[Layout | None]] = {}
     for node in graph.nodes:
         use = linear_use(node)
         if use is not None:
             apart = node in routers or use.input_axis is None or use.grouped
-            layouts.setdefault(use.weight.tensor, set()).add(None if apart else use.weight.layout)
+            layouts.setdefault(use.weight.tensor, []).append(None if apart else use.weight.layout)
     known: dict[str, Layout] = {}
     for name, held in layouts.items():
-        layout = held.pop()
-        if not held and layout in (Layout.ROWS, Layout.COLUMNS) and layout is not None:
-            known[name] = layout
-    return {n: held for n, held in known.items() if place(n)[0] is not None} or known
+        if all(layout is Layout.ROWS or layout is Layout.COLUMNS for layout in held) and held[0] is not None:
+            known[name] = held[0]
+    inside = {name: held for name, held in known.items() if place(name)[0] is not None}
+    return inside if any(place(name)[0] is not None for name in layouts) else known
 
 
 def quantised(model: nn.Module, options: BaseOptions, maps: Mapping[str, Layout]) -> nn.Module:
@@ -78,7 +78,9 @@ def quantised(model: nn.Module, options: BaseOptions, maps: Mapping[str, Layout]
     """
     result: nn.Module = sharing_copy(model)
     modules = dict(result.named_modules())
-    skipped = set(match_modules(options.skip, [path for path in modules if path])) if options.skip else set()
+    skipped = (
+        set(match_modules(options.skip, [path for path in modules if path], "base.skip")) if options.skip else set()
+    )
     chosen: dict[str, dict[str, Packing]] = {}
     for name, layout in maps.items():
         path, _, last = name.rpartition(".")
@@ -91,6 +93,7 @@ def quantised(model: nn.Module, options: BaseOptions, maps: Mapping[str, Layout]
     if not any(packed_types(module) for module in result.modules()):
         hint = "leave quantize out" if not skipped else "skip fewer modules"
         message = f"{type(model).__name__} has no linear maps in repeated layers that could be quantised"
+        message += ", of float32, bfloat16 or float16" if maps else ""
         raise GraftError("GC160", message, place=Place(path="base.quantize"), hint=hint)
     return result
 

@@ -16,6 +16,7 @@ from graftc.compiler.roles.layer_values import attended, value_sites
 from graftc.compiler.roles.parameters import other_parameters
 from graftc.compiler.roles.positions import PositionsAbove
 from graftc.passes.core.ir.program import Program
+from graftc.passes.core.packing.modules import packed_types
 from graftc.passes.core.sites.sites import (
     AttentionSite,
     EmbeddingSite,
@@ -289,8 +290,8 @@ class SiteTable:
         """Weights without a site are candidates too, so that naming one says what is wrong."""
         present = {candidate.module for candidate in self.candidates}
         for path, module in self.modules.items():
-            weight = module._parameters.get("weight")
-            if weight is None or weight.dim() < 2 or path in present:
+            weight = packed_types(module).get("weight", module._parameters.get("weight"))
+            if weight is None or len(weight.shape) < 2 or path in present:
                 continue
             layer, stack = place(path)
             unused = self.store.canonical(f"{path}.weight") not in self._attributes

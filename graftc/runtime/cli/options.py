@@ -112,7 +112,8 @@ BaseFormOption: TypeAlias = Annotated[
     BaseChoice | None,
     typer.Option(
         "--base",
-        help="What becomes of a quantised base's weights: all in full precision, or those that change packed again.",
+        help="What becomes of a quantised base's weights: all in full precision, or those that change packed again, "
+        "which exports hold and no folder does.",
         show_default=False,
     ),
 ]

@@ -204,6 +204,9 @@ def require_passed(certificate: Certificate) -> None:
     failures = tuple(certificate.failures())
     if failures:
         hint = None if certificate.finite else "look for NaN in what was trained and in buffers of the base"
+        if certificate.finite and certificate.requantised:
+            left = f"packing leaves {certificate.retention.norm:.1%} of the update: "
+            hint = left + 'base="full" (--base full) keeps all of it; budget= (--budget) accepts more of a difference'
         raise GraftError("GC051", "the fold is not certified: " + "; ".join(failures[:3]), hint=hint, details=failures)
 
 

@@ -22,6 +22,9 @@ from graftc.specs.io import load_spec
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 """Types of a base by name."""
 
+_MOST = 2**40
+"""Tokens of the largest batch: what lies beyond overflows sizes of tensors."""
+
 _SHORT = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
 
 
@@ -65,11 +68,16 @@ def plan(
         cache: keep captured graphs in the user's cache folder.
 
     Raises:
-        GraftError: as `graftc.compile`; GC073 for arguments of another kind, GC091 for an unknown optimizer, GC130 for
+        GraftError: as `graftc.compile`; GC073 for arguments of another kind, and where nothing trains,
+            GC091 for an unknown optimizer, GC130 for
             what cannot be sharded, GC143 for sequences that the model does not take, GC154 for a budget that is no
             number of bytes, GC155 where not even the smallest step fits.
     """
     room = None if budget is None else bytes_of(budget)
+    rows, tokens = _count("batch", batch), None if sequence is None else _count("sequence", sequence)
+    if rows * (tokens or 1) > _MOST:
+        raise GraftError("GC073", f"a batch of {rows} x {tokens} tokens", hint=f"plan for at most {_MOST:,} tokens")
+    _known_device(device)
     bench = workbench(
         spec,
         model,
@@ -82,7 +90,7 @@ def plan(
         accumulate=accumulate,
         cache=cache,
     )
-    found = bench.plan(_count("batch", batch), None if sequence is None else _count("sequence", sequence))
+    found = bench.plan(rows, tokens)
     return found if room is None else fitted(bench, found, room)
 
 
@@ -165,6 +173,13 @@ def _dtype(given: Any) -> torch.dtype | None:
 
 def _all(names: Any) -> str:
     return f"there is: {', '.join(names)}"
+
+
+def _known_device(given: Any) -> None:
+    try:
+        torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        raise GraftError("GC073", f"device is {given!r}", hint="give cuda, cpu or another kind of torch's") from error
 
 
 def _count(name: str, given: Any) -> int:

@@ -63,6 +63,9 @@ class Workbench:
         self.spec, self._device, self._devices, self._accumulate = spec, device, devices, accumulate
         self._compiled = compile(spec, model, example_inputs, cache=cache, progress=False)
         self._runner = runner_of(self._compiled)
+        if not any(parameter.requires_grad for parameter in self._compiled.parameters()):
+            hint = "add an adaptation to the spec"
+            raise GraftError("GC073", "nothing trains, so there is no step to plan", hint=hint)
         if devices > 1:
             for controller in self._runner._steering.controllers.values():
                 controller.check_spread(Spread(devices, sharded=True))

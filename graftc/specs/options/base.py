@@ -27,7 +27,8 @@ class BaseOptions(SpecModel):
     a scale, as torchao has them. The values of the base become those of the quantised weights."""
 
     group: int | None = Field(default=None, ge=1, le=2**16)
-    """How many values share a scale. Default: 64; for `int8` a whole row."""
+    """How many values share a scale. Default: 64; for `int8` a whole row. `nf4` and `fp4` have groups of 32, 64 and so
+    on to 4096, powers of two."""
 
     double: bool = False
     """`nf4` and `fp4`: the scales are quantised too, to 8 bits."""

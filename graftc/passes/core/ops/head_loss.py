@@ -366,7 +366,7 @@ def _recorded(
 ) -> tuple[Tensor, Tensor]:
     device = labels.device.type
     tensors = [*xs, *weights, bias]
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
     recorded = torch.is_grad_enabled()

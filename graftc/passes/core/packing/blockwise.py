@@ -61,6 +61,13 @@ def dynamic_values() -> Tensor:
 
 
 @cache
+def _dynamic_table() -> Tensor:
+    """The same, once: where a graph is traced, real values are what is wanted."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
+        return dynamic_values()
+
+
+@cache
 def _pairs(kind: str) -> Tensor:
     """The values of both codes of a byte, ``float32[256, 2]``."""
     with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
@@ -104,7 +111,7 @@ class Blockwise(Packing):
         if not self.double:
             return codes, as_bytes(largest.unsqueeze(1))
         offset = largest.mean()
-        known = dynamic_values().to(weight.device)
+        known = _dynamic_table().to(weight.device)
         nested, ratio = _scaled(largest - offset, SCALES)
         scales = torch.bucketize(ratio, (known[1:] + known[:-1]) / 2, out_int32=True).to(torch.uint8)
         return codes, scales.unsqueeze(1), as_bytes(nested.unsqueeze(1)), as_bytes(offset)
@@ -150,7 +157,7 @@ class Blockwise(Packing):
         if not self.double:
             return from_bytes(scales).reshape(-1)
         nested, offset = (from_bytes(part).reshape(-1) for part in rest)
-        known = _constant(dynamic_values(), scales)
+        known = _constant(_dynamic_table(), scales)
         values = torch.nn.functional.embedding(scales.reshape(-1).int(), known.unsqueeze(1)).reshape(-1)
         return _times(values, nested, SCALES) + offset
 

@@ -63,7 +63,7 @@ def floating(
     Args:
         codes: ``[rows, in]``.
         scales: one, ``[rows, 1]``, or of each block; whole numbers and e8m0 are exponents.
-        block: its sizes; without, blocks are as many as scales and alike.
+        block: its sizes, of which the scales have to be; without, blocks are as many as scales and alike.
         name: of the scales, for errors.
         made_in: the element type that values are made in.
         dtype: of the weight.
@@ -72,16 +72,18 @@ def floating(
         GraftError: GC163 where there are not as many scales as blocks.
     """
     rows, width = codes.shape
-    if scales.numel() == 1:
+    if block is not None:
+        if scales.shape != (-(-rows // block[0]), -(-width // block[1])):
+            damaged(f"{name} is {list(scales.shape)}, for a weight of {rows} x {width} in blocks of {list(block)}")
+        sizes = block
+    elif scales.numel() == 1:
         sizes = 0, 0
         scales = scales.reshape(1, 1)
-    elif scales.dim() <= 2 and scales.numel() == rows and block is None:
+    elif scales.dim() <= 2 and scales.numel() == rows:
         sizes = 1, 0
         scales = scales.reshape(rows, 1)
     elif scales.dim() != 2:
         damaged(f"{name} is {list(scales.shape)}, for a weight of {rows} x {width}")
-    elif block is not None and scales.shape == (-(-rows // block[0]), -(-width // block[1])):
-        sizes = block[0], block[1]
     elif rows % scales.shape[0] == 0 and width % scales.shape[1] == 0:
         sizes = rows // scales.shape[0], width // scales.shape[1]
     else:
