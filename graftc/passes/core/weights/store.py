@@ -224,7 +224,7 @@ class Store:
 
     def _packed(self, fqn: str) -> PackedTensor:
         own = self.packed[fqn]
-        return PackedTensor(own, [self.get(name) for name in own.names(fqn)])
+        return PackedTensor(own, [self.get(name) for name in own.names(fqn)], gathered)
 
     def is_buffer(self, fqn: str) -> bool:
         """Whether the tensor called ``fqn`` is no parameter; `KeyError` where there is none."""
