@@ -15,6 +15,7 @@ CERTIFICATE: dict[str, Any] = {
     **{"base_structure": "1", "additions": [], "fingerprint": "2", "dtype": "float32", "notes": []},
     "collapses": [{"adaptation": "x", "site": "a", "routings": 4, "error": 0.1}],
     "anchors": [ANCHOR],
+    "requantised": [],
     **{"retention": RETENTION, "unchanged": ["b"]},
     "largest_difference": 1e-6,
 }

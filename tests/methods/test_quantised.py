@@ -17,6 +17,9 @@ from tests.packed import dense_twin
 
 MAPS = {"role": ["attn.q", "ffn.down"]}
 EXPERTS = {"role": ["attn.q", "experts"]}
+LINEAR = ("spiel", "spiel-ag", "vera")
+"""Methods that take no experts."""
+
 FORMATS = ("int8", "int4", "nf4", "fp4")
 FAMILIES = ("bert", "gpt2", "llama", "mixtral", "t5")
 METHODS: dict[str, dict[str, Any]] = {
@@ -35,7 +38,7 @@ def spec_of(name: str, family: str, **base: Any) -> dict[str, Any]:
     """A spec for a method of `METHODS`, on a base that is quantised where ``base`` says so."""
     adaptation = {"method": name, **METHODS[name]}
     if family == "mixtral" and adaptation.get("target") == MAPS:
-        adaptation["target"] = EXPERTS
+        adaptation["target"] = {"role": "attn.q"} if name in LINEAR else EXPERTS
     return {"adapt": [adaptation], **({"base": base} if base else {})}
 
 

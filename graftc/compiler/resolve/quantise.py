@@ -82,18 +82,20 @@ def quantised(model: nn.Module, options: BaseOptions, maps: Mapping[str, Layout]
         set(match_modules(options.skip, [path for path in modules if path], "base.skip")) if options.skip else set()
     )
     chosen: dict[str, dict[str, Packing]] = {}
+    others = False
     for name, layout in maps.items():
         path, _, last = name.rpartition(".")
         if any(path == out or path.startswith(f"{out}.") for out in skipped):
             continue
         weight = modules[path]._parameters.get(last)
+        others |= weight is not None and weight.dtype not in _PACKABLE
         if weight is not None and weight.dtype in _PACKABLE:
             chosen.setdefault(path, {})[last] = packing_for(options, transposed=layout is Layout.COLUMNS)
     _pack(result, chosen)
     if not any(packed_types(module) for module in result.modules()):
         hint = "leave quantize out" if not skipped else "skip fewer modules"
         message = f"{type(model).__name__} has no linear maps in repeated layers that could be quantised"
-        message += ", of float32, bfloat16 or float16" if maps else ""
+        message += ", of float32, bfloat16 or float16" if others else ""
         raise GraftError("GC160", message, place=Place(path="base.quantize"), hint=hint)
     return result
 

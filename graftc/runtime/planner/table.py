@@ -97,7 +97,7 @@ def rows(
         budget: bytes; None looks for nothing that fits.
         told: is told what is being planned.
     """
-    stored: list[str | None] = [None, *(["nf4"] if "base" in Spec.model_fields else [])]
+    stored: list[str | None] = [None, "nf4"]
     for (name, spec), quantize, chunked, checkpoint in product(specs.items(), stored, (False, True), (False, True)):
         told(f"planning {name}")
         changed = _changed(spec, quantize, chunked)
