@@ -24,7 +24,7 @@ from torch import nn
 from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.fingerprint import settings_of
 from graftc.compiler.capture.interface import ExampleInputs
-from graftc.compiler.missing_weights import mark_fresh, same_fresh
+from graftc.compiler.missing_weights import mark_fresh
 from graftc.runtime.quantised.load import FORMATS, load_quantised, quantization_of, require_read
 from graftc.runtime.reference import Built, is_callable, is_hub_id
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
@@ -242,8 +242,7 @@ def from_checkpoint(cls: Any, folder: Path, where: str, **options: Any) -> nn.Mo
             model, found = cls.from_pretrained(folder, trust_remote_code=False, output_loading_info=True, **options)
     mismatched = [key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"]]
     mark_fresh(model, {*found["missing_keys"], *mismatched}, where)
-    made: nn.Module = arrived(model)
-    return made if made is model else same_fresh(model, made)
+    return arrived(model)
 
 
 def _check_folder(folder: Path, meta: bool) -> None:

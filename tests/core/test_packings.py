@@ -85,9 +85,9 @@ def test_the_operator_of_bitsandbytes(kind: str, double: bool, dtype: torch.dtyp
     operator = dequantize_4bit()
     assert operator is not None
     held, packing = weight((48, 64), dtype), Blockwise(kind, double=double)
-    codes, scales, *rest = packing.packed(held)
-    found = operator(codes, packing._scales(scales, rest), packing.group, kind, (48, 64), dtype)
-    assert torch.equal(found, unpack([codes, scales, *rest], packing.text, [48, 64], dtype))
+    parts = packing.packed(held)
+    found = operator(parts[0], packing.form(parts, held.shape).scales, packing.group, kind, (48, 64), dtype)
+    assert torch.equal(found, unpack(parts, packing.text, [48, 64], dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -17,7 +17,11 @@ import graftc
 from graftc.passes.core.packing.affine import Affine
 from graftc.passes.core.packing.blockwise import Blockwise
 from graftc.passes.core.packing.modules import hold_packed, packed_parameter
+from graftc.passes.core.packing.ordered import Ordered
+from graftc.passes.core.packing.packing import VIA, Packing
+from graftc.passes.core.packing.row_scaled import RowScaled
 from graftc.runtime.export.onnx_packed import block_of, in_blocks
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import inputs_for, outputs_of, perturb, tiny
 from tests.packed_bases import adapted, in_onnx_runtime
 
@@ -53,12 +57,17 @@ class Layers(nn.Sequential):
         (50, Blockwise("nf4", group=64), {"MatMulBnb4": 2, "DequantizeLinear": 1}),
         (50, Blockwise("fp4", group=32), {"MatMulBnb4": 2, "DequantizeLinear": 1}),
         (51, Blockwise("nf4", group=64, double=True), {"MatMulBnb4": 2, "DequantizeLinear": 1}),
+        (50, Affine("int8", group=10, via=VIA.index(torch.float32)), {"DequantizeLinear": 3}),
+        (50, Affine("int4", group=16, via=VIA.index(torch.float16)), {}),
+        (50, Blockwise("nf4", group=64, via=VIA.index(torch.bfloat16)), {}),
+        (50, Ordered("int4_ordered", group=16, via=VIA.index(torch.float16)), {}),
+        (50, RowScaled("int8_rows"), {}),
     ],
-    ids=lambda given: given.text if isinstance(given, Affine | Blockwise) else str(given),
+    ids=lambda given: given.text if isinstance(given, Packing) else str(given),
 )
 def test_layouts(width: int, packing: Any, operators: dict[str, int], tmp_path: Path) -> None:
-    """Rows that are no whole groups, odd widths, groups that no operator has, transposed weights, and weights that are
-    not multiplied by alone."""
+    """Rows that are no whole groups, odd widths, groups that no operator has, transposed weights, weights that are not
+    multiplied by alone, and what ONNX has no form for: values that are rounded on the way, and groups of any inputs."""
     torch.manual_seed(0)
     model = Layers(width).eval()
     nn.init.normal_(model[2].weight)
@@ -149,3 +158,13 @@ def test_half_precision(tmp_path: Path) -> None:
     perturb(compiled)
     graph = onnx.load(compiled.export(tmp_path / "model.onnx", "onnx")).graph
     assert sum(node.op_type == "DequantizeLinear" for node in graph.node) == 8
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+def test_bfloat16(kind: str, tmp_path: Path) -> None:
+    """ONNX Runtime does not run it on CPUs, which is said and leaves no file."""
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}], "base": {"quantize": kind}}
+    compiled = graftc.compile(spec, tiny("gpt2").bfloat16()).eval()
+    with pytest.raises(GraftError, match=r"GC060: ONNX Runtime does not run the export(.|\n)*float32 or float16"):
+        compiled.export(tmp_path / "model.onnx", "onnx")
+    assert not list(tmp_path.iterdir())

@@ -9,35 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig
-from transformers import LlamaForCausalLM as Llama
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 import graftc
 from graftc.compiler.arrivals.arrived import arrived
 from graftc.passes.core.packing.modules import packed_weights
 from graftc.passes.core.packing.packed_tensor import dense as dense_value
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing.perturb import perturb
+from tests.quantised import writers
+from tests.quantised.saving import require_refused, saved_and_loaded
 
 LORA: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.up"]}}]}
 IDS = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
 def llama(dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
     # Widths are multiples of a block: for others, bitsandbytes' kernel for the CPU reads scales of the wrong blocks.
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=99,
-        max_position_embeddings=64,
-    )
-    return Llama(config).to(dtype).eval()
+    return writers.llama(dtype, inner=128)
 
 
 def gpt2() -> Any:
@@ -129,20 +118,12 @@ class TestBitsAndBytes:
     ) -> None:
         make().save_pretrained(tmp_path / "base")
         compiled: Any = graftc.compile(LORA, self.load(tmp_path / "base", load_in_4bit=True))
-        perturb(compiled, 0.1)
-        compiled.save(tmp_path / "adapter", certify=False)
-        save_file({k: v.contiguous() for k, v in compiled.state_dict().items()}, tmp_path / "model.safetensors")
-        with torch.no_grad():
-            expected = compiled.eval()(input_ids=IDS).logits
-            for place in (tmp_path / "adapter", tmp_path / "model.safetensors"):
-                assert torch.equal(graftc.load(place).eval()(input_ids=IDS).logits, expected)
+        places = saved_and_loaded(tmp_path, compiled, IDS)
         other = make()
         with torch.no_grad():
             # Only weights that were packed differ, and only in what is rounded away but for the scales.
             next(p for name, p in other.named_parameters() if ".0." in name and p.dim() == 2).mul_(1.01)
-        for place in (tmp_path / "adapter", tmp_path / "model.safetensors"):
-            with pytest.raises(GraftError, match="GC087"):
-                graftc.load(place, other)
+        require_refused(places, other)
 
     def test_other_modules_of_it_are_refused(self, bnb: Any) -> None:
         model = nn.ModuleList([bnb.nn.Embedding4bit(8, 64)])

@@ -23,11 +23,11 @@ GROUP = 32
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def llama(dtype: torch.dtype = torch.float16) -> Any:
+def llama(dtype: torch.dtype = torch.float16, inner: int = 96) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=inner,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.arrivals.modules import bytes_of, plain_linear
+from graftc.compiler.arrivals.modules import plain_linear
 from graftc.passes.core.packing.blockwise import SCALES, Blockwise, dynamic_values, table_of
-from graftc.passes.core.packing.packing import VIA, PackedType, via_of
+from graftc.passes.core.packing.packing import VIA, PackedType, as_bytes, via_of
 from graftc.passes.core.packing.row_scaled import RowScaled
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -76,16 +76,16 @@ def packed_4bit(path: str, weight: Tensor, state: Any, dtype: torch.dtype) -> tu
         raise GraftError("GC162", f"{path} has a table of codes of its own", hint=_ANEW)
     rows, width = state.shape
     packing = Blockwise(kind, state.blocksize, inner is not None, via=via_of(state.dtype))
-    parts = [bytes_of(weight).reshape(-1, 1)]
+    parts = [as_bytes(weight).reshape(-1, 1)]
     blocks = -(-rows * width // state.blocksize)
     if inner is None:
-        parts.append(bytes_of(state.absmax.float(), (blocks, 4)) if state.absmax.numel() == blocks else parts[0][:0])
+        parts.append(as_bytes(state.absmax.float(), (blocks, 4)) if state.absmax.numel() == blocks else parts[0][:0])
     else:
         outer = -(-blocks // SCALES)
         fits = state.absmax.numel() == blocks and inner.absmax.numel() == outer
-        parts.append(bytes_of(state.absmax, (blocks, 1)) if fits else parts[0][:0])
-        parts.append(bytes_of(inner.absmax.float()).reshape(-1, 4))
-        parts.append(bytes_of(state.offset.float()))
+        parts.append(as_bytes(state.absmax, (blocks, 1)) if fits else parts[0][:0])
+        parts.append(as_bytes(inner.absmax.float()).reshape(-1, 4))
+        parts.append(as_bytes(state.offset.float()))
     if parts[0].numel() != -(-rows * width // 2) or not parts[1].numel():
         message = (
             f"{path} is {rows} x {width}, and has {parts[0].numel()} bytes of codes and {state.absmax.numel()} scales"
@@ -123,5 +123,5 @@ def packed_8bit(path: str, codes: Tensor, scales: Tensor, dtype: torch.dtype) ->
     if codes.dim() != 2 or scales.numel() != codes.shape[0]:
         message = f"{path} has codes {list(codes.shape)} and {scales.numel()} scales"
         raise GraftError("GC163", message, hint="take the checkpoint anew from where it came")
-    parts = codes.contiguous().view(torch.uint8), bytes_of(scales.float(), (codes.shape[0], 4))
+    parts = codes.contiguous().view(torch.uint8), as_bytes(scales.float(), (codes.shape[0], 4))
     return PackedType(RowScaled("int8_rows"), tuple(codes.shape), dtype), parts

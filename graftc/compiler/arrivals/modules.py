@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graftc.passes.core.ops.unpack import FAMILIES
-from graftc.passes.core.packing.modules import hold_packed
-from graftc.passes.core.packing.packing import PackedType
+from graftc.passes.core.packing.modules import Packed, hold_packed
 
-__all__ = ["FAMILIES", "Packed", "bytes_of", "plain_linear", "with_packed"]
-
-Packed: TypeAlias = tuple[PackedType, tuple[Tensor, ...]]
-"""A weight: its type and its parts."""
+__all__ = ["FAMILIES", "plain_linear", "with_packed"]
 
 
 def plain_linear(like: nn.Module, packed: Packed) -> nn.Linear:
@@ -56,10 +51,3 @@ def with_packed(module: nn.Module, packed: Mapping[str, Packed]) -> nn.Module:
 
 def _handle(tensor: nn.Parameter | None) -> nn.Parameter | None:
     return None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-
-
-def bytes_of(tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """The memory of a tensor as ``uint8``: each element's bytes along the last axis, or in another shape."""
-    found = tensor.detach().contiguous()
-    found = (found if found.dim() else found.reshape(1)).view(torch.uint8)
-    return found if shape is None else found.reshape(tuple(shape))

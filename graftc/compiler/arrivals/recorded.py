@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.arrivals.arrived import arrived
+from graftc.compiler.arrivals.modules import plain_linear
 from graftc.compiler.missing_weights import same_fresh
 from graftc.compiler.resolve.quantise import is_turned
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.ir.shapes import DTYPES
 from graftc.passes.core.packing.modules import hold_packed
-from graftc.passes.core.packing.packing import PackedType, packing_of
+from graftc.passes.core.packing.packing import PackedType, packing_of, swapped
 
 
 def packed_as(model: nn.Module, packings: Mapping[str, str]) -> nn.Module:
@@ -41,7 +42,8 @@ def packed_as(model: nn.Module, packings: Mapping[str, str]) -> nn.Module:
         for name, own in found.items():
             with suppress(RuntimeError, ValueError, IndexError):  # sizes that such a packing has not
                 _pack(made, name, own)
-    return made if made is model else same_fresh(model, made)
+        same_fresh(model, made)
+    return made
 
 
 def _fitting(model: nn.Module, name: str, text: str) -> PackedType | None:
@@ -55,7 +57,7 @@ def _fitting(model: nn.Module, name: str, text: str) -> PackedType | None:
     if weight is None or weight.dtype != dtype or weight.dim() < 2:
         return None
     turned = is_turned(module) and not packing.transposed
-    return PackedType(packing, tuple(weight.shape[::-1] if turned else weight.shape), dtype)
+    return PackedType(packing, swapped(weight.shape) if turned else tuple(weight.shape), dtype)
 
 
 def _pack(model: nn.Module, name: str, own: PackedType) -> None:
@@ -66,10 +68,7 @@ def _pack(model: nn.Module, name: str, own: PackedType) -> None:
     with torch.no_grad():
         parts = own.packing.packed(weight.T if turned else weight)
     if turned:
-        bias, training = module._parameters["bias"], module.training
-        module = nn.Linear(own.shape[1], own.shape[0], bias=False, device="meta")
-        module.bias = bias
-        module.train(training)
         parent, _, inner = path.rpartition(".")
-        setattr(model.get_submodule(parent), inner, module)
-    hold_packed(module, {last: (own, parts)})
+        setattr(model.get_submodule(parent), inner, plain_linear(module, (own, parts)))
+    else:
+        hold_packed(module, {last: (own, parts)})

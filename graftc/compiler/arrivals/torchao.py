@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.arrivals.modules import Packed, bytes_of, plain_linear, with_packed
+from graftc.compiler.arrivals.modules import plain_linear, with_packed
 from graftc.passes.core.packing.affine import Affine
 from graftc.passes.core.packing.floating import Floating
-from graftc.passes.core.packing.packing import PackedType, Packing, via_of
+from graftc.passes.core.packing.modules import Packed
+from graftc.passes.core.packing.packing import PackedType, Packing, as_bytes, via_of
 from graftc.specs.errors.diagnostics import GraftError
 
 _WAY_OUT = "quantise it with Int8WeightOnlyConfig or IntxWeightOnlyConfig, or by the spec: base: {quantize: int4}"
@@ -77,7 +78,7 @@ def packed_tensor(path: str, tensor: Any) -> Packed:
     if data.dtype == torch.float8_e4m3fn:
         packing: Packing = Floating("e4m3", rows, columns % shape[-1], via=via_of(torch.float32))
         scales = scale.float().reshape(*shape[:-2], -(-shape[-2] // rows), -1)
-        return PackedType(packing, shape, dtype), (bytes_of(data, shape), bytes_of(scales))
+        return PackedType(packing, shape, dtype), (as_bytes(data, shape), as_bytes(scales))
     if any(size != 1 for size in block[:-1]) or data.dtype not in (torch.int8, torch.uint8):
         raise GraftError("GC162", f"{path} has blocks of {block} values of {data.dtype}", hint=_WAY_OUT)
     return _affine(data, scale, tensor.zero_point, shape, dtype, columns % shape[-1], made_in)
@@ -86,7 +87,7 @@ def packed_tensor(path: str, tensor: Any) -> Packed:
 def _affine(
     data: Tensor, scale: Tensor, zero: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, group: int, via: Any
 ) -> Packed:
-    scales = bytes_of(scale.to(via).reshape(*shape[:-1], -1))
+    scales = as_bytes(scale.to(via).reshape(*shape[:-1], -1))
     has_zeros = zero is not None and bool(zero.any())
     packing = Affine("int8z" if has_zeros else "int8", group, via=via_of(via))
     parts: tuple[Tensor, ...] = (data.contiguous().view(torch.uint8), scales)

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, raw_bytes
-from graftc.passes.core.packing.packing import PackedType
+from graftc.passes.core.packing.packing import PackedType, weight_name
 from graftc.passes.core.weights.store import Store
 
 SAMPLES = 64
-_CODES = "_codes"
-"""What the name of the first part of a packed weight ends with."""
 
 Setting: TypeAlias = bool | int | float | str
 _PASSING = frozenset(
@@ -82,9 +80,9 @@ class Identity:
     def packings(self) -> dict[str, str]:
         """How packed weights are stored, as `described`, by their names."""
         return {
-            name.removesuffix(_CODES): tensor.dtype
+            weight_name(name): tensor.dtype
             for name, tensor in self.tensors.items()
-            if name.endswith(_CODES) and "; " in tensor.dtype
+            if weight_name(name) != name and "; " in tensor.dtype
         }
 
     def differences(self, other: Identity) -> list[str]:

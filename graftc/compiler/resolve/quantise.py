@@ -17,7 +17,7 @@ from graftc.compiler.roles.findings import place
 from graftc.compiler.roles.structure import find_structure
 from graftc.passes.core.packing.affine import Affine
 from graftc.passes.core.packing.blockwise import Blockwise
-from graftc.passes.core.packing.modules import Held, hold_packed, packed_parameter, packed_types
+from graftc.passes.core.packing.modules import Packed, hold_packed, packed_parameter, packed_types
 from graftc.passes.core.packing.packing import Packing
 from graftc.passes.core.sites.readers import linear_use
 from graftc.passes.core.weights.weight_slice import Layout
@@ -26,7 +26,7 @@ from graftc.specs.options.base import BaseOptions
 
 _PACKABLE = (torch.float32, torch.float16, torch.bfloat16)
 
-_LEAST = {"int8": 0, "int4": 64, "nf4": 64, "fp4": 64}
+_GROUPS = {"int8": 0, "int4": 64, "nf4": 64, "fp4": 64}
 """Groups by format, where the spec has none; 0 is a whole row."""
 
 
@@ -38,7 +38,7 @@ def packing_for(options: BaseOptions, *, transposed: bool = False) -> Packing:
         transposed: the weight is ``[in, out]``.
     """
     kind = str(options.quantize)
-    group = _LEAST[kind] if options.group is None else options.group
+    group = _GROUPS[kind] if options.group is None else options.group
     if kind in Blockwise.KINDS:
         return Blockwise(kind, group=group, double=options.double, transposed=transposed)
     return Affine(kind, group=group, transposed=transposed)
@@ -104,7 +104,7 @@ def _pack(model: nn.Module, chosen: Mapping[str, Mapping[str, Packing]]) -> None
     """Pack weights of a model; those that are one tensor stay one, whichever module has them."""
     modules = dict(model.named_modules(remove_duplicate=False))
     wanted = {id(modules[path]._parameters[name]): own for path, part in chosen.items() for name, own in part.items()}
-    parts: dict[int, Held] = {}
+    parts: dict[int, Packed] = {}
     for module in dict.fromkeys(modules.values()):
         tensors = {n: p for n, p in module._parameters.items() if p is not None and id(p) in wanted}
         for parameter in tensors.values():

@@ -64,7 +64,7 @@ def insert_train(build: Builder, sites: Sequence[ParameterSite]) -> None:
 def _parameters(table: SiteTable, path: str) -> list[ParameterSite]:
     found: list[ParameterSite] = []
     where = Place(path="train")
-    weight_of = {part: weight for weight in table.store.packed for part in table.store.parts_of(weight)}
+    weight_of = table.store.weight_of
     names = (name for name, _ in table.modules[path].named_parameters(path, remove_duplicate=False))
     for name in dict.fromkeys(weight_of.get(name, name) for name in names):
         if table.store.tied(name):

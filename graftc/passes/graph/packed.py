@@ -13,6 +13,7 @@ from torch import fx
 from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ops.unpack import UNPACK, unpacked
+from graftc.passes.core.packing.packing import weight_name
 from graftc.passes.core.weights.store import Store
 
 
@@ -22,10 +23,10 @@ def reading_weights(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=UNPACK):
         parts = node.args[0]
         assert isinstance(parts, list | tuple) and isinstance(parts[0], fx.Node)
-        name = str(parts[0].target).removesuffix("_codes")
+        name = weight_name(str(parts[0].target))
         if name not in read:
             with graph.inserting_before(parts[0]):
-                read[name] = graph.create_node("get_attr", name, name=parts[0].name.removesuffix("_codes"))
+                read[name] = graph.create_node("get_attr", name, name=weight_name(parts[0].name))
             read[name].meta = {**node.meta, "module": name.rpartition(".")[0]}
         node.replace_all_uses_with(read[name])
         graph.erase_node(node)

@@ -154,9 +154,8 @@ class TrainingCode:
         tensors = [*(tensor_at(module, name) for name in self._names), *given]
         devices = {tensor.device.type for tensor in tensors}
         size = sum([tensor.numel() for tensor in given]).bit_length() // 2
-        return Kind(
-            tuple([tensor.requires_grad or is_open(tensor) for tensor in tensors]), casts_of(sorted(devices)), size
-        )
+        wanted = tuple([tensor.requires_grad or (self._unpacks and is_open(tensor)) for tensor in tensors])
+        return Kind(wanted, casts_of(sorted(devices)), size)
 
     def choose(self, module: nn.Module, inputs: Sequence[Any], kind: Kind) -> None:
         """Choose how this graph runs, and how the layers that it calls do, which share its budget."""

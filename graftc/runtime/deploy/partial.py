@@ -26,13 +26,12 @@ from graftc.runtime.artifact.write import save
 from graftc.runtime.deploy.merged import Merged, fold, require_decided, require_passed
 from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.merged_model import base_of
-from graftc.runtime.deploy.widening import of_the_base, widened
+from graftc.runtime.deploy.widening import of_the_base, unquantised, widened
 from graftc.runtime.model.runner import M, runner_of
 from graftc.specs.arguments import as_path
 from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.options.base import BaseOptions
 
 if TYPE_CHECKING:
     from graftc.compiler.capture.interface import ExampleInputs
@@ -175,13 +174,13 @@ def merge_what_folds(
 def _rest(compilation: Compilation, merged: Merged) -> Spec:
     """The spec without what has folded, and the rest in its simplest form. In the base that it is for, what the spec
     unties is untied already, and what it quantises is so or is in full precision."""
-    changes: dict[str, Any] = {"untie": (), "base": BaseOptions()}
+    changes: dict[str, Any] = {"untie": ()}
     changes["compose"] = tuple(found for c in compilation.spec.compose if (found := _left(c, merged)) is not None)
     if TRAIN not in merged.kept:
         changes["train"] = ()
     if TOKENS not in merged.kept:
         changes["tokens"] = None
-    return collapsed_spec(compilation, merged.kept).model_copy(update=changes)
+    return unquantised(collapsed_spec(compilation, merged.kept)).model_copy(update=changes)
 
 
 def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | None:

@@ -18,7 +18,8 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Signature
 from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
 from graftc.passes.core.packing.forms import EvenSteps, TableEntries
-from graftc.passes.core.packing.packing import PackedType, Packing
+from graftc.passes.core.packing.packed_tensor import dense
+from graftc.passes.core.packing.packing import PackedType
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.packed import reading_parts
 from graftc.runtime.export.inputs import ADAPTER_TENSORS, as_inputs, tensors_of, without
@@ -43,23 +44,24 @@ class PackedWeight(PackedType):
 
     parts: Callable[[], Sequence[Tensor]]
 
+    @property
+    def has_form(self) -> bool:
+        """Whether other software knows it."""
+        return self.packing.has_form(self.dtype)
+
     def form(self) -> EvenSteps | TableEntries:
         """What other software would have of it."""
-        found = self.packing.form(self.parts(), self.shape)
-        assert found is not None
-        return found
+        return self.packing.form(self.parts(), self.shape)
 
 
-def known_weights(program: Program, store: Store) -> dict[str, PackedWeight]:
-    """The packed weights that a Program reads and of which other software knows the form, by name."""
+def _packed_weights(program: Program, store: Store) -> dict[str, PackedWeight]:
+    """The packed weights that a Program reads, by name."""
+    names = {str(node.target): None for node in program.graph.find_nodes(op="get_attr")}
     found: dict[str, PackedWeight] = {}
-    for node in program.graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        if name in store.packed and name not in found:
-            own = store.packed[name]
-            if type(own.packing).form is not Packing.form:
-                made = partial(_parts, store, own.names(name))
-                found[name] = PackedWeight(own.packing, own.shape, own.dtype, made)
+    for name in names:
+        if (own := store.packed.get(name)) is not None:
+            made = partial(_parts, store, own.names(name))
+            found[name] = PackedWeight(own.packing, own.shape, own.dtype, made)
     return found
 
 
@@ -74,7 +76,8 @@ class ExportModule:
         runner: the compiled or merged model.
         signature: the one that is exported.
         names: adaptations whose tensors are inputs.
-        apart: packed weights are inputs too, where their packing is one that other software knows.
+        apart: packed weights are inputs too, and constants where their packing is one that other software does not
+            know.
 
     Attributes:
         module: the module.
@@ -97,12 +100,15 @@ class ExportModule:
         self.adaptations = tensors_of(runner, program, names)
         self.tensors = {name: tensor for own in self.adaptations.values() for name, tensor in own.items()}
         constants: dict[str, Tensor] = {}
+        apart_weights: dict[str, PackedWeight] = {}
         if apart and store.packed:
             with torch.no_grad():
                 program, constants = settled(program, store, self.tensors)
-        self.packed = known_weights(program, store) if apart else {}
+                apart_weights = _packed_weights(program, store)
+                constants |= {name: dense(store.get(name)) for name, own in apart_weights.items() if not own.has_form}
+        self.packed = {name: own for name, own in apart_weights.items() if own.has_form}
         self.tensors |= {name: store.get(name) for name in self.packed}
-        self.program: Program = reading_parts(program, store, self.packed)
+        self.program: Program = reading_parts(program, store, apart_weights)
         self.config = getattr(runner, "config", None)
         self._base, self._tensors = runner._compilation.program("train", "base", signature), store
         every = [Axis(s.name, s.dtype, s.shape) for s in self.program.inputs]

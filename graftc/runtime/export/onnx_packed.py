@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graftc.passes.core.packing.affine import halves
 from graftc.passes.core.packing.forms import EvenSteps, TableEntries
+from graftc.passes.core.packing.packing import swapped
 from graftc.runtime.export.module import PackedWeight
 
 OPSET = 21
@@ -170,9 +172,7 @@ class _Lowering:
         values = self._node("Gather", [self._constant("table", form.table), index], {"axis": 0})
         grid = self._node("Reshape", [values, self._shape("grid", (blocks, form.group))])
         scaled = self._node("Mul", [grid, self._constant("scales", form.scales.unsqueeze(1))])
-        shape = self.weight.shape
-        if self.turned:
-            shape = (*shape[:-2], shape[-1], shape[-2])
+        shape = swapped(self.weight.shape) if self.turned else self.weight.shape
         if blocks * form.group != size:
             flat = self._node("Reshape", [scaled, self._shape("flat", (-1,))])
             ends = [self._shape(name, (number,)) for name, number in (("first", 0), ("last", size))]
@@ -181,8 +181,7 @@ class _Lowering:
         if self.weight.dtype != torch.float32:
             found = self._node("Cast", [found], {"to": _type(ir, self.weight.dtype).value})
         if self.turned:
-            order = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
-            found = self._node("Transpose", [found], {"perm": order})
+            found = self._node("Transpose", [found], {"perm": list(swapped(range(len(shape))))})
         found.shape, found.type = self.value.shape, self.value.type
         return found
 
@@ -209,7 +208,11 @@ class _Lowering:
         name = f"{self.name}_{part}"
         if name in self.graph.initializers:
             return self.graph.initializers[name]
-        array = tensor.detach().cpu().contiguous().numpy()
+        held = tensor.detach().cpu().contiguous()
+        if held.dtype == torch.bfloat16:  # which numpy has not
+            array = held.view(torch.uint16).numpy().view(importlib.import_module("ml_dtypes").bfloat16)
+        else:
+            array = held.numpy()
         if dtype is not None and dtype == self.ir.DataType.UINT4:
             array = array.astype(importlib.import_module("ml_dtypes").uint4)
         elif dtype is not None and dtype == self.ir.DataType.INT8:
@@ -253,10 +256,7 @@ def in_blocks(form: EvenSteps, block: int) -> tuple[Tensor, ...]:
     scales = form.scales[:, each]
     zeros = None if form.zeros is None else form.zeros[:, each]
     if form.bits == 4:
-        codes = codes[..., ::2] | (codes[..., 1::2] << 4)
-        if zeros is not None:
-            pairs = torch.nn.functional.pad(zeros, (0, blocks % 2))
-            zeros = pairs[:, ::2] | (pairs[:, 1::2] << 4)
+        codes, zeros = halves(codes), None if zeros is None else halves(zeros)
     return (codes, scales) if zeros is None else (codes, scales, zeros)
 
 

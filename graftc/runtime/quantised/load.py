@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from graftc.compiler.arrivals.modules import Packed
-from graftc.passes.core.packing.modules import hold_packed
+from graftc.passes.core.packing.modules import Packed, hold_packed
 from graftc.runtime.quantised.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, mxfp4
 from graftc.runtime.quantised.placing import PackedPlace, places_of
 from graftc.runtime.quantised.tensors import FolderTensors, damaged

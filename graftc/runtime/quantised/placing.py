@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.arrivals.modules import Packed
 from graftc.compiler.resolve.quantise import is_turned
 from graftc.passes.core.packing.affine import Affine
 from graftc.passes.core.packing.floating import Floating
+from graftc.passes.core.packing.modules import Packed
 from graftc.passes.core.packing.ordered import Ordered
 from graftc.passes.core.packing.packing import PackedType
 from graftc.passes.core.packing.row_scaled import RowScaled

@@ -9,8 +9,8 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from graftc.compiler.arrivals.modules import Packed, bytes_of
 from graftc.passes.core.packing.affine import Affine, halves
+from graftc.passes.core.packing.modules import Packed
 from graftc.passes.core.packing.ordered import Ordered
 from graftc.passes.core.packing.packing import PackedType, as_bytes, via_of
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
@@ -66,10 +66,10 @@ def affine(
         order: the group of each input, where they are not consecutive.
         dtype: the element type of the weight; values are made in that of ``scales``.
     """
-    width = codes.shape[1]
+    rows, width = codes.shape
     group = 0 if group >= width else group
     middle = 128
-    stored = [bytes_of(scales)]
+    stored = [as_bytes(scales)]
     if bits > 4:
         codes, signed = codes ^ middle, zeros ^ middle
         stored = [codes, *stored, signed]
@@ -85,9 +85,7 @@ def affine(
         stored.pop()
     else:
         packing = Affine("int8z" if bits > 4 else "int4", group, via=via)
-    return PackedType(packing, tuple(codes.shape) if bits > 4 else (codes.shape[0], width), dtype), tuple(
-        part.contiguous() for part in stored
-    )
+    return PackedType(packing, (rows, width), dtype), tuple(part.contiguous() for part in stored)
 
 
 def order_of(groups: Tensor, name: str, group: int, count: int) -> Tensor | None:

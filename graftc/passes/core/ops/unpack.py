@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graftc.passes.core.packing import affine, blockwise, floating, half_quadratic, ordered, row_scaled
 from graftc.passes.core.packing.gradients import tapped
-from graftc.passes.core.packing.packing import packing_of
+from graftc.passes.core.packing.packing import packing_of, swapped
 
 __all__ = ["DECOMPOSITIONS", "FAMILIES", "UNPACK", "unpack", "unpack_decomposed", "unpacked"]
 
@@ -39,11 +39,9 @@ def unpack(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: t
 
 @unpack.register_fake
 def _(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    sizes = list(shape)
     if packing_of(packing).transposed:
-        sizes[-2:] = sizes[:-3:-1]
-        return parts[0].new_empty(sizes, dtype=dtype).transpose(-1, -2)
-    return parts[0].new_empty(sizes, dtype=dtype)
+        return parts[0].new_empty(swapped(shape), dtype=dtype).transpose(-1, -2)
+    return parts[0].new_empty(shape, dtype=dtype)
 
 
 UNPACK = torch.ops.graftc.unpack.default

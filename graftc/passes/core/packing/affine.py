@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graftc.passes.core.packing.blockwise import pairs_by_byte
 from graftc.passes.core.packing.forms import EvenSteps
-from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
+from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes, real_values
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Affine(Packing):
     group: int = 0
 
     KINDS: ClassVar[tuple[str, ...]] = ("int8", "int8z", "int4")
+    HAS_FORM: ClassVar[bool] = True
 
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -68,16 +69,13 @@ class Affine(Packing):
         rows = same.all(-1, keepdim=True)
         return [torch.where(rows, old, new) for old, new in zip(parts, made, strict=True)]
 
-    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> EvenSteps | None:
-        """See `Packing.form`. None where values are rounded on the way."""
-        if self.via:
-            return None
+    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> EvenSteps:
+        """See `Packing.form`."""
         width = shape[-2] if self.transposed else shape[-1]
-        scales, group = from_bytes(parts[1]), self.group or width
+        scales, group = from_bytes(parts[1], self.scales_type).float(), self.group or width
         if self.is_wide:
             return EvenSteps(8, parts[0] ^ 128, scales, None if self.kind == "int8" else parts[2] ^ 128, group)
-        codes = torch.stack([parts[0] & 15, parts[0] >> 4], dim=-1).flatten(-2)[..., :width]
-        return EvenSteps(4, codes, scales, parts[2], group)
+        return EvenSteps(4, from_halves(parts[0], width), scales, parts[2], group)
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Packing.unpack`."""
@@ -103,7 +101,7 @@ class Affine(Packing):
         """The codes as numbers ``[..., rows, width]``."""
         if self.is_wide:
             return codes.view(torch.int8).to(dtype)
-        return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., :width].to(dtype)
+        return from_halves(codes, width).to(dtype)
 
     def zeros(self, zeros: Tensor, dtype: torch.dtype) -> Tensor:
         """The zero points as numbers."""
@@ -116,10 +114,15 @@ def halves(codes: Tensor) -> Tensor:
     return pairs[..., ::2] | (pairs[..., 1::2] << 4)
 
 
+def from_halves(codes: Tensor, width: int) -> Tensor:
+    """The way back from `halves`, of which the last axis had ``width`` codes."""
+    return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., :width]
+
+
 @cache
 def _pairs() -> Tensor:
     """The numbers of both codes of a byte, ``float32[256, 2]``."""
-    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
+    with real_values():
         byte = torch.arange(256)
         return torch.stack([byte & 15, byte >> 4], dim=1).float()
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.packing.forms import TableEntries
-from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
+from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes, real_values
 
 # fmt: off
 NF4 = (
@@ -62,20 +62,25 @@ def dynamic_values() -> Tensor:
 
 @cache
 def _dynamic_table() -> Tensor:
-    """The same, once: where a graph is traced, real values are what is wanted."""
-    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
+    """The same, once."""
+    with real_values():
         return dynamic_values()
 
 
 @cache
 def _pairs(kind: str) -> Tensor:
     """The values of both codes of a byte, ``float32[256, 2]``."""
-    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
+    with real_values():
         table, byte = table_of(kind), torch.arange(256)
         return torch.stack([table[byte >> 4], table[byte & 15]], dim=1)
 
 
+def _moved(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.device)
+
+
 def _constant(values: Tensor, like: Tensor) -> Tensor:
+    """The same as a constant of the graph that is traced."""
     return torch.tensor(values.tolist(), dtype=values.dtype, device=like.device)
 
 
@@ -95,6 +100,7 @@ class Blockwise(Packing):
     double: bool = False
 
     KINDS = ("nf4", "fp4")
+    HAS_FORM = True
 
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -129,22 +135,21 @@ class Blockwise(Packing):
 
     def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> TableEntries:
         """See `Packing.form`."""
-        scales = self._scales(parts[1], parts[2:])
+        scales = self._scales(parts[1:], _constant)
         return TableEntries(self.kind, parts[0].reshape(-1), table_of(self.kind), scales, self.group)
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Packing.unpack`."""
-        codes, scales = parts[:2]
-        size = math.prod(shape)
+        codes, size = parts[0], math.prod(shape)
         pairs = torch.nn.functional.embedding(codes.reshape(-1).int(), _constant(_pairs(self.kind), codes))
         values = pairs.reshape(-1)[:size]
-        found = _times(values, self._scales(scales, parts[2:]), self.group)
+        found = _times(values, self._scales(parts[1:], _constant), self.group)
         return found.reshape(tuple(shape)).to(dtype)
 
     def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Packing.run`. On CUDA, bitsandbytes makes the values where it is installed."""
         codes, size = parts[0], math.prod(shape)
-        scales = self._scales(parts[1], parts[2:])
+        scales = self._scales(parts[1:], _moved)
         kernel = dequantize_4bit() if codes.is_cuda else None
         if kernel is not None:
             return kernel(codes, scales, self.group, self.kind, tuple(shape), dtype)
@@ -153,11 +158,12 @@ class Blockwise(Packing):
             return _times(values[:size], scales, self.group).reshape(tuple(shape)).to(dtype)
         return values.view(-1, self.group).mul_(scales.unsqueeze(1)).view(tuple(shape)).to(dtype)
 
-    def _scales(self, scales: Tensor, rest: Sequence[Tensor]) -> Tensor:
+    def _scales(self, parts: Sequence[Tensor], table: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         if not self.double:
-            return from_bytes(scales).reshape(-1)
-        nested, offset = (from_bytes(part).reshape(-1) for part in rest)
-        known = _constant(_dynamic_table(), scales)
+            return from_bytes(parts[0]).reshape(-1)
+        scales = parts[0]
+        nested, offset = (from_bytes(part).reshape(-1) for part in parts[1:])
+        known = table(_dynamic_table(), scales)
         values = torch.nn.functional.embedding(scales.reshape(-1).int(), known.unsqueeze(1)).reshape(-1)
         return _times(values, nested, SCALES) + offset
 

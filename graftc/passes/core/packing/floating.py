@@ -11,7 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
+from graftc.passes.core.packing.affine import halves
+from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes, real_values
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """By code."""
@@ -26,7 +27,7 @@ _EXPONENT_BIAS = 127
 @cache
 def _by_byte(kind: str) -> list[list[float]]:
     """The values that a byte stands for."""
-    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False):
+    with real_values():
         byte = torch.arange(256, dtype=torch.uint8)
         if kind == "e4m3":
             return byte.view(torch.float8_e4m3fn).float().unsqueeze(1).tolist()
@@ -80,7 +81,7 @@ class Floating(Packing):
         table = torch.tensor(E2M1[:8], device=weight.device)
         codes = torch.bucketize(found.abs(), (table[1:] + table[:-1]) / 2).to(torch.uint8)
         codes = codes | (torch.signbit(found).to(torch.uint8) << 3)
-        return codes[..., ::2] | (codes[..., 1::2] << 4), scales
+        return halves(codes), scales
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Packing.unpack`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graftc.passes.core.packing.affine import halves
+from graftc.passes.core.packing.affine import from_halves, halves
 from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
 
 
@@ -46,7 +46,7 @@ class HalfQuadratic(Packing):
         """See `Packing.unpack`."""
         codes = parts[0]
         if self.kind == "hqq4":
-            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., : shape[-1]]
+            codes = from_halves(codes, shape[-1])
         grouped, axis = self._grouped(codes.reshape(tuple(shape)).to(dtype))
         scales, zeros = (from_bytes(part, self.scales_type).to(dtype).reshape(-1).unsqueeze(axis) for part in parts[1:])
         return ((grouped - zeros) * scales).reshape(tuple(shape))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from graftc.passes.core.packing.packed_tensor import PackedTensor
 from graftc.passes.core.packing.packing import PackedType, Packing
 
-Held: TypeAlias = tuple[PackedType, tuple[Tensor, ...]]
-"""The type of a packed weight, and its parts."""
+Packed: TypeAlias = tuple[PackedType, tuple[Tensor, ...]]
+"""A packed weight: its type, and its parts."""
 
 _TYPES = "_graftc_packed"
 """Under which a class of such modules has the types of its packed weights, by their names."""
@@ -38,7 +38,7 @@ def _part(module: nn.Module, name: str) -> Tensor:
     return found
 
 
-def hold_packed(module: nn.Module, packed: Mapping[str, Held]) -> None:
+def hold_packed(module: nn.Module, packed: Mapping[str, Packed]) -> None:
     """Let a module hold parts in the place of weights. It stays of its class, whose code reads the weights as before.
 
     Args:
@@ -116,7 +116,7 @@ def packed_weights(model: nn.Module) -> dict[str, PackedTensor]:
     }
 
 
-def packed_parameter(weight: Tensor, packing: Packing) -> Held:
+def packed_parameter(weight: Tensor, packing: Packing) -> Packed:
     """What a module holds in the place of a weight: see `hold_packed`."""
     with torch.no_grad():
         parts = tuple(nn.Parameter(part, requires_grad=False) for part in packing.packed(weight))

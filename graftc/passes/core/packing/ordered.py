@@ -23,6 +23,7 @@ class Ordered(Affine):
     """
 
     KINDS = ("int8_ordered", "int4_ordered")
+    HAS_FORM = False
     parts = ("codes", "scales", "zeros", "groups")
 
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -42,9 +43,6 @@ class Ordered(Affine):
     def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `Packing.run`."""
         return self.unpack(parts, shape, dtype)
-
-    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> None:
-        """See `Packing.form`. Others have no groups of any inputs."""
 
     def keeping(self, made: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
         """See `Packing.keeping`. New rows have groups of consecutive inputs, which are those of all rows."""

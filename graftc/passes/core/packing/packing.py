@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from graftc.passes.core.packing.forms import EvenSteps, TableEntries
 
@@ -80,15 +82,25 @@ class Packing(ABC):
         """New parts, with the old ones in the place of groups that are the ``same``, which is as the codes are."""
         return made
 
-    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> EvenSteps | TableEntries | None:
-        """What other software would have of a weight, in the axes of its codes (see `transposed`); None where it is
-        neither of these.
+    HAS_FORM: ClassVar[bool] = False
+    """Other software knows weights of this family: see `form`."""
+
+    def has_form(self, dtype: torch.dtype) -> bool:
+        """Whether other software makes the values of a weight of this element type as graftc does: it rounds them once,
+        to that type."""
+        return self.HAS_FORM and VIA[self.via] in (None, torch.float32, dtype)
+
+    def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> EvenSteps | TableEntries:
+        """What other software would have of a weight, in the axes of its codes (see `transposed`).
 
         Args:
             parts: as `packed` gives them.
             shape: of the weight.
+
+        Raises:
+            NotImplementedError: in families without `HAS_FORM`.
         """
-        return None
+        raise NotImplementedError(self.text)
 
     def values(
         self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, *, traced: bool = True
@@ -103,8 +115,7 @@ class Packing(ABC):
         make, made_in = self.unpack if traced else self.run, VIA[self.via] or dtype
         if not self.transposed:
             return make(parts, shape, made_in).to(dtype).contiguous()
-        turned = (*shape[:-2], shape[-1], shape[-2])
-        return make(parts, turned, made_in).to(dtype).contiguous().transpose(-1, -2)
+        return make(parts, swapped(shape), made_in).to(dtype).contiguous().transpose(-1, -2)
 
     @property
     def scales_type(self) -> torch.dtype:
@@ -160,13 +171,9 @@ class PackedType:
     @property
     def strides(self) -> tuple[int, ...]:
         """Those of its values, which lie in memory in the order of the codes."""
-        sizes = list(self.shape)
-        if self.packing.transposed:
-            sizes[-2:] = sizes[:-3:-1]
-        strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-        if self.packing.transposed:
-            strides[-2:] = strides[:-3:-1]
-        return tuple(strides)
+        sizes = swapped(self.shape) if self.packing.transposed else self.shape
+        strides = tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
+        return swapped(strides) if self.packing.transposed else strides
 
     def names(self, weight: str) -> tuple[str, ...]:
         """Names of the parts of a weight of this name."""
@@ -178,9 +185,27 @@ class PackedType:
         return found
 
 
-def as_bytes(numbers: Tensor) -> Tensor:
-    """Numbers as ``uint8``, their bytes along the last axis, which one that has no axis is given."""
-    return (numbers if numbers.dim() else numbers.reshape(1)).contiguous().view(torch.uint8)
+def weight_name(codes: str) -> str:
+    """The name of the weight whose first part is called so: see `PackedType.names`."""
+    return codes.removesuffix("_codes")
+
+
+def swapped(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes with the last two in each other's place."""
+    return (*sizes[:-2], sizes[-1], sizes[-2])
+
+
+@contextmanager
+def real_values() -> Iterator[None]:
+    """What is made inside has values, and can be kept for other calls, also where a graph is traced."""
+    with _disable_current_modes(), torch.inference_mode(False):
+        yield
+
+
+def as_bytes(numbers: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Numbers as ``uint8``: their bytes along the last axis, which one without axes is given, or in another shape."""
+    found = (numbers if numbers.dim() else numbers.reshape(1)).detach().contiguous().view(torch.uint8)
+    return found if shape is None else found.reshape(tuple(shape))
 
 
 def via_of(dtype: torch.dtype) -> int:

@@ -15,7 +15,7 @@ from torch import nn
 
 from graftc.passes.core.packing.modules import packed_types
 from graftc.passes.core.packing.packed_tensor import PackedTensor, dense
-from graftc.passes.core.packing.packing import PackedType
+from graftc.passes.core.packing.packing import PackedType, weight_name
 from graftc.passes.core.weights.containers import OWN, SOURCE, C, Container
 from graftc.passes.core.weights.names import RESERVED, adapter_name, parsed
 from graftc.passes.core.weights.sharding import gathered
@@ -107,7 +107,7 @@ class Store:
         """Enter a weight whose parts are there; under another name of another one, where its parts are that one's."""
         first = own.names(name)[0]
         if first in self.aliases:
-            self.aliases[name] = self.aliases[first].removesuffix(first.removeprefix(name))
+            self.aliases[name] = weight_name(self.aliases[first])
         self.packed[name] = own
 
     def add_packed(self, name: str, own: PackedType, parts: Iterable[torch.Tensor]) -> None:
@@ -119,6 +119,11 @@ class Store:
     def parts_of(self, name: str) -> tuple[str, ...]:
         """Names of what the tree holds for a tensor: the tensor's own, but for packed weights."""
         return self.packed[name].names(name) if name in self.packed else (name,)
+
+    @property
+    def weight_of(self) -> dict[str, str]:
+        """Names of packed weights, by those of their parts."""
+        return {part: name for name in self.packed for part in self.parts_of(name)}
 
     def shape(self, model: nn.Module) -> None:
         """Make containers like the modules of a model, below the root."""
@@ -365,7 +370,7 @@ class Store:
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Base tensors as graphs read them, tied names once: the same, with each packed weight in the place of its
         parts."""
-        weight_of = {part: name for name, own in self.packed.items() for part in own.names(name)}
+        weight_of = self.weight_of
         for name, tensor in self.base():
             weight = weight_of.get(name)
             if weight is None:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from graftc.compiler.arrivals.modules import Packed
+from graftc.passes.core.packing.modules import Packed
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.runtime.quantised.weights import FLOATS, Options, StoredWeight, affine, unread, whole_number
 from graftc.runtime.quantised.words import fields

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from graftc.compiler.arrivals.bitsandbytes import packed_4bit, packed_8bit
-from graftc.compiler.arrivals.modules import Packed
 from graftc.passes.core.packing.blockwise import SCALES, Blockwise
+from graftc.passes.core.packing.modules import Packed
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.runtime.quantised.weights import FLOATS, Options, StoredWeight
 

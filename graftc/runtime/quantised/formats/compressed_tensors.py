@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.compiler.arrivals.modules import Packed
+from graftc.passes.core.packing.modules import Packed
 from graftc.runtime.quantised.formats.fp8 import floating
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.runtime.quantised.weights import FLOATS, Options, StoredWeight, affine, order_of, unread

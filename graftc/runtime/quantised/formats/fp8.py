@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from graftc.compiler.arrivals.modules import Packed, bytes_of
 from graftc.passes.core.packing.floating import Floating
-from graftc.passes.core.packing.packing import PackedType, via_of
+from graftc.passes.core.packing.modules import Packed
+from graftc.passes.core.packing.packing import PackedType, as_bytes, via_of
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.runtime.quantised.weights import FLOATS, Options, StoredWeight, unread
 
@@ -90,5 +90,5 @@ def floating(
         damaged(f"{name} is {list(scales.shape)}, for a weight of {rows} x {width}")
     exponents = not scales.dtype.is_floating_point or scales.dtype == torch.float8_e8m0fnu
     packing = Floating("e4m3", *sizes, exponents, via=via_of(made_in))
-    stored = scales.contiguous().view(torch.uint8) if exponents else bytes_of(scales.to(made_in))
+    stored = scales.contiguous().view(torch.uint8) if exponents else as_bytes(scales.to(made_in))
     return PackedType(packing, (rows, width), dtype), (codes.contiguous().view(torch.uint8), stored)

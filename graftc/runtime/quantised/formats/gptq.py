@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from graftc.compiler.arrivals.modules import Packed
+from graftc.passes.core.packing.modules import Packed
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.runtime.quantised.weights import FLOATS, Options, StoredWeight, affine, order_of, unread, whole_number
 from graftc.runtime.quantised.words import fields, words_for

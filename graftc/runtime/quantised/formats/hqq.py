@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from graftc.compiler.arrivals.modules import Packed, bytes_of
 from graftc.passes.core.packing.affine import halves
 from graftc.passes.core.packing.half_quadratic import HalfQuadratic
-from graftc.passes.core.packing.packing import PackedType, via_of
+from graftc.passes.core.packing.modules import Packed
+from graftc.passes.core.packing.packing import PackedType, as_bytes, via_of
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.runtime.quantised.weights import FLOATS, Options, StoredWeight, unread
 
@@ -53,7 +53,7 @@ def _read(tensors: FolderTensors, name: str, shape: tuple[int, ...], dtype: torc
     if scales.numel() != count or zeros.numel() != count:
         damaged(f"{name} has {scales.numel()} scales and {zeros.numel()} zero points for {count} groups")
     packing = HalfQuadratic("hqq8" if bits == 8 else "hqq4", group, axis == 0, via=via_of(made_in))
-    parts = (codes if bits == 8 else halves(codes), *(bytes_of(part.reshape(-1, 1)) for part in (scales, zeros)))
+    parts = (codes if bits == 8 else halves(codes), *(as_bytes(part.reshape(-1, 1)) for part in (scales, zeros)))
     return PackedType(packing, (rows, width), dtype), tuple(part.contiguous() for part in parts)
 
 

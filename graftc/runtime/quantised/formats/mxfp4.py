@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from graftc.compiler.arrivals.modules import Packed
 from graftc.passes.core.packing.floating import Floating
+from graftc.passes.core.packing.modules import Packed
 from graftc.passes.core.packing.packing import PackedType, via_of
 from graftc.runtime.quantised.tensors import FolderTensors, damaged
 from graftc.runtime.quantised.weights import Options, StoredWeight
