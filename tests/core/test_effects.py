@@ -263,3 +263,29 @@ def test_a_product_is_a_value_of_its_own_and_a_transposed_matrix_is_not(model: t
     exported = torch.export.export(model(), (torch.randn(2, 6),))  # in its graphs parameters are inputs
     writes = Memory(exported.graph_module.graph).writes
     assert [{root.op for root in roots} for roots in writes.values()] == [{written}]
+
+
+class Mixed(nn.Module):
+    """Values of a narrow type that others of a wide one are added to in place, as PEFT's LoRA does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.Linear(6, 5, dtype=torch.bfloat16)
+        self.wide = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.narrow(x)
+        out += self.wide(x.float())
+        out.mul_(torch.tensor(1.5))
+        out.addcmul_(out * 1, torch.ones(5, dtype=torch.bfloat16))
+        return self.narrow(out[:, :1].expand(-1, 6))
+
+
+def test_what_is_written_in_place_keeps_its_type() -> None:
+    torch.manual_seed(0)
+    model, x = Mixed().eval(), torch.randn(3, 6).bfloat16()
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "narrow"}}]}
+    compiled = graftc.compile(spec, model, {"x": x}).eval()
+    assert torch.equal(compiled(x=x), model(x))
+    dtypes = [n.meta["val"].dtype for n in compiled.program("eval", base=True).graph.nodes if n.op == "call_function"]
+    assert {str(dtype) for dtype in dtypes} == {"torch.bfloat16", "torch.float32"}

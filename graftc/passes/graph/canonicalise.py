@@ -17,6 +17,7 @@ from torch import fx
 
 from graftc.passes.core.ir.cleaning import remove_dead
 from graftc.passes.core.ir.effects import Memory
+from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import expression
 
@@ -29,9 +30,9 @@ Rule = Callable[[fx.Node], "fx.Node | None"]
 
 def canonicalise(program: Program) -> Program:
     """Canonicalise in place and return the Program."""
-    graph = program.graph
-    for node in graph.nodes:
-        _functional(node)
+    graph, types = program.graph, Inference(program)
+    for node in list(graph.nodes):
+        _functional(node, types)
     memory = Memory(graph)  # of what is still written to
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -39,7 +40,7 @@ def canonicalise(program: Program) -> Program:
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
             continue
-        _functional(node)
+        _functional(node, types)
         _drop_device(node)
         _trim_defaults(node)
         rule = RULES.get(node.target)
@@ -150,8 +151,8 @@ def _padded(args: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]
     return (*args, *defaults[len(args) :])
 
 
-def _functional(node: fx.Node) -> None:
-    """An in-place call on a value that nobody else reads is the functional call."""
+def _functional(node: fx.Node, types: Inference) -> None:
+    """An in-place call on a value that nobody else reads is the functional call, cast to the type of that value."""
     target = node.target
     if not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
         return
@@ -161,8 +162,17 @@ def _functional(node: fx.Node) -> None:
     overload = getattr(functional, target._overloadname, None) if name.endswith("_") else None
     if overload is None or not isinstance(source, fx.Node) or source.op != "call_function":
         return
-    if set(source.users) == {node} and not _is_view(source):
-        node.target = overload
+    if set(source.users) != {node} or _is_view(source):
+        return
+    node.target = overload
+    value, found = _value(node), types.call(overload, node.args, node.kwargs)
+    if found.dtype == value.dtype:
+        return
+    with node.graph.inserting_after(node):
+        cast = node.graph.call_function(aten.to.dtype, (node, value.dtype))
+    cast.meta = dict(node.meta)
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    node.meta["val"] = found
 
 
 def _is_view(node: fx.Node) -> bool:
