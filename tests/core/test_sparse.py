@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graftc.passes.core.ops.sparse import sparse_linear_decomposed, sparse_weight_decomposed
 from graftc.passes.core.sites.entries import drawn, largest, shares
+from graftc.passes.methods import reselection
 
 ops = torch.ops.graftc
 
@@ -134,6 +135,16 @@ def test_largest_exactly(count: int) -> None:
     order = sorted(range(60), key=lambda i: (-float(every[i]), i))[:count]
     starts = (0, 20, 21)
     assert sorted(int(i) + s for f, s in zip(found, starts, strict=True) for i in f) == sorted(order)
+
+
+@pytest.mark.parametrize("count", [1, 9, 40, 100])
+def test_largest_gradients_are_those_of_the_whole_weight(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight is looked at a few entries at a time; ties and what is no number included."""
+    monkeypatch.setattr(reselection, "BLOCK", 7)
+    values = torch.randint(-9, 9, (100,), generator=torch.Generator().manual_seed(count)).bfloat16()
+    values[[5, 60]] = float("nan")
+    whole = largest([values.abs], count)[0]
+    assert torch.equal(reselection._largest_sizes(values, count), whole)
 
 
 def test_shares() -> None:

@@ -23,7 +23,7 @@ from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.methods.spiel import SpIEL
 
 BLOCK = 1 << 22
-"""How many products of second moments are made at a time."""
+"""How many scores of entries are worked out at a time."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Reselection(Controller[SpIEL]):
         for entries in self._by_tensor[name]:
             candidates = entries.tensor("candidates")
             if entries.number not in self._chosen:
-                numbers = _largest(entries.region.entries(gradient).abs(), candidates.numel())
+                numbers = _largest_sizes(entries.region.entries(gradient), candidates.numel())
                 candidates.copy_(entries.region.places(numbers).sort().values)
                 self.shared["seen"][entries.number] = self._position
                 self._chosen.add(entries.number)
@@ -284,6 +284,14 @@ class Reselection(Controller[SpIEL]):
 def _largest(scores: Tensor, count: int) -> Tensor:
     """The numbers of the largest scores, ascending; among equals the first."""
     return largest([lambda: scores], count)[0]
+
+
+def _largest_sizes(values: Tensor, count: int) -> Tensor:
+    """The numbers of the largest absolute values, ascending; among equals the first. `BLOCK` are looked at at a time,
+    since they are those of a whole weight."""
+    blocks = values.split(BLOCK)
+    found = largest([block.abs for block in blocks], count)
+    return torch.cat([numbers + number * BLOCK for number, numbers in enumerate(found)])
 
 
 def largest_products(region: WeightSlice, active: Tensor, rows: Tensor, columns: Tensor, count: int) -> Tensor:

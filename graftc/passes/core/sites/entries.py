@@ -47,6 +47,8 @@ def largest(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
     best = torch.empty(0)
     for make in scores:
         own = _ordered(make())
+        if count and best.numel() == count:
+            own = own[own > best.min()]  # the others change nothing
         best = torch.cat([best.to(own), own.topk(min(count, own.numel()), sorted=False).values])
         best = best.topk(min(count, best.numel()), sorted=False).values
     if not count:
