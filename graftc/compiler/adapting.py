@@ -40,8 +40,9 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.seams import Seams
 from graftc.passes.core.ir.effects import flaw
 from graftc.passes.core.ir.eval_mode import moded, to_eval
+from graftc.passes.core.ir.history import HistoryEntry, Recorder
 from graftc.passes.core.ir.past_inputs import is_past
-from graftc.passes.core.ir.program import HistoryEntry, Program, from_two
+from graftc.passes.core.ir.program import Program, from_two
 from graftc.passes.core.ir.program_key import Entry, Mode, Signature, Stage
 from graftc.passes.core.ir.verify import record_baseline, verify
 from graftc.passes.core.method.folding import fold_at
@@ -61,13 +62,11 @@ class _Clock:
 
     def step(self, name: str, run: Callable[[], Any], program: Program) -> Any:
         progress.step(name)
-        before = {node.name for node in program.graph.nodes}
-        started = time.perf_counter()
+        recorder, started = Recorder(program.graph), time.perf_counter()
         result = run()
-        after_program = result if isinstance(result, Program) else program
         seconds = time.perf_counter() - started
-        after = {node.name for node in after_program.graph.nodes}
-        self.entries.append(HistoryEntry(name, len(after - before), len(before - after), seconds))
+        after = result if isinstance(result, Program) else program
+        self.entries.append(recorder.entry(name, after.graph, seconds))
         return result
 
 

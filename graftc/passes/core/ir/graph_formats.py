@@ -6,12 +6,12 @@ reads it and says in which argument.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import networkx as nx
 from torch import fx
 
+from graftc.passes.core.ir.history import positions
 from graftc.passes.core.ir.layers import layer_path, repeated_layers
 from graftc.passes.core.ir.printer import Printer, target_name
 from graftc.passes.core.ir.program import Program, provenance
@@ -35,30 +35,9 @@ def to_networkx(program: Program) -> nx.MultiDiGraph[str]:
     for order, node in enumerate(program.graph.nodes):
         graph.add_node(printer.names[node], order=order, **_attributes(node, printer))
     for node in program.graph.nodes:
-        for position, source in reads(node):
+        for position, source in positions(node.args, node.kwargs):
             graph.add_edge(printer.names[source], printer.names[node], key=position, position=position)
     return graph
-
-
-def reads(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
-    """Every value that a node reads, as often as it does, with the position of the argument."""
-    arguments = [(str(i), a) for i, a in enumerate(node.args)] + list(node.kwargs.items())
-    for position, argument in arguments:
-        yield from _within(position, argument)
-
-
-def _within(position: str, value: Any) -> Iterator[tuple[str, fx.Node]]:
-    if isinstance(value, fx.Node):
-        yield position, value
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _within(f"{position}.{index}", item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _within(f"{position}.{key}", item)
-    elif isinstance(value, slice):
-        for name in ("start", "stop", "step"):
-            yield from _within(f"{position}.{name}", getattr(value, name))
 
 
 def _attributes(node: fx.Node, printer: Printer) -> dict[str, str]:
