@@ -61,11 +61,14 @@ class _Clock:
         self.entries: list[HistoryEntry] = []
 
     def step(self, name: str, run: Callable[[], Any], program: Program) -> Any:
+        """Run a step and give what it gives: a new Program, several things of which the first is one, or anything else
+        where it changes ``program`` in place."""
         progress.step(name)
         recorder, started = Recorder(program.graph), time.perf_counter()
         result = run()
         seconds = time.perf_counter() - started
-        after = result if isinstance(result, Program) else program
+        first = result[0] if isinstance(result, tuple) and result else result
+        after = first if isinstance(first, Program) else program
         self.entries.append(recorder.entry(name, after.graph, seconds))
         return result
 
@@ -318,7 +321,9 @@ def _adapted(
         check_units(spec, units(spec, resolved))
     else:
         require_every_place(compilation, program, resolved, trained)
-    add_controls(program, spec, controls, dtype_of(compilation.model))
+    if controls:
+        dtype = dtype_of(compilation.model)
+        clock.step("insert controls", lambda: add_controls(program, spec, controls, dtype), program)
     if spec.tokens is not None:
         _insert_tokens(compilation, program, resolver.table, clock)
     _insert(compilation, program, trained, resolved, clock)
