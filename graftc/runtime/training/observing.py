@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from graftc.compiler.compilation import Compilation
@@ -26,10 +26,10 @@ class Observer:
         return [Figure(*whose, value) for whose, value in self._found.items()]
 
     @contextmanager
-    def watching(self, root: nn.Module) -> Iterator[None]:
-        """Around a forward pass of the code under ``root``."""
+    def watching(self) -> Iterator[None]:
+        """Around a forward pass."""
         # A mode is part of what compiled code is guarded by: it would be compiled anew, with nothing in it to read.
-        if any(module._compiled_call_impl is not None for module in root.modules()):
+        if any(module._compiled_call_impl is not None for module in self._compilation.store.root.modules()):
             yield
             return
         wanted: dict[int, list[SiteReading]] = {}

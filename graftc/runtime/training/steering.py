@@ -172,7 +172,7 @@ class Steered(Repeated):
         observer = self._observer
         if observer is None or is_traced() or not self.training or key.entry == "scores":
             return super()._results(key, present)
-        with observer.watching(self.module):
+        with observer.watching():
             return super()._results(key, present)
 
     def callback(self) -> TrainerCallback:

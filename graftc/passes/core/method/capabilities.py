@@ -144,7 +144,7 @@ class Ranked(Figured[S]):
     """Has ranks some of which have no effect."""
 
     def figures(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """See `Figured.figures`: ``rank``, how many have an effect; where a site is a mixture of experts, their mean."""
+        """See `Figured.figures`: ``rank``, how many have an effect; of a mixture of experts, their mean."""
         return {"rank": self.live_ranks(spec, tensors).sum(-1).float().mean()}
 
     @abstractmethod
