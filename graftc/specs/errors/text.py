@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-__all__ = ["encodable", "printable", "quoted", "shortened", "shown", "some"]
+__all__ = ["abridged", "encodable", "printable", "quoted", "shortened", "shown", "some"]
 
 _MOST = 100
 """Characters of a value that a message shows."""
@@ -44,6 +44,12 @@ def encodable(data: Any) -> Any:
 def shortened(text: str, most: int = _MOST) -> str:
     """The text, or its beginning and how long it is."""
     return text if len(text) <= most else f"{text[: most - 3]}... ({len(text):,} characters)"
+
+
+def abridged(text: str, most: int = _MOST) -> str:
+    """The text, or its beginning and its end with an ellipsis between them: a path is told by both."""
+    left = (most - 3 + 1) // 2
+    return text if len(text) <= most else f"{text[:left]}...{text[len(text) - (most - 3 - left) :]}"
 
 
 def quoted(text: str | PathLike[str], most: int = _MOST) -> str:

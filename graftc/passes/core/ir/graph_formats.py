@@ -18,7 +18,8 @@ from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.weights.names import module_of
 
 _PROVENANCE = ("adaptation", "method", "site", "part")
-_PALETTE = ("#f4b183", "#9dc3e6", "#a9d18e", "#ffd966", "#c9a6e4", "#f19ca7")
+PALETTE = ("#f4b183", "#9dc3e6", "#a9d18e", "#ffd966", "#c9a6e4", "#f19ca7")
+"""Colours of adaptations, in the order in which they come; they begin again after the last one."""
 
 
 def to_networkx(program: Program) -> nx.MultiDiGraph[str]:
@@ -83,7 +84,7 @@ def dot_text(program: Program) -> str:
     clusters: dict[str, list[str]] = {"": []}
     for name, data in graph.nodes(data=True):
         if "adaptation" in data:
-            colours.setdefault(data["adaptation"], _PALETTE[len(colours) % len(_PALETTE)])
+            colours.setdefault(data["adaptation"], PALETTE[len(colours) % len(PALETTE)])
         layer = layer_path(_home(data))
         clusters.setdefault(layer if layer in layers else "", []).append(_dot_node(name, data, colours))
     lines = [
