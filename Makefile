@@ -18,7 +18,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-llm test tests test-fast test-full durations gates fuzz test-gpu lint format wheel coverage bench bench-train bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-compile bench-quantised bench-planner docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full durations gates fuzz test-gpu lint format wheel coverage page bench bench-train bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-compile bench-quantised bench-planner docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,12 +90,15 @@ format: setup ## put the code in shape
 	$(BIN)/ruff format .
 
 # Built and tried where the sources are not in reach; every file of the package must be in it.
+page: ## rebuild the one bundle of the page that is not ours (needs npm): assets/vendor/dagre.js
+	cd graftc/runtime/view/assets/vendor && npm ci --silent && node build.mjs && rm -rf node_modules
+
 wheel: setup ## build the wheel (build/wheel) and try it from another folder
 	@set -e; root="$$PWD"; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; rm -rf build/wheel; \
 	$(BIN)/python -m pip wheel -q --no-index --no-deps --no-build-isolation -w build/wheel .; \
 	$(BIN)/python -m pip install -q --no-index --no-deps --target "$$tmp/site" build/wheel/graftc-*.whl; \
-	(cd graftc && find . -name '*.py' -o -name py.typed) | sort > "$$tmp/sources"; \
-	(cd "$$tmp/site/graftc" && find . -name '*.py' -o -name py.typed) | sort > "$$tmp/installed"; \
+	(cd graftc && find . -name '*.py' -o -name py.typed -o -path '*/assets/*' -type f) | sort > "$$tmp/sources"; \
+	(cd "$$tmp/site/graftc" && find . -name '*.py' -o -name py.typed -o -path '*/assets/*' -type f) | sort > "$$tmp/installed"; \
 	diff "$$tmp/sources" "$$tmp/installed" || { echo "the wheel's files are not the package's files"; exit 1; }; \
 	mkdir "$$tmp/elsewhere"; cd "$$tmp/elsewhere"; export PYTHONPATH="$$tmp/site"; \
 	"$$root/$(BIN)/python" -c 'import graftc, sys; assert graftc.__file__.startswith(sys.argv[1]), graftc.__file__' "$$tmp/site"; \

@@ -87,7 +87,7 @@ def adapt_signature(
         axes, flags: the inputs and flags of the source model.
         controls: inputs beside these, which choose among adaptations.
     """
-    with progress.compiling(type(compilation.source).__name__), seldom_collected():
+    with progress.working("compiling", type(compilation.source).__name__), seldom_collected():
         return _adapt_signature(compilation, axes, flags, controls)
 
 

@@ -1,7 +1,7 @@
-"""Progress of long compiles: what a compile is at, and for how long. The standard library only.
+"""Progress of long work: what is done, what it is at, and for how long. The standard library only.
 
-Where nobody listens, a terminal shows one line on the standard error once a compile has taken two seconds, and keeps it
-when it ends. ``GRAFTC_PROGRESS=off`` turns that off, ``on`` shows the last line where there is no terminal too.
+Where nobody listens, a terminal shows one line on the standard error once work has taken two seconds, and keeps it when
+it ends. ``GRAFTC_PROGRESS=off`` turns that off, ``on`` shows the last line where there is no terminal too.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ AFTER, EVERY = 2.0, 1.0
 """Seconds until something is shown, and between two times that it is."""
 
 Listener = Callable[[str, float], None]
-"""Is told the step that a compile is at, and how many seconds it has taken so far: from another thread, once it has
-taken two seconds, and every second from then on."""
+"""Is told the step that work is at, empty where it has none, and how many seconds it has taken so far: from another
+thread, once it has taken two seconds, and every second from then on."""
 
 
 @dataclass
 class _Work:
-    """A compile that is under way."""
+    """Work that is under way."""
 
     name: str
     began: float = field(default_factory=time.monotonic)
@@ -43,7 +43,7 @@ _ASKED: ContextVar[bool | None] = ContextVar("_ASKED", default=None)
 
 
 def step(name: str) -> None:
-    """Say what the compile that is under way is at now."""
+    """Say what the work that is under way is at now."""
     work = _WORK.get()
     if work is not None:
         work.step = name
@@ -51,7 +51,7 @@ def step(name: str) -> None:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Inside, a listener is told of compiles in this thread, and nothing else is shown."""
+    """Inside, a listener is told of work in this thread, and nothing else is shown."""
     token = _LISTENER.set(listener)
     try:
         yield
@@ -61,7 +61,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def asked(shown: bool | None) -> Iterator[None]:
-    """Inside, compiles in this thread are shown, or not; None leaves that as it is."""
+    """Inside, work in this thread is shown, or not; None leaves that as it is."""
     if shown is None:
         yield
         return
@@ -73,11 +73,16 @@ def asked(shown: bool | None) -> Iterator[None]:
 
 
 @contextmanager
-def compiling(name: str) -> Iterator[None]:
-    """Around a compile of a model of the class ``name``; one within another is part of that."""
+def working(doing: str, name: str) -> Iterator[None]:
+    """Around work that may take long; what is within another is part of that.
+
+    Args:
+        doing: what is done, as ``compiling``.
+        name: to what: the class of a model, or a folder.
+    """
     listener, line = _LISTENER.get(), None
     if listener is None and _wanted():
-        listener = line = _Line(name, sys.stderr)
+        listener = line = _Line(f"{doing} {name}", sys.stderr)
     if listener is None or _WORK.get() is not None:
         yield
         return
@@ -122,20 +127,21 @@ def _is_terminal(stream: TextIO) -> bool:
 class _Line:
     """A line that is written over until it ends; where there is no terminal it is written once, at the end."""
 
-    def __init__(self, name: str, stream: TextIO) -> None:
-        self._name, self._stream, self._width = name, stream, 0
+    def __init__(self, work: str, stream: TextIO) -> None:
+        self._work, self._stream, self._width = work, stream, 0
         self._over = _is_terminal(stream)
 
     def __call__(self, step: str, seconds: float) -> None:
         if self._over:
-            self._write(f"graftc: compiling {self._name}: {step}, {seconds:.0f} s")
+            at = f": {step}" if step else ""
+            self._write(f"graftc: {self._work}{at}, {seconds:.0f} s")
 
     def end(self, seconds: float) -> None:
         """Say how long it took."""
-        self._write(f"graftc: {self._name} took {seconds:.1f} s to compile", "\n")
+        self._write(f"graftc: {self._work} took {seconds:.1f} s", "\n")
 
     def _write(self, text: str, end: str = "") -> None:
-        with suppress(Exception):  # no compile fails since nobody can be told of it
+        with suppress(Exception):  # nothing fails since nobody can be told of it
             self._stream.write(("\r" + text.ljust(self._width) if self._over else text) + end)
             self._stream.flush()
         self._width = len(text)

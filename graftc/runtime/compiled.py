@@ -40,6 +40,7 @@ from graftc.runtime.model.reference_model import Referring
 from graftc.runtime.model.runner import M, ModelRoot, Published
 from graftc.runtime.model.scoring import TokenScoring, answering
 from graftc.runtime.model.sharded import in_every_process, written_once
+from graftc.runtime.model.working import during
 from graftc.runtime.state import Stateful
 from graftc.runtime.training.selecting import Selecting
 from graftc.specs.arguments import as_names, as_path
@@ -78,6 +79,7 @@ class CompiledRunner(
     _keys_to_ignore_on_save = None
 
     @isolated()
+    @during("saving")
     @written_once
     def save(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from graftc.compiler.inspect.costs import Costs
-from graftc.compiler.inspect.history import CAPTURE, HistoryRow, history
+from graftc.compiler.inspect.history import HistoryRow, history
 from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.passes.core.ir.history import Changes, Reads, names_read
 from graftc.passes.core.ir.printer import Printer, target_name
@@ -41,7 +41,8 @@ class FrameNode:
         origin: adaptation, site and part of an inserted one.
         trainable: whether it reads a tensor that trains.
         flops, value_bytes: for a token.
-        base: whether the base's own graph has it.
+        base: whether the graph before has it: the base's own, or the one that is compared with.
+        was: what it was there, where that is something else: operator and type.
         born, gone: it is there from one step until another one.
         order: where it stands among the others.
     """
@@ -56,6 +57,7 @@ class FrameNode:
     flops: float = 0.0
     value_bytes: float = 0.0
     base: bool = False
+    was: str = ""
     born: int = 0
     gone: int = STAYS
     order: float = 0.0
@@ -128,6 +130,7 @@ class Frames:
             "flops": [n.flops for n in nodes],
             "value_bytes": [n.value_bytes for n in nodes],
             "base": [int(n.base) for n in nodes],
+            "was": [text(n.was) if n.was else -1 for n in nodes],
             "born": [n.born for n in nodes],
             "gone": [n.gone for n in nodes],
         }
@@ -143,18 +146,29 @@ class Frames:
         return {"strings": list(table), "nodes": columns, "edges": edges, "frames": frames, "exact": self.exact}
 
 
-def frames(snapshot: Snapshot, mode: Mode = "eval") -> Frames:
-    """The adapted graph of a mode at every step, and the base's own.
+def frames(snapshot: Snapshot, mode: Mode = "eval", before: Program | None = None) -> Frames:
+    """The adapted graph of a mode at every step, and the graph before.
 
     Args:
         snapshot: whose.
         mode: which Program.
+        before: what the graph is compared with; by default the base's own.
     """
-    program, base = snapshot.program(mode), snapshot.program(mode, base=True)
-    made = _Making(program, Frames(history(snapshot, mode)), snapshot)
+    made = _Making(snapshot.program(mode), Frames(history(snapshot, mode)), snapshot)
     made.rewind()
-    made.add_base(base)
+    made.add_before(snapshot.program(mode, base=True) if before is None else before)
     return made.frames
+
+
+def plain_frames(snapshot: Snapshot, mode: Mode = "eval") -> Frames:
+    """The base's own graph of a mode, without steps."""
+    program = snapshot.program(mode, base=True)
+    found = _Making(program, Frames(()), snapshot).frames
+    for node in found.nodes:
+        node.base = True
+    for edge in found.edges:
+        edge.base = True
+    return found
 
 
 class _Making:
@@ -254,35 +268,35 @@ class _Making:
         for edge in self.frames.edges:
             edge.born = max(nodes[edge.source].born, nodes[edge.target].born)
 
-    def add_base(self, base: Program) -> None:
-        """Mark what the base's own graph has, and add what the others have not."""
-        never = len(self.frames.rows)
+    def add_before(self, before: Program) -> None:
+        """Mark what the graph before has, and add what the others have not."""
+        nodes, never = self.frames.nodes, len(self.frames.rows)
         last = {node.name: number for number, node in enumerate(self.program.graph.nodes)}
-        earlier = {node.name[1:]: number for number, node in enumerate(self.frames.nodes) if node.gone != STAYS}
-        printer, costs = Printer(base), Costs(base)
+        earlier = {node.name[1:]: number for number, node in enumerate(nodes) if node.gone != STAYS}
+        printer, costs = Printer(before), Costs(before)
         numbers: dict[str, int] = {}
         order = 0.0
-        for node in base.graph.nodes:
+        for node in before.graph.nodes:
+            own = self._node(node, printer, costs, order + 0.25)
             number = last.get(node.name)
-            if number is not None and self.frames.nodes[number].origin is not None:
-                number = None  # an inserted node that has the name
+            if number is not None and nodes[number].origin != own.origin:  # another one that has the name
+                number = None
             number = earlier.get(node.name) if number is None else number
             if number is None:
-                number = self._add(self._node(node, printer, costs, order + 0.25))
-                self.frames.nodes[number].born = never
-            found = self.frames.nodes[number]
+                number = self._add(own)
+                nodes[number].born = never
+            found = nodes[number]
             found.base, order = True, max(order, found.order)
-            if not found.type and node.op != "output":
-                found.name, found.type = printer.names[node], printer.symbols.type(node.meta.get("val"))
+            if not found.type:
+                found.name, found.type = own.name, own.type
+            if (found.target, found.type) != (own.target, own.type):
+                found.was = f"{own.target}: {own.type}"
             numbers[node.name] = number
         known = {(edge.source, edge.target, edge.position): edge for edge in self.frames.edges}
-        for node in base.graph.nodes:
+        for node in before.graph.nodes:
             for position, name in names_read(node.args, node.kwargs):
                 key = (numbers[name], numbers[node.name], position)
                 if key not in known:
                     known[key] = FrameEdge(*key, born=never)
                     self.frames.edges.append(known[key])
                 known[key].base = True
-
-
-__all__ = ["CAPTURE", "FrameEdge", "FrameNode", "Frames", "frames"]

@@ -15,7 +15,8 @@ from typing import Any
 from torch import fx
 
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
-from graftc.passes.core.ir.graph_formats import PALETTE, reads
+from graftc.passes.core.ir.graph_formats import PALETTE
+from graftc.passes.core.ir.history import positions
 from graftc.passes.core.ir.printer import Printer, target_name
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.program_key import Mode
@@ -96,7 +97,7 @@ def _unique(names: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
 
 def _node(node: fx.Node, printer: Printer, ids: Mapping[fx.Node, str], colours: Mapping[str, str]) -> dict[str, Any]:
     owner = _owner(node)
-    sources = list(reads(node))
+    sources = list(positions(node.args, node.kwargs))
     made: dict[str, Any] = {
         "id": ids[node],
         "label": _label(node),

@@ -22,22 +22,44 @@ _Folder = Annotated[
 ]
 
 
-def diff(a: _Folder, b: _Folder, json: Json = False) -> None:
+def diff(
+    a: _Folder,
+    b: _Folder,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Write a page that shows the graph of the first artifact before, and that of the second after.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --html.")] = False,
+    json: Json = False,
+) -> None:
     """Show what differs between two artifacts (base, spec, sites, tensors, graph) or between the weights of two model
     folders, with what could have made it. Exit status 1 if anything does."""
     from graftc.runtime.cli.output import print_json, steps, time_left, working
 
     weights: FolderDifference | None = None
     with working(json) as warnings, steps(json) as step:
+        _check(html, force, a, b)
         from graftc.runtime.artifact import open_artifact
         from graftc.runtime.artifact.compare import compare, nothing
 
         if _are_models(a, b):
+            if html is not None:
+                from graftc.specs.errors.diagnostics import GraftError
+
+                raise GraftError("GC090", "--html shows graphs, and these folders hold weights", hint="leave it out")
             from graftc.runtime.compare.folders import compare_folders
 
             weights, found = compare_folders(a, b, time_left(step, "comparing weights")), nothing()
         else:
             found = compare(open_artifact(a), open_artifact(b))
+            if html is not None:
+                step("writing the page")
+                _write_page(a, b, found, html, force)
     same = found.same if weights is None else weights.same
     if json:
         from graftc.runtime.cli.results import DiffResult
@@ -86,6 +108,46 @@ def _data(found: Comparison) -> dict[str, Any]:
     }
 
 
+def _check(html: Path | None, force: bool, *folders: Path) -> None:
+    from graftc.runtime.files import check_apart, check_destination
+
+    if html is not None:
+        for folder in folders:
+            check_apart(html, folder)
+        check_destination(html, force=force)
+
+
+def _write_page(a: Path, b: Path, found: Comparison, html: Path, force: bool) -> None:
+    from dataclasses import replace
+
+    from graftc.runtime.artifact import open_artifact
+    from graftc.runtime.files import write_text
+    from graftc.runtime.view.contents import contents
+    from graftc.runtime.view.evidence import evidence_of_artifact
+    from graftc.runtime.view.page import page
+
+    before, after = open_artifact(a), open_artifact(b)
+    differences = [{"what": name, "lines": lines} for name, lines in _sections(found).items() if lines]
+    evidence = replace(evidence_of_artifact(after), differences=differences)
+    write_text(html, page(contents(after.snapshot, evidence, before.snapshot)), force=force)
+
+
+def _sections(found: Comparison) -> dict[str, list[str]]:
+    marks = [*(f"+ {p}" for p in found.added), *(f"- {p}" for p in found.removed), *(f"~ {p}" for p in found.changed)]
+    signs = {"added": "+", "removed": "-", "changed": "~", "moved": "~"}
+    tensors = [
+        f"{signs[t.status]} {t.name} ({t.status}" + (f", by at most {t.largest:.3g})" if t.largest is not None else ")")
+        for t in found.tensors
+    ]
+    return {
+        "base": _capped([f"~ {difference}" for difference in found.base]),
+        "spec": found.spec.splitlines(),
+        "places": marks,
+        "tensors": tensors,
+        "graph (eval)": found.graph.splitlines(),
+    }
+
+
 def _print(found: Comparison) -> None:
     from graftc.runtime.cli.output import console, print_lines
 
@@ -94,20 +156,7 @@ def _print(found: Comparison) -> None:
         to.print("no difference")
         return
     colours = {"+": "green", "-": "red", "@": "cyan", "~": "yellow"}
-    marks = [*(f"+ {p}" for p in found.added), *(f"- {p}" for p in found.removed), *(f"~ {p}" for p in found.changed)]
-    signs = {"added": "+", "removed": "-", "changed": "~", "moved": "~"}
-    tensors = [
-        f"{signs[t.status]} {t.name} ({t.status}" + (f", by at most {t.largest:.3g})" if t.largest is not None else ")")
-        for t in found.tensors
-    ]
-    sections = {
-        "base": _capped([f"~ {difference}" for difference in found.base]),
-        "spec": found.spec.splitlines(),
-        "places": marks,
-        "tensors": tensors,
-        "graph (eval)": found.graph.splitlines(),
-    }
-    for name, lines in sections.items():
+    for name, lines in _sections(found).items():
         if lines:
             print_lines(to, [name], lambda _: "bold")
             print_lines(to, [f"  {line}" for line in lines], lambda line: colours.get(line[2:3], ""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from graftc.compiler.inspect.snapshot import Snapshot
     from graftc.compiler.inspect.summary import Summary
+    from graftc.runtime.artifact.read import Artifact
 
 __all__ = ["inspect"]
 
@@ -60,7 +61,30 @@ def inspect(
         Path | None,
         typer.Option("--dot", metavar="FILE", help="Write the graph for Graphviz.", show_default=False),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the files of --graphml and --dot.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Write a page to look at the graph in a browser: before, after, step by step, with all figures.",
+            show_default=False,
+        ),
+    ] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option("--svg", metavar="FILE", help="Write a picture of what changed, as SVG.", show_default=False),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", metavar="FILE", help="Write a picture of what changed, as PNG.", show_default=False),
+    ] = None,
+    model_explorer: Annotated[
+        Path | None,
+        typer.Option(
+            "--model-explorer", metavar="FILE", help="Write both graphs for Model Explorer.", show_default=False
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
     json: Json = False,
 ) -> None:
     """Look at a rewritten graph: a summary, or what the options ask for. Needs no base model."""
@@ -69,14 +93,16 @@ def inspect(
     with working(json) as warnings:
         from graftc.runtime.artifact import open_artifact
 
-        targets = {"graphml": graphml, "dot": dot}
+        given = {"graphml": graphml, "dot": dot, "html": html, "svg": svg, "png": png, "explorer": model_explorer}
+        targets = {kind: path for kind, path in given.items() if path is not None}
         _check(directory, targets, force)
-        snapshot = open_artifact(directory).snapshot
+        artifact = open_artifact(directory)
+        snapshot = artifact.snapshot
         wanted = {"graph": graph, "diff": diff, "history": history, "lowering": lowering, "tree": tree}
         wanted["explanation"] = explain is not None
         views = {name: view for name, view in _views(snapshot, mode.value, explain).items() if wanted[name]}
         made = {name: make() for name, make in views.items()}
-        files = _write(snapshot, mode.value, targets, force)
+        files = _write(artifact, mode.value, targets, force)
         if json or not (made or files):
             from graftc.compiler.inspect.summary import summary
 
@@ -217,24 +243,41 @@ def _lines(to: Console, text: str, style: Callable[[str], str]) -> None:
     print_lines(to, text.splitlines(), style)
 
 
-def _check(directory: Path, paths: dict[str, Path | None], force: bool) -> None:
+def _check(directory: Path, targets: dict[str, Path], force: bool) -> None:
     from graftc.runtime.files import check_apart, check_destination
 
-    for path in filter(None, paths.values()):
+    for path in targets.values():
         check_apart(path, directory)
         check_destination(path, force=force)
 
 
-def _write(snapshot: Snapshot, mode: Any, paths: dict[str, Path | None], force: bool) -> list[str]:
-    """Write the graph to files and return their paths."""
-    if not any(paths.values()):
-        return []
-    from graftc.passes.core.ir.graph_formats import dot_text, graphml_text
-    from graftc.runtime.files import write_text
+def _write(artifact: Artifact, mode: Any, targets: dict[str, Path], force: bool) -> list[str]:
+    """Make the contents of all files, then write them, and return their paths."""
+    from graftc.runtime.files import staged
 
-    texts = {"graphml": graphml_text, "dot": dot_text}
-    program = snapshot.program(mode)
-    wanted: Iterable[tuple[Path, str]] = [(path, texts[kind](program)) for kind, path in paths.items() if path]
-    for path, text in wanted:
-        write_text(path, text, force=force)
-    return [str(path) for path, _ in wanted]
+    writers = _writers(artifact, mode)
+    made = [(path, writers[kind]()) for kind, path in targets.items()]
+    for path, content in made:
+        with staged(path, force=force) as file:
+            file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [str(path) for path in targets.values()]
+
+
+def _writers(artifact: Artifact, mode: Any) -> dict[str, Callable[[], str | bytes]]:
+    """How to make the content of each file; none is made yet."""
+    from graftc.compiler.inspect.model_explorer import model_explorer_text
+    from graftc.passes.core.ir.graph_formats import dot_text, graphml_text
+    from graftc.runtime.view.contents import contents
+    from graftc.runtime.view.evidence import evidence_of_artifact
+    from graftc.runtime.view.view import View
+
+    snapshot = artifact.snapshot
+    view = View(lambda: contents(snapshot, evidence_of_artifact(artifact)))
+    return {
+        "graphml": lambda: graphml_text(snapshot.program(mode)),
+        "dot": lambda: dot_text(snapshot.program(mode)),
+        "html": lambda: view.html,
+        "svg": lambda: view.svg(mode),
+        "png": lambda: view.png(mode),
+        "explorer": lambda: model_explorer_text(snapshot, mode),
+    }

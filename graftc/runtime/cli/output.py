@@ -173,7 +173,9 @@ def steps(as_json: bool) -> Iterator[Callable[[str], None]]:
         status.start()
 
     try:
-        with listening(lambda name, seconds: status.update(Text(f"{current}: {name}, {seconds:.0f} s ..."))):
+        with listening(
+            lambda at, seconds: status.update(Text(f"{': '.join(filter(None, (current, at)))}, {seconds:.0f} s"))
+        ):
             yield step
     finally:
         status.stop()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from graftc.runtime.cli.options import Json, Meta, ModelArgument
 
@@ -12,18 +15,41 @@ if TYPE_CHECKING:
 __all__ = ["roles"]
 
 
-def roles(model: ModelArgument, meta: Meta = False, json: Json = False) -> None:
+def roles(
+    model: ModelArgument,
+    meta: Meta = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html", metavar="FILE", help="Write a page that shows the graph with its roles.", show_default=False
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --html.")] = False,
+    json: Json = False,
+) -> None:
     """Show the roles found in a model, with the evidence, and what was not resolved."""
     from graftc.runtime.cli.output import print_json, steps, working
 
     with working(json) as warnings, steps(json) as step:
+        if html is not None:
+            from graftc.runtime.files import check_destination
+
+            check_destination(html, force=force)
         step("loading the model")
-        from graftc.runtime.api import roles as find_roles
+        from graftc.runtime.api import captured_roles
         from graftc.runtime.models import load_model_and_inputs
 
         loaded, inputs = load_model_and_inputs(model, meta=meta)
         step("finding roles")
-        structure = find_roles(loaded, inputs)
+        found = captured_roles(loaded, inputs)
+        structure = found.structure
+        if html is not None:
+            from graftc.runtime.files import write_text
+            from graftc.runtime.view.contents import role_contents
+            from graftc.runtime.view.page import page
+
+            step("writing the page")
+            write_text(html, page(role_contents(found.snapshot, structure)), force=force)
     if json:
         from graftc.runtime.cli.results import RolesResult
 

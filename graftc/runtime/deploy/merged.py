@@ -31,6 +31,7 @@ from graftc.runtime.deploy.widening import NARROW, of_the_base, widened
 from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.model.blocks import Root
 from graftc.runtime.model.runner import M, ModelRoot, Published, runner_of
+from graftc.runtime.model.working import during
 from graftc.specs.arguments import as_budget, as_path
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -240,6 +241,7 @@ def require_weights(runner: CompiledRunner) -> None:
         raise GraftError("GC050", "there is nothing to fold on the meta device", hint="compile a model with weights")
 
 
+@during("folding")
 def fold(
     compiled: Compiled | CompiledRunner,
     budget: float | None = None,

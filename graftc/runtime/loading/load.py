@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from graftc.compiler import progress
 from graftc.compiler.arrivals.recorded import packed_as
 from graftc.compiler.capture.fingerprint import identify
 from graftc.compiler.capture.interface import device_of
@@ -33,10 +34,11 @@ if TYPE_CHECKING:
 def load(path: str | os.PathLike[str], model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
     """A compiled model from an artifact, its base and its adapter tensors, or from a trainer's checkpoint. See
     `graftc.load`."""
-    if (file := checkpoint_file(path)) is not None:
-        return load_checkpoint(file, model, cache=cache)
-    artifact = open_artifact(path)
-    return load_artifact(artifact, base_of(artifact, model), cache=cache)
+    with progress.working("loading", os.path.basename(os.path.abspath(path))):
+        if (file := checkpoint_file(path)) is not None:
+            return load_checkpoint(file, model, cache=cache)
+        artifact = open_artifact(path)
+        return load_artifact(artifact, base_of(artifact, model), cache=cache)
 
 
 def base_of(artifact: Artifact, model: nn.Module | str | None = None) -> nn.Module:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from graftc.compiler import progress
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.source_model import require_plain
 from graftc.runtime.api import SpecLike
@@ -78,20 +79,21 @@ def plan(
     if rows * (tokens or 1) > _MOST:
         raise GraftError("GC073", f"a batch of {rows} x {tokens} tokens", hint=f"plan for at most {_MOST:,} tokens")
     _known_device(device)
-    bench = workbench(
-        spec,
-        model,
-        example_inputs,
-        dtype=dtype,
-        checkpoint=checkpoint,
-        optimizer=optimizer,
-        devices=devices,
-        device=device,
-        accumulate=accumulate,
-        cache=cache,
-    )
-    found = bench.plan(rows, tokens)
-    return found if room is None else fitted(bench, found, room)
+    with progress.working("planning", model if isinstance(model, str) else type(model).__name__):
+        bench = workbench(
+            spec,
+            model,
+            example_inputs,
+            dtype=dtype,
+            checkpoint=checkpoint,
+            optimizer=optimizer,
+            devices=devices,
+            device=device,
+            accumulate=accumulate,
+            cache=cache,
+        )
+        found = bench.plan(rows, tokens)
+        return found if room is None else fitted(bench, found, room)
 
 
 def workbench(

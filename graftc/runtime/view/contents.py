@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import graftc
-from graftc.compiler.inspect.frames import Frames, frames
+from graftc.compiler.inspect.frames import Frames, frames, plain_frames
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord
 from graftc.compiler.inspect.summary import AdaptationSummary, summary
 from graftc.compiler.inspect.tree import model_tree
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
-from graftc.compiler.roles.findings import Structure
+from graftc.compiler.roles.findings import Finding, Structure, format_layers, format_runs
 from graftc.compiler.roles.structure import find_structure
 from graftc.passes.core.ir.layers import layer_path
 from graftc.passes.core.ir.program_key import Mode
@@ -45,6 +45,7 @@ class Evidence:
         figures: what controllers have come to, by adaptation and site: ``{"rank": 4}``.
         warnings: what compiling it warned of, each with ``code`` and ``text``.
         artifact: its folder.
+        differences: how it differs from what it is compared with, each with ``what`` and ``lines``.
     """
 
     certificate: Mapping[str, Any] | None = None
@@ -54,42 +55,117 @@ class Evidence:
     figures: Mapping[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)
     warnings: Sequence[Mapping[str, str]] = ()
     artifact: str | None = None
+    differences: Sequence[Mapping[str, Any]] | None = None
 
 
-def contents(snapshot: Snapshot, evidence: Evidence | None = None, title: str = "") -> dict[str, Any]:
+def contents(snapshot: Snapshot, evidence: Evidence | None = None, before: Snapshot | None = None) -> dict[str, Any]:
     """The data of a page.
 
     Args:
         snapshot: what is shown.
         evidence: what else is known of it.
-        title: of the page; by default the model's class.
+        before: another compiled model that it is compared with; by default the base is what was before.
     """
     known, found = evidence or Evidence(), summary(snapshot)
-    graphs = {mode: frames(snapshot, mode) for mode in MODES}
+    graphs = {mode: frames(snapshot, mode, None if before is None else before.program(mode)) for mode in MODES}
     names = [entry.name for entry in found.adaptations]
+    gone = [] if before is None else [e for e in summary(before).adaptations if e.name not in names]
     costs = _Costs(graphs["eval"], snapshot)
     text = dump_spec(snapshot.spec)
     return {
-        "format": FORMAT,
-        "categories": "adaptations",
-        "title": title or f"{snapshot.model}, adapted",
-        "model": snapshot.model,
-        "graftc": graftc.__version__,
-        "artifact": known.artifact,
+        **_header(snapshot, "adaptations", f"{snapshot.model}, adapted", known.artifact),
         "summary": found.to_json(),
         "spec": {"text": text, "lines": spec_lines(snapshot.spec, text)},
         "adaptations": [
             _adaptation(number, entry, costs, known, found.base_parameters)
-            for number, entry in enumerate(found.adaptations)
+            for number, entry in enumerate([*found.adaptations, *gone])
         ],
         "layers": costs.by_layer(),
         "sites": [_site(record, names, snapshot, known) for record in snapshot.sites],
         "tree": model_tree(snapshot).to_json(),
-        "graphs": {mode: graph.to_json(names) for mode, graph in graphs.items()},
+        "graphs": {mode: graph.to_json([*names, *(e.name for e in gone)]) for mode, graph in graphs.items()},
         "certificate": known.certificate,
         "warnings": [dict(warning) for warning in known.warnings],
         "targets": _targets(snapshot, known.structure),
         "curves": [dict(curve) for curve in known.curves] or None,
+        "differences": None if known.differences is None else [dict(entry) for entry in known.differences],
+    }
+
+
+def role_contents(snapshot: Snapshot, structure: Structure) -> dict[str, Any]:
+    """The data of a page that shows a model itself with the roles of its parts.
+
+    Args:
+        snapshot: of the model with nothing adapted.
+        structure: the roles.
+    """
+    by_role = structure.by_role()
+    roles = list(by_role)
+    places = {f.node.name: (f.role, f.parameter or f.module, f.evidence) for f in structure.findings}
+    graphs = {}
+    for mode in MODES:
+        graph = plain_frames(snapshot, mode)
+        for node, own in zip(snapshot.program(mode, base=True).graph.nodes, graph.nodes, strict=True):
+            own.origin = places.get(node.name)
+        graphs[mode] = graph.to_json(roles)
+    text = "\n".join(f"{left.module}: {left.reason}" for left in structure.unresolved)
+    return {
+        **_header(snapshot, "roles", f"{snapshot.model}: roles", None),
+        "summary": summary(snapshot).to_json(),
+        "spec": {"text": text, "lines": {}},
+        "adaptations": [_role(number, role, by_role[role]) for number, role in enumerate(roles)],
+        "layers": [],
+        "sites": [_found(finding, roles) for finding in structure.findings],
+        "tree": model_tree(snapshot).to_json(),
+        "graphs": graphs,
+        "certificate": None,
+        "warnings": [],
+        "targets": None,
+        "curves": None,
+        "differences": None,
+    }
+
+
+def _header(snapshot: Snapshot, categories: str, title: str, artifact: str | None) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "categories": categories,
+        "title": title,
+        "model": snapshot.model,
+        "graftc": graftc.__version__,
+        "artifact": artifact,
+    }
+
+
+def _role(number: int, role: str, findings: Sequence[Finding]) -> dict[str, Any]:
+    layers = [finding.layer for finding in findings if finding.layer is not None]
+    return {
+        "name": role,
+        "method": "",
+        "colour": PALETTE[number % len(PALETTE)],
+        "places": len(findings),
+        "roles": [role],
+        "layers": format_layers(layers) if layers else "",
+        "nodes": len(findings),
+        **dict.fromkeys(("trainable_parameters", "frozen_parameters", "bytes"), 0),
+        **dict.fromkeys(("share", "flops_per_token", "value_bytes_per_token"), 0.0),
+        "folds": None,
+        "fold_reason": "",
+        "figures": [],
+    }
+
+
+def _found(finding: Finding, roles: Sequence[str]) -> dict[str, Any]:
+    return {
+        "adaptation": roles.index(finding.role),
+        "key": finding.parameter or finding.module,
+        "module": finding.module,
+        "roles": [finding.role],
+        "layer": finding.layer,
+        "kind": str(finding.kind),
+        "evidence": finding.evidence,
+        "tensors": {},
+        "figures": [] if finding.rows is None else [["rows", format_runs(finding.rows)]],
     }
 
 

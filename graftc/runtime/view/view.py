@@ -55,7 +55,7 @@ class View:
             force: replace one that is there.
 
         Raises:
-            GraftError: GC060 for another ending, GC061 where a package is missing, GC063 and GC064 where the file
+            GraftError: GC091 for another ending, GC061 where a package is missing, GC063 and GC064 where the file
                 cannot be written.
         """
         place = Path(path)
@@ -67,7 +67,7 @@ class View:
         make = makers.get(place.suffix.lower())
         if make is None:
             message = f"{place.name!r} has an ending that says no format"
-            raise GraftError("GC060", message, hint=f"name it {place.stem}.html, .svg or .png")
+            raise GraftError("GC091", message, hint=f"name it {place.stem}.html, .svg or .png")
         with staged(place, force=force) as file:
             made = make()
             file.write_bytes(made.encode() if isinstance(made, str) else made)

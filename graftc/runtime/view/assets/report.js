@@ -1,0 +1,178 @@
+"use strict";
+// The report: tables and plots of what the data measures. Each figure carries its exact value.
+
+/**
+ * A table cell with a figure of the data.
+ * @param {string} path of the value in the data
+ * @param {*} value
+ * @param {(value: *) => string} format
+ * @returns {HTMLElement}
+ */
+function figureCell(path, value, format = formatNumber) {
+  const known = value !== null && value !== undefined;
+  return el("td", { class: typeof value === "number" ? "number" : "", "data-figure": path, "data-value": known ? String(value) : "", text: known ? format(value) : "\u2013" });
+}
+
+/**
+ * A table in a frame that scrolls.
+ * @param {string} caption
+ * @param {string[]} heads
+ * @param {HTMLElement[][]} rows of cells
+ * @returns {HTMLElement}
+ */
+function tableOf(caption, heads, rows) {
+  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
+    el("table", {}, el("caption", { text: caption }), el("thead", {}, el("tr", {}, ...heads.map((h, k) => el("th", { scope: "col", class: rows[0]?.[k]?.classList.contains("number") ? "number" : null, text: h })))), el("tbody", {}, ...rows.map((cells) => el("tr", {}, ...cells)))));
+}
+
+/**
+ * Ticks of an axis at round values.
+ * @param {number} low
+ * @param {number} high
+ * @returns {number[]}
+ */
+function ticksOf(low, high) {
+  const step = 10 ** Math.floor(Math.log10((high - low) / 3 || 1)), wide = [1, 2, 5, 10].map((k) => k * step).find((s) => (high - low) / s <= 5) || step, ticks = [];
+  for (let t = Math.ceil(low / wide) * wide; t <= high + wide * 1e-6; t += wide) ticks.push(Number(t.toPrecision(12)));
+  return ticks;
+}
+
+/**
+ * A plot with axes, as SVG elements.
+ * @param {{label: string, x: number[], y: number[], log?: boolean, whole?: boolean, wide?: number, xName: string, yName: string}} axes
+ *   x and y: the values' ranges; whole: only whole numbers at x; wide: the width
+ * @param {(place: {x: (v: number) => number, y: (v: number) => number}) => Node[]} inside
+ * @returns {SVGElement}
+ */
+function plotOf(axes, inside) {
+  const W = axes.wide || 720, H = axes.wide ? 220 : 280, L = 64, B = 40, T = 14, R = 14;
+  const of = (v) => axes.log ? Math.log10(Math.max(v, 1e-300)) : v;
+  let [low, high] = axes.y.map(of), [left, right] = axes.x;
+  if (axes.log) { low = Math.floor(low - 0.05); high = Math.ceil(high + 0.05); }
+  if (!(high > low)) { low -= 1; high += 1; }
+  if (!(right > left)) { left -= 0.5; right += 0.5; }
+  const place = { x: (v) => L + (v - left) / (right - left) * (W - L - R), y: (v) => H - B - (of(v) - low) / (high - low) * (H - B - T), left: L, right: W - R };
+  const svg = el("svg", { viewBox: `0 0 ${W} ${H}`, class: "plot", role: "img", "aria-label": axes.label });
+  const yTicks = axes.log ? Array.from({ length: high - low + 1 }, (_, k) => low + k).filter((_, k, all) => k % Math.ceil(all.length / 7) === 0) : ticksOf(low, high);
+  for (const t of yTicks) {
+    const v = axes.log ? 10 ** t : t, y = place.y(v);
+    svg.append(el("line", { x1: L, x2: W - R, y1: y, y2: y, class: "rule" }), el("text", { x: L - 8, y: y + 4, class: "tick end", text: axes.log ? `1e${t}` : formatNumber(v) }));
+  }
+  for (const t of ticksOf(left, right).filter((v) => v >= left && v <= right && (!axes.whole || Number.isInteger(v)))) svg.append(el("text", { x: place.x(t), y: H - B + 18, class: "tick middle", text: formatNumber(t) }));
+  svg.append(el("line", { x1: L, x2: W - R, y1: H - B, y2: H - B, class: "axis" }), el("line", { x1: L, x2: L, y1: T, y2: H - B, class: "axis" }),
+    el("text", { x: (L + W - R) / 2, y: H - 4, class: "tick middle", text: axes.xName }), ...inside(place));
+  const name = el("text", { x: 0, y: 0, class: "tick middle", transform: `translate(13 ${(H - B + T) / 2}) rotate(-90)`, text: axes.yName });
+  svg.append(name);
+  return svg;
+}
+
+/**
+ * The certificate: its figures, and the errors of each site on a log axis.
+ * @param {object} certificate
+ * @returns {HTMLElement[]}
+ */
+function certificateParts(certificate) {
+  const { sites = [], outputs = {}, budget } = certificate;
+  const values = [...sites.flatMap((s) => [s.algebra, s.rounding]), budget, ...Object.values(outputs)].filter((v) => typeof v === "number" && v > 0 && Number.isFinite(v));
+  const parts = [el("p", { class: certificate.passed ? "passed" : "failed", text: certificate.passed ? "Passed: the outputs stay within the budget." : "Not passed." }),
+    el("dl", { class: "facts" }, el("dt", { text: "Budget" }), el("dd", { "data-figure": "certificate.budget", "data-value": budget, text: plain(budget) }),
+      ...Object.entries(outputs).flatMap(([name, v]) => [el("dt", { text: `Change of ${shorten(name, 40)}` }), el("dd", { "data-figure": `certificate.outputs.${name}`, "data-value": v, text: plain(v) })]))];
+  if ((certificate.failures || []).length) parts.push(el("ul", {}, ...certificate.failures.map((f) => el("li", { text: plain(f) }))));
+  if (!values.length || !sites.length) return parts;
+  const low = Math.min(...values), high = Math.max(...values);
+  parts.push(el("ul", { class: "key" }, el("li", {}, el("span", { class: "mark round", "aria-hidden": "true" }), "Error of the algebra, by site"), el("li", {}, el("span", { class: "mark square", "aria-hidden": "true" }), "Error of rounding, by site"),
+    typeof budget === "number" ? el("li", {}, el("span", { class: "mark dashed", "aria-hidden": "true" }), "Budget of the outputs") : null));
+  parts.push(plotOf({ label: `Errors of ${sites.length} sites on a log axis, and the budget ${plain(budget)}`, x: [0, sites.length - 1], y: [low, high], log: true, whole: true, xName: "Site, in graph order", yName: "Relative error" }, (place) => {
+    const drawn = [];
+    if (typeof budget === "number" && budget > 0) drawn.push(el("line", { x1: place.left, x2: place.right, y1: place.y(budget), y2: place.y(budget), class: "budget" }));
+    sites.forEach((s, i) => {
+      const x = place.x(i);
+      if (s.algebra > 0) drawn.push(el("circle", { cx: x, cy: place.y(s.algebra), r: 4, class: "algebra" }, el("title", { text: `${shorten(s.site, 100)}: algebra ${s.algebra}` })));
+      if (s.rounding > 0) drawn.push(el("rect", { x: x - 3.5, y: place.y(s.rounding) - 3.5, width: 7, height: 7, class: "rounding" }, el("title", { text: `${shorten(s.site, 100)}: rounding ${s.rounding}` })));
+    });
+    return drawn;
+  }));
+  parts.push(el("details", {}, el("summary", { text: `The ${sites.length} sites in figures` }), tableOf("Certificate by site", ["Site", "Adaptations", "Change", "Algebra", "Rounding", "Retention"],
+    sites.map((s, i) => [el("th", { scope: "row", text: shorten(s.site, 80), title: shorten(s.site, 300) }), el("td", { text: plain(s.adaptations) }),
+      ...["change", "algebra", "rounding"].map((k) => figureCell(`certificate.sites.${i}.${k}`, s[k])), el("td", { text: plain(s.retention) })]))));
+  return parts;
+}
+
+/**
+ * A line plot for each group of curves.
+ * @param {object[]} curves
+ * @returns {HTMLElement[]}
+ */
+function curveParts(curves) {
+  const parts = [];
+  curves.forEach((curve, i) => {
+    const pairs = (curve.steps || []).map((s, k) => [s, curve.values[k]]).filter(([s, v]) => Number.isFinite(s) && Number.isFinite(v));
+    if (!pairs.length) return;
+    const xs = pairs.map((p) => p[0]), ys = pairs.map((p) => p[1]), span = (v) => [v.reduce((a, b) => Math.min(a, b)), v.reduce((a, b) => Math.max(a, b))];
+    const last = pairs[pairs.length - 1];
+    parts.push(el("figure", {}, plotOf({ label: `${shorten(curve.name, 60)} over ${pairs.length} steps, from ${formatNumber(pairs[0][1])} to ${formatNumber(last[1])}`, x: span(xs), y: span(ys), whole: true, wide: 500, xName: "Step", yName: "" }, (place) =>
+      [el("path", { class: "curve", d: pairs.map(([s, v], k) => `${k ? "L" : "M"}${place.x(s).toFixed(1)} ${place.y(v).toFixed(1)}`).join("") })]),
+    el("figcaption", {}, `${shorten(curve.group || "", 30)}${curve.group ? ": " : ""}${shorten(curve.name, 60)}, last `, el("span", { "data-figure": `curves.${i}.values.${curve.values.length - 1}`, "data-value": curve.values[curve.values.length - 1], text: formatNumber(last[1]) }))));
+  });
+  return parts;
+}
+
+/**
+ * Fills the report.
+ * @param {HTMLElement} host
+ * @param {object} page
+ */
+function createReport(host, page) {
+  const { data } = page, { adaptations = [], layers = [], targets, curves, warnings = [], summary = {} } = data;
+  const none = (text) => el("p", { class: "empty", text });
+  const part = (title, ...inside) => el("section", { class: "part" }, el("h2", { text: title }), ...inside.flat());
+  const who = (name) => { const i = adaptations.findIndex((a) => a.name === name); return el("th", { scope: "row" }, i >= 0 ? adapterLink(page, i) : visibleText(name)); };
+  const only = page.words.roles ? ["places", "layers", "nodes"] : null;
+  const figures = [["places", "Places"], ["roles", "Roles"], ["layers", "Layers"], ["trainable_parameters", "Trainable"], ["frozen_parameters", "Frozen"], ["share", "Share (%)"], ["bytes", "Bytes"],
+    ["flops_per_token", "FLOPs per token"], ["value_bytes_per_token", "Value bytes per token"], ["nodes", "Nodes"]].filter(([k]) => !only || only.includes(k));
+  const words = { base_parameters: "Base parameters", trainable_parameters: "Trainable", percent: "Trainable, percent of base", nodes: "Nodes", inserted: "Inserted nodes" };
+  const scalars = Object.entries(summary).filter(([, v]) => v !== null && typeof v !== "object");
+  host.replaceChildren(...[
+    warnings.length ? part("Warnings", el("ul", { class: "warnings" }, ...warnings.map((w) => el("li", {}, el("strong", { text: `${w.code} ` }), el("span", { text: w.text }))))) : null,
+    data.differences ? part("Differences", data.differences.length ? el("ul", { class: "differences" }, ...data.differences.map((d) => el("li", {}, el("h3", { text: d.what }), ...(Array.isArray(d.lines) ? d.lines : [d.lines]).slice(0, 400).map((line) => el("code", { text: plain(line) }))))) : none("Nothing differs.")) : null,
+    part("Summary", scalars.length ? el("dl", { class: "facts" }, ...scalars.flatMap(([k, v]) => [el("dt", { text: words[k] || k.replaceAll("_", " ") }), el("dd", { "data-figure": `summary.${k}`, "data-value": String(v), text: typeof v === "number" ? formatNumber(v) : String(v) })])) : none("The data has no summary.")),
+    part(page.words.many, adaptations.length ? tableOf(page.words.roles ? "The roles of places" : "What each adaptation adds", [page.words.one, "Method", ...figures.map((f) => f[1])], adaptations.map((a, i) => [who(a.name), el("td", { text: a.method, "data-figure": `adaptations.${i}.method`, "data-value": visibleText(a.method) }),
+      ...figures.map(([k]) => figureCell(`adaptations.${i}.${k}`, Array.isArray(a[k]) ? a[k].join(", ") : a[k]))])) : none(page.words.empty)),
+    page.words.roles ? null : part("By layer", layers.length ? tableOf("What each layer holds", ["Layer", "Adaptation", "Trainable", "Bytes", "FLOPs per token", "Value bytes per token"], layers.map((l, i) => [
+      el("th", { scope: "row" }, linkTo(shorten(l.layer, 60) || "(outside of layers)", () => page.select({ kind: "group", key: l.layer }))), el("td", { text: shorten(l.adaptation, 60) }),
+      ...["trainable_parameters", "bytes", "flops_per_token", "value_bytes_per_token"].map((k) => figureCell(`layers.${i}.${k}`, l[k]))])) : none("No layer holds trained tensors.")),
+    page.words.roles ? null : part("Certificate", data.certificate ? certificateParts(data.certificate) : none("Nothing was folded and certified yet: `graftc merge` or `graftc verify` makes a certificate.")),
+    page.words.roles ? null : part("Folding", adaptations.length ? tableOf("What folds into the base's weights", ["Adaptation", "Folds", "Why"], adaptations.map((a, i) => [who(a.name),
+      el("td", { "data-figure": `adaptations.${i}.folds`, "data-value": String(a.folds), text: a.folds === true ? "Yes" : a.folds === false ? "No" : "Not known" }), el("td", { text: a.fold_reason || (a.folds ? "Its change can be added to the weights of the base." : "") })])) : none("There is nothing to fold.")),
+    page.words.roles ? null : part("Targets", targets && targets.length ? tableOf("What the spec asked for, and what it matched", ["Adaptation", "Asked for", "Matched", "Nearly matched"], targets.map((t, i) => [who(t.adaptation), el("td", { text: t.asked }), figureCell(`targets.${i}.matched`, t.matched),
+      el("td", {}, (t.nearly || []).length ? el("ul", {}, ...t.nearly.slice(0, 50).map((n) => el("li", { text: `${shorten(n.place, 80)}: ${n.reason}` })), t.nearly.length > 50 || t.more ? el("li", { text: `and ${formatNumber((t.more || 0) + Math.max(0, t.nearly.length - 50))} more` }) : null) : "\u2013")])) : none("The data does not say what the spec asked for.")),
+    page.words.roles ? null : part("Training", curves && curves.length ? el("div", { class: "curves" }, ...curveParts(curves)) : none("No training log was given.")),
+  ].filter(Boolean));
+}
+
+/**
+ * Fills the title and the figures at the top.
+ * @param {object} page
+ */
+function drawTitle(page) {
+  const { data } = page, s = data.summary || {};
+  byId("title").textContent = shorten(data.title || data.model, 90);
+  byId("title").title = shorten(data.title, 500);
+  byId("model").textContent = `${shorten(data.model, 60)}${data.artifact ? `, ${shorten(data.artifact, 60)}` : ""}, graftc ${shorten(data.graftc, 20)}`;
+  const figure = (name, key, text) => s[key] === undefined || s[key] === null ? [] : [el("div", {}, el("dt", { text: name }), el("dd", { "data-figure": `summary.${key}`, "data-value": String(s[key]), title: formatNumber(s[key]), text }))];
+  byId("figures").append(...figure("Base parameters", "base_parameters", formatShort(s.base_parameters)), ...figure("Trainable", "trainable_parameters", formatShort(s.trainable_parameters)), ...figure("Of the base", "percent", `${formatNumber(Number(Number(s.percent).toPrecision(3)))} %`));
+}
+
+/**
+ * Fills the spec: its lines with numbers, and the adaptations that they ask for.
+ * @param {HTMLElement} host
+ * @param {object} page
+ */
+function createSpec(host, page) {
+  const { data } = page;
+  const marks = new Map(Object.entries(data.spec?.lines || {}).map(([name, line]) => [line, name]));
+  host.append(el("h2", { text: page.words.spec }), data.spec?.text ? el("ol", { class: "code" }, ...data.spec.text.replace(/\n$/, "").split("\n").map((line, k) => {
+    const index = data.adaptations.findIndex((a) => a.name === marks.get(k + 1));
+    return el("li", { id: `line-${k + 1}`, tabindex: -1, class: marks.has(k + 1) ? "asks" : "" }, el("code", { text: line || " " }), index >= 0 ? el("span", { class: "note" }, adapterLink(page, index)) : null);
+  })) : el("p", { class: "empty", text: page.words.roles ? "Every place has a role, or needs none." : "The data has no spec." }));
+}

@@ -1,0 +1,243 @@
+"""The page in a real browser: opened from disk, used as people use it, held against the command line's own numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import graftc
+from graftc.runtime.artifact import open_artifact
+from graftc.runtime.cli import main
+from tests.cli.support import run_here
+from tests.families import tiny
+
+SPEC: dict[str, Any] = {
+    "adapt": [
+        {"method": "lora", "name": "low", "rank": 2, "dropout": 0.1, "target": {"role": ["attn.q", "attn.v"]}},
+        {"method": "prefix", "name": "virtual", "length": 3},
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact with a certificate; the second adaptation does not fold."""
+    place = tmp_path_factory.mktemp("page") / "artifact"
+    return graftc.compile(SPEC, tiny("bert")).save(place)
+
+
+@pytest.fixture(scope="module")
+def file(artifact: Path) -> Path:
+    """Its page."""
+    target = artifact.parent / "page.html"
+    written(target, "inspect", str(artifact), "--html", str(target))
+    return target
+
+
+def written(target: Path, *command: str) -> None:
+    assert main(command) in (0, 1)  # a diff that finds something exits with 1
+    assert target.exists()
+
+
+def state(page: Any) -> dict[str, Any]:
+    found: dict[str, Any] = page.evaluate("graftcPage.state()")
+    return found
+
+
+def says(page: Any, text: str) -> None:
+    """Wait until the details have a text."""
+    page.wait_for_function("text => document.querySelector('#right').innerText.includes(text)", arg=text, timeout=5000)
+
+
+def marks(page: Any) -> list[dict[str, Any]]:
+    """The boxes of what is drawn."""
+    found: list[dict[str, Any]] = page.evaluate("graftcPage.scene()")["boxes"]
+    return found
+
+
+def test_it_opens_from_disk_and_asks_for_nothing(file: Path, opened: Callable[..., Any]) -> None:
+    page = opened(file)
+    assert page.title() == "BertForSequenceClassification, adapted"
+    assert state(page)["tab"] == "graph"
+    assert len(marks(page)) > 3
+    assert file.stat().st_size < 400_000
+
+
+def test_every_figure_is_the_one_of_the_data_and_of_the_command(
+    file: Path, artifact: Path, opened: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = opened(file, "#tab=report")
+    data = page.evaluate("graftcPage.data")
+    figures = page.eval_on_selector_all(
+        "[data-figure]", "all => all.map(e => [e.dataset.figure, e.dataset.value, e.tagName, e.textContent])"
+    )
+    assert len(figures) > 25
+    for path, exact, tag, text in figures:
+        found: Any = data
+        for part in path.split("."):
+            found = found[int(part)] if isinstance(found, list) else found[part]
+        if isinstance(found, bool) or found is None or isinstance(found, str):
+            continue
+        assert float(exact) == found, path
+        if isinstance(found, int) and tag == "TD":  # above the tabs they are rounded
+            assert text.replace(",", "") == str(found), path
+    outcome = run_here(capsys, "inspect", str(artifact), "--json")
+    summary = outcome.data["summary"]
+    assert data["summary"] == summary
+    for ours, theirs in zip(data["adaptations"], summary["adaptations"], strict=True):
+        assert ours == {**ours, **{key: value for key, value in theirs.items() if key != "tensors"}}
+
+
+def test_groups_open_and_close(file: Path, opened: Callable[..., Any]) -> None:
+    page = opened(file)
+    page.evaluate("graftcPage.open('bert.encoder.layer.0')")
+    page.evaluate("graftcPage.select('bert.encoder.layer.0')")
+    opened_now = len(marks(page))
+    page.locator("#canvas").focus()
+    page.keyboard.press("-")
+    page.wait_for_function(f"graftcPage.scene().boxes.length < {opened_now}")
+    page.keyboard.press("+")
+    page.wait_for_function(f"graftcPage.scene().boxes.length === {opened_now}")
+
+
+def test_views_by_key_mark_what_differs(file: Path, opened: Callable[..., Any]) -> None:
+    page = opened(file)
+    page.locator("#canvas").focus()
+    for key, view in (("2", "before"), ("3", "diff"), ("1", "after")):
+        page.keyboard.press(key)
+        page.wait_for_function(f"graftcPage.state().view === '{view}'")
+    assert "view=" not in page.url
+    page.keyboard.press("3")
+    page.wait_for_function("graftcPage.state().view === 'diff'")
+    assert "view=diff" in page.url
+
+
+def test_the_tree_is_worked_by_keys(file: Path, opened: Callable[..., Any]) -> None:
+    page = opened(file)
+    rows = page.locator("#left [role=treeitem]")
+    before = rows.count()
+    first = page.locator("#left [role=treeitem][tabindex='0']")
+    first.focus()
+    page.keyboard.press("End")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function(f"document.querySelectorAll('#left [role=treeitem]').length < {before}")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(f"document.querySelectorAll('#left [role=treeitem]').length === {before}")
+    page.keyboard.press("Enter")
+    assert state(page)["sel"]
+
+
+def test_search_finds_and_selects(file: Path, opened: Callable[..., Any]) -> None:
+    page = opened(file)
+    page.locator("#canvas").focus()
+    page.keyboard.press("/")
+    page.keyboard.type("layer.1.attention.self.query")
+    page.wait_for_selector("#found [role=option]")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    says(page, "query")
+    page.locator("#search").fill("nothing is called so")
+    page.wait_for_function("document.querySelector('#found').textContent.length > 0")
+    assert page.locator("#found [role=option]").count() == 0
+
+
+def test_the_timeline_shows_every_step(
+    file: Path, artifact: Path, opened: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = opened(file, "#tab=timeline&frame=0")
+    outcome = run_here(capsys, "inspect", str(artifact), "--history", "--json")
+    steps = outcome.data["history"]
+    page.wait_for_selector("table.steps tbody tr")
+    rows = page.locator("table.steps tbody tr")
+    assert rows.count() == len(steps)
+    for number, step in enumerate(steps):
+        cells = [cell.strip() for cell in rows.nth(number).locator("td").all_inner_texts()]
+        shown = [int(re.sub(r"\D", "", cell) or 0) for cell in (cells[1], cells[2], cells[4])]
+        assert step["step"] in cells[0]
+        assert shown == [step["added"], step["removed"], step["nodes"]]
+    page.locator("#canvas").focus()
+    page.keyboard.press("End")
+    page.wait_for_function(f"graftcPage.state().frame === {len(steps) - 1}")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function(f"graftcPage.state().frame === {len(steps) - 2}")
+    insertion = next(n for n, step in enumerate(steps) if step["step"] == "insert(virtual)")
+    page.evaluate(f"graftcPage.frame({insertion})")
+    page.wait_for_function(f"graftcPage.state().frame === {insertion}")
+    says(page, "insert(virtual)")
+
+
+def test_an_address_leads_back_to_what_was_seen(file: Path, opened: Callable[..., Any]) -> None:
+    page = opened(file, "#view=diff&mode=train")
+    page.evaluate("graftcPage.select('bert.encoder.layer.0.attention.self')")
+    seen, address = state(page), page.url
+    again = opened(file, "#" + address.partition("#")[2])
+    assert {**state(again), "camera": None} == {**seen, "camera": None}
+    page.evaluate("location.hash = '#tab=report'")
+    page.wait_for_function("graftcPage.state().tab === 'report'")
+    page.go_back()
+    page.wait_for_function("graftcPage.state().tab === 'graph'")
+    for broken in ("#tab=%E0%A4%A", "#sel=node:&frame=-3&open=nobody&mode=x", "#" + "a=1&" * 3000):
+        assert state(opened(file, broken))["tab"] == "graph"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (760, "light"), (760, "dark")])
+def test_it_fits_and_follows_the_theme(file: Path, opened: Callable[..., Any], width: int, scheme: str) -> None:
+    page = opened(file, width=width, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    page.locator("#theme").select_option("light" if scheme == "dark" else "dark")
+    assert page.evaluate("document.documentElement.dataset.theme") != scheme
+
+
+def test_three_questions_are_answered(file: Path, opened: Callable[..., Any]) -> None:
+    """Which layers have which rank, what the prefix changed in attention, which adaptation cannot fold and why."""
+    page = opened(file, "#tab=report")
+    report = page.locator("#report").inner_text()
+    kept = {record.name: record.reason for record in open_artifact(file.parent / "artifact").manifest.kept}
+    assert kept.keys() == {"virtual"}
+    assert kept["virtual"] in report
+    page.evaluate("graftcPage.select('bert.encoder.layer.0.attention.self.query')")
+    page.wait_for_function("graftcPage.state().tab === 'graph'")
+    says(page, "f32[2, 48]")
+    page.evaluate("location.hash = '#view=diff'")
+    page.wait_for_function("graftcPage.state().view === 'diff'")
+    graph = page.evaluate("graftcPage.data.graphs.eval")
+    strings, nodes = graph["strings"], graph["nodes"]
+    attention = next(
+        number
+        for number, target in enumerate(nodes["target"])
+        if "scaled_dot_product" in strings[target] and nodes["base"][number] and nodes["gone"][number] == -1
+    )
+    name = strings[nodes["name"][attention]]
+    page.evaluate("name => graftcPage.select(name)", name)
+    says(page, "virtual")
+    says(page, "before")
+
+
+def test_two_artifacts_side_by_side(artifact: Path, opened: Callable[..., Any]) -> None:
+    other = {"adapt": [{**SPEC["adapt"][0], "rank": 4}]}
+    second = graftc.compile(other, tiny("bert")).save(artifact.parent / "second", force=True)
+    target = artifact.parent / "diff.html"
+    written(target, "diff", str(artifact), str(second), "--html", str(target), "--force")
+    page = opened(target, "#view=diff")
+    graph = page.evaluate("graftcPage.data.graphs.eval")
+    nodes, never = graph["nodes"], len(graph["frames"])
+    removed = [born for born, base in zip(nodes["born"], nodes["base"], strict=True) if base and born >= never]
+    assert removed  # the prefix of the first
+    text = opened(target, "#tab=report").locator("#report").inner_text()
+    assert "rank: 4" in text and "virtual" in text
+
+
+def test_roles_of_a_model(tmp_path: Path, opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    target, folder = tmp_path / "roles.html", tmp_path / "model"
+    tiny("llama").save_pretrained(folder)
+    written(target, "roles", str(folder), "--html", str(target))
+    page = opened(target)
+    legend = page.locator("body").inner_text()
+    assert "attn.q" in legend and "ffn.down" in legend
+    assert not re.search(r"(?i)inserted by", legend)
