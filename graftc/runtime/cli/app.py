@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from graftc.runtime.cli.card import card
 from graftc.runtime.cli.check import check
 from graftc.runtime.cli.compile import compile
 from graftc.runtime.cli.convert import convert
@@ -41,7 +42,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog=_EPILOG)(_graftc)
-    working = (compile, import_peft, inspect, merge, convert, export, verify, diff, generate, chat)
+    working = (compile, import_peft, inspect, merge, convert, export, card, verify, diff, generate, chat)
     for command in (*working, check, roles, methods, schema, demo):
         app.command()(command)
     return app

@@ -21,7 +21,6 @@ from graftc.passes.core.ir.program import Program, is_random, mutates, provenanc
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, SymbolNames
 from graftc.passes.core.weights.names import module_of, parsed
 
-
 _ROWS = re.compile(r"\[([^\[\]]*)\](?:#\d+)?$")
 """Which rows a site's text names; its modules may have brackets in their names too."""
 
