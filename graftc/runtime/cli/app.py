@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from graftc.runtime.cli.card import card
 from graftc.runtime.cli.check import check
 from graftc.runtime.cli.compile import compile
 from graftc.runtime.cli.convert import convert
@@ -18,6 +17,7 @@ from graftc.runtime.cli.inspect import inspect
 from graftc.runtime.cli.merge import merge
 from graftc.runtime.cli.methods import methods
 from graftc.runtime.cli.output import without_colours
+from graftc.runtime.cli.publishing.card import card
 from graftc.runtime.cli.roles import roles
 from graftc.runtime.cli.schema import schema
 from graftc.runtime.cli.text.chat import chat
