@@ -130,6 +130,43 @@ class CompiledRunner(
         from graftc.runtime.view.view import View
 
         return View(lambda: contents(self.snapshot, evidence_of(self, certify)))
+    @isolated()
+    def card(
+        self,
+        *,
+        certify: bool = True,
+        base_model: str | None = None,
+        license: str | None = None,
+        language: Sequence[str] = (),
+        tags: Sequence[str] = (),
+    ) -> str:
+        """A model card in Markdown with the hub's metadata; ``graftc card DIR`` makes that of an artifact.
+
+        Args:
+            certify: fold what folds, as `save` does, and say what that showed.
+            base_model: the hub's id of the base; by default what transformers knows of the model.
+            license, language, tags: as the hub takes them: ``"apache-2.0"``, ``["en"]``, any words.
+
+        Raises:
+            GraftError: GC073 for metadata that the hub does not take, GC051 as for `save`.
+        """
+        from graftc.runtime.card.facts import CardCertificate, CardFacts
+        from graftc.runtime.card.page import render_card
+        from graftc.runtime.deploy.merged import certificate_of
+        from graftc.runtime.reference import Reference
+
+        certificate, kept = certificate_of(self) if certify else (None, {})
+        facts = CardFacts.of(
+            self.snapshot,
+            name="",
+            base=Reference.of(self.compilation.source),
+            fingerprint=self._identity().fingerprint,
+            dtype=str(self.dtype).removeprefix("torch."),
+            certificate=None if certificate is None else CardCertificate.of(certificate),
+            kept=kept,
+            versions={},
+        )
+        return render_card(facts, base_model=base_model, license=license, language=language, tags=tags)[0]
 
     def _generating(self, kwargs: Mapping[str, Any]) -> Any:
         """See `Generating`. Prefixes and virtual tokens are the first contents of the cache, where they can be."""

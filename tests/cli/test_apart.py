@@ -32,6 +32,7 @@ READING_ARTIFACT: dict[str, Callable[[str], list[str]]] = {
     "convert": lambda out: ["convert", "artifact", "--out", out],
     "export": lambda out: ["export", "artifact", "-f", "onnx", "--out", out],
     "export pt2": lambda out: ["export", "link", "-f", "pt2", "--out", out],
+    "card": lambda out: ["card", "artifact", "--out", out],
     "inspect": lambda out: ["inspect", "artifact", "--dot", out],
     "inspect --graphml": lambda out: ["inspect", "artifact", "--graphml", out],
 }

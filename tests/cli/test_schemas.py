@@ -34,7 +34,7 @@ from tests.cli.support import ROOT, Outcome, run_here
 PUBLISHED = ROOT / "docs" / "schemas"
 SPEC = "adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]\ntrain: [classifier]\n"
 COMMANDS = (
-    *("methods", "roles", "check", "compile", "import-peft", "merge", "convert", "export", "verify", "diff"),
+    *("methods", "roles", "check", "compile", "import-peft", "merge", "convert", "export", "card", "verify", "diff"),
     *("inspect", "demo", "demo-llm", "generate", "chat"),
 )
 

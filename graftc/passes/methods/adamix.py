@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.build.routing import pick, route, route_of
+from graftc.passes.core.build.routing import pick, route
 from graftc.passes.core.method.capabilities import Collapsing, Observed, Reading
 from graftc.passes.core.method.lowrank import zeros
 from graftc.passes.core.method.steering import OutputObjective
@@ -95,6 +95,16 @@ class AdaMixMethod(BottleneckAdapter[AdaMix], Collapsing[AdaMix], Observed[AdaMi
     def collapsed(self, spec: AdaMix, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Every tensor of experts as their mean."""
         return {part: mean(tensor, part.removesuffix("_bias"), spec.share) for part, tensor in tensors.items()}
+
+
+def route_of(part: str) -> Reading:
+    """The number of the expert of ``part`` that a forward pass has picked, as the figure ``PART_route``."""
+    return Reading(f"{part}_route", part, (torch.ops.aten.index_select.default,), _chosen)
+
+
+def _chosen(args: Sequence[Any], _: Tensor) -> Tensor:
+    number: Tensor = args[2]
+    return number.squeeze()
 
 
 def mean(tensor: Tensor, side: str, share: str) -> Tensor:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder, Initialiser
-from graftc.passes.core.build.routing import pick, route, route_of
+from graftc.passes.core.build.routing import pick, route
 from graftc.passes.core.method.capabilities import Collapsing, Observed, Reading
 from graftc.passes.core.method.lowrank import added, check_rank, uniform, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.passes.core.weights.folds import Fold, weight_fold
-from graftc.passes.methods.adamix import Agreement, mean
+from graftc.passes.methods.adamix import Agreement, mean, route_of
 from graftc.specs.base import MethodSpec
 from graftc.specs.methods.adamix_lora import AdaMixLoRA
 from graftc.specs.methods.lora import LoRA

@@ -17,6 +17,7 @@ from graftc.runtime.cli.inspect import inspect
 from graftc.runtime.cli.merge import merge
 from graftc.runtime.cli.methods import methods
 from graftc.runtime.cli.output import without_colours
+from graftc.runtime.cli.publishing.card import card
 from graftc.runtime.cli.roles import roles
 from graftc.runtime.cli.schema import schema
 from graftc.runtime.cli.text.chat import chat
@@ -41,7 +42,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog=_EPILOG)(_graftc)
-    working = (compile, import_peft, inspect, merge, convert, export, verify, diff, generate, chat)
+    working = (compile, import_peft, inspect, merge, convert, export, card, verify, diff, generate, chat)
     for command in (*working, check, roles, methods, schema, demo):
         app.command()(command)
     return app

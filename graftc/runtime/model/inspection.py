@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.report import Report, report
@@ -72,6 +72,12 @@ class Inspected:
         from graftc.compiler.inspect.explain import explain
 
         return explain(self.snapshot, name, mode)
+
+    def model_explorer(self, mode: Mode = "eval") -> dict[str, Any]:
+        """The rewritten graph and the base's own as a collection of Google's Model Explorer, JSON data."""
+        from graftc.compiler.inspect.model_explorer import model_explorer
+
+        return model_explorer(self.snapshot, mode)
 
     def tree(self) -> TreeNode:
         """The source model's modules with what was added to them, layers that are alike once; print it to read it."""

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from graftc.runtime.cli.results.base import ErrorResult as ErrorResult
     from graftc.runtime.cli.results.base import FileData as FileData
     from graftc.runtime.cli.results.base import Result as Result
+    from graftc.runtime.cli.results.cards import CardMetadata as CardMetadata
+    from graftc.runtime.cli.results.cards import CardResult as CardResult
     from graftc.runtime.cli.results.converting import ConvertedSiteData as ConvertedSiteData
     from graftc.runtime.cli.results.converting import ConvertResult as ConvertResult
     from graftc.runtime.cli.results.demo import DemoData as DemoData
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "base": ("DiagnosticData", "ErrorResult", "FileData", "Result"),
+    "cards": ("CardMetadata", "CardResult"),
     "converting": ("ConvertResult", "ConvertedSiteData"),
     "demo": ("DemoData", "LLMDemoData"),
     "generating": ("ChatResult", "GenerateResult"),

@@ -59,6 +59,12 @@ def _inspect() -> dict[str, Any]:
     return _model(InspectResult)
 
 
+def _card() -> dict[str, Any]:
+    from graftc.runtime.cli.results.cards import CardResult
+
+    return _model(CardResult)
+
+
 def _demo(name: str) -> dict[str, Any]:
     from graftc.runtime.cli.results import demo
 
@@ -95,6 +101,7 @@ _BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "merge": partial(_work, "MergeResult"),
     "convert": _convert,
     "export": partial(_work, "ExportResult"),
+    "card": _card,
     "verify": partial(_work, "VerifyResult"),
     "diff": partial(_work, "DiffResult"),
     "generate": partial(_generating, "GenerateResult"),

@@ -22,6 +22,18 @@ function el(tag, props = {}, ...inside) {
 }
 
 /**
+ * Scrolls a list, and nothing around it, until an entry is in sight.
+ * @param {HTMLElement|undefined} entry
+ * @param {HTMLElement} host that scrolls
+ */
+function scrollInto(entry, host) {
+  if (!entry) return;
+  const a = entry.getBoundingClientRect(), b = host.getBoundingClientRect();
+  if (a.top < b.top) host.scrollTop -= b.top - a.top + 8;
+  else if (a.bottom > b.bottom) host.scrollTop += a.bottom - b.bottom + 8;
+}
+
+/**
  * A pen that draws on a canvas whose transform is set.
  * @param {CanvasRenderingContext2D} ctx
  * @returns {object}
@@ -88,7 +100,9 @@ function relatedTo(scene, index) {
     ids.add(k);
     near.add(leaf[flow.source[k]]).add(leaf[flow.target[k]]);
   }
-  if (ids.size) for (const box of boxes) for (const l of box.links) if (l.ids.some((k) => ids.has(k))) related.add(l);
+  // Of an opened group only what comes and goes is marked, not its ways inside.
+  const own = (box) => boxes[index].open && box.index >= index && box.index < end;
+  if (ids.size) for (const box of boxes) if (!own(box)) for (const l of box.links) if (l.ids.some((k) => ids.has(k))) related.add(l);
   return { related, near };
 }
 
@@ -355,7 +369,7 @@ function createBoxList(host, on) {
     const item = list.children[at];
     if (!item || !boxes.length) return;
     item.classList.add("active");
-    item.scrollIntoView({ block: "nearest" });
+    scrollInto(item, host);
     list.setAttribute("aria-activedescendant", item.id);
   };
   list.addEventListener("focus", () => { fill(); mark(); });

@@ -17,7 +17,7 @@ function createTimeline(host, graph, go) {
   const rows = frames.map((f, i) => el("li", { class: "step", on: { click: () => go(i) } },
     el("button", { type: "button", class: "link", text: `${i + 1}. ${shorten(f.step, 60)}`, on: { click: (e) => { e.stopPropagation(); go(i); } } }),
     el("p", { class: "counts" }, count("added", "+", f.added), count("removed", "\u2212", f.removed), count("rewired", "", f.rewired), el("span", { text: `${formatNumber(f.nodes)} nodes` }),
-      f.seconds === null || f.seconds === undefined ? null : el("span", { text: f.seconds < 0.1 ? `${Number((f.seconds * 1000).toPrecision(2))} ms` : `${Number(f.seconds).toFixed(2)} s` }), f.verified === true ? el("span", { text: "verified" }) : null)));
+      f.seconds === null || f.seconds === undefined ? null : el("span", { text: f.seconds < 1e-4 ? "under 0.1 ms" : f.seconds < 0.1 ? `${Number((f.seconds * 1000).toPrecision(2))} ms` : `${Number(f.seconds).toFixed(2)} s` }), f.verified === true ? el("span", { text: "verified" }) : null)));
   host.append(el("h2", { text: "Steps" }));
   if (!frames.length) {
     host.append(el("p", { class: "empty", text: "No step is recorded: the graph is the base model's own." }));
@@ -33,7 +33,7 @@ function createTimeline(host, graph, go) {
     show(frame) {
       now = Math.max(0, Math.min(last, frame));
       rows.forEach((row, i) => { row.classList.toggle("current", i === now); if (i === now) row.setAttribute("aria-current", "step"); else row.removeAttribute("aria-current"); });
-      rows[now].scrollIntoView({ block: "nearest" });
+      scrollInto(rows[now], host.parentElement);
       position.textContent = `${now + 1} of ${frames.length}`;
     },
   };

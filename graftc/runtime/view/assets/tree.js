@@ -122,7 +122,7 @@ function createTree(host, top, adaptations, on) {
       if (branch) current = branch;
       const inside = list.contains(document.activeElement);
       draw(inside);
-      rows.find((r) => r.branch === branch)?.row.scrollIntoView({ block: "nearest" });
+      scrollInto(rows.find((r) => r.branch === branch)?.row, host.parentElement);
     },
   };
 }

@@ -1,0 +1,122 @@
+"""What a model card is about, from an artifact on disk or a compiled model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from graftc.compiler.inspect.snapshot import Snapshot, TensorRecord
+from graftc.compiler.inspect.summary import Summary, summary
+from graftc.passes.core.ir.shapes import DTYPES
+from graftc.passes.core.weights.names import owner_of
+from graftc.runtime.artifact.read import Artifact
+from graftc.runtime.artifact.records import read_model
+from graftc.runtime.reference import Reference
+
+if TYPE_CHECKING:
+    from graftc.compiler.folding.certificate import Certificate
+
+__all__ = ["CardCertificate", "CardFacts", "artifact_facts"]
+
+
+class CardCertificate(BaseModel):
+    """What a card says of a certificate; there is more in its file."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+    class SiteRecord(BaseModel):
+        """The evidence of one place."""
+
+        model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+        site: str
+        algebra: float
+        rounding: float
+
+    passed: bool
+    dtype: str
+    sites: tuple[SiteRecord, ...]
+    outputs: dict[str, float]
+    budget: float | None
+    additions: tuple[str, ...]
+
+    @classmethod
+    def of(cls, certificate: Certificate) -> CardCertificate:
+        """That of a live one."""
+        data = certificate.to_json()
+        return cls.model_validate({**data, "sites": tuple(data["sites"]), "additions": tuple(data["additions"])})
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is made of.
+
+    Attributes:
+        name: of the artifact's folder; empty for a model in memory.
+        snapshot: places, tensors and graphs.
+        summary: how many of what.
+        bytes: of the tensors that are kept, by adaptation.
+        base: where the base is.
+        fingerprint: of the base.
+        dtype: the element type that the graphs are for.
+        certificate: of the fold; None where none was made.
+        kept: adaptations that do not fold, with the reason.
+        versions: of what wrote the artifact; empty for a model in memory.
+    """
+
+    name: str
+    snapshot: Snapshot
+    summary: Summary
+    bytes: Mapping[str, int]
+    base: Reference
+    fingerprint: str
+    dtype: str
+    certificate: CardCertificate | None
+    kept: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, **others: Any) -> CardFacts:
+        """Those of a snapshot, with all fields that it does not say."""
+        sizes: dict[str, int] = {}
+        for name, record in snapshot.adapters.items():
+            owner = owner_of(name)
+            sizes[owner] = sizes.get(owner, 0) + _size(record)
+        return cls(snapshot=snapshot, summary=summary(snapshot), bytes=sizes, **others)
+
+    @property
+    def folded(self) -> list[str]:
+        """Adaptations of which the certificate is."""
+        names = [adaptation.name for adaptation in self.summary.adaptations]
+        return [name for name in names if name not in self.kept] if self.certificate is not None else []
+
+
+def _size(record: TensorRecord) -> int:
+    dtype = DTYPES.get(record.dtype)
+    return record.numel * (1 if dtype is None else dtype.itemsize)
+
+
+def artifact_facts(artifact: Artifact) -> CardFacts:
+    """What an artifact says; its base is not needed.
+
+    Raises:
+        GraftError: GC082 for a certificate that is none, GC091 where the artifact has no graphs.
+    """
+    manifest = artifact.manifest
+    certificate: CardCertificate | None = None
+    if manifest.certificate is not None:
+        file = manifest.certificate
+        certificate = read_model(CardCertificate, artifact.path / file, str(artifact.path), file)
+    return CardFacts.of(
+        artifact.snapshot,
+        name=artifact.path.name,
+        base=manifest.base.place,
+        fingerprint=manifest.base.fingerprint,
+        dtype=manifest.base.dtype,
+        certificate=certificate,
+        kept={kept.name: kept.reason for kept in manifest.kept},
+        versions=manifest.versions.model_dump(),
+    )

@@ -1,0 +1,80 @@
+"""The metadata of a model card, as the Hugging Face hub reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from graftc.compiler.resolve.train import TRAIN
+from graftc.runtime.card.facts import CardFacts
+from graftc.runtime.reference import is_hub_id
+from graftc.specs.arguments import kind_of
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import shown
+from graftc.specs.registry import method_specs
+
+__all__ = ["card_metadata", "task_of"]
+
+LIBRARY = "graftc"
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,95}", re.ASCII)
+_LANGUAGE = re.compile(r"[a-z]{2,8}(-[A-Za-z0-9]{1,8}){0,4}", re.ASCII)
+_TAG = re.compile(r"[\w][\w .:/+-]{0,95}", re.ASCII)
+
+
+def card_metadata(
+    facts: CardFacts,
+    base_model: str | None = None,
+    license: str | None = None,
+    language: Sequence[str] = (),
+    tags: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Metadata by field, without those of which nothing is known.
+
+    Args:
+        facts: of the model.
+        base_model: the hub's id of the base; by default the one by which it was loaded.
+        license: the hub's id of a license, as ``apache-2.0``.
+        language: codes of languages, as ``en``.
+        tags: more tags.
+
+    Raises:
+        GraftError: GC073 for values that the hub does not take.
+    """
+    if base_model is not None:
+        _check("base_model", base_model, is_hub_id, "give the id of a repository: owner/name")
+    if license is not None:
+        _check("license", license, _LICENSE.fullmatch, "give an id of the hub's list, as apache-2.0")
+    for code in language:
+        _check("language", code, _LANGUAGE.fullmatch, "give codes of ISO 639, as en")
+    for tag in tags:
+        _check("tag", tag, _TAG.fullmatch, "use letters, digits, spaces and . : / + - _")
+    named = facts.base.text if facts.base.kind == "hub" and base_model is None else base_model
+    known = method_specs()
+    methods = [a.method for a in facts.summary.adaptations if a.method in known and a.name != TRAIN]
+    found: dict[str, Any] = {
+        "library_name": LIBRARY,
+        "base_model": named,
+        "base_model_relation": "adapter" if named is not None else None,
+        "pipeline_tag": task_of(facts.summary.model),
+        "license": license,
+        "language": list(dict.fromkeys(language)),
+        "tags": list(dict.fromkeys([LIBRARY, *methods, *tags])),
+    }
+    return {field: value for field, value in found.items() if value}
+
+
+def task_of(model: str) -> str | None:
+    """The hub's task of a class of transformers, by its own table; None where there is none, or more than one."""
+    from transformers.modelcard import TASK_MAPPING
+
+    table: dict[str, Any] = TASK_MAPPING
+    # The hub has given up the task that is called text2text-generation.
+    tasks = [task for task, names in table.items() if task != "text2text-generation" and model in names.values()]
+    return tasks[0] if len(tasks) == 1 else None
+
+
+def _check(field: str, value: Any, fits: Any, hint: str) -> None:
+    if not isinstance(value, str) or not fits(value):
+        what = shown(value) if isinstance(value, str) else kind_of(value)
+        raise GraftError("GC073", f"{field} is {what}", hint=hint)

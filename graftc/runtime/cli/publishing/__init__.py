@@ -1,0 +1,1 @@
+"""Commands that make what is published beside an artifact. They read the artifact, and write beside it."""

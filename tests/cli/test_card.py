@@ -1,0 +1,259 @@
+"""``graftc card``: what the hub reads of it, what people read, commands that work, and names that mean harm."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from markdown_it import MarkdownIt
+
+import graftc
+from graftc.runtime.artifact import open_artifact
+from graftc.runtime.card.facts import CardFacts, artifact_facts
+from graftc.runtime.card.markdown import code, fenced
+from graftc.runtime.card.metadata import task_of
+from graftc.runtime.card.page import render_card
+from graftc.runtime.reference import Reference
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.io import parse_spec
+from tests.artifact.support import SPEC, adapted, edit_json, saved_base, tree_bytes
+from tests.cli.support import run_here, run_valid
+from tests.families import tiny
+
+OPTIONS = ["--base-model", "owner/base", "--license", "apache-2.0", "--language", "en", "--tag", "my tag"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, an artifact that folds, and one of which a part stays."""
+    path = tmp_path_factory.mktemp("cards")
+    base = saved_base(path / "base")
+    adapted(base).save(path / "artifact")
+    adapted(base, {"adapt": [*SPEC["adapt"], {"method": "prefix", "length": 3}]}).save(path / "kept")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+def tokens_of(text: str) -> list[Any]:
+    """What a reader of GitHub's Markdown makes of a card without its metadata."""
+    return MarkdownIt("commonmark").enable("table").parse(text.split("\n---\n", 1)[1])
+
+
+def test_the_hub_reads_its_metadata(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "README.md"
+    data = run_valid(capsys, "card", "artifact", "--out", str(out), *OPTIONS)
+    card = ModelCard.load(out)
+    assert isinstance(card.data, ModelCardData)
+    known: Any = card.data.to_dict()  # type: ignore[no-untyped-call]
+    assert known == {
+        "library_name": "graftc",
+        "base_model": "owner/base",
+        "base_model_relation": "adapter",
+        "pipeline_tag": "text-classification",
+        "license": "apache-2.0",
+        "language": ["en"],
+        "tags": ["graftc", "lora", "my tag"],
+    }
+    assert {field: value for field, value in data["metadata"].items() if value} == known
+    assert data["out"] == str(out) and data["card"] == out.read_text(encoding="utf-8")
+    assert card.text.strip().startswith("# `artifact`")
+
+
+def test_what_is_not_known_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder's path is whoever's who made the artifact, and is not in what is published."""
+    outcome = run_here(capsys, "card", "artifact")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert set(yaml.safe_load(outcome.out.split("---")[1])) == {"library_name", "pipeline_tag", "tags"}
+    assert str(Path.cwd()) not in outcome.out and "`base`" in outcome.out
+    assert outcome.out == run_valid(capsys, "card", "artifact")["card"]
+
+
+def test_it_says_what_inspecting_says(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run_here(capsys, "card", "kept").out
+    summary = run_valid(capsys, "inspect", "kept")["summary"]
+    for adaptation in summary["adaptations"]:
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{adaptation['name']}` |"))
+        assert f"| {adaptation['places']} | {adaptation['trainable_parameters']:,} |" in row
+    assert f"{summary['base_parameters']:,} parameters of the base" in text
+    size = sum(t.numel() * t.element_size() for t in open_artifact("kept").tensors().values())
+    assert f"{size:,} bytes of adapter tensors" in text
+    (spec,) = (t.content for t in tokens_of(text) if t.type == "fence" and t.info == "yaml")
+    assert parse_spec(spec) == open_artifact("kept").spec
+    (kept,) = open_artifact("kept").manifest.kept
+    assert kept.name == "prefix" and re.search(r"\| `prefix` \| .*depends on the query", text)
+    assert "The certificate of that fold passed:" in text and "`attention`, `inner` can be folded" in text
+
+
+@pytest.mark.parametrize("artifact", ["artifact", "kept"])
+def test_its_commands_work(
+    artifact: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = run_here(capsys, "card", artifact).out
+    blocks = {t.info: t.content for t in tokens_of(text) if t.type == "fence"}
+    commands = blocks["console"].splitlines()
+    assert len(commands) == 4 and all("MODEL" in line or "inspect" in line for line in commands)
+    monkeypatch.chdir(tmp_path)
+    for name in (artifact, "base"):
+        (tmp_path / name).symlink_to(folder / name, target_is_directory=True)
+    for line in commands:
+        outcome = run_here(capsys, *shlex.split(line.replace("MODEL", "base"))[2:])
+        assert outcome.status == 0, f"{line}\n{outcome.err}"
+    assert (tmp_path / "model.onnx").is_file()
+    exec(compile(blocks["python"].replace("MODEL", "base").replace("merged", "again"), "card", "exec"), {})
+    assert {p.name for p in (tmp_path / "again").iterdir()} == {p.name for p in (tmp_path / "merged").iterdir()}
+
+
+def test_a_live_model_has_the_same_card(capsys: pytest.CaptureFixture[str]) -> None:
+    text = graftc.load("artifact").card(base_model="owner/base", license="apache-2.0", language=["en"], tags=["my tag"])
+    known = run_here(capsys, "card", "artifact", *OPTIONS).out
+    for part in ("## Figures", "## Places", "## Spec", "## Folding"):
+        own, other = (re.search(f"{part}\n.*?\n## ", found, re.DOTALL) for found in (text, known))
+        assert own is not None and other is not None
+        assert re.sub(r"\d\.\de[-+]\d\d", "#", own[0]) == re.sub(r"\d\.\de[-+]\d\d", "#", other[0])
+    assert text.split("---")[1] == known.split("---")[1]
+    assert "No fold was certified." in graftc.load("artifact").card(certify=False)
+
+
+def test_files_are_not_overwritten_or_put_into_the_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tree_bytes(Path("artifact"))
+    out = tmp_path / "card.md"
+    assert run_here(capsys, "card", "artifact", "-o", str(out)).out == f"wrote {out}\n"
+    assert run_here(capsys, "card", "artifact", "-o", str(out)).err.startswith("GC063")
+    assert run_here(capsys, "card", "artifact", "-o", str(out), "--force", "--license", "mit").status == 0
+    assert "license: mit" in out.read_text(encoding="utf-8")
+    assert run_here(capsys, "card", "artifact", "-o", "artifact/README.md", "--force").err.startswith("GC063")
+    assert tree_bytes(Path("artifact")) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["card.md"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--base-model", "../base"], ["--base-model", "a/b/c"], ["--base-model", "x\n---"], ["--license", "Apache 2"],
+        ["--license", "mit\nlicense: gpl"], ["--language", "English!"], ["--tag", "<b>"], ["--tag", ""],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_metadata_that_the_hub_does_not_take(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    data = run_valid(capsys, "card", "artifact", *options, status=2)
+    assert data["error"]["code"] == "GC073" and data["error"]["hint"]
+    assert run_valid(capsys, "card", "missing", status=3)["error"]["code"] == "GC080"
+
+
+def test_a_certificate_that_is_none_is_damage(folder: Path, tmp_path: Path) -> None:
+    adapted(folder / "base").save(tmp_path / "artifact")
+    edit_json(tmp_path / "artifact", "certificates/fold.json", '{"passed": "yes"}\n')
+    with pytest.raises(GraftError, match="GC082"):
+        artifact_facts(open_artifact(tmp_path / "artifact"))
+
+
+@pytest.mark.parametrize(
+    ("family", "task"), [("llama", "text-generation"), ("bert", "text-classification"), ("t5", None)]
+)
+def test_the_task_is_that_of_the_class(family: str, task: str | None) -> None:
+    assert task_of(type(tiny(family)).__name__) == task
+    assert task_of("Own") is None
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "a|b`c``d",
+    "[x](javascript:alert(1))",
+    "![x](https://evil.example/x.png)",
+    "https://evil.example www.evil.example",
+    "\n\n# heading\n---\n- x\n| a |\n",
+    "\u202ereversed\x1b[31m\x00",
+    "``` \n</code></td>",
+    "y" * 10_000,
+    "*bold* _it_ ~~no~~ &lt;b&gt; \\",
+    "' \" : - {a: b} %TAG",
+)
+
+
+@pytest.fixture(scope="module")
+def facts(folder: Path) -> CardFacts:
+    return artifact_facts(open_artifact(folder / "kept"))
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_names_that_mean_harm(name: str, facts: CardFacts) -> None:
+    """Whatever names are, a reader sees the same headings, tables, blocks and lines, and nothing of its own making."""
+    sites = tuple(
+        replace(s, adaptation=name, roles=(name,), key=replace(s.key, module=name), method=name)
+        for s in facts.snapshot.sites
+    )
+    adaptations = tuple(replace(a, name=f"{name}{i}", method=name) for i, a in enumerate(facts.summary.adaptations))
+    harmed = replace(
+        facts,
+        name=name,
+        snapshot=replace(facts.snapshot, sites=sites, spec=_spec(name)),
+        summary=replace(facts.summary, model=name, adaptations=adaptations),
+        base=Reference("folder", f"/home/{name}"),
+        kept={name: name},
+        versions={"graftc": name},
+        dtype=name,
+    )
+    text, _ = render_card(harmed, base_model="owner/base")
+    plain, _ = render_card(facts, base_model="owner/base")
+    own, known = tokens_of(text), tokens_of(plain)
+    skeleton = [[(t.type, t.tag, t.level) for t in each if t.type.startswith(("heading", "fence", "list"))]
+                for each in (own, known)]  # fmt: skip
+    assert skeleton[0] == skeleton[1]
+    for table in _tables(own):
+        assert len(set(table)) == 1, "every row has as many cells as the heading"
+    inner = [child for token in own for child in token.children or ()]
+    kinds = {child.type for child in inner}
+    assert kinds <= {"text", "code_inline", "html_inline", "softbreak", "strong_open", "strong_close", "text_special"}
+    assert {child.content for child in inner if child.type == "html_inline"} <= {"<code>", "</code>"}
+    assert not any(token.type == "html_block" for token in own)
+    assert not any(c in text for c in "\x1b\x00\u202e")
+    assert max(map(len, text.splitlines())) < 2000
+    bare = re.sub(r"`[^`\n]*`", "", re.sub(r"^(`{3,}).*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE))
+    assert "evil.example" not in bare and "www." not in bare, "GitHub makes links of these wherever they stand"
+    assert set(yaml.safe_load(text.split("---\n")[1])) == {
+        *("library_name", "base_model", "base_model_relation", "tags"),
+        *(["pipeline_tag"] if "pipeline_tag" in text.split("---\n")[1] else []),
+    }
+
+
+def _spec(name: str) -> Any:
+    """A spec with the name where names are free: a pattern."""
+    from graftc.specs.document import Spec
+
+    target = {"modules": ["".join(c for c in name if c.isalnum())[:50] or "x"]}
+    return Spec.model_validate({"adapt": [{"method": "lora", "target": target}], "train": []})
+
+
+def _tables(tokens: list[Any]) -> list[list[int]]:
+    """How many cells the rows of each table have."""
+    found: list[list[int]] = []
+    for token in tokens:
+        if token.type == "table_open":
+            found.append([])
+        elif token.type == "tr_open":
+            found[-1].append(0)
+        elif token.type in ("td_open", "th_open"):
+            found[-1][-1] += 1
+    return found
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_code_and_blocks_show_what_they_are_of(text: str) -> None:
+    """A reader gets back the text: of a line what is printable and short, of a block all of it."""
+    from graftc.specs.errors.text import abridged, printable
+
+    (inline,) = [t for t in MarkdownIt("commonmark").parse(code(text)) if t.type == "inline"]
+    shown = "".join(child.content for child in inline.children or () if child.type != "html_inline")
+    assert shown == abridged(" ".join(printable(text).split()), 100)
+    (block,) = MarkdownIt("commonmark").parse(fenced(text))
+    assert block.type == "fence" and block.content == printable(text).rstrip() + "\n"
