@@ -18,7 +18,7 @@ from graftc.runtime.model.runner import Published
 
 PACKAGE = """
     GraftError GraftWarning MemoryPlan Spec __version__ check compile extend import_peft load load_base load_spec
-    merge_checkpoint methods optim plan roles testing tune
+    merge_checkpoint methods optim plan roles select testing tune
 """
 
 COMPILED = """

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-__all__ = ["encodable", "printable", "quoted", "shortened", "shown", "some"]
+__all__ = ["abridged", "encodable", "printable", "quoted", "shortened", "shown", "some"]
 
 _MOST = 100
 """Characters of a value that a message shows."""
@@ -44,6 +44,14 @@ def encodable(data: Any) -> Any:
 def shortened(text: str, most: int = _MOST) -> str:
     """The text, or its beginning and how long it is."""
     return text if len(text) <= most else f"{text[: most - 3]}... ({len(text):,} characters)"
+
+
+def abridged(text: str, most: int = _MOST) -> str:
+    """The text on one line and printable; the middle of a long one is left out."""
+    if len(text) > most:
+        head = (most - 3) // 2
+        text = f"{text[:head]}...{text[len(text) - (most - 3 - head) :]}"
+    return "".join(_BREAKS.get(char, char) for char in printable(text))
 
 
 def quoted(text: str | PathLike[str], most: int = _MOST) -> str:
