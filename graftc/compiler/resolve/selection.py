@@ -14,7 +14,7 @@ from graftc.compiler.roles.findings import format_layers
 from graftc.specs.arguments import kind_of
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError, Place
-from graftc.specs.errors.markup import Html, bullets, joined, table, tag
+from graftc.specs.errors.markup import Html, bullets, joined, lines, table, tag
 from graftc.specs.errors.text import abridged
 from graftc.specs.patterns import as_items, count_sites, write_items
 from graftc.specs.target import AsTarget, Target
@@ -300,12 +300,12 @@ class Selection(AsTarget):
             shape = " x ".join(map(str, place.shape))
             key = (", ".join(place.roles), place.starred, place.rows_text, str(place.kind), shape)
             groups.setdefault(key, []).append(place)
-        lines: list[tuple[str, ...]] = []
+        made: list[tuple[str, ...]] = []
         for (role, starred, rows, kind, shape), found in groups.items():
             layers = format_layers(p.layer for p in found if p.layer is not None)
             count = f"{sum(p.parameters for p in found):,}"
-            lines.append((role, starred, rows, layers, kind, shape, count, found[0].evidence))
-        return lines
+            made.append((role, starred, rows, layers, kind, shape, count, found[0].evidence))
+        return made
 
     def notes(self) -> list[str]:
         """What matched nothing, with what came closest, and layers that lack a role."""
@@ -313,22 +313,22 @@ class Selection(AsTarget):
 
     def __repr__(self) -> str:
         rows = [tuple(abridged(cell, 80) for cell in row) for row in self.rows()]
-        lines = [f"Selection of {self._title}"]
+        text = [f"Selection of {self._title}"]
         if rows:
             shown = [_HEADINGS, *rows[:_LINES]]
             widths = [max(len(row[column]) for row in shown) for column in range(len(_HEADINGS))]
-            lines += [
+            text += [
                 "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                 for row in shown
             ]
         if len(rows) > _LINES:
-            lines.append(f"  and {len(rows) - _LINES} more lines")
-        return "\n".join([*lines, *self.notes()])
+            text.append(f"  and {len(rows) - _LINES} more lines")
+        return "\n".join([*text, *self.notes()])
 
     def _repr_html_(self) -> str:
         title = joined([Html("<b>Selection</b>"), f"of {self._title}"], " ")
         body = table(_HEADINGS, self.rows(), numbers=("parameters",))
-        return Html(tag("div", title, 1_000) + body + bullets(self.notes()))
+        return Html(tag("div", title, 1_000) + body + bullets(map(lines, self.notes())))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: the model's class, how the selection was made, its places, and what matched nothing."""

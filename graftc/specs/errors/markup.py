@@ -10,10 +10,13 @@ from collections.abc import Collection, Iterable, Sequence
 
 from graftc.specs.errors.text import abridged
 
-__all__ = ["Html", "bullets", "escaped", "folded", "joined", "table", "tag"]
+__all__ = ["Html", "bullets", "escaped", "folded", "joined", "lines", "table", "tag"]
 
 LONGEST = 120
 """Characters of a name; the middle of a longer one is left out."""
+
+LINE = 1_000
+"""Characters of a line of text."""
 
 ROWS = 200
 """Rows that a table shows at first; the others are folded."""
@@ -42,6 +45,11 @@ def escaped(value: object, most: int = LONGEST) -> Html:
 def joined(parts: Iterable[object], between: str = "") -> Html:
     """Parts one after the other, each escaped."""
     return Html(html.escape(between).join(escaped(part) for part in parts))
+
+
+def lines(text: str) -> Html:
+    """Text of several lines."""
+    return Html("<br>".join(escaped(line, LINE) for line in text.split("\n")))
 
 
 def tag(name: str, content: object, most: int = LONGEST) -> Html:
@@ -86,7 +94,7 @@ def folded(summary: object, content: object, *, shown: bool = False) -> Html:
     )
 
 
-def bullets(items: Iterable[object], most: int = 1_000) -> Html:
+def bullets(items: Iterable[object], most: int = LINE) -> Html:
     """A list; empty text where there are no items."""
     lines = "".join(f"<li>{escaped(item, most)}</li>" for item in items)
     return Html(f"<ul>{lines}</ul>") if lines else Html()
