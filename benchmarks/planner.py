@@ -2,14 +2,18 @@
 
     python -m benchmarks.planner [--sizes 7B 13B] [--out benchmarks/results]
 
-Writes planner.json and planner.md. Models are on the meta device. All cells have one setting: a row of 2048 tokens a
-micro-batch, the length that LLaMA has, and gradients of other micro-batches, since a step of the table takes half a
-minute; rank 64, and as many entries, on all projections.
+Writes planner.json and planner.md. Models are on the meta device. The setting is that of the authors' script: a
+row of 2048 tokens a micro-batch, gradients of other micro-batches, rank 64, and as many entries, on all projections.
+
+Cells are planned as graftc trains them, without dropout. The authors trained LoRA with PEFT, dropout 0.1 and factors in
+float32: cells named PEFT plan a model with such modules (`PeftLinear`) that trains as plain PyTorch does, for graftc as
+any other model.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +57,45 @@ PUBLISHED: dict[str, dict[str, tuple[int, int]]] = {
 QUANTISED: dict[str, Any] = {"quantize": "nf4", "double": True}
 
 ASKED = 2.0
-"""GB that checkpointed cells may differ by."""
+"""GB that cells may differ by: those in bfloat16 with checkpointing, and qLoRA's; without checkpointing as its authors
+trained it, with PEFT."""
+
+
+DROPOUT, ALPHA = 0.1, 16
+
+PLAIN: dict[str, Any] = {"optimise": {"off": ["projections", "recompute"]}}
+"""Training as plain PyTorch does it."""
+
+
+class PeftLinear(nn.Module):
+    """A linear map with LoRA as PEFT computes it: dropout of its own, and factors in float32.
+
+    Args:
+        base: the map.
+    """
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        with torch.device(base.weight.device):
+            self.lora_A = nn.Linear(base.in_features, RANK, bias=False)
+            self.lora_B = nn.Linear(RANK, base.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The map of ``x: [..., in]``, in its type."""
+        # What nn.Dropout is on CUDA, which keeps a mask of one byte; on a CPU it is of the input's type.
+        dropped, _ = torch.native_dropout(x.to(self.lora_A.weight.dtype), DROPOUT, self.training)
+        update = self.lora_B(self.lora_A(dropped)) * (ALPHA / RANK)
+        return (self.base(x) + update).to(x.dtype)
+
+
+def with_peft_modules(model: nn.Module) -> nn.Module:
+    """The model with `PeftLinear` in the place of its projections."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.endswith("_proj"):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, PeftLinear(module))
+    return model
 
 
 def llama(size: str) -> nn.Module:
@@ -65,12 +107,24 @@ def llama(size: str) -> nn.Module:
     return made
 
 
-def planned(method: str, size: str, checkpoint: bool) -> graftc.MemoryPlan:
-    """The plan of a cell."""
-    base = {"base": QUANTISED} if method.startswith("q") else {}
+def planned(method: str, size: str, checkpoint: bool, peft: bool = False) -> graftc.MemoryPlan:
+    """The plan of a cell.
+
+    Args:
+        method: a row of `PUBLISHED`.
+        size: of the model.
+        checkpoint: layers are run again in the backward pass.
+        peft: LoRA is PEFT's, and trains as plain PyTorch does.
+    """
+    model, quantised = llama(size), QUANTISED if method.startswith("q") else {}
+    spec: dict[str, Any] = {"adapt": [METHODS[method.removeprefix("q")]]}
+    if peft:
+        factors = ["**.lora_A", "**.lora_B"]
+        model, spec = with_peft_modules(model), {"adapt": [], "train": factors, **PLAIN}
+        quantised = {**quantised, "skip": factors} if quantised else {}
     return graftc.plan(
-        {"adapt": [METHODS[method.removeprefix("q")]], **base},
-        llama(size),
+        {**spec, **({"base": quantised} if quantised else {})},
+        model,
         batch=BATCH,
         sequence=SEQUENCE,
         checkpoint=checkpoint,
@@ -79,7 +133,7 @@ def planned(method: str, size: str, checkpoint: bool) -> graftc.MemoryPlan:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 where a checkpointed cell differs by more than is asked for."""
+    """Run the benchmark; 1 where a cell differs by more than is asked for."""
     prog = "python -m benchmarks.planner"
     parser = argparse.ArgumentParser(prog=prog, description="What training LLaMA takes by the planner.")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="sizes of the model")
@@ -95,19 +149,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cells": cells,
     }
     write(options.out, "planner", data, "\n".join(_lines(data)) + "\n")
-    return int(any(cell["checkpoint"] and abs(cell["error"]) > ASKED for cell in cells))
+    return int(any(_is_asked(cell) and abs(cell["error"]) > ASKED for cell in cells))
+
+
+def _is_asked(cell: Mapping[str, Any]) -> bool:
+    if cell["checkpoint"]:
+        return cell["method"] in (*METHODS, "qLoRA")
+    return bool(cell["method"] == "qLoRA, PEFT")
 
 
 def _cells(sizes: Sequence[str]) -> Iterator[dict[str, Any]]:
     for size in sizes:
         for method in PUBLISHED:
-            for checkpoint in (True, False):
+            kinds = (False, True) if method.endswith("LoRA") else (False,)
+            for peft, checkpoint in itertools.product(kinds, (True, False)):
                 started = time.perf_counter()
-                plan = planned(method, size, checkpoint)
+                plan = planned(method, size, checkpoint, peft)
                 published = PUBLISHED[method][size][checkpoint]
                 found = plan.peak / 1e9
-                cell = {"size": size, "method": method, "checkpoint": checkpoint, "published": published}
-                print(f"{size} {method} {checkpoint}: {found:.1f} GB, {published} published", file=sys.stderr)
+                name = f"{method}, PEFT" if peft else method
+                cell = {"size": size, "method": name, "checkpoint": checkpoint, "published": published}
+                print(f"{size} {name} {checkpoint}: {found:.1f} GB, {published} published", file=sys.stderr)
                 seconds = time.perf_counter() - started
                 yield {**cell, "planned": found, "error": found - published, "seconds": seconds, "plan": plan.to_json()}
 

@@ -24,6 +24,8 @@ _FACADE = {
     "plan": "graftc.runtime.planner.plan",
     "MemoryPlan": "graftc.runtime.planner.memory_plan",
     "methods": "graftc.specs.listing",
+    "TrainingLog": "graftc.runtime.training.log",
+    "read_log": "graftc.runtime.training.curves",
 }
 _MODULES = {"extend": "graftc.extend", "optim": "graftc.runtime.optim", "testing": "graftc.testing"}
 
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from graftc.runtime.planner.plan import plan
     from graftc.runtime.recipes import tune
     from graftc.runtime.streaming.merging import merge_checkpoint
+    from graftc.runtime.training.curves import read_log
+    from graftc.runtime.training.log import TrainingLog
     from graftc.specs.document import Spec
     from graftc.specs.errors.diagnostics import GraftError, GraftWarning
     from graftc.specs.io import load_spec
@@ -47,6 +51,7 @@ __all__ = [
     "GraftWarning",
     "MemoryPlan",
     "Spec",
+    "TrainingLog",
     "__version__",
     "check",
     "compile",
@@ -59,6 +64,7 @@ __all__ = [
     "methods",
     "optim",
     "plan",
+    "read_log",
     "roles",
     "select",
     "testing",

@@ -17,8 +17,8 @@ from graftc.runtime.compiled import Compiled
 from graftc.runtime.model.runner import Published
 
 PACKAGE = """
-    GraftError GraftWarning MemoryPlan Spec __version__ check compile extend import_peft load load_base load_spec
-    merge_checkpoint methods optim plan roles select testing tune
+    GraftError GraftWarning MemoryPlan Spec TrainingLog __version__ check compile extend import_peft load load_base
+    load_spec merge_checkpoint methods optim plan read_log roles select testing tune
 """
 
 COMPILED = """

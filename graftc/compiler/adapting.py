@@ -40,8 +40,9 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.seams import Seams
 from graftc.passes.core.ir.effects import flaw
 from graftc.passes.core.ir.eval_mode import moded, to_eval
+from graftc.passes.core.ir.history import HistoryEntry, Recorder
 from graftc.passes.core.ir.past_inputs import is_past
-from graftc.passes.core.ir.program import HistoryEntry, Program, from_two
+from graftc.passes.core.ir.program import Program, from_two
 from graftc.passes.core.ir.program_key import Entry, Mode, Signature, Stage
 from graftc.passes.core.ir.verify import record_baseline, verify
 from graftc.passes.core.method.folding import fold_at
@@ -60,14 +61,15 @@ class _Clock:
         self.entries: list[HistoryEntry] = []
 
     def step(self, name: str, run: Callable[[], Any], program: Program) -> Any:
+        """Run a step and give what it gives: a new Program, several things of which the first is one, or anything else
+        where it changes ``program`` in place."""
         progress.step(name)
-        before = {node.name for node in program.graph.nodes}
-        started = time.perf_counter()
+        recorder, started = Recorder(program.graph), time.perf_counter()
         result = run()
-        after_program = result if isinstance(result, Program) else program
         seconds = time.perf_counter() - started
-        after = {node.name for node in after_program.graph.nodes}
-        self.entries.append(HistoryEntry(name, len(after - before), len(before - after), seconds))
+        first = result[0] if isinstance(result, tuple) and result else result
+        after = first if isinstance(first, Program) else program
+        self.entries.append(recorder.entry(name, after.graph, seconds))
         return result
 
 
@@ -319,7 +321,9 @@ def _adapted(
         check_units(spec, units(spec, resolved))
     else:
         require_every_place(compilation, program, resolved, trained)
-    add_controls(program, spec, controls, dtype_of(compilation.model))
+    if controls:
+        dtype = dtype_of(compilation.model)
+        clock.step("insert controls", lambda: add_controls(program, spec, controls, dtype), program)
     if spec.tokens is not None:
         _insert_tokens(compilation, program, resolver.table, clock)
     _insert(compilation, program, trained, resolved, clock)

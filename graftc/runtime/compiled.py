@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from graftc.runtime.deploy.merged import Merged
     from graftc.runtime.deploy.merged_tensors import MergedTensors
     from graftc.runtime.deploy.partial import Partial
+    from graftc.runtime.view.view import View
 
 
 class CompiledRunner(
@@ -116,6 +117,19 @@ class CompiledRunner(
         certificate, kept = certificate_of(self) if certify else (None, {})
         save(self, place, force=force, base=base, certificate=certificate, kept=kept, full=full)
         return place
+
+    def view(self, *, certify: bool = False) -> View:
+        """The rewritten graph to look at, with figures, steps, and what folds: a notebook shows it as a page,
+        ``view().save("view.html")`` writes it, or a picture of it.
+
+        Args:
+            certify: fold the model and show the certificate, which takes the values of its base.
+        """
+        from graftc.runtime.view.contents import contents
+        from graftc.runtime.view.evidence import evidence_of
+        from graftc.runtime.view.view import View
+
+        return View(lambda: contents(self.snapshot, evidence_of(self, certify)))
 
     def _generating(self, kwargs: Mapping[str, Any]) -> Any:
         """See `Generating`. Prefixes and virtual tokens are the first contents of the cache, where they can be."""

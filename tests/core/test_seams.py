@@ -36,6 +36,7 @@ PASSED: list[tuple[str, dict[str, Any]]] = [
     ("bert", {"adapt": [{"method": "rows", **ROLES, "density": 0.5}]}),
     ("bert", {"adapt": [{"method": "pruning", "variant": "iterative", "stage": 2}]}),
     ("gpt2", {"adapt": [{"method": "lora", **ROLES}], "tokens": {"add": ["<new>"]}}),
+    ("bert", {"adapt": [{"method": "lora", **ROLES, "init": "loftq"}], "base": {"quantize": "nf4"}}),
 ]
 """Specs that together call everything public of the Builder."""
 

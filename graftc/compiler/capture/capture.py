@@ -34,7 +34,8 @@ from graftc.compiler.capture.past import ENCODER, assembled, has_encoder, taken_
 from graftc.compiler.capture.ranges import InputSizes, fixed_notes
 from graftc.compiler.capture.refusals import not_captured, require_products
 from graftc.compiler.capture.signature import Axis, tie_sizes
-from graftc.passes.core.ir.program import HistoryEntry, InputSpec, OutputSpec, Program, map_nodes
+from graftc.passes.core.ir.history import Recorder
+from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program, map_nodes
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.shapes import raw_bytes
 from graftc.passes.core.ir.updates import updates
@@ -368,13 +369,12 @@ def _program(
     spec = exported.call_spec.out_spec
     assert spec is not None
     program = Program(graph, inputs, output_spec(spec))
-    before = len(graph.nodes)
-    started = time.perf_counter()
+    recorder, started = Recorder(graph), time.perf_counter()
     reading_weights(graph)
     canonicalise(program)
     seconds = time.perf_counter() - started
     program.updates = updates(graph)
-    program.history.append(HistoryEntry("canonicalise", 0, before - len(graph.nodes), seconds))
+    program.history.append(recorder.entry("canonicalise", graph, seconds))
     return Capture(program, _constants(program, exported, names))
 
 

@@ -7,7 +7,8 @@ from itertools import takewhile
 from typing import Any
 
 from graftc.compiler.inspect.snapshot import Snapshot
-from graftc.passes.core.ir.program import HistoryEntry, provenance
+from graftc.passes.core.ir.history import HistoryEntry
+from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.lowering.asked import loss_step
 from graftc.passes.lowering.lower import lower

@@ -5,33 +5,26 @@ The task head is not counted (it trains anyway); a percentage is of base plus ad
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.compilation import Compilation, Resolution
 from graftc.compiler.folding.collapse import collapsed_parameters
+from graftc.compiler.inspect.costs import Costs
 from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.steering import live_places
 from graftc.passes.core.ir.program import Program, provenance
-from graftc.passes.core.ir.shapes import Sizes
 from graftc.passes.core.method.capabilities import Resized
 from graftc.passes.core.method.registry import method_for
-from graftc.passes.core.sites.sites import linear_use
-from graftc.passes.core.sites.uses import Lookup
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.markup import Html, bullets, folded, table
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -164,7 +157,7 @@ def report(compilation: Compilation) -> Report:
         full,
         sum({**added, **collapsed_parameters(compilation), **_left(compilation)}.values()) - full,
         100 * trainable / (base + trainable) if trainable else 0.0,
-        flops_per_token(base_eval, base_eval.graph.nodes),
+        Costs(base_eval).total_flops(base_eval.graph.nodes),
         main.capture_seconds,
         sum(entry.seconds for entry in adapted.history),
         main.cached,
@@ -205,7 +198,7 @@ class _Counts:
     """
 
     def __init__(self, program: Program, store: Store) -> None:
-        self._program = program
+        self._costs = Costs(program)
         self._tensors: dict[str, list[Tensor]] = defaultdict(list)
         self._nodes: dict[str, list[fx.Node]] = defaultdict(list)
         for fqn, tensor in adapter_tensors(store):
@@ -226,42 +219,5 @@ class _Counts:
             sum(t.numel() for t in tensors if t.requires_grad),
             sum(t.numel() for t in tensors if not t.requires_grad),
             sum(t.numel() * t.element_size() for t in kept),
-            flops_per_token(self._program, self._nodes.get(name, [])),
+            self._costs.total_flops(self._nodes.get(name, [])),
         )
-
-
-def flops_per_token(program: Program, nodes: Iterable[fx.Node]) -> float:
-    """Multiply-adds of matrix products, times two, for one token: the total over batch times sequence."""
-    batch, sequence = 2, 3
-    axes: dict[str, int] = {}
-    for spec, node in zip(program.inputs, program.placeholders(), strict=True):
-        for axis, size in zip(spec.shape, node.meta["val"].shape, strict=True):
-            if isinstance(axis, str):
-                axes[str(getattr(getattr(size, "node", None), "expr", size))] = batch if axis == "batch" else sequence
-    sizes = Sizes(lambda symbol: axes.get(symbol, sequence))
-    tokens = batch * (sequence if any("sequence" in s.shape for s in program.inputs) else 1)
-    total = 0
-    for node in nodes:
-        summed = _summed(node)
-        value = node.meta.get("val")
-        if summed and isinstance(value, Tensor):
-            total += 2 * math.prod(sizes.shape(value)) * math.prod(sizes.size(size) for size in summed)
-    return total / tokens
-
-
-def _summed(node: fx.Node) -> Sequence[Any]:
-    """Sizes of the axes that a product sums over; empty for other nodes."""
-    use = linear_use(node) if node.op == "call_function" else None
-    if use is not None:
-        return () if isinstance(use, Lookup) else (use.in_features,)
-    operand = node.args[_CONTRACTED[node.target]] if node.target in _CONTRACTED else None
-    return operand.meta["val"].shape[-1:] if isinstance(operand, fx.Node) else ()
-
-
-_CONTRACTED: Mapping[Any, int] = {
-    aten.linear.default: 0,
-    aten.addmm.default: 1,
-    aten.mm.default: 0,
-    aten.bmm.default: 0,
-    aten.matmul.default: 0,
-}

@@ -15,7 +15,7 @@ from graftc.specs.arguments import kind_of
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.markup import Html, bullets, joined, lines, table, tag
-from graftc.specs.errors.text import abridged
+from graftc.specs.errors.text import one_line
 from graftc.specs.patterns import as_items, count_sites, write_items
 from graftc.specs.target import AsTarget, Target
 
@@ -169,7 +169,7 @@ class Selection(AsTarget):
             whole = {c.module for c in two._chosen if not c.part and c.kind in _WEIGHTS}
             part = next((c for c in one._chosen if c.part and c.module in whole), None)
             if part is not None:
-                names = f"{abridged(part.name)} and {abridged(part.module)}"
+                names = f"{one_line(part.name)} and {one_line(part.module)}"
                 return [f"note: {names} are two places, rows of a weight and the whole; name a role on both sides"]
         return []
 
@@ -290,7 +290,7 @@ class Selection(AsTarget):
     @property
     def _title(self) -> str:
         whose = f"{count_sites(len(self))} of {self._places.model}"
-        return f"{whose}, {self.parameters:,} parameters: {abridged(self._expression, 400)}"
+        return f"{whose}, {self.parameters:,} parameters: {one_line(self._expression, 400)}"
 
     def rows(self) -> list[tuple[str, ...]]:
         """Lines of a table: role, place, rows, layers, kind, shape, parameters and evidence. Equal layers of a stack
@@ -312,7 +312,7 @@ class Selection(AsTarget):
         return [*(str(error) for error in self._notes), *self._remarks]
 
     def __repr__(self) -> str:
-        rows = [tuple(abridged(cell, 80) for cell in row) for row in self.rows()]
+        rows = [tuple(one_line(cell, 80) for cell in row) for row in self.rows()]
         text = [f"Selection of {self._title}"]
         if rows:
             shown = [_HEADINGS, *rows[:_LINES]]

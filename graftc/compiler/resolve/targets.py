@@ -13,7 +13,7 @@ from graftc.compiler.resolve.select import meant, select
 from graftc.compiler.resolve.selectable import Selectable
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.errors.text import abridged, some
+from graftc.specs.errors.text import one_line, some
 from graftc.specs.limits import TEXT
 from graftc.specs.patterns import count_sites, layer_entries, write_items
 from graftc.specs.registry import method_specs, unknown_method
@@ -170,7 +170,7 @@ def _one(items: Sequence[Any]) -> Any:
 
 def _said(fields: dict[str, Any]) -> str:
     """The fields of a target as they may stand in a spec, shortened."""
-    return abridged(
+    return one_line(
         ", ".join(
             f"{name}: {write_items(tuple(value) if isinstance(value, list) else value)}"
             for name, value in fields.items()
@@ -182,7 +182,7 @@ def _difference(places: Selectable, keys: Keys, got: Keys) -> str:
     """What is in one of two sets of places and not in the other."""
     parts = []
     for what, own in (("also selects", got - keys), ("leaves out", keys - got)):
-        names = [abridged(p.name) for key, p in places.places.items() if key in own]
+        names = [one_line(p.name) for key, p in places.places.items() if key in own]
         parts += [f"{what} {some(names, _SHOWN)}"] if names else []
     return "; ".join(parts)
 

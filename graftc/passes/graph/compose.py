@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from graftc.passes.core.build.batch import Batch
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.nodes import Nodes
 from graftc.passes.core.build.seams import Change, NewTensor, Seams, Window
 from graftc.passes.core.ir.shapes import expression
+from graftc.passes.core.method.capabilities import Reading
 from graftc.passes.core.method.lowrank import normal, zeros
 from graftc.passes.core.method.steering import TensorObjective
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site, SublayerSite
@@ -27,6 +29,15 @@ from graftc.specs.errors.diagnostics import GraftError
 aten = torch.ops.aten
 GATE = ("gate", "gate_bias")
 """The tensors of an adaptation's gate, which are no tensors of its method."""
+
+
+GATE_READING = Reading(
+    "gate",
+    GATE[0],
+    (aten.linear.default, functional.linear),  # code may call either
+    lambda _, scores: scores.detach().float().sigmoid().mean(),
+)
+"""The mean value of a gate in a forward pass, over rows and all of their tokens."""
 
 
 @dataclass(frozen=True)

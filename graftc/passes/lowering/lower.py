@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 
-from graftc.passes.core.ir.program import HistoryEntry, Program
+from graftc.passes.core.ir.history import Recorder
+from graftc.passes.core.ir.program import Program
 from graftc.passes.lowering.outcome import LoweringOutcome
 from graftc.passes.lowering.projections import fuse_projections
 from graftc.specs.options.optimise import LoweringName
@@ -34,9 +35,7 @@ def lower(
     for name, step in (*first.items(), *STEPS.items()):
         if name in off:
             continue
-        before, started = set(lowered.graph.nodes), time.perf_counter()
+        recorder, started = Recorder(lowered.graph), time.perf_counter()
         outcomes += step(lowered)
-        after = set(lowered.graph.nodes)
-        taken = time.perf_counter() - started
-        lowered.history.append(HistoryEntry(f"lower({name})", len(after - before), len(before - after), taken))
+        lowered.history.append(recorder.entry(f"lower({name})", lowered.graph, time.perf_counter() - started))
     return lowered, outcomes

@@ -211,6 +211,10 @@ class AdaLoRAMethod(Method[AdaLoRA, LinearSite], Ranked[AdaLoRA], RowWise[AdaLoR
         """See `RowWise.fewest_rows`. A rank above the number of rows is refused."""
         return spec.rank
 
+    def figures(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See `Figured.figures`: ``rank``, how many triplets the budget leaves, which are all at first."""
+        return {"rank": tensors["kept"].sum(-1).float().mean()}
+
     def live_ranks(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Tensor:
         """Triplets whose E is not zero."""
         return tensors["E"].detach() != 0

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.build.routing import pick, route
-from graftc.passes.core.method.capabilities import Collapsing
+from graftc.passes.core.build.routing import pick, route, route_of
+from graftc.passes.core.method.capabilities import Collapsing, Observed, Reading
 from graftc.passes.core.method.lowrank import zeros
 from graftc.passes.core.method.steering import OutputObjective
 from graftc.passes.methods.bottleneck import BottleneckAdapter, initialiser
@@ -59,7 +59,7 @@ def _divergence(target: Tensor, other: Tensor, detach: bool) -> Tensor:
     return functional.kl_div(other, target.detach() if detach else target, reduction="none", log_target=True).sum(-1)
 
 
-class AdaMixMethod(BottleneckAdapter[AdaMix], Collapsing[AdaMix]):
+class AdaMixMethod(BottleneckAdapter[AdaMix], Collapsing[AdaMix], Observed[AdaMix]):
     """``g + s (U_j gelu(D_i g + b_i) + c_j)`` on a feed-forward part, ``D: [experts, bottleneck, width]`` and ``U:
     [experts, width, bottleneck]``; a shared projection has no leading axis.
 
@@ -80,6 +80,10 @@ class AdaMixMethod(BottleneckAdapter[AdaMix], Collapsing[AdaMix]):
             biases = build.parameter(f"{part}_bias", (spec.experts, out), zeros, dtype=dtype)
             bias = pick(build, biases, chosen, part=f"{part} expert")
         return build.linear(x, pick(build, experts, chosen, part=f"{part} expert"), bias, part=part)
+
+    def readings(self, spec: AdaMix) -> Sequence[Reading]:
+        """See `Observed.readings`: the experts that were drawn."""
+        return [route_of(part) for part in ("down", "up") if part != spec.share]
 
     def collapse(self, spec: AdaMix) -> MethodSpec:
         """One bottleneck adapter at the same places."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder, Initialiser
-from graftc.passes.core.build.routing import pick, route
-from graftc.passes.core.method.capabilities import Collapsing
+from graftc.passes.core.build.routing import pick, route, route_of
+from graftc.passes.core.method.capabilities import Collapsing, Observed, Reading
 from graftc.passes.core.method.lowrank import added, check_rank, uniform, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite
@@ -23,7 +23,7 @@ from graftc.specs.methods.lora import LoRA
 _SIDES = {"A": "down", "B": "up"}
 
 
-class AdaMixLoRAMethod(Method[AdaMixLoRA, LinearSite], Collapsing[AdaMixLoRA]):
+class AdaMixLoRAMethod(Method[AdaMixLoRA, LinearSite], Collapsing[AdaMixLoRA], Observed[AdaMixLoRA]):
     """``y = W x + b + s B_j A_i drop(x)`` with ``A: [experts, rank, in]`` and ``B: [experts, out, rank]``.
 
     A shared factor has no leading axis. If the site itself is a mixture of experts, its expert axis comes second.
@@ -52,6 +52,10 @@ class AdaMixLoRAMethod(Method[AdaMixLoRA, LinearSite], Collapsing[AdaMixLoRA]):
             return added(weight, factors["B"], factors["A"], spec.scaling)
 
         return weight_fold(change)
+
+    def readings(self, spec: AdaMixLoRA) -> Sequence[Reading]:
+        """See `Observed.readings`: the experts that were drawn."""
+        return [route_of(part) for part, side in _SIDES.items() if side != spec.share]
 
     def collapse(self, spec: AdaMixLoRA) -> MethodSpec:
         """LoRA at the same places."""

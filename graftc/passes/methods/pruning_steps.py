@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -70,6 +70,10 @@ class PruningMasks(Controller[Pruning]):
         spec = spec or self.spec
         first, last = (Fraction(str(value)) for value in (spec.initial_density, spec.density))
         return first + (last - first) * self.fallen(number)
+
+    def figures(self, place: AdaptedSite[Pruning]) -> Mapping[str, Tensor | float]:
+        """See `Controller.figures`: ``density``, the share of the entries of a weight that are kept now."""
+        return {} if part_of(place) is None else {"density": kept_entries(place).float().mean()}
 
     def threshold(self, number: int, spec: Pruning | None = None) -> float:
         """What sigmoids have to exceed after the step of this number, from 1."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, partial
@@ -56,6 +56,7 @@ class Reselection(Controller[SpIEL]):
         self._gradients = BaseGradients(self._gather)
         self._chosen: set[int] = set()
         self._warned: set[str] = set()
+        self._turnover: dict[int, float] = {}
         if self.spec.total_steps is not None:
             self.begin(self.spec.total_steps)
 
@@ -69,6 +70,16 @@ class Reselection(Controller[SpIEL]):
         every = regions_at(self.places, biases=False)
         chosen = [(place, region) for place, region in every if f"{region.part}_indices" in place.tensors]
         return [Entries(place, region, number) for number, (place, region) in enumerate(chosen)]
+
+    def figures(self, place: AdaptedSite[SpIEL]) -> Mapping[str, Tensor | float]:
+        """See `Controller.figures`: ``turnover``, the share of the entries of a place's weight that the last
+        replacement has replaced; none before the first one of this process."""
+        own = self._turnover.get(self._number_at.get(id(place), -1))
+        return {} if own is None else {"turnover": own}
+
+    @cached_property
+    def _number_at(self) -> dict[int, int]:
+        return {id(entries.place): entries.number for entries in self.entries}
 
     def position(self, number: int) -> int:
         """Which step of a window the optimiser step of this number is, from 1; 0 outside of windows."""
@@ -199,6 +210,7 @@ class Reselection(Controller[SpIEL]):
         move = self._by_gradients(trained) if self.spec.variant == "AG" else self._by_moments(trained)
         for entries in trained:
             count = math.floor(share * entries.tensor("delta").numel())
+            self._turnover[entries.number] = 0.0
             if count:
                 move(entries, _largest(-entries.tensor("delta").detach().abs(), count))
 
@@ -262,6 +274,7 @@ class Reselection(Controller[SpIEL]):
         indices, delta = entries.tensor("indices"), entries.tensor("delta")
         if incoming.numel() < outgoing.numel():
             outgoing = outgoing[_largest(-delta.detach()[outgoing].abs(), incoming.numel())]
+        self._turnover[entries.number] = outgoing.numel() / indices.numel()
         indices.index_copy_(0, outgoing, incoming.to(indices.dtype))
         delta.index_fill_(0, outgoing, 0)
         if optimiser is not None:

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.method.capabilities import Observed, Reading
 from graftc.passes.core.sites.sites import Site
 from graftc.passes.core.weights.folds import Fold, Keep
-from graftc.passes.graph.compose import Member, composed, insert_composed
+from graftc.passes.graph.compose import GATE_READING, Member, composed, insert_composed
 from graftc.passes.methods.parts import PartsMethod
 from graftc.specs.claims import SiteKind
 from graftc.specs.compose import Gate
@@ -26,7 +27,7 @@ class _Gated:
     shared: Mapping[SiteKind, Any]
 
 
-class UniPELTMethod(PartsMethod[UniPELT]):
+class UniPELTMethod(PartsMethod[UniPELT], Observed[UniPELT]):
     """Every part is multiplied by the mean over tokens of ``sigmoid(w x + b)``: one number for each row, where ``x`` is
     the part's input."""
 
@@ -44,6 +45,10 @@ class UniPELTMethod(PartsMethod[UniPELT]):
         with shared.own.build.on(site):
             super().insert(spec, site, shared.shared, shared.own.build)
             insert_composed(Gate(gate=(build.adaptation,), tokens=spec.tokens), build, site, [shared.own])
+
+    def readings(self, spec: UniPELT) -> Sequence[Reading]:
+        """See `Observed.readings`: the value of the part's gate."""
+        return [GATE_READING]
 
     def fold(self, spec: UniPELT, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
         """It stays."""

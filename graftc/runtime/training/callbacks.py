@@ -10,12 +10,42 @@ from graftc.runtime.model.blocks import Runner
 from graftc.runtime.training.watching import Watch, is_plain, watch
 
 if TYPE_CHECKING:
+    from graftc.runtime.training.log import TrainingLog
     from graftc.runtime.training.steering import Steered
 
 
 def steering_callback(compiled: Steered) -> TrainerCallback:
     """A callback that adds objectives and lets controllers step, once per optimiser step."""
     return _Steering(compiled)
+
+
+def logging_callback(log: TrainingLog) -> TrainerCallback:
+    """A callback that writes a training log: figures after optimiser steps, and what the Trainer logs."""
+    return _Logging(log)
+
+
+class _Logging(TrainerCallback):
+    """The Trainer counts steps, and logs after the step that it logs."""
+
+    def __init__(self, log: TrainingLog) -> None:
+        self.log = log
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The Trainer knows which step is the first."""
+        self.log.expect(state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After the optimiser's step, and what controllers do."""
+        self.log.step(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """What the Trainer logs of training and evaluation."""
+        kept = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        self.log.note(state.global_step, **{n: v for n, v in kept.items() if n not in ("step", "time", "figures")})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forward passes are those of something else."""
+        self.log.close()
 
 
 class _Steering(TrainerCallback):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.capture.isolation import is_traced
+from graftc.compiler.figures import Figure, Figures, as_numbers, live_figures
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.steering import Steerings, live_places, steerings
 from graftc.passes.core.ir.program_key import ProgramKey
@@ -24,6 +25,8 @@ from graftc.specs.errors.diagnostics import GraftError, unknown_name, warn
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+    from graftc.runtime.training.observing import Observer
 
 
 def _note(trained: set[str], name: str, gradient: Tensor) -> None:
@@ -49,6 +52,9 @@ class Steered(Repeated):
     @cached_property
     def _warned(self) -> set[str]:
         return set()
+
+    _observer: Observer | None = None
+    """Reads numbers of the forward passes to come, where somebody has asked for them."""
 
     _objectives_used = 0
     _objectives_due = False
@@ -163,7 +169,11 @@ class Steered(Repeated):
                     controller.before_forward()
             else:
                 self._pause()
-        return super()._results(key, present)
+        observer = self._observer
+        if observer is None or is_traced() or not self.training or key.entry == "scores":
+            return super()._results(key, present)
+        with observer.watching():
+            return super()._results(key, present)
 
     def callback(self) -> TrainerCallback:
         """A callback for the transformers Trainer that does all of this."""
@@ -230,6 +240,21 @@ class Steered(Repeated):
             return {}
         with self._whole([name], write=False):
             return {str(p.site.key): method.live_ranks(p.spec, {**shared, **p.tensors}) for p in places}
+
+    def site_figures(self) -> Figures:
+        """What training has made of every site so far: ranks that have an effect (AdaLoRA, SoRA, DyLoRA), the share of
+        entries that the last replacement has replaced (SpIEL) or that pruning keeps. Values of gates and routes are
+        those of a forward pass: `TrainingLog` records them.
+
+        Returns:
+            Numbers by adaptation, site and name: ``{"adalora": {"encoder.layer.0...": {"rank": 4.0}}}``. Adaptations
+            without any are not in it.
+        """
+        return as_numbers(self._figures())
+
+    def _figures(self) -> list[Figure]:
+        with self._whole({r.name for r in self._compilation.main.resolved}, write=False):
+            return list(live_figures(self._compilation, self._steering.controllers))
 
     def _named(self, name: str) -> Resolved:
         known = {resolved.name: resolved for resolved in self._compilation.main.resolved}

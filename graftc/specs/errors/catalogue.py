@@ -453,6 +453,13 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Gates (of UniPELT, and of `compose: gate`) are means over the tokens of a row. Where several texts are packed "
      "into it, each text changes what the others give.",
      "Do not pack the texts."),
+    ("GC123", _FAILED, "there is no training log",
+     "The file does not exist, cannot be read, or has no line of JSON with a `step`.",
+     "Give a file of `graftc.TrainingLog`, or `trainer_state.json` of a Trainer's checkpoint."),
+    ("GC124", _WARNING, "lines of a training log are left out",
+     "A line is not JSON, has no `step`, is longer than 16 MiB, or goes back for the thousandth time. A process "
+     "that was killed may have left half of a line.",
+     "No action is needed for single lines. Otherwise, check what writes to the file."),
 
     # Several processes.
     ("GC130", _SPEC, "not possible over several processes",

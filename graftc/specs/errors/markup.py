@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Collection, Iterable, Sequence
 
-from graftc.specs.errors.text import abridged
+from graftc.specs.errors.text import one_line
 
 __all__ = ["Html", "bullets", "escaped", "folded", "joined", "lines", "table", "tag"]
 
@@ -37,7 +37,7 @@ def escaped(value: object, most: int = LONGEST) -> Html:
     """Any value as HTML text: on one line, without control characters, its direction its own, and not too long."""
     if isinstance(value, Html):
         return value
-    text = abridged(str(value), most)
+    text = one_line(str(value), most)
     safe = html.escape(text)
     return Html(safe if text.isascii() else f"<bdi>{safe}</bdi>")
 

@@ -8,10 +8,14 @@ them by `graftc.passes.core.ir.routes`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.method.capabilities import Reading
 
 aten = torch.ops.aten
 
@@ -27,3 +31,13 @@ def pick(build: Builder, experts: fx.Node, chosen: fx.Node, part: str = "expert"
     """The expert of ``experts: [M, ...]`` that a `route` says; in eval mode the mean of all."""
     found = build.call(aten.index_select.default, experts, 0, chosen, part=part)
     return build.call(aten.squeeze.dim, found, 0, part=part)
+
+
+def route_of(part: str) -> Reading:
+    """The number of the expert of ``part`` that `pick` has taken, as the figure ``PART_route``."""
+    return Reading(f"{part}_route", part, (aten.index_select.default,), _chosen)
+
+
+def _chosen(args: Sequence[Any], _: Tensor) -> Tensor:
+    number: Tensor = args[2]
+    return number.squeeze()

@@ -6,19 +6,20 @@ reads it and says in which argument.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import networkx as nx
 from torch import fx
 
+from graftc.passes.core.ir.history import positions
 from graftc.passes.core.ir.layers import layer_path, repeated_layers
 from graftc.passes.core.ir.printer import Printer, target_name
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.weights.names import module_of
 
 _PROVENANCE = ("adaptation", "method", "site", "part")
-_PALETTE = ("#f4b183", "#9dc3e6", "#a9d18e", "#ffd966", "#c9a6e4", "#f19ca7")
+PALETTE = ("#f4b183", "#9dc3e6", "#a9d18e", "#ffd966", "#c9a6e4", "#f19ca7")
+"""Colours of adaptations, in the order in which they come; they begin again after the last one."""
 
 
 def to_networkx(program: Program) -> nx.MultiDiGraph[str]:
@@ -35,30 +36,9 @@ def to_networkx(program: Program) -> nx.MultiDiGraph[str]:
     for order, node in enumerate(program.graph.nodes):
         graph.add_node(printer.names[node], order=order, **_attributes(node, printer))
     for node in program.graph.nodes:
-        for position, source in reads(node):
+        for position, source in positions(node.args, node.kwargs):
             graph.add_edge(printer.names[source], printer.names[node], key=position, position=position)
     return graph
-
-
-def reads(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
-    """Every value that a node reads, as often as it does, with the position of the argument."""
-    arguments = [(str(i), a) for i, a in enumerate(node.args)] + list(node.kwargs.items())
-    for position, argument in arguments:
-        yield from _within(position, argument)
-
-
-def _within(position: str, value: Any) -> Iterator[tuple[str, fx.Node]]:
-    if isinstance(value, fx.Node):
-        yield position, value
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _within(f"{position}.{index}", item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _within(f"{position}.{key}", item)
-    elif isinstance(value, slice):
-        for name in ("start", "stop", "step"):
-            yield from _within(f"{position}.{name}", getattr(value, name))
 
 
 def _attributes(node: fx.Node, printer: Printer) -> dict[str, str]:
@@ -104,7 +84,7 @@ def dot_text(program: Program) -> str:
     clusters: dict[str, list[str]] = {"": []}
     for name, data in graph.nodes(data=True):
         if "adaptation" in data:
-            colours.setdefault(data["adaptation"], _PALETTE[len(colours) % len(_PALETTE)])
+            colours.setdefault(data["adaptation"], PALETTE[len(colours) % len(PALETTE)])
         layer = layer_path(_home(data))
         clusters.setdefault(layer if layer in layers else "", []).append(_dot_node(name, data, colours))
     lines = [

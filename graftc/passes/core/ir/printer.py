@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,6 +20,9 @@ from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.program import Program, is_random, mutates, provenance
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, SymbolNames
 from graftc.passes.core.weights.names import module_of, parsed
+
+_ROWS = re.compile(r"\[([^\[\]]*)\](?:#\d+)?$")
+"""Which rows a site's text names; its modules may have brackets in their names too."""
 
 
 def target_name(target: Any) -> str:
@@ -67,8 +71,8 @@ def _stem(node: fx.Node) -> str:
     leaf = module.rpartition(".")[2]
     origin = provenance(node)
     if origin is not None:
-        site = origin["site"]
-        rows = site[site.index("[") + 1 : site.index("]")] if "[" in site else ""
+        found = _ROWS.search(origin["site"].rpartition(".")[2])
+        rows = found[1] if found is not None else ""
         return ".".join(word for word in (leaf, rows, origin["part"].replace(" ", "_")) if word)
     if leaf and any(n.op == "get_attr" and module_of(str(n.target)) == module for n in node.all_input_nodes):
         return leaf

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from graftc.passes.core.ir.edits import Edits
+from graftc.passes.core.ir.history import HistoryEntry
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.weights.tensor_edits import TensorEdits
 
@@ -108,21 +109,6 @@ class OutputSpec:
             return mapping
         assert self.cls is not None
         return self.cls(**mapping)
-
-
-@dataclass(frozen=True)
-class HistoryEntry:
-    """What one pass did to a Program; ``seconds`` are 0 where it came from a file."""
-
-    step: str
-    added: int
-    removed: int
-    seconds: float
-
-    @property
-    def modified(self) -> bool:
-        """Whether the pass changed the number of nodes either way."""
-        return bool(self.added or self.removed)
 
 
 @dataclass(frozen=True)

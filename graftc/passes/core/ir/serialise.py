@@ -23,7 +23,8 @@ from torch import Tensor, fx
 from graftc.passes.core.ir.admission import admit
 from graftc.passes.core.ir.allowed_operators import OPERATORS
 from graftc.passes.core.ir.edits import Edit, Edits
-from graftc.passes.core.ir.program import HistoryEntry, InputSpec, OutputSpec, Program
+from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program
+from graftc.passes.core.ir.serialise_history import history_from_json, history_to_json
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES, FakeContext, SymbolNames
 
 SCHEMA = 3
@@ -113,7 +114,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "inputs": inputs,
         "outputs": _encode_output(program.outputs),
         "updates": sorted(program.updates),
-        "history": [[entry.step, entry.added, entry.removed] for entry in program.history],
+        **history_to_json(program.history, {node.name: i for node, i in index.items()}),
         "types": table,
         "nodes": nodes,
         "edits": [[e.adaptation, e.site, index[e.before], index[e.after], e.narrow] for e in program.edits],
@@ -145,10 +146,7 @@ def _program(data: Mapping[str, Any], device: torch.device) -> Program:
         nodes.append(_decode_node(_typed(entry, dict), graph, nodes, values, context))
     inputs = tuple(_decode_input(_typed(entry, dict)) for entry in _typed(data["inputs"], list))
     flags = tuple((_identifier(name), _flag(value)) for name, value in _typed(data["flags"], list))
-    history = [
-        HistoryEntry(_typed(step, str), _typed(added, int), _typed(removed, int), 0.0)
-        for step, added, removed in _typed(data["history"], list)
-    ]
+    history = history_from_json(data, [node.name for node in nodes])
     outputs = _decode_output(_typed(data["outputs"], dict))
     mode, entry = _typed(data["mode"], str), _identifier(data["entry"])
     if mode not in ("train", "eval"):

@@ -6,9 +6,9 @@ Whoever needs a capability asks ``isinstance`` for it. A method that does not ha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -97,8 +97,55 @@ class Collapsing(ABC, Generic[S]):
         return tensors
 
 
-class Ranked(ABC, Generic[S]):
+class Figured(ABC, Generic[S]):
+    """Has numbers that say what training has made of a site: its rank, the share of its weight that is left. What only
+    a controller knows, `Controller.figures` gives."""
+
+    @abstractmethod
+    def figures(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The numbers of one site as scalars by name, on the tensors' device; none where it has none.
+
+        Args:
+            spec: the adaptation with the site's overrides applied.
+            tensors: the site's own tensors by part, and those that all sites share.
+        """
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A number that a forward pass has and no tensor keeps: what an operator makes of a parameter.
+
+    Attributes:
+        figure: its name.
+        part: the parameter's.
+        operators: those that read the parameter; the first one that does counts.
+        number: the number as a scalar, from the operator's positional arguments and its result.
+    """
+
+    figure: str
+    part: str
+    operators: tuple[Any, ...]
+    number: Callable[[Sequence[Any], Tensor], Tensor]
+
+
+class Observed(ABC, Generic[S]):
+    """Has numbers in a forward pass that are worth looking at: values of gates, routes that were drawn."""
+
+    @abstractmethod
+    def readings(self, spec: S) -> Sequence[Reading]:
+        """What is read of the parameters of one site; those of parts that it does not have do no harm.
+
+        Args:
+            spec: the adaptation with the site's overrides applied.
+        """
+
+
+class Ranked(Figured[S]):
     """Has ranks some of which have no effect."""
+
+    def figures(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See `Figured.figures`: ``rank``, how many have an effect; of a mixture of experts, their mean."""
+        return {"rank": self.live_ranks(spec, tensors).sum(-1).float().mean()}
 
     @abstractmethod
     def live_ranks(self, spec: S, tensors: Mapping[str, Tensor]) -> Tensor:

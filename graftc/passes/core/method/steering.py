@@ -144,6 +144,11 @@ class Controller(Steering[S]):
             GraftError: GC130 where that cannot be.
         """
 
+    def figures(self, place: AdaptedSite[S]) -> Mapping[str, Tensor | float]:
+        """Numbers by name that say what it has done at a place and that no tensor says; see `Figured`. By default
+        none."""
+        return {}
+
     def before_forward(self) -> None:
         """A forward pass of a training follows: what has to be there for its backward pass. Compiled code comes without
         it."""

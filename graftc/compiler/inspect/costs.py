@@ -1,0 +1,83 @@
+"""What nodes of a graph cost for each token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.shapes import Sizes
+from graftc.passes.core.sites.sites import linear_use
+from graftc.passes.core.sites.uses import Lookup
+
+aten = torch.ops.aten
+BATCH, SEQUENCE = 2, 3
+"""Sizes at which costs are counted; they are shared out over that many tokens."""
+
+
+class Costs:
+    """FLOPs and bytes of the nodes of a Program, for each token.
+
+    Args:
+        program: whose nodes.
+    """
+
+    def __init__(self, program: Program) -> None:
+        axes: dict[str, int] = {}
+        for spec, node in zip(program.inputs, program.placeholders(), strict=True):
+            for axis, size in zip(spec.shape, node.meta["val"].shape, strict=True):
+                if isinstance(axis, str):
+                    axes[str(getattr(getattr(size, "node", None), "expr", size))] = (
+                        BATCH if axis == "batch" else SEQUENCE
+                    )
+        self._sizes = Sizes(lambda symbol: axes.get(symbol, SEQUENCE))
+        self._tokens = BATCH * (SEQUENCE if any("sequence" in s.shape for s in program.inputs) else 1)
+
+    def flops(self, node: fx.Node) -> float:
+        """Multiply-adds of a matrix product, times two; 0 for other nodes."""
+        summed = _summed(node)
+        value = node.meta.get("val")
+        if not summed or not isinstance(value, Tensor):
+            return 0.0
+        count: float = 2 * math.prod(self._sizes.shape(value)) * math.prod(self._sizes.size(size) for size in summed)
+        return count / self._tokens
+
+    def total_flops(self, nodes: Iterable[fx.Node]) -> float:
+        """`flops` of several nodes."""
+        return sum(map(self.flops, nodes))
+
+    def value_bytes(self, node: fx.Node) -> float:
+        """Bytes of the value that a call makes; 0 for views of others, and for what is no call."""
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor) or _is_view(node):
+            return 0.0
+        return math.prod(self._sizes.shape(value)) * value.element_size() / self._tokens
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    return any(returned.alias_info is not None for returned in target._schema.returns)
+
+
+def _summed(node: fx.Node) -> Sequence[Any]:
+    """Sizes of the axes that a product sums over; empty for other nodes."""
+    use = linear_use(node) if node.op == "call_function" else None
+    if use is not None:
+        return () if isinstance(use, Lookup) else (use.in_features,)
+    operand = node.args[_CONTRACTED[node.target]] if node.target in _CONTRACTED else None
+    return operand.meta["val"].shape[-1:] if isinstance(operand, fx.Node) else ()
+
+
+_CONTRACTED: Mapping[Any, int] = {
+    aten.linear.default: 0,
+    aten.addmm.default: 1,
+    aten.mm.default: 0,
+    aten.bmm.default: 0,
+    aten.matmul.default: 0,
+}

@@ -1,0 +1,91 @@
+"""The history of a Program as JSON data: counts for every step, and beside them which nodes it changed.
+
+Readers that know only counts pass over the rest. A node is its index where the graph still has it, and otherwise its
+name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from graftc.passes.core.ir.history import Changes, ErasedNode, HistoryEntry, Reads
+from graftc.passes.core.ir.printer import target_name
+
+
+class HistoryError(ValueError):
+    """Data that is no history."""
+
+
+def history_to_json(history: Sequence[HistoryEntry], index: Mapping[str, int]) -> dict[str, Any]:
+    """The members ``history`` and ``changes`` of a Program's JSON data.
+
+    Args:
+        history: of the Program.
+        index: the number of every node of its graph, by name.
+    """
+
+    def reads(found: Reads) -> list[Any]:
+        return [[position, index.get(name, name)] for position, name in found]
+
+    def changes(entry: HistoryEntry) -> dict[str, Any] | None:
+        if entry.changes is None:
+            return None
+        found = {
+            "inserted": [index.get(name, name) for name in entry.changes.inserted],
+            "erased": [
+                [name, target_name(node.target), node.module, reads(node.reads)]
+                for name, node in entry.changes.erased.items()
+            ],
+            "rewired": [[index.get(name, name), reads(before)] for name, before in entry.changes.rewired.items()],
+        }
+        return {key: value for key, value in found.items() if value}
+
+    return {
+        "history": [[entry.step, entry.added, entry.removed] for entry in history],
+        "changes": [changes(entry) for entry in history],
+    }
+
+
+def history_from_json(data: Mapping[str, Any], names: Sequence[str]) -> list[HistoryEntry]:
+    """The history in a Program's JSON data.
+
+    Args:
+        data: what `history_to_json` gives; files of before have no ``changes``.
+        names: of the nodes of the graph, in order.
+
+    Raises:
+        HistoryError: where it is none.
+    """
+
+    def typed(value: Any, wanted: type[Any]) -> Any:
+        if type(value) is not wanted:
+            raise HistoryError(f"a {type(value).__name__} in the place of a {wanted.__name__}")
+        return value
+
+    def name(value: Any) -> str:
+        if type(value) is str:
+            return value
+        if not 0 <= typed(value, int) < len(names):
+            raise HistoryError(f"node {value} of {len(names)}")
+        return str(names[value])
+
+    def reads(value: Any) -> Reads:
+        return tuple((typed(position, str), name(source)) for position, source in typed(value, list))
+
+    def changes(value: Any) -> Changes | None:
+        if value is None:
+            return None
+        given = typed(value, dict)
+        erased = {
+            typed(own, str): ErasedNode(typed(target, str), typed(module, str), reads(read))
+            for own, target, module, read in typed(given.get("erased", []), list)
+        }
+        rewired = {name(node): reads(before) for node, before in typed(given.get("rewired", []), list)}
+        return Changes(tuple(map(name, typed(given.get("inserted", []), list))), erased, rewired)
+
+    entries = [(typed(step, str), typed(added, int), typed(removed, int)) for step, added, removed in data["history"]]
+    recorded = typed(data.get("changes", [None] * len(entries)), list)
+    if len(recorded) != len(entries):
+        raise HistoryError(f"changes of {len(recorded)} steps of {len(entries)}")
+    return [HistoryEntry(*entry, 0.0, changes(own)) for entry, own in zip(entries, recorded, strict=True)]

@@ -1,0 +1,275 @@
+"""Reading training logs as curves: those of `TrainingLog` and the Trainer's ``trainer_state.json``. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+from graftc.specs.arguments import as_path
+from graftc.specs.errors.diagnostics import GraftError, warn
+from graftc.specs.errors.text import quoted, some
+from graftc.specs.strict_json import read_json
+
+__all__ = ["Curve", "last_step", "read_log"]
+
+LINE_BYTES = 2**24
+STATE_BYTES = 2**28
+MOST_POINTS = 1000
+MOST_CURVES = 10_000
+MOST_RESUMES = 1000
+_NO_CURVES = frozenset({"step", "time", "figures", "epoch"})
+
+
+class Curve(TypedDict):
+    """One number over the optimiser steps of a training."""
+
+    name: str
+    """``loss``, or the site that the number is of."""
+
+    group: str
+    """``training``, ``evaluation``, or the adaptation and its figure: ``adalora: rank``."""
+
+    steps: list[int]
+    """Ascending; a step stands twice where the number changed after it had been the same for several lines."""
+
+    values: list[float]
+    """One for each step."""
+
+
+def read_log(path: str | os.PathLike[str], *, points: int = MOST_POINTS) -> list[Curve]:
+    """The curves of a training log, in the order in which their names first come.
+
+    Where a training was resumed from an earlier step, what the log has of that step and later ones is replaced. Long
+    logs are thinned: evenly by lines, the last one included. Lines that cannot be understood are left out with a
+    warning (GC124); a last line that was not written to its end is left out without one.
+
+    Args:
+        path: a file of `TrainingLog`, or ``trainer_state.json`` of the transformers Trainer.
+        points: how many points a curve has at most, from 2.
+
+    Raises:
+        GraftError: GC123 where there is no such file, or nothing in it is a line of a log; GC073 for arguments of
+            another kind.
+    """
+    given: Any = points
+    if isinstance(given, bool) or not isinstance(given, int) or given < 2:
+        raise GraftError("GC073", f"points is {points!r:.40}", hint="give a number from 2")
+    file = as_path(path)
+    read = _Reader(points)
+    try:
+        entries = _state_entries(file)
+        if entries is None:
+            _read_lines(file, read)
+        else:
+            for number, entry in enumerate(entries, 1):
+                read.take(number, entry)
+    except OSError as error:
+        raise _no_log(file, f"cannot be read: {(error.strerror or str(error)).lower()}") from error
+    if not read.entries:
+        raise _no_log(file, "has no line of a training log")
+    if read.ignored:
+        where = "entries" if entries is not None else "lines"
+        numbers = some([str(number) for number in read.ignored], 5)
+        more = f" and {read.ignored_count - len(read.ignored):,} more" if read.ignored_count > len(read.ignored) else ""
+        warn("GC124", f"{quoted(file)}: {where} that say nothing are left out: {numbers}{more}")
+    return read.curves()
+
+
+def last_step(path: Path) -> int | None:
+    """The step of the last line of a log that can be read, from its last 16 MiB; None where there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - LINE_BYTES))
+            lines = file.read(LINE_BYTES).split(b"\n")
+    except OSError:
+        return None
+    for line in reversed(lines):
+        step = _step_of(_parsed(line)) if line.strip() else None
+        if step is not None:
+            return step
+    return None
+
+
+def _no_log(path: Path, what: str) -> GraftError:
+    return GraftError("GC123", f"{quoted(path)} {what}")
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return read_json(line, LINE_BYTES)
+    except ValueError:
+        return None
+
+
+def _step_of(entry: Any) -> int | None:
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**53 else None
+
+
+def _state_entries(path: Path) -> list[Any] | None:
+    """The entries of a Trainer's state; None for a file of lines."""
+    with path.open("rb") as file:
+        if _step_of(_parsed(file.readline(LINE_BYTES))) is not None:
+            return None
+        if file.seek(0, os.SEEK_END) > STATE_BYTES:
+            return None
+        file.seek(0)
+        try:
+            data = read_json(file.read(STATE_BYTES + 1), STATE_BYTES)
+        except ValueError:
+            return None
+    found = data.get("log_history") if isinstance(data, dict) else None
+    return found if isinstance(found, list) else None
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, bool]]:
+    """Lines, and whether each is complete; those that are too long are empty."""
+    with path.open("rb") as file:
+        while line := file.readline(LINE_BYTES):
+            if line.endswith(b"\n"):
+                yield line, True
+                continue
+            rest = line
+            while len(rest) == LINE_BYTES and not rest.endswith(b"\n"):
+                rest = file.readline(LINE_BYTES)
+            yield (b"", True) if rest is not line else (line, False)
+
+
+def _read_lines(path: Path, read: _Reader) -> None:
+    for number, (line, complete) in enumerate(_lines(path), 1):
+        if line.strip() or not line:
+            entry = _parsed(line)
+            if entry is not None or complete:
+                read.take(number, entry)
+
+
+class _Reader:
+    """Collects points of entries in the order of the log."""
+
+    def __init__(self, points: int) -> None:
+        self._points = points
+        self._series: dict[tuple[str, str], _Series] = {}
+        self._step = self._before = -1
+        self._resumes = 0
+        self.entries = 0
+        self.ignored: list[int] = []
+        self.ignored_count = 0
+
+    def take(self, number: int, entry: Any) -> None:
+        """Add an entry of the log, which is that of this number."""
+        step = _step_of(entry)
+        found = None if step is None else _numbers(entry)
+        if step is None or found is None or not self._follows(step):
+            self._ignore(number)
+            return
+        self.entries += 1
+        for (group, name, held), value in found.items():
+            series = self._series.get((group, name))
+            if series is None:
+                if len(self._series) >= MOST_CURVES:
+                    self._ignore(number)
+                    break
+                series = self._series[group, name] = _Series(self._points, held)
+            series.add(step, value, self._before)
+
+    def _follows(self, step: int) -> bool:
+        """Whether an entry can be of this step; what it replaces is gone."""
+        if step > self._step:
+            self._before = self._step
+        elif step < self._step:
+            self._resumes += 1
+            if self._resumes > MOST_RESUMES:
+                return False
+            for series in self._series.values():
+                series.cut(step)
+            self._before = step - 1
+        self._step = step
+        return True
+
+    def _ignore(self, number: int) -> None:
+        self.ignored_count += 1
+        if len(self.ignored) < 5:
+            self.ignored.append(number)
+
+    def curves(self) -> list[Curve]:
+        """The curves; figures go on to the last step, since lines have changes only."""
+        return [series.curve(name, group, self._step) for (group, name), series in self._series.items() if series.last]
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[tuple[str, str, bool], float] | None:
+    """Numbers by group, name, and whether they hold until they change; None for an entry that is not of a log."""
+    found: dict[tuple[str, str, bool], float] = {}
+    for key, value in entry.items():
+        if key in _NO_CURVES:
+            continue
+        if _is_number(value):
+            found["evaluation" if key.startswith("eval_") else "training", key, False] = float(value)
+    figures = entry.get("figures", {})
+    if not isinstance(figures, dict):
+        return None
+    for adaptation, sites in figures.items():
+        if not isinstance(sites, dict):
+            return None
+        for site, own in sites.items():
+            if not isinstance(own, dict):
+                return None
+            for figure, value in own.items():
+                if _is_number(value):
+                    found[f"{adaptation}: {figure}", site, True] = float(value)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class _Series:
+    """The points of a curve, thinned as they come: while there are too many, every second one goes.
+
+    Args:
+        most: how many points there may be.
+        held: whether a value holds until another one comes.
+    """
+
+    def __init__(self, most: int, held: bool) -> None:
+        self._most, self._held = most - 1, held  # the last point stands beside those that are kept
+        self._kept: list[tuple[int, float]] = []
+        self._stride = 1
+        self._seen = 0
+        self.last: tuple[int, float] | None = None
+
+    def add(self, step: int, value: float, before: int) -> None:
+        """Add a point; ``before`` is the step of the entry before."""
+        if self._held and self.last is not None and self.last[0] < before and self.last[1] != value:
+            self._put(before, self.last[1])
+        self._put(step, value)
+
+    def _put(self, step: int, value: float) -> None:
+        self.last = (step, value)
+        if self._kept and self._kept[-1][0] == step:
+            self._kept[-1] = self.last
+            return
+        if self._seen % self._stride == 0:
+            self._kept.append(self.last)
+            if len(self._kept) > self._most:
+                del self._kept[1::2]
+                self._stride *= 2
+        self._seen += 1
+
+    def cut(self, step: int) -> None:
+        """Forget points from this step on."""
+        while self._kept and self._kept[-1][0] >= step:
+            self._kept.pop()
+        if self.last is not None and self.last[0] >= step:
+            self.last = self._kept[-1] if self._kept else None
+            self._seen = len(self._kept) * self._stride
+
+    def curve(self, name: str, group: str, end: int) -> Curve:
+        """The points as a curve."""
+        assert self.last is not None
+        last = (end, self.last[1]) if self._held else self.last
+        every = [*self._kept, last] if not self._kept or self._kept[-1][0] < last[0] else self._kept
+        return {"name": name, "group": group, "steps": [s for s, _ in every], "values": [v for _, v in every]}

@@ -1,0 +1,233 @@
+"""Training logs: what a training gives and does to each site, as lines of JSON in a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.figures import Figures, as_numbers
+from graftc.passes.core.weights.sharding import sharded_modules
+from graftc.runtime.artifact.manifest import MANIFEST
+from graftc.runtime.model.runner import runner_of
+from graftc.runtime.training.curves import last_step
+from graftc.runtime.training.observing import Observer
+from graftc.runtime.training.steering import Steered
+from graftc.specs.arguments import as_path, kind_of
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import encodable
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from graftc.runtime.compiled import Compiled, CompiledRunner
+
+__all__ = ["TrainingLog"]
+
+_OWN = ("step", "time", "figures")
+
+
+class TrainingLog:
+    """Records a training: the loss, whatever else a loop gives it, and what the training does at each site.
+
+    Every ``every``-th optimiser step, and the first one, appends a line of JSON: ``{"step": 10, "time": 1766000000.0,
+    "loss": 0.69, "figures": {"adalora": {"encoder.layer.0...": {"rank": 6.0}}}}``. ``figures`` has the numbers of
+    `Compiled.site_figures`, and of the forward pass the mean values of gates (UniPELT, ``compose: gate``) and the
+    numbers of experts that were drawn (AdaMix), which code of `torch.compile` does not show. A line has those that have
+    changed since the line before. Nothing is computed at other steps.
+
+    An existing file is continued. `read_log` reads it back. Under several processes each one has to make a log; the
+    first one writes.
+
+    Args:
+        compiled: the model that trains.
+        path: the file, which is made if it is missing. It cannot be inside of an artifact, which holds no other files.
+        every: how many optimiser steps there are between two lines.
+
+    Raises:
+        GraftError: GC063 for a file inside of an artifact, GC064 where it cannot be written, GC073 for arguments of
+            another kind.
+    """
+
+    def __init__(
+        self,
+        compiled: Compiled | CompiledRunner,
+        path: str | os.PathLike[str] = "training_log.jsonl",
+        *,
+        every: int = 10,
+    ) -> None:
+        runner: Any = runner_of(compiled)
+        if not isinstance(runner, Steered):
+            raise GraftError("GC073", "what was given is no model that trains", hint="give what graftc.compile returns")
+        if not _is_count(every) or every < 1:
+            shown = repr(every) if _is_count(every) else kind_of(every)
+            raise GraftError("GC073", f"every is {shown}", hint="give a number of optimiser steps from 1")
+        self.path, self.every = as_path(path), every
+        _require_outside(self.path)
+        self._runner, self._observer = runner, Observer(runner._compilation)
+        self._written: Figures = {}
+        self._first = True
+        self._writes = not (torch.distributed.is_initialized() and torch.distributed.get_rank())
+        self._number = last_step(self.path) or 0
+        if self._writes:
+            self._append(b"" if _ends_well(self.path) else b"\n")
+        self.expect(self._number + 1)
+
+    def step(self, number: int | None = None, /, **values: Any) -> bool:
+        """Say that an optimiser step has been taken; call it after ``compiled.after_step()``.
+
+        Args:
+            number: of the step, from 1; by default one more than the last. After resuming from a checkpoint in the
+                middle of the log, give the checkpoint's: the steps that are taken again replace those of the log.
+            values: numbers, or tensors of one element, which are read only where a line is written: ``loss=loss``.
+                Those that are not finite are written as null.
+
+        Returns:
+            Whether a line was written.
+
+        Raises:
+            GraftError: GC064 where the file cannot be written, GC073 for what is no number.
+        """
+        number = self._number + 1 if number is None else number
+        if not _is_count(number) or number < 0:
+            shown = repr(number) if _is_count(number) else kind_of(number)
+            raise GraftError("GC073", f"the number of the step is {shown}", hint="count optimiser steps from 1")
+        due = self._due(number)
+        if due:
+            self._record(number, values, self._changes())
+        self._number = number
+        self.expect(number + 1)
+        return due
+
+    def note(self, number: int, /, **values: Any) -> None:
+        """Write a line of values alone, whatever ``every`` says: those of an evaluation.
+
+        Args:
+            number: the optimiser step that they are of.
+            values: as for `step`.
+
+        Raises:
+            GraftError: as `step`.
+        """
+        self._record(number, values, None)
+
+    def callback(self) -> TrainerCallback:
+        """A callback for the transformers Trainer that does all of this, and writes what the Trainer logs as well. It
+        goes after ``compiled.callback()``."""
+        from graftc.runtime.training.callbacks import logging_callback
+
+        return logging_callback(self)
+
+    def close(self) -> None:
+        """Stop looking at forward passes."""
+        self._runner._observer = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _due(self, number: int) -> bool:
+        return self._first or number % self.every == 0
+
+    def expect(self, number: int) -> None:
+        """Say that the forward passes to come are those of the step of this number, where that is not the next one."""
+        self._runner._observer = self._observer if self._due(number) else None
+
+    def _changes(self) -> Figures | None:
+        """Figures that are others than in the lines before; None in a process that does not write."""
+        self._first = False
+        if not self._writes and not any(sharded_modules(self._runner._compilation.store.root)):
+            return None
+        now = as_numbers([*self._runner._figures(), *self._observer.figures()])
+        changes: Figures = {}
+        for adaptation, sites in now.items():
+            for site, figures in sites.items():
+                before = self._written.get(adaptation, {}).get(site, {})
+                new = {name: value for name, value in figures.items() if before.get(name) != value}
+                if new:
+                    changes.setdefault(adaptation, {})[site] = new
+        self._written = now
+        return changes
+
+    def _record(self, number: int, values: dict[str, Any], figures: Figures | None) -> None:
+        if taken := [name for name in _OWN if name in values]:
+            raise GraftError("GC073", f"{taken[0]!r} is a field that the log itself writes", hint="choose another name")
+        if not self._writes:
+            return
+        line: dict[str, Any] = {"step": number, "time": round(time.time(), 3)}
+        line |= {name: _plain(name, value) for name, value in values.items()}
+        if figures is not None:
+            line["figures"] = {
+                a: {s: {n: _rounded(v) for n, v in own.items()} for s, own in sites.items()}
+                for a, sites in figures.items()
+            }
+        self._append(json.dumps(encodable(line), allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n")
+
+    def _append(self, text: bytes) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(text)
+        except OSError as error:
+            raise GraftError("GC064", f"{self.path} cannot be written: {error.strerror or error}") from error
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _plain(name: str, value: Any) -> float | int | None:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.detach().item()
+    if hasattr(value, "item") and not isinstance(value, Tensor):  # a scalar of numpy's
+        value = value.item()
+    if isinstance(value, bool | int):
+        return int(value)
+    if not isinstance(value, float):
+        raise GraftError("GC073", f"{name} is {kind_of(value)}", hint="give numbers, or tensors of one element")
+    return _rounded(value)
+
+
+def _rounded(value: float) -> float | None:
+    """To seven digits, which are those of float32."""
+    return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
+def _ends_well(path: Path) -> bool:
+    """Whether the last line is complete; a process that is killed may leave half of one."""
+    try:
+        with path.open("rb") as file:
+            if not file.seek(0, os.SEEK_END):
+                return True
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
+    except OSError:
+        return True
+
+
+def _require_outside(path: Path) -> None:
+    """Refuse a file inside of an artifact, which would not open with a file that its manifest does not list.
+
+    Raises:
+        GraftError: GC063.
+    """
+    for folder in Path(os.path.realpath(path)).parents:
+        try:
+            with (folder / MANIFEST).open("rb") as file:
+                ours = b'"artifact": "graftc"' in file.read(64)
+        except OSError:
+            continue
+        if ours:
+            message = f"{path} is inside of the artifact {folder}, which holds what its manifest lists and nothing else"
+            raise GraftError("GC063", message, hint=f"write it beside the folder: {folder.parent / path.name}")

@@ -1,0 +1,60 @@
+"""Reading numbers of a forward pass that no tensor keeps, without another graph: see `Reading`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.figures import Figure, SiteReading, live_readings
+
+
+class Observer:
+    """Reads what forward passes make of some parameters. The last pass counts. Compiled code is not looked into."""
+
+    def __init__(self, compilation: Compilation) -> None:
+        self._compilation = compilation
+        self._found: dict[tuple[str, str, str], Tensor] = {}
+
+    def figures(self) -> list[Figure]:
+        """What the passes have given."""
+        return [Figure(*whose, value) for whose, value in self._found.items()]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around a forward pass."""
+        # A mode is part of what compiled code is guarded by: it would be compiled anew, with nothing in it to read.
+        if any(module._compiled_call_impl is not None for module in self._compilation.store.root.modules()):
+            yield
+            return
+        wanted: dict[int, list[SiteReading]] = {}
+        for tensor, reading in live_readings(self._compilation):
+            wanted.setdefault(id(tensor), []).append(reading)
+        if not wanted:
+            yield
+            return
+        with _Mode(wanted, self._found):
+            yield
+
+
+class _Mode(TorchFunctionMode):
+    """Looks at the operators that read a parameter."""
+
+    def __init__(self, wanted: dict[int, list[SiteReading]], found: dict[tuple[str, str, str], Tensor]) -> None:
+        super().__init__()
+        self._wanted, self._found = wanted, found
+
+    def __torch_function__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        for argument in args:
+            for own in self._wanted.get(id(argument), ()):
+                if operator in own.reading.operators:
+                    with torch.no_grad():
+                        number = own.reading.number(args, result).detach()
+                    self._found[own.adaptation, own.site, own.reading.figure] = number
+        return result

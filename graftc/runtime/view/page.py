@@ -1,0 +1,102 @@
+"""One self-contained HTML file that shows a rewritten model: it opens from disk, and asks nothing of any network."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import html
+import importlib.resources
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+SCRIPTS = (
+    "model.js",
+    "layout.js",
+    "svg.js",
+    "canvas.js",
+    "tree.js",
+    "panel.js",
+    "timeline.js",
+    "report.js",
+    "search.js",
+    "main.js",
+)
+"""What runs in the page, in this order, as one script."""
+
+LAYOUT = ("vendor/dagre.js", "layout.js", "worker.js")
+"""What runs in its worker."""
+
+PICTURES = ("vendor/dagre.js", "model.js", "layout.js", "svg.js")
+"""What makes a picture without a browser."""
+
+_POLICY = (
+    "default-src 'none'; script-src {script}; style-src {style}; worker-src blob:; img-src data: blob:; "
+    "base-uri 'none'; form-action 'none'"
+)
+
+
+@cache
+def asset(name: str) -> str:
+    """The text of a file in ``assets``."""
+    return (importlib.resources.files(__package__) / "assets" / name).read_text(encoding="utf-8")
+
+
+def script(names: tuple[str, ...]) -> str:
+    """Several files of ``assets`` as one script that leaves no names behind."""
+    body = "\n".join(asset(name) for name in names)
+    return f"(() => {{\n{body}\n}})();"
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """The HTML of a page.
+
+    Its content security policy knows every script and style by its digest, and lets no other run. Data is packed, so
+    that nothing in it is ever read as markup.
+
+    Args:
+        data: what `graftc.runtime.view.contents.contents` gives.
+    """
+    code, style = script(SCRIPTS), asset("page.css")
+    policy = _POLICY.format(script=_digest(code), style=_digest(style))
+    parts = {
+        "csp": policy,
+        "title": html.escape(_printable(str(data["title"]))),
+        "css": style,
+        "data": packed(data),
+        "worker": _inert(script(LAYOUT)),
+        "script": code,
+    }
+    text, rest = "", asset("page.html")
+    for name in parts:  # in the order of the skeleton, so that no marker in a part is ever filled
+        before, marker, rest = rest.partition(f"{{{{{name}}}}}")
+        assert marker, name
+        text += before + parts[name]
+    return text + rest
+
+
+def packed(data: Mapping[str, Any]) -> str:
+    """JSON data, compressed, as letters; equal data gives equal letters."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False, default=_plain)
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
+def _plain(value: Any) -> Any:
+    raise TypeError(f"no JSON data: {type(value).__name__}")
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _inert(code: str) -> str:
+    """Code that stands in a page as text: it must not end its own element."""
+    assert "</script" not in code.lower()
+    return code
+
+
+def _printable(text: str) -> str:
+    shown = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+    return shown if len(shown) <= 120 else f"{shown[:60]} … {shown[-50:]}"

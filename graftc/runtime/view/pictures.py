@@ -1,0 +1,67 @@
+"""Pictures of a rewritten graph, laid out as the page does it: the page's own code runs without a browser."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from graftc.runtime.view.page import PICTURES, asset
+from graftc.specs.errors.diagnostics import GraftError
+
+Shown = Literal["after", "before", "diff"]
+LARGEST = 30_000_000
+"""Pixels that a PNG picture has at most: of larger graphs it has fewer a unit of length."""
+
+
+def svg(data: Mapping[str, Any], mode: str = "eval", shown: Shown = "diff", opened: Any = "layer") -> str:
+    """The graph as an SVG file.
+
+    Args:
+        data: what `graftc.runtime.view.contents.contents` gives.
+        mode: which graph.
+        shown: the rewritten graph, the base's own, or both with what differs marked.
+        opened: paths of the modules whose contents are shown; ``layer`` opens the first of layers that are alike, and
+            what holds inserted nodes in it.
+
+    Raises:
+        GraftError: GC061 where QuickJS is missing.
+    """
+    try:
+        import quickjs
+    except ModuleNotFoundError:
+        raise GraftError("GC061", "pictures need the package quickjs-ng", hint="pip install 'graftc[view]'") from None
+    context = quickjs.Context()
+    for name in PICTURES:
+        context.eval(asset(name))
+    options = {"mode": mode, "view": shown, "open": opened, "theme": "light"}
+    context.set("given", json.dumps({"data": data, "options": options}, allow_nan=False))
+    context.eval("const {data: graftcData, options: graftcOptions} = JSON.parse(given)")
+    return str(context.eval("graftcSvg(graftcData, graftcOptions)"))
+
+
+def png(text: str, zoom: float = 2.0) -> bytes:
+    """An SVG file as a PNG file.
+
+    Args:
+        text: what `svg` gives.
+        zoom: pixels a unit of length.
+
+    Raises:
+        GraftError: GC061 where resvg is missing.
+    """
+    try:
+        import resvg_py
+    except ModuleNotFoundError:
+        raise GraftError("GC061", "PNG files need the package resvg-py", hint="pip install 'graftc[view]'") from None
+    width, height = _size(text)
+    zoom = min(zoom, (LARGEST / max(1.0, width * height)) ** 0.5)
+    return bytes(resvg_py.svg_to_bytes(svg_string=text, zoom=zoom))
+
+
+def _size(text: str) -> tuple[float, float]:
+    """Width and height of an SVG file."""
+    from xml.etree import ElementTree
+
+    box = ElementTree.fromstring(text).attrib["viewBox"].split()
+    return float(box[2]), float(box[3])
