@@ -19,6 +19,7 @@ _FACADE = {
     "import_peft": "graftc.runtime.api",
     "merge_checkpoint": "graftc.runtime.streaming.merging",
     "roles": "graftc.runtime.api",
+    "select": "graftc.runtime.api",
     "tune": "graftc.runtime.recipes",
     "plan": "graftc.runtime.planner.plan",
     "MemoryPlan": "graftc.runtime.planner.memory_plan",
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from graftc import extend, testing
     from graftc.runtime import optim
-    from graftc.runtime.api import check, compile, import_peft, load, load_base, roles
+    from graftc.runtime.api import check, compile, import_peft, load, load_base, roles, select
     from graftc.runtime.planner.memory_plan import MemoryPlan
     from graftc.runtime.planner.plan import plan
     from graftc.runtime.recipes import tune
@@ -65,6 +66,7 @@ __all__ = [
     "plan",
     "read_log",
     "roles",
+    "select",
     "testing",
     "tune",
 ]

@@ -1,8 +1,9 @@
-"""The Python interface: compile, load, check, roles."""
+"""The Python interface: compile, load, check, roles, select."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -15,14 +16,17 @@ from graftc.compiler.capture.interface import ExampleInputs, Flags, Interface
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.signature import Axis, request
 from graftc.compiler.capture.source_model import require_plain
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.report import Report, report
 from graftc.compiler.missing_weights import check_fresh
 from graftc.compiler.pipeline import compile_model, first_capture
 from graftc.compiler.progress import asked
+from graftc.compiler.resolve.selectable import ModelStructure, Selectable, selectable
+from graftc.compiler.resolve.selection import Selection
 from graftc.compiler.roles.structure import Structure, find_structure
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.compiled import Compiled, make_compiled
-from graftc.runtime.model.runner import Source
+from graftc.runtime.model.runner import Source, runner_of
 from graftc.runtime.models import load_folder, load_hub
 from graftc.runtime.reference import is_hub_id
 from graftc.specs.arguments import as_path, as_seed
@@ -173,8 +177,8 @@ def check(
 
 
 @exclusive()
-def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True) -> Structure:
-    """The roles found in a model, with the evidence for each.
+def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True) -> ModelStructure:
+    """The roles found in a model, with the evidence for each; `select` takes the result as well as the model.
 
     Raises:
         GraftError: GC030 when it cannot be captured.
@@ -185,7 +189,52 @@ def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cach
     found = first_capture(
         model, axes, lambda attempt: captured(model, attempt, flags, canonical=store.aliases, use_cache=cache)
     )
-    return find_structure(found.program.graph, found.constants)
+    for name in found.constants:
+        if name not in store:
+            store.add_constant(name, found.constants[name])
+    structure = find_structure(found.program.graph, found.constants)
+    parts = {f.name: getattr(structure, f.name) for f in fields(structure)}
+    return ModelStructure(**parts, places=selectable(model, found.program, store, structure))
+
+
+def select(
+    model: nn.Module | Structure,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    method: str | None = None,
+    cache: bool = True,
+) -> Selection:
+    """The places of a model that targets select from, to count and combine before a spec is written.
+
+    A selection may stand where a spec has a ``target``.
+
+    Args:
+        model: a model, on the meta device too; a compiled one, whose base is meant; or what `roles` returned. The
+            latter two are not captured again, and neither is what a selection is narrowed to.
+        example_inputs: as for `compile`; of a model only.
+        method: the tag of a method: the selection has the kinds of site that it takes. By default the weights of linear
+            maps, embeddings and experts, and of any kind what a role names.
+        cache: keep the captured graph in the user's cache folder.
+
+    Raises:
+        GraftError: GC030 when the model cannot be captured; GC004 for a method that is unknown; GC073 for what is no
+            model.
+    """
+    if isinstance(model, Compiled):
+        return Selection(_places_of(model), method=method)
+    if isinstance(model, Structure) and not isinstance(model, ModelStructure):
+        hint = "give the model, or what graftc.roles(model) returns"
+        raise GraftError("GC073", "these roles do not say which model they are of", hint=hint)
+    found = model if isinstance(model, ModelStructure) else roles(model, example_inputs, cache=cache)
+    return Selection(found.places, method=method)
+
+
+@exclusive()
+def _places_of(compiled: Compiled) -> Selectable:
+    compilation: Compilation = runner_of(compiled).compilation
+    program = compilation.program("train", "source")
+    structure = find_structure(program.graph, compilation.main.captures[0].constants)
+    return selectable(compilation.model, program, compilation.store, structure)
 
 
 def _request(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[list[Axis] | None, Flags]:

@@ -19,6 +19,8 @@ from graftc.compiler.capture.isolation import exclusive, is_traced, isolated
 from graftc.compiler.capture.past import CACHES, USE_CACHE
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
+from graftc.compiler.inspect.summary import summary
+from graftc.compiler.inspect.tree import model_tree
 from graftc.compiler.pipeline import recompile
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.ir.program import Program
@@ -494,6 +496,11 @@ class Compiled(ModelRoot, Generic[M]):
         from graftc.runtime.model.printed import printed
 
         return printed(self._graftc._compilation, self, *self._graftc.get_nb_trainable_parameters())
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the adaptations and what they train, and the tree of modules, folded."""
+        own = self._graftc.snapshot
+        return summary(own)._repr_html_() + model_tree(own)._repr_html_()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """See `torch.nn.Module`. TRL puts a forward of its own in the place of a model's."""

@@ -21,7 +21,7 @@ from graftc.specs.peft import PeftFormat
 from graftc.specs.roles import ROLES
 from graftc.specs.schema import AdaptationName, needs_one_of
 from graftc.specs.spec_errors import reject
-from graftc.specs.target import Target
+from graftc.specs.target import AsTarget, Target
 from graftc.specs.virtual import VirtualRun
 
 __all__ = ["RESERVED_NAMES", "Items", "MethodSpec", "Override", "SpecModel", "check_name"]
@@ -90,6 +90,11 @@ class MethodSpec(SpecModel):
     @field_validator("target", mode="before")
     @classmethod
     def _target_is_a_mapping(cls, value: Any) -> Any:
+        if isinstance(value, AsTarget):
+            try:
+                return value.to_target(cls.tag())
+            except GraftError as error:
+                reject(value, ((), error))
         if isinstance(value, str):
             fix = (value, f"{{role: {value}}}") if value in ROLES else (value, f"{{modules: {value}}}")
             message = f"target must be a mapping, not {quoted(value)}"

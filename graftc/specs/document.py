@@ -12,12 +12,13 @@ from pydantic_core import CoreSchema, core_schema
 from graftc.specs.base import Items, MethodSpec, SpecModel, check_name
 from graftc.specs.compose import Bank, Compositions, CompositionSpec, Stack, composition_kinds
 from graftc.specs.errors.diagnostics import GraftError, Place, unknown_name
+from graftc.specs.errors.markup import Html, escaped, table, tag
 from graftc.specs.errors.text import quoted, shown
 from graftc.specs.limits import ADAPTATIONS, TOKENS
 from graftc.specs.options.base import BaseOptions
 from graftc.specs.options.memory import MemoryOptions
 from graftc.specs.options.optimise import OptimiseOptions
-from graftc.specs.patterns import PATTERNS, measure_braces
+from graftc.specs.patterns import PATTERNS, measure_braces, write_items
 from graftc.specs.registry import method_specs, unknown_method
 from graftc.specs.source import Source
 from graftc.specs.spec_errors import CONCRETE, reject
@@ -254,6 +255,15 @@ class Spec(SpecModel):
         """The composition that an adaptation is part of; a stack is none, being their usual order."""
         return next((c for c in self.compose if name in c.members and not isinstance(c, Stack)), None)
 
+    def _repr_html_(self) -> str:
+        """For notebooks: a table of the adaptations, and one of what else the document says."""
+        rows = [(a.name or a.method, a.method, _fields(a.target), _fields(a, without=_SHOWN)) for a in self.adapt]
+        given = self.model_fields_set - {"adapt", "version"}
+        rest = [(f, _written(getattr(self, f))) for f in type(self).model_fields if f in given]
+        caption = f"Spec with {len(rows)} {'adaptation' if len(rows) == 1 else 'adaptations'}"
+        made = table(("name", "method", "target", "settings"), rows)
+        return Html(tag("b", caption) + made + table(("field", "value"), rest))
+
     def place(self, path: str) -> Place:
         """The place of a path such as ``adapt[0].target.role``; with line and column if it was a file."""
         return self._source.place(path)
@@ -261,6 +271,20 @@ class Spec(SpecModel):
     def locate(self, error: GraftError) -> GraftError:
         """The error with file, line, column and corrected line filled in from the path of its place."""
         return self._source.locate(error)
+
+
+_SHOWN = ("name", "method", "target")
+
+
+def _fields(model: SpecModel, without: Sequence[str] = ()) -> Html:
+    """The fields that a part of a document gives, a line each."""
+    held = ((f, getattr(model, f)) for f in type(model).model_fields if f in model.model_fields_set - set(without))
+    return Html("<br>".join(escaped(f"{name}: {_written(value)}", 300) for name, value in held))
+
+
+def _written(value: object) -> str:
+    """A value about as it may stand in a document."""
+    return write_items(value) if isinstance(value, tuple) else shown(value, 300)
 
 
 def named(adaptation: MethodSpec, taken: set[str]) -> MethodSpec:

@@ -18,6 +18,7 @@ __all__ = [
     "count_sites",
     "expand_braces",
     "glob_to_regex",
+    "layer_entries",
     "layer_indices",
     "match_modules",
     "measure_braces",
@@ -278,7 +279,7 @@ def write_items(value: object) -> str:
     return items[0] if len(items) == 1 and not isinstance(value, tuple) else f"[{', '.join(items)}]"
 
 
-def write_layers(layers: Sequence[int]) -> str:
+def layer_entries(layers: Sequence[int]) -> list[int | str]:
     """Sorted layers as entries of ``layers:``, consecutive ones as slices."""
     runs: list[list[int]] = []
     for layer in layers:
@@ -286,4 +287,9 @@ def write_layers(layers: Sequence[int]) -> str:
             runs[-1].append(layer)
         else:
             runs.append([layer])
-    return "[" + ", ".join(str(r[0]) if len(r) == 1 else f'"{r[0]}:{r[-1] + 1}"' for r in runs) + "]"
+    return [r[0] if len(r) == 1 else f"{r[0]}:{r[-1] + 1}" for r in runs]
+
+
+def write_layers(layers: Sequence[int]) -> str:
+    """`layer_entries` as they may stand in a spec."""
+    return "[" + ", ".join(f'"{e}"' if isinstance(e, str) else str(e) for e in layer_entries(layers)) + "]"

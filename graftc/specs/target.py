@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeAlias
 
@@ -24,6 +25,7 @@ from graftc.specs.schema import Glob, Layer, Regex, RoleName
 from graftc.specs.spec_errors import reject
 
 __all__ = [
+    "AsTarget",
     "Layers",
     "PatternList",
     "Patterns",
@@ -173,6 +175,21 @@ class Target(SpecModel):
     def has_selector(self) -> bool:
         """Whether any of role, modules and regex is given."""
         return not (self.role is None and self.modules is None and self.regex is None)
+
+
+class AsTarget(ABC):
+    """What may stand for a target in Python, and becomes one when the spec is made: a `graftc.select` selection."""
+
+    @abstractmethod
+    def to_target(self, method: str | None = None) -> Target:
+        """The target.
+
+        Args:
+            method: the method that it is for; by default whichever takes such sites.
+
+        Raises:
+            GraftError: where no target can mean it.
+        """
 
 
 def written_fields(target: Any) -> Any:

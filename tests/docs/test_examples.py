@@ -222,6 +222,11 @@ def an_unknown_name(patch: pytest.MonkeyPatch) -> None:
     compiled().explain("bert.encoder.layer.0.attention.self.querry")
 
 
+def rows_that_no_target_means(patch: pytest.MonkeyPatch) -> None:
+    every = graftc.select(tiny("gpt2"))
+    (every.role("attn.q").layers(0) | every.role("attn.k").layers(1)).to_target()
+
+
 def a_folder_that_is_a_file(patch: pytest.MonkeyPatch) -> None:
     Path("runs").touch()
     compiled().save("runs/first", certify=False)
@@ -427,6 +432,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC087": another_base,
     "GC090": an_unknown_schema,
     "GC091": an_unknown_name,
+    "GC093": rows_that_no_target_means,
     "GC104": nothing_to_merge,
     "GC110": pickled_weights,
     "GC111": a_config_that_names_code,

@@ -69,6 +69,9 @@ often the model uses it.
 
 Nothing is skipped silently. Every list item, every brace branch, every entry of `layers` and every exclusion must
 match; a role that only some layers have is an error as well, unless `layers` or `expect` allows for it.
+
+In Python, `graftc.select(model)` counts and combines sites before a spec is written, and stands where a target does:
+[Explore before you write](select.md).
 """
 
 _GLOBS_TEXT = """\

@@ -18,6 +18,7 @@ import torch
 from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.folding.retention import Retention
 from graftc.specs.errors.diagnostics import GraftError, warn
+from graftc.specs.errors.markup import Html, bullets, folded, table, tag
 
 ALGEBRA_BOUND = 1e-9
 """Largest relative difference of float64 results; sums of some thousand float64 products stay far below."""
@@ -188,6 +189,26 @@ class Certificate:
         if self.structure != self.base_structure:
             found.append("the folded graph is not the base's graph")
         return found or ([] if self.sites or self.collapses else ["nothing was folded"])
+
+    def _repr_html_(self) -> str:
+        """For notebooks: whether it passed and why not, the outputs, and the evidence of each site, folded."""
+        state = f"Certificate: {'passed' if self.passed else 'not passed'}"
+        outputs = [(name, f"{value:.3e}", f"{self.budget:.3e}") for name, value in self.outputs.items()]
+        sites = [
+            (s.site, ", ".join(s.adaptations), *(f"{n:.2e}" for n in (s.change, s.algebra, s.rounding)))
+            for s in self.sites
+        ]
+        headings = ("site", "adaptations", "change", "algebra", "rounding")
+        where = f"{len(self.sites)} {'site' if len(self.sites) == 1 else 'sites'}"
+        notes = [*self.notes, *(f"added: {name}" for name in self.additions)]
+        parts = [
+            tag("b", state),
+            Html() if self.passed else bullets(self.failures()),
+            table(("output", "difference", "budget"), outputs, ("difference", "budget")),
+            bullets(notes),
+            folded(where, table(headings, sites, headings[2:])),
+        ]
+        return Html("".join(parts))
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON data."""

@@ -24,6 +24,7 @@ from graftc.passes.core.method.capabilities import Resized
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.store import Store
+from graftc.specs.errors.markup import Html, bullets, folded, table
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,28 @@ class Report:
     notes: tuple[str, ...] = ()
     anchors: tuple[Anchor, ...] = ()
     steps: tuple[StepReport, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what trains, a table of the adaptations, and folded notes and steps."""
+        total = f"{self.trainable_parameters:,} of {self.base_parameters + self.trainable_parameters:,}"
+        facts = [f"trainable parameters: {total} ({self.percent:.4f}%)"]
+        facts += [f"trained in full: {self.trained_in_full:,}"] if self.trained_in_full else []
+        facts.append(f"deployed beside the base: {self.deployed_parameters:,}")
+        headings = ("adaptation", "method", "sites", "trainable", "frozen", "bytes", "FLOPs per token")
+        rows = [
+            (
+                a.name,
+                a.method,
+                a.sites,
+                *(f"{n:,}" for n in (a.trainable_parameters, a.frozen_parameters, a.bytes)),
+                f"{a.flops_per_token:,.0f}",
+            )
+            for a in self.adaptations
+        ]
+        seconds = self.capture_seconds + self.rewrite_seconds
+        steps = table(("step", "seconds"), [(s.name, f"{s.seconds:.2f}") for s in self.steps], ("seconds",))
+        parts = [bullets(facts), table(headings, rows, headings[2:]), bullets(self.notes)]
+        return Html("".join(parts) + folded(f"compiled in {seconds:.1f} s", steps))
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON data."""

@@ -12,6 +12,7 @@ from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.roles.findings import format_layers
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.weights.names import owner_of
+from graftc.specs.errors.markup import Html, bullets, table, tag
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,27 @@ class Summary:
     percent: float
     nodes: int
     inserted: int
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the model, what trains, and a table of the adaptations."""
+        total = f"{self.trainable_parameters:,} of {self.base_parameters + self.trainable_parameters:,}"
+        facts = [f"trainable parameters: {total} ({self.percent:.4f}%)"]
+        facts += [f"trained in full: {self.trained_in_full:,}"] if self.trained_in_full else []
+        headings = ("adaptation", "method", "places", "roles", "layers", "trainable", "frozen")
+        rows = [
+            (
+                a.name,
+                a.method,
+                a.places,
+                ", ".join(a.roles),
+                a.layers,
+                f"{a.trainable_parameters:,}",
+                f"{a.frozen_parameters:,}",
+            )
+            for a in self.adaptations
+        ]
+        made = table(headings, rows, ("places", "trainable", "frozen"))
+        return Html(tag("b", f"Compiled {self.model}") + bullets(facts) + made)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

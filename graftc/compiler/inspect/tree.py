@@ -11,6 +11,7 @@ from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord
 from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.roles.findings import format_runs
 from graftc.passes.core.weights.names import parsed
+from graftc.specs.errors.markup import Html, bullets, folded, joined, tag
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,17 @@ class TreeNode:
             yield "", "", "", str(addition)
         for child in self.children:
             yield from child._rows(depth + 1)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the tree, every module with what is in it folded."""
+        times = f"{self.alike} x " if self.alike > 1 else ""
+        base, trained = f"{times}{self.base_parameters:,}", f"{times}{self.trainable_parameters:,}"
+        counts = [f"{base} base"] if self.base_parameters else []
+        counts += [tag("b", f"{trained} trained")] if self.trainable_parameters else []
+        roles = [f"[{', '.join(self.roles)}]"] if self.roles else []
+        line = joined([tag("code", self.name), *roles, joined(counts, ", ")], " ")
+        held = bullets([*map(str, self.tensors), *map(str, self.added)])
+        return folded(line, Html(held + "".join(child._repr_html_() for child in self.children)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, children within."""

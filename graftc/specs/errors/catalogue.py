@@ -378,6 +378,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "refer to those.",
      "No action is needed if the artifact is only loaded, which captures the model again. Inspecting it needs its "
      "base."),
+    ("GC093", _SPEC, "a selection is not one target",
+     "A target names roles, modules, expressions and layers, each for all of its sites, and no combination of these "
+     "selects exactly the places of the selection.",
+     "Split the selection, by role or by module, and write an adaptation for each part."),
     ("GC099", _FAILED, "an unexpected failure",
      "This is a bug in graftc, or a library failed in a way that graftc does not recognise.",
      "Run the command again with `GRAFTC_DEBUG=1` in the environment, which shows the traceback, and report it."),

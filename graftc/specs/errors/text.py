@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-__all__ = ["abridged", "encodable", "printable", "quoted", "shortened", "shown", "some"]
+__all__ = ["abridged", "encodable", "one_line", "printable", "quoted", "shortened", "shown", "some"]
 
 _MOST = 100
 """Characters of a value that a message shows."""
@@ -50,6 +50,11 @@ def abridged(text: str, most: int = _MOST) -> str:
     """The text, or its beginning and its end with an ellipsis between them: a path is told by both."""
     left = (most - 3 + 1) // 2
     return text if len(text) <= most else f"{text[:left]}...{text[len(text) - (most - 3 - left) :]}"
+
+
+def one_line(text: str, most: int = _MOST) -> str:
+    """The text on one line and printable, `abridged`."""
+    return "".join(_BREAKS.get(char, char) for char in printable(abridged(text, most)))
 
 
 def quoted(text: str | PathLike[str], most: int = _MOST) -> str:

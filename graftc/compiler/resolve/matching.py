@@ -1,0 +1,375 @@
+"""How the patterns of a target are matched and counted, and what is said where one matches nothing.
+
+Torch-free: it sees candidates, not graphs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from graftc.compiler.resolve.candidates import Candidate, depths
+from graftc.specs.claims import SiteKind
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import quoted, some
+from graftc.specs.patterns import (
+    as_items,
+    count_sites,
+    expand_braces,
+    glob_to_regex,
+    layer_indices,
+    suggest,
+    write_items,
+    write_layers,
+)
+from graftc.specs.regexes import RegexMatcher
+from graftc.specs.roles import ROLES, parse_role
+from graftc.specs.target import Target
+
+__all__ = ["Matching", "Meant", "Missing"]
+
+_LAYERED = ("attn", "ffn", "layer")
+_DETAILS = 8
+"""How many reasons a near miss is explained with."""
+
+Missing = Callable[[tuple[str, int] | None], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """One brace branch of one item of a target, and the places it matches."""
+
+    field: str
+    path: str
+    written: str
+    branch: str
+    hits: frozenset[Hashable]
+
+    @property
+    def shown(self) -> str:
+        return (
+            quoted(self.branch) if self.branch == self.written else f"{quoted(self.branch)} of {quoted(self.written)}"
+        )
+
+    @property
+    def counted(self) -> str:
+        return f"{self.field} {self.shown} matches {count_sites(len(self.hits))}"
+
+
+@dataclass
+class Meant:
+    """What a target means where nothing about it is an error.
+
+    Attributes:
+        chosen: the candidates, in their order.
+        faults: what `select` raises the first one of.
+        gaps: layers without a role that the others have: an error only where no number of sites is stated.
+    """
+
+    chosen: list[Candidate] = field(default_factory=list)
+    faults: list[GraftError] = field(default_factory=list)
+    gaps: list[GraftError] = field(default_factory=list)
+
+
+class Matching:
+    """One target on the candidates of one model: arguments as for `graftc.compiler.resolve.select.select`.
+
+    Args:
+        found: takes what is wrong with the target; where there is none, the first such error is raised.
+        within: keys of the only candidates to choose from; by default all.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        candidates: Sequence[Candidate],
+        where: str,
+        kinds: Collection[SiteKind] | None,
+        method: str,
+        missing: Missing,
+        matcher: RegexMatcher,
+        found: Meant | None = None,
+        within: Collection[Hashable] | None = None,
+    ) -> None:
+        self.found, self.within = found, None if within is None else frozenset(within)
+        self.target, self.all, self.where, self.method = target, list(candidates), where, method
+        self.missing, self.matcher = missing, matcher
+        self.kinds = None if kinds is None else frozenset(kinds)
+        whole = {c.module for c in self.all if not c.part and c.kind is not SiteKind.PARAMETER}
+        by_module = target.role is None and within is None
+        self.pool = [c for c in self.all if self.takes(c) and not (by_module and c.part and c.module in whole)]
+        self.depths = depths(self.all)
+
+    def takes(self, candidate: Candidate) -> bool:
+        """Whether a candidate is there to be chosen, and of a kind that is."""
+        inside = self.within is None or candidate.key in self.within
+        return inside and (self.kinds is None or candidate.kind in self.kinds)
+
+    def refuse(self, error: GraftError) -> None:
+        """Raise an error, or note it where the target is still being written."""
+        if self.found is None:
+            raise error
+        self.found.faults.append(error)
+
+    def run(self) -> list[Candidate]:
+        """The candidates that the target means, in their order."""
+        patterns = [*self.roles(), *self.paths("modules"), *self.paths("regex")]
+        chosen = self.conjunction(patterns)
+        stages = [("matched", len(chosen))]
+        kept = self.narrow_layers(chosen)
+        if self.target.layers is not None:
+            stages.append(("in the layers", len(kept)))
+        final = self.exclude(chosen, kept)
+        if self.target.exclude is not None:
+            stages.append(("not excluded", len(final)))
+        if not final:
+            facts = ", ".join(f"{count} {stage}" for stage, count in stages)
+            if self.found is None or not self.found.faults:
+                self.refuse(_error("GC014", f"the target selects no site: {facts}", self.where))
+            return final
+        self.all_survive(patterns, kept, "layers", f"layers: {write_items(self.target.layers)}")
+        self.all_survive(patterns, final, "exclude", f"exclude: {write_items(self.target.exclude)}")
+        self.check_count(final, patterns)
+        return final
+
+    # What the selectors match
+
+    def roles(self) -> list[_Pattern]:
+        out = []
+        for path, text in _items(self.target.role, f"{self.where}.role"):
+            for branch in expand_braces(text):
+                parse_role(branch, Place(path=path))
+                hits = frozenset(c.key for c in self.pool if branch in c.roles)
+                if not hits:
+                    self.refuse(self.no_such_role(branch, path))
+                out.append(_Pattern("role", path, text, branch, hits))
+        return out
+
+    def paths(self, field: str) -> list[_Pattern]:
+        out: list[_Pattern] = []
+        modules = [c.module for c in self.pool]
+        names = list(dict.fromkeys(name for c in self.all for name in c.paths))
+        for path, text in _items(getattr(self.target, field), f"{self.where}.{field}"):
+            for branch in expand_braces(text) if field == "modules" else [text]:
+                if field == "modules":
+                    fitting = {name for name in names if glob_to_regex(branch).fullmatch(name)}
+                else:
+                    fitting = self.matcher.matching(branch, names, Place(path=path))
+                hits = frozenset(c.key for c in self.pool if not fitting.isdisjoint(c.paths))
+                if not hits:
+                    others = [c for c in self.all if not fitting.isdisjoint(c.paths)]
+                    if others:
+                        hint, fix = suggest(branch, text, modules) if field == "modules" else (None, None)
+                        self.refuse(self.wrong_kind(f"{field} {quoted(branch)}", others, path, hint, fix))
+                    else:
+                        self.refuse(self.no_match(_Pattern(field, path, text, branch, hits), out))
+                out.append(_Pattern(field, path, text, branch, hits))
+        return out
+
+    def conjunction(self, patterns: list[_Pattern]) -> list[Candidate]:
+        keys: set[Hashable] = {c.key for c in self.pool}
+        fields = list(dict.fromkeys(p.field for p in patterns))
+        for name in fields:
+            keys &= frozenset[Hashable]().union(*(p.hits for p in patterns if p.field == name))
+        for p in patterns:
+            if p.hits and not p.hits & keys:
+                others = " and ".join(f for f in fields if f != p.field)
+                message = f"{p.counted}, but none that {others} selects too"
+                hint = "a site must meet every one of role, modules and regex"
+                self.refuse(_error("GC011", message, p.path, hint))
+        return [c for c in self.pool if c.key in keys]
+
+    # Narrowing
+
+    def narrow_layers(self, chosen: list[Candidate]) -> list[Candidate]:
+        if self.target.layers is None:
+            return chosen
+        stacks = {c.stack for c in chosen if c.layer is not None}
+        if not stacks:
+            message = f"the target selects {count_sites(len(chosen))}, none of them in a layer that layers could name"
+            if chosen or self.found is None:
+                self.refuse(_error("GC011", message, f"{self.where}.layers"))
+            return []
+        kept: set[tuple[str, int]] = set()
+        for path, entry in _items(self.target.layers, f"{self.where}.layers"):
+            named = {(s, i) for s in stacks for i in layer_indices(entry, self.depths[s])}
+            if not any((c.stack, c.layer) in named for c in chosen):
+                message = f"layers entry {entry!r} matches none of {self.extent(stacks)}"
+                self.refuse(_error("GC011", message, path))
+            kept |= named
+        return [c for c in chosen if (c.stack, c.layer) in kept]
+
+    def extent(self, stacks: Collection[str]) -> str:
+        parts = []
+        for stack in sorted(stacks):
+            last = self.depths[stack] - 1
+            parts.append(f"the layers 0 to {last}" + (f" of '{stack}'" if stack else ""))
+        return " and ".join(parts)
+
+    def exclude(self, chosen: list[Candidate], kept: list[Candidate]) -> list[Candidate]:
+        out: set[Hashable] = set()
+        for path, text in _items(self.target.exclude, f"{self.where}.exclude"):
+            for branch in expand_braces(text):
+                fits = glob_to_regex(branch).fullmatch
+                hits = {c.key for c in chosen if any(map(fits, c.paths))}
+                if not hits and (chosen or self.found is None):
+                    p = _Pattern("exclude", path, text, branch, frozenset())
+                    message = f"exclude {p.shown} matches none of the {count_sites(len(chosen))} selected"
+                    hint, fix = suggest(branch, text, [c.module for c in chosen])
+                    self.refuse(_error("GC011", message, path, hint=hint, fix=fix))
+                out |= hits
+        return [c for c in kept if c.key not in out]
+
+    def all_survive(self, patterns: list[_Pattern], kept: list[Candidate], field: str, why: str) -> None:
+        if getattr(self.target, field) is None:
+            return
+        keys = {c.key for c in kept}
+        for p in patterns:
+            if p.hits and not p.hits & keys:
+                self.refuse(_error("GC011", f"{p.counted}, but {why} leaves none of them", p.path))
+
+    # Counting
+
+    def check_count(self, final: list[Candidate], patterns: list[_Pattern]) -> None:
+        expect = self.target.expect
+        if expect == len(final):
+            return  # a stated number that holds says that gaps are meant
+        gaps = [gap for p in patterns if p.field == "role" and (gap := self.gap(p, patterns, len(final)))]
+        if expect is not None:
+            keys = {c.key for c in final}
+            counts = [f"{p.field} {p.shown}: {count_sites(len(p.hits & keys))}" for p in patterns]
+            message = f"the target selects {count_sites(len(final))}, expected {expect}"
+            details = [*counts, *(g.message for g in gaps)]
+            self.refuse(_error("GC013", message, f"{self.where}.expect", details=details))
+        elif self.found is not None:
+            self.found.gaps += gaps if self.within is None else []
+        elif gaps:
+            raise gaps[0]
+
+    def gap(self, p: _Pattern, patterns: list[_Pattern], count: int) -> GraftError | None:
+        """Layers that should have a role but do not; not asked where modules are named one by one."""
+        role = parse_role(p.branch)
+        family = role.name.split(".")[0]
+        if family not in _LAYERED or self.target.modules is not None or self.target.regex is not None:
+            return None
+        found = {spot for c in self.pool if c.key in p.hits and (spot := _spot(c))}
+        stacks = {stack for stack, _ in found}
+        every = {spot for c in self.all if (spot := _spot(c)) and spot[0] in stacks and self.asked(spot)}
+        wanted = {spot for spot in every if spot in found or self.may_have(family, spot)}
+        if "cross" in role.prefixes:  # a decoder may have cross-attention in some layers only
+            stem = ".".join((*role.prefixes, family))
+            has_it = (c for c in self.all if any(r == stem or r.startswith(f"{stem}.") for r in c.roles))
+            wanted &= {spot for c in has_it if (spot := _spot(c))}
+        if family == "ffn":  # experts stand in for a feed-forward where the target names them as well
+            keys = frozenset[Hashable]().union(*(q.hits for q in patterns if q.branch.endswith("experts")))
+            wanted -= {spot for c in self.pool if c.key in keys and (spot := _spot(c))} - found
+        missing = sorted(wanted - found)
+        if not missing:
+            return None
+        present = sorted(wanted & found)
+        one = len(stacks) == 1
+        names = [str(layer) if one or not stack else f"{stack}.{layer}" for stack, layer in missing]
+        these = f"these {len(missing)} have" if len(missing) > 1 else "this one has"
+        matched = f"'{p.branch}' matched {len(present)} of {len(wanted)} layers"
+        message = f"{matched}; {these} none: {some(names)}"
+        layers = f"layers: {write_layers([layer for _, layer in present])}, or " if one else ""
+        hint = f"if that is meant, say so with {layers}expect: {count}"
+        reasons = dict.fromkeys(reason for spot in missing for reason in self.missing(spot))
+        return _error("GC015", message, p.path, hint=hint, details=list(reasons)[:_DETAILS])
+
+    def may_have(self, family: str, spot: tuple[str, int]) -> bool:
+        """Whether a layer has something of a family of roles, or a place of which nobody knows what it is. One that is
+        all understood and has none, as the state-space layers of a hybrid model, misses nothing. Every layer reads
+        something and gives something."""
+        if family == "layer":
+            return True
+        stems = (family, "experts") if family == "ffn" else (family,)
+        here = (role for c in self.all if _spot(c) == spot for role in c.roles)
+        return any(role.split(".")[0] in stems for role in here) or bool(self.missing(spot))
+
+    def asked(self, spot: tuple[str, int]) -> bool:
+        entries = as_items(self.target.layers)
+        return not entries or any(spot[1] in layer_indices(e, self.depths[spot[0]]) for e in entries)
+
+    # Errors
+
+    def no_such_role(self, branch: str, path: str) -> GraftError:
+        others = [c for c in self.all if branch in c.roles]
+        if others and self.within is None:
+            inside = sorted({r for c in self.pool for r in c.roles if r.startswith(f"{branch}.")})
+            hint = f"it could take: {', '.join(inside)}" if inside else None
+            return self.wrong_kind(f"role '{branch}'", others, path, hint)
+        if others:
+            return self.outside(f"role '{branch}'", others, path)
+        present = {r for c in self.pool for r in c.roles}
+        stem = "".join(f"{prefix}." for prefix in parse_role(branch).prefixes)
+        spelled = [f"{stem}{r}" for r in ROLES if f"{stem}{r}" in present] or [r for r in ROLES if r in present]
+        known = f"it has: {', '.join(spelled)}" if spelled else "it has none at all"
+        hint = f"{known}; `graftc roles MODEL` says what was found and why"
+        reasons = list(dict.fromkeys(self.missing(None)))[:_DETAILS]
+        return _error("GC015", f"role '{branch}' is not in this model", path, hint, details=reasons)
+
+    def wrong_kind(
+        self,
+        what: str,
+        others: list[Candidate],
+        path: str,
+        hint: str | None = None,
+        fix: tuple[str, str] | None = None,
+    ) -> GraftError:
+        if self.within is not None:
+            return self.outside(what, others, path)
+        if self.kinds is None or any(self.takes(c) for c in others):
+            # Only rows of fused weights match, and a target by modules alone means whole modules.
+            message = f"{what} matches {count_sites(len(others))}, all of them rows of a fused weight"
+            return _error("GC011", message, path, "name the role as well, for example role: attn.q")
+        kinds = Counter(str(c.kind) for c in others)
+        found = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+        *most, last = sorted(str(k) for k in self.kinds)
+        wanted = f"{', '.join(most)} and {last}" if most else last
+        message = f"{what} matches {count_sites(len(others))} ({found}), but {self.method} takes {wanted} sites"
+        return _error("GC016", message, path, hint, fix)
+
+    def outside(self, what: str, others: list[Candidate], path: str) -> GraftError:
+        message = f"{what} matches {count_sites(len(others))}, none of them among the {len(self.pool)} selected so far"
+        return _error("GC011", message, path, "each step narrows what those before it selected")
+
+    def no_match(self, p: _Pattern, patterns: list[_Pattern]) -> GraftError:
+        message = f"{p.field} {p.shown} matches none of the {count_sites(len(self.pool))}"
+        if self.kinds is not None:
+            message += f" that {self.method} can take"
+        modules = [c.module for c in self.pool]
+        if p.field == "modules":
+            hint, fix = suggest(p.branch, p.written, modules)
+        else:
+            loose = bool(self.matcher.matching(p.branch, modules, Place(path=p.path), anywhere=True))
+            hint, fix = ("it must match the whole path: begin it with .*" if loose else None), None
+        counts = [f"{q.field} {q.shown}: {count_sites(len(q.hits))}" for q in patterns if q.field == p.field]
+        return _error("GC011", message, p.path, hint=hint, fix=fix, details=counts)
+
+
+# Small words
+
+
+def _error(
+    code: str,
+    message: str,
+    path: str,
+    hint: str | None = None,
+    fix: tuple[str, str] | None = None,
+    details: Sequence[str] = (),
+) -> GraftError:
+    return GraftError(code, message, place=Place(path=path), hint=hint, fix=fix, details=details)
+
+
+def _spot(c: Candidate) -> tuple[str, int] | None:
+    return None if c.layer is None else (c.stack, c.layer)
+
+
+def _items(value: object, path: str) -> list[tuple[str, Any]]:
+    """The items of a field, each with its path."""
+    if isinstance(value, (list, tuple)):
+        return [(f"{path}[{i}]", item) for i, item in enumerate(value)]
+    return [(path, item) for item in as_items(value)]

@@ -1,0 +1,196 @@
+"""From places to a target that selects exactly these: forms are tried, and the resolver says which one does."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graftc.compiler.resolve.candidates import Candidate, depths
+from graftc.compiler.resolve.select import meant, select
+from graftc.compiler.resolve.selectable import Selectable
+from graftc.specs.claims import SiteKind
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import one_line, some
+from graftc.specs.limits import TEXT
+from graftc.specs.patterns import count_sites, layer_entries, write_items
+from graftc.specs.registry import method_specs, unknown_method
+from graftc.specs.target import Target
+
+__all__ = ["exact_target", "kinds_of"]
+
+_SHOWN = 4
+"""How many places that a form selects besides, or leaves out, an error names."""
+
+Keys = frozenset[Hashable]
+
+
+def kinds_of(method: object) -> frozenset[SiteKind]:
+    """The kinds of site that a method takes.
+
+    Raises:
+        GraftError: GC004 for a method that is unknown.
+    """
+    entry = method_specs().get(method) if isinstance(method, str) else None
+    if entry is None:
+        raise unknown_method(method)
+    return entry.claims.sites
+
+
+def exact_target(places: Selectable, keys: Keys, written: Target | None, method: str | None) -> Target:
+    """A target that selects exactly some places of a model, which the resolver is asked about. It states their number
+    (``expect``), so that another method or model that would have others is an error.
+
+    Args:
+        places: all places of the model.
+        keys: those that are meant.
+        written: fields that the user wrote for them, which go before anything else; None where there are none.
+        method: the method that the target is for; None for whichever takes such sites.
+
+    Raises:
+        GraftError: GC004 for an unknown method; GC014 where ``keys`` is empty; GC016 for sites that the method does not
+            take; GC017 and GC023 for a place that no method can adapt; GC093 where no target selects exactly these; of
+            ``written``, as `graftc.compiler.resolve.select.select`.
+    """
+    if not keys:
+        raise GraftError("GC014", "the selection is empty", hint="print it: it says what came closest")
+    chosen = [c for c in places.candidates if c.key in keys]
+    for candidate in chosen:
+        places.require_adaptable(places.places[candidate.key])
+    present = frozenset(c.kind for c in chosen)
+    kinds = present if method is None else kinds_of(method)
+    if not present <= kinds:
+        raise _not_taken(chosen, kinds, str(method))
+    if written is not None:
+        fields: dict[str, Any] = {f: getattr(written, f) for f in written.model_fields_set}
+        target = Target(**{**({} if written.has_selector else {"modules": "**"}), **fields, "expect": len(keys)})
+        same = select(target, places.candidates, kinds=kinds, missing=places.missing, method=method or "the method")
+        if frozenset(c.key for c in same) == keys:
+            return target
+    others = {e.claims.sites for e in method_specs().values() if present <= e.claims.sites} - {kinds}
+    wider = [sites for sites in others if method is None]
+    found: Target | None = None
+    misses: list[str] = []
+    for fields in _forms(chosen, [c for c in places.candidates if c.kind in kinds]):
+        try:
+            target = Target(**fields, expect=len(keys))
+            miss = _miss(places, target, kinds, keys)
+        except GraftError as error:  # of a name that no pattern can hold
+            miss = error.message
+        if miss is not None:
+            misses.append(f"{_said(fields)}: {miss}")
+            continue
+        found = found or target
+        if all(_miss(places, target, sites, keys) is None for sites in wider):
+            return target
+    if found is None:
+        message = f"no target selects exactly these {count_sites(len(keys))}"
+        hint = "split the selection, by role for example, and write an adaptation for each part"
+        raise GraftError("GC093", message, hint=hint, details=misses)
+    return found
+
+
+def _miss(places: Selectable, target: Target, kinds: Collection[SiteKind], keys: Keys) -> str | None:
+    """Why the resolver would not select exactly these places; None where it would."""
+    try:
+        found = meant(target, places.candidates, kinds=kinds, missing=places.missing)
+    except GraftError as error:
+        return error.message
+    got = frozenset(c.key for c in found.chosen)
+    if got != keys:
+        return _difference(places, keys, got)
+    return found.faults[0].message if found.faults else None
+
+
+@dataclass(frozen=True)
+class _Cover:
+    """Roles that stand for some places within a part of the model."""
+
+    chosen: Sequence[Candidate]
+    pool: Sequence[Candidate]
+
+    def roles(self, inside: Callable[[Candidate], bool]) -> list[str] | None:
+        """The fewest roles that have all of the places and no other one inside; None where there are none."""
+        keys = {c.key for c in self.chosen}
+        hits: dict[str, set[Hashable]] = {role: set() for c in self.chosen for role in sorted(c.roles)}
+        for c in filter(inside, self.pool):
+            for role in c.roles & hits.keys():
+                hits[role].add(c.key)
+        exact = {role: found for role, found in hits.items() if found <= keys}
+        roles: list[str] = []
+        left = set(keys)
+        while left:
+            best = max(exact, key=lambda role: (len(exact[role] & left), -len(role), role), default=None)
+            if best is None or not exact[best] & left:
+                return None
+            roles.append(best)
+            left -= exact[best]
+        return sorted(roles, key=list(hits).index)
+
+
+def _forms(chosen: Sequence[Candidate], pool: Sequence[Candidate]) -> Iterator[dict[str, Any]]:
+    """Ways to write some places, the most telling first. None is known to be right."""
+    cover = _Cover(chosen, pool)
+    if roles := cover.roles(lambda c: True):
+        yield {"role": _one(roles)}
+    layers = {c.layer for c in chosen if c.layer is not None}
+    if all(c.layer is not None for c in chosen) and (roles := cover.roles(lambda c: c.layer in layers)):
+        yield {"role": _one(roles), "layers": _one(layer_entries(sorted(layers)))}
+    paths = list(dict.fromkeys(c.paths[-1] for c in chosen))
+    named = _named(paths, chosen, pool)
+    yield named
+    if roles := cover.roles(lambda c: not set(paths).isdisjoint(c.paths)):
+        yield {"role": _one(roles), **named}
+
+
+def _named(paths: Sequence[str], chosen: Sequence[Candidate], pool: Sequence[Candidate]) -> dict[str, Any]:
+    """Paths as globs, equal layers together; as regular expressions where a name has what globs give a meaning."""
+    if any(mark in path for path in paths for mark in "*{},"):
+        return {"regex": _one([re.escape(path) for path in paths])}
+    deep = depths(pool)
+    groups: dict[tuple[str, str, str], dict[int, str]] = {}
+    for c in chosen:
+        path, number = c.paths[-1], f"{c.stack}.{c.layer}".lstrip(".")
+        layered = c.layer is not None and f"{path}.".startswith(f"{number}.")
+        key = (c.stack, path[len(number) :], "") if layered else ("", "", path)
+        groups.setdefault(key, {})[c.layer or 0] = path
+    found: list[str] = []
+    for (stack, rest, alone), own in groups.items():
+        numbers = "*" if len(own) == deep.get(stack) else "{" + ",".join(map(str, sorted(own))) + "}"
+        pattern = f"{stack}.{numbers}{rest}".lstrip(".")
+        found += [alone] if alone else [pattern] if len(own) > 1 and len(pattern) <= TEXT else list(own.values())
+    return {"modules": _one(found)}
+
+
+def _one(items: Sequence[Any]) -> Any:
+    return items[0] if len(items) == 1 else list(items)
+
+
+def _said(fields: dict[str, Any]) -> str:
+    """The fields of a target as they may stand in a spec, shortened."""
+    return one_line(
+        ", ".join(
+            f"{name}: {write_items(tuple(value) if isinstance(value, list) else value)}"
+            for name, value in fields.items()
+        )
+    )
+
+
+def _difference(places: Selectable, keys: Keys, got: Keys) -> str:
+    """What is in one of two sets of places and not in the other."""
+    parts = []
+    for what, own in (("also selects", got - keys), ("leaves out", keys - got)):
+        names = [one_line(p.name) for key, p in places.places.items() if key in own]
+        parts += [f"{what} {some(names, _SHOWN)}"] if names else []
+    return "; ".join(parts)
+
+
+def _not_taken(chosen: Sequence[Candidate], kinds: Collection[SiteKind], method: str) -> GraftError:
+    counts = Counter(str(c.kind) for c in chosen if c.kind not in kinds)
+    found = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    *most, last = sorted(map(str, kinds))
+    wanted = f"{', '.join(most)} and {last}" if most else last
+    hint = f"graftc.select(model, method={method!r}) selects only what {method} takes"
+    return GraftError("GC016", f"the selection has {found} sites, but {method} takes {wanted} sites", hint=hint)

@@ -1,0 +1,100 @@
+"""HTML for notebooks: escaped text, tables and parts that fold. No script, and no colour: what shows it has its own.
+
+The standard library only, so that every layer can use it.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Collection, Iterable, Sequence
+
+from graftc.specs.errors.text import one_line
+
+__all__ = ["Html", "bullets", "escaped", "folded", "joined", "lines", "table", "tag"]
+
+LONGEST = 120
+"""Characters of a name; the middle of a longer one is left out."""
+
+LINE = 1_000
+"""Characters of a line of text."""
+
+ROWS = 200
+"""Rows that a table shows at first; the others are folded."""
+
+_LEFT, _RIGHT = "text-align: left; vertical-align: top", "text-align: right; vertical-align: top"
+
+
+class Html(str):
+    """Text that is HTML already; any other text is escaped where it becomes a part of some."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
+def escaped(value: object, most: int = LONGEST) -> Html:
+    """Any value as HTML text: on one line, without control characters, its direction its own, and not too long."""
+    if isinstance(value, Html):
+        return value
+    text = one_line(str(value), most)
+    safe = html.escape(text)
+    return Html(safe if text.isascii() else f"<bdi>{safe}</bdi>")
+
+
+def joined(parts: Iterable[object], between: str = "") -> Html:
+    """Parts one after the other, each escaped."""
+    return Html(html.escape(between).join(escaped(part) for part in parts))
+
+
+def lines(text: str) -> Html:
+    """Text of several lines."""
+    return Html("<br>".join(escaped(line, LINE) for line in text.split("\n")))
+
+
+def tag(name: str, content: object, most: int = LONGEST) -> Html:
+    """An element without attributes around some content, which is escaped."""
+    return Html(f"<{name}>{escaped(content, most)}</{name}>")
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[object]], numbers: Collection[str] = ()) -> Html:
+    """A table; empty text where there are no rows. Rows beyond the first 200 are folded.
+
+    Args:
+        headings: of the columns.
+        rows: their cells, which are escaped.
+        numbers: headings of the columns that hold numbers.
+    """
+    if not rows:
+        return Html()
+    shown, rest = rows[:ROWS], rows[ROWS:]
+    styles = [_RIGHT if heading in numbers else _LEFT for heading in headings]
+    head = "".join(f'<th style="{s}">{escaped(h)}</th>' for h, s in zip(headings, styles, strict=True))
+    lines = ("".join(f'<td style="{s}">{escaped(c)}</td>' for c, s in zip(row, styles, strict=True)) for row in shown)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    made = Html(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    if rest:
+        more = table(headings, rest, numbers) if len(rest) <= 10 * ROWS else Html()
+        made = Html(made + folded(f"and {len(rest):,} more", more))
+    return made
+
+
+def folded(summary: object, content: object, *, shown: bool = False) -> Html:
+    """Content under a line that opens and closes it; the line alone where there is no content.
+
+    Args:
+        summary, content: escaped.
+        shown: whether it is open at first.
+    """
+    if not content:
+        return tag("div", summary)
+    return Html(
+        f"<details{' open' if shown else ''}><summary>{escaped(summary)}</summary>"
+        f'<div style="margin-left: 1.2em">{escaped(content)}</div></details>'
+    )
+
+
+def bullets(items: Iterable[object], most: int = LINE) -> Html:
+    """A list; empty text where there are no items."""
+    lines = "".join(f"<li>{escaped(item, most)}</li>" for item in items)
+    return Html(f"<ul>{lines}</ul>") if lines else Html()

@@ -1,0 +1,225 @@
+"""What notebooks show: HTML that holds what values say, whatever names models and specs have."""
+
+from __future__ import annotations
+
+from collections import Counter
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import graftc
+from graftc.compiler.folding.certificate import Certificate, SiteEvidence
+from graftc.compiler.folding.retention import Retention
+from graftc.compiler.inspect.report import AdaptationReport, Report
+from graftc.compiler.inspect.snapshot import TensorRecord
+from graftc.compiler.inspect.tree import TreeNode, TreeTensor
+from graftc.specs.errors.markup import Html, bullets, escaped, folded, joined, table, tag
+from tests.families import tiny
+
+ELEMENTS = {
+    "b",
+    "bdi",
+    "br",
+    "code",
+    "details",
+    "div",
+    "li",
+    "summary",
+    "table",
+    "tbody",
+    "td",
+    "th",
+    "thead",
+    "tr",
+    "ul",
+}
+ATTRIBUTES = {
+    ("style", "text-align: left; vertical-align: top"),
+    ("style", "text-align: right; vertical-align: top"),
+    ("style", "margin-left: 1.2em"),
+    ("open", None),
+}
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror='alert(1)'>",
+    "</td></table></details>&lt;b&gt;",
+    "{{constructor}} $(x) `y` \\(z\\)",
+    "x" * 10_000,
+    "\u202egnp.exe\u2066",
+    "\u05d0\u05d1 \u0627\u0628",
+    "a\x00\x1b[31m\x07b\r\nc\td",
+    "'; drop table layers; --",
+    "<!-- comment --> <![CDATA[ ]]> <?php ?>",
+]
+
+
+class Page(HTMLParser):
+    """What is in some HTML; elements have to be closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: Counter[str] = Counter()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Only elements and attributes that the code itself writes."""
+        assert tag in ELEMENTS and set(attrs) <= ATTRIBUTES | {("open", "")}, (tag, attrs)
+        self.elements[tag] += 1
+        if tag != "br":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        """Of the element that was opened last."""
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        """Text."""
+        self.words.append(data)
+
+    def handle_comment(self, data: str) -> None:
+        """None is ever written."""
+        raise AssertionError(data)
+
+    def handle_decl(self, decl: str) -> None:
+        """Neither is this."""
+        raise AssertionError(decl)
+
+    def handle_pi(self, data: str) -> None:
+        """Nor this."""
+        raise AssertionError(data)
+
+    def unknown_decl(self, data: str) -> None:
+        """Nor this."""
+        raise AssertionError(data)
+
+    @property
+    def text(self) -> str:
+        """All text."""
+        return "".join(self.words)
+
+
+def page(value: Any) -> Page:
+    """The HTML of a value, parsed; it has no colour, and nothing that steers."""
+    text = value._repr_html_()
+    assert "color" not in text and "background" not in text
+    found = Page(text)
+    assert not any(char in found.text for char in "\x00\x1b\x07\u202e\u2066")
+    return found
+
+
+def unmarked(found: Page) -> dict[str, int]:
+    """How many elements there are, but for those around text that may run from right to left."""
+    return {name: count for name, count in found.elements.items() if name != "bdi"}
+
+
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.text())
+@settings(deadline=None)
+def test_any_text_is_text(words: list[str], summary: str) -> None:
+    made = table(words, [words, words], numbers=words[:1])
+    found = Page(folded(joined([tag("b", summary), *words], " & "), Html(made + bullets(words))))
+    assert found.elements["td"] == 2 * len(words) and found.elements["li"] == len(words)
+    assert found.elements["b"] == 1 and found.elements["details"] == 1
+    shown = [word for word in words if word.isalnum() and word.isascii()]
+    assert all(found.text.count(word) >= 5 for word in shown)
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_names_are_text(name: str) -> None:
+    report = Report((AdaptationReport(name, name, 1, 2, 3, 4, 5.0),), 9, 2, 1, 2, 0.1, 1.0, 0.0, 0.0, False, (name,))
+    evidence = SiteEvidence(name, (name, name), 1.0, 1.0, 0.0, Retention())
+    certificate = Certificate((evidence,), {name: 3.0}, 0.1, name, "other", (name,), notes=(name,))
+    record = TensorRecord("f32", (2, 3))
+    tree = TreeNode(name, ("a", "b"), (name,), (TreeTensor(name, record, name),), (), (), 6, 2)
+    plain = page(TreeNode("n", ("a", "b"), ("x",), (TreeTensor("x", record, "x"),), (), (), 6, 2))
+    for value in (report, certificate, tree, Html(table((name,), [(name,)])), Html(folded(name, name, shown=True))):
+        found = page(value)
+        assert len(found.text) < 5_000
+        if name.isascii() and name.isprintable() and len(name) < 100:
+            assert name in found.text
+    assert unmarked(page(tree)) == unmarked(plain)
+
+
+def test_long_names_keep_their_ends() -> None:
+    made = escaped("first" + "x" * 10_000 + "last")
+    assert made.startswith("first") and made.endswith("last") and len(made) == 120
+
+
+def test_many_rows_are_folded() -> None:
+    found = Page(table(("n",), [(n,) for n in range(1_000)]))
+    assert found.elements["td"] == 1_000 and found.elements["details"] == 4 and "and 800 more" in found.text
+    assert not table(("n",), []) and not bullets([])
+
+
+class Odd(nn.Module):
+    """Layers with names that nobody would give."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(6, 6))
+        self.names = names
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """All of them, one after the other."""
+        for name in self.names:
+            x = torch.relu(self.get_submodule(name)(x))
+        return x
+
+
+def test_models_with_hostile_names() -> None:
+    """From the capture on: nothing that such a model shows has an element of its own."""
+    names = [name.replace(".", "_") for name in HOSTILE if "\x00" not in name]
+    model, inputs = Odd(names), (torch.ones(4, 6),)
+    selection = graftc.select(model, inputs)
+    assert len(selection) == len(names)
+    compiled = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**"}}]}, model, inputs)
+    plain = graftc.select(Odd([f"n{i}" for i in range(len(names))]), inputs)
+    shown = page(selection)
+    assert unmarked(shown) == unmarked(page(plain))
+    assert shown.elements["td"] == page(plain).elements["td"] and "alert(1)" in shown.text
+    for value in (compiled, compiled.spec, compiled.report, compiled.tree(), selection.modules("nothing<b>")):
+        page(value)
+    lines = repr(selection).splitlines()
+    assert len(lines) == 2 + len(names) and max(map(len, lines)) < 700 and "\x1b" not in repr(selection)
+
+
+def test_a_compiled_model_shows_its_adaptations_and_modules() -> None:
+    model = tiny("llama")
+    spec = {
+        "adapt": [{"method": "lora", "rank": 2, "target": graftc.select(model).role("attn.q")}, {"method": "prefix"}],
+        "train": ["lm_head"],
+    }
+    spec["adapt"][1]["length"] = 3  # type: ignore[index]
+    compiled = graftc.compile(spec, model)
+    found = page(compiled)
+    for word in ("LlamaForCausalLM", "lora", "prefix", "trained", "attn.q", "2 layers alike", "q_proj"):
+        assert word in found.text, word
+    assert found.elements["details"] > 5 and found.elements["tr"] == 4
+    written = page(compiled.spec)
+    for word in ("lora", "rank: 2", "attn.q", "expect: 2", "prefix", "lm_head"):
+        assert word in written.text, word
+    assert f"{compiled.report.trainable_parameters:,}" in page(compiled.report).text
+    assert repr(compiled).startswith("LlamaForCausalLM(")
+
+
+def test_a_certificate_says_why_it_did_not_pass() -> None:
+    model = tiny("llama")
+    compiled = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}, model)
+    with torch.no_grad():
+        for parameter in compiled.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    certificate = compiled.merge().certificate
+    assert "passed" in page(certificate).text and "q_proj" in page(certificate).text
+    failed = Certificate(certificate.sites, {"logits": 3.0}, 0.1, "a", "b")
+    found = page(failed)
+    assert "not passed" in found.text and all(reason in found.text for reason in failed.failures())

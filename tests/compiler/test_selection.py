@@ -1,0 +1,459 @@
+"""Selections: the sets that the resolver selects, and targets that mean exactly these."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import graftc
+import graftc.runtime.api
+from graftc.compiler.capture.cache import captured
+from graftc.compiler.capture.defaults import default_axes
+from graftc.compiler.resolve.resolver import Resolver
+from graftc.compiler.resolve.select import select
+from graftc.compiler.resolve.selectable import Selectable, SelectedPlace
+from graftc.compiler.resolve.selection import Selection
+from graftc.compiler.resolve.sitetable import SiteTable
+from graftc.compiler.roles.structure import find_structure
+from graftc.passes.core.weights.store import Store
+from graftc.specs import LoRA, Spec, Target
+from graftc.specs.errors.diagnostics import GraftError
+from tests.compiler.test_select import encoder
+from tests.families import tiny
+
+NAMES = ("llama", "gpt2", "t5", "mixtral")
+ROLES = {
+    "llama": ["attn.q", "attn.k", "attn.v", "attn.o", "attn.{q,v}", "ffn.gate", "ffn.up", "ffn.down", "head", "embed"],
+    "gpt2": ["attn.q", "attn.k", "attn.v", "attn.{k,v}", "attn.o", "ffn.up", "ffn.down", "head", "embed"],
+    "t5": ["attn.q", "encoder.attn.k", "cross.attn.v", "decoder.attn.o", "decoder.ffn.up", "ffn.down", "embed"],
+    "mixtral": ["attn.q", "attn.v", "attn.o", "experts", "router", "head"],
+}
+GLOBS = {
+    "llama": ["**", "model.layers.*.self_attn.*", "**.q_proj", "**.{q,k}_proj", "**.mlp.**", "lm_head", "model.**"],
+    "gpt2": ["**", "transformer.h.*.attn.*", "**.c_proj", "**.mlp.{c_fc,c_proj}", "transformer.w*"],
+    "t5": ["encoder.**", "decoder.**", "**.q", "**.SelfAttention.{k,v}", "**.DenseReluDense.*", "lm_head"],
+    "mixtral": ["**", "**.experts", "**.gate", "**.self_attn.*", "**.experts.down_proj"],
+}
+LAYERS: list[int | str] = [0, 1, -1, "0:1", "1:", ":"]
+
+
+@cache
+def table(name: str) -> SiteTable:
+    """The sites of a model's usual signature, made without selections."""
+    model = tiny(name)
+    store = Store.mirror(model)
+    found = captured(model, default_axes(model), canonical=store.aliases)
+    structure = find_structure(found.program.graph, found.constants)
+    return SiteTable(found.program, store, structure, dict(model.named_modules(remove_duplicate=False)))
+
+
+@cache
+def every(name: str, method: str | None = None) -> Selection:
+    """What `graftc.select` gives for a tiny model."""
+    return graftc.select(graftc.roles(tiny(name)), method=method)
+
+
+def names(selection: Selection) -> set[str]:
+    return {place.name for place in selection}
+
+
+def resolved(name: str, target: Target) -> set[str]:
+    """What LoRA adapts with a target, by the resolver alone."""
+    (found,) = Resolver(table(name)).resolve(Spec(adapt=[LoRA(rank=1, target=target)]))
+    labels = {}
+    for candidate in table(name).candidates:
+        key = table(name).entries[int(str(candidate.key))][0].key
+        parameter = f".{candidate.parameter}" if candidate.parameter else ""
+        labels[key] = candidate.name + parameter
+    return {labels[site.key] for site, _ in found.places}
+
+
+@st.composite
+def simple(draw: st.DrawFn, name: str) -> Selection:
+    """A selection that is one target."""
+    made = every(name, "lora")
+    for field in draw(st.permutations(["role", "modules", "layers", "exclude"]))[: draw(st.integers(0, 3))]:
+        words: Any = {"role": ROLES[name], "layers": LAYERS}.get(field, GLOBS[name])
+        made = getattr(made, field)(*draw(st.lists(st.sampled_from(words), min_size=1, max_size=2, unique=True)))
+    return made
+
+
+@st.composite
+def models(draw: st.DrawFn, count: int) -> tuple[str, list[Selection]]:
+    name = draw(st.sampled_from(NAMES))
+    return name, [draw(simple(name)) for _ in range(count)]
+
+
+@given(models(3))
+@settings(deadline=None, max_examples=60)
+def test_selections_are_sets(drawn: tuple[str, list[Selection]]) -> None:
+    a, b, c = drawn[1]
+    assert names(a | b) == names(a) | names(b)
+    assert names(a & b) == names(a) & names(b)
+    assert names(a - b) == names(a) - names(b)
+    assert (a | b) - b == a - b and a - (a - b) == a & b and (a | b) & c == (a & c) | (b & c)
+    assert hash(a | b) == hash(b | a) and len(a | b) + len(a & b) == len(a) + len(b)
+    order = [place.name for place in a | b]
+    assert order == [place.name for place in every(drawn[0], "lora") | a | b if place in a | b]
+
+
+@given(models(2), st.sampled_from(LAYERS), st.integers(0, 9))
+@settings(deadline=None, max_examples=60)
+def test_narrowing_keeps_what_each_part_keeps(drawn: tuple[str, list[Selection]], layer: int | str, pick: int) -> None:
+    name, (a, b) = drawn
+    glob = GLOBS[name][pick % len(GLOBS[name])]
+    both = a | b
+    ways: list[Callable[[Selection], Selection]] = [lambda s: s.layers(layer), lambda s: s.exclude(glob)]
+    for narrowed in ways:
+        assert narrowed(both) == narrowed(a) | narrowed(b)
+        assert not names(narrowed(both)) - names(both)
+    assert both.exclude(glob) == both - both.modules(glob)
+
+
+@given(st.sampled_from(NAMES), st.data())
+@settings(deadline=None, max_examples=60)
+def test_the_order_of_calls_makes_no_difference(name: str, data: st.DataObject) -> None:
+    calls: list[tuple[str, Any]] = [
+        ("role", data.draw(st.sampled_from(ROLES[name]))),
+        ("modules", data.draw(st.sampled_from(GLOBS[name]))),
+        ("layers", data.draw(st.sampled_from(LAYERS))),
+        ("exclude", data.draw(st.sampled_from(GLOBS[name]))),
+    ]
+    found = []
+    for order in (calls, data.draw(st.permutations(calls))):
+        made = every(name)
+        for field, value in order:
+            made = getattr(made, field)(value)
+        found.append(made)
+    assert found[0] == found[1]
+
+
+@given(models(1))
+@settings(deadline=None, max_examples=80)
+def test_a_simple_selection_is_what_the_resolver_selects(drawn: tuple[str, list[Selection]]) -> None:
+    name, (made,) = drawn
+    written = made._written
+    assert written is not None
+    fields = {f: getattr(written, f) for f in written.model_fields_set}
+    # Stated numbers say that layers without a role are meant, as a selection's always are.
+    target = Target(**{"modules": "**"} | fields if not written.has_selector else fields, expect=len(made) or None)
+    try:
+        expected = resolved(name, target)
+    except GraftError as error:
+        with pytest.raises(GraftError) as caught:
+            made.to_target()
+        assert caught.value.code == error.code
+        return
+    assert names(made) == expected == resolved(name, made.to_target())
+    assert made.to_target().expect == len(made)
+
+
+@given(models(3), st.sampled_from(["|-", "||", "-&", "&|", "--"]))
+@settings(deadline=None, max_examples=80)
+def test_targets_of_combined_selections_are_exact(drawn: tuple[str, list[Selection]], signs: str) -> None:
+    name, parts = drawn
+    made = parts[0]
+    for sign, part in zip(signs, parts[1:], strict=True):
+        made = made | part if sign == "|" else made & part if sign == "&" else made - part
+    try:
+        target = made.to_target("lora")
+    except GraftError as error:
+        faulty = bool(made.notes())
+        assert error.code in {"GC093", "GC014", "GC011", "GC015", "GC016", "GC017"}
+        if error.code == "GC014":
+            assert not made or faulty
+        elif error.code == "GC093":
+            assert any(place.rows is not None for place in made) or name == "mixtral", str(made)
+        else:
+            assert faulty or any(place.blocked for place in made)
+        return
+    assert resolved(name, target) == names(made) and target.expect == len(made) > 0
+
+
+@given(st.sets(st.integers(0, 15), min_size=1))
+@settings(deadline=None, max_examples=60)
+def test_any_whole_weights_are_a_target(chosen: set[int]) -> None:
+    """Each by its path, joined one by one."""
+    paths = [place.module for place in every("llama")]
+    made = every("llama").modules("**") - every("llama")
+    for index in sorted(chosen):
+        made = made | every("llama").modules(paths[index])
+    assert resolved("llama", made.to_target()) == {paths[index] for index in chosen}
+
+
+COMBINED = {
+    "llama": lambda s: (s.role("attn.{q,v}") | s.role("ffn.down").layers(1)) - s.modules("**.0.**.q_proj"),
+    "gpt2": lambda s: s.role("attn.{q,v}") - s.role("attn.{q,v}").layers(0),
+    "t5": lambda s: (s.role("attn.q") - s.role("cross.attn.q")) | s.role("encoder.ffn.up").layers(-1),
+}
+
+
+@pytest.mark.parametrize("name", COMBINED)
+@pytest.mark.parametrize("as_value", [True, False], ids=["selection", "target"])
+def test_compiled_models_have_these_sites(name: str, as_value: bool) -> None:
+    model = tiny(name)
+    made = COMBINED[name](graftc.select(model))
+    target = made if as_value else made.to_target()
+    compiled = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": target}]}, model)
+    places = compiled.compilation.main.resolved[0].places
+    expected = {place.name for place in made}
+    assert {s.key.module + (f"[{s.key.part}]" if s.key.part else "") for s, _ in places} == expected
+    assert isinstance(compiled.spec.adapt[0].target, Target) and len(expected) > 1
+    assert graftc.compile(Spec(adapt=[LoRA(rank=2, target=target)]), model).spec.adapt == compiled.spec.adapt
+
+
+def test_a_selection_is_what_a_report_counts() -> None:
+    made = every("llama").role("attn.q", "attn.v").layers(0)
+    report = graftc.check({"adapt": [{"method": "lora", "rank": 3, "target": made}]}, tiny("llama"))
+    assert report.adaptations[0].sites == len(made) == 2
+    assert made.parameters == sum(place.parameters for place in made) == 48 * 48 + 24 * 48
+
+
+# What a place says
+
+
+def test_places_of_a_fused_weight() -> None:
+    q, k, v = (next(iter(every("gpt2").role(f"attn.{n}").layers(1))) for n in "qkv")
+    assert [place.rows for place in (q, k, v)] == [((0, 48),), ((48, 96),), ((96, 144),)]
+    assert all(p.module == "transformer.h.1.attn.c_attn" and p.shape == (48, 48) for p in (q, k, v))
+    assert q.parameters == 48 * 48 + 48 and "rows 0:48" in q.evidence and q.layer == 1
+    (whole,) = every("gpt2").modules("transformer.h.1.attn.c_attn")
+    assert whole.rows is None and whole.parameters == 3 * q.parameters and not whole.roles
+    assert whole.module in every("gpt2").modules("**.c_attn") and whole in every("gpt2")
+
+
+def test_places_have_what_graftc_roles_finds() -> None:
+    for name in NAMES:
+        structure = graftc.roles(tiny(name))
+        evidence = {(f.module, f.role): f.evidence for f in structure.findings}
+        for place in graftc.select(structure).role(*{f.role for f in structure.findings}):
+            for role in place.roles[:1]:
+                assert place.evidence == evidence.get((place.module, role), place.evidence)
+                assert place.evidence
+
+
+def test_kinds() -> None:
+    """A role brings its kind, a path alone means weights, a method says which kinds it takes."""
+    kinds = {str(place.kind) for place in every("mixtral")}
+    assert kinds == {"linear", "embedding", "experts"}
+    assert {str(place.kind) for place in every("llama").role("norm", "attn", "layer.in")} == {
+        "norm",
+        "attention",
+        "value",
+    }
+    assert {str(place.kind) for place in every("llama", "norms")} == {"norm"}
+    assert not every("llama").modules("model.norm") and every("llama", "norms").modules("model.norm")
+    with pytest.raises(GraftError, match=r"GC016.*norm.*lora takes"):
+        every("llama").role("norm").to_target("lora")
+    with pytest.raises(GraftError, match="GC016"):
+        graftc.Spec.model_validate({"adapt": [{"method": "lora", "rank": 1, "target": every("llama").role("norm")}]})
+
+
+def test_a_blocked_place_is_shown_and_refused() -> None:
+    shared = every("t5").modules("shared")
+    (place,) = shared
+    assert place.blocked and place.blocked[:30] in str(shared) and place.blocked[:25] in shared._repr_html_()
+    with pytest.raises(GraftError, match="GC017"):
+        shared.to_target()
+
+
+# Errors
+
+
+def test_nothing_is_a_selection_too() -> None:
+    made = every("llama").modules("**.q_prj")
+    assert len(made) == 0 and not made and not list(made)
+    assert "did you mean '**.q_proj'" in str(made) and "did you mean" in made._repr_html_()
+    assert len(made | every("llama").role("attn.q")) == 2
+    with pytest.raises(GraftError, match="GC011"):
+        made.to_target()
+    with pytest.raises(GraftError, match="GC011"):
+        (made | every("llama").role("attn.q")).to_target()
+    with pytest.raises(GraftError, match="GC014"):
+        (every("llama").role("attn.q") & every("llama").role("attn.k")).to_target()
+    with pytest.raises(GraftError, match=r"GC014[\s\S]*adapt\[0\]\.target"):
+        target = every("llama").role("attn.q") & every("llama").role("attn.k")
+        Spec.model_validate({"adapt": [{"method": "lora", "rank": 1, "target": target}]})
+
+
+def test_expect() -> None:
+    made = every("llama").role("attn.{q,v}").layers(0)
+    assert made.expect(2) is made and made.expect(2).to_target().expect == 2
+    for wrong in (made, made | made):
+        with pytest.raises(GraftError) as caught:
+            wrong.expect(3)
+        assert caught.value.code == "GC013" and "2 sites, expected 3" in caught.value.message
+    with pytest.raises(GraftError) as caught:
+        every("llama").role("attn.{q,v}").expect(5)
+    assert [str(d) for d in caught.value.details] == [
+        "role 'attn.q' of 'attn.{q,v}': 2 sites",
+        "role 'attn.v' of 'attn.{q,v}': 2 sites",
+    ]
+    with pytest.raises(GraftError) as caught:
+        every("llama").modules("**.q_prj").expect(2)
+    assert "matches none" in str(caught.value.details[0])
+    for value in (None, "2", True, -1, 2.0):
+        with pytest.raises(GraftError, match="GC073"):
+            made.expect(value)  # type: ignore[arg-type]
+
+
+BAD: dict[str, Any] = {
+    "GC012": lambda s: s.role("attn.zz"),
+    "GC002 no role": lambda s: s.role(5),
+    "GC002 none": lambda s: s.role(),
+    "GC002 empty list": lambda s: s.layers([]),
+    "GC002 layers": lambda s: s.layers("first"),
+    "GC002 regex": lambda s: s.regex("("),
+    "GC002 glob": lambda s: s.modules("{a"),
+    "GC009": lambda s: s.modules("a" * 2000),
+    "GC008": lambda s: s.regex("(?:(.)|(.)|(.)|(.))*[XYZ]"),
+    "GC004": lambda s: s.to_target("lorra"),
+    "GC004 of another kind": lambda s: s.to_target(["lora"]),
+    "GC073": lambda s: s | every("gpt2"),
+}
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_bad_arguments(how: str) -> None:
+    with pytest.raises(GraftError) as caught:
+        BAD[how](every("llama"))
+    assert caught.value.code == how[:5] and caught.value.hint
+
+
+def test_what_is_no_model() -> None:
+    for value in (None, 5, "model", find_structure(table("llama").program.graph)):
+        with pytest.raises(GraftError) as caught:
+            graftc.select(value)  # type: ignore[arg-type]
+        assert caught.value.code == "GC073"
+    with pytest.raises(TypeError):
+        every("llama") | {"a"}
+
+
+def test_layers_without_a_role_are_noted() -> None:
+    """As a target's are refused: a selection that is counted says that they are meant."""
+    candidates = tuple(encoder(depth=4, no_values=(1, 2)))
+    places = {
+        c.key: SelectedPlace(c.name, c.module, tuple(c.roles), c.kind, c.layer, c.stack, (), None, (), 0, 1, "")
+        for c in candidates
+    }
+    made = Selection(Selectable("Toy", candidates, places)).role("attn.v")
+    assert "'attn.v' matched 2 of 4 layers; these 2 have none: 1, 2" in str(made)
+    with pytest.raises(GraftError) as caught:
+        made.expect(4)
+    assert any("these 2 have none" in str(detail) for detail in caught.value.details)
+    target = made.to_target()
+    assert {c.key for c in select(target, candidates)} == {c.key for c in candidates if "attn.v" in c.roles}
+    with pytest.raises(GraftError, match="GC015"):
+        select(target.model_copy(update={"expect": None}), candidates)
+
+
+def test_rows_of_several_weights_that_no_target_means() -> None:
+    made = every("gpt2").role("attn.q").layers(0) | every("gpt2").role("attn.k").layers(1)
+    with pytest.raises(GraftError) as caught:
+        made.to_target()
+    assert caught.value.code == "GC093" and "c_attn" in str(caught.value)
+    parts = [made.role("attn.q"), made.role("attn.k")]
+    assert [resolved("gpt2", part.to_target()) for part in parts] == [names(part) for part in parts]
+
+
+def test_rows_and_the_whole_weight_are_two_places() -> None:
+    made = every("gpt2").role("attn.q") - every("gpt2").layers(0)
+    assert len(made) == 2 and "two places" in str(made)
+    assert not (every("gpt2").role("attn.q") - every("gpt2").role("attn.q").layers(0)).to_json()["remarks"]
+
+
+# Values
+
+
+def test_selections_do_not_change_and_can_be_kept() -> None:
+    made = every("llama").role("attn.q")
+    before = str(made), made.to_json()
+    made.layers(0), made.exclude("**.0.**"), made | every("llama")
+    assert (str(made), made.to_json()) == before
+    for other in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
+        assert other == made and str(other) == str(made) and other.layers(0) == made.layers(0)
+    assert json.loads(json.dumps(made.to_json())) == made.to_json()
+    assert made.to_json()["count"] == 2 and made.to_json()["places"][0]["roles"] == ["attn.q"]
+    assert made != every("gpt2").role("attn.q") and made != 5 and len({made, every("llama").role("attn.q")}) == 1
+
+
+def test_one_capture_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return captured(*args, **kwargs)
+
+    monkeypatch.setattr(graftc.runtime.api, "captured", counted)
+    structure = graftc.roles(tiny("llama"))
+    base = graftc.select(structure)
+    target = (base.role("attn.q") | graftc.select(structure, method="lora").layers(1)).to_target()
+    assert len(calls) == 1 and target.expect == 8
+
+
+def test_models_of_every_form() -> None:
+    """A model, its roles, a compiled one and one on the meta device have the same places."""
+    model = tiny("llama")
+    compiled = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}, model)
+    with torch.device("meta"):
+        meta = type(model)(model.config)
+    found = [graftc.select(m) for m in (model, graftc.roles(model), compiled, meta)]
+    assert all(other == found[0] and other.to_json() == found[0].to_json() for other in found)
+
+
+def test_prefixes_and_virtual_tokens_do_not_change_the_base_of_a_compiled_model() -> None:
+    spec = {"adapt": [{"method": "prompt", "length": 3}, {"method": "prefix", "length": 2}]}
+    model = tiny("llama")
+    assert graftc.select(graftc.compile(spec, model)).to_json() == graftc.select(model).to_json()
+
+
+class Odd(nn.Module):
+    """Layers whose names no glob can hold."""
+
+    def __init__(self, odd: list[str]) -> None:
+        super().__init__()
+        for name in odd:
+            self.add_module(name, nn.Linear(6, 6))
+        self.odd = odd
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """All of them, one after the other."""
+        for name in self.odd:
+            x = torch.relu(self.get_submodule(name)(x))
+        return x
+
+
+def test_names_with_what_globs_give_a_meaning() -> None:
+    odd = ["a*", "ab", "{x,y}", "x", "(c)|d", "sp ace"]
+    model = Odd(odd)
+    inputs = (torch.ones(4, 6),)
+    base = graftc.select(model, inputs)
+    assert [place.module for place in base] == odd
+    for kept in (["a*", "x"], ["{x,y}", "(c)|d"], ["sp ace", "ab"]):
+        made = base - base
+        for place in base:
+            if place.module in kept:
+                made = made | base.regex("".join(f"[{c}]" if c not in "^\\" else c for c in place.module))
+        spec = {"adapt": [{"method": "lora", "rank": 2, "target": made}]}
+        report = graftc.check(spec, model, inputs)
+        assert names(made) == set(kept) and report.adaptations[0].sites == 2
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Tied heads warn that they will not fold."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
