@@ -18,6 +18,7 @@ from graftc.compiler.capture.signature import Axis, request
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.report import Report, report
+from graftc.compiler.inspect.snapshot import Snapshot, base_snapshot
 from graftc.compiler.missing_weights import check_fresh
 from graftc.compiler.pipeline import compile_model, first_capture
 from graftc.compiler.progress import asked
@@ -176,13 +177,20 @@ def check(
     return report(compilation)
 
 
-@exclusive()
 def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True) -> ModelStructure:
     """The roles found in a model, with the evidence for each; `select` takes the result as well as the model.
 
     Raises:
         GraftError: GC030 when it cannot be captured.
     """
+    return captured_roles(model, example_inputs, cache=cache)[0]
+
+
+@exclusive()
+def captured_roles(
+    model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True
+) -> tuple[ModelStructure, Snapshot]:
+    """The roles found in a model, and the model as data: see `roles`."""
     axes, flags = _request(model, example_inputs)
     model = arrived(model)
     store = Store.mirror(model)
@@ -194,7 +202,8 @@ def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cach
             store.add_constant(name, found.constants[name])
     structure = find_structure(found.program.graph, found.constants)
     parts = {f.name: getattr(structure, f.name) for f in fields(structure)}
-    return ModelStructure(**parts, places=selectable(model, found.program, store, structure))
+    made = ModelStructure(**parts, places=selectable(model, found.program, store, structure))
+    return made, base_snapshot(model, found.program, store)
 
 
 def select(

@@ -42,8 +42,8 @@ from graftc.runtime.model.reference_model import Referring
 from graftc.runtime.model.runner import M, ModelRoot, Published
 from graftc.runtime.model.scoring import TokenScoring, answering
 from graftc.runtime.model.sharded import in_every_process, written_once
-from graftc.runtime.model.working import during
-from graftc.runtime.state import Stateful
+from graftc.runtime.presenting import Presented
+from graftc.runtime.progress import during
 from graftc.runtime.training.selecting import Selecting
 from graftc.specs.arguments import as_names, as_path
 from graftc.specs.compose import Parallel
@@ -58,13 +58,12 @@ if TYPE_CHECKING:
     from graftc.runtime.deploy.merged import Merged
     from graftc.runtime.deploy.merged_tensors import MergedTensors
     from graftc.runtime.deploy.partial import Partial
-    from graftc.runtime.view.view import View
 
 
 class CompiledRunner(
     Editing,
     Ecosystem,
-    Stateful,
+    Presented,
     Inspected,
     Checkpointed,
     Lowering,
@@ -119,56 +118,6 @@ class CompiledRunner(
         certificate, kept = certificate_of(self) if certify else (None, {})
         save(self, place, force=force, base=base, certificate=certificate, kept=kept, full=full)
         return place
-
-    def view(self, *, certify: bool = False) -> View:
-        """The rewritten graph to look at, with figures, steps, and what folds: a notebook shows it as a page,
-        ``view().save("view.html")`` writes it, or a picture of it.
-
-        Args:
-            certify: fold the model and show the certificate, which takes the values of its base.
-        """
-        from graftc.runtime.view.contents import contents
-        from graftc.runtime.view.evidence import evidence_of
-        from graftc.runtime.view.view import View
-
-        return View(lambda: contents(self.snapshot, evidence_of(self, certify)))
-    @isolated()
-    def card(
-        self,
-        *,
-        certify: bool = True,
-        base_model: str | None = None,
-        license: str | None = None,
-        language: Sequence[str] = (),
-        tags: Sequence[str] = (),
-    ) -> str:
-        """A model card in Markdown with the hub's metadata; ``graftc card DIR`` makes that of an artifact.
-
-        Args:
-            certify: fold what folds, as `save` does, and say what that showed.
-            base_model: the hub's id of the base; by default what transformers knows of the model.
-            license, language, tags: as the hub takes them: ``"apache-2.0"``, ``["en"]``, any words.
-
-        Raises:
-            GraftError: GC073 for metadata that the hub does not take, GC051 as for `save`.
-        """
-        from graftc.runtime.card.facts import CardCertificate, CardFacts
-        from graftc.runtime.card.page import render_card
-        from graftc.runtime.deploy.merged import certificate_of
-        from graftc.runtime.reference import Reference
-
-        certificate, kept = certificate_of(self) if certify else (None, {})
-        facts = CardFacts.of(
-            self.snapshot,
-            name="",
-            base=Reference.of(self.compilation.source),
-            fingerprint=self._identity().fingerprint,
-            dtype=str(self.dtype).removeprefix("torch."),
-            certificate=None if certificate is None else CardCertificate.of(certificate),
-            kept=kept,
-            versions={},
-        )
-        return render_card(facts, base_model=base_model, license=license, language=language, tags=tags)[0]
 
     def _generating(self, kwargs: Mapping[str, Any]) -> Any:
         """See `Generating`. Prefixes and virtual tokens are the first contents of the cache, where they can be."""

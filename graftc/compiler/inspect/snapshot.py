@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import place_of
 from graftc.compiler.roles.findings import Finding, Structure
+from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
@@ -147,6 +148,20 @@ def snapshot(compilation: Compilation) -> Snapshot:
         {name: TensorRecord.of(t) for name, t in adapter_tensors(store) if name not in store.updated},
         lambda mode, base: compilation.program(mode, "base" if base else "adapted"),
     )
+
+
+def base_snapshot(model: nn.Module, program: Program, store: Store) -> Snapshot:
+    """A model as data, with nothing adapted.
+
+    Args:
+        model: the model.
+        program: its graph in train mode.
+        store: its tensors.
+    """
+    graphs: dict[Mode, Program] = {"train": program, "eval": to_eval(program)}
+    base = {name: TensorRecord.of(tensor) for name, tensor in store.base() if name not in store.constants}
+    spec = Spec(adapt=())
+    return Snapshot(type(model).__name__, spec, (), (), base, dict(store.aliases), {}, lambda mode, base: graphs[mode])
 
 
 def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:

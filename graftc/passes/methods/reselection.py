@@ -302,7 +302,7 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 def _largest_sizes(values: Tensor, count: int) -> Tensor:
     """The numbers of the largest absolute values, ascending; among equals the first. `BLOCK` are looked at at a time,
     since they are those of a whole weight."""
-    blocks = values.split(BLOCK)
+    blocks = [values[start : start + BLOCK] for start in range(0, values.numel(), BLOCK)]
     found = largest([block.abs for block in blocks], count)
     return torch.cat([numbers + number * BLOCK for number, numbers in enumerate(found)])
 

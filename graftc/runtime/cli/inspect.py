@@ -84,6 +84,15 @@ def inspect(
             "--model-explorer", metavar="FILE", help="Write both graphs for Model Explorer.", show_default=False
         ),
     ] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(
+            "--log",
+            metavar="FILE",
+            help="A training log whose curves the page shows; by default one that lies beside the artifact.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
     json: Json = False,
 ) -> None:
@@ -102,7 +111,7 @@ def inspect(
         wanted["explanation"] = explain is not None
         views = {name: view for name, view in _views(snapshot, mode.value, explain).items() if wanted[name]}
         made = {name: make() for name, make in views.items()}
-        files = _write(artifact, mode.value, targets, force)
+        files = _write(_writers(artifact, mode.value, log), targets, force)
         if json or not (made or files):
             from graftc.compiler.inspect.summary import summary
 
@@ -251,11 +260,10 @@ def _check(directory: Path, targets: dict[str, Path], force: bool) -> None:
         check_destination(path, force=force)
 
 
-def _write(artifact: Artifact, mode: Any, targets: dict[str, Path], force: bool) -> list[str]:
+def _write(writers: dict[str, Callable[[], str | bytes]], targets: dict[str, Path], force: bool) -> list[str]:
     """Make the contents of all files, then write them, and return their paths."""
     from graftc.runtime.files import staged
 
-    writers = _writers(artifact, mode)
     made = [(path, writers[kind]()) for kind, path in targets.items()]
     for path, content in made:
         with staged(path, force=force) as file:
@@ -263,16 +271,16 @@ def _write(artifact: Artifact, mode: Any, targets: dict[str, Path], force: bool)
     return [str(path) for path in targets.values()]
 
 
-def _writers(artifact: Artifact, mode: Any) -> dict[str, Callable[[], str | bytes]]:
+def _writers(artifact: Artifact, mode: Any, log: Path | None) -> dict[str, Callable[[], str | bytes]]:
     """How to make the content of each file; none is made yet."""
     from graftc.compiler.inspect.model_explorer import model_explorer_text
     from graftc.passes.core.ir.graph_formats import dot_text, graphml_text
     from graftc.runtime.view.contents import contents
     from graftc.runtime.view.evidence import evidence_of_artifact
-    from graftc.runtime.view.view import View
+    from graftc.runtime.view.view import ModelView
 
     snapshot = artifact.snapshot
-    view = View(lambda: contents(snapshot, evidence_of_artifact(artifact)))
+    view = ModelView(lambda: contents(snapshot, evidence_of_artifact(artifact, log)))
     return {
         "graphml": lambda: graphml_text(snapshot.program(mode)),
         "dot": lambda: dot_text(snapshot.program(mode)),

@@ -41,15 +41,14 @@ def roles(
 
         loaded, inputs = load_model_and_inputs(model, meta=meta)
         step("finding roles")
-        found = captured_roles(loaded, inputs)
-        structure = found.structure
+        structure, snapshot = captured_roles(loaded, inputs)
         if html is not None:
             from graftc.runtime.files import write_text
             from graftc.runtime.view.contents import role_contents
             from graftc.runtime.view.page import page
 
             step("writing the page")
-            write_text(html, page(role_contents(found.snapshot, structure)), force=force)
+            write_text(html, page(role_contents(snapshot, structure)), force=force)
     if json:
         from graftc.runtime.cli.results import RolesResult
 

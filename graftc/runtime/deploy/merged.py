@@ -31,7 +31,7 @@ from graftc.runtime.deploy.widening import NARROW, of_the_base, widened
 from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.model.blocks import Root
 from graftc.runtime.model.runner import M, ModelRoot, Published, runner_of
-from graftc.runtime.model.working import during
+from graftc.runtime.progress import during
 from graftc.specs.arguments import as_budget, as_path
 from graftc.specs.errors.diagnostics import GraftError
 

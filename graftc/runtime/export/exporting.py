@@ -13,7 +13,7 @@ from graftc.compiler.pipeline import signature_for
 from graftc.runtime.model.choosing import with_choices
 from graftc.runtime.model.runner import ModelRunner
 from graftc.runtime.model.sharded import written_once
-from graftc.runtime.model.working import during
+from graftc.runtime.progress import during
 from graftc.specs.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
 

@@ -17,7 +17,7 @@ HEIGHT = 640
 """Pixels that a page is high in a notebook."""
 
 
-class View:
+class ModelView:
     """What a page shows: see `graftc.runtime.view.contents.contents`.
 
     A notebook shows the page where it is the value of a cell.
@@ -80,4 +80,4 @@ class View:
         return f'<iframe {size} sandbox="allow-scripts allow-downloads" title="graph" srcdoc="{inner}"></iframe>'
 
     def __repr__(self) -> str:
-        return f"View of {self.data['title']}: save('view.html') writes it as a page"
+        return f"ModelView of {self.data['title']}: save('view.html') writes it as a page"

@@ -317,7 +317,7 @@ function createCanvas(host, on) {
       if (!box || !wide) return;
       const zoom = clampZoom(Math.max(Math.min(camera.zoom, 1.6), Math.min(0.9, (wide - 40) / box.w)));
       const tallBox = box.h * zoom > tall - 40;
-      go({ ...centred(box.x + box.w / 2, box.y + box.h / 2, zoom), ...(tallBox ? { y: box.y - 20 / zoom } : {}) });
+      go({ ...centred(box.x + box.w / 2, box.y + box.h / 2, zoom), ...(tallBox ? { y: box.y - 46 / zoom } : {}) });
     },
     pan(dx, dy) { cancelAnimationFrame(moving); camera.x += dx / camera.zoom; camera.y += dy / camera.zoom; ask(); },
     zoom(factor) { zoomAt(wide / 2, tall / 2, factor); },

@@ -50,7 +50,8 @@ function nodeLinks(page, entries) {
   for (const { node, position } of entries.slice(0, 40)) {
     const name = textOf(model, "name", node), kind = model.nodes.op[node] === CALL ? operatorName(textOf(model, "target", node)) : ["input", "tensor", "", "output"][model.nodes.op[node]];
     list.append(el("li", {}, position !== undefined && position !== "" ? el("span", { class: "position", text: `${shorten(position, 24)} ` }) : null,
-      linkTo(shorten(name, 60), () => page.select({ kind: "node", node }), shorten(name, 300)), el("span", { class: "more", text: ` ${shorten(kind, 40)}` })));
+      linkTo(shorten(name, 60), () => page.select({ kind: "node", node }), shorten(name, 300)), el("span", { class: "more", text: ` ${shorten(kind, 40)} ` }),
+      adapterLink(page, model.nodes.adaptation[node])));
   }
   if (entries.length > 40) list.append(el("li", { class: "more", text: `and ${formatNumber(entries.length - 40)} more` }));
   return list;

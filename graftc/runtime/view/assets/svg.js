@@ -348,9 +348,9 @@ function sceneSvg(scene, style, words) {
   pen.text(20, 28, words.title, { size: 17, bold: true, fill: palette.text });
   pen.text(20, 47, words.note, { size: 12, fill: palette.sub });
   words.legend.forEach((entry, k) => {
-    const x = 20 + (k % 3) * ((wide - 40) / 3), y = 58 + Math.floor(k / 3) * 20;
+    const x = 20 + (k % 3) * Math.min(280, (wide - 40) / 3), y = 58 + Math.floor(k / 3) * 20;
     pen.box(x, y + 2, 12, 12, 3, { fill: style.tones[entry.adaptation].fill, stroke: style.tones[entry.adaptation].ink, width: 1.5 });
-    pen.text(x + 18, y + 12, entry.text, { size: 12, fill: palette.text, most: (wide - 40) / 3 - 24 });
+    pen.text(x + 18, y + 12, entry.text, { size: 12, fill: palette.text, most: Math.min(280, (wide - 40) / 3) - 24 });
   });
   out.push(`<g transform="translate(${Math.round(shift)} ${head})">`);
   paintScene(pen, scene, style, { left: -1e9, top: -1e9, right: 1e9, bottom: 1e9, zoom: 1 });
@@ -371,7 +371,8 @@ function wordsOf(data, lens, mode) {
   return {
     title: shorten(data.title || data.model, 70),
     note: `${shorten(data.model, 60)}, ${mode} mode, ${step ? `after step ${lens.frame + 1}: ${shorten(step.step, 40)}` : views[lens.view] || lens.view}, ${formatNumber(lens.stats[0].nodes)} nodes`,
-    legend: (data.adaptations || []).map((a, i) => ({ text: shorten(a.method && a.method !== a.name ? `${a.name} (${a.method})` : a.name, 34), adaptation: i })),
+    legend: (data.adaptations || []).map((a, i) => ({ text: shorten(a.method && a.method !== a.name ? `${a.name} (${a.method})` : a.name, 34), adaptation: i }))
+      .filter((entry) => lens.stats[0].adaptations.has(entry.adaptation)),
   };
 }
 

@@ -1,0 +1,75 @@
+"""Showing a compiled model to people: a page, pictures, a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from graftc.compiler.capture.isolation import isolated
+from graftc.runtime.state import Stateful
+
+if TYPE_CHECKING:
+    from graftc.runtime.compiled import CompiledRunner
+    from graftc.runtime.view.view import ModelView
+
+
+class Presented(Stateful):
+    """The part of `Compiled` that shows it."""
+
+    def view(self, *, certify: bool = False, log: str | Path | None = None) -> ModelView:
+        """The rewritten graph to look at, with figures, steps, and what folds: a notebook shows it as a page,
+        ``view().save("view.html")`` writes it, or a picture of it.
+
+        Args:
+            certify: fold the model and show the certificate, which takes the values of its base.
+            log: a training log, for curves: a file of `graftc.TrainingLog`, or the Trainer's ``trainer_state.json``.
+
+        Raises:
+            GraftError: GC123 for a log that is none, when the view is first looked at.
+        """
+        from graftc.runtime.view.contents import contents
+        from graftc.runtime.view.evidence import evidence_of
+        from graftc.runtime.view.view import ModelView
+
+        runner = cast("CompiledRunner", self)
+        return ModelView(lambda: contents(runner.snapshot, evidence_of(runner, certify, log)))
+
+    @isolated()
+    def card(
+        self,
+        *,
+        certify: bool = True,
+        base_model: str | None = None,
+        license: str | None = None,
+        language: Sequence[str] = (),
+        tags: Sequence[str] = (),
+    ) -> str:
+        """A model card in Markdown with the hub's metadata; ``graftc card DIR`` makes that of an artifact.
+
+        Args:
+            certify: fold what folds, as `save` does, and say what that showed.
+            base_model: the hub's id of the base; by default what transformers knows of the model.
+            license, language, tags: as the hub takes them: ``"apache-2.0"``, ``["en"]``, any words.
+
+        Raises:
+            GraftError: GC073 for metadata that the hub does not take, GC051 as for `save`.
+        """
+        from graftc.runtime.card.facts import CardCertificate, CardFacts
+        from graftc.runtime.card.page import render_card
+        from graftc.runtime.deploy.merged import certificate_of
+        from graftc.runtime.reference import Reference
+
+        runner = cast("CompiledRunner", self)
+        certificate, kept = certificate_of(runner) if certify else (None, {})
+        facts = CardFacts.of(
+            runner.snapshot,
+            name="",
+            base=Reference.of(runner.compilation.source),
+            fingerprint=runner._identity().fingerprint,
+            dtype=str(runner.dtype).removeprefix("torch."),
+            certificate=None if certificate is None else CardCertificate.of(certificate),
+            kept=kept,
+            versions={},
+        )
+        return render_card(facts, base_model=base_model, license=license, language=language, tags=tags)[0]
