@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -9,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 import graftc
+from graftc.runtime.view import pictures
 from graftc.runtime.view.pictures import LARGEST
 from graftc.specs.errors.diagnostics import GraftError
 from tests.cli.support import run_here
@@ -41,6 +43,14 @@ def test_a_png_is_the_picture(compiled: Any) -> None:
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     assert width > 100 and height > 100 and width * height <= LARGEST * 1.1
+    without = re.sub(r"<text.*?</text>", "", compiled.view().svg(), flags=re.DOTALL)
+    assert pictures.png(without) != png  # the words are written
+
+
+def test_no_fonts_are_said(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "_has_fonts", lambda: False)
+    with pytest.raises(GraftError, match="GC061: PNG files need a font"):
+        compiled.view().png()
 
 
 def test_files_are_whole_or_not_there(compiled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,9 @@ from graftc.specs.errors.markup import Html, bullets, folded, table, tag
 ALGEBRA_BOUND = 1e-9
 """Largest relative difference of float64 results; sums of some thousand float64 products stay far below."""
 
+ROUNDING_BOUND = 0.5
+"""Largest distance of a folded element from its float64 value, in units in the last place: rounding to nearest."""
+
 DEFAULT_BUDGET: Mapping[torch.dtype, float] = {
     torch.float64: 1e-9,
     torch.float32: 1e-4,
@@ -66,7 +69,7 @@ class SiteEvidence:
     @property
     def passed(self) -> bool:
         """The algebra holds and rounding was to nearest."""
-        return self.algebra <= ALGEBRA_BOUND and self.rounding <= 0.5000001
+        return self.algebra <= ALGEBRA_BOUND and self.rounding <= ROUNDING_BOUND + 1e-7
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON data."""
@@ -173,7 +176,7 @@ class Certificate:
         """Why it did not pass, for people."""
         found = [
             f"{s.site}: algebra {s.algebra:.2e} (at most {ALGEBRA_BOUND:.0e}), "
-            f"rounding {s.rounding:.3f} ulp (at most 0.5)"
+            f"rounding {s.rounding:.3f} ulp (at most {ROUNDING_BOUND})"
             if s.finite
             else f"{s.site}: what folds there is not finite"
             for s in self.sites

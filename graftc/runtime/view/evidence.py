@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from graftc.compiler.folding.certificate import ALGEBRA_BOUND, ROUNDING_BOUND
 from graftc.runtime.training.curves import Curve, read_log
 from graftc.runtime.view.contents import Evidence
 
@@ -56,6 +57,12 @@ class ShownCertificate(_Shown):
     additions: tuple[str, ...] = ()
     unchanged: tuple[str, ...] = ()
     retention: _Retention | None = None
+    failures: tuple[str, ...] = ()
+
+
+def _shown(certificate: ShownCertificate) -> dict[str, Any]:
+    bounds = {"algebra": ALGEBRA_BOUND, "rounding": ROUNDING_BOUND}
+    return {**_finite(certificate.model_dump(mode="json")), "bounds": bounds}
 
 
 def evidence_of_artifact(artifact: Artifact, log: Path | None = None) -> Evidence:
@@ -74,7 +81,7 @@ def evidence_of_artifact(artifact: Artifact, log: Path | None = None) -> Evidenc
     if manifest.certificate is not None:
         where = str(artifact.path)
         held = read_model(ShownCertificate, artifact.path / manifest.certificate, where, manifest.certificate)
-        certificate = _finite(held.model_dump(mode="json"))
+        certificate = _shown(held)
     kept = {record.name: record.reason for record in manifest.kept}
     tried = manifest.certificate is not None or bool(kept)
     beside = (artifact.path.absolute().parent / name for name in LOGS)
@@ -109,7 +116,7 @@ def evidence_of(compiled: CompiledRunner, certify: bool = False, log: str | Path
     if certificate is not None:
         data = {**certificate.to_json(), "failures": certificate.failures()}
         held = ShownCertificate.model_validate(data, strict=False)
-        shown = _finite({**held.model_dump(mode="json"), "failures": data["failures"]})
+        shown = _shown(held)
     return replace(known, certificate=shown, kept=kept)
 
 

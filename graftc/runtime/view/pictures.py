@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
 
 from graftc.runtime.view.page import PICTURES, asset
 from graftc.specs.errors.diagnostics import GraftError
+
+FONTS = "Roboto, Arial, 'Liberation Sans', 'DejaVu Sans', 'Noto Sans', 'Segoe UI', 'Helvetica Neue', sans-serif"
+"""Fonts that text is written with, the first that is there."""
 
 Shown = Literal["after", "before", "diff"]
 LARGEST = 30_000_000
@@ -48,15 +52,30 @@ def png(text: str, zoom: float = 2.0) -> bytes:
         zoom: pixels a unit of length.
 
     Raises:
-        GraftError: GC061 where resvg is missing.
+        GraftError: GC061 where resvg is missing, or there is no font to write with.
     """
     try:
         import resvg_py
     except ModuleNotFoundError:
         raise GraftError("GC061", "PNG files need the package resvg-py", hint="pip install 'graftc[view]'") from None
+    if not _has_fonts():
+        raise GraftError("GC061", "PNG files need a font", hint="install one (apt-get install fonts-dejavu)")
     width, height = _size(text)
     zoom = min(zoom, (LARGEST / max(1.0, width * height)) ** 0.5)
     return bytes(resvg_py.svg_to_bytes(svg_string=text, zoom=zoom))
+
+
+@cache
+def _has_fonts() -> bool:
+    """Whether a letter leaves any trace: resvg passes over text that it has no font for."""
+    import resvg_py
+
+    words = f"<text y='9' font-family=\"{FONTS}\">M</text>"
+    empty, written = (
+        bytes(resvg_py.svg_to_bytes(svg_string=f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'>{x}</svg>"))
+        for x in ("", words)
+    )
+    return empty != written
 
 
 def _size(text: str) -> tuple[float, float]:

@@ -67,35 +67,46 @@ function plotOf(axes, inside) {
 }
 
 /**
- * The certificate: its figures, and the errors of each site on a log axis.
+ * One point for each of several values, and the line that they must not pass.
+ * @param {{title: string, unit: string, of: string, log: boolean, mark: string}} words
+ * @param {{name: string, value: number}[]} points
+ * @param {number|null} bound
+ * @returns {HTMLElement|null}
+ */
+function boundPlot(words, points, bound) {
+  const seen = points.map((p, i) => ({ ...p, i })).filter((p) => typeof p.value === "number" && Number.isFinite(p.value) && (!words.log || p.value > 0));
+  if (!seen.length) return null;
+  const known = typeof bound === "number" && bound > 0, values = [...seen.map((p) => p.value), ...(known ? [bound] : [])], low = words.log ? Math.min(...values) : 0, high = Math.max(...values) * (words.log ? 1 : 1.1);
+  const exact = points.length - seen.length;
+  return el("figure", {},
+    el("figcaption", { text: words.title + (words.log && exact ? `; ${exact} of ${points.length} are 0` : "") }),
+    el("ul", { class: "key" }, el("li", {}, el("span", { class: `mark ${words.mark}`, "aria-hidden": "true" }), words.of), known ? el("li", {}, el("span", { class: "mark dashed", "aria-hidden": "true" }), `At most ${plain(bound)}`) : null),
+    plotOf({ label: `${words.title}: ${seen.length} values, at most ${formatNumber(Math.max(...seen.map((p) => p.value)))}${known ? `, allowed ${plain(bound)}` : ""}`, x: [0, points.length - 1], y: [low, high], log: words.log, whole: true, xName: "In graph order", yName: words.unit }, (place) => [
+      known ? el("line", { x1: place.left, x2: place.right, y1: place.y(bound), y2: place.y(bound), class: "budget" }) : null,
+      ...seen.map((p) => words.mark === "round" ? el("circle", { cx: place.x(p.i), cy: place.y(p.value), r: 4, class: "algebra" }, el("title", { text: `${shorten(p.name, 100)}: ${p.value}` }))
+        : el("rect", { x: place.x(p.i) - 3.5, y: place.y(p.value) - 3.5, width: 7, height: 7, class: "rounding" }, el("title", { text: `${shorten(p.name, 100)}: ${p.value}` })))].filter(Boolean)));
+}
+
+/**
+ * The certificate: its figures, and its errors beside what they may be.
  * @param {object} certificate
  * @returns {HTMLElement[]}
  */
 function certificateParts(certificate) {
-  const { sites = [], outputs = {}, budget } = certificate;
-  const values = [...sites.flatMap((s) => [s.algebra, s.rounding]), budget, ...Object.values(outputs)].filter((v) => typeof v === "number" && v > 0 && Number.isFinite(v));
-  const parts = [el("p", { class: certificate.passed ? "passed" : "failed", text: certificate.passed ? "Passed: the outputs stay within the budget." : "Not passed." }),
-    el("dl", { class: "facts" }, el("dt", { text: "Budget" }), el("dd", { "data-figure": "certificate.budget", "data-value": budget, text: plain(budget) }),
-      ...Object.entries(outputs).flatMap(([name, v]) => [el("dt", { text: `Change of ${shorten(name, 40)}` }), el("dd", { "data-figure": `certificate.outputs.${name}`, "data-value": v, text: plain(v) })]))];
+  const { sites = [], outputs = {}, budget, bounds = {} } = certificate;
+  const named = (key) => sites.map((s) => ({ name: s.site, value: s[key] }));
+  const parts = [el("p", { class: certificate.passed ? "passed" : "failed", text: certificate.passed ? "Passed: every site and the outputs keep to their bounds." : "Not passed." }),
+    el("dl", { class: "facts" }, ...[["Budget of the outputs", "certificate.budget", budget], ...Object.entries(outputs).map(([name, v]) => [`Largest difference of ${shorten(name, 40)}`, `certificate.outputs.${name}`, v])]
+      .flatMap(([label, path, v]) => [el("dt", { text: label }), el("dd", { "data-figure": path, "data-value": v, text: plain(v) })]))];
   if ((certificate.failures || []).length) parts.push(el("ul", {}, ...certificate.failures.map((f) => el("li", { text: plain(f) }))));
-  if (!values.length || !sites.length) return parts;
-  const low = Math.min(...values), high = Math.max(...values);
-  parts.push(el("ul", { class: "key" }, el("li", {}, el("span", { class: "mark round", "aria-hidden": "true" }), "Error of the algebra, by site"), el("li", {}, el("span", { class: "mark square", "aria-hidden": "true" }), "Error of rounding, by site"),
-    typeof budget === "number" ? el("li", {}, el("span", { class: "mark dashed", "aria-hidden": "true" }), "Budget of the outputs") : null));
-  parts.push(plotOf({ label: `Errors of ${sites.length} sites on a log axis, and the budget ${plain(budget)}`, x: [0, sites.length - 1], y: [low, high], log: true, whole: true, xName: "Site, in graph order", yName: "Relative error" }, (place) => {
-    const drawn = [];
-    if (typeof budget === "number" && budget > 0) drawn.push(el("line", { x1: place.left, x2: place.right, y1: place.y(budget), y2: place.y(budget), class: "budget" }));
-    sites.forEach((s, i) => {
-      const x = place.x(i);
-      if (s.algebra > 0) drawn.push(el("circle", { cx: x, cy: place.y(s.algebra), r: 4, class: "algebra" }, el("title", { text: `${shorten(s.site, 100)}: algebra ${s.algebra}` })));
-      if (s.rounding > 0) drawn.push(el("rect", { x: x - 3.5, y: place.y(s.rounding) - 3.5, width: 7, height: 7, class: "rounding" }, el("title", { text: `${shorten(s.site, 100)}: rounding ${s.rounding}` })));
-    });
-    return drawn;
-  }));
-  parts.push(el("details", {}, el("summary", { text: `The ${sites.length} sites in figures` }), tableOf("Certificate by site", ["Site", "Adaptations", "Change", "Algebra", "Rounding", "Retention"],
+  parts.push(
+    boundPlot({ title: "Each site in float64, before rounding", unit: "Relative error", of: "A site", log: true, mark: "round" }, named("algebra"), bounds.algebra),
+    boundPlot({ title: "Rounding of folded weights", unit: "Units in the last place", of: "A site", log: false, mark: "square" }, named("rounding"), bounds.rounding),
+    Object.keys(outputs).length < 2 ? null : boundPlot({ title: "Outputs of the whole model, folded against unfolded", unit: "Difference", of: "An output", log: true, mark: "round" }, Object.entries(outputs).map(([name, value]) => ({ name, value })), budget));
+  if (sites.length) parts.push(el("details", {}, el("summary", { text: `The ${sites.length} sites in figures` }), tableOf("Certificate by site", ["Site", "Adaptations", "Change", "Algebra", "Rounding", "Retention"],
     sites.map((s, i) => [el("th", { scope: "row", text: shorten(s.site, 80), title: shorten(s.site, 300) }), el("td", { text: plain(s.adaptations) }),
       ...["change", "algebra", "rounding"].map((k) => figureCell(`certificate.sites.${i}.${k}`, s[k])), el("td", { text: plain(s.retention) })]))));
-  return parts;
+  return parts.filter(Boolean);
 }
 
 /**

@@ -7,7 +7,7 @@ const PALETTES = {
   dark: { paper: "#15181d", box: "#262b33", closed: "#2b323c", group: ["#1b1f25", "#21262d", "#1b1f25"], line: "#778292", edge: "#75808f", text: "#e9ecf1", sub: "#b0b9c7",
     accent: "#8ab4f8", added: "#6fd391", removed: "#ff9c94", rewired: "#f2c063", shade: "#39414d" },
 };
-const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif";
+const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', 'Noto Sans', sans-serif";
 
 /**
  * The three channels of a colour; grey if it is none.
