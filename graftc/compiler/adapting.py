@@ -40,7 +40,7 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.seams import Seams
 from graftc.passes.core.ir.effects import flaw
 from graftc.passes.core.ir.eval_mode import moded, to_eval
-from graftc.passes.core.ir.history import HistoryEntry, Recorder
+from graftc.passes.core.ir.history import Changes, HistoryEntry, Recorder
 from graftc.passes.core.ir.past_inputs import is_past
 from graftc.passes.core.ir.program import Program, from_two
 from graftc.passes.core.ir.program_key import Entry, Mode, Signature, Stage
@@ -59,17 +59,28 @@ class _Clock:
 
     def __init__(self) -> None:
         self.entries: list[HistoryEntry] = []
+        self._recorder: Recorder | None = None
 
     def step(self, name: str, run: Callable[[], Any], program: Program) -> Any:
-        """Run a step and give what it gives: a new Program, several things of which the first is one, or anything else
-        where it changes ``program`` in place."""
+        """Run a step that changes a graph, and give what it gives: a new Program, several things of which the first is
+        one, or anything else where it changes ``program`` in place."""
         progress.step(name)
-        recorder, started = Recorder(program.graph), time.perf_counter()
+        if self._recorder is None or self._recorder.graph is not program.graph:
+            self._recorder = Recorder(program.graph)
+        started = time.perf_counter()
         result = run()
         seconds = time.perf_counter() - started
         first = result[0] if isinstance(result, tuple) and result else result
         after = first if isinstance(first, Program) else program
-        self.entries.append(recorder.entry(name, after.graph, seconds))
+        self.entries.append(self._recorder.entry(name, after.graph, seconds))
+        return result
+
+    def look(self, name: str, run: Callable[[], Any]) -> Any:
+        """Run a step that changes no graph, and give what it gives."""
+        progress.step(name)
+        started = time.perf_counter()
+        result = run()
+        self.entries.append(HistoryEntry(name, 0, 0, time.perf_counter() - started, Changes()))
         return result
 
 
@@ -127,7 +138,7 @@ def _adapt_signature(
     for each in captures:
         if not any(each.program is program for program in graphs.values()):
             graphs["embeds", each.program.mode, "source"] = each.program
-    clock.step("verify", lambda: verify(adapted_eval, compilation.store, "mode(eval)", types=True), adapted_eval)
+    clock.look("verify", lambda: verify(adapted_eval, compilation.store, "mode(eval)", types=True))
     adapted_eval.history = list(clock.entries)
     return graphs, Resolution(
         _signature(compilation, train.program, train.base),
@@ -221,7 +232,7 @@ def _checked(compilation: Compilation, found: Capture, axes: Sequence[Axis], clo
         if write is not None:
             message = f"{type(compilation.source).__name__} cannot be adapted: at {write[0].name} {write[1]}"
             raise GraftError("GC030", message, hint="a forward may change buffers in train mode, and nothing else")
-        clock.step("verify", lambda: verify(program, store, "canonicalise"), program)
+        clock.look("verify", lambda: verify(program, store, "canonicalise"))
         held = _anchored(compilation, found, program)
         differing = held.differing or (("it was not held against all kinds of inputs",) if held.plain else ())
         if differing and (held.differing or found.cached):
@@ -284,17 +295,16 @@ def _adapted(
     spec, store, base = compilation.spec, compilation.store, found.program
     program = clock.step("copy", base.copy, base)
     alone = is_encoder(base)
-    structure = clock.step("roles", lambda: find_structure(program.graph, found.constants, encoder=alone), program)
+    structure = clock.look("roles", lambda: find_structure(program.graph, found.constants, encoder=alone))
     resolver = _resolver(compilation, program, structure)
     edits = compilation.tensor_edits if is_part(base) and compilation.signatures else None
     require_token_embeddings(spec, compilation.model, resolver.table)
     # What train mode alone reads is adapted there alone; another signature has to read every place, or be one of those
     # that generating goes through, which read them together.
     every = not isinstance(main, _Adapted) and not is_part(base)
-    resolved = clock.step(
+    resolved = clock.look(
         "resolve",
         lambda: resolver.resolve(spec) if main is None else resolver.again(main.resolved, every=every, edits=edits),
-        program,
     )
     plan = planned(units(spec, resolved), resolver.table.token_embeddings)
     captures = [found]
@@ -305,17 +315,16 @@ def _adapted(
         )
         captures.append(body)
         record_baseline(base)
-        clock.step("verify", lambda: verify(base, store, "lengthen"), base)
+        clock.look("verify", lambda: verify(base, store, "lengthen"))
         program = base.copy()
         constants = {**found.constants, **body.constants}
-        structure = clock.step("roles", lambda: find_structure(program.graph, constants, encoder=alone), program)
+        structure = clock.look("roles", lambda: find_structure(program.graph, constants, encoder=alone))
         resolver = _resolver(compilation, program, structure)
-        resolved = clock.step("resolve", lambda: resolver.again(resolved), program)
+        resolved = clock.look("resolve", lambda: resolver.again(resolved))
     table = resolver.table
-    trained = clock.step(
+    trained = clock.look(
         "resolve train",
         lambda: train_sites(table, spec) if main is None else train_sites_again(table, main.trained, every=every),
-        program,
     )
     if main is None:
         check_units(spec, units(spec, resolved))
@@ -362,7 +371,7 @@ def _insert_tokens(compilation: Compilation, program: Program, table: SiteTable,
     for rows, sites in found:
         clock.step("insert(tokens)", partial(insert_tokens, build, sites, rows), program)
     _collect(compilation, build)
-    clock.step("verify", lambda: verify(program, store, "insert(tokens)"), program)
+    clock.look("verify", lambda: verify(program, store, "insert(tokens)"))
 
 
 def _insert(
@@ -377,7 +386,7 @@ def _insert(
         build = _builder(compilation, program, TRAIN, TRAIN)
         clock.step("insert(train)", lambda: insert_train(build, trained), program)
         _collect(compilation, build)
-        clock.step("verify", lambda: verify(program, store, "insert(train)"), program)
+        clock.look("verify", lambda: verify(program, store, "insert(train)"))
     # Each of the first ones by itself, so that the one to blame is named; then only when the graph has doubled.
     every, pending, verified = list(units(compilation.spec, resolved)), list[str](), 0
     for number, unit in enumerate(every):
@@ -385,12 +394,12 @@ def _insert(
         pending.append(unit.name)
         if number < _VERIFIED_EACH or unit is every[-1] or len(program.graph.nodes) >= 2 * verified:
             stage = f"insert({' to '.join(dict.fromkeys((pending[0], pending[-1])))})"
-            clock.step("verify", partial(verify, program, store, stage), program)
+            clock.look("verify", partial(verify, program, store, stage))
             pending, verified = [], len(program.graph.nodes)
     if program.graph.find_nodes(op="call_function", target=torch.ops.graftc.sparse_weight.default):
         build = _builder(compilation, program, "", "")
         clock.step("recompute", lambda: recompute_weights(build), program)
-        clock.step("verify", lambda: verify(program, store, "recompute"), program)
+        clock.look("verify", lambda: verify(program, store, "recompute"))
 
 
 _VERIFIED_EACH = 8

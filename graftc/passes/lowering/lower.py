@@ -32,10 +32,11 @@ def lower(
         first: steps by name that the spec asks for, which come before the others.
     """
     lowered, outcomes = program.copy(), []
+    recorder = Recorder(lowered.graph)
     for name, step in (*first.items(), *STEPS.items()):
         if name in off:
             continue
-        recorder, started = Recorder(lowered.graph), time.perf_counter()
+        started = time.perf_counter()
         outcomes += step(lowered)
         lowered.history.append(recorder.entry(f"lower({name})", lowered.graph, time.perf_counter() - started))
     return lowered, outcomes

@@ -71,14 +71,18 @@ class Recorder:
     It keeps the arguments of nodes, which fx replaces as a whole whenever one changes, and copies none of them.
 
     Args:
-        graph: before the step.
+        graph: before the first step.
+
+    Attributes:
+        graph: the graph as of the last step.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
         self._before = {node: (node.args, node.kwargs) for node in graph.nodes}
 
     def entry(self, step: str, graph: fx.Graph, seconds: float) -> HistoryEntry:
-        """The entry of a step.
+        """The entry of a step: what has changed since the one before.
 
         Args:
             step: its name.
@@ -89,28 +93,32 @@ class Recorder:
         return HistoryEntry(step, len(changes.inserted), len(changes.erased), seconds, changes)
 
     def _changes(self, graph: fx.Graph) -> Changes:
-        # Of another graph nodes are told by name, and all their arguments are compared.
-        named = {} if any(node in self._before for node in graph.nodes) else {node.name: node for node in self._before}
-        kept: set[fx.Node] = set()
+        before = self._before
+        self._before = now = {node: (node.args, node.kwargs) for node in graph.nodes}
         inserted: list[str] = []
         rewired: dict[str, Reads] = {}
-        for node in graph.nodes:
-            old = named.get(node.name) if named else node if node in self._before else None
-            if old is None:
+        if graph is self.graph:
+            old = before
+            erased = [node for node in before if node not in now]
+        else:  # nodes are told by name, and all their arguments are compared
+            named = {node.name: held for node, held in before.items()}
+            old = {node: named[node.name] for node in now if node.name in named}
+            kept = {node.name for node in now}
+            erased = [node for node in before if node.name not in kept]
+        for node, held in now.items():
+            known = old.get(node)
+            if known is None:
                 inserted.append(node.name)
-                continue
-            kept.add(old)
-            args, kwargs = self._before[old]
-            if args is not node.args or kwargs is not node.kwargs:
-                before = names_read(args, kwargs)
-                if before != names_read(node.args, node.kwargs):
-                    rewired[node.name] = before
-        erased = {
-            node.name: ErasedNode(node.target, str(node.meta.get("module") or ""), names_read(*held))
-            for node, held in self._before.items()
-            if node not in kept
+            elif known[0] is not held[0] or known[1] is not held[1]:
+                reads = names_read(*known)
+                if reads != names_read(*held):
+                    rewired[node.name] = reads
+        self.graph = graph
+        gone = {
+            node.name: ErasedNode(node.target, str(node.meta.get("module") or ""), names_read(*before[node]))
+            for node in erased
         }
-        return Changes(tuple(inserted), erased, rewired)
+        return Changes(tuple(inserted), gone, rewired)
 
 
 def names_read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reads:
