@@ -79,7 +79,8 @@ class Recorder:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self._before = {node: (node.args, node.kwargs) for node in graph.nodes}
+        self._args: dict[fx.Node, tuple[Any, ...]] = {node: node.args for node in graph.nodes}
+        self._kwargs: dict[fx.Node, dict[str, Any]] = {node: node.kwargs for node in graph.nodes if node.kwargs}
 
     def entry(self, step: str, graph: fx.Graph, seconds: float) -> HistoryEntry:
         """The entry of a step: what has changed since the one before.
@@ -93,32 +94,54 @@ class Recorder:
         return HistoryEntry(step, len(changes.inserted), len(changes.erased), seconds, changes)
 
     def _changes(self, graph: fx.Graph) -> Changes:
-        before = self._before
-        self._before = now = {node: (node.args, node.kwargs) for node in graph.nodes}
+        if graph is not self.graph:
+            return self._changes_of_another(graph)
+        known, keywords = self._args, self._kwargs
         inserted: list[str] = []
         rewired: dict[str, Reads] = {}
-        if graph is self.graph:
-            old = before
-            erased = [node for node in before if node not in now]
-        else:  # nodes are told by name, and all their arguments are compared
-            named = {node.name: held for node, held in before.items()}
-            old = {node: named[node.name] for node in now if node.name in named}
-            kept = {node.name for node in now}
-            erased = [node for node in before if node.name not in kept]
-        for node, held in now.items():
-            known = old.get(node)
-            if known is None:
+        count = 0
+        for node in graph.nodes:  # most are as they were, and take no more than being looked at
+            count += 1
+            args, kwargs = node.args, node.kwargs
+            before = known.get(node)
+            if before is args and (not kwargs or keywords.get(node) is kwargs):
+                continue
+            if before is None:
                 inserted.append(node.name)
-            elif known[0] is not held[0] or known[1] is not held[1]:
-                reads = names_read(*known)
-                if reads != names_read(*held):
+            else:
+                reads = self._reads(node)
+                if reads != names_read(args, kwargs):
                     rewired[node.name] = reads
-        self.graph = graph
-        gone = {
-            node.name: ErasedNode(node.target, str(node.meta.get("module") or ""), names_read(*before[node]))
-            for node in erased
-        }
-        return Changes(tuple(inserted), gone, rewired)
+            known[node] = args
+            keywords[node] = kwargs
+        erased: dict[str, ErasedNode] = {}
+        if len(known) > count:
+            kept = set(graph.nodes)
+            for node in [node for node in known if node not in kept]:
+                erased[node.name] = self._erased(node)
+                del known[node]
+                keywords.pop(node, None)
+        return Changes(tuple(inserted), erased, rewired)
+
+    def _changes_of_another(self, graph: fx.Graph) -> Changes:
+        """Nodes are told by name, and all their arguments are compared."""
+        named = {node.name: node for node in self._args}
+        nodes = {node.name: node for node in graph.nodes}
+        before = {name: self._reads(named[name]) for name in nodes if name in named}
+        changes = Changes(
+            tuple(name for name in nodes if name not in named),
+            {name: self._erased(node) for name, node in named.items() if name not in nodes},
+            {n: reads for n, reads in before.items() if reads != names_read(nodes[n].args, nodes[n].kwargs)},
+        )
+        Recorder.__init__(self, graph)
+        return changes
+
+    def _reads(self, node: fx.Node) -> Reads:
+        """What a node read before."""
+        return names_read(self._args[node], self._kwargs.get(node, {}))
+
+    def _erased(self, node: fx.Node) -> ErasedNode:
+        return ErasedNode(node.target, str(node.meta.get("module") or ""), self._reads(node))
 
 
 def names_read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reads:
