@@ -13,6 +13,7 @@ from torch import nn
 
 import graftc
 from graftc.runtime.view.page import SCRIPTS, asset
+from graftc.specs.errors.diagnostics import GraftError
 
 NAMES = [
     "<img src=x onerror=alert(1)>",
@@ -76,6 +77,17 @@ def test_pictures_hold_names_as_text(view: Any) -> None:
         assert not tags & {"script", "img", "image", "foreignObject", "a"}
         assert "alert(1)" in text and "\u202e" not in text and "\x1b" not in text
     assert view.png().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["\u202egnp", "a\nb", "\x1b[31m", "long" * 2500])
+def test_what_cannot_be_stored_is_said_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(4, 4))
+    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "*"}}]}
+    compiled = graftc.compile(spec, model, {"input": torch.randn(3, 4)})
+    with pytest.raises(GraftError, match="GC064: no artifact can have a tensor of the name"):
+        compiled.save(tmp_path / "artifact", certify=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_notebook_gets_one_frame(view: Any) -> None:

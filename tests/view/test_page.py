@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,66 @@ def test_roles_of_a_model(tmp_path: Path, opened: Callable[..., Any], monkeypatc
     legend = page.locator("body").inner_text()
     assert "attn.q" in legend and "ffn.down" in legend
     assert not re.search(r"(?i)inserted by", legend)
+
+
+def test_sizes_shares_and_what_is_read_no_more(tmp_path: Path, opened: Callable[..., Any]) -> None:
+    """Ranks by layer, shares that add up, and the attention that a prefix has replaced."""
+    spec = {
+        "adapt": [
+            {
+                **{"method": "lora", "name": "low", "rank": 3, "target": {"role": ["attn.q"]}},
+                "overrides": [{"layers": [1], "rank": 2}],
+            },
+            SPEC["adapt"][1],
+        ],
+        "train": ["classifier"],
+    }
+    page = opened(graftc.compile(spec, tiny("bert")).view().save(tmp_path / "page.html"), "#tab=report")
+    data = page.evaluate("graftcPage.data")
+    assert data["adaptations"][0]["size"] == "rank 3 (0), rank 2 (1)"
+    ranks = {row["layer"][-1]: row["size"] for row in data["layers"] if row["adaptation"] == "low"}
+    assert ranks == {"0": "rank 3", "1": "rank 2"}
+    assert "rank 3 (0), rank 2 (1)" in page.locator("#report").inner_text()
+    total = sum(a["trainable_parameters"] for a in data["adaptations"])
+    share = 100 * total / (data["summary"]["base_parameters"] + total)
+    assert sum(a["share"] for a in data["adaptations"]) == pytest.approx(share, rel=1e-12)
+    graph = data["graphs"]["eval"]
+    unread = [graph["strings"][t] for t, u in zip(graph["nodes"]["target"], graph["nodes"]["unread"], strict=True) if u]
+    assert sorted(unread) == ["aten.scaled_dot_product_attention"] * 2 + ["classifier.bias", "classifier.weight"]
+    page.evaluate("location.hash = '#view=diff'")
+    page.wait_for_function("() => graftcPage.state().view === 'diff'")
+    page.evaluate("graftcPage.open('bert.encoder.layer.0.attention.self')")
+    page.evaluate("graftcPage.select('%scaled_dot_product_attention')")
+    says(page, "removed")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "shown"),
+    [
+        ("training_log.jsonl", '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n', 1),
+        (
+            "trainer_state.json",
+            '{"log_history": [{"step": 1, "loss": 2.0, "grad_norm": NaN}, {"step": 2, "loss": 1.0}]}',
+            1,
+        ),
+        ("trainer_state.json", "[" * 100_000, 0),
+        (
+            "training_log.jsonl",
+            '{"step": 1, "loss": 1e308}\n{"step": 2, "loss": -1e308}\n{"step": 3, "loss": 5e-324}\n',
+            1,
+        ),
+    ],
+)
+def test_a_log_that_lies_beside(
+    name: str, text: str, shown: int, artifact: Path, tmp_path: Path, opened: Callable[..., Any]
+) -> None:
+    """What can be read of it is drawn; what nobody asked for stops nothing, and is said."""
+    place = tmp_path / "artifact"
+    shutil.copytree(artifact, place)
+    (tmp_path / name).write_text(text)
+    target = tmp_path / "page.html"
+    written(target, "inspect", str(place), "--html", str(target))
+    page = opened(target, "#tab=report")
+    assert len(page.evaluate("graftcPage.data.curves") or []) == shown
+    assert page.locator("#report .curves svg").count() == shown
+    assert ("GC123" in page.locator("#report").inner_text()) == (shown == 0)

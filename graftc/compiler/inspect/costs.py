@@ -16,7 +16,10 @@ from graftc.passes.core.sites.uses import Lookup
 
 aten = torch.ops.aten
 BATCH, SEQUENCE = 2, 3
-"""Sizes at which costs are counted; they are shared out over that many tokens."""
+"""Sizes at which FLOPs are counted; they are shared out over that many tokens."""
+
+TOKENS = 512
+"""The tokens of one row at which bytes of values are counted: of short ones, what is made once would be most."""
 
 
 class Costs:
@@ -27,15 +30,17 @@ class Costs:
     """
 
     def __init__(self, program: Program) -> None:
-        axes: dict[str, int] = {}
-        for spec, node in zip(program.inputs, program.placeholders(), strict=True):
-            for axis, size in zip(spec.shape, node.meta["val"].shape, strict=True):
-                if isinstance(axis, str):
-                    axes[str(getattr(getattr(size, "node", None), "expr", size))] = (
-                        BATCH if axis == "batch" else SEQUENCE
-                    )
-        self._sizes = Sizes(lambda symbol: axes.get(symbol, SEQUENCE))
-        self._tokens = BATCH * (SEQUENCE if any("sequence" in s.shape for s in program.inputs) else 1)
+        batches = {
+            str(getattr(getattr(size, "node", None), "expr", size))
+            for spec, node in zip(program.inputs, program.placeholders(), strict=True)
+            for axis, size in zip(spec.shape, node.meta["val"].shape, strict=True)
+            if axis == "batch"
+        }
+        rows = any("sequence" in s.shape for s in program.inputs)
+        self._sizes = Sizes(lambda symbol: BATCH if symbol in batches else SEQUENCE)
+        self._tokens = BATCH * (SEQUENCE if rows else 1)
+        self._long = Sizes(lambda symbol: 1 if symbol in batches else TOKENS)
+        self._long_tokens = TOKENS if rows else 1
 
     def flops(self, node: fx.Node) -> float:
         """Multiply-adds of a matrix product, times two; 0 for other nodes."""
@@ -51,11 +56,11 @@ class Costs:
         return sum(map(self.flops, nodes))
 
     def value_bytes(self, node: fx.Node) -> float:
-        """Bytes of the value that a call makes; 0 for views of others, and for what is no call."""
+        """Bytes of the value that a call makes, in a row of `TOKENS`; 0 for views, and for what is no call."""
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor) or _is_view(node):
             return 0.0
-        return math.prod(self._sizes.shape(value)) * value.element_size() / self._tokens
+        return math.prod(self._long.shape(value)) * value.element_size() / self._long_tokens
 
 
 def _is_view(node: fx.Node) -> bool:

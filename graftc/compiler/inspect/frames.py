@@ -17,7 +17,7 @@ from graftc.compiler.inspect.history import HistoryRow, history
 from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.passes.core.ir.history import Changes, Reads, names_read
 from graftc.passes.core.ir.printer import Printer, target_name
-from graftc.passes.core.ir.program import Program, provenance
+from graftc.passes.core.ir.program import Program, above, mutates, provenance
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.weights.names import module_of
 
@@ -42,6 +42,7 @@ class FrameNode:
         trainable: whether it reads a tensor that trains.
         flops, value_bytes: for a token.
         base: whether the graph before has it: the base's own, or the one that is compared with.
+        unread: the graph has it, and no output is made of it any more.
         was: what it was there, where that is something else: operator and type.
         born, gone: it is there from one step until another one.
         order: where it stands among the others.
@@ -57,6 +58,7 @@ class FrameNode:
     flops: float = 0.0
     value_bytes: float = 0.0
     base: bool = False
+    unread: bool = False
     was: str = ""
     born: int = 0
     gone: int = STAYS
@@ -130,6 +132,7 @@ class Frames:
             "flops": [n.flops for n in nodes],
             "value_bytes": [n.value_bytes for n in nodes],
             "base": [int(n.base) for n in nodes],
+            "unread": [int(n.unread) for n in nodes],
             "was": [text(n.was) if n.was else -1 for n in nodes],
             "born": [n.born for n in nodes],
             "gone": [n.gone for n in nodes],
@@ -183,6 +186,9 @@ class _Making:
             self._now[node.name] = self._add(self._node(node, printer, costs, float(order)))
         for node in program.graph.nodes:
             self._read(self._now[node.name], names_read(node.args, node.kwargs), STAYS)
+        needed = {node.name for node in above([program.output_node, *filter(mutates, program.graph.nodes)])}
+        for node in program.graph.nodes:
+            found.nodes[self._now[node.name]].unread = node.op != "placeholder" and node.name not in needed
 
     def _node(self, node: fx.Node, printer: Printer, costs: Costs, order: float) -> FrameNode:
         origin = provenance(node)

@@ -231,8 +231,8 @@ class Selection(AsTarget):
 
     @property
     def parameters(self) -> int:
-        """Elements of all tensors in it, those that several places share once for each."""
-        return sum(place.parameters for place in self)
+        """Elements of all tensors in it; those that several places share, as tied ones, count once."""
+        return sum({(place.tensors, place.rows): place.parameters for place in self}.values())
 
     def expect(self, count: int) -> Selection:
         """The same selection, if it has so many places.

@@ -116,7 +116,7 @@ class PrefixedAttention(Method[S, AttentionSite], Collapsing[S]):
 
     def fold(self, spec: S, site: AttentionSite, tensors: Mapping[str, Tensor]) -> Fold:
         """It stays: what it adds to the softmax depends on the query."""
-        return Keep("what keys and values in front of the text add depends on the query, so that no weight can")
+        return Keep("what keys and values in front of the text add depends on the query, so that no weight can hold it")
 
     def collapse(self, spec: S) -> MethodSpec | None:
         """The keys and values themselves, where a network gives them while training."""

@@ -446,8 +446,17 @@ def _check_names(data: dict[str, Any], where: str) -> None:
     for table, pattern in (("files", _FILE), ("adapters", _TENSOR), ("constants", _TENSOR)):
         found = data.get(table)
         for name in found if isinstance(found, dict) else ():
-            if len(name) > 4096 or not name.isprintable() or not pattern.fullmatch(name):
+            if not _is_storable(name, pattern):
                 raise unsafe(where, f"the {'file' if table == 'files' else 'tensor'} name {name!r}")
+
+
+def is_storable(name: str) -> bool:
+    """Whether artifacts may have a tensor of this name."""
+    return _is_storable(name, _TENSOR)
+
+
+def _is_storable(name: str, pattern: re.Pattern[str]) -> bool:
+    return len(name) <= 4096 and name.isprintable() and pattern.fullmatch(name) is not None
 
 
 def unsafe(where: str, what: str) -> GraftError:

@@ -22,6 +22,7 @@ from graftc.runtime.artifact.manifest import (
     SPEC,
     Manifest,
     canonical_json,
+    is_storable,
     read_manifest,
     sealed,
 )
@@ -32,6 +33,7 @@ from graftc.runtime.models import local_folder
 from graftc.runtime.reference import Reference
 from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import abridged
 from graftc.specs.io import dump_spec
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def save(
     """
     runner: CompiledRunner = runner_of(compiled)
     require_values(runner)
+    require_storable(runner)
     path = Path(os.path.abspath(path))
     with staged(path, force=force, replaceable=is_ours, sources=[local_folder(compiled.compilation.source)]) as folder:
         folder.mkdir()
@@ -82,6 +85,19 @@ def require_values(compiled: CompiledRunner) -> None:
     """
     if compiled.device.type == "meta":
         raise GraftError("GC053", "there is nothing to save on the meta device", hint="compile a model with weights")
+
+
+def require_storable(compiled: CompiledRunner) -> None:
+    """Refuse names that no artifact may have.
+
+    Raises:
+        GraftError: GC064.
+    """
+    for name, _ in adapter_tensors(compiled.compilation.store):
+        if not is_storable(name):
+            message = f"no artifact can have a tensor of the name {abridged(repr(name), 80)}"
+            hint = "names of modules have printable characters, and at most 4,096 with their path: rename the module"
+            raise GraftError("GC064", message, hint=hint)
 
 
 def _write(

@@ -127,8 +127,13 @@ def _write_page(a: Path, b: Path, found: Comparison, html: Path, force: bool) ->
     from graftc.runtime.view.page import page
 
     before, after = open_artifact(a), open_artifact(b)
-    differences = [{"what": name, "lines": lines} for name, lines in _sections(found).items() if lines]
-    evidence = replace(evidence_of_artifact(after), differences=differences)
+    sections = _sections(found)
+    sections["spec"] = [
+        line for line in sections["spec"] if not line.startswith(("--- ", "+++ "))
+    ]  # paths of this machine
+    differences = [{"what": name, "lines": lines} for name, lines in sections.items() if lines]
+    title = f"{before.path.name} and {after.path.name} compared"
+    evidence = replace(evidence_of_artifact(after), differences=differences, title=title)
     write_text(html, page(contents(after.snapshot, evidence, before.snapshot)), force=force)
 
 

@@ -50,6 +50,8 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
     _name_tensors(model, module)
     _name_axes(ir, model, module)
     lower_packed(model, module.packed)
+    for node in model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine, and half of a small file
     model.metadata_props.update(metadata)
     model.producer_name = "graftc"
 

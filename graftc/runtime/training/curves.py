@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,6 +59,8 @@ def read_log(path: str | os.PathLike[str], *, points: int = MOST_POINTS) -> list
         raise GraftError("GC073", f"points is {points!r:.40}", hint="give a number from 2")
     file = as_path(path)
     read = _Reader(points)
+    if file.exists() and not file.is_file():  # a pipe may never end
+        raise _no_log(file, "is no regular file")
     try:
         entries = _state_entries(file)
         if entries is None:
@@ -117,12 +120,17 @@ def _state_entries(path: Path) -> list[Any] | None:
         if file.seek(0, os.SEEK_END) > STATE_BYTES:
             return None
         file.seek(0)
-        try:
-            data = read_json(file.read(STATE_BYTES + 1), STATE_BYTES)
-        except ValueError:
+        try:  # transformers writes NaN and Infinity as Python does, and they are gaps
+            data = json.loads(file.read(STATE_BYTES), parse_constant=lambda _: None, parse_int=_whole)
+        except (ValueError, RecursionError):
             return None
     found = data.get("log_history") if isinstance(data, dict) else None
     return found if isinstance(found, list) else None
+
+
+def _whole(text: str) -> int | None:
+    """A whole number that a log may have; None for others, which nobody counts to."""
+    return int(text) if len(text) < 20 else None
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, bool]]:

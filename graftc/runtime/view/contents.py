@@ -9,6 +9,7 @@ from typing import Any
 
 import graftc
 from graftc.compiler.inspect.frames import Frames, frames, plain_frames
+from graftc.compiler.inspect.sizes import StatedSizes
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord
 from graftc.compiler.inspect.summary import AdaptationSummary, summary
 from graftc.compiler.inspect.tree import model_tree
@@ -29,6 +30,9 @@ PALETTE = ("#3b82c4", "#d9772b", "#2f9e6e", "#b5498f", "#8a6fd1", "#b08a1e", "#2
 """Colours of adaptations, in their order; they begin again where there are more."""
 
 MODES: tuple[Mode, ...] = ("eval", "train")
+CURVES = 1000
+"""How many curves of a log are shown."""
+
 _NEAR = 50
 """How many places that a target nearly matches are listed."""
 
@@ -45,6 +49,7 @@ class Evidence:
         figures: what controllers have come to, by adaptation and site: ``{"rank": 4}``.
         warnings: what compiling it warned of, each with ``code`` and ``text``.
         artifact: its folder.
+        title: of the page; by default the model's class.
         differences: how it differs from what it is compared with, each with ``what`` and ``lines``.
     """
 
@@ -55,6 +60,7 @@ class Evidence:
     figures: Mapping[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)
     warnings: Sequence[Mapping[str, str]] = ()
     artifact: str | None = None
+    title: str = ""
     differences: Sequence[Mapping[str, Any]] | None = None
 
 
@@ -70,24 +76,25 @@ def contents(snapshot: Snapshot, evidence: Evidence | None = None, before: Snaps
     graphs = {mode: frames(snapshot, mode, None if before is None else before.program(mode)) for mode in MODES}
     names = [entry.name for entry in found.adaptations]
     gone = [] if before is None else [e for e in summary(before).adaptations if e.name not in names]
-    costs = _Costs(graphs["eval"], snapshot)
+    costs, stated = _Costs(graphs["eval"], snapshot), StatedSizes(snapshot)
     text = dump_spec(snapshot.spec)
+    total = found.base_parameters + found.trainable_parameters + found.trained_in_full
     return {
-        **_header(snapshot, "adaptations", f"{snapshot.model}, adapted", known.artifact),
+        **_header(snapshot, "adaptations", known.title or f"{snapshot.model}, adapted", known.artifact),
         "summary": found.to_json(),
         "spec": {"text": text, "lines": spec_lines(snapshot.spec, text)},
         "adaptations": [
-            _adaptation(number, entry, costs, known, found.base_parameters)
+            {**_adaptation(number, entry, costs, known, total), "size": stated.text(entry.name)}
             for number, entry in enumerate([*found.adaptations, *gone])
         ],
-        "layers": costs.by_layer(),
-        "sites": [_site(record, names, snapshot, known) for record in snapshot.sites],
+        "layers": costs.by_layer(stated),
+        "sites": [_site(record, names, stated, known) for record in snapshot.sites],
         "tree": model_tree(snapshot).to_json(),
         "graphs": {mode: graph.to_json([*names, *(e.name for e in gone)]) for mode, graph in graphs.items()},
         "certificate": known.certificate,
-        "warnings": [dict(warning) for warning in known.warnings],
+        "warnings": [*map(dict, known.warnings), *_left_out(len(known.curves))],
         "targets": _targets(snapshot, known.structure),
-        "curves": [dict(curve) for curve in known.curves] or None,
+        "curves": [dict(curve) for curve in known.curves[:CURVES]] or None,
         "differences": None if known.differences is None else [dict(entry) for entry in known.differences],
     }
 
@@ -152,6 +159,7 @@ def _role(number: int, role: str, findings: Sequence[Finding]) -> dict[str, Any]
         "folds": None,
         "fold_reason": "",
         "figures": [],
+        "size": "",
     }
 
 
@@ -169,6 +177,11 @@ def _found(finding: Finding, roles: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _left_out(curves: int) -> list[dict[str, str]]:
+    text = f"of {curves:,} curves of the training log the first {CURVES:,} are shown"
+    return [{"code": "", "text": text}] if curves > CURVES else []
+
+
 def spec_lines(spec: Spec, text: str) -> dict[str, int]:
     """The line of every adaptation in the spec's YAML text, from 1."""
     source = read_yaml(text)[1]
@@ -180,9 +193,7 @@ def spec_lines(spec: Spec, text: str) -> dict[str, int]:
     return {name: line for name, line in lines.items() if line is not None}
 
 
-def _adaptation(
-    number: int, entry: AdaptationSummary, costs: _Costs, known: Evidence, base_parameters: int
-) -> dict[str, Any]:
+def _adaptation(number: int, entry: AdaptationSummary, costs: _Costs, known: Evidence, total: int) -> dict[str, Any]:
     reason = (known.kept or {}).get(entry.name, "")
     added = entry.trainable_parameters
     return {
@@ -194,7 +205,7 @@ def _adaptation(
         "layers": entry.layers,
         "trainable_parameters": added,
         "frozen_parameters": entry.frozen_parameters,
-        "share": 100 * added / (base_parameters + added) if added else 0.0,
+        "share": 100 * added / total if added else 0.0,
         "nodes": entry.nodes,
         **costs.of(entry.name),
         "folds": None if known.kept is None else not reason,
@@ -214,9 +225,10 @@ def _ranges(figures: Iterable[Mapping[str, float]]) -> list[list[str]]:
     ]
 
 
-def _site(record: SiteRecord, names: Sequence[str], snapshot: Snapshot, known: Evidence) -> dict[str, Any]:
-    tensors = {part: (name, snapshot.adapters.get(name)) for part, name in record.tensors.items()}
+def _site(record: SiteRecord, names: Sequence[str], stated: StatedSizes, known: Evidence) -> dict[str, Any]:
+    tensors = {part: (name, stated.snapshot.adapters.get(name)) for part, name in record.tensors.items()}
     figures = known.figures.get((record.adaptation, str(record.key)), {})
+    size = stated.at(record)
     return {
         "adaptation": names.index(record.adaptation) if record.adaptation in names else -1,
         "key": str(record.key),
@@ -230,7 +242,10 @@ def _site(record: SiteRecord, names: Sequence[str], snapshot: Snapshot, known: E
             for part, (name, tensor) in tensors.items()
             if tensor is not None
         },
-        "figures": [[name, f"{value:.6g}"] for name, value in figures.items()],
+        "figures": [
+            *([[f"{size[0]}, as asked" if size[0] in figures else size[0], size[1]]] if size else []),
+            *([name, f"{value:.6g}"] for name, value in figures.items()),
+        ],
     }
 
 
@@ -262,9 +277,16 @@ class _Costs:
         mine = [costs for (own, _), costs in self._found.items() if own == name]
         return {key: sum(c[key] for c in mine) for key in ("bytes", "flops_per_token", "value_bytes_per_token")}
 
-    def by_layer(self) -> list[dict[str, Any]]:
-        """Of every adaptation in every layer; what stands outside of layers has an empty one."""
-        return [{"layer": layer, "adaptation": name, **costs} for (name, layer), costs in self._found.items()]
+    def by_layer(self, stated: StatedSizes) -> list[dict[str, Any]]:
+        """Of every adaptation in every layer, with its size there; what stands outside of layers has an empty one."""
+        sizes: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+        for record in stated.snapshot.sites:
+            if (size := stated.at(record)) is not None:
+                sizes[record.adaptation, layer_path(record.key.module)][f"{size[0]} {size[1]}"] = None
+        return [
+            {"layer": layer, "adaptation": name, "size": ", ".join(sizes[name, layer]), **costs}
+            for (name, layer), costs in self._found.items()
+        ]
 
 
 def _home(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from graftc.compiler.folding.certificate import ALGEBRA_BOUND, ROUNDING_BOUND
+from graftc.compiler.inspect.sizes import StatedSizes
+from graftc.passes.core.method.capabilities import Figured
+from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.weights.names import parsed
 from graftc.runtime.training.curves import Curve, read_log
 from graftc.runtime.view.contents import Evidence
+from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:
     from graftc.runtime.artifact.read import Artifact
@@ -85,8 +91,47 @@ def evidence_of_artifact(artifact: Artifact, log: Path | None = None) -> Evidenc
     kept = {record.name: record.reason for record in manifest.kept}
     tried = manifest.certificate is not None or bool(kept)
     beside = (artifact.path.absolute().parent / name for name in LOGS)
-    log = log or next((path for path in beside if path.is_file()), None)
-    return Evidence(certificate, kept if tried else None, curves=_curves(log), artifact=artifact.path.name)
+    found = log or next((path for path in beside if path.is_file()), None)
+    figures = _figures_of_artifact(artifact)
+    known = Evidence(certificate, kept if tried else None, figures=figures, artifact=artifact.path.name)
+    try:
+        return replace(known, curves=_curves(found))
+    except GraftError as error:
+        if log is not None:
+            raise
+        # Nobody asked for what happens to lie there.
+        return replace(known, warnings=[{"code": error.code, "text": error.message}])
+
+
+def _figures_of_artifact(artifact: Artifact) -> dict[tuple[str, str], Mapping[str, float]]:
+    """What the stored tensors say of every site: ranks that have an effect, shares of entries that are left."""
+    snapshot, found = artifact.snapshot, dict[tuple[str, str], Mapping[str, float]]()
+    figured = {m: method for m in {r.method for r in snapshot.sites} if isinstance(method := _method(m), Figured)}
+    values = artifact.tensors() if figured else {}
+    stated = StatedSizes(snapshot)
+    placed = {name for record in snapshot.sites for name in record.tensors.values()}
+    for record in snapshot.sites:
+        own = stated.spec(record)
+        if record.method not in figured or own is None:
+            continue
+        tensors = {
+            name.part: values[full]
+            for full in values
+            if full not in placed and (name := parsed(full)) is not None and name.adaptation == record.adaptation
+        }
+        tensors |= {part: values[name] for part, name in record.tensors.items() if name in values}
+        with suppress(LookupError, RuntimeError, ValueError):  # of tensors that do not fit there are none
+            made = figured[record.method].figures(own, tensors)
+            found[record.adaptation, str(record.key)] = {name: float(value) for name, value in made.items()}
+    return found
+
+
+def _method(tag: str) -> Any:
+    """The method of a tag; None for compositions."""
+    try:
+        return method_for(tag)
+    except GraftError:
+        return None
 
 
 def _curves(log: str | Path | None) -> list[Curve]:

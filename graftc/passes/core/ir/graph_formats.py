@@ -18,7 +18,8 @@ from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.weights.names import module_of
 
 _PROVENANCE = ("adaptation", "method", "site", "part")
-PALETTE = ("#f4b183", "#9dc3e6", "#a9d18e", "#ffd966", "#c9a6e4", "#f19ca7")
+PALETTE = ("#9dc3e6", "#f4b183", "#a9d18e", "#f19ca7", "#c9a6e4", "#ffd966")
+"""Fills of adaptations in their order, of the same hues as on pages."""
 """Colours of adaptations, in the order in which they come; they begin again after the last one."""
 
 

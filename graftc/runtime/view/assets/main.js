@@ -221,10 +221,13 @@ page.spec = (line) => {
 /** Tells screen readers what changed. */
 function say(text) { byId("said").textContent = text; }
 
+/** The view that a page opens with: of two compiled models what differs. */
+const firstView = () => page.data.differences ? "diff" : "after";
+
 /** Puts the state into the address. */
 function writeHash(replace) {
   const asked = new URLSearchParams({ tab: state.tab });
-  if (state.view !== "after") asked.set("view", state.view);
+  if (state.view !== firstView()) asked.set("view", state.view);
   if (state.mode !== Object.keys(page.data.graphs)[0]) asked.set("mode", state.mode);
   if (state.tab === "timeline") asked.set("frame", String(state.frame));
   if (state.tensors !== "adaptations") asked.set("tensors", state.tensors);
@@ -242,7 +245,7 @@ function readHash() {
   const asked = new URLSearchParams(location.hash.slice(1, 200000)), pick = (name, known, other) => known.includes(asked.get(name)) ? asked.get(name) : other;
   const modes = Object.keys(page.data.graphs);
   state.tab = pick("tab", TABS, "graph");
-  state.view = pick("view", VIEWS, "after");
+  state.view = pick("view", VIEWS, firstView());
   state.mode = pick("mode", modes, modes[0]);
   state.tensors = pick("tensors", ["all", "adaptations", "none"], "adaptations");
   const last = Math.max(0, (page.data.graphs[state.mode].frames || []).length - 1), frame = Number(asked.get("frame") ?? last);

@@ -190,8 +190,10 @@ function existsIn(columns, i, frame) {
 function makeLens(model, asked) {
   const { nodes, edges, count, groups } = model;
   const frames = model.graph.frames || [], last = frames.length - 1;
-  const inFrame = (columns, f) => (i) => existsIn(columns, i, f);
   const frame = asked.view === "frame" ? Math.max(0, Math.min(asked.frame, last)) : last;
+  // What no output is made of any more is not there after the rewrites; its steps still show it.
+  const left = asked.view === "after" || asked.view === "diff" ? nodes.unread : null;
+  const inFrame = (columns, f) => (i) => existsIn(columns, i, f) && !(left && f === frame && (columns === nodes ? left[i] : left[columns.target[i]] || left[columns.source[i]]));
   // A first step that made the whole graph has nothing to be compared with.
   const made = frame === 0 && frames.length > 0 && frames[0].added >= frames[0].nodes;
   const before = asked.view !== "frame" ? -1 : made ? 0 : frame - 1;
@@ -209,6 +211,7 @@ function makeLens(model, asked) {
   if (asked.view !== "before") {
     const had = inFrame(edges, before), has = inFrame(edges, frame);
     for (let e = 0; e < edge.length; e++) if (had(e) !== has(e) && node[edges.target[e]] === SAME) node[edges.target[e]] = REWIRED;
+    if (asked.view === "diff" && nodes.was) for (let i = 0; i < count; i++) if (node[i] === SAME && nodes.was[i] >= 0) node[i] = REWIRED;
   }
   const lens = { model, view: asked.view, frame, before, tensors: asked.tensors || "adaptations", names: asked.names || [], verb: asked.verb ?? " inserted", noun: asked.noun || "adaptations", marks: asked.view === "diff" || asked.view === "frame", node, edge, items: new Map() };
   for (let i = 0; i < count && hidden.size; i++) if (hidden.has(nodes.adaptation[i])) node[i] = ABSENT;

@@ -11,7 +11,7 @@ function factList(rows) {
   for (const [name, value] of rows) {
     const all = (Array.isArray(value) ? value : [value]).filter((v) => v !== null && v !== undefined && v !== "");
     if (!all.length) continue;
-    list.append(el("dt", { text: name }), ...all.map((v) => v instanceof Node ? el("dd", {}, v) : el("dd", { text: typeof v === "number" ? formatNumber(v) : v })));
+    list.append(el("dt", { text: name }), ...all.map((v) => v instanceof Node ? el("dd", {}, v) : el("dd", { class: typeof v === "number" ? "whole-number" : "", text: typeof v === "number" ? formatNumber(v) : v })));
   }
   return list;
 }
@@ -292,7 +292,7 @@ function adaptationDetails(page, index) {
     el("p", { class: "kind", text: page.words.one }),
     el("h2", { class: "whole" }, el("span", { class: `swatch tone-${index}`, "aria-hidden": "true" }), visibleText(a.name)),
     factList([["Method", a.method], ["Places", a.places], ["Roles", (a.roles || []).join(", ")], ["Layers", a.layers], ["Trainable", a.trainable_parameters], ["Frozen", a.frozen_parameters],
-      ["Share of all parameters", a.share === undefined || a.share === null ? "" : `${formatNumber(a.share)} %`], ["Bytes", a.bytes], ["FLOPs per token", a.flops_per_token],
+      ["Size", a.size || ""], ["Share of all parameters", a.share === undefined || a.share === null ? "" : `${formatNumber(a.share)} %`], ["Bytes", a.bytes], ["FLOPs per token, products", a.flops_per_token],
       ["Bytes of values per token", a.value_bytes_per_token], ["Nodes", a.nodes], ["Folds into the base", page.words.roles ? "" : foldText(a)], ["Asked for in", specLink(page, a.name)], ...(a.figures || []).map(([k, v]) => [k, v])]),
     panelPart(`Sites (${formatNumber(sites.length)})`, [sites.length ? el("ul", { class: "links" }, ...sites.slice(0, 60).map((s) => el("li", {}, linkTo(shorten(s.module, 70), () => page.select({ kind: "group", key: s.module }), shorten(s.module, 300)))),
       sites.length > 60 ? el("li", { class: "more", text: `and ${formatNumber(sites.length - 60)} more` }) : null) : null]),

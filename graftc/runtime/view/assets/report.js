@@ -32,7 +32,7 @@ function tableOf(caption, heads, rows) {
  * @returns {number[]}
  */
 function ticksOf(low, high) {
-  const step = 10 ** Math.floor(Math.log10((high - low) / 3 || 1)), wide = [1, 2, 5, 10].map((k) => k * step).find((s) => (high - low) / s <= 5) || step, ticks = [];
+  const step = 10 ** Math.floor(Math.log10(high / 3 - low / 3 || 1)), wide = [1, 2, 5, 10].map((k) => k * step).find((s) => (high - low) / s <= 5) || step, ticks = [];
   for (let t = Math.ceil(low / wide) * wide; t <= high + wide * 1e-6; t += wide) ticks.push(Number(t.toPrecision(12)));
   return ticks;
 }
@@ -46,10 +46,10 @@ function ticksOf(low, high) {
  */
 function plotOf(axes, inside) {
   const W = axes.wide || 720, H = axes.wide ? 220 : 280, L = 64, B = 40, T = 14, R = 14;
-  const of = (v) => axes.log ? Math.log10(Math.max(v, 1e-300)) : v;
+  const of = (v) => axes.log ? Math.log10(Math.max(v, 1e-300)) : Math.max(-1e300, Math.min(1e300, v));
   let [low, high] = axes.y.map(of), [left, right] = axes.x;
   if (axes.log) { low = Math.floor(low - 0.05); high = Math.ceil(high + 0.05); }
-  if (!(high > low)) { low -= 1; high += 1; }
+  if (!(high > low)) { const around = axes.log ? 1 : Math.abs(low) * 0.5 || 1; low -= around; high += around; }
   if (!(right > left)) { left -= 0.5; right += 0.5; }
   const place = { x: (v) => L + (v - left) / (right - left) * (W - L - R), y: (v) => H - B - (of(v) - low) / (high - low) * (H - B - T), left: L, right: W - R };
   const svg = el("svg", { viewBox: `0 0 ${W} ${H}`, class: "plot", role: "img", "aria-label": axes.label });
@@ -115,17 +115,23 @@ function certificateParts(certificate) {
  * @returns {HTMLElement[]}
  */
 function curveParts(curves) {
-  const parts = [];
+  const groups = new Map();
   curves.forEach((curve, i) => {
     const pairs = (curve.steps || []).map((s, k) => [s, curve.values[k]]).filter(([s, v]) => Number.isFinite(s) && Number.isFinite(v));
-    if (!pairs.length) return;
-    const xs = pairs.map((p) => p[0]), ys = pairs.map((p) => p[1]), span = (v) => [v.reduce((a, b) => Math.min(a, b)), v.reduce((a, b) => Math.max(a, b))];
-    const last = pairs[pairs.length - 1];
-    parts.push(el("figure", {}, plotOf({ label: `${shorten(curve.name, 60)} over ${pairs.length} steps, from ${formatNumber(pairs[0][1])} to ${formatNumber(last[1])}`, x: span(xs), y: span(ys), whole: true, wide: 500, xName: "Step", yName: "" }, (place) =>
-      [el("path", { class: "curve", d: pairs.map(([s, v], k) => `${k ? "L" : "M"}${place.x(s).toFixed(1)} ${place.y(v).toFixed(1)}`).join("") })]),
-    el("figcaption", {}, `${shorten(curve.group || "", 30)}${curve.group ? ": " : ""}${shorten(curve.name, 60)}, last `, el("span", { "data-figure": `curves.${i}.values.${curve.values.length - 1}`, "data-value": curve.values[curve.values.length - 1], text: formatNumber(last[1]) }))));
+    // What belongs to sites is one plot with a line for each; other numbers have plots of their own.
+    const key = /: /.test(curve.group || "") ? curve.group : `${curve.group}\n${curve.name}`;
+    if (pairs.length) groups.set(key, [...(groups.get(key) || []), { curve, i, pairs }]);
   });
-  return parts;
+  const span = (values) => [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
+  return [...groups.values()].map((lines) => {
+    const every = lines.flatMap((line) => line.pairs), one = lines.length === 1 ? lines[0] : null;
+    const title = one ? `${shorten(one.curve.group || "", 60)}${one.curve.group ? ": " : ""}${shorten(one.curve.name, 60)}` : `${shorten(lines[0].curve.group, 60)}, ${lines.length} sites`;
+    return el("figure", {}, plotOf({ label: `${title}, ${every.length} values`, x: span(every.map((p) => p[0])), y: span(every.map((p) => p[1])), whole: true, wide: 500, xName: "Step", yName: "" }, (place) =>
+      lines.map((line) => el("path", { class: "curve", d: line.pairs.map(([s, v], k) => `${k ? "L" : "M"}${place.x(s).toFixed(1)} ${place.y(v).toFixed(1)}`).join("") }, el("title", { text: shorten(line.curve.name, 100) })))),
+    el("figcaption", { text: title }),
+    el("details", { open: one ? "" : null }, el("summary", { text: one ? "Last value" : "First and last values" }), tableOf(title, [one ? "Name" : "Site", "First", "Last"], lines.slice(0, 400).map((line) => [el("th", { scope: "row", text: shorten(line.curve.name, 80) }),
+      figureCell(`curves.${line.i}.values.0`, line.curve.values[0]), figureCell(`curves.${line.i}.values.${line.curve.values.length - 1}`, line.curve.values[line.curve.values.length - 1])]))));
+  });
 }
 
 /**
@@ -139,18 +145,18 @@ function createReport(host, page) {
   const part = (title, ...inside) => el("section", { class: "part" }, el("h2", { text: title }), ...inside.flat());
   const who = (name) => { const i = adaptations.findIndex((a) => a.name === name); return el("th", { scope: "row" }, i >= 0 ? adapterLink(page, i) : visibleText(name)); };
   const only = page.words.roles ? ["places", "layers", "nodes"] : null;
-  const figures = [["places", "Places"], ["roles", "Roles"], ["layers", "Layers"], ["trainable_parameters", "Trainable"], ["frozen_parameters", "Frozen"], ["share", "Share (%)"], ["bytes", "Bytes"],
-    ["flops_per_token", "FLOPs per token"], ["value_bytes_per_token", "Value bytes per token"], ["nodes", "Nodes"]].filter(([k]) => !only || only.includes(k));
-  const words = { base_parameters: "Base parameters", trainable_parameters: "Trainable", percent: "Trainable, percent of base", nodes: "Nodes", inserted: "Inserted nodes" };
+  const figures = [["places", "Places"], ["roles", "Roles"], ["layers", "Layers"], ["trainable_parameters", "Trainable"], ["frozen_parameters", "Frozen"], ["size", "Size"], ["share", "Share of all (%)"], ["bytes", "Bytes"],
+    ["flops_per_token", "FLOPs per token, products"], ["value_bytes_per_token", "Value bytes per token"], ["nodes", "Nodes without tensors"]].filter(([k]) => !only || only.includes(k));
+  const words = { base_parameters: "Base parameters", base_tensors: "Base tensors", model: "Model", trainable_parameters: "Trained by adaptations", trained_in_full: "Trained in full", percent: "Trained by adaptations, % of base and added", nodes: "Nodes without tensors", inserted: "Inserted nodes without tensors" };
   const scalars = Object.entries(summary).filter(([, v]) => v !== null && typeof v !== "object");
   host.replaceChildren(...[
     warnings.length ? part("Warnings", el("ul", { class: "warnings" }, ...warnings.map((w) => el("li", {}, el("strong", { text: `${w.code} ` }), el("span", { text: w.text }))))) : null,
     data.differences ? part("Differences", data.differences.length ? el("ul", { class: "differences" }, ...data.differences.map((d) => el("li", {}, el("h3", { text: d.what }), ...(Array.isArray(d.lines) ? d.lines : [d.lines]).slice(0, 400).map((line) => el("code", { text: plain(line) }))))) : none("Nothing differs.")) : null,
     part("Summary", scalars.length ? el("dl", { class: "facts" }, ...scalars.flatMap(([k, v]) => [el("dt", { text: words[k] || k.replaceAll("_", " ") }), el("dd", { "data-figure": `summary.${k}`, "data-value": String(v), text: typeof v === "number" ? formatNumber(v) : String(v) })])) : none("The data has no summary.")),
-    part(page.words.many, adaptations.length ? tableOf(page.words.roles ? "The roles of places" : "What each adaptation adds", [page.words.one, "Method", ...figures.map((f) => f[1])], adaptations.map((a, i) => [who(a.name), el("td", { text: a.method, "data-figure": `adaptations.${i}.method`, "data-value": visibleText(a.method) }),
+    part(page.words.many, page.words.roles ? null : el("p", { class: "empty", text: "FLOPs are those of matrix products with weights, two for a multiply-add; attention over virtual keys is not in them. Bytes of values are those of a row of 512 tokens." }), adaptations.length ? tableOf(page.words.roles ? "The roles of places" : "What each adaptation adds", [page.words.one, "Method", ...figures.map((f) => f[1])], adaptations.map((a, i) => [who(a.name), el("td", { text: a.method, "data-figure": `adaptations.${i}.method`, "data-value": visibleText(a.method) }),
       ...figures.map(([k]) => figureCell(`adaptations.${i}.${k}`, Array.isArray(a[k]) ? a[k].join(", ") : a[k]))])) : none(page.words.empty)),
-    page.words.roles ? null : part("By layer", layers.length ? tableOf("What each layer holds", ["Layer", "Adaptation", "Trainable", "Bytes", "FLOPs per token", "Value bytes per token"], layers.map((l, i) => [
-      el("th", { scope: "row" }, linkTo(shorten(l.layer, 60) || "(outside of layers)", () => page.select({ kind: "group", key: l.layer }))), el("td", { text: shorten(l.adaptation, 60) }),
+    page.words.roles ? null : part("By layer", layers.length ? tableOf("What each layer holds", ["Layer", "Adaptation", "Size", "Trainable", "Bytes", "FLOPs per token, products", "Value bytes per token"], layers.map((l, i) => [
+      el("th", { scope: "row" }, linkTo(shorten(l.layer, 60) || "(outside of layers)", () => page.select({ kind: "group", key: l.layer }))), el("td", { text: shorten(l.adaptation, 60) }), el("td", { text: shorten(l.size || "", 60) }),
       ...["trainable_parameters", "bytes", "flops_per_token", "value_bytes_per_token"].map((k) => figureCell(`layers.${i}.${k}`, l[k]))])) : none("No layer holds trained tensors.")),
     page.words.roles ? null : part("Certificate", data.certificate ? certificateParts(data.certificate) : none("Nothing was folded and certified yet: `graftc merge` or `graftc verify` makes a certificate.")),
     page.words.roles ? null : part("Folding", adaptations.length ? tableOf("What folds into the base's weights", ["Adaptation", "Folds", "Why"], adaptations.map((a, i) => [who(a.name),
@@ -171,7 +177,7 @@ function drawTitle(page) {
   byId("title").title = shorten(data.title, 500);
   byId("model").textContent = `${shorten(data.model, 60)}${data.artifact ? `, ${shorten(data.artifact, 60)}` : ""}, graftc ${shorten(data.graftc, 20)}`;
   const figure = (name, key, text) => s[key] === undefined || s[key] === null ? [] : [el("div", {}, el("dt", { text: name }), el("dd", { "data-figure": `summary.${key}`, "data-value": String(s[key]), title: formatNumber(s[key]), text }))];
-  byId("figures").append(...figure("Base parameters", "base_parameters", formatShort(s.base_parameters)), ...figure("Trainable", "trainable_parameters", formatShort(s.trainable_parameters)), ...figure("Of the base", "percent", `${formatNumber(Number(Number(s.percent).toPrecision(3)))} %`));
+  byId("figures").append(...figure("Base parameters", "base_parameters", formatShort(s.base_parameters)), ...(data.categories === "roles" ? [] : figure("Trained by adaptations", "trainable_parameters", formatShort(s.trainable_parameters))), ...(s.trained_in_full ? figure("Trained in full", "trained_in_full", formatShort(s.trained_in_full)) : []), ...(data.categories === "roles" ? [] : figure("Of base and added", "percent", `${formatNumber(Number(Number(s.percent).toPrecision(3)))} %`)));
 }
 
 /**

@@ -34,15 +34,15 @@ function searchEntries(entries, query, most = 40) {
  * @returns {object[]}
  */
 function entriesOf(model, adaptations) {
-  const entry = (kind, text, more, value) => {
+  const entry = (kind, text, more, value, like = "") => {
     const cut = text.length > 400 ? text.slice(0, 400) : text;
-    return { kind, text, more, value, lower: `${cut} ${more}`.trim().toLowerCase(), pattern: cut.replace(/\d+/g, "#") };
+    return { kind, text, more, value, lower: `${cut} ${more}`.trim().toLowerCase(), pattern: `${cut.replace(/\d+/g, "#")} ${like}` };
   };
   const all = adaptations.map((a, i) => entry("adaptation", String(a.name), "", { kind: "adaptation", index: i }));
   for (const group of model.groups) if (group.path) all.push(entry("module", group.path, "", { kind: "group", key: group.path }));
   for (let i = 0; i < model.count; i++) {
     const op = model.nodes.op[i];
-    all.push(entry("node", textOf(model, "name", i), op === CALL ? operatorName(textOf(model, "target", i)) : ["input", "tensor", "", "output"][op], { kind: "node", node: i }));
+    all.push(entry("node", textOf(model, "name", i), op === CALL ? operatorName(textOf(model, "target", i)) : ["input", "tensor", "", "output"][op], { kind: "node", node: i }, textOf(model, "type", i)));
   }
   return all;
 }

@@ -101,7 +101,7 @@ function stepDetails(page) {
   return [
     el("p", { class: "kind", text: `Step ${lens.frame + 1} of ${frames.length}` }),
     el("h2", { class: "whole", text: frame.step }),
-    factList([["Added", frame.added], ["Removed", frame.removed], ["Rewired", frame.rewired], ["Nodes after it", frame.nodes], ["Inserted nodes after it", frame.inserted ?? ""], ["Verified", verified], ["Seconds", frame.seconds ?? ""]]),
+    factList([["Added", frame.added], ["Removed", frame.removed], ["Rewired", frame.rewired], ["Nodes and tensors after it", frame.nodes], ["Inserted, tensors too", frame.inserted ?? ""], ["Verified", verified], ["Seconds", frame.seconds ?? ""]]),
     changes.length ? null : el("p", { class: "empty", text: lens.before === lens.frame ? "This step made the graph: every node is of it." : model.graph.exact ? "This step left every node and edge as it was." : "What this step changed is not recorded." }),
     ...parts,
   ];
