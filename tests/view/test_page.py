@@ -105,6 +105,17 @@ def test_groups_open_and_close(file: Path, opened: Callable[..., Any]) -> None:
     page.wait_for_function(f"() => graftcPage.scene().boxes.length === {opened_now}")
 
 
+def test_levels_of_detail(file: Path, opened: Callable[..., Any]) -> None:
+    page = opened(file)
+    shown = {}
+    for level in ("top", "layers", "nodes"):
+        page.locator("[data-id=level]").select_option(level)
+        page.wait_for_timeout(300)
+        shown[level] = {box["key"] for box in marks(page)}
+    assert shown["top"] <= shown["layers"] < shown["nodes"]
+    assert {"bert.encoder.layer.0", "bert.encoder.layer.1"} <= shown["layers"]
+
+
 def test_views_by_key_mark_what_differs(file: Path, opened: Callable[..., Any]) -> None:
     page = opened(file)
     page.locator("#canvas").focus()

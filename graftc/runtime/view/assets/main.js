@@ -281,7 +281,7 @@ function drawToolbar() {
     select.value = value;
     return select;
   })());
-  const level = choice("Level", [["", "Choose \u2026"], ["top", "Top groups"], ["layers", "Layers"], ["nodes", "Nodes of the first layer"]], "", (v) => { if (v) go({ open: keysOfLevel(page.lens, v) }, { top: true }); bar.querySelector("[data-id=level]").value = ""; }, "level");
+  const level = choice("Level", [["", "Choose \u2026"], ["top", "Top groups"], ["layers", "Layers"], ["nodes", "Nodes of each kind of layer"]], "", (v) => { if (v) go({ open: keysOfLevel(page.lens, v) }, { top: true }); bar.querySelector("[data-id=level]").value = ""; }, "level");
   const tensors = choice("Tensors", [["none", "None"], ["adaptations", page.words.roles ? "With a role" : "Of adaptations"], ["all", "All"]], state.tensors, (v) => go({ tensors: v }), "tensors");
   const legend = el("div", { class: "legend", role: "group", "aria-label": page.words.many }, ...adaptations.map((a, i) => el("span", { class: "entry" },
     tool("", () => { const hidden = new Set(state.hidden); if (!hidden.delete(i)) hidden.add(i); go({ hidden }); }, { ...pressed(!state.hidden.has(i), `a${i}`), class: "adaptation", title: state.hidden.has(i) ? "Show its nodes" : "Hide its nodes" }),

@@ -411,7 +411,7 @@ function itemsIn(lens, item) {
 /**
  * The keys to open for a level of detail.
  * @param {object} lens
- * @param {string} level top: the largest group while it fits; layers: down to the layers; nodes: also the first of each run of layers
+ * @param {string} level top: the largest group while it fits; layers: each layer as a box; nodes: also what is in the first of each run of alike ones
  * @returns {Set<string>}
  */
 function keysOfLevel(lens, level) {
@@ -426,9 +426,8 @@ function keysOfLevel(lens, level) {
   const walk = (items, depth) => {
     for (const item of items) {
       if (item.kind === "run") {
-        if (level !== "nodes") continue;
         keys.add(item.key);
-        openAll(itemsIn(lens, item)[0], depth + 1);
+        if (level === "nodes") openAll(itemsIn(lens, item)[0], depth + 1);
       } else if (holdsRun(item, depth)) { keys.add(item.key); walk(itemsOf(lens, item.group), depth + 1); }
       else if (level === "nodes" && item.kind === "group" && size(item) <= 400) openAll(item, depth + 1);
     }
