@@ -297,4 +297,6 @@ def test_what_is_small_first_may_be_large_later(base: Any, monkeypatch: pytest.M
     for ids in (small, large):
         gradients(model, {"input_ids": ids})
     kept = [model.activations(input_ids=ids) for ids in (small, large)]
-    assert kept[0].kept == kept[0].without and kept[1].kept < 0.9 * kept[1].without
+    # What is around the layers has no rank: it is the graph of other tests, and may have their plan.
+    assert all(layer.kept == layer.without for layer in kept[0].layers if layer.module)
+    assert kept[1].kept < 0.9 * kept[1].without

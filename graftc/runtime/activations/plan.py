@@ -67,7 +67,9 @@ class ActivationPlan:
 def kept_by(parts: Iterable[Recomputation], recorded: Recorded) -> int:
     """Bytes that are kept of a run, of any sizes, where some values are computed again."""
     again = {recorded.storages[target] for part in parts for target in part.targets}
+    owners = recorded.owners()
     roots = {recorded.storages[root] for part in parts for root in part.roots if root in recorded.storages}
+    roots = {storage for storage in roots if storage not in owners or owners[storage].op != "get_attr"}
     return sum(recorded.sizes[storage] for storage in (recorded.saved - again) | roots)
 
 
@@ -193,6 +195,8 @@ class _Choice:
             if node in self.owned:
                 free = self.recorded.storages[node] in self.recorded.outputs
                 network.add_edge(inner, outer, capacity=0 if free else self.bytes_of(node))
+            elif self._is_held(node):
+                network.add_edge(inner, outer, capacity=0)
             elif self._is_tensor(node):
                 network.add_edge(inner, outer)  # a view is kept by what it is a view of
             else:
@@ -238,6 +242,11 @@ class _Choice:
                 tuple(sorted(set().union(*(roots[node] for node in group)))),
                 tuple(sorted(group)),
             )
+
+    def _is_held(self, node: fx.Node) -> bool:
+        """Whether a call gives a tensor of the model itself, as a mask of gradients does, which is there anyway."""
+        owner = self.owners.get(self.recorded.storages.get(node, -1))
+        return owner is not None and owner.op == "get_attr"
 
     def _is_tensor(self, node: fx.Node) -> bool:
         return node in self.recorded.storages or node in self.recorded.several
