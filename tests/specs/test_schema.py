@@ -345,7 +345,7 @@ def changed(draw: st.DrawFn) -> Any:
 # which values go together.
 _BEYOND = re.compile(
     r"the name '.*' is taken|name '.*' is reserved|a brace|is no regular expression|has more than|"
-    r"must be a whole number.*, not -?\d+\.0$|role '.*' is unknown|"
+    r"(must be a whole number|expected a layer or a slice of layers).*, not -?\d+\.0$|role '.*' is unknown|"
     r"both say how|means nothing to|a linear map has an input|an adapter (cannot add|that reads)|"
     r"adds the role norm|init_tokens are what|tokens to start from|cannot start from those of init_tokens|"
     r"cannot start from a part|goes (up|down) to|rounds: .* has .* stages|leaves nothing to override|"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from graftc.specs.base import SpecModel
 from graftc.specs.errors.diagnostics import GraftError
@@ -35,6 +37,25 @@ class BaseOptions(SpecModel):
 
     skip: PatternList = ()
     """Globs of modules that stay as they are, with all that is in them."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """What `_fits` asks for, as far as a schema can say it: all of it."""
+        written = handler(schema)
+        unset = {"anyOf": [{"type": "null"}, {"type": "array", "maxItems": 0}]}
+        blocks = {"properties": {"quantize": {"enum": ["nf4", "fp4"]}}, "required": ["quantize"]}
+        handler.resolve_ref_schema(written)["allOf"] = [
+            {
+                "if": {"properties": {"quantize": {"type": "string"}}, "required": ["quantize"]},
+                "else": {"properties": {"group": {"type": "null"}, "double": {"const": False}, "skip": unset}},
+            },
+            {
+                "if": blocks,
+                "then": {"properties": {"group": {"enum": [None, *BLOCKS]}}},
+                "else": {"properties": {"double": {"const": False}}},
+            },
+        ]
+        return written
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
