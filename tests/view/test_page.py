@@ -128,6 +128,18 @@ def test_views_by_key_mark_what_differs(file: Path, opened: Callable[..., Any]) 
     assert "view=diff" in page.url
 
 
+def test_what_is_open_stays_open_in_other_views(file: Path, opened: Callable[..., Any]) -> None:
+    """In the base's own graph layers are alike that adaptations tell apart."""
+    page = opened(file, "#view=diff")
+    page.evaluate("graftcPage.open('bert.encoder.layer.1.attention.self')")
+    for view in ("before", "after", "diff"):
+        page.locator("#canvas").focus()
+        page.keyboard.press({"after": "1", "before": "2", "diff": "3"}[view])
+        page.wait_for_function(f"() => graftcPage.state().view === '{view}'")
+        page.wait_for_timeout(300)
+        assert "bert.encoder.layer.1.attention.self" in {box["key"] for box in marks(page)}, view
+
+
 def test_the_tree_is_worked_by_keys(file: Path, opened: Callable[..., Any]) -> None:
     page = opened(file)
     rows = page.locator("#left [role=treeitem]")

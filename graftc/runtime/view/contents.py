@@ -84,10 +84,10 @@ def contents(snapshot: Snapshot, evidence: Evidence | None = None, before: Snaps
         "summary": found.to_json(),
         "spec": {"text": text, "lines": spec_lines(snapshot.spec, text)},
         "adaptations": [
-            {**_adaptation(number, entry, costs, known, total), "size": stated.text(entry.name)}
+            _adaptation(number, entry, costs, known, total, stated.text(entry.name))
             for number, entry in enumerate([*found.adaptations, *gone])
         ],
-        "layers": costs.by_layer(stated),
+        "layers": costs.by_layer(stated, known.figures),
         "sites": [_site(record, names, stated, known) for record in snapshot.sites],
         "tree": model_tree(snapshot).to_json(),
         "graphs": {mode: graph.to_json([*names, *(e.name for e in gone)]) for mode, graph in graphs.items()},
@@ -193,9 +193,14 @@ def spec_lines(spec: Spec, text: str) -> dict[str, int]:
     return {name: line for name, line in lines.items() if line is not None}
 
 
-def _adaptation(number: int, entry: AdaptationSummary, costs: _Costs, known: Evidence, total: int) -> dict[str, Any]:
+def _adaptation(
+    number: int, entry: AdaptationSummary, costs: _Costs, known: Evidence, total: int, size: str
+) -> dict[str, Any]:
     reason = (known.kept or {}).get(entry.name, "")
     added = entry.trainable_parameters
+    figures = _ranges([held for (name, _), held in known.figures.items() if name == entry.name])
+    # What training has made of a size that was asked for, as of a rank.
+    now = [f"{name} {value} now" for name, value in figures if size.startswith(f"{name} ")]
     return {
         "name": entry.name,
         "method": entry.method,
@@ -210,7 +215,8 @@ def _adaptation(number: int, entry: AdaptationSummary, costs: _Costs, known: Evi
         **costs.of(entry.name),
         "folds": None if known.kept is None else not reason,
         "fold_reason": reason,
-        "figures": _ranges([held for (name, _), held in known.figures.items() if name == entry.name]),
+        "figures": figures,
+        "size": "; ".join([*filter(None, [size]), *now]),
     }
 
 
@@ -277,14 +283,18 @@ class _Costs:
         mine = [costs for (own, _), costs in self._found.items() if own == name]
         return {key: sum(c[key] for c in mine) for key in ("bytes", "flops_per_token", "value_bytes_per_token")}
 
-    def by_layer(self, stated: StatedSizes) -> list[dict[str, Any]]:
+    def by_layer(
+        self, stated: StatedSizes, figures: Mapping[tuple[str, str], Mapping[str, float]]
+    ) -> list[dict[str, Any]]:
         """Of every adaptation in every layer, with its size there; what stands outside of layers has an empty one."""
         sizes: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
         for record in stated.snapshot.sites:
             if (size := stated.at(record)) is not None:
-                sizes[record.adaptation, layer_path(record.key.module)][f"{size[0]} {size[1]}"] = None
+                now = figures.get((record.adaptation, str(record.key)), {}).get(size[0])
+                text = f"{size[0]} {size[1]}" + ("" if now is None else f", {now:.6g} now")
+                sizes[record.adaptation, layer_path(record.key.module)][text] = None
         return [
-            {"layer": layer, "adaptation": name, "size": ", ".join(sizes[name, layer]), **costs}
+            {"layer": layer, "adaptation": name, "size": "; ".join(sizes[name, layer]), **costs}
             for (name, layer), costs in self._found.items()
         ]
 

@@ -169,12 +169,24 @@ function hints() {
 function go(change, how = {}) {
   const before = state.tab;
   Object.assign(state, change);
+  if (page.lens && ["view", "mode", "frame"].some((k) => k in change)) {
+    keepOpen();
+    if (state.sel) how = { show: true, ...how };
+  }
   writeHash(how.replace);
   if (state.tab !== before) showTab();
   if (state.tab === "report" || state.tab === "spec") return Promise.resolve();
   const only = Object.keys(change).every((k) => k === "sel") && !how.show;
   if (only && page.scene) { restyle(); drawPanels(); boxList.show(page.scene, selectedKey()); return whole; }
   return refresh(how);
+}
+
+/** Opens what was open in another graph too, where its layers may be alike that were not. */
+function keepOpen() {
+  page.lens = currentLens();
+  const open = new Set(state.open);
+  for (const key of state.open) for (const above of wayTo(page.lens, key).keys) open.add(above);
+  state.open = open;
 }
 
 /** Shows the part of the tab, and marks the tab. */

@@ -38,7 +38,7 @@ function entriesOf(model, adaptations) {
     const cut = text.length > 400 ? text.slice(0, 400) : text;
     return { kind, text, more, value, lower: `${cut} ${more}`.trim().toLowerCase(), pattern: `${cut.replace(/\d+/g, "#")} ${like}` };
   };
-  const all = adaptations.map((a, i) => entry("adaptation", String(a.name), "", { kind: "adaptation", index: i }));
+  const all = adaptations.map((a, i) => entry("adaptation", String(a.name), String(a.method || ""), { kind: "adaptation", index: i }));
   for (const group of model.groups) if (group.path) all.push(entry("module", group.path, "", { kind: "group", key: group.path }));
   for (let i = 0; i < model.count; i++) {
     const op = model.nodes.op[i];
