@@ -37,7 +37,8 @@ def together(job: str, processes: int, folder: Path, *arguments: str, seconds: f
         given = (job, str(processes), str(folder), str(seconds), *arguments)
         environment = {"GLOO_SOCKET_IFNAME": "lo"}
         status = warm.run("tests.runtime.processes", *given, cwd=warm.ROOT, out=out, err=err, environment=environment)
-        assert status == 0, f"{job}{arguments}\n{out.read_text()}\n{err.read_text()}"
+        said = "\n".join(file.read_text() if file.is_file() else f"no {file.name}" for file in (out, err))
+        assert status == 0, f"{job}{arguments} ended with {status}\n{said}"
 
 
 def _rank(job: str, rank: int, processes: int, folder: Path, seconds: float, arguments: list[str], meet: str) -> None:
