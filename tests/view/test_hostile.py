@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,8 +13,10 @@ import torch
 from torch import nn
 
 import graftc
-from graftc.runtime.view.page import SCRIPTS, asset
+from graftc.runtime.view.contents import Evidence, contents
+from graftc.runtime.view.page import SCRIPTS, asset, page
 from graftc.specs.errors.diagnostics import GraftError
+from tests.families import tiny
 
 NAMES = [
     "<img src=x onerror=alert(1)>",
@@ -67,6 +70,42 @@ def test_no_name_becomes_an_element(view: Any, tmp_path: Path, opened: Callable[
     )
     text = page.locator("body").inner_text()
     assert "\u202e" not in text and "\x1b" not in text
+
+
+def test_no_text_of_a_file_becomes_an_element(tmp_path: Path, opened: Callable[..., Any]) -> None:
+    """Reasons, evidence, certificates, logs, differences and titles come from files that anybody may have written."""
+    bad = "".join(NAMES[:6])
+    compiled: Any = graftc.compile(
+        {"adapt": [{"method": "lora", "rank": 2, "name": "a", "target": {"role": ["attn.q"]}}]}, tiny("bert")
+    )
+    snapshot = compiled.snapshot
+    sites = tuple(replace(site, evidence=bad, roles=(*site.roles, bad), stack=bad) for site in snapshot.sites)
+    number = {"change": 1.0, "algebra": 1e-12, "rounding": 0.5, "retention": None}
+    certificate = {
+        **{"passed": False, "outputs": {bad: 1.0}, "budget": 0.5, "failures": [bad], "bounds": {}},
+        "sites": [{"site": bad, "adaptations": [bad], **number}],
+    }
+    evidence = Evidence(
+        certificate=certificate,
+        kept={"a": bad},
+        curves=[{"name": bad, "group": f"{bad}: {bad}", "steps": [1, 2], "values": [1.0, 2.0]}],
+        figures={("a", str(sites[0].key)): {bad: 1.0}},
+        warnings=[{"code": bad, "text": bad}],
+        artifact=bad,
+        title=bad,
+        differences=[{"what": bad, "lines": [bad]}],
+    )
+    file = tmp_path / "page.html"
+    file.write_text(page(contents(replace(snapshot, model=bad, sites=sites), evidence)), encoding="utf-8")
+    shown = opened(file)
+    for tab in ("report", "timeline", "spec", "graph"):
+        shown.evaluate(f"location.hash = '#tab={tab}'")
+        shown.wait_for_function(f"() => graftcPage.state().tab === '{tab}'")
+        assert shown.locator("img, svg[onload], script:not([type]) + script").count() == 0
+    shown.evaluate("graftcPage.select('a')")
+    shown.evaluate("name => graftcPage.select(name)", sites[0].key.module)
+    assert shown.locator("img").count() == 0
+    assert "\x1b" not in shown.locator("body").inner_text() and "\u202e" not in shown.locator("body").inner_text()
 
 
 def test_pictures_hold_names_as_text(view: Any) -> None:
