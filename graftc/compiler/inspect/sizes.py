@@ -20,8 +20,10 @@ class StatedSizes:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self._specs = {adaptation.name: adaptation for adaptation in snapshot.spec.adapt}
+        self._sites: dict[str, list[SiteRecord]] = defaultdict(list)
         self._depths: dict[str, int] = {}
         for record in snapshot.sites:
+            self._sites[record.adaptation].append(record)
             if record.layer is not None:
                 self._depths[record.stack] = max(self._depths.get(record.stack, 0), record.layer + 1)
 
@@ -42,8 +44,8 @@ class StatedSizes:
     def text(self, name: str) -> str:
         """How large an adaptation is, with layers where there are several sizes: ``rank 4 (0-9), rank 8 (10)``."""
         found: dict[str, list[int]] = defaultdict(list)
-        for record in self.snapshot.sites:
-            if record.adaptation == name and (size := self.at(record)) is not None:
+        for record in self._sites.get(name, ()):
+            if (size := self.at(record)) is not None:
                 found[" ".join(size)] += [] if record.layer is None else [record.layer]
         if len(found) <= 1:
             return next(iter(found), "")

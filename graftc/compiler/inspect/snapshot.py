@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from graftc.compiler.roles.findings import Finding, Structure
 from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode
-from graftc.passes.core.ir.shapes import DTYPE_NAMES
+from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.store import Store
@@ -53,6 +54,11 @@ class TensorRecord:
     def numel(self) -> int:
         """How many elements."""
         return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes they take; of an element type that graphs have no name for, one each."""
+        return self.numel * DTYPES.get(self.dtype, torch.uint8).itemsize
 
 
 @dataclass(frozen=True)
@@ -158,10 +164,14 @@ def base_snapshot(model: nn.Module, program: Program, store: Store) -> Snapshot:
         program: its graph in train mode.
         store: its tensors.
     """
-    graphs: dict[Mode, Program] = {"train": program, "eval": to_eval(program)}
+
+    @cache
+    def read(mode: Mode, base: bool) -> Program:
+        return program if mode == "train" else to_eval(program)
+
     base = {name: TensorRecord.of(tensor) for name, tensor in store.base() if name not in store.constants}
     spec = Spec(adapt=())
-    return Snapshot(type(model).__name__, spec, (), (), base, dict(store.aliases), {}, lambda mode, base: graphs[mode])
+    return Snapshot(type(model).__name__, spec, (), (), base, dict(store.aliases), {}, read)
 
 
 def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:

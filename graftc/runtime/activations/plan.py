@@ -67,10 +67,8 @@ class ActivationPlan:
 def kept_by(parts: Iterable[Recomputation], recorded: Recorded) -> int:
     """Bytes that are kept of a run, of any sizes, where some values are computed again."""
     again = {recorded.storages[target] for part in parts for target in part.targets}
-    owners = recorded.owners()
     roots = {recorded.storages[root] for part in parts for root in part.roots if root in recorded.storages}
-    roots = {storage for storage in roots if storage not in owners or owners[storage].op != "get_attr"}
-    return sum(recorded.sizes[storage] for storage in (recorded.saved - again) | roots)
+    return sum(recorded.sizes[storage] for storage in (recorded.saved - again) | (roots - recorded.own))
 
 
 def plans(
@@ -245,8 +243,7 @@ class _Choice:
 
     def _is_held(self, node: fx.Node) -> bool:
         """Whether a call gives a tensor of the model itself, as a mask of gradients does, which is there anyway."""
-        owner = self.owners.get(self.recorded.storages.get(node, -1))
-        return owner is not None and owner.op == "get_attr"
+        return self.recorded.storages.get(node) in self.recorded.own
 
     def _is_tensor(self, node: fx.Node) -> bool:
         return node in self.recorded.storages or node in self.recorded.several

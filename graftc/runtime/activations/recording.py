@@ -36,6 +36,7 @@ class Recorded:
         storages: of every node whose value is one tensor, the storage that holds it, as a number.
         sizes: bytes of the storages.
         saved: storages that autograd keeps, those of parameters and buffers not counted.
+        own: storages of parameters and buffers, which are there anyway.
         several: nodes whose value is several tensors.
         flops: of products and attentions, by node.
         outputs: storages that the graph hands out.
@@ -45,6 +46,7 @@ class Recorded:
     storages: dict[fx.Node, int] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     saved: frozenset[int] = frozenset()
+    own: frozenset[int] = frozenset()
     several: set[fx.Node] = field(default_factory=set)
     flops: dict[fx.Node, int] = field(default_factory=dict)
     outputs: frozenset[int] = frozenset()
@@ -168,5 +170,5 @@ def record(
     found.outputs = frozenset(storage_of(t) for t in tree_flatten(found.results)[0] if isinstance(t, Tensor))
     # What nothing of the result needs is let go, and with it what autograd kept for it.
     values.clear()
-    found.saved = frozenset(storage_of(each.tensor) for each in held) - own
+    found.saved, found.own = frozenset(storage_of(each.tensor) for each in held) - own, frozenset(own)
     return found

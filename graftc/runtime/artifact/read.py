@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,9 @@ class Artifact:
         trained = (record.base for record in self.manifest.trained if record.rows is None)
         return replaced_tensors(self.updated, trained, self.manifest.base.aliases)
 
-    @property
+    @cached_property
     def snapshot(self) -> Snapshot:
-        """Places, tensors and Programs as data; no base is needed."""
+        """Places, tensors and Programs as data; no base is needed. Each graph is read once, when it is asked for."""
         manifest = self.manifest
         return Snapshot(
             manifest.base.model.rpartition(".")[2],
@@ -102,7 +102,7 @@ class Artifact:
                 for name, t in manifest.adapters.items()
                 if name not in self.updated
             },
-            lambda mode, base: self.program(mode, base=base),
+            cache(lambda mode, base: self.program(mode, base=base)),
         )
 
     def sites(self) -> Iterator[SiteRecord]:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from graftc.compiler.inspect.snapshot import Snapshot, TensorRecord
+from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.compiler.inspect.summary import Summary, summary
-from graftc.passes.core.ir.shapes import DTYPES
 from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.artifact.read import Artifact
 from graftc.runtime.artifact.records import read_model
@@ -84,7 +83,7 @@ class CardFacts:
         sizes: dict[str, int] = {}
         for name, record in snapshot.adapters.items():
             owner = owner_of(name)
-            sizes[owner] = sizes.get(owner, 0) + _size(record)
+            sizes[owner] = sizes.get(owner, 0) + record.nbytes
         return cls(snapshot=snapshot, summary=summary(snapshot), bytes=sizes, **others)
 
     @property
@@ -92,11 +91,6 @@ class CardFacts:
         """Adaptations of which the certificate is."""
         names = [adaptation.name for adaptation in self.summary.adaptations]
         return [name for name in names if name not in self.kept] if self.certificate is not None else []
-
-
-def _size(record: TensorRecord) -> int:
-    dtype = DTYPES.get(record.dtype)
-    return record.numel * (1 if dtype is None else dtype.itemsize)
 
 
 def artifact_facts(artifact: Artifact) -> CardFacts:

@@ -111,7 +111,7 @@ def inspect(
         wanted["explanation"] = explain is not None
         views = {name: view for name, view in _views(snapshot, mode.value, explain).items() if wanted[name]}
         made = {name: make() for name, make in views.items()}
-        files = _write(_writers(artifact, mode.value, log), targets, force)
+        files = _write(_writers(artifact, mode.value, log), targets, force) if targets else []
         if json or not (made or files):
             from graftc.compiler.inspect.summary import summary
 

@@ -10,7 +10,7 @@ from typing import Any
 import graftc
 from graftc.compiler.inspect.frames import Frames, frames, plain_frames
 from graftc.compiler.inspect.sizes import StatedSizes
-from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord
+from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
 from graftc.compiler.inspect.summary import AdaptationSummary, summary
 from graftc.compiler.inspect.tree import model_tree
 from graftc.compiler.resolve.tokens import TOKENS
@@ -19,7 +19,6 @@ from graftc.compiler.roles.findings import Finding, Structure, format_layers, fo
 from graftc.compiler.roles.structure import find_structure
 from graftc.passes.core.ir.layers import layer_path
 from graftc.passes.core.ir.program_key import Mode
-from graftc.passes.core.ir.shapes import DTYPES
 from graftc.passes.core.weights.names import module_of, owner_of, parsed
 from graftc.specs.document import Spec
 from graftc.specs.io import dump_spec
@@ -75,6 +74,7 @@ def contents(snapshot: Snapshot, evidence: Evidence | None = None, before: Snaps
     known, found = evidence or Evidence(), summary(snapshot)
     graphs = {mode: frames(snapshot, mode, None if before is None else before.program(mode)) for mode in MODES}
     names = [entry.name for entry in found.adaptations]
+    numbers = {name: number for number, name in enumerate(names)}
     gone = [] if before is None else [e for e in summary(before).adaptations if e.name not in names]
     costs, stated = _Costs(graphs["eval"], snapshot), StatedSizes(snapshot)
     text = dump_spec(snapshot.spec)
@@ -88,7 +88,7 @@ def contents(snapshot: Snapshot, evidence: Evidence | None = None, before: Snaps
             for number, entry in enumerate([*found.adaptations, *gone])
         ],
         "layers": costs.by_layer(stated, known.figures),
-        "sites": [_site(record, names, stated, known) for record in snapshot.sites],
+        "sites": [_site(record, numbers, stated, known) for record in snapshot.sites],
         "tree": model_tree(snapshot).to_json(),
         "graphs": {mode: graph.to_json([*names, *(e.name for e in gone)]) for mode, graph in graphs.items()},
         "certificate": known.certificate,
@@ -231,12 +231,12 @@ def _ranges(figures: Iterable[Mapping[str, float]]) -> list[list[str]]:
     ]
 
 
-def _site(record: SiteRecord, names: Sequence[str], stated: StatedSizes, known: Evidence) -> dict[str, Any]:
+def _site(record: SiteRecord, numbers: Mapping[str, int], stated: StatedSizes, known: Evidence) -> dict[str, Any]:
     tensors = {part: (name, stated.snapshot.adapters.get(name)) for part, name in record.tensors.items()}
     figures = known.figures.get((record.adaptation, str(record.key)), {})
     size = stated.at(record)
     return {
-        "adaptation": names.index(record.adaptation) if record.adaptation in names else -1,
+        "adaptation": numbers.get(record.adaptation, -1),
         "key": str(record.key),
         "module": record.key.module,
         "roles": list(record.roles),
@@ -271,7 +271,7 @@ class _Costs:
             layer = layer_path(_home(name))
             own = self._found[owner_of(name), layer]
             own["trainable_parameters"] += tensor.numel if tensor.trainable else 0
-            own["bytes"] += tensor.numel * _itemsize(tensor)
+            own["bytes"] += tensor.nbytes
         for node in graph.nodes:
             if node.origin is not None and node.gone < 0:
                 own = self._found[node.origin[0], layer_path(node.module)]
@@ -303,11 +303,6 @@ def _home(name: str) -> str:
     """The module of the base that an adaptation's tensor is for."""
     found = parsed(name)
     return module_of(name) if found is None else found.module
-
-
-def _itemsize(tensor: TensorRecord) -> int:
-    dtype = DTYPES.get(tensor.dtype)
-    return 0 if dtype is None else dtype.itemsize
 
 
 def _targets(snapshot: Snapshot, structure: Structure | None) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from graftc.compiler.folding.certificate import ALGEBRA_BOUND, ROUNDING_BOUND
 from graftc.compiler.inspect.sizes import StatedSizes
@@ -110,16 +112,16 @@ def _figures_of_artifact(artifact: Artifact) -> dict[tuple[str, str], Mapping[st
     values = artifact.tensors() if figured else {}
     stated = StatedSizes(snapshot)
     placed = {name for record in snapshot.sites for name in record.tensors.values()}
+    shared: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by adaptation, what all of its places have
+    for full in values.keys() - placed:
+        if (name := parsed(full)) is not None:
+            shared[name.adaptation][name.part] = values[full]
     for record in snapshot.sites:
         own = stated.spec(record)
         if record.method not in figured or own is None:
             continue
-        tensors = {
-            name.part: values[full]
-            for full in values
-            if full not in placed and (name := parsed(full)) is not None and name.adaptation == record.adaptation
-        }
-        tensors |= {part: values[name] for part, name in record.tensors.items() if name in values}
+        at_place = {part: values[name] for part, name in record.tensors.items() if name in values}
+        tensors = {**shared[record.adaptation], **at_place}
         with suppress(LookupError, RuntimeError, ValueError):  # of tensors that do not fit there are none
             made = figured[record.method].figures(own, tensors)
             found[record.adaptation, str(record.key)] = {name: float(value) for name, value in made.items()}

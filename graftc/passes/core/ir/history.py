@@ -78,6 +78,9 @@ class Recorder:
     """
 
     def __init__(self, graph: fx.Graph) -> None:
+        self._remember(graph)
+
+    def _remember(self, graph: fx.Graph) -> None:
         self.graph = graph
         self._args: dict[fx.Node, tuple[Any, ...]] = {node: node.args for node in graph.nodes}
         self._kwargs: dict[fx.Node, dict[str, Any]] = {node: node.kwargs for node in graph.nodes if node.kwargs}
@@ -133,7 +136,7 @@ class Recorder:
             {name: self._erased(node) for name, node in named.items() if name not in nodes},
             {n: reads for n, reads in before.items() if reads != names_read(nodes[n].args, nodes[n].kwargs)},
         )
-        Recorder.__init__(self, graph)
+        self._remember(graph)
         return changes
 
     def _reads(self, node: fx.Node) -> Reads:
