@@ -1,0 +1,29 @@
+"""What a classifier learns from soft labels by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
+    """``KL(softmax(teacher / T) || softmax(student / T)) T² / batch``, a scalar; 0 for equal logits.
+
+    The factor keeps gradients as large as they are at ``T = 1`` (Hinton et al. 2015).
+
+    Args:
+        student: logits ``[batch, labels]``, which get gradients.
+        teacher: logits ``[batch, labels]``, which get none.
+        temperature: ``T``, positive.
+
+    Raises:
+        ValueError: the shapes differ, or the temperature is not positive.
+    """
+    if student.shape != teacher.shape or student.ndim != 2:
+        raise ValueError(f"logits {tuple(student.shape)} and {tuple(teacher.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"a temperature of {temperature}")
+    said = torch.log_softmax(student / temperature, dim=1)
+    wanted = torch.log_softmax(teacher.detach().to(student.dtype) / temperature, dim=1)
+    divergence = (wanted.exp() * (wanted - said)).sum()
+    return divergence * temperature**2 / student.shape[0]
