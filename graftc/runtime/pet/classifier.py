@@ -1,0 +1,165 @@
+"""The final classifier: a model with a head, or one that fills blanks, trained on what the ensemble says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler import progress
+from graftc.compiler.missing_weights import mark_fresh
+from graftc.runtime.artifact.write import save
+from graftc.runtime.compiled import Compiled
+from graftc.runtime.loading.load import load
+from graftc.runtime.pet.asking import Asking, by_length, encoder_of
+from graftc.runtime.pet.members import telling
+from graftc.runtime.pet.plain import PlainEncoder, pad_id, positions_of
+from graftc.runtime.pet.task import Fields, Task
+from graftc.runtime.pet.training import Batch, draws, logits_of, train_classifier
+from graftc.runtime.recipes import Stage, tune
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError
+
+CLASSIFIER = "classifier"
+"""The artifact's folder."""
+
+_DISTILLING = "distilling"
+
+
+def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: int) -> Any:
+    """A classifier of transformers with a language model's own encoder, in eval mode.
+
+    Args:
+        model: a language model of transformers; its tensors are copied.
+        labels: names of the classes, in the order of logits.
+        padding: the token that fills batches, where the model's config has none.
+        seed: of what the language model has not: the head, and in some a pooler.
+
+    Raises:
+        GraftError: GC189 where transformers has no such classifier.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    auto: Any = AutoModelForSequenceClassification
+    config = copy.deepcopy(model.config)
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
+    if getattr(config, "pad_token_id", None) is None:  # decoders are to find the last token by it
+        config.pad_token_id = padding
+    config.problem_type = "single_label_classification"
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        made = auto.from_config(config)
+    except ValueError as error:
+        message = f"transformers has no classifier of sequences for {type(model).__name__}"
+        raise GraftError("GC189", message, hint="classifier: {kind: cloze}") from error
+    finally:
+        torch.random.set_rng_state(state)
+    made.config._name_or_path = ""  # it is nowhere yet
+    prefix = made.base_model_prefix
+    known = getattr(model, prefix).state_dict() if hasattr(model, prefix) else {}
+    own = getattr(made, prefix).state_dict() if hasattr(made, prefix) else {}
+    shared = {name: known[name] for name in own if name in known and known[name].shape == own[name].shape}
+    if not shared:
+        message = f"{type(made).__name__} has nothing in common with {type(model).__name__}"
+        raise GraftError("GC189", message, hint="classifier: {kind: cloze}")
+    getattr(made, prefix).load_state_dict(shared, strict=False)
+    first = next(model.parameters())
+    made = made.to(device=first.device, dtype=first.dtype).eval()
+    taken = {f"{prefix}.{name}" for name in shared}
+    mark_fresh(made, (name for name, _ in made.named_parameters() if name not in taken), type(model).__name__)
+    return made
+
+
+class Classifier:
+    """The classifier of a run.
+
+    Args:
+        task: the run.
+        tokenizer: the language model's.
+    """
+
+    def __init__(self, task: Task, tokenizer: Any) -> None:
+        self._task, self._options = task, task.spec.classifier
+        self._fills = self._options.kind == "cloze"
+        self._base = task.model
+        if not self._fills:
+            self._base = sequence_classifier(task.model, task.spec.labels, pad_id(tokenizer), task.seed_of("head"))
+        self._device = next(self._base.parameters()).device
+        length, positions = self._options.training.max_length, positions_of(task.model)
+        self._cloze = encoder_of(task.spec, tokenizer, task.model, length)
+        self._plain = PlainEncoder(task.spec.slots, tokenizer, length, positions)
+
+    def trained(self, soft: Tensor) -> Compiled:
+        """The classifier, in eval mode: trained on soft labels, or what a finished run has kept.
+
+        Args:
+            soft: logits of the ensemble on unlabelled rows, ``[rows, labels]``.
+        """
+        stages = self._task.stages
+        place, folder = stages.place(CLASSIFIER), stages.place(_DISTILLING)
+        if place is None or not place.exists():
+            made = tune(
+                self._spec(),
+                self._base,
+                lambda compiled, stage: self._train(compiled, stage, soft),
+                examples=[self._example(soft)],
+                folder=folder,
+                seed=self._task.seed_of(CLASSIFIER),
+            )
+            if place is None:
+                return made
+            self._save(made, place)
+        stages.forget(_DISTILLING)
+        return load(place, self._base).eval()
+
+    def answers(self, compiled: Compiled, texts: Sequence[Fields]) -> Tensor:
+        """Its logits, float32 ``[rows, labels]`` on the CPU."""
+        progress.step("asking the classifier")
+        batches = ((some, self._inputs([texts[row] for row in some])) for some in by_length(texts))
+        return logits_of(compiled, batches, len(texts))
+
+    def _save(self, compiled: Compiled, place: Path) -> None:
+        if self._fills:
+            compiled.save(place, certify=False)
+        else:  # a base that is nowhere else
+            base: Any = self._base
+            save(compiled, place, bundle=lambda folder: base.save_pretrained(folder))
+
+    def _spec(self) -> Spec:
+        own = self._options.spec
+        if not self._fills:
+            return own
+        given = {field: getattr(own, field) for field in own.model_fields_set}
+        return Spec.model_validate({**given, "cloze": self._cloze.options([0])})
+
+    def _inputs(self, texts: Sequence[Fields]) -> Batch:
+        if self._fills:
+            return Asking(self._cloze, [0], [0], (), self._device).questions(texts, [0] * len(texts))
+        return {name: tensor.to(self._device) for name, tensor in self._plain.encode(texts).items()}
+
+    def _example(self, soft: Tensor) -> dict[str, Tensor]:
+        texts = self._task.unlabelled.texts[: self._options.training.batch_size]
+        return {**self._inputs(texts), "labels": soft[: len(texts)].argmax(1).to(self._device)}
+
+    def _train(self, compiled: Compiled, stage: Stage, soft: Tensor) -> None:
+        which = f", training {stage.number} of {stage.total}" if stage.total > 1 else ""
+        train_classifier(
+            compiled,
+            self._batches(soft),
+            self._options.training,
+            temperature=self._options.temperature,
+            on_step=telling(f"classifier{which}"),
+        )
+
+    def _batches(self, soft: Tensor) -> Iterator[tuple[Batch, Tensor]]:
+        texts = self._task.unlabelled.texts
+        size = self._options.training.batch_size
+        for some in draws(len(texts), size, self._task.generator("distilling")):
+            yield self._inputs([texts[row] for row in some]), soft[some].to(self._device)

@@ -1,0 +1,166 @@
+"""PET from rows to a classifier, in stages that a killed run goes on with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler import progress
+from graftc.compiler.capture.fingerprint import identify
+from graftc.runtime.pet.asking import encoder_of
+from graftc.runtime.pet.classifier import Classifier
+from graftc.runtime.pet.data import PetData, TextRows
+from graftc.runtime.pet.ensemble import accuracy, member_weights, mixed_logits
+from graftc.runtime.pet.members import Answers, trained_answers, untrained_answers
+from graftc.runtime.pet.result import Accuracies, GenerationResult, MemberResult, PetResult
+from graftc.runtime.pet.sets import Line, new_sets, set_of
+from graftc.runtime.pet.stages import Stages
+from graftc.runtime.pet.task import Rows, Task
+from graftc.specs.arguments import as_path, as_seed
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.pet.document import PetSpec
+from graftc.specs.pet.io import load_pet_spec
+
+_JUDGED = ("labelled", "test")
+_SAMPLE = 64
+"""Rows by whose tokens a tokenizer is known."""
+
+
+def pet(
+    spec: PetSpec | Mapping[str, Any] | str | Path,
+    model: nn.Module,
+    tokenizer: Any,
+    data: PetData,
+    *,
+    folder: str | Path | None = None,
+    seed: int = 0,
+) -> PetResult:
+    """Pattern-exploiting training (Schick & Schütze 2021): a language model learns to classify from few labelled rows.
+
+    Members, one or more for each pattern, learn the task as cloze questions; their mean labels the unlabelled rows, and
+    a classifier learns from these. With ``ipet``, generations of members learn from more and more rows that others have
+    labelled, each from the language model on. Without labelled rows, untrained patterns begin.
+
+    With a folder, every stage is kept there before the next one begins: when a run is killed at any moment, the same
+    call goes on, and ends with the same tensors. Members of earlier generations are deleted when they have answered.
+
+    Args:
+        spec: a `PetSpec`, a mapping, or the path of a file.
+        model: a masked, causal or encoder-decoder language model of transformers; never changed.
+        tokenizer: its own.
+        data: rows: labelled, if there are any; unlabelled; and a test set, which nothing is learned from.
+        folder: where to keep the stages and the classifier, as an artifact; it is made where there is none.
+        seed: of all random numbers.
+
+    Raises:
+        GraftError: GC058 for a folder that holds another recipe, GC188 where a loss is not finite, GC189 where there is
+            nothing to learn from; and as `graftc.compile`.
+    """
+    loaded, seed = load_pet_spec(spec), as_seed(seed)
+    with progress.working("PET of", type(model).__name__):
+        return _run(_task(loaded, model, tokenizer, data, None if folder is None else as_path(folder), seed), tokenizer)
+
+
+def _task(spec: PetSpec, model: nn.Module, tokenizer: Any, data: PetData, folder: Path | None, seed: int) -> Task:
+    if not data.unlabelled:
+        raise GraftError("GC189", "there are no unlabelled rows", hint="a classifier learns from them")
+    encoder = encoder_of(spec, tokenizer, model)
+    rows = {"labelled": _rows(data.train), "unlabelled": _rows(data.unlabelled), "test": _rows(data.test)}
+    for each in rows.values():
+        encoder.check(each.texts)
+    sample = encoder.encode(rows["unlabelled"].texts[:_SAMPLE], 0)["input_ids"].tolist()
+    identity = {
+        "spec": spec.model_dump(mode="json"),
+        "labels": list(spec.labels),
+        "data": _digest([[list(map(dict, each.texts)), list(each.labels)] for each in rows.values()]),
+        "seed": seed,
+        "base": identify(model).fingerprint,
+        "tokenizer": _digest(
+            [encoder.options(), encoder.encode(rows["unlabelled"].texts[:_SAMPLE], 0)["input_ids"].tolist()]
+        ),
+    }
+    return Task(spec, model, encoder, **rows, seed=seed, stages=Stages(folder, identity))
+
+
+def _rows(given: TextRows | None) -> Rows:
+    return Rows((), ()) if given is None else Rows(given.rows, given.labels or ())
+
+
+def _run(task: Task, tokenizer: Any) -> PetResult:
+    patterns = torch.tensor([member.pattern for member in task.members])
+    untrained = {name: logits[patterns] for name, logits in untrained_answers(task).items()}
+    before = _judged(task, untrained)
+    known = [each["labelled"] for each in before]
+    weighs = task.spec.ensemble == "accuracy" and len(task.labelled)
+    weights = member_weights([part or 0.0 for part in known] if weighs else None, len(task.members))
+    answers = trained_answers(task, 0, [set_of(task, None)] * len(task.members)) if len(task.labelled) else untrained
+    generations = []
+    for generation in range(1, 1 + (task.spec.ipet.generations if task.spec.ipet is not None else 0)):
+        assert task.spec.ipet is not None
+        lines = new_sets(task, generation, answers["unlabelled"], weights, task.spec.ipet)
+        answers = trained_answers(task, generation, [set_of(task, line) for line in lines])
+        _forget(task, generation - 1)
+        generations.append(_generation(lines, task.spec.labels))
+    mixed = task.stages.tensors("ensemble", lambda: {n: mixed_logits(own, weights) for n, own in answers.items()})
+    final = Classifier(task, tokenizer)
+    classifier = final.trained(mixed["unlabelled"])
+    asked = {name: rows for name, rows in task.asked.items() if name in _JUDGED}
+    said = task.stages.tensors(
+        "answers", lambda: {name: final.answers(classifier, rows.texts) for name, rows in asked.items()}
+    )
+    after = _judged(task, answers)
+    members = [
+        MemberResult(
+            pattern=str(task.spec.patterns[member.pattern].name),
+            repetition=member.repetition,
+            weight=float(weights[member.number]),
+            untrained=before[member.number],
+            trained=after[member.number],
+        )
+        for member in task.members
+    ]
+    return PetResult(
+        classifier=classifier,
+        labels=task.spec.labels,
+        soft_labels=torch.softmax(mixed["unlabelled"], dim=1),
+        rows={"labelled": len(task.labelled), "unlabelled": len(task.unlabelled), "test": len(task.test)},
+        members=members,
+        generations=generations,
+        ensemble=_accuracies(task, mixed),
+        final=_accuracies(task, said),
+    )
+
+
+def _forget(task: Task, generation: int) -> None:
+    """Delete the members of a generation; what they said stays."""
+    for own in ("bank", *(f"member-{member.number}" for member in task.members)):
+        task.stages.forget(f"generation-{generation}/{own}")
+
+
+def _judged(task: Task, answers: Answers) -> list[Accuracies]:
+    """Accuracies of every member."""
+    return [
+        _accuracies(task, {name: logits[member.number] for name, logits in answers.items()}) for member in task.members
+    ]
+
+
+def _accuracies(task: Task, logits: Mapping[str, Tensor]) -> Accuracies:
+    rows = task.asked
+    return {name: accuracy(logits[name], rows[name].answers) if name in rows else None for name in _JUDGED}
+
+
+def _generation(lines: Sequence[Line], labels: Sequence[str]) -> GenerationResult:
+    missing = [sum(line["missing"][label] for line in lines) / len(lines) for label in range(len(labels))]
+    return GenerationResult([len(line["rows"]) for line in lines], dict(zip(labels, missing, strict=True)))
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(
+        json.dumps(data, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
+    ).hexdigest()

@@ -1,0 +1,101 @@
+"""What a recipe has done already: each finished stage is on the disk before the next one begins."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from graftc.runtime.files import recover, staged, write_text
+from graftc.runtime.tensor_files import save_tensors
+from graftc.specs.errors.diagnostics import GraftError
+
+RECIPE = "recipe.json"
+
+
+class Stages:
+    """Stages of a recipe by name: made once, and read where they are there already. Without a folder nothing is kept.
+
+    Args:
+        folder: it is made where there is none.
+        identity: what the recipe depends on, as plain data.
+
+    Raises:
+        GraftError: GC058 where the folder holds another recipe; it names what is another.
+    """
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        if folder is None:
+            return
+        mine = json.loads(json.dumps(identity))
+        folder.mkdir(parents=True, exist_ok=True)
+        recover(folder)
+        path = folder / RECIPE
+        if not path.exists():
+            write_text(path, json.dumps(mine, indent=2))
+        held = _read(path)
+        other = [key for key in mine if not isinstance(held, dict) or held.get(key) != mine[key]]
+        if other:
+            raise GraftError("GC058", f"{folder} holds a recipe of another {' and '.join(other)}")
+
+    def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors on the CPU: read from ``NAME.safetensors``, or made and written there."""
+        path = self._path(f"{name}.safetensors")
+        if path is None:
+            return dict(make())
+        if not path.exists():
+            made = {key: tensor.contiguous() for key, tensor in make().items()}
+            with staged(path) as file:
+                save_tensors(made, file)
+        return load_file(path)
+
+    def lines(self, name: str, make: Callable[[], Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+        """Plain data, a JSON object a line: read from ``NAME.jsonl``, or made and written there."""
+        path = self._path(f"{name}.jsonl")
+        if path is None:
+            return [dict(line) for line in make()]
+        if not path.exists():
+            lines = [json.dumps(line, ensure_ascii=False, allow_nan=False) for line in make()]
+            write_text(path, "".join(f"{line}\n" for line in lines))
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def plain(self, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """Plain data: read from ``NAME.json``, or made and written there."""
+        path = self._path(f"{name}.json")
+        if path is None:
+            return dict(make())
+        if not path.exists():
+            write_text(path, json.dumps(make(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        found: dict[str, Any] = _read(path)
+        return found
+
+    def place(self, name: str) -> Path | None:
+        """The path of a folder for a stage that keeps its own files; None where nothing is kept."""
+        return self._path(name)
+
+    def forget(self, name: str) -> None:
+        """Delete a folder of a stage; nothing where it is gone."""
+        path = self._path(name)
+        if path is not None and path.exists():
+            shutil.rmtree(path)
+
+    def _path(self, name: str) -> Path | None:
+        if self.folder is None:
+            return None
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover(path.parent)
+        return path
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GraftError("GC058", f"{path} is damaged: it is no JSON", hint="take another folder") from error
