@@ -1,4 +1,4 @@
-"""PET and iPET: what is computed from members' logits, members' training, and the recipe that does all of it.
+"""PET and iPET: rows of data as cloze questions, what is computed from members' logits, and the recipe that does it all.
 
-Texts become cloze questions in `encoding`; the compiled models that answer them are those of any spec with ``cloze:``.
+The compiled models that answer the questions are those of any spec with ``cloze:``.
 """
