@@ -110,6 +110,7 @@ class Classifier:
                 self._base,
                 lambda compiled, stage: self._train(compiled, stage, soft),
                 examples=[self._example(soft)],
+                example_inputs=self._inputs(self._task.unlabelled.texts[:2]),
                 folder=folder,
                 seed=self._task.seed_of(CLASSIFIER),
             )

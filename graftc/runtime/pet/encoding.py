@@ -106,12 +106,14 @@ class ClozeEncoder:
         chosen = [self._words[i] for i in (range(len(self.patterns)) if indices is None else indices)]
         if all(words == chosen[0] for words in chosen):
             chosen = chosen[:1]
-        written = [{label: [list(word) for word in words] for label, words in own.items()} for own in chosen]
-        made: dict[str, Any] = {"blank": self._blanks.blank_id, "verbalizers": written}
+        written = [[[list(word) for word in own[label]] for label in self.labels] for own in chosen]
+        made: dict[str, Any] = {"labels": list(self.labels), "verbalizers": written}
+        if self.kind == "mask":
+            made["blank"] = self._blanks.blank_id
         if self.kind == "last":
             made["blank"] = "last"
         if self.kind == "sentinel":
-            made["sentinel"] = {"start": self._start, "token": self._blanks.blank_id}
+            made["decoder"] = [self._start, self._blanks.blank_id]
         return made
 
     def check(self, rows: Sequence[Mapping[str, str]]) -> None:

@@ -92,6 +92,7 @@ class _Group:
             task.model,
             lambda compiled, stage: self._train(compiled, stage, asking, sets),
             examples=[self._example(asking, sets[0])],
+            example_inputs=task.encoder.encode(sets[0].texts[:2], self.members[0].pattern),
             folder=task.stages.place(self.name),
             seed=seed,
         )

@@ -601,6 +601,14 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "label that the verbalizer does not have.",
      "Files are JSON Lines, CSV or TSV with a header, in UTF-8; the label is the field `label`. The message names the "
      "line."),
+
+    # Pattern-exploiting training.
+    ("GC188", _FAILED, "a training has run away",
+     "The loss of a training that graftc runs itself is not finite.",
+     "Lower the learning rate, let it rise over more steps, or load the base in float32."),
+    ("GC189", _SPEC, "there is nothing to train from",
+     "A stage of a recipe has no rows to learn from, or no model to start with.",
+     "The message says which rows or which model it lacks."),
 )
 # fmt: on
 
