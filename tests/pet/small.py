@@ -15,9 +15,9 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from graftc.runtime.pet.data import PetData, TextRows
 
-SPACE = "moon orbit rocket star comet".split()
-HOCKEY = "puck ice goal rink skate".split()
-OTHER = "the a was seen near today about text this it topic is . :".split()
+SPACE = ["moon", "orbit", "rocket", "star", "comet"]
+HOCKEY = ["puck", "ice", "goal", "rink", "skate"]
+OTHER = ["the", "a", "was", "seen", "near", "today", "about", "text", "this", "it", "topic", "is", ".", ":"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *OTHER, *SPACE, *HOCKEY, "space", "hockey", "sports", "nasa"]
 
 SPEC: dict[str, Any] = {

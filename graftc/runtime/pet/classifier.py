@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graftc.compiler import progress
 from graftc.compiler.missing_weights import mark_fresh

@@ -81,9 +81,7 @@ def _task(spec: PetSpec, model: nn.Module, tokenizer: Any, data: PetData, folder
         "data": _digest([[list(map(dict, each.texts)), list(each.labels)] for each in rows.values()]),
         "seed": seed,
         "base": identify(model).fingerprint,
-        "tokenizer": _digest(
-            [encoder.options(), encoder.encode(rows["unlabelled"].texts[:_SAMPLE], 0)["input_ids"].tolist()]
-        ),
+        "tokenizer": _digest([encoder.options(), sample]),
     }
     return Task(spec, model, encoder, **rows, seed=seed, stages=Stages(folder, identity))
 

@@ -1,0 +1,273 @@
+"""The recipe of PET from rows to a classifier: whole, in generations, without labels, in a bank, and cut off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftc
+from graftc.runtime.pet import classifier as classifying
+from graftc.runtime.pet import members as training
+from graftc.runtime.pet.asking import by_length, encoder_of
+from graftc.runtime.pet.data import PetData, TextRows
+from graftc.runtime.pet.members import _Group, banked, slot_name
+from graftc.runtime.pet.recipe import _task, pet
+from graftc.runtime.pet.result import PetResult
+from graftc.runtime.pet.sets import set_of
+from graftc.runtime.pet.stages import Stages
+from graftc.runtime.recipes import Stage
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.pet.io import load_pet_spec
+from tests.pet.small import LORA, SPEC, data, model, texts, tokenizer
+
+QUICK: dict[str, Any] = {
+    **SPEC,
+    "training": {**SPEC["training"], "steps": 4, "auxiliary": 0},
+    "classifier": {"training": {**SPEC["classifier"]["training"], "steps": 4}},
+}
+"""Next to no training."""
+
+
+@pytest.fixture(scope="module")
+def base() -> nn.Module:
+    return model(initializer_range=0.1)
+
+
+def _state(result: PetResult) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in result.classifier.adapter_state_dict().items()}
+
+
+def _same(one: PetResult, other: PetResult) -> bool:
+    mine, theirs = _state(one), _state(other)
+    equal = mine.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    return equal and torch.equal(one.soft_labels, other.soft_labels) and one.to_json() == other.to_json()
+
+
+def _no_training(*_: object, **__: object) -> None:
+    raise AssertionError("it is done")
+
+
+def test_members_learn_and_a_classifier_learns_from_them(
+    base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From few rows to an artifact that is complete in itself; a finished run only reads, and another is refused."""
+    options = {"steps": 40, "learning_rate": 2e-3, "max_length": 24}
+    distilled = {"kind": "cloze", "training": {**options, "steps": 80}}
+    spec = {**SPEC, "training": options, "classifier": distilled}
+    made = pet(spec, base, tokenizer(), data(), folder=tmp_path)
+    assert made.rows == {"labelled": 6, "unlabelled": 24, "test": 12} and made.labels == ("space", "hockey")
+    assert [(m.pattern, m.repetition) for m in made.members] == [("pattern-1", 0), ("pattern-2", 0)]
+    assert sum(m.weight for m in made.members) == pytest.approx(1)
+    assert made.ensemble["labelled"] == 1.0 and (made.ensemble["test"] or 0) >= 0.75
+    assert (made.final["labelled"] or 0) >= 0.75
+    torch.testing.assert_close(made.soft_labels.sum(1), torch.ones(24))
+    monkeypatch.setattr(training, "train_members", _no_training)
+    monkeypatch.setattr(classifying, "train_classifier", _no_training)
+    assert _same(pet(spec, base, tokenizer(), data(), folder=tmp_path), made)
+    other: list[tuple[str, Callable[[], PetResult]]] = [
+        ("seed", lambda: pet(spec, base, tokenizer(), data(), folder=tmp_path, seed=1)),
+        ("data", lambda: pet(spec, base, tokenizer(), data(4), folder=tmp_path)),
+        ("spec", lambda: pet({**spec, "ensemble": "uniform"}, base, tokenizer(), data(), folder=tmp_path)),
+        ("base", lambda: pet(spec, model(1), tokenizer(), data(), folder=tmp_path)),
+    ]
+    for what, run in other:
+        with pytest.raises(GraftError, match=f"another {what}$") as error:
+            run()
+        assert error.value.code == "GC058"
+
+
+def test_the_same_without_a_folder(base: nn.Module, tmp_path: Path) -> None:
+    """A method of several trainings in members, and a classifier with a head, whose artifact has its base."""
+    adapt = [{"method": "lt_sft", "entries": 300}]
+    spec = {**QUICK, "patterns": QUICK["patterns"][:1], "spec": {"adapt": adapt}}
+    kept, plain = (pet(spec, base, tokenizer(), data(), folder=folder) for folder in (tmp_path, None))
+    assert _same(kept, plain)
+    assert len(list((tmp_path / "generation-0" / "member-0").glob("stage-*"))) == 2
+    loaded = graftc.load(tmp_path / "classifier").eval()
+    inputs = tokenizer()([row["text"] for row in texts(4, 3)[0]], return_tensors="pt")
+    assert torch.equal(loaded(**inputs).logits, kept.classifier(**inputs).logits)
+    merged = loaded.merge().to_transformers()
+    torch.testing.assert_close(merged(**inputs).logits, loaded(**inputs).logits)
+    assert merged.config.id2label == {0: "space", 1: "hockey"}
+
+
+def test_without_labels_untrained_patterns_are_the_ensemble(base: Any) -> None:
+    """What is computed from the language model's own logits, without graftc."""
+    rows = data(0, 10)
+    made = pet(QUICK, base, tokenizer(), rows)
+    assert made.ensemble == {"labelled": None, "test": made.ensemble["test"]}
+    assert [m.weight for m in made.members] == [0.5, 0.5]
+    assert rows.unlabelled is not None
+    own, mask, said = tokenizer(), tokenizer().mask_token_id, []
+    ids = {word: own.convert_tokens_to_ids(word) for word in ("space", "nasa", "hockey")}
+    for pattern in ("{} . it is about [MASK] .", "topic : [MASK] . {}"):
+        for row in rows.unlabelled.rows:
+            inputs = own(pattern.format(row["text"]), return_tensors="pt")
+            with torch.no_grad():
+                logits = base(**inputs).logits[0, inputs["input_ids"][0].tolist().index(mask)]
+            said.append(torch.stack([(logits[ids["space"]] + logits[ids["nasa"]]) / 2, logits[ids["hockey"]]]))
+    mean = torch.stack(said).view(2, 10, 2).mean(0)
+    torch.testing.assert_close(made.soft_labels, torch.softmax(mean, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_generations_grow_from_nothing(base: nn.Module, tmp_path: Path) -> None:
+    """Without labels the first set has ``start_size`` rows, of all labels alike; no member of the first is made."""
+    spec = {**QUICK, "ipet": {"generations": 2, "growth": 2, "start_size": 4}}
+    made = pet(spec, base, tokenizer(), data(0), folder=tmp_path)
+    first, second = ([line for line in Stages(None, {}).lines("", lambda g=g: _lines(tmp_path, g))] for g in (1, 2))
+    for line in first:
+        assert len(line["rows"]) == 4 and sorted(line["labels"]) == [0, 0, 1, 1]
+        assert line["teachers"] == [1 - line["member"]]
+    for line, size in zip(second, made.generations[1].examples, strict=True):
+        assert len(line["rows"]) == size == 8 - sum(line["missing"])
+    assert not (tmp_path / "generation-0").exists()
+    assert not (tmp_path / "generation-1" / "member-0").exists()
+    assert (tmp_path / "generation-2" / "member-0" / "result").exists()
+
+
+def _lines(folder: Path, generation: int) -> list[dict[str, Any]]:
+    text = (folder / f"generation-{generation}" / "sets.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class KilledError(Exception):
+    """The run ends here."""
+
+
+def test_killed_everywhere(base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of every training, before each stage is written and after: the same call ends with the same
+    tensors, and nothing that was finished is done again."""
+    spec = {**QUICK, "ipet": {"generations": 1, "growth": 3}}
+    whole = pet(spec, base, tokenizer(), data())
+    passed: set[str] = set()
+    trainings: list[str] = []
+
+    def die_once(at: str) -> None:
+        if at not in passed:
+            passed.add(at)
+            raise KilledError(at)
+
+    telling, tensors, lines = training.telling, Stages.tensors, Stages.lines
+
+    def told(what: str) -> Callable[[int, int], None]:
+        trainings.append(what)
+
+        def tell(step: int, steps: int) -> None:
+            if step == 2:
+                die_once(f"in {what}")
+            telling(what)(step, steps)
+
+        return tell
+
+    def dying(stage: Any) -> Any:
+        def made(self: Stages, name: str, make: Callable[[], Any]) -> Any:
+            def before() -> Any:
+                found = make()
+                die_once(f"before {name}")
+                return found
+
+            done = stage(self, name, before)
+            die_once(f"after {name}")
+            return done
+
+        return made
+
+    monkeypatch.setattr(training, "telling", told)
+    monkeypatch.setattr(classifying, "telling", told)
+    monkeypatch.setattr(Stages, "tensors", dying(tensors))
+    monkeypatch.setattr(Stages, "lines", dying(lines))
+    resumed, kills = None, 0
+    while resumed is None:
+        try:
+            resumed = pet(spec, base, tokenizer(), data(), folder=tmp_path)
+        except KilledError:
+            kills += 1
+    stages = ["untrained", "generation-1/sets", "ensemble", "answers"]
+    stages += [f"generation-{g}/member-{m}" for g in (0, 1) for m in (0, 1)]
+    assert {at.partition(" ")[2] for at in passed if not at.startswith("in ")} == set(stages)
+    assert kills == len(passed) == 2 * len(stages) + 5
+    assert all(trainings.count(what) == 2 for what in trainings)  # begun again where it was cut off, and never else
+    assert _same(resumed, whole)
+
+
+def test_slots_of_a_bank_train_as_if_each_were_alone(base: nn.Module) -> None:
+    """The same rows, masks and first tensors; norms are clipped for each."""
+    options = {**SPEC["training"], "steps": 3, "auxiliary": 0.2, "max_grad_norm": 0.05, "learning_rate": 1e-2}
+    still = model(initializer_range=0.1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    document = {**SPEC, "training": options, "spec": LORA, "members": "bank"}
+    task = _task(load_pet_spec(document), still, tokenizer(), data(), None, 0)
+    group = _Group(task, 0, task.members)
+    sets = [set_of(task, None)] * 2
+    together = graftc.compile(group._spec(), still)
+    starts = {name: tensor.clone() for name, tensor in together.adapter_state_dict().items()}
+    for name, tensor in starts.items():
+        if tensor.is_floating_point() and not tensor.any():
+            starts[name] = torch.randn_like(tensor) * 0.05
+    together.load_adapter_state_dict(starts)
+    group._train(together.train(), Stage(1, 1, None), group._asking(), sets)
+    alone = replace(task, spec=load_pet_spec({**document, "members": "separate"}))
+    moved = together.adapter_state_dict()
+    for member in task.members:
+        own = _Group(alone, 0, [member])
+        single = graftc.compile(own._spec(), still)
+        slot = slot_name("lora", member.number)
+        names = {name: name.replace(".lora.", f".{slot}.") for name in single.adapter_state_dict()}
+        single.load_adapter_state_dict({name: starts[there] for name, there in names.items()})
+        own._train(single.train(), Stage(1, 1, None), own._asking(), sets[:1])
+        for name, tensor in single.adapter_state_dict().items():
+            assert not torch.equal(moved[names[name]], starts[names[name]])
+            torch.testing.assert_close(moved[names[name]], tensor, atol=2e-5, rtol=1e-3)
+
+
+def test_a_bank_labels_and_is_kept(base: nn.Module, tmp_path: Path) -> None:
+    """Two banks, two members of a pattern, and generations."""
+    adapt = [*LORA["adapt"], {"method": "ia3"}]
+    spec = {**QUICK, "patterns": QUICK["patterns"][:1], "seeds": 2, "members": "bank", "spec": {"adapt": adapt}}
+    made = pet({**spec, "ipet": {"generations": 1, "growth": 2}}, base, tokenizer(), data(), folder=tmp_path)
+    assert [m.repetition for m in made.members] == [0, 1]
+    assert not (tmp_path / "generation-0" / "bank").exists()
+    assert (tmp_path / "generation-1" / "bank" / "result").exists()
+    assert [list(each.examples) for each in made.generations] == [[6, 6]]
+
+
+@pytest.mark.parametrize("extra", [{"train": ["cls"]}, {"tokens": {"add": ["<new>"]}}])
+def test_slots_share_nothing_that_trains(extra: dict[str, Any]) -> None:
+    with pytest.raises(GraftError) as error:
+        banked(Spec.model_validate({**LORA, **extra}), 2)
+    assert error.value.code == "GC177"
+
+
+def test_rows_that_are_not_there(base: nn.Module) -> None:
+    with pytest.raises(GraftError, match="no unlabelled rows") as error:
+        pet(QUICK, base, tokenizer(), replace(data(), unlabelled=None))
+    assert error.value.code == "GC189"
+    with pytest.raises(GraftError, match="no field 'text'"):
+        pet(QUICK, base, tokenizer(), PetData(unlabelled=TextRows(({"title": "moon"},))))
+
+
+def test_a_loss_that_is_not_finite(base: nn.Module) -> None:
+    broken = model(initializer_range=0.1)
+    with torch.no_grad():
+        dict(broken.named_parameters())["cls.predictions.bias"].fill_(float("nan"))
+    with pytest.raises(GraftError, match="loss of step 1 of 4 is nan") as error:
+        pet(QUICK, broken, tokenizer(), data())
+    assert error.value.code == "GC188"
+
+
+def test_batches_for_answers_hold_every_row_once() -> None:
+    rows = texts(130, 0)[0]
+    batches = list(by_length(rows, 2))
+    assert sorted(at for some in batches for at in some) == list(range(260)) and max(map(len, batches)) == 64
+
+
+def test_all_patterns_are_options_of_one_model(base: nn.Module) -> None:
+    encoder = encoder_of(load_pet_spec(SPEC), tokenizer(), base)
+    assert encoder.options()["labels"] == ["space", "hockey"] and encoder.max_length == 24

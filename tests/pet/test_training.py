@@ -1,0 +1,98 @@
+"""Parts of PET's trainings: batches, the schedule, and the classifier that they end in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+
+from graftc.compiler.missing_weights import require_weights
+from graftc.runtime.pet.classifier import sequence_classifier
+from graftc.runtime.pet.plain import PlainEncoder, pad_id, positions_of
+from graftc.runtime.pet.training import _pacing, draws
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing import tiny
+from tests.pet.small import model, tokenizer
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(10, 4), (3, 8), (4, 4), (1, 3)])
+def test_every_batch_is_full_and_every_epoch_has_all_rows(rows: int, size: int) -> None:
+    batches = list(islice(draws(rows, size, _generator()), 3 * rows))
+    assert {len(batch) for batch in batches} == {size}
+    drawn = [row for batch in batches for row in batch]
+    for epoch in range(len(drawn) // rows):
+        assert sorted(drawn[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+    assert batches == list(islice(draws(rows, size, _generator()), 3 * rows))
+
+
+def test_no_rows_make_no_batch() -> None:
+    with pytest.raises(ValueError, match="no rows"):
+        next(draws(0, 4, _generator()))
+
+
+def test_the_rate_rises_and_falls_linearly() -> None:
+    pace = _pacing(10, 0.2)
+    assert [pace(step) for step in range(10)] == pytest.approx([0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    assert [_pacing(4, 0.0)(step) for step in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+
+
+def test_a_classifier_has_the_language_models_encoder() -> None:
+    base: Any = model()
+    made = sequence_classifier(base, ["a", "b", "c"], 0, 7)
+    for name, tensor in base.bert.state_dict().items():
+        assert torch.equal(tensor, made.bert.state_dict()[name])
+        assert tensor.data_ptr() != made.bert.state_dict()[name].data_ptr()
+    assert made.config.id2label == {0: "a", 1: "b", 2: "c"} and base.config.num_labels == 2
+    again, other = (sequence_classifier(base, ["a", "b", "c"], 0, seed) for seed in (7, 8))
+    assert torch.equal(made.classifier.weight, again.classifier.weight)
+    assert not torch.equal(made.classifier.weight, other.classifier.weight)
+    with pytest.raises(GraftError) as error:  # the head and the pooler are new
+        require_weights(made)
+    assert error.value.code == "GC089"
+
+
+def test_random_numbers_elsewhere_stay_as_they_are() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    sequence_classifier(model_of_one := tiny("gpt2"), ["a", "b"], 5, 0)
+    del model_of_one
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_decoders_learn_which_token_pads() -> None:
+    made = sequence_classifier(tiny("gpt2"), ["a", "b"], 5, 0)
+    assert made.config.pad_token_id == 5
+
+
+def test_a_model_without_a_classifier_is_refused() -> None:
+    with pytest.raises(GraftError, match="no classifier of sequences") as error:
+        sequence_classifier(tiny("vit"), ["a", "b"], 0, 0)
+    assert error.value.code == "GC189"
+
+
+def test_fields_are_a_text_or_a_pair() -> None:
+    own = tokenizer()
+    one = PlainEncoder(["text"], own, 16).encode([{"text": "moon orbit"}, {"text": "ice"}])
+    assert one["input_ids"].tolist() == [own("moon orbit")["input_ids"], [*own("ice")["input_ids"], pad_id(own)]]
+    assert one["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    row = {"a": "moon star", "b": "ice", "c": "rink"}
+    pair = PlainEncoder(["a", "b", "c"], own, 16).encode([row])
+    assert pair["input_ids"][0].tolist() == own("moon star", "ice rink")["input_ids"]
+    assert Counter(pair["token_type_ids"][0].tolist()) == {0: 4, 1: 3}
+    short = PlainEncoder(["a", "b", "c"], own, 6).encode([row])
+    assert short["input_ids"].shape == (1, 6)
+
+
+def test_positions_of_a_model() -> None:
+    assert positions_of(model()) == 32
+    assert positions_of(tiny("roberta")) == 62
+    assert positions_of(tiny("llama")) is None
