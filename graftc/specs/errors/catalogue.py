@@ -124,8 +124,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "trains the tensor itself must come first."),
     ("GC022", _SPEC, "a tied weight cannot be folded",
      "The tensor has another reader, and folding it, or training it in full, would change that reader as well.",
-     "List the module in `untie:`, which gives it a tensor of its own, or leave the site out. The unfolded model still "
-     "runs and exports."),
+     "List the module in `untie:`, which gives it a tensor of its own, or leave the site out; `train:` takes a tied "
+     "tensor where it names all modules that have it. The unfolded model still runs and exports."),
     ("GC023", _SPEC, "no gradient path",
      "No output of the model depends on a trainable tensor, so the tensor would never be trained.",
      "Leave the site out of the target or of `train`, or use a model class whose outputs depend on it."),
@@ -573,6 +573,12 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "`init: loftq` starts from what quantising took from the weights. That is known where the spec quantises them, "
      "and not of a model that was loaded quantised, nor of sites that are not quantised.",
      "Load the model in full precision and put `base: {quantize: ...}` into the spec, or choose another `init`."),
+
+    # Classifying by filling blanks.
+    ("GC170", _SPEC, "a cloze that the model cannot fill",
+     "`cloze` makes a language model of transformers classify by what it puts into blanks. The model is none, or it "
+     "has not the tokens that the spec names.",
+     "Give a masked, causal or sequence-to-sequence language model, with its head, and ids of its own tokenizer."),
 )
 # fmt: on
 
