@@ -50,6 +50,7 @@ from graftc.passes.core.method.insertion import insert_at, prepare
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import Applied, AttentionSite, LinearSite, ParameterSite
 from graftc.passes.graph.added_tokens import insert_tokens
+from graftc.passes.graph.gather_early import gather_early
 from graftc.passes.methods.sparse_products import recompute_weights
 from graftc.specs.errors.diagnostics import GraftError, first_line, warn
 
@@ -196,6 +197,9 @@ def _capture(compilation: Compilation, axes: Sequence[Axis], flags: Flags, mode:
     else:
         found = _checked(compilation, found, axes, clock)
     _note(compilation, found)
+    if compilation.spec.cloze is not None:
+        clock.step("gather early", lambda: record_baseline(gather_early(found.program)), found.program)
+        clock.look("verify", lambda: verify(found.program, compilation.store, "gather early"))
     for name in sorted(found.program.updates):
         compilation.store.own(name, compilation.values.get(name))
     return found

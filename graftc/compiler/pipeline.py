@@ -25,6 +25,7 @@ from graftc.compiler.capture.signature import Axis, axes_of, described, fits, le
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.missing_weights import same_fresh
+from graftc.compiler.resolve.cloze import filling
 from graftc.compiler.resolve.quantise import linear_maps, quantised
 from graftc.compiler.resolve.tokens import with_room
 from graftc.compiler.resolve.untie import untied
@@ -236,6 +237,8 @@ def compile_model(
             model = untied(model, spec.untie, axes)
         if spec.tokens is not None:
             model = with_room(model, spec.tokens)
+        if spec.cloze is not None:
+            model = filling(model, spec.cloze)
     except GraftError as error:
         raise spec.locate(error) from error
     compilation = Compilation(

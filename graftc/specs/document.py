@@ -16,6 +16,7 @@ from graftc.specs.errors.markup import Html, escaped, table, tag
 from graftc.specs.errors.text import quoted, shown
 from graftc.specs.limits import ADAPTATIONS, TOKENS
 from graftc.specs.options.base import BaseOptions
+from graftc.specs.options.cloze import ClozeOptions
 from graftc.specs.options.memory import MemoryOptions
 from graftc.specs.options.optimise import OptimiseOptions
 from graftc.specs.patterns import PATTERNS, measure_braces, write_items
@@ -148,6 +149,9 @@ class Spec(SpecModel):
 
     tokens: Tokens | None = None
     """Tokens to add, with trainable embeddings."""
+
+    cloze: ClozeOptions | None = None
+    """How a language model classifies by filling blanks. Absent: it stays a language model."""
 
     untie: PatternList = ()
     """Globs of modules that share a tensor with others and get their own copy of it, so that it can be folded."""

@@ -9,7 +9,22 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import quoted
 from graftc.specs.source import DEPTH, FILE, VALUES, beyond, format_path
 
-__all__ = ["ADAPTATIONS", "DEPTH", "FILE", "INTEGER", "NAME", "SIZE", "TEXT", "TOKENS", "VALUES", "check_limits"]
+__all__ = [
+    "ADAPTATIONS",
+    "DEPTH",
+    "FILE",
+    "INTEGER",
+    "LABELS",
+    "NAME",
+    "PATTERN_TOKENS",
+    "SIZE",
+    "TEXT",
+    "TOKENS",
+    "VALUES",
+    "VERBALIZERS",
+    "WORDS",
+    "check_limits",
+]
 
 TEXT = 1_000
 """Characters of a text or of a key."""
@@ -28,6 +43,18 @@ ADAPTATIONS = 1_000
 
 TOKENS = 10_000
 """Tokens that a spec adds."""
+
+LABELS = 1_000
+"""Labels that a model tells apart by filling blanks."""
+
+WORDS = 100
+"""Words of a label."""
+
+VERBALIZERS = 1_000
+"""Verbalizers, and patterns, of a spec."""
+
+PATTERN_TOKENS = 100
+"""Blanks of a pattern, and tokens that a decoder is given."""
 
 
 def check_limits(data: object) -> None:

@@ -76,7 +76,7 @@ def test_decoders_learn_which_token_pads() -> None:
 def test_a_model_without_a_classifier_is_refused() -> None:
     with pytest.raises(GraftError, match="no classifier of sequences") as error:
         sequence_classifier(tiny("vit"), ["a", "b"], 0, 0)
-    assert error.value.code == "GC189"
+    assert error.value.code == "GC182"
 
 
 def test_fields_are_a_text_or_a_pair() -> None:

@@ -18,6 +18,7 @@ from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
 from graftc.specs import GraftError, Spec, load_spec
+from graftc.specs.options.cloze import ClozeOptions
 from graftc.specs.registry import method_specs
 from graftc.specs.roles import ROLES
 from graftc.specs.source import read_yaml
@@ -280,6 +281,13 @@ _VALUES = (
 )
 
 
+_CLOZES = [
+    {"blank": 103, "labels": ["a", "b"], "verbalizers": [[[[1]], [[2], [3]]]]},
+    {"blank": "last", "labels": ["a", "b"], "verbalizers": [[[[1]], [[2]]], [[[3]], [[4]]]]},
+    {"decoder": [0, 9], "labels": ["a", "b", "c"], "verbalizers": [[[[1]], [[2]], [[3]]]]},
+]
+
+
 def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
     """Values in a document for a field of this annotation, nearly all of them right."""
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -295,6 +303,8 @@ def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> st.SearchStrat
         return st.sampled_from([[-0.5, 1.5], [-1, 2], [-0.5, 1.5, 2], [0.5, 1.5]])
     if origin is Sequence:
         return st.lists(values_of(arguments[0]), min_size=1, max_size=2, unique_by=repr)
+    if annotation is ClozeOptions:  # whose lists belong together
+        return st.builds(dict, st.sampled_from(_CLOZES))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         options = [entry.spec_class for entry in method_specs().values() if issubclass(entry.spec_class, annotation)]
         return st.one_of(*(document(model) for model in options or [annotation]))
@@ -349,7 +359,8 @@ _BEYOND = re.compile(
     r"both say how|means nothing to|a linear map has an input|an adapter (cannot add|that reads)|"
     r"adds the role norm|init_tokens are what|tokens to start from|cannot start from those of init_tokens|"
     r"cannot start from a part|goes (up|down) to|rounds: .* has .* stages|leaves nothing to override|"
-    r"exceeds interval|is for density, and here"
+    r"exceeds interval|is for density, and here|"
+    r"words of .* labels, and there are|a word of .* tokens|have the same words"
 )
 
 

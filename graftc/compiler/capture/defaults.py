@@ -15,6 +15,9 @@ from graftc.compiler.capture.interface import declared, dtype_of, parameters
 from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis
 from graftc.specs.errors.diagnostics import GraftError
 
+ROW_INPUTS = "graftc_row_inputs"
+"""Attribute of models that names inputs of ours that have a whole number for each row."""
+
 _MASKED = ("input_ids", "inputs_embeds")
 _NESTED = ("vision_config", "audio_config", "encoder", "backbone_config")
 _FRAMES = 12
@@ -36,9 +39,10 @@ def default_signatures(model: nn.Module) -> Iterator[list[Axis]]:
     known = parameters(model)
     main = getattr(model, "main_input_name", None)
     names = [main] if main in known else []
-    names += [name for name in _required(model) if name not in names]
-    if not names or any(name not in _AXES for name in names):
-        raise _unknown(model, [name for name in names if name not in _AXES])
+    names += [name for name in (*_required(model), *getattr(model, ROW_INPUTS, ())) if name not in names]
+    unknown = [name for name in names if name not in _AXES and name not in getattr(model, ROW_INPUTS, ())]
+    if not names or unknown:
+        raise _unknown(model, unknown)
     if names[0] in _MASKED and "attention_mask" in known:
         names.append("attention_mask")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in known:
@@ -67,8 +71,9 @@ def _required(model: nn.Module) -> list[str]:
 
 
 def _ordered(model: nn.Module, names: list[str]) -> list[Axis]:
-    known = parameters(model)
-    return [_AXES[name](name, model) for name in sorted(set(names), key=known.index)]
+    known, rows = parameters(model), getattr(model, ROW_INPUTS, ())
+    ordered = sorted(set(names), key=known.index)
+    return [Axis(n, torch.int64, (BATCH,)) if n in rows else _AXES[n](n, model) for n in ordered]
 
 
 def _tokens(name: str, model: nn.Module) -> Axis:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from graftc.compiler.resolve.resolver import not_read
 from graftc.compiler.resolve.select import match_modules
@@ -22,15 +22,16 @@ def train_sites(table: SiteTable, spec: Spec) -> list[ParameterSite]:
     """The parameters of the modules that ``train:`` names, as sites.
 
     Raises:
-        GraftError: GC011 for a pattern that matches no module, GC022 for a tied tensor, GC023 for one that no output
-            needs.
+        GraftError: GC011 for a pattern that matches no module, GC022 for a tensor that is tied to one which does not
+            train, GC023 for one that no output needs.
     """
     if not spec.train:
         return []
     sites: dict[str, ParameterSite] = {}
     try:
-        for path in match_modules(spec.train, [m for m in table.modules if m]):
-            for site in _parameters(table, path):
+        paths = match_modules(spec.train, [m for m in table.modules if m])
+        for path in paths:
+            for site in _parameters(table, path, paths):
                 sites.setdefault(site.tensor, site)
     except GraftError as error:
         raise spec.locate(error) from error
@@ -61,20 +62,21 @@ def insert_train(build: Builder, sites: Sequence[ParameterSite]) -> None:
             build.overlay(site.tensor)
 
 
-def _parameters(table: SiteTable, path: str) -> list[ParameterSite]:
+def _parameters(table: SiteTable, path: str, trained: Collection[str]) -> list[ParameterSite]:
+    """The parameters of a module, those that it shares with others under one name."""
     found: list[ParameterSite] = []
-    where = Place(path="train")
-    weight_of = table.store.weight_of
+    where, store = Place(path="train"), table.store
     names = (name for name, _ in table.modules[path].named_parameters(path, remove_duplicate=False))
-    for name in dict.fromkeys(weight_of.get(name, name) for name in names):
-        if table.store.tied(name):
-            others = ", ".join(table.store.tied(name))
+    for held in dict.fromkeys(store.weight_of.get(name, name) for name in names):
+        others = [other for other in store.tied(held) if not any(other.startswith(f"{each}.") for each in trained)]
+        if others:
             raise GraftError(
                 "GC022",
-                f"{path} would train {name}, which is tied to {others}",
+                f"{path} would train {held}, which is tied to {', '.join(others)}",
                 place=where,
-                hint="training one use of a tied tensor changes the other; give the module its own with untie:",
+                hint="train both, or give the module its own with untie:",
             )
+        name = store.canonical(held)
         if not table.reads(name):
             raise GraftError(
                 "GC023",

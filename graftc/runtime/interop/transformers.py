@@ -54,7 +54,7 @@ def to_transformers(merged: MergedRunner) -> Any:
     if config_of(source) is None:
         raise GraftError("GC032", f"{type(source).__name__} has no config to build it from")
     with torch.device("meta"):
-        model: Any = type(source)(_plain_config(source.config))
+        model: Any = type(merged._compilation.source)(_plain_config(source.config))
     tensors = merged.folded_state_dict()
     own = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
     missing = [name for name in merged._additions if name not in own]

@@ -40,7 +40,7 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
         seed: of what the language model has not: the head, and in some a pooler.
 
     Raises:
-        GraftError: GC189 where transformers has no such classifier.
+        GraftError: GC182 where transformers has no such classifier.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -58,7 +58,7 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
         made = auto.from_config(config)
     except ValueError as error:
         message = f"transformers has no classifier of sequences for {type(model).__name__}"
-        raise GraftError("GC189", message, hint="classifier: {kind: cloze}") from error
+        raise GraftError("GC182", message, hint="classifier: {kind: cloze}") from error
     finally:
         torch.random.set_rng_state(state)
     made.config._name_or_path = ""  # it is nowhere yet
@@ -68,7 +68,7 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
     shared = {name: known[name] for name in own if name in known and known[name].shape == own[name].shape}
     if not shared:
         message = f"{type(made).__name__} has nothing in common with {type(model).__name__}"
-        raise GraftError("GC189", message, hint="classifier: {kind: cloze}")
+        raise GraftError("GC182", message, hint="classifier: {kind: cloze}")
     getattr(made, prefix).load_state_dict(shared, strict=False)
     first = next(model.parameters())
     made = made.to(device=first.device, dtype=first.dtype).eval()

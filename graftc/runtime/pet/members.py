@@ -48,12 +48,12 @@ def trained_answers(task: Task, generation: int, sets: Sequence[Rows]) -> Answer
         sets: what each member learns from.
 
     Raises:
-        GraftError: GC189 for a member with nothing to learn from; and as `graftc.compile` and training.
+        GraftError: GC182 for a member with nothing to learn from; and as `graftc.compile` and training.
     """
     for member, rows in zip(task.members, sets, strict=True):
         if not len(rows):
             message = f"no row has a label that member {member.number + 1} could learn in generation {generation}"
-            raise GraftError("GC189", message)
+            raise GraftError("GC182", message)
     if task.spec.members == "bank":
         return _Group(task, generation, task.members).answers(sets)
     parts = [

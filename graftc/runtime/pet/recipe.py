@@ -59,7 +59,7 @@ def pet(
         seed: of all random numbers.
 
     Raises:
-        GraftError: GC058 for a folder that holds another recipe, GC188 where a loss is not finite, GC189 where there is
+        GraftError: GC058 for a folder that holds another recipe, GC181 where a loss is not finite, GC182 where there is
             nothing to learn from; and as `graftc.compile`.
     """
     loaded, seed = load_pet_spec(spec), as_seed(seed)
@@ -69,7 +69,7 @@ def pet(
 
 def _task(spec: PetSpec, model: nn.Module, tokenizer: Any, data: PetData, folder: Path | None, seed: int) -> Task:
     if not data.unlabelled:
-        raise GraftError("GC189", "there are no unlabelled rows", hint="a classifier learns from them")
+        raise GraftError("GC182", "there are no unlabelled rows", hint="a classifier learns from them")
     encoder = encoder_of(spec, tokenizer, model)
     rows = {"labelled": _rows(data.train), "unlabelled": _rows(data.unlabelled), "test": _rows(data.test)}
     for each in rows.values():

@@ -81,7 +81,7 @@ def train_members(
         The loss of each step, summed over the members.
 
     Raises:
-        GraftError: GC188 where a loss is not finite.
+        GraftError: GC181 where a loss is not finite.
     """
     members = 1 if own is None else len(own)
 
@@ -118,7 +118,7 @@ def train_classifier(
         The loss of each step.
 
     Raises:
-        GraftError: GC188 where a loss is not finite.
+        GraftError: GC181 where a loss is not finite.
     """
 
     def losses() -> Iterator[Tensor]:
@@ -161,7 +161,7 @@ def _train(
     found: list[float] = torch.stack(seen).tolist() if seen else []
     wrong = next((step for step, loss in enumerate(found, 1) if loss - loss != 0), None)
     if wrong is not None:
-        raise GraftError("GC188", f"the loss of step {wrong} of {pace.steps} is {found[wrong - 1]}")
+        raise GraftError("GC181", f"the loss of step {wrong} of {pace.steps} is {found[wrong - 1]}")
     return found
 
 

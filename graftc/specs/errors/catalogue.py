@@ -124,8 +124,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "trains the tensor itself must come first."),
     ("GC022", _SPEC, "a tied weight cannot be folded",
      "The tensor has another reader, and folding it, or training it in full, would change that reader as well.",
-     "List the module in `untie:`, which gives it a tensor of its own, or leave the site out. The unfolded model still "
-     "runs and exports."),
+     "List the module in `untie:`, which gives it a tensor of its own, or leave the site out; `train:` takes a tied "
+     "tensor where it names all modules that have it. The unfolded model still runs and exports."),
     ("GC023", _SPEC, "no gradient path",
      "No output of the model depends on a trainable tensor, so the tensor would never be trained.",
      "Leave the site out of the target or of `train`, or use a model class whose outputs depend on it."),
@@ -574,6 +574,12 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "and not of a model that was loaded quantised, nor of sites that are not quantised.",
      "Load the model in full precision and put `base: {quantize: ...}` into the spec, or choose another `init`."),
 
+    # Classifying by filling blanks.
+    ("GC170", _SPEC, "a cloze that the model cannot fill",
+     "`cloze` makes a language model of transformers classify by what it puts into blanks. The model is none, or it "
+     "has not the tokens that the spec names.",
+     "Give a masked, causal or sequence-to-sequence language model, with its head, and ids of its own tokenizer."),
+
     # Patterns and verbalizers.
     ("GC175", _SPEC, "a pattern cannot be used",
      "A pattern is a text with a slot for a field of a row, as `{text}`, and a `{blank}` that the model fills. It has "
@@ -603,10 +609,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "line."),
 
     # Pattern-exploiting training.
-    ("GC188", _FAILED, "a training has run away",
+    ("GC181", _FAILED, "a training has run away",
      "The loss of a training that graftc runs itself is not finite.",
      "Lower the learning rate, let it rise over more steps, or load the base in float32."),
-    ("GC189", _SPEC, "there is nothing to train from",
+    ("GC182", _SPEC, "there is nothing to train from",
      "A stage of a recipe has no rows to learn from, or no model to start with.",
      "The message says which rows or which model it lacks."),
 )

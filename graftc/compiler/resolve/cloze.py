@@ -1,0 +1,204 @@
+"""Language models that classify by filling blanks: a copy of the source model with another forward."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graftc.compiler.capture.defaults import ROW_INPUTS
+from graftc.compiler.capture.interface import config_of, is_transformers
+from graftc.compiler.resolve.untie import sharing_copy
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.options.cloze import ClozeOptions
+
+TOKEN_LABELS = "token_labels"
+"""The input by which a call asks for the language model itself and its loss: labels of single tokens, as the model
+takes them."""
+
+PATTERN = "pattern"
+"""The input that says which verbalizer every row has, ``int64[batch]``."""
+
+_DECODERS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+
+
+class Filling:
+    """The forward of a language model that classifies by filling blanks, as a class to put in front of the model's own.
+
+    Attributes:
+        cloze: blank, decoder, words and their shares, as plain lists.
+    """
+
+    cloze: dict[str, Any]
+
+    def fill(self, language_model: Any, given: dict[str, Any]) -> Any:
+        """What a call gives: transformers' ``SequenceClassifierOutput`` with ``logits[batch, labels]`` and, where there
+        are ``labels`` (``int64[batch]``, or their probabilities, ``[batch, labels]``), the cross-entropy; with
+        ``token_labels`` what the language model gives.
+
+        Args:
+            language_model: the forward of the model's own class.
+            given: arguments by name.
+        """
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        tokens, labels = given.pop(TOKEN_LABELS, None), given.pop("labels", None)
+        pattern, count = given.pop(PATTERN, None), given.pop("num_items_in_batch", None)
+        given = {name: value for name, value in given.items() if value is not None}
+        if tokens is not None:
+            return language_model(**given, labels=tokens)
+        places = self._places(given)
+        if self.cloze["decoder"]:
+            rows = given["input_ids"].shape[0]
+            start = torch.tensor(self.cloze["decoder"], device=given["input_ids"].device)
+            given["decoder_input_ids"] = start.unsqueeze(0).expand(rows, -1)
+        logits = _logits_of(language_model(**given, return_dict=True))
+        scores = self._scores(logits.gather(1, places.unsqueeze(-1).expand(-1, -1, logits.shape[-1])), pattern)
+        if labels is None:
+            return SequenceClassifierOutput(logits=scores)
+        how = "mean" if count is None else "sum"
+        loss = F.cross_entropy(scores.float(), labels, reduction=how)
+        return SequenceClassifierOutput(loss=loss if count is None else loss / count, logits=scores)
+
+    def _places(self, given: dict[str, Any]) -> Tensor:
+        """Where the blanks are, ``int64[batch, blanks]``; the last ones of a row that has fewer are elsewhere in it."""
+        ids: Tensor | None = given.get("input_ids")
+        blank = self.cloze["blank"]
+        if ids is None:
+            raise ValueError("blanks are found by token ids, and there are no input_ids")
+        if self.cloze["decoder"]:
+            return ids.new_full((ids.shape[0], 1), len(self.cloze["decoder"]) - 1)
+        length = ids.shape[1]
+        numbers = torch.arange(length, device=ids.device).unsqueeze(0)
+        if blank == "last":
+            mask = given.get("attention_mask")
+            last: Tensor = numbers.expand_as(ids) if mask is None else numbers * (mask != 0)
+            return last.amax(1, keepdim=True)
+        # From the end, so that the first blank has the highest number of all.
+        order = torch.where(ids == blank, 2 * length - numbers, length - numbers)
+        return order.topk(self.cloze["blanks"], dim=1).indices
+
+    def _scores(self, logits: Tensor, pattern: Tensor | None) -> Tensor:
+        """Logits of labels, ``[batch, labels]``, from those of tokens at the blanks, ``[batch, blanks, tokens]``."""
+        words = torch.tensor(self.cloze["words"], device=logits.device)
+        shares = torch.tensor(self.cloze["shares"], dtype=logits.dtype, device=logits.device)
+        if len(self.cloze["words"]) == 1:
+            words, shares = words.expand(logits.shape[0], -1, -1), shares.expand(logits.shape[0], -1, -1)
+        elif pattern is None:
+            raise ValueError(f"there are {len(self.cloze['words'])} verbalizers; {PATTERN} says which one a row has")
+        else:
+            words, shares = words.index_select(0, pattern), shares.index_select(0, pattern)
+        found = (logits.gather(2, words) * shares).sum(1)
+        return found.view(found.shape[0], len(self.cloze["labels"]), -1).sum(-1)
+
+
+def filling(model: nn.Module, options: ClozeOptions) -> nn.Module:
+    """A copy of a language model that classifies by filling blanks; it shares all storage. The model is not changed.
+
+    Raises:
+        GraftError: GC170 for a model that is no language model of transformers, or has not the tokens.
+    """
+    config = config_of(model)
+    if config is None or not is_transformers(model) or _head(model) is None:
+        hint = "give a masked, causal or sequence-to-sequence language model of transformers, with its head"
+        raise GraftError("GC170", f"{type(model).__name__} has no head over a vocabulary", place=_PLACE, hint=hint)
+    _require_tokens(model, options)
+    made = sharing_copy(model)
+    decodes = bool(getattr(config, "is_encoder_decoder", False))
+    made.__class__ = _filling_class(cast("Any", type(model)), len(options.verbalizers) > 1, decodes)
+    made.cloze = _plain(options)
+    made.config.num_labels = len(options.labels)
+    made.config.id2label = dict(enumerate(options.labels))
+    made.config.label2id = {label: number for number, label in enumerate(options.labels)}
+    return made  # type: ignore[no-any-return]
+
+
+_PLACE = Place(path="cloze")
+
+
+def _head(model: Any) -> nn.Module | None:
+    try:
+        found: nn.Module | None = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found
+
+
+def _require_tokens(model: Any, options: ClozeOptions) -> None:
+    """Whether the model's table has all tokens.
+
+    Raises:
+        GraftError: GC170.
+    """
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):
+        return
+    named: list[tuple[str, int]] = [("blank", options.blank)] if isinstance(options.blank, int) else []
+    named += [(f"decoder[{at}]", token) for at, token in enumerate(options.decoder)]
+    named += [
+        (f"verbalizers[{v}][{a}][{w}][{t}]", token)
+        for v, verbalizer in enumerate(options.verbalizers)
+        for a, words in enumerate(verbalizer)
+        for w, word in enumerate(words)
+        for t, token in enumerate(word)
+    ]
+    for path, token in named:
+        if token >= rows:
+            place, hint = Place(path=f"cloze.{path}"), "take the ids from the tokenizer of this very model"
+            raise GraftError("GC170", f"there is no token {token}: the model has {rows}", place=place, hint=hint)
+
+
+def _plain(options: ClozeOptions) -> dict[str, Any]:
+    """The options as lists of one size: for each pattern and blank a token of every word of every label, and what share
+    of the label's logit it is; what is filled up has none."""
+    blanks, most = options.blanks, max(len(words) for verbalizer in options.verbalizers for words in verbalizer)
+    tokens, shares = list[list[list[int]]](), list[list[list[float]]]()
+    for verbalizer in options.verbalizers:
+        own = len(verbalizer[0][0])
+        filled = [(word, 1 / len(words)) for words in verbalizer for word in (*words, *[()] * (most - len(words)))]
+        tokens.append([[w[at] if w and at < own else 0 for w, _ in filled] for at in range(blanks)])
+        shares.append([[share if w and at < own else 0.0 for w, share in filled] for at in range(blanks)])
+    return {
+        "blank": options.blank,
+        "decoder": list(options.decoder),
+        "labels": list(options.labels),
+        "blanks": blanks,
+        "words": tokens,
+        "shares": shares,
+    }
+
+
+@functools.lru_cache
+def _filling_class(cls: type[nn.Module], several: bool, decodes: bool) -> type[nn.Module]:
+    """A subclass of a model's class with the forward of `Filling`, under the same name."""
+    signature = inspect.signature(cls.forward)
+    kept = [p for p in signature.parameters.values() if not (decodes and p.name in _DECODERS)]
+    rest = [p for p in kept if p.kind is inspect.Parameter.VAR_KEYWORD]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    new = [inspect.Parameter(n, kind, default=None) for n in (TOKEN_LABELS, *([PATTERN] if several else []))]
+    signature = signature.replace(parameters=[*(p for p in kept if p not in rest), *new, *rest])
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs).arguments
+        given = {name: value for name, value in bound.items() if name not in ("self", *(p.name for p in rest))}
+        for each in rest:
+            given |= bound.get(each.name, {})
+        return self.fill(functools.partial(cls.forward, self), given)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.__doc__ = Filling.fill.__doc__
+    own = {"forward": forward, ROW_INPUTS: (PATTERN,) if several else ()}
+    return type(cls.__name__, (Filling, cls), {**own, "__module__": __name__, "__doc__": cls.__doc__})
+
+
+def _logits_of(outputs: Any) -> Tensor:
+    """The logits over the vocabulary, ``[batch, sequence, vocabulary]``."""
+    logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise ValueError("the model gives no logits of tokens")
+    return logits

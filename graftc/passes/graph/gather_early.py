@@ -1,0 +1,138 @@
+"""Gather rows ahead of what is computed for each row by itself: a head over a vocabulary that is read at a few places
+of a text is computed for these places alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from graftc.passes.core.ir.cleaning import remove_dead
+from graftc.passes.core.ir.inference import Inference
+from graftc.passes.core.ir.layers import layer_path
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.shapes import expression
+
+aten = torch.ops.aten
+
+_ELEMENTWISE = frozenset(
+    {
+        aten.add.Tensor,
+        aten.sub.Tensor,
+        aten.mul.Tensor,
+        aten.mul.Scalar,
+        aten.div.Tensor,
+        aten.div.Scalar,
+        aten.pow.Tensor_Scalar,
+        aten.neg.default,
+        aten.rsqrt.default,
+        aten.gelu.default,
+        aten.relu.default,
+        aten.silu.default,
+        aten.sigmoid.default,
+        aten.tanh.default,
+        aten.to.dtype,
+        aten._to_copy.default,
+        aten.type_as.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.alias.default,
+    }
+)
+_LAST_AXIS = frozenset({aten.mean.dim, aten.sum.dim_IntList})
+_NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
+_MAPS = frozenset({aten.linear.default, aten.matmul.default})
+
+
+def gather_early(program: Program) -> Program:
+    """Move gathers of rows, ``x[batch, sequence, width] -> [batch, places, width]``, in front of whatever computes each
+    row from itself alone, but not into the repeated layers, which stay alike. In place; returns the Program."""
+    for node in list(program.graph.nodes):
+        places = _places(node)
+        if places is not None:
+            _move(program, node, places)
+    remove_dead(program)
+    return program
+
+
+def _places(node: fx.Node) -> fx.Node | None:
+    """The places, ``[batch, places]``, of a gather of whole rows; None for other nodes."""
+    if node.target is not aten.gather.default or node.args[1] != 1:
+        return None
+    source, index = node.args[0], node.args[2]
+    assert isinstance(source, fx.Node)
+    assert isinstance(index, fx.Node)
+    if source.meta["val"].dim() != 3 or index.target is not aten.expand.default:
+        return None
+    column = index.args[0]
+    assert isinstance(column, fx.Node)
+    if column.target is not aten.unsqueeze.default or column.args[1] not in (-1, 2):
+        return None
+    found = column.args[0]
+    return found if isinstance(found, fx.Node) else None
+
+
+def _move(program: Program, gather: fx.Node, places: fx.Node) -> None:
+    source = gather.args[0]
+    assert isinstance(source, fx.Node)
+    axes = tuple(expression(size) for size in source.meta["val"].shape[:2])
+
+    def has_rows(node: Any) -> bool:
+        value = node.meta["val"] if isinstance(node, fx.Node) else None
+        return isinstance(value, torch.Tensor) and value.dim() == 3 and _axes(value) == axes
+
+    inside, pending = dict[fx.Node, None](), [source]
+    while pending:
+        node = pending.pop()
+        read = all(user is gather or user in inside for user in node.users)
+        if node in inside or not read or not _of_each_row(node, has_rows) or layer_path(node.meta.get("module", "")):
+            continue
+        inside[node] = None
+        pending += [each for each in node.all_input_nodes if has_rows(each)]
+    if not inside or any(node < places for node in inside):
+        return
+    graph, types = program.graph, Inference(program)
+    moved: dict[fx.Node, fx.Node] = {}
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        made = graph.call_function(target, args)
+        made.meta = {**gather.meta, "val": types.call(target, args, {})}
+        return made
+
+    for node in sorted(inside):
+        for each in node.all_input_nodes:
+            if has_rows(each) and each not in inside and each not in moved:
+                with graph.inserting_before(node):
+                    column = call(aten.unsqueeze.default, places, -1)
+                    index = call(aten.expand.default, column, [-1, -1, each.meta["val"].shape[2]])
+                    moved[each] = call(aten.gather.default, each, 1, index)
+        for each in node.all_input_nodes:
+            if each in moved:
+                node.replace_input_with(each, moved[each])
+        node.meta["val"] = types.call(node.target, node.args, node.kwargs)
+    gather.replace_all_uses_with(source)
+    graph.erase_node(gather)
+
+
+def _axes(value: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(expression(size) for size in value.shape[:2])
+
+
+def _of_each_row(node: fx.Node, has_rows: Callable[[Any], bool]) -> bool:
+    """Whether a node gives rows each of which is made from the same row of its inputs, and of what has no rows."""
+    if node.op != "call_function" or not has_rows(node):
+        return False
+    others = [each for each in node.all_input_nodes if not has_rows(each)]
+    first = node.args[0] if node.args else None
+    if node.target in _ELEMENTWISE:
+        values = [each.meta["val"] for each in others]
+        return all(expression(n) == 1 for v in values if isinstance(v, torch.Tensor) for n in v.shape[:-1])
+    if not has_rows(first):
+        return False
+    if node.target in _LAST_AXIS:
+        return node.args[1] in ([-1], [2]) and len(node.args) > 2 and node.args[2] is True
+    if node.target in _NORMS:
+        return len(node.args[1]) == 1  # type: ignore[arg-type]
+    return node.target in _MAPS and node.args[1] in others and node.args[1].meta["val"].dim() == 2  # type: ignore[union-attr]

@@ -1,0 +1,103 @@
+"""How a spec makes a language model classify by filling blanks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self, TypeAlias
+
+from pydantic import Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from graftc.specs.base import Items, SpecModel
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import quoted
+from graftc.specs.limits import LABELS, PATTERN_TOKENS, VERBALIZERS, WORDS
+from graftc.specs.spec_errors import reject
+
+Label: TypeAlias = Annotated[str, Field(min_length=1)]
+TokenId: TypeAlias = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Word: TypeAlias = Annotated[Items[TokenId], Field(min_length=1, max_length=PATTERN_TOKENS)]
+Words: TypeAlias = Annotated[Items[Word], Field(min_length=1, max_length=WORDS)]
+Verbalizer: TypeAlias = Annotated[Items[Words], Field(min_length=2, max_length=LABELS)]
+
+
+class ClozeOptions(SpecModel):
+    """A language model classifies by filling blanks: inputs are texts with blanks in them, and the logit of a label is
+    the mean over its words of the sum over the blanks of the model's logits of the word's tokens there (Schick and
+    Schütze 2021, Exploiting Cloze Questions for Few Shot Text Classification and Natural Language Inference).
+
+    `graftc pet` writes these options from patterns and words.
+    """
+
+    blank: TokenId | Literal["last"] | None = None
+    """Id of the token that stands for a blank, the mask token of a masked language model; or `last`: the blank is what
+    comes after the text, for decoders."""
+
+    decoder: Annotated[Items[TokenId], Field(max_length=PATTERN_TOKENS)] = ()
+    """For encoder-decoder models that mark blanks with sentinels, instead of `blank`: what the decoder is given; the
+    blank is what comes next. For T5 its start token and the first sentinel."""
+
+    labels: Annotated[Items[Label], Field(min_length=2, max_length=LABELS, json_schema_extra={"uniqueItems": True})]
+    """The labels in the order of the logits."""
+
+    verbalizers: Annotated[Items[Verbalizer], Field(min_length=1, max_length=VERBALIZERS)]
+    """For each pattern, usually one, the words of each label, in the order of the labels. A word is a list of token
+    ids, one for each blank. With several verbalizers, calls say which one every row has by the input `pattern`, whole
+    numbers of shape `[batch]`."""
+
+    @property
+    def blanks(self) -> int:
+        """How many blanks the pattern with the most of them has."""
+        return max(len(verbalizer[0][0]) for verbalizer in self.verbalizers)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Either `blank` or `decoder`."""
+        written = handler(schema)
+        there = {"properties": {"blank": {"not": {"type": "null"}}}, "required": ["blank"]}
+        handler.resolve_ref_schema(written)["allOf"] = [
+            {
+                "if": there,
+                "then": {"properties": {"decoder": {"maxItems": 0}}},
+                "else": {"properties": {"decoder": {"minItems": 1}}, "required": ["decoder"]},
+            }
+        ]
+        return written
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.blank is None) == (not self.decoder):
+            both = "both blank and decoder say where the blank is"
+            message = both if self.decoder else "neither blank nor decoder says where the blank is"
+            hint = "give blank, or decoder for models like T5"
+            reject(self, (("blank",), GraftError("GC002", message, hint=hint)))
+        taken = next((n for n, label in enumerate(self.labels) if label in self.labels[:n]), None)
+        if taken is not None:
+            error = GraftError("GC002", f"the label {quoted(self.labels[taken])} is there already", hint="leave it out")
+            reject(self, (("labels", taken), error))
+        for path, error in self._misfits():
+            reject(self, (("verbalizers", *path), error))
+        return self
+
+    def _misfits(self) -> Iterator[tuple[tuple[int, ...], GraftError]]:
+        for index, verbalizer in enumerate(self.verbalizers):
+            if len(verbalizer) != len(self.labels):
+                message = f"words of {len(verbalizer)} labels, and there are {len(self.labels)}"
+                yield (index,), GraftError("GC002", message, hint=f"in this order: {', '.join(self.labels)}")
+                continue
+            blanks = len(verbalizer[0][0])
+            first: dict[tuple[tuple[int, ...], ...], str] = {}
+            for place, (label, words) in enumerate(zip(self.labels, verbalizer, strict=True)):
+                for number, word in enumerate(words):
+                    if len(word) != blanks:
+                        message = f"a word of {len(word)} tokens; the first word of this verbalizer has {blanks}"
+                        hint = "a word has a token for each blank"
+                        yield (index, place, number), GraftError("GC002", message, hint=hint)
+                    elif blanks > 1 and (self.decoder or self.blank == "last"):
+                        message = f"a word of {blanks} tokens; what comes after a text is one token"
+                        yield (index, place, number), GraftError("GC002", message, hint="choose words of one token")
+                other = first.setdefault(tuple(sorted(map(tuple, words))), label)
+                if other != label:
+                    message = f"the labels {quoted(other)} and {quoted(label)} have the same words"
+                    yield (index, place), GraftError("GC002", message, hint="nothing would tell them apart")
