@@ -97,8 +97,8 @@ def _error() -> dict[str, Any]:
 
 _BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "spec": _spec,
-    "pet-spec": _pet_spec,
     "manifest": _manifest,
+    "pet-spec": _pet_spec,
     "error": _error,
     "methods": _methods,
     "roles": _roles,
