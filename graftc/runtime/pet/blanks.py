@@ -86,6 +86,21 @@ class BlankTokenizer:
                 ids.pop()
         return [int(i) for i in ids if i is not None]
 
+    def written_specials(self, encoding: Any) -> list[tuple[int, int]]:
+        """Where a text writes a special token that the vocabulary reads as such, as that of T5 does.
+
+        Args:
+            encoding: of the text.
+
+        Returns:
+            First character and end of each.
+        """
+        own = self.special_ids - {self.tokenizer.unk_token_id, self._placeholder}
+        if own.isdisjoint(encoding.ids):
+            return []
+        found = zip(encoding.ids, encoding.special_tokens_mask, encoding.offsets, strict=True)
+        return [offset for i, added, offset in found if i in own and not added and offset[1] > offset[0]]
+
     def word_ids(self, word: str, before: str) -> list[int]:
         """The tokens of a word in a blank.
 

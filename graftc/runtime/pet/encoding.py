@@ -149,7 +149,7 @@ class ClozeEncoder:
         made: list[tuple[list[int], list[int]]] = []
         encoded = zip(filled, values, self._blanks.encode(texts), strict=True)
         for number, (own, held, encoding) in enumerate(encoded, start=1):
-            _, fitting = own.cut(held, encoding)
+            fitting = own.fitted(held, encoding)
             ids = self._blanks.ids(fitting)
             if not ids:
                 message = f"row {number} makes no token in the pattern {quoted(str(own.pattern.name))}"

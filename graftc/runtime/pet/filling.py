@@ -58,7 +58,8 @@ class FilledPattern:
                 hint = "write a blank as {blank}; the tokenizer adds the others itself"
                 message = f"{_named(pattern)} writes the special token {quoted(special)}"
                 raise GraftError("GC179", message, hint=hint)
-        fixed = len(tokenizer.ids(tokenizer.encode([self.text([""] * self.slots)[0]])[0]))
+        empty = tokenizer.encode([self.text([""] * self.slots)[0]])[0]
+        fixed = len(tokenizer.ids(empty))
         if fixed >= limit:
             message = f"{_named(pattern)} has {fixed} tokens without a row, of at most {limit}"
             raise GraftError("GC179", message)
@@ -88,20 +89,41 @@ class FilledPattern:
                 spans.append((start, len(text)))
         return (text.rstrip() if self._tokenizer.kind == "last" else text), spans
 
-    def cut(self, values: Sequence[str], encoding: Any) -> tuple[list[str], Any]:
-        """Values that fit, and the encoding of the text that they make.
+    def fitted(self, values: Sequence[str], encoding: Any) -> Any:
+        """The encoding of the text with values that fit: cut where it is too long, special tokens taken apart.
 
         Args:
             values: what fills the slots.
             encoding: of that text.
         """
         held = list(values)
-        while (surplus := len(self._tokenizer.ids(encoding)) - self.limit) > 0:
-            if not any(held):
-                raise GraftError("GC179", f"{_named(self.pattern)} has more than {self.limit} tokens without a row")
-            held = self._shorter(held, encoding, surplus)
+        while True:
+            surplus = len(self._tokenizer.ids(encoding)) - self.limit
+            if (apart := self._apart(held, self._tokenizer.written_specials(encoding))) != held:
+                held = apart
+            elif surplus > 0:
+                if not any(held):
+                    raise GraftError("GC179", f"{_named(self.pattern)} has more than {self.limit} tokens without a row")
+                held = self._shorter(held, encoding, surplus)
+            else:
+                return encoding
             encoding = self._tokenizer.encode([self.text(held)[0]])[0]
-        return held, encoding
+
+    def _apart(self, values: list[str], special: Sequence[tuple[int, int]]) -> list[str]:
+        """Values with spaces between the characters of what would be special tokens."""
+        _, spans = self.text(values)
+        made: list[str] = []
+        for value, (start, end) in zip(values, spans, strict=True):
+            for first, last in sorted(special, reverse=True):
+                low, high = max(first, start) - start, min(last, end) - start
+                if low >= high:
+                    continue
+                # Alone between spaces and still special: there is no way to write it.
+                alone = high - low == 1 and value[max(0, low - 1) : high + 1].strip() == value[low]
+                piece = " " if alone and low > 0 and high < len(value) else f" {' '.join(value[low:high])} "
+                value = value[:low] + piece + value[high:]
+            made.append(value)
+        return made
 
     def _shorter(self, values: list[str], encoding: Any, surplus: int) -> list[str]:
         """Values of fewer tokens; each call takes a character at least, as what is left may be other tokens."""

@@ -602,6 +602,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "this kind.",
      "Shorten the pattern or raise `max_length`. With a model that writes text from left to right the pattern ends in "
      "its only blank."),
+
+    # Data and members of PET.
     ("GC180", _FAILED, "rows of data cannot be used",
      "A file of rows is missing, too large or not well formed; or a row lacks a field that a pattern shows, or has a "
      "label that the verbalizer does not have.",
