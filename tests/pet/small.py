@@ -49,7 +49,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def model(seed: int = 0, **changes: Any) -> nn.Module:
     """BERT with its language model head."""
-    own = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    own = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     torch.manual_seed(seed)
     config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, **{**own, **changes})
     return BertForMaskedLM(config).eval()

@@ -172,7 +172,7 @@ class _Group:
     def _own(self, compiled: Compiled) -> list[list[nn.Parameter]]:
         """What trains of each slot."""
         names = [{slot_name(str(a.name), slot) for a in self.task.spec.spec.adapt} for slot in range(len(self.members))]
-        every = trained_tensors(runner_of(compiled).compilation)
+        every = list(trained_tensors(runner_of(compiled).compilation))
         return [[item.tensor for item in every if item.adaptation in own] for own in names]  # type: ignore[misc]
 
 

@@ -81,9 +81,8 @@ class Stages:
 
     def forget(self, name: str) -> None:
         """Delete a folder of a stage; nothing where it is gone."""
-        path = self._path(name)
-        if path is not None and path.exists():
-            shutil.rmtree(path)
+        if self.folder is not None and (self.folder / name).exists():
+            shutil.rmtree(self.folder / name)
 
     def _path(self, name: str) -> Path | None:
         if self.folder is None:
