@@ -181,7 +181,9 @@ def _filling_class(cls: type[nn.Module], several: bool, decodes: bool) -> type[n
     rest = [p for p in kept if p.kind is inspect.Parameter.VAR_KEYWORD]
     kind = inspect.Parameter.KEYWORD_ONLY
     new = [inspect.Parameter(n, kind, default=None) for n in (TOKEN_LABELS, *([PATTERN] if several else []))]
-    signature = signature.replace(parameters=[*(p for p in kept if p not in rest), *new, *rest])
+    # Without annotations: a cache of captures would have to know all that they name.
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in [*(p for p in kept if p not in rest), *new, *rest]]
+    signature = inspect.Signature(plain)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs).arguments
