@@ -21,6 +21,7 @@ _FACADE = {
     "roles": "graftc.runtime.api",
     "select": "graftc.runtime.api",
     "tune": "graftc.runtime.recipes",
+    "pet": "graftc.runtime.pet.recipe",
     "plan": "graftc.runtime.planner.plan",
     "MemoryPlan": "graftc.runtime.planner.memory_plan",
     "methods": "graftc.specs.listing",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from graftc import extend, testing
     from graftc.runtime import optim
     from graftc.runtime.api import check, compile, import_peft, load, load_base, roles, select
+    from graftc.runtime.pet.recipe import pet
     from graftc.runtime.planner.memory_plan import MemoryPlan
     from graftc.runtime.planner.plan import plan
     from graftc.runtime.recipes import tune
@@ -63,6 +65,7 @@ __all__ = [
     "merge_checkpoint",
     "methods",
     "optim",
+    "pet",
     "plan",
     "read_log",
     "roles",

@@ -18,7 +18,7 @@ from graftc.runtime.model.runner import Published
 
 PACKAGE = """
     GraftError GraftWarning MemoryPlan Spec TrainingLog __version__ check compile extend import_peft load load_base
-    load_spec merge_checkpoint methods optim plan read_log roles select testing tune
+    load_spec merge_checkpoint methods optim pet plan read_log roles select testing tune
 """
 
 COMPILED = """

@@ -60,14 +60,13 @@ def test_members_learn_and_a_classifier_learns_from_them(
 ) -> None:
     """From few rows to an artifact that is complete in itself; a finished run only reads, and another is refused."""
     options = {"steps": 40, "learning_rate": 2e-3, "max_length": 24}
-    distilled = {"kind": "cloze", "training": {**options, "steps": 80}}
+    distilled = {"training": {**options, "steps": 120, "learning_rate": 5e-3}}
     spec = {**SPEC, "training": options, "classifier": distilled}
     made = pet(spec, base, tokenizer(), data(), folder=tmp_path)
     assert made.rows == {"labelled": 6, "unlabelled": 24, "test": 12} and made.labels == ("space", "hockey")
     assert [(m.pattern, m.repetition) for m in made.members] == [("pattern-1", 0), ("pattern-2", 0)]
     assert sum(m.weight for m in made.members) == pytest.approx(1)
-    assert made.ensemble["labelled"] == 1.0 and (made.ensemble["test"] or 0) >= 0.75
-    assert (made.final["labelled"] or 0) >= 0.75
+    assert (made.ensemble["test"] or 0) >= 0.75 and (made.final["test"] or 0) >= 0.75
     torch.testing.assert_close(made.soft_labels.sum(1), torch.ones(24))
     monkeypatch.setattr(training, "train_members", _no_training)
     monkeypatch.setattr(classifying, "train_classifier", _no_training)
@@ -121,6 +120,7 @@ def test_without_labels_untrained_patterns_are_the_ensemble(base: Any) -> None:
 def test_generations_grow_from_nothing(base: nn.Module, tmp_path: Path) -> None:
     """Without labels the first set has ``start_size`` rows, of all labels alike; no member of the first is made."""
     spec = {**QUICK, "ipet": {"generations": 2, "growth": 2, "start_size": 4}}
+    spec["classifier"] = {**QUICK["classifier"], "kind": "cloze"}
     made = pet(spec, base, tokenizer(), data(0), folder=tmp_path)
     first, second = (_lines(tmp_path, generation) for generation in (1, 2))
     for line in first:

@@ -22,6 +22,7 @@ from graftc.runtime.cli.roles import roles
 from graftc.runtime.cli.schema import schema
 from graftc.runtime.cli.text.chat import chat
 from graftc.runtime.cli.text.generate import generate
+from graftc.runtime.cli.training.pet import pet
 from graftc.runtime.cli.verify import verify
 
 __all__ = ["build_app"]
@@ -42,7 +43,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog=_EPILOG)(_graftc)
-    working = (compile, import_peft, inspect, merge, convert, export, card, verify, diff, generate, chat)
+    working = (compile, import_peft, inspect, merge, convert, export, card, verify, diff, generate, chat, pet)
     for command in (*working, check, roles, methods, schema, demo):
         app.command()(command)
     return app

@@ -123,7 +123,7 @@ def _run(task: Task, tokenizer: Any) -> PetResult:
         )
         for member in task.members
     ]
-    return PetResult(
+    made = PetResult(
         classifier=classifier,
         labels=task.spec.labels,
         soft_labels=torch.softmax(mixed["unlabelled"], dim=1),
@@ -133,6 +133,8 @@ def _run(task: Task, tokenizer: Any) -> PetResult:
         ensemble=_accuracies(task, mixed),
         final=_accuracies(task, said),
     )
+    task.stages.plain("results", made.to_json)
+    return made
 
 
 def _forget(task: Task, generation: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
 
-__all__ = ["Kind", "TextModel", "open_text_model"]
+__all__ = ["Kind", "TextModel", "moved", "open_text_model", "tokenizer_of"]
 
 Kind = Literal["artifact", "model", "onnx", "peft"]
 """What a folder holds: an artifact, a whole model, graphs for ONNX Runtime, or an adapter of PEFT's."""
@@ -131,9 +131,9 @@ def open_text_model(
     kind, made, compiled = _loaded(folder, model)
     source = made if compiled is None else compiled.compilation.source
     _require_generating(source, compiled)
-    found = _tokenizer(tokenizer, [folder, local_folder(source)])
+    found = tokenizer_of(tokenizer, [folder, local_folder(source)])
     if device is not None:
-        made = _moved(made, device)
+        made = moved(made, device)
     return TextModel(kind, made.eval(), source, found, compiled)
 
 
@@ -179,15 +179,24 @@ def _require_generating(source: Any, compiled: Compiled | None) -> None:
         raise GraftError("GC142", f"{name} does not generate", hint="take a model with a language model head")
 
 
-def _moved(model: Any, device: str) -> Any:
+def moved(model: Any, device: str) -> Any:
+    """A model on a device.
+
+    Raises:
+        GraftError: GC090 where there is none of this name.
+    """
     try:
         return model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise GraftError("GC090", f"there is no device {device!r}: {first_line(error)}") from error
 
 
-def _tokenizer(named: str | None, places: list[Path | None]) -> Any:
-    """A tokenizer: of what a user names, else of the first folder that has one."""
+def tokenizer_of(named: str | None, places: Sequence[Path | None]) -> Any:
+    """A tokenizer: of what a user names, else of the first folder that has one.
+
+    Raises:
+        GraftError: GC146 where there is none, or it cannot be read.
+    """
     if named is not None:
         return _read(named)
     place = next((p for p in places if p is not None and _has_tokenizer(p)), None)

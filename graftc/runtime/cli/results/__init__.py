@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from graftc.runtime.cli.results.publish import SCHEMA_NAMES as SCHEMA_NAMES
     from graftc.runtime.cli.results.publish import published_schema as published_schema
     from graftc.runtime.cli.results.publish import published_schemas as published_schemas
+    from graftc.runtime.cli.results.training import PetRunResult as PetRunResult
     from graftc.runtime.cli.results.views import InspectResult as InspectResult
     from graftc.runtime.cli.results.work import CheckData as CheckData
     from graftc.runtime.cli.results.work import CheckResult as CheckResult
@@ -51,6 +52,7 @@ _HOME = {
     "generating": ("ChatResult", "GenerateResult"),
     "listing": ("MethodPage", "MethodsResult", "RolesResult"),
     "publish": ("DIALECT", "SCHEMA_NAMES", "published_schema", "published_schemas"),
+    "training": ("PetRunResult",),
     "views": ("InspectResult",),
     "work": (
         *("CheckData", "CheckResult", "CompileResult", "DiffResult", "ExportResult", "KeptData", "MergeResult"),

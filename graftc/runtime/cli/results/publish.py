@@ -89,6 +89,12 @@ def _generating(name: str) -> dict[str, Any]:
     return _model(getattr(generating, name))
 
 
+def _pet() -> dict[str, Any]:
+    from graftc.runtime.cli.results.training import PetRunResult
+
+    return _model(PetRunResult)
+
+
 def _error() -> dict[str, Any]:
     from graftc.runtime.cli.results.base import ErrorResult
 
@@ -113,6 +119,7 @@ _BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "diff": partial(_work, "DiffResult"),
     "generate": partial(_generating, "GenerateResult"),
     "chat": partial(_generating, "ChatResult"),
+    "pet": _pet,
     "inspect": _inspect,
     "demo": partial(_demo, "DemoData"),
     "demo-llm": partial(_demo, "LLMDemoData"),

@@ -1,0 +1,1 @@
+"""Commands that train: whole recipes, from files to an artifact."""

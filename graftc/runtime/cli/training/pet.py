@@ -1,0 +1,128 @@
+"""``graftc pet``: a classifier from patterns and few labelled rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graftc.runtime.cli import completion
+from graftc.runtime.cli.options import Json, ModelOption
+
+if TYPE_CHECKING:
+    from graftc.runtime.pet.result import PetResult
+
+__all__ = ["pet"]
+
+
+def pet(
+    spec: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SPEC",
+            help="Patterns, words, and how to train: a .yaml, .json or .toml file.",
+            show_default=False,
+            autocompletion=completion.specs,
+        ),
+    ],
+    model: ModelOption,
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            help="A folder with rows: train (labelled; may be missing), unlabelled, test (may be missing), each as "
+            ".jsonl, .csv or .tsv.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="The folder of the run: stages, results.json, and the artifact `classifier`. A run that was cut off "
+            "goes on there.",
+            show_default=False,
+        ),
+    ],
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of all random numbers.")] = 0,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="NAME",
+            help="Folder or hub id of the tokenizer. Default: beside the model.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="NAME", help="Where to train, such as cuda. Default: the CPU."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Train a classifier from patterns and few labelled rows (PET, iPET): members fill blanks, label what is
+    unlabelled, and a classifier learns from it."""
+    from graftc.runtime.cli.output import print_json, steps, working
+    from graftc.specs.pet.io import load_pet_spec
+
+    with working(json) as warnings, steps(json) as step:
+        loaded = load_pet_spec(spec)  # before torch is there
+        step("loading the model")
+        from graftc.runtime.files import check_apart
+        from graftc.runtime.models import load_model, local_folder
+        from graftc.runtime.pet.data import load_pet_data
+        from graftc.runtime.pet.recipe import pet as run
+        from graftc.runtime.text.opening import moved, tokenizer_of
+
+        check_apart(out, spec, data, model)
+        rows = load_pet_data(data, loaded.labels, loaded.slots)
+        base = load_model(model)
+        words = tokenizer_of(tokenizer, [Path(model).expanduser(), local_folder(base)])
+        if device is not None:
+            base = moved(base, device)
+        step("training")
+        result = run(loaded, base, words, rows, folder=out, seed=seed)
+    if json:
+        from graftc.runtime.cli.results import PetRunResult
+
+        given = {"spec": str(spec), "data": str(data), "model": model, "out": str(out), "seed": seed}
+        print_json(PetRunResult.model_validate({**given, **result.to_json(), "warnings": warnings}))
+        return
+    _print(result, out)
+
+
+def _print(result: PetResult, out: Path) -> None:
+    from graftc.runtime.cli.output import console, print_table
+
+    to = console()
+    judged = [name for name in ("labelled", "test") if result.rows[name]]
+    columns = ["", "weight", *(f"{when}, {name}" for when in ("untrained", "trained") for name in judged)]
+    rows = [
+        [
+            f"{member.pattern} #{member.repetition + 1}",
+            f"{member.weight:.3f}",
+            *_percents(member.untrained, judged),
+            *_percents(member.trained, judged),
+        ]
+        for member in result.members
+    ]
+    blank = [""] * len(judged)
+    rows.append(["ensemble", "", *blank, *_percents(result.ensemble, judged)])
+    rows.append(["classifier", "", *blank, *_percents(result.final, judged)])
+    print_table(to, columns, rows, right=columns[1:])
+    for number, generation in enumerate(result.generations, 1):
+        low, high = min(generation.examples), max(generation.examples)
+        some = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        lacking = ", ".join(f"{label} {count:g}" for label, count in generation.missing.items() if count)
+        line = f"generation {number}: {some} more rows for each member"
+        to.print(f"{line}; too few of {lacking}" if lacking else line, soft_wrap=True, markup=False)
+    to.print(f"wrote {out / 'classifier'}", soft_wrap=True, markup=False)
+
+
+def _percents(accuracies: Mapping[str, Any], judged: list[str]) -> list[str]:
+    return [f"{100 * accuracies[name]:.1f} %" for name in judged]
