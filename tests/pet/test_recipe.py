@@ -21,7 +21,7 @@ from graftc.runtime.pet.members import _Group, banked, slot_name
 from graftc.runtime.pet.recipe import _task, pet
 from graftc.runtime.pet.result import PetResult
 from graftc.runtime.pet.sets import set_of
-from graftc.runtime.pet.stages import Stages
+from graftc.runtime.pet.stages import KeptStages
 from graftc.runtime.recipes import Stage
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
@@ -155,7 +155,7 @@ def test_killed_everywhere(base: nn.Module, tmp_path: Path, monkeypatch: pytest.
             passed.add(at)
             raise KilledError(at)
 
-    telling, tensors, lines = training.telling, Stages.tensors, Stages.lines
+    telling, tensors, lines = training.telling, KeptStages.tensors, KeptStages.lines
 
     def told(what: str) -> Callable[[int, int], None]:
         trainings.append(what)
@@ -168,7 +168,7 @@ def test_killed_everywhere(base: nn.Module, tmp_path: Path, monkeypatch: pytest.
         return tell
 
     def dying(stage: Any) -> Any:
-        def made(self: Stages, name: str, make: Callable[[], Any]) -> Any:
+        def made(self: KeptStages, name: str, make: Callable[[], Any]) -> Any:
             def before() -> Any:
                 found = make()
                 die_once(f"before {name}")
@@ -182,8 +182,8 @@ def test_killed_everywhere(base: nn.Module, tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(training, "telling", told)
     monkeypatch.setattr(classifying, "telling", told)
-    monkeypatch.setattr(Stages, "tensors", dying(tensors))
-    monkeypatch.setattr(Stages, "lines", dying(lines))
+    monkeypatch.setattr(KeptStages, "tensors", dying(tensors))
+    monkeypatch.setattr(KeptStages, "lines", dying(lines))
     resumed, kills = None, 0
     while resumed is None:
         try:

@@ -14,7 +14,7 @@ from graftc.runtime.api import compile
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.model.runner import runner_of
 from graftc.runtime.pet.asking import AT_ONCE, Asking
-from graftc.runtime.pet.task import Member, Rows, Task
+from graftc.runtime.pet.task import EnsembleMember, Examples, Task
 from graftc.runtime.pet.training import Batch, Questions, draws, train_members
 from graftc.runtime.recipes import Stage, tune
 from graftc.specs.compose import Bank
@@ -39,7 +39,7 @@ def untrained_answers(task: Task) -> Answers:
     return task.stages.tensors("untrained", make)
 
 
-def trained_answers(task: Task, generation: int, sets: Sequence[Rows]) -> Answers:
+def trained_answers(task: Task, generation: int, sets: Sequence[Examples]) -> Answers:
     """What the members of a generation say once they are trained, from the language model on.
 
     Args:
@@ -68,7 +68,7 @@ class _Group:
 
     task: Task
     generation: int
-    members: Sequence[Member]
+    members: Sequence[EnsembleMember]
 
     @property
     def name(self) -> str:
@@ -80,11 +80,11 @@ class _Group:
     def _banked(self) -> bool:
         return self.task.spec.members == "bank"
 
-    def answers(self, sets: Sequence[Rows]) -> Answers:
+    def answers(self, sets: Sequence[Examples]) -> Answers:
         """Train, and answer all rows."""
         return self.task.stages.tensors(self.name, lambda: self._make(sets))
 
-    def _make(self, sets: Sequence[Rows]) -> Answers:
+    def _make(self, sets: Sequence[Examples]) -> Answers:
         task, seed = self.task, self.task.seed_of("member", self.generation, *(m.number for m in self.members))
         spec, asking = self._spec(), self._asking()
         trained = tune(
@@ -121,13 +121,13 @@ class _Group:
         return Asking(task.encoder, [member.pattern for member in self.members], self._known(), banks, device)
 
     @staticmethod
-    def _example(asking: Asking, rows: Rows) -> dict[str, Tensor]:
+    def _example(asking: Asking, rows: Examples) -> dict[str, Tensor]:
         """A labelled batch, for methods that look at examples before they train."""
         some = range(min(len(rows), AT_ONCE))
         inputs = asking.questions([rows.texts[at] for at in some], [0] * len(some))
         return {**inputs, "labels": rows.answers[: len(some)].to(asking.device)}
 
-    def _train(self, compiled: Compiled, stage: Stage, asking: Asking, sets: Sequence[Rows]) -> None:
+    def _train(self, compiled: Compiled, stage: Stage, asking: Asking, sets: Sequence[Examples]) -> None:
         options = self.task.spec.training
         which = f", training {stage.number} of {stage.total}" if stage.total > 1 else ""
         train_members(
@@ -147,7 +147,7 @@ class _Group:
             for member, count in zip(self.members, counts, strict=True)
         ]
 
-    def _questions(self, asking: Asking, sets: Sequence[Rows]) -> Iterator[Questions]:
+    def _questions(self, asking: Asking, sets: Sequence[Examples]) -> Iterator[Questions]:
         size = self.task.spec.training.batch_size
         drawn = self._draws("rows", [len(rows) for rows in sets], size)
         answers = [rows.answers for rows in sets]

@@ -20,8 +20,8 @@ from graftc.runtime.pet.ensemble import accuracy, member_weights, mixed_logits
 from graftc.runtime.pet.members import Answers, trained_answers, untrained_answers
 from graftc.runtime.pet.result import Accuracies, GenerationResult, MemberResult, PetResult
 from graftc.runtime.pet.sets import Line, new_sets, set_of
-from graftc.runtime.pet.stages import Stages
-from graftc.runtime.pet.task import Rows, Task
+from graftc.runtime.pet.stages import KeptStages
+from graftc.runtime.pet.task import Examples, Task
 from graftc.specs.arguments import as_path, as_seed
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.pet.document import PetSpec
@@ -83,11 +83,11 @@ def _task(spec: PetSpec, model: nn.Module, tokenizer: Any, data: PetData, folder
         "base": identify(model).fingerprint,
         "tokenizer": _digest([encoder.options(), sample]),
     }
-    return Task(spec, model, encoder, **rows, seed=seed, stages=Stages(folder, identity))
+    return Task(spec, model, encoder, **rows, seed=seed, stages=KeptStages(folder, identity))
 
 
-def _rows(given: TextRows | None) -> Rows:
-    return Rows((), ()) if given is None else Rows(given.rows, given.labels or ())
+def _rows(given: TextRows | None) -> Examples:
+    return Examples((), ()) if given is None else Examples(given.rows, given.labels or ())
 
 
 def _run(task: Task, tokenizer: Any) -> PetResult:

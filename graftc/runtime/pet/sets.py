@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from graftc.runtime.pet.generations import new_examples, new_examples_in, shares_of_labels
-from graftc.runtime.pet.task import Rows, Task
+from graftc.runtime.pet.task import Examples, Task
 from graftc.specs.pet.training import IpetOptions
 
 Line = Mapping[str, Any]
@@ -63,9 +63,9 @@ def _line(
     }
 
 
-def set_of(task: Task, line: Line | None) -> Rows:
+def set_of(task: Task, line: Line | None) -> Examples:
     """The labelled rows, and with a line those that it names."""
-    labelled = Rows(task.labelled.texts, task.labelled.labels)
+    labelled = Examples(task.labelled.texts, task.labelled.labels)
     if line is None:
         return labelled
-    return labelled + Rows([task.unlabelled.texts[row] for row in line["rows"]], line["labels"])
+    return labelled + Examples([task.unlabelled.texts[row] for row in line["rows"]], line["labels"])

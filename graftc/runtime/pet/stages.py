@@ -18,7 +18,7 @@ from graftc.specs.errors.diagnostics import GraftError
 RECIPE = "recipe.json"
 
 
-class Stages:
+class KeptStages:
     """Stages of a recipe by name: made once, and read where they are there already. Without a folder nothing is kept.
 
     Args:

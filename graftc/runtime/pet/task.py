@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.runtime.pet.encoding import ClozeEncoder
-from graftc.runtime.pet.stages import Stages
+from graftc.runtime.pet.stages import KeptStages
 from graftc.specs.pet.document import PetSpec
 
 Fields = Mapping[str, str]
@@ -19,7 +19,7 @@ Fields = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Rows:
+class Examples:
     """Texts, and what is known of them.
 
     Attributes:
@@ -33,8 +33,8 @@ class Rows:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def __add__(self, other: Rows) -> Rows:
-        return Rows([*self.texts, *other.texts], [*self.labels, *other.labels])
+    def __add__(self, other: Examples) -> Examples:
+        return Examples([*self.texts, *other.texts], [*self.labels, *other.labels])
 
     @property
     def answers(self) -> Tensor:
@@ -43,7 +43,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Member:
+class EnsembleMember:
     """One of the ensemble.
 
     Attributes:
@@ -73,20 +73,20 @@ class Task:
     spec: PetSpec
     model: nn.Module
     encoder: ClozeEncoder
-    labelled: Rows
-    unlabelled: Rows
-    test: Rows
+    labelled: Examples
+    unlabelled: Examples
+    test: Examples
     seed: int
-    stages: Stages
+    stages: KeptStages
 
     @cached_property
-    def members(self) -> tuple[Member, ...]:
+    def members(self) -> tuple[EnsembleMember, ...]:
         """The ensemble: as many members of each pattern as there are seeds."""
         both = [(pattern, each) for pattern in range(len(self.spec.patterns)) for each in range(self.spec.seeds)]
-        return tuple(Member(number, pattern, each) for number, (pattern, each) in enumerate(both))
+        return tuple(EnsembleMember(number, pattern, each) for number, (pattern, each) in enumerate(both))
 
     @property
-    def asked(self) -> dict[str, Rows]:
+    def asked(self) -> dict[str, Examples]:
         """The rows that members answer, by name; those that are none are left out."""
         every = {"labelled": self.labelled, "unlabelled": self.unlabelled, "test": self.test}
         return {name: rows for name, rows in every.items() if len(rows)}
