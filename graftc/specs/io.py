@@ -6,7 +6,7 @@ import stat
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -19,8 +19,19 @@ from graftc.specs.limits import check_limits
 from graftc.specs.source import FILE, Source, beyond, core_resolvers, read_json, read_toml, read_yaml
 from graftc.specs.spec_errors import explain
 
-__all__ = ["dump_spec", "load_spec", "parse_spec"]
+__all__ = [
+    "checked",
+    "dump_spec",
+    "load_spec",
+    "parse_document",
+    "parse_spec",
+    "plain",
+    "plain_spec",
+    "read_spec_file",
+    "write_yaml",
+]
 
+T = TypeVar("T", bound=SpecModel)
 Format = Literal["yaml", "json", "toml"]
 _FORMATS: dict[str, Format] = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".toml": "toml"}
 _READERS = {"yaml": read_yaml, "json": read_json, "toml": read_toml}
@@ -42,14 +53,27 @@ def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str]) -> Spec:
         return Spec.model_validate(translated(source))
     if isinstance(source, Mapping):
         return Spec.model_validate(dict(source))
+    text, format = read_spec_file(source)
+    return parse_spec(text, format=format, file=str(source))
+
+
+def read_spec_file(source: object, kind: str = "Spec", parser: str = "parse_spec") -> tuple[str, Format]:
+    """The text of a file, and the format that its name says.
+
+    Args:
+        source: a path; anything else is an error.
+        kind, parser: what else would have done, for messages.
+
+    Raises:
+        GraftError: GC006 where there is no such file, GC001 where it cannot be read.
+    """
     if isinstance(source, str) and "\n" in source:
-        raise GraftError("GC006", "the spec is text where a path was expected", hint="use parse_spec(text)")
-    try:
-        path = Path(source)
-    except TypeError:
-        kind = type(source).__name__
-        raise GraftError("GC006", f"a spec is a Spec, a mapping or a path, not {kind}") from None
-    return parse_spec(_read(path), format=_format_of(path), file=str(source))
+        raise GraftError("GC006", "the spec is text where a path was expected", hint=f"use {parser}(text)")
+    if not isinstance(source, str | PathLike):
+        given = type(source).__name__
+        raise GraftError("GC006", f"a spec is a {kind}, a mapping or a path, not {given}")
+    path = Path(source)
+    return _read(path), _format_of(path)
 
 
 def parse_spec(text: str, *, format: Format = "yaml", file: str | None = None) -> Spec:
@@ -58,28 +82,50 @@ def parse_spec(text: str, *, format: Format = "yaml", file: str | None = None) -
     Raises:
         GraftError: as :func:`load_spec`.
     """
+    data, source = parse_document(text, format, file, "version: 1 and adapt: [...]")
+    if is_foreign(data):
+        return Spec.model_validate(translated(data, source.file or "the config"))
+    spec = checked(Spec, data, source)
+    spec._source = source
+    return spec
+
+
+def parse_document(text: str, format: Format, file: str | None, start: str) -> tuple[dict[str, Any], Source]:
+    """The mapping in a text, and where its values stand.
+
+    Args:
+        text: YAML, JSON or TOML.
+        format: which of them.
+        file: named in errors.
+        start: how such a document starts, for the hint.
+
+    Raises:
+        GraftError: GC001 where it cannot be read, GC009 beyond the limits.
+    """
     data, source = _READERS[format](text.removeprefix("\ufeff"), file)
     if not isinstance(data, dict):
         what = "is empty" if data is None else f"is a {'list' if isinstance(data, list) else 'plain value'}"
-        hint = "it starts with version: 1 and adapt: [...]"
         place = Place(file, 1, 1) if data is not None else Place(file)
-        raise GraftError("GC001", f"a spec is a mapping, but this {what}", place=place, hint=hint)
-    return _validated(data, source)
+        message = f"a spec is a mapping, but this {what}"
+        raise GraftError("GC001", message, place=place, hint=f"it starts with {start}")
+    return data, source
 
 
-def _validated(data: dict[str, Any], source: Source) -> Spec:
-    if is_foreign(data):
-        return Spec.model_validate(translated(data, source.file or "the config"))
+def checked(kind: type[T], data: dict[str, Any], source: Source) -> T:
+    """A document of a class, with the places of what is wrong.
+
+    Raises:
+        GraftError: GC002 to GC012, and what the class says.
+    """
     try:
         check_limits(data)
         # The validator itself, not model_validate: the places are to be located, which takes the raw finding.
-        spec: Spec = Spec.__pydantic_validator__.validate_python(data)
+        document: T = kind.__pydantic_validator__.validate_python(data)
     except ValidationError as error:
-        raise source.locate(explain(error, Spec, data)) from None
+        raise source.locate(explain(error, kind, data)) from None
     except GraftError as error:
         raise source.locate(error) from None
-    spec._source = source
-    return spec
+    return document
 
 
 def _format_of(path: Path) -> Format:
@@ -125,24 +171,31 @@ def _neighbours(path: Path) -> str | None:
 
 def dump_spec(spec: Spec) -> str:
     """The spec as YAML that :func:`parse_spec` reads back to an equal one. Defaults are left out."""
+    return write_yaml(plain_spec(spec))
+
+
+def plain_spec(spec: Spec) -> dict[str, Any]:
+    """The spec as plain data that is read back to an equal one. Defaults are left out."""
+    data: dict[str, Any] = {
+        "version": spec.version,
+        "adapt": [plain(a, "name", "method") for a in spec.adapt],
+    }
+    return data | {k: v for k, v in plain(spec).items() if k not in data}
+
+
+def write_yaml(data: dict[str, Any]) -> str:
+    """Plain data as YAML 1.2."""
     import yaml
 
     body = {"yaml_implicit_resolvers": {}, "ignore_aliases": lambda self, data: True}
     dumper: Any = type("Dumper", (yaml.SafeDumper,), body)
     for tag, pattern, firsts in core_resolvers():
         dumper.add_implicit_resolver(tag, pattern, firsts)
-    data: dict[str, Any] = {
-        "version": spec.version,
-        "adapt": [_plain(a, "name", "method") for a in spec.adapt],
-    }
-    rest = {k: v for k, v in _plain(spec).items() if k not in data}
-    text: str = yaml.dump(
-        data | rest, Dumper=dumper, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True
-    )
+    text: str = yaml.dump(data, Dumper=dumper, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
     return text
 
 
-def _plain(model: SpecModel, *always: str) -> dict[str, Any]:
+def plain(model: SpecModel, *always: str) -> dict[str, Any]:
     """The fields that differ from their defaults, and those named, as plain data with lists for tuples."""
     kept = model.model_dump(mode="json", exclude_defaults=True)
     return {

@@ -57,7 +57,7 @@ def valid(name: str, outcome: Outcome) -> Any:
 
 
 def test_every_command_and_file_has_one() -> None:
-    assert set(SCHEMA_NAMES) == {"spec", "manifest", "error", *COMMANDS}
+    assert set(SCHEMA_NAMES) == {"spec", "pet-spec", "manifest", "error", *COMMANDS}
 
 
 @pytest.mark.parametrize("name", SCHEMA_NAMES)

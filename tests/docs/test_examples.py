@@ -29,13 +29,19 @@ from graftc.runtime.cli.results.publish import published_schema
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.generate import load as load_graphs
 from graftc.runtime.models import load_model
+from graftc.runtime.pet.data import load_rows
+from graftc.runtime.pet.encoding import ClozeEncoder
 from graftc.runtime.text.answering import Settings
 from graftc.runtime.text.conversation import Conversation
 from graftc.runtime.text.opening import open_text_model
 from graftc.specs import registry
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.pet.io import load_pet_spec
+from graftc.specs.pet.pattern import PatternSpec
+from graftc.specs.pet.verbalizer import Verbalizer
 from graftc.testing import perturb, tiny
 from tests.cli.speakers import save_tokenizer
+from tests.pet.small_tokenizers import tokenizer
 from tests.quantised.writers import FORMATS, gptq
 from tests.quantised.writers import llama as quantised_llama
 from tests.quantised.writers import write as write_quantised
@@ -402,6 +408,38 @@ def _without_scales(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in stored.items() if name != "scales"}
 
 
+def a_pattern_without_a_blank(patch: pytest.MonkeyPatch) -> None:
+    text = 'patterns: ["{text} It was {blnk}."]\nverbalizer: {good: great, bad: terrible}\n'
+    Path("pet.yaml").write_text(text, encoding="utf-8")
+    load_pet_spec("pet.yaml")
+
+
+def labels_with_the_same_words(patch: pytest.MonkeyPatch) -> None:
+    load_pet_spec({"patterns": ["{text} It was {blank}."], "verbalizer": {"good": "great", "better": "great"}})
+
+
+def a_bank_of_whole_models(patch: pytest.MonkeyPatch) -> None:
+    data = {"patterns": ["{text} It was {blank}."], "verbalizer": {"good": "great", "bad": "terrible"}}
+    load_pet_spec({**data, "members": "bank"})
+
+
+def cloze(kind: str, text: str, **words: str) -> None:
+    ClozeEncoder([PatternSpec(name="pattern-1", text=text)], [Verbalizer(words)], tokenizer(kind))
+
+
+def a_word_of_several_tokens(patch: pytest.MonkeyPatch) -> None:
+    cloze("wordpiece", "{text} It was {blank}.", good="great", bad="terribly")
+
+
+def a_pattern_that_goes_on_behind_its_blank(patch: pytest.MonkeyPatch) -> None:
+    cloze("gpt2", "{text} It was {blank}.", good="great", bad="terrible")
+
+
+def a_label_that_is_not_there(patch: pytest.MonkeyPatch) -> None:
+    Path("train.jsonl").write_text('{"text": "Great film", "label": "god"}\n', encoding="utf-8")
+    load_rows("train.jsonl", ["good", "bad"], ["text"])
+
+
 CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC006": a_missing_spec,
     "GC018": a_gap_of_tokens,
@@ -459,6 +497,12 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC163": scales_that_are_missing,
     "GC165": a_merge_into_packed_weights,
     "GC166": a_folder_of_packed_weights,
+    "GC175": a_pattern_without_a_blank,
+    "GC176": labels_with_the_same_words,
+    "GC177": a_bank_of_whole_models,
+    "GC178": a_word_of_several_tokens,
+    "GC179": a_pattern_that_goes_on_behind_its_blank,
+    "GC180": a_label_that_is_not_there,
     "GC154": a_budget_without_a_unit,
     "GC155": a_budget_for_nothing,
 }

@@ -36,6 +36,8 @@ _GROUPS = (
     ("GC14", "Generating"),
     ("GC15", "Memory of training"),
     ("GC16", "Quantised bases"),
+    ("GC17", "Patterns and verbalizers"),
+    ("GC18", "Data and members of PET"),
 )
 _INTRO = """\
 Every failure that a spec, a model or a file can cause has a stable code. An error aborts the operation and determines

@@ -17,7 +17,7 @@ def schema(
         str,
         typer.Argument(
             metavar="[NAME]",
-            help="spec, manifest, error, or a command: what it prints with --json.",
+            help="spec, manifest, pet-spec, error, or a command: what it prints with --json.",
             autocompletion=completion.schemas,
         ),
     ] = "spec",

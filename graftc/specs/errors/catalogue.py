@@ -579,6 +579,36 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "`cloze` makes a language model of transformers classify by what it puts into blanks. The model is none, or it "
      "has not the tokens that the spec names.",
      "Give a masked, causal or sequence-to-sequence language model, with its head, and ids of its own tokenizer."),
+
+    # Patterns and verbalizers.
+    ("GC175", _SPEC, "a pattern cannot be used",
+     "A pattern is a text with a slot for a field of a row, as `{text}`, and a `{blank}` that the model fills. It has "
+     "both, shows no label, and is unlike the other patterns.",
+     "Write it as `\"{text} This text is about {blank}.\"`. A brace itself is written twice."),
+    ("GC176", _SPEC, "a verbalizer cannot be used",
+     "A verbalizer gives each label a word, or several. It has two labels at least, no two labels with the same words, "
+     "and all verbalizers of a document have the same labels.",
+     "Give every label of the data words of its own."),
+    ("GC177", _SPEC, "members cannot share a base",
+     "With `members: bank` the members of an ensemble are slots of one bank: what trains in them has to be adaptations "
+     "that banks take, and the document may not compose these itself.",
+     "Let `spec` adapt with such a method, as `lora`, or write `members: separate`."),
+    ("GC178", _SPEC, "a word does not fill the blanks",
+     "A model fills each blank with one token of its vocabulary, so a word has to be as many tokens as the pattern has "
+     "blanks, written as it stands in the pattern, with the space before it.",
+     "Use a word that is one token, or give the pattern as many blanks as the word has tokens."),
+    ("GC179", _SPEC, "a pattern does not fit the model",
+     "What stands in a pattern takes all the tokens that a text may have, or the tokenizer has no token for a blank of "
+     "this kind.",
+     "Shorten the pattern or raise `max_length`. With a model that writes text from left to right the pattern ends in "
+     "its only blank."),
+
+    # Data and members of PET.
+    ("GC180", _FAILED, "rows of data cannot be used",
+     "A file of rows is missing, too large or not well formed; or a row lacks a field that a pattern shows, or has a "
+     "label that the verbalizer does not have.",
+     "Files are JSON Lines, CSV or TSV with a header, in UTF-8; the label is the field `label`. The message names the "
+     "line."),
 )
 # fmt: on
 

@@ -1,4 +1,4 @@
-"""The published JSON Schemas: of a spec, of an artifact's manifest, and of what each command prints."""
+"""The published JSON Schemas: of a spec, of a PET spec, of an artifact's manifest, and of what each command prints."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def _spec() -> dict[str, Any]:
     from graftc.specs.document import Spec
 
     return Spec.model_json_schema()
+
+
+def _pet_spec() -> dict[str, Any]:
+    from graftc.specs.pet.document import PetSpec
+
+    return PetSpec.model_json_schema()
 
 
 def _manifest() -> dict[str, Any]:
@@ -92,6 +98,7 @@ def _error() -> dict[str, Any]:
 _BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "spec": _spec,
     "manifest": _manifest,
+    "pet-spec": _pet_spec,
     "error": _error,
     "methods": _methods,
     "roles": _roles,

@@ -1,0 +1,172 @@
+"""A tokenizer that knows blanks: a placeholder in a text becomes the blank's token, and nothing else is special."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import quoted, some
+
+__all__ = ["BLANK", "BlankKind", "BlankTokenizer"]
+
+BLANK = "\ue000"
+"""The character of texts that stands for a blank; of private use, and taken out of data."""
+
+BlankKind: TypeAlias = Literal["mask", "last", "sentinel"]
+"""What a blank is: the mask token; what comes after the text, in models that write from left to right; or the sentinel
+of T5, behind which the decoder writes."""
+
+_SENTINEL = "<extra_id_0>"
+_CLOSE = 8
+"""Tokens like a word that are tried."""
+
+
+class BlankTokenizer:
+    """A copy of a tokenizer for texts with blanks.
+
+    Special tokens that are written out in a text are text. The one that `BLANK` stands for takes the spaces beside it
+    as the tokenizer's own does, and the tokenizer puts its special tokens around the whole.
+
+    Args:
+        tokenizer: one of transformers with a backend of the `tokenizers` library; it is left as it is.
+        kind: what a blank is. Default: what the tokenizer has, a mask token, a sentinel, or neither.
+
+    Raises:
+        GraftError: GC179, the tokenizer has no such blank or is of another library.
+    """
+
+    def __init__(self, tokenizer: Any, kind: BlankKind | None = None) -> None:
+        from tokenizers import AddedToken, Tokenizer
+
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            hint = "load it with AutoTokenizer, and the package tokenizers"
+            raise GraftError("GC179", "the tokenizer does not tell which characters its tokens are of", hint=hint)
+        self.tokenizer = tokenizer
+        self.kind: BlankKind = _kind_of(tokenizer) if kind is None else kind
+        self.blank_id = _blank_id(tokenizer, self.kind)
+        """The token of a blank; None where it is what comes after the text."""
+        self._backend = Tokenizer.from_str(backend.to_str())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        own = None if self.blank_id is None else self._backend.get_added_tokens_decoder().get(self.blank_id)
+        left, right = (own.lstrip, own.rstrip) if own is not None else (False, False)
+        self._backend.add_tokens([AddedToken(BLANK, lstrip=left, rstrip=right, normalized=False, special=False)])
+        self._placeholder = self._backend.token_to_id(BLANK)
+        self.special_ids = _special_ids(tokenizer)
+        """Every token that is no part of a text."""
+        self.specials = {str(token.content) for token in _added(tokenizer).values() if token.special}
+        """How special tokens are written."""
+
+    @property
+    def types(self) -> bool:
+        """Whether its models take token types."""
+        return "token_type_ids" in self.tokenizer.model_input_names
+
+    @property
+    def pad_id(self) -> int:
+        """What fills a batch: the tokenizer's padding, or else any token."""
+        own = self.tokenizer.pad_token_id
+        own = self.tokenizer.eos_token_id if own is None else own
+        return 0 if own is None else int(own)
+
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        """An ``Encoding`` for each text, special tokens included, whose characters are known by `offsets`."""
+        return list(self._backend.encode_batch([_encodable(text) for text in texts]))
+
+    def ids(self, encoding: Any) -> list[int]:
+        """The tokens of an encoding. Where the blank comes after the text, nothing else does."""
+        ids = [self.blank_id if i == self._placeholder else i for i in encoding.ids]
+        if self.kind == "last":
+            special = encoding.special_tokens_mask
+            while ids and special[len(ids) - 1]:
+                ids.pop()
+        return [int(i) for i in ids if i is not None]
+
+    def written_specials(self, encoding: Any) -> list[tuple[int, int]]:
+        """Where a text writes a special token that the vocabulary reads as such, as that of T5 does.
+
+        Args:
+            encoding: of the text.
+
+        Returns:
+            First character and end of each.
+        """
+        own = self.special_ids - {self.tokenizer.unk_token_id, self._placeholder}
+        if own.isdisjoint(encoding.ids):
+            return []
+        found = zip(encoding.ids, encoding.special_tokens_mask, encoding.offsets, strict=True)
+        return [offset for i, added, offset in found if i in own and not added and offset[1] > offset[0]]
+
+    def word_ids(self, word: str, before: str) -> list[int]:
+        """The tokens of a word in a blank.
+
+        Args:
+            word: as the verbalizer has it.
+            before: what stands before the blank: nothing, white space, or anything else.
+        """
+        lead = "" if not before else "a " if before[-1].isspace() else BLANK
+        made = self._backend.encode(_encodable(lead + word), add_special_tokens=False)
+        start = len(lead)
+        return [i for i, (_, end) in zip(made.ids, made.offsets, strict=True) if end > start]
+
+    def knows(self, ids: Iterable[int]) -> bool:
+        """Whether these are all tokens of the vocabulary, and none stands for what is unknown."""
+        unknown = self.tokenizer.unk_token_id
+        return all(i != unknown and i not in self.special_ids and i != self._placeholder for i in ids)
+
+    def like(self, word: str, before: str) -> list[str]:
+        """At most three words that are one token, and look like a word."""
+        start = word[:2].lower()
+        vocabulary: dict[str, int] = self._backend.get_vocab()
+        plain = {token.lstrip("Ġ▁ ") for token in vocabulary}
+        near = [token for token in plain if token.isalpha() and len(token) > 2 and token.lower().startswith(start)]
+        found = difflib.get_close_matches(word, sorted(near), n=_CLOSE, cutoff=0.4)
+        one = [other for other in found if other != word and self._is_one(self.word_ids(other, before))]
+        return one[:3]
+
+    def _is_one(self, ids: list[int]) -> bool:
+        return len(ids) == 1 and self.knows(ids)
+
+    def pieces(self, ids: Sequence[int]) -> str:
+        """Tokens as the vocabulary writes them."""
+        return some([quoted(str(token)) for token in self.tokenizer.convert_ids_to_tokens(list(ids))], 8)
+
+
+def _encodable(text: str) -> str:
+    """The text without halves of characters, which tokenizers do not read."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _added(tokenizer: Any) -> Mapping[int, Any]:
+    found: Mapping[int, Any] = tokenizer.added_tokens_decoder
+    return found
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    more = (number for number, token in _added(tokenizer).items() if token.special)
+    return frozenset([*tokenizer.all_special_ids, *more])
+
+
+def _sentinel(tokenizer: Any) -> int | None:
+    found = tokenizer.convert_tokens_to_ids(_SENTINEL)
+    return None if found is None or found == tokenizer.unk_token_id else int(found)
+
+
+def _kind_of(tokenizer: Any) -> BlankKind:
+    if tokenizer.mask_token_id is not None:
+        return "mask"
+    return "last" if _sentinel(tokenizer) is None else "sentinel"
+
+
+def _blank_id(tokenizer: Any, kind: BlankKind) -> int | None:
+    if kind == "last":
+        return None
+    found = tokenizer.mask_token_id if kind == "mask" else _sentinel(tokenizer)
+    if found is None:
+        what = "mask token" if kind == "mask" else f"token {_SENTINEL}"
+        raise GraftError("GC179", f"the tokenizer has no {what} for blanks", hint="name the model's own tokenizer")
+    return int(found)

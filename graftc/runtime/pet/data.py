@@ -1,0 +1,277 @@
+"""Rows of data from JSON Lines, CSV and TSV files, and folders of them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+from graftc.specs.errors.diagnostics import GraftError, Place, nearest
+from graftc.specs.errors.text import quoted, shown, some
+from graftc.specs.pet.pattern import LABEL
+from graftc.specs.strict_json import read_json
+
+__all__ = ["FILE_BYTES", "ROWS", "TEXT", "PetData", "TextRows", "load_pet_data", "load_rows"]
+
+FILE_BYTES = 4 * 1024**3
+"""Bytes of a file at most."""
+
+ROWS = 10_000_000
+"""Rows of a file at most."""
+
+TEXT = 100_000
+"""Characters of a field at most."""
+
+_LINE = 16 * TEXT
+"""Bytes of a line of JSON at most."""
+
+_FORMATS = (".jsonl", ".ndjson", ".csv", ".tsv")
+_SPLITS = {"train": ("train",), "unlabelled": ("unlabelled", "unlabeled"), "test": ("test",)}
+_Source: TypeAlias = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Rows of a file.
+
+    Attributes:
+        rows: the fields of each row, without its label.
+        labels: the number of each row's label, by the order of logits; None where rows have none.
+        lines: the line of the file on which each row ends, from 1.
+        file: its path.
+    """
+
+    rows: tuple[Mapping[str, str], ...]
+    labels: tuple[int, ...] | None = None
+    lines: tuple[int, ...] = ()
+    file: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def subset(self, indices: Sequence[int]) -> TextRows:
+        """Some of the rows, in this order."""
+        labels = None if self.labels is None else tuple(self.labels[i] for i in indices)
+        lines = tuple(self.lines[i] for i in indices) if self.lines else ()
+        return TextRows(tuple(self.rows[i] for i in indices), labels, lines, self.file)
+
+
+@dataclass(frozen=True)
+class PetData:
+    """What PET reads; a part that is not there is None.
+
+    Attributes:
+        train: rows with labels.
+        unlabelled: rows that the ensemble labels.
+        test: rows with labels that nothing trains on.
+    """
+
+    train: TextRows | None = None
+    unlabelled: TextRows | None = None
+    test: TextRows | None = None
+
+
+def load_pet_data(
+    source: _Source | Mapping[str, _Source], labels: Sequence[str], slots: Collection[str] = ()
+) -> PetData:
+    """The rows of a folder with files ``train``, ``unlabelled`` and ``test``, or of the files of a mapping.
+
+    Args:
+        source: the folder, whose files are ``.jsonl``, ``.ndjson``, ``.csv`` or ``.tsv``; or a path for each part.
+        labels: in the order of logits.
+        slots: fields that each row has to have; others are left out. Default: all fields are kept.
+
+    Raises:
+        GraftError: GC180, there is no such file, two of one part, or what it holds cannot be used.
+    """
+    files = dict(source) if isinstance(source, Mapping) else _files(Path(source))
+    for name in files:
+        if name not in _SPLITS:
+            close = nearest(name, _SPLITS, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"the parts are: {', '.join(_SPLITS)}"
+            raise GraftError("GC180", f"there is no part {quoted(name)} of the data", hint=hint)
+    made = {name: load_rows(file, None if name == "unlabelled" else labels, slots) for name, file in files.items()}
+    return PetData(**made)
+
+
+def load_rows(source: _Source, labels: Sequence[str] | None = None, slots: Collection[str] = ()) -> TextRows:
+    """The rows of a file. Empty lines are passed over.
+
+    A ``.jsonl`` or ``.ndjson`` file has an object on each line; a ``.csv`` or ``.tsv`` file has a header. Cells of CSV
+    may be quoted and have line breaks then; in TSV a quote is a character like any other.
+
+    Args:
+        source: its path.
+        labels: those that the field `label` may have; None where rows are not labelled, and the field is left out.
+        slots: as for :func:`load_pet_data`.
+
+    Raises:
+        GraftError: GC180 with the line.
+    """
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if suffix not in _FORMATS:
+        hint = f"name it {path.stem}.jsonl, .csv or .tsv"
+        raise GraftError("GC180", f"the format of {quoted(path.name)} is not known", hint=hint)
+    numbers = None if labels is None else {label: index for index, label in enumerate(labels)}
+    rows: list[Mapping[str, str]] = []
+    found: list[int] = []
+    lines: list[int] = []
+    try:
+        if not path.is_file():
+            _missing(path)
+        if path.stat().st_size > FILE_BYTES:
+            raise GraftError("GC180", f"{quoted(path)} has more than {FILE_BYTES:,} bytes")
+        read = _json_lines(path) if suffix in (".jsonl", ".ndjson") else _table(path, suffix)
+        for line, row in read:
+            if len(rows) == ROWS:
+                _wrong(path, line, f"there are more than {ROWS:,} rows")
+            if numbers is not None:
+                found.append(_label(path, line, row, numbers))
+            rows.append(_fields(path, line, row, slots))
+            lines.append(line)
+    except UnicodeDecodeError as error:
+        message = f"{quoted(path)} is not UTF-8 text: byte 0x{error.object[error.start]:02x} does not fit"
+        raise GraftError("GC180", message, place=Place(str(path))) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise GraftError("GC180", f"{quoted(path)} cannot be read: {reason.lower()}") from None
+    if not rows:
+        raise GraftError("GC180", f"{quoted(path)} has no rows", place=Place(str(path)))
+    return TextRows(tuple(rows), None if numbers is None else tuple(found), tuple(lines), str(path))
+
+
+def _wrong(path: Path, line: int, message: str, hint: str | None = None) -> NoReturn:
+    raise GraftError("GC180", message, place=Place(str(path), line), hint=hint) from None
+
+
+def _missing(path: Path) -> NoReturn:
+    if path.exists():
+        raise GraftError("GC180", f"{quoted(path)} is no regular file", hint="give a file, or its folder as the data")
+    names = [p.name for p in path.parent.iterdir() if p.suffix.lower() in _FORMATS] if path.parent.is_dir() else []
+    close = nearest(path.name, names, n=1)
+    hint = f"did you mean {quoted(path.parent / close[0])}?" if close else None
+    raise GraftError("GC180", f"there is no file {quoted(path)}", hint=hint)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of each part that a folder has."""
+    try:
+        names = sorted(p.name for p in folder.iterdir())
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise GraftError("GC180", f"the folder {quoted(folder)} cannot be read: {reason}") from None
+    files: dict[str, Path] = {}
+    for split, stems in _SPLITS.items():
+        found = [n for n in names if Path(n).stem.lower() in stems and Path(n).suffix.lower() in _FORMATS]
+        if len(found) > 1:
+            raise GraftError("GC180", f"{quoted(folder)} has several files of one part: {', '.join(found)}")
+        if found:
+            files[split] = folder / found[0]
+    if not files:
+        hint = "its files are train.jsonl, unlabelled.jsonl and test.jsonl, or the same as .csv or .tsv"
+        raise GraftError("GC180", f"{quoted(folder)} holds no data: {some(names, 10) or 'nothing'}", hint=hint)
+    return files
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The objects of a file, with their lines."""
+    with path.open("rb") as file:
+        number = 0
+        while raw := file.readline(_LINE + 1):
+            number += 1
+            if len(raw) > _LINE:
+                _wrong(path, number, f"the line has more than {_LINE:,} bytes")
+            if not raw.strip(b"\xef\xbb\xbf \t\r\n"):
+                continue
+            try:
+                row = read_json(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, _LINE)
+            except UnicodeDecodeError as error:
+                _wrong(path, number, f"the line is not UTF-8 text: byte {error.start + 1} does not fit")
+            except ValueError as error:
+                _wrong(path, number, f"the line is not JSON: {str(error)[:200]}", "write an object on each line")
+            if not isinstance(row, dict):
+                _wrong(path, number, f"the line is no object, but {shown(row)}", 'for example {"text": "..."}')
+            yield number, row
+
+
+def _table(path: Path, suffix: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The rows of a CSV or TSV file, with their lines."""
+    options: dict[str, Any] = {"strict": True}
+    if suffix == ".tsv":
+        options |= {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, **options)
+        header: list[str] | None = None
+        while True:
+            start = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                _wrong(path, start, f"the row cannot be read: {error}", 'a quote within quotes is written twice: ""')
+            if cells is None:
+                return
+            line = reader.line_num
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                _check_header(path, line, header)
+            elif len(cells) != len(header):
+                hint = f"the header has: {some([quoted(name) for name in header], 20)}"
+                what = "cell" if len(cells) == 1 else "cells"
+                _wrong(path, line, f"the row has {len(cells)} {what}, and the header {len(header)}", hint)
+            else:
+                yield line, dict(zip(header, cells, strict=True))
+
+
+def _check_header(path: Path, line: int, header: list[str]) -> None:
+    for index, name in enumerate(header):
+        if not name.strip():
+            _wrong(path, line, f"column {index + 1} has no name", "the first line names the columns")
+        if name in header[:index]:
+            _wrong(path, line, f"two columns have the name {quoted(name)}", "rename one")
+
+
+def _text(value: Any) -> str | None:
+    """A field as text; None for what is none."""
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _label(path: Path, line: int, row: Mapping[str, Any], numbers: Mapping[str, int]) -> int:
+    if LABEL not in row:
+        close = nearest(LABEL, row, n=1)
+        has = f"did you mean {quoted(close[0])}? " if close else ""
+        _wrong(path, line, f"the row has no {quoted(LABEL)}", f"{has}its fields are: {some(list(row), 20)}")
+    label = _text(row[LABEL])
+    if label is None or label not in numbers:
+        close = nearest(label, numbers, n=1) if label is not None else []
+        hint = f"did you mean {quoted(close[0])}?" if close else f"the labels are: {some(list(numbers), 20)}"
+        _wrong(
+            path, line, f"the verbalizer has no label {quoted(label) if label is not None else shown(row[LABEL])}", hint
+        )
+    return numbers[label]
+
+
+def _fields(path: Path, line: int, row: Mapping[str, Any], slots: Collection[str]) -> dict[str, str]:
+    made: dict[str, str] = {}
+    for name in slots or row:
+        if name == LABEL:
+            continue
+        if name not in row:
+            close = nearest(name, row, n=1)
+            hint = f"did you mean {quoted(close[0])}?" if close else f"its fields are: {some(list(row), 20)}"
+            _wrong(path, line, f"the row has no field {quoted(name)}, which a pattern shows", hint)
+        text = _text(row[name])
+        if text is not None and len(text) > TEXT:
+            _wrong(path, line, f"{quoted(name)} has {len(text):,} characters, more than {TEXT:,}")
+        if text is not None:
+            made[name] = text
+        elif slots:
+            _wrong(path, line, f"{quoted(name)} is {shown(row[name])}, which is no text", "write a text in quotes")
+    return made

@@ -1,0 +1,212 @@
+"""The PET spec: the document that says how an ensemble of patterns becomes a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Self
+
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from graftc.specs.base_model import Items, SpecModel
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, Place, nearest
+from graftc.specs.errors.text import quoted, some
+from graftc.specs.pet.pattern import Pattern, PatternSpec
+from graftc.specs.pet.training import ClassifierSpec, IpetOptions, TrainingOptions, everything
+from graftc.specs.pet.verbalizer import Verbalizer
+from graftc.specs.source import Source
+from graftc.specs.spec_errors import reject
+
+__all__ = ["PATTERNS", "SEEDS", "PetSpec"]
+
+PATTERNS = 100
+"""Patterns of a document at most."""
+
+SEEDS = 100
+"""Members of a pattern at most."""
+
+_Problem = tuple[tuple[str | int, ...], GraftError]
+
+
+class PetSpec(SpecModel):
+    """Pattern-exploiting training: classification as filling blanks, by an ensemble of patterns that labels rows for a
+    final classifier (Schick & Schütze 2021, Exploiting Cloze Questions for Few Shot Text Classification and Natural
+    Language Inference, EACL).
+
+    Raises:
+        GraftError: GC002 to GC012, GC175, GC176 and GC177 with the path of what is wrong.
+    """
+
+    version: Literal[1] = 1
+    """Version of this format."""
+
+    patterns: Items[Pattern] = Field(min_length=1, max_length=PATTERNS)
+    """The patterns; each trains `seeds` members of the ensemble."""
+
+    verbalizer: Verbalizer | None = None
+    """A word, or a list of words, for each label; the labels are those of the data. May be left out where each pattern
+    has its own."""
+
+    spec: Spec = Field(default_factory=everything)
+    """What trains in every member: a document of graftc. Default: everything, by `adapt: [{method: full}]`."""
+
+    training: TrainingOptions = TrainingOptions()
+    """How a member trains."""
+
+    seeds: int = Field(default=3, ge=1, le=SEEDS)
+    """Members of each pattern, which differ by their random seed."""
+
+    ensemble: Literal["accuracy", "uniform"] = "accuracy"
+    """How the members' logits are averaged. `accuracy`: weighted by the accuracy of the untrained pattern on the
+    training set. `uniform`: all alike."""
+
+    members: Literal["separate", "bank"] = "separate"
+    """`separate`: each member is a model of its own. `bank`: the members are adaptations in the slots of one bank over
+    one shared base."""
+
+    ipet: IpetOptions | None = None
+    """Train generations of members (iPET). Default: one generation (PET)."""
+
+    classifier: ClassifierSpec = ClassifierSpec()
+    """The final model."""
+
+    _source: Source = PrivateAttr(default_factory=Source)
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _version_is_a_number(cls, version: Any) -> Any:
+        if isinstance(version, bool):
+            message = f"spec version {str(version).lower()} is not supported"
+            reject(version, ((), GraftError("GC007", message, hint="this release reads version 1")))
+        return version
+
+    @field_validator("patterns")
+    @classmethod
+    def _names_are_unique(cls, patterns: tuple[PatternSpec, ...]) -> tuple[PatternSpec, ...]:
+        taken = {p.name for p in patterns if p.name is not None}
+        named = tuple(
+            p if p.name is not None else p.model_copy(update={"name": _free(number, taken)})
+            for number, p in enumerate(patterns, start=1)
+        )
+        problems: list[_Problem] = []
+        names: dict[str, int] = {}
+        texts: dict[tuple[str, Verbalizer | None], int] = {}
+        for index, pattern in enumerate(named):
+            # Of two names that differ by case only, some file systems make one folder.
+            first = names.setdefault(str(pattern.name).lower(), index)
+            same = texts.setdefault((pattern.text, pattern.verbalizer), index)
+            if first != index:
+                message = f"the name {quoted(str(pattern.name))} is taken by patterns[{first}]"
+                problems.append(((index, "name"), GraftError("GC005", message, hint="names are unique")))
+            if same != index:
+                message = f"the pattern is the same as patterns[{same}]"
+                hint = "more members of one pattern are `seeds`"
+                problems.append(((index,), GraftError("GC175", message, hint=hint)))
+        if problems:
+            reject([{"name": p.name} for p in named], *problems)
+        return named
+
+    @model_validator(mode="after")
+    def _verbalizers_fit(self) -> Self:
+        problems = [*self._verbalizer_problems(), *self._member_problems()]
+        if problems:
+            reject(self, *problems)
+        return self
+
+    def _verbalizer_problems(self) -> Iterator[_Problem]:
+        common = self.verbalizer
+        own = [(index, p.verbalizer) for index, p in enumerate(self.patterns) if p.verbalizer is not None]
+        if common is None and len(own) < len(self.patterns):
+            without = next(index for index, p in enumerate(self.patterns) if p.verbalizer is None)
+            message = f"there is no verbalizer for {quoted(str(self.patterns[without].name))}"
+            hint = "give the document one: verbalizer: {label: word, ...}"
+            yield ("patterns", without), GraftError("GC176", message, hint=hint)
+        first = common if common is not None else own[0][1] if own else None
+        for index, verbalizer in own:
+            if first is not None and set(verbalizer) != set(first):
+                where = "the document's" if common is not None else f"that of patterns[{own[0][0]}]"
+                yield ("patterns", index, "verbalizer"), _other_labels(verbalizer.labels, first.labels, where)
+
+    def _member_problems(self) -> Iterator[_Problem]:
+        for path, spec in ((("spec",), self.spec), (("classifier", "spec"), self.classifier.spec)):
+            if "cloze" in spec.model_fields_set:
+                hint = "leave it out: patterns and verbalizer say it"
+                yield (*path, "cloze"), GraftError("GC002", "the cloze of a member is made from its pattern", hint=hint)
+        if self.ipet is not None and len(self.patterns) * self.seeds < 2:
+            message = "a member of iPET learns from other members, and there is one only"
+            yield ("ipet",), GraftError("GC002", message, hint="add a pattern, or raise seeds")
+        if self.members == "bank":
+            yield from self._bank_problems()
+
+    def _bank_problems(self) -> Iterator[_Problem]:
+        """What keeps members from being slots of one bank."""
+        spec = self.spec
+        example = "for example spec: {adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]}"
+        if "spec" not in self.model_fields_set:
+            message = "members of a bank share their base, and the default spec trains all of it"
+            yield ("members",), GraftError("GC177", message, hint=example)
+            return
+        if not spec.adapt:
+            message = "members of a bank are adaptations, and the spec has none"
+            yield ("spec", "adapt"), GraftError("GC177", message, hint=example)
+        if spec.compose:
+            hint = "leave compose out, or take members: separate"
+            message = "members of a bank are composed as one, and the spec has its own compose"
+            yield ("spec", "compose"), GraftError("GC177", message, hint=hint)
+        for index, adaptation in enumerate(spec.adapt):
+            if not type(adaptation).claims.bankable:
+                message = f"{adaptation.method} cannot be in a bank"
+                yield ("spec", "adapt", index, "method"), GraftError("GC177", message, hint=example)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels, in the order of logits: that of the document's verbalizer, or of the first pattern's."""
+        return self.verbalizer_of(0).labels if self.verbalizer is None else self.verbalizer.labels
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Every field that a pattern shows."""
+        return tuple(dict.fromkeys(slot for pattern in self.patterns for slot in pattern.slots))
+
+    @property
+    def verbalizers(self) -> tuple[Verbalizer, ...]:
+        """That of each pattern, all with the labels in the same order."""
+        return tuple(self.verbalizer_of(index) for index in range(len(self.patterns)))
+
+    def verbalizer_of(self, index: int) -> Verbalizer:
+        """The verbalizer of a pattern by its number from 0, with the labels in the order of logits."""
+        first = self.verbalizer if self.verbalizer is not None else self.patterns[0].verbalizer
+        own = self.patterns[index].verbalizer
+        if first is None or own is None:
+            assert first is not None  # one of them is there, as validated
+            return first
+        return own.ordered(first.labels)
+
+    def place(self, path: str) -> Place:
+        """The place of a path such as ``patterns[0].text``; with line and column if it was a file."""
+        return self._source.place(path)
+
+    def locate(self, error: GraftError) -> GraftError:
+        """The error with file, line, column and corrected line filled in from the path of its place."""
+        return self._source.locate(error)
+
+
+def _free(number: int, taken: set[str]) -> str:
+    """``pattern-3`` for the third one, or the next free name, which is taken from now on."""
+    name, more = f"pattern-{number}", number
+    while name in taken:
+        more += 1
+        name = f"pattern-{more}"
+    taken.add(name)
+    return name
+
+
+def _other_labels(own: Sequence[str], wanted: Sequence[str], where: str) -> GraftError:
+    """The error of a verbalizer whose labels are not those of another."""
+    missing = [label for label in wanted if label not in own]
+    more = [label for label in own if label not in wanted]
+    said = [f"lacks {some([quoted(m) for m in missing], 5)}"] if missing else []
+    said += [f"has {some([quoted(m) for m in more], 5)}"] if more else []
+    close = nearest(more[0], missing, n=1) if more else []
+    hint = f"did you mean '{close[0]}'?" if close else f"the labels are: {some(list(wanted), 20)}"
+    return GraftError("GC176", f"the verbalizer {' and '.join(said)}, unlike {where}", hint=hint)

@@ -1,0 +1,164 @@
+"""Patterns: a text with slots for a row's fields and blanks that a language model fills."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from graftc.specs.base_model import SpecModel
+from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.text import quoted
+from graftc.specs.limits import NAME
+from graftc.specs.pet.verbalizer import Verbalizer
+from graftc.specs.spec_errors import reject
+
+__all__ = ["BLANKS", "LABEL", "Pattern", "PatternPart", "PatternSpec", "parse_pattern"]
+
+BLANKS = 16
+"""Blanks of a pattern at most."""
+
+LABEL = "label"
+"""The field of a row that holds its label, which no pattern shows."""
+
+_BLANK = "blank"
+_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
+_FIELD = re.compile(r"\w(?:[\w .\-]*\w)?")
+_BETTER = "write a slot as {text}, a blank as {blank}, and a brace itself as {{ or }}"
+
+
+class PatternPart(NamedTuple):
+    """A piece of a pattern."""
+
+    kind: Literal["text", "slot", "blank"]
+    """`text` stands as it is, a `slot` is filled with a field of the row, a `blank` is what the model fills."""
+
+    text: str
+    """The text itself, the name of the field, or nothing."""
+
+
+def parse_pattern(text: str) -> tuple[PatternPart, ...]:
+    """The parts of a pattern, in order; texts beside each other are one.
+
+    Raises:
+        GraftError: GC175, it has no blank, no slot, or braces that are neither.
+    """
+    parts: list[PatternPart] = []
+    literal = ""
+    for kind, piece in _pieces(text):
+        if kind == "text":
+            literal += piece
+            continue
+        if literal:
+            parts.append(PatternPart("text", literal))
+        literal = ""
+        parts.append(PatternPart(kind, piece))
+    if literal:
+        parts.append(PatternPart("text", literal))
+    slots = [part.text for part in parts if part.kind == "slot"]
+    blanks = sum(part.kind == "blank" for part in parts)
+    if not blanks:
+        close = [name for name in slots if name.lower() == "mask" or nearest(name, [_BLANK])]
+        fix = (f"{{{close[0]}}}", "{blank}") if close else None
+        hint = "did you mean {blank}?" if close else "write {blank} where the model is to put a word"
+        raise GraftError("GC175", f"the pattern {quoted(text)} has no blank", hint=hint, fix=fix)
+    if not slots:
+        hint = "write {text} where the field 'text' of a row belongs"
+        raise GraftError("GC175", f"the pattern {quoted(text)} shows nothing of a row: it has no slot", hint=hint)
+    if blanks > BLANKS:
+        raise GraftError("GC175", f"the pattern has {blanks} blanks, more than {BLANKS}")
+    return tuple(parts)
+
+
+def _pieces(text: str) -> Iterator[tuple[Literal["text", "slot", "blank"], str]]:
+    for found in _PIECE.finditer(text):
+        piece, name = found.group(), found.group(1)
+        if piece in ("{{", "}}"):
+            yield "text", piece[0]
+        elif name is not None:
+            yield ("blank", "") if name == _BLANK else ("slot", _field(name))
+        elif piece in ("{", "}"):
+            other = "}" if piece == "{" else "{"
+            message = f"a brace at character {found.start() + 1} has no '{other}'"
+            raise GraftError("GC175", f"{message}: {quoted(text)}", hint=_BETTER)
+        else:
+            yield "text", piece
+
+
+def _field(name: str) -> str:
+    """The name of a slot."""
+    if name.strip().lower() == _BLANK:
+        fix = (f"{{{name}}}", "{blank}")
+        raise GraftError("GC175", f"{{{name}}} is neither a slot nor a blank", hint="did you mean {blank}?", fix=fix)
+    if name == LABEL:
+        hint = "the blank is what stands for it; name another field of the rows"
+        raise GraftError("GC175", "a pattern cannot show the label", hint=hint)
+    if not _FIELD.fullmatch(name):
+        message = f"{quoted('{' + name + '}')} names no field of a row" if name else "'{}' names no field of a row"
+        raise GraftError("GC175", message, hint=_BETTER)
+    return name
+
+
+class PatternSpec(SpecModel):
+    """A pattern, and the words of its own if it has any: a pattern-verbalizer pair (Schick & Schütze 2021, Exploiting
+    Cloze Questions for Few Shot Text Classification and Natural Language Inference)."""
+
+    name: str | None = Field(default=None, min_length=1, max_length=NAME)
+    """Unique name, which results and folders carry. Default: `pattern-1`, `pattern-2`, ..."""
+
+    text: str
+    """The text, for example `"{text} This text is about {blank}."`. `{blank}` is what the model fills, several of them
+    are several tokens; other names in braces are fields of the data's rows. A brace itself is written twice."""
+
+    verbalizer: Verbalizer | None = None
+    """The words of this pattern for each label. Default: those of the whole document."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_usable(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"\w[\w.\-]*", name, flags=re.ASCII):
+            better = re.sub(r"[^\w.\-]+", "-", name, flags=re.ASCII).strip("-.")
+            message = f"name {quoted(name)} must be letters, digits, '_', '.' and '-', as it names a folder"
+            fix = (name, better) if better else None
+            hint = f"for example '{better}'" if better else None
+            reject(name, ((), GraftError("GC002", message, hint=hint, fix=fix)))
+        return name
+
+    @field_validator("text")
+    @classmethod
+    def _text_has_a_blank(cls, text: str) -> str:
+        try:
+            parse_pattern(text)
+        except GraftError as error:
+            reject(text, ((), error))
+        return text
+
+    @cached_property
+    def parts(self) -> tuple[PatternPart, ...]:
+        """The text's parts, in order."""
+        return parse_pattern(self.text)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The fields that it shows, each once, in order."""
+        return tuple(dict.fromkeys(part.text for part in self.parts if part.kind == "slot"))
+
+    @property
+    def blanks(self) -> int:
+        """How many blanks it has."""
+        return sum(part.kind == "blank" for part in self.parts)
+
+
+def _from_text(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, Mapping | PatternSpec):
+        reject(value, ((), GraftError("GC002", "a pattern is a text or a mapping with a text")))
+    return value
+
+
+Pattern: TypeAlias = Annotated[PatternSpec, BeforeValidator(_from_text, json_schema_input_type=str | PatternSpec)]
+"""A pattern as documents write it: its text alone, or a mapping."""

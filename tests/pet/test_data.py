@@ -1,0 +1,187 @@
+"""Rows from files: three formats, folders of them, and the line of what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from graftc.runtime.pet import data as module
+from graftc.runtime.pet.data import PetData, TextRows, load_pet_data, load_rows
+from graftc.specs.errors.diagnostics import GraftError
+
+LABELS = ("space", "hockey")
+
+
+def put(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def refused(path: Any, *more: Any, **options: Any) -> GraftError:
+    with pytest.raises(GraftError) as caught:
+        load_rows(path, *more, **options)
+    assert caught.value.code == "GC180" and caught.value.hint
+    return caught.value
+
+
+def line(error: GraftError) -> int | None:
+    assert error.place is not None
+    return error.place.line
+
+
+CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\x00"), max_size=12)
+ROWS = st.lists(st.tuples(CELLS, CELLS, st.sampled_from(LABELS)), min_size=1, max_size=5)
+
+
+@given(rows=ROWS)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+def test_all_formats_hold_the_same(rows: list[tuple[str, str, str]], tmp_path: Path) -> None:
+    header = ("text", "title", "label")
+    lines = [json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) for row in rows]
+    put(tmp_path / "a.jsonl", "\n".join(lines))
+    with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    made = [load_rows(tmp_path / name, LABELS) for name in ("a.jsonl", "a.csv")]
+    if not any("\t" in cell for row in rows for cell in row):
+        put(tmp_path / "a.tsv", "".join("\t".join(row) + "\n" for row in (header, *rows)))
+        made.append(load_rows(tmp_path / "a.tsv", LABELS))
+    for found in made:
+        assert found.rows == tuple({"text": text, "title": title} for text, title, _ in rows)
+        assert found.labels == tuple(LABELS.index(label) for _, _, label in rows)
+        assert len(found) == len(rows) == len(found.lines)
+
+
+def test_cells_over_several_lines_and_marks_of_order(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.csv", '\ufefftext,label\n"a\n""b"", c",space\n\nd,hockey\n')
+    found = load_rows(path, LABELS)
+    assert found == TextRows(({"text": 'a\n"b", c'}, {"text": "d"}), (0, 1), (3, 5), str(path))
+    assert load_rows(put(tmp_path / "a.jsonl", '\ufeff{"text": "a"}\r\n\r\n{"text": "b"}')).lines == (1, 3)
+    assert load_rows(put(tmp_path / "a.tsv", 'text\n"a\n')).rows == ({"text": '"a'},)
+
+
+def test_numbers_are_text_and_other_fields_are_left_out(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", '{"text": "a", "year": 1999, "more": [1], "none": null, "label": 1}')
+    found = load_rows(path, ["0", "1"])
+    assert found.rows == ({"text": "a", "year": "1999"},) and found.labels == (1,)
+    assert load_rows(path, slots=["year"]).rows == ({"year": "1999"},)
+    assert load_rows(path).labels is None
+
+
+def test_a_part_of_rows() -> None:
+    rows = TextRows(({"text": "a"}, {"text": "b"}, {"text": "c"}), (0, 1, 0), (2, 3, 4), "f")
+    assert rows.subset([2, 0]) == TextRows(({"text": "c"}, {"text": "a"}), (0, 0), (4, 2), "f")
+    assert TextRows(({"text": "a"},)).subset([0]) == TextRows(({"text": "a"},))
+
+
+def test_folders_and_named_files(tmp_path: Path) -> None:
+    put(tmp_path / "train.jsonl", '{"text": "a", "label": "hockey"}')
+    put(tmp_path / "unlabeled.csv", "text,label\nb,never read\n")
+    put(tmp_path / "notes.txt", "")
+    found = load_pet_data(tmp_path, LABELS, ["text"])
+    assert isinstance(found, PetData) and found.test is None
+    assert found.train is not None and found.train.labels == (1,)
+    assert found.unlabelled is not None and found.unlabelled.rows == ({"text": "b"},)
+    assert found.unlabelled.labels is None
+    same = load_pet_data(
+        {"train": tmp_path / "train.jsonl", "unlabelled": tmp_path / "unlabeled.csv"}, LABELS, ["text"]
+    )
+    assert same == found
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    def failing(source: Any) -> GraftError:
+        with pytest.raises(GraftError) as caught:
+            load_pet_data(source, LABELS)
+        assert caught.value.code == "GC180"
+        return caught.value
+
+    assert "holds no data" in failing(tmp_path).message
+    assert "no such file" in failing(tmp_path / "none").message
+    put(tmp_path / "train.csv", "text\na")
+    put(tmp_path / "train.jsonl", "{}")
+    assert "several files of one part: train.csv, train.jsonl" in failing(tmp_path).message
+    assert failing({"trian": tmp_path}).hint == "did you mean 'train'?"
+    assert failing(put(tmp_path / "file", "")).message.endswith("not a directory")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "number", "said"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": ', 2, "the line is not JSON"),
+        ("a.jsonl", '{"text": "a"}\n\n["a"]', 3, "the line is no object"),
+        ("a.jsonl", '{"text": "a", "text": "b"}', 1, "a key stands twice"),
+        ("a.jsonl", '{"text": "\\ud800"}', 1, "half a character"),
+        ("a.jsonl", '{"text": NaN}', 1, "not JSON"),
+        ("a.jsonl", "[" * 100_000, 1, "too deep"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', 2, "not UTF-8"),
+        ("a.jsonl", '{"text": null}', 1, "'text' is null, which is no text"),
+        ("a.jsonl", '{"txt": "a"}', 1, "no field 'text', which a pattern shows"),
+        ("a.csv", "text,b\na,b\nc\n", 3, "the row has 1 cell, and the header 2"),
+        ("a.csv", "text,b\na,b,c\n", 2, "the row has 3 cells, and the header 2"),
+        ("a.csv", 'text,b\n"a"c,b\n', 2, "the row cannot be read"),
+        ("a.csv", 'text,b\nx,y\n"a,b\n', 3, "the row cannot be read"),
+        ("a.csv", "text,text\na,b\n", 1, "two columns have the name 'text'"),
+        ("a.csv", "text,\na,b\n", 1, "column 2 has no name"),
+        ("a.csv", "txt\na\n", 2, "no field 'text'"),
+        ("a.csv", "text\n" + "a" * 200_000, 2, "cannot be read"),
+        ("a.csv", "text\n" + "a" * 110_000, 2, "has 110,000 characters, more than 100,000"),
+        ("a.csv", b"text\n\xff\n", None, "not UTF-8 text: byte 0xff"),
+        ("a.csv", "", None, "has no rows"),
+        ("a.tsv", "text\tlabel\n", None, "has no rows"),
+        ("a.jsonl", "\n\n", None, "has no rows"),
+    ],
+)
+def test_rows_that_cannot_be_used(
+    name: str, content: str | bytes, number: int | None, said: str, tmp_path: Path
+) -> None:
+    error = refused(put(tmp_path / name, content), slots=["text"])
+    assert said in error.message and line(error) == number
+    assert len(str(error)) < 2_000
+
+
+@pytest.mark.parametrize(
+    ("label", "said", "hint"),
+    [
+        ('"hokey"', "no label 'hokey'", "did you mean 'hockey'?"),
+        ('"x"', "no label 'x'", "the labels are: space, hockey"),
+        ("true", "no label true", "the labels are: space, hockey"),
+        ('" space"', "no label ' space'", "did you mean 'space'?"),
+    ],
+)
+def test_labels_that_are_not_there(label: str, said: str, hint: str, tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", f'{{"text": "a", "label": "space"}}\n{{"text": "a", "label": {label}}}')
+    error = refused(path, LABELS)
+    assert said in error.message and error.hint == hint and line(error) == 2
+
+
+def test_rows_without_labels(tmp_path: Path) -> None:
+    error = refused(put(tmp_path / "a.csv", "text,Label\na,space"), LABELS)
+    assert error.message == "the row has no 'label'" and error.hint.startswith("did you mean 'Label'?")
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    put(tmp_path / "train.jsonl", "{}")
+    assert "train.jsonl" in refused(tmp_path / "trian.jsonl").hint
+    assert refused(tmp_path / "data.txt").hint == "name it data.jsonl, .csv or .tsv"
+    (tmp_path / "b.csv").mkdir()
+    assert "no regular file" in refused(tmp_path / "b.csv").message
+    assert refused("a\0.csv").message.startswith("there is no file")
+    assert refused(tmp_path / "none" / "a.csv").code == "GC180"
+
+
+def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put(tmp_path / "a.csv", "text\na\nb\nc\n")
+    monkeypatch.setattr(module, "ROWS", 2)
+    assert line(refused(path)) == 4
+    monkeypatch.setattr(module, "FILE_BYTES", 5)
+    assert "more than 5 bytes" in refused(path).message
+    monkeypatch.setattr(module, "FILE_BYTES", 1_000)
+    monkeypatch.setattr(module, "_LINE", 20)
+    error = refused(put(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": "abcdefghijklmnop"}'))
+    assert line(error) == 2 and "more than 20 bytes" in error.message
