@@ -149,32 +149,32 @@ def test_words_are_as_they_stand_in_the_pattern() -> None:
     glued = encoder("roberta", "{text} ({blank})", words=Verbalizer({"good": "yes", "bad": ".", "more": ":"})).options()
     assert behind == {
         "blank": found("<mask>"),
-        "verbalizers": [{"good": [[found("Ġgreat")]], "bad": [[found("Ġterrible")]]}],
+        "labels": ["good", "bad"],
+        "verbalizers": [[[[found("Ġgreat")]], [[found("Ġterrible")]]]],
     }
-    assert first["verbalizers"] == [{"good": [[found("The")]], "bad": [[found("It")]]}]
-    assert glued["verbalizers"][0]["good"] == [[found("yes")]]
+    assert first["verbalizers"] == [[[[found("The")]], [[found("It")]]]]
+    assert glued["verbalizers"][0][0] == [[found("yes")]]
     last = encoder("gpt2", "{text} It was {blank}").options()
     own = tokenizer("gpt2").convert_tokens_to_ids
-    assert last == {"blank": "last", "verbalizers": [{"good": [[own("Ġgreat")]], "bad": [[own("Ġterrible")]]}]}
+    assert last["blank"] == "last" and last["verbalizers"] == [[[[own("Ġgreat")]], [[own("Ġterrible")]]]]
     pieces = tokenizer("llama").convert_tokens_to_ids
-    assert encoder("llama", "{text} It was {blank}").options()["verbalizers"][0]["good"] == [[pieces("▁great")]]
+    assert encoder("llama", "{text} It was {blank}").options()["verbalizers"][0][0] == [[pieces("▁great")]]
 
 
 def test_a_sentinel_is_the_blank_of_t5() -> None:
     own = tokenizer("t5").convert_tokens_to_ids
     words = Verbalizer({"good": ["about", "space"], "bad": "hockey"})
     options = encoder("t5", "{text} It was {blank}.", words=words).options()
-    assert options["blank"] == own("<extra_id_0>")
-    assert options["sentinel"] == {"start": own("<pad>"), "token": own("<extra_id_0>")}
-    assert options["verbalizers"] == [{"good": [[own("▁about")], [own("▁space")]], "bad": [[own("▁hockey")]]}]
-    assert encoder("t5", "{text} It was {blank}.", words=words, start=7).options()["sentinel"]["start"] == 7
+    assert "blank" not in options and options["decoder"] == [own("<pad>"), own("<extra_id_0>")]
+    assert options["verbalizers"] == [[[[own("▁about")], [own("▁space")]], [[own("▁hockey")]]]]
+    assert encoder("t5", "{text} It was {blank}.", words=words, start=7).options()["decoder"][0] == 7
 
 
 def test_several_blanks_take_words_of_as_many_tokens() -> None:
     words = Verbalizer({"good": "great space", "bad": ["bad team", "no game"]})
     made = encoder("wordpiece", "{text} It was {blank} {blank}.", words=words)
     found = tokenizer("wordpiece").convert_tokens_to_ids
-    wanted = {"good": [found(["great", "space"])], "bad": [found(["bad", "team"]), found(["no", "game"])]}
+    wanted = [[found(["great", "space"])], [found(["bad", "team"]), found(["no", "game"])]]
     assert made.options()["verbalizers"] == [wanted]
     ids = shown(made.encode([{"text": "x [MASK]"}], 0))
     assert ids.count(found("[MASK]")) == 2
@@ -333,7 +333,8 @@ def test_a_real_tokenizer() -> None:
     )
     made = ClozeEncoder.of(spec, own)
     assert made.max_length == 24 and ClozeEncoder.of(spec, own, 48).max_length == 48
-    assert made.options() == {"blank": 103, "verbalizers": [{"space": [[2686], [9274]], "hockey": [[3873]]}]}
+    verbalizers = [[[[2686], [9274]], [[3873]]]]
+    assert made.options() == {"blank": 103, "labels": ["space", "hockey"], "verbalizers": verbalizers}
     batch = made.encode([{"text": "A [MASK] of it"}, {"text": "Unbelievable words " * 99}], [0, 1])
     text = "a [ mask ] of it this text is about [MASK]."
     assert own.decode(shown(batch)) == f"[CLS] {text} [SEP]"
