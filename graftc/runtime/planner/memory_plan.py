@@ -24,7 +24,8 @@ class MemoryPlan:
         devices: how many share parameters, gradients and state (FSDP2).
         device: what kind they are.
         frozen: parameters that do not train.
-        originals: those of them that trained copies stand in for (``train``, ``full``, biases), which stay beside the copies.
+        originals: those of them that trained copies stand in for (``train``, ``full``, biases) and that stay beside
+            these.
         trainable: parameters that do.
         buffers: tensors that are no parameters, such as indices of sparse deltas.
         inputs: the batch.
