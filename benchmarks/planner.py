@@ -5,9 +5,12 @@
 Writes planner.json and planner.md. Models are on the meta device. The setting is that of the authors' script: a
 row of 2048 tokens a micro-batch, gradients of other micro-batches, rank 64, and as many entries, on all projections.
 
-Cells are planned as graftc trains them, without dropout. The authors trained LoRA with PEFT, dropout 0.1 and factors in
-float32: cells named PEFT plan a model with such modules (`PeftLinear`) that trains as plain PyTorch does, for graftc as
-any other model.
+Cells are planned as graftc trains them, without dropout. The authors trained LoRA with PEFT and dropout 0.1: cells
+named PEFT plan a model with such modules (`PeftLinear`) that trains as plain PyTorch does, for graftc as any other
+model. They are the peak without originals (`MemoryPlan.originals`), which graftc keeps of weights that it trains and
+PEFT does not, and with the logits in float32 that the authors' loop holds on to. Factors are in float32, as PEFT makes
+them; qLoRA has cells with bfloat16 beside, which the released script sets for it. That script also pages the state of
+qLoRA's optimiser, which is counted here.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from benchmarks.command import command_line, write
 
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"]
 RANK, BATCH, SEQUENCE = 64, 1, 2048
+VOCABULARY = 32_000
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"method": "lora", "rank": RANK, "target": {"role": ROLES}},
     "SpIEL-AG": {"method": "spiel", "variant": "AG", "equivalent_rank": RANK},
@@ -57,29 +61,33 @@ PUBLISHED: dict[str, dict[str, tuple[int, int]]] = {
 QUANTISED: dict[str, Any] = {"quantize": "nf4", "double": True}
 
 ASKED = 2.0
-"""GB that cells may differ by: those in bfloat16 with checkpointing, and qLoRA's; without checkpointing as its authors
-trained it, with PEFT."""
-
+"""GB that cells may differ by: those in bfloat16 with checkpointing as graftc trains them, and all of qLoRA's as PEFT
+does, with factors in float32."""
 
 DROPOUT, ALPHA = 0.1, 16
 
 PLAIN: dict[str, Any] = {"optimise": {"off": ["projections", "recompute"]}}
 """Training as plain PyTorch does it."""
 
+HELD = BATCH * SEQUENCE * VOCABULARY * 4
+"""Bytes of logits in float32. Their transformers returns them, and their loop has the outputs until the next ones come;
+the planner counts a loop that takes the loss alone."""
+
 
 class PeftLinear(nn.Module):
-    """A linear map with LoRA as PEFT computes it: dropout of its own, and factors in float32.
+    """A linear map with LoRA as PEFT computes it: dropout of its own, in the type of the factors.
 
     Args:
         base: the map.
+        factors: their type.
     """
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear, factors: torch.dtype) -> None:
         super().__init__()
         self.base = base
         with torch.device(base.weight.device):
-            self.lora_A = nn.Linear(base.in_features, RANK, bias=False)
-            self.lora_B = nn.Linear(RANK, base.out_features, bias=False)
+            self.lora_A = nn.Linear(base.in_features, RANK, bias=False, dtype=factors)
+            self.lora_B = nn.Linear(RANK, base.out_features, bias=False, dtype=factors)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The map of ``x: [..., in]``, in its type."""
@@ -89,12 +97,12 @@ class PeftLinear(nn.Module):
         return (self.base(x) + update).to(x.dtype)
 
 
-def with_peft_modules(model: nn.Module) -> nn.Module:
+def with_peft_modules(model: nn.Module, factors: torch.dtype) -> nn.Module:
     """The model with `PeftLinear` in the place of its projections."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith("_proj"):
             parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, PeftLinear(module))
+            setattr(model.get_submodule(parent), own, PeftLinear(module, factors))
     return model
 
 
@@ -107,20 +115,22 @@ def llama(size: str) -> nn.Module:
     return made
 
 
-def planned(method: str, size: str, checkpoint: bool, peft: bool = False) -> graftc.MemoryPlan:
+def planned(method: str, size: str, checkpoint: bool, peft: torch.dtype | None = None) -> graftc.MemoryPlan:
     """The plan of a cell.
 
     Args:
         method: a row of `PUBLISHED`.
         size: of the model.
         checkpoint: layers are run again in the backward pass.
-        peft: LoRA is PEFT's, and trains as plain PyTorch does.
+        peft: LoRA is PEFT's with factors of this type, and trains as plain PyTorch does; None as graftc trains it.
     """
     model, quantised = llama(size), QUANTISED if method.startswith("q") else {}
     spec: dict[str, Any] = {"adapt": [METHODS[method.removeprefix("q")]]}
-    if peft:
+    if peft is not None:
         factors = ["**.lora_A", "**.lora_B"]
-        model, spec = with_peft_modules(model), {"adapt": [], "train": factors, **PLAIN}
+        # In their own type: copies of 16 bits would be float32.
+        trained = {"method": "full", "target": {"modules": factors}, "dtype": "base"}
+        model, spec = with_peft_modules(model, peft), {"adapt": [trained], **PLAIN}
         quantised = {**quantised, "skip": factors} if quantised else {}
     return graftc.plan(
         {**spec, **({"base": quantised} if quantised else {})},
@@ -130,6 +140,11 @@ def planned(method: str, size: str, checkpoint: bool, peft: bool = False) -> gra
         checkpoint=checkpoint,
         accumulate=True,
     )
+
+
+def bytes_of_cell(plan: graftc.MemoryPlan, peft: torch.dtype | None = None) -> int:
+    """What is held against the published figure. Args as for `planned`."""
+    return plan.peak if peft is None else plan.peak - plan.originals + HELD
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,25 +168,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_asked(cell: Mapping[str, Any]) -> bool:
-    if cell["checkpoint"]:
-        return cell["method"] in (*METHODS, "qLoRA")
-    return bool(cell["method"] == "qLoRA, PEFT")
+    return bool(cell["method"] == "qLoRA, PEFT" or (cell["checkpoint"] and cell["method"] in METHODS))
 
 
 def _cells(sizes: Sequence[str]) -> Iterator[dict[str, Any]]:
     for size in sizes:
         for method in PUBLISHED:
-            kinds = (False, True) if method.endswith("LoRA") else (False,)
-            for peft, checkpoint in itertools.product(kinds, (True, False)):
+            for (name, peft), checkpoint in itertools.product(_kinds(method).items(), (True, False)):
                 started = time.perf_counter()
                 plan = planned(method, size, checkpoint, peft)
                 published = PUBLISHED[method][size][checkpoint]
-                found = plan.peak / 1e9
-                name = f"{method}, PEFT" if peft else method
+                found = bytes_of_cell(plan, peft) / 1e9
                 cell = {"size": size, "method": name, "checkpoint": checkpoint, "published": published}
                 print(f"{size} {name} {checkpoint}: {found:.1f} GB, {published} published", file=sys.stderr)
                 seconds = time.perf_counter() - started
                 yield {**cell, "planned": found, "error": found - published, "seconds": seconds, "plan": plan.to_json()}
+
+
+def _kinds(method: str) -> dict[str, torch.dtype | None]:
+    """What is planned beside the published figures of a method, by name; see `planned` for values."""
+    found: dict[str, torch.dtype | None] = {method: None}
+    if method.endswith("LoRA"):
+        found[f"{method}, PEFT"] = torch.float32
+    if method == "qLoRA":
+        found[f"{method}, PEFT, bfloat16 factors"] = torch.bfloat16
+    return found
 
 
 def _lines(data: Mapping[str, Any]) -> Iterator[str]:
@@ -181,18 +202,21 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"bfloat16, rank {data['rank']} and as many entries on all projections, {data['batch']} x {data['sequence']} "
-        "tokens a micro-batch, gradients accumulated; GB are 1e9 bytes, errors are planned less published."
+        "tokens a micro-batch, gradients accumulated; GB are 1e9 bytes, errors are planned less published. "
+        "Cells named PEFT are without `originals`, which are part of `base` here and which PEFT does not have, "
+        f"and with {HELD / 1e9:.2f} GB of logits that the authors' loop holds on to."
     )
     yield ""
-    columns = "| | layers again | planned | published | error | base | adapter | buffers | state | step | update | s |"
-    yield columns
-    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    parts = {"base": "frozen", "originals": "originals", "adapter": "trainable", "buffers": "buffers"}
+    parts |= {"state": "optimizer_state", "step": "step", "update": "update"}
+    yield f"| | layers again | planned | published | error | {' | '.join(parts)} | s |"
+    yield "| --- | --- " + "| ---: " * (len(parts) + 4) + "|"
     for cell in data["cells"]:
         plan = cell["plan"]
-        parts = ("frozen", "trainable", "buffers", "optimizer_state", "step", "update")
         row = [f"{cell['method']} {cell['size']}", "yes" if cell["checkpoint"] else "no", f"{cell['planned']:.1f}"]
-        row += [str(cell["published"]), f"{cell['error']:+.1f}", *(f"{plan[part] / 1e9:.2f}" for part in parts)]
-        yield "| " + " | ".join([*row, f"{cell['seconds']:.0f}"]) + " |"
+        row += [str(cell["published"]), f"{cell['error']:+.1f}"]
+        row += [*(f"{plan[part] / 1e9:.2f}" for part in parts.values()), f"{cell['seconds']:.0f}"]
+        yield "| " + " | ".join(row) + " |"
 
 
 if __name__ == "__main__":

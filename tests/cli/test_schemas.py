@@ -263,9 +263,9 @@ CHECKED: dict[str, Any] = {
 }
 PLAN = {
     **{"batch": 1, "sequence": 8, "dtype": "float32", "checkpoint": False, "optimizer": "adamw", "devices": 1},
-    **{"device": "cuda", "frozen": 9, "trainable": 1, "buffers": 0, "inputs": 1, "gradients": 1, "optimizer_state": 2},
-    **{"saved": 3, "step": 5, "communication": 0, "update": 1, "resident": 13, "peak": 18, "budget": None},
-    **{"fits": None, "largest_batch": None, "largest_sequence": None},
+    **{"device": "cuda", "frozen": 9, "originals": 1, "trainable": 1, "buffers": 0, "inputs": 1, "gradients": 1},
+    **{"optimizer_state": 2, "saved": 3, "step": 5, "communication": 0, "update": 1, "resident": 13},
+    **{"peak": 18, "budget": None, "fits": None, "largest_batch": None, "largest_sequence": None},
 }
 FIT = {"method": "lora", "quantize": None, "checkpoint": False, "chunked": False, "plan": PLAN, "reason": ""}
 CHECK = {**CHECKED, "memory": {"plan": PLAN, "table": [FIT, {**FIT, "plan": None, "reason": "GC020: none"}]}}

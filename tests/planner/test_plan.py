@@ -125,6 +125,30 @@ def test_accumulated_gradients_are_there_from_the_start(base: nn.Module) -> None
     assert once.gradients == once.trainable == sum(p.nbytes for n, p in base.named_parameters() if ".mlp." in n)
 
 
+@pytest.mark.parametrize(
+    ("options", "devices", "bits"),
+    [({}, 1, 16), ({}, 2, 16), ({"base": {"quantize": "nf4"}}, 1, 4.5)],
+    ids=["dense", "two devices", "nf4"],
+)
+def test_originals_are_what_trained_copies_stand_in_for(options: Any, devices: int, bits: float) -> None:
+    """In the base's own type, whatever that of the copies is."""
+    with torch.device("meta"):
+        half = llama().to(torch.bfloat16)
+    given: dict[str, Any] = {"sequence": 8, "devices": devices}
+    plain = graftc.plan({"adapt": [LORA], **options}, half, **given)
+    plan = graftc.plan({"adapt": [{"method": "full", "target": {"modules": "**.mlp.*"}}], **options}, half, **given)
+    entries = sum(p.numel() for n, p in half.named_parameters() if ".mlp." in n) // devices
+    assert (plain.originals, plan.originals, plan.trainable) == (0, entries * bits / 8, entries * 4)
+    assert plan.frozen == plain.frozen
+
+
+def test_originals_of_rows_are_these_rows(base: nn.Module) -> None:
+    rows = {"method": "rows", "rows": [1, 2, 3], "target": {"modules": "model.embed_tokens"}}
+    plan = graftc.plan({"adapt": [rows]}, base, sequence=8)
+    assert plan.originals == plan.trainable == 3 * 128 * 4
+    assert ("  originals of trained", plan.originals) in plan.parts() and plan.to_json()["originals"] == plan.originals
+
+
 def test_the_model_may_be_without_values_and_in_another_type(base: nn.Module) -> None:
     with torch.device("meta"):
         other = llama()

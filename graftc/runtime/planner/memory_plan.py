@@ -24,6 +24,8 @@ class MemoryPlan:
         devices: how many share parameters, gradients and state (FSDP2).
         device: what kind they are.
         frozen: parameters that do not train.
+        originals: those of them that trained copies stand in for (``train``, ``full``, biases) and that stay beside
+            these.
         trainable: parameters that do.
         buffers: tensors that are no parameters, such as indices of sparse deltas.
         inputs: the batch.
@@ -48,6 +50,7 @@ class MemoryPlan:
     devices: int
     device: str
     frozen: int
+    originals: int
     trainable: int
     buffers: int
     inputs: int
@@ -98,6 +101,7 @@ class MemoryPlan:
         """What there is to print, by name."""
         return [
             ("frozen parameters", self.frozen),
+            ("  originals of trained", self.originals),
             ("trainable parameters", self.trainable),
             ("buffers and inputs", self.buffers + self.inputs),
             ("optimizer state", self.optimizer_state),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler.capture.interface import ExampleInputs
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.pipeline import signature_for
 from graftc.passes.core.ir.program_key import Signature
 from graftc.passes.core.weights.sharding import Spread
@@ -123,6 +124,7 @@ class Workbench:
             devices=self._devices,
             device=self._device,
             frozen=sum(sizes) - trainable,
+            originals=_originals(self._runner._compilation, self._devices),
             trainable=trainable,
             buffers=_bytes(self._simulation.module.buffers()),
             inputs=_bytes(value for value in present.values() if isinstance(value, Tensor)),
@@ -159,6 +161,16 @@ class Workbench:
         batch = self.largest_batch(found.sequence, budget, found.batch)
         sequence = self.largest_sequence(found.batch, budget, found.sequence or TOKENS)
         return replace(found, budget=budget, largest_batch=batch, largest_sequence=sequence)
+
+
+def _originals(compilation: Compilation, processes: int) -> int:
+    """Bytes of base parameters that trained copies stand in for; where some rows train, of these alone."""
+    store, found = compilation.store, 0
+    for own in {edit.own.as_stored for edit in compilation.tensor_edits.copies()}:
+        held = [store.get(name) for name in store.parts_of(own.tensor)]
+        size = sum(shard_bytes(part, processes) for part in held if isinstance(part, nn.Parameter))
+        found += size if own.whole else size * own.count // own.total
+    return found
 
 
 def _bytes(tensors: Any) -> int:

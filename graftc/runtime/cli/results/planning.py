@@ -37,6 +37,9 @@ class PlanData(Result):
     frozen: int = Field(ge=0)
     """Parameters that do not train."""
 
+    originals: int = Field(ge=0)
+    """Those of them that trained copies stand in for."""
+
     trainable: int = Field(ge=0)
     """Parameters that do."""
 
