@@ -61,16 +61,24 @@ def test_a_classifier_has_the_language_models_encoder() -> None:
 def test_random_numbers_elsewhere_stay_as_they_are() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
+    base = tiny("gpt2")
     torch.manual_seed(3)
-    sequence_classifier(model_of_one := tiny("gpt2"), ["a", "b"], 5, 0)
-    del model_of_one
-    torch.manual_seed(3)
+    sequence_classifier(base, ["a", "b"], 5, 0)
     assert torch.equal(torch.rand(2), expected)
 
 
 def test_decoders_learn_which_token_pads() -> None:
     made = sequence_classifier(tiny("gpt2"), ["a", "b"], 5, 0)
     assert made.config.pad_token_id == 5
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "roberta"])
+def test_classifiers_of_other_families(family: str) -> None:
+    own: Any = tiny(family)
+    made = sequence_classifier(own, ["a", "b"], 0, 0)
+    known = {tensor.sum().item() for tensor in own.state_dict().values() if tensor.is_floating_point()}
+    body = getattr(made, made.base_model_prefix).state_dict()
+    assert all(tensor.sum().item() in known for tensor in body.values() if tensor.is_floating_point())
 
 
 def test_a_model_without_a_classifier_is_refused() -> None:

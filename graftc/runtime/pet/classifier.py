@@ -63,7 +63,8 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
         torch.random.set_rng_state(state)
     made.config._name_or_path = ""  # it is nowhere yet
     prefix = made.base_model_prefix
-    known = getattr(model, prefix).state_dict() if hasattr(model, prefix) else {}
+    # Encoder-decoders have no part of that name, and their tensors have the names that it gives them.
+    known = getattr(model, prefix, model).state_dict()
     own = getattr(made, prefix).state_dict() if hasattr(made, prefix) else {}
     shared = {name: known[name] for name in own if name in known and known[name].shape == own[name].shape}
     if not shared:
