@@ -277,3 +277,10 @@ def test_batches_for_answers_hold_every_row_once() -> None:
 def test_all_patterns_are_options_of_one_model(base: nn.Module) -> None:
     encoder = encoder_of(load_pet_spec(SPEC), tokenizer(), base)
     assert encoder.options()["labels"] == ["space", "hockey"] and encoder.max_length == 24
+
+
+def test_members_share_captures(base: nn.Module) -> None:
+    """What takes longest of a small run: the second member finds what the first one has captured."""
+    task = _task(load_pet_spec({**QUICK, "spec": LORA}), base, tokenizer(), data(), None, 0)
+    made = [graftc.compile(_Group(task, 0, [member])._spec(), base) for member in task.members]
+    assert made[1].compilation.main.captures[0].cached
