@@ -27,7 +27,8 @@ from graftc.runtime.recipes import Stage
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.pet.io import load_pet_spec
-from tests.pet.small import LORA, SPEC, data, model, texts, tokenizer
+from graftc.testing import tiny
+from tests.pet.small import LORA, SPEC, data, model, sentinels, texts, tokenizer
 
 QUICK: dict[str, Any] = {
     **SPEC,
@@ -250,6 +251,13 @@ def test_rows_that_are_not_there(base: nn.Module) -> None:
     assert error.value.code == "GC182"
     with pytest.raises(GraftError, match="no field 'text'"):
         pet(QUICK, base, tokenizer(), PetData(unlabelled=TextRows(({"title": "moon"},))))
+
+
+def test_an_auxiliary_loss_that_a_model_has_not() -> None:
+    """It is said before anything trains."""
+    with pytest.raises(GraftError, match="no auxiliary loss") as error:
+        pet({**SPEC, "patterns": SPEC["patterns"][:1]}, tiny("t5"), sentinels(), data())
+    assert error.value.code == "GC179"
 
 
 def test_a_member_with_an_empty_set(base: nn.Module) -> None:
