@@ -47,6 +47,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def sentinels() -> PreTrainedTokenizerFast:
+    """A tokenizer without a mask, and with the first sentinel of T5."""
+    own = {word: number for number, word in enumerate([*WORDS, "<extra_id_0>"])}
+    made = Tokenizer(WordLevel(own, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "additional_special_tokens": ["<extra_id_0>"]}
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=32, **names)
+
+
 def model(seed: int = 0, **changes: Any) -> nn.Module:
     """BERT with its language model head."""
     own = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}

@@ -27,7 +27,8 @@ from graftc.runtime.recipes import Stage
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.pet.io import load_pet_spec
-from tests.pet.small import LORA, SPEC, data, model, texts, tokenizer
+from graftc.testing import tiny
+from tests.pet.small import LORA, SPEC, data, model, sentinels, texts, tokenizer
 
 QUICK: dict[str, Any] = {
     **SPEC,
@@ -252,6 +253,13 @@ def test_rows_that_are_not_there(base: nn.Module) -> None:
         pet(QUICK, base, tokenizer(), PetData(unlabelled=TextRows(({"title": "moon"},))))
 
 
+def test_an_auxiliary_loss_that_a_model_has_not() -> None:
+    """It is said before anything trains."""
+    with pytest.raises(GraftError, match="no auxiliary loss") as error:
+        pet({**SPEC, "patterns": SPEC["patterns"][:1]}, tiny("t5"), sentinels(), data())
+    assert error.value.code == "GC179"
+
+
 def test_a_member_with_an_empty_set(base: nn.Module) -> None:
     task = _task(load_pet_spec(QUICK), base, tokenizer(), data(), None, 0)
     with pytest.raises(GraftError, match="member 2 could learn in generation 3") as error:
@@ -277,3 +285,10 @@ def test_batches_for_answers_hold_every_row_once() -> None:
 def test_all_patterns_are_options_of_one_model(base: nn.Module) -> None:
     encoder = encoder_of(load_pet_spec(SPEC), tokenizer(), base)
     assert encoder.options()["labels"] == ["space", "hockey"] and encoder.max_length == 24
+
+
+def test_members_share_captures(base: nn.Module) -> None:
+    """What takes longest of a small run: the second member finds what the first one has captured."""
+    task = _task(load_pet_spec({**QUICK, "spec": LORA}), base, tokenizer(), data(), None, 0)
+    made = [graftc.compile(_Group(task, 0, [member])._spec(), base) for member in task.members]
+    assert made[1].compilation.main.captures[0].cached

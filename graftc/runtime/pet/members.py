@@ -31,7 +31,8 @@ def untrained_answers(task: Task) -> Answers:
     def make() -> Answers:
         progress.step("asking untrained patterns")
         patterns = range(len(task.spec.patterns))
-        spec = Spec.model_validate({"adapt": [], "cloze": task.encoder.options(patterns)})
+        cloze = task.encoder.options(patterns)
+        spec = Spec.model_validate({"adapt": [], "base": task.spec.spec.base, "cloze": cloze})
         compiled = compile(spec, task.model).eval()
         asking = Asking(task.encoder, patterns, patterns, (), compiled.device)
         return {name: asking.answers(compiled, rows.texts) for name, rows in task.asked.items()}

@@ -59,8 +59,8 @@ def pet(
         seed: of all random numbers.
 
     Raises:
-        GraftError: GC058 for a folder that holds another recipe, GC181 where a loss is not finite, GC182 where there is
-            nothing to learn from; and as `graftc.compile`.
+        GraftError: GC058 for a folder that holds another recipe, GC179 for an auxiliary loss that the model has not,
+            GC181 where a loss is not finite, GC182 where there is nothing to learn from; and as `graftc.compile`.
     """
     loaded, seed = load_pet_spec(spec), as_seed(seed)
     with progress.working("PET of", type(model).__name__):
@@ -74,6 +74,8 @@ def _task(spec: PetSpec, model: nn.Module, tokenizer: Any, data: PetData, folder
     rows = {"labelled": _rows(data.train), "unlabelled": _rows(data.unlabelled), "test": _rows(data.test)}
     for each in rows.values():
         encoder.check(each.texts)
+    if spec.training.auxiliary:  # whether there is such a loss is known before anything trains
+        encoder.token_batch(rows["unlabelled"].texts[:1], 0, torch.Generator())
     sample = encoder.encode(rows["unlabelled"].texts[:_SAMPLE], 0)["input_ids"].tolist()
     identity = {
         "spec": spec.model_dump(mode="json"),
