@@ -19,12 +19,14 @@ from graftc.runtime.cli import main
 from graftc.specs import registry
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
+from graftc.specs.pet.io import parse_pet_spec
 from graftc.testing import tiny
 from tests.docs.blocks import DOCS, ROOT, Block, blocks, pages
 from tools.docs.cli import commands
 
 PLUGIN = ROOT / "examples" / "plugin"
 EXAMPLES = "errors.md"
+PET = "pet.md"
 """The page of what is wrong: its specs have to fail."""
 ALL = [block for page in pages() for block in blocks(page)]
 
@@ -54,10 +56,15 @@ def test_there_are_snippets() -> None:
 
 
 @pytest.mark.parametrize(
-    "block", [b for b in of("yaml") if b.page != EXAMPLES and not b.mark.startswith("plugin")], ids=str
+    "block", [b for b in of("yaml") if b.page not in (EXAMPLES, PET) and not b.mark.startswith("plugin")], ids=str
 )
 def test_specs_are_valid(block: Block) -> None:
     assert parse_spec(block.text, file=str(block)).adapt
+
+
+@pytest.mark.parametrize("block", [b for b in of("yaml") if b.page == PET], ids=str)
+def test_documents_of_pet_are_valid(block: Block) -> None:
+    assert parse_pet_spec(block.text, file=str(block)).patterns
 
 
 @pytest.mark.parametrize("block", [b for b in of("yaml") if b.mark == "plugin"], ids=str)
