@@ -3,7 +3,7 @@
     python -m benchmarks.pet [--labels 0 10 50 100] [--seeds 0 1 2] [--out benchmarks/results]
 
 Six groups of 20 Newsgroups (`benchmarks.pet_data`), MiniLM with a masked-language-modelling head
-(`benchmarks.masked_minilm`). All four start from that model, and what is labelled is the same for all. Without labels
+(`benchmarks.masked_minilm`). All four start from that model and have the same labelled texts. Without labels
 nothing trains in PET's members, so that LoRA-PET is PET. A run is a line of ``pet-runs.jsonl``, which is read first: what
 is there is not run again. Writes pet.json and pet.md.
 """
