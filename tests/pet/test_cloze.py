@@ -159,7 +159,7 @@ def test_rows_have_their_own_verbalizers() -> None:
     pattern = torch.tensor([1, 0, 1])
     found = compiled(ids, mask, pattern=pattern).logits
     torch.testing.assert_close(found, wanted[pattern, torch.arange(3)], atol=1e-6, rtol=1e-6)
-    with pytest.raises(graftc.GraftError, match="pattern says which one a row has"):
+    with pytest.raises(graftc.GraftError, match="pattern does not say which one every row has"):
         compiled(ids, mask)
 
 
@@ -171,7 +171,7 @@ def test_losses_are_of_labels_their_probabilities_and_of_tokens() -> None:
     for given in (labels, soft):
         torch.testing.assert_close(compiled(ids, mask, labels=given).loss, F.cross_entropy(logits, given))
     tokens = torch.where(ids == BLANK, 7, -100)
-    found = compiled(ids, mask, token_labels=tokens)
+    found = compiled(ids, mask, token_targets=tokens)
     wanted = model_of("bert")(ids, mask, labels=tokens)
     torch.testing.assert_close((found.loss, found.logits), (wanted.loss, wanted.logits), atol=1e-6, rtol=1e-6)
 
@@ -179,7 +179,7 @@ def test_losses_are_of_labels_their_probabilities_and_of_tokens() -> None:
 def test_the_loss_of_tokens_and_that_of_labels_train_the_same_tensors() -> None:
     ids, mask = texts()
     compiled = graftc.compile({"adapt": [LORA], "cloze": cloze("bert", TWO)}, model_of("bert")).train()
-    given: list[dict[str, Tensor]] = [{"labels": torch.tensor([0, 2, 1])}, {"token_labels": ids}]
+    given: list[dict[str, Tensor]] = [{"labels": torch.tensor([0, 2, 1])}, {"token_targets": ids}]
     for each in given:
         compiled.zero_grad()
         compiled(ids, mask, **each).loss.backward()
@@ -264,3 +264,42 @@ def test_a_token_that_the_model_has_not_is_named() -> None:
 def test_options_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(graftc.GraftError, match=message):
         graftc.load_spec({"adapt": [], "cloze": {**cloze("bert", ONE), **changes}})
+
+
+def test_more_blanks_than_a_text_has_tokens() -> None:
+    """Captures have short texts, and so may calls: other places are read then."""
+    words = [[[*range(10, 30)]], [[*range(30, 50)]], [[*range(50, 70)]]]
+    compiled = graftc.compile({"adapt": [], "cloze": cloze("bert", words)}, model_of("bert")).eval()
+    ids = torch.randint(5, 98, (2, 30), generator=torch.Generator().manual_seed(2))
+    ids[:, 4:24] = BLANK
+    mask = torch.ones_like(ids)
+    torch.testing.assert_close(compiled(ids, mask).logits, scores("bert", ids, mask, words), atol=2e-5, rtol=1e-5)
+    assert compiled(ids[:, :1], mask[:, :1]).logits.shape == (2, 3)
+
+
+def test_what_is_called_wrongly_is_said() -> None:
+    ids, mask = texts()
+    options = {**cloze("bert", TWO), "verbalizers": [TWO, ONE]}
+    compiled = graftc.compile({"adapt": [], "cloze": options}, model_of("bert")).eval()
+    for pattern in (torch.tensor([0]), torch.tensor([[0, 1, 0]])):
+        with pytest.raises(graftc.GraftError, match="pattern does not say which one every row has"):
+            compiled(ids, mask, pattern=pattern)
+    with pytest.raises(graftc.GraftError, match="both labels and token_targets"):
+        compiled(ids, mask, labels=torch.tensor([0, 1, 2]), token_targets=ids, pattern=torch.tensor([0, 1, 0]))
+
+
+def test_a_cloze_does_not_generate() -> None:
+    compiled = graftc.compile({"adapt": [], "cloze": cloze("gpt2", ONE)}, model_of("gpt2")).eval()
+    with pytest.raises(graftc.GraftError, match="GC142"):
+        compiled.generate(torch.tensor([[5, 6]]))
+
+
+def test_the_trainer_evaluates_it(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    ids, mask = texts()
+    rows = [{"input_ids": i, "attention_mask": m, "labels": n} for n, (i, m) in enumerate(zip(ids, mask, strict=True))]
+    compiled = graftc.compile({"adapt": [LORA], "cloze": cloze("bert", TWO)}, model_of("bert"))
+    given = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    found = Trainer(model=compiled, args=given, eval_dataset=rows).evaluate()  # type: ignore[arg-type]
+    assert found["eval_loss"] > 0

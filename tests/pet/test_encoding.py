@@ -286,8 +286,8 @@ def test_masked_tokens(kind: str, seed: int, texts: list[str]) -> None:
     batch = made.token_batch(rows, 0, torch.Generator().manual_seed(seed))
     again = made.token_batch(rows, 0, torch.Generator().manual_seed(seed))
     assert all(torch.equal(batch[name], again[name]) for name in batch)
-    assert batch.keys() == plain.keys() | {"token_labels"}
-    labels, ids = batch["token_labels"], plain["input_ids"]
+    assert batch.keys() == plain.keys() | {"token_targets"}
+    labels, ids = batch["token_targets"], plain["input_ids"]
     counted = labels != IGNORED
     assert counted.any()
     assert torch.equal(labels[counted], ids[counted]) and torch.equal(batch["input_ids"][~counted], ids[~counted])
@@ -302,7 +302,7 @@ def test_shares_of_masked_tokens() -> None:
     rows = [{"text": "great game " * 100}] * 40
     plain = made.encode(rows, 0)["input_ids"]
     batch = made.token_batch(rows, 0, torch.Generator().manual_seed(0))
-    counted = batch["token_labels"] != IGNORED
+    counted = batch["token_targets"] != IGNORED
     assert counted.float().mean().item() == pytest.approx(0.15, abs=0.02)
     now = batch["input_ids"][counted]
     assert (now == 4).float().mean().item() == pytest.approx(0.8, abs=0.04)
@@ -314,7 +314,7 @@ def test_the_auxiliary_loss_of_other_models() -> None:
     rows = [{"text": "the game"}, {"text": "no"}]
     batch = made.token_batch(rows, 0, torch.Generator())
     special = torch.isin(batch["input_ids"], torch.tensor([0, 1, 2]))
-    assert torch.equal(batch["token_labels"], batch["input_ids"].masked_fill(special, IGNORED))
+    assert torch.equal(batch["token_targets"], batch["input_ids"].masked_fill(special, IGNORED))
     words = Verbalizer({"a": "about", "b": "hockey"})
     t5 = encoder("t5", "{text} {blank}", words=words)
     assert not t5.has_token_loss

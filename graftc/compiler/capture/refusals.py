@@ -31,6 +31,8 @@ def not_captured(
     """
     name, called = type(model).__name__, described(axes, flags) or "no inputs"
     own = _own_error(model, inputs)
+    if isinstance(own, GraftError):  # a forward of ours says what is missing
+        return own
     if own is not None and (type(own) is type(error) or isinstance(error, MixedProductError)):
         shown = ", ".join(_shown(axis) for axis in axes)
         with_what = f": it was run with {shown}" if shown else ""

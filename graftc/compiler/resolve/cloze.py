@@ -16,9 +16,9 @@ from graftc.compiler.resolve.untie import sharing_copy
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.options.cloze import ClozeOptions
 
-TOKEN_LABELS = "token_labels"
+TOKEN_TARGETS = "token_targets"
 """The input by which a call asks for the language model itself and its loss: labels of single tokens, as the model
-takes them."""
+takes them. Trainers take whatever has "label" in its name for something that every evaluation has."""
 
 PATTERN = "pattern"
 """The input that says which verbalizer every row has, ``int64[batch]``."""
@@ -35,10 +35,15 @@ class Filling:
 
     cloze: dict[str, Any]
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """It classifies."""
+        return False
+
     def fill(self, language_model: Any, given: dict[str, Any]) -> Any:
         """What a call gives: transformers' ``SequenceClassifierOutput`` with ``logits[batch, labels]`` and, where there
         are ``labels`` (``int64[batch]``, or their probabilities, ``[batch, labels]``), the cross-entropy; with
-        ``token_labels`` what the language model gives.
+        ``token_targets`` what the language model gives.
 
         Args:
             language_model: the forward of the model's own class.
@@ -46,9 +51,12 @@ class Filling:
         """
         from transformers.modeling_outputs import SequenceClassifierOutput
 
-        tokens, labels = given.pop(TOKEN_LABELS, None), given.pop("labels", None)
+        tokens, labels = given.pop(TOKEN_TARGETS, None), given.pop("labels", None)
         pattern, count = given.pop(PATTERN, None), given.pop("num_items_in_batch", None)
         given = {name: value for name, value in given.items() if value is not None}
+        if tokens is not None and labels is not None:
+            hint = "labels are of texts, token_targets of tokens: call the model for each"
+            raise GraftError("GC031", "there are both labels and token_targets", hint=hint)
         if tokens is not None:
             return language_model(**given, labels=tokens)
         places = self._places(given)
@@ -69,7 +77,7 @@ class Filling:
         ids: Tensor | None = given.get("input_ids")
         blank = self.cloze["blank"]
         if ids is None:
-            raise ValueError("blanks are found by token ids, and there are no input_ids")
+            raise GraftError("GC031", "blanks are found by token ids", hint="call the model with input_ids")
         if self.cloze["decoder"]:
             return ids.new_full((ids.shape[0], 1), len(self.cloze["decoder"]) - 1)
         length = ids.shape[1]
@@ -79,8 +87,11 @@ class Filling:
             last: Tensor = numbers.expand_as(ids) if mask is None else numbers * (mask != 0)
             return last.amax(1, keepdim=True)
         # From the end, so that the first blank has the highest number of all.
-        order = torch.where(ids == blank, 2 * length - numbers, length - numbers)
-        return order.topk(self.cloze["blanks"], dim=1).indices
+        order, count = torch.where(ids == blank, 2 * length - numbers, length - numbers), self.cloze["blanks"]
+        if count == 1:
+            return order.argmax(1, keepdim=True)
+        # A text may be shorter than there are blanks, that of a capture for example.
+        return F.pad(order, (0, count)).topk(count, dim=1).indices.clamp(max=length - 1)
 
     def _scores(self, logits: Tensor, pattern: Tensor | None) -> Tensor:
         """Logits of labels, ``[batch, labels]``, from those of tokens at the blanks, ``[batch, blanks, tokens]``."""
@@ -88,8 +99,11 @@ class Filling:
         shares = torch.tensor(self.cloze["shares"], dtype=logits.dtype, device=logits.device)
         if len(self.cloze["words"]) == 1:
             words, shares = words.expand(logits.shape[0], -1, -1), shares.expand(logits.shape[0], -1, -1)
-        elif pattern is None:
-            raise ValueError(f"there are {len(self.cloze['words'])} verbalizers; {PATTERN} says which one a row has")
+        elif pattern is None or pattern.dim() != 1 or pattern.shape[0] != logits.shape[0]:
+            several = len(self.cloze["words"])
+            message = f"there are {several} verbalizers, and {PATTERN} does not say which one every row has"
+            hint = f"{PATTERN}: whole numbers below {several} of shape [batch]"
+            raise GraftError("GC031", message, hint=hint)
         else:
             words, shares = words.index_select(0, pattern), shares.index_select(0, pattern)
         found = (logits.gather(2, words) * shares).sum(1)
@@ -180,7 +194,7 @@ def _filling_class(cls: type[nn.Module], several: bool, decodes: bool) -> type[n
     kept = [p for p in signature.parameters.values() if not (decodes and p.name in _DECODERS)]
     rest = [p for p in kept if p.kind is inspect.Parameter.VAR_KEYWORD]
     kind = inspect.Parameter.KEYWORD_ONLY
-    new = [inspect.Parameter(n, kind, default=None) for n in (TOKEN_LABELS, *([PATTERN] if several else []))]
+    new = [inspect.Parameter(n, kind, default=None) for n in (TOKEN_TARGETS, *([PATTERN] if several else []))]
     # Without annotations: a cache of captures would have to know all that they name.
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in [*(p for p in kept if p not in rest), *new, *rest]]
     signature = inspect.Signature(plain)

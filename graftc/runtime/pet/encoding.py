@@ -168,7 +168,7 @@ class ClozeEncoder:
     def token_batch(
         self, rows: Sequence[Mapping[str, str]], pattern: int | Sequence[int], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """A batch for the auxiliary loss: as :meth:`encode`, and ``token_labels``, int64 ``[rows, longest]``.
+        """A batch for the auxiliary loss: as :meth:`encode`, and ``token_targets``, int64 ``[rows, longest]``.
 
         Of a model with masks 15 % of the tokens count, a token of the batch at least; 8 in 10 of them are masked, one
         is replaced by another token and one is left. Blanks stay blanks and do not count, nor do special tokens. Of a
@@ -189,7 +189,7 @@ class ClozeEncoder:
         special = torch.tensor(sorted(self._blanks.special_ids), dtype=torch.int64)
         counts = batch["attention_mask"].bool() & ~torch.isin(ids, special)
         if self.kind == "last":
-            return {**batch, "token_labels": ids.masked_fill(~counts, IGNORED)}
+            return {**batch, "token_targets": ids.masked_fill(~counts, IGNORED)}
         drawn = torch.rand(ids.shape, generator=generator)
         chosen = counts & (drawn < MASKED)
         if counts.any() and not chosen.any():
@@ -200,7 +200,7 @@ class ClozeEncoder:
         assert self._blanks.blank_id is not None
         changed = ids.masked_fill(chosen & (kinds < 0.8), self._blanks.blank_id)
         changed = torch.where(chosen & (kinds >= 0.8) & (kinds < 0.9), others, changed)
-        return {**batch, "input_ids": changed, "token_labels": ids.masked_fill(~chosen, IGNORED)}
+        return {**batch, "input_ids": changed, "token_targets": ids.masked_fill(~chosen, IGNORED)}
 
     def _plain_ids(self) -> Tensor:
         """The tokens that are no special ones."""

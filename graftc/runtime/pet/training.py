@@ -69,9 +69,9 @@ def train_members(
     The losses of members add up, and gradients are clipped for each of them.
 
     Args:
-        compiled: answers cloze questions, and takes ``token_labels``; it is in train mode.
+        compiled: answers cloze questions, and takes ``token_targets``; it is in train mode.
         questions: labelled rows of all members, for each step.
-        texts: for each step a batch with ``token_labels`` for each member; not asked for where ``auxiliary`` is 0.
+        texts: for each step a batch with ``token_targets`` for each member; not asked for where ``auxiliary`` is 0.
         pace: steps, and what the optimiser is told.
         auxiliary: the share of the language model's own loss.
         own: what trains of each member; by default there is one member, and it has all.
@@ -91,7 +91,7 @@ def train_members(
         yield (1 - auxiliary) * members * cross_entropy(logits, asked.labels)
         if auxiliary:
             for text in next(texts):
-                if bool((text["token_labels"] != IGNORED).any()):  # else the mean over none of them
+                if bool((text["token_targets"] != IGNORED).any()):  # else the mean over none of them
                     yield auxiliary * compiled(**text).loss.float()
 
     return _train(compiled, losses, pace, own, on_step)
