@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graftc.compiler import progress
 from graftc.compiler.missing_weights import mark_fresh
+from graftc.runtime.api import compile
 from graftc.runtime.artifact.write import save
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.loading.load import load
@@ -96,6 +97,14 @@ class Classifier:
         length, positions = self._options.training.max_length, positions_of(task.model)
         self._cloze = encoder_of(task.spec, tokenizer, task.model, length)
         self._plain = PlainEncoder(task.spec.slots, tokenizer, length, positions)
+
+    def tried(self) -> None:
+        """Compile it.
+
+        Raises:
+            GraftError: as `graftc.compile`.
+        """
+        compile(self._spec(), self._base, self._inputs(self._task.unlabelled.texts[:2]))
 
     def trained(self, soft: Tensor) -> Compiled:
         """The classifier, in eval mode: trained on soft labels, or what a finished run has kept.

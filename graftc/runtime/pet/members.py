@@ -40,6 +40,17 @@ def untrained_answers(task: Task) -> Answers:
     return task.stages.tensors("untrained", make)
 
 
+def try_members(task: Task) -> None:
+    """Compile what members are.
+
+    Raises:
+        GraftError: as `graftc.compile`.
+    """
+    progress.step("trying out the document")
+    members = task.members if task.spec.members == "bank" else task.members[:1]
+    _Group(task, 0, members).tried()
+
+
 def trained_answers(task: Task, generation: int, sets: Sequence[Examples]) -> Answers:
     """What the members of a generation say once they are trained, from the language model on.
 
@@ -80,6 +91,11 @@ class _Group:
     @property
     def _banked(self) -> bool:
         return self.task.spec.members == "bank"
+
+    def tried(self) -> None:
+        """Compile it."""
+        example = self.task.encoder.encode(self.task.unlabelled.texts[:2], self.members[0].pattern)
+        compile(self._spec(), self.task.model, example)
 
     def answers(self, sets: Sequence[Examples]) -> Answers:
         """Train, and answer all rows."""

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -15,28 +21,29 @@ from graftc.compiler import progress
 from graftc.compiler.capture.fingerprint import identify
 from graftc.runtime.pet.asking import encoder_of
 from graftc.runtime.pet.classifier import Classifier
-from graftc.runtime.pet.data import PetData, TextRows
+from graftc.runtime.pet.data import PetData, TextRows, load_pet_data
 from graftc.runtime.pet.ensemble import accuracy, member_weights, mixed_logits
-from graftc.runtime.pet.members import Answers, trained_answers, untrained_answers
+from graftc.runtime.pet.members import Answers, trained_answers, try_members, untrained_answers
 from graftc.runtime.pet.result import Accuracies, GenerationResult, MemberResult, PetResult
 from graftc.runtime.pet.sets import Line, new_sets, set_of
-from graftc.runtime.pet.stages import KeptStages
+from graftc.runtime.pet.stages import RECIPE, KeptStages
 from graftc.runtime.pet.task import Examples, Task
-from graftc.specs.arguments import as_path, as_seed
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.arguments import as_path, as_seed, kind_of
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import quoted
 from graftc.specs.pet.document import PetSpec
 from graftc.specs.pet.io import load_pet_spec
 
 _JUDGED = ("labelled", "test")
-_SAMPLE = 64
-"""Rows by whose tokens a tokenizer is known."""
+_PROBE = "A text of 1,234 Words, some of them un-usual: Übergröße, naïve, 東京!"
+"""By whose tokens a tokenizer is known."""
 
 
 def pet(
     spec: PetSpec | Mapping[str, Any] | str | Path,
     model: nn.Module,
     tokenizer: Any,
-    data: PetData,
+    data: PetData | str | Path,
     *,
     folder: str | Path | None = None,
     seed: int = 0,
@@ -54,7 +61,8 @@ def pet(
         spec: a `PetSpec`, a mapping, or the path of a file.
         model: a masked, causal or encoder-decoder language model of transformers; never changed.
         tokenizer: its own.
-        data: rows: labelled, if there are any; unlabelled; and a test set, which nothing is learned from.
+        data: rows: labelled, if there are any; unlabelled; and a test set, which nothing is learned from. Or the folder
+            that `load_pet_data` reads.
         folder: where to keep the stages and the classifier, as an artifact; it is made where there is none.
         seed: of all random numbers.
 
@@ -63,33 +71,110 @@ def pet(
             GC181 where a loss is not finite, GC182 where there is nothing to learn from; and as `graftc.compile`.
     """
     loaded, seed = load_pet_spec(spec), as_seed(seed)
-    with progress.working("PET of", type(model).__name__):
-        return _run(_task(loaded, model, tokenizer, data, None if folder is None else as_path(folder), seed), tokenizer)
+    rows = data if isinstance(data, PetData) else load_pet_data(as_path(data), loaded.labels, loaded.slots)
+    _require_kinds(model, tokenizer)
+    place = None if folder is None else as_path(folder)
+    # Trainings draw from torch's own random numbers, which all threads share.
+    with _RUNNING, as_before(model), progress.working("PET of", type(model).__name__):
+        return _run(_task(loaded, model, tokenizer, rows, place, seed), tokenizer)
+
+
+_RUNNING = threading.Lock()
+
+
+@contextmanager
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Around a run: random numbers go on afterwards where they were."""
+    devices = list({tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"})
+    python, numbers = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(numbers)
+
+
+def _require_kinds(model: Any, tokenizer: Any) -> None:
+    """Whether there are a model with values and a tokenizer.
+
+    Raises:
+        GraftError: GC073.
+    """
+    if not isinstance(model, nn.Module):
+        raise GraftError("GC073", f"the model is {kind_of(model)}", hint="give a language model of transformers")
+    if any(tensor.is_meta for tensor in model.parameters()):
+        raise GraftError("GC073", "the model is on the meta device and has no values", hint="load its weights")
+    if not callable(tokenizer) or not hasattr(tokenizer, "model_max_length"):
+        raise GraftError("GC073", f"the tokenizer is {kind_of(tokenizer)}", hint="AutoTokenizer.from_pretrained(...)")
 
 
 def _task(spec: PetSpec, model: nn.Module, tokenizer: Any, data: PetData, folder: Path | None, seed: int) -> Task:
     if not data.unlabelled:
         raise GraftError("GC182", "there are no unlabelled rows", hint="a classifier learns from them")
     encoder = encoder_of(spec, tokenizer, model)
-    rows = {"labelled": _rows(data.train), "unlabelled": _rows(data.unlabelled), "test": _rows(data.test)}
+    labels = spec.labels
+    rows = {
+        "labelled": _rows(data.train, labels),
+        "unlabelled": _rows(data.unlabelled, labels),
+        "test": _rows(data.test, labels),
+    }
     for each in rows.values():
         encoder.check(each.texts)
     if spec.training.auxiliary:  # whether there is such a loss is known before anything trains
         encoder.token_batch(rows["unlabelled"].texts[:1], 0, torch.Generator())
-    sample = encoder.encode(rows["unlabelled"].texts[:_SAMPLE], 0)["input_ids"].tolist()
+    probe = dict.fromkeys(spec.slots, _PROBE)
+    sample = [encoder.encode([probe], pattern)["input_ids"].tolist() for pattern in range(len(spec.patterns))]
     identity = {
         "spec": spec.model_dump(mode="json"),
         "labels": list(spec.labels),
         "data": _digest([[list(map(dict, each.texts)), list(each.labels)] for each in rows.values()]),
         "seed": seed,
-        "base": identify(model).fingerprint,
+        "base": identify(model, full=True).fingerprint,
         "tokenizer": _digest([encoder.options(), sample]),
     }
-    return Task(spec, model, encoder, **rows, seed=seed, stages=KeptStages(folder, identity))
+    task = Task(spec, model, encoder, **rows, seed=seed, stages=KeptStages(None, identity))
+    if folder is None or not (folder / RECIPE).exists():
+        _try_out(task, tokenizer)
+    return replace(task, stages=KeptStages(folder, identity))
 
 
-def _rows(given: TextRows | None) -> Examples:
-    return Examples((), ()) if given is None else Examples(given.rows, given.labels or ())
+def _try_out(task: Task, tokenizer: Any) -> None:
+    """Compile what members and the classifier are, before anything is written or trained.
+
+    Raises:
+        GraftError: as `graftc.compile`, with a place in the document.
+    """
+    final = Classifier(task, tokenizer)
+    parts: list[tuple[str, Callable[[], None]]] = [("spec", partial(try_members, task)), ("classifier.spec", final.tried)]
+    for part, run in parts:
+        try:
+            run()
+        except GraftError as error:
+            inner = error.place.path if error.place is not None else ""
+            place = Place(path=f"{part}.{inner}" if inner else part)
+            made = GraftError(error.code, error.message, place=place, hint=error.hint, details=error.details)
+            raise task.spec.locate(made) from error
+
+
+def _rows(given: TextRows | None, labels: Sequence[str]) -> Examples:
+    """Rows, with the numbers that the document's labels have.
+
+    Raises:
+        GraftError: GC180 for labels that it does not have.
+    """
+    if given is None:
+        return Examples((), ())
+    if given.labels is None:
+        return Examples(given.rows, ())
+    names = given.names or labels
+    other = next((name for name in names if name not in labels), None)
+    if other is not None or any(not 0 <= number < len(names) for number in given.labels):
+        what = "a number that is no label's" if other is None else quoted(other)
+        message = f"the rows have the label {what}, and the document does not"
+        raise GraftError("GC180", message, hint=f"its labels are {', '.join(labels)}")
+    order = [list(labels).index(name) for name in names]
+    return Examples(given.rows, [order[number] for number in given.labels])
 
 
 def _run(task: Task, tokenizer: Any) -> PetResult:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from graftc.passes.core.ir.shapes import raw_bytes
 from graftc.runtime.files import recover, staged, write_text
 from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.errors.diagnostics import GraftError
 
 RECIPE = "recipe.json"
+
+_DIGEST = "sha256"
 
 
 class KeptStages:
@@ -34,10 +38,17 @@ class KeptStages:
         if folder is None:
             return
         mine = json.loads(json.dumps(identity))
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise GraftError("GC064", f"the folder {folder} cannot be made: {reason}") from error
         recover(folder)
         path = folder / RECIPE
         if not path.exists():
+            if any(not each.name.startswith(".") for each in folder.iterdir()):
+                message = f"{folder} holds files and no {RECIPE}, so that nobody knows what they belong to"
+                raise GraftError("GC058", message, hint="take an empty folder")
             write_text(path, json.dumps(mine, indent=2))
         held = _read(path)
         other = [key for key in mine if not isinstance(held, dict) or held.get(key) != mine[key]]
@@ -52,8 +63,8 @@ class KeptStages:
         if not path.exists():
             made = {key: tensor.contiguous() for key, tensor in make().items()}
             with staged(path) as file:
-                save_tensors(made, file)
-        return load_file(path)
+                save_tensors(made, file, metadata={_DIGEST: _digest_of(made)})
+        return _whole(path)
 
     def lines(self, name: str, make: Callable[[], Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
         """Plain data, a JSON object a line: read from ``NAME.jsonl``, or made and written there."""
@@ -62,8 +73,14 @@ class KeptStages:
             return [dict(line) for line in make()]
         if not path.exists():
             lines = [json.dumps(line, ensure_ascii=False, allow_nan=False) for line in make()]
-            write_text(path, "".join(f"{line}\n" for line in lines))
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            write_text(path, "".join(f"{line}\n" for line in [*lines, json.dumps({_DIGEST: _text_digest(lines)})]))
+        try:
+            *kept, last = path.read_text(encoding="utf-8").splitlines()
+            if json.loads(last) == {_DIGEST: _text_digest(kept)}:
+                return [json.loads(line) for line in kept]
+        except (OSError, ValueError, RecursionError):
+            pass
+        raise _damaged(path)
 
     def plain(self, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """Plain data: read from ``NAME.json``, or made and written there."""
@@ -96,5 +113,38 @@ class KeptStages:
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise GraftError("GC058", f"{path} is damaged: it is no JSON", hint="take another folder") from error
+
+
+def _whole(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, as they were written.
+
+    Raises:
+        GraftError: GC082 where they are not.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if (file.metadata() or {}).get(_DIGEST) == _digest_of(found):
+                return found
+    except (OSError, SafetensorError):
+        pass
+    raise _damaged(path)
+
+
+def _damaged(path: Path) -> GraftError:
+    hint = "delete it, and what was made from it: the same call makes it anew"
+    return GraftError("GC082", f"{path} is damaged: it is not what the run has written", hint=hint)
+
+
+def _digest_of(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(raw_bytes(tensor))
+    return found.hexdigest()
+
+
+def _text_digest(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
