@@ -119,7 +119,12 @@ def test_each_training_is_a_line_where_there_is_no_terminal(
 ) -> None:
     def training(*_: Any, **__: Any) -> None:
         with progress.working("PET of", "BERT"):
-            for at in ("member 1 of 2: step 1 of 9", "member 1 of 2: step 9 of 9", "member 2 of 2: step 1 of 9"):
+            for at in (
+                "member 1 of 2: step 1 of 9",
+                "member 1 of 2: step 9 of 9",
+                "verify",
+                "member 2 of 2: step 1 of 9",
+            ):
                 progress.step(at)
                 time.sleep(0.1)
         raise GraftError("GC182", "enough")

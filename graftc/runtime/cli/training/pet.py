@@ -145,8 +145,9 @@ def _told(as_json: bool, first: str) -> Iterator[None]:
 
     def tell(at: str, seconds: float) -> None:
         nonlocal last
-        now = at.partition(":")[0]
-        if now and now != last:
+        now, own, _ = at.partition(":")
+        # What a compile is at has no such mark, and there is a compile between any two trainings.
+        if now != last and (own or now.startswith("asking")):
             last = now
             _say(f"{now}, after {seconds:.0f} s")
 
