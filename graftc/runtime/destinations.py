@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["check_apart", "check_destination", "holds", "only_files", "overlap"]
+__all__ = ["cannot_write", "check_apart", "check_destination", "check_folder", "holds", "only_files", "overlap"]
 
 
 def only_files(path: Path) -> bool:
@@ -41,6 +43,50 @@ def check_destination(
         raise GraftError("GC063", f"{taken} is {what}, so it is not replaced", hint="choose another path or remove it")
 
 
+def check_folder(path: Path, mark: str) -> None:
+    """Refuse early a folder that cannot be made, or one that holds something and not the file that marks it.
+
+    Args:
+        path: the folder, which need not be there.
+        mark: the name of the file that says what the folder is.
+
+    Raises:
+        GraftError: GC063, something else is there; GC064, it cannot be made.
+    """
+    try:
+        if not os.path.isdir(path):
+            _check_makeable(path)
+            return
+        # What a killed write of the mark has left is no thing of somebody else.
+        others = [name for name in os.listdir(path) if not name.startswith(f".{mark}.graftc-")]
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    if others and mark not in others:
+        message = f"{path} holds other things: there is no {mark} in it"
+        raise GraftError("GC063", message, hint="choose a new folder, or an empty one")
+
+
+def _check_makeable(path: Path) -> None:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    else:
+        what = "is a link to what is not there" if os.path.islink(path) else "exists, and is no folder"
+        raise GraftError("GC063", f"{path} {what}", hint="choose another path or remove it")
+    path = path.absolute()
+    above = path.parent
+    while not os.path.lexists(above):
+        above = above.parent
+    for name in path.relative_to(above).parts:  # each may be too long, which shows where its folder is
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(above / name)
+    if not os.path.isdir(above):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
+
+
 def check_apart(path: Path, *sources: str | Path | None) -> None:
     """Refuse a destination that is what is being read, in it, or a folder above it; links are followed.
 
@@ -68,3 +114,19 @@ def overlap(path: Path, source: str | Path) -> GraftError:
     where = "is" if os.path.realpath(path) == os.path.realpath(source) else "overlaps"
     message = f"{path} {where} {source}, which is read for it"
     return GraftError("GC063", message, hint="write to a folder beside it")
+
+
+def cannot_write(path: Path, error: OSError) -> GraftError:
+    """The error of a write that the system refuses."""
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+        hint = "another process has written it; --force, or force=True, replaces it"
+        return GraftError("GC063", f"{path} has appeared meanwhile", hint=hint)
+    hints = {
+        errno.ENOSPC: "the disk is full: make room or choose another disk",
+        errno.EDQUOT: "the quota is used up: make room or choose another disk",
+        errno.EACCES: "choose a folder that you may write to",
+        errno.EROFS: "the file system is read-only: choose another folder",
+        errno.ENOTDIR: "something in the path is a file",
+    }
+    reason = error.strerror or str(error)
+    return GraftError("GC064", f"{path} cannot be written: {reason}", hint=hints.get(error.errno or 0))

@@ -27,13 +27,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from graftc.runtime.destinations import check_apart, check_destination, holds, only_files, overlap
+from graftc.runtime.destinations import (
+    cannot_write,
+    check_apart,
+    check_destination,
+    check_folder,
+    holds,
+    only_files,
+    overlap,
+)
 from graftc.specs.errors.diagnostics import GraftError
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["check_apart", "check_destination", "recover", "staged", "write_text"]
+__all__ = ["check_apart", "check_destination", "check_folder", "recover", "staged", "write_text"]
 
 _STAGING = re.compile(r"\..+\.graftc-[0-9a-f]{12}")
 _NEW, _OLD, _JOURNAL, _RESUME = "new", "old", "commit.json", "resume.json"
@@ -82,7 +90,7 @@ def staged(
             _commit(staging, path, companions, force, keep_modes)
         made = []
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         for folder in made:
             with contextlib.suppress(OSError):
@@ -120,21 +128,6 @@ def write_text(path: Path, text: str, *, force: bool = False) -> Path:
     with staged(path, force=force) as file:
         file.write_text(text, encoding="utf-8")
     return path
-
-
-def _cannot_write(path: Path, error: OSError) -> GraftError:
-    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-        hint = "another process has written it; --force, or force=True, replaces it"
-        return GraftError("GC063", f"{path} has appeared meanwhile", hint=hint)
-    hints = {
-        errno.ENOSPC: "the disk is full: make room or choose another disk",
-        errno.EDQUOT: "the quota is used up: make room or choose another disk",
-        errno.EACCES: "choose a folder that you may write to",
-        errno.EROFS: "the file system is read-only: choose another folder",
-        errno.ENOTDIR: "something in the path is a file",
-    }
-    reason = error.strerror or str(error)
-    return GraftError("GC064", f"{path} cannot be written: {reason}", hint=hints.get(error.errno or 0))
 
 
 def _make_parents(folder: Path) -> list[Path]:

@@ -96,7 +96,8 @@ def _children(
         if isinstance(key, str):
             _check_text(key, path, "key")
         else:
-            hint = "keys are the names of fields"
+            labels = path[-1:] == ("verbalizer",)
+            hint = "labels are texts: write them in quotes" if labels else "keys are the names of fields"
             raise GraftError("GC002", f"a key is a text, not {quoted(repr(key))}", place=_at(path), hint=hint)
     return [(item, (*path, key)) for key, item in reversed(list(value.items()))]
 

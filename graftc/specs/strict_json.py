@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 
 __all__ = ["read_json"]
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF = re.compile("[\ud800-\udfff]")
 _WHOLE = 2**64
 
 
@@ -26,14 +27,30 @@ def read_json(raw: bytes, most: int) -> Any:
     if len(raw) > most:
         raise ValueError(f"it has {len(raw)} bytes, more than {most}")
     text = raw.decode("utf-8")
-    if _SURROGATE.search(text):
-        raise ValueError("it holds half a character")
     try:
-        return json.loads(
+        data = json.loads(
             text, object_pairs_hook=_once, parse_constant=_constant, parse_int=_whole, parse_float=_finite
         )
     except RecursionError:
         raise ValueError("it is too deep") from None
+    # UTF-8 has no halves, so that only an escape can make one; two of them may be a whole character.
+    if _ESCAPED_HALF.search(text) and _has_half(data):
+        raise ValueError("it holds half a character")
+    return data
+
+
+def _has_half(data: Any) -> bool:
+    """Whether a text of the data, or a key, has a surrogate."""
+    waiting = [data]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            waiting += [*found, *found.values()]
+        elif isinstance(found, list):
+            waiting += found
+        elif isinstance(found, str) and _HALF.search(found):
+            return True
+    return False
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
+from transformers import AutoTokenizer
 
+from graftc.compiler import progress
 from graftc.runtime.cli.results import published_schema
+from graftc.runtime.files import check_folder
+from graftc.runtime.pet.stages import RECIPE
+from graftc.specs.errors.diagnostics import GraftError
 from tests.cli.support import run_here
 from tests.pet.small import LORA, SPEC, data, model, tokenizer
 
@@ -46,8 +52,13 @@ def test_from_files_to_an_artifact(capsys: pytest.CaptureFixture[str]) -> None:
     assert {key: outcome.data[key] for key in held} == held
     assert outcome.data["rows"] == {"labelled": 6, "unlabelled": 24, "test": 12}
     text = run_here(capsys, *ARGUMENTS)  # it is done, and only read
-    assert "pattern-1 #1" in text.out and "classifier" in text.out and text.out.endswith("wrote out/classifier\n")
-    assert run_here(capsys, *ARGUMENTS, "--seed", "1").err.startswith("GC058")
+    assert "pattern-1 #1" in text.out and "classifier" in text.out and "wrote out/classifier\n" in text.out
+    assert text.out.endswith("its tokenizer: out/tokenizer\n")
+    assert outcome.data["tokenizer"] == "out/tokenizer" and outcome.err == ""
+    assert text.err.startswith("rows: 6 labelled, 24 unlabelled, 12 test\n")
+    own: Any = AutoTokenizer.from_pretrained("out/tokenizer")
+    assert own.get_vocab() == tokenizer().get_vocab()
+    assert "\nGC058" in run_here(capsys, *ARGUMENTS, "--seed", "1").err
     exported = run_here(capsys, "export", "out/classifier", "-f", "onnx", "--out", "classifier.onnx", "--json")
     assert exported.status == 0 and Path("classifier.onnx").is_file()
 
@@ -59,8 +70,68 @@ def test_from_files_to_an_artifact(capsys: pytest.CaptureFixture[str]) -> None:
         (("--out", "rows"), "GC063"),
         (("--tokenizer", "rows"), "GC146"),
         (("--device", "nonsense"), "GC090"),
+        (("--device", "meta"), "GC090"),
+        (("--out", "base/config.json"), "GC063"),
+        (("--out", "file"), "GC063"),
+        (("--out", "link"), "GC063"),
+        (("--out", "other"), "GC063"),
+        (("--out", "file/out"), "GC064"),
+        (("--out", "o" * 300), "GC064"),
+        (("--out", "new/" + "o" * 300), "GC064"),
     ],
 )
 def test_what_is_wrong_is_said(capsys: pytest.CaptureFixture[str], change: tuple[str, str], code: str) -> None:
+    Path("file").write_text("mine", encoding="utf-8")
+    Path("link").symlink_to("gone")
+    Path("other").mkdir()
+    Path("other/notes").touch()
+    before = sorted(Path().rglob("*"))
     outcome = run_here(capsys, *ARGUMENTS, *change, "--json")
-    assert outcome.data["error"]["code"] == code and not Path("out").exists()
+    assert outcome.data["error"]["code"] == code and sorted(Path().rglob("*")) == before
+
+
+def test_a_run_goes_on_in_an_empty_folder_and_where_it_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    check_folder(tmp_path / "run", RECIPE)
+    (tmp_path / "run" / f".{RECIPE}.graftc-0123456789ab").mkdir()
+    check_folder(tmp_path / "run", RECIPE)
+    (tmp_path / "run" / RECIPE).touch()
+    (tmp_path / "run" / "notes").touch()
+    check_folder(tmp_path / "run", RECIPE)
+    check_folder(tmp_path / "new" / "run", RECIPE)
+    assert not (tmp_path / "new").exists()
+
+
+def test_who_interrupts_it_is_told_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupting(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("graftc.runtime.pet.recipe.pet", interrupting)
+    outcome = run_here(capsys, *ARGUMENTS)
+    assert outcome.status == 130 and "Traceback" not in outcome.err
+    assert "interrupted: run the same command again to go on\n" in outcome.err
+
+
+def test_each_training_is_a_line_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def training(*_: Any, **__: Any) -> None:
+        with progress.working("PET of", "BERT"):
+            for at in (
+                "member 1 of 2: step 1 of 9",
+                "member 1 of 2: step 9 of 9",
+                "verify",
+                "member 2 of 2: step 1 of 9",
+            ):
+                progress.step(at)
+                time.sleep(0.1)
+        raise GraftError("GC182", "enough")
+
+    monkeypatch.setattr(progress, "AFTER", 0.02)
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    monkeypatch.setattr("graftc.runtime.pet.recipe.pet", training)
+    lines = run_here(capsys, *ARGUMENTS).err.splitlines()
+    said = ["rows: 6 labelled, 24 unlabelled, 12 test", "member 1 of 2, after 0 s", "member 2 of 2, after 0 s"]
+    assert lines[:3] == said and lines[3].startswith("GC182")

@@ -16,6 +16,7 @@ from graftc.runtime.pet.data import PetData, TextRows, load_pet_data, load_rows
 from graftc.specs.errors.diagnostics import GraftError
 
 LABELS = ("space", "hockey")
+LIMIT = csv.field_size_limit()
 
 
 def put(path: Path, content: str | bytes) -> Path:
@@ -60,7 +61,7 @@ def test_all_formats_hold_the_same(rows: list[tuple[str, str, str]], tmp_path: P
 def test_cells_over_several_lines_and_marks_of_order(tmp_path: Path) -> None:
     path = put(tmp_path / "a.csv", '\ufefftext,label\n"a\n""b"", c",space\n\nd,hockey\n')
     found = load_rows(path, LABELS)
-    assert found == TextRows(({"text": 'a\n"b", c'}, {"text": "d"}), (0, 1), (3, 5), str(path))
+    assert found == TextRows(({"text": 'a\n"b", c'}, {"text": "d"}), (0, 1), (3, 5), str(path), LABELS)
     assert load_rows(put(tmp_path / "a.jsonl", '\ufeff{"text": "a"}\r\n\r\n{"text": "b"}')).lines == (1, 3)
     assert load_rows(put(tmp_path / "a.tsv", 'text\n"a\n')).rows == ({"text": '"a'},)
 
@@ -70,12 +71,26 @@ def test_numbers_are_text_and_other_fields_are_left_out(tmp_path: Path) -> None:
     found = load_rows(path, ["0", "1"])
     assert found.rows == ({"text": "a", "year": "1999"},) and found.labels == (1,)
     assert load_rows(path, slots=["year"]).rows == ({"year": "1999"},)
-    assert load_rows(path).labels is None
+    assert load_rows(path).labels is load_rows(path).names is None
+
+
+def test_numbers_are_of_the_labels_that_were_given(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", '{"text": "a", "label": "space"}')
+    found = [load_rows(path, labels) for labels in (["space", "hockey"], ["hockey", "space"])]
+    assert [rows.names and rows.names[rows.labels[0]] for rows in found if rows.labels] == ["space", "space"]
+    assert [rows.labels for rows in found] == [(0,), (1,)]
+
+
+@pytest.mark.parametrize("text", ["😀", "\\ud83d", "\\\\ud83d\\ude00", "a😀b\ud7ff", '"\\'])
+def test_escapes_are_read(text: str, tmp_path: Path) -> None:
+    row = {"text": text, text: "key"}
+    path = put(tmp_path / "a.jsonl", json.dumps(row) + "\n" + json.dumps(row, ensure_ascii=False))
+    assert load_rows(path).rows == (row, row)
 
 
 def test_a_part_of_rows() -> None:
-    rows = TextRows(({"text": "a"}, {"text": "b"}, {"text": "c"}), (0, 1, 0), (2, 3, 4), "f")
-    assert rows.subset([2, 0]) == TextRows(({"text": "c"}, {"text": "a"}), (0, 0), (4, 2), "f")
+    rows = TextRows(({"text": "a"}, {"text": "b"}, {"text": "c"}), (0, 1, 0), (2, 3, 4), "f", LABELS)
+    assert rows.subset([2, 0]) == TextRows(({"text": "c"}, {"text": "a"}), (0, 0), (4, 2), "f", LABELS)
     assert TextRows(({"text": "a"},)).subset([0]) == TextRows(({"text": "a"},))
 
 
@@ -83,6 +98,9 @@ def test_folders_and_named_files(tmp_path: Path) -> None:
     put(tmp_path / "train.jsonl", '{"text": "a", "label": "hockey"}')
     put(tmp_path / "unlabeled.csv", "text,label\nb,never read\n")
     put(tmp_path / "notes.txt", "")
+    put(tmp_path / "more.csv", "")
+    put(tmp_path / "train.jsonl.bak", "")
+    (tmp_path / "train.d").mkdir()
     found = load_pet_data(tmp_path, LABELS, ["text"])
     assert isinstance(found, PetData) and found.test is None
     assert found.train is not None and found.train.labels == (1,)
@@ -111,12 +129,35 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "said", "hint"),
+    [
+        ("train.json", "the format of", "name it train.jsonl, .csv or .tsv"),
+        ("Test.txt", "the format of", "name it test.jsonl"),
+        ("train", "the format of", "name it train.jsonl"),
+        ("train.jsonl.gz", "the format of", "name it train.jsonl"),
+        ("trian.jsonl", "is no part of the data", "did you mean 'train.jsonl'?"),
+        ("unlabeled_.csv", "is no part of the data", "did you mean 'unlabeled.csv'?"),
+        ("labelled.csv", "is no part of the data", "did you mean 'train.csv'?"),
+    ],
+)
+def test_no_part_is_passed_over(name: str, said: str, hint: str, tmp_path: Path) -> None:
+    put(tmp_path / "unlabelled.jsonl", '{"text": "a"}')
+    put(tmp_path / name, '{"text": "a", "label": "space"}')
+    with pytest.raises(GraftError) as caught:
+        load_pet_data(tmp_path, LABELS)
+    assert caught.value.code == "GC180" and said in caught.value.message and name in caught.value.message
+    assert caught.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
     ("name", "content", "number", "said"),
     [
         ("a.jsonl", '{"text": "a"}\n{"text": ', 2, "the line is not JSON"),
         ("a.jsonl", '{"text": "a"}\n\n["a"]', 3, "the line is no object"),
         ("a.jsonl", '{"text": "a", "text": "b"}', 1, "a key stands twice"),
         ("a.jsonl", '{"text": "\\ud800"}', 1, "half a character"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "\\ude00\\ud83d"}', 2, "half a character"),
+        ("a.jsonl", '{"text": [{"\\udfff": 1}]}', 1, "half a character"),
         ("a.jsonl", '{"text": NaN}', 1, "not JSON"),
         ("a.jsonl", "[" * 100_000, 1, "too deep"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', 2, "not UTF-8"),
@@ -129,7 +170,8 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         ("a.csv", "text,text\na,b\n", 1, "two columns have the name 'text'"),
         ("a.csv", "text,\na,b\n", 1, "column 2 has no name"),
         ("a.csv", "txt\na\n", 2, "no field 'text'"),
-        ("a.csv", "text\n" + "a" * 200_000, 2, "cannot be read"),
+        ("a.csv", "text\n" + "a" * 200_000, 2, "has 200,000 characters, more than 100,000"),
+        ("a.csv", 'text\n"' + "a\n" * 900_000, 2, "a cell has more than 100,000 characters"),
         ("a.csv", "text\n" + "a" * 110_000, 2, "has 110,000 characters, more than 100,000"),
         ("a.csv", b"text\n\xff\n", None, "not UTF-8 text: byte 0xff"),
         ("a.csv", "", None, "has no rows"),
@@ -142,7 +184,12 @@ def test_rows_that_cannot_be_used(
 ) -> None:
     error = refused(put(tmp_path / name, content), slots=["text"])
     assert said in error.message and line(error) == number
-    assert len(str(error)) < 2_000
+    assert len(str(error)) < 2_000 and csv.field_size_limit() == LIMIT
+
+
+def test_a_file_of_one_line_has_a_header_only(tmp_path: Path) -> None:
+    assert "the first line is taken as the header" in refused(put(tmp_path / "a.csv", "the moon,space\n")).hint
+    assert "first line" not in refused(put(tmp_path / "a.jsonl", "\n")).hint
 
 
 @pytest.mark.parametrize(
@@ -171,6 +218,8 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert refused(tmp_path / "data.txt").hint == "name it data.jsonl, .csv or .tsv"
     (tmp_path / "b.csv").mkdir()
     assert "no regular file" in refused(tmp_path / "b.csv").message
+    (tmp_path / "c.csv").symlink_to("gone.csv")
+    assert refused(tmp_path / "c.csv").message.endswith("is a link to 'gone.csv', which is not there")
     assert refused("a\0.csv").message.startswith("there is no file")
     assert refused(tmp_path / "none" / "a.csv").code == "GC180"
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from graftc.runtime.demo.data import find_model
 from graftc.runtime.pet.encoding import IGNORED, ClozeEncoder
 from graftc.runtime.pet.filling import shortened_counts
+from graftc.runtime.pet.plain import PlainEncoder
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.pet.io import load_pet_spec
 from graftc.specs.pet.pattern import PatternSpec
@@ -233,6 +234,23 @@ def test_words_that_do_not_fill_the_blanks(kind: str, text: str, words: dict[str
 def test_close_words_are_offered() -> None:
     error = refused(lambda: encoder("wordpiece", "{text} {blank}", words=Verbalizer({"a": "greatt", "b": "bad"})))
     assert error.hint == "words of one token are 'great'"
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "t5", "roberta"])
+@pytest.mark.parametrize("word", ["spacehockey", "space hockey", "space-hockey", "spaceXhockey"])
+def test_words_within_a_word_are_offered_first(kind: str, word: str) -> None:
+    words = Verbalizer({"a": word, "b": "yes"})
+    error = refused(lambda: encoder(kind, "{text} {blank}", words=words))
+    assert error.code == "GC178" and error.hint.startswith("words of one token are 'hockey', 'space'")
+
+
+@pytest.mark.parametrize("slots", [["text"], ["text", "title"]])
+def test_a_plain_encoder_leaves_the_tokenizer_as_it_is(slots: list[str]) -> None:
+    own = tokenizer("wordpiece")
+    before = own.backend_tokenizer.to_str()
+    made = PlainEncoder(slots, own, 10).encode([{"text": "great " * 99, "title": "no"}, {"text": "", "title": "bad"}])
+    assert made["input_ids"].shape == (2, 10)
+    assert own.backend_tokenizer.to_str() == before and own.backend_tokenizer.truncation is None
 
 
 @pytest.mark.parametrize(

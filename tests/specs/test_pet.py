@@ -160,7 +160,9 @@ def test_patterns_that_cannot_be_used(text: str, said: str, hint: str) -> None:
         ({"a": "x", "b": []}, "GC176", "'b' has no words"),
         ({"a": "x", "b": ["y", "y"]}, "GC176", "'y' is there already"),
         ({"a": "x", "b": " y"}, "GC176", "' y' is blank at an end"),
-        ({"a": "x", "b": ""}, "GC176", "'' is blank at an end"),
+        ({"a": "x", "b": ""}, "GC176", "the word is empty"),
+        ({"a": "x", "b": ["y", " "]}, "GC176", "the word is empty"),
+        ({"a": "x", "": "y"}, "GC176", "a label is empty"),
         ({"a": "x", " b": "y"}, "GC176", "label ' b' is blank at an end"),
         ({"a": "x", "b": 1}, "GC002", "a word is a text, not 1"),
         ({"a": "x", "b": ["y", True]}, "GC002", "a word is a text, not true"),
@@ -174,6 +176,16 @@ def test_verbalizers_that_cannot_be_used(words: Any, code: str, said: str) -> No
     with pytest.raises(GraftError) as caught:
         Verbalizer(words)
     assert (caught.value.code, caught.value.message) == (error.code, error.message)
+
+
+@pytest.mark.parametrize("label", [1, True])
+def test_labels_are_texts(label: Any) -> None:
+    words = {label: "x", "b": "y"}
+    for error in (wrong(verbalizer=words), wrong(patterns=[{"text": "{text}: {blank}", "verbalizer": words}])):
+        assert (error.code, error.hint) == ("GC002", "labels are texts: write them in quotes")
+    with pytest.raises(GraftError) as caught:
+        Verbalizer(words)
+    assert caught.value.hint == "labels are texts: write them in quotes"
 
 
 def test_verbalizers_may_share_some_words() -> None:
@@ -214,7 +226,7 @@ OWN = {"text": "{text}: {blank}", "verbalizer": {"a": "x", "c": "y"}}
         ({"training": {"warmup": -1}}, "GC002", "training.warmup", "at least 0"),
         ({"training": {"max_length": 7}}, "GC002", "training.max_length", "at least 8"),
         ({"training": {"stesp": 7}}, "GC003", "training.stesp", "'stesp' is unknown"),
-        ({"classifier": {"temperature": 0}}, "GC002", "classifier.temperature", "greater than 0"),
+        ({"classifier": {"temperature": 1e-300}}, "GC002", "classifier.temperature", "at least 0.01"),
         ({"classifier": {"training": {"auxiliary": 0}}}, "GC003", "classifier.training.auxiliary", "unknown"),
         ({"spec": {"adapt": [{"method": "lorra"}]}}, "GC004", "spec.adapt[0].method", "lorra"),
         ({"version": 2}, "GC007", "version", "version 2"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from graftc.specs.errors.diagnostics import GraftError
@@ -21,6 +22,9 @@ of T5, behind which the decoder writes."""
 _SENTINEL = "<extra_id_0>"
 _CLOSE = 8
 """Tokens like a word that are tried."""
+
+_COMPOUND, _SHORTEST = 100, 3
+"""Characters of a word that are looked through for others, and of such a word at least."""
 
 
 class BlankTokenizer:
@@ -119,14 +123,35 @@ class BlankTokenizer:
         return all(i != unknown and i not in self.special_ids and i != self._placeholder for i in ids)
 
     def like(self, word: str, before: str) -> list[str]:
-        """At most three words that are one token, and look like a word."""
+        """At most three words that are one token: those that a word is made of, then what looks like it."""
         start = word[:2].lower()
         vocabulary: dict[str, int] = self._backend.get_vocab()
         plain = {token.lstrip("Ġ▁ ") for token in vocabulary}
         near = [token for token in plain if token.isalpha() and len(token) > 2 and token.lower().startswith(start)]
         found = difflib.get_close_matches(word, sorted(near), n=_CLOSE, cutoff=0.4)
-        one = [other for other in found if other != word and self._is_one(self.word_ids(other, before))]
-        return one[:3]
+        one = (other for other in found if other != word and self._is_one(self.word_ids(other, before)))
+        return list(dict.fromkeys([*self._within(word, before, plain), *one]))[:3]
+
+    def _within(self, word: str, before: str, plain: Collection[str]) -> list[str]:
+        """Words of one token at the ends of a word's parts, the longest first; none overlaps another."""
+        spans = [
+            (first, last)
+            for part in re.finditer(r"[^\W\d_]+", word[:_COMPOUND])
+            for first in range(part.start(), part.end())
+            for last in range(first + _SHORTEST, part.end() + 1)
+            if first == part.start() or last == part.end()
+        ]
+        made: list[str] = []
+        taken: list[tuple[int, int]] = []
+        for first, last in sorted(spans, key=lambda span: span[0] - span[1]):
+            piece = word[first:last]
+            piece = piece if piece in plain else piece.lower()
+            if piece not in plain or piece == word or any(first < end and last > start for start, end in taken):
+                continue
+            if self._is_one(self.word_ids(piece, before)):
+                made.append(piece)
+                taken.append((first, last))
+        return made
 
     def _is_one(self, ids: list[int]) -> bool:
         return len(ids) == 1 and self.knows(ids)

@@ -30,6 +30,9 @@ _LINE = 16 * TEXT
 
 _FORMATS = (".jsonl", ".ndjson", ".csv", ".tsv")
 _SPLITS = {"train": ("train",), "unlabelled": ("unlabelled", "unlabeled"), "test": ("test",)}
+_MEANT = {"labelled": "train", "labeled": "train"} | {stem: stem for stems in _SPLITS.values() for stem in stems}
+"""What a file may be called, or should be."""
+
 _Source: TypeAlias = str | PathLike[str]
 
 
@@ -42,12 +45,14 @@ class TextRows:
         labels: the number of each row's label, by the order of logits; None where rows have none.
         lines: the line of the file on which each row ends, from 1.
         file: its path.
+        names: the labels that the numbers stand for, in their order; None where rows have none, or nobody has said.
     """
 
     rows: tuple[Mapping[str, str], ...]
     labels: tuple[int, ...] | None = None
     lines: tuple[int, ...] = ()
     file: str | None = None
+    names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,7 +61,7 @@ class TextRows:
         """Some of the rows, in this order."""
         labels = None if self.labels is None else tuple(self.labels[i] for i in indices)
         lines = tuple(self.lines[i] for i in indices) if self.lines else ()
-        return TextRows(tuple(self.rows[i] for i in indices), labels, lines, self.file)
+        return TextRows(tuple(self.rows[i] for i in indices), labels, lines, self.file, self.names)
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,12 @@ def load_rows(source: _Source, labels: Sequence[str] | None = None, slots: Colle
         reason = getattr(error, "strerror", None) or str(error)
         raise GraftError("GC180", f"{quoted(path)} cannot be read: {reason.lower()}") from None
     if not rows:
-        raise GraftError("GC180", f"{quoted(path)} has no rows", place=Place(str(path)))
-    return TextRows(tuple(rows), None if numbers is None else tuple(found), tuple(lines), str(path))
+        header = suffix in (".csv", ".tsv") and path.stat().st_size > 0
+        first = "the first line is taken as the header, which names the columns" if header else None
+        raise GraftError("GC180", f"{quoted(path)} has no rows", place=Place(str(path)), hint=first)
+    if numbers is None:
+        return TextRows(tuple(rows), None, tuple(lines), str(path))
+    return TextRows(tuple(rows), tuple(found), tuple(lines), str(path), tuple(numbers))
 
 
 def _wrong(path: Path, line: int, message: str, hint: str | None = None) -> NoReturn:
@@ -151,6 +160,9 @@ def _wrong(path: Path, line: int, message: str, hint: str | None = None) -> NoRe
 def _missing(path: Path) -> NoReturn:
     if path.exists():
         raise GraftError("GC180", f"{quoted(path)} is no regular file", hint="give a file, or its folder as the data")
+    if path.is_symlink():
+        message = f"{quoted(path)} is a link to {quoted(path.readlink())}, which is not there"
+        raise GraftError("GC180", message, hint="mend the link, or put the file itself there")
     names = [p.name for p in path.parent.iterdir() if p.suffix.lower() in _FORMATS] if path.parent.is_dir() else []
     close = nearest(path.name, names, n=1)
     hint = f"did you mean {quoted(path.parent / close[0])}?" if close else None
@@ -171,10 +183,31 @@ def _files(folder: Path) -> dict[str, Path]:
             raise GraftError("GC180", f"{quoted(folder)} has several files of one part: {', '.join(found)}")
         if found:
             files[split] = folder / found[0]
+    for name in names:
+        if not (folder / name).is_dir():
+            _check_name(folder, name, files)
     if not files:
         hint = "its files are train.jsonl, unlabelled.jsonl and test.jsonl, or the same as .csv or .tsv"
         raise GraftError("GC180", f"{quoted(folder)} holds no data: {some(names, 10) or 'nothing'}", hint=hint)
     return files
+
+
+def _check_name(folder: Path, name: str, files: Mapping[str, Path]) -> None:
+    """Refuse a file that was meant to be a part and is none: training would go on without it."""
+    stem, suffix = Path(name).stem.lower(), Path(name).suffix.lower()
+    known = {own for stems in _SPLITS.values() for own in stems}
+    if suffix in _FORMATS:
+        if stem not in known and (close := nearest(stem, _MEANT, n=1)):
+            better = f"{_MEANT[close[0]]}{suffix}"
+            hint = f"did you mean {quoted(better)}? Rename it, or put it into another folder"
+            raise GraftError("GC180", f"{quoted(folder / name)} is no part of the data", hint=hint)
+        return
+    first = name.partition(".")[0].lower()
+    packed = first in known and not any(first in _SPLITS[split] for split in files)
+    if stem in known or packed:
+        own = first if packed else stem
+        hint = f"name it {own}.jsonl, .csv or .tsv if it is one of these, or put it into another folder"
+        raise GraftError("GC180", f"the format of {quoted(folder / name)} is not known", hint=hint)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -208,10 +241,16 @@ def _table(path: Path, suffix: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         header: list[str] | None = None
         while True:
             start = reader.line_num + 1
+            own = csv.field_size_limit(_LINE)  # of the whole process
             try:
                 cells = next(reader, None)
             except csv.Error as error:
+                if "field limit" in str(error):
+                    hint = 'is a quote left open? Within quotes it is written twice: ""'
+                    _wrong(path, start, f"a cell has more than {TEXT:,} characters", hint)
                 _wrong(path, start, f"the row cannot be read: {error}", 'a quote within quotes is written twice: ""')
+            finally:
+                csv.field_size_limit(own)
             if cells is None:
                 return
             line = reader.line_num

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ class PlainEncoder:
 
     Args:
         slots: names of the fields: the first is the text, and the others are the second of a pair.
-        tokenizer: of transformers.
+        tokenizer: of transformers; it is left as it is.
         max_length: tokens at most; the longer of a pair is cut first.
         positions: tokens that the model takes at most, if it has such a bound.
     """
@@ -26,7 +27,8 @@ class PlainEncoder:
         own = int(tokenizer.model_max_length)
         bounds = [max_length, own if own < _UNBOUNDED else None, positions]
         self._length = min(bound for bound in bounds if bound is not None)
-        self._slots, self._tokenizer = tuple(slots), tokenizer
+        # A call leaves its truncation in the tokenizer.
+        self._slots, self._tokenizer = tuple(slots), copy.deepcopy(tokenizer)
 
     def encode(self, rows: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask``, int64 ``[rows, longest]``, padded on the right, and ``token_type_ids``

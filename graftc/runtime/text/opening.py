@@ -186,7 +186,10 @@ def moved(model: Any, device: str) -> Any:
         GraftError: GC090 where there is none of this name.
     """
     try:
-        return model.to(torch.device(device))
+        where = torch.device(device)
+        if where.type == "meta":
+            raise GraftError("GC090", f"the device {device!r} computes nothing", hint="name another, such as cpu")
+        return model.to(where)
     except (RuntimeError, AssertionError) as error:
         raise GraftError("GC090", f"there is no device {device!r}: {first_line(error)}") from error
 

@@ -129,7 +129,7 @@ class PetSpec(SpecModel):
 
     def _member_problems(self) -> Iterator[_Problem]:
         for path, spec in ((("spec",), self.spec), (("classifier", "spec"), self.classifier.spec)):
-            if "cloze" in spec.model_fields_set:
+            if spec.cloze is not None:
                 hint = "leave it out: patterns and verbalizer say it"
                 yield (*path, "cloze"), GraftError("GC002", "the cloze of a member is made from its pattern", hint=hint)
         if self.ipet is not None and len(self.patterns) * self.seeds < 2:

@@ -87,7 +87,7 @@ class ClassifierSpec(SpecModel):
     spec: Spec = Field(default_factory=everything)
     """What trains in it: a document of graftc. Default: everything, by `adapt: [{method: full}]`."""
 
-    temperature: float = Field(default=2.0, gt=0, le=100)
+    temperature: float = Field(default=2.0, ge=0.01, le=100)
     """What logits are divided by on both sides of the distillation."""
 
     training: DistillationOptions = DistillationOptions()

@@ -127,9 +127,12 @@ def _problems(value: Any) -> Iterator[_Problem]:
 
 def _label_problems(label: Any, words: Any) -> Iterator[_Problem]:
     if not isinstance(label, str):
-        yield (), GraftError("GC002", f"a label is a text, not {shown(label)}")
+        hint = "labels are texts: write them in quotes"
+        yield (), GraftError("GC002", f"a label is a text, not {shown(label)}", hint=hint)
         return
-    if not label or label != label.strip():
+    if not label:
+        yield (label,), GraftError("GC176", "a label is empty", hint="labels are as they stand in the data")
+    elif label != label.strip():
         hint = "labels are as they stand in the data"
         yield (label,), GraftError("GC176", f"the label {quoted(label)} is blank at an end", hint=hint)
     if not isinstance(words, str | list | tuple):
@@ -144,8 +147,10 @@ def _label_problems(label: Any, words: Any) -> Iterator[_Problem]:
         path = (label,) if isinstance(words, str) else (label, index)
         if not isinstance(word, str):
             yield path, _no_text(word)
-        elif not word or word != word.strip():
-            fix = (word, word.strip()) if word.strip() else None
+        elif not word.strip():
+            yield path, GraftError("GC176", "the word is empty", hint="write one, or leave it out")
+        elif word != word.strip():
+            fix = (word, word.strip())
             hint = "spaces are the pattern's: '... {blank}'"
             yield path, GraftError("GC176", f"the word {quoted(word)} is blank at an end", hint=hint, fix=fix)
         elif word in listed[:index]:

@@ -79,6 +79,9 @@ class PetRunResult(Result):
     out: str
     """The folder of the run; its `classifier` is an artifact."""
 
+    tokenizer: str
+    """The folder of the classifier's tokenizer, in that of the run."""
+
     seed: int = Field(ge=0)
     """Seed of all random numbers."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,11 +12,15 @@ import typer
 
 from graftc.runtime.cli import completion
 from graftc.runtime.cli.options import Json, ModelOption
+from graftc.runtime.cli.process import interrupted
 
 if TYPE_CHECKING:
     from graftc.runtime.pet.result import PetResult
 
 __all__ = ["pet"]
+
+TOKENIZER = "tokenizer"
+"""The folder of a run in which its tokenizer is."""
 
 
 def pet(
@@ -44,8 +50,8 @@ def pet(
             "--out",
             "-o",
             metavar="DIR",
-            help="The folder of the run: stages, results.json, and the artifact `classifier`. A run that was cut off "
-            "goes on there.",
+            help="The folder of the run: stages, results.json, the artifact `classifier` and its `tokenizer`. A run "
+            "that was cut off goes on there.",
             show_default=False,
         ),
     ],
@@ -70,33 +76,91 @@ def pet(
     from graftc.runtime.cli.output import print_json, steps, working
     from graftc.specs.pet.io import load_pet_spec
 
-    with working(json) as warnings, steps(json) as step:
+    with _resumable(), working(json) as warnings, steps(json) as step:
         loaded = load_pet_spec(spec)  # before torch is there
         step("loading the model")
-        from graftc.runtime.files import check_apart
-        from graftc.runtime.models import load_model, local_folder
+        from graftc.runtime.files import check_apart, check_folder
+        from graftc.runtime.models import load_model, local_folder, quiet_transformers
         from graftc.runtime.pet.data import load_pet_data
         from graftc.runtime.pet.recipe import pet as run
+        from graftc.runtime.pet.stages import RECIPE
         from graftc.runtime.text.opening import moved, tokenizer_of
 
         check_apart(out, spec, data, model)
+        check_folder(out, RECIPE)
         rows = load_pet_data(data, loaded.labels, loaded.slots)
         base = load_model(model)
         words = tokenizer_of(tokenizer, [Path(model).expanduser(), local_folder(base)])
         if device is not None:
             base = moved(base, device)
-        step("training")
-        result = run(loaded, base, words, rows, folder=out, seed=seed)
+        counts = {"labelled": rows.train, "unlabelled": rows.unlabelled, "test": rows.test}
+        said = ", ".join(f"{len(part) if part else 0:,} {name}" for name, part in counts.items())
+        step(f"training, rows: {said}")
+        with quiet_transformers(), _told(json, f"rows: {said}"):
+            result = run(loaded, base, words, rows, folder=out, seed=seed)
+            own = _keep_tokenizer(words, out)
     if json:
         from graftc.runtime.cli.results import PetRunResult
 
         given = {"spec": str(spec), "data": str(data), "model": model, "out": str(out), "seed": seed}
+        given["tokenizer"] = str(own)
         print_json(PetRunResult.model_validate({**given, **result.to_json(), "warnings": warnings}))
         return
-    _print(result, out)
+    _print(result, out, own)
 
 
-def _print(result: PetResult, out: Path) -> None:
+def _keep_tokenizer(tokenizer: Any, out: Path) -> Path:
+    """The folder of the run's tokenizer, written where it is not there yet."""
+    from graftc.runtime.files import staged
+
+    place = out / TOKENIZER
+    if not place.exists():
+        with staged(place) as staging:
+            tokenizer.save_pretrained(staging)
+    return place
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    """Around work that the same command goes on with: who interrupts it is told so."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or interrupted():  # libraries make other errors of it
+            _say("interrupted: run the same command again to go on")
+        raise
+
+
+@contextlib.contextmanager
+def _told(as_json: bool, first: str) -> Iterator[None]:
+    """Inside, a line on the standard error says what training is at, each time that it comes to something else: where
+    there is no terminal, which shows it as it goes."""
+    from graftc.compiler.progress import listening
+
+    if as_json or sys.stderr.isatty():
+        yield
+        return
+    _say(first)
+    last = ""
+
+    def tell(at: str, seconds: float) -> None:
+        nonlocal last
+        now, own, _ = at.partition(":")
+        # What a compile is at has no such mark, and there is a compile between any two trainings.
+        if now != last and (own or now.startswith("asking")):
+            last = now
+            _say(f"{now}, after {seconds:.0f} s")
+
+    with listening(tell):
+        yield
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(Exception):  # nothing fails since nobody can be told of it
+        print(text, file=sys.stderr, flush=True)
+
+
+def _print(result: PetResult, out: Path, tokenizer: Path) -> None:
     from graftc.runtime.cli.output import console, print_table
 
     to = console()
@@ -122,6 +186,7 @@ def _print(result: PetResult, out: Path) -> None:
         line = f"generation {number}: {some} more rows for each member"
         to.print(f"{line}; too few of {lacking}" if lacking else line, soft_wrap=True, markup=False)
     to.print(f"wrote {out / 'classifier'}", soft_wrap=True, markup=False)
+    to.print(f"its tokenizer: {tokenizer}", soft_wrap=True, markup=False)
 
 
 def _percents(accuracies: Mapping[str, Any], judged: list[str]) -> list[str]:
