@@ -135,7 +135,7 @@ def test_generations_grow_from_nothing(base: nn.Module, tmp_path: Path) -> None:
 
 def _lines(folder: Path, generation: int) -> list[dict[str, Any]]:
     text = (folder / f"generation-{generation}" / "sets.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.splitlines()[:-1]]  # the last one is the digest of the others
 
 
 class KilledError(Exception):
@@ -292,3 +292,60 @@ def test_members_share_captures(base: nn.Module) -> None:
     task = _task(load_pet_spec({**QUICK, "spec": LORA}), base, tokenizer(), data(), None, 0)
     made = [graftc.compile(_Group(task, 0, [member])._spec(), base) for member in task.members]
     assert made[1].compilation.main.captures[0].cached
+
+
+def test_labels_are_known_by_their_names(base: nn.Module) -> None:
+    """Rows that were read with labels in another order are the same rows."""
+    given = data()
+
+    def turned(rows: TextRows | None) -> TextRows | None:
+        if rows is None or rows.labels is None:
+            return rows
+        return replace(rows, labels=tuple(1 - label for label in rows.labels), names=("hockey", "space"))
+
+    other = PetData(turned(given.train), given.unlabelled, turned(given.test))
+    first, second = (pet(QUICK, base, tokenizer(), each) for each in (given, other))
+    assert torch.equal(first.soft_labels, second.soft_labels)
+    assert first.final == second.final
+    strange = replace(given.train, names=("space", "chess"))  # type: ignore[type-var]
+    with pytest.raises(GraftError, match="'chess', and the document does not"):
+        pet(QUICK, base, tokenizer(), PetData(strange, given.unlabelled))
+
+
+def test_a_document_that_does_not_compile_leaves_nothing(base: nn.Module, tmp_path: Path) -> None:
+    nowhere = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "nope"}}]}
+    for part, spec in (("spec", {"spec": nowhere}), ("classifier.spec", {"classifier": {"spec": nowhere}})):
+        with pytest.raises(GraftError, match="GC011") as caught:
+            pet({**QUICK, **spec}, base, tokenizer(), data(), folder=tmp_path / "run")
+        assert caught.value.place is not None
+        assert str(caught.value.place.path).startswith(part)
+        assert not (tmp_path / "run").exists()
+
+
+def test_stages_that_were_changed_are_refused(base: nn.Module, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pet(QUICK, base, tokenizer(), data(), folder=run)
+    for name in ("untrained.safetensors", "ensemble.safetensors"):
+        whole = (run / name).read_bytes()
+        for wrong in (whole[:-4] + b"\x00\x00\x80\x3f", whole[:40], b"", b"\x80\x04."):
+            (run / name).write_bytes(wrong)
+            with pytest.raises(GraftError, match="is damaged: it is not what the run has written"):
+                pet(QUICK, base, tokenizer(), data(), folder=run)
+        (run / name).write_bytes(whole)
+    (run / "recipe.json").unlink()
+    with pytest.raises(GraftError, match="holds files and no recipe"):
+        pet(QUICK, base, tokenizer(), data(), folder=run)
+
+
+def test_arguments_of_another_kind(base: nn.Module) -> None:
+    for own, words in (("nope", tokenizer()), (base, None), (nn.Linear(1, 1, device="meta"), tokenizer())):
+        with pytest.raises(GraftError, match="GC073"):
+            pet(QUICK, own, words, data())  # type: ignore[arg-type]
+
+
+def test_random_numbers_go_on_where_they_were(base: nn.Module) -> None:
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    pet(QUICK, base, tokenizer(), data())
+    assert torch.equal(torch.rand(3), wanted)

@@ -146,7 +146,10 @@ def _try_out(task: Task, tokenizer: Any) -> None:
         GraftError: as `graftc.compile`, with a place in the document.
     """
     final = Classifier(task, tokenizer)
-    parts: list[tuple[str, Callable[[], None]]] = [("spec", partial(try_members, task)), ("classifier.spec", final.tried)]
+    parts: list[tuple[str, Callable[[], None]]] = [
+        ("spec", partial(try_members, task)),
+        ("classifier.spec", final.tried),
+    ]
     for part, run in parts:
         try:
             run()
