@@ -4,8 +4,8 @@
 
 Six groups of 20 Newsgroups (`benchmarks.pet_data`), MiniLM with a masked-language-modelling head
 (`benchmarks.masked_minilm`). All four start from that model and have the same labelled texts. Without labels
-nothing trains in PET's members, so that LoRA-PET is PET. A run is a line of ``pet-runs.jsonl``, which is read first: what
-is there is not run again. Writes pet.json and pet.md.
+nothing trains in PET's members, so that LoRA-PET is PET. A run is a line of ``pet-runs.jsonl``, which is read first:
+what is there is not run again. Writes pet.json and pet.md.
 """
 
 from __future__ import annotations
@@ -142,13 +142,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 runs.append(made)
                 with kept.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(made) + "\n")
-    data = {
-        "command": command_line(prog, arguments),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "runs": runs,
-    }
+    data = _data(prog, arguments, runs)
     write(options.out, "pet", data, "\n".join(_lines(data)) + "\n")
     return 0
+
+
+def _data(prog: str, arguments: Sequence[str] | None, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "command": command_line(prog, arguments),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "runs": list(runs),
+    }
 
 
 def _lines(data: Mapping[str, Any]) -> Iterator[str]:
@@ -185,6 +189,8 @@ def _cell(runs: Sequence[Mapping[str, Any]]) -> str:
     text = f"{statistics.mean(own):.1f}"
     if max(own) > min(own):
         text += f" [{min(own):.1f}, {max(own):.1f}]"
+    if len(own) < len(SEEDS):
+        text += f", {len(own)} seed{'s' if len(own) > 1 else ''}"
     if all("ensemble" in each for each in runs):
         text += f" ({100 * statistics.mean(each['ensemble'] for each in runs):.1f})"
     return text
