@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -79,10 +80,14 @@ def test_killed_ten_times_it_ends_with_the_same_tensors(tmp_path: Path, capsys: 
     torch.testing.assert_close(torch.from_numpy(found), loaded(**inputs).logits.detach(), atol=2e-5, rtol=1e-5)
 
 
-def _stages(folder: Path) -> set[Path]:
-    """What is finished, by the names of files and artifacts."""
-    names = ("*.safetensors", "sets.jsonl", "classifier", "stage-*", "result", "training-*")
-    return {path for name in names for path in folder.rglob(name) if not path.name.startswith(".")}
+def _stages(folder: Path) -> set[str]:
+    """What is finished, by the names of files and artifacts; what is being written has a name with a dot."""
+    names = re.compile(r".*\.safetensors|sets\.jsonl|classifier|stage-\d+|result|training-\d+")
+    found = set()
+    for path, folders, files in os.walk(folder):  # which passes over what is gone meanwhile
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found |= {os.path.join(path, name) for name in (*folders, *files) if names.fullmatch(name)}
+    return found
 
 
 def _digests(folder: Path) -> dict[str, str]:
