@@ -10,7 +10,16 @@ from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec, named
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["adding", "leaving", "renaming"]
+__all__ = ["adding", "leaving", "renaming", "replacing"]
+
+
+def replacing(spec: Spec, **fields: Any) -> Spec:
+    """A spec with other values of some fields, checked as a whole; what it did not say stays unsaid.
+
+    Raises:
+        GraftError: GC002 to GC012 where they do not fit.
+    """
+    return Spec.model_validate({**{field: getattr(spec, field) for field in spec.model_fields_set}, **fields})
 
 
 def adding(spec: Spec, adaptation: MethodSpec | Mapping[str, Any]) -> Spec:

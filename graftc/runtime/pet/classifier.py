@@ -22,6 +22,7 @@ from graftc.runtime.pet.plain import PlainEncoder, pad_id, positions_of
 from graftc.runtime.pet.task import Fields, Task
 from graftc.runtime.pet.training import Batch, draws, logits_of, train_classifier
 from graftc.runtime.recipes import Stage, tune
+from graftc.specs.changes import replacing
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -147,8 +148,7 @@ class Classifier:
         own = self._options.spec
         if not self._fills:
             return own
-        given = {field: getattr(own, field) for field in own.model_fields_set}
-        return Spec.model_validate({**given, "cloze": self._cloze.options([0])})
+        return replacing(own, cloze=self._cloze.options([0]))
 
     def _inputs(self, texts: Sequence[Fields]) -> Batch:
         if self._fills:

@@ -17,6 +17,7 @@ from graftc.runtime.pet.asking import AT_ONCE, Asking
 from graftc.runtime.pet.task import EnsembleMember, Examples, Task
 from graftc.runtime.pet.training import Batch, Questions, draws, train_members
 from graftc.runtime.recipes import Stage, tune
+from graftc.specs.changes import replacing
 from graftc.specs.compose import Bank
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
@@ -127,7 +128,7 @@ class _Group:
     def _spec(self) -> Spec:
         spec, cloze = self.task.spec.spec, self.task.encoder.options(self._known())
         own = banked(spec, len(self.members)) if self._banked else spec
-        return Spec.model_validate({**{field: getattr(own, field) for field in own.model_fields_set}, "cloze": cloze})
+        return replacing(own, cloze=cloze)
 
     def _asking(self) -> Asking:
         task = self.task
@@ -221,8 +222,7 @@ def banked(spec: Spec, slots: int) -> Spec:
         )
         for number, adaptation in enumerate(spec.adapt)
     ]
-    given = {field: getattr(spec, field) for field in spec.model_fields_set}
-    return Spec.model_validate({**given, "adapt": adapt, "compose": compose})
+    return replacing(spec, adapt=adapt, compose=compose)
 
 
 def telling(what: str) -> Callable[[int, int], None]:

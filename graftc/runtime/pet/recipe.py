@@ -67,8 +67,10 @@ def pet(
         seed: of all random numbers.
 
     Raises:
-        GraftError: GC058 for a folder that holds another recipe, GC179 for an auxiliary loss that the model has not,
-            GC181 where a loss is not finite, GC182 where there is nothing to learn from; and as `graftc.compile`.
+        GraftError: GC058 for a folder that holds another recipe, GC073 for arguments of another kind, GC082 where a
+            stage on the disk was changed, GC179 for an auxiliary loss that the model has not, GC180 for labels that the
+            document has not, GC181 where a loss is not finite, GC182 where there is nothing to learn from; and as
+            `graftc.compile`.
     """
     loaded, seed = load_pet_spec(spec), as_seed(seed)
     rows = data if isinstance(data, PetData) else load_pet_data(as_path(data), loaded.labels, loaded.slots)

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from graftc.passes.core.ir.shapes import raw_bytes
+from graftc.compiler.capture.fingerprint import tensor_digest
 from graftc.runtime.files import recover, staged, write_text
 from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.errors.diagnostics import GraftError
@@ -139,11 +139,7 @@ def _damaged(path: Path) -> GraftError:
 
 
 def _digest_of(tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(raw_bytes(tensor))
-    return found.hexdigest()
+    return _text_digest([f"{n} {t.dtype} {list(t.shape)} {tensor_digest(t)}" for n, t in sorted(tensors.items())])
 
 
 def _text_digest(lines: Sequence[str]) -> str:
