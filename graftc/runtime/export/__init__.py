@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from graftc.compiler.capture.fingerprint import identify
 from graftc.passes.core.ir.program_key import Signature
 from graftc.runtime.files import check_destination, staged
+from graftc.runtime.reference import Built
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
@@ -71,12 +72,16 @@ def export_model(
 
 
 def metadata(runner: ModelRunner, inputs: Sequence[str] = (), certificate: Certificate | None = None) -> dict[str, str]:
-    """What an exported file says of itself: spec, base fingerprint, adaptations that are inputs, certificate."""
+    """What an exported file says of itself: spec, base fingerprint, names of classes in the order of logits,
+    adaptations that are inputs, certificate."""
     compilation = runner._compilation
     found = {
         "graftc.spec": dump_spec(compilation.spec),
         "graftc.fingerprint": identify(compilation.source, replaced=compilation.replaced).fingerprint,
     }
+    labels = Built.of(compilation.model).labels or ()
+    if any(not label.startswith("LABEL_") for label in labels):  # which is what transformers calls those without a name
+        found["graftc.labels"] = json.dumps(labels)
     if inputs:
         found["graftc.inputs"] = json.dumps(list(inputs))
     if certificate is not None:
