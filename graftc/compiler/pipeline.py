@@ -25,7 +25,7 @@ from graftc.compiler.capture.signature import Axis, axes_of, described, fits, le
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.missing_weights import same_fresh
-from graftc.compiler.resolve.cloze import filling
+from graftc.compiler.resolve.cloze import filling, not_filling
 from graftc.compiler.resolve.quantise import linear_maps, quantised
 from graftc.compiler.resolve.tokens import with_room
 from graftc.compiler.resolve.untie import untied
@@ -247,7 +247,12 @@ def compile_model(
     compilation.held = held_by(source)
     compilation.store.originals = {n: p.detach() for n, p in given.items() if n in compilation.store.packed}
     del given
-    first_capture(model, axes, lambda attempt: add_signature(compilation, attempt, flags))
+    try:
+        first_capture(model, axes, lambda attempt: add_signature(compilation, attempt, flags))
+    except GraftError as error:
+        if spec.cloze is None:
+            raise
+        raise spec.locate(not_filling(error, model, spec.cloze)) from error
     compilation.store.originals = {}
     return compilation
 

@@ -242,6 +242,14 @@ def test_models_without_a_head_over_tokens_are_refused(make: Callable[[], nn.Mod
         graftc.compile({"adapt": [], "cloze": cloze("bert", TWO)}, make())
 
 
+@pytest.mark.parametrize("blank", [5, "last"])
+def test_blanks_in_the_input_of_t5_are_refused(blank: int | str) -> None:
+    """Its decoder has to be told what it starts with; BART shifts its input."""
+    with pytest.raises(graftc.GraftError, match=r"decoder is given nothing(.|\n)*decoder: \[pad token") as caught:
+        graftc.compile({"adapt": [], "cloze": {**cloze("bert", [[[1]], [[2]], [[3]]]), "blank": blank}}, model_of("t5"))
+    assert caught.value.code == "GC170" and str(caught.value.place) == "cloze.blank"
+
+
 def test_a_token_that_the_model_has_not_is_named() -> None:
     with pytest.raises(graftc.GraftError, match="there is no token 100: the model has 100") as caught:
         graftc.compile({"adapt": [], "cloze": cloze("bert", [[[1]], [[2]], [[3], [100]]])}, model_of("bert"))

@@ -131,6 +131,16 @@ def filling(model: nn.Module, options: ClozeOptions) -> nn.Module:
     return made  # type: ignore[no-any-return]
 
 
+def not_filling(error: GraftError, model: nn.Module, options: ClozeOptions) -> GraftError:
+    """Why a model does not run as one that fills blanks: GC170 where its decoder is given nothing, or else the error
+    itself."""
+    if error.code != "GC030" or options.decoder or not getattr(config_of(model), "is_encoder_decoder", False):
+        return error
+    message = f"{type(model).__name__} fills no blanks in its input: its decoder is given nothing"
+    hint = "leave blank out, and say how the decoder starts, for T5 decoder: [pad token, first sentinel]"
+    return GraftError("GC170", message, place=Place(path="cloze.blank"), hint=hint, details=[error.message])
+
+
 _PLACE = Place(path="cloze")
 
 
