@@ -6,9 +6,11 @@ import gc
 import math
 import os
 import shutil
+import subprocess
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -297,3 +299,20 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a file system of some KiB, or gives the one that is there another size; only root may."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+
+    def mount(room: int) -> Path:
+        options = f"remount,size={room}k" if folder.is_mount() else f"size={room}k"
+        command = ["mount", "-t", "tmpfs", "-o", options, "graftc-test", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no file system can be mounted here")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], capture_output=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,14 +13,13 @@ from torch import nn
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.runtime.api import SpecLike, compile
 from graftc.runtime.compiled import Compiled
-from graftc.runtime.files import recover, write_text
 from graftc.runtime.loading.load import load
+from graftc.runtime.recipe_folder import begin_recipe, make_folder
 from graftc.runtime.training.selecting import Loss
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import load_spec
 
-RECIPE = "recipe.json"
 RESULT = "result"
 
 
@@ -79,8 +77,8 @@ def tune(
         The trained model, in eval mode.
 
     Raises:
-        GraftError: GC056 where examples are needed and there are none, GC058 for a folder that holds another recipe,
-            and as `graftc.compile`.
+        GraftError: GC056 where examples are needed and there are none, GC058 for a folder that holds another recipe
+            or other files, GC064 where it cannot be written, and as `graftc.compile`.
     """
     loaded = load_spec(spec)
     kept = _Kept(Path(folder), loaded, seed) if folder is not None else None
@@ -125,22 +123,12 @@ class _Kept:
     """The folder of a recipe: ``recipe.json``, what each training starts from, and the result, as artifacts.
 
     Raises:
-        GraftError: GC058 where it holds another recipe.
+        GraftError: as `begin_recipe`.
     """
 
     def __init__(self, folder: Path, spec: Spec, seed: int) -> None:
         self.folder = folder
-        mine = {"spec": spec.model_dump(mode="json"), "seed": seed}
-        folder.mkdir(parents=True, exist_ok=True)
-        recover(folder)
-        path = folder / RECIPE
-        if not path.exists():
-            write_text(path, json.dumps(mine, indent=2))
-            return
-        held = json.loads(path.read_text(encoding="utf-8"))
-        other = [key for key in mine if held.get(key) != mine[key]]
-        if other:
-            raise GraftError("GC058", f"{folder} holds a recipe of another {' and '.join(other)}")
+        begin_recipe(folder, {"spec": spec.model_dump(mode="json"), "seed": seed})
 
     def latest(self, model: nn.Module) -> tuple[int, Compiled | None]:
         """The training to go on with, and the model that it starts from; 0 and the trained model where all are done,
@@ -170,6 +158,4 @@ class _Kept:
 
     def scratch(self, number: int) -> Path:
         """A folder for a training's own files."""
-        path = self.folder / f"training-{number}"
-        path.mkdir(exist_ok=True)
-        return path
+        return make_folder(self.folder / f"training-{number}")

@@ -40,15 +40,21 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[st
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around writers of other libraries: their errors of input and output become `OSError`."""
+    """Around writers of other libraries: their errors of input and output become `OSError`.
+
+    Those of safetensors have a class; the ones of tokenizers are plain exceptions whose text ends in the number.
+    """
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(_number(str(error)), str(error), str(path)) from error
+    except Exception as error:
+        number = _number(str(error))
+        if isinstance(error, OSError) or (number is None and not isinstance(error, SafetensorError)):
+            raise
+        raise OSError(errno.EIO if number is None else number, str(error), str(path)) from error
 
 
-def _number(text: str) -> int:
+def _number(text: str) -> int | None:
     """The system's number of an error, from the text that Rust gives it: ``... (os error 28)``."""
     _, found, rest = text.partition("(os error ")
     number = rest.partition(")")[0]
-    return int(number) if found and number.isdigit() else errno.EIO
+    return int(number) if found and number.isdigit() else None

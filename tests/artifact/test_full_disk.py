@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import functools
 import resource
-import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,22 +50,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
     # Adapters of a size that does not fit either.
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "ffn.up", "ffn.down"]}, "rank": 40}]}
     return adapted(saved_base(tmp_path_factory.mktemp("full") / "base"), spec)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Makes a file system of some KiB; only root may."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-
-    def mount(room: int) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={room}k", "graftc-test", str(folder)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("no file system can be mounted here")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", str(folder)], capture_output=True)
 
 
 def _fails(job: str, compiled: Compiled, path: Path) -> GraftError:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer
 from graftc.compiler import progress
 from graftc.runtime.cli.results import published_schema
 from graftc.runtime.files import check_folder
-from graftc.runtime.pet.stages import RECIPE
+from graftc.runtime.recipe_folder import RECIPE
 from graftc.specs.errors.diagnostics import GraftError
 from tests.cli.support import run_here
 from tests.pet.small import LORA, SPEC, data, model, tokenizer
@@ -60,7 +61,12 @@ def test_from_files_to_an_artifact(capsys: pytest.CaptureFixture[str]) -> None:
     assert own.get_vocab() == tokenizer().get_vocab()
     assert "\nGC058" in run_here(capsys, *ARGUMENTS, "--seed", "1").err
     exported = run_here(capsys, "export", "out/classifier", "-f", "onnx", "--out", "classifier.onnx", "--json")
-    assert exported.status == 0 and Path("classifier.onnx").is_file()
+    assert exported.status == 0
+    metadata = {entry.key: entry.value for entry in onnx.load("classifier.onnx").metadata_props}
+    assert json.loads(metadata["graftc.labels"]) == ["hockey", "space"]  # as they stand in the file
+    assert run_here(capsys, "merge", "out/classifier", "--out", "merged").status == 0
+    beside: Any = AutoTokenizer.from_pretrained("merged")
+    assert beside.get_vocab() == own.get_vocab()
 
 
 @pytest.mark.parametrize(

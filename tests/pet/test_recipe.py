@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 import graftc
@@ -253,11 +254,58 @@ def test_rows_that_are_not_there(base: nn.Module) -> None:
         pet(QUICK, base, tokenizer(), PetData(unlabelled=TextRows(({"title": "moon"},))))
 
 
+def test_a_full_disk(base: nn.Module, small_disk: Callable[[int], Path]) -> None:
+    """Wherever it is full, the run ends with GC064, and goes on when there is more room."""
+    spec, room, failures = {**QUICK, "patterns": QUICK["patterns"][:1]}, 16, 0
+    whole = pet(spec, base, tokenizer(), data())
+    while True:
+        folder = small_disk(room)
+        try:
+            made = pet(spec, base, tokenizer(), data(), folder=folder / "run")
+            break
+        except GraftError as error:
+            assert error.code == "GC064" and "No space left on device" in error.message
+            room, failures = room * 5 // 4, failures + 1
+    assert failures > 5 and _same(made, whole)
+
+
 def test_an_auxiliary_loss_that_a_model_has_not() -> None:
     """It is said before anything trains."""
     with pytest.raises(GraftError, match="no auxiliary loss") as error:
         pet({**SPEC, "patterns": SPEC["patterns"][:1]}, tiny("t5"), sentinels(), data())
-    assert error.value.code == "GC179"
+    assert error.value.code == "GC179" and str(error.value.place) == "training.auxiliary"
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "line", "path"),
+    [
+        ({"verbalizer": {"space": "space", "ice hockey": "puckish"}}, "GC178", "ice hockey: puckish", ".ice hockey"),
+        ({"verbalizer": {"space": ["nasa", "space"], "hockey": "Hockey space"}}, "GC178", "hockey: Hockey", ".hockey"),
+        ({"patterns": ["{text} {blank}", "{text} [SEP] {blank}"]}, "GC179", "[SEP]", "patterns[1]"),
+        (
+            {
+                "patterns": [
+                    "{text} {blank}",
+                    {"text": "{blank} {text}", "verbalizer": {"space": "moon", "hockey": "ox"}},
+                ]
+            },
+            "GC178",
+            "hockey: ox",
+            "patterns[1].verbalizer.hockey",
+        ),
+    ],
+)
+def test_errors_say_where_the_document_is_wrong(
+    base: nn.Module, tmp_path: Path, change: dict[str, Any], code: str, line: str, path: str
+) -> None:
+    text = yaml.safe_dump({**QUICK, **change}, sort_keys=False, width=200)
+    (tmp_path / "pet.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(GraftError) as error:
+        pet(tmp_path / "pet.yaml", base, tokenizer(), data(), folder=tmp_path / "run")
+    place = error.value.place
+    assert error.value.code == code and place is not None and place.path.endswith(path)
+    assert place.line is not None and line in text.splitlines()[place.line - 1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_member_with_an_empty_set(base: nn.Module) -> None:

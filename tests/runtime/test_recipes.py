@@ -156,6 +156,26 @@ def test_a_run_in_a_folder_is_the_same(tmp_path: Path) -> None:
     assert error.value.code == "GC058"
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "folder", "code"),
+    [
+        ("notes.txt", "mine", "recipe", "GC058"),
+        ("recipe.json", "{", "recipe", "GC058"),
+        ("recipe.json", "[]", "recipe", "GC058"),
+        ("file", "mine", "recipe/file", "GC064"),
+        ("file", "mine", "recipe/file/deep", "GC064"),
+    ],
+)
+def test_a_place_that_holds_something_else(tmp_path: Path, name: str, text: str, folder: str, code: str) -> None:
+    path = tmp_path / "recipe" / name
+    path.parent.mkdir()
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(GraftError) as error:
+        graftc.tune(SPEC, tiny("bert"), train, folder=tmp_path / folder)
+    assert error.value.code == code and str(tmp_path) in error.value.message
+    assert [each.name for each in path.parent.iterdir()] == [name] and path.read_text(encoding="utf-8") == text
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """A selection and two trainings, killed at random moments, end as a run that was not."""

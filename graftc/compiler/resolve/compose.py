@@ -144,10 +144,7 @@ def _difference(first: Resolved, other: Resolved) -> str | None:
 
 def placed(spec: Spec, unit: Unit, error: GraftError) -> GraftError:
     """An error with its place in the spec; methods and compositions name a field of theirs."""
-    path = unit.path + (f".{error.place.path}" if error.place is not None else "")
-    return spec.locate(
-        GraftError(error.code, error.message, place=Place(path=path), hint=error.hint, details=error.details)
-    )
+    return spec.locate(error.within(unit.path))
 
 
 # --- inputs -------------------------------------------------------------------------------------------------

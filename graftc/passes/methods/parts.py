@@ -82,5 +82,4 @@ def _within(part: str) -> Iterator[None]:
     except GraftError as error:
         if error.place is None or not error.place.path:
             raise
-        place = Place(path=f"{part}.{error.place.path}")
-        raise GraftError(error.code, error.message, place=place, hint=error.hint, details=error.details) from error
+        raise error.within(part) from error

@@ -16,12 +16,14 @@ from graftc.runtime.api import compile
 from graftc.runtime.artifact.write import save
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.loading.load import load
+from graftc.runtime.models import quiet_transformers
 from graftc.runtime.pet.asking import Asking, by_length, encoder_of
 from graftc.runtime.pet.members import telling
 from graftc.runtime.pet.plain import PlainEncoder, pad_id, positions_of
 from graftc.runtime.pet.task import Fields, Task
 from graftc.runtime.pet.training import Batch, draws, logits_of, train_classifier
 from graftc.runtime.recipes import Stage, tune
+from graftc.runtime.tensor_files import writing
 from graftc.specs.changes import replacing
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
@@ -36,7 +38,7 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
     """A classifier of transformers with a language model's own encoder, in eval mode.
 
     Args:
-        model: a language model of transformers; its tensors are copied.
+        model: a language model of transformers; the classifier shares its tensors.
         labels: names of the classes, in the order of logits.
         padding: the token that fills batches, where the model's config has none.
         seed: of what the language model has not: the head, and in some a pooler.
@@ -72,9 +74,10 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
     if not shared:
         message = f"{type(made).__name__} has nothing in common with {type(model).__name__}"
         raise GraftError("GC182", message, hint="classifier: {kind: cloze}")
-    getattr(made, prefix).load_state_dict(shared, strict=False)
     first = next(model.parameters())
     made = made.to(device=first.device, dtype=first.dtype).eval()
+    getattr(made, prefix).load_state_dict(shared, strict=False, assign=True)
+    made.tie_weights()
     taken = {f"{prefix}.{name}" for name in shared}
     mark_fresh(made, (name for name, _ in made.named_parameters() if name not in taken), type(model).__name__)
     return made
@@ -89,7 +92,7 @@ class Classifier:
     """
 
     def __init__(self, task: Task, tokenizer: Any) -> None:
-        self._task, self._options = task, task.spec.classifier
+        self._task, self._options, self._tokenizer = task, task.spec.classifier, tokenizer
         self._fills = self._options.kind == "cloze"
         self._base = task.model
         if not self._fills:
@@ -141,8 +144,13 @@ class Classifier:
         if self._fills:
             compiled.save(place, certify=False)
         else:  # a base that is nowhere else
-            base: Any = self._base
-            save(compiled, place, bundle=lambda folder: base.save_pretrained(folder))
+            save(compiled, place, bundle=self._save_base)
+
+    def _save_base(self, folder: Path) -> None:
+        base: Any = self._base
+        with quiet_transformers(), writing(folder):
+            for each in (base, self._tokenizer):  # merging copies the tokenizer that is beside a base
+                each.save_pretrained(folder)
 
     def _spec(self) -> Spec:
         own = self._options.spec

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from graftc.runtime.pet.blanks import BLANK, BlankKind, BlankTokenizer
 from graftc.runtime.pet.filling import FilledPattern
-from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.diagnostics import GraftError, Place, nearest
 from graftc.specs.errors.text import quoted, shown, some
 from graftc.specs.pet.document import PetSpec
 from graftc.specs.pet.pattern import PatternSpec
 from graftc.specs.pet.verbalizer import Verbalizer
+from graftc.specs.source import format_path
 
 __all__ = ["IGNORED", "MASKED", "ClozeEncoder"]
 
@@ -66,9 +67,8 @@ class ClozeEncoder:
         self.labels = self.verbalizers[0].labels
         """The labels, in the order of logits."""
         self._blanks = BlankTokenizer(tokenizer, blank)
-        self._filled = tuple(FilledPattern(pattern, self._blanks, self.max_length) for pattern in self.patterns)
-        pairs = zip(self._filled, self.verbalizers, strict=True)
-        self._words = tuple(self._words_of(filled, verbalizer) for filled, verbalizer in pairs)
+        self._filled = tuple(self._fillable(number) for number in range(len(self.patterns)))
+        self._words = tuple(self._words_of(number, own) for number, own in enumerate(self.verbalizers))
         self._start = self._blanks.pad_id if start is None else start
 
     @classmethod
@@ -183,7 +183,8 @@ class ClozeEncoder:
         """
         if not self.has_token_loss:
             hint = "training: {auxiliary: 0}"
-            raise GraftError("GC179", "a model that writes behind a sentinel has no auxiliary loss", hint=hint)
+            message = "a model that writes behind a sentinel has no auxiliary loss"
+            raise GraftError("GC179", message, place=Place(path="training.auxiliary"), hint=hint)
         batch = self.encode(rows, pattern)
         ids = batch["input_ids"]
         special = torch.tensor(sorted(self._blanks.special_ids), dtype=torch.int64)
@@ -207,14 +208,28 @@ class ClozeEncoder:
         known = set(self._blanks.tokenizer.get_vocab().values()) - self._blanks.special_ids
         return torch.tensor(sorted(known), dtype=torch.int64)
 
-    def _words_of(self, filled: FilledPattern, verbalizer: Verbalizer) -> dict[str, tuple[tuple[int, ...], ...]]:
-        found = {label: tuple(self._word(filled, word) for word in words) for label, words in verbalizer.items()}
+    def _fillable(self, number: int) -> FilledPattern:
+        try:
+            return FilledPattern(self.patterns[number], self._blanks, self.max_length)
+        except GraftError as error:
+            raise error.within(f"patterns[{number}]") from error
+
+    def _words_of(self, number: int, verbalizer: Verbalizer) -> dict[str, tuple[tuple[int, ...], ...]]:
+        filled = self._filled[number]
+        around = ("patterns", number) if filled.pattern.verbalizer is not None else ()
+        places = {label: format_path((*around, "verbalizer", label)) for label in self.labels}
+        found: dict[str, tuple[tuple[int, ...], ...]] = {}
         told: dict[frozenset[tuple[int, ...]], str] = {}
-        for label, words in found.items():
-            other = told.setdefault(frozenset(words), label)
+        for label, words in verbalizer.items():
+            try:
+                found[label] = tuple(self._word(filled, word) for word in words)
+            except GraftError as error:
+                raise error.within(places[label]) from error
+            other = told.setdefault(frozenset(found[label]), label)
             if other != label:
                 message = f"the words of {quoted(other)} and {quoted(label)} are the same tokens"
-                raise GraftError("GC178", message, hint="the tokenizer may not tell capitals apart; use other words")
+                hint = "the tokenizer may not tell capitals apart; use other words"
+                raise GraftError("GC178", message, place=Place(path=places[label]), hint=hint)
         return found
 
     def _word(self, filled: FilledPattern, word: str) -> tuple[int, ...]:

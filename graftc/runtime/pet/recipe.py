@@ -8,7 +8,6 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,10 @@ from graftc.runtime.pet.ensemble import accuracy, member_weights, mixed_logits
 from graftc.runtime.pet.members import Answers, trained_answers, try_members, untrained_answers
 from graftc.runtime.pet.result import Accuracies, GenerationResult, MemberResult, PetResult
 from graftc.runtime.pet.sets import Line, new_sets, set_of
-from graftc.runtime.pet.stages import RECIPE, KeptStages
+from graftc.runtime.pet.stages import KeptStages
 from graftc.runtime.pet.task import Examples, Task
 from graftc.specs.arguments import as_path, as_seed, kind_of
-from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 from graftc.specs.pet.document import PetSpec
 from graftc.specs.pet.io import load_pet_spec
@@ -78,7 +77,15 @@ def pet(
     place = None if folder is None else as_path(folder)
     # Trainings draw from torch's own random numbers, which all threads share.
     with _RUNNING, as_before(model), progress.working("PET of", type(model).__name__):
-        return _run(_task(loaded, model, tokenizer, rows, place, seed), tokenizer)
+        try:
+            task = _task(loaded, model, tokenizer, rows, place, seed)
+        except GraftError as error:
+            raise loaded.locate(error) from error
+        final = Classifier(task, tokenizer)
+        if not task.stages.begun:
+            _try_out(task, final)
+        task.stages.begin()
+        return _run(task, final)
 
 
 _RUNNING = threading.Lock()
@@ -135,19 +142,15 @@ def _task(spec: PetSpec, model: nn.Module, tokenizer: Any, data: PetData, folder
         "base": identify(model, full=True).fingerprint,
         "tokenizer": _digest([encoder.options(), sample]),
     }
-    task = Task(spec, model, encoder, **rows, seed=seed, stages=KeptStages(None, identity))
-    if folder is None or not (folder / RECIPE).exists():
-        _try_out(task, tokenizer)
-    return replace(task, stages=KeptStages(folder, identity))
+    return Task(spec, model, encoder, **rows, seed=seed, stages=KeptStages(folder, identity))
 
 
-def _try_out(task: Task, tokenizer: Any) -> None:
+def _try_out(task: Task, final: Classifier) -> None:
     """Compile what members and the classifier are, before anything is written or trained.
 
     Raises:
         GraftError: as `graftc.compile`, with a place in the document.
     """
-    final = Classifier(task, tokenizer)
     parts: list[tuple[str, Callable[[], None]]] = [
         ("spec", partial(try_members, task)),
         ("classifier.spec", final.tried),
@@ -156,10 +159,7 @@ def _try_out(task: Task, tokenizer: Any) -> None:
         try:
             run()
         except GraftError as error:
-            inner = error.place.path if error.place is not None else ""
-            place = Place(path=f"{part}.{inner}" if inner else part)
-            made = GraftError(error.code, error.message, place=place, hint=error.hint, details=error.details)
-            raise task.spec.locate(made) from error
+            raise task.spec.locate(error.within(part)) from error
 
 
 def _rows(given: TextRows | None, labels: Sequence[str]) -> Examples:
@@ -182,7 +182,7 @@ def _rows(given: TextRows | None, labels: Sequence[str]) -> Examples:
     return Examples(given.rows, [order[number] for number in given.labels])
 
 
-def _run(task: Task, tokenizer: Any) -> PetResult:
+def _run(task: Task, final: Classifier) -> PetResult:
     patterns = torch.tensor([member.pattern for member in task.members])
     untrained = {name: logits[patterns] for name, logits in untrained_answers(task).items()}
     before = _judged(task, untrained)
@@ -198,7 +198,6 @@ def _run(task: Task, tokenizer: Any) -> PetResult:
         _forget(task, generation - 1)
         generations.append(_generation(lines, task.spec.labels))
     mixed = task.stages.tensors("ensemble", lambda: {n: mixed_logits(own, weights) for n, own in answers.items()})
-    final = Classifier(task, tokenizer)
     classifier = final.trained(mixed["unlabelled"])
     asked = {name: rows for name, rows in task.asked.items() if name in _JUDGED}
     said = task.stages.tensors(

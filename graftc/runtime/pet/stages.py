@@ -14,10 +14,9 @@ from torch import Tensor
 
 from graftc.compiler.capture.fingerprint import tensor_digest
 from graftc.runtime.files import recover, staged, write_text
+from graftc.runtime.recipe_folder import begin_recipe, has_recipe, make_folder, read_plain
 from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.errors.diagnostics import GraftError
-
-RECIPE = "recipe.json"
 
 _DIGEST = "sha256"
 
@@ -26,34 +25,28 @@ class KeptStages:
     """Stages of a recipe by name: made once, and read where they are there already. Without a folder nothing is kept.
 
     Args:
-        folder: it is made where there is none.
+        folder: need not be there; `begin` makes it.
         identity: what the recipe depends on, as plain data.
+
+    Attributes:
+        begun: whether the folder holds the recipe already.
 
     Raises:
         GraftError: GC058 where the folder holds another recipe; it names what is another.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
-        self.folder = folder
-        if folder is None:
-            return
-        mine = json.loads(json.dumps(identity))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise GraftError("GC064", f"the folder {folder} cannot be made: {reason}") from error
-        recover(folder)
-        path = folder / RECIPE
-        if not path.exists():
-            if any(not each.name.startswith(".") for each in folder.iterdir()):
-                message = f"{folder} holds files and no {RECIPE}, so that nobody knows what they belong to"
-                raise GraftError("GC058", message, hint="take an empty folder")
-            write_text(path, json.dumps(mine, indent=2))
-        held = _read(path)
-        other = [key for key in mine if not isinstance(held, dict) or held.get(key) != mine[key]]
-        if other:
-            raise GraftError("GC058", f"{folder} holds a recipe of another {' and '.join(other)}")
+        self.folder, self._identity = folder, identity
+        self.begun = folder is not None and has_recipe(folder, identity)
+
+    def begin(self) -> None:
+        """Make the folder, where there is to be one.
+
+        Raises:
+            GraftError: GC064 where it cannot be made.
+        """
+        if self.folder is not None:
+            begin_recipe(self.folder, self._identity)
 
     def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors on the CPU: read from ``NAME.safetensors``, or made and written there."""
@@ -89,7 +82,7 @@ class KeptStages:
             return dict(make())
         if not path.exists():
             write_text(path, json.dumps(make(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        found: dict[str, Any] = _read(path)
+        found: dict[str, Any] = read_plain(path)
         return found
 
     def place(self, name: str) -> Path | None:
@@ -105,16 +98,8 @@ class KeptStages:
         if self.folder is None:
             return None
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recover(path.parent)
+        recover(make_folder(path.parent))
         return path
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise GraftError("GC058", f"{path} is damaged: it is no JSON", hint="take another folder") from error
 
 
 def _whole(path: Path) -> dict[str, Tensor]:

@@ -259,7 +259,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "No adaptation has another training run after the one this model is for.",
      "Merge, save or export the model. `compiled.stages_left` is the number of training runs that remain."),
     ("GC058", _FAILED, "the folder holds another recipe",
-     "The recipe that was started there has a different spec, seed or model.",
+     "The recipe that was started there has a different spec, seed or model; or the folder holds other files.",
      "Give every recipe a folder of its own, or remove the old one."),
     ("GC059", _WARNING, "tensors do not train",
      "In the first optimiser steps, tensors that should train had no gradient or did not move: they are in no "

@@ -10,7 +10,7 @@ import difflib
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from graftc.specs.errors.catalogue import CATALOGUE, Code
 from graftc.specs.errors.text import printable, quoted, some
@@ -75,6 +75,24 @@ class _Coded(Exception):  # noqa: N818
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, self._arguments()
+
+    def within(self, path: str) -> Self:
+        """The same, with its place at ``path``; where it names a place already, at that place below ``path``.
+
+        Args:
+            path: such as ``adapt[0]``.
+        """
+        inner = self.place.path if self.place is not None else ""
+        joined = path + (f".{inner}" if inner and not inner.startswith("[") else inner)
+        return type(self)(
+            self.code,
+            self.message,
+            place=Place(path=joined),
+            hint=self.hint,
+            details=self.details,
+            fix=self.fix,
+            corrected=self.corrected,
+        )
 
     @property
     def exit_code(self) -> int:

@@ -9,7 +9,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted, shown
 from graftc.specs.source import format_path
 from graftc.specs.spec_errors import reject
@@ -39,8 +39,7 @@ class Verbalizer(Mapping[str, tuple[str, ...]]):
 
     def __init__(self, words: Mapping[str, str | Sequence[str]]) -> None:
         for path, error in _problems(words):
-            place = Place(path=format_path(path))
-            raise GraftError(error.code, error.message, place=place, hint=error.hint, fix=error.fix)
+            raise error.within(format_path(path))
         self._words = {label: _listed(own) for label, own in words.items()}
 
     def __getitem__(self, label: str) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ def pet(
         from graftc.runtime.models import load_model, local_folder, quiet_transformers
         from graftc.runtime.pet.data import load_pet_data
         from graftc.runtime.pet.recipe import pet as run
-        from graftc.runtime.pet.stages import RECIPE
+        from graftc.runtime.recipe_folder import RECIPE
         from graftc.runtime.text.opening import moved, tokenizer_of
 
         check_apart(out, spec, data, model)
@@ -112,10 +112,11 @@ def pet(
 def _keep_tokenizer(tokenizer: Any, out: Path) -> Path:
     """The folder of the run's tokenizer, written where it is not there yet."""
     from graftc.runtime.files import staged
+    from graftc.runtime.tensor_files import writing
 
     place = out / TOKENIZER
     if not place.exists():
-        with staged(place) as staging:
+        with staged(place) as staging, writing(place):
             tokenizer.save_pretrained(staging)
     return place
 
