@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftc.compiler import progress
 from graftc.compiler.missing_weights import mark_fresh
@@ -44,7 +44,7 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
         seed: of what the language model has not: the head, and in some a pooler.
 
     Raises:
-        GraftError: GC182 where transformers has no such classifier.
+        GraftError: GC182 where transformers has no such classifier, or the model's own layers are not of its form.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -74,6 +74,10 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
     if not shared:
         message = f"{type(made).__name__} has nothing in common with {type(model).__name__}"
         raise GraftError("GC182", message, hint="classifier: {kind: cloze}")
+    lost = [name for name in own if name not in shared and _is_there(getattr(model, prefix, model), name)]
+    if lost:
+        message = f"{lost[0]} of {type(model).__name__} is stored in another form, which {type(made).__name__} has not"
+        raise GraftError("GC182", message, hint="give the model before it was quantised, or classifier: {kind: cloze}")
     first = next(model.parameters())
     made = made.to(device=first.device, dtype=first.dtype).eval()
     getattr(made, prefix).load_state_dict(shared, strict=False, assign=True)
@@ -81,6 +85,15 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
     taken = {f"{prefix}.{name}" for name in shared}
     mark_fresh(made, (name for name, _ in made.named_parameters() if name not in taken), type(model).__name__)
     return made
+
+
+def _is_there(model: nn.Module, name: str) -> bool:
+    """Whether a model has the module of a tensor."""
+    try:
+        model.get_submodule(name.rpartition(".")[0])
+    except AttributeError:
+        return False
+    return True
 
 
 class Classifier:
