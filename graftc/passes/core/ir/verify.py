@@ -212,11 +212,12 @@ def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = Fal
         strict: hold the base's own nodes to it as well, but for what depends on values.
     """
     numbers, assigned, ranges = count(), {}, _ranges(program)
+    given = {str(symbol) for symbol in SymbolNames(program).symbols}
 
     def assign(symbol: str) -> int:
         if symbol not in assigned:
-            # How many rows the data select is free, but graphs divide it by other sizes.
-            free = math.prod(choice) if symbol.startswith("u") else choice[next(numbers) % len(choice)]
+            # No input has it: how many rows the data select. It is free, but graphs divide it by other sizes.
+            free = choice[next(numbers) % len(choice)] if symbol in given else math.prod(choice)
             low, high = ranges.get(symbol, (0, None))
             free = free if free >= low else low + free
             assigned[symbol] = free if high is None else min(free, high)
