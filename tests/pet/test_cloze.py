@@ -242,6 +242,28 @@ def test_models_without_a_head_over_tokens_are_refused(make: Callable[[], nn.Mod
         graftc.compile({"adapt": [], "cloze": cloze("bert", TWO)}, make())
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_tokens_for_a_decoder_that_is_not_there_are_refused(family: str) -> None:
+    """They would say which place of the text is read."""
+    own = {**cloze("bert", [[[1]], [[2]], [[3]]]), "blank": None, "decoder": [0, 3]}
+    with pytest.raises(graftc.GraftError, match="has no decoder beside an encoder") as caught:
+        graftc.compile({"adapt": [], "cloze": own}, model_of(family))
+    assert caught.value.code == "GC170" and str(caught.value.place) == "cloze.decoder"
+
+
+def test_a_forward_that_was_replaced_in_an_instance_is_refused() -> None:
+    """It computes with the tensors of the model, which do not train."""
+    own: Any = model_of("bert")
+    query = own.bert.encoder.layer[0].attention.self.query
+    query.forward = query.forward
+    try:
+        with pytest.raises(graftc.GraftError, match="query was replaced in the instance") as caught:
+            graftc.compile({"adapt": [], "cloze": cloze("bert", TWO)}, own)
+    finally:
+        del query.forward
+    assert caught.value.code == "GC170"
+
+
 @pytest.mark.parametrize("blank", [5, "last"])
 def test_blanks_in_the_input_of_t5_are_refused(blank: int | str) -> None:
     """Its decoder has to be told what it starts with; BART shifts its input."""

@@ -121,8 +121,16 @@ def filling(model: nn.Module, options: ClozeOptions) -> nn.Module:
         hint = "give a masked, causal or sequence-to-sequence language model of transformers, with its head"
         raise GraftError("GC170", f"{type(model).__name__} has no head over a vocabulary", place=_PLACE, hint=hint)
     _require_tokens(model, options)
-    made = sharing_copy(model)
     decodes = bool(getattr(config, "is_encoder_decoder", False))
+    if options.decoder and not decodes:
+        message = f"{type(model).__name__} has no decoder beside an encoder that could be given tokens of its own"
+        hint = "blank: the mask token, or, for a model that writes from left to right, blank: last"
+        raise GraftError("GC170", message, place=Place(path="cloze.decoder"), hint=hint)
+    patched = next((name for name, module in model.named_modules() if "forward" in vars(module)), None)
+    if patched is not None:  # it has the tensors of the model itself, and none of the copy's
+        message = f"the forward of {patched or type(model).__name__} was replaced in the instance, which no copy has"
+        raise GraftError("GC170", message, place=_PLACE, hint="replace it in a subclass, or use a hook")
+    made = sharing_copy(model)
     made.__class__ = _filling_class(cast("Any", type(model)), len(options.verbalizers) > 1, decodes)
     made.cloze = _plain(options)
     made.config.num_labels = len(options.labels)
