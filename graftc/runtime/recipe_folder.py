@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from graftc.runtime.destinations import cannot_write
 from graftc.runtime.files import recover, write_text
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["RECIPE", "begin_recipe", "has_recipe", "make_folder", "read_plain"]
+__all__ = ["RECIPE", "begin_recipe", "has_recipe", "make_folder"]
 
 RECIPE = "recipe.json"
 
@@ -28,13 +29,13 @@ def has_recipe(folder: Path, identity: Mapping[str, Any]) -> bool:
     """
     recover(folder)
     path = folder / RECIPE
-    if not path.exists():
+    if not os.path.lexists(path):
         if folder.is_dir() and any(not each.name.startswith(".") for each in folder.iterdir()):
             message = f"{folder} holds files and no {RECIPE}, so that nobody knows what they belong to"
             raise GraftError("GC058", message, hint="take an empty folder")
         return False
-    mine, held = json.loads(json.dumps(identity)), read_plain(path)
-    other = [key for key in mine if not isinstance(held, dict) or held.get(key) != mine[key]]
+    mine, held = json.loads(json.dumps(identity)), _read(path)
+    other = [key for key in mine if held.get(key) != mine[key]]
     if other:
         raise GraftError("GC058", f"{folder} holds a recipe of another {' and '.join(other)}")
     return True
@@ -67,13 +68,16 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def read_plain(path: Path) -> Any:
-    """Plain data of a JSON file.
+def _read(path: Path) -> dict[str, Any]:
+    """What a folder's recipe depends on.
 
     Raises:
-        GraftError: GC058 where it is none.
+        GraftError: GC058 where the file does not say it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise GraftError("GC058", f"{path} is damaged: it is no JSON", hint="take another folder") from error
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would never end
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise GraftError("GC058", f"{path} is damaged: it does not say what is kept here", hint="take another folder")
+    return found

@@ -16,6 +16,7 @@ from graftc.runtime.compiled import Compiled
 from graftc.runtime.loading.load import load
 from graftc.runtime.recipe_folder import begin_recipe, make_folder
 from graftc.runtime.training.selecting import Loss
+from graftc.specs.arguments import as_path, kind_of
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import load_spec
@@ -78,10 +79,13 @@ def tune(
 
     Raises:
         GraftError: GC056 where examples are needed and there are none, GC058 for a folder that holds another recipe
-            or other files, GC064 where it cannot be written, and as `graftc.compile`.
+            or other files, GC064 where it cannot be written, GC073 for arguments of
+            another kind, and as `graftc.compile`.
     """
     loaded = load_spec(spec)
-    kept = _Kept(Path(folder), loaded, seed) if folder is not None else None
+    if not callable(train):
+        raise GraftError("GC073", f"train is {kind_of(train)}", hint="give a function of a model and a Stage")
+    kept = _Kept(as_path(folder), loaded, seed) if folder is not None else None
     number, compiled = kept.latest(model) if kept is not None else (0, None)
     if compiled is None:
         compiled = compile(loaded, model, example_inputs, seed=seed)

@@ -60,6 +60,14 @@ def test_from_files_to_an_artifact(capsys: pytest.CaptureFixture[str]) -> None:
     own: Any = AutoTokenizer.from_pretrained("out/tokenizer")
     assert own.get_vocab() == tokenizer().get_vocab()
     assert "\nGC058" in run_here(capsys, *ARGUMENTS, "--seed", "1").err
+    Path("out/tokenizer/tokenizer.json").write_text("{}", encoding="utf-8")
+    whole = Path("out/results.json").read_bytes()
+    Path("out/results.json").write_bytes(whole + b" ")
+    assert "\nGC082: out/results.json is damaged" in run_here(capsys, *ARGUMENTS).err
+    Path("out/results.json").unlink()
+    assert run_here(capsys, *ARGUMENTS).status == 0 and Path("out/results.json").read_bytes() == whole
+    own = AutoTokenizer.from_pretrained("out/tokenizer")  # what is there is written again
+    assert own.get_vocab() == tokenizer().get_vocab()
     exported = run_here(capsys, "export", "out/classifier", "-f", "onnx", "--out", "classifier.onnx", "--json")
     assert exported.status == 0
     metadata = {entry.key: entry.value for entry in onnx.load("classifier.onnx").metadata_props}

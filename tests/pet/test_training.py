@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,14 +98,67 @@ class Packed(nn.Module):
         self.bias = own.bias
 
 
-@pytest.mark.parametrize("name", ["weight", "codes"])
-def test_packed_layers_are_no_start_for_a_classifier(name: str) -> None:
-    """They would be random in it, and nothing would tell."""
+def _packed(layer: Any, name: str) -> None:
+    layer.output.dense = Packed(layer.output.dense, name)
+
+
+def _narrow(layer: Any) -> None:
+    layer.output.dense.weight = nn.Parameter(torch.zeros(3, 3))
+
+
+class Halved(nn.Linear):
+    """What a subclass computes, a classifier would not."""
+
+
+def _replaced(layer: Any) -> None:
+    layer.attention.self.query.__class__ = Halved
+
+
+def _hooked(layer: Any) -> None:
+    layer.register_forward_hook(lambda *_: None)
+
+
+def _patched(layer: Any) -> None:
+    layer.forward = layer.forward
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda layer: _packed(layer, "weight"),
+            "output.dense of BertForMaskedLM is a tests.pet.test_training.Packed,",
+        ),
+        (
+            lambda layer: _packed(layer, "codes"),
+            "output.dense of BertForMaskedLM is a tests.pet.test_training.Packed,",
+        ),
+        (_narrow, "layer.0.output.dense of BertForMaskedLM is stored in another form"),
+        (
+            _replaced,
+            "is a tests.pet.test_training.Halved, and in a new classifier a torch.nn.",
+        ),
+        (_hooked, "layer.0 of BertForMaskedLM has a forward or hooks of its own"),
+        (_patched, "layer.0 of BertForMaskedLM has a forward or hooks of its own"),
+    ],
+)
+def test_what_a_new_classifier_would_not_have_is_refused(change: Callable[[Any], None], said: str) -> None:
+    """Its layers would be random or others, and nothing would tell."""
     base: Any = model()
-    base.bert.encoder.layer[0].output.dense = Packed(base.bert.encoder.layer[0].output.dense, name)
-    with pytest.raises(GraftError, match=r"encoder\.layer\.0\.output\.dense\.weight of BertForMaskedLM") as error:
+    change(base.bert.encoder.layer[0])
+    with pytest.raises(GraftError) as error:
         sequence_classifier(base, ["a", "b"], 0, 0)
-    assert error.value.code == "GC182"
+    assert error.value.code == "GC182" and said in error.value.message
+
+
+def test_modules_that_a_model_shares_are_not_shared_in_a_classifier(tmp_path: Path) -> None:
+    """Its class would not write them."""
+    base: Any = model(num_hidden_layers=2)
+    base.bert.encoder.layer[1].attention.self.query = base.bert.encoder.layer[0].attention.self.query
+    made = sequence_classifier(base, ["a", "b"], 0, 0)
+    made.save_pretrained(tmp_path)
+    first, second = (layer.attention.self.query.weight for layer in made.bert.encoder.layer)
+    assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
 
 
 def test_fields_are_a_text_or_a_pair() -> None:

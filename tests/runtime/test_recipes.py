@@ -176,6 +176,21 @@ def test_a_place_that_holds_something_else(tmp_path: Path, name: str, text: str,
     assert [each.name for each in path.parent.iterdir()] == [name] and path.read_text(encoding="utf-8") == text
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
+    """Reading it would never end."""
+    os.mkfifo(tmp_path / "recipe.json")
+    with pytest.raises(GraftError, match="does not say what is kept here"):
+        graftc.tune(SPEC, tiny("bert"), train, folder=tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"folder": 5}, {"folder": ""}, {"train": "train"}])
+def test_arguments_of_another_kind(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(GraftError) as error:
+        graftc.tune(SPEC, tiny("bert"), **{"train": train, "folder": tmp_path, **change})
+    assert error.value.code == "GC073"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """A selection and two trainings, killed at random moments, end as a run that was not."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.resolve.cloze import PATTERN
 from graftc.runtime.compiled import Compiled
+from graftc.runtime.pet.direction import blank_kind
 from graftc.runtime.pet.encoding import ClozeEncoder
 from graftc.runtime.pet.plain import positions_of
 from graftc.runtime.pet.task import Fields
@@ -75,11 +76,12 @@ def encoder_of(spec: PetSpec, tokenizer: Any, model: nn.Module, max_length: int 
     Args:
         spec: the document.
         tokenizer: the model's.
-        model: bounds lengths by its positions, and says how its decoder starts, if it has one.
+        model: bounds lengths by its positions, and says what a blank is and how its decoder starts, if it has one.
         max_length: tokens of a text at most; by default that of members' training.
     """
     start = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
-    return ClozeEncoder.of(spec, tokenizer, max_length, positions=positions_of(model), start=start)
+    blank = blank_kind(model, tokenizer)
+    return ClozeEncoder.of(spec, tokenizer, max_length, blank=blank, positions=positions_of(model), start=start)
 
 
 def by_length(texts: Sequence[Fields], copies: int = 1) -> Iterator[list[int]]:

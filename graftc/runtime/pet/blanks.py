@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted, some
 
-__all__ = ["BLANK", "BlankKind", "BlankTokenizer"]
+__all__ = ["BLANK", "BlankKind", "BlankTokenizer", "has_sentinel"]
 
 BLANK = "\ue000"
 """The character of texts that stands for a blank; of private use, and taken out of data."""
@@ -181,10 +181,15 @@ def _sentinel(tokenizer: Any) -> int | None:
     return None if found is None or found == tokenizer.unk_token_id else int(found)
 
 
+def has_sentinel(tokenizer: Any) -> bool:
+    """Whether a tokenizer has the sentinel of T5."""
+    return _sentinel(tokenizer) is not None
+
+
 def _kind_of(tokenizer: Any) -> BlankKind:
     if tokenizer.mask_token_id is not None:
         return "mask"
-    return "last" if _sentinel(tokenizer) is None else "sentinel"
+    return "sentinel" if has_sentinel(tokenizer) else "last"
 
 
 def _blank_id(tokenizer: Any, kind: BlankKind) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,32 +68,74 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
     made.config._name_or_path = ""  # it is nowhere yet
     prefix = made.base_model_prefix
     # Encoder-decoders have no part of that name, and their tensors have the names that it gives them.
-    known = getattr(model, prefix, model).state_dict()
-    own = getattr(made, prefix).state_dict() if hasattr(made, prefix) else {}
-    shared = {name: known[name] for name in own if name in known and known[name].shape == own[name].shape}
-    if not shared:
+    source, part = getattr(model, prefix, model), getattr(made, prefix, None)
+    own = part.state_dict() if part is not None else {}
+    shared = {name: known for name, known in source.state_dict().items() if _same_form(known, own.get(name))}
+    if part is None or not shared:
         message = f"{type(made).__name__} has nothing in common with {type(model).__name__}"
         raise GraftError("GC182", message, hint="classifier: {kind: cloze}")
-    lost = [name for name in own if name not in shared and _is_there(getattr(model, prefix, model), name)]
-    if lost:
-        message = f"{lost[0]} of {type(model).__name__} is stored in another form, which {type(made).__name__} has not"
-        raise GraftError("GC182", message, hint="give the model before it was quantised, or classifier: {kind: cloze}")
+    _require_alike(source, part, own.keys() - shared.keys(), model)
     first = next(model.parameters())
     made = made.to(device=first.device, dtype=first.dtype).eval()
-    getattr(made, prefix).load_state_dict(shared, strict=False, assign=True)
+    part.load_state_dict(_apart(shared), strict=False, assign=True)
     made.tie_weights()
     taken = {f"{prefix}.{name}" for name in shared}
     mark_fresh(made, (name for name, _ in made.named_parameters() if name not in taken), type(model).__name__)
     return made
 
 
-def _is_there(model: nn.Module, name: str) -> bool:
-    """Whether a model has the module of a tensor."""
-    try:
-        model.get_submodule(name.rpartition(".")[0])
-    except AttributeError:
-        return False
-    return True
+def _same_form(known: Tensor, own: Tensor | None) -> bool:
+    return own is not None and known.shape == own.shape
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors each with its own storage, as those of the class are that it does not tie itself."""
+    seen: set[int] = set()
+    made: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        made[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return made
+
+
+def _require_alike(source: nn.Module, part: nn.Module, lost: Collection[str], model: nn.Module) -> None:
+    """Whether a model's encoder is one that its class makes: what was put into it would be missing in a classifier, and
+    nothing would tell.
+
+    Args:
+        source: the language model's encoder.
+        part: the classifier's.
+        lost: tensors of the classifier's encoder that the model has not in this form.
+        model: for messages.
+
+    Raises:
+        GraftError: GC182.
+    """
+    mine = dict(source.named_modules(remove_duplicate=False))
+    for path, module in part.named_modules(remove_duplicate=False):
+        held = mine.get(path)
+        if held is None or held is model:
+            continue
+        if type(held) is not type(module):
+            what = f"is a {_class_of(held)}, and in a new classifier a {_class_of(module)}"
+        elif "forward" in vars(held) or held._forward_hooks or held._forward_pre_hooks:
+            what = "has a forward or hooks of its own, which a new classifier has not"
+        elif any(f"{path}.{name}".lstrip(".") in lost for name, _ in _tensors_of(module)):
+            what = "is stored in another form than in a new classifier"
+        else:
+            continue
+        message = f"{path or 'the encoder'} of {type(model).__name__} {what}"
+        raise GraftError("GC182", message, hint="classifier: {kind: cloze}, or give a model as its class makes it")
+
+
+def _class_of(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
 
 
 class Classifier:

@@ -221,10 +221,11 @@ class ClozeEncoder:
         found: dict[str, tuple[tuple[int, ...], ...]] = {}
         told: dict[frozenset[tuple[int, ...]], str] = {}
         for label, words in verbalizer.items():
-            try:
-                found[label] = tuple(self._word(filled, word) for word in words)
-            except GraftError as error:
-                raise error.within(places[label]) from error
+            for index, word in enumerate(words):
+                try:
+                    found[label] = (*found.get(label, ()), self._word(filled, word))
+                except GraftError as error:
+                    raise error.within(places[label] + (f"[{index}]" if len(words) > 1 else "")) from error
             other = told.setdefault(frozenset(found[label]), label)
             if other != label:
                 message = f"the words of {quoted(other)} and {quoted(label)} are the same tokens"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compiler import progress
+from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.fingerprint import identify
 from graftc.runtime.pet.asking import encoder_of
 from graftc.runtime.pet.classifier import Classifier
@@ -77,6 +78,7 @@ def pet(
     place = None if folder is None else as_path(folder)
     # Trainings draw from torch's own random numbers, which all threads share.
     with _RUNNING, as_before(model), progress.working("PET of", type(model).__name__):
+        model = arrived(model)
         try:
             task = _task(loaded, model, tokenizer, rows, place, seed)
         except GraftError as error:
@@ -224,7 +226,7 @@ def _run(task: Task, final: Classifier) -> PetResult:
         ensemble=_accuracies(task, mixed),
         final=_accuracies(task, said),
     )
-    task.stages.plain("results", made.to_json)
+    task.stages.plain("results", made.to_json())
     return made
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graftc.compiler.capture.fingerprint import tensor_digest
 from graftc.runtime.files import recover, staged, write_text
-from graftc.runtime.recipe_folder import begin_recipe, has_recipe, make_folder, read_plain
+from graftc.runtime.recipe_folder import begin_recipe, has_recipe, make_folder
 from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -75,15 +75,20 @@ class KeptStages:
             pass
         raise _damaged(path)
 
-    def plain(self, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """Plain data: read from ``NAME.json``, or made and written there."""
+    def plain(self, name: str, data: Mapping[str, Any]) -> None:
+        """Plain data, in ``NAME.json``; what is there already has to be the same.
+
+        Raises:
+            GraftError: GC082 where it is not.
+        """
         path = self._path(f"{name}.json")
         if path is None:
-            return dict(make())
+            return
+        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         if not path.exists():
-            write_text(path, json.dumps(make(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        found: dict[str, Any] = read_plain(path)
-        return found
+            write_text(path, text)
+        elif not path.is_file() or path.read_bytes() != text.encode("utf-8", "surrogatepass"):
+            raise _damaged(path)
 
     def place(self, name: str) -> Path | None:
         """The path of a folder for a stage that keeps its own files; None where nothing is kept."""

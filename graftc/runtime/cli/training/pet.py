@@ -110,14 +110,13 @@ def pet(
 
 
 def _keep_tokenizer(tokenizer: Any, out: Path) -> Path:
-    """The folder of the run's tokenizer, written where it is not there yet."""
+    """The folder of the run's tokenizer. It is written each time: nothing says whether one that is there is whole."""
     from graftc.runtime.files import staged
     from graftc.runtime.tensor_files import writing
 
     place = out / TOKENIZER
-    if not place.exists():
-        with staged(place) as staging, writing(place):
-            tokenizer.save_pretrained(staging)
+    with staged(place, force=True, replaceable=Path.is_dir) as staging, writing(place):
+        tokenizer.save_pretrained(staging)
     return place
 
 
