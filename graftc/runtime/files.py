@@ -233,6 +233,28 @@ def _unlock(lock: int | None) -> None:
         os.close(lock)
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path | None) -> Iterator[None]:
+    """Inside, nobody else who asks for it is at work in a folder: no other process, thread or call. Where there is no
+    folder, or no such lock, nothing is held.
+
+    Raises:
+        GraftError: GC063 where somebody is.
+    """
+    lock = None
+    try:
+        lock = None if folder is None else _lock(folder)
+    except BlockingIOError as error:
+        hint = "wait until it has ended, or take another folder"
+        raise GraftError("GC063", f"another run is at work in {folder}", hint=hint) from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        _unlock(lock)
+
+
 def recover(folder: Path) -> None:
     """Finish or throw away what killed runs of this user left in ``folder``. What cannot be mended stays as it is."""
     if sys.platform == "win32":

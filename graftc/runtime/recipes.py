@@ -13,6 +13,7 @@ from torch import nn
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.runtime.api import SpecLike, compile
 from graftc.runtime.compiled import Compiled
+from graftc.runtime.files import alone_in
 from graftc.runtime.loading.load import load
 from graftc.runtime.recipe_folder import begin_recipe, make_folder
 from graftc.runtime.training.selecting import Loss
@@ -79,16 +80,31 @@ def tune(
 
     Raises:
         GraftError: GC056 where examples are needed and there are none, GC058 for a folder that holds another recipe
-            or other files, GC064 where it cannot be written, GC073 for arguments of
-            another kind, and as `graftc.compile`.
+            or other files, GC063 where another run is at work there, GC064 where it cannot be written, GC073 for
+            arguments of another kind, and as `graftc.compile`.
     """
     loaded = load_spec(spec)
     if not callable(train):
         raise GraftError("GC073", f"train is {kind_of(train)}", hint="give a function of a model and a Stage")
     kept = _Kept(as_path(folder), loaded, seed) if folder is not None else None
+    with alone_in(kept.folder if kept is not None else None):
+        return _trained(loaded, model, train, kept, examples, loss, example_inputs, seed)
+
+
+def _trained(
+    spec: Spec,
+    model: nn.Module,
+    train: Train,
+    kept: _Kept | None,
+    examples: Iterable[Mapping[str, Any]] | None,
+    loss: Loss | None,
+    example_inputs: ExampleInputs | None,
+    seed: int,
+) -> Compiled:
+    """Every training that is not done yet."""
     number, compiled = kept.latest(model) if kept is not None else (0, None)
     if compiled is None:
-        compiled = compile(loaded, model, example_inputs, seed=seed)
+        compiled = compile(spec, model, example_inputs, seed=seed)
         number = 1
         if compiled.unselected:
             if examples is None:

@@ -184,6 +184,22 @@ def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
         graftc.tune(SPEC, tiny("bert"), train, folder=tmp_path)
 
 
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    """Whoever begins in the folder of a run that has not ended is told so; the run itself goes on."""
+    model, seen = tiny("bert"), []
+
+    def again(compiled: Compiled, stage: Stage) -> None:
+        with pytest.raises(GraftError, match="another run is at work in") as error:
+            graftc.tune(SPEC, model, train, folder=tmp_path)
+        seen.append(error.value.code)
+        train(compiled, stage)
+
+    tuned = graftc.tune(SPEC, model, again, folder=tmp_path)
+    assert seen == ["GC063"] * 4
+    alone = graftc.tune(SPEC, model, train)
+    assert same_bits(list(tuned.adapter_state_dict().values()), list(alone.adapter_state_dict().values()))
+
+
 @pytest.mark.parametrize("change", [{"folder": 5}, {"folder": ""}, {"train": "train"}])
 def test_arguments_of_another_kind(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(GraftError) as error:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from graftc.compiler import progress
 from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.fingerprint import identify
+from graftc.runtime.files import alone_in
 from graftc.runtime.pet.asking import encoder_of
 from graftc.runtime.pet.classifier import Classifier
 from graftc.runtime.pet.data import PetData, TextRows, load_pet_data
@@ -67,10 +68,10 @@ def pet(
         seed: of all random numbers.
 
     Raises:
-        GraftError: GC058 for a folder that holds another recipe, GC073 for arguments of another kind, GC082 where a
-            stage on the disk was changed, GC179 for an auxiliary loss that the model has not, GC180 for labels that the
-            document has not, GC181 where a loss is not finite, GC182 where there is nothing to learn from; and as
-            `graftc.compile`.
+        GraftError: GC058 for a folder that holds another recipe, GC063 for one in which another run is at work, GC073
+            for arguments of another kind, GC082 where a stage on the disk was changed, GC179 for an auxiliary loss that
+            the model has not, GC180 for labels that the document has not, GC181 where a loss is not finite, GC182 where
+            there is nothing to learn from; and as `graftc.compile`.
     """
     loaded, seed = load_pet_spec(spec), as_seed(seed)
     rows = data if isinstance(data, PetData) else load_pet_data(as_path(data), loaded.labels, loaded.slots)
@@ -87,7 +88,8 @@ def pet(
         if not task.stages.begun:
             _try_out(task, final)
         task.stages.begin()
-        return _run(task, final)
+        with alone_in(task.stages.folder):
+            return _run(task, final)
 
 
 _RUNNING = threading.Lock()
