@@ -5,7 +5,7 @@
 Six groups of 20 Newsgroups (`benchmarks.pet_data`), MiniLM with a masked-language-modelling head
 (`benchmarks.masked_minilm`). All four start from that model and have the same labelled texts. Without labels
 nothing trains in PET's members, so that LoRA-PET is PET. A run is a line of ``pet-runs.jsonl``, which is read first:
-what is there is not run again. Writes pet.json and pet.md.
+what is there with the same numbers of steps is not run again. Writes pet.json and pet.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from graftc.runtime.pet.training import draws, logits_of
 
 LABELS, SEEDS = (0, 10, 50, 100), (0, 1, 2)
 UNLABELLED = TEST = 150
-TOKENS, STEPS, DISTILLING = 32, 30, 60
+TOKENS, STEPS, DISTILLING = 32, 60, 200
 PATTERNS = ["{text} This text is about {blank}.", "Topic: {blank}. {text}", "A discussion of {blank}: {text}"]
 LORA = {"method": "lora", "rank": 8, "target": {"role": ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down"]}}
 METHODS: dict[str, dict[str, Any]] = {
@@ -102,7 +102,7 @@ def supervised(model: Any, tokenizer: Any, task: Few, seed: int) -> float:
 def run(method: str, labels: int, seed: int, model: Any, tokenizer: Any) -> dict[str, Any]:
     """A run's accuracies on the test set."""
     task, started = task_of(labels, seed), time.perf_counter()
-    made: dict[str, Any] = {"method": method, "labels": labels, "seed": seed}
+    made: dict[str, Any] = {"method": method, "labels": labels, "seed": seed, "steps": [STEPS, DISTILLING]}
     if method == "supervised":
         made["classifier"] = supervised(model, tokenizer, task, seed) if labels else 1 / len(task.names)
     else:
@@ -130,7 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = find_masked_minilm()
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     kept = options.out / "pet-runs.jsonl"
-    runs = [json.loads(line) for line in kept.read_text("utf-8").splitlines()] if kept.exists() else []
+    lines = kept.read_text("utf-8").splitlines() if kept.exists() else []
+    runs = [each for each in map(json.loads, lines) if each["steps"] == [STEPS, DISTILLING]]
     done = {(each["method"], each["labels"], each["seed"]) for each in runs}
     for seed in options.seeds:
         for labels in options.labels:
