@@ -28,12 +28,14 @@ def _bart() -> Any:
 
 @pytest.mark.parametrize("make", [_t5, _bart])
 @pytest.mark.parametrize("adapt", [{"method": "full"}, LORA])
-def test_they_are_read_back(make: Any, adapt: dict[str, Any], tmp_path: Path) -> None:
+def test_they_are_read_back_and_exported(make: Any, adapt: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = make().eval()
     compiled = graftc.compile({"adapt": [adapt]}, model).eval()
     perturb(compiled)
     compiled.save(tmp_path / "artifact")
+    if adapt != LORA:
+        compiled.export(tmp_path / "model.onnx")  # which ONNX Runtime checks
     loaded = graftc.load(tmp_path / "artifact", model).eval()
     for rows in (1, 2, 5):
         ids = torch.randint(4, 40, (rows, 7))

@@ -39,7 +39,7 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
     """
     onnx, ort, ir = _package("onnx"), _package("onnxruntime"), _package("onnx_ir")
     try:
-        with _quiet():
+        with _quiet(), torch.no_grad():
             exporters: Any = importlib.import_module("transformers.exporters")
             own = {"opset_version": OPSET} if module.packed else {}
             config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=module.dynamic_shapes(), **own)
