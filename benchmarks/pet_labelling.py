@@ -102,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
         "",
         *(
-            f"- A row of the pass costs {statistics.median(own):.2f} of a row of {name} (median of rounds, {min(own):.2f} "
-            f"to {max(own):.2f})."
+            f"- A row of the pass costs {statistics.median(own):.2f} of a row of {name} (median of rounds, "
+            f"{min(own):.2f} to {max(own):.2f})."
             for name, own in ratios.items()
         ),
     ]
