@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.resolve.cloze import PATTERN
 from graftc.runtime.compiled import Compiled
+from graftc.runtime.pet.blanks import BlankKind
 from graftc.runtime.pet.direction import blank_kind
 from graftc.runtime.pet.encoding import ClozeEncoder
 from graftc.runtime.pet.plain import positions_of
@@ -70,7 +71,9 @@ class Asking:
             yield some, self.questions([texts[at % rows] for at in some], [at // rows for at in some])
 
 
-def encoder_of(spec: PetSpec, tokenizer: Any, model: nn.Module, max_length: int | None = None) -> ClozeEncoder:
+def encoder_of(
+    spec: PetSpec, tokenizer: Any, model: nn.Module, max_length: int | None = None, *, blank: BlankKind | None = None
+) -> ClozeEncoder:
     """What puts rows into the patterns of a document, for a model and its tokenizer.
 
     Args:
@@ -78,9 +81,10 @@ def encoder_of(spec: PetSpec, tokenizer: Any, model: nn.Module, max_length: int 
         tokenizer: the model's.
         model: bounds lengths by its positions, and says what a blank is and how its decoder starts, if it has one.
         max_length: tokens of a text at most; by default that of members' training.
+        blank: what a blank is, where that is known already.
     """
     start = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
-    blank = blank_kind(model, tokenizer)
+    blank = blank if blank is not None else blank_kind(model, tokenizer)
     return ClozeEncoder.of(spec, tokenizer, max_length, blank=blank, positions=positions_of(model), start=start)
 
 

@@ -70,7 +70,8 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
     # Encoder-decoders have no part of that name, and their tensors have the names that it gives them.
     source, part = getattr(model, prefix, model), getattr(made, prefix, None)
     own = part.state_dict() if part is not None else {}
-    shared = {name: known for name, known in source.state_dict().items() if _same_form(known, own.get(name))}
+    known = source.state_dict()
+    shared = {name: known[name] for name in own if name in known and known[name].shape == own[name].shape}
     if part is None or not shared:
         message = f"{type(made).__name__} has nothing in common with {type(model).__name__}"
         raise GraftError("GC182", message, hint="classifier: {kind: cloze}")
@@ -82,10 +83,6 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
     taken = {f"{prefix}.{name}" for name in shared}
     mark_fresh(made, (name for name, _ in made.named_parameters() if name not in taken), type(model).__name__)
     return made
-
-
-def _same_form(known: Tensor, own: Tensor | None) -> bool:
-    return own is not None and known.shape == own.shape
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,7 +109,7 @@ def _require_alike(source: nn.Module, part: nn.Module, lost: Collection[str], mo
     Raises:
         GraftError: GC182.
     """
-    mine = dict(source.named_modules(remove_duplicate=False))
+    mine, places = dict(source.named_modules(remove_duplicate=False)), {name.rpartition(".")[0] for name in lost}
     for path, module in part.named_modules(remove_duplicate=False):
         held = mine.get(path)
         if held is None or held is model:
@@ -121,7 +118,7 @@ def _require_alike(source: nn.Module, part: nn.Module, lost: Collection[str], mo
             what = f"is a {_class_of(held)}, and in a new classifier a {_class_of(module)}"
         elif "forward" in vars(held) or held._forward_hooks or held._forward_pre_hooks:
             what = "has a forward or hooks of its own, which a new classifier has not"
-        elif any(f"{path}.{name}".lstrip(".") in lost for name, _ in _tensors_of(module)):
+        elif path in places:
             what = "is stored in another form than in a new classifier"
         else:
             continue
@@ -131,11 +128,6 @@ def _require_alike(source: nn.Module, part: nn.Module, lost: Collection[str], mo
 
 def _class_of(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
 
 
 class Classifier:
@@ -154,7 +146,7 @@ class Classifier:
             self._base = sequence_classifier(task.model, task.spec.labels, pad_id(tokenizer), task.seed_of("head"))
         self._device = next(self._base.parameters()).device
         length, positions = self._options.training.max_length, positions_of(task.model)
-        self._cloze = encoder_of(task.spec, tokenizer, task.model, length)
+        self._cloze = encoder_of(task.spec, tokenizer, task.model, length, blank=task.encoder.kind)
         self._plain = PlainEncoder(task.spec.slots, tokenizer, length, positions)
 
     def tried(self) -> None:

@@ -217,24 +217,21 @@ class ClozeEncoder:
     def _words_of(self, number: int, verbalizer: Verbalizer) -> dict[str, tuple[tuple[int, ...], ...]]:
         filled = self._filled[number]
         around = ("patterns", number) if filled.pattern.verbalizer is not None else ()
-        places = {label: format_path((*around, "verbalizer", label)) for label in self.labels}
         found: dict[str, tuple[tuple[int, ...], ...]] = {}
         told: dict[frozenset[tuple[int, ...]], str] = {}
         for label, words in verbalizer.items():
-            for index, word in enumerate(words):
-                try:
-                    found[label] = (*found.get(label, ()), self._word(filled, word))
-                except GraftError as error:
-                    raise error.within(places[label] + (f"[{index}]" if len(words) > 1 else "")) from error
+            path = format_path((*around, "verbalizer", label))
+            paths = [f"{path}[{index}]" for index in range(len(words))] if len(words) > 1 else [path]
+            found[label] = tuple(self._word(filled, word, own) for word, own in zip(words, paths, strict=True))
             other = told.setdefault(frozenset(found[label]), label)
             if other != label:
                 message = f"the words of {quoted(other)} and {quoted(label)} are the same tokens"
                 hint = "the tokenizer may not tell capitals apart; use other words"
-                raise GraftError("GC178", message, place=Place(path=places[label]), hint=hint)
+                raise GraftError("GC178", message, place=Place(path=path), hint=hint)
         return found
 
-    def _word(self, filled: FilledPattern, word: str) -> tuple[int, ...]:
-        """The tokens of a word, one for each blank."""
+    def _word(self, filled: FilledPattern, word: str, path: str) -> tuple[int, ...]:
+        """The tokens of a word, one for each blank; ``path`` is where it stands in a document."""
         pattern, blanks = filled.pattern, self._blanks
         ids = blanks.word_ids(word, filled.before)
         if len(ids) == pattern.blanks and blanks.knows(ids):
@@ -247,7 +244,7 @@ class ClozeEncoder:
             said += f": {blanks.pieces(ids)}"
         close = blanks.like(word, filled.before) if pattern.blanks == 1 else []
         hint = f"words of one token are {some([quoted(c) for c in close])}" if close else None
-        raise GraftError("GC178", said, hint=hint)
+        raise GraftError("GC178", said, place=Place(path=path), hint=hint)
 
 
 def _values(pattern: PatternSpec, row: Mapping[str, str], number: int) -> list[str]:

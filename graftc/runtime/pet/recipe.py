@@ -82,9 +82,9 @@ def pet(
         model = arrived(model)
         try:
             task = _task(loaded, model, tokenizer, rows, place, seed)
+            final = Classifier(task, tokenizer)
         except GraftError as error:
             raise loaded.locate(error) from error
-        final = Classifier(task, tokenizer)
         if not task.stages.begun:
             _try_out(task, final)
         task.stages.begin()

@@ -40,12 +40,12 @@ class KeptStages:
         self.begun = folder is not None and has_recipe(folder, identity)
 
     def begin(self) -> None:
-        """Make the folder, where there is to be one.
+        """Make the folder, where there is to be one and is none yet.
 
         Raises:
             GraftError: GC064 where it cannot be made.
         """
-        if self.folder is not None:
+        if self.folder is not None and not self.begun:
             begin_recipe(self.folder, self._identity)
 
     def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
