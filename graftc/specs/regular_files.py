@@ -1,0 +1,98 @@
+"""Reading files that somebody else may have made: regular ones only, and only so much of them.
+
+A pipe has no end, a device may do anything when it is opened, and a sparse file may have any size. What is read here
+was looked at before it was opened and, since it may have been replaced in between, again afterwards. The standard
+library only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["JSON_BYTES", "open_regular", "read_regular", "require_regular"]
+
+JSON_BYTES = 2**24
+"""Bytes that a config, a record or a note may have."""
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"))
+_PIECE = 2**20
+
+
+def require_regular(path: str | os.PathLike[str], most: int | None = None) -> None:
+    """Refuse what is no regular file, or larger than it may be, without opening it; links are followed.
+
+    Raises:
+        OSError: EINVAL for what is no regular file, EFBIG for one that is too large.
+    """
+    _require(os.stat(path), path, most)
+
+
+def open_regular(
+    path: str | os.PathLike[str], most: int | None = None, *, folder: int | None = None, follow: bool = True
+) -> BinaryIO:
+    """A regular file, open for reading.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have; any number by default.
+        folder: a descriptor of the folder that ``path`` is relative to.
+        follow: whether the last part of the path may be a link.
+
+    Raises:
+        OSError: EINVAL for what is no regular file, EFBIG for one that is too large, ELOOP for a link; any other as
+            the system gives it. A path that no file can have, with a NUL byte for instance, is EINVAL too.
+    """
+    try:
+        _require(os.stat(path, dir_fd=folder, follow_symlinks=follow), path, most, follow=follow)
+        flags = _FLAGS if follow else _FLAGS | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(path, flags, dir_fd=folder)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, str(error), os.fspath(path)) from error
+    try:
+        _require(os.fstat(descriptor), path, most)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(
+    path: str | os.PathLike[str], most: int = JSON_BYTES, *, folder: int | None = None, follow: bool = True
+) -> bytes:
+    """What a regular file holds.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have. Memory is taken as the file has need of it, not as it is allowed.
+        folder: a descriptor of the folder that ``path`` is relative to.
+        follow: whether the last part of the path may be a link.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    found = bytearray()
+    with open_regular(path, most, folder=folder, follow=follow) as file:
+        while piece := file.read(min(_PIECE, most + 1 - len(found))):
+            found += piece
+            if len(found) > most:  # it grew
+                raise _too_large(path, len(found), most)
+    return bytes(found)
+
+
+def _require(found: os.stat_result, path: str | os.PathLike[str], most: int | None, *, follow: bool = True) -> None:
+    name = str(Path(path))
+    if not follow and stat.S_ISLNK(found.st_mode):
+        raise OSError(errno.ELOOP, "it is a link", name)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", name)
+    if most is not None and found.st_size > most:
+        raise _too_large(path, found.st_size, most)
+
+
+def _too_large(path: str | os.PathLike[str], size: int, most: int) -> OSError:
+    return OSError(errno.EFBIG, f"it has {size:,} bytes, more than {most:,}", str(path))
