@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from graftc.compiler.arrivals.arrived import arrived
@@ -27,6 +26,8 @@ from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.missing_weights import mark_fresh
 from graftc.runtime.quantised.load import FORMATS, load_quantised, quantization_of, require_read
 from graftc.runtime.reference import Built, is_callable, is_hub_id
+from graftc.runtime.tensors.folder import Refusal, TensorFolder
+from graftc.runtime.tensors.weights import weight_files
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
 
 _FORMS = "MODEL is a transformers folder, a hub id, or package.module:callable"
 _WEIGHTS = ("*.safetensors", "*.bin")
+_REFUSAL = Refusal("GC032", "GC101", "download the model again")
 
 
 def local_folder(model: nn.Module) -> Path | None:
@@ -259,7 +261,7 @@ def _check_folder(folder: Path, meta: bool) -> None:
 
 def _check_layers(text: str, folder: Path, config: Any) -> None:
     """Refuse a config of more layers than there are weights, before they are made, which may take minutes."""
-    held = [name for file in sorted(folder.glob("*.safetensors")) for name in _names_in(file)]
+    held = TensorFolder(folder, _REFUSAL, strict=False).entries if weight_files(folder) is not None else {}
     most = max(_layers_of(config.to_dict()), default=0)
     if held and most > len(held):
         message = f"the config of {text!r} has {most} layers, and its files have {len(held)} tensors"
@@ -272,14 +274,6 @@ def _layers_of(settings: Mapping[Any, Any]) -> Iterator[int]:
             yield from _layers_of(value)
         elif isinstance(name, str) and name.endswith(("layers", "_layer")) and type(value) is int:
             yield value
-
-
-def _names_in(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        _fail(f"{str(file)!r} cannot be read: {error}", cause=error)
 
 
 def _base_of(adapter: Path) -> str | None:

@@ -14,18 +14,22 @@ _HALF = re.compile("[\ud800-\udfff]")
 _WHOLE = 2**64
 
 
-def read_json(raw: bytes, most: int) -> Any:
+def read_json(raw: bytes, most: int, *, values: int | None = None) -> Any:
     """JSON data in which each key stands once, numbers are finite and of 64 bits, and texts are text.
 
     Args:
         raw: UTF-8.
         most: bytes that it may have.
+        values: how many values it may have, counted before it is read: a value takes a hundred times the memory of its
+            text. Commas and brackets in texts count too. Any number by default.
 
     Raises:
         ValueError: it is anything else, too large or too deep.
     """
     if len(raw) > most:
         raise ValueError(f"it has {len(raw)} bytes, more than {most}")
+    if values is not None and sum(map(raw.count, (b",", b"[", b"{"))) > values:
+        raise ValueError(f"it has more than {values:,} values")
     text = raw.decode("utf-8")
     try:
         data = json.loads(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftc.compiler.capture.capture import Capture
@@ -39,6 +38,7 @@ from graftc.runtime.artifact.manifest import (
 from graftc.runtime.artifact.records import content
 from graftc.runtime.artifact.write import file_digest
 from graftc.runtime.files import recover
+from graftc.runtime.tensors.folder import Refusal, TensorFolder
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
@@ -208,18 +208,10 @@ class Artifact:
         return Capture(program, own, 0.0, cached=True, notes=captured.notes)
 
     def _checked(self, file: str, table: Mapping[str, AdapterTensor]) -> dict[str, Tensor]:
-        where, found = str(self.path), {}
-        try:
-            _check_header(self.path / file)
-            with safe_open(self.path / file, framework="pt") as opened:
-                names = list(opened.keys())
-                if sorted(names) != sorted(table):
-                    other = sorted(set(names) ^ set(table))
-                    raise _foreign(where, file, f"its tensors are others than listed: {', '.join(other[:3])}")
-                for name in names:
-                    found[name] = opened.get_tensor(name)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise damaged(where, file, f"cannot be read: {error}") from error
+        where, opened = str(self.path), TensorFolder(self.path / file, Refusal("GC082", hint="copy it again"))
+        if other := sorted(opened.entries.keys() ^ table.keys()):
+            raise _foreign(where, file, f"its tensors are others than listed: {', '.join(other[:3])}")
+        found = dict(opened)
         for name, tensor in found.items():
             listed, record = table[name], TensorRecord.of(tensor)
             if (record.dtype, record.shape) != (listed.dtype, listed.shape):
@@ -227,17 +219,6 @@ class Artifact:
             if tensor_digest(tensor) != listed.sha256:
                 raise _foreign(where, file, f"{name} has other values than listed")
         return found
-
-
-def _check_header(path: Path) -> None:
-    """Refuse what the library lets pass: names that stand twice in the header of a safetensors file.
-
-    Raises:
-        ValueError, OSError.
-    """
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        read_json(file.read(min(size, TEXT_BYTES + 1)), TEXT_BYTES)
 
 
 def _foreign(where: str, file: str, what: str) -> GraftError:

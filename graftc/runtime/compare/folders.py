@@ -5,7 +5,6 @@ A tensor is read in blocks of rows, some times over, so that the memory that is 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftc.compiler.roles.findings import format_layers
 from graftc.runtime.compare.difference import Cause, Difference, Matrices, difference
-from graftc.runtime.streaming.shards import INDEX, SINGLE, Checkpoint, StoredTensor, read_checkpoint
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.runtime.tensors.folder import TensorFolder
+from graftc.runtime.tensors.headers import StoredTensor
+from graftc.runtime.tensors.weights import INDEX, SINGLE
 
 Status = Literal["added", "removed", "reshaped", "retyped", "changed"]
 COMPARED = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2")
@@ -101,15 +100,14 @@ def compare_folders(a: Path, b: Path, advance: Callable[[float], None] = lambda 
     Raises:
         GraftError: GC100 where files are missing or damaged, GC101 where names lead out of a folder.
     """
-    first, second = read_checkpoint(a), read_checkpoint(b)
-    mine, theirs = first.tensors(), second.tensors()
+    first, second = TensorFolder(a), TensorFolder(b)
+    mine, theirs = first.entries, second.entries
     whole = max(1, sum(math.prod(stored.shape) for stored in mine.values()))
     found: list[WeightDifference] = []
     done = equal = 0
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        readers = [_Reader(checkpoint, stack) for checkpoint in (first, second)]
+    with first, second, torch.no_grad():
         for name, stored in mine.items():
-            item = _compared(name, stored, theirs.get(name), readers)
+            item = _compared(name, stored, theirs.get(name), (first, second))
             equal += item is None
             found += [] if item is None else [item]
             done += math.prod(stored.shape)
@@ -122,31 +120,15 @@ def _by_name(item: WeightDifference) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in item.name.split(".")]
 
 
-class _Reader:
-    """Reads tensors of a checkpoint, whose files are opened as they are needed."""
-
-    def __init__(self, checkpoint: Checkpoint, stack: contextlib.ExitStack) -> None:
-        self._folder, self._shards, self._stack = checkpoint.path, checkpoint.shard_of(), stack
-        self._files: dict[str, Any] = {}
-
-    def rows(self, stored: StoredTensor) -> Callable[[int, int], Tensor]:
-        """Reads rows of a tensor, seen as a matrix."""
-        try:
-            shard = self._shards[stored.name]
-            if shard.name not in self._files:
-                self._files[shard.name] = self._stack.enter_context(safe_open(shard.path, "pt"))
-            file = self._files[shard.name]
-            if len(stored.shape) < 2:
-                row = file.get_tensor(stored.name).reshape(1, -1)
-                return lambda start, end: row[start:end]
-            part = file.get_slice(stored.name)
-        except (OSError, SafetensorError) as error:
-            raise GraftError("GC100", f"{self._folder}: {stored.name} cannot be read: {error}") from error
-        return lambda start, end: part[start:end].flatten(1)
+def _rows(tensor: Tensor) -> Callable[[int, int], Tensor]:
+    """Gives rows of a tensor, seen as a matrix."""
+    if tensor.dim() < 2:
+        tensor = tensor.reshape(1, -1)
+    return lambda start, end: tensor[start:end].flatten(1)
 
 
 def _compared(
-    name: str, stored: StoredTensor, other: StoredTensor | None, readers: Iterable[_Reader]
+    name: str, stored: StoredTensor, other: StoredTensor | None, folders: Iterable[TensorFolder]
 ) -> WeightDifference | None:
     """How a tensor differs; None where it does not."""
     if other is None:
@@ -156,7 +138,7 @@ def _compared(
     if 0 in stored.shape:
         return None if stored.dtype == other.dtype else WeightDifference(name, "retyped", str(stored), str(other))
     rows = stored.shape[0] if len(stored.shape) > 1 else 1
-    (a, b), shape = (reader.rows(each) for reader, each in zip(readers, (stored, other), strict=True)), stored.shape
+    (a, b), shape = (_rows(folder[name]) for folder in folders), stored.shape
     pair = Matrices(a, b, (rows, math.prod(shape) // rows))
     if stored.dtype not in COMPARED or other.dtype not in COMPARED:
         same = stored.dtype == other.dtype and all(torch.equal(mine, theirs) for _, mine, theirs in pair.blocks())

@@ -7,11 +7,9 @@ are the trainer's.
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from graftc.compiler.arrivals.recorded import packed_as
@@ -24,6 +22,8 @@ from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.compiled import make_compiled
 from graftc.runtime.loading.base import find_base
 from graftc.runtime.models import load_as_built
+from graftc.runtime.tensors.folder import Refusal, TensorFolder
+from graftc.runtime.tensors.headers import read_shard
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 
@@ -45,9 +45,8 @@ def is_checkpoint(path: Path) -> bool:
     """Whether a folder holds what a trainer wrote of a compiled model, and no model of transformers."""
     file = checkpoint_file(path)
     try:
-        with safe_open(file, framework="pt") if file is not None else nullcontext() as opened:
-            return opened is not None and RECORD in opened.keys()  # noqa: SIM118
-    except (SafetensorError, OSError):
+        return file is not None and RECORD in read_shard(file).tensors
+    except (OSError, ValueError):
         return False
 
 
@@ -97,17 +96,12 @@ def _foreign(file: Path, reason: str) -> GraftError:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-            if RECORD not in names:
-                message = f"{file} holds weights, and not what a compiled model's state dict has"
-                hint = "transformers loads it; a compiled model is written by compiled.save(path) or a trainer"
-                raise GraftError("GC080", message, hint=hint)
-            return {name: opened.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, ValueError) as error:
-        message = f"{file} cannot be read: {error}"
-        raise GraftError("GC082", message, hint="copy it again from where it came") from error
+    opened = TensorFolder(file, Refusal("GC082", hint="copy it again from where it came"))
+    if RECORD not in opened:
+        message = f"{file} holds weights, and not what a compiled model's state dict has"
+        hint = "transformers loads it; a compiled model is written by compiled.save(path) or a trainer"
+        raise GraftError("GC080", message, hint=hint)
+    return dict(opened)
 
 
 def _check_base(file: Path, record: StateRecord, model: nn.Module) -> None:

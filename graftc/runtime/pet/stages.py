@@ -9,16 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftc.compiler.capture.fingerprint import tensor_digest
 from graftc.runtime.files import recover, staged, write_text
 from graftc.runtime.recipe_folder import begin_recipe, has_recipe, make_folder
 from graftc.runtime.tensor_files import save_tensors
+from graftc.runtime.tensors.folder import Refusal, TensorFolder
 from graftc.specs.errors.diagnostics import GraftError
 
 _DIGEST = "sha256"
+_ANEW = "delete it, and what was made from it: the same call makes it anew"
 
 
 class KeptStages:
@@ -113,19 +114,15 @@ def _whole(path: Path) -> dict[str, Tensor]:
     Raises:
         GraftError: GC082 where they are not.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if (file.metadata() or {}).get(_DIGEST) == _digest_of(found):
-                return found
-    except (OSError, SafetensorError):
-        pass
-    raise _damaged(path)
+    file = TensorFolder(path, Refusal("GC082", hint=_ANEW))
+    found = dict(file)
+    if file.shards[0].metadata.get(_DIGEST) != _digest_of(found):
+        raise _damaged(path)
+    return found
 
 
 def _damaged(path: Path) -> GraftError:
-    hint = "delete it, and what was made from it: the same call makes it anew"
-    return GraftError("GC082", f"{path} is damaged: it is not what the run has written", hint=hint)
+    return GraftError("GC082", f"{path} is damaged: it is not what the run has written", hint=_ANEW)
 
 
 def _digest_of(tensors: Mapping[str, Tensor]) -> str:

@@ -23,10 +23,12 @@ from graftc.runtime.companions import COMPANIONS
 from graftc.runtime.files import check_apart, check_destination, staged
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.journal import Journal, ShardDone
-from graftc.runtime.streaming.mapped import DTYPES, StoredTensors
 from graftc.runtime.streaming.plan import MergePlan, make_plan, stored_config
-from graftc.runtime.streaming.shards import INDEX, Checkpoint, Shard, leads_inside, read_checkpoint, read_shard
 from graftc.runtime.streaming.work import BaseTensors, RowTarget, create_file, fold_shard, untouched
+from graftc.runtime.tensors.folder import TensorFolder
+from graftc.runtime.tensors.headers import Shard
+from graftc.runtime.tensors.mapped import DTYPES
+from graftc.runtime.tensors.weights import leads_inside
 from graftc.specs.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -94,7 +96,7 @@ def merge_checkpoint(
     source = as_path(adapter)
     wide = _as_written(dtype)
     base, made = read_updates(source, None if model is None else as_path(model))
-    checkpoint = read_checkpoint(base)
+    checkpoint = TensorFolder(base)
     with _Watch(checkpoint) as watch:
         plan = make_plan(checkpoint, made(checkpoint), wide)
         return _merge(plan, watch, source, None if out is None else as_path(out), progress, allow_unchanged, force)
@@ -103,7 +105,7 @@ def merge_checkpoint(
 class _Watch:
     """Refuses a base that somebody changes while it is merged, whatever that leads to."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: TensorFolder) -> None:
         self._paths = [shard.path for shard in checkpoint.shards]
         self.before = self._states()
 
@@ -168,7 +170,7 @@ def _merge(
                 file = folder / shard.name
                 done[shard.name] = _merged(plan, shard, file, tensors, _within(progress, finished, shard, checkpoint))
                 journal.add(shard.name, done[shard.name])
-                tensors.release()
+                checkpoint.release()
                 finished += shard.size
             progress(finished, checkpoint.size)
         result = _result(plan, path, done, len(before), allow_unchanged=allow_unchanged)
@@ -185,7 +187,7 @@ def _as_written(dtype: torch.dtype | None) -> str | None:
     return None if dtype is None else "F32"
 
 
-def _within(progress: Progress, before: int, shard: Shard, checkpoint: Checkpoint) -> Callable[[float], None]:
+def _within(progress: Progress, before: int, shard: Shard, checkpoint: TensorFolder) -> Callable[[float], None]:
     return lambda part: progress(before + int(part * shard.size), checkpoint.size)
 
 
@@ -204,12 +206,11 @@ def _merged(
 ) -> ShardDone:
     """Make one file, check it, and put it on the disk."""
     create_file(plan, shard, path)
-    made = Checkpoint(path.parent, (read_shard(path),), None)
-    written = StoredTensors(made, writable=True)
-    report = fold_shard(plan, shard, base, RowTarget(shard.tensors, written, writes=True), advance)
-    _require_passed(report.sites)
-    written.release()
-    compared = dict(untouched(plan, shard, StoredTensors(made), base, report.changed))
+    with TensorFolder(path, writable=True) as written:
+        report = fold_shard(plan, shard, base, RowTarget(shard.tensors, written, writes=True), advance)
+        _require_passed(report.sites)
+    with TensorFolder(path) as written:
+        compared = dict(untouched(plan, shard, written, base, report.changed))
     if wrong := [name for name, same in compared.items() if not same]:
         message = f"{len(wrong)} tensors that nothing folds into are not the base's any more: {wrong[0]}"
         raise GraftError("GC051", message, details=wrong[1:10])
@@ -250,7 +251,7 @@ def _result(
         sites[evidence.site] = evidence if known is None else _joined(known, evidence)
     order = [place.site for place in plan.places] + list(plan.replacements)
     total = Retention.total(evidence.retention for evidence in sites.values())
-    dtypes = {plan.written(plan.checkpoint.tensors()[p.weight.tensor]) for p in plan.places} or {"F32"}
+    dtypes = {plan.written(plan.checkpoint.entries[p.weight.tensor]) for p in plan.places} or {"F32"}
     dtype = str(DTYPES[sorted(dtypes)[0]]).removeprefix("torch.")
     note = "made from files: every site was probed, and the outputs of the whole model were not compared"
     found = tuple(sites[site] for site in dict.fromkeys(order) if site in sites)
@@ -296,17 +297,17 @@ def _copy_beside(plan: MergePlan, folder: Path) -> None:
 
 
 def _write_index(plan: MergePlan, folder: Path) -> None:
-    index = plan.checkpoint.index
-    assert index is not None
-    source = plan.checkpoint.path / INDEX
-    shutil.copyfile(source, folder / INDEX)
+    index, name = plan.checkpoint.index, plan.checkpoint.index_name
+    assert index is not None and name is not None
+    source = plan.checkpoint.path / name
+    shutil.copyfile(source, folder / name)
     metadata = index.get("metadata")
     if plan.dtype is not None and isinstance(metadata, dict) and "total_size" in metadata:
-        files = [read_shard(folder / shard.name) for shard in plan.checkpoint.shards]
-        size = sum(tensor.end - tensor.start for shard in files for tensor in shard.tensors.values())
+        made = TensorFolder(folder).entries.values()
+        size = sum(tensor.end - tensor.start for tensor in made)
         changed = {**index, "metadata": {**metadata, "total_size": size}}
-        (folder / INDEX).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
-    shutil.copymode(source, folder / INDEX)
+        (folder / name).write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(source, folder / name)
 
 
 def _write_record(plan: MergePlan, folder: Path, result: StreamedMerge, done: Mapping[str, ShardDone]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from graftc.runtime.streaming.shards import Checkpoint
+from graftc.runtime.tensors.folder import TensorFolder
 from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = ["FileNames"]
@@ -21,8 +22,8 @@ class FileNames:
         aliases: tied names, each to the name that owns the tensor.
     """
 
-    def __init__(self, checkpoint: Checkpoint, aliases: Mapping[str, str]) -> None:
-        self._stored = checkpoint.tensors().keys()
+    def __init__(self, checkpoint: TensorFolder, aliases: Mapping[str, str]) -> None:
+        self._stored = checkpoint.entries.keys()
         self._where = checkpoint.path
         self._tied: dict[str, list[str]] = {}
         for alias, owner in aliases.items():
@@ -33,14 +34,17 @@ class FileNames:
     def fit(self, names: Iterable[str]) -> None:
         """Find the prefix by which most of these names are in the files."""
         wanted = list(names)
-        heads = {name.partition(".")[0] + "." for name in (*self._stored, *wanted) if "." in name}
-        options = [("", ""), *((head, "") for head in sorted(heads)), *(("", head) for head in sorted(heads))]
-
-        def found(option: tuple[str, str]) -> int:
-            self._added, self._removed = option
-            return sum(self._spelled(name) in self._stored for name in wanted)
-
-        self._added, self._removed = max(options, key=found)  # the first of equals: no prefix
+        known, plain = set(wanted), {name for name in wanted if name in self._stored}
+        added, removed = Counter[str](), Counter[str]()
+        for name in self._stored:
+            head, _, rest = name.partition(".")
+            added[f"{head}."] += rest in known
+        for name in wanted:
+            head, _, rest = name.partition(".")
+            removed[f"{head}."] += (rest in self._stored) - (name in plain)
+        options = {("", ""): len(plain)} | {(head, ""): added[head] for head in sorted(added)}
+        options |= {("", head): len(plain) + removed[head] for head in sorted(removed)}
+        self._added, self._removed = max(options, key=lambda option: options[option])  # the first of equals: no prefix
 
     def _spelled(self, name: str) -> str:
         return self._added + name.removeprefix(self._removed)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from graftc.passes.core.method.capabilities import RowWise
@@ -18,8 +17,8 @@ from graftc.runtime.interop.peft.checks import check_contents, check_copies
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, read_peft
 from graftc.runtime.models import load_folder
 from graftc.runtime.streaming.names import FileNames
-from graftc.runtime.streaming.shards import Checkpoint
 from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
+from graftc.runtime.tensors.folder import TensorFolder
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import CONFIG, read_config
 
@@ -58,7 +57,7 @@ def base_named_by(path: Path) -> Path | None:
         return None
 
 
-def peft_updates(path: Path, checkpoint: Checkpoint) -> AdapterUpdates:
+def peft_updates(path: Path, checkpoint: TensorFolder) -> AdapterUpdates:
     """The changes that an adapter of peft's makes of a checkpoint.
 
     Raises:
@@ -91,29 +90,24 @@ def peft_updates(path: Path, checkpoint: Checkpoint) -> AdapterUpdates:
     return AdapterUpdates("peft", updates, copies, _digest(adapter.folder), "", json.dumps(dict(adapter.config.own)))
 
 
-def _check_complete(adapter: PeftAdapter, model: nn.Module, checkpoint: Checkpoint, names: FileNames) -> None:
+def _check_complete(adapter: PeftAdapter, model: nn.Module, checkpoint: TensorFolder, names: FileNames) -> None:
     """Refuse a base whose files, or their index, lack tensors of its class that the adapter does not bring. Where the
     files have others that the class has not, it calls them differently, and none may be lacking."""
     lacking = [name for name, _ in model.named_parameters() if names.find(name) is None and name not in adapter.trained]
     own = [name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
-    if lacking and not checkpoint.tensors().keys() - {names.find(name) for name in own}:
+    if lacking and not checkpoint.entries.keys() - {names.find(name) for name in own}:
         message = f"the files of {checkpoint.path} lack {len(lacking)} tensors of {type(model).__name__}: {lacking[0]}"
         hint = "copy the base again; of an index, every tensor of the files has to be listed"
         raise GraftError("GC100", message, hint=hint, details=lacking[1:30])
 
 
-def _check_copies(adapter: PeftAdapter, model: nn.Module, checkpoint: Checkpoint, names: FileNames) -> None:
+def _check_copies(adapter: PeftAdapter, model: nn.Module, checkpoint: TensorFolder, names: FileNames) -> None:
     """Tensors of the base that were saved too have to be those in its files."""
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    shards = checkpoint.shard_of()
 
     def read(name: str) -> Tensor | None:
         found = names.find(name)
-        if found is None:  # buffers that a class makes anew
-            return None
-        with safe_open(str(checkpoint.path / shards[found].name), "pt") as opened:
-            value: Tensor = opened.get_tensor(found)
-        return value
+        return None if found is None else checkpoint[found]  # there is none of buffers that a class makes anew
 
     check_copies(adapter, {name: tuple(tensor.shape) for name, tensor in held}, read)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from graftc.runtime.streaming.places import FoldPlace, places_of
-from graftc.runtime.streaming.shards import Checkpoint, Shard, StoredTensor
 from graftc.runtime.streaming.unfolded import BlockMaps
 from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
 from graftc.runtime.tensor_files import FLOATING
+from graftc.runtime.tensors.folder import TensorFolder
+from graftc.runtime.tensors.headers import Shard, StoredTensor
 from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = ["MergePlan", "make_plan", "stored_config"]
@@ -36,7 +37,7 @@ class MergePlan:
         maps: compiled maps, which are made once for all places of a kind.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: TensorFolder
     updates: AdapterUpdates
     places: tuple[FoldPlace, ...]
     dtype: str | None
@@ -66,7 +67,7 @@ class MergePlan:
         return self.dtype if widened and self.dtype is not None else stored.dtype
 
 
-def make_plan(checkpoint: Checkpoint, updates: AdapterUpdates, dtype: str | None = None) -> MergePlan:
+def make_plan(checkpoint: TensorFolder, updates: AdapterUpdates, dtype: str | None = None) -> MergePlan:
     """Check that an adapter and a checkpoint fit.
 
     Args:
@@ -78,7 +79,7 @@ def make_plan(checkpoint: Checkpoint, updates: AdapterUpdates, dtype: str | None
         GraftError: GC102 with everything that does not fit, GC103 where the base is quantised.
     """
     _check_floating(checkpoint, updates)
-    tensors = checkpoint.tensors()
+    tensors = checkpoint.entries
     wrong = [problem for update in updates.updates for problem in _wrong_slices(update, tensors)]
     wrong += [problem for item in updates.replacements for problem in _wrong_copy(item, tensors)]
     if not updates.updates and not updates.replacements:
@@ -89,7 +90,7 @@ def make_plan(checkpoint: Checkpoint, updates: AdapterUpdates, dtype: str | None
     return plan
 
 
-def _raise(checkpoint: Checkpoint, wrong: list[str]) -> None:
+def _raise(checkpoint: TensorFolder, wrong: list[str]) -> None:
     if not wrong:
         return
     more = [f"... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
@@ -119,12 +120,12 @@ def stored_config(folder: Path) -> dict[str, Any]:
     return data
 
 
-def _check_floating(checkpoint: Checkpoint, updates: AdapterUpdates) -> None:
+def _check_floating(checkpoint: TensorFolder, updates: AdapterUpdates) -> None:
     config = stored_config(checkpoint.path)
     hint = "merge in memory (--base full), without --stream; or give the model it was quantised from: --model FOLDER"
     if config.get("quantization_config"):
         raise GraftError("GC103", f"{checkpoint.path} is quantised, and rounding is no longer what it was", hint=hint)
-    tensors = checkpoint.tensors()
+    tensors = checkpoint.entries
     changed = [own.tensor for u in updates.updates for own in (u.weight, u.bias) if own is not None]
     changed += [item.tensor for item in updates.replacements]
     for name in changed:
@@ -133,7 +134,7 @@ def _check_floating(checkpoint: Checkpoint, updates: AdapterUpdates) -> None:
             raise GraftError("GC103", f"{name} of {checkpoint.path} is stored as {stored.dtype}", hint=hint)
 
 
-def _wrong_slices(update: SiteUpdate, tensors: dict[str, StoredTensor]) -> Iterator[str]:
+def _wrong_slices(update: SiteUpdate, tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
     for own in (update.weight, update.bias):
         if own is None:
             continue
@@ -144,7 +145,7 @@ def _wrong_slices(update: SiteUpdate, tensors: dict[str, StoredTensor]) -> Itera
             yield f"{own.tensor} is {list(stored.shape)}, and {update.adaptation!r} is for {list(own.shape)}"
 
 
-def _wrong_copy(item: Replacement, tensors: dict[str, StoredTensor]) -> Iterator[str]:
+def _wrong_copy(item: Replacement, tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
     stored = tensors.get(item.tensor)
     if stored is None:
         yield f"there is no {item.tensor}, which {item.adaptation!r} replaces"

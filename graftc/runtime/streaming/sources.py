@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from graftc.compiler.capture.fingerprint import tensor_digest
@@ -18,10 +17,9 @@ from graftc.passes.core.weights.names import adapter_name
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.runtime.artifact.manifest import ADAPTERS, PlaceRecord
 from graftc.runtime.artifact.read import Artifact
-from graftc.runtime.streaming.mapped import MappedFile, MappedTensors
 from graftc.runtime.streaming.names import FileNames
-from graftc.runtime.streaming.shards import Checkpoint
 from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
+from graftc.runtime.tensors.folder import Refusal, TensorFolder
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec
@@ -29,7 +27,7 @@ from graftc.specs.io import dump_spec
 __all__ = ["artifact_updates", "differing_tensors"]
 
 
-def artifact_updates(artifact: Artifact, checkpoint: Checkpoint) -> AdapterUpdates:
+def artifact_updates(artifact: Artifact, checkpoint: TensorFolder) -> AdapterUpdates:
     """The changes that an artifact makes of a checkpoint.
 
     Raises:
@@ -82,11 +80,8 @@ def _tensors(artifact: Artifact) -> Mapping[str, Tensor]:
     """The adapter tensors in their file, each held against the manifest."""
     where, listed = f"{artifact.path} is not as it was written", artifact.manifest.adapters
     hint = "copy it again"
-    try:
-        found = MappedTensors(artifact.path / ADAPTERS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise GraftError("GC084", f"{where}: {ADAPTERS}: {error}", hint=hint) from error
-    if other := sorted(found.shard.tensors.keys() ^ listed.keys()):
+    found = TensorFolder(artifact.path / ADAPTERS, Refusal("GC084", hint=hint))
+    if other := sorted(found.entries.keys() ^ listed.keys()):
         raise GraftError("GC084", f"{where}: other tensors than listed: {', '.join(other[:3])}", hint=hint)
     wrong = []
     for name, record in listed.items():
@@ -100,7 +95,7 @@ def _tensors(artifact: Artifact) -> Mapping[str, Tensor]:
     return found
 
 
-def _check_base(artifact: Artifact, checkpoint: Checkpoint, names: FileNames) -> None:
+def _check_base(artifact: Artifact, checkpoint: TensorFolder, names: FileNames) -> None:
     """Hold the checkpoint's tensors against those that the artifact was made from.
 
     Raises:
@@ -115,11 +110,9 @@ def _check_base(artifact: Artifact, checkpoint: Checkpoint, names: FileNames) ->
         raise GraftError("GC087", message, hint=hint, details=[*wrong[1:20], *more])
 
 
-def differing_tensors(artifact: Artifact, checkpoint: Checkpoint, names: FileNames) -> list[str]:
+def differing_tensors(artifact: Artifact, checkpoint: TensorFolder, names: FileNames) -> list[str]:
     """In which ways a checkpoint has other tensors than the base of an artifact, for people."""
     base, replaced = artifact.manifest.base, artifact.replaced
-    shards = checkpoint.shard_of()
-    files = {shard.name: MappedFile(shard.path) for shard in checkpoint.shards}
     found = []
     for name, record in base.tensors.items():
         own = names.find(name)
@@ -127,14 +120,13 @@ def differing_tensors(artifact: Artifact, checkpoint: Checkpoint, names: FileNam
             if record.parameter:
                 found.append(f"it has no {name}")
             continue
-        stored = shards[own].tensors[own]
+        stored = checkpoint.entries[own]
         shape = f"{record.dtype}[{', '.join(map(str, record.shape))}]"
         if (stored.dtype.lower(), stored.shape) != (record.dtype, record.shape):
             found.append(f"{own} is {str(stored).lower()}, not {shape}")
-        elif name not in replaced:
-            tensor = files[shards[own].name].tensor(stored)
-            if tensor_digest(tensor, full=base.full) != record.sha256:
-                found.append(f"{own} has other values")
+        elif name not in replaced and tensor_digest(checkpoint[own], full=base.full) != record.sha256:
+            found.append(f"{own} has other values")
+    checkpoint.release()
     return found
 
 

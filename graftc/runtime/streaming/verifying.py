@@ -10,12 +10,12 @@ from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.loading.verify import Verification, verify
 from graftc.runtime.streaming.adapters import read_updates
-from graftc.runtime.streaming.mapped import StoredTensors
 from graftc.runtime.streaming.merging import Progress
 from graftc.runtime.streaming.plan import MergePlan, make_plan
-from graftc.runtime.streaming.shards import Checkpoint, Shard, read_checkpoint
 from graftc.runtime.streaming.work import BaseTensors, RowTarget, fold_shard, untouched
 from graftc.runtime.tensor_files import FLOATING
+from graftc.runtime.tensors.folder import TensorFolder
+from graftc.runtime.tensors.headers import Shard
 from graftc.specs.arguments import as_path
 
 __all__ = ["verify_checkpoint"]
@@ -44,26 +44,26 @@ def verify_checkpoint(
     """
     folder = as_path(path)
     base, made = read_updates(as_path(adapter), None if model is None else as_path(model))
-    checkpoint = read_checkpoint(base)
+    checkpoint = TensorFolder(base)
     plan = make_plan(checkpoint, made(checkpoint))
     found = verify(folder) if (folder / RECORD).is_file() else Verification()
-    state: dict[str, Checkpoint] = {}
+    state: dict[str, TensorFolder] = {}
 
     def names() -> tuple[bool, str]:
-        merged = state["merged"] = read_checkpoint(folder)
+        merged = state["merged"] = TensorFolder(folder)
         return _same_names(checkpoint, merged, plan)
 
     if not found.add("tensors", names):
         return found
     sites: list[SiteEvidence] = []
     others: list[tuple[str, bool]] = []
-    tensors, written, done = BaseTensors(plan), StoredTensors(state["merged"]), 0
+    tensors, written, done = BaseTensors(plan), state["merged"], 0
     for shard in checkpoint.shards:
         evidence, compared = _looked_at(plan, shard, tensors, written, progress, done)
         sites += evidence
         others += compared
         done += shard.size
-        tensors.release()
+        checkpoint.release()
         written.release()
     found.add("folded", lambda: _folded(sites))
     found.add("untouched", lambda: _untouched(others))
@@ -71,7 +71,7 @@ def verify_checkpoint(
 
 
 def _looked_at(
-    plan: MergePlan, shard: Shard, base: BaseTensors, written: StoredTensors, progress: Progress, before: int
+    plan: MergePlan, shard: Shard, base: BaseTensors, written: TensorFolder, progress: Progress, before: int
 ) -> tuple[tuple[SiteEvidence, ...], list[tuple[str, bool]]]:
     size = plan.checkpoint.size
     report = fold_shard(
@@ -85,8 +85,8 @@ def _looked_at(
     return report.sites, list(untouched(plan, shard, written, base, changed))
 
 
-def _same_names(base: Checkpoint, merged: Checkpoint, plan: MergePlan) -> tuple[bool, str]:
-    ours, theirs = base.tensors(), merged.tensors()
+def _same_names(base: TensorFolder, merged: TensorFolder, plan: MergePlan) -> tuple[bool, str]:
+    ours, theirs = base.entries, merged.entries
     if other := sorted(ours.keys() ^ theirs.keys()):
         has = "lacks" if other[0] in ours else "has"
         return False, f"it {has} {other[0]}" + (f", and {len(other) - 1} more differ" if other[1:] else "")

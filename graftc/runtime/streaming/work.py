@@ -18,10 +18,11 @@ from graftc.compiler.folding.certificate import SiteEvidence
 from graftc.compiler.folding.retention import Retention
 from graftc.compiler.folding.rounding import largest, round_into, rounding_of
 from graftc.passes.core.weights.weight_slice import WeightSlice
-from graftc.runtime.streaming.mapped import DTYPES, MappedFile, StoredTensors
 from graftc.runtime.streaming.places import PlaceFold, ReplacedFold
 from graftc.runtime.streaming.plan import MergePlan
-from graftc.runtime.streaming.shards import Shard, StoredTensor, header_bytes
+from graftc.runtime.tensors.folder import TensorFolder
+from graftc.runtime.tensors.headers import Shard, StoredTensor, header_bytes
+from graftc.runtime.tensors.mapped import DTYPES, MappedFile
 
 __all__ = ["BaseTensors", "RowTarget", "ShardReport", "create_file", "fold_shard", "untouched"]
 
@@ -44,17 +45,16 @@ class ShardReport:
     changed: tuple[WeightSlice, ...]
 
 
-class BaseTensors(StoredTensors):
+class BaseTensors:
     """The base's tensors, or what stands in for them."""
 
     def __init__(self, plan: MergePlan) -> None:
-        super().__init__(plan.checkpoint)
-        self._replacements = plan.replacements
+        self.folder, self._replacements = plan.checkpoint, plan.replacements
 
     def current(self, name: str) -> Tensor:
         """A tensor with the copy that stands in for it."""
         held = self._replacements.get(name)
-        return self.stored(name) if held is None else held.value
+        return self.folder[name] if held is None else held.value
 
 
 class RowTarget:
@@ -70,7 +70,7 @@ class RowTarget:
     def __init__(
         self,
         names: Collection[str],
-        tensors: StoredTensors | None,
+        tensors: TensorFolder | None,
         *,
         writes: bool = False,
         dtypes: Mapping[str, str] = MappingProxyType({}),
@@ -93,7 +93,7 @@ class RowTarget:
         """
         if self._tensors is None:
             return round_into(torch.empty_like(exact, dtype=DTYPES[self._dtypes[own.tensor]]), exact, base)
-        views = own.views(self._tensors.stored(own.tensor))
+        views = own.views(self._tensors[own.tensor])
         sizes = [view.shape[own.row_axis] for view in views]
         parts = zip(views, torch.split(exact, sizes, own.row_axis), torch.split(base, sizes, own.row_axis), strict=True)
         return _together(self._look(*part) for part in parts)
@@ -120,7 +120,7 @@ def create_file(plan: MergePlan, shard: Shard, path: Path) -> None:
     header = header_bytes(((t.name, plan.written(t), t.shape) for t in tensors), shard.metadata)
     with path.open("wb") as file:
         file.write(header)
-        source = MappedFile(shard.path)
+        source = MappedFile(shard)
         for stored in tensors:
             held = source.tensor(stored).reshape(-1) if plan.written(stored) != stored.dtype else source.raw(stored)
             for start in range(0, held.numel(), _CHUNK):
@@ -171,7 +171,7 @@ def fold_shard(plan: MergePlan, shard: Shard, base: BaseTensors, target: RowTarg
         if rest is None:
             continue
         copied = ReplacedFold(item)
-        for own, before, after in copied.blocks(rest, base.stored(item.tensor)):
+        for own, before, after in copied.blocks(rest, base.folder[item.tensor]):
             copied.note(target.put(own, after, before))
             done += own.size
             advance(min(1.0, done / total))
@@ -180,7 +180,7 @@ def fold_shard(plan: MergePlan, shard: Shard, base: BaseTensors, target: RowTarg
 
 
 def untouched(
-    plan: MergePlan, shard: Shard, written: StoredTensors, base: BaseTensors, changed: Collection[WeightSlice]
+    plan: MergePlan, shard: Shard, written: TensorFolder, base: BaseTensors, changed: Collection[WeightSlice]
 ) -> Iterator[tuple[str, bool]]:
     """Compare what folding leaves alone with the base: every such tensor by name, and whether it is the same, bit for
     bit, in what was written; of a tensor of which some rows were folded, the others.
@@ -200,9 +200,9 @@ def untouched(
         if there is None or there.shape != stored.shape:
             yield name, False
         elif there.dtype == stored.dtype and name not in owned and name not in plan.replacements:
-            yield name, _same(written.raw(name), base.raw(name))
+            yield name, _same(written.raw(name), base.folder.raw(name))
         elif (rest := _complement(owned.get(name, []), stored)) is not None and name not in plan.replacements:
-            pairs = zip(rest.views(written.stored(name)), rest.views(base.stored(name)), strict=True)
+            pairs = zip(rest.views(written[name]), rest.views(base.folder[name]), strict=True)
             yield name, all(_same(a, b) for a, b in pairs)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from graftc.runtime.files import staged_or_dropped
@@ -20,7 +19,7 @@ from graftc.runtime.interop.layouts.fusing import FUSED, joined, split
 from graftc.runtime.interop.layouts.layout import AdapterLayout, layout_of
 from graftc.runtime.interop.layouts.plain import AttentionSizes, PlainAdapter, concatenated
 from graftc.runtime.interop.layouts.reference import responses
-from graftc.runtime.interop.peft.folder import WEIGHTS
+from graftc.runtime.interop.peft.folder import WEIGHTS, adapter_tensors
 from graftc.runtime.interop.peft.servers import SERVERS, require_served
 from graftc.runtime.models import local_config
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -242,8 +241,7 @@ def _level(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    with safe_open(str(folder / WEIGHTS), "pt") as opened:
-        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
+    return dict(adapter_tensors(folder / WEIGHTS))
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from graftc.runtime.interop.layouts.fusing import apart, together
@@ -19,7 +18,7 @@ from graftc.runtime.interop.layouts.layout import STACKED, AdapterLayout, layout
 from graftc.runtime.interop.layouts.plain import EXPERT, AttentionSizes, PlainAdapter, Update
 from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
 from graftc.runtime.interop.peft import read_peft
-from graftc.runtime.interop.peft.folder import WEIGHTS, PeftAdapter, PeftModule, header_of
+from graftc.runtime.interop.peft.folder import WEIGHTS, PeftAdapter, PeftModule, adapter_tensors
 from graftc.runtime.interop.peft.forms import Shaped, to_theirs
 from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -40,7 +39,7 @@ def raw_keys(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         GraftError: GC113 for a file that is missing or damaged.
     """
-    return header_of(folder / WEIGHTS)[0]
+    return {key: stored.shape for key, stored in adapter_tensors(folder / WEIGHTS).entries.items()}
 
 
 def detected(folder: Path) -> AdapterLayout:
@@ -178,19 +177,18 @@ def _torchtune(folder: Path, layout: AdapterLayout) -> tuple[dict[str, Any], lis
         raise GraftError("GC110", f"{folder} has no {CONFIG}", place=Place(str(folder)))
     config = read_config((folder / CONFIG).read_bytes(), str(folder / CONFIG))
     scale = _scale(config)
-    keys = raw_keys(folder)
+    keys = adapter_tensors(folder / WEIGHTS)
     words = [f".{word}.weight" for word in layout.factors]
     unknown = [key for key in keys if not key.endswith(tuple(words))]
     if unknown:
         raise GraftError("GC069", f"it is no {layout.name} LoRA: {some(unknown)}", place=Place(str(folder / WEIGHTS)))
     entries = []
-    with safe_open(str(folder / WEIGHTS), "pt") as opened:
-        for key in (key for key in keys if key.endswith(words[0])):
-            path = key.removesuffix(words[0])
-            if f"{path}{words[1]}" not in keys:
-                raise GraftError("GC069", f"{path} has no {layout.factors[1]}", place=Place(str(folder / WEIGHTS)))
-            down, up = opened.get_tensor(key), opened.get_tensor(f"{path}{words[1]}")
-            entries.append((named(layout, path.removeprefix(layout.prefix), back=True), _update(down, up, scale, key)))
+    for key in (key for key in keys if key.endswith(words[0])):
+        path = key.removesuffix(words[0])
+        if f"{path}{words[1]}" not in keys:
+            raise GraftError("GC069", f"{path} has no {layout.factors[1]}", place=Place(str(folder / WEIGHTS)))
+        down, up = keys[key], keys[f"{path}{words[1]}"]
+        entries.append((named(layout, path.removeprefix(layout.prefix), back=True), _update(down, up, scale, key)))
     return {name: value for name in _ABOUT if (value := config.value(name))}, entries
 
 

@@ -9,20 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftc.runtime.interop.peft.forms import Shaped, filled, to_ours
 from graftc.runtime.interop.peft.keys import Keys, parse
 from graftc.runtime.interop.peft.targets import is_saved
 from graftc.runtime.tensor_files import FLOATING
+from graftc.runtime.tensors.folder import Refusal, TensorFolder
 from graftc.specs.arguments import as_path
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError, Place
-from graftc.specs.errors.text import quoted, some
+from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG, AdapterConfig, read_config
 from graftc.specs.foreign.fields import is_listed, method_at, rows_of, table_rows, takes_bias
 
@@ -67,6 +66,7 @@ class PeftAdapter:
         config: what ``adapter_config.json`` says.
         keys: what the keys of its tensors say.
         shapes, dtypes: sizes and element types as they are stored, by key; types as safetensors writes them.
+        file: its tensors.
         modules: what is adapted, in the order of the file: the method's own modules, then trained rows of tables.
         doubles: pairs of keys that have to hold the same values, of which the first is used.
     """
@@ -76,6 +76,7 @@ class PeftAdapter:
     keys: Keys
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
+    file: TensorFolder
     modules: tuple[PeftModule, ...]
     doubles: tuple[tuple[str, str], ...] = ()
 
@@ -108,16 +109,7 @@ class PeftAdapter:
         Raises:
             GraftError: GC113 for a file that has changed or is damaged.
         """
-        try:
-            found: Tensor = self._file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise GraftError("GC113", f"{quoted(key)} cannot be read: {error}", place=self.place) from None
-        return found
-
-    @cached_property
-    def _file(self) -> Any:
-        """The open file, whose tensors are read when they are asked for."""
-        return safe_open(str(self.folder / WEIGHTS), "pt")
+        return self.file[key]
 
     def tensors(self, module: PeftModule) -> dict[str, Tensor]:
         """The tensors of a module by our part names and in our form, of the type that they are stored in.
@@ -166,7 +158,9 @@ def read_peft(
     """
     folder = _folder(as_path(path), name)
     config = read_config((folder / CONFIG).read_bytes(), str(folder / CONFIG))
-    sizes, types = header_of(folder / WEIGHTS)
+    file = adapter_tensors(folder / WEIGHTS)
+    sizes = {key: stored.shape for key, stored in file.entries.items()}
+    types = {key: stored.dtype for key, stored in file.entries.items()}
     keys = parse(sizes, config)
     if keys.unknown:
         message = f"the file has tensors that {config.peft_type} does not: {some(keys.unknown, 5)}"
@@ -178,7 +172,7 @@ def read_peft(
         message = f"the method's tensors are floating-point numbers of 16, 32 or 64 bits: {numbers[0]}"
         raise GraftError("GC113", message, place=Place(str(folder / WEIGHTS)), details=numbers[1:50])
     doubles = tuple((keys.plain[name], key) for name, key in keys.again if name in keys.plain)
-    bare = PeftAdapter(folder, config, keys, sizes, types, (), doubles)
+    bare = PeftAdapter(folder, config, keys, sizes, types, file, (), doubles)
     return replace(bare, modules=(*_modules(bare, shapes or {}), *_tables(bare)))
 
 
@@ -200,17 +194,13 @@ def _folder(path: Path, name: str | None) -> Path:
     raise GraftError("GC110", f"{folder} has no {WEIGHTS}", place=place)
 
 
-def header_of(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Sizes and element types of the tensors in a file."""
-    try:
-        with safe_open(str(file), "pt") as opened:
-            found = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
-            return (
-                {key: tuple(part.get_shape()) for key, part in found.items()},
-                {key: str(part.get_dtype()) for key, part in found.items()},
-            )
-    except (SafetensorError, OSError) as error:
-        raise GraftError("GC113", f"the file is damaged: {error}", place=Place(str(file))) from None
+def adapter_tensors(file: Path) -> TensorFolder:
+    """The tensors of an adapter's file.
+
+    Raises:
+        GraftError: GC113 where it cannot be read.
+    """
+    return TensorFolder(file, Refusal("GC113", located=True))
 
 
 def _modules(adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]) -> list[PeftModule]:

@@ -1,0 +1,194 @@
+"""The tensors of a file or of a folder, by name, whichever files they are in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+from torch import Tensor
+
+from graftc.runtime.tensors.headers import Shard, StoredTensor, read_shard
+from graftc.runtime.tensors.mapped import DTYPES, MappedFile
+from graftc.runtime.tensors.weights import INDEX, SINGLE, UnsafeFileError, WeightFiles, weight_files
+from graftc.specs.errors.diagnostics import GraftError, Place
+
+__all__ = ["Refusal", "TensorFolder"]
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """How a file that cannot be used is refused.
+
+    Attributes:
+        code: of the error for files that are missing or damaged.
+        unsafe: the code for names that lead out of a folder; `code` by default.
+        hint: what to do about it.
+        located: whether the file is the place of the error.
+    """
+
+    code: str
+    unsafe: str | None = None
+    hint: str | None = None
+    located: bool = False
+
+    def error(
+        self, path: Path, reason: str, details: Iterable[str] = (), *, unsafe: bool = False, hint: str | None = None
+    ) -> GraftError:
+        """The error."""
+        code = (self.unsafe or self.code) if unsafe else self.code
+        place = Place(str(path)) if self.located else None
+        return GraftError(code, reason, place=place, hint=hint or self.hint, details=tuple(details))
+
+
+_CHECKPOINT = Refusal("GC100", "GC101", "download the whole checkpoint again")
+
+
+class TensorFolder(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, or of a folder as transformers loads it.
+
+    All headers are read and checked at once. A tensor is mapped into memory when it is asked for, so that the system
+    reads what is looked at; a file is open from then on until `release`, and as long as a tensor of it is in use. A
+    context manager releases at its end.
+
+    Args:
+        path: the file, or the folder.
+        refusal: the error's code for what cannot be used.
+        strict: whether a folder's index and its files have to agree on every tensor. Otherwise, as in transformers,
+            files may have tensors that the index does not list, or lists elsewhere.
+        writable: writing to tensors changes the file; otherwise it changes private copies, and nobody should.
+
+    Attributes:
+        path: the file, or the folder.
+        shards: the headers of its files, in the order of their names.
+        index: what the index says; None where there is none.
+        index_name: its file's name.
+
+    Raises:
+        GraftError: of the codes of `refusal`; everything that is wrong at once.
+    """
+
+    def __init__(
+        self, path: Path, refusal: Refusal = _CHECKPOINT, *, strict: bool = True, writable: bool = False
+    ) -> None:
+        self.path, self._refusal, self._writable = path, refusal, writable
+        self._files: dict[Path, MappedFile] = {}
+        self.index: Mapping[str, Any] | None = None
+        self.index_name: str | None = None
+        if path.is_dir():
+            found = self._weights()
+            self.index, self.index_name = found.index, found.index_name
+            self.shards = self._headers([path / name for name in found.names])
+            if wrong := list(_against_index(self.shards, self.index if strict else None)):
+                self._damaged(wrong)
+        else:
+            self.shards = self._headers([path])
+
+    def _weights(self) -> WeightFiles:
+        try:
+            found = weight_files(self.path)
+        except UnsafeFileError as error:
+            raise self._refusal.error(self.path, str(error), unsafe=True) from error
+        except OSError as error:
+            self._damaged([str(error)], error)
+        except ValueError as error:
+            self._damaged([str(reason) for reason in error.args], error)
+        if found is None:
+            hint = "give the folder of a transformers model that is stored as safetensors"
+            if any(self.path.glob("*.bin")):
+                hint = "its weights are pickles (.bin), which are not read: save the model again, as safetensors"
+            raise self._refusal.error(self.path, f"{self.path} has neither {SINGLE} nor {INDEX}", hint=hint)
+        return found
+
+    def _headers(self, paths: Iterable[Path]) -> tuple[Shard, ...]:
+        shards, damage = [], []
+        for path in paths:
+            try:
+                shards.append(read_shard(path))
+            except FileNotFoundError:
+                damage.append("it is not there" if path == self.path else f"{path.name} is missing")
+            except (OSError, ValueError) as error:
+                damage.append(str(error) if path == self.path else f"{path.name}: {error}")
+        if damage:
+            self._damaged(damage)
+        return tuple(shards)
+
+    def _damaged(self, damage: list[str], cause: BaseException | None = None) -> NoReturn:
+        more = [f"... and {len(damage) - _SHOWN} more"] if len(damage) > _SHOWN else []
+        what = "is damaged" if self.path.is_dir() else "cannot be read"
+        raise self._refusal.error(self.path, f"{self.path} {what}: {damage[0]}", [*damage[1:_SHOWN], *more]) from cause
+
+    @cached_property
+    def entries(self) -> Mapping[str, StoredTensor]:
+        """How each tensor is stored."""
+        return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
+
+    @cached_property
+    def shard_of(self) -> Mapping[str, Shard]:
+        """The file that each tensor is in."""
+        return {name: shard for shard in self.shards for name in shard.tensors}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(shard.size for shard in self.shards)
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self.entries[name]
+        if stored.dtype not in DTYPES:
+            self._damaged([f"{name} is stored as {stored.dtype}, which torch does not have"])
+        return self._file(name).tensor(stored)
+
+    def raw(self, name: str) -> Tensor:
+        """The bytes of a tensor, ``uint8``."""
+        return self._file(name).raw(self.entries[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def _file(self, name: str) -> MappedFile:
+        shard = self.shard_of[name]
+        if shard.path not in self._files:
+            try:
+                self._files[shard.path] = MappedFile(shard, writable=self._writable)
+            except (OSError, ValueError) as error:
+                self._damaged([f"{shard.name}: {error}"], error)
+        return self._files[shard.path]
+
+    def release(self) -> None:
+        """Let all files go; what was written to them is on the disk."""
+        for file in self._files.values() if self._writable else ():
+            file.flush()
+        self._files.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _against_index(shards: Iterable[Shard], index: Mapping[str, Any] | None) -> Iterator[str]:
+    """Names that stand in two files, and what is not as the index says."""
+    places: dict[str, str] = {}
+    for shard in shards:
+        for name in shard.tensors:
+            if name in places:
+                yield f"{name} is in {places[name]} and in {shard.name}"
+            places[name] = shard.name
+    table: Mapping[str, str] = index["weight_map"] if index is not None else places
+    for name, file in table.items():
+        if places.get(name) != file:
+            yield f"{name} is not in {file}, as the index says"
+    for name in sorted(places.keys() - table.keys()):
+        yield f"{name} is not in the index"

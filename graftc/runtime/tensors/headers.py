@@ -1,0 +1,163 @@
+"""Headers of safetensors files, read strictly and in bounded time. No torch.
+
+A header describes every byte of its file exactly once. How much there is of anything is looked at before it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from graftc.specs.file_bytes import open_regular
+from graftc.specs.strict_json import read_json
+
+__all__ = ["ITEM_SIZES", "Shard", "StoredTensor", "header_bytes", "is_tensor_name", "read_shard"]
+
+HEADER_BYTES = 2**25
+"""Bytes of a header at most."""
+TENSORS = 2**17
+"""Tensors of a file at most."""
+NAME, SEGMENTS = 1_000, 100
+"""Characters of a tensor's name, and parts between its dots, at most."""
+AXES = 64
+"""Sizes of a tensor at most, which is what torch computes with."""
+_WHOLE = 2**63
+_VALUES = 16 * TENSORS
+
+ITEM_SIZES: Mapping[str, int] = MappingProxyType(
+    {
+        **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1},
+        **{"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8},
+        **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1},
+    }
+)
+"""Element types of the format whose elements are whole bytes."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        name: its name in the file.
+        dtype: its element type, as the format writes it: ``BF16``.
+        shape: its sizes.
+        start, end: its bytes, counted from the start of the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file.
+
+    Attributes:
+        path: the file.
+        size: of it, in bytes.
+        metadata: what its header says beside tensors.
+        tensors: by name, in the order in which they lie.
+    """
+
+    path: Path
+    size: int
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.path.name
+
+
+def read_shard(path: Path) -> Shard:
+    """The header of a file.
+
+    Raises:
+        ValueError: it is not a safetensors file, what it describes is not what the file has, or it has more than a
+            file may have; OSError.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError("it is not a safetensors file, or is cut off in its header")
+        if length > HEADER_BYTES:
+            raise ValueError(f"its header has {length} bytes, more than {HEADER_BYTES}")
+        raw = file.read(length)
+    if raw.count(b'"data_offsets"') > TENSORS:
+        raise ValueError(f"it has more than {TENSORS:,} tensors")
+    data = read_json(raw, HEADER_BYTES, values=_VALUES)
+    if not isinstance(data, dict):
+        raise ValueError("its header is not a table")
+    metadata = data.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not texts")
+    if len(data) > TENSORS:
+        raise ValueError(f"it has more than {TENSORS:,} tensors")
+    tensors = sorted((_tensor(name, entry, 8 + length) for name, entry in data.items()), key=lambda t: (t.start, t.end))
+    at = 8 + length
+    for tensor in tensors:
+        if tensor.start != at:
+            raise ValueError(f"{tensor.name} does not begin where the tensor before it ends")
+        at = tensor.end
+    if at != size:
+        what = "is cut off" if at > size else "has more at its end than its header says"
+        raise ValueError(f"it {what}: it has {size} bytes, not {at}")
+    return Shard(path, size, metadata, {tensor.name: tensor for tensor in tensors})
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether a tensor may be called so: a module's path is neither that long nor that deep."""
+    return len(name) <= NAME and name.count(".") < SEGMENTS
+
+
+def _tensor(name: str, entry: Any, offset: int) -> StoredTensor:
+    if not is_tensor_name(name):
+        raise ValueError(f"{name[:60]!r}... is too long a name for a tensor, or has too many dots")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name!r} is not described as a tensor")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+        raise ValueError(f"{name!r} is of the unknown type {str(dtype)[:40]!r}")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < _WHOLE for n in numbers):
+            raise ValueError(f"{name!r} has sizes that are not whole numbers of 63 bits")
+    if len(shape) > AXES:
+        raise ValueError(f"{name!r} has {len(shape)} sizes, more than {AXES}")
+    if math.prod(filter(None, shape)) * ITEM_SIZES[dtype] >= _WHOLE:
+        raise ValueError(f"{name!r} has sizes that no memory has")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * ITEM_SIZES[dtype]:
+        raise ValueError(f"{name!r} has another number of bytes than its sizes give")
+    return StoredTensor(name, dtype, tuple(shape), offset + offsets[0], offset + offsets[1])
+
+
+def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The start of a safetensors file, up to the first tensor.
+
+    Args:
+        tensors: name, element type and sizes, in the order in which they are to lie.
+        metadata: what the header says beside them.
+    """
+    data: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, dtype, shape in tensors:
+        end = at + math.prod(shape) * ITEM_SIZES[dtype]
+        data[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
