@@ -94,7 +94,7 @@ class TensorFolder(Mapping[str, Tensor]):
         except UnsafeFileError as error:
             raise self._refusal.error(self.path, str(error), unsafe=True) from error
         except OSError as error:
-            self._damaged([str(error)], error)
+            self._damaged([_reason(error)], error)
         except ValueError as error:
             self._damaged([str(reason) for reason in error.args], error)
         if found is None:
@@ -112,7 +112,7 @@ class TensorFolder(Mapping[str, Tensor]):
             except FileNotFoundError:
                 damage.append("it is not there" if path == self.path else f"{path.name} is missing")
             except (OSError, ValueError) as error:
-                damage.append(str(error) if path == self.path else f"{path.name}: {error}")
+                damage.append(_reason(error) if path == self.path else f"{path.name}: {_reason(error)}")
         if damage:
             self._damaged(damage)
         return tuple(shards)
@@ -162,7 +162,7 @@ class TensorFolder(Mapping[str, Tensor]):
             try:
                 self._files[shard.path] = MappedFile(shard, writable=self._writable)
             except (OSError, ValueError) as error:
-                self._damaged([f"{shard.name}: {error}"], error)
+                self._damaged([f"{shard.name}: {_reason(error)}"], error)
         return self._files[shard.path]
 
     def release(self) -> None:
@@ -176,6 +176,11 @@ class TensorFolder(Mapping[str, Tensor]):
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Why a file cannot be read, without its path."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _against_index(shards: Iterable[Shard], index: Mapping[str, Any] | None) -> Iterator[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from graftc.specs.file_bytes import open_regular
+from graftc.specs.regular_files import open_regular
 from graftc.specs.strict_json import read_json
 
 __all__ = ["ITEM_SIZES", "Shard", "StoredTensor", "header_bytes", "is_tensor_name", "read_shard"]

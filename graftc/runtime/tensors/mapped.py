@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graftc.runtime.tensors.headers import Shard, StoredTensor
-from graftc.specs.file_bytes import open_regular
+from graftc.specs.regular_files import open_regular
 
 __all__ = ["DTYPES", "FORMAT_NAMES", "MappedFile"]
 

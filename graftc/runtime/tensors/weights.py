@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from graftc.runtime.tensors.headers import is_tensor_name
-from graftc.specs.file_bytes import read_bytes
+from graftc.specs.regular_files import JSON_BYTES, read_regular
 from graftc.specs.strict_json import read_json
 
 __all__ = ["INDEX", "SINGLE", "UnsafeFileError", "WeightFiles", "leads_inside", "weight_files"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _INDEX_BYTES = 2**25
-_CONFIG_BYTES = 2**24
 _ENTRIES = 2**20
 """Tensors of an index at most."""
 _FILE_NAME = 255
@@ -79,10 +78,10 @@ def _named(folder: Path) -> str | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    raw = read_bytes(path, _CONFIG_BYTES)
+    raw = read_regular(path, JSON_BYTES)
     if b"transformers_weights" not in raw:
         return None
-    config = read_json(raw, _CONFIG_BYTES)
+    config = read_json(raw, JSON_BYTES)
     name = config.get("transformers_weights") if isinstance(config, dict) else None
     if name is None:
         return None
@@ -98,7 +97,7 @@ def _read_index(folder: Path, name: str) -> dict[str, Any]:
     if path.is_symlink() and not leads_inside(path):
         raise UnsafeFileError(f"{path} is a link that leads out of the folder")
     try:
-        data: Any = read_json(read_bytes(path, _INDEX_BYTES), _INDEX_BYTES, values=_ENTRIES)
+        data: Any = read_json(read_regular(path, _INDEX_BYTES), _INDEX_BYTES, values=_ENTRIES)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} is not plain JSON: {error}") from error
     table = data.get("weight_map") if isinstance(data, dict) else None
