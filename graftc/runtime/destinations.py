@@ -5,12 +5,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from graftc.runtime.held_folder import foreign_folder
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import quoted
 
-__all__ = ["cannot_write", "check_apart", "check_destination", "check_folder", "holds", "only_files", "overlap"]
+__all__ = [
+    "cannot_write",
+    "check_apart",
+    "check_destination",
+    "check_folder",
+    "check_path",
+    "holds",
+    "only_files",
+    "overlap",
+]
 
 
 def only_files(path: Path) -> bool:
@@ -27,9 +39,12 @@ def check_destination(
 ) -> None:
     """Refuse early what `staged` would refuse after the work is done.
 
+    A folder in which there is one of another user's is never replaced.
+
     Raises:
-        GraftError: GC063.
+        GraftError: GC063; GC064 for a path that nothing can have.
     """
+    check_path(path)
     for taken in (path, *(path.with_name(name) for name in companions)):
         if not os.path.lexists(taken):
             continue
@@ -37,10 +52,44 @@ def check_destination(
             raise GraftError(
                 "GC063", f"{taken} exists", hint="choose another path, or replace it: --force, or force=True"
             )
-        if taken.is_symlink() or (replaceable(taken) if taken == path else taken.is_file()):
+        if taken.is_symlink():
+            continue
+        if taken.is_dir() and (other := _foreign(taken)) is not None:
+            hint = "choose another path, or let its owner remove it"
+            raise GraftError("GC063", f"{other} belongs to another user, so it is not replaced", hint=hint)
+        if replaceable(taken) if taken == path else taken.is_file():
             continue
         what = "a folder that graftc did not write" if taken.is_dir() else "no folder that graftc wrote"
         raise GraftError("GC063", f"{taken} is {what}, so it is not replaced", hint="choose another path or remove it")
+
+
+def check_path(path: Path) -> None:
+    """Refuse a path that nothing can have, or that other tools could not name.
+
+    Raises:
+        GraftError: GC064.
+    """
+    text, reason = str(path), None
+    if "\0" in text:
+        reason = "it has a NUL character"
+    elif _HALF.search(text):
+        reason = "it is not Unicode text"
+    elif too_long := [part for part in path.parts if len(os.fsencode(part)) > _LONGEST_NAME]:
+        reason = f"a name of {len(os.fsencode(too_long[0]))} bytes is too long"
+    if reason is not None:
+        raise GraftError("GC064", f"{quoted(text)} cannot be written: {reason}", hint="choose another path")
+
+
+_HALF = re.compile("[\ud800-\udbff]|[\udc00-\udc7f]|[\udd00-\udfff]")
+"""Halves of characters other than those by which Python writes bytes that are no text, which a path may have."""
+_LONGEST_NAME = 255
+
+
+def _foreign(folder: Path) -> Path | None:
+    try:
+        return foreign_folder(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 def check_folder(path: Path, mark: str) -> None:
@@ -53,6 +102,7 @@ def check_folder(path: Path, mark: str) -> None:
     Raises:
         GraftError: GC063, something else is there; GC064, it cannot be made.
     """
+    check_path(path)
     try:
         if not os.path.isdir(path):
             _check_makeable(path)
@@ -95,8 +145,9 @@ def check_apart(path: Path, *sources: str | Path | None) -> None:
         sources: files and folders that are read; what is none of those here, such as a hub id, is passed over.
 
     Raises:
-        GraftError: GC063.
+        GraftError: GC063; GC064 for a path that nothing can have.
     """
+    check_path(path)
     for source in sources:
         if source is None or not os.path.lexists(found := Path(source).expanduser()):
             continue

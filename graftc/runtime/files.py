@@ -12,20 +12,10 @@ If the process is killed it stays, until the same work goes on in it or other wo
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
-import glob
-import json
 import os
-import re
-import secrets
-import shutil
-import stat
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from graftc.runtime.destinations import (
     cannot_write,
@@ -36,15 +26,21 @@ from graftc.runtime.destinations import (
     only_files,
     overlap,
 )
+from graftc.runtime.held_folder import HeldFolder
+from graftc.runtime.placing import NEW, commit
+from graftc.runtime.staging import discard_others, recover, recover_in, staging_folder
 from graftc.specs.errors.diagnostics import GraftError
 
-if sys.platform != "win32":
-    import fcntl
-
-__all__ = ["check_apart", "check_destination", "check_folder", "recover", "staged", "write_text"]
-
-_STAGING = re.compile(r"\..+\.graftc-[0-9a-f]{12}")
-_NEW, _OLD, _JOURNAL, _RESUME = "new", "old", "commit.json", "resume.json"
+__all__ = [
+    "alone_in",
+    "check_apart",
+    "check_destination",
+    "check_folder",
+    "recover",
+    "staged",
+    "staged_or_dropped",
+    "write_text",
+]
 
 
 @contextlib.contextmanager
@@ -80,14 +76,16 @@ def staged(
         if source is not None and holds(path, Path(source)):
             raise overlap(path, source)
     made: list[Path] = []
+    mode_of_files = None if keep_modes else 0o666 & ~_umask()
     try:
         made = _make_parents(path.parent)
-        recover(path.parent)
-        check_destination(path, force=force, companions=companions, replaceable=replaceable)
-        _discard_others(path, resume)
-        with _staging(path, resume) as staging:
-            yield staging / _NEW / path.name
-            _commit(staging, path, companions, force, keep_modes)
+        with HeldFolder.open(path.parent, follow=True) as parent:
+            recover_in(parent)
+            check_destination(path, force=force, companions=companions, replaceable=replaceable)
+            discard_others(parent, path.name, resume)
+            with staging_folder(parent, path.name, resume) as staging:
+                yield staging.path / NEW / path.name
+                commit(staging, parent, path.name, companions, force, mode_of_files)
         made = []
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -143,96 +141,6 @@ def _make_parents(folder: Path) -> list[Path]:
     return made
 
 
-# --- staging folders ---------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _staging(path: Path, resume: str | None = None) -> Iterator[Path]:
-    """A locked staging folder; at the end it is gone with all that is left in it."""
-    staging, lock = _locked_folder(path) if resume is None else _resumed_folder(path, resume)
-    try:
-        (staging / _NEW).mkdir(exist_ok=resume is not None)
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        _unlock(lock)
-
-
-def _locked_folder(path: Path) -> tuple[Path, int | None]:
-    while True:
-        staging = path.with_name(f".{path.name}.graftc-{secrets.token_hex(6)}")
-        staging.mkdir(mode=0o700)
-        try:
-            lock = _lock(staging)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # a run that sweeps this folder has found it before it was locked
-        except OSError:
-            return staging, None  # a file system without locks: nobody sweeps there either
-        if staging.exists():
-            return staging, lock
-        _unlock(lock)
-
-
-def _resumed_folder(path: Path, resume: str) -> tuple[Path, int | None]:
-    """The staging folder of work that can be resumed, as it was left or new."""
-    staging = _resumable(path, resume)
-    while True:
-        with contextlib.suppress(FileExistsError):
-            staging.mkdir(mode=0o700)
-        try:
-            lock = _lock(staging)
-        except FileNotFoundError:
-            continue
-        except BlockingIOError:
-            message = f"another process is writing {path}"
-            raise GraftError("GC063", message, hint="wait until it is done, or choose another path") from None
-        except OSError:
-            lock = None
-        if staging.exists():
-            break
-        _unlock(lock)
-    note = staging / _RESUME
-    if not note.is_file():  # it was killed before it had begun
-        note.write_text(json.dumps({"work": resume}), encoding="utf-8")
-    return staging, lock
-
-
-def _resumable(path: Path, resume: str) -> Path:
-    return path.with_name(f".{path.name}.graftc-{resume[:12]}")
-
-
-def _discard_others(path: Path, resume: str | None) -> None:
-    """Throw away what killed runs have left that were to put something else in the same place."""
-    if sys.platform == "win32":
-        return
-    kept = None if resume is None else _resumable(path, resume)
-    for note in path.parent.glob(f".{glob.escape(path.name)}.graftc-*/{_RESUME}"):
-        if note.parent != kept and _STAGING.fullmatch(note.parent.name):
-            _sweep(note.parent, resumable=True)
-
-
-def _lock(folder: Path) -> int | None:
-    """An open, locked descriptor of a folder; None on systems without such locks.
-
-    Raises:
-        BlockingIOError: another process holds it; OSError: the folder has gone, or cannot be locked.
-    """
-    if sys.platform == "win32":
-        return None
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
-
-
 @contextlib.contextmanager
 def alone_in(folder: Path | None) -> Iterator[None]:
     """Inside, nobody else who asks for it is at work in a folder: no other process, thread or call. Where there is no
@@ -241,196 +149,23 @@ def alone_in(folder: Path | None) -> Iterator[None]:
     Raises:
         GraftError: GC063 where somebody is.
     """
-    lock = None
+    held: HeldFolder | None = None
     try:
-        lock = None if folder is None else _lock(folder)
+        if folder is not None:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                held = HeldFolder.open(folder, follow=True)
+        if held is not None:
+            held.lock()
     except BlockingIOError as error:
+        assert held is not None
+        held.close()
         hint = "wait until it has ended, or take another folder"
         raise GraftError("GC063", f"another run is at work in {folder}", hint=hint) from error
-    except OSError:
-        pass
     try:
         yield
     finally:
-        _unlock(lock)
-
-
-def recover(folder: Path) -> None:
-    """Finish or throw away what killed runs of this user left in ``folder``. What cannot be mended stays as it is."""
-    if sys.platform == "win32":
-        return
-    try:
-        found = [e.name for e in os.scandir(folder) if _STAGING.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
-    except OSError:
-        return
-    for name in found:
-        _sweep(folder / name)
-
-
-def _sweep(staging: Path, *, resumable: bool = False) -> None:
-    """Finish what a staging folder of a killed run of this user has committed, and throw the rest away.
-
-    Args:
-        staging: the folder.
-        resumable: throw away work that could be resumed, too.
-    """
-    try:
-        lock = _lock(staging)
-    except OSError:
-        return
-    try:
-        waits = (staging / _RESUME).is_file() and not (staging / _JOURNAL).is_file()
-        if os.stat(staging, follow_symlinks=False).st_uid == os.getuid() and (resumable or not waits):
-            with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
-                _finish(staging)
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError:
-        return
-    finally:
-        _unlock(lock)
-
-
-# --- putting in place --------------------------------------------------------------------------------------------
-
-
-def _commit(staging: Path, path: Path, companions: Sequence[str], force: bool, keep_modes: bool) -> None:
-    """Make sure that everything is on the disk, write the journal, and put everything in place."""
-    new = staging / _NEW
-    names = sorted(entry.name for entry in new.iterdir())
-    if path.name not in names:
-        raise FileNotFoundError(errno.ENOENT, "nothing was written", str(path))
-    _flush(new, keep_modes)
-    # What names the others comes last when things appear and first when they go, so that it never points at nothing.
-    names.remove(path.name)
-    place = [*names, path.name]
-    journal = {
-        "place": {name: (new / name).lstat().st_ino for name in place},
-        "companions": list(companions),
-        "replace": force,
-    }
-    draft = staging / f"{_JOURNAL}.draft"
-    draft.write_text(json.dumps(journal), encoding="utf-8")
-    _flush(draft, keep_modes)
-    os.rename(draft, staging / _JOURNAL)
-    _sync(staging)
-    _finish(staging)
-
-
-def _finish(staging: Path) -> None:
-    """Put in place what the journal lists; nothing without one. Done again after a kill, it goes on where it was.
-
-    Raises:
-        OSError: something is in the way; ValueError: the journal is not one.
-    """
-    try:
-        journal: dict[str, Any] = json.loads((staging / _JOURNAL).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return
-    parent, new, old = staging.parent, staging / _NEW, staging / _OLD
-    inodes: dict[str, int] = journal["place"]
-    place, companions = list(inodes), journal["companions"]
-    if any(name != os.path.basename(name) or name in ("", ".", "..") for name in [*place, *companions]):
-        raise ValueError("not a journal")
-    # After an exchange the old one is there under the name of the new one.
-    pending = [n for n in place if os.path.lexists(new / n) and (new / n).lstat().st_ino == inodes[n]]
-    try:
-        if journal["replace"] and place[-1] in pending:
-            alone = len(place) == 1 and not any(os.path.lexists(parent / name) for name in companions)
-            if alone and _exchange(new / place[-1], parent / place[-1]):
-                return
-            old.mkdir(exist_ok=True)
-            for name in [place[-1], *companions]:
-                # A companion that has been put in place already is a new one.
-                if os.path.lexists(parent / name) and (name not in place or name in pending):
-                    _aside(parent / name, old / name)
-        for name in pending:
-            _place(new / name, parent / name)
-    except OSError:
-        _take_back(parent, new, old, pending)
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            _sync(parent)
-
-
-def _take_back(parent: Path, new: Path, old: Path, placed: Sequence[str]) -> None:
-    """Everything as it was before putting in place began."""
-    for name in reversed(placed):
-        if not os.path.lexists(new / name):
-            os.rename(parent / name, new / name)
-    for name in os.listdir(old) if old.exists() else ():
-        if not os.path.lexists(parent / name):
-            os.rename(old / name, parent / name)
-
-
-def _aside(path: Path, old: Path) -> None:
-    if os.path.lexists(old):
-        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    os.rename(path, old)
-
-
-def _place(new: Path, path: Path) -> None:
-    """Rename, unless something has come to be there."""
-    if _rename_with(new, path, _NO_REPLACE):
-        return
-    if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-    os.rename(new, path)
-
-
-def _exchange(new: Path, path: Path) -> bool:
-    """Swap two paths in one step, or put the first in place of nothing; False where the system cannot."""
-    if not os.path.lexists(path):
-        os.rename(new, path)
-        return True
-    if not new.is_dir() and not path.is_dir():
-        os.replace(new, path)
-        return True
-    return _rename_with(new, path, _EXCHANGE)
-
-
-_NO_REPLACE, _EXCHANGE = 1, 2
-_AT_FDCWD = -100
-_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
-
-
-def _rename_with(old: Path, new: Path, flag: int) -> bool:
-    """Linux's ``renameat2``; False where there is no such thing.
-
-    Raises:
-        OSError: it is there and refuses.
-    """
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
-    if call is None:
-        return False
-    if call(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flag) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in _UNSUPPORTED:
-        return False
-    raise OSError(number, os.strerror(number), str(new))
-
-
-def _flush(path: Path, keep_modes: bool) -> None:
-    """Everything under ``path`` onto the disk, with the permissions that new files have unless these are kept."""
-    if path.is_symlink():
-        return
-    if path.is_dir():
-        for entry in path.iterdir():
-            _flush(entry, keep_modes)
-    elif path.is_file() and not keep_modes:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        # Some writers make files that only their owner may read.
-        path.chmod(mode | (0o666 & ~_umask()))
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if held is not None:
+            held.close()
 
 
 def _umask() -> int:

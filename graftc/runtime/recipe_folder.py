@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graftc.runtime.destinations import cannot_write
+from graftc.runtime.destinations import cannot_write, check_path
 from graftc.runtime.files import recover, write_text
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.regular_files import JSON_BYTES, read_regular
+from graftc.specs.strict_json import read_json
 
 __all__ = ["RECIPE", "begin_recipe", "has_recipe", "make_folder"]
 
@@ -59,6 +61,7 @@ def make_folder(folder: Path) -> Path:
     Raises:
         GraftError: GC064.
     """
+    check_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -75,8 +78,8 @@ def _read(path: Path) -> dict[str, Any]:
         GraftError: GC058 where the file does not say it.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would never end
-    except (OSError, ValueError, RecursionError):
+        found = read_json(read_regular(path), JSON_BYTES)
+    except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):
         raise GraftError("GC058", f"{path} is damaged: it does not say what is kept here", hint="take another folder")

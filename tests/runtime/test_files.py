@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from graftc.runtime import files
 from graftc.runtime.files import recover, staged, write_text
+from graftc.runtime.held_folder import HeldFolder
 from graftc.specs.errors.diagnostics import GraftError
 from tests.faults import FAILED, Fault, requests_of, run_with_fault
 
@@ -106,7 +106,7 @@ def test_every_point(
 ) -> None:
     """Killed, or out of space, at each request to the file system: before and after the next run."""
     if not exchange:  # a file system that cannot swap two names
-        monkeypatch.setattr(files, "_rename_with", lambda old, new, flag: False)
+        monkeypatch.setattr(HeldFolder, "_rename_with", lambda *_: False)
     case, folder = SCENARIOS[scenario], tmp_path / "here"
     path = case.start(folder)
     before = case.state(path)

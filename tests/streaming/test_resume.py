@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import graftc
 from graftc.runtime.files import recover
@@ -17,7 +21,8 @@ from graftc.runtime.loading.verify import verify
 from graftc.runtime.streaming import merging
 from tests.artifact.support import tree_bytes
 from tests.forks import Worker
-from tests.streaming.support import sharded_base, written_lora
+from tests.streaming.support import PROJECTIONS, sharded_base, written_lora
+from tests.users import as_root, give, snapshot
 
 pytestmark = pytest.mark.slow
 
@@ -116,6 +121,64 @@ def test_done_files_are_not_done_again_unless_they_changed(place: Path, tmp_path
         graftc.merge_checkpoint(adapter, base, out)
     assert begun == shards
     assert tree_bytes(out) == tree_bytes(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize(
+    ("whose", "changed"),
+    [
+        pytest.param("another", "nothing", marks=as_root),
+        pytest.param("another", "folded", marks=as_root),
+        *(("own", "folded"), ("own", "untouched"), ("own", "metadata"), ("own", "more"), ("own", "evidence")),
+    ],
+)
+def test_a_planted_folder_is_not_believed(place: Path, tmp_path: Path, whose: str, changed: str) -> None:
+    """Files with the digests that their journal has, made by somebody else, come to nothing."""
+    base, adapter, out = place / "base", place / "adapter", tmp_path / "merged"
+    child = os.fork()
+    if child == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            stopped_after(patch, 2)
+            graftc.merge_checkpoint(adapter, base, out)
+        os._exit(0)
+    os.waitpid(child, 0)
+    (staging,) = tmp_path.glob(".merged.graftc-*")
+    plant(staging, changed)
+    if whose == "another":
+        give(staging)
+    before = snapshot(staging)
+    made = graftc.merge_checkpoint(adapter, base, out)
+    clean = graftc.merge_checkpoint(adapter, base, tmp_path / "clean")
+    assert made.resumed == (0 if whose == "another" else 2 if changed == "evidence" else 1)
+    assert made.certificate == clean.certificate and tree_bytes(out) == tree_bytes(tmp_path / "clean")
+    assert {path.lstat().st_uid for path in (out, *out.rglob("*"))} == {os.geteuid()}
+    assert not staging.exists() if whose == "own" else snapshot(staging) == before
+
+
+def plant(staging: Path, changed: str) -> None:
+    """Change one finished file and let the journal say that it is right."""
+    journal = staging / "journal.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    path = staging / "new" / "merged" / lines[1]["file"]
+    with safe_open(path, "pt") as opened:
+        found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        metadata = opened.metadata()
+    folded = [name for name in found if any(part in name for part in PROJECTIONS)]
+    others = [name for name in found if name not in folded]
+    if changed == "folded":
+        found[folded[0]] = torch.full_like(found[folded[0]], 3.0)
+    elif changed == "untouched":
+        found[others[0]] = found[others[0]] + 1
+    elif changed == "more":
+        found["more"] = torch.ones(2)
+    elif changed == "metadata":
+        metadata = {**(metadata or {}), "planted": "yes"}
+    if changed not in ("nothing", "evidence"):
+        save_file(found, path, metadata=metadata)
+    lines[1]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    if changed == "evidence":
+        lines[1] |= {"untouched": 1000, "sites": [], "check": "0"}
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")

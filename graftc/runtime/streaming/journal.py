@@ -1,23 +1,28 @@
 """The journal of a merge: what has been done of it, so that a killed one goes on where it was.
 
-A file counts as done once its line is on the disk, which is written after the file itself. When a merge is resumed,
-every file is held against the digest in its line, and done again where they differ.
+A file's line is written after the file itself is on the disk. When a merge is resumed, every file is held against the
+digest in its line, and done again where they differ. That tells damage. The journal is not believed otherwise: whoever
+can make one can make a file that fits it, so that merging looks at what is in the file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+import stat
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from graftc.compiler.folding.certificate import SiteEvidence
-from graftc.compiler.folding.retention import Retention
 from graftc.runtime.artifact.write import file_digest
+from graftc.specs.regular_files import read_regular
+from graftc.specs.strict_json import read_json
 
 __all__ = ["Journal", "ShardDone"]
+
+
+_NAME = "journal.jsonl"
+_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -36,50 +41,41 @@ class ShardDone:
 
 
 class Journal:
-    """Lines of JSON, one for each file that is done.
+    """Lines of JSON, one for each file that is done: its name and digest.
 
     Args:
-        path: the journal's file.
+        staging: the folder in which it is.
         folder: where the files are.
     """
 
-    def __init__(self, path: Path, folder: Path) -> None:
-        self._path, self._folder = path, folder
+    def __init__(self, staging: Path, folder: Path) -> None:
+        self._path, self._folder = staging / _NAME, folder
 
-    def done(self) -> dict[str, ShardDone]:
-        """The files that are done, and are as they were written."""
-        found: dict[str, ShardDone] = {}
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
+    def done(self) -> dict[str, str]:
+        """SHA-256 of the files that are said to be done, and are as they were written."""
+        try:
+            lines = read_regular(self._path, _BYTES, follow=False).split(b"\n")
+        except OSError:
+            return {}
+        listed: dict[str, str] = {}
         for line in lines:
             try:
-                data: dict[str, Any] = json.loads(line)
-                done = _read(data)
+                data = read_json(line, _BYTES)
+                listed[os.path.basename(data["file"])] = str(data["sha256"])
             except (ValueError, KeyError, TypeError):
                 continue  # it was killed while it wrote this
-            name = os.path.basename(data["file"])
-            file = self._folder / name
-            if file.is_file() and file_digest(file) == done.sha256:
-                found[name] = done
-        return found
+        return {name: digest for name, digest in listed.items() if self._is(name, digest)}
+
+    def _is(self, name: str, digest: str) -> bool:
+        path = self._folder / name
+        try:
+            return name != "" and stat.S_ISREG(os.lstat(path).st_mode) and file_digest(path) == digest
+        except (OSError, ValueError):
+            return False
 
     def add(self, name: str, done: ShardDone) -> None:
         """Note that a file is done, and lies on the disk."""
-        data = {"file": name, **asdict(done)}
-        line = json.dumps(data)
-        check = hashlib.sha256(line.encode()).hexdigest()[:16]
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"check": check, **data}) + "\n")
+            file.write(json.dumps({"file": name, "sha256": done.sha256}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def _read(data: dict[str, Any]) -> ShardDone:
-    check = data.pop("check")
-    if hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16] != check:
-        raise ValueError("it has changed")
-    return ShardDone(data["sha256"], data["untouched"], tuple(map(_site, data["sites"])))
-
-
-def _site(data: dict[str, Any]) -> SiteEvidence:
-    fields = {**data, "adaptations": tuple(data["adaptations"]), "retention": Retention(**data["retention"])}
-    return SiteEvidence(**fields)

@@ -21,6 +21,7 @@ from graftc.runtime.artifact.places import RECORD, is_merged
 from graftc.runtime.artifact.write import file_digest, listed
 from graftc.runtime.companions import COMPANIONS
 from graftc.runtime.files import check_apart, check_destination, staged
+from graftc.runtime.held_folder import HeldFolder
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.journal import Journal, ShardDone
 from graftc.runtime.streaming.plan import MergePlan, make_plan, stored_config
@@ -76,7 +77,8 @@ def merge_checkpoint(
     Every file is copied, and folded weights are written into the copy, some rows at a time: computed in float64 and
     rounded once. At every site random inputs are run through the unfolded map, which knows nothing of the fold, and
     through the folded rows. What is not folded is compared with the base after it was written. The folder appears when
-    all of it is done; if the process is killed, the same call goes on where it was.
+    all of it is done; if the process is killed, the same call goes on where it was, after it has held the files that
+    are there against the base and the adapter.
 
     Args:
         adapter: a graftc artifact, or a folder that peft wrote.
@@ -158,22 +160,27 @@ def _merge(
     resume = _identity(plan, watch)
     with staged(path, force=force, replaceable=is_merged, sources=[base], resume=resume, keep_modes=True) as folder:
         folder.mkdir(exist_ok=True)
-        journal = Journal(folder.parent.parent / "journal.jsonl", folder)
+        journal = Journal(folder.parent.parent, folder)
         before = journal.done()
-        for left in [file for file in folder.iterdir() if file.name not in before]:
-            left.unlink()  # what a killed run was at
-        done = dict(before)
-        tensors = BaseTensors(plan)
-        finished = sum(shard.size for shard in checkpoint.shards if shard.name in before)
+        with HeldFolder.open(folder) as held:
+            for left in [name for name in held.names() if name not in before]:
+                held.remove(left)  # what a killed run was at
+        done: dict[str, ShardDone] = {}
+        tensors, finished, resumed = BaseTensors(plan), 0, 0
         for shard in checkpoint.shards:
-            if shard.name not in before:
-                file = folder / shard.name
-                done[shard.name] = _merged(plan, shard, file, tensors, _within(progress, finished, shard, checkpoint))
-                journal.add(shard.name, done[shard.name])
-                checkpoint.release()
-                finished += shard.size
+            file, advance = folder / shard.name, _within(progress, finished, shard, checkpoint)
+            digest = before.get(shard.name)
+            found = None if digest is None else _resumed(plan, shard, file, tensors, advance, digest)
+            resumed += found is not None
+            if found is None:
+                file.unlink(missing_ok=True)
+                found = _merged(plan, shard, file, tensors, advance)
+                journal.add(shard.name, found)
+            done[shard.name] = found
+            checkpoint.release()
+            finished += shard.size
             progress(finished, checkpoint.size)
-        result = _result(plan, path, done, len(before), allow_unchanged=allow_unchanged)
+        result = _result(plan, path, done, resumed, allow_unchanged=allow_unchanged)
         _copy_beside(plan, folder)
         _write_record(plan, folder, result, done)
         watch.require_unchanged()
@@ -218,6 +225,30 @@ def _merged(
     shutil.copymode(shard.path, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
+    return ShardDone(digest, len(compared), report.sites)
+
+
+def _resumed(
+    plan: MergePlan, shard: Shard, path: Path, base: BaseTensors, advance: Callable[[float], None], digest: str
+) -> ShardDone | None:
+    """What a file says that a killed run has made; None where it is not, to the bit, what this merge makes. Everything
+    is folded again and compared: nobody knows who wrote the file.
+    """
+    try:
+        written = TensorFolder(path)
+    except GraftError:
+        return None
+    (made,) = written.shards
+    wanted = {name: (plan.written(stored), stored.shape) for name, stored in shard.tensors.items()}
+    found = {name: (stored.dtype, stored.shape) for name, stored in made.tensors.items()}
+    if found != wanted or made.metadata != shard.metadata:
+        return None
+    with written:
+        report = fold_shard(plan, shard, base, RowTarget(shard.tensors, written), advance)
+        compared = dict(untouched(plan, shard, written, base, report.changed))
+    if not all(site.passed for site in report.sites) or not all(compared.values()):
+        return None
+    shutil.copymode(shard.path, path)
     return ShardDone(digest, len(compared), report.sites)
 
 

@@ -1,0 +1,351 @@
+"""Open folders: what is done in one is done there, whatever has come to be at its path meanwhile.
+
+Where folders are shared, somebody else may put a link or a folder of his own in the place of ours between a look at it
+and its use. So a folder is opened once, without following a link, looked at through its descriptor, and everything in
+it is named relative to that. Systems without such descriptors (Windows) name things by their paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from pathlib import Path
+from typing import Self
+
+from graftc.specs.regular_files import read_regular
+
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["HeldFolder", "foreign_folder", "is_own"]
+
+_DEEPEST = 40
+"""How many folders may lie in one another in what a killed run has left."""
+_NO_REPLACE, _EXCHANGE = 1, 2
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NO_LOCKS = {errno.ENOLCK, errno.EBADF, *_UNSUPPORTED}
+_READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"))
+_OTHERS, _WRITING_OTHERS = 0o077, 0o022
+
+
+class HeldFolder:
+    """A folder that is open until `close`.
+
+    Args:
+        path: where it is.
+        descriptor: of it; None on systems that have none.
+    """
+
+    def __init__(self, path: Path, descriptor: int | None) -> None:
+        self.path, self._descriptor = path, descriptor
+
+    @classmethod
+    def open(cls, path: Path, *, follow: bool = False) -> Self:
+        """Open a folder.
+
+        Args:
+            path: where it is.
+            follow: whether ``path`` itself may be a link.
+
+        Raises:
+            OSError: it is no folder, or a link.
+        """
+        if sys.platform == "win32":
+            if not path.is_dir() or (path.is_symlink() and not follow):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+            return cls(path, None)
+        flags = _READING & ~os.O_NOFOLLOW if follow else _READING
+        return cls(path, os.open(path, flags | os.O_DIRECTORY))
+
+    def inner(self, name: str) -> HeldFolder:
+        """Open a folder in this one, which is no link.
+
+        Raises:
+            OSError: it is no folder, or a link.
+        """
+        if self._descriptor is None:
+            return HeldFolder.open(self.path / name)
+        flags = _READING | os.O_DIRECTORY
+        return HeldFolder(self.path / name, os.open(name, flags, dir_fd=self._descriptor))
+
+    def close(self) -> None:
+        """Close it, which ends its lock; a second time does nothing."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- looking ---
+
+    def stat(self, name: str | None = None) -> os.stat_result:
+        """What this folder is, or something in it; a link itself, never what it leads to.
+
+        Raises:
+            OSError: it is not there.
+        """
+        if name is not None:
+            return os.stat(self._name(name), dir_fd=self._descriptor, follow_symlinks=False)
+        return os.lstat(self.path) if self._descriptor is None else os.fstat(self._descriptor)
+
+    def exists(self, name: str) -> bool:
+        """Whether something has this name here, a link that leads nowhere included."""
+        try:
+            self.stat(name)
+        except OSError:
+            return False
+        return True
+
+    def is_file(self, name: str) -> bool:
+        """Whether this is a regular file; a link is none."""
+        return self.exists(name) and stat.S_ISREG(self.stat(name).st_mode)
+
+    def is_folder(self, name: str) -> bool:
+        """Whether this is a folder; a link is none."""
+        return self.exists(name) and stat.S_ISDIR(self.stat(name).st_mode)
+
+    def names(self) -> list[str]:
+        """The names of what is in it, sorted."""
+        return sorted(os.listdir(self.path if self._descriptor is None else self._descriptor))
+
+    def is_at_its_path(self) -> bool:
+        """Whether its path still leads to this very folder, and not by a link."""
+        try:
+            return os.path.samestat(os.lstat(self.path), self.stat())
+        except OSError:
+            return False
+
+    def is_private(self, *, links: bool = True) -> bool:
+        """Whether all that is in it is this user's doing: the folder and what lies in it belong to this user, and
+        nobody else may write there.
+
+        Args:
+            links: whether there may be symbolic links, which are not followed, and files that have other names too.
+        """
+        found = self.stat()
+        if not is_own(found, self.path.parent) or found.st_mode & _WRITING_OTHERS:
+            return False
+        try:
+            return self._is_private(self.path.parent, links=links, closed=not found.st_mode & _OTHERS, depth=0)
+        except OSError:
+            return False
+
+    def _is_private(self, beside: Path, *, links: bool, closed: bool, depth: int) -> bool:
+        """The same of what is in it. What nobody else can come to may have any permissions."""
+        for name in self.names():
+            found = self.stat(name)
+            kind = found.st_mode
+            if stat.S_ISLNK(kind):
+                if not links:
+                    return False
+                continue
+            if not (stat.S_ISDIR(kind) or stat.S_ISREG(kind)) or not is_own(found, beside):
+                return False
+            if (kind & _WRITING_OTHERS and not closed) or (stat.S_ISREG(kind) and found.st_nlink > 1 and not links):
+                return False
+            if stat.S_ISDIR(kind):
+                if depth == _DEEPEST:
+                    return False
+                with self.inner(name) as inner:
+                    if not inner._is_private(beside, links=links, closed=closed, depth=depth + 1):
+                        return False
+        return True
+
+    # --- changing ---
+
+    def make(self, name: str, mode: int = 0o777) -> None:
+        """Make a folder in it.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        os.mkdir(self._name(name), mode, dir_fd=self._descriptor)
+
+    def read(self, name: str, most: int) -> bytes:
+        """What a regular file in it holds.
+
+        Raises:
+            OSError: it is another thing, a link, or larger than ``most`` bytes.
+        """
+        return read_regular(self._name(name), most, folder=self._descriptor, follow=False)
+
+    def write(self, name: str, text: str) -> None:
+        """Make a file in it, on the disk when this returns.
+
+        Raises:
+            OSError: something of that name is there, or it cannot be written.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+        with open(os.open(self._name(name), flags, 0o666, dir_fd=self._descriptor), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rename(self, name: str, other: HeldFolder, new: str) -> None:
+        """Put something of it under a name in another folder. A file there is replaced.
+
+        Raises:
+            OSError: as `os.rename`.
+        """
+        places = {"src_dir_fd": self._descriptor, "dst_dir_fd": other._descriptor}
+        os.replace(self._name(name), other._name(new), **places)
+
+    def rename_new(self, name: str, other: HeldFolder, new: str) -> None:
+        """The same, unless something has come to be there.
+
+        Raises:
+            OSError: something has.
+        """
+        if self._rename_with(name, other, new, _NO_REPLACE):
+            return
+        if other.exists(new):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(other.path / new))
+        self.rename(name, other, new)
+
+    def exchange(self, name: str, other: HeldFolder, new: str) -> bool:
+        """Swap two things in one step; False where the system cannot.
+
+        Raises:
+            OSError: it can and refuses.
+        """
+        return self._rename_with(name, other, new, _EXCHANGE)
+
+    def _rename_with(self, name: str, other: HeldFolder, new: str, flag: int) -> bool:
+        """Linux's ``renameat2``; False where there is no such thing."""
+        call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+        if call is None or self._descriptor is None or other._descriptor is None:
+            return False
+        if call(self._descriptor, os.fsencode(name), other._descriptor, os.fsencode(new), flag) == 0:
+            return True
+        number = ctypes.get_errno()
+        if number in _UNSUPPORTED:
+            return False
+        raise OSError(number, os.strerror(number), str(other.path / new))
+
+    def remove(self, name: str) -> None:
+        """Remove a file, a link, or a folder with all that is in it. Links are not followed, and a folder in which
+        there is one of another user's stays.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        if not self.is_folder(name):
+            os.unlink(self._name(name), dir_fd=self._descriptor)
+            return
+        if (other := foreign_folder(self.path / name)) is not None:
+            raise PermissionError(errno.EPERM, "it belongs to another user", str(other))
+        shutil.rmtree(self._name(name), dir_fd=self._descriptor)
+
+    def remove_all(self) -> None:
+        """Remove all that is in it, as far as that may be and can be removed."""
+        with contextlib.suppress(OSError):
+            for name in self.names():
+                with contextlib.suppress(OSError, RecursionError):
+                    self.remove(name)
+
+    def remove_from(self, parent: HeldFolder) -> None:
+        """Remove this folder with all that is in it, as far as that can be done, from the one that it lies in. What
+        has come to be at its place meanwhile stays.
+        """
+        self.remove_all()
+        with contextlib.suppress(OSError):
+            if os.path.samestat(parent.stat(self.path.name), self.stat()):
+                os.rmdir(parent._name(self.path.name), dir_fd=parent._descriptor)
+
+    def flush(self, name: str, mode_of_files: int | None) -> None:
+        """All of something in it onto the disk.
+
+        Args:
+            name: of what is there; links stay as they are.
+            mode_of_files: permissions that regular files get beside their own.
+
+        Raises:
+            OSError: it cannot be read or written.
+        """
+        kind = self.stat(name).st_mode
+        if stat.S_ISDIR(kind):
+            with self.inner(name) as inner:
+                for each in inner.names():
+                    inner.flush(each, mode_of_files)
+                inner.sync()
+        elif stat.S_ISREG(kind):
+            self._flush_file(name, mode_of_files)
+
+    def _flush_file(self, name: str, mode: int | None) -> None:
+        if mode is not None and (now := stat.S_IMODE(self.stat(name).st_mode)) | mode != now:
+            # Some writers make files that only their owner may read.
+            os.chmod(self._name(name), now | mode, dir_fd=self._descriptor)
+        descriptor = os.open(self._name(name), _READING, dir_fd=self._descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def sync(self) -> None:
+        """The names in it onto the disk.
+
+        Raises:
+            OSError: that fails.
+        """
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)
+
+    def lock(self) -> None:
+        """Hold a lock on it until it is closed; nothing on systems and file systems without locks.
+
+        Raises:
+            BlockingIOError: another process, thread or call holds it.
+        """
+        if sys.platform == "win32" or self._descriptor is None:
+            return
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+
+    def _name(self, name: str) -> str:
+        return str(self.path / name) if self._descriptor is None else name
+
+
+def is_own(found: os.stat_result, folder: Path) -> bool:
+    """Whether something belongs to this user: to whom new things belong, which a network's file system may change.
+
+    Args:
+        found: what it is.
+        folder: of the same file system, where this user may write.
+    """
+    if sys.platform == "win32" or found.st_uid == os.geteuid():
+        return True
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_uid == found.st_uid
+    return False
+
+
+def foreign_folder(path: Path) -> Path | None:
+    """The first folder of another user's among a folder and what lies in it; None where there is none. Links are not
+    followed.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    waiting = [path]
+    while waiting:
+        folder = waiting.pop()
+        if not is_own(os.lstat(folder), path.parent):
+            return folder
+        with os.scandir(folder) as entries:
+            waiting += [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return None

@@ -1,0 +1,165 @@
+"""Staging folders: made, found again, finished or thrown away; never those of somebody else.
+
+One is named ``.NAME.graftc-RANDOM`` after what is written in it. In a folder that several people write to, anybody can
+make one of such a name, and put into it whatever he likes; and one may come out of an archive. So what is found is used
+only if it is this user's alone (`HeldFolder.is_private`), and what work goes on with is looked at by that work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import re
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from graftc.runtime.held_folder import HeldFolder, is_own
+from graftc.runtime.placing import JOURNAL, NEW, finish
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = ["discard_others", "recover", "recover_in", "staging_folder"]
+
+_STAGING = re.compile(r"\..+\.graftc-[0-9a-f]{12}")
+_RESUME = "resume.json"
+_PRIVATE = 0o700
+_ATTEMPTS = 100
+
+
+@contextlib.contextmanager
+def staging_folder(parent: HeldFolder, name: str, resume: str | None = None) -> Iterator[HeldFolder]:
+    """A locked staging folder; at the end it is gone with all that is left in it.
+
+    Args:
+        parent: where it is.
+        name: of what is written.
+        resume: SHA-256 of the work that may be resumed.
+
+    Raises:
+        GraftError: GC063, another process is at the same work; OSError.
+    """
+    staging = _new(parent, name) if resume is None else _resumed(parent, name, resume)
+    try:
+        if not staging.is_folder(NEW):
+            staging.make(NEW)
+        if resume is not None and not staging.exists(_RESUME):
+            staging.write(_RESUME, json.dumps({"work": resume}))
+        yield staging
+    finally:
+        staging.remove_from(parent)
+        staging.close()
+
+
+def _new(parent: HeldFolder, name: str) -> HeldFolder:
+    """A new folder that nobody else has, locked."""
+    for _ in range(_ATTEMPTS):
+        inner = f".{name}.graftc-{secrets.token_hex(6)}"
+        parent.make(inner, _PRIVATE)
+        try:
+            staging = _locked(parent, inner)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # a run that sweeps this folder has found it before it was locked
+        # Permissions are not looked at: there are file systems that have none.
+        if staging.is_at_its_path() and is_own(staging.stat(), parent.path) and not staging.names():
+            return staging
+        staging.close()
+    raise PermissionError(errno.EPERM, "somebody takes away what is made there", str(parent.path))
+
+
+def _resumed(parent: HeldFolder, name: str, resume: str) -> HeldFolder:
+    """The folder of work that may be resumed, as it was left or new; one of another name where somebody else has made
+    one, or may write there.
+    """
+    inner = _resumable(name, resume)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            parent.make(inner, _PRIVATE)
+        try:
+            staging = _locked(parent, inner)
+        except FileNotFoundError:
+            continue
+        except BlockingIOError:
+            message = f"another process is writing {parent.path / name}"
+            raise GraftError("GC063", message, hint="wait until it is done, or choose another path") from None
+        except OSError:
+            if parent.is_folder(inner) and is_own(parent.stat(inner), parent.path):
+                raise
+            return _new(parent, name)  # a link, a file, or a folder that somebody else keeps closed
+        if staging.is_at_its_path():
+            if staging.is_private(links=False):
+                return staging
+            staging.close()
+            return _new(parent, name)
+        staging.close()
+
+
+def _resumable(name: str, resume: str) -> str:
+    return f".{name}.graftc-{resume[:12]}"
+
+
+def _locked(parent: HeldFolder, name: str) -> HeldFolder:
+    """A folder, open and locked.
+
+    Raises:
+        BlockingIOError: another process holds it; OSError: it has gone, is no folder, or a link.
+    """
+    staging = parent.inner(name)
+    try:
+        staging.lock()
+    except BaseException:
+        staging.close()
+        raise
+    return staging
+
+
+def discard_others(parent: HeldFolder, name: str, resume: str | None) -> None:
+    """Throw away what killed runs of this user have left that were to put something else in the same place."""
+    if sys.platform == "win32":
+        return
+    kept = None if resume is None else _resumable(name, resume)
+    begin = f".{name}.graftc-"
+    for inner in parent.names():
+        if inner.startswith(begin) and inner != kept and _STAGING.fullmatch(inner):
+            _sweep(parent, inner, resumable=True)
+
+
+def recover(folder: Path) -> None:
+    """Finish or throw away what killed runs of this user left in ``folder``. What cannot be mended stays as it is, and
+    so does what belongs to others or others may write to.
+    """
+    if sys.platform == "win32":
+        return
+    with contextlib.suppress(OSError), HeldFolder.open(folder, follow=True) as parent:
+        recover_in(parent)
+
+
+def recover_in(parent: HeldFolder) -> None:
+    """The same in a folder that is open.
+
+    Raises:
+        OSError: its names cannot be read.
+    """
+    if sys.platform == "win32":
+        return
+    for name in parent.names():
+        if _STAGING.fullmatch(name):
+            _sweep(parent, name)
+
+
+def _sweep(parent: HeldFolder, name: str, *, resumable: bool = False) -> None:
+    """Finish what a staging folder of a killed run of this user has committed, and throw the rest away.
+
+    Args:
+        parent: where it is.
+        name: of the folder.
+        resumable: throw away work that could be resumed, too.
+    """
+    with contextlib.suppress(OSError), _locked(parent, name) as staging:
+        waits = staging.is_file(_RESUME) and not staging.is_file(JOURNAL)
+        if (waits and not resumable) or not staging.is_private():
+            return
+        with contextlib.suppress(OSError, ValueError):
+            finish(staging, parent)
+        staging.remove_from(parent)

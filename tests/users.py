@@ -1,0 +1,31 @@
+"""Several users on one machine: a folder that all of them write to, and what must stay as it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+OTHER = 54321
+"""A user who is nobody here."""
+
+as_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be two users")
+
+
+def give(path: Path, user: int = OTHER) -> None:
+    """Let a file, a link, or a folder with all that is in it belong to a user."""
+    os.chown(path, user, user, follow_symlinks=False)
+    if path.is_dir() and not path.is_symlink():
+        for inner in path.iterdir():
+            give(inner, user)
+
+
+def snapshot(path: Path) -> dict[str, tuple[int, int, bytes]]:
+    """What a path and all below it are: kind and permissions, owner, and content, by path."""
+    found = {}
+    for each in [path, *path.rglob("*")]:
+        state = each.lstat()
+        content = os.readlink(each).encode() if each.is_symlink() else each.read_bytes() if each.is_file() else b""
+        found[str(each.relative_to(path))] = (state.st_mode, state.st_uid, content)
+    return found
