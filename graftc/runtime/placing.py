@@ -50,9 +50,9 @@ class _Journal:
             data: Any = json.loads(raw)
         except RecursionError:
             raise ValueError("not a journal") from None
-        if not isinstance(data, dict):
-            raise ValueError("not a journal")
-        folder, place, companions, replace = map(data.get, ("folder", "place", "companions", "replace"))
+        values: dict[str, Any] = data if isinstance(data, dict) else {}
+        fields: list[Any] = [values.get(key) for key in ("folder", "place", "companions", "replace")]
+        folder, place, companions, replace = fields
         good = (
             type(folder) is int
             and isinstance(place, dict)
@@ -107,6 +107,8 @@ def commit(
         place = {each: new.stat(each).st_ino for each in [*names, name]}
     journal = _Journal(staging.stat().st_ino, place, tuple(companions), force)
     draft = f"{JOURNAL}.draft"
+    if staging.exists(draft):  # of a run that was killed here
+        staging.remove(draft)
     staging.write(draft, journal.to_json())
     staging.rename(draft, staging, JOURNAL)
     staging.sync()

@@ -199,6 +199,14 @@ class TestPlanted:
             assert (folder / "data").read_text() == "planted"
         assert [path.name for path in shared.iterdir()] == ["it"]
 
+    @pytest.mark.parametrize("left", ["commit.json.draft", "old", "more"])
+    def test_what_a_killed_commit_left_is_in_nobodys_way(self, shared: Path, left: str) -> None:
+        staging = planted(shared)
+        (staging / left).mkdir() if left == "old" else (staging / left).write_text("{")
+        with staged(shared / "it", resume=WORK) as folder:
+            assert (folder / "data").read_text() == "planted"
+        assert [path.name for path in shared.iterdir()] == ["it"]
+
     def test_a_swap_while_it_is_written(self, shared: Path) -> None:
         """Somebody takes the staging folder away and puts a link there."""
         before = kept(shared)

@@ -147,8 +147,9 @@ def _merge(
     force: bool,
 ) -> StreamedMerge:
     checkpoint, base = plan.checkpoint, plan.checkpoint.path
+    done: dict[str, ShardDone] = {}
     if out is None:
-        done, finished = {}, 0
+        finished = 0
         for shard in checkpoint.shards:
             done[shard.name] = _measured(plan, shard, _within(progress, finished, shard, checkpoint))
             finished += shard.size
@@ -165,7 +166,6 @@ def _merge(
         with HeldFolder.open(folder) as held:
             for left in [name for name in held.names() if name not in before]:
                 held.remove(left)  # what a killed run was at
-        done: dict[str, ShardDone] = {}
         tensors, finished, resumed = BaseTensors(plan), 0, 0
         for shard in checkpoint.shards:
             file, advance = folder / shard.name, _within(progress, finished, shard, checkpoint)
