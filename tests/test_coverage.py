@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import unittest
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def same_versions(*names: str) -> None:
     recorded, installed = committed()["made"]["versions"], run.versions()
     for name in names:
         if recorded[name] != installed[name]:
-            pytest.skip(f"the list was made with {name} {recorded[name]}, here is {installed[name]}")
+            raise unittest.SkipTest(f"the list was made with {name} {recorded[name]}, here is {installed[name]}")
 
 
 # --- the committed list ---------------------------------------------------------------------------------
@@ -90,6 +91,7 @@ def test_what_folds_was_adapted_where_it_had_to_be() -> None:
                 assert {"attn.q", "attn.v"} <= set(record["target"]), record
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", AGAIN)
 def test_examining_again_gives_the_committed_record(name: str) -> None:
     same_versions("transformers", "torch")
@@ -185,6 +187,7 @@ def test_inputs_are_found_from_the_interface(model: Any, names: list[str]) -> No
     assert all(value.shape[0] == BATCH for value in inputs.values())
 
 
+@pytest.mark.slow
 def test_an_entry_is_captured_once() -> None:
     built = build(Entry("BertForMaskedLM", "bert", ("masked LM",)))
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}, "rank": 2}]}
@@ -227,6 +230,7 @@ def test_kept_records_are_not_made_again(tmp_path: Path) -> None:
     assert [record["reason"] for record in found.values()] == ["kept"] * 3
 
 
+@pytest.mark.full
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     names = "|".join(entry.name for entry in TINY)
     command = [sys.executable, "-m", "tools.coverage", "-j", "1", "--only", f"^({names})$", "--work", str(tmp_path)]

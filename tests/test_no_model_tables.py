@@ -133,6 +133,7 @@ FORMATS = frozenset(
 task in PEFT's."""
 
 
+@pytest.mark.slow
 def test_nothing_is_decided_by_the_kind_of_a_model() -> None:
     found = {str(path.relative_to(ROOT)): offences(path.read_text(encoding="utf-8")) for path in FILES}
     assert {path for path, lines in found.items() if lines} == FORMATS

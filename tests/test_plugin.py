@@ -33,18 +33,21 @@ def run(environment: dict[str, str], cwd: Path, *arguments: str) -> subprocess.C
     )
 
 
+@pytest.mark.slow
 def test_it_is_listed(environment: dict[str, str], tmp_path: Path) -> None:
     found = run(environment, tmp_path, "-m", "graftc", "methods", "--json")
     assert found.returncode == 0, found.stderr
     assert '"scale"' in json.dumps(json.loads(found.stdout))
 
 
+@pytest.mark.slow
 def test_listing_loads_no_torch(environment: dict[str, str], tmp_path: Path) -> None:
     code = "import sys, graftc.specs.registry as r; print('scale' in r.method_specs(), 'torch' in sys.modules)"
     found = run(environment, tmp_path, "-c", code)
     assert found.stdout.split() == ["True", "False"], found.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chosen",
     [

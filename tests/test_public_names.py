@@ -50,6 +50,7 @@ def test_every_public_name_is_there_and_documented(module: object) -> None:
             assert found.__doc__, name
 
 
+@pytest.mark.slow
 def test_a_module_of_specs_loads_no_torch() -> None:
     code = (
         "import sys; from graftc.extend import Claims, MethodSpec, Override, Target; sys.exit('torch' in sys.modules)"

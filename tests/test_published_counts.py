@@ -83,6 +83,7 @@ ROWS = (
 )
 
 
+@pytest.mark.full
 @each_way
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"row {row.number}")
 def test_a_published_row(row: Row, count: Any) -> None:
@@ -144,6 +145,7 @@ ADAPTERS = (
 )
 
 
+@pytest.mark.full
 @each_way
 @pytest.mark.parametrize("row", ADAPTERS, ids=lambda row: f"row {row.number}")
 def test_a_published_row_of_adapters(row: Adapter, count: Any) -> None:
@@ -167,6 +169,7 @@ def _weights_alone(entry: dict[str, Any]) -> dict[str, Any]:
     return {**entry, "bias": False}
 
 
+@pytest.mark.full
 @each_way
 def test_houlsby_with_norms(count: Any) -> None:
     """The paper's own: adapters of 8 and every normalisation of BERT large, the embeddings' too."""
@@ -206,6 +209,7 @@ PREFIXES = (
 parts too, and ``12 * 769`` for each gate of a layer: 1,078,848 and 1,373,760 without gates."""
 
 
+@pytest.mark.full
 @each_way
 @pytest.mark.parametrize(("number", "model", "entry", "trained", "deployed"), PREFIXES, ids=lambda v: str(v)[:22])
 def test_a_published_prefix(
@@ -215,6 +219,7 @@ def test_a_published_prefix(
     assert (report.trainable_parameters, report.deployed_parameters) == (trained, deployed)
 
 
+@pytest.mark.slow
 @each_way
 @pytest.mark.parametrize(("parts", "published"), [(2, 1_078_848), (3, 1_373_760)])
 def test_the_parts_of_unipelt_without_gates(parts: int, published: int, count: Any) -> None:
@@ -231,6 +236,7 @@ T5_WIDTHS = {"small": (512, 51_200), "base": (768, 76_800), "large": (1024, 102_
 T5_WIDTHS["XXL"] = (4096, 409_600)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", [pytest.param(s, marks=() if s == "small" else pytest.mark.full) for s in T5_WIDTHS])
 def test_published_prompts_of_t5(size: str) -> None:
     """100 virtual tokens in front of the encoder; depth does not matter. Twice as many numbers for both stacks."""
@@ -244,6 +250,7 @@ def test_published_prompts_of_t5(size: str) -> None:
         assert graftc.check({"adapt": [both]}, model).trainable_parameters == 2 * published
 
 
+@pytest.mark.full
 @each_way
 def test_pre_embed_and_pre_layer_on_gpt2_medium(count: Any) -> None:
     """``d (l_p + l_i)``, and as much for each of ``L`` layers. Deployed, keys and values of each layer."""
@@ -256,6 +263,7 @@ def test_pre_embed_and_pre_layer_on_gpt2_medium(count: Any) -> None:
     assert (front.trainable_parameters, front.deployed_parameters) == (24 * 10 * 1024, 2 * 24 * 10 * 1024)
 
 
+@pytest.mark.full
 @each_way
 @pytest.mark.parametrize(("slots", "trained", "shown"), [(2, 49_152, "0.0147%"), (3, 73_728, "0.0221%")])
 def test_published_vectors_at_special_tokens(slots: int, trained: int, shown: str, count: Any) -> None:
@@ -275,6 +283,7 @@ TRAINED = (
 """Row, model, adaptation, and what trains."""
 
 
+@pytest.mark.full
 @each_way
 @pytest.mark.parametrize(("number", "model", "entry", "trained"), TRAINED, ids=lambda v: str(v)[:22])
 def test_published_subsets(number: str, model: Any, entry: dict[str, Any], trained: int, count: Any) -> None:
@@ -286,6 +295,7 @@ def test_published_subsets(number: str, model: Any, entry: dict[str, Any], train
         assert count([entry, last], model).trainable_parameters == 25_194_496
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("layers", [2, pytest.param(24, marks=pytest.mark.full)])
 def test_diff_pruning_of_bert_large(layers: int) -> None:
     """Row 4: 0.5 % of the model without its head, ``floor(0.005 N)``, after either training: 1,675,709."""
@@ -302,6 +312,7 @@ def test_diff_pruning_of_bert_large(layers: int) -> None:
     assert second.trainable_parameters == second.deployed_parameters == size // 200
 
 
+@pytest.mark.full
 @each_way
 @pytest.mark.parametrize(("layers", "width", "published"), [(6, 512, 6_303_744), (12, 1024, 50_380_800)])
 def test_cross_attention_of_published_sizes(layers: int, width: int, published: int, count: Any) -> None:
@@ -312,6 +323,7 @@ def test_cross_attention_of_published_sizes(layers: int, width: int, published: 
     assert count([{"method": "cross_attention"}], described).trainable_parameters == published
 
 
+@pytest.mark.full
 @each_way
 @pytest.mark.parametrize(
     ("model", "each", "rank", "shown"),

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import graftc
 from graftc.specs.io import parse_spec
 from tests.cli.support import run_warm
@@ -23,6 +25,7 @@ def test_the_spec_is_valid() -> None:
     assert spec.adapt[0].name == "attention"
 
 
+@pytest.mark.slow
 def test_the_python_example_and_the_commands_run(tmp_path: Path, monkeypatch: Any) -> None:
     (code,) = blocks("python")
     assert len(code.strip().splitlines()) <= 24

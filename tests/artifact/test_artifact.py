@@ -43,6 +43,7 @@ def refused(code: str, path: Path, *arguments: Any) -> GraftError:
 # --- the same model again --------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_round_trip(family: str, tmp_path: Path) -> None:
     """Outputs in both modes and a second artifact are the same to the bit; the base's folder is found."""
@@ -64,6 +65,7 @@ def test_round_trip(family: str, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -87,6 +89,7 @@ def test_everything_that_trains_is_kept(family: str, changes: dict[str, Any], tm
         assert name == other and torch.equal(a, b)
 
 
+@pytest.mark.full
 def test_signatures_come_along(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every graph that was captured is there after loading, and nothing is captured for it."""
     compiled = adapted(base).eval()
@@ -101,6 +104,7 @@ def test_signatures_come_along(base: Path, tmp_path: Path, monkeypatch: pytest.M
     assert len(loaded.compilation.signatures) == 2 and loaded.report.cached
 
 
+@pytest.mark.slow
 def test_initial_values_are_not_worked_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"adapt": [{"method": "lora", "target": {"role": "attn.q"}, "rank": 2, "init": "pissa"}]}
     adapted(saved_base(tmp_path / "base"), spec).save(tmp_path / "it", certify=False)
@@ -112,6 +116,7 @@ def _never(*_: object, **__: object) -> Any:
     raise AssertionError("this must not be called")
 
 
+@pytest.mark.slow
 def test_what_is_in_it(kept: Path, base: Path) -> None:
     """Text and safetensors, no weights of the base, everything listed."""
     manifest = open_artifact(kept).manifest
@@ -125,6 +130,7 @@ def test_what_is_in_it(kept: Path, base: Path) -> None:
     assert graftc.load_spec(kept / "spec.yaml") == open_artifact(kept).spec
 
 
+@pytest.mark.full
 def test_no_base_is_needed_to_look_at_it(tmp_path: Path) -> None:
     compiled = adapted(saved_base(tmp_path / "base"))
     compiled.save(tmp_path / "it")
@@ -146,6 +152,7 @@ def test_no_base_is_needed_to_look_at_it(tmp_path: Path) -> None:
 # --- where the base is -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_folder_that_moved_along(kept: Path, base: Path, tmp_path: Path) -> None:
     shutil.copytree(kept, tmp_path / "elsewhere" / "artifact")
     edit_manifest(tmp_path / "elsewhere" / "artifact", base=lambda b: {**b, "reference": "/not/here"})
@@ -155,6 +162,7 @@ def test_a_folder_that_moved_along(kept: Path, base: Path, tmp_path: Path) -> No
     graftc.load(tmp_path / "elsewhere" / "artifact")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("as_text", [True, False])
 def test_a_base_that_is_named(kept: Path, base: Path, tmp_path: Path, as_text: bool) -> None:
     shutil.copytree(kept, tmp_path / "it")
@@ -167,6 +175,7 @@ def test_a_base_that_is_named(kept: Path, base: Path, tmp_path: Path, as_text: b
     assert same_bits(outputs_of(loaded, inputs), outputs_of(original, inputs))
 
 
+@pytest.mark.full
 def test_a_base_from_python_has_to_be_named(tmp_path: Path) -> None:
     compiled = graftc.compile(SPEC, tiny("bert"))
     compiled.save(tmp_path / "it")
@@ -174,6 +183,7 @@ def test_a_base_from_python_has_to_be_named(tmp_path: Path) -> None:
     graftc.load(tmp_path / "it", tiny("bert"))
 
 
+@pytest.mark.full
 def test_no_code_runs_because_an_artifact_names_it(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(kept, tmp_path / "it")
     (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\ndef model(): pass\n")
@@ -183,6 +193,7 @@ def test_no_code_runs_because_an_artifact_names_it(kept: Path, tmp_path: Path, m
     assert error.hint == "say so yourself: --model evil:model" and not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
     model, inputs = own()
     spec = {"adapt": [{"method": "lora", "target": {"modules": "{inner,outer}"}, "rank": 2}]}
@@ -199,6 +210,7 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     assert torch.allclose(again(x), compiled(x), atol=1e-5) and not torch.allclose(again(x), model(x), atol=1e-2)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -222,6 +234,7 @@ def test_another_base_of_the_same_names(kept: Path, base: Path) -> None:
         refused("GC087", kept, tiny("bert").to("meta"))
 
 
+@pytest.mark.full
 def test_every_value_counts_if_asked_for(base: Path, tmp_path: Path) -> None:
     """A value between the samples is seen with ``full`` only, as documented."""
     compiled = adapted(base)
@@ -233,6 +246,7 @@ def test_every_value_counts_if_asked_for(base: Path, tmp_path: Path) -> None:
     refused("GC087", tmp_path / "full", model)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_base_is_the_same_in_memory_and_on_disk(family: str, tmp_path: Path) -> None:
     """What a config says or not after saving and loading does not make it another base."""
@@ -249,6 +263,7 @@ def _other_versions(signatures: list[Any]) -> list[Any]:
     return [{**s, "captures": [{**c, "key": "0" * 64} for c in s["captures"]]} for s in signatures]
 
 
+@pytest.mark.full
 def test_other_versions_compile_again(kept: Path, tmp_path: Path) -> None:
     """With another key nothing of the kept graphs is used; the places have to be the same."""
     shutil.copytree(kept, tmp_path / "it")
@@ -262,6 +277,7 @@ def test_other_versions_compile_again(kept: Path, tmp_path: Path) -> None:
     assert "torch" in (error.hint or "")
 
 
+@pytest.mark.slow
 def test_another_graph_under_the_same_key(kept: Path, tmp_path: Path) -> None:
     shutil.copytree(kept, tmp_path / "it")
 
@@ -273,6 +289,7 @@ def test_another_graph_under_the_same_key(kept: Path, tmp_path: Path) -> None:
     assert "another eval graph" in refused("GC088", tmp_path / "it", str(kept.parent / "bert")).message
 
 
+@pytest.mark.slow
 def test_operators_that_no_file_can_name(tmp_path: Path) -> None:
     """The artifact works; it has no graphs to look at, and says so."""
 
@@ -306,6 +323,7 @@ def test_operators_that_no_file_can_name(tmp_path: Path) -> None:
 # --- saving ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_saving_over_something(kept: Path, base: Path, tmp_path: Path) -> None:
     shutil.copytree(kept, tmp_path / "it")
     compiled = adapted(base, {"adapt": [SPEC["adapt"][1]]})
@@ -321,6 +339,7 @@ def test_saving_over_something(kept: Path, base: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["it", "precious"]
 
 
+@pytest.mark.full
 def test_nothing_to_save_on_meta(tmp_path: Path) -> None:
     compiled = graftc.compile(SPEC, tiny("bert").to("meta"))
     with pytest.raises(GraftError) as caught:
@@ -328,6 +347,7 @@ def test_nothing_to_save_on_meta(tmp_path: Path) -> None:
     assert caught.value.code == "GC053" and not any(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_what_does_not_fold_is_listed(tmp_path: Path) -> None:
     spec = {"adapt": [{"name": "head", "method": "lora", "target": {"modules": "lm_head"}, "rank": 2}]}
     with pytest.warns(GraftWarning, match="GC024"):

@@ -73,6 +73,7 @@ FILES = (
 )
 
 
+@pytest.mark.slow
 def test_these_are_all_files(intact: Path) -> None:
     assert set(tree_bytes(intact)) == set(FILES)
 
@@ -106,6 +107,7 @@ def test_missing(name: str, artifact: Path) -> None:
     assert code_of(artifact) == ("GC080" if name == "manifest.json" else "GC083")
 
 
+@pytest.mark.slow
 def test_a_file_too_many(artifact: Path) -> None:
     (artifact / "programs" / "more.py").write_text("print('hello')")
     assert code_of(artifact) == "GC085"
@@ -252,6 +254,7 @@ def test_commands_refuse_it(command: str, artifact: Path, capsys: pytest.Capture
     assert outcome.status == 3 and outcome.data["error"]["code"] == "GC082" and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_verify_says_no(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A damaged artifact is an answer; no artifact, or one of a newer format, leaves nothing to answer."""
     (artifact / "spec.yaml").write_text("version: 1\n")
@@ -305,6 +308,7 @@ def _other_graph(artifact: Path) -> None:
     edit_manifest(artifact, signatures=change)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("spoil", "check"),
     [

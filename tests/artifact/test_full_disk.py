@@ -59,6 +59,8 @@ def _fails(job: str, compiled: Compiled, path: Path) -> GraftError:
     return caught.value
 
 
+@pytest.mark.slow
+@pytest.mark.sample("save-120", "merge-120", "onnx-120", "pt2-120")
 @pytest.mark.parametrize("room", ROOM)
 @pytest.mark.parametrize("job", JOBS)
 def test_a_full_disk(job: str, room: int, compiled: Compiled, small_disk: Callable[[int], Path]) -> None:
@@ -68,6 +70,7 @@ def test_a_full_disk(job: str, room: int, compiled: Compiled, small_disk: Callab
     assert not any(folder.iterdir())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("job", JOBS)
 def test_what_was_there_stays(job: str, compiled: Compiled, tmp_path: Path) -> None:
     """With a limit on the size of files, as quotas have it, replacing fails and the old one is untouched."""

@@ -295,6 +295,7 @@ def test_a_manifest_without_end(artifact: Path) -> None:
     assert caught.value.code == "GC082"
 
 
+@pytest.mark.slow
 def test_verify_says_so_without_a_base(artifact: Path) -> None:
     assert verify(artifact, files_only=True).passed
     edit_json(artifact, GRAPH, GRAPHS["another mode"])
@@ -302,6 +303,7 @@ def test_verify_says_so_without_a_base(artifact: Path) -> None:
     assert [check.name for check in found.checks if check.passed is False] == ["graph files"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["spec.yaml", "programs/0.train.json"])
 def test_a_file_of_gigabytes_is_refused_before_it_is_read(name: str, tmp_path: Path) -> None:
     """A hole takes no room on a disk, and hours to digest."""
@@ -314,6 +316,7 @@ def test_a_file_of_gigabytes_is_refused_before_it_is_read(name: str, tmp_path: P
     assert time.process_time() - started < 5
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_saved_without_a_certificate_only(tmp_path: Path) -> None:
     compiled = adapted(saved_base(tmp_path / "base"))
     with torch.no_grad():

@@ -60,6 +60,7 @@ def written(request: Any, encoder: Path, tmp_path_factory: pytest.TempPathFactor
     return folder, compiled(**IDS).logits, request.param
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", ["artifact", "checkpoint"])
 @pytest.mark.parametrize("given", [True, False], ids=["given", "found"])
 def test_loads(form: str, given: bool, encoder: Path, written: tuple[Path, Tensor, torch.dtype]) -> None:
@@ -70,6 +71,7 @@ def test_loads(form: str, given: bool, encoder: Path, written: tuple[Path, Tenso
     assert type(loaded.compilation.source) is BertForSequenceClassification
 
 
+@pytest.mark.full
 def test_state_dict_loads(encoder: Path, written: tuple[Path, Tensor, torch.dtype]) -> None:
     """Into a model that was compiled for another random head."""
     folder, expected, dtype = written
@@ -78,11 +80,13 @@ def test_state_dict_loads(encoder: Path, written: tuple[Path, Tensor, torch.dtyp
     assert torch.equal(compiled(**IDS).logits, expected)
 
 
+@pytest.mark.full
 def test_verifies(written: tuple[Path, Tensor, torch.dtype]) -> None:
     """With the certificate's fingerprint, which leaves the head out too."""
     assert all(check.passed for check in verify(written[0] / "artifact").checks)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", ["artifact", "checkpoint"])
 def test_the_rest_of_the_base_counts(
     form: str, encoder: Path, written: tuple[Path, Tensor, torch.dtype], tmp_path: Path
@@ -100,6 +104,7 @@ def test_the_rest_of_the_base_counts(
         assert caught.value.code == "GC087"
 
 
+@pytest.mark.full
 def test_a_head_that_does_not_train_counts(encoder: Path, tmp_path: Path) -> None:
     """Its values are those of the base, which has to be given then."""
     artifact = perturbed(with_head(encoder, 1), ALONE).save(tmp_path / "artifact")
@@ -111,6 +116,7 @@ def test_a_head_that_does_not_train_counts(encoder: Path, tmp_path: Path) -> Non
     assert caught.value.code == "GC089"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name", ["os.getcwd", "a.PreTrainedModel", "a.GPT2LMHeadModel", "a.no_class", "a.x\u202ey", ""]
 )
@@ -123,6 +129,7 @@ def test_a_class_is_a_name(name: str, encoder: Path, tmp_path: Path) -> None:
     assert caught.value.code in ("GC082", "GC087")
 
 
+@pytest.mark.full
 def test_tied_tensors_count(tmp_path: Path) -> None:
     """One of two names of a tensor may be untied and trained: the other one's values still say which base it is."""
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}}], "train": ["lm_head"], "untie": ["lm_head"]}
@@ -142,6 +149,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", ["artifact", "checkpoint"])
 @pytest.mark.parametrize("how", ["found", "folder", "moved"])
 @pytest.mark.parametrize("change", CHANGES)
@@ -160,6 +168,7 @@ def test_the_base_is_built_as_it_was(form: str, how: str, change: str, encoder: 
     assert torch.equal(loaded(**IDS).logits, compiled(**IDS).logits)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", ["artifact", "checkpoint"])
 def test_another_config_is_told_by_its_fields(
     form: str, encoder: Path, written: tuple[Path, Tensor, torch.dtype]
@@ -170,6 +179,7 @@ def test_another_config_is_told_by_its_fields(
     assert caught.value.code == "GC087"
 
 
+@pytest.mark.full
 def test_a_model_that_ran_with_labels_is_the_same_base(encoder: Path, tmp_path: Path) -> None:
     """A forward of transformers may write to its config."""
     used: Any = with_head(encoder, 1)
@@ -188,6 +198,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_of_a_file_neither_grow_a_model_nor_name_anything(name: str, encoder: Path, tmp_path: Path) -> None:
     artifact = Path(perturbed(with_head(encoder, 1)).save(tmp_path / "artifact"))
@@ -198,6 +209,7 @@ def test_settings_of_a_file_neither_grow_a_model_nor_name_anything(name: str, en
     assert len(source.bert.encoder.layer) == 2
 
 
+@pytest.mark.sample("settings0", "settings2")
 @pytest.mark.parametrize("settings", [{"num_hidden_layers": -1}, {"num_attention_heads": 3}, {"hidden_size": 7}])
 def test_settings_that_make_no_model(settings: dict[str, Any], encoder: Path, tmp_path: Path) -> None:
     artifact = Path(perturbed(with_head(encoder, 1)).save(tmp_path / "artifact"))
@@ -207,6 +219,7 @@ def test_settings_that_make_no_model(settings: dict[str, Any], encoder: Path, tm
     assert caught.value.code in ("GC032", "GC087", "GC089")
 
 
+@pytest.mark.full
 def test_another_head_is_told(encoder: Path, tmp_path: Path) -> None:
     """What the base of the folder has not; the checkpoint's own gaps are another matter."""
     model: Any = with_head(encoder, 1)

@@ -48,6 +48,7 @@ def _same(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> b
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", *(pytest.param(f, marks=pytest.mark.full) for f in ("gpt2", "llama"))])
 def test_one_process_or_several(family: str, tmp_path: Path) -> None:
     """Compile, save; in a new process load, merge and export: tensors equal to those of one process to the bit."""
@@ -89,6 +90,7 @@ def compile_all(here: Path, name: str, families: Sequence[str]) -> list[bool]:
     return cached
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("families", [("bert", "mixtral"), pytest.param(tuple(FAMILIES), marks=pytest.mark.full)])
 def test_artifacts_do_not_depend_on_hash_seeds(
     families: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -79,6 +79,7 @@ def test_a_kind_that_is_none(kind: object, artifact: Path) -> None:
     assert caught.value.code == "GC082"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", CALLABLES)
 def test_a_callable_is_never_called(text: str, artifact: Path) -> None:
     edit_manifest(artifact, base=lambda b: {**b, "kind": "callable", "reference": text, "relative": None})
@@ -90,6 +91,7 @@ def test_a_callable_is_never_called(text: str, artifact: Path) -> None:
     assert not (artifact.parent / "pwned").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", "org/base"])
 def test_a_hub_id_is_no_folder_here(name: str, artifact: Path, intact: Path) -> None:
     """A folder of that name in the working folder is not what a hub id means."""

@@ -26,6 +26,8 @@ def _bart() -> Any:
     return BartForSequenceClassification(BartConfig(max_position_embeddings=32, **layers, **heads, **TOKENS))
 
 
+@pytest.mark.slow
+@pytest.mark.sample("adapt0-_t5")
 @pytest.mark.parametrize("make", [_t5, _bart])
 @pytest.mark.parametrize("adapt", [{"method": "full"}, LORA])
 def test_they_are_read_back_and_exported(make: Any, adapt: dict[str, Any], tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ def load(name: str, loaded: dict[str, Compiled]) -> Compiled:
     return loaded[name]
 
 
+@pytest.mark.slow
+@pytest.mark.sample("bank_bert", "lora_head_bert")
 @pytest.mark.parametrize("name", STORED)
 def test_outputs_are_what_they_were(name: str, loaded: dict[str, Compiled]) -> None:
     """Within `TOLERANCE`; the base gives others."""
@@ -41,6 +43,8 @@ def test_outputs_are_what_they_were(name: str, loaded: dict[str, Compiled]) -> N
         assert largest_difference(outputs_of(compiled, inputs), expected) > 1e-3 * largest
 
 
+@pytest.mark.slow
+@pytest.mark.sample("dora_llama", "prefix_gpt2")
 @pytest.mark.parametrize("name", STORED)
 def test_merging(name: str, loaded: dict[str, Compiled]) -> None:
     """What folds gives the kept outputs merged as well; of the others the code says that they do not."""
@@ -57,6 +61,16 @@ def test_merging(name: str, loaded: dict[str, Compiled]) -> None:
     assert largest_difference(outputs_of(merged, inputs), expected) <= 1e-5 * largest
 
 
+@pytest.mark.slow
+@pytest.mark.sample(
+    "adalora_roberta",
+    "diff_pruning_bert",
+    "dora_llama",
+    "houlsby_bert",
+    "lora_head_bert",
+    "new_tokens_llama",
+    "prompt_bert",
+)
 @pytest.mark.parametrize("name", STORED)
 def test_files(name: str) -> None:
     """Files, tensors and graphs in files are as the artifact says."""
@@ -64,6 +78,8 @@ def test_files(name: str) -> None:
     assert found.passed, [check for check in found.checks if check.passed is False]
 
 
+@pytest.mark.slow
+@pytest.mark.sample("dora_llama")
 @pytest.mark.parametrize("name", VERIFIED)
 def test_verifies(name: str) -> None:
     """Files, tensors, base, places, graphs and certificate are as the artifact says, all of them worked out anew."""

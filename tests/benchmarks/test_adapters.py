@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.adapters import ENTRIES, main
 
 
+@pytest.mark.slow
 def test_every_entry_runs(tmp_path: Path) -> None:
     assert main(["--quick", "--out", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "adapters.json").read_text())

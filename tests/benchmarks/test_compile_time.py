@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from benchmarks.compile_time import ADAPTATIONS, DEPTHS, MODELS, RUNS, STACKED, measure_growth, table
 
 
+@pytest.mark.slow
 def test_nodes_and_sites_grow_with_layers_and_adaptations() -> None:
     one, two = measure_growth(1, 1), measure_growth(1, 2)
     assert (one["sites"], two["sites"]) == (7, 14)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.generate import PARTS, TOLERANCE, chosen, main
 from benchmarks.generation import entries
 
 
+@pytest.mark.full
 def test_every_entry_runs(tmp_path: Path) -> None:
     assert main(["--quick", "--out", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "generate.json").read_text())

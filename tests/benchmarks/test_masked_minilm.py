@@ -15,6 +15,7 @@ from graftc.runtime.demo.data import find_model
 SMALL = Settings(steps=3, rows=4, tokens=24, held_out=16, autocast=False)
 
 
+@pytest.mark.full
 def test_it_is_trained_once_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer, BertForMaskedLM
 
@@ -63,5 +64,6 @@ def test_tokens_are_masked_as_bert_does() -> None:
     assert shares == pytest.approx([0.15, 0.8, 0.1], abs=0.01)
 
 
+@pytest.mark.slow
 def test_no_text_of_the_test_splits_is_trained_on() -> None:
     assert not set(texts("train")) & set(texts("test"))

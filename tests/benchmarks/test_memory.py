@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks.memory import entries, half_entries, main
 from benchmarks.train.models import TINY
 
 
+@pytest.mark.slow
 def test_every_entry_runs(tmp_path: Path) -> None:
     assert main(["--quick", "--out", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "memory.json").read_text())[str(TINY.vocabulary)]

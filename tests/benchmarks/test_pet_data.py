@@ -12,6 +12,7 @@ from benchmarks.pet_data import NEWSGROUPS, SETS, few, load_newsgroups, main, st
 from graftc.runtime.demo.data import find_model
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", SETS)
 def test_a_task_is_drawn(name: str) -> None:
     task = few(name, per_class=10, unlabelled=200, test=100, seed=1)
@@ -33,6 +34,7 @@ def test_a_class_gives_all_it_has() -> None:
     assert sorted(counts.values()) == [41] + [50] * 7
 
 
+@pytest.mark.slow
 def test_class_names_are_tokens() -> None:
     from transformers import AutoTokenizer
 

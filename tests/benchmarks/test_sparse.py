@@ -115,6 +115,7 @@ def test_what_is_replaced_between_steps_counts_once() -> None:
     assert FLOAT * 100_000 < found.between <= found.peak < FLOAT * 101_000
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.full), True])
 def test_lora_of_both_libraries(checkpointing: bool) -> None:
     """As many values, the same loss, and memory whose parts are those of the model."""

@@ -19,6 +19,7 @@ from benchmarks.train.plot import rows
 from benchmarks.train.report import as_markdown, figures, machine
 
 
+@pytest.mark.full
 def test_every_entry_runs_and_its_figures_are_complete(tmp_path: Path) -> None:
     assert main(["--quick", "--out", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "train.json").read_text())
@@ -136,6 +137,7 @@ def test_groups_stand_apart() -> None:
     assert third - second == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_values_do_not_depend_on_the_library(tiny: Base) -> None:
     """Filled alike, a method of peft and of graftc compute the same: the first check that they do the same work."""
     losses = {}

@@ -72,6 +72,7 @@ def test_compile(out: str, here: Path, capsys: pytest.CaptureFixture[str], monke
     refused(here, capsys, monkeypatch, "compile", "specs/spec.yaml", "--model", "base", "--out", out)
 
 
+@pytest.mark.slow
 def test_a_base_that_graftc_wrote_is_not_replaced(tmp_path: Path) -> None:
     """In Python too, where nobody names it: what was loaded from a merged model is not saved over it."""
     merged = adapted(saved_base(tmp_path / "base")).merge().save(tmp_path / "merged")

@@ -91,6 +91,7 @@ def test_specs_do_not(hostile: str, where: str, tmp_path: Path, capsys: pytest.C
     assert "Traceback" not in outcome.err
 
 
+@pytest.mark.slow
 def test_names_of_files_that_are_no_utf8(tmp_path: Path) -> None:
     path = os.fsencode(tmp_path) + b"/\xff\x1b[31m.yaml"
     for options in ([], ["--json"]):
@@ -113,6 +114,7 @@ def test_sizes_of_the_terminal(
     assert outcome.status == 0 and "".join(outcome.out.split()).count("lora") > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["²", "0"])
 def test_sizes_of_the_terminal_for_help(value: str) -> None:
     outcome = run_apart("--help", COLUMNS=value, LINES=value, TERMINAL_WIDTH=value)
@@ -122,6 +124,7 @@ def test_sizes_of_the_terminal_for_help(value: str) -> None:
 FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
 
 
+@pytest.mark.full
 @FULL
 @pytest.mark.parametrize("options", ["methods", "--help", "methods lorra --json"])
 def test_an_output_that_cannot_be_written(options: str) -> None:
@@ -130,12 +133,14 @@ def test_an_output_that_cannot_be_written(options: str) -> None:
     assert "Traceback" not in err and "Exception" not in err
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", ["methods", "methods --json"])
 def test_an_output_that_is_closed(options: str) -> None:
     status, _, err = shell(f"{COMMAND} {options} >&-")
     assert status == 3 and "GC064" in err and "Traceback" not in err
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("options", "status"), [("methods --json", 0), ("methods lorra", 2)])
 def test_errors_that_nobody_hears(options: str, status: int) -> None:
     for where in ("2>&- <&-", "2>/dev/full"):
@@ -143,10 +148,12 @@ def test_errors_that_nobody_hears(options: str, status: int) -> None:
         assert found == status and bool(out) == (status == 0), where
 
 
+@pytest.mark.slow
 def test_all_streams_closed() -> None:
     assert shell(f"{COMMAND} methods lorra <&- >&- 2>&-")[0] == 2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", ["methods", "schema"])
 def test_a_reader_that_has_gone(options: str) -> None:
     read, write = os.pipe()
@@ -157,6 +164,7 @@ def test_a_reader_that_has_gone(options: str) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 )

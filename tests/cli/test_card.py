@@ -49,6 +49,7 @@ def tokens_of(text: str) -> list[Any]:
     return MarkdownIt("commonmark").enable("table").parse(text.split("\n---\n", 1)[1])
 
 
+@pytest.mark.full
 def test_the_hub_reads_its_metadata(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "README.md"
     data = run_valid(capsys, "card", "artifact", "--out", str(out), *OPTIONS)
@@ -69,6 +70,7 @@ def test_the_hub_reads_its_metadata(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert card.text.strip().startswith("# `artifact`")
 
 
+@pytest.mark.slow
 def test_what_is_not_known_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     """A folder's path is whoever's who made the artifact, and is not in what is published."""
     outcome = run_here(capsys, "card", "artifact")
@@ -78,6 +80,7 @@ def test_what_is_not_known_is_left_out(capsys: pytest.CaptureFixture[str]) -> No
     assert outcome.out == run_valid(capsys, "card", "artifact")["card"]
 
 
+@pytest.mark.slow
 def test_it_says_what_inspecting_says(capsys: pytest.CaptureFixture[str]) -> None:
     text = run_here(capsys, "card", "kept").out
     summary = run_valid(capsys, "inspect", "kept")["summary"]
@@ -94,6 +97,7 @@ def test_it_says_what_inspecting_says(capsys: pytest.CaptureFixture[str]) -> Non
     assert "The certificate of that fold passed:" in text and "`attention`, `inner` can be folded" in text
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("artifact", ["artifact", "kept"])
 def test_its_commands_work(
     artifact: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -113,6 +117,7 @@ def test_its_commands_work(
     assert {p.name for p in (tmp_path / "again").iterdir()} == {p.name for p in (tmp_path / "merged").iterdir()}
 
 
+@pytest.mark.full
 def test_a_live_model_has_the_same_card(capsys: pytest.CaptureFixture[str]) -> None:
     text = graftc.load("artifact").card(base_model="owner/base", license="apache-2.0", language=["en"], tags=["my tag"])
     known = run_here(capsys, "card", "artifact", *OPTIONS).out
@@ -124,6 +129,7 @@ def test_a_live_model_has_the_same_card(capsys: pytest.CaptureFixture[str]) -> N
     assert "No fold was certified." in graftc.load("artifact").card(certify=False)
 
 
+@pytest.mark.slow
 def test_files_are_not_overwritten_or_put_into_the_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree_bytes(Path("artifact"))
     out = tmp_path / "card.md"
@@ -136,6 +142,7 @@ def test_files_are_not_overwritten_or_put_into_the_artifact(tmp_path: Path, caps
     assert [p.name for p in tmp_path.iterdir()] == ["card.md"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [
@@ -150,6 +157,7 @@ def test_metadata_that_the_hub_does_not_take(options: list[str], capsys: pytest.
     assert run_valid(capsys, "card", "missing", status=3)["error"]["code"] == "GC080"
 
 
+@pytest.mark.slow
 def test_a_certificate_that_is_none_is_damage(folder: Path, tmp_path: Path) -> None:
     adapted(folder / "base").save(tmp_path / "artifact")
     edit_json(tmp_path / "artifact", "certificates/fold.json", '{"passed": "yes"}\n')

@@ -66,6 +66,7 @@ def transcript(*messages: str) -> str:
     return " ".join([*parts, "assistant:"])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["base", "artifact"])
 def test_every_turn_is_what_the_model_says_to_the_transcript(
     kind: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -82,6 +83,7 @@ def test_every_turn_is_what_the_model_says_to_the_transcript(
         messages.append(turn["text"])
 
 
+@pytest.mark.full
 def test_the_cache_is_kept_and_changes_nothing(
     artifact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +97,7 @@ def test_the_cache_is_kept_and_changes_nothing(
     assert kept[3]["cached"] == 0 and kept[3]["ids"] == kept[0]["ids"]
 
 
+@pytest.mark.slow
 def test_a_changed_transcript_takes_back_what_the_cache_has(model: TextModel) -> None:
     settings = Settings(max_new_tokens=5, sample=False)
     talked = Conversation(model, settings)
@@ -107,6 +110,7 @@ def test_a_changed_transcript_takes_back_what_the_cache_has(model: TextModel) ->
     assert 0 < changed.cached < changed.prompt_tokens - 1
 
 
+@pytest.mark.slow
 def test_text_is_printed_and_commands_are_not_said(
     base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +129,7 @@ def test_the_system_speaks_first(
     assert [turn["prompt_tokens"] for turn in found] == [longer, longer]
 
 
+@pytest.mark.full
 def test_an_interrupt_stops_an_answer_and_not_the_conversation(
     model: TextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +150,7 @@ def test_an_interrupt_stops_an_answer_and_not_the_conversation(
     assert _turn(talked, "w2", lambda _: None).finish == "length"
 
 
+@pytest.mark.slow
 def test_who_cannot_chat(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,12 +36,14 @@ def _in_a_folder_with_a_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_check_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_here(capsys, "check", "spec.yaml", "--model", BERT)
     assert (outcome.status, outcome.err) == (0, "")
     check_golden("check_bert", outcome.out)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("meta", [False, True])
 def test_check_as_json(capsys: pytest.CaptureFixture[str], meta: bool) -> None:
     outcome = run_here(capsys, "check", "spec.yaml", "-m", BERT, "--json", *(["--meta"] if meta else []))
@@ -64,6 +66,7 @@ def test_check_as_json(capsys: pytest.CaptureFixture[str], meta: bool) -> None:
     assert min(data["load_seconds"], data["capture_seconds"], data["rewrite_seconds"]) > 0
 
 
+@pytest.mark.slow
 def test_check_is_what_python_gives(capsys: pytest.CaptureFixture[str]) -> None:
     data = run_here(capsys, "check", "spec.yaml", "--model", BERT, "--json").data
     report = graftc.check("spec.yaml", bert()).to_json()
@@ -76,6 +79,7 @@ def test_check_is_what_python_gives(capsys: pytest.CaptureFixture[str]) -> None:
         assert data[key] == report[key]
 
 
+@pytest.mark.full
 def test_check_of_a_folder_with_only_a_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = bert().config
     config.architectures = ["BertForSequenceClassification"]
@@ -90,6 +94,7 @@ def test_check_of_a_folder_with_only_a_config(capsys: pytest.CaptureFixture[str]
     assert AutoConfig.from_pretrained(tmp_path / "folder").hidden_size == 48
 
 
+@pytest.mark.slow
 def test_a_warning_stands_beside_the_result(capsys: pytest.CaptureFixture[str]) -> None:
     Path("tied.yaml").write_text("adapt: [{method: lora, target: {modules: lm_head}}]\n", encoding="utf-8")
     outcome = run_here(capsys, "check", "tied.yaml", "--model", "tests.families:gpt2")
@@ -105,6 +110,7 @@ def test_roles_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
     check_golden("roles_bert", outcome.out)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("meta", [False, True])
 def test_roles_as_json(capsys: pytest.CaptureFixture[str], meta: bool) -> None:
     outcome = run_here(capsys, "roles", "tests.families:gpt2", "--json", *(["--meta"] if meta else []))
@@ -117,6 +123,7 @@ def test_roles_as_json(capsys: pytest.CaptureFixture[str], meta: bool) -> None:
     assert all(f["evidence"] for f in outcome.data["findings"]) and outcome.data["unresolved"] == []
 
 
+@pytest.mark.full
 def test_another_process_gives_the_same_text_without_colours(tmp_path: Path) -> None:
     outcome = run_apart("check", "spec.yaml", "--model", BERT, cwd=tmp_path, PYTHONWARNINGS="default")
     assert outcome.status == 0 and "\x1b" not in outcome.out + outcome.err and "loading" not in outcome.err

@@ -45,6 +45,7 @@ def offered(words: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.full
 def test_a_shell_is_offered_commands_options_and_values() -> None:
     assert {"compile", "methods", "schema", "roles", "check"} <= set(offered("graftc "))
     assert offered("graftc chec") == ["check"]

@@ -44,6 +44,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> Any
     return data
 
 
+@pytest.mark.full
 def test_an_artifact(capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new artifact loads; its base with the head is inside."""
     import graftc
@@ -61,6 +62,7 @@ def test_an_artifact(capsys: pytest.CaptureFixture[str], here: Path, monkeypatch
     assert error["code"] == "GC067" and "is not met at 2 of 2 sites" in error["message"]
 
 
+@pytest.mark.slow
 def test_a_folder(capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(here)
     data = run(capsys, "adapter", "--out", "vllm", "--to", "vllm", "--join", "qkv")

@@ -93,6 +93,7 @@ def run(capsys: pytest.CaptureFixture[str], command: str, *arguments: str, statu
 # --- compile ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_compile(capsys: pytest.CaptureFixture[str], here: Path, made: Path) -> None:
     data = run(capsys, "compile", "spec.yaml", "--model", "base", "--out", "new")
     assert data["out"] == "new" and data["dry_run"] is False and data["certificate"]["passed"] is True
@@ -109,6 +110,7 @@ def test_compile(capsys: pytest.CaptureFixture[str], here: Path, made: Path) -> 
     }
 
 
+@pytest.mark.full
 def test_compile_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_here(capsys, "compile", "spec.yaml", "-m", "base", "-o", "new", "--no-certify")
     assert (outcome.status, outcome.err) == (0, "")
@@ -122,6 +124,7 @@ def _without_bytes(text: str) -> str:
     return re.sub(r"[\d,]+ bytes", "# bytes", text)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", [0, 5])
 def test_a_seed(capsys: pytest.CaptureFixture[str], here: Path, seed: int) -> None:
     run(capsys, "compile", "spec.yaml", "-m", "base", "-o", "new", "--seed", str(seed))
@@ -132,6 +135,7 @@ def test_a_seed(capsys: pytest.CaptureFixture[str], here: Path, seed: int) -> No
 # --- merge -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_merge(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     data = run(capsys, "merge", "trained", "--out", "folded")
     assert data["partial"] is False and data["folded"] == ["trained", "attention"] and data["kept"] == []
@@ -148,12 +152,14 @@ def test_merge(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     assert run(capsys, "verify", "folded", status=1)["passed"] is False
 
 
+@pytest.mark.slow
 def test_over_budget_nothing_is_written(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     before = set(here.iterdir())
     data = run(capsys, "merge", "trained", "--out", "folded", "--budget", "1e-12", status=1)
     assert data["error"]["code"] == "GC051" and set(here.iterdir()) == before
 
 
+@pytest.mark.full
 def test_what_does_not_fold_is_refused_by_name_or_kept(
     capsys: pytest.CaptureFixture[str], here: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +180,7 @@ def test_what_does_not_fold_is_refused_by_name_or_kept(
     assert run_here(capsys, "verify", "partly", "--json").data["passed"] is True
 
 
+@pytest.mark.slow
 def test_partial_with_nothing_left_is_a_merge(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     data = run(capsys, "merge", "trained", "--partial", "--out", "folded")
     assert data["partial"] is False and (here / "folded" / "config.json").is_file()
@@ -182,6 +189,7 @@ def test_partial_with_nothing_left_is_a_merge(capsys: pytest.CaptureFixture[str]
 # --- export ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("merge", [True, False])
 def test_export(capsys: pytest.CaptureFixture[str], here: Path, merge: bool) -> None:
     more = [] if merge else ["--no-merge"]
@@ -196,6 +204,7 @@ def test_export(capsys: pytest.CaptureFixture[str], here: Path, merge: bool) -> 
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-4)
 
 
+@pytest.mark.full
 def test_export_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "export", "trained", "-f", "pt2", "-o", "model.pt2")
     ids = torch.randint(0, 101, (3, 7))
@@ -204,6 +213,7 @@ def test_export_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.allclose(found, graftc.load("trained").eval()(input_ids=ids).logits, atol=1e-5)
 
 
+@pytest.mark.full
 def test_export_with_inputs(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     """One adaptation folds, and the other one is an input, without which it is refused."""
     (here / "both.yaml").write_text(BOTH)
@@ -229,6 +239,7 @@ def test_export_with_inputs(capsys: pytest.CaptureFixture[str], here: Path) -> N
     assert data["certificate"] is None and [file["path"] for file in data["files"]] == ["m.pt2", *beside]
 
 
+@pytest.mark.full
 def test_an_input_that_folds(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     data = run(capsys, "export", "trained", "-f", "pt2", "-o", "m.pt2", "--inputs", "attention", status=2)
     assert data["error"]["code"] == "GC065" and "--no-merge" in data["error"]["hint"]
@@ -240,6 +251,7 @@ def test_an_input_that_folds(capsys: pytest.CaptureFixture[str], here: Path) -> 
 # --- verify and diff -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
     data = run(capsys, "verify", "trained")
     names = ["files", "tensors", "graph files", "base", "places", "graphs", "certificate"]
@@ -248,6 +260,7 @@ def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "verify", "trained", "--files-only")["passed"] is True
 
 
+@pytest.mark.slow
 def test_diff(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     assert run(capsys, "diff", "artifact", "artifact")["same"] is True
     data = run(capsys, "diff", "artifact", "trained", status=1)
@@ -258,6 +271,7 @@ def test_diff(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     assert largest == pytest.approx(max(float((one[n] - two[n]).abs().max()) for n in one))
 
 
+@pytest.mark.full
 def test_diff_of_everything(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     """Another base, spec, place, name and shape."""
     saved_base(here / "other", seed=1)
@@ -285,6 +299,7 @@ WRITERS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("command", WRITERS)
 def test_a_dry_run_writes_nothing(command: str, capsys: pytest.CaptureFixture[str], here: Path) -> None:
     before = set(here.rglob("*"))
@@ -312,6 +327,7 @@ def test_what_is_there_is_refused_at_once(
         assert error["code"] == "GC063" and (here / "mine" / "precious").is_file()
 
 
+@pytest.mark.full
 def test_force_replaces_what_graftc_wrote(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     run(capsys, "compile", "spec.yaml", "-m", "base", "-o", "trained", "--force")
     assert tree_bytes(here / "trained").keys() == tree_bytes(here / "artifact").keys()
@@ -319,6 +335,7 @@ def test_force_replaces_what_graftc_wrote(capsys: pytest.CaptureFixture[str], he
     assert (here / "trained" / "graftc.json").is_file() and not (here / "trained" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_named_base(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     shutil.move("base", "moved")
     manifest = json.loads((here / "artifact/manifest.json").read_text())["base"]
@@ -331,6 +348,7 @@ def test_unknown_formats(capsys: pytest.CaptureFixture[str]) -> None:
     assert error["code"] == "GC090" and "onnx" in f"{error['message']} {error['hint']}"
 
 
+@pytest.mark.full
 def test_in_processes_of_their_own(here: Path) -> None:
     """The test of the readme runs the whole path as a user has it; here is what it leaves out."""
     for command in (["merge", "trained", "--out", "folded"], ["diff", "artifact", "artifact"]):

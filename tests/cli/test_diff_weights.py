@@ -128,6 +128,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path, status: int)
     return outcome.data
 
 
+@pytest.mark.full
 def test_what_a_merge_changed(capsys: pytest.CaptureFixture[str], made: Path) -> None:
     """Each site with its rank or its scaling, and nothing else; against a sharded base the same."""
     data = run(capsys, made / "base", made / "merged", status=1)
@@ -145,6 +146,7 @@ def test_what_a_merge_changed(capsys: pytest.CaptureFixture[str], made: Path) ->
     assert run(capsys, made / "sharded", made / "merged", status=1)["weights"] == data["weights"]
 
 
+@pytest.mark.full
 def test_equal_models(capsys: pytest.CaptureFixture[str], made: Path) -> None:
     data = run(capsys, made / "base", made / "sharded", status=0)
     assert data["same"] is True and data["weights"]["tensors"] == []

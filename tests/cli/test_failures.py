@@ -27,6 +27,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here(capsys, "--version").out == f"graftc {graftc.__version__}\n"
 
 
+@pytest.mark.slow
 def test_every_command_takes_json(capsys: pytest.CaptureFixture[str]) -> None:
     for command in COMMANDS:
         outcome = run_here(capsys, command, "--help")
@@ -82,6 +83,7 @@ def test_an_unexpected_failure(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert "Traceback" in run_here(capsys, "methods").err
 
 
+@pytest.mark.slow
 def test_colours_are_for_terminals_or_whoever_forces_them() -> None:
     assert "\x1b" not in run_apart("methods", "lorra").err
     forced = run_apart("methods", "lorra", FORCE_COLOR="1").err

@@ -58,6 +58,7 @@ def run(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) -> str:
     return outcome.out
 
 
+@pytest.mark.full
 def test_a_folder_of_transformers(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
     base = load_model(str(places.base))
     expected = said(base)
@@ -71,6 +72,7 @@ def test_a_folder_of_transformers(places: Places, capsys: pytest.CaptureFixture[
     assert words(run(capsys, places.base, "-p", PROMPT, "--no-cache")) == expected
 
 
+@pytest.mark.full
 def test_an_artifact_a_bank_and_the_base(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
     alone = {name: said(places.compiled.fix(name).merge().to_transformers()) for name in ("one", "two")}
     base = said(load_model(str(places.base)))
@@ -87,12 +89,14 @@ def test_an_artifact_a_bank_and_the_base(places: Places, capsys: pytest.CaptureF
     assert words(run(capsys, places.artifact, "-p", PROMPT, "--base")) == base
 
 
+@pytest.mark.slow
 def test_a_merged_folder(places: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     merged = places.compiled.fix("two").merge()
     merged.save(tmp_path / "merged")
     assert words(run(capsys, tmp_path / "merged", "-p", PROMPT)) == said(merged.to_transformers())
 
 
+@pytest.mark.slow
 def test_prompts_from_files(
     places: Places, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +111,7 @@ def test_prompts_from_files(
     assert run(capsys, places.base, "--file", "-") == expected
 
 
+@pytest.mark.slow
 def test_drawing(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = [run(capsys, places.base, "-p", PROMPT, "-t", "3.5", "--seed", str(seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -117,6 +122,7 @@ def test_drawing(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
     assert with_top_p == [greedy, greedy]
 
 
+@pytest.mark.slow
 def test_a_chat_template(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
     plain = run(capsys, places.base, "-p", f"system: w9 </s> user: {PROMPT} </s> assistant:")
     assert run(capsys, places.base, "--chat", "--system", "w9", "-p", PROMPT) == plain

@@ -54,6 +54,7 @@ def shown(capsys: pytest.CaptureFixture[str], *options: str) -> Outcome:
     return outcome
 
 
+@pytest.mark.slow
 def test_json_has_every_key_and_what_was_asked_for(live: Any, capsys: pytest.CaptureFixture[str]) -> None:
     data = shown(capsys, "--json").data
     assert list(data) == ["artifact", "mode", *VIEWS, "files", "warnings"]
@@ -61,6 +62,7 @@ def test_json_has_every_key_and_what_was_asked_for(live: Any, capsys: pytest.Cap
     assert all(data[view] is None for view in VIEWS[1:])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_every_view_is_that_of_the_live_model(live: Any, capsys: pytest.CaptureFixture[str], mode: Any) -> None:
     chosen = ["--graph", "--diff", "--history", "--lowering", "--explain", "%query.down_1", "--mode", mode]
@@ -81,6 +83,7 @@ def test_every_view_is_that_of_the_live_model(live: Any, capsys: pytest.CaptureF
     assert data["tree"] is None
 
 
+@pytest.mark.slow
 def test_tensors_are_in_the_order_of_the_model_and_parameters_are_told_from_buffers(
     live: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +94,7 @@ def test_tensors_are_in_the_order_of_the_model_and_parameters_are_told_from_buff
     check_golden("inspect_summary", shown(capsys).out)
 
 
+@pytest.mark.full
 def test_views_as_text(live: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(capsys, "--graph").out == live.print_graph()
     assert shown(capsys, "--graph", "--mode", "train").out == live.print_graph("train")
@@ -103,6 +107,7 @@ def test_views_as_text(live: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert both.endswith("\n\n" + explained)
 
 
+@pytest.mark.slow
 def test_files(live: Any, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = shown(capsys, "--graphml", "out/a.graphml", "--dot", "a.dot", "--mode", "train")
     assert outcome.out == "wrote out/a.graphml\nwrote a.dot\n"
@@ -117,6 +122,7 @@ def test_files(live: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("a.dot").read_text(encoding="utf-8") == dot_text(live.program())
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_told(live: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for options in ((), ("--json",)):
         outcome = run_here(capsys, "inspect", "artifact", "--explain", "%quer.down", *options)
@@ -126,6 +132,7 @@ def test_what_is_wrong_is_told(live: Any, capsys: pytest.CaptureFixture[str]) ->
     assert run_here(capsys, "inspect", "missing", "--json").data["error"]["code"] == "GC080"
 
 
+@pytest.mark.full
 def test_in_another_process(live: Any) -> None:
     outcome = run_warm("inspect", "artifact", "--diff", cwd=Path.cwd())
     assert (outcome.status, outcome.err) == (0, "") and outcome.out == live.diff()

@@ -52,6 +52,7 @@ GONE = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("gone", GONE)
 def test_every_command_refuses_it(
     gone: str, intact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -73,11 +74,13 @@ def test_every_command_refuses_it(
         graftc.load(here / "artifact", str(here / "base"))
 
 
+@pytest.mark.full
 def test_no_weights_are_needed_on_meta(intact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = spoiled(intact, tmp_path, "bert.")
     assert run_here(capsys, "check", str(here / "spec.yaml"), "--model", str(here / "base"), "--meta").status == 0
 
 
+@pytest.mark.slow
 def test_a_tensor_of_another_size(intact: Path, tmp_path: Path) -> None:
     here = spoiled(intact, tmp_path, resize="bert.encoder.layer.0.output.dense.bias")
     with pytest.raises(GraftError) as caught:
@@ -85,6 +88,7 @@ def test_a_tensor_of_another_size(intact: Path, tmp_path: Path) -> None:
     assert caught.value.code in ("GC032", "GC089")
 
 
+@pytest.mark.slow
 def test_a_new_head_is_trained(intact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Then its values before do not matter; each load draws the same, so that the artifact knows its base again."""
     here = spoiled(intact, tmp_path, "classifier.")
@@ -98,6 +102,7 @@ def test_a_new_head_is_trained(intact: Path, tmp_path: Path, capsys: pytest.Capt
     assert caught.value.code in ("GC011", "GC089")
 
 
+@pytest.mark.slow
 def test_a_bare_encoder_under_a_head(intact: Path, tmp_path: Path) -> None:
     """What most people adapt: an encoder's checkpoint, with the class of a classifier."""
     from transformers import BertModel

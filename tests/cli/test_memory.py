@@ -22,6 +22,7 @@ def _in_a_folder_with_a_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.full
 def test_the_plan_is_that_of_python_and_the_table_has_the_methods(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--batch", "2", "--seq", "16", "--methods", "dora,full:**.output.dense,vera")
     outcome = run_here(capsys, "check", "spec.yaml", "-m", BERT, "--meta", *options, "--json")
@@ -39,6 +40,7 @@ def test_the_plan_is_that_of_python_and_the_table_has_the_methods(capsys: pytest
     assert all(plain > checkpointed for plain, checkpointed in zip(peaks[::2], peaks[1::2], strict=True))
 
 
+@pytest.mark.full
 def test_what_does_not_fit_is_the_answer_no(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--batch", "64", "--seq", "32", "--memory-budget", "2MB")
     outcome = run_here(capsys, "check", "spec.yaml", "-m", BERT, *options)
@@ -46,6 +48,7 @@ def test_what_does_not_fit_is_the_answer_no(capsys: pytest.CaptureFixture[str]) 
     assert "does not fit in 2.00 MB; largest batch" in outcome.out
 
 
+@pytest.mark.slow
 def test_wrong_options_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     for options, text in ((("--methods", "lroa"), "did you mean 'lora'"), (("--optimizer", "adam"), "adamw")):
         outcome = run_here(capsys, "check", "spec.yaml", "-m", BERT, "--memory", "--seq", "8", *options)

@@ -27,6 +27,7 @@ def test_a_page(capsys: pytest.CaptureFixture[str]) -> None:
     check_golden("methods_lora", outcome.out)
 
 
+@pytest.mark.slow
 def test_the_example_of_every_page_is_a_spec(capsys: pytest.CaptureFixture[str]) -> None:
     for tag in method_specs():
         text = run_here(capsys, "methods", tag).out

@@ -34,6 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.full
 def test_there_and_back(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     found = run_valid(capsys, "import-peft", "adapter", "--model", "base", "--out", "artifact")
     assert (found["peft_type"], found["method"], found["certificate"]["passed"]) == ("LORA", "lora", True)
@@ -49,6 +50,7 @@ def test_there_and_back(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     assert sorted(path.name for path in here.iterdir()) == ["adapter", "artifact", "back", "base"]
 
 
+@pytest.mark.slow
 def test_nothing_is_written(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     found = run_valid(capsys, "import-peft", "adapter", "--model", "base", "--dry-run", "--no-certify")
     assert len(found["tensors"]) == 4 and found["files"] == [] and found["certificate"] is None
@@ -62,6 +64,7 @@ def test_nothing_is_written(capsys: pytest.CaptureFixture[str], here: Path) -> N
     assert sorted(path.name for path in here.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.slow
 def test_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_here(capsys, "import-peft", "adapter", "--model", "base", "--dry-run")
     assert outcome.status == 0

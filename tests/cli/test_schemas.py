@@ -89,6 +89,7 @@ def test_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
 # --- what commands print -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     valid("methods", run_here(capsys, "methods", "--json"))
     for tag in method_specs():
@@ -96,6 +97,8 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
         Draft202012Validator.check_schema(page["schema"])
 
 
+@pytest.mark.slow
+@pytest.mark.sample("mixtral")
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral", "t5", "vit"])
 def test_roles(capsys: pytest.CaptureFixture[str], family: str) -> None:
     meta = ["--meta"] if family in ("llama", "t5") else []
@@ -103,12 +106,14 @@ def test_roles(capsys: pytest.CaptureFixture[str], family: str) -> None:
     assert data["findings"] and data["sublayers"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("meta", [False, True])
 def test_check(capsys: pytest.CaptureFixture[str], meta: bool) -> None:
     arguments = ["check", "spec.yaml", "-m", "tests.families:bert", "--json", *(["--meta"] if meta else [])]
     assert valid("check", run_here(capsys, *arguments))["warnings"] == []
 
 
+@pytest.mark.full
 def test_check_with_a_warning_and_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     text = "adapt: [{method: lora, target: {modules: lm_head}}]\ntokens: {add: [<a>]}\n"
     Path("spec.yaml").write_text(text, encoding="utf-8")
@@ -117,6 +122,7 @@ def test_check_with_a_warning_and_tokens(capsys: pytest.CaptureFixture[str]) -> 
     assert data["adaptations"][0]["method"] == "tokens"
 
 
+@pytest.mark.full
 def test_compile_to_diff(capsys: pytest.CaptureFixture[str]) -> None:
     """Every command that writes or reads artifacts, one after another."""
     made = ["compile", "spec.yaml", "-m", "tests.families:bert", "--json"]
@@ -138,6 +144,7 @@ def test_compile_to_diff(capsys: pytest.CaptureFixture[str]) -> None:
     assert valid("error", run_here(capsys, "inspect", "b", "--json"))["error"]["code"].startswith("GC08")
 
 
+@pytest.mark.full
 def test_deploying(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     import graftc
@@ -204,6 +211,7 @@ VIEWS = (
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("view", [(), *VIEWS, tuple(word for view in VIEWS[:5] for word in view)], ids=" ".join)
 def test_inspect(capsys: pytest.CaptureFixture[str], artifact: Path, view: tuple[str, ...]) -> None:
     data = valid("inspect", run_here(capsys, "inspect", str(artifact), *view, "--json"))
@@ -212,6 +220,7 @@ def test_inspect(capsys: pytest.CaptureFixture[str], artifact: Path, view: tuple
     assert shown == {"explanation" if name == "explain" else name for name in asked}
 
 
+@pytest.mark.full
 def test_inspect_writes_files(capsys: pytest.CaptureFixture[str], artifact: Path) -> None:
     data = valid("inspect", run_here(capsys, "inspect", str(artifact), "--dot", "g.dot", "--json"))
     assert data["files"] == ["g.dot"] and Path("g.dot").is_file()

@@ -16,6 +16,8 @@ _WITNESS = (
 )
 
 
+@pytest.mark.slow
+@pytest.mark.sample("arguments0-0", "arguments2-0", "arguments5-0")
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [

@@ -37,6 +37,7 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("adapter", [("artifact", "--stream"), ("peft", "--model", "base")], ids=["artifact", "peft"])
 def test_merge_and_verify(capsys: pytest.CaptureFixture[str], here: Path, adapter: tuple[str, ...]) -> None:
     data = run_valid(capsys, "merge", *adapter, "--out", "merged")
@@ -52,6 +53,7 @@ def test_merge_and_verify(capsys: pytest.CaptureFixture[str], here: Path, adapte
     assert run_valid(capsys, "merge", *adapter, "--out", "merged", status=3)["error"]["code"] == "GC063"
 
 
+@pytest.mark.full
 def test_text_and_a_wider_type(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     outcome = run_here(capsys, "merge", "peft", "--model", "base", "--dtype", "float32", "--out", "wide")
     assert outcome.status == 0

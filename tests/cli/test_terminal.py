@@ -70,6 +70,7 @@ def _drained(end: int) -> str:
         found += part
 
 
+@pytest.mark.full
 def test_a_terminal_sees_colours_and_steps() -> None:
     assert ESCAPE in on_a_terminal("methods")[0]
     assert f"{ESCAPE}[1;31mGC004:" in on_a_terminal("methods", "lorra")[1]
@@ -78,11 +79,13 @@ def test_a_terminal_sees_colours_and_steps() -> None:
     assert "loading the model ..." in err and "compiling ..." in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("--help",), ("methods",), ("methods", "lorra"), ("methods", "lora")])
 def test_no_color_is_without_escape_codes(arguments: tuple[str, ...]) -> None:
     assert ESCAPE not in "".join(on_a_terminal(*arguments, NO_COLOR="1"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arguments", [("--help",), ("methods",), ("methods", "lorra"), ("check", "--help")])
 def test_what_is_no_terminal_sees_no_escape_codes(arguments: tuple[str, ...]) -> None:
     outcome = run_apart(*arguments, cwd=Path.cwd())
@@ -90,11 +93,13 @@ def test_what_is_no_terminal_sees_no_escape_codes(arguments: tuple[str, ...]) ->
     assert "loading" not in outcome.err
 
 
+@pytest.mark.full
 def test_json_shows_no_steps() -> None:
     out, err = on_a_terminal(*CHECK, "--json", fresh=False)
     assert err == "" and out.startswith("{")
 
 
+@pytest.mark.full
 def test_steps_without_colours() -> None:
     """`tests/cli/test_check.py` has a check that sees no terminal."""
     out, err = on_a_terminal(*CHECK, fresh=False, NO_COLOR="1")

@@ -149,11 +149,13 @@ def by_role(model: Captured, layer: int = 0) -> dict[str, set[tuple[str | None, 
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tricks", VARIANTS, ids="+".join)
 def test_claimed_rows_are_what_moves(tricks: tuple[str, ...]) -> None:
     check(adversarial(tricks))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tricks", VARIANTS, ids="+".join)
 def test_all_tricks_are_resolved(tricks: tuple[str, ...]) -> None:
     model = adversarial(tricks)
@@ -170,6 +172,7 @@ def test_all_tricks_are_resolved(tricks: tuple[str, ...]) -> None:
     assert [s.roles for s in model.structure.sublayers] == [("attn.sublayer",), ("ffn.sublayer",)] * 2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tricks", VARIANTS, ids="+".join)
 def test_sublayers_join_as_the_model_does(tricks: tuple[str, ...]) -> None:
     model = adversarial(tricks)
@@ -180,6 +183,7 @@ def test_sublayers_join_as_the_model_does(tricks: tuple[str, ...]) -> None:
         torch.testing.assert_close(values[sublayer.sum], expected)
 
 
+@pytest.mark.slow
 def test_the_check_sees_a_wrong_claim() -> None:
     model = adversarial(())
     attention = first_attention(model)
@@ -223,6 +227,7 @@ class Hidden(nn.Module):
         return x + self.out(mixed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["product", "permuted", "per head", "gated"])
 def test_hidden_weights_are_right_or_reported(kind: str) -> None:
     torch.manual_seed(0)
@@ -238,6 +243,7 @@ def test_hidden_weights_are_right_or_reported(kind: str) -> None:
         assert not reasons
 
 
+@pytest.mark.slow
 def test_a_softmax_that_is_no_attention_makes_no_mixer() -> None:
     model = captured(Hidden("feature map"), VALUES)
     assert not model.structure.having("mixer") and not model.structure.having("attn.v")
@@ -266,6 +272,7 @@ class Own(nn.Module):
         return mixed if self.cross else mixed + y.sum()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize(("cross", "kdim"), [(False, None), (True, None), (True, 28)])
@@ -287,6 +294,7 @@ def test_multihead_attention(cross: bool, kdim: int | None, batch_first: bool, n
         check(model)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_transformer_encoder_layer(norm_first: bool, batch_first: bool) -> None:
@@ -301,6 +309,7 @@ def test_transformer_encoder_layer(norm_first: bool, batch_first: bool) -> None:
         assert (sublayer.normed is sublayer.stream) != norm_first
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_transformer_decoder_layer(norm_first: bool) -> None:
     torch.manual_seed(0)

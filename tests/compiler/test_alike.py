@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +52,7 @@ def once(model: nn.Module) -> Capture:
     return taken_over(model, [Axis("x", torch.float32, ("batch", WIDTH))])
 
 
+@pytest.mark.slow
 def test_all_but_the_first_and_the_last_are_taken_over() -> None:
     model = Stack()
     before = [dict(vars(module)) for module in model.modules()]
@@ -59,6 +61,7 @@ def test_all_but_the_first_and_the_last_are_taken_over() -> None:
     assert "place" not in vars(Layer)
 
 
+@pytest.mark.full
 def test_a_place_that_is_read_makes_layers_differ() -> None:
     class Deeper(Layer):
         def forward(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -68,6 +71,7 @@ def test_a_place_that_is_read_makes_layers_differ() -> None:
     assert once(Stack(lambda place: Deeper(3 * (place % 2)))).alike == DEPTH - 3
 
 
+@pytest.mark.slow
 def test_layers_that_hold_something_else_are_others() -> None:
     def alternating(place: int) -> nn.Module:
         layer = Layer(place, WIDTH if place != 2 else 2 * WIDTH)
@@ -77,6 +81,7 @@ def test_layers_that_hold_something_else_are_others() -> None:
     assert once(Stack(alternating)).alike == DEPTH - 4
 
 
+@pytest.mark.full
 def test_what_follows_from_modes_and_hooks_is_seen() -> None:
     class Half(Layer):
         def forward(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -92,6 +97,7 @@ def test_what_follows_from_modes_and_hooks_is_seen() -> None:
     assert once(hooked).alike == DEPTH - 3  # one that holds a hook of unknown kind is like no other
 
 
+@pytest.mark.slow
 def test_what_a_layer_gives_to_others_beside_its_result() -> None:
     kept: list[Tensor] = []
 
@@ -109,6 +115,7 @@ def test_what_a_layer_gives_to_others_beside_its_result() -> None:
     assert once(Summed(Leaking)).alike == 0
 
 
+@pytest.mark.full
 def test_what_a_layer_takes_from_others_beside_its_arguments() -> None:
     kept: dict[str, Tensor] = {}
 
@@ -127,6 +134,7 @@ def test_what_a_layer_takes_from_others_beside_its_arguments() -> None:
     assert once(Giving(Taking)).alike == 0
 
 
+@pytest.mark.full
 def test_what_a_layer_changes() -> None:
     class Counting(Layer):
         def forward(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -165,6 +173,7 @@ def test_what_a_layer_changes() -> None:
     assert len(norms.program.updates) == 3 * DEPTH
 
 
+@pytest.mark.slow
 def test_a_state_outside_of_the_model_shows_in_the_last_layer() -> None:
     calls: list[None] = []
 
@@ -181,6 +190,7 @@ def test_a_state_outside_of_the_model_shows_in_the_last_layer() -> None:
     assert once(Fresh(Later)).alike == 0
 
 
+@pytest.mark.full
 def test_a_graph_that_the_model_disagrees_with_is_captured_layer_by_layer() -> None:
     """A state outside of the model that neither the first nor the last layer shows: running the model tells."""
     special: set[int] = set()

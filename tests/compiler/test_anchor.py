@@ -38,6 +38,10 @@ def _differing(name: str) -> tuple[Base, Compiled, Tensor]:
     return model, graftc.compile(SPEC, model, example_inputs=(x,), cache=False), torch.randn(6, 8)
 
 
+@pytest.mark.slow
+@pytest.mark.sample(
+    "Softmax", "TrainOnlyOutput", "OtherType", "EmaBuffer", "SkippedLayer", "Temperature", "SubmoduleFlag"
+)
 @pytest.mark.parametrize("name", DIFFERING)
 def test_eval_mode_that_differs_is_captured_by_itself(name: str) -> None:
     """Eval outputs, those under `disabled()`, and the merged model's are those of the model in eval mode."""
@@ -60,6 +64,7 @@ def test_eval_mode_that_differs_is_captured_by_itself(name: str) -> None:
     assert merged.certificate.anchors == found
 
 
+@pytest.mark.slow
 def test_layer_of_train_mode_alone_is_adapted_there_alone() -> None:
     """An auxiliary layer that eval mode passes over trains, and eval mode is the model's."""
     torch.manual_seed(3)
@@ -75,6 +80,7 @@ def test_layer_of_train_mode_alone_is_adapted_there_alone() -> None:
         assert torch.equal(compiled(x), model.eval().requires_grad_(False)(x))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family_name", FAMILIES)
 def test_contract_families_are_equal_to_the_bit_and_quiet(family_name: str) -> None:
     """In both modes, with the tables and counters that their layers remember, and nothing is warned of."""
@@ -256,6 +262,7 @@ def _assigning(where: str, act: Callable[[Any], None]) -> tuple[nn.Module, nn.Mo
     return model, owner, "part."
 
 
+@pytest.mark.full
 def test_what_is_drawn_outside_of_tensors_is_warned_of() -> None:
     """Layerdrop and SpecAugment that capturing switches off are GC047, from the cache and on the meta device too."""
     from transformers import BartConfig, BartForConditionalGeneration
@@ -335,6 +342,7 @@ def test_draws_that_the_graph_has_not_do_not_matter() -> None:
     assert all(a.exact for a in report.anchors)
 
 
+@pytest.mark.slow
 def test_what_eval_mode_draws_stays() -> None:
     """Dropout that is never switched off drops in eval mode as the model's, that of adaptations does not."""
 
@@ -352,6 +360,7 @@ def test_what_eval_mode_draws_stays() -> None:
     assert torch.equal(compiled(x), expected)
 
 
+@pytest.mark.full
 def test_a_short_table_of_positions_is_no_reason_to_look_less_closely(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,6 +48,7 @@ class TokenMixing(nn.Module):
         return x + self.down(F.gelu(self.up(self.last(x))))
 
 
+@pytest.mark.slow
 def test_maps_over_positions_are_mixers() -> None:
     model = captured(TokenMixing(), FIXED)
     assert roles(model) == {"mixer": weights("first", "second"), "ffn.up": weights("up"), "ffn.down": weights("down")}
@@ -74,6 +76,7 @@ class LinearAttention(nn.Module):
         return x + self.out(mixed) * torch.sigmoid(self.gate(x))
 
 
+@pytest.mark.slow
 def test_sums_without_a_softmax_are_mixers() -> None:
     for kind in ("product", "running", "fourier"):
         model = captured(LinearAttention(kind), VALUES)
@@ -184,6 +187,7 @@ class Deep(nn.Module):
         return found
 
 
+@pytest.mark.slow
 def test_a_weighted_mean_of_layers_gives_no_projections() -> None:
     model = captured(Deep(), VALUES)
     assert not any(model.structure.having(f"attn.{letter}") for letter in "qkvo")
@@ -207,6 +211,7 @@ class Filled(nn.Module):
         return x + self.out(mixed.movedim(1, 2).flatten(2))
 
 
+@pytest.mark.slow
 def test_copies_and_broadcasts_are_followed() -> None:
     model = captured(Filled(), VALUES)
     size, half = D // HEADS, D // HEADS // 2
@@ -244,6 +249,7 @@ class Reversed(nn.Module):
         return x + self.out(mixed.flatten(2))
 
 
+@pytest.mark.full
 def test_queries_are_what_the_softmax_does_not_run_over() -> None:
     for kind in ("letters", "rows", "turned", "values first"):
         model = captured(Reversed(kind), VALUES)
@@ -269,6 +275,7 @@ class Routed(nn.Module):
         return x + routed + torch.sigmoid(self.gate(x)) * found[3]
 
 
+@pytest.mark.slow
 def test_experts_that_are_modules_are_feed_forwards() -> None:
     model = captured(Routed(), VALUES)
     assert roles(model) == {

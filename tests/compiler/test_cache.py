@@ -326,6 +326,7 @@ def test_a_key_is_cheap() -> None:
     assert (time.process_time() - started) / 3 < 0.3  # machines are shared
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "change"),
     [

@@ -34,6 +34,8 @@ def odd(where: Callable[[int, int], bool]) -> Any:
     return model
 
 
+@pytest.mark.slow
+@pytest.mark.sample("prompts")
 @pytest.mark.parametrize(
     "where", [lambda past, new: past == 0, lambda past, new: past > 0 and new == 1], ids=["prompts", "single tokens"]
 )
@@ -45,6 +47,7 @@ def test_what_a_graph_does_not_show_is_found(where: Callable[[int, int], bool]) 
     assert error.value.code in ("GC031", "GC041"), error.value
 
 
+@pytest.mark.full
 def test_steps_are_as_many_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[tuple[int, int]] = []
     against = anchor._Runs.against

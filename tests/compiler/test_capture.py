@@ -24,6 +24,7 @@ from graftc.passes.core.weights.store import Store
 from tests import families
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_derived_eval_is_a_direct_eval_capture(family: str) -> None:
     model = getattr(families, family)()
@@ -46,6 +47,7 @@ class Counting(nn.Module):
         return self.drop(self.linear(self.drop(self.norm(x))))
 
 
+@pytest.mark.slow
 def test_batch_norm_and_dropout_in_both_modes() -> None:
     axes = [Axis("x", torch.float32, ("batch", 6))]
     model = Counting()
@@ -59,6 +61,7 @@ def test_batch_norm_and_dropout_in_both_modes() -> None:
         assert torch.equal(adapted(x), model.eval()(x))
 
 
+@pytest.mark.full
 def test_the_cache_gives_back_the_same_graph(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
     model = families.llama()
@@ -88,6 +91,7 @@ def test_a_module_changed_by_hand_has_another_key() -> None:
     assert cache.key(model, default_axes(model)) != cache.key(other, default_axes(other))
 
 
+@pytest.mark.full
 def test_a_broken_cache_entry_is_captured_again(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
     model = families.bert()
@@ -101,6 +105,7 @@ def test_a_broken_cache_entry_is_captured_again(tmp_path: Path, monkeypatch: Any
     assert cache.lookup(model, axes) is None
 
 
+@pytest.mark.full
 def test_the_cache_can_be_switched_off(monkeypatch: Any) -> None:
     monkeypatch.setenv("GRAFTC_CACHE", "off")
     model = families.bert()
@@ -131,6 +136,7 @@ def test_layerdrop_is_off_while_capturing_and_reported() -> None:
     assert any("layerdrop" in note for note in adapted.report.notes)
 
 
+@pytest.mark.full
 def test_stochastic_depth_is_gone_in_eval_mode() -> None:
     from transformers import SwinConfig, SwinForImageClassification
 
@@ -187,6 +193,7 @@ class Branching(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_an_operator_that_holds_code_is_refused_with_the_module_that_calls_it() -> None:
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "layers.0"}}]}
     with pytest.raises(graftc.GraftError, match=r"GC030: .* layers\.1 \(Choice\) calls cond") as error:

@@ -114,6 +114,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int | str, ...]
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", list(MODELS))
 def test_default_inputs_are_captured(name: str) -> None:
     make, expected = MODELS[name]
@@ -156,6 +157,7 @@ class Needs(nn.Module):
         return self.head(self.table(input_ids) + self.table(position_ids))
 
 
+@pytest.mark.slow
 def test_required_inputs_of_known_names_are_found() -> None:
     model = Needs().eval()
     adapted = graftc.compile({"adapt": [{"method": "lora", "target": {"modules": "head"}, "rank": 2}]}, model).eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import graftc
 from tests import families
 
@@ -10,6 +12,7 @@ def lines(text: str, mark: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(mark)]
 
 
+@pytest.mark.full
 def test_identical_layers_are_collapsed_and_counted() -> None:
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}]}
     text = graftc.compile(spec, families.bert(num_hidden_layers=4)).diff()
@@ -20,12 +23,14 @@ def test_identical_layers_are_collapsed_and_counted() -> None:
     assert len(lines(text, "-")) <= 2
 
 
+@pytest.mark.full
 def test_layers_that_differ_are_shown_apart() -> None:
     spec = {"adapt": [{"method": "lora", "target": {"role": "attn.q", "layers": "0:2"}, "rank": 4}]}
     text = graftc.compile(spec, families.llama(num_hidden_layers=3)).diff()
     assert lines(text, "@@") == ["@@ model.layers.0 ... 1: 2 layers alike @@"]
 
 
+@pytest.mark.slow
 def test_no_change_is_an_empty_diff() -> None:
     from graftc.compiler.inspect.diff import diff_programs
 
@@ -34,6 +39,7 @@ def test_no_change_is_an_empty_diff() -> None:
     assert diff_programs(program, program.copy()) == ""
 
 
+@pytest.mark.full
 def test_training_graphs_collapse_too_and_layers_need_not_be_neighbours() -> None:
     """What enters the first layer is another kind of value than what enters the next: both are ``%in``."""
     lora = {"method": "lora", "target": {"role": "attn.q", "layers": "::2"}, "rank": 4, "dropout": 0.1}
@@ -42,6 +48,7 @@ def test_training_graphs_collapse_too_and_layers_need_not_be_neighbours() -> Non
     assert "graftc.random_mask(%in, 0.1)" in text
 
 
+@pytest.mark.full
 def test_both_stacks_of_an_encoder_decoder_collapse() -> None:
     lora = {"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}
     text = graftc.compile({"adapt": [lora]}, families.t5(num_layers=3)).diff()
@@ -51,6 +58,7 @@ def test_both_stacks_of_an_encoder_decoder_collapse() -> None:
     ]
 
 
+@pytest.mark.full
 def test_counts_are_those_of_the_graphs_and_names_are_unique() -> None:
     from graftc.compiler.inspect.diff import diff
 
@@ -70,6 +78,7 @@ def test_counts_are_those_of_the_graphs_and_names_are_unique() -> None:
     assert (back.added, back.removed, back.changed) == (0, found.added, found.changed)
 
 
+@pytest.mark.slow
 def test_an_inserted_value_never_takes_the_name_of_one_that_was_there() -> None:
     """Base values keep their numbers on both sides, so that a line that did not change is not shown."""
     spec = {"adapt": [{"method": "lora", "target": {"role": "attn.v"}, "rank": 4}]}

@@ -73,6 +73,7 @@ def of_family(name: str) -> Snapshot:
     return graftc.compile({"adapt": [{**lora, "bias": "all"}]}, tiny(name)).snapshot
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "family",
     ["bert", "tokens", "trained", *(f for f in ("gpt2", "t5", "albert"))],
@@ -133,6 +134,7 @@ def _check_tensor(answer: Explanation, found: Snapshot, target: str, printer: Pr
         assert any(target in origin.tensors for origin in answer.origins)
 
 
+@pytest.mark.slow
 def test_names_of_fx_nodes_unless_something_is_printed_so(snapshot: Snapshot) -> None:
     program = snapshot.program()
     printer = Printer(program)
@@ -150,6 +152,7 @@ def test_names_of_fx_nodes_unless_something_is_printed_so(snapshot: Snapshot) ->
     assert seen > 30
 
 
+@pytest.mark.slow
 def test_an_inserted_value(snapshot: Snapshot) -> None:
     answer = explain(snapshot, "%query.down")
     (why,) = answer.origins
@@ -197,6 +200,7 @@ def test_a_place_above_others_counts_what_is_below(snapshot: Snapshot) -> None:
     check_golden("explain_above", answer.text())
 
 
+@pytest.mark.slow
 def test_rows_of_a_fused_weight_are_places_of_their_own() -> None:
     found = of_family("gpt2")
     weight = "transformer.h.0.attn.c_attn.weight"
@@ -209,6 +213,7 @@ def test_rows_of_a_fused_weight_are_places_of_their_own() -> None:
         assert {o.site for o in explain(found, asked).origins} >= {f"{weight}[q]", f"{weight}[v]"}
 
 
+@pytest.mark.slow
 def test_tensors_under_each_of_their_names(snapshot: Snapshot) -> None:
     factor = f"{QUERY}.graftc.attention.A"
     short, full = (explain(snapshot, name) for name in (printed_tensor(factor), factor))
@@ -224,6 +229,7 @@ def test_tensors_under_each_of_their_names(snapshot: Snapshot) -> None:
     assert tied.tensors[0].tensor == "transformer.wte.weight" and tied.tensors[0].aliases == ("lm_head.weight",)
 
 
+@pytest.mark.full
 def test_a_spec_without_a_file_is_named_by_its_path() -> None:
     (why,) = explain(of_family("t5"), "%q.down").origins
     assert (why.place.file, why.place.line, why.place.path) == (None, None, "adapt[0].target")
@@ -256,6 +262,7 @@ def test_what_has_no_answer_says_what_comes_near(snapshot: Snapshot, asked: str,
     check_golden(f"errors/explain_{slug}", str(caught.value))
 
 
+@pytest.mark.slow
 def test_from_a_compiled_model() -> None:
     compiled = graftc.compile({"adapt": [{"method": "lora", "target": {"role": "attn.q"}}]}, tiny("bert"))
     answer = compiled.explain("%query.down")

@@ -64,6 +64,7 @@ def named(found: Frames, step: int, final: list[str]) -> Graph:
     return {names[n] for n in nodes}, {(names[a], names[b], position) for a, b, position in edges}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "gpt2"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_step_is_the_graph_as_it_was(
@@ -86,6 +87,8 @@ def test_every_step_is_the_graph_as_it_was(
         assert found.at(len(entries))[0] == set(range(len(final)))
 
 
+@pytest.mark.slow
+@pytest.mark.sample("bert")
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_before_is_the_graph_of_the_base(family: str) -> None:
     compiled = graftc.compile({"adapt": SPECS["lora and prefix"]}, tiny(family))
@@ -100,6 +103,7 @@ def test_before_is_the_graph_of_the_base(family: str) -> None:
         assert all(found.nodes[e.source].base and found.nodes[e.target].base for e in found.edges if e.base)
 
 
+@pytest.mark.full
 def test_files_keep_it_and_older_ones_say_so(tmp_path: Path) -> None:
     compiled = graftc.compile({"adapt": SPECS["lora and prefix"]}, tiny("bert"))
     names = ["lora", "prefix"]
@@ -124,6 +128,7 @@ def test_files_keep_it_and_older_ones_say_so(tmp_path: Path) -> None:
     assert all(node.gone == STAYS for node in found.nodes)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "change",
     [
@@ -146,6 +151,7 @@ def test_damaged_records_are_refused(change: Any) -> None:
         program_from_json(data, compiled.device)
 
 
+@pytest.mark.slow
 def test_records_of_names_that_never_were_are_harmless() -> None:
     compiled = graftc.compile({"adapt": SPECS["lora and prefix"]}, tiny("bert"))
     data = json.loads(json.dumps(program_to_json(compiled.program("eval"))))

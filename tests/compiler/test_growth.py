@@ -30,6 +30,8 @@ def compiled(layers: int, adaptations: int = 1) -> Callable[[], object]:
     return lambda: graftc.check(spec, made)
 
 
+@pytest.mark.slow
+@pytest.mark.sample("layers")
 @pytest.mark.parametrize(
     "work",
     [lambda n: compiled(2 * n), lambda n: compiled(2, 8 * n)],

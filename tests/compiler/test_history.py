@@ -91,6 +91,7 @@ def test_the_summary_is_what_the_report_says(compiled: Any) -> None:
     json.dumps(found.to_json(), allow_nan=False)
 
 
+@pytest.mark.full
 def test_layers_of_two_stacks_are_told_apart() -> None:
     spec = {"adapt": [{"method": "lora", "target": {"role": "attn.q"}}], "tokens": {"add": ["<a>"]}}
     tokens, lora = summary(graftc.compile(spec, tiny("t5")).snapshot).adaptations

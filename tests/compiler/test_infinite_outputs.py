@@ -42,6 +42,7 @@ def adapted(mask: str) -> Any:
     return compiled
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_rest_is_certified(mask: str, tmp_path: Path) -> None:
     """Merged, saved, verified and exported, within a budget of the finite numbers."""
@@ -55,6 +56,7 @@ def test_the_rest_is_certified(mask: str, tmp_path: Path) -> None:
     merged.export(tmp_path / "merged.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["adapter", "base"])
 def test_what_is_not_finite_at_all_is_told(where: str, tmp_path: Path) -> None:
     compiled = adapted("masked")

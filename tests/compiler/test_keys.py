@@ -12,6 +12,7 @@ from tests.families import tiny
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
 
 
+@pytest.mark.full
 def test_keys_say_which_graph_is_meant() -> None:
     compiled = graftc.compile(SPEC, tiny("bert"))
     compilation = compiled.compilation
@@ -26,6 +27,7 @@ def test_keys_say_which_graph_is_meant() -> None:
     assert set(compiled._graftc._programs) <= set(compilation.programs)
 
 
+@pytest.mark.slow
 def test_a_place_has_one_key_in_every_signature() -> None:
     compiled = graftc.compile(SPEC, tiny("bert"))
     compiled(input_ids=torch.ones(2, 5, dtype=torch.long), output_hidden_states=True)
@@ -36,6 +38,7 @@ def test_a_place_has_one_key_in_every_signature() -> None:
     assert first == second and first
 
 
+@pytest.mark.full
 def test_captures_with_token_embeddings_have_an_entry_of_their_own() -> None:
     compiled = graftc.compile({"adapt": [{"method": "prompt", "length": 2}]}, tiny("gpt2"))
     compilation = compiled.compilation
@@ -55,6 +58,7 @@ def test_text(mode: str, text: str) -> None:
     assert str(key) == f"adapted forward {text} x:float32[2],x.0=1"
 
 
+@pytest.mark.full
 def test_disabled_runs_the_source_models_own_graph() -> None:
     compiled = graftc.compile(SPEC, tiny("bert"))
     with compiled.disabled():

@@ -79,6 +79,7 @@ def stream_of(values: Mapping[fx.Node, Any], sublayers: Sequence[SublayerSite]) 
     return left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_has_them(family: str) -> None:
     """One of each kind for every layer, in the layer's own module; what one gives the next one reads."""
@@ -108,6 +109,7 @@ def test_adding_zeros_is_the_base(family: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projections_and_the_residual_read_it(family: str) -> None:
     """A vector that is added at the second layer moves its queries, keys, values and stream, and nothing before."""
@@ -149,6 +151,7 @@ def test_a_layer_that_runs_twice_is_one_place() -> None:
     assert ins[1].node is outs[0].node and len({site.key.place for site in ins}) == 1
 
 
+@pytest.mark.slow
 def test_same_places_with_other_inputs() -> None:
     """The sites of another table are found by their keys."""
     made, other = table(tiny("bert")), table(tiny("bert"))

@@ -86,6 +86,8 @@ def training(compiled: Compiled) -> Any:
     return next(p for key, p in compiled._graftc._lowered.items() if key.mode == "train")
 
 
+@pytest.mark.slow
+@pytest.mark.sample("bert")
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
 def test_what_is_run_equals_what_is_printed(family: str) -> None:
     # T5 draws in another order: without its cross-attention's first products its layers are called once, not twice.
@@ -100,6 +102,7 @@ def test_what_is_run_equals_what_is_printed(family: str) -> None:
     assert not plain.lowering().outcomes and not calls(plain)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "adapt",
     [
@@ -127,6 +130,7 @@ def test_every_kind_of_update(family: str, adapt: list[dict[str, Any]]) -> None:
     assert_equal_steps(compiled, plain)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "t5", "mixtral"])
 def test_a_lowered_graph_is_sound_and_the_other_stays(family: str) -> None:
     roles = [r for r in ROLES.get(family, [*QKVO, "ffn.up"]) if r != "experts"]
@@ -165,6 +169,7 @@ def test_maps_whose_input_is_written_to_stay() -> None:
         torch.testing.assert_close(compiled(**inputs), plain(**inputs), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_report_is_a_table() -> None:
     adapt = {"method": "lora", "target": {"role": ["attn.q", "experts"]}, "rank": 2}
     compiled = graftc.compile({"adapt": [adapt]}, tiny("mixtral"))
@@ -174,6 +179,7 @@ def test_the_report_is_a_table() -> None:
     assert "rewritten" in lines[0] and "left as they are: experts" in lines[1]
 
 
+@pytest.mark.full
 def test_layers_have_one_call_each_and_one_code() -> None:
     compiled = graftc.compile({"adapt": [{"method": "lora", "target": {"role": QKVO}}]}, llama(num_hidden_layers=3))
     functions = [f for block in compiled._graftc.blocks.values() for f in block._graftc.functions.values()]

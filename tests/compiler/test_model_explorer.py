@@ -139,6 +139,7 @@ def check(data: Any) -> None:
             assert [e["targetNodeInputId"] for e in edges] == [m["id"] for m in node["inputsMetadata"]]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_nodes_and_edges_are_those_of_both_graphs(compiled: Any, mode: Any) -> None:
     data = model_explorer(compiled.snapshot, mode)
@@ -159,12 +160,14 @@ def test_nodes_and_edges_are_those_of_both_graphs(compiled: Any, mode: Any) -> N
                 assert node["namespace"].split("/+ ")[0].replace("/", ".") == known["module"]
 
 
+@pytest.mark.slow
 def test_an_artifact_gives_the_same_as_the_live_model(compiled: Any, tmp_path: Path) -> None:
     compiled.save(tmp_path / "artifact", certify=False)
     text = model_explorer_text(open_artifact(tmp_path / "artifact").snapshot)
     assert text == model_explorer_text(compiled.snapshot) and json.loads(text)["graphs"]
 
 
+@pytest.mark.slow
 def test_each_adaptation_has_a_colour_and_groups_of_its_own(data: Any) -> None:
     adapted, base = data["graphs"]
     groups = [(re.compile(c["namespaceRegex"]), c["backgroundColor"]) for c in adapted["groupNodeConfigs"]]
@@ -269,6 +272,7 @@ def _read(kind: Any, value: Any) -> Any:
     return value
 
 
+@pytest.mark.slow
 def test_the_package_of_model_explorer_reads_it(data: Any) -> None:
     """Its own classes take every field; `pip install ai-edge-model-explorer` has them, of which one file is used."""
     found = PathFinder.find_spec("model_explorer")

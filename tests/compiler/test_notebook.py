@@ -121,6 +121,7 @@ def unmarked(found: Page) -> dict[str, int]:
     return {name: count for name, count in found.elements.items() if name != "bdi"}
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.text())
 @settings(deadline=None)
 def test_any_text_is_text(words: list[str], summary: str) -> None:
@@ -175,6 +176,7 @@ class Odd(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_models_with_hostile_names() -> None:
     """From the capture on: nothing that such a model shows has an element of its own."""
     names = [name.replace(".", "_") for name in HOSTILE if "\x00" not in name]
@@ -192,6 +194,7 @@ def test_models_with_hostile_names() -> None:
     assert len(lines) == 2 + len(names) and max(map(len, lines)) < 700 and "\x1b" not in repr(selection)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_shows_its_adaptations_and_modules() -> None:
     model = tiny("llama")
     spec = {
@@ -211,6 +214,7 @@ def test_a_compiled_model_shows_its_adaptations_and_modules() -> None:
     assert repr(compiled).startswith("LlamaForCausalLM(")
 
 
+@pytest.mark.slow
 def test_a_certificate_says_why_it_did_not_pass() -> None:
     model = tiny("llama")
     compiled = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}, model)

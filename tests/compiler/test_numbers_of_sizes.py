@@ -42,6 +42,7 @@ class Sized(nn.Module):
         return WAYS[self.way](self.outer(self.inner(x)), x.shape[0])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("captured", [4, 7])
 def test_every_size_is_as_the_model_has_it(way: str, captured: int, tmp_path: Path) -> None:
@@ -69,6 +70,7 @@ def _refused(compiled: Any, *args: Any, **kwargs: Any) -> GraftError:
     return caught.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool])
 def test_inputs_of_another_type_say_so(dtype: torch.dtype, capfd: pytest.CaptureFixture[str]) -> None:
     """With what the model itself says of them, and the type that it was compiled with."""
@@ -95,6 +97,7 @@ def test_no_inputs_say_so() -> None:
     assert "does not run with no inputs: TypeError" in _refused(compiled).message
 
 
+@pytest.mark.slow
 def test_what_failed_changes_nothing() -> None:
     """A call that the model itself refuses is tried on it, and leaves it as it was."""
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
@@ -136,6 +139,7 @@ class Between(nn.Module):
         return BETWEEN[self.way](self.inner(self.embed(input_ids)), *input_ids.shape)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("way", BETWEEN)
 def test_decisions_between_two_sizes(way: str, tmp_path: Path) -> None:
     """Batch against tokens: a graph is for the sizes that decide as those that it was captured with."""
@@ -153,6 +157,7 @@ def test_decisions_between_two_sizes(way: str, tmp_path: Path) -> None:
     assert torch.equal(merged(inputs[0]), model(inputs[0]))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_decision_of_one_mode(mode: str) -> None:
     """A size of 1 that is special in one mode only."""

@@ -56,6 +56,7 @@ def test_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(thread.name == "graftc progress" for thread in threading.enumerate())
 
 
+@pytest.mark.slow
 def test_a_quick_compile_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     monkeypatch.setattr("sys.stderr", stream)
@@ -98,6 +99,7 @@ def test_a_stream_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_compile_is_told_by_its_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a real one: steps are those of the report, which has the time of each."""
     monkeypatch.setattr(progress, "AFTER", 0.0)

@@ -15,6 +15,8 @@ from tests.families import tiny
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
 
 
+@pytest.mark.slow
+@pytest.mark.sample("roberta", "gpt_neox", "llama", "t5", "vit")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_use_is_a_map_of_the_same_operands(family: str) -> None:
     base = graftc.compile(SPEC, tiny(family)).compilation.program("train", "base")

@@ -9,6 +9,7 @@ import graftc
 from tests import families
 
 
+@pytest.mark.slow
 def test_counts_bytes_and_flops_of_lora_on_bert() -> None:
     spec = {
         "adapt": [{"method": "lora", "target": {"role": ["attn.q", "ffn.down"]}, "rank": 3}],
@@ -29,18 +30,21 @@ def test_counts_bytes_and_flops_of_lora_on_bert() -> None:
     assert report.percent == pytest.approx(100 * lora.trainable_parameters / (base + lora.trainable_parameters))
 
 
+@pytest.mark.slow
 def test_fused_rows_count_their_own_outputs_only() -> None:
     spec = {"adapt": [{"method": "lora", "target": {"role": "attn.q"}, "rank": 4}]}
     report = graftc.check(spec, families.gpt2())
     assert report.trainable_parameters == 2 * 4 * (48 + 48)
 
 
+@pytest.mark.slow
 def test_frozen_starting_factors_are_counted_apart() -> None:
     spec = {"adapt": [{"method": "lora", "target": {"role": "attn.q"}, "rank": 4, "init": "pissa"}]}
     (entry,) = graftc.check(spec, families.bert()).adaptations
     assert entry.frozen_parameters == entry.trainable_parameters == 2 * 4 * (48 + 48)
 
 
+@pytest.mark.slow
 def test_the_base_flops_are_those_of_its_matrices() -> None:
     spec = {"adapt": [{"method": "lora", "target": {"role": "attn.q"}, "rank": 1}]}
     model = families.llama()
@@ -49,6 +53,7 @@ def test_the_base_flops_are_those_of_its_matrices() -> None:
     assert report.flops_per_token == pytest.approx(2 * matrices, rel=0.01)
 
 
+@pytest.mark.full
 def test_meta_gives_the_same_report() -> None:
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}]}
     with torch.device("meta"):

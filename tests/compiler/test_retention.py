@@ -50,6 +50,7 @@ def by_hand(base: Tensor, exact: Tensor, merged: Tensor) -> dict[str, float]:
     }
 
 
+@pytest.mark.full
 def test_by_site_and_in_all(gpt2: Any) -> None:
     """Each site of a fused weight has its own rows; together they are what the definition gives for all tensors."""
     merged, store, lazy = gpt2.merge(), gpt2.compilation.store, lazy_tensors(gpt2.compilation)
@@ -73,6 +74,7 @@ def test_by_site_and_in_all(gpt2: Any) -> None:
     assert certificate.to_json()["retention"] == pytest.approx(by_hand(*every), rel=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", [7, 64, 1000])
 def test_pieces_have_no_say(gpt2: Any, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = gpt2.merge().certificate
@@ -83,6 +85,7 @@ def test_pieces_have_no_say(gpt2: Any, piece: int, monkeypatch: pytest.MonkeyPat
     assert found.to_json()["retention"] == pytest.approx(expected.to_json()["retention"], rel=TOLERANCE)
 
 
+@pytest.mark.full
 def test_wider_types_keep_more(gpt2: Any) -> None:
     """float32 keeps all but some 1e-4 of the update, and all of the base: what is in both is equal to the bit."""
     narrow, wide = gpt2.merge(), gpt2.merge(dtype=torch.float32)
@@ -100,6 +103,7 @@ def test_wider_types_keep_more(gpt2: Any) -> None:
     assert gpt2.dtype == torch.bfloat16 and all(t.dtype == torch.bfloat16 for t in base.values())
 
 
+@pytest.mark.slow
 def test_a_folder_in_float32(gpt2: Any, tmp_path: Any) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -111,6 +115,7 @@ def test_a_folder_in_float32(gpt2: Any, tmp_path: Any) -> None:
     assert record["certificate"]["dtype"] == "float32" and record["certificate"]["retention"]["entries"] > 0.999
 
 
+@pytest.mark.full
 def test_a_trained_copy_in_a_wider_type() -> None:
     """What trains as a copy of the base is kept in float32, and a merge in float32 has all of it."""
     spec = {"adapt": [LORA], "train": ["classifier"]}
@@ -160,6 +165,7 @@ def test_an_update_of_zero_is_refused_unless_it_is_allowed() -> None:
     assert all(site["retention"] is None for site in certificate.to_json()["sites"])
 
 
+@pytest.mark.slow
 def test_an_update_that_rounding_loses_is_refused_with_the_way_out() -> None:
     compiled = untrained(torch.bfloat16)
     trained(compiled, "0.graftc.a.B", 1e-9)

@@ -322,6 +322,7 @@ globs = st.lists(st.sampled_from(["**", "**.query", "**.dense", "*.encoder.**", 
 layers = st.lists(st.one_of(st.integers(-6, 6), st.sampled_from(["0:2", "1:", ":-1", "5:"])), min_size=1)
 
 
+@pytest.mark.slow
 @given(st.none() | roles, st.none() | globs, st.none() | layers, st.none() | globs, st.none() | st.integers(1, 9))
 def test_what_is_selected_meets_every_condition_and_every_item_has_a_site(
     role: Any, modules: Any, layer: Any, exclude: Any, expect: Any

@@ -94,6 +94,7 @@ def models(draw: st.DrawFn, count: int) -> tuple[str, list[Selection]]:
     return name, [draw(simple(name)) for _ in range(count)]
 
 
+@pytest.mark.full
 @given(models(3))
 @settings(deadline=None, max_examples=60)
 def test_selections_are_sets(drawn: tuple[str, list[Selection]]) -> None:
@@ -107,6 +108,7 @@ def test_selections_are_sets(drawn: tuple[str, list[Selection]]) -> None:
     assert order == [place.name for place in every(drawn[0], "lora") | a | b if place in a | b]
 
 
+@pytest.mark.slow
 @given(models(2), st.sampled_from(LAYERS), st.integers(0, 9))
 @settings(deadline=None, max_examples=60)
 def test_narrowing_keeps_what_each_part_keeps(drawn: tuple[str, list[Selection]], layer: int | str, pick: int) -> None:
@@ -120,6 +122,7 @@ def test_narrowing_keeps_what_each_part_keeps(drawn: tuple[str, list[Selection]]
     assert both.exclude(glob) == both - both.modules(glob)
 
 
+@pytest.mark.full
 @given(st.sampled_from(NAMES), st.data())
 @settings(deadline=None, max_examples=60)
 def test_the_order_of_calls_makes_no_difference(name: str, data: st.DataObject) -> None:
@@ -138,6 +141,7 @@ def test_the_order_of_calls_makes_no_difference(name: str, data: st.DataObject) 
     assert found[0] == found[1]
 
 
+@pytest.mark.full
 @given(models(1))
 @settings(deadline=None, max_examples=80)
 def test_a_simple_selection_is_what_the_resolver_selects(drawn: tuple[str, list[Selection]]) -> None:
@@ -158,6 +162,7 @@ def test_a_simple_selection_is_what_the_resolver_selects(drawn: tuple[str, list[
     assert made.to_target().expect == len(made)
 
 
+@pytest.mark.full
 @given(models(3), st.sampled_from(["|-", "||", "-&", "&|", "--"]))
 @settings(deadline=None, max_examples=80)
 def test_targets_of_combined_selections_are_exact(drawn: tuple[str, list[Selection]], signs: str) -> None:
@@ -180,6 +185,7 @@ def test_targets_of_combined_selections_are_exact(drawn: tuple[str, list[Selecti
     assert resolved(name, target) == names(made) and target.expect == len(made) > 0
 
 
+@pytest.mark.slow
 @given(st.sets(st.integers(0, 15), min_size=1))
 @settings(deadline=None, max_examples=60)
 def test_any_whole_weights_are_a_target(chosen: set[int]) -> None:
@@ -198,6 +204,7 @@ COMBINED = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", COMBINED)
 @pytest.mark.parametrize("as_value", [True, False], ids=["selection", "target"])
 def test_compiled_models_have_these_sites(name: str, as_value: bool) -> None:
@@ -212,6 +219,7 @@ def test_compiled_models_have_these_sites(name: str, as_value: bool) -> None:
     assert graftc.compile(Spec(adapt=[LoRA(rank=2, target=target)]), model).spec.adapt == compiled.spec.adapt
 
 
+@pytest.mark.slow
 def test_a_selection_is_what_a_report_counts() -> None:
     made = every("llama").role("attn.q", "attn.v").layers(0)
     report = graftc.check({"adapt": [{"method": "lora", "rank": 3, "target": made}]}, tiny("llama"))
@@ -232,6 +240,7 @@ def test_places_of_a_fused_weight() -> None:
     assert whole.module in every("gpt2").modules("**.c_attn") and whole in every("gpt2")
 
 
+@pytest.mark.slow
 def test_places_have_what_graftc_roles_finds() -> None:
     for name in NAMES:
         structure = graftc.roles(tiny(name))
@@ -242,6 +251,7 @@ def test_places_have_what_graftc_roles_finds() -> None:
                 assert place.evidence
 
 
+@pytest.mark.slow
 def test_kinds() -> None:
     """A role brings its kind, a path alone means weights, a method says which kinds it takes."""
     kinds = {str(place.kind) for place in every("mixtral")}
@@ -401,6 +411,7 @@ def test_one_capture_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1 and target.expect == 8
 
 
+@pytest.mark.full
 def test_models_of_every_form() -> None:
     """A model, its roles, a compiled one and one on the meta device have the same places."""
     model = tiny("llama")
@@ -411,6 +422,7 @@ def test_models_of_every_form() -> None:
     assert all(other == found[0] and other.to_json() == found[0].to_json() for other in found)
 
 
+@pytest.mark.full
 def test_prefixes_and_virtual_tokens_do_not_change_the_base_of_a_compiled_model() -> None:
     spec = {"adapt": [{"method": "prompt", "length": 3}, {"method": "prefix", "length": 2}]}
     model = tiny("llama")
@@ -433,6 +445,7 @@ class Odd(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_names_with_what_globs_give_a_meaning() -> None:
     odd = ["a*", "ab", "{x,y}", "x", "(c)|d", "sp ace"]
     model = Odd(odd)

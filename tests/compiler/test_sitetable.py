@@ -86,6 +86,7 @@ def test_a_shared_layer() -> None:
     assert [site.key.use for site in of_kind(made, AttentionSite)] == [0, 1]
 
 
+@pytest.mark.full
 def test_experts() -> None:
     """Two 3-D parameters of one module are two places."""
     experts = of_kind(table(FAMILIES["mixtral"].model()), ExpertsSite)
@@ -95,6 +96,8 @@ def test_experts() -> None:
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.sample("gpt2")
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_same_places_in_eval_mode(family: str) -> None:
     """Every place of the train graph is found in the eval graph, by the same keys."""
@@ -107,6 +110,7 @@ def test_same_places_in_eval_mode(family: str) -> None:
         assert [site.key for site in other.same(sites[0])][: len(sites)] == [site.key for site in sites]
 
 
+@pytest.mark.full
 def test_a_place_that_another_signature_does_not_read() -> None:
     """LoRA on the table, then embeddings instead of tokens: refused, naming adaptation and place."""
     model = tiny("llama")
@@ -119,6 +123,7 @@ def test_a_place_that_another_signature_does_not_read() -> None:
     compiled(input_ids=torch.ones(2, 5, dtype=torch.long))
 
 
+@pytest.mark.full
 def test_near_misses_are_explained() -> None:
     """A role that some layers lack: the error says which, and what was left there without a role."""
     model: Any = FAMILIES["mistral"].model()
@@ -134,6 +139,7 @@ def test_near_misses_are_explained() -> None:
     assert any(reason.startswith("model.layers.1.mlp.down_proj") for reason in caught.value.details)
 
 
+@pytest.mark.full
 def test_a_trained_module_that_another_signature_does_not_read() -> None:
     """``train:`` on the table, then embeddings instead of tokens: refused as well."""
     lora = {"method": "lora", "target": {"role": "attn.q"}, "rank": 2}

@@ -51,6 +51,7 @@ def shown(finding: Finding) -> tuple[str | None, str]:
 # --- what is found ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_roles_of_family(name: str) -> None:
     by_role = family(name).structure.by_role()
@@ -69,6 +70,7 @@ def expected_layers(name: str, role: str) -> set[int]:
     return LAYERS.get((name, role), {0, 1})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_left_is_reported_with_a_reason(name: str) -> None:
     structure = family(name).structure
@@ -77,6 +79,7 @@ def test_what_is_left_is_reported_with_a_reason(name: str) -> None:
         assert UNRESOLVED[name][entry.module] in entry.reason
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_findings_are_well_formed(name: str) -> None:
     model = family(name)
@@ -97,6 +100,7 @@ def test_findings_are_well_formed(name: str) -> None:
     assert len(model.structure.by_role().get("attn", [])) in (0, len(model.flow.attentions))
 
 
+@pytest.mark.slow
 def test_norm_scales_are_found_fused_and_written_out() -> None:
     bert, llama = (family(n).structure.by_role()["norm"] for n in ("bert", "llama"))
     assert [f.parameter for f in bert] == [
@@ -110,6 +114,7 @@ def test_norm_scales_are_found_fused_and_written_out() -> None:
     assert {f.kind for f in (*bert, *llama)} == {SiteKind.NORM}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", _marked(EXPERTS))
 def test_experts_are_whole_3d_weights(name: str) -> None:
     found = family(name).structure.by_role()["experts"]
@@ -119,12 +124,14 @@ def test_experts_are_whole_3d_weights(name: str) -> None:
     assert all(f.rows is None and f.use == 0 for f in found)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", _marked(MIXERS))
 def test_projections_of_a_branch_that_mixes_positions_without_attention(name: str) -> None:
     found = family(name).structure.by_role()["mixer"]
     assert [f.parameter for f in found] == [f"{module}.weight" for module in MIXERS[name]]
 
 
+@pytest.mark.full
 def test_keys_of_two_projections() -> None:
     """Keys are put together from a low-rank projection, and from rows of the first stage that the heads share."""
     found = {(f.parameter, f.rows) for f in family("deepseek").structure.having("attn.k") if f.layer == 0}
@@ -135,6 +142,7 @@ def test_keys_of_two_projections() -> None:
     }
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_shared_layer_is_told_apart_by_use() -> None:
     found = family("albert").structure.by_role()["attn.q"]
@@ -144,6 +152,7 @@ def test_a_shared_layer_is_told_apart_by_use() -> None:
 # --- the independent check: perturb what is claimed, and see what moves -----------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_claimed_rows_move_their_operand_and_no_other(name: str) -> None:
     model = family(name)
@@ -164,6 +173,7 @@ def test_claimed_rows_move_their_operand_and_no_other(name: str) -> None:
     assert len(checked) >= 3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_rows_of_a_fused_weight_leave_the_operand_alone(name: str) -> None:
     model = family(name)
@@ -179,6 +189,7 @@ def test_other_rows_of_a_fused_weight_leave_the_operand_alone(name: str) -> None
             assert letter not in moved(model, base, change, attention_of(model, finding)), finding
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_output_projections_move_the_stream_and_not_their_own_attention(name: str) -> None:
     model = family(name)
@@ -229,6 +240,7 @@ def before(model: Captured, part: Finding, down: Finding) -> bool:
 # --- models of our own: names say nothing ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_roles_do_not_come_from_names() -> None:
     torch.manual_seed(0)
     model = captured(Misnamed(), VALUES)
@@ -251,6 +263,7 @@ def test_roles_do_not_come_from_names() -> None:
             assert moved(model, base, change, attention_of(model, finding)) == {letter}
 
 
+@pytest.mark.full
 def test_slices_of_one_parameter_are_rows_of_it() -> None:
     target = Axis("y", torch.float32, ("batch", "target_sequence", D))
     model = Packed()
@@ -272,6 +285,7 @@ def test_slices_of_one_parameter_are_rows_of_it() -> None:
     }
 
 
+@pytest.mark.slow
 def test_index_notation_and_writes_in_place() -> None:
     torch.manual_seed(0)
     model = captured(Einsum(), VALUES)
@@ -291,6 +305,7 @@ def test_index_notation_and_writes_in_place() -> None:
     assert "rows 0:7,12:19" in model.structure.unresolved[0].reason
 
 
+@pytest.mark.slow
 def test_unknown_forms_are_unresolved_and_never_guessed() -> None:
     structure = find_structure(capture(Odd(), VALUES).program.graph)
     assert structure.findings == ()
@@ -320,6 +335,7 @@ def test_runs_and_layers_as_text() -> None:
     assert format_layers([3, 0, 1, 2, 5, 5]) == "0-3,5"
 
 
+@pytest.mark.slow
 def test_json_and_table_of_a_fused_model() -> None:
     structure = family("gpt2").structure
     plain = json.loads(json.dumps(structure.to_json()))
@@ -330,6 +346,7 @@ def test_json_and_table_of_a_fused_model() -> None:
     assert ("attn.k", "48:96", "0-1") in lines
 
 
+@pytest.mark.full
 def test_the_graph_is_left_as_it_was() -> None:
     graph = capture(MODELS["gpt2"]()).program.graph
     before_text, keys = str(graph), [sorted(n.meta) for n in graph.nodes]
@@ -337,6 +354,7 @@ def test_the_graph_is_left_as_it_was() -> None:
     assert str(graph) == before_text and [sorted(n.meta) for n in graph.nodes] == keys
 
 
+@pytest.mark.full
 def test_a_real_size_on_meta_is_quick() -> None:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(

@@ -57,6 +57,7 @@ def entries(value: Any) -> Tensor:
     return value.flatten().sort().values
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", families(PRE, POST, SANDWICH, BRANCH_NORM, PARALLEL))
 def test_a_sum_is_its_stream_and_branches(name: str) -> None:
     model = family(name)
@@ -71,6 +72,7 @@ def test_a_sum_is_its_stream_and_branches(name: str) -> None:
         torch.testing.assert_close(values[total], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sample("gpt2", "whisper", "gemma2")
 @pytest.mark.parametrize("name", families(PRE, POST, SANDWICH, BRANCH_NORM, PARALLEL))
 def test_normed_is_what_the_first_maps_of_a_branch_read(name: str) -> None:
     model = family(name)
@@ -155,6 +157,7 @@ def test_a_norm_in_the_branch(name: str) -> None:
             assert torch.equal(values[sublayer.normed], values[sublayer.stream])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", families(PARALLEL))
 def test_parallel_sublayers_share_stream_and_sum(name: str) -> None:
     found = family(name).structure.sublayers
@@ -175,6 +178,7 @@ def test_scales_stand_between_projection_and_branch(name: str) -> None:
         assert sublayer.branch is not sublayer.projection
 
 
+@pytest.mark.full
 def test_roles_of_sublayers_in_two_stacks() -> None:
     found = family("t5").structure.sublayers
     assert [s.roles for s in found if s.stack == "encoder.block"] == [
@@ -189,6 +193,7 @@ def test_roles_of_sublayers_in_two_stacks() -> None:
     assert {(s.owner, s.use) for s in found} == {(f"{n}.block.{i}", 0) for n in ("encoder", "decoder") for i in (0, 1)}
 
 
+@pytest.mark.slow
 def test_a_shared_layer_has_each_sublayer_twice() -> None:
     found = family("albert").structure.sublayers
     assert [(s.roles, s.use) for s in found] == [

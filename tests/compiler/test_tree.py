@@ -30,6 +30,7 @@ def nodes(node: TreeNode, times: int = 1) -> Iterator[tuple[TreeNode, int]]:
         yield from nodes(child, times * node.alike)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit"])
 def test_every_tensor_is_there_and_counts_are_those_of_the_report(family: str) -> None:
     compiled = graftc.compile({"adapt": [LORA]}, tiny(family))
@@ -48,6 +49,7 @@ def test_every_tensor_is_there_and_counts_are_those_of_the_report(family: str) -
     json.dumps(found.to_json(), allow_nan=False)
 
 
+@pytest.mark.full
 def test_alike_layers_are_one_and_counted() -> None:
     found = tree("bert", layers=3, train=["classifier"])
     (layers,) = (node for node, _ in nodes(found) if node.alike > 1)
@@ -62,6 +64,7 @@ def test_alike_layers_are_one_and_counted() -> None:
     check_golden("tree_bert", found.text())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("change", "names"),
     [
@@ -79,6 +82,7 @@ def test_layers_that_differ_are_apart(change: Any, names: list[str]) -> None:
     assert spread == 4
 
 
+@pytest.mark.full
 def test_other_shapes_or_types_are_apart() -> None:
     """T5's first layer has a table of relative positions that the others lack."""
     found = tree("t5", layers=3)
@@ -87,6 +91,7 @@ def test_other_shapes_or_types_are_apart() -> None:
     assert block.base_parameters == sum(child.base_parameters * child.alike for child in block.children)
 
 
+@pytest.mark.slow
 def test_fused_rows_ties_buffers_and_frozen_tensors_are_told() -> None:
     found = tree("gpt2", LORA | {"init": "pissa"})
     text = found.text()
@@ -98,12 +103,14 @@ def test_fused_rows_ties_buffers_and_frozen_tensors_are_told() -> None:
     assert "position_ids i64[1, 512] (buffer)" in tree("bert").text()
 
 
+@pytest.mark.full
 def test_trained_rows_say_which() -> None:
     found = tree("gpt2", LORA, tokens={"add": ["<a>", "<b>"]})
     (table,) = (node for node, _ in nodes(found) if node.name == "wte")
     assert list(map(str, table.added)) == ["+ tokens: weight* f32[2, 48] (rows 101:103)"]
 
 
+@pytest.mark.slow
 def test_the_legend_stands_only_where_something_trains() -> None:
     from dataclasses import replace
 

@@ -170,6 +170,7 @@ class Overlapping(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_buffers_that_overlap() -> None:
     """Of two copies one would be written to; buffers beside one another in the same memory are apart."""
     with pytest.raises(GraftError, match="writes to all, which shares memory with some") as caught:

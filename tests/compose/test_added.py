@@ -50,6 +50,7 @@ def alone(compiled: Compiled, family: str, base: Mapping[str, Any], name: str) -
     return own
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", ["lora", "pfeiffer"])
 @pytest.mark.parametrize("family", [f if f in SOME else pytest.param(f, marks=pytest.mark.full) for f in FAMILIES])
@@ -80,6 +81,7 @@ def _floats(outputs: Any) -> list[Tensor]:
     return [t for t in flat(outputs) if t.is_floating_point()]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("base", BASES)
 def test_an_average_of_equals_is_one_of_them(base: str) -> None:
     """Whether outputs or parameters are averaged; with other weights too, as long as they add up to one."""
@@ -105,6 +107,7 @@ def test_an_average_of_outputs_is_the_average_of_updates() -> None:
     torch.testing.assert_close(compiled(x), model(x) + x @ update.T, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_an_average_of_parameters_folds(family: str) -> None:
     """``(sum w B) (sum w A)``, certified; it is one adaptation to compute."""
@@ -117,6 +120,7 @@ def test_an_average_of_parameters_folds(family: str) -> None:
     assert largest_difference(outputs_of(merged, inputs), before) <= 2e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["average", "fuse", "gate", "split"])
 def test_what_goes_through_a_composition_stays(kind: str) -> None:
     """GC050; with `merge_partially` another adaptation folds below it and the outputs are the same."""
@@ -137,6 +141,7 @@ def test_what_goes_through_a_composition_stays(kind: str) -> None:
     assert largest_difference(outputs_of(partial.compiled.eval(), inputs), before) <= 2e-5
 
 
+@pytest.mark.slow
 def test_fusion_trains_itself_alone() -> None:
     """The adaptations are as they were; the distance of values from the identity is an objective."""
     compiled = composed("bert", PFEIFFER, {"fuse": ["a", "b"]})
@@ -162,6 +167,7 @@ def _step(compiled: Compiled) -> None:
     optimiser.step()
 
 
+@pytest.mark.full
 def test_fusion_of_trained_adapters_exports(tmp_path: Path) -> None:
     """Two adapters are trained by themselves, then fused, then the fusion is trained, then it runs in ONNX Runtime."""
     ort = pytest.importorskip("onnxruntime")
@@ -188,6 +194,7 @@ def test_fusion_of_trained_adapters_exports(tmp_path: Path) -> None:
     assert largest_difference([torch.from_numpy(found[0])], outputs_of(fused, inputs)) <= 1e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("base", ["lora", "pfeiffer"])
 def test_spans(base: str) -> None:
     """Positions before the end of a span have its adapter: seen by stopping attention, so that no position sees
@@ -210,6 +217,7 @@ def test_spans(base: str) -> None:
     torch.testing.assert_close(compiled(short), found[:, :2], rtol=0, atol=1e-6)
 
 
+@pytest.mark.full
 class TestGates:
     """Numbers between 0 and 1 for each row, place and adaptation."""
 
@@ -307,6 +315,7 @@ class TestGatedPrefix:
             {n: torch.full_like(t, values[p]) if (p := n.rpartition(".")[2]) in values else t for n, t in held.items()}
         )
 
+    @pytest.mark.full
     @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "gpt_neox", "t5", "vit"])
     def test_open_and_shut(self, family: str) -> None:
         """Open it is the prefix alone; shut the keys are zeros, which take part in the softmax all the same."""
@@ -320,6 +329,7 @@ class TestGatedPrefix:
             assert largest_difference(outputs_of(compiled, inputs), outputs_of(one, inputs)) <= 1e-6
         assert largest_difference(outputs_of(compiled, inputs), outputs_of(model, inputs)) > 1e-3
 
+    @pytest.mark.slow
     def test_each_row_has_its_own(self) -> None:
         """A row alone has the outputs that it has in a batch; a gate that reads other rows would show."""
         compiled = self.gated("bert")
@@ -329,6 +339,7 @@ class TestGatedPrefix:
             own = outputs_of(compiled, {name: tensor[row : row + 1] for name, tensor in inputs.items()})
             assert largest_difference(own, [tensor[row : row + 1] for tensor in every]) <= 1e-6
 
+    @pytest.mark.full
     def test_counts_and_what_is_deployed(self) -> None:
         """``width + 1`` numbers more for each attention; without the network that gives the keys, gates remain."""
         compiled = self.gated("bert", reparameterization={"hidden": 8})
@@ -341,6 +352,7 @@ class TestGatedPrefix:
         assert largest_difference(outputs_of(deployed, inputs), outputs_of(compiled, inputs)) <= 2e-6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "compose", [{"gate": ["a", "b"]}, {"average": ["a", "b"], "of": "outputs"}], ids=["gate", "average"]
 )
@@ -364,6 +376,7 @@ def test_what_happens_between_steps_happens_in_a_composition(compose: dict[str, 
         assert sum(int(live.sum()) for live in compiled.rank_pattern(name).values()) == 4 * 1
 
 
+@pytest.mark.slow
 def test_a_gate_has_no_name_of_the_members_own() -> None:
     entries = [{"method": "sora", "rank": 3, "name": name, "target": {"role": "attn.q"}} for name in ("a", "b")]
     with pytest.raises(GraftError, match=r"'a' .sora. has a tensor called 'gate' of its own") as caught:
@@ -371,6 +384,7 @@ def test_a_gate_has_no_name_of_the_members_own() -> None:
     assert caught.value.code == "GC036"
 
 
+@pytest.mark.full
 def test_order_of_a_stack() -> None:
     """A stack says who comes first, whatever the order of the document."""
     entries = {n: {**HOULSBY, "name": n} for n in "ab"}
@@ -385,6 +399,7 @@ def test_order_of_a_stack() -> None:
     assert largest_difference(outputs_of(turned, inputs), outputs_of(first, inputs)) > 1e-4
 
 
+@pytest.mark.full
 def test_a_composition_in_a_stack() -> None:
     """Fusion on top of a language's adapter, as MAD-X has it."""
     spec = {
@@ -445,6 +460,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("spec", "code", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_does_not_fit_together(spec: dict[str, Any], code: str, message: str) -> None:
     """Each says where in the spec."""
@@ -457,6 +473,7 @@ def test_what_does_not_fit_together(spec: dict[str, Any], code: str, message: st
     assert caught.value.place is not None and caught.value.place.path.startswith("compose")
 
 
+@pytest.mark.full
 def test_artifact_and_inspection(tmp_path: Path) -> None:
     """Saved, loaded and looked at: tensors of a composition have an origin as all others do."""
     model = tiny("bert")

@@ -77,6 +77,7 @@ def rows(outputs: list[Tensor], mask: Tensor) -> list[Tensor]:
     return [tensor[mask] for tensor in outputs if tensor.shape[0] == mask.shape[0]]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "method"), [(f, m) for f in FAMILIES for m in METHODS if (f, m) not in WITHOUT_WORDS]
 )
@@ -101,6 +102,7 @@ def test_a_mixed_batch_is_every_adapter_on_its_rows(family: str, method: str) ->
         assert apart(outputs_of(compiled, inputs), own) <= TOLERANCE
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["lora", "houlsby", "dora"])
 def test_weights(method: str) -> None:
     """Weights of one slot are that slot; a mixture for each row is the adapter of the mixed tensors."""
@@ -120,6 +122,7 @@ def test_weights(method: str) -> None:
     assert apart(rows(mixed, ~others), rows(ids, ~others)) <= TOLERANCE
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=() if f in ("bert", "t5") else pytest.mark.full) for f in FAMILIES]
 )
@@ -143,6 +146,7 @@ def test_in_onnx_runtime(family: str, tmp_path: Path) -> None:
         assert largest_difference(rows(mixed, ~mask), rows(own, ~mask)) > 1e-3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_other_ids_compile_nothing(family: str) -> None:
     """Neither ids for each row nor the active slot are part of the compiled code."""
@@ -165,6 +169,7 @@ def test_other_ids_compile_nothing(family: str) -> None:
     assert apart([active[0]], [last[0]]) <= TOLERANCE
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["bapna_firat", "lora"])
 def test_training_one_leaves_the_others_to_the_bit(method: str) -> None:
     """With weight decay and momentum as well: what does not train wants no gradient."""
@@ -187,6 +192,7 @@ def test_training_one_leaves_the_others_to_the_bit(method: str) -> None:
     assert all(p.requires_grad for n, p in compiled.named_parameters() if Store.is_adapter(n))
 
 
+@pytest.mark.full
 def test_gradients_of_a_mixed_batch_are_each_adapters_own() -> None:
     compiled = banked("bert", "houlsby")
     inputs = inputs_for(compiled, (8, 6))
@@ -202,6 +208,8 @@ def test_gradients_of_a_mixed_batch_are_each_adapters_own() -> None:
                 torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.sample("dora")
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_one_for_good_folds(method: str) -> None:
     """`fix` has no axis of slots and no input of its own left, and folds as the adaptation alone does."""
@@ -220,6 +228,7 @@ def test_one_for_good_folds(method: str) -> None:
     assert caught.value.code == "GC050"
 
 
+@pytest.mark.full
 def test_shared_parts() -> None:
     """Pairs with one layer norm have it once, and what it learns all of them have."""
     own = banked("bert", "bapna_firat").report
@@ -234,6 +243,7 @@ def test_shared_parts() -> None:
     assert apart(fixed, before) <= TOLERANCE
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["prompt", "pre_layer", "prefix"])
 def test_a_part_that_all_share_is_read_by_every_row(method: str) -> None:
     """Where there is one tensor of each for all, whatever the rows choose is the same."""
@@ -246,6 +256,7 @@ def test_a_part_that_all_share_is_read_by_every_row(method: str) -> None:
         assert largest_difference(mixed, outputs_of(compiled, inputs)) > 1e-3
 
 
+@pytest.mark.full
 def test_adding_a_pair_adds_what_one_has() -> None:
     """``layers * (2 d r + r + d + 2 d)``, for encoder and decoder."""
     model, inner = tiny("t5"), 6
@@ -255,6 +266,7 @@ def test_adding_a_pair_adds_what_one_has() -> None:
     assert counts[2] - counts[1] == each == 4 * (2 * width * inner + inner + width + 2 * width)
 
 
+@pytest.mark.full
 def test_a_saved_bank_keeps_its_slot(tmp_path: Path) -> None:
     model = tiny("bert")
     compiled = graftc.compile(spec_of("lora"), model).eval()
@@ -269,6 +281,7 @@ def test_a_saved_bank_keeps_its_slot(tmp_path: Path) -> None:
     assert same_bits(outputs_of(loaded, mixed), outputs_of(compiled, mixed))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 @pytest.mark.parametrize("chosen", ["adapter_ids", "adapter_weights"])
 @pytest.mark.parametrize("method", ["lora", "prefix"])
@@ -286,6 +299,7 @@ def test_a_bank_that_rows_chose_from_is_loaded(family: str, chosen: str, method:
     assert all(check.passed is not False for check in verify(tmp_path / "artifact", model).checks)
 
 
+@pytest.mark.full
 def test_two_banks_and_an_adaptation_between() -> None:
     """Each bank has inputs of its own; what is not in a bank is for every row."""
     spec = {
@@ -319,6 +333,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("chosen", "message"), REFUSED.values(), ids=REFUSED)
 def test_choices_that_do_not_fit(chosen: dict[str, Any], message: str) -> None:
     """GC038, before anything is computed."""
@@ -328,6 +343,7 @@ def test_choices_that_do_not_fit(chosen: dict[str, Any], message: str) -> None:
     assert caught.value.code == "GC038"
 
 
+@pytest.mark.slow
 def test_names_that_are_none() -> None:
     compiled = banked("bert")
     for call, code in (
@@ -342,6 +358,7 @@ def test_names_that_are_none() -> None:
         assert caught.value.code == code
 
 
+@pytest.mark.slow
 def test_rows_that_cannot_be_told_apart() -> None:
     """A convolution's patches and experts have no rows: a call may choose, a row may not."""
     adapt = [{"method": "lora", "name": n, "rank": 2, "target": {"modules": "**.patch_embeddings.**"}} for n in "ab"]
@@ -356,6 +373,7 @@ def test_rows_that_cannot_be_told_apart() -> None:
     assert caught.value.code == "GC037"
 
 
+@pytest.mark.full
 def test_every_row_through_every_adapter() -> None:
     """`parallel` gives a batch of n B rows, adaptation by adaptation."""
     spec = spec_of("pfeiffer", SLOTS[:3])
@@ -370,6 +388,7 @@ def test_every_row_through_every_adapter() -> None:
         assert apart([found[0][2 * number : 2 * number + 2]], own) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_sequence_first_models_choose_too() -> None:
     """The batch is the second axis in a plain torch transformer."""
 

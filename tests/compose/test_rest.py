@@ -25,6 +25,7 @@ def compiled(compose: Any, *entries: dict[str, Any]) -> Compiled:
     return made
 
 
+@pytest.mark.full
 def test_a_whole_bank_combines() -> None:
     """Its adaptations side by side are one LoRA, whose update is the sum; the bank is gone."""
     made = compiled({"bank": ["a", "b"]}, *({**LORA, "name": n} for n in "ab"))
@@ -38,6 +39,7 @@ def test_a_whole_bank_combines() -> None:
     assert largest_difference(outputs_of(combined, inputs), outputs_of(apart, inputs)) <= 2e-6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("compose", [{"bank": ["a", "b", "c"]}, {"gate": ["a", "b"]}, {"average": ["a", "b"]}])
 def test_a_part_of_a_composition_does_not(compose: dict[str, Any]) -> None:
     """GC029: the rest of it would stay."""
@@ -47,6 +49,7 @@ def test_a_part_of_a_composition_does_not(compose: dict[str, Any]) -> None:
     assert caught.value.code == "GC029"
 
 
+@pytest.mark.full
 def test_what_is_left_of_a_stack_keeps_its_order() -> None:
     """LoRA folds out of it; the two adapters stay in the order of the stack, not in that of the document."""
     entries = ({**PFEIFFER, "name": "first"}, {**LORA, "name": "low"}, {**PFEIFFER, "name": "second"})
@@ -58,6 +61,7 @@ def test_what_is_left_of_a_stack_keeps_its_order() -> None:
     assert largest_difference(outputs_of(partial.compiled.eval(), inputs), outputs_of(made, inputs)) <= 2e-5
 
 
+@pytest.mark.full
 def test_a_bank_stays_beside_what_folds(tmp_path: Path) -> None:
     """And still chooses, also after it has been saved with its base."""
     made = compiled({"bank": ["x", "y"]}, {**LORA, "name": "low"}, *({**PFEIFFER, "name": n} for n in ("x", "y")))
@@ -74,6 +78,7 @@ def test_a_bank_stays_beside_what_folds(tmp_path: Path) -> None:
         assert largest_difference(outputs_of(model, chosen), outputs_of(made, chosen)) <= 2e-5
 
 
+@pytest.mark.slow
 def test_a_tensor_says_which_step_inserted_it() -> None:
     """The history has one step for a composition, and its members' tensors point there."""
     made = compiled({"bank": ["a", "b"], "name": "languages"}, *({**LORA, "name": n} for n in "ab"))

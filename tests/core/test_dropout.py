@@ -82,6 +82,7 @@ def test_draws_follow_the_seed_and_not_the_layout() -> None:
     assert not torch.equal(first, mask(x, 0.5, seed=4))
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     """Schema, fake kernels, autograd, and traces with symbols."""
     x = torch.randn(3, 5, requires_grad=True)
@@ -161,6 +162,7 @@ def step(run: Any, model: Any, seed: int) -> tuple[Tensor, list[Tensor]]:
     return logits.detach(), list(torch.autograd.grad(logits.square().mean(), trained))
 
 
+@pytest.mark.slow
 def test_a_step_follows_the_seed(compiled: Any) -> None:
     first, again, other = step(compiled, compiled, 5), step(compiled, compiled, 5), step(compiled, compiled, 6)
     assert torch.equal(first[0], again[0])
@@ -168,6 +170,7 @@ def test_a_step_follows_the_seed(compiled: Any) -> None:
     assert not torch.equal(first[0], other[0])
 
 
+@pytest.mark.slow
 def test_there_is_none_in_eval_mode(compiled: Any) -> None:
     """Neither operator is left, and nothing is drawn."""
     train, evaluated = (
@@ -181,6 +184,7 @@ def test_there_is_none_in_eval_mode(compiled: Any) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_compiled_code_draws_the_same(backend: str) -> None:
     """Whole graph of one layer, same seed: the same mask, so the same numbers but for rounding."""
@@ -194,6 +198,7 @@ def test_compiled_code_draws_the_same(backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_checkpointed_layers_draw_the_same(compiled: Any) -> None:
     """What is computed again in the backward pass loses the same elements."""
     once = step(compiled, compiled, 5)
@@ -205,6 +210,7 @@ def test_checkpointed_layers_draw_the_same(compiled: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip([once[0], *once[1]], [again[0], *again[1]], strict=True))
 
 
+@pytest.mark.slow
 def test_a_step_under_autocast(compiled: Any) -> None:
     plain, _ = step(compiled, compiled, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -213,6 +219,7 @@ def test_a_step_under_autocast(compiled: Any) -> None:
     assert all(bool(g.isfinite().all()) for g in gradients)
 
 
+@pytest.mark.slow
 def test_an_artifact_keeps_train_graphs(compiled: Any, tmp_path: Path) -> None:
     """Loaded graphs name the operators, and a step from the same seed is the same to the bit."""
     compiled.save(tmp_path / "kept")
@@ -223,6 +230,7 @@ def test_an_artifact_keeps_train_graphs(compiled: Any, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
+@pytest.mark.full
 def test_a_train_graph_exports_to_aten(compiled: Any, tmp_path: Path) -> None:
     """With the operators' ATen forms a train graph is one that torch alone can load, and it still drops."""
     from graftc.passes.core.ir.codegen import function_of

@@ -159,6 +159,7 @@ def test_the_rules_object_to_what_is_forbidden(name: str) -> None:
         assert objection(name) is not None or "generator" in name or "strided" in name or "data" in name
 
 
+@pytest.mark.slow
 def test_values_of_the_graphs_own_may_change(graph: dict[str, Any]) -> None:
     """And the structural hash tells it: what is changed in place, and whether it is read before or after."""
     hashes = {structural_hash(program_from_json(copy.deepcopy(graph), CPU))}
@@ -208,6 +209,7 @@ class Writing(nn.Module):
 FC = {"adapt": [{"method": "lora", "target": {"modules": "fc"}, "rank": 2}]}
 
 
+@pytest.mark.slow
 def test_buffers_that_training_updates() -> None:
     compiled = graftc.compile(FC, Counting(), (torch.randn(3, 6),), cache=False)
     assert {"steps", "norm.num_batches_tracked", "norm.running_mean", "norm.running_var"} == set(
@@ -220,6 +222,7 @@ def test_buffers_that_training_updates() -> None:
         assert structural_hash(again) == structural_hash(program)
 
 
+@pytest.mark.slow
 def test_no_eval_graph_updates_a_buffer() -> None:
     compiled = graftc.compile(FC, Counting(), (torch.randn(3, 6),), cache=False)
     data = json.loads(json.dumps(program_to_json(compiled.program("train"))))
@@ -228,6 +231,7 @@ def test_no_eval_graph_updates_a_buffer() -> None:
         program_from_json(data, CPU)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "mixtral"])
 def test_what_is_captured_is_listed(family: str) -> None:
     """Every graph of it can be written; the contract asks the same of every method and family."""

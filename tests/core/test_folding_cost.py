@@ -30,6 +30,7 @@ def models() -> dict[int, Any]:
     return {layers: adapted(layers) for layers in (2, 4, 8)}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("layers", [2, 4, 8])
 def test_every_site_is_folded_once(layers: int, models: dict[int, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """For its certificate, for the check of its rounding and for the tensor itself together."""
@@ -45,6 +46,7 @@ def test_every_site_is_folded_once(layers: int, models: dict[int, Any], monkeypa
     assert len(applied) == len(set(applied)) == len(certificate.sites) == 7 * layers
 
 
+@pytest.mark.slow
 def test_merging_is_linear_in_layers(models: dict[int, Any]) -> None:
     """What four more layers cost is at most a little over twice of what two more cost."""
     for model in models.values():

@@ -109,6 +109,7 @@ def test_bias_that_was_not_there() -> None:
     assert LazyTensors(held, [step(plus), step(times)]).additions() == ()
 
 
+@pytest.mark.slow
 def test_two_adaptations_of_the_same_rows() -> None:
     """Stacked in one spec, both fold: the update is the sum of the two."""
     model = tiny("gpt2")
@@ -128,6 +129,7 @@ def test_two_adaptations_of_the_same_rows() -> None:
     assert not update.T[:96].any()
 
 
+@pytest.mark.slow
 def test_what_stays_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A method that cannot fold stops the merge with its reason and the site."""
     compiled = graftc.compile({"adapt": [{"method": "lora", "target": {"role": "attn.q"}}]}, tiny("llama"))

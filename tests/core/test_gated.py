@@ -63,6 +63,7 @@ def test_it_is_the_formula_and_so_are_its_gradients(seed: Tensor | None, group: 
             assert bool(a.grad.any())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [SEED, None], ids=["drawn", "without noise"])
 def test_gradients_are_those_of_small_steps(seed: Tensor | None) -> None:
     weight, *rest = arguments(grad=True)
@@ -84,6 +85,7 @@ def test_gates_that_are_clipped_have_no_gradient() -> None:
             assert not gradient.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["group", "entries alone", "without noise", "16 bits"])
 def test_opcheck(kind: str) -> None:
     narrow = torch.bfloat16 if kind == "16 bits" else None
@@ -149,6 +151,7 @@ def test_gates_are_open_as_often_as_the_penalty_says(alpha: float, stretch: tupl
     assert abs(float((z > 0).double().mean()) - expected) <= bound
 
 
+@pytest.mark.slow
 def test_the_noise_is_uniform_and_its_neighbours_are_strangers() -> None:
     count = 2**20
     u = noise(count, SEED, torch.float64).sigmoid()

@@ -66,6 +66,7 @@ def test_it_keeps_the_share_asked_for(p: float) -> None:
         assert float(kept.mean(dim).std()) <= 1.3 * (p * (1 - p) / count) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.1, 0.3])
 def test_the_mean_over_steps_is_the_gradient(p: float) -> None:
     """For all elements together within five standard errors, for each of 400 within five, spread as coins are."""
@@ -168,6 +169,7 @@ def test_a_mask_takes_parts_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(size for size in noted.sizes if size != 100 * 40 * 2) <= 64 * 4
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     """Schema, fake kernels, autograd, and traces with symbols."""
     x = torch.randn(3, 5, requires_grad=True)
@@ -262,6 +264,7 @@ def gradient(module: Map, run: Any, x: Tensor) -> Tensor:
     return module.weight.grad
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_traced_and_compiled(backend: str) -> None:
     """In one graph, in training and without gradients; counting on compiles nothing anew."""

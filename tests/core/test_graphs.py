@@ -157,6 +157,7 @@ def test_dot_declares_every_node_and_edge_once(compiled: Any) -> None:
     assert dot_text(program.copy()) == text
 
 
+@pytest.mark.slow
 def test_dot_groups_layers_and_colours_what_was_inserted() -> None:
     program = graftc.compile(SPEC, tiny("bert")).program()
     inside, colours, depth = {}, {}, ""
@@ -207,6 +208,7 @@ print(graphml_text(program) + dot_text(program), end="")
 """
 
 
+@pytest.mark.full
 def test_the_same_in_every_process() -> None:
     program = graftc.compile(SPEC, tiny("bert")).program()
     assert warm.output(SCRIPT, GRAFTC_CACHE="off") == graphml_text(program) + dot_text(program)

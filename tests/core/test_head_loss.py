@@ -81,6 +81,7 @@ def some_labels(*without: int) -> Tensor:
     return labels
 
 
+@pytest.mark.slow
 @given(
     parts=st.integers(1, 3),
     bias=st.booleans(),

@@ -106,6 +106,7 @@ def test_training_reads_the_same() -> None:
     assert all(bool(t.grad.any()) for t in compiled.parameters() if t.requires_grad)
 
 
+@pytest.mark.slow
 def test_base_dropout_before_a_site() -> None:
     """A dropout of the base that a site reads is gone in eval mode, and its input is what is scaled there."""
     model = tiny("t5", dropout_rate=0.1)

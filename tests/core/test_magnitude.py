@@ -241,6 +241,7 @@ def test_16_bits_are_rescaled_in_float32() -> None:
         assert torch.equal(rescale(x, scale, None, None, None, False), found)
 
 
+@pytest.mark.full
 def test_opcheck() -> None:
     weight, a, b = factors(grad=True)
     torch.library.opcheck(row_norm, (squares(weight), weight, a, b, 0.7))

@@ -83,6 +83,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CHANGES)
 def test_wrong_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``attn.q`` of BERT is square, so a transposed update fits: only its values tell."""
@@ -94,6 +95,7 @@ def test_wrong_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(reasons) == 2
 
 
+@pytest.mark.slow
 def test_one_wrong_site_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """One element wrong in one layer of one site is named, alone."""
     compiled = adapted("llama", ["attn.q", "ffn.down"])
@@ -118,6 +120,7 @@ def test_one_wrong_site_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason.startswith("model.layers.1.mlp.down_proj.weight")
 
 
+@pytest.mark.slow
 def test_small_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """An update far below the budget of outputs is checked as strictly as a large one."""
     compiled = adapted("bert", "attn.q", noise=1e-3)
@@ -126,6 +129,7 @@ def test_small_update(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(refused(compiled)) == 2
 
 
+@pytest.mark.slow
 def test_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The update of GPT-2's query written to the rows of the key, which is of the same shape."""
     compiled = adapted("gpt2", "attn.q")
@@ -140,6 +144,7 @@ def test_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("c_attn" in reason for reason in refused(compiled))
 
 
+@pytest.mark.slow
 def test_rows_of_another_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing back more than the site's own rows is caught although the own rows are right."""
     compiled = adapted("gpt2", "attn.q")
@@ -153,6 +158,7 @@ def test_rows_of_another_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("c_attn" in reason for reason in refused(compiled))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_without_bias(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trained biases of adapted layers forgotten."""
@@ -162,6 +168,7 @@ def test_without_bias(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(compiled)
 
 
+@pytest.mark.slow
 def test_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
     """Right algebra, cut off instead of rounded: at most one unit in the last place, and more than half of one."""
     compiled = adapted("bert", "attn.q")
@@ -176,6 +183,7 @@ def test_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("rounding" in reason for reason in refused(compiled))
 
 
+@pytest.mark.slow
 def test_over_the_budget() -> None:
     """A right fold over a budget that no rounding could keep is refused, naming the output."""
     compiled = adapted("bert", "attn.q")
@@ -185,6 +193,7 @@ def test_over_the_budget() -> None:
     assert "logits" in error.value.message
 
 
+@pytest.mark.slow
 def test_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A chain of merging and exporting stops at the certificate, before there is a file."""
     compiled = adapted("bert", "attn.q")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ SEGMENT = st.from_regex(r"[a-z_][a-z0-9_]{0,6}|[0-9]{1,2}", fullmatch=True).filt
 PATH = st.lists(SEGMENT, max_size=4).map(".".join)
 
 
+@pytest.mark.full
 @given(PATH, SEGMENT, PATH, SEGMENT)
 def test_round_trip(module: str, adaptation: str, scope: str, part: str) -> None:
     name = adapter_name(module, adaptation, scope, part)
@@ -22,6 +24,7 @@ def test_round_trip(module: str, adaptation: str, scope: str, part: str) -> None
     assert renamed(renamed(name, "other"), adaptation) == name and owner_of(renamed(name, "other")) == "other"
 
 
+@pytest.mark.slow
 @given(PATH, SEGMENT)
 def test_base_tensors(module: str, last: str) -> None:
     name = f"{module}.{last}".lstrip(".")

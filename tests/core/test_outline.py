@@ -9,6 +9,8 @@ from graftc.passes.graph.outline import outline
 from tests.families import tiny
 
 
+@pytest.mark.slow
+@pytest.mark.sample("adalora-llama", "sora-gpt2", "dylora-bert", "lora-bert", "lora-llama")
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("method", ["adalora", "sora", "dylora", "lora"])
 def test_a_layer_is_one_block(family: str, method: str) -> None:

@@ -140,6 +140,7 @@ def test_the_operator(packing: Packing) -> None:
     torch.library.opcheck(unpack, (parts, packing.text, [24, 40], torch.float32))
 
 
+@pytest.mark.slow
 @given(st.sampled_from([p.text for p in EVERY]), st.text(max_size=12))
 def test_what_is_no_packing(text: str, more: str) -> None:
     """Whatever a file says is a packing or refused."""

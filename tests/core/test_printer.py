@@ -36,6 +36,7 @@ def filecheck(text: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_golden_text(compiled: Any) -> None:
     """Structure only; a numeric test stands beside it in the contract."""
     result = filecheck(format_program(compiled.program("train")))
@@ -125,6 +126,7 @@ print(format_program(program), end="")
 """
 
 
+@pytest.mark.full
 def test_the_same_in_every_process(compiled: Any) -> None:
     """Another process with another hash seed and without a cache prints the same text and hash as this one."""
     program = compiled.program("train")

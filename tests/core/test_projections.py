@@ -55,6 +55,7 @@ def plain(*given: Tensor) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+@pytest.mark.slow
 def test_results_and_gradients_are_those_of_plain_products() -> None:
     given = tensors()
     for a, b in zip(fused(*given), plain(*given), strict=True):
@@ -62,6 +63,8 @@ def test_results_and_gradients_are_those_of_plain_products() -> None:
     assert torch.autograd.gradcheck(fused, given)
 
 
+@pytest.mark.slow
+@pytest.mark.sample("frozen1", "frozen3")
 @pytest.mark.parametrize("frozen", [(), range(2, 6), (0, 6, 14), range(7, 16, 2)])
 def test_gradients_have_gradients(frozen: Any) -> None:
     given = tensors()
@@ -187,6 +190,7 @@ def test_an_input_is_kept_once_and_weights_as_they_are() -> None:
     assert all(t.data_ptr() in own for t in kept if t.shape in ((5, 4), (6, 4), (4, 4)))
 
 
+@pytest.mark.slow
 def test_functional_transforms_and_compilers_see_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_Projections", None)
     given = tensors()

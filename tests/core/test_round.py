@@ -61,6 +61,7 @@ def near_halfway(draw: st.DrawFn) -> tuple[torch.dtype, float]:
     return dtype, draw(st.sampled_from([1.0, -1.0])) * middle * (1 + offset)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(near_halfway())
 def test_halfway(case: tuple[torch.dtype, float]) -> None:
@@ -69,6 +70,7 @@ def test_halfway(case: tuple[torch.dtype, float]) -> None:
     assert rounded([value], dtype) == [nearest(value, dtype)]
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(list(FORMATS)),
@@ -142,6 +144,7 @@ def test_bf16_fold_is_correctly_rounded() -> None:
     assert (twice != expected).mean() > 0.01, "rounding on the way is not told from rounding once"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_bf16_model(family: str) -> None:
     """A bfloat16 model folds from end to end: every folded element is the correctly rounded float64 one."""

@@ -108,6 +108,7 @@ def watching(patch: pytest.MonkeyPatch) -> Watch:
     return watch
 
 
+@pytest.mark.full
 def test_nothing_of_the_builder_goes_past_the_seams(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every public function runs, and every tensor that one makes, and every reader that it redirects, is within a
     seam. A new function that no spec here reaches fails too: add one that does."""
@@ -118,6 +119,7 @@ def test_nothing_of_the_builder_goes_past_the_seams(monkeypatch: pytest.MonkeyPa
     assert forwarded().keys() - watch.called == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "wrong"),
     [
@@ -176,6 +178,7 @@ def test_what_is_not_added_is_not_collected(adaptation: dict[str, Any]) -> None:
     assert caught.value.code == "GC036"
 
 
+@pytest.mark.slow
 def test_positions_are_not_refused() -> None:
     """A gate takes a prefix whose text begins after it."""
     prefix = {"method": "prefix", "length": 2, "positions": "shifted", "name": "a"}

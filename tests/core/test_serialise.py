@@ -29,6 +29,8 @@ def compiled_tiny(family: str) -> Any:
     return graftc.compile(spec, tiny(family))
 
 
+@pytest.mark.slow
+@pytest.mark.sample("mixtral")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip(family: str) -> None:
     """The same text, hash, interface and provenance, through real JSON; the text of the JSON is stable."""
@@ -48,6 +50,7 @@ def test_round_trip(family: str) -> None:
         assert json.dumps(program_to_json(again)) == text
 
 
+@pytest.mark.full
 def test_flags_and_ranges_come_back() -> None:
     """What else a signature is: constants of the graph, and the sizes that it holds for."""
     from transformers import MambaConfig, MambaForCausalLM
@@ -60,6 +63,7 @@ def test_flags_and_ranges_come_back() -> None:
     assert program.inputs[0].shape == ("batch", 7) and program.inputs[0].ranges == ((0, None), (7, 7))
 
 
+@pytest.mark.slow
 def test_what_comes_back_runs() -> None:
     """The graph from the file computes the same bits over the same tensors."""
     compiled = compiled_tiny("bert")
@@ -175,6 +179,7 @@ def test_no_program(data: Any) -> None:
         program_from_json(data, CPU)
 
 
+@pytest.mark.slow
 def test_only_known_operators_are_written() -> None:
     """A program that holds anything else cannot be written, rather than written in part."""
     program = compiled_tiny("bert").program("eval").copy()

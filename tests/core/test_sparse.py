@@ -65,6 +65,7 @@ def test_gradients_by_differences(sampled: bool) -> None:
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
 def test_registered_soundly(transposed: bool) -> None:
     """What torch itself checks of an operator: types, autograd, tracing."""

@@ -41,6 +41,7 @@ def numbers(entries: int, *, new: bool) -> Tensor:
     return drawn
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ONE_QUICK)
 def test_old_tokens_stay(family: str) -> None:
     """On old tokens the old columns of the logits are the base's to the bit, new ones come behind."""
@@ -54,6 +55,8 @@ def test_old_tokens_stay(family: str) -> None:
     assert compiled.config.vocab_size == entries + 3
 
 
+@pytest.mark.slow
+@pytest.mark.sample("gpt2")
 @pytest.mark.parametrize("family", TIED)
 def test_the_source_is_left_alone(family: str) -> None:
     """The source keeps its table, its handles, its values and its config; unchanged tensors share its storage."""
@@ -72,6 +75,7 @@ def test_the_source_is_left_alone(family: str) -> None:
     assert all(compiled.compilation.store.get(n).data_ptr() == before[n][1] for n in shared)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", TIED)
 def test_one_set_of_rows_where_tied(family: str) -> None:
     """A tied table has one set of new rows, which table and head read; else each has its own."""
@@ -87,6 +91,7 @@ def test_one_set_of_rows_where_tied(family: str) -> None:
     assert entry.trainable_parameters == 3 * width * len(rows)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ONE_QUICK)
 def test_only_new_rows_train(family: str) -> None:
     """New rows get gradients where new tokens stand; the base's table gets none and stays as it was."""
@@ -106,6 +111,7 @@ def test_only_new_rows_train(family: str) -> None:
     assert torch.equal(compiled.compilation.store.get(table), before)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", TIED)
 def test_fold(family: str, tmp_path: Path) -> None:
     """Folded equals unfolded, also in plain transformers after saving and loading, and in ONNX Runtime."""
@@ -128,6 +134,7 @@ def test_fold(family: str, tmp_path: Path) -> None:
         check_onnx(path, compiled, (3, 9), 1e-4)
 
 
+@pytest.mark.full
 def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two new rows exchanged while folding: the certificate fails."""
     from graftc.compiler.folding import steps as folding
@@ -147,6 +154,7 @@ def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("embed_tokens" in reason for reason in caught.value.details)
 
 
+@pytest.mark.full
 def test_spare_rows() -> None:
     """With ``first``, rows that a padded table has to spare are trained, and nothing is resized."""
     model: Any = tiny("llama")
@@ -162,6 +170,7 @@ def test_spare_rows() -> None:
     assert changed.nonzero().flatten().tolist() == [90, 91, 92]
 
 
+@pytest.mark.full
 def test_with_lora_on_the_table() -> None:
     """New rows and a low-rank update of the whole table fold one after the other."""
     model: Any = tiny("llama")
@@ -191,6 +200,7 @@ def test_refusals() -> None:
     assert error.code == "GC018"
 
 
+@pytest.mark.full
 def test_no_tokens_looked_up() -> None:
     """Called with embeddings, the model looks nothing up: the new rows would be passed over, so it says no."""
     model: Any = tiny("llama")

@@ -25,6 +25,7 @@ def adapted(family: str, **changes: Any) -> tuple[Any, Any]:
     return model, graftc.compile({"adapt": HEAD, "untie": ["lm_head"], **changes}, model).eval()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", TABLES)
 def test_a_head_of_its_own_folds(family: str, tmp_path: Path) -> None:
     """Identity at first; the folded class keeps the table and has another head, also after saving and loading."""
@@ -46,6 +47,7 @@ def test_a_head_of_its_own_folds(family: str, tmp_path: Path) -> None:
     assert model.lm_head.weight is model.get_input_embeddings().weight and model.config.tie_word_embeddings
 
 
+@pytest.mark.slow
 def test_untying_takes_no_memory() -> None:
     model, compiled = adapted("gpt2")
     store = compiled.compilation.store
@@ -53,6 +55,7 @@ def test_untying_takes_no_memory() -> None:
     assert store.get("lm_head.weight").data_ptr() == model.lm_head.weight.data_ptr()
 
 
+@pytest.mark.slow
 def test_without_it_the_head_does_not_fold() -> None:
     with pytest.warns(graftc.GraftWarning, match="GC024"):
         _, compiled = adapted("gpt2", untie=[])
@@ -61,6 +64,7 @@ def test_without_it_the_head_does_not_fold() -> None:
     assert caught.value.code == "GC022"
 
 
+@pytest.mark.slow
 def test_a_head_that_trains_in_full() -> None:
     """``train`` refuses a tied tensor, and takes one that is untied."""
     _, compiled = adapted("gpt2", adapt=[{**HEAD[0], "target": {"role": "attn.q"}}], train=["lm_head"])
@@ -70,6 +74,7 @@ def test_a_head_that_trains_in_full() -> None:
     assert not torch.equal(merged.lm_head.weight, merged.transformer.wte.weight)
 
 
+@pytest.mark.slow
 def test_what_stays_unfolded_stays_apart(tmp_path: Path) -> None:
     """Untied and not adapted: the merged model has two equal tensors, not one."""
     _, compiled = adapted("gpt2", adapt=[{**HEAD[0], "target": {"role": "attn.q"}}])
@@ -79,6 +84,7 @@ def test_what_stays_unfolded_stays_apart(tmp_path: Path) -> None:
     assert torch.equal(head, table) and head.data_ptr() != table.data_ptr()
 
 
+@pytest.mark.full
 def test_with_new_tokens() -> None:
     model, compiled = adapted("gpt2", tokens={"add": ["<a>"]})
     perturb(compiled)
@@ -88,6 +94,7 @@ def test_with_new_tokens() -> None:
     assert torch.equal(merged.transformer.wte.weight[:101], model.transformer.wte.weight)
 
 
+@pytest.mark.full
 def test_it_is_kept_in_an_artifact(tmp_path: Path) -> None:
     base = load_model(str(saved_base(tmp_path / "base", "gpt2")))
     compiled = graftc.compile({"adapt": HEAD, "untie": ["lm_head"]}, base).eval()

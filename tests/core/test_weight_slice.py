@@ -82,6 +82,7 @@ def on_values(own: WeightSlice) -> Any:
     return own
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(slices(), st.integers(0, 2**31))
 def test_parts_as_they_are_stored(own: WeightSlice, seed: int) -> None:
@@ -101,6 +102,7 @@ def test_parts_as_they_are_stored(own: WeightSlice, seed: int) -> None:
     assert torch.equal(stored, before)
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(slices(), st.integers(0, 2**31))
 def test_operands(own: WeightSlice, seed: int) -> None:
@@ -122,6 +124,7 @@ def test_operands(own: WeightSlice, seed: int) -> None:
     assert torch.equal(stored, before)
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(slices())
 def test_nodes_are_what_values_are(own: WeightSlice) -> None:
@@ -136,6 +139,7 @@ def test_nodes_are_what_values_are(own: WeightSlice) -> None:
         assert torch.equal(on_values(own).restore(emit, operand, "part"), own.take(stored))
 
 
+@pytest.mark.full
 @SETTINGS
 @given(slices(), st.sampled_from([0, 1, -1]))
 def test_nodes_that_have_the_rows_on_another_axis(own: WeightSlice, axis: int) -> None:
@@ -151,6 +155,7 @@ def test_nodes_that_have_the_rows_on_another_axis(own: WeightSlice, axis: int) -
     assert torch.equal(written.movedim(axis, 0)[untouched], value.movedim(axis, 0)[untouched])
 
 
+@pytest.mark.full
 @SETTINGS
 @given(st.data())
 def test_slices_of_one_tensor(data: st.DataObject) -> None:
@@ -169,6 +174,7 @@ def test_slices_of_one_tensor(data: st.DataObject) -> None:
     assert not (a.overlaps(elsewhere) or a.covers(elsewhere))
 
 
+@pytest.mark.full
 @SETTINGS
 @given(st.data())
 def test_rows_within_rows(data: st.DataObject) -> None:
@@ -182,6 +188,7 @@ def test_rows_within_rows(data: st.DataObject) -> None:
     assert inner.within(outer).total == outer.count
 
 
+@pytest.mark.full
 @SETTINGS
 @given(slices())
 def test_the_same_entries_have_one_form(own: WeightSlice) -> None:
@@ -196,6 +203,7 @@ def test_the_same_entries_have_one_form(own: WeightSlice) -> None:
         assert own.as_stored == WeightSlice.every(own.tensor, torch.empty(own.shape))
 
 
+@pytest.mark.full
 @SETTINGS
 @given(slices(), st.data())
 def test_entries_by_number(own: WeightSlice, data: st.DataObject) -> None:
@@ -211,6 +219,7 @@ def test_entries_by_number(own: WeightSlice, data: st.DataObject) -> None:
     assert torch.equal(own.mask().expand(own.shape).flatten().nonzero().flatten(), every)
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(slices())
 def test_companions(own: WeightSlice) -> None:

@@ -39,6 +39,8 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.sample("part", "shape", "product", "half the digits", "no tensor", "no such tensor")
 @pytest.mark.parametrize(("fold", "message"), WRONG.values(), ids=WRONG)
 def test_a_wrong_fold_is_an_error_of_the_method(
     fold: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch
@@ -60,6 +62,7 @@ def test_a_fold_that_is_traced_is_looked_at_too(monkeypatch: pytest.MonkeyPatch)
     assert caught.value.code == "GC071"
 
 
+@pytest.mark.slow
 def test_a_weight_is_changed_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NormsMethod, "fold", lambda self, *args: weight_fold(lambda w: w))
     compiled = graftc.compile({"adapt": [{"method": "norms"}]}, tiny("bert")).eval()

@@ -11,6 +11,7 @@ from graftc.runtime.demo import decoder
 from graftc.specs.errors.diagnostics import GraftError
 
 
+@pytest.mark.slow
 def test_it_knows_what_it_learnt() -> None:
     """The weights are the trained ones and the tokenizer fits them."""
     from transformers import AutoTokenizer

@@ -78,6 +78,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_the_quick_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fewer texts and steps than it has; ``make demo QUICK=1`` runs it as it is."""
     onnx = pytest.importorskip("onnx")

@@ -73,6 +73,7 @@ def topics() -> Topics:
     )
 
 
+@pytest.mark.slow
 def test_a_conversation_is_what_the_template_makes_of_it(topics: Topics) -> None:
     chats = topics.chats(DataSplit(("crude oil prices rose", "x " * 200), (1, 7)))
     decode = topics.tokenizer.decode
@@ -143,6 +144,7 @@ def tiny_llama() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.slow
 def test_the_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tiny model, which is told that all news are about profits, and with PEFT, as the long version."""
     news = load_r8()

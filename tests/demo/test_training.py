@@ -41,6 +41,7 @@ def test_scores_by_hand() -> None:
     assert found.macro_f1 == pytest.approx((2 * 2 / (4 + 2) + 2 * 1 / (1 + 2) + 0) / 3)
 
 
+@pytest.mark.slow
 def test_scores_agree_with_scikit_learn() -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     draw = torch.Generator().manual_seed(3)
@@ -129,6 +130,7 @@ def test_embeddings_ignore_padding_and_have_unit_length() -> None:
             assert torch.allclose(row, alone / alone.norm(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_logistic_regression_is_scored_on_the_test_rows() -> None:
     pytest.importorskip("sklearn")
     points = torch.tensor([[1.0, 0.0], [0.0, 1.0]])

@@ -508,6 +508,8 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.sample("GC054", "GC082", "GC114", "GC150", "GC179")
 @pytest.mark.parametrize("code", CASES)
 def test_the_example_is_what_graftc_says(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -527,5 +529,6 @@ def test_the_example_is_what_graftc_says(code: str, tmp_path: Path, monkeypatch:
     assert text == path.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_every_golden_text_has_its_case() -> None:
     assert {path.stem for path in GOLDEN.glob("*.txt")} == CASES.keys()

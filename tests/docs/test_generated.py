@@ -25,16 +25,19 @@ def pages() -> dict[str, str]:
     return render_all()
 
 
+@pytest.mark.slow
 def test_pages_are_up_to_date(pages: dict[str, str]) -> None:
     assert stale_pages(pages, DOCS) == [], "run `make docs`"
 
 
+@pytest.mark.slow
 def test_pages_say_what_makes_them(pages: dict[str, str]) -> None:
     for name, text in pages.items():
         if not name.endswith(".json"):  # which has no comments
             assert text.startswith("<!-- Made by `make docs` (python -m tools.docs)")
 
 
+@pytest.mark.full
 def test_stale_and_left_over_pages_are_named(
     pages: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,14 +95,17 @@ def used_codes() -> Iterator[tuple[str, str, str]]:
                 yield node.value, kind, f"{path.relative_to(ROOT)}:{node.lineno}"
 
 
+@pytest.mark.full
 def test_every_code_that_is_used_is_in_the_catalogue() -> None:
     assert [use for use in used_codes() if use[0] not in CATALOGUE] == []
 
 
+@pytest.mark.full
 def test_every_code_of_the_catalogue_is_used() -> None:
     assert sorted(CATALOGUE.keys() - {code for code, _, _ in used_codes()}) == []
 
 
+@pytest.mark.full
 def test_warnings_are_warned_and_errors_raised() -> None:
     wanted = {"warning": "warn", "error": "raise"}
     uses = [use for use in used_codes() if use[0] in CATALOGUE]

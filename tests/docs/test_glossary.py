@@ -49,6 +49,15 @@ def test_the_tables_are_read() -> None:
     assert len(rows) == len(TERMS) + len(RETIRED), "every row has one name, its meaning and its file, or what to use"
 
 
+@pytest.mark.slow
+@pytest.mark.sample(
+    "WeightSlice-passes/core/weights/weight_slice.py",
+    "Site-passes/core/sites/sites.py",
+    "OutputObjective-passes/core/method/steering.py",
+    "Certificate-compiler/folding/certificate.py",
+    "Artifact-runtime/artifact/read.py",
+    "ClozeEncoder-runtime/pet/encoding.py",
+)
 @pytest.mark.parametrize(("term", "path"), [(term, path) for term, _, path in TERMS])
 def test_a_term_is_defined_where_the_glossary_says(term: str, path: str) -> None:
     assert (PACKAGE / path).is_file(), f"there is no {path}"
@@ -64,6 +73,7 @@ def test_public_classes_have_names_of_their_own() -> None:
     assert {name: found for name, found in homes.items() if len(found) > 1} == {}
 
 
+@pytest.mark.slow
 def test_retired_words_are_no_names() -> None:
     words = {word for word, _ in RETIRED}
     found = {
@@ -86,6 +96,7 @@ def test_every_folder_says_what_lives_there() -> None:
     assert {folder.as_posix(): count for folder, count in many.items() if count > 23} == {}
 
 
+@pytest.mark.full
 def test_files_that_pages_name_are_there() -> None:
     """A path stands for itself, below the root or the package, and a single name for a file anywhere."""
     names = {

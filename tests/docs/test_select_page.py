@@ -13,6 +13,7 @@ from tests.docs.blocks import blocks
 PAGE = "select.md"
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,6 +63,7 @@ def held(site: Path) -> dict[Path, _Page]:
     return {path: _Page(path) for path in site.rglob("*.html")}
 
 
+@pytest.mark.full
 def test_every_page_is_there_and_in_the_navigation(site: Path, held: dict[Path, _Page]) -> None:
     sources = (ROOT / "docs").rglob("*.md")
     wanted = {(site / path.relative_to(ROOT / "docs")).with_suffix(".html") for path in sources}

@@ -122,6 +122,7 @@ def _runnable() -> list[str]:
     return [page for page in pages() if any(block.mark == "run" for block in blocks(page))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", _runnable())
 def test_the_page_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -166,6 +167,12 @@ def pairs() -> list[tuple[str, Block, Block]]:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.sample(
+    "llama-faq-peft.md:107-faq-peft.md:121",
+    "llama-faq-peft.md:239-faq-peft.md:248",
+    "gpt2-faq-peft.md:373-faq-peft.md:380",
+)
 @pytest.mark.parametrize(("family", "config", "spec"), pairs(), ids=str)
 def test_a_peft_config_and_its_spec_train_as_much(family: str, config: Block, spec: Block) -> None:
     peft = pytest.importorskip("peft")

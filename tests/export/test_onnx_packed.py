@@ -28,6 +28,7 @@ from tests.packed_bases import adapted, in_onnx_runtime
 BOTTLENECK = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["2"]}}]}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "method", "kind"), [("gpt2", "lora", "nf4"), ("bert", "dora", "int4"), ("mixtral", "ia3", "int8")]
 )
@@ -46,6 +47,7 @@ class Layers(nn.Sequential):
         return super().forward(input) + (self[3].weight * input.mean()).sum(1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("width", "packing", "operators"),
     [
@@ -103,6 +105,7 @@ def test_blocks() -> None:
     assert torch.equal(values, packing.values(parts, weight.shape, torch.float32))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "method", "base"),
     [("llama", "lora", {"double": True}), ("gpt2", "lora", {"double": True}), ("gpt2", "spiel", {})],
@@ -121,6 +124,7 @@ def test_a_program_of_torch(family: str, method: str, base: dict[str, Any], tmp_
     assert torch.equal(found["logits"], expected)
 
 
+@pytest.mark.full
 def test_requantised(tmp_path: Path) -> None:
     """A merge into packed weights exports what is packed."""
     merged = adapted("bert", "lora", "int8").merge(base="requantized")
@@ -132,6 +136,7 @@ def test_requantised(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(found[0]), outputs_of(merged, inputs)[0], atol=2e-5, rtol=0)
 
 
+@pytest.mark.full
 def test_adapters_as_inputs(tmp_path: Path) -> None:
     """A file takes adapters as inputs beside a packed base."""
     compiled = adapted("bert", "lora", "int4")
@@ -148,6 +153,7 @@ def test_adapters_as_inputs(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(found[0]), outputs_of(other, inputs)[0], atol=2e-5, rtol=0)
 
 
+@pytest.mark.full
 def test_half_precision(tmp_path: Path) -> None:
     """In float16 the weight is made in its own type."""
     spec = {
@@ -160,6 +166,7 @@ def test_half_precision(tmp_path: Path) -> None:
     assert sum(node.op_type == "DequantizeLinear" for node in graph.node) == 8
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
 def test_bfloat16(kind: str, tmp_path: Path) -> None:
     """ONNX Runtime does not run it on CPUs, which is said and leaves no file."""

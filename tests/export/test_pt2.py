@@ -14,6 +14,8 @@ from graftc.testing.compare import SHAPES, inputs_for
 from tests.families import tiny
 
 
+@pytest.mark.slow
+@pytest.mark.sample("gpt2-False")
 @pytest.mark.parametrize(
     ("family", "fold"),
     [

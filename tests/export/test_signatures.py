@@ -30,6 +30,7 @@ def text(batch: int, length: int) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.full
 def test_onnx_by_example_inputs(adapted: Any, tmp_path: Path) -> None:
     import onnxruntime
 
@@ -43,6 +44,7 @@ def test_onnx_by_example_inputs(adapted: Any, tmp_path: Path) -> None:
             torch.testing.assert_close(torch.from_numpy(found), adapted(**inputs).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.full
 def test_pt2_with_a_flag(adapted: Any, tmp_path: Path) -> None:
     inputs = text(3, 6)
     path = adapted.merge().export(tmp_path / "m.pt2", "pt2", {**inputs, "output_hidden_states": True})
@@ -54,6 +56,7 @@ def test_pt2_with_a_flag(adapted: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(found[f"hidden_states.{i}"], states, atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_example_inputs_without_a_graph(adapted: Any, tmp_path: Path) -> None:
     with pytest.raises(graftc.GraftError, match="GC140"):
         adapted.export(tmp_path / "m.onnx", example_inputs={**text(2, 4), "use_cache": True})

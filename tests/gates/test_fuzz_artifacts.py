@@ -199,6 +199,7 @@ def _many(fuzzed: Fuzzed, numbers: range, every: int = 1) -> None:
     assert found["refused"] > len(numbers) // 4 and found["read"]
 
 
+@pytest.mark.slow
 def test_a_sample(fuzzed: Fuzzed) -> None:
     _many(fuzzed, range(1, SAMPLE + 1), every=6)
 

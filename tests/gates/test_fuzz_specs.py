@@ -240,15 +240,18 @@ def parsed() -> list[Spec]:
     return found
 
 
+@pytest.mark.slow
 def test_random_texts_parse_or_are_refused(parsed: list[Spec]) -> None:
     assert COUNT // 20 <= len(parsed) <= COUNT * 3 // 4  # it tries both
 
 
+@pytest.mark.slow
 def test_what_parses_survives_being_written(parsed: list[Spec]) -> None:
     for spec in parsed[:: max(1, len(parsed) // 100)]:
         assert parse_spec(dump_spec(spec)) == spec
 
 
+@pytest.mark.slow
 def test_what_parses_compiles_or_is_refused(parsed: list[Spec], tmp_path: Path) -> None:
     made = bert()
     model, inputs = made if isinstance(made, tuple) else (made, None)

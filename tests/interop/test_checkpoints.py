@@ -20,12 +20,14 @@ from tests.interop.checkpoints import Checkpoint, adapted, base, check, differen
 peft = pytest.importorskip("peft")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["patterns", "tables", "dora", "ia3", "rows", "prefix"])
 def test_in_and_out_of_gpt2(kind: str, tmp_path: Path) -> None:
     """The family with transposed, fused weights and a tied head."""
     check(Checkpoint(kind, "gpt2"), tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "family"), [("experts", "mixtral"), ("dora-conv", "vit"), ("lokr", "t5")])
 def test_in_and_out(kind: str, family: str, tmp_path: Path) -> None:
     check(Checkpoint(kind, family), tmp_path)
@@ -63,6 +65,7 @@ def changed(folder: Path, **fields: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_target_is_exactly_what_was_adapted(llama: Path) -> None:
     compiled = graftc.import_peft(llama, base("llama"))
     (entry,) = compiled.spec.adapt
@@ -75,6 +78,7 @@ def test_the_target_is_exactly_what_was_adapted(llama: Path) -> None:
         assert torch.equal(value, tensors[f"base_model.model.{module}.lora_{part}.weight"])
 
 
+@pytest.mark.full
 def test_an_artifact_of_an_import_loads(llama: Path, tmp_path: Path) -> None:
     compiled = graftc.import_peft(llama, base("llama"))
     compiled.save(tmp_path / "artifact", certify=False)
@@ -83,6 +87,7 @@ def test_an_artifact_of_an_import_loads(llama: Path, tmp_path: Path) -> None:
         assert torch.equal(again.adapter_state_dict()[name], value)
 
 
+@pytest.mark.slow
 def test_keys_and_sites_are_a_bijection(llama: Path, tmp_path: Path) -> None:
     """Every key once, every tensor once; what is written by it is what was read, bit for bit."""
     compiled = graftc.import_peft(llama, base("llama"))
@@ -107,6 +112,7 @@ def test_a_folder_is_read_without_a_model(llama: Path) -> None:
     assert {part: tuple(t.shape) for part, t in adapter.tensors(first).items()} == {"A": (3, 48), "B": (48, 3)}
 
 
+@pytest.mark.slow
 def test_named_adapters(tmp_path: Path) -> None:
     model = adapted(peft.LoraConfig(r=2, target_modules=["q_proj"]), "llama")
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["v_proj"], init_lora_weights=False))
@@ -120,6 +126,7 @@ def test_named_adapters(tmp_path: Path) -> None:
     assert error.code == "GC110" and "other" in error.hint
 
 
+@pytest.mark.slow
 def test_adalora_that_lost_ranks(tmp_path: Path) -> None:
     """Pruned triplets come back as zeros, so that the scaling is that of the initial rank."""
     config = peft.AdaLoraConfig(init_r=5, target_r=2, target_modules=["q_proj"], total_step=10)
@@ -141,6 +148,7 @@ def test_adalora_that_lost_ranks(tmp_path: Path) -> None:
     assert difference(ours, loaded(tmp_path / "ours", "llama")) <= 1e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_converted_adapters(init: str, tmp_path: Path) -> None:
     """What PEFT converts to a plain LoRA of twice the rank, as it does for LoftQ: the base is the original one."""
@@ -159,6 +167,7 @@ def test_converted_adapters(init: str, tmp_path: Path) -> None:
     assert difference(ours, start.eval()) <= 1e-5
 
 
+@pytest.mark.full
 def test_prompts_of_a_classifier_pool_the_text(tmp_path: Path) -> None:
     """peft pools a virtual token of BERT; the layers are the same, and exporting says why it cannot be."""
     config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
@@ -175,6 +184,7 @@ def test_prompts_of_a_classifier_pool_the_text(tmp_path: Path) -> None:
     assert caught.value.code == "GC115" and not (tmp_path / "ours").exists()
 
 
+@pytest.mark.full
 def test_sixteen_bit_bases(tmp_path: Path) -> None:
     """Factors in float32 beside a base in bfloat16 are taken over bit for bit, and so are those in bfloat16; wider ones
     are rounded, with a warning."""
@@ -227,6 +237,7 @@ TENSORS: dict[str, tuple[Any, str, str]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensors_that_do_not_fit(name: str, copied: Path) -> None:
     change, code, said = TENSORS[name]
@@ -234,6 +245,7 @@ def test_tensors_that_do_not_fit(name: str, copied: Path) -> None:
     assert error.code == code and said in str(error)
 
 
+@pytest.mark.slow
 def test_all_wrong_tensors_are_listed_at_once(copied: Path) -> None:
     def change(tensors: Any) -> None:
         tensors[Q.format("A")] = torch.ones(3, 47)
@@ -244,6 +256,7 @@ def test_all_wrong_tensors_are_listed_at_once(copied: Path) -> None:
     assert len(error.details) == 3 and "3 tensors" in error.message
 
 
+@pytest.mark.full
 def test_another_base(llama: Path) -> None:
     assert refused(llama, "bert").code == "GC114"
     with pytest.raises(
@@ -304,6 +317,7 @@ SPECS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", SPECS)
 def test_what_peft_cannot_express_is_named(name: str, tmp_path: Path) -> None:
     spec, said = SPECS[name]
@@ -315,6 +329,7 @@ def test_what_peft_cannot_express_is_named(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_parts_of_a_fused_weight_are_named(tmp_path: Path) -> None:
     compiled = graftc.compile({"adapt": [{"method": "lora", "target": {"role": "attn.q"}}]}, base("gpt2"))
     with pytest.raises(GraftError, match="rows of a fused weight") as caught:
@@ -329,6 +344,7 @@ def test_parts_of_a_fused_weight_are_named(tmp_path: Path) -> None:
 # --- configs as specs ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_config_is_a_spec(tmp_path: Path) -> None:
     """As an object, a mapping and a file; it trains as many parameters as in peft."""
     names = ["q_proj", "v_proj"]

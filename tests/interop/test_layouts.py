@@ -93,6 +93,7 @@ def test_one_expert_by_hand(moe: Path, tmp_path: Path) -> None:
         assert torch.allclose(b @ a, own[half:], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_rank_for_servers(moe: Path, dense: Path, tmp_path: Path) -> None:
     """Ranks and scales that a config states by pattern are in the tensors of the layouts of servers."""
     patterns = {"rank_pattern": {"v_proj": 5}, "alpha_pattern": {"q_proj": 28, "v_proj": 2}}

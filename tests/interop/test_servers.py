@@ -69,6 +69,7 @@ def test_everything_in_the_way_is_named() -> None:
     assert len(caught.value.details) == 2
 
 
+@pytest.mark.slow
 def test_an_export_for_a_server(tmp_path: Path) -> None:
     """Refused before anything is there; converted, it is served."""
     target = {"role": ["attn.q", "attn.v"]}
@@ -92,6 +93,7 @@ def test_a_conversion_for_a_server(tmp_path: Path) -> None:
     assert require_served(server_of("vllm"), json.loads((tmp_path / "vllm/adapter_config.json").read_text()), []) == 8
 
 
+@pytest.mark.full
 def test_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

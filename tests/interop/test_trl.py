@@ -50,12 +50,14 @@ RUNS: dict[str, Any] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("run", RUNS)
 def test_steps_are_those_of_peft(run: str, tmp_path: Path) -> None:
     runs = both(RUNS[run], tmp_path, scoring() if run == "reward" else None)
     assert runs.losses() < 1e-5 and runs.tensors() < 1e-4
 
 
+@pytest.mark.full
 def test_the_reference_of_preferences_is_the_base_and_no_second_one_is_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +92,7 @@ def test_the_reference_of_preferences_is_the_base_and_no_second_one_is_in_memory
     assert not torch.allclose(own, found, rtol=1e-3), "the model has been trained"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precomputed", [False, True])
 def test_a_trained_adapter_goes_on_from_the_base_or_from_itself(precomputed: bool, tmp_path: Path) -> None:
     compiled = compiled_of()
@@ -101,6 +104,7 @@ def test_a_trained_adapter_goes_on_from_the_base_or_from_itself(precomputed: boo
     assert same == precomputed, "the first step's policy and reference are one only if the model was its own"
 
 
+@pytest.mark.full
 def test_dropout_is_switched_off_where_a_trainer_says_so(tmp_path: Path) -> None:
     compiled = compiled_of(adapt=[{**LORA.adaptation, "dropout": 0.5}])
     trainer = dpo(compiled, tmp_path, compiled.reference(), max_steps=STEPS, learning_rate=0.0)
@@ -116,6 +120,7 @@ def test_dropout_is_switched_off_where_a_trainer_says_so(tmp_path: Path) -> None
     assert all(torch.equal(loss, expected) for loss in found)
 
 
+@pytest.mark.full
 def test_attention_is_kept_where_a_trainer_recomputes_the_rest(tmp_path: Path) -> None:
     """Peft's models fail at this option of TRL's."""
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
@@ -128,6 +133,7 @@ def test_attention_is_kept_where_a_trainer_recomputes_the_rest(tmp_path: Path) -
     assert "context_fn" in recompute.options
 
 
+@pytest.mark.slow
 def test_a_head_that_trains_learns(tmp_path: Path) -> None:
     compiled = compiled_of(train=["lm_head"])
     before = compiled.get_parameter("lm_head.graftc.trained.weight").detach().clone()
@@ -135,12 +141,14 @@ def test_a_head_that_trains_learns(tmp_path: Path) -> None:
     assert not torch.equal(compiled.get_parameter("lm_head.graftc.trained.weight"), before)
 
 
+@pytest.mark.full
 def test_a_head_that_is_no_sum_of_products_is_refused(tmp_path: Path) -> None:
     compiled = compiled_of(adapt=[{"method": "dora", "target": {"role": ["attn.q", "head"]}}])
     with pytest.raises(GraftError, match="GC072: the head lm_head is adapted by 'dora'"):
         sft(compiled, tmp_path, max_steps=STEPS).train()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("head", [False, True], ids=["as it is", "adapted"])
 def test_losses_and_metrics_are_those_of_trls_own_forward(head: bool) -> None:
     """The adapted head, which TRL's own has no weight of, is compared with the model's own loss."""
@@ -168,6 +176,7 @@ def test_losses_and_metrics_are_those_of_trls_own_forward(head: bool) -> None:
     torch.testing.assert_close(counted.loss, plain * found.label_mask.sum() / 20)
 
 
+@pytest.mark.slow
 def test_entropies_of_an_objective_are_left_to_trl() -> None:
     """They have gradients, and probabilities at another temperature are others."""
     from trl.trainer.utils import add_fused_lm_head
@@ -178,6 +187,7 @@ def test_entropies_of_an_objective_are_left_to_trl() -> None:
         assert hasattr(compiled.forward, "__func__"), "it is TRL's own"
 
 
+@pytest.mark.full
 def test_a_checkpoint_is_resumed_and_loaded(tmp_path: Path) -> None:
     settings = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": STEPS // 2}
     whole = sft(compiled_of(), tmp_path, **settings)

@@ -68,6 +68,7 @@ def train(compiled: Any, steps: int, total: int | None = None, first: int = 1) -
     return left
 
 
+@pytest.mark.full
 def test_nonzeros_after_the_final_phase_equal_the_budget() -> None:
     """With and without a final phase, with intervals that do not end on it."""
     for fields in ({}, {"final_steps": 3}, {"interval": 3, "warmup_steps": 2, "final_steps": 2}, {"interval": 50}):
@@ -80,6 +81,7 @@ def test_nonzeros_after_the_final_phase_equal_the_budget() -> None:
         assert compiled.merge().certificate.passed
 
 
+@pytest.mark.full
 def test_the_effective_count_is_that_of_the_triplets_left() -> None:
     """Parameters to ship: `sum r_k (in + out + 1)` over the pattern."""
     compiled = adapted()
@@ -96,6 +98,7 @@ def test_the_effective_count_is_that_of_the_triplets_left() -> None:
     assert compiled.report.trainable_parameters == sum(6 * size for size in sizes.values())
 
 
+@pytest.mark.slow
 def test_budget_is_monotone_and_cubic() -> None:
     """From all triplets to the target, never upwards; the values of the formula, floored."""
     budget = budget_of(adapted(warmup_steps=3, final_steps=4))
@@ -106,6 +109,7 @@ def test_budget_is_monotone_and_cubic() -> None:
     assert values[3:16] == [int(16 * (1 - (t - 3) / 13) ** 3 + 8) for t in range(4, 17)]
 
 
+@pytest.mark.full
 def test_masking_follows_the_budget_in_every_step() -> None:
     """With an interval of 1 exactly the budget is left after each step that prunes."""
     compiled = adapted(warmup_steps=1, final_steps=2)
@@ -113,6 +117,7 @@ def test_masking_follows_the_budget_in_every_step() -> None:
     assert left == [budget_of(compiled).budget(number) for number in range(1, 11)]
 
 
+@pytest.mark.full
 def test_selects_exactly_k_also_among_equals() -> None:
     """All importances equal: a threshold would prune all of them."""
     compiled = adapted()
@@ -123,6 +128,7 @@ def test_selects_exactly_k_also_among_equals() -> None:
         assert sum(int(place.tensors["kept"].sum()) for place in budget.places) == count
 
 
+@pytest.mark.full
 def test_the_least_important_go() -> None:
     """Selection is global: a site may lose all its triplets."""
     compiled = adapted()
@@ -136,6 +142,7 @@ def test_the_least_important_go() -> None:
     assert budget.places[2].tensors["kept"].tolist() == [False] * 4 + [True] * 2
 
 
+@pytest.mark.full
 def test_importance_is_that_of_the_paper() -> None:
     """Two steps of both moving averages, by hand, on one site."""
     compiled = adapted(beta1=0.8, beta2=0.6)
@@ -160,6 +167,7 @@ def test_importance_is_that_of_the_paper() -> None:
     torch.testing.assert_close(budget.importance(place), e + a.mean(1) + b.mean(0), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.full
 def test_the_final_phase_keeps_its_set() -> None:
     """The same triplets after each final step, though their elements and gradients move."""
     compiled = adapted(final_steps=4)
@@ -177,6 +185,7 @@ def test_the_final_phase_keeps_its_set() -> None:
         assert torch.equal(budget_of(compiled).importance(place), before_last)
 
 
+@pytest.mark.full
 def test_a_pruned_triplet_may_return_before() -> None:
     """A masked E has a gradient and moves with the next step."""
     compiled = adapted()
@@ -189,6 +198,7 @@ def test_a_pruned_triplet_may_return_before() -> None:
     assert train(compiled, 1, first=4)[0] > 1
 
 
+@pytest.mark.full
 def test_works_when_initial_and_target_rank_are_equal() -> None:
     """Nothing to prune, and no number of steps needed."""
     compiled = adapted(rank=4, target_rank=4)
@@ -197,6 +207,7 @@ def test_works_when_initial_and_target_rank_are_equal() -> None:
     assert all(int(live.sum()) == 4 for live in compiled.rank_pattern("adalora").values())
 
 
+@pytest.mark.slow
 def test_pruning_a_triplet_changes_the_update_by_exactly_its_part() -> None:
     """`dW` loses `s E_i B_i A_i`."""
     compiled = adapted(alpha=5)
@@ -212,6 +223,7 @@ def test_pruning_a_triplet_changes_the_update_by_exactly_its_part() -> None:
     assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) <= 2e-5
 
 
+@pytest.mark.slow
 def test_start() -> None:
     """E zero, A and B normal with deviation 0.02."""
     compiled = adapted(family="llama", role="attn.q", rank=48, target_rank=1)
@@ -222,6 +234,7 @@ def test_start() -> None:
     assert all(not e.any() for e in gates(compiled).values())
 
 
+@pytest.mark.slow
 def test_orthogonality_is_zero_if_and_only_if_orthonormal() -> None:
     """Zero for orthonormal factors, with a finite gradient there; positive when one of them is not."""
     compiled = adapted()
@@ -241,6 +254,7 @@ def test_orthogonality_is_zero_if_and_only_if_orthonormal() -> None:
             tensor.div_(1.1)
 
 
+@pytest.mark.full
 def test_orthogonality_is_the_mean_of_norms_that_are_not_squared() -> None:
     """`weight / 2K` times the sum of `2K` Frobenius norms; experts count one by one."""
     compiled = adapted(orthogonality=0.3, family="mixtral", role=["attn.q", "experts"])
@@ -255,6 +269,7 @@ def test_orthogonality_is_the_mean_of_norms_that_are_not_squared() -> None:
     assert abs(compiled.extra_loss().item() - 0.3 * float(torch.stack(norms).mean())) < 1e-6
 
 
+@pytest.mark.slow
 def test_no_orthogonality_no_objective() -> None:
     """With weight 0 there is nothing to add, and nothing is missed."""
     compiled = adapted(orthogonality=0, rank=2)
@@ -262,6 +277,7 @@ def test_no_orthogonality_no_objective() -> None:
     assert float(compiled.extra_loss()) == 0
 
 
+@pytest.mark.full
 def test_overrides_change_the_budget() -> None:
     """Sites with other ranks bring theirs."""
     compiled = adapted(overrides=[{"role": "attn.q", "rank": 4, "target_rank": 1}])
@@ -271,6 +287,7 @@ def test_overrides_change_the_budget() -> None:
     assert nonzero(compiled) == 6
 
 
+@pytest.mark.full
 def test_without_the_number_of_steps() -> None:
     """GC026 at the first step, unless the spec has it."""
     with pytest.raises(GraftError) as caught:
@@ -281,6 +298,7 @@ def test_without_the_number_of_steps() -> None:
     assert nonzero(compiled) == 8
 
 
+@pytest.mark.full
 def test_phases_that_leave_no_step() -> None:
     """GC026 when training begins, or when compiling where the spec says how long it is; GC002 for ranks the wrong way
     round, for some sites too. Each names the field."""
@@ -300,6 +318,7 @@ def test_phases_that_leave_no_step() -> None:
         assert caught.value.place is not None and caught.value.place.path == f"adapt[0].{path}"
 
 
+@pytest.mark.full
 def test_target_rank_by_default() -> None:
     """8, or the rank where that is less."""
     for rank, expected in ((12, 8), (3, 3)):
@@ -308,6 +327,7 @@ def test_target_rank_by_default() -> None:
         assert budget_of(compiled).target == 2 * expected
 
 
+@pytest.mark.slow
 def test_gradients_that_have_been_zeroed() -> None:
     """GC035 where `after_step` comes after `zero_grad`."""
     compiled = adapted()

@@ -21,6 +21,7 @@ class TestAdaLoRA(MethodContract):
 class TestExperts(MethodContract):
     """A decomposition for each expert."""
 
+    variant = True
     adaptation = on_experts(ADALORA)
     families = ("mixtral",)
     perturbation = 0.2
@@ -29,6 +30,7 @@ class TestExperts(MethodContract):
 class TestTable(MethodContract):
     """A table of embeddings, beside its dropout scope and mask."""
 
+    variant = True
     adaptation = on_a_table(ADALORA)
     families = ("bert",)
     perturbation = 0.2

@@ -57,6 +57,7 @@ def equalise(compiled: Any) -> None:
             tensor.copy_(tensor[0].clone().expand_as(tensor))
 
 
+@pytest.mark.full
 @ENTRIES
 @pytest.mark.parametrize("share", ["up", "down", "none"])
 def test_equal_experts_are_one(entry: dict[str, Any], share: str) -> None:
@@ -72,6 +73,7 @@ def test_equal_experts_are_one(entry: dict[str, Any], share: str) -> None:
     assert largest_difference(passes[0], outputs_of(compiled, inputs)) <= 2e-6
 
 
+@pytest.mark.full
 @ENTRIES
 def test_eval_is_the_mean_of_experts(entry: dict[str, Any]) -> None:
     """The simpler adaptation with the arithmetic mean of every tensor gives the eval outputs."""
@@ -87,6 +89,7 @@ def test_eval_is_the_mean_of_experts(entry: dict[str, Any]) -> None:
     assert largest_difference(outputs_of(simple.module, inputs), outputs_of(compiled, inputs)) <= 2e-6
 
 
+@pytest.mark.full
 def test_experts_start_different_or_alike() -> None:
     """Adapters are normal with deviation 0.02, each for itself; low-rank copies start alike and part by routing."""
     state = adapted({**ADAMIX, "bottleneck": 40}).adapter_state_dict()
@@ -113,6 +116,7 @@ def test_experts_start_different_or_alike() -> None:
     assert any(not torch.equal(b[0], b[7]) for name, b in compiled.adapter_state_dict().items() if name.endswith(".B"))
 
 
+@pytest.mark.slow
 def test_the_expected_product_is_the_product_of_the_means() -> None:
     """`E[B_j A_i] = mean(B) mean(A)` over all pairs, and it is what folds."""
     compiled = adapted({**LORA, "share": "none", "experts": 3, "alpha": 5})
@@ -149,6 +153,7 @@ def draws(compiled: Any, passes: int) -> dict[tuple[str, str], list[int]]:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("entry", [{**ADAMIX, "target": {"role": "ffn.sublayer"}}, LORA], ids=["adamix", "lora"])
 def test_routes_are_independent(entry: dict[str, Any]) -> None:
     """Uniform for each projection, and each pair of projections, of one site or of two, has the product of that."""
@@ -174,6 +179,7 @@ def chi_square(counts: list[int]) -> float:
     return sum((count - expected) ** 2 / expected for count in counts)
 
 
+@pytest.mark.full
 def test_one_draw_for_each_site_and_projection() -> None:
     """Weight and bias are of one expert; what is shared has no draw; eval mode has none at all."""
     for share, each in (("up", 1), ("none", 2)):
@@ -185,6 +191,7 @@ def test_one_draw_for_each_site_and_projection() -> None:
         assert not any(is_route(n) or is_pick(n) for n in program.graph.nodes)
 
 
+@pytest.mark.full
 @ENTRIES
 def test_checkpointing_keeps_the_draws(entry: dict[str, Any]) -> None:
     """A layer that is computed again in the backward pass has the same experts and dropout: equal gradients."""
@@ -201,6 +208,7 @@ def test_checkpointing_keeps_the_draws(entry: dict[str, Any]) -> None:
         torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-6)
 
 
+@pytest.mark.full
 def test_collapse_evidence_is_measured() -> None:
     """It is the distance of the mean over all pairs, run by hand, from the mean adapter; nothing is held against it."""
     compiled = adapted({**ADAMIX, "share": "none", "experts": 2, "bottleneck": 3})
@@ -229,6 +237,7 @@ def test_collapse_evidence_is_measured() -> None:
     assert all(item.error < 1e-14 for item in compiled.merge_partially().certificate.collapses)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_merging_partially_leaves_one_adapter(family: str, tmp_path: Path) -> None:
     """Nothing folds and something collapses: an artifact with the plain adapter; beside LoRA, that folds."""
@@ -253,6 +262,7 @@ def test_merging_partially_leaves_one_adapter(family: str, tmp_path: Path) -> No
         assert verify(path).passed
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["average", "fuse"])
 @pytest.mark.parametrize("entry", [ADAMIX, {**LORA, "share": "none", "experts": 3}], ids=["adamix", "adamix_lora"])
 def test_in_a_composition(entry: dict[str, Any], kind: str) -> None:
@@ -268,6 +278,7 @@ def test_in_a_composition(entry: dict[str, Any], kind: str) -> None:
     assert largest_difference(outputs_of(partial.compiled, inputs), outputs_of(compiled, inputs)) <= 2e-5
 
 
+@pytest.mark.full
 def test_merging_refuses_adapters_and_names_them() -> None:
     """GC050, as for every bottleneck."""
     compiled = adapted(ADAMIX)
@@ -276,6 +287,7 @@ def test_merging_refuses_adapters_and_names_them() -> None:
     assert caught.value.code == "GC050"
 
 
+@pytest.mark.full
 @ENTRIES
 def test_an_artifact_keeps_every_expert(entry: dict[str, Any], tmp_path: Path) -> None:
     """Saved and loaded: the same tensors, the same outputs, the same training."""
@@ -290,6 +302,7 @@ def test_an_artifact_keeps_every_expert(entry: dict[str, Any], tmp_path: Path) -
     assert same_bits(trained(loaded, inputs, 2), trained(compiled, inputs, 2))
 
 
+@pytest.mark.full
 def test_exports_hold_the_mean(tmp_path: Path) -> None:
     """ONNX and `.pt2` have no tensor with experts, and say which spec they are of."""
     compiled = adapted({**ADAMIX, "experts": 3, "share": "none"})
@@ -309,6 +322,7 @@ def test_exports_hold_the_mean(tmp_path: Path) -> None:
     assert largest_difference(found, outputs_of(compiled, inputs)) <= 1e-5
 
 
+@pytest.mark.full
 def test_the_deployed_count_does_not_depend_on_experts() -> None:
     """Counted from shapes, on the meta device too."""
     seen = set()
@@ -323,6 +337,7 @@ def test_the_deployed_count_does_not_depend_on_experts() -> None:
     assert seen == {2 * (2 * 48 * 5 + 48 + 5) + 2 * 3 * (48 + 48) + 2 * 3 * (80 + 48)}
 
 
+@pytest.mark.full
 def test_overrides_go_with_the_collapse() -> None:
     """A site with another width or scale keeps it."""
     overrides = [{"modules": "**.layer.0.**", "reduction": 4, "scale": 0.5}]
@@ -335,6 +350,7 @@ def test_overrides_go_with_the_collapse() -> None:
     assert largest_difference(outputs_of(partial.compiled, inputs), outputs_of(compiled, inputs)) <= 2e-5
 
 
+@pytest.mark.full
 def test_the_certificate_says_it_in_json() -> None:
     """Adaptation, site, how many routings, and how far."""
     compiled = adapted({**ADAMIX, "experts": 3})
@@ -353,6 +369,7 @@ def test_values_that_do_not_fit() -> None:
             graftc.load_spec({"adapt": [entry]})
 
 
+@pytest.mark.slow
 def test_exports_warn_of_nothing_new(tmp_path: Path) -> None:
     """A warning of compiling is not given a second time."""
     with pytest.warns(GraftWarning, match="GC024"):

@@ -20,6 +20,7 @@ class TestAdaMix(MethodContract):
 class TestNothingShared(MethodContract):
     """Experts of both projections, with a learned scale and no biases."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {**ADAMIX, "share": "none", "experts": 3, "scale": "learned", "bias": False}
     families = ("bert", "t5")
 
@@ -34,6 +35,7 @@ class TestLoRA(MethodContract):
 class TestExperts(MethodContract):
     """A model that is a mixture itself: experts of experts."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {**LORA, "target": {"role": ["attn.q", "experts"]}, "share": "none"}
     families = ("mixtral",)
 
@@ -41,6 +43,7 @@ class TestExperts(MethodContract):
 class TestTable(MethodContract):
     """A table of embeddings, with the first factor shared."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         **LORA,
         "target": {"role": ["embed", "ffn.down"]},

@@ -40,6 +40,8 @@ ROWS = (
 )
 
 
+@pytest.mark.slow
+@pytest.mark.sample("row 20-two depths")
 @each_way
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"row {row.number}")
 def test_a_published_row(row: Row, count: Any) -> None:

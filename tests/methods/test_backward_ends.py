@@ -22,6 +22,8 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.sample("rows-gpt2")
 @pytest.mark.parametrize("family", LAYERS)
 @pytest.mark.parametrize(
     "entry",

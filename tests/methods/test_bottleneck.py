@@ -59,6 +59,7 @@ def zero_up(compiled: Any) -> None:
 # --- values ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_plain_hooks_compute_the_same(name: str, family: str) -> None:
@@ -76,6 +77,7 @@ def test_plain_hooks_compute_the_same(name: str, family: str) -> None:
     assert largest_difference(found, outputs_of(model, inputs)) > 0.05
 
 
+@pytest.mark.full
 def test_wirings_are_told_apart() -> None:
     """With the same tensors in it, every wiring of a feed-forward part is another function."""
     model, found = tiny("bert"), {}
@@ -95,6 +97,7 @@ def test_wirings_are_told_apart() -> None:
 # --- zero second projections ----------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", EACH_WIRING)
 def test_zero_up_is_the_base(name: str, family: str) -> None:
@@ -110,6 +113,7 @@ def test_zero_up_is_the_base(name: str, family: str) -> None:
     assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 @pytest.mark.parametrize("name", EACH_WIRING)
 def test_zero_up_is_the_base_in_train_mode(name: str, family: str) -> None:
@@ -123,6 +127,7 @@ def test_zero_up_is_the_base_in_train_mode(name: str, family: str) -> None:
     assert same_bits(found, expected)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_a_residual_from_behind_the_norm_is_noticed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pfeiffer's residual is what the norm has not seen. Taken from behind it, zero projections do not give the base,
@@ -144,6 +149,7 @@ def test_a_residual_from_behind_the_norm_is_noticed(family: str, monkeypatch: py
         assert (largest_difference(found, base) > 1e-2) != same
 
 
+@pytest.mark.slow
 def test_the_wrong_residual_in_plain_torch() -> None:
     """The same without any graph: hooks that take ``u`` for the residual are not the base with a zero projection, and
     differ from Pfeiffer's with another."""
@@ -168,6 +174,7 @@ def inserted(program: Program, part: str) -> list[fx.Node]:
     return [node for node, tag in tags if tag is not None and tag["part"] == part and node.op == "call_function"]
 
 
+@pytest.mark.slow
 def test_houlsby_adds_behind_dropout_and_before_the_residual() -> None:
     """In the graph of train mode, for both sublayers of both layers."""
     compiled = adapted(tiny("bert"), PRESETS["houlsby"])
@@ -183,6 +190,7 @@ def test_houlsby_adds_behind_dropout_and_before_the_residual() -> None:
         assert norm.target is aten.layer_norm.default and provenance(norm) is None
 
 
+@pytest.mark.slow
 def test_pfeiffer_runs_the_norm_twice() -> None:
     """With the model's own scale and shift; the stream goes on from the second."""
     compiled = adapted(tiny("bert"), PRESETS["pfeiffer"])
@@ -197,6 +205,7 @@ _NORM = (aten.layer_norm.default, aten.mul.Tensor, aten.add.Tensor)
 """A layer norm with its scale and its shift apart."""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["adapter_l", "bapna_firat"])
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_norms_of_their_own(name: str, family: str) -> None:
@@ -213,6 +222,7 @@ def test_norms_of_their_own(name: str, family: str) -> None:
     assert all(base in a.args[0].name and provenance(a.args[0]) is None for a in adds)
 
 
+@pytest.mark.full
 def test_parallel_reads_what_no_norm_has_seen() -> None:
     """GPT-2's adapter reads the sum that ``ln_2`` reads, and not its result; on the attention what ``ln_1`` reads."""
     for name, norm in (("he_parallel", "ln_2"), ("he_parallel of attention", "ln_1")):
@@ -224,6 +234,7 @@ def test_parallel_reads_what_no_norm_has_seen() -> None:
         assert [d.args[0] for d in inserted(program, "down")] == [n.args[0] for n in norms]
 
 
+@pytest.mark.slow
 def test_parallel_of_an_attention_adds_to_its_heads() -> None:
     """What is added goes through the output projection, whose width it has."""
     compiled = adapted(tiny("gpt2"), PRESETS["he_parallel of attention"])

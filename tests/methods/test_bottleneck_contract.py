@@ -168,6 +168,7 @@ class TestLLMAdaptersParallel(MethodContract):
 class TestLLMAdaptersBesideExperts(MethodContract):
     """The attentions of a mixture of experts."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "llm_adapters",
         "target": {"role": "attn.{q,k,v}"},
@@ -180,6 +181,7 @@ class TestLLMAdaptersBesideExperts(MethodContract):
 class TestFeedForward(MethodContract):
     """The default of the mechanism: a feed-forward part's branch."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "bottleneck", "reduction": 8}
 
 
@@ -247,6 +249,7 @@ class TestBehindALayer(DrawnContract):
 class TestLinearMaps(MethodContract):
     """Beside linear maps, without a word about the wiring."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "bottleneck",
         "target": {"role": ["attn.k", "ffn.down"]},

@@ -68,6 +68,7 @@ def test_placements(placement: str) -> None:
     assert largest_difference([compiled(x)], [model(x)]) > 0.05
 
 
+@pytest.mark.full
 def test_series_is_behind_the_maps_that_end_a_sublayer() -> None:
     """And in front of all others, by their roles and not by their names."""
     entry = {"method": "llm_adapters", "target": {"role": ["attn.{q,k,v,o}", "ffn.{gate,up,down}"]}, "bottleneck": 3}
@@ -91,6 +92,7 @@ def test_parallel_without_activation_is_low_rank() -> None:
     assert largest_difference([compiled(x)], [model(x)]) > 0.05
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_parallel_without_activation_in_families(family: str) -> None:
     """The same on transposed weights and on rows of fused ones."""
@@ -179,6 +181,7 @@ def test_dropout_acts_on_the_bottleneck() -> None:
     torch.testing.assert_close(whole, model(x) + hidden, rtol=0, atol=1e-12)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("reduction", "width"), [(16, 3), (5, 9), (5.5, 8), (48, 1), (47.5, 1), (0.5, 96), (32, 1)])
 def test_reduction_is_rounded_down(reduction: float, width: int) -> None:
     """``int(d // r)`` of 48, as AdapterHub has it."""
@@ -186,6 +189,7 @@ def test_reduction_is_rounded_down(reduction: float, width: int) -> None:
     assert {t.shape[0] for n, t in compiled.adapter_state_dict().items() if n.endswith(".down")} == {width}
 
 
+@pytest.mark.slow
 def test_reduction_is_of_what_is_read() -> None:
     """Beside a map from 80 to 48 it is 80 that is divided."""
     entry = {"method": "llm_adapters", "placement": "parallel", "bottleneck": None, "reduction": 16}
@@ -193,6 +197,7 @@ def test_reduction_is_of_what_is_read() -> None:
     assert {tuple(t.shape) for t in held.values()} == {(5, 80), (48, 5)}
 
 
+@pytest.mark.slow
 def test_overrides_of_width() -> None:
     """By layer and by role, either way to say it, and beside another scale."""
     entry = {
@@ -211,6 +216,7 @@ def test_overrides_of_width() -> None:
     assert len(scales) == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("init", "down", "up"),
     [("lora", 48**-0.5 / 3**0.5, 0.0), ("bert", 0.02, 0.02), ("houlsby", 8.8e-4, 8.8e-4), ("xavier", 0.12, 0.12)],
@@ -230,6 +236,7 @@ def test_starts(init: str, down: float, up: float) -> None:
     assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs)) == (init == "lora")
 
 
+@pytest.mark.slow
 def test_houlsby_starts_near_the_base() -> None:
     """One adapter moves its branch by about one part in ten thousand."""
     model = tiny("bert")
@@ -250,6 +257,7 @@ def test_activations(activation: str) -> None:
     torch.testing.assert_close(compiled(x), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.full
 def test_norms_of_houlsby_train_as_copies() -> None:
     """`norms: true` adds scale and shift of every normalisation to what trains, the embeddings' own too."""
     model = tiny("bert")
@@ -262,6 +270,7 @@ def test_norms_of_houlsby_train_as_copies() -> None:
     assert sum("LayerNorm" in n for n in own.adapter_state_dict()) == 5 * 2
 
 
+@pytest.mark.full
 def test_flops() -> None:
     """Two projections: four operations a token, width and site."""
     for method, sites in (("houlsby", 4), ("pfeiffer", 2), ("llm_adapters", 2)):
@@ -276,6 +285,7 @@ INNER = {"method": "bottleneck", "reads": "stream", "adds_to": "inner", "bottlen
 PATCHES = {"modules": "**.patch_embeddings.projection"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "entry", "code", "message"),
     [
@@ -310,6 +320,7 @@ def test_refusals(family: str, entry: dict[str, Any], code: str, message: str) -
     assert error.value.code == code
 
 
+@pytest.mark.full
 def test_nothing_random_may_lie_between() -> None:
     """What lies between is computed twice. A norm gives the same; an adapter with dropout behind the norm does not, so
     it has to come later, which is said."""
@@ -320,6 +331,7 @@ def test_nothing_random_may_lie_between() -> None:
     assert graftc.compile({"adapt": [pfeiffer, behind]}, tiny("bert")).report.trainable_parameters > 0
 
 
+@pytest.mark.full
 def test_train_mode_draws_anew() -> None:
     """Two calls differ where the adapter drops, and nowhere else."""
     model = tiny("llama")

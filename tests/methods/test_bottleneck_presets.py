@@ -85,6 +85,8 @@ def compiled(entry: dict[str, Any], family: str) -> Compiled:
     return graftc.compile({"adapt": [{"name": "a", **entry}]}, tiny(family))
 
 
+@pytest.mark.slow
+@pytest.mark.sample("houlsby-t5", "he_parallel of attention-bert")
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=() if f in TWO_STACKS else pytest.mark.full) for f in FAMILIES]
 )

@@ -32,6 +32,7 @@ def adapted(model: nn.Module, *entries: dict[str, Any], noise: float = 0.3, inpu
 # --- shared layers, and several sublayers of a kind -----------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_shared_layer_has_one_adapter() -> None:
     """ALBERT's layer runs twice over one adapter, which gets its gradient from both."""
     albert = FAMILIES["albert"]
@@ -50,6 +51,7 @@ def test_a_shared_layer_has_one_adapter() -> None:
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(model, inputs)) > 0.01
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["pfeiffer", "he_parallel", "adapter_l"])
 def test_zero_up_on_a_shared_layer(method: str) -> None:
     """Both uses of an adapter are the base where it is zero."""
@@ -99,6 +101,7 @@ class Conformer(nn.Module):
 PLACES = [f"layers.{layer}.{part}.1" for layer in (0, 1) for part in ("first", "second")]
 
 
+@pytest.mark.full
 def test_two_feed_forward_parts_of_a_layer_have_their_own() -> None:
     """Each its own adapter, on what is added: behind the factor of a half."""
     model, x = Conformer().double().eval(), torch.randn(3, 6, 24, dtype=torch.float64)
@@ -120,6 +123,7 @@ def test_two_feed_forward_parts_of_a_layer_have_their_own() -> None:
     assert fits == list(PLACES)
 
 
+@pytest.mark.full
 def test_behind_stochastic_depth_and_beside_windows() -> None:
     """Swin drops whole branches while training, and its attention stands in windows: the heads are not in the order of
     the stream, which is said."""
@@ -139,6 +143,7 @@ def test_behind_stochastic_depth_and_beside_windows() -> None:
 # --- on top of each other -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_on_one_branch() -> None:
     """The second reads what the first has made of the branch."""
     model, plain = tiny("gpt2", dtype=torch.float64), tiny("gpt2", dtype=torch.float64)
@@ -157,6 +162,7 @@ def test_two_on_one_branch() -> None:
     assert largest_difference(outputs_of(compiled, inputs), expected) <= 1e-12 * scale
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("reads", ["branch", "sum", "output", "stream"])
 def test_behind_pfeiffer(reads: str) -> None:
     """Every value of the sublayer that an adapter on top of Pfeiffer's reads is the one with Pfeiffer's in it."""
@@ -180,6 +186,7 @@ def test_behind_pfeiffer(reads: str) -> None:
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(plain, inputs)) <= 1e-11
 
 
+@pytest.mark.full
 def test_an_adapter_behind_runs_again_on_what_pfeiffer_adds() -> None:
     """AdapterL stands behind the layer. Pfeiffer's adapter, inserted later, reads behind both and adds before both."""
     model, plain = tiny("bert", dtype=torch.float64), tiny("bert", dtype=torch.float64)
@@ -201,6 +208,7 @@ def test_an_adapter_behind_runs_again_on_what_pfeiffer_adds() -> None:
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(plain, inputs)) <= 1e-11
 
 
+@pytest.mark.full
 def test_adapters_of_parallel_branches() -> None:
     """GPT-NeoX adds attention and feed-forward in one sum. The feed-forward's adapter reads that sum with the
     attention's in it, which is not computed again for it."""
@@ -229,6 +237,7 @@ def test_adapters_of_parallel_branches() -> None:
 LORA = {"method": "lora", "target": {"role": ["attn.o", "ffn.down"]}, "rank": 4, "alpha": 8, "dropout": 0.1}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "he_parallel", "bottleneck"])
 def test_lora_below_an_adapter(method: str, family: str) -> None:
@@ -258,6 +267,7 @@ def test_lora_below_an_adapter(method: str, family: str) -> None:
     assert largest_difference(*found) <= 2e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("placement", ["input", "output", "parallel"])
 @pytest.mark.parametrize("first", ["lora", "llm_adapters"])
 def test_lora_beside_an_adapter_of_the_same_map(first: str, placement: str) -> None:

@@ -94,6 +94,7 @@ def adamw(compiled: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained(compiled).values(), lr=1e-2, weight_decay=0.1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit", "mixtral", "gpt_neox"])
 def test_every_gradient_is_masked(family: str) -> None:
     """Kept elements are those of `full`, divided by p; a tensor of several uses has one mask for their sum."""
@@ -108,6 +109,7 @@ def test_every_gradient_is_masked(family: str) -> None:
     assert abs(kept / total - 0.5) <= 5 * (0.25 / total) ** 0.5
 
 
+@pytest.mark.full
 def test_micro_batches_share_a_mask() -> None:
     """Their gradients add up to the masked sum, to the bit: dividing by a half rounds nothing."""
     child, full = adapted(reserve_p=0.5), adapted(method="full")
@@ -130,6 +132,7 @@ def agreement(a: Tensor, b: Tensor) -> float:
     return abs(float((a == b).double().mean()) - share) / (share * (1 - share) / a.numel()) ** 0.5
 
 
+@pytest.mark.full
 def test_masks_differ() -> None:
     """From step to step, tensor to tensor and seed to seed; not from call to call."""
     compiled = adapted()
@@ -145,6 +148,7 @@ def test_masks_differ() -> None:
         assert agreement(mask_of(compiled, QUERY.format(0)), before) <= 5
 
 
+@pytest.mark.full
 def test_the_mean_over_steps_is_the_gradient() -> None:
     """Of each element within five standard errors, of all together as well."""
     target = {"role": "attn.q", "layers": 0}
@@ -160,6 +164,7 @@ def test_the_mean_over_steps_is_the_gradient() -> None:
     assert abs(float(ratio.mean()) - 1) <= 5 * error / ratio.numel() ** 0.5
 
 
+@pytest.mark.full
 def test_with_all_kept_it_is_full_fine_tuning() -> None:
     """To the bit, with AdamW; nothing is inserted or counted."""
     child, full = adapted("bert", reserve_p=1), adapted("bert", method="full")
@@ -172,6 +177,7 @@ def test_with_all_kept_it_is_full_fine_tuning() -> None:
         assert torch.equal(tensor, expected[name.replace(".child_tuning.", ".full.")]), name
 
 
+@pytest.mark.full
 def test_a_checkpointed_layer_has_the_same_gradients() -> None:
     """To the bit: what is computed again has the mask that it had."""
     compiled = adapted("bert")
@@ -181,6 +187,7 @@ def test_a_checkpointed_layer_has_the_same_gradients() -> None:
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_resumed_training_goes_on(seed: int) -> None:
     """From tensors and the optimiser's state: to the bit, also where the new model was made with another seed."""
@@ -197,6 +204,7 @@ def test_a_resumed_training_goes_on(seed: int) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.full
 def test_an_artifact_goes_on(tmp_path: Path) -> None:
     """Graphs that were kept have the operator, and a step after loading is the step that would have come."""
     compiled = adapted()
@@ -225,6 +233,7 @@ def saved(compiled: Any) -> int:
     return sum(size for pointer, size in kept.items() if pointer not in held)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral"])
 def test_nothing_is_copied(family: str) -> None:
     """A pass keeps what it keeps with `full`, to the byte, and a masked weight is where the weight is."""
@@ -240,6 +249,7 @@ def test_nothing_is_copied(family: str) -> None:
     assert all(seen) and len(seen) == len(trained(child))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_a_compiled_step(backend: str) -> None:
     """In one graph: the same elements are kept, of the same gradients but for rounding; in the next step, others,
@@ -255,6 +265,7 @@ def test_a_compiled_step(backend: str) -> None:
         compiled.after_step()
 
 
+@pytest.mark.full
 def test_a_step_under_autocast() -> None:
     """Gradients are float32 where weights are, and masked alike."""
     compiled = adapted()
@@ -266,6 +277,7 @@ def test_a_step_under_autocast() -> None:
         assert not bool(cast[name][gradient == 0].any()), name
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("dtype", "kept"), [("float32", torch.float32), ("base", torch.bfloat16)])
 def test_a_model_in_16_bits(dtype: str, kept: torch.dtype) -> None:
     compiled = graftc.compile({"adapt": [{**CHILD, "dtype": dtype}]}, tiny("llama").bfloat16()).train()
@@ -273,6 +285,7 @@ def test_a_model_in_16_bits(dtype: str, kept: torch.dtype) -> None:
     assert found.dtype == kept and abs(float((found != 0).double().mean()) - 0.3) < 0.05
 
 
+@pytest.mark.slow
 def test_nodes_say_who_inserted_them_and_go() -> None:
     """One for each tensor that trains, at its site; none in eval mode, and none where it is folded."""
     compiled = adapted("gpt_neox", target={"role": ["attn.q", "ffn.down"]})
@@ -290,6 +303,7 @@ def test_nodes_say_who_inserted_them_and_go() -> None:
         assert not [n for n in program.graph.find_nodes(op="get_attr") if str(n.target).endswith(("step", "_seed"))]
 
 
+@pytest.mark.slow
 def test_equal_layers_have_equal_code() -> None:
     """Seeds are tensors, so that layers compile once."""
     found = outline(adapted("bert").program("train"))
@@ -297,6 +311,7 @@ def test_equal_layers_have_equal_code() -> None:
     assert first == second and "grad_mask" in first
 
 
+@pytest.mark.full
 def test_forgetting_to_count_warns() -> None:
     """The same mask in every step would train one part of the network only."""
     compiled = adapted()
@@ -306,6 +321,7 @@ def test_forgetting_to_count_warns() -> None:
     assert [warning.message.code for warning in caught] == ["GC025"]
 
 
+@pytest.mark.full
 def test_beside_lora_on_the_same_weight() -> None:
     """The update of low rank has its whole gradient; both fold."""
     entries = [{**CHILD, "target": {"role": "attn.q"}}, {"method": "lora", "target": {"role": "attn.q"}, "rank": 4}]
@@ -328,6 +344,7 @@ def test_what_is_refused(fields: dict[str, Any], text: str) -> None:
         graftc.load_spec({"adapt": [{**CHILD, **fields}]})
 
 
+@pytest.mark.full
 def test_chosen_once() -> None:
     """The share of all layers' entries whose gradients had the largest mean square, each clipped before; exactly as
     many; those alone of the layers change, whatever an optimiser does, and all outside of them may."""
@@ -366,6 +383,7 @@ def test_chosen_once() -> None:
     assert any(n.startswith("classifier") for n in outside)
 
 
+@pytest.mark.full
 def test_all_entries_chosen_are_full_fine_tuning_of_the_layers() -> None:
     """With a share of one, AdamW without decay goes the way that it goes with `full`."""
     model = tiny("llama")

@@ -75,6 +75,7 @@ def advanced(compiled: Compiled) -> Compiled:
     return make_compiled(recompile(compilation, spec, following.values))
 
 
+@pytest.mark.full
 def test_eval_mode_is_the_formula_without_noise() -> None:
     """Beside the base with changed parameters, in float64, and so are gradients of all parameters."""
     model = tiny("bert").double().eval()
@@ -99,6 +100,7 @@ def test_eval_mode_is_the_formula_without_noise() -> None:
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_passes_draw_noise_of_their_own_and_eval_mode_none() -> None:
     """Tensors of one size have other seeds too, and torch's own seed decides all."""
     compiled = adapted()
@@ -116,6 +118,7 @@ def test_passes_draw_noise_of_their_own_and_eval_mode_none() -> None:
     assert len(gated) == len(differences(compiled)) == len({node.args[4] for node in gated})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_a_recomputed_layer_has_the_same_noise(family: str) -> None:
     """Gradients to the bit."""
@@ -132,6 +135,7 @@ def test_a_recomputed_layer_has_the_same_noise(family: str) -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fields", [{}, {"structured": False}, {"group_penalty": "product"}], ids=str)
 def test_the_penalty_is_the_expected_number_of_open_gates(fields: dict[str, Any]) -> None:
     """In closed form, with a stretch that is not even; its gradient too."""
@@ -163,6 +167,7 @@ def test_the_penalty_is_the_expected_number_of_open_gates(fields: dict[str, Any]
             torch.testing.assert_close(parameter.grad.double(), state[name].grad, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_no_penalty_no_objective() -> None:
     assert not adapted(penalty=0)._steering.objectives
     assert not adapted_again()._steering.objectives
@@ -173,6 +178,7 @@ def adapted_again(**fields: Any) -> Compiled:
     return graftc.compile({"adapt": [{"method": "diff_pruning", "stage": 2, **fields}]}, tiny("bert"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
@@ -220,6 +226,7 @@ def _with(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     return made
 
 
+@pytest.mark.slow
 def test_equals_are_taken_in_order() -> None:
     """All differences are the same: a threshold would leave all or none."""
     compiled = adapted(density=0.01)
@@ -235,6 +242,7 @@ def test_equals_are_taken_in_order() -> None:
     assert torch.equal(first, torch.arange(first.numel(), dtype=first.dtype))
 
 
+@pytest.mark.full
 def test_without_a_first_training_nothing_is_lost() -> None:
     """Differences of zero are all equal; a training that is compiled at once starts from random entries."""
     fresh = graftc.compile({"adapt": [{"method": "diff_pruning", "density": 0.01}]}, tiny("bert")).eval()
@@ -248,6 +256,7 @@ def test_without_a_first_training_nothing_is_lost() -> None:
     assert all(f"{base_name(n, '_delta')}" in dict(model.named_parameters()) for n in state if n.endswith("_delta"))
 
 
+@pytest.mark.full
 def test_the_second_training_changes_what_is_left_and_nothing_else() -> None:
     """AdamW with a weight decay of 0.5: after merging every other entry is the base's to the bit."""
     model = tiny("bert").eval()
@@ -274,6 +283,7 @@ def test_the_second_training_changes_what_is_left_and_nothing_else() -> None:
     assert 0.9 * 0.05 * total < moved <= math.floor(0.05 * total)
 
 
+@pytest.mark.full
 def test_both_groups_train_in_the_first_training() -> None:
     """Two groups by name, clipped; gates move under a heavy penalty until many are closed, and the fold passes."""
     model = tiny("bert").eval()
@@ -302,6 +312,7 @@ def test_both_groups_train_in_the_first_training() -> None:
             torch.testing.assert_close(value.detach(), wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.full
 def test_beside_others() -> None:
     """Under LoRA, and with a mask in the same tensors: one function, and one fold."""
     adapt = [
@@ -318,6 +329,7 @@ def test_beside_others() -> None:
         assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) <= 2e-5
 
 
+@pytest.mark.full
 def test_a_base_of_16_bits() -> None:
     """Parameters are float32, the model starts as the base to the bit, and trains."""
     model = tiny("bert").to(torch.bfloat16).eval()
@@ -330,6 +342,7 @@ def test_a_base_of_16_bits() -> None:
     assert any(p.grad is not None and bool(p.grad.any()) for p in trained)
 
 
+@pytest.mark.full
 def test_an_artifact_of_the_first_training(tmp_path: Any) -> None:
     """Written, read, and it goes on: the same outputs to the bit, and the same entries are left."""
     compiled = adapted().eval()
@@ -341,6 +354,7 @@ def test_an_artifact_of_the_first_training(tmp_path: Any) -> None:
     assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
+@pytest.mark.full
 def test_what_is_counted() -> None:
     """``2 N`` and the number of tensors train; the budget ships, after either training."""
     compiled = adapted(density=0.013)

@@ -27,6 +27,7 @@ from tests.methods.dora_models import (
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "llama", "mixtral"])
 def test_row_norms_of_the_folded_weight_are_the_magnitudes(family: str) -> None:
     """Negative magnitudes too: a norm is ``|m|``."""
@@ -69,6 +70,7 @@ def test_the_direction_does_not_depend_on_the_size_of_v() -> None:
     torch.testing.assert_close(second(x), first(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dropout_on", ["input", "branch"])
 def test_identity_at_the_start_in_train_mode(dtype: torch.dtype, dropout_on: str) -> None:
@@ -85,6 +87,7 @@ def test_identity_at_the_start_in_train_mode(dtype: torch.dtype, dropout_on: str
     assert torch.equal(found[0], expected[0])
 
 
+@pytest.mark.full
 def test_magnitude_only_sites() -> None:
     """``direction: false`` leaves A and B out where it holds; the fold scales rows there."""
     model = tiny("gpt2")
@@ -105,12 +108,14 @@ def test_magnitude_only_sites() -> None:
     assert torch.equal(after[:, :96], before[:, :96])
 
 
+@pytest.mark.slow
 def test_magnitudes_alone() -> None:
     compiled = adapted(tiny("bert"), "ffn.down", direction=False)
     assert {name.rpartition(".")[2] for name in trainable(compiled)} == {"m"}
     assert compiled.report.trainable_parameters == 2 * 48
 
 
+@pytest.mark.slow
 def test_overrides_by_site() -> None:
     compiled = adapted(tiny("bert"), "ffn.down", overrides=[{"layers": "0", "rank": 2, "alpha": 5.0}])
     ranks = {name.split(".")[3]: t.shape[0] for name, t in trainable(compiled).items() if name.endswith(".A")}
@@ -124,6 +129,7 @@ def test_rank_over_the_layer() -> None:
     assert "24 x 48" in error.value.message
 
 
+@pytest.mark.slow
 def test_the_weight_is_never_adapted_in_a_graph() -> None:
     """No node has the size of a weight: norms come from products of the rank's size."""
     compiled = adapted(tiny("llama"), "ffn.down", norm_gradient="exact")
@@ -164,6 +170,7 @@ class Picture(nn.Module):
         return self.grouped(torch.relu(self.patch(torch.relu(self.point(x)))))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("names", [["point"], ["patch"], ["grouped"], ["point", "patch", "grouped"]])
 def test_convolutions_start_fold_and_unfold(names: list[str]) -> None:
     """Square kernels included, where a missing transpose would pass unseen: the base is exact before and after."""
@@ -183,6 +190,7 @@ def test_convolutions_start_fold_and_unfold(names: list[str]) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_square_layers_fold(family: str) -> None:
     """Projections of width 48 to 48, stored either way round."""
@@ -192,6 +200,7 @@ def test_square_layers_fold(family: str) -> None:
     assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) <= 2e-5
 
 
+@pytest.mark.slow
 def test_merging_leaves_everything_else_as_it_was() -> None:
     model = tiny("gpt2")
     before = copy.deepcopy(model.state_dict())
@@ -229,6 +238,7 @@ class Twice(nn.Module):
         return self.map(torch.relu(self.map(x)))
 
 
+@pytest.mark.full
 def test_saved_and_loaded(tmp_path: Path) -> None:
     """What follows from the base's weights is not kept, and is there again."""
     model = tiny("gpt2")
@@ -240,6 +250,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert same_bits(outputs_of(graftc.load(tmp_path / "kept", model=model), inputs), outputs_of(compiled, inputs))
 
 
+@pytest.mark.full
 def test_pt2_holds_aten_only(tmp_path: Path) -> None:
     compiled = adapted(tiny("llama"))
     perturb(compiled, 0.1)
@@ -250,6 +261,7 @@ def test_pt2_holds_aten_only(tmp_path: Path) -> None:
     assert largest_difference(found, outputs_of(compiled, inputs)) <= 1e-5
 
 
+@pytest.mark.full
 def test_shapes_that_were_not_captured() -> None:
     compiled = adapted(tiny("llama"), norm_gradient="exact", dropout=0.2)
     perturb(compiled, 0.1)

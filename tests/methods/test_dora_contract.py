@@ -24,6 +24,7 @@ class TestDoRA(MethodContract):
 class TestExperts(MethodContract):
     """Magnitudes and factors for each expert, beside attention."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = entry(["attn.q", "attn.v", "experts"], dropout=0.1)
     families = ("mixtral",)
 
@@ -31,6 +32,7 @@ class TestExperts(MethodContract):
 class TestExact(MethodContract):
     """Norms with a gradient."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = entry(norm_gradient="exact", rslora=True, init="gaussian")
     families = ("gpt2", "gpt_neox", "llama")
 
@@ -38,6 +40,7 @@ class TestExact(MethodContract):
 class TestBranch(MethodContract):
     """Dropout on the branch, recomputed."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = entry(
         dropout=0.1, dropout_on="branch", dropout_mask="recomputed", dropout_scope="target"
     )
@@ -47,6 +50,7 @@ class TestBranch(MethodContract):
 class TestMagnitudesOnly(MethodContract):
     """Some sites have magnitudes and no factors."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = entry(overrides=[{"role": "attn.v", "direction": False}])
     families = ("bert", "gpt2", "llama")
 
@@ -61,6 +65,7 @@ class TestEverywhere(MethodContract):
 class TestOnLoRA(MethodContract):
     """On top of a LoRA of the same places, which trains too."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = entry(dropout=0.1)
     families = ("bert", "gpt2", "gpt_neox", "llama")
 

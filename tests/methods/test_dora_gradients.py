@@ -22,6 +22,7 @@ from tests.methods.dora_models import (
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("norm_gradient", ["detached", "exact"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients_are_those_of_the_formula(family: str, norm_gradient: str) -> None:
@@ -46,6 +47,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(family: str, norm_gradie
         assert float((a - b).abs().max() / b.abs().max()) <= (1e-9 if wide else 1e-4), name
 
 
+@pytest.mark.slow
 def test_detached_and_exact_differ_in_gradients_only() -> None:
     """The same forward pass; through the norm, gradients of A and B change and that of m does not."""
     model, grads, outputs = tiny("llama"), [], []
@@ -83,6 +85,7 @@ def test_the_exact_gradient_is_orthogonal_to_each_row() -> None:
     assert along["detached"] > 1e-2
 
 
+@pytest.mark.full
 def test_gradients_in_bfloat16() -> None:
     """Against float32 on the same values: bfloat16 has 8 bits, so 3 % of the largest."""
     model = tiny("llama", dtype=torch.bfloat16)
@@ -182,6 +185,7 @@ def drawn_mask(x: Tensor) -> Tensor:
     return dropout_mask(x, seed, 0.3).double() / 0.7
 
 
+@pytest.mark.slow
 def test_masks_are_shared_by_input_or_not() -> None:
     """q, k and v of a layer read one hidden state."""
     target = torch.ops.graftc.masked_dropout.default
@@ -193,6 +197,7 @@ def test_masks_are_shared_by_input_or_not() -> None:
     assert counts == {"input": 2, "target": 6}
 
 
+@pytest.mark.slow
 def test_eval_mode_has_one_product_with_the_weight() -> None:
     """The second product, with what a dropout took, is of train mode."""
     compiled = adapted(tiny("llama"), ["attn.q"], dropout=0.5)
@@ -244,6 +249,7 @@ def test_a_magnitude_of_zero_has_the_gradient_of_the_update_too(dtype: torch.dty
     )
 
 
+@pytest.mark.full
 def test_checkpointing_gives_the_same_gradients() -> None:
     grads = []
     for checkpoint in (False, True):
@@ -258,6 +264,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.slow
 def test_autocast_computes_norms_in_float32() -> None:
     """Under autocast c is that of float32, so the start is still the base's to the bit."""
     model = tiny("llama")
@@ -274,6 +281,7 @@ def test_autocast_computes_norms_in_float32() -> None:
     assert all(t.grad is not None and t.grad.dtype == t.dtype for t in trainable(compiled).values())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "norm_gradient"), [("llama", "detached"), ("vit", "exact")])
 def test_compiled_training_steps(family: str, norm_gradient: str) -> None:
     """``torch.compile(fullgraph=True)`` of train mode, backward pass included, without and with biases."""

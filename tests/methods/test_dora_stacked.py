@@ -47,6 +47,7 @@ def folds_exactly(compiled: Any) -> None:
         assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) <= 2e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "llama"])
 @pytest.mark.parametrize(
     "names",
@@ -67,6 +68,7 @@ def test_any_order_folds_exactly(family: str, names: tuple[str, ...]) -> None:
     folds_exactly(compiled)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 @pytest.mark.parametrize(
     "names", [("lora", "dora"), ("dora", "dora"), ("ia3", "dora"), ("vera", "dora", "lora")], ids="-".join
@@ -85,6 +87,7 @@ def test_another_signature_stacks_alike(family: str, names: tuple[str, ...]) -> 
         assert torch.equal(compiled(**inputs, labels=labels).logits, expected)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("below", ["loha", "vera"])
 def test_on_methods_with_other_algebra(below: str) -> None:
     compiled = stacked(tiny("llama"), below, "dora", norm_gradient="exact")
@@ -92,12 +95,14 @@ def test_on_methods_with_other_algebra(below: str) -> None:
     folds_exactly(compiled)
 
 
+@pytest.mark.full
 def test_experts() -> None:
     compiled = stacked(tiny("mixtral"), "lora", "dora", roles=["attn.q", "experts"])
     perturb(compiled, 0.1)
     folds_exactly(compiled)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_two_doras_are_one_after_the_other(family: str) -> None:
     """``W2 = m2 V2 / |V2|`` with ``V2 = W1 + s B2 A2`` and ``W1 = m1 V1 / |V1|``: the second norm is not that of W."""
@@ -115,6 +120,7 @@ def test_two_doras_are_one_after_the_other(family: str) -> None:
     torch.testing.assert_close(folded.T if family == "gpt2" else folded, weight, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.full
 def test_magnitudes_start_at_the_norms_of_the_weight_as_adapted() -> None:
     """Where what stands below does not start as the base, the second one still starts as the first one alone."""
     model = tiny("llama")
@@ -192,6 +198,7 @@ def _decides(*args: Any) -> WeightFold:
     return WeightFold(lambda weight, bias: (weight if bool(tensors["B"].any()) else 2 * weight, bias))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("fold", "reason"), [(_keeps, "it is not linear"), (_decides, "its fold decides by values")])
 def test_what_has_no_weight_below_is_refused(monkeypatch: pytest.MonkeyPatch, fold: Any, reason: str) -> None:
     """The message names both and the place, and says what to do; the other order needs nothing."""
@@ -206,6 +213,7 @@ def test_what_has_no_weight_below_is_refused(monkeypatch: pytest.MonkeyPatch, fo
     stacked(tiny("llama"), "dora", "lora", roles="ffn.down")
 
 
+@pytest.mark.full
 def test_new_tokens_below_are_refused() -> None:
     """Rows that new tokens train stand in where the table is read: there is no weight so far to take a norm of."""
     spec = {
@@ -242,6 +250,7 @@ def named(*names: str) -> Any:
     return graftc.compile({"adapt": [{"name": n, **entries[n]} for n in names]}, Named(), {"x": torch.ones(2, 8)})
 
 
+@pytest.mark.slow
 def test_a_weight_that_trains_later_is_refused() -> None:
     """Its norms would be those of what it was. In the other order they are those of what it becomes."""
     with pytest.raises(GraftError) as error:
@@ -257,6 +266,7 @@ def test_a_weight_that_trains_later_is_refused() -> None:
     assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) <= 2e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "roles"), [("bert", "ffn.down"), ("gpt2", "attn.q"), ("mixtral", "experts")])
 def test_any_method_that_trains_the_weight_later_is_refused(
     monkeypatch: pytest.MonkeyPatch, family: str, roles: str
@@ -269,6 +279,7 @@ def test_any_method_that_trains_the_weight_later_is_refused(
     stacked(tiny(family), "lora", "dora", roles=roles)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("policy", ["lora_only", "all"])
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_biases_that_train_later_are_no_constants(family: str, policy: str) -> None:

@@ -41,6 +41,7 @@ def saved(compiled: Any, inputs: dict[str, Tensor]) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("base", "kept"), [(BF16, FP32), (FP16, FP32), (FP32, FP32), (FP64, FP64)])
 def test_what_trains_is_float32_at_least(base: torch.dtype, kept: torch.dtype) -> None:
     spec = {"adapt": [LORA], "train": ["transformer.ln_f"], "tokens": {"add": ["<new>"]}}
@@ -50,6 +51,7 @@ def test_what_trains_is_float32_at_least(base: torch.dtype, kept: torch.dtype) -
     assert any(name.startswith("trained.") for name in found) and any(name.startswith("tokens.") for name in found)
 
 
+@pytest.mark.full
 def test_the_base_s_own_type() -> None:
     """It is that adaptation's alone; copies of base tensors that ``full`` trains have it as well."""
     model = tiny("gpt2").to(BF16)
@@ -63,6 +65,7 @@ def test_the_base_s_own_type() -> None:
     assert caught.value.code == "GC002"
 
 
+@pytest.mark.full
 def test_both_types_compute_the_same() -> None:
     """Float32 values that 16 bits hold give the outputs of tensors in 16 bits, to the bit."""
     model = tiny("gpt2").to(BF16)
@@ -75,6 +78,7 @@ def test_both_types_compute_the_same() -> None:
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+@pytest.mark.slow
 def test_steps_that_16_bits_lose_are_kept() -> None:
     """A thousandth of a value is no step in bfloat16."""
     model = tiny("gpt2").to(BF16)
@@ -88,6 +92,7 @@ def test_steps_that_16_bits_lose_are_kept() -> None:
         assert any(not torch.equal(a, b) for a, b in zip(before, tensors, strict=True)) is moves
 
 
+@pytest.mark.slow
 def test_folding_is_from_float32() -> None:
     """The merged weight is the exact sum of base and float32 factors, rounded once."""
     compiled = graftc.compile(
@@ -106,6 +111,7 @@ def test_folding_is_from_float32() -> None:
     assert float((nearest < (other - exact).abs()).double().mean()) > 0.01
 
 
+@pytest.mark.slow
 def test_files_of_16_bits_are_read(tmp_path: Path) -> None:
     """Tensors of earlier releases, which had the base's type, take their values along exactly."""
     model = tiny("gpt2").to(BF16)
@@ -117,6 +123,7 @@ def test_files_of_16_bits_are_read(tmp_path: Path) -> None:
     assert all(torch.equal(t, tensors[name].float()) for name, t in wide.adapter_state_dict().items())
 
 
+@pytest.mark.full
 def test_little_more_is_kept_for_the_backward_pass() -> None:
     """The casts of factors are all that comes on top."""
     model = tiny("llama").to(BF16)
@@ -125,6 +132,7 @@ def test_little_more_is_kept_for_the_backward_pass() -> None:
     assert saved(narrow, inputs) < saved(wide, inputs) <= 1.05 * saved(narrow, inputs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("beside", [{"train": ["lm_head"]}, {"tokens": {"add": ["<new>"]}}], ids=["train", "tokens"])
 def test_a_head_that_loops_read_is_of_the_base_s_type(beside: dict[str, Any]) -> None:
     """Whoever computes logits from hidden states gets the graph's, and gradients reach the float32 values."""
@@ -138,6 +146,7 @@ def test_a_head_that_loops_read_is_of_the_base_s_type(beside: dict[str, Any]) ->
     assert found and all(grad is not None and grad.dtype == FP32 for grad in found)
 
 
+@pytest.mark.slow
 def test_what_trains_is_not_rounded_by_a_cast_of_the_model() -> None:
     """Trainers cast models for evaluation; moving and casts that change nothing are fine."""
     compiled = graftc.compile({"adapt": [LORA]}, tiny("llama").to(BF16))
@@ -150,6 +159,7 @@ def test_what_trains_is_not_rounded_by_a_cast_of_the_model() -> None:
     assert all(torch.equal(t, before[n]) and t.dtype == FP32 for n, t in compiled.adapter_state_dict().items())
 
 
+@pytest.mark.slow
 def test_what_a_type_cannot_hold_is_not_loaded() -> None:
     compiled = graftc.compile({"adapt": [LORA]}, tiny("gpt2"))
     own = compiled.adapter_state_dict()

@@ -40,6 +40,7 @@ def truncated(compiled: Any, rank: int, family: str = "bert", role: Any = ROLES)
     return lora
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "mixtral"])
 def test_at_a_rank_it_is_truncated_lora(family: str) -> None:
     """Deployed at any rank: the outputs of LoRA with the first rows and columns, and `alpha` over that rank."""
@@ -56,6 +57,7 @@ def test_at_a_rank_it_is_truncated_lora(family: str) -> None:
         seen.append(found)
 
 
+@pytest.mark.full
 def test_folds_at_the_deployed_rank() -> None:
     """Certified at each rank, and exactly `alpha / r` times the truncated product in float64."""
     compiled = adapted().eval()
@@ -72,6 +74,7 @@ def test_folds_at_the_deployed_rank() -> None:
         assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) <= 2e-5
 
 
+@pytest.mark.full
 def test_prefix_nesting() -> None:
     """What is deployed at a rank is a prefix of what is at the next one: later ranks may hold anything."""
     compiled = adapted().eval()
@@ -107,6 +110,7 @@ def support(gradient: Tensor, name: str) -> list[int]:
     return ranks.nonzero().flatten().tolist()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradient_support_and_one_draw_for_all_sites(frozen: bool) -> None:
     """Frozen: exactly the last row and column of the draw; otherwise all up to it. The same in every site."""
@@ -122,6 +126,7 @@ def test_gradient_support_and_one_draw_for_all_sites(frozen: bool) -> None:
     assert len(last) > 2
 
 
+@pytest.mark.full
 def test_frozen_changes_gradients_only() -> None:
     """The same draw gives the same outputs, and the same gradient where there is one."""
     first, second = adapted(), adapted(frozen=False)
@@ -134,6 +139,7 @@ def test_frozen_changes_gradients_only() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_plain_sgd_moves_one_row_and_adamw_others_too() -> None:
     """The gradient of other rows is zero; momentum and weight decay move them."""
     for optimiser_class, alone in ((torch.optim.SGD, True), (torch.optim.AdamW, False)):
@@ -151,6 +157,7 @@ def test_plain_sgd_moves_one_row_and_adamw_others_too() -> None:
         assert len(rows) == 1
 
 
+@pytest.mark.full
 def test_draws_are_uniform_and_differ_between_passes() -> None:
     """Outputs of training passes are those of the deployed ranks, each about as often."""
     compiled = adapted(rank=4)
@@ -172,6 +179,7 @@ def test_draws_are_uniform_and_differ_between_passes() -> None:
     assert all(25 <= count <= 75 for count in counts.values()), counts
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_recomputed_layers_have_the_same_draw(family: str) -> None:
     """Gradients under activation checkpointing are those without, to the bit."""
@@ -184,6 +192,7 @@ def test_recomputed_layers_have_the_same_draw(family: str) -> None:
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_one_node_draws_and_eval_has_none() -> None:
     """One draw in the train graph, outside the layers; in the eval graph neither a draw nor a stopped gradient."""
     compiled = adapted(role=["attn.q", "attn.k", "ffn.up", "ffn.down"])
@@ -195,6 +204,7 @@ def test_one_node_draws_and_eval_has_none() -> None:
         assert not [node for node in found if "graftc" in node.meta.get("custom", {})]
 
 
+@pytest.mark.full
 def test_the_deployed_rank_is_kept(tmp_path: Any) -> None:
     """An artifact has it, and so has a state dict; the model trains on all ranks afterwards all the same."""
     compiled = adapted().eval()
@@ -211,6 +221,7 @@ def test_the_deployed_rank_is_kept(tmp_path: Any) -> None:
     assert max(last) > 1
 
 
+@pytest.mark.full
 def test_exports_at_the_deployed_rank(tmp_path: Any) -> None:
     """Unfolded and folded."""
     compiled = adapted(family="gpt2").eval()
@@ -220,6 +231,7 @@ def test_exports_at_the_deployed_rank(tmp_path: Any) -> None:
         check_onnx(runner.export(tmp_path / f"{number}.onnx"), compiled, (2, 7), 1e-4)
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_be_deployed() -> None:
     """GC055 out of range and for other methods, GC091 for other names; nothing changes."""
     compiled = adapted()
@@ -238,6 +250,7 @@ def test_ranks_that_cannot_be_deployed() -> None:
     assert lora.rank_pattern("lora") == {}
 
 
+@pytest.mark.slow
 def test_sixteen_bits() -> None:
     """bfloat16: the gate is of the layer's type, the rank stays a whole number."""
     model = tiny("llama", dtype=torch.bfloat16)

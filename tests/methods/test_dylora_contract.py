@@ -20,6 +20,7 @@ class TestDyLoRA(MethodContract):
 class TestExperts(MethodContract):
     """Factors for each expert, one rank for all."""
 
+    variant = True
     adaptation = on_experts(DYLORA)
     families = ("mixtral",)
 
@@ -27,6 +28,7 @@ class TestExperts(MethodContract):
 class TestTable(MethodContract):
     """A table of embeddings, beside its dropout scope and mask."""
 
+    variant = True
     adaptation = on_a_table(DYLORA)
     families = ("bert",)
 

@@ -42,6 +42,7 @@ class TestEverywhere(TestIA3):
 class TestBesideExperts(MethodContract):
     """Where every feed-forward part is made of experts, the attentions alone."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "ia3", "target": {"role": ["attn.k", "attn.v"]}}
     families = ("mixtral",)
 
@@ -49,6 +50,7 @@ class TestBesideExperts(MethodContract):
 class TestInputs(MethodContract):
     """Inputs of every projection, those of rows of a fused matrix too."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "ia3",
         "target": {"role": ["attn.q", "attn.k", "attn.v", "ffn.up", "ffn.down"]},
@@ -74,6 +76,7 @@ def vectors(compiled: Any) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in compiled.named_parameters() if tensor.requires_grad}
 
 
+@pytest.mark.full
 def test_shapes_and_start() -> None:
     """One vector of ones per place: the width of keys and values of grouped queries, and the inner width."""
     held = vectors(adapted(tiny("llama")))
@@ -84,6 +87,7 @@ def test_shapes_and_start() -> None:
     assert all(bool((t == 1).all()) for t in held.values())
 
 
+@pytest.mark.full
 def test_every_attention_of_an_encoder_and_a_decoder() -> None:
     """Keys and values of self- and cross-attention, and the feed-forward parts of both stacks."""
     names = set(vectors(adapted(tiny("t5"))))
@@ -91,6 +95,8 @@ def test_every_attention_of_an_encoder_and_a_decoder() -> None:
     assert sum("EncDecAttention" in name for name in names) == 2 * 2
 
 
+@pytest.mark.slow
+@pytest.mark.sample("gpt2")
 @pytest.mark.parametrize("family", FFN)
 def test_zero_leaves_the_bias_of_the_feed_forward(family: str) -> None:
     """With ``l_ff = 0`` a feed-forward part gives ``b2``, at every token: what is scaled is the inner activation."""
@@ -128,6 +134,7 @@ class Parts(nn.Module):
         return scores, scores.softmax(-1) @ self.v(x), self.down(nn.functional.gelu(self.up(x)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("index", "place", "width"), [(0, "k", 8), (1, "v", 8), (2, "down", 20)])
 def test_multilinear(index: int, place: str, width: int) -> None:
     """Scores are linear in ``l_k``, mixed values in ``l_v``, a feed-forward part's output in ``l_ff`` but for ``b2``,
@@ -153,6 +160,7 @@ def test_multilinear(index: int, place: str, width: int) -> None:
     assert float((at(a) - at(b)).abs().max()) > 0.1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("side", "expected"), [("output", (48, 48)), ("input", (80, 80)), ("auto", (80, 80))])
 def test_sides(side: str, expected: tuple[int, int]) -> None:
     """``auto`` is the input of ``ffn.down``; either side can be asked for."""
@@ -160,6 +168,7 @@ def test_sides(side: str, expected: tuple[int, int]) -> None:
     assert tuple(len(t) for t in vectors(adapted(tiny("bert"), entry)).values()) == expected
 
 
+@pytest.mark.full
 def test_auto_is_the_output_elsewhere() -> None:
     """A place that is named by its module has the side of its role; the gate and the queries are scaled behind."""
     model = tiny("llama")
@@ -169,6 +178,7 @@ def test_auto_is_the_output_elsewhere() -> None:
     assert sizes == {"down_proj": 80, "up_proj": 80, "q_proj": 48}
 
 
+@pytest.mark.full
 def test_overrides() -> None:
     """The side may differ by site, in the graph and in the fold."""
     model = tiny("bert")
@@ -185,6 +195,7 @@ def test_overrides() -> None:
         torch.testing.assert_close(exact(f"{name}.bias"), expected[1], rtol=0, atol=1e-15)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_keys_are_scaled_before_the_rotation(family: str) -> None:
     """Rotary positions turn what was scaled, so that the vector folds into rows of the key projection."""
@@ -203,6 +214,7 @@ VECTOR = {"method": "ia3", "target": {"role": ["attn.k", "ffn.down"]}}
 Order = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("side", ["auto", "input"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "t5"])
 def test_order_of_lora_and_ia3(family: str, side: str) -> None:
@@ -239,6 +251,7 @@ def test_order_of_lora_and_ia3(family: str, side: str) -> None:
             torch.testing.assert_close(after, expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.full
 def test_shared_dropout_stays_with_the_others() -> None:
     """LoRA's sites share a dropout of their input; scaling the input of one leaves the branches of the others alone."""
     model = tiny("llama")
@@ -255,6 +268,7 @@ def test_shared_dropout_stays_with_the_others() -> None:
         assert sorted(len(node.users) for node in drops) == [1, 1, 2, 2]
 
 
+@pytest.mark.full
 def test_a_convolution_scales_its_output_only() -> None:
     """Channels of the output have a vector; entries of a patch are no entries of the input."""
     entry = {"method": "ia3", "target": {"modules": "**.patch_embeddings.projection"}}
@@ -267,6 +281,7 @@ def test_a_convolution_scales_its_output_only() -> None:
         adapted(model, {**entry, "side": "input"})
 
 
+@pytest.mark.full
 def test_experts_are_refused() -> None:
     """The default target says that the model has no feed-forward projection to scale; experts are of another kind."""
     with pytest.raises(GraftError) as error:
@@ -290,6 +305,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.full
 @each_way
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_counts(name: str, count: Any) -> None:

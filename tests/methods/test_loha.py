@@ -33,6 +33,7 @@ class TestEverywhere(TestLoHa):
 class TestExperts(MethodContract):
     """Factors for each expert."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "loha", "target": {"role": ["attn.v", "experts"]}, "rank": 4}
     families = ("mixtral",)
     perturbation = 0.2
@@ -52,6 +53,7 @@ def adapted(family: str, **fields: Any) -> Any:
     return graftc.compile({"adapt": [entry]}, tiny(family)).eval()
 
 
+@pytest.mark.slow
 def test_start_and_count() -> None:
     """A2 is zero, the other three are uniform within 1 / sqrt(columns); twice the parameters of LoRA."""
     compiled = adapted("bert")
@@ -67,6 +69,7 @@ def test_start_and_count() -> None:
     assert compiled.report.trainable_parameters == 2 * 2 * 3 * (2 * (48 + 48) + 48 + 80)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_update(family: str) -> None:
     """``W' - W`` is ``s (B1 A1) * (B2 A2)``, of rank 9 at rank 3."""
@@ -86,6 +89,7 @@ def test_update(family: str) -> None:
     assert values[9] < 1e-12
 
 
+@pytest.mark.slow
 def test_convolution() -> None:
     """Patches of an image: a column is an entry of a patch."""
     compiled = adapted("vit", target={"modules": "**.patch_embeddings.projection"})
@@ -95,6 +99,7 @@ def test_convolution() -> None:
     assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) <= 1e-5
 
 
+@pytest.mark.full
 def test_overrides_and_rank() -> None:
     """Rank and alpha may differ by site; a rank over a side is refused."""
     compiled = adapted("bert", overrides=[{"role": "ffn.down", "rank": 5}])

@@ -34,6 +34,7 @@ class TestEverywhere(TestLoKr):
 class TestExperts(MethodContract):
     """Factors for each expert, both of them decomposed."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "lokr",
         "target": {"role": ["attn.v", "experts"]},
@@ -92,6 +93,7 @@ def test_split_is_that_of_peft() -> None:
             assert split(size, factor) == layer.factorization(size, factor), (size, factor)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -110,6 +112,7 @@ def test_tensors(fields: dict[str, Any], expected: dict[str, tuple[int, ...]]) -
     assert zero == {"CB" if "CB" in expected else "C"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("both", [False, True])
 def test_update(family: str, both: bool) -> None:
@@ -125,6 +128,7 @@ def test_update(family: str, both: bool) -> None:
     torch.testing.assert_close(update.T if family == "gpt2" else update, expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_convolution() -> None:
     """Patches of an image: what is split is the number of entries of a patch."""
     compiled = adapted("vit", target={"modules": "**.patch_embeddings.projection"})

@@ -51,6 +51,7 @@ DROPOUT = {
 """Families whose configs drop nothing by default."""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", DROPOUT)
 def test_derived_eval_graph_is_the_captured_one(family: str) -> None:
     """Switching a train graph to eval gives what capturing in eval mode gives."""
@@ -62,6 +63,7 @@ def test_derived_eval_graph_is_the_captured_one(family: str) -> None:
     assert structural_hash(train) != structural_hash(direct)
 
 
+@pytest.mark.slow
 def test_query_alone_of_a_fused_matrix() -> None:
     """``attn.q`` of GPT-2 adapts its own rows; those of key and value stay as they are, to the bit."""
     model = tiny("gpt2")
@@ -76,6 +78,7 @@ def test_query_alone_of_a_fused_matrix() -> None:
     assert bool((weight[:, :48] != before[:, :48]).all())
 
 
+@pytest.mark.slow
 def test_rows_of_a_fused_matrix_are_separate_maps() -> None:
     """q and v of GPT-2's fused matrix with LoRA equal two separate maps beside it."""
     model = tiny("gpt2")
@@ -106,6 +109,7 @@ def test_rows_of_a_fused_matrix_are_separate_maps() -> None:
     assert largest_difference(expected, outputs_of(model, inputs)) > 0.1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_scaling_law(family: str) -> None:
     """(A, B, alpha) is (A, cB, alpha / c): exactly so for a power of two."""
@@ -118,6 +122,7 @@ def test_scaling_law(family: str) -> None:
     assert largest_difference(outputs_of(first, inputs), outputs_of(second, inputs)) > 1e-3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_update_has_at_most_the_rank(family: str) -> None:
     """``W' - W`` in float64 has rank 4 and is ``s B A``, in whatever orientation the model keeps it."""
@@ -137,6 +142,7 @@ def test_update_has_at_most_the_rank(family: str) -> None:
     torch.testing.assert_close(own, expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_gradients_at_the_start() -> None:
     """With ``B = 0`` no gradient reaches A, and a gradient reaches B."""
     compiled = adapted(tiny("bert"))
@@ -148,6 +154,7 @@ def test_gradients_at_the_start() -> None:
         assert bool(tensor.grad.any()) == name.endswith(".B"), name
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("rslora", "expected"), [(False, 12 / 4), (True, 12 / math.sqrt(4))])
 def test_scaling(rslora: bool, expected: float) -> None:
     """The factor is ``alpha / rank``, with ``rslora`` ``alpha / sqrt(rank)``."""
@@ -161,6 +168,7 @@ def test_scaling(rslora: bool, expected: float) -> None:
     torch.testing.assert_close(update, expected * b @ a, rtol=0, atol=1e-14)
 
 
+@pytest.mark.full
 def test_kaiming_and_gaussian_start() -> None:
     """``A`` is uniform within ``1 / sqrt(in)``, or normal with deviation ``1 / rank``; ``B`` is zero."""
     uniform = {n: t.detach() for n, t in trainable(adapted(tiny("bert"), "ffn.down", rank=48)).items()}
@@ -178,6 +186,7 @@ def test_kaiming_and_gaussian_start() -> None:
         assert all(not t.any() for n, t in tensors.items() if n.endswith(".B"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_pissa_takes_the_principal_part(family: str) -> None:
     """``s B A`` is the best approximation of W by that rank; both factors carry the same singular values."""
@@ -197,6 +206,7 @@ def test_pissa_takes_the_principal_part(family: str) -> None:
     torch.testing.assert_close(a @ a.T, b.T @ b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_olora_starts_orthonormal(family: str) -> None:
     """``B`` has orthonormal columns, and ``B A`` is the part of W in their span that starts with W's columns."""
@@ -212,6 +222,7 @@ def test_olora_starts_orthonormal(family: str) -> None:
     torch.testing.assert_close((b @ a)[:, :4], weight[:, :4], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_started_from_weight_trains_away_from_it() -> None:
     """What folds is the distance from the start: ``W' = W + s (B A - B0 A0)``."""
     model = tiny("bert")
@@ -224,6 +235,7 @@ def test_started_from_weight_trains_away_from_it() -> None:
     torch.testing.assert_close(update, 6 / 4 * (b @ a - b0 @ a0), rtol=0, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_bias_of_adapted_rows() -> None:
     """``lora_only`` trains the adapted rows of the adapted layers' biases, and nothing else of them."""
     model = tiny("gpt2")
@@ -242,6 +254,7 @@ def test_bias_of_adapted_rows() -> None:
         assert bool((after[:48] != before[:48]).any())
 
 
+@pytest.mark.full
 def test_bias_all() -> None:
     """``all`` trains every bias that the model reads; ``none`` trains none."""
     model = tiny("bert")
@@ -257,6 +270,7 @@ def test_bias_all() -> None:
     assert not any(name.endswith("bias") for name in trainable(adapted(model, "attn.q")))
 
 
+@pytest.mark.slow
 def test_overrides() -> None:
     """The first override that matches a site gives its values there only, in the graph and in the fold."""
     model = tiny("bert")
@@ -319,6 +333,7 @@ def test_dropout_acts_on_the_input_of_the_branch() -> None:
     assert abs(float(kept.double().mean()) - 0.75) < 0.01
 
 
+@pytest.mark.slow
 def test_dropout_is_shared_by_sites_that_read_the_same() -> None:
     """q, k and v of a layer read one hidden state and share one mask; it is gone in eval mode."""
     compiled = adapted(tiny("llama"), ["attn.q", "attn.k", "attn.v"], dropout=0.5)
@@ -327,6 +342,7 @@ def test_dropout_is_shared_by_sites_that_read_the_same() -> None:
     assert not compiled.program("eval").graph.find_nodes(op="call_function", target=target)
 
 
+@pytest.mark.full
 def test_dropout_of_each_site() -> None:
     """With the scope ``target`` q, k and v have three masks; in eval mode there are none."""
     roles = ["attn.q", "attn.k", "attn.v"]
@@ -366,6 +382,7 @@ class Two(nn.Module):
         return self.first(x), self.second(x)
 
 
+@pytest.mark.full
 def test_frozen_a(tmp_path: Path) -> None:
     """LoRA-FA: the function and the gradient of B are those of LoRA with the same factors; A neither trains nor counts
     as what trains, and is kept with the adapter, in PEFT's format too."""
@@ -388,6 +405,7 @@ def test_frozen_a(tmp_path: Path) -> None:
     assert same_bits(outputs_of(frozen.eval(), inputs), outputs_of(read, inputs))
 
 
+@pytest.mark.full
 def test_frozen_a_keeps_no_input_of_its_sites() -> None:
     """Only the gradient of A needs them: here each is 48 or 80 wide, and B's needs 4 numbers of a token instead."""
 
@@ -409,6 +427,7 @@ def test_frozen_a_keeps_no_input_of_its_sites() -> None:
     assert plain - frozen >= 2 * tokens * (48 + 48 + 80)
 
 
+@pytest.mark.slow
 def test_a_table_with_frozen_a_trains() -> None:
     """A is drawn there and B is zero, so that a step changes the table."""
     compiled = adapted(tiny("bert"), role="embed", freeze_a=True)

@@ -18,6 +18,7 @@ class TestLoRA(MethodContract):
 class TestExperts(MethodContract):
     """One pair of factors for each expert of each 3-D weight, beside attention."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "lora",
         "target": {"role": ["attn.q", "attn.v", "experts"]},
@@ -29,6 +30,7 @@ class TestExperts(MethodContract):
 class TestFromWeight(MethodContract):
     """Factors that start from the weight: identity exact all the same."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "init": "pissa"}
     families = ("gpt2",)
 
@@ -36,6 +38,7 @@ class TestFromWeight(MethodContract):
 class TestOrthonormal(MethodContract):
     """The QR start, scaled by the root of the rank."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {
         "method": "lora",
         "target": {"role": ROLES},
@@ -50,6 +53,7 @@ class TestOrthonormal(MethodContract):
 class TestBiasesOfAdapted(MethodContract):
     """Biases of adapted rows train as well."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "bias": "lora_only"}
     families = ("gpt2",)
 
@@ -57,6 +61,7 @@ class TestBiasesOfAdapted(MethodContract):
 class TestAllBiases(MethodContract):
     """Every bias trains, those of norms too."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "lora", "target": {"role": ROLES}, "rank": 4, "bias": "all"}
     families = ("vit",)
 
@@ -64,6 +69,7 @@ class TestAllBiases(MethodContract):
 class TestWithHead(MethodContract):
     """A head trained in full beside the adaptation."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "lora", "target": {"role": ROLES}, "rank": 4}
     spec: ClassVar[dict[str, Any]] = {"train": ["classifier"]}
     families = ("roberta",)

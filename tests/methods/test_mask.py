@@ -66,6 +66,7 @@ def trained(compiled: Compiled, optimiser: type[torch.optim.Optimizer], steps: i
     return seen
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("optimiser", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral", "t5", "vit"])
 def test_nothing_else_moves(family: str, optimiser: type[torch.optim.Optimizer]) -> None:
@@ -88,6 +89,7 @@ def test_nothing_else_moves(family: str, optimiser: type[torch.optim.Optimizer])
     assert compiled.report.trainable_parameters == sum(len(own) for own in chosen.values())
 
 
+@pytest.mark.full
 def test_bytes_are_those_of_values_and_numbers() -> None:
     """Four for each, in a model of 16 bits too."""
     spec = {"adapt": [{"method": "mask", "selection": "random", "entries": 1000}]}
@@ -96,6 +98,7 @@ def test_bytes_are_those_of_values_and_numbers() -> None:
         assert (found.trainable_parameters, found.bytes) == (1000, 8000)
 
 
+@pytest.mark.slow
 def test_tied_weights_have_one_delta() -> None:
     """Of GPT-2's table, which is its head too: counted once, changed in both places, folded."""
     model = tiny("gpt2")
@@ -109,6 +112,7 @@ def test_tied_weights_have_one_delta() -> None:
     assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) < 1e-5
 
 
+@pytest.mark.full
 def test_exactly_so_many_with_ties() -> None:
     """Where all magnitudes are equal the first ones are taken."""
     model = tiny("bert")
@@ -124,6 +128,7 @@ def test_exactly_so_many_with_ties() -> None:
     assert len(counts) == 8 and max(counts) > min(counts) > 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("other", ["lora", "ia3", "dora"])
 def test_beside_others_on_one_weight(other: str, order: int) -> None:
@@ -146,6 +151,7 @@ def test_beside_others_on_one_weight(other: str, order: int) -> None:
     assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) < 2e-5
 
 
+@pytest.mark.slow
 def test_a_weight_trains_as_a_whole_or_in_part() -> None:
     """Not both."""
     own = {"method": "mask", "selection": "random"}
@@ -155,6 +161,7 @@ def test_a_weight_trains_as_a_whole_or_in_part() -> None:
         assert error.value.code == "GC021"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("density", "sampled"), [(0.02, True), (0.2, False)])
 def test_how_gradients_are_made_is_said(density: float, sampled: bool) -> None:
     """One by one where few are wanted, from the weight's own where many are; the node says which. Nodes say whose they
@@ -175,6 +182,7 @@ def test_how_gradients_are_made_is_said(density: float, sampled: bool) -> None:
     assert not left & {ops.sparse_linear.default, ops.sparse_weight.default}
 
 
+@pytest.mark.full
 def test_checkpointed_and_in_16_bits() -> None:
     """Recomputed layers give the same gradients to the bit, in a model of 16 bits too, whose deltas have 32."""
     spec = {"adapt": [{"method": "mask", "selection": "random", "density": 0.1}]}
@@ -190,6 +198,7 @@ def test_checkpointed_and_in_16_bits() -> None:
     assert {g.dtype for g in found[0].values()} == {torch.float32}
 
 
+@pytest.mark.full
 def test_indices_that_are_no_entries(tmp_path: Path) -> None:
     """A file may hold anything: numbers out of range, twice, or in no order never reach a kernel."""
     model = tiny("bert")

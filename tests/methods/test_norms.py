@@ -43,6 +43,7 @@ NORMS = ("norm", "ln_")
 """What the modules of norms are called in these families."""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "vit"])
 def test_exactly_the_norms_train(family: str) -> None:
     """Scales and shifts of all norms, and nothing else; merging changes these tensors only, to the trained values."""
@@ -59,6 +60,7 @@ def test_exactly_the_norms_train(family: str) -> None:
         assert torch.equal(merged.get_parameter(name), trained[f"{module}.graftc.norms.{part}"])
 
 
+@pytest.mark.full
 def test_a_scale_with_one_added() -> None:
     """Gemma multiplies by ``1 + w``: ``w`` is what trains."""
     from transformers import GemmaConfig, GemmaForCausalLM
@@ -71,6 +73,7 @@ def test_a_scale_with_one_added() -> None:
     assert compiled.merge().certificate.passed
 
 
+@pytest.mark.slow
 def test_narrowing() -> None:
     """What a user writes in ``target`` narrows the default."""
     model = tiny("bert")
@@ -87,6 +90,7 @@ def test_two_owners() -> None:
     assert error.value.code == "GC021"
 
 
+@pytest.mark.slow
 def test_other_sites_are_refused() -> None:
     """A linear map is no normalisation."""
     with pytest.raises(GraftError) as error:
@@ -94,6 +98,7 @@ def test_other_sites_are_refused() -> None:
     assert error.value.code == "GC016"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "count"), [("bert", 5 * 2 * 48), ("llama", 5 * 48)])
 def test_count(family: str, count: int) -> None:
     """Norms of a layer, and the last ones; RMS norms have no shift."""

@@ -86,6 +86,7 @@ def adapted(model: nn.Module, **fields: Any) -> Compiled:
     return compiled
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_authors_function(slots: int, shared: bool) -> None:
@@ -114,6 +115,8 @@ def test_the_authors_function(slots: int, shared: bool) -> None:
     assert largest_difference(found, outputs_of(tiny("bert"), inputs)) > 1e-2
 
 
+@pytest.mark.slow
+@pytest.mark.sample("bert")
 @pytest.mark.parametrize("family", WITH_TOKENS)
 def test_zeros_are_the_base(family: str) -> None:
     """To the bit, as the start `zeros` has it."""
@@ -125,6 +128,7 @@ def test_zeros_are_the_base(family: str) -> None:
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(model, inputs)) > 1e-3
 
 
+@pytest.mark.full
 def test_only_special_tokens_change_before_the_first_layer() -> None:
     """What the first layer reads differs at the special positions, in all of them, and nowhere else; lengths stay."""
     model, inputs = tiny("bert"), texts()
@@ -138,6 +142,7 @@ def test_only_special_tokens_change_before_the_first_layer() -> None:
     assert (found[1] != base[1]).any(-1)[:, 0].all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", WITH_TOKENS)
 def test_counts(family: str) -> None:
     """``L k d``, and ``L d`` where the slots share a vector."""
@@ -147,6 +152,7 @@ def test_counts(family: str) -> None:
         assert report.trainable_parameters == report.deployed_parameters == layers * vectors * 48
 
 
+@pytest.mark.full
 def test_padding_changes_nothing() -> None:
     """A longer row of padding gives the same for the text."""
     compiled, inputs = adapted(tiny("bert")), texts()
@@ -154,6 +160,7 @@ def test_padding_changes_nothing() -> None:
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(compiled, padded)) <= 1e-6
 
 
+@pytest.mark.full
 def test_encoder_and_decoder_read_their_own_tokens() -> None:
     """With special tokens in the encoder's text alone its layers change; with those of the decoder the decoder's."""
     compiled = adapted(tiny("t5"))
@@ -176,6 +183,7 @@ def test_encoder_and_decoder_read_their_own_tokens() -> None:
     assert (states[0] != states[1]).any()
 
 
+@pytest.mark.full
 def test_tokens_that_follow_from_labels() -> None:
     """T5 shifts its labels into what the decoder reads: special tokens are found there too."""
     compiled, labels = adapted(tiny("t5")), torch.tensor([[11, SEP, 12], [11, 12, 13]])
@@ -188,6 +196,7 @@ def test_tokens_that_follow_from_labels() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.full
 def test_dropout_is_of_the_vectors() -> None:
     """Training drops entries of what is added, and scales the rest; the base's own value is never dropped."""
     model: Any = tiny("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -204,6 +213,7 @@ def test_dropout_is_of_the_vectors() -> None:
     assert torch.equal(found[~special], base[~special])
 
 
+@pytest.mark.full
 def test_beside_other_adaptations() -> None:
     """Behind an adapter of the layer before, which applies its norm again, the vectors are added to the result."""
     pfeiffer = {"method": "pfeiffer", "reduction": 4}
@@ -223,6 +233,7 @@ def test_beside_other_adaptations() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.full
 def test_checkpointing() -> None:
     """A layer with vectors is computed again in the backward pass with the same gradients, to the bit."""
     grads = []
@@ -234,6 +245,7 @@ def test_checkpointing() -> None:
     assert grads[0] and same_bits(*grads)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", WITH_TOKENS)
 def test_a_bank(family: str) -> None:
     """Every row of a batch has the vectors of the adapter that it chooses, to the bit."""
@@ -268,6 +280,7 @@ class Tokens(nn.Module):
         return result
 
 
+@pytest.mark.full
 def test_what_cannot_have_it() -> None:
     """Each with a code: no ids, ids that the table does not have, images, embeddings in the place of tokens."""
     cases: list[tuple[nn.Module, Mapping[str, Any], Any, str]] = [

@@ -91,6 +91,7 @@ def adapted(masked: str, **fields: Any) -> tuple[Plain, Compiled, Tensor]:
     return model, compiled, x
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("masked", ["none", "causal", "bool", "float"])
 def test_a_prefix_is_a_mixture(masked: str) -> None:
     """``(1 - l) Attn(q, K, V) + l Attn(q, P, U)``, with ``l`` the share of the prefix in the softmax's sum."""
@@ -114,6 +115,7 @@ def test_a_prefix_is_a_mixture(masked: str) -> None:
     torch.testing.assert_close(compiled(x), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_causal_attention_without_a_mask_stays_one() -> None:
     """The fused kernel goes on making its own mask."""
     _, compiled, _ = adapted("causal")
@@ -125,6 +127,7 @@ def test_a_causal_attention_without_a_mask_stays_one() -> None:
     assert node.args[5] is True and node.args[3] is None
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "vit"])
 def test_zeros_are_not_the_base(family: str) -> None:
     """Keys of zeros take part in the softmax all the same."""
@@ -135,6 +138,7 @@ def test_zeros_are_not_the_base(family: str) -> None:
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(model, inputs)) > 1e-3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_a_network_is_ejected(family: str) -> None:
     """What is deployed has the keys and values alone, and gives the same."""
@@ -149,6 +153,7 @@ def test_a_network_is_ejected(family: str) -> None:
     assert largest_difference(outputs_of(deployed, inputs), outputs_of(compiled, inputs)) <= 2e-6
 
 
+@pytest.mark.full
 def test_the_text_keeps_its_positions_or_not() -> None:
     """With learned positions and rotary ones the two differ; on T5, whose bias depends on distances, they do not."""
     for family, differs in (("bert", True), ("gpt2", True), ("llama", True), ("t5", False), ("vit", False)):
@@ -161,6 +166,7 @@ def test_the_text_keeps_its_positions_or_not() -> None:
         assert (largest_difference(*made) > 1e-3) == differs
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_checkpointing(family: str) -> None:
     """A layer with a prefix is computed again in the backward pass with the same gradients, to the bit; asked for in
@@ -180,6 +186,7 @@ def test_checkpointing(family: str) -> None:
     assert grads[0] and same_bits(grads[0], grads[1]) and same_bits(grads[0], grads[2])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "bert", "roberta"])
 def test_texts_that_leave_no_room(family: str) -> None:
     """A text that fits its table of positions, but not behind the prefixes, is refused by name; one that fits runs."""
@@ -197,6 +204,7 @@ def test_texts_that_leave_no_room(family: str) -> None:
     assert caught.value.code == "GC020"
 
 
+@pytest.mark.full
 def test_stacked_prefixes_are_one_longer() -> None:
     """The second stands before the first."""
     model, _, x = adapted("bool")
@@ -214,6 +222,7 @@ def test_stacked_prefixes_are_one_longer() -> None:
     torch.testing.assert_close(two(x), one(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.full
 def test_what_cannot_have_a_prefix() -> None:
     """Each with a code: no attention, a table without room, a window of one size, keys that no column says."""
     cases: list[tuple[Any, dict[str, Any], str]] = [

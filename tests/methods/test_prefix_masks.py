@@ -104,6 +104,7 @@ def expected(model: Attending, held: dict[str, Tensor], inputs: dict[str, Tensor
     return result
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "written out"])
 @pytest.mark.parametrize(
     ("kind", "window"),
@@ -120,6 +121,7 @@ def test_a_prefix_is_seen_as_tokens_would_be(kind: str, fused: bool, window: str
         assert largest_difference([found], [other]) > 1e-3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "written out"])
 @pytest.mark.parametrize(("kind", "window"), [("window", "visible"), ("window", "masked"), ("relative", "visible")])
 def test_two_prefixes_are_one_longer(kind: str, fused: bool, window: str) -> None:
@@ -137,6 +139,8 @@ def test_two_prefixes_are_one_longer(kind: str, fused: bool, window: str) -> Non
     torch.testing.assert_close(two(**inputs), one(**inputs), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
+@pytest.mark.sample("t5")
 @pytest.mark.parametrize("family", ["llama", "t5", "mixtral"])
 def test_layers_share_one_mask(family: str) -> None:
     """It is made longer as often as the model makes it, not once a layer."""
@@ -150,6 +154,7 @@ def test_layers_share_one_mask(family: str) -> None:
     assert masks(compiled, False) == masks(compiled, True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_written_out_is_fused(family: str) -> None:
     """The same model, loaded with either, gives the same."""
@@ -162,6 +167,7 @@ def test_written_out_is_fused(family: str) -> None:
     assert largest_difference(*found) <= 1e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("positions", ["unshifted", "shifted"])
 def test_positions_that_are_given(positions: str) -> None:
     """A window's mask does not depend on whether the model or the caller counts positions."""
@@ -177,6 +183,7 @@ def test_positions_that_are_given(positions: str) -> None:
     )
 
 
+@pytest.mark.full
 def test_a_mask_that_is_given() -> None:
     """Of a mask of pairs that a call gives, nothing is known in front: every query sees the prefix."""
     compiled = graftc.compile({"adapt": [{"method": "prefix", "length": LENGTH}]}, tiny("llama")).eval()

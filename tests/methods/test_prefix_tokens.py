@@ -28,6 +28,7 @@ def texts() -> Tensor:
     return torch.randint(5, 90, (2, 9))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "gpt2 eager", "gpt_neox", "llama", "mixtral"])
 def test_a_decoder_has_read_the_tokens(family: str) -> None:
     """With learned positions and rotary ones, shared heads and windows."""
@@ -45,6 +46,7 @@ def test_a_decoder_has_read_the_tokens(family: str) -> None:
     assert largest_difference([found], [expected]) <= 1e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_it_starts_the_same_each_time(family: str) -> None:
     """Whatever the seed, whatever stands before it, and in training mode too; not from a normal."""
@@ -57,6 +59,7 @@ def test_it_starts_the_same_each_time(family: str) -> None:
     assert all(float(t.std()) > 0 for t in first.values())
 
 
+@pytest.mark.full
 def test_without_values() -> None:
     """On the meta device nothing is read."""
     with torch.device("meta"):
@@ -67,6 +70,7 @@ def test_without_values() -> None:
     assert all(t.is_meta for t in compiled.adapter_state_dict().values())
 
 
+@pytest.mark.slow
 def test_what_cannot_start_from_tokens() -> None:
     """Each with a code: fields that do not go together, tokens that the vocabulary lacks, images."""
     cases: list[tuple[str, dict[str, Any], str]] = [

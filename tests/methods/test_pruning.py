@@ -31,6 +31,7 @@ def masks_of(compiled: Any) -> PruningMasks:
     return controller
 
 
+@pytest.mark.full
 def test_by_default_maps_of_layers_are_pruned() -> None:
     """Neither tables, norms and biases, nor poolers and heads; a target may name a pooler."""
     sites = {str(place.site.key) for place in places_of(adapted(role=None))}
@@ -41,6 +42,7 @@ def test_by_default_maps_of_layers_are_pruned() -> None:
     assert [str(place.site.key) for place in places_of(named)] == ["bert.pooler.dense.weight"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", ["magnitude", "movement"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("density", [0.15, 0.07, 1e-4])
@@ -60,6 +62,7 @@ def test_exactly_the_share_of_each_matrix_is_kept(variant: str, dtype: torch.dty
         assert torch.equal(merged[str(place.site.key)], place.tensors["weight"].where(kept, 0).to(dtype))
 
 
+@pytest.mark.full
 def test_every_expert_has_its_share_and_rows_have_theirs() -> None:
     """Stacked matrices one by one; rows of a fused weight alone."""
     compiled = adapted("mixtral", role="experts", density=0.25, total_steps=1)
@@ -75,6 +78,7 @@ def test_every_expert_has_its_share_and_rows_have_theirs() -> None:
     assert certificate.passed and {int(kept_entries(p).sum()) for p in places_of(fused)} == {48 * 48 // 4}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("target", "kept"), [({"role": "attn.q"}, 1152), ({"modules": "**.c_attn"}, 3456)], ids=str)
 def test_columns(target: dict[str, Any], kept: int) -> None:
     """Of a fused weight that is stored the other way round: a part of it, and all."""
@@ -85,6 +89,7 @@ def test_columns(target: dict[str, Any], kept: int) -> None:
     assert {int(kept_entries(p).sum()) for p in places_of(compiled)} == {kept}
 
 
+@pytest.mark.slow
 def test_all_matrices_together() -> None:
     """Exactly the share of all entries, the largest of them."""
     compiled = adapted(variant="magnitude", density=0.1, allocation="global", total_steps=1)
@@ -100,6 +105,7 @@ def test_all_matrices_together() -> None:
     assert compiled.eval().merge().certificate.passed
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("allocation", ["per_tensor", "global"])
 def test_pruned_before_it_trains(allocation: str) -> None:
     """An initial density holds for the first pass, and a constant one needs no number of steps."""
@@ -114,6 +120,7 @@ def test_pruned_before_it_trains(allocation: str) -> None:
     assert sum(int(kept_entries(place).sum()) for place in places_of(compiled)) == sum(kept)
 
 
+@pytest.mark.slow
 def test_with_everything_kept_it_is_the_base() -> None:
     """Density 1 has nothing to steer, and nothing to warn of."""
     model = tiny("bert").eval()
@@ -122,6 +129,7 @@ def test_with_everything_kept_it_is_the_base() -> None:
     assert same_bits(outputs_of(compiled, inputs_for(compiled)), outputs_of(model, inputs_for(compiled)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", ["magnitude", *SCORED])
 def test_gradients_are_those_of_dense_tensors(variant: str) -> None:
     """In float64 beside the source model with `W * M` in its layer: `dW = dW' * M` and `dS = dW' * W`."""
@@ -154,6 +162,7 @@ def test_gradients_are_those_of_dense_tensors(variant: str) -> None:
             assert bool(scores.grad[~kept].any())
 
 
+@pytest.mark.full
 def test_a_weight_that_moves_away_from_zero_gains() -> None:
     """After a step of descent on both, a score has the sign by which its weight has grown."""
     compiled = adapted(density=0.5, total_steps=100, warmup_steps=10)
@@ -167,6 +176,7 @@ def test_a_weight_that_moves_away_from_zero_gains() -> None:
         assert bool(moved.any()) and torch.equal(scores.sign()[moved], away[moved])
 
 
+@pytest.mark.slow
 def test_the_density_falls_in_a_cubic_curve() -> None:
     """Corners of the schedule, and the values between them."""
     masks = masks_of(adapted(density=0.2, warmup_steps=3, final_steps=4))
@@ -178,6 +188,7 @@ def test_the_density_falls_in_a_cubic_curve() -> None:
     assert shares == sorted(shares, reverse=True)
 
 
+@pytest.mark.slow
 def test_the_threshold_and_the_penalty_rise_likewise() -> None:
     compiled = adapted(variant="soft_movement", warmup_steps=2, final_steps=2, total_steps=10)
     masks, shared = masks_of(compiled), masks_of(compiled).shared
@@ -193,6 +204,7 @@ def test_the_threshold_and_the_penalty_rise_likewise() -> None:
         assert abs(compiled.extra_loss().item() - 400 * risen * 0.75) < 1e-3
 
 
+@pytest.mark.slow
 def test_soft_movement_keeps_what_exceeds_the_threshold() -> None:
     """And the largest half a percent where nothing does."""
     compiled = adapted(variant="soft_movement", threshold=0.4, total_steps=1)
@@ -214,6 +226,7 @@ def test_soft_movement_keeps_what_exceeds_the_threshold() -> None:
     assert isinstance(compiled._steering.objectives["pruning"], Penalty)
 
 
+@pytest.mark.full
 def test_counts() -> None:
     """Weights and scores train, and what is kept in the end is deployed, with other shares at some sites."""
     fields = {"density": 0.15, "overrides": [{"role": "ffn.down", "density": 0.5}]}
@@ -228,6 +241,7 @@ def test_counts() -> None:
     assert graftc.check({"adapt": [entry]}, model).deployed_parameters == compiled.report.deployed_parameters
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", ["magnitude", *SCORED])
 def test_a_resumed_training_ends_the_same(variant: str, tmp_path: Path) -> None:
     """Saved in the middle, loaded and trained on: every tensor is equal to the bit, thresholds among them."""
@@ -250,6 +264,7 @@ def test_a_resumed_training_ends_the_same(variant: str, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.full
 def test_checkpointing_changes_no_bit() -> None:
     """Layers that are computed again make the same masks."""
     ends = []
@@ -262,6 +277,7 @@ def test_checkpointing_changes_no_bit() -> None:
     assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
 
 
+@pytest.mark.full
 def test_beside_others() -> None:
     """A low-rank update adds to what is pruned, and what trains elsewhere trains."""
     adapt = [
@@ -307,6 +323,7 @@ def test_values_that_do_not_fit(fields: dict[str, Any], code: str, path: str) ->
     assert caught.value.place is not None and caught.value.place.path == f"adapt[0].{path}"
 
 
+@pytest.mark.slow
 def test_without_the_number_of_steps() -> None:
     """GC026 at the first step, and for one in which the phases leave nothing."""
     compiled = adapted(warmup_steps=3, final_steps=3)
@@ -318,6 +335,7 @@ def test_without_the_number_of_steps() -> None:
     assert caught.value.code == "GC026"
 
 
+@pytest.mark.full
 def test_what_is_pruned_may_come_back() -> None:
     """With movement an entry that is not kept is kept later, since its score goes on."""
     compiled = adapted(density=0.5, total_steps=4)

@@ -32,6 +32,7 @@ def advanced(compiled: Compiled) -> tuple[Transition[Pruning], Compiled]:
     return advance, make_compiled(recompile(compiled.compilation, spec, advance.values))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rewind", [False, True])
 @pytest.mark.parametrize("allocation", ["per_tensor", "global"])
 def test_rounds(rewind: bool, allocation: str, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class TestTwoOfFour(MethodContract):
 class TestTwoOfFourInExperts(MethodContract):
     """The same rows of every expert."""
 
+    variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "rows", "n_of_m": [2, 4]} | {
         "target": {"role": ["attn.q", "experts"]}
     }
@@ -118,6 +119,7 @@ def two_of_four(weight: Tensor) -> Tensor:
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", TABLES)
 def test_exactly_the_named_tokens_change(family: str) -> None:
     """Of the table, whether a head is tied to it or not."""
@@ -130,6 +132,7 @@ def test_exactly_the_named_tokens_change(family: str) -> None:
     assert compiled.report.trainable_parameters == 4 * 48
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "llama"])
 def test_exactly_the_chosen_rows_of_queries_change(family: str) -> None:
     """All of their entries, for all of them have gradients; no bias, and nothing of keys and values."""
@@ -144,6 +147,7 @@ def test_exactly_the_chosen_rows_of_queries_change(family: str) -> None:
     assert int(where.sum()) == 24 * 48
 
 
+@pytest.mark.full
 def test_biases_go_with_their_rows() -> None:
     """Of the same output features."""
     model = tiny("gpt2").eval()
@@ -157,6 +161,7 @@ def test_biases_go_with_their_rows() -> None:
         assert columns.nonzero().flatten().tolist() == own.tolist()
 
 
+@pytest.mark.full
 def test_experts_train_the_same_rows() -> None:
     """Those with the greatest norms over all experts."""
     model = tiny("mixtral").eval()
@@ -171,6 +176,7 @@ def test_experts_train_the_same_rows() -> None:
         assert int(found.any(2).any(0).sum()) == 2 * len(best)
 
 
+@pytest.mark.full
 def test_every_layer_has_its_own_choice_and_one_code() -> None:
     """Numbers are in a tensor, so that layers with other rows share their function."""
     compiled = graftc.compile({"adapt": [entry(n_of_m=[1, 4])]}, tiny("llama")).eval()
@@ -181,6 +187,7 @@ def test_every_layer_has_its_own_choice_and_one_code() -> None:
     assert [id(one) for one in first.values()] == [id(other) for other in second.values()] != []
 
 
+@pytest.mark.full
 def test_a_tied_table_counts_once() -> None:
     """T5 reads its table three times and GPT-2 twice; all readers see one copy, which folds."""
     for family, target in (("t5", {"role": ["embed", "head"]}), ("gpt2", {"modules": "**"})):
@@ -191,6 +198,7 @@ def test_a_tied_table_counts_once() -> None:
         assert len(tables) == 1  # 25 groups of 4, and one of a single row
 
 
+@pytest.mark.full
 def test_two_stand_in_for_rows_of_one_weight() -> None:
     """As long as no row is in both."""
     model = tiny("gpt2").eval()
@@ -205,6 +213,7 @@ def test_two_stand_in_for_rows_of_one_weight() -> None:
     assert error.value.code == "GC021"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("last", [False, True])
 def test_rows_under_lora(last: bool) -> None:
     """In either order they are what LoRA adds to."""
@@ -215,6 +224,7 @@ def test_rows_under_lora(last: bool) -> None:
     assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) < 2e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
@@ -240,6 +250,7 @@ def test_rows_that_fold_to_wrong_places_are_found(
     assert error.value.code == "GC051"
 
 
+@pytest.mark.full
 def test_trained_entries_of_a_large_table_are_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a table that is too large to look all of it up."""
     compiled = graftc.compile({"adapt": [entry(rows=[77], target={"role": "embed"})]}, tiny("bert")).eval()

@@ -115,6 +115,7 @@ def test_named_rows(entries: list[int | str], expected: list[int]) -> None:
     assert named_rows(entries, 10, "place").tolist() == expected
 
 
+@pytest.mark.slow
 def test_drawn_rows_follow_the_seed() -> None:
     """And layers, and parts of one weight, draw for themselves."""
     drawn = entry(n_of_m=[2, 8], selection="random", target={"role": ["attn.q", "attn.k"]})
@@ -130,6 +131,7 @@ def test_drawn_rows_follow_the_seed() -> None:
     assert all(int(((t >= 8 * i) & (t < 8 * i + 8)).sum()) == 2 for t in first for i in range(6))
 
 
+@pytest.mark.slow
 def test_tensors_of_other_rows_are_refused() -> None:
     """They would be put where they do not belong; nothing is copied."""
     drawn = entry(n_of_m=[1, 4], selection="random")
@@ -141,6 +143,7 @@ def test_tensors_of_other_rows_are_refused() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.adapter_state_dict().items())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("selection", ["magnitude", "random"])
 def test_an_artifact_has_the_same_rows(tmp_path: Path, selection: str) -> None:
     """And so the same outputs, to the bit, with flags that it was not captured with too, and the same fold."""
@@ -156,6 +159,7 @@ def test_an_artifact_has_the_same_rows(tmp_path: Path, selection: str) -> None:
     assert largest_difference(outputs_of(loaded.merge(), inputs), outputs_of(compiled, inputs)) < 2e-5
 
 
+@pytest.mark.slow
 def test_rows_stay_where_the_base_changes_below_them() -> None:
     """A compilation that is made from tensors goes by their rows, not by what the base's norms are now."""
     compiled = graftc.compile({"adapt": [entry(n_of_m=[1, 4])]}, tiny("bert")).eval()
@@ -172,6 +176,7 @@ def test_rows_stay_where_the_base_changes_below_them() -> None:
         assert torch.equal(edit.own.index(), kept[edit.trained.removesuffix("weight") + "chosen"])
 
 
+@pytest.mark.full
 def test_without_values_counts_hold() -> None:
     """On the meta device as with values, but for a shorter block that may be among the chosen ones."""
     with torch.device("meta"):
@@ -232,6 +237,7 @@ def test_rows_that_are_not_there(fields: dict[str, Any], text: str) -> None:
     assert found.place.path == "adapt[0].rows[1]"
 
 
+@pytest.mark.slow
 def test_rows_that_train_already() -> None:
     """By `train:`, or by another adaptation."""
     for other in ({"train": ["classifier"]}, {}):

@@ -39,6 +39,7 @@ def prox_of(compiled: Any) -> Prox:
     return controller
 
 
+@pytest.mark.slow
 def test_start() -> None:
     """Gates standard normal, A within its bound, B zero."""
     state = adapted(rank=40, role=["attn.q", "attn.k", "attn.v"]).adapter_state_dict()
@@ -48,6 +49,7 @@ def test_start() -> None:
     assert all(float(t.abs().max()) <= 48**-0.5 for name, t in state.items() if name.endswith(".A"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral"])
 def test_ranks_with_a_gate_at_zero_can_be_removed(family: str) -> None:
     """Whatever their rows and columns hold: logits stay within 1e-6, and folding agrees."""
@@ -69,6 +71,7 @@ def test_ranks_with_a_gate_at_zero_can_be_removed(family: str) -> None:
     assert largest_difference(outputs_of(compiled.merge(), inputs), before) <= 2e-5
 
 
+@pytest.mark.slow
 def test_the_gate_goes_into_the_weight() -> None:
     """`dW = s B diag(g) A` in float64: with the gate in B it is plain LoRA."""
     compiled = adapted(alpha=5)
@@ -110,6 +113,7 @@ def test_prox_minimises_what_it_is_the_operator_of() -> None:
         assert abs(float(best - found)) <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prox", "zeros"), [("paper", 0.1), ("reference", 0.2)])
 def test_gates_close_after_each_step(prox: str, zeros: float) -> None:
     """One step with no gradient is the operator alone, on every gate."""
@@ -124,6 +128,7 @@ def test_gates_close_after_each_step(prox: str, zeros: float) -> None:
     assert prox_of(compiled).steps == 2
 
 
+@pytest.mark.full
 def test_training_closes_gates() -> None:
     """In a plain loop, a high threshold leaves few ranks, and the count to ship is that of those."""
     compiled = adapted(threshold=0.02)
@@ -139,6 +144,7 @@ def test_training_closes_gates() -> None:
     assert left == sum(int((gate != 0).sum()) for gate in gates(compiled).values())
 
 
+@pytest.mark.full
 def test_threshold_schedule() -> None:
     """Linear from one threshold to the other over the training; GC026 where its length is not known."""
     compiled = adapted(threshold=0.1, final_threshold=0.5)
@@ -150,6 +156,7 @@ def test_threshold_schedule() -> None:
     assert prox_of(adapted(threshold=0.1)).threshold(7) == 0.1
 
 
+@pytest.mark.slow
 def test_l1_objective() -> None:
     """`l1` times the mean of all absolute gates, with the gradient of that; none by default."""
     compiled = adapted(l1=0.5)
@@ -163,6 +170,7 @@ def test_l1_objective() -> None:
     assert not adapted()._steering.objectives
 
 
+@pytest.mark.slow
 def test_no_threshold_no_controller() -> None:
     """With threshold 0 gates are trained freely, and there is no step to count."""
     compiled = adapted(threshold=0)

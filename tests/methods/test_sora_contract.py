@@ -20,6 +20,7 @@ class TestSoRA(MethodContract):
 class TestExperts(MethodContract):
     """Gates for each expert."""
 
+    variant = True
     adaptation = on_experts(SORA)
     families = ("mixtral",)
 
@@ -27,6 +28,7 @@ class TestExperts(MethodContract):
 class TestTable(MethodContract):
     """A table of embeddings, beside its dropout scope and mask."""
 
+    variant = True
     adaptation = on_a_table(SORA)
     families = ("bert",)
 

@@ -42,6 +42,7 @@ def own_entries(region: WeightSlice) -> torch.Tensor:
     return torch.cat([every[start:stop].flatten() for start, stop in region.spans]).sort().values
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "variant", "steps", "fields"),
     [
@@ -92,6 +93,7 @@ def test_a_dense_reference_agrees(family: str, variant: str, steps: int, fields:
         assert float((changed(entries) - own_dense.delta).abs().max()) <= 1e-5 * largest
 
 
+@pytest.mark.slow
 def test_counts_are_rounded_down_for_each_weight() -> None:
     """A share, a number, and the rank whose updates have as many parameters; indices in order, deltas zero."""
     sizes = [48 * 48, 48 * 80] * 2
@@ -111,6 +113,7 @@ def test_counts_are_rounded_down_for_each_weight() -> None:
             assert indices.dtype == torch.int32 and bool((indices[1:] > indices[:-1]).all())
 
 
+@pytest.mark.full
 def test_by_default_the_projections_of_layers_train() -> None:
     """The seven of Llama, fused ones of GPT-2 as a whole, neither heads nor what is outside of layers."""
     for family, names in (
@@ -128,6 +131,7 @@ def test_by_default_the_projections_of_layers_train() -> None:
         )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_first_replacement_takes_all(variant: str) -> None:
     """Deltas are zero afterwards, but of entries that are dropped and grown again, which stay to the bit."""
@@ -176,6 +180,7 @@ def ended(compiled: Any) -> tuple[dict[str, Any], Any]:
     return before, optimiser
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dropping_takes_deltas_away_and_growing_changes_nothing(variant: str, family: str) -> None:
@@ -203,6 +208,7 @@ def test_dropping_takes_deltas_away_and_growing_changes_nothing(variant: str, fa
     assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
 
 
+@pytest.mark.full
 @settings(max_examples=12, deadline=None)
 @given(data=st.data(), variant=st.sampled_from(VARIANTS), decay=st.sampled_from(["linear", "cosine"]))
 def test_counts_places_and_bounds_hold_for_any_schedule(data: Any, variant: str, decay: str) -> None:
@@ -228,6 +234,7 @@ def test_counts_places_and_bounds_hold_for_any_schedule(data: Any, variant: str,
             assert entries.tensor("delta").isfinite().all()
 
 
+@pytest.mark.full
 def test_the_share_falls_to_zero() -> None:
     """All at first, then the formulas; nothing outside of the schedule, and nothing after the last step."""
     controller = controller_of(adapted(interval=20, accumulation_steps=5, total_steps=100))
@@ -242,6 +249,7 @@ def test_the_share_falls_to_zero() -> None:
     assert [t for t in range(1, 26) if every.fraction(t)] == [5, 10, 15, 20, 25]
 
 
+@pytest.mark.full
 def test_among_equals_the_first_go() -> None:
     """All deltas alike: exactly as many as the share says, those that stand first."""
     compiled = adapted(drop_fraction=0.5, total_steps=1000, density=0.1)
@@ -264,6 +272,7 @@ def test_among_equals_the_first_go() -> None:
     assert torch.equal(entries.tensor("indices")[:count], free[:count])
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_largest_products_are_those_of_the_outer_product(data: Any) -> None:
@@ -291,6 +300,7 @@ def test_largest_products_are_those_of_the_outer_product(data: Any) -> None:
         module.BLOCK = block
 
 
+@pytest.mark.slow
 def test_nothing_grows_into_what_is_not_finite() -> None:
     """Sums that are infinite or no numbers are no candidates, and products of infinite accumulators stay in bounds."""
     compiled = adapted(drop_fraction=1.0)
@@ -310,6 +320,7 @@ def test_nothing_grows_into_what_is_not_finite() -> None:
     assert largest_products(region, torch.tensor([1]), r, c, 6).tolist() == [0, 2, 3, 4, 5]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_unselected_entries_are_the_base_s_after_weight_decay(variant: str) -> None:
     """AdamW decays deltas alone: merged, at most K entries differ from the base's bits; in bfloat16 too."""
@@ -333,6 +344,7 @@ def test_unselected_entries_are_the_base_s_after_weight_decay(variant: str) -> N
         assert all(entries.tensor("delta").dtype == torch.float32 for entries in found.values())
 
 
+@pytest.mark.full
 def test_two_adaptations_of_one_weight() -> None:
     """Each looks at the gradients and moves its own entries."""
     first = {"method": "spiel", "name": "one", "target": {"role": ROLES}, "density": 0.05, "interval": 4}

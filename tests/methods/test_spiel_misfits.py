@@ -11,6 +11,7 @@ from tests.cli.support import check_golden
 from tests.methods.spiel_models import adapted, controller_of, entries_of, optimiser_for, train
 
 
+@pytest.mark.full
 def test_what_does_not_fit_is_said() -> None:
     """Budgets and schedules."""
     for fields, code, path in (
@@ -40,6 +41,7 @@ def test_what_does_not_fit_is_said() -> None:
     train(adapted(total_steps=None, drop_fraction=0), optimiser_for(unknown), [1])
 
 
+@pytest.mark.full
 def test_the_other_variant_s_optimiser() -> None:
     """MA cannot do without accumulators (GC045); AG with SM3 grows, and new entries have no momentum."""
     compiled = adapted("MA")
@@ -56,6 +58,7 @@ def test_the_other_variant_s_optimiser() -> None:
         assert zero.any() and not optimiser.state[entries.tensor("delta")]["momentum"][zero].any()
 
 
+@pytest.mark.slow
 def test_another_optimiser_is_warned_of_once() -> None:
     """Entries move all the same."""
     compiled = adapted()

@@ -35,6 +35,7 @@ def same_state(first: Any, second: Any) -> None:
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.full
 def test_the_base_wants_gradients_in_windows_only() -> None:
     """From a forward pass to `after_step`, so that who asks between steps sees what trains."""
     compiled = adapted()
@@ -55,6 +56,7 @@ def test_the_base_wants_gradients_in_windows_only() -> None:
     assert all(not p.requires_grad for n, p in compiled.named_parameters() if n in weights)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_no_training_wants_nothing(variant: str) -> None:
     """Eval mode, no gradients, the base alone; and it changes nothing of a window that it stands in."""
@@ -88,6 +90,7 @@ def test_what_is_no_training_wants_nothing(variant: str) -> None:
     same_state(plain, disturbed)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("middle", [1, 2, 5])
 def test_a_resumed_run_goes_on_to_the_bit(variant: str, middle: int) -> None:
@@ -107,6 +110,7 @@ def test_a_resumed_run_goes_on_to_the_bit(variant: str, middle: int) -> None:
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_state_that_is_loaded_between_steps_holds_at_once() -> None:
     """Also where the same model has been in another window before."""
     compiled = adapted()
@@ -122,6 +126,7 @@ def test_state_that_is_loaded_between_steps_holds_at_once() -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in compiled.adapter_state_dict().items())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_artifact_from_within_a_window_changes_nothing(variant: str, tmp_path: Path) -> None:
     """Saved, loaded and trained on; merging in between as well, also before the step is taken."""
@@ -146,6 +151,7 @@ def test_an_artifact_from_within_a_window_changes_nothing(variant: str, tmp_path
     assert not any(p.requires_grad for p in merged.parameters())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_checkpointing_changes_no_bit(variant: str) -> None:
     """Layers that run again in the backward pass hand over the same gradients, once."""
@@ -156,6 +162,7 @@ def test_checkpointing_changes_no_bit(variant: str) -> None:
     same_state(plain, again)
 
 
+@pytest.mark.slow
 def test_no_gradient_of_a_weight_outlives_its_site() -> None:
     """When one is handed over, those before are gone; candidates and their sums are all that is left."""
     compiled = adapted(target={"modules": "**"})
@@ -181,6 +188,7 @@ def test_no_gradient_of_a_weight_outlives_its_site() -> None:
         gc.enable()
 
 
+@pytest.mark.full
 def test_a_window_that_replaces_nothing_looks_at_nothing() -> None:
     """Where no share is left, or the training ends before."""
     for fields, steps in (({"drop_fraction": 0}, [5]), ({"total_steps": 6}, [5]), ({"total_steps": 7}, [])):
@@ -191,6 +199,7 @@ def test_a_window_that_replaces_nothing_looks_at_nothing() -> None:
         assert bool(wanted(compiled)) == (not steps)
 
 
+@pytest.mark.full
 def test_a_layer_that_runs_several_times_gives_one_gradient() -> None:
     """ALBERT has one layer for all: the uses of a weight are summed before they are looked at."""
     from transformers import AlbertConfig, AlbertForSequenceClassification
@@ -213,6 +222,7 @@ def test_a_layer_that_runs_several_times_gives_one_gradient() -> None:
     torch.testing.assert_close(entries.tensor("gradient"), dense[candidates], rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.full
 def test_parts_of_a_batch_are_one_step() -> None:
     """Where the first part would choose the candidates of the whole batch, sums, squares and what grows are those of
     one batch, to 1e-5; here it is the same part twice. With other parts the first one chooses."""
@@ -238,6 +248,7 @@ def test_parts_of_a_batch_are_one_step() -> None:
         assert torch.equal(one.tensor("indices"), two.tensor("indices"))
 
 
+@pytest.mark.full
 def test_the_first_part_chooses_and_the_others_add() -> None:
     """Against the gradients of whole weights in the source model: candidates of the first row, sums of all rows, the
     square of their sum."""
@@ -258,6 +269,7 @@ def test_the_first_part_chooses_and_the_others_add() -> None:
         assert not entries.tensor("gradient").any()
 
 
+@pytest.mark.full
 def test_a_step_that_is_thrown_away_leaves_nothing() -> None:
     """What a scaler skips chooses no candidates and adds nothing, in the first step of a window and later."""
     plain, skipped = adapted(), adapted()
@@ -281,6 +293,7 @@ def test_a_step_that_is_thrown_away_leaves_nothing() -> None:
     same_state(plain, skipped)
 
 
+@pytest.mark.full
 def test_a_copy_from_within_a_step_is_by_itself() -> None:
     """Its base wants nothing, it has no optimiser, and it trains on alone, to the bit."""
     compiled = adapted()
@@ -301,6 +314,7 @@ def test_a_copy_from_within_a_step_is_by_itself() -> None:
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in compiled.adapter_state_dict().items())
 
 
+@pytest.mark.slow
 def test_an_adaptation_that_does_not_train_is_left_alone() -> None:
     """`train_only` another one: no gradients are looked at, no entry moves."""
     spiel = {"method": "spiel", "target": {"role": "attn.q"}, "density": 0.1, "interval": 4, "accumulation_steps": 2}
@@ -316,6 +330,7 @@ def test_an_adaptation_that_does_not_train_is_left_alone() -> None:
     assert all(torch.equal(before[name], entries.tensor("indices")) for name, entries in entries_of(compiled).items())
 
 
+@pytest.mark.full
 def test_state_moves_with_the_model() -> None:
     """What a window has gathered is where the deltas are."""
     compiled = adapted()
@@ -325,6 +340,7 @@ def test_state_moves_with_the_model() -> None:
     assert all(e.tensor("candidates").device.type == "meta" for e in controller_of(compiled).entries)
 
 
+@pytest.mark.full
 def test_compiled_code_trains_without_windows() -> None:
     """Nothing breaks. No entry is added, and a warning says so."""
     compiled = adapted()
@@ -343,6 +359,7 @@ def test_compiled_code_trains_without_windows() -> None:
     assert all(entries.tensor("delta").any() for entries in controller_of(compiled).entries)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_trainer_goes_on_where_it_stopped(variant: str, tmp_path: Path) -> None:
     """With the callback and an optimiser of ours: an uninterrupted run, and one from a checkpoint in a window; clipped

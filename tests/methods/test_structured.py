@@ -91,6 +91,7 @@ def changed(model: nn.Module, after: Mapping[str, Tensor]) -> set[str]:
     return {name for name, before in model.named_parameters() if not torch.equal(before, after[name])}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit", "mixtral"])
 def test_every_parameter_trains(family: str) -> None:
     """As many as the model has, each once, tied ones too; a compiled model may train beside its source."""
@@ -99,6 +100,7 @@ def test_every_parameter_trains(family: str) -> None:
     assert compiled.report.trainable_parameters == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.full
 def test_exactly_the_last_layer_changes() -> None:
     """And what enters it stays, to the bit; nothing below it gets a gradient."""
     model = tiny("gpt2").eval()
@@ -110,6 +112,7 @@ def test_exactly_the_last_layer_changes() -> None:
     assert torch.equal(*states)
 
 
+@pytest.mark.full
 def test_exactly_the_biases_change() -> None:
     """Those of keys get no gradient to speak of, and a head stays."""
     model = tiny("bert").eval()
@@ -119,6 +122,7 @@ def test_exactly_the_biases_change() -> None:
     assert biases - changed(model, after) <= {n for n in biases if "key" in n}
 
 
+@pytest.mark.full
 def test_an_encoder_stays_under_cross_attention() -> None:
     """Its states are the base's to the bit, and so are the decoder's own weights."""
     model = tiny("t5").eval()
@@ -130,6 +134,7 @@ def test_an_encoder_stays_under_cross_attention() -> None:
     torch.testing.assert_close(*states, rtol=0, atol=1e-5)
 
 
+@pytest.mark.full
 def test_biases_of_queries_alone() -> None:
     """The rows of a fused bias that are theirs."""
     model = tiny("gpt2").eval()
@@ -142,6 +147,7 @@ def test_biases_of_queries_alone() -> None:
         assert bool(moved[:48].all()) and not bool(moved[48:].any())
 
 
+@pytest.mark.full
 def test_queries_alone() -> None:
     """The columns of GPT-2's fused weight that are theirs, and nothing else, after AdamW that decays weights."""
     model = tiny("gpt2").eval()
@@ -159,6 +165,7 @@ Q = {"role": "attn.q"}
 LORA = {"method": "lora", "rank": 4, "target": Q}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 @pytest.mark.parametrize("first", [LORA, {"method": "ia3", "target": {"role": "attn.k"}}], ids=["lora", "ia3"])
 def test_copies_are_below_what_came_first(family: str, first: dict[str, Any]) -> None:
@@ -176,6 +183,7 @@ def test_copies_are_below_what_came_first(family: str, first: dict[str, Any]) ->
         assert largest_difference(outputs_of(merged, inputs), expected) < 2e-5
 
 
+@pytest.mark.full
 def test_copies_fold_from_below_what_stays() -> None:
     """A bank stays, a LoRA below it folds, and so does what stands in for the weight, though it comes last."""
     spec = {
@@ -190,6 +198,7 @@ def test_copies_fold_from_below_what_stays() -> None:
     assert largest_difference(outputs_of(partial.compiled, inputs), outputs_of(compiled, inputs)) < 2e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("target", [{"role": "embed"}, {"modules": "**"}], ids=["table", "all"])
 def test_a_tied_table_folds_without_a_warning(target: dict[str, str]) -> None:
     """One copy for all names, so that folding changes what training has changed."""
@@ -202,6 +211,7 @@ def test_a_tied_table_folds_without_a_warning(target: dict[str, str]) -> None:
     assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) < 2e-5
 
 
+@pytest.mark.full
 def test_full_beside_a_prompt() -> None:
     """Both train; folding leaves the prompt."""
     spec = {"adapt": [{"method": "prompt", "length": 2}, {"method": "full", "target": {"role": "attn.{q,v}"}}]}
@@ -213,6 +223,7 @@ def test_full_beside_a_prompt() -> None:
     assert same_bits(outputs_of(partial.compiled, inputs), outputs_of(compiled, inputs))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "entry", "code", "text"),
     [

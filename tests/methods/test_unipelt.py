@@ -97,6 +97,7 @@ APART = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_open_gates_are_the_sum(family: str) -> None:
     """At 1 the parts are what they are as adaptations without gates."""
@@ -107,6 +108,7 @@ def test_open_gates_are_the_sum(family: str) -> None:
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(other, inputs)) <= 2e-6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shut_gates_leave_a_prefix_of_zeros(family: str) -> None:
     """Adapters and updates vanish, to the bit where there is no prefix; its keys of zeros still take part."""
@@ -125,6 +127,7 @@ def test_shut_gates_leave_a_prefix_of_zeros(family: str) -> None:
     assert largest_difference(found, base) > 1e-4
 
 
+@pytest.mark.full
 def test_at_first() -> None:
     """Gates are near a half: with weights of deviation 0.02 and biases of 0; updates are zero."""
     compiled = graftc.compile({"adapt": [APL]}, tiny("bert")).eval()
@@ -142,6 +145,7 @@ def test_at_first() -> None:
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(without, inputs)) <= 1e-6
 
 
+@pytest.mark.full
 def test_padding() -> None:
     """A mean over all tokens depends on how long the padding is, one over real tokens does not."""
     ids = torch.randint(5, 50, (2, 6))
@@ -156,6 +160,7 @@ def test_padding() -> None:
         assert (difference > 1e-5) if moves else (difference <= 1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_mam_is_its_parts(family: str) -> None:
     """The prefix and the parallel adapter as adaptations of their own give the same."""
@@ -165,6 +170,7 @@ def test_mam_is_its_parts(family: str) -> None:
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(other, inputs)) <= 2e-6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("entry", [APL, AP, MAM], ids=["APL", "AP", "MAM"])
 def test_the_network_is_ejected(entry: dict[str, Any]) -> None:
     """What is deployed has the keys and values alone, gates and adapters as they were, and gives the same."""
@@ -179,6 +185,7 @@ def test_the_network_is_ejected(entry: dict[str, Any]) -> None:
     assert largest_difference(outputs_of(deployed, inputs), outputs_of(compiled, inputs)) <= 2e-6
 
 
+@pytest.mark.full
 def test_targets() -> None:
     """Without roles every part is at its own places; layers narrow them, and places without a part are refused."""
     spec = graftc.load_spec({"adapt": [{**AP, "target": {"layers": 1}}]}).adapt[0]
@@ -196,6 +203,7 @@ def test_targets() -> None:
         assert caught.value.place is not None and caught.value.place.path == "adapt[0].target"
 
 
+@pytest.mark.slow
 def test_what_a_spec_may_not_say() -> None:
     """Each with a code, and the place of the field."""
     cases: list[tuple[dict[str, Any], str]] = [

@@ -36,6 +36,7 @@ class TestEverywhere(TestVeRA):
 class TestBesideExperts(MethodContract):
     """The attentions of a mixture of experts."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "vera", "target": {"role": "attn.{q,k,v}"}, "rank": 64}
     families = ("mixtral",)
 
@@ -53,6 +54,7 @@ def adapted(model: nn.Module, **fields: Any) -> Any:
     return graftc.compile({"adapt": [entry]}, model).eval()
 
 
+@pytest.mark.slow
 def test_tensors() -> None:
     """A and B once, as large as the largest site, frozen; d and b for each site."""
     compiled = adapted(tiny("llama"))
@@ -72,6 +74,7 @@ def test_tensors() -> None:
     assert report.deployed_parameters == report.trainable_parameters + 32 * 80 + 48 * 32
 
 
+@pytest.mark.slow
 def test_start() -> None:
     """``d`` is 0.1, ``b`` is zero, A and B are uniform within Kaiming's bound, ``sqrt(6 / columns)``."""
     held = adapted(tiny("bert"), rank=256).adapter_state_dict()
@@ -85,6 +88,7 @@ def test_start() -> None:
         assert abs(float(tensor.std()) - bound / math.sqrt(3)) < 0.02 * bound
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_update(family: str) -> None:
     """``W' - W`` is ``diag(b) B diag(d) A`` of the shared matrices' first rows and columns."""
@@ -103,6 +107,7 @@ def test_update(family: str) -> None:
     torch.testing.assert_close(update, c.diag() @ b[:rows] @ d.diag() @ a[:, :columns], rtol=0, atol=1e-13)
 
 
+@pytest.mark.full
 def test_projection_seed() -> None:
     """It draws A and B whatever the compilation's seed and the adaptation's name are."""
     entry = {"method": "vera", "target": {"role": ROLES}, "rank": 32}
@@ -119,6 +124,7 @@ def test_projection_seed() -> None:
     assert not torch.equal(one[0].flatten()[:100], one[1].flatten()[:100])
 
 
+@pytest.mark.full
 def test_other_signatures_share_the_projections() -> None:
     """A second graph reads the same A and B."""
     compiled = adapted(tiny("bert"))
@@ -130,6 +136,7 @@ def test_other_signatures_share_the_projections() -> None:
     assert sum(name.startswith("graftc.") for name in compiled.adapter_state_dict()) == 2
 
 
+@pytest.mark.full
 def test_artifact(tmp_path: Path) -> None:
     """A and B are kept with the adapters."""
     compiled = adapted(tiny("bert"))
@@ -140,12 +147,14 @@ def test_artifact(tmp_path: Path) -> None:
     assert same_bits(outputs_of(loaded, inputs), outputs_of(compiled, inputs))
 
 
+@pytest.mark.slow
 def test_no_gradient_at_zero() -> None:
     """Neither vector would learn if both were zero at first."""
     with pytest.raises(GraftError, match=r"GC002.*d_initial is 0"):
         adapted(tiny("bert"), d_initial=0.0)
 
 
+@pytest.mark.full
 @each_way
 def test_published_count(count: Any) -> None:
     """RoBERTa-base on queries and values at rank 1024: 24 (1024 + 768) = 43,008, 0.043M in the paper's table."""

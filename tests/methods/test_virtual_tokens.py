@@ -144,6 +144,7 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "mixtral", "gemma"])
 def test_a_prompt_of_real_words_is_a_longer_text(family: str) -> None:
     """Of a decoder: what it gives for the text is what it gives for the text behind those words."""
@@ -166,6 +167,7 @@ def padded(where: str, pad: int = 1) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("where", ["in front", "behind", "inside"])
 def test_positions_that_are_counted_by_tokens(where: str) -> None:
     """RoBERTa counts what is no padding, which token embeddings do not show: real words in front are a longer text
@@ -191,6 +193,7 @@ def test_positions_that_are_counted_by_tokens(where: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_words_in_front_of_an_encoder(family: str) -> None:
     """Of two stacks: what the decoder gives for the longer text; the encoder's output is the text's own part of it."""
@@ -206,6 +209,7 @@ def test_words_in_front_of_an_encoder(family: str) -> None:
     torch.testing.assert_close(found.encoder_last_hidden_state, own, rtol=0, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("target", ["decoder.embed.token", ["encoder.embed.token", "decoder.embed.token"]])
 def test_either_stack_may_have_its_own(target: Any) -> None:
     """A decoder's virtual tokens are left out of the logits, an encoder's are seen across."""
@@ -225,6 +229,7 @@ def test_either_stack_may_have_its_own(target: Any) -> None:
     assert compiled.report.trainable_parameters == len(OWN) * 48 * (2 if both else 1)
 
 
+@pytest.mark.full
 def test_every_output_is_that_of_real_tokens() -> None:
     """Hidden states of all layers, and attentions both ways; segments and positions come along."""
     model = transformers.BertModel(tiny("bert").config, add_pooling_layer=True)
@@ -260,6 +265,7 @@ def test_every_output_is_that_of_real_tokens() -> None:
         torch.testing.assert_close(own, other[:, :, n:, n:], rtol=0, atol=1e-6)
 
 
+@pytest.mark.full
 def test_a_head_that_looks_for_the_last_token_finds_that_of_the_text() -> None:
     """A classifier on a decoder takes the last real token of each row, and its loss the labels as they are."""
     torch.manual_seed(3)
@@ -280,6 +286,7 @@ def test_a_head_that_looks_for_the_last_token_finds_that_of_the_text() -> None:
     torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=1e-6)
 
 
+@pytest.mark.full
 def test_labels_are_those_of_the_text() -> None:
     """The loss of a language model leaves virtual tokens out, the first word of the text being none of its targets."""
     model = tiny("gpt2").eval()
@@ -291,6 +298,7 @@ def test_labels_are_those_of_the_text() -> None:
     torch.testing.assert_close(found.loss, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("place", ["front", "after_bos", "suffix"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_places_in_padded_rows(place: str, side: str) -> None:
@@ -321,6 +329,7 @@ def test_places_in_padded_rows(place: str, side: str) -> None:
             torch.testing.assert_close(found[row, real], expected[real], rtol=0, atol=1e-5)
 
 
+@pytest.mark.full
 def test_infix_tokens_stand_behind_a_word() -> None:
     """Behind its first one, and at the end of a row that has none."""
     model = tiny("llama").eval()
@@ -336,6 +345,7 @@ def test_infix_tokens_stand_behind_a_word() -> None:
         torch.testing.assert_close(found[row], whole[row, kept[row]], rtol=0, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "gpt_neox", "llama", "mixtral", "gemma"])
 def test_pre_layer_is_a_prefix(family: str) -> None:
     """Deployed, virtual tokens in front are keys and values of every attention, rotated where the model rotates."""
@@ -354,6 +364,7 @@ def test_pre_layer_is_a_prefix(family: str) -> None:
             assert largest_difference(outputs_of(compiled, inputs), outputs_of(simpler, inputs)) > 1e-3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fields", [{"infix": 2}, {"target": {"role": "layer.in", "layers": [1]}}])
 def test_what_pre_layer_cannot_be_deployed_as(fields: dict[str, Any]) -> None:
     """Tokens within a text, and those that a layer computes itself, stay."""
@@ -361,6 +372,7 @@ def test_what_pre_layer_cannot_be_deployed_as(fields: dict[str, Any]) -> None:
     assert deployed(compiled) is compiled
 
 
+@pytest.mark.full
 def test_keys_that_depend_on_the_row_stay() -> None:
     """Gated and chosen updates of keys make other keys of virtual tokens for each row, so that no constants can be."""
     slots, update = {"method": "pre_layer", "length": 3}, {"target": {"role": "attn.{k,v}"}, "rank": 2}
@@ -380,6 +392,7 @@ def test_keys_that_depend_on_the_row_stay() -> None:
     assert largest_difference(outputs_of(deployed(compiled), inputs), outputs_of(compiled, inputs)) <= 1e-5
 
 
+@pytest.mark.full
 def test_layers_read_the_trained_vectors_whatever_the_text() -> None:
     """At every layer's input, virtual tokens have what is trained, within a text too."""
     model = tiny("gpt2").eval()
@@ -401,6 +414,7 @@ def test_layers_read_the_trained_vectors_whatever_the_text() -> None:
     assert sum(t.numel() for t in tensors.values()) == 2 * 48 * 3
 
 
+@pytest.mark.full
 def test_initial_vectors() -> None:
     """Uniform as the paper has it; words of the vocabulary; a word of several pieces is their mean."""
     model = tiny("gpt2").eval()
@@ -423,6 +437,7 @@ def test_initial_vectors() -> None:
     assert bool((mixed[2:, None] == table[None]).all(-1).any(1).all())
 
 
+@pytest.mark.full
 def test_adaptations_beside_and_among_virtual_tokens() -> None:
     """Two prompts stand one behind the other; low-rank adaptations see all tokens, and folding them keeps the rest."""
     model = tiny("llama").eval()
@@ -443,6 +458,7 @@ def test_adaptations_beside_and_among_virtual_tokens() -> None:
     assert largest_difference(outputs_of(partial.compiled, inputs), before) <= 2e-5
 
 
+@pytest.mark.full
 def test_an_artifact_with_virtual_tokens(tmp_path: Path) -> None:
     """Both captures are kept; it loads to the same outputs, its own graphs among what is checked."""
     model = tiny("gpt2").eval()
@@ -457,6 +473,7 @@ def test_an_artifact_with_virtual_tokens(tmp_path: Path) -> None:
     assert same_bits(outputs_of(loaded, inputs), outputs_of(compiled, inputs))
 
 
+@pytest.mark.full
 def test_layers_are_recomputed_with_virtual_tokens() -> None:
     """The same gradients to the bit with activation checkpointing."""
     found = []
@@ -480,6 +497,7 @@ class TestErrors:
         assert error.value.code == "GC019"
         assert error.value.place is not None and error.value.place.path == "adapt[0].method"
 
+    @pytest.mark.full
     def test_word_vectors_that_are_given(self) -> None:
         """Nobody looks words up then."""
         compiled = graftc.compile({"adapt": [{"method": "prompt", "length": 3}]}, tiny("gpt2"))
@@ -487,12 +505,14 @@ class TestErrors:
             compiled(inputs_embeds=torch.zeros(2, 5, 48))
         assert error.value.code == "GC019"
 
+    @pytest.mark.full
     def test_more_than_the_model_reads(self) -> None:
         """A prompt that fills the table of positions."""
         with pytest.raises(GraftError, match="leave no room") as error:
             graftc.compile({"adapt": [{"method": "prompt", "length": 512}]}, tiny("bert"))
         assert error.value.code == "GC020"
 
+    @pytest.mark.full
     @pytest.mark.parametrize("family", ["bert", "gpt2"])
     def test_a_text_that_leaves_no_room(self, family: str) -> None:
         """Found when it comes, before anything is looked up outside of the table of positions."""
@@ -504,6 +524,7 @@ class TestErrors:
             compiled(input_ids=ids, attention_mask=ids)
         assert error.value.code == "GC020"
 
+    @pytest.mark.full
     def test_a_token_that_is_none(self) -> None:
         """An id outside of the vocabulary."""
         with pytest.raises(GraftError, match="101 is not in the vocabulary") as error:
@@ -511,6 +532,7 @@ class TestErrors:
         assert error.value.code == "GC039"
         assert error.value.place is not None and error.value.place.path == "adapt[0].init_tokens[1]"
 
+    @pytest.mark.slow
     def test_compositions_of_additions(self) -> None:
         """Virtual tokens are nothing that is added."""
         adapt = [{"method": "prompt", "name": name, "length": 2} for name in ("a", "b")]

@@ -51,12 +51,14 @@ IA3: dict[str, Wrong] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", IA3)
 def test_ia3(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = refused({"method": "ia3", "target": SQUARE}, monkeypatch, IA3Method, IA3[name])
     assert len(reasons) == 2 and all("attention.self.key" in reason for reason in reasons)
 
 
+@pytest.mark.slow
 def test_ia3_input_with_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bias is not scaled with the input, even where its width would allow it."""
     entry = {"method": "ia3", "target": SQUARE, "side": "input"}
@@ -70,6 +72,8 @@ VERA: dict[str, Wrong] = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.sample("last columns", "b on columns")
 @pytest.mark.parametrize("name", VERA)
 def test_vera(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The inner width makes A wider than what the keys use of it."""
@@ -92,6 +96,7 @@ LOHA: dict[str, Wrong] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", LOHA)
 def test_loha(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"method": "loha", "target": SQUARE, "rank": 4, "alpha": 8}
@@ -104,12 +109,14 @@ LOKR: dict[str, Wrong] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOKR)
 def test_lokr(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"method": "lokr", "target": SQUARE, "rank": 2, "alpha": 4}
     assert refused(entry, monkeypatch, LoKrMethod, LOKR[name])
 
 
+@pytest.mark.slow
 def test_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trained scale that is added to the base's instead of standing in for it."""
     compiled = graftc.compile({"adapt": [{"method": "norms"}]}, tiny("llama")).eval()

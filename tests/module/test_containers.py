@@ -57,6 +57,7 @@ def compiled(both: tuple[nn.Module, Any]) -> Any:
     return copy.deepcopy(both[1]).train()
 
 
+@pytest.mark.slow
 def test_classes_structure_and_attributes(both: tuple[nn.Module, Any]) -> None:
     model, compiled = both
     for path, source in model.named_modules():
@@ -148,6 +149,7 @@ def test_modes_of_submodules_are_those_of_the_graph(both: tuple[nn.Module, Any],
         assert compiled(inputs).shape == expected.shape
 
 
+@pytest.mark.slow
 def test_the_source_modules_modes_are_taken_over() -> None:
     model = Model().train().requires_grad_(False)
     frozen_norms(model)

@@ -158,16 +158,19 @@ KINDS = ("module", "parameter", "buffer")
 EVERY = [*OWN_NAMES, *FX_NAMES, *STRANGE_NAMES]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("names, kind", [(EVERY[i::8], KINDS[i % 3]) for i in range(8)])
 def test_any_name_will_do(names: list[str], kind: str) -> None:
     check(names, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_modules_parameters_and_buffers(kind: str) -> None:
     check(["program", "code", "class", "merge", "_store", "blocks"], kind)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("exported", [True, False])
 def test_saved_loaded_and_exported(exported: bool, tmp_path: Path) -> None:
     names = ["program", "save", "config", "_compilation", "tensors", "inputs"]
@@ -208,6 +211,7 @@ def test_attributes_are_children_but_for_published_names(name: str) -> None:
         assert getattr(root, name) is child
 
 
+@pytest.mark.slow
 def test_what_a_child_hides_is_the_runners() -> None:
     _, adapted, _ = compiled(["program"])
     assert isinstance(adapted.program, nn.Module)

@@ -86,6 +86,7 @@ def bert() -> Any:
     return graftc.compile({"adapt": adapt, "train": ["classifier"]}, tiny("bert"))
 
 
+@pytest.mark.slow
 def test_the_tree_says_what_is_adapted_and_how_much_trains(bert: Any) -> None:
     assert str(bert) == EXPECTED
     trainable, total = bert.get_nb_trainable_parameters()
@@ -93,6 +94,7 @@ def test_the_tree_says_what_is_adapted_and_how_much_trains(bert: Any) -> None:
     assert str(copy.deepcopy(bert)) == EXPECTED
 
 
+@pytest.mark.slow
 def test_counts_follow_what_trains_now(bert: Any) -> None:
     copied = copy.deepcopy(bert)
     copied.train_only("att")
@@ -101,6 +103,7 @@ def test_counts_follow_what_trains_now(bert: Any) -> None:
     assert lines(copied, "parameters:") == ["trainable parameters: 768 of 68,878 (1.1150%)"]
 
 
+@pytest.mark.slow
 def test_layers_that_differ_are_shown_each(bert: Any) -> None:
     override = {"role": "attn.v", "layers": [1], "rank": 3}
     compiled = graftc.compile({"adapt": [{**LORA, "overrides": [override]}]}, tiny("bert"))
@@ -109,6 +112,7 @@ def test_layers_that_differ_are_shown_each(bert: Any) -> None:
     assert ranks == ["+ lora: rank 2"] * 3 + ["+ lora: rank 3"]
 
 
+@pytest.mark.slow
 def test_rows_of_fused_weights_and_tensors_that_sites_share() -> None:
     vera = {"method": "vera", "rank": 8, "target": {"role": "ffn.up"}}
     compiled = graftc.compile(
@@ -121,6 +125,7 @@ def test_rows_of_fused_weights_and_tensors_that_sites_share() -> None:
     assert lines(compiled, "+ bitfit") == ["+ bitfit: weight [80, 48], bias [48] (trained copy), 48 trainable"]
 
 
+@pytest.mark.slow
 def test_adaptations_that_are_alike_are_one_line() -> None:
     names = [f"t{number}" for number in range(30)]
     spec = {"adapt": [{**LORA, "name": name} for name in names], "compose": [{"name": "tasks", "bank": names}]}

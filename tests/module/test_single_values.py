@@ -36,6 +36,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_one_value_raises(name: str) -> None:
     make, sample, single, enough = CASES[name]

@@ -98,6 +98,7 @@ def train(module: nn.Module) -> None:
         module(torch.randn(6, 4) * 2 - 1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MODULES)
 def test_updated_buffers_are_the_models_own(name: str, tmp_path: Path) -> None:
     model, compiled = made(name)
@@ -138,6 +139,7 @@ def test_updated_buffers_are_the_models_own(name: str, tmp_path: Path) -> None:
         assert torch.equal(folded[held], loaded.get_buffer(held))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NORMS)
 def test_disabled_is_the_base_with_its_own_statistics(name: str) -> None:
     model, compiled = made(name)
@@ -153,6 +155,7 @@ def test_disabled_is_the_base_with_its_own_statistics(name: str) -> None:
             assert torch.equal(value, held[own]), "a pass without adapters moved statistics"
 
 
+@pytest.mark.slow
 def test_another_base_is_still_another_base(tmp_path: Path) -> None:
     model, compiled = made("BatchNorm2d")
     path = compiled.save(tmp_path / "artifact")
@@ -162,6 +165,7 @@ def test_another_base_is_still_another_base(tmp_path: Path) -> None:
         graftc.load(path, other, cache=False)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("old", [True, False])
 def test_spectral_norm(old: bool) -> None:
     """Its power iteration is what a capture makes of it: the source never changes."""

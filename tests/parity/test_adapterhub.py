@@ -46,11 +46,13 @@ def test_the_base_is_the_same(arch: str) -> None:
         assert difference <= TOLERANCE, f"{name}: {difference:.2e}"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("arch", "case"), PAIRS)
 def test_outputs(arch: str, case: str) -> None:
     check(arch, case, *CASES[case])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("case", GENERAL)
 def test_outputs_of_the_mechanism(arch: str, case: str) -> None:
@@ -65,6 +67,7 @@ def check(arch: str, case: str, *entries: Entry) -> None:
     assert min(d for _, d in reference(arch).differences(case, reference(arch).base())) > 0.05
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("case", "other"),
     [("seq_bn", {"reads": "branch"}), ("seq_bn", {"adds_to": "output"}), ("par_bn", {"reads": "branch"})],
@@ -76,6 +79,7 @@ def test_another_wiring_is_told_from_it(case: str, other: dict[str, str]) -> Non
     assert min(d for _, d in reference("bert").differences(case, made)) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["seq_bn_post_add", "seq_bn_after_ln"])
 def test_other_residuals_are_told_apart(case: str) -> None:
     """With their adapters in it, Pfeiffer's wiring gives something else."""
@@ -83,6 +87,7 @@ def test_other_residuals_are_told_apart(case: str) -> None:
     assert min(d for _, d in reference("bert").differences(case, made)) > 1e-2
 
 
+@pytest.mark.full
 def test_order_in_a_stack() -> None:
     """The first adaptation is the first that runs."""
     made = adapted("bert", "stack", {**SEQ, "name": "a"}, {**SEQ, "name": "b"})

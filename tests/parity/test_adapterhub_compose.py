@@ -72,6 +72,7 @@ def check(arch: str, case: str, made: Compiled, inputs: Mapping[str, Any] | None
     assert min(d for _, d in file.differences(case, file.base())) > 0.05
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if "fuse" in reference(a).about["cases"]])
 def test_fusion(arch: str) -> None:
     """Attention over three adapters, with what they read as the query. In float64: where the scores of GPT-2's case are
@@ -80,20 +81,24 @@ def test_fusion(arch: str) -> None:
     check(arch, "fuse", made)
 
 
+@pytest.mark.full
 def test_fusion_without_values() -> None:
     compose = {"fuse": ["a", "b"], "values": False}
     check("bert", "fuse_static", compiled("bert", "fuse_static", dict.fromkeys("ab", SEQ), compose))
 
 
+@pytest.mark.full
 def test_spans_of_the_sequence() -> None:
     check("bert", "split", compiled("bert", "split", dict.fromkeys("ab", SEQ), {"split": ["a", "b"], "at": [4]}))
 
 
+@pytest.mark.slow
 def test_rows_of_the_batch() -> None:
     made = compiled("bert", "batch_split", dict.fromkeys("ab", SEQ), {"bank": ["a", "b"]})
     check("bert", "batch_split", made, {"adapter_ids": torch.tensor([0, 1, 1])})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_gated_adapters(arch: str) -> None:
     """With the mean over padding too, as AdapterHub has it."""
@@ -101,26 +106,31 @@ def test_gated_adapters(arch: str) -> None:
     check(arch, "seq_bn_gated", made)
 
 
+@pytest.mark.full
 def test_gated_parallel_adapters() -> None:
     check("bert", "par_bn_gated", compiled("bert", "par_bn_gated", {"a": PAR}, {"gate": ["a"], "tokens": "all"}))
 
 
+@pytest.mark.full
 def test_gated_lora() -> None:
     check("bert", "lora_gated", compiled("bert", "lora_gated", {"a": LORA}, {"gate": ["a"], "tokens": "all"}))
 
 
+@pytest.mark.full
 def test_gated_prefixes() -> None:
     """One gate for keys and values, from what the attention reads."""
     made = compiled("bert", "prefix_gated", {"p": PREFIX}, {"gate": ["p"], "tokens": "all"})
     check("bert", "prefix_gated", made)
 
 
+@pytest.mark.full
 def test_unipelt() -> None:
     """Prefix, adapter and low-rank updates, each behind gates of its own."""
     entries = {"p": PREFIX, "a": SEQ, "l": LORA}
     check("bert", "unipelt", compiled("bert", "unipelt", entries, {"gate": ["p", "a", "l"], "tokens": "all"}))
 
 
+@pytest.mark.full
 def test_unipelt_as_a_method() -> None:
     """The method is this composition, with other names for its tensors."""
     composed = compiled(
@@ -138,6 +148,7 @@ def test_unipelt_as_a_method() -> None:
     check("bert", "unipelt", made)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("case", "entry"), [("seq_bn_gated", SEQ), ("lora_gated", LORA)], ids=["pfeiffer", "lora"])
 def test_a_mean_over_real_tokens_is_told_from_it(case: str, entry: Mapping[str, Any]) -> None:
     """The batch has padding, so that the two means differ."""

@@ -31,6 +31,7 @@ LOKR = Names(
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
 def test_lora(family: str, rslora: bool) -> None:
@@ -58,6 +59,8 @@ KEYS_AND_VALUES = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.sample("llama")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ia3(family: str) -> None:
     """The default target, but where keys and values are rows of a fused matrix. Peft's own default for BERT matches the
@@ -80,6 +83,8 @@ SCALES = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.sample("bert")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms(family: str) -> None:
     check(
@@ -87,6 +92,8 @@ def test_norms(family: str) -> None:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.sample("bert")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vera(family: str) -> None:
     modules = MODULES[family]
@@ -95,6 +102,7 @@ def test_vera(family: str) -> None:
     check(Case(family, adaptation, lambda p: p.VeraConfig(r=64, **fields), VERA))
 
 
+@pytest.mark.slow
 def test_vera_draws_the_same_projections() -> None:
     """From one seed come the A and B that peft draws for it, and every tensor starts at peft's values."""
     peft = pytest.importorskip("peft")
@@ -109,6 +117,8 @@ def test_vera_draws_the_same_projections() -> None:
         assert torch.equal(tensor, held[VERA.of(name)]), name
 
 
+@pytest.mark.slow
+@pytest.mark.sample("bert")
 @pytest.mark.parametrize("family", LINEAR)
 def test_loha(family: str) -> None:
     modules = MODULES[family]
@@ -127,6 +137,7 @@ LOKR_CASES = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", LINEAR)
 @pytest.mark.parametrize("variant", LOKR_CASES)
 def test_lokr(family: str, variant: str) -> None:

@@ -88,6 +88,7 @@ def allocator_of(other: Any) -> Any:
     return other.base_model.rankallocator
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", MODULES)
 def test_outputs_and_objective(family: str) -> None:
     """Logits at three shapes, merged too; the objective is what peft adds to a loss."""
@@ -108,12 +109,15 @@ def test_outputs_and_objective(family: str) -> None:
         assert largest_difference(outputs_of(merged, inputs), outputs_of(whole, inputs)) <= 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.sample("t5")
 @pytest.mark.parametrize("family", MODULES)
 def test_importance_budget_and_masks(family: str) -> None:
     """A whole training of plain SGD on both sides: averages, budgets, masks and tensors agree after every step."""
     train_both(family, USUAL)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "schedule",
     [

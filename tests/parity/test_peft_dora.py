@@ -31,11 +31,14 @@ def case(family: str, **fields: Any) -> Case:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.sample("bert")
 @pytest.mark.parametrize("family", MODULES)
 def test_outputs_gradients_and_merged_outputs(family: str) -> None:
     check(case(family))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["llama", "vit", "gpt_neox"])
 @pytest.mark.parametrize("dropout_on", ["input", "branch"])
 def test_train_mode_without_dropout(family: str, dropout_on: str) -> None:
@@ -46,6 +49,7 @@ def test_train_mode_without_dropout(family: str, dropout_on: str) -> None:
     assert made.gradients() <= 1e-5
 
 
+@pytest.mark.slow
 def test_magnitudes_start_at_pefts() -> None:
     """Row norms of the weight; peft rounds another sum of the same squares."""
     peft = pytest.importorskip("peft")
@@ -73,6 +77,7 @@ class Pixels(nn.Module):
         return self.point(torch.relu(self.wide(self.table(x).movedim(-1, 1))))
 
 
+@pytest.mark.slow
 def test_convolutions_and_a_table() -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)

@@ -146,6 +146,8 @@ def in_cache(table: Tensor, layers: int, heads: int, width: int, mask: Tensor) -
     return cache, torch.cat([torch.ones(3, LENGTH, dtype=torch.int64), mask], 1)
 
 
+@pytest.mark.slow
+@pytest.mark.sample("gpt_neox")
 @pytest.mark.parametrize(
     "family", ["gpt2", "gpt2 eager", "llama", "llama eager", "gpt_neox", "mistral", "window", "gemma2", "falcon"]
 )
@@ -166,6 +168,7 @@ def test_language_models(family: str) -> None:
     assert largest_difference([base[real]], [expected[real]]) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "bert eager"])
 def test_encoders(family: str) -> None:
     """peft's own way is broken for BERT with this transformers, so the model's cache is filled by hand."""
@@ -184,6 +187,7 @@ def test_encoders(family: str) -> None:
     assert largest_difference([found], [expected]) <= TOLERANCE
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bloom", "mpt"])
 def test_written_out(family: str) -> None:
     """Attentions that transformers has no fused call for, with ALiBi; peft has no cache of the shape they take."""
@@ -202,6 +206,8 @@ def test_written_out(family: str) -> None:
     assert largest_difference([found[real]], [expected[real]]) <= TOLERANCE
 
 
+@pytest.mark.slow
+@pytest.mark.sample("t5")
 @pytest.mark.parametrize("family", ["t5", "t5 eager", "bart"])
 def test_pairs(family: str) -> None:
     """peft has a prefix in the self-attention of the decoder alone; its table is repeated over four caches a layer, of

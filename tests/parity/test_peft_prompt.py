@@ -50,6 +50,8 @@ def ours(family: str, table: Tensor, stacks: int) -> Compiled:
     return compiled
 
 
+@pytest.mark.slow
+@pytest.mark.sample("llama-1")
 @pytest.mark.parametrize(("family", "stacks"), [("bert", 1), ("gpt2", 1), ("llama", 1), ("t5", 1)])
 def test_prompt_tuning(family: str, stacks: int) -> None:
     """Logits of real tokens. peft leaves those of virtual tokens in; and it pools BERT's first position, which is a

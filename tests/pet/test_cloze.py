@@ -122,6 +122,7 @@ def scores(name: str, ids: Tensor, mask: Tensor, words: Any) -> Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", [*MASKED, *OTHERS])
 def test_class_logits_are_the_models_logits_of_the_words_at_the_blank(name: str) -> None:
     ids, mask = texts()
@@ -139,6 +140,7 @@ def _is_wide(node: torch.fx.Node) -> bool:
     return isinstance(value, Tensor) and value.dim() == 3 and value.shape[-1] == SIZES["vocab_size"]
 
 
+@pytest.mark.slow
 def test_permuted_labels_permute_logits() -> None:
     ids, mask = texts()
     order = [2, 0, 1]
@@ -151,6 +153,7 @@ def test_permuted_labels_permute_logits() -> None:
     assert other.config.num_labels == 3
 
 
+@pytest.mark.full
 def test_rows_have_their_own_verbalizers() -> None:
     ids, mask = texts()
     options = {**cloze("bert", TWO), "verbalizers": [TWO, ONE]}
@@ -163,6 +166,7 @@ def test_rows_have_their_own_verbalizers() -> None:
         compiled(ids, mask)
 
 
+@pytest.mark.full
 def test_losses_are_of_labels_their_probabilities_and_of_tokens() -> None:
     ids, mask = texts()
     compiled = graftc.compile({"adapt": [], "train": ["**"], "cloze": cloze("bert", TWO)}, model_of("bert")).eval()
@@ -176,6 +180,7 @@ def test_losses_are_of_labels_their_probabilities_and_of_tokens() -> None:
     torch.testing.assert_close((found.loss, found.logits), (wanted.loss, wanted.logits), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_the_loss_of_tokens_and_that_of_labels_train_the_same_tensors() -> None:
     ids, mask = texts()
     compiled = graftc.compile({"adapt": [LORA], "cloze": cloze("bert", TWO)}, model_of("bert")).train()
@@ -188,6 +193,7 @@ def test_the_loss_of_tokens_and_that_of_labels_train_the_same_tensors() -> None:
         assert all(g is not None and g.abs().max() > 0 for g in gradients)
 
 
+@pytest.mark.full
 def test_an_artifact_and_a_merged_model_classify_the_same(tmp_path: Path) -> None:
     from transformers import BertForMaskedLM
 
@@ -214,6 +220,7 @@ def trained() -> Any:
     return compiled
 
 
+@pytest.mark.full
 def test_onnx_runtime_classifies_the_same(tmp_path: Path) -> None:
     ids, mask = texts()
     compiled = trained()
@@ -264,6 +271,7 @@ def test_a_forward_that_was_replaced_in_an_instance_is_refused() -> None:
     assert caught.value.code == "GC170"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("blank", [5, "last"])
 def test_blanks_in_the_input_of_t5_are_refused(blank: int | str) -> None:
     """Its decoder has to be told what it starts with; BART shifts its input."""
@@ -296,6 +304,7 @@ def test_options_that_do_not_fit_are_refused(changes: dict[str, Any], message: s
         graftc.load_spec({"adapt": [], "cloze": {**cloze("bert", ONE), **changes}})
 
 
+@pytest.mark.slow
 def test_more_blanks_than_a_text_has_tokens() -> None:
     """Captures have short texts, and so may calls: other places are read then."""
     words = [[[*range(10, 30)]], [[*range(30, 50)]], [[*range(50, 70)]]]
@@ -307,6 +316,7 @@ def test_more_blanks_than_a_text_has_tokens() -> None:
     assert compiled(ids[:, :1], mask[:, :1]).logits.shape == (2, 3)
 
 
+@pytest.mark.full
 def test_what_is_called_wrongly_is_said() -> None:
     ids, mask = texts()
     options = {**cloze("bert", TWO), "verbalizers": [TWO, ONE]}
@@ -318,12 +328,14 @@ def test_what_is_called_wrongly_is_said() -> None:
         compiled(ids, mask, labels=torch.tensor([0, 1, 2]), token_targets=ids, pattern=torch.tensor([0, 1, 0]))
 
 
+@pytest.mark.slow
 def test_a_cloze_does_not_generate() -> None:
     compiled = graftc.compile({"adapt": [], "cloze": cloze("gpt2", ONE)}, model_of("gpt2")).eval()
     with pytest.raises(graftc.GraftError, match="GC142"):
         compiled.generate(torch.tensor([[5, 6]]))
 
 
+@pytest.mark.full
 def test_the_trainer_evaluates_it(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 

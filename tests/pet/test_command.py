@@ -45,6 +45,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 ARGUMENTS = ("pet", "pet.yaml", "--data", "rows", "--model", "base", "--out", "out")
 
 
+@pytest.mark.full
 def test_from_files_to_an_artifact(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_here(capsys, *ARGUMENTS, "--json")
     assert outcome.status == 0
@@ -128,6 +129,7 @@ def test_who_interrupts_it_is_told_how_to_go_on(
     assert "interrupted: run the same command again to go on\n" in outcome.err
 
 
+@pytest.mark.slow
 def test_each_training_is_a_line_where_there_is_no_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

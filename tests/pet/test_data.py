@@ -40,6 +40,7 @@ CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\x00"), max
 ROWS = st.lists(st.tuples(CELLS, CELLS, st.sampled_from(LABELS)), min_size=1, max_size=5)
 
 
+@pytest.mark.slow
 @given(rows=ROWS)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
 def test_all_formats_hold_the_same(rows: list[tuple[str, str, str]], tmp_path: Path) -> None:

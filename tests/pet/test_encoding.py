@@ -80,6 +80,8 @@ def test_tokens_are_those_of_the_filled_text(kind: str, row: dict[str, str], tex
         assert batch.keys() == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.slow
+@pytest.mark.sample("roberta", "gpt2", "t5")
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=FIELDS, title=FIELDS, length=st.integers(14, 40))
 @settings(max_examples=40, deadline=None)
@@ -339,6 +341,7 @@ def test_the_auxiliary_loss_of_other_models() -> None:
     assert refused(lambda: t5.token_batch(rows, 0, torch.Generator())).code == "GC179"
 
 
+@pytest.mark.slow
 def test_a_real_tokenizer() -> None:
     own = AutoTokenizer.from_pretrained(find_model())
     before = own.backend_tokenizer.to_str()

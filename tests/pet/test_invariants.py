@@ -237,6 +237,7 @@ def test_a_label_with_too_few_rows_gets_all_and_says_how_many_are_missing() -> N
     assert made.missing == (0, 3) and set(made.rows) >= {4, 5} and Counter(made.labels) == {0: 3, 1: 2}
 
 
+@pytest.mark.slow
 def test_rows_are_drawn_in_proportion_to_their_score() -> None:
     scores = torch.tensor([0.95, 0.8, 0.55])
     row_logits = torch.stack([scores.log(), (1 - scores).log()], dim=1)

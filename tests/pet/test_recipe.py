@@ -58,6 +58,7 @@ def _no_training(*_: object, **__: object) -> None:
     raise AssertionError("it is done")
 
 
+@pytest.mark.full
 def test_members_learn_and_a_classifier_learns_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From few rows to an artifact; a finished run only reads, and another is refused."""
     base = model(initializer_range=0.1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -84,6 +85,7 @@ def test_members_learn_and_a_classifier_learns_from_them(tmp_path: Path, monkeyp
         assert error.value.code == "GC058"
 
 
+@pytest.mark.full
 def test_the_same_without_a_folder(base: nn.Module, tmp_path: Path) -> None:
     """A method of several trainings in members, and a classifier with a head, whose artifact has its base."""
     adapt = [{"method": "lt_sft", "entries": 300}]
@@ -99,6 +101,7 @@ def test_the_same_without_a_folder(base: nn.Module, tmp_path: Path) -> None:
     assert merged.config.id2label == {0: "space", 1: "hockey"}
 
 
+@pytest.mark.full
 def test_without_labels_untrained_patterns_are_the_ensemble(base: Any) -> None:
     """What is computed from the language model's own logits, without graftc."""
     rows = data(0, 10)
@@ -118,6 +121,7 @@ def test_without_labels_untrained_patterns_are_the_ensemble(base: Any) -> None:
     torch.testing.assert_close(made.soft_labels, torch.softmax(mean, 1), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.full
 def test_generations_grow_from_nothing(base: nn.Module, tmp_path: Path) -> None:
     """Without labels the first set has ``start_size`` rows, of all labels alike; no member of the first is made."""
     spec = {**QUICK, "ipet": {"generations": 2, "growth": 2, "start_size": 4}}
@@ -143,6 +147,7 @@ class KilledError(Exception):
     """The run ends here."""
 
 
+@pytest.mark.full
 def test_killed_everywhere(base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of every training, before each stage is written and after: the same call ends with the same
     tensors, and nothing that was finished is done again."""
@@ -199,6 +204,7 @@ def test_killed_everywhere(base: nn.Module, tmp_path: Path, monkeypatch: pytest.
     assert _same(resumed, whole)
 
 
+@pytest.mark.full
 def test_slots_of_a_bank_train_as_if_each_were_alone(base: nn.Module) -> None:
     """The same rows, masks and first tensors; norms are clipped for each."""
     options = {**SPEC["training"], "steps": 3, "auxiliary": 0.2, "max_grad_norm": 0.05, "learning_rate": 1e-2}
@@ -228,6 +234,7 @@ def test_slots_of_a_bank_train_as_if_each_were_alone(base: nn.Module) -> None:
             torch.testing.assert_close(moved[names[name]], tensor, atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.full
 def test_a_bank_labels_and_is_kept(base: nn.Module, tmp_path: Path) -> None:
     """Two banks, two members of a pattern, and generations."""
     adapt = [*LORA["adapt"], {"method": "ia3"}]
@@ -254,6 +261,7 @@ def test_rows_that_are_not_there(base: nn.Module) -> None:
         pet(QUICK, base, tokenizer(), PetData(unlabelled=TextRows(({"title": "moon"},))))
 
 
+@pytest.mark.full
 def test_a_full_disk(base: nn.Module, small_disk: Callable[[int], Path]) -> None:
     """Wherever it is full, the run ends with GC064, and goes on when there is more room."""
     spec, room, failures = {**QUICK, "patterns": QUICK["patterns"][:1]}, 16, 0
@@ -315,6 +323,7 @@ def test_a_member_with_an_empty_set(base: nn.Module) -> None:
     assert error.value.code == "GC182"
 
 
+@pytest.mark.full
 def test_a_loss_that_is_not_finite(base: nn.Module) -> None:
     broken = model(initializer_range=0.1)
     with torch.no_grad():
@@ -335,6 +344,7 @@ def test_all_patterns_are_options_of_one_model(base: nn.Module) -> None:
     assert encoder.options()["labels"] == ["space", "hockey"] and encoder.max_length == 24
 
 
+@pytest.mark.slow
 def test_members_share_captures(base: nn.Module) -> None:
     """What takes longest of a small run: the second member finds what the first one has captured."""
     task = _task(load_pet_spec({**QUICK, "spec": LORA}), base, tokenizer(), data(), None, 0)
@@ -342,6 +352,7 @@ def test_members_share_captures(base: nn.Module) -> None:
     assert made[1].compilation.main.captures[0].cached
 
 
+@pytest.mark.full
 def test_labels_are_known_by_their_names(base: nn.Module) -> None:
     """Rows that were read with labels in another order are the same rows."""
     given = data()
@@ -360,6 +371,7 @@ def test_labels_are_known_by_their_names(base: nn.Module) -> None:
         pet(QUICK, base, tokenizer(), PetData(strange, given.unlabelled))
 
 
+@pytest.mark.slow
 def test_a_document_that_does_not_compile_leaves_nothing(base: nn.Module, tmp_path: Path) -> None:
     nowhere = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "nope"}}]}
     for part, spec in (("spec", {"spec": nowhere}), ("classifier.spec", {"classifier": {"spec": nowhere}})):
@@ -370,6 +382,7 @@ def test_a_document_that_does_not_compile_leaves_nothing(base: nn.Module, tmp_pa
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 def test_stages_that_were_changed_are_refused(base: nn.Module, tmp_path: Path) -> None:
     run = tmp_path / "run"
     pet(QUICK, base, tokenizer(), data(), folder=run)
@@ -391,6 +404,7 @@ def test_arguments_of_another_kind(base: nn.Module) -> None:
             pet(QUICK, own, words, data())  # type: ignore[arg-type]
 
 
+@pytest.mark.full
 def test_random_numbers_go_on_where_they_were(base: nn.Module) -> None:
     torch.manual_seed(5)
     wanted = torch.rand(3)

@@ -83,6 +83,7 @@ def test_classifiers_of_other_families(family: str) -> None:
     assert all(tensor.sum().item() in known for tensor in body.values() if tensor.is_floating_point())
 
 
+@pytest.mark.slow
 def test_a_model_without_a_classifier_is_refused() -> None:
     with pytest.raises(GraftError, match="no classifier of sequences") as error:
         sequence_classifier(tiny("vit"), ["a", "b"], 0, 0)

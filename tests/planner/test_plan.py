@@ -49,6 +49,7 @@ def adamw(model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("adaptation", "options", "optimiser"),
     [
@@ -69,6 +70,7 @@ def test_the_planned_peak_is_the_measured_one(
     assert plan.peak == pytest.approx(measured, rel=0.03)
 
 
+@pytest.mark.full
 def test_state_is_what_optimisers_keep(base: nn.Module, batch: dict[str, Tensor]) -> None:
     compiled = graftc.compile({"adapt": [LORA]}, base, batch)
     for name, make in {
@@ -99,6 +101,7 @@ def test_eight_bits_take_a_byte_a_moment_and_a_factor_a_block() -> None:
     assert kept == [2 * (6400 + 4 * 25), 2 * 4 * 100]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options", [{}, {"checkpoint": "layers"}, {"train": ["**.mlp.up_proj"]}], ids=["plain", "checkpointed", "trained"]
 )
@@ -117,6 +120,7 @@ def test_some_layers_say_what_all_do(options: Any) -> None:
         assert simulation.step(signature, present, accumulated=accumulated) == whole
 
 
+@pytest.mark.full
 def test_accumulated_gradients_are_there_from_the_start(base: nn.Module) -> None:
     spec = {"adapt": [{"method": "full", "target": {"modules": "**.mlp.*"}}]}
     once = graftc.plan(spec, base, batch=2, sequence=8, device="cpu")
@@ -125,6 +129,7 @@ def test_accumulated_gradients_are_there_from_the_start(base: nn.Module) -> None
     assert once.gradients == once.trainable == sum(p.nbytes for n, p in base.named_parameters() if ".mlp." in n)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("options", "devices", "bits"),
     [({}, 1, 16), ({}, 2, 16), ({"base": {"quantize": "nf4"}}, 1, 4.5)],
@@ -142,6 +147,7 @@ def test_originals_are_what_trained_copies_stand_in_for(options: Any, devices: i
     assert plan.frozen == plain.frozen
 
 
+@pytest.mark.slow
 def test_originals_of_rows_are_these_rows(base: nn.Module) -> None:
     rows = {"method": "rows", "rows": [1, 2, 3], "target": {"modules": "model.embed_tokens"}}
     plan = graftc.plan({"adapt": [rows]}, base, sequence=8)
@@ -149,6 +155,7 @@ def test_originals_of_rows_are_these_rows(base: nn.Module) -> None:
     assert ("  originals of trained", plan.originals) in plan.parts() and plan.to_json()["originals"] == plan.originals
 
 
+@pytest.mark.full
 def test_the_model_may_be_without_values_and_in_another_type(base: nn.Module) -> None:
     with torch.device("meta"):
         other = llama()
@@ -162,6 +169,7 @@ def test_the_model_may_be_without_values_and_in_another_type(base: nn.Module) ->
     assert next(base.parameters()).dtype == torch.float32
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", [{}, {"base": {"quantize": "nf4", "double": True}}], ids=["dense", "nf4"])
 def test_a_chunked_loss_without_values(base: nn.Module, options: Any) -> None:
     """A model on the meta device, with the loss in chunks and packed weights, takes what it takes with values."""
@@ -172,6 +180,7 @@ def test_a_chunked_loss_without_values(base: nn.Module, options: Any) -> None:
     assert plans[0].peak == plans[1].peak > plans[0].resident
 
 
+@pytest.mark.full
 def test_what_fits_fits_and_nothing_larger_does(base: nn.Module) -> None:
     bench = workbench({"adapt": [LORA]}, base)
     room = bench.plan(8, 64).peak + 1000
@@ -191,6 +200,7 @@ def test_the_largest_size_is_found(peak: Any) -> None:
         assert {largest(peak, budget, 400, first) for first in (1, 2, 70, 999)} == {expected}
 
 
+@pytest.mark.full
 def test_a_model_with_a_table_of_positions_ends_there() -> None:
     with torch.device("meta"):
         model = tiny("bert")
@@ -200,6 +210,7 @@ def test_a_model_with_a_table_of_positions_ends_there() -> None:
         graftc.plan({"adapt": [{"method": "ia3"}]}, model, batch=1, sequence=10_000)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
 def test_labels_are_those_that_the_model_takes(family: str) -> None:
     bench = workbench({"adapt": [{"method": "ia3"}]}, tiny(family), device="cpu")
@@ -218,6 +229,8 @@ def test_sizes_as_people_write_them(given: Any, count: int) -> None:
     assert bytes_of(given) == count
 
 
+@pytest.mark.slow
+@pytest.mark.sample("arguments1-GC154", "arguments3-GC091", "arguments5-GC073", "arguments8-GC073", "arguments10-GC073")
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -242,11 +255,13 @@ def test_wrong_arguments_are_said(base: nn.Module, arguments: Any, code: str) ->
     assert caught.value.code == code and caught.value.hint
 
 
+@pytest.mark.slow
 def test_what_cannot_be_sharded_is_said(base: nn.Module) -> None:
     with pytest.raises(GraftError, match="GC130"):
         graftc.plan({"adapt": [AG]}, base, sequence=8, devices=2)
 
 
+@pytest.mark.full
 def test_a_name_is_a_model_without_weights(tmp_path: Any) -> None:
     config: Any = llama(num_hidden_layers=1).config
     config.architectures = ["LlamaForCausalLM"]

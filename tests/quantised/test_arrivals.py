@@ -99,6 +99,7 @@ class TestBitsAndBytes:
         assert read.keys() == expected.keys()
         assert all(torch.equal(dense_value(read[name]), weight) for name, weight in expected.items())
 
+    @pytest.mark.full
     def test_outputs_are_the_librarys(self, bnb: Any, tmp_path: Path) -> None:
         """In float32 those of 4 bits are alike; of 8 bits up to the rounding of inputs, which is not done here. The
         library's kernel for the CPU rounds scales of 4 bits when it is called in eval mode, so it is not."""
@@ -112,6 +113,7 @@ class TestBitsAndBytes:
                 assert torch.allclose(ours, theirs, atol=far)
                 assert far < 1e-3 or not torch.allclose(ours, theirs, atol=1e-6), "inputs were not rounded there"
 
+    @pytest.mark.full
     @pytest.mark.parametrize("make", [llama, gpt2])
     def test_adapters_load_on_the_dense_folder_that_was_quantised_while_loading(
         self, bnb: Any, make: Any, tmp_path: Path
@@ -157,6 +159,7 @@ class TestTorchao:
         codes = arrived(model).model.layers[0].mlp.up_proj.weight_codes
         assert codes.data_ptr() == model.model.layers[0].mlp.up_proj.weight.qdata.data_ptr()
 
+    @pytest.mark.full
     def test_a_model_of_it_trains(self, quantization: Any) -> None:
         model = llama()
         quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
@@ -171,6 +174,7 @@ class _Foreign(nn.Linear):
     pass
 
 
+@pytest.mark.slow
 def test_modules_of_other_libraries_are_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """By where their classes are from: none of these libraries is there."""
     for package, way in (("gptqmodel", "load_base"), ("eetq", "base: {quantize: nf4}"), ("hqq", "load_base")):

@@ -42,6 +42,7 @@ def test_weights_are_those_of_the_format_to_the_bit(name: str, tmp_path: Path) -
     assert not any(p.is_meta or (p.dtype == torch.uint8 and p.requires_grad) for p in model.parameters())
 
 
+@pytest.mark.full
 @quiet
 @pytest.mark.parametrize("name", ["gptq 4 by activations", "hqq 4 across", "fp8 blocks"])
 def test_a_compiled_model_computes_with_them(name: str, tmp_path: Path) -> None:
@@ -55,6 +56,7 @@ def test_a_compiled_model_computes_with_them(name: str, tmp_path: Path) -> None:
     assert torch.allclose(found, expected, atol=1e-5 if "fp8" not in name else 2e-2)
 
 
+@pytest.mark.full
 @quiet
 @pytest.mark.parametrize("name", ["awq", "fp8 one scale"])
 def test_adapters_name_the_folder_and_load_on_it(name: str, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def expected(base: Any, inputs: dict[str, Any]) -> Gradients:
     return gradients(compiled(base, **PLAIN), inputs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
 def test_gradients_are_the_same_to_the_bit_and_less_is_kept(family: str) -> None:
     torch.manual_seed(0)
@@ -109,6 +110,7 @@ def test_gradients_are_the_same_to_the_bit_and_less_is_kept(family: str) -> None
     assert saved(ours, inputs) < saved(plain, inputs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("budget", [0.3])
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "t5"])
 def test_a_budget_is_kept_within(family: str, budget: float) -> None:
@@ -124,6 +126,7 @@ def test_a_budget_is_kept_within(family: str, budget: float) -> None:
     assert saved(ours, inputs) <= max(1.05 * budget * saved(plain, inputs), saved(least, inputs))
 
 
+@pytest.mark.full
 def test_less_budget_keeps_less(base: Any, inputs: dict[str, Any]) -> None:
     kept = []
     for budget in (0.9, 0.6, 0.4, 0.2):
@@ -133,6 +136,7 @@ def test_less_budget_keeps_less(base: Any, inputs: dict[str, Any]) -> None:
     assert kept == sorted(kept, reverse=True) and kept[-1] < 0.6 * kept[0]
 
 
+@pytest.mark.full
 def test_predicted_bytes_are_those_that_are_kept(usual: Any, inputs: dict[str, Any]) -> None:
     gradients(usual, inputs)
     modules = (usual, *usual.blocks.values())
@@ -141,6 +145,7 @@ def test_predicted_bytes_are_those_that_are_kept(usual: Any, inputs: dict[str, A
     assert found == pytest.approx(predicted, rel=0.05)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("document", [{}, {"memory": {"budget": 0.4}}, {"checkpoint": "layers"}, PLAIN])
 def test_a_step_is_told_before_it_runs(base: Any, document: dict[str, Any]) -> None:
     """As torch's allocator counts it, and nothing of the model has changed by it."""
@@ -169,6 +174,7 @@ def kept_by_the_host() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_under_the_hooks_of_others(usual: Any, inputs: dict[str, Any], expected: Gradients) -> None:
     def recomputed(model: Any, given: dict[str, Any]) -> Tensor:
         found: Tensor = checkpoint(loss_of, model, given, use_reentrant=False)
@@ -179,6 +185,7 @@ def test_under_the_hooks_of_others(usual: Any, inputs: dict[str, Any], expected:
         assert equal(gradients(usual, inputs), expected)
 
 
+@pytest.mark.slow
 def test_backward_twice(usual: Any, inputs: dict[str, Any], expected: Gradients) -> None:
     def twice(model: Any, given: dict[str, Any]) -> Tensor:
         loss = loss_of(model, given)
@@ -198,6 +205,7 @@ def test_two_forward_passes_before_a_backward_pass(usual: Any, inputs: dict[str,
         torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_gradients_of_gradients(base: Any, usual: Any, inputs: dict[str, Any]) -> None:
     def second(model: Any) -> list[Tensor]:
         own = [p for p in model.parameters() if p.requires_grad]
@@ -209,6 +217,7 @@ def test_gradients_of_gradients(base: Any, usual: Any, inputs: dict[str, Any]) -
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_a_change_before_the_backward_pass_is_an_error(base: Any, inputs: dict[str, Any]) -> None:
     model = compiled(base, train=["**.input_layernorm"])
     gradients(model, inputs)
@@ -221,6 +230,7 @@ def test_a_change_before_the_backward_pass_is_an_error(base: Any, inputs: dict[s
         loss.backward()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("memory", [{}, {"budget": 0.2}])
 def test_parameters_are_those_of_the_forward_pass(base: Any, inputs: dict[str, Any], memory: dict[str, Any]) -> None:
     """Also where others have their places when the backward pass comes, as after `torch.func.functional_call`."""
@@ -237,6 +247,7 @@ def test_parameters_are_those_of_the_forward_pass(base: Any, inputs: dict[str, A
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.full
 def test_nothing_is_left_behind(usual: Any, inputs: dict[str, Any]) -> None:
     def alive() -> int:
         gc.collect()
@@ -257,6 +268,7 @@ def test_equal_layers_share_their_plans(usual: Any, inputs: dict[str, Any]) -> N
     assert len(training) == 1 < len(usual.blocks)
 
 
+@pytest.mark.slow
 def test_transforms_of_functions(base: Any, inputs: dict[str, Any]) -> None:
     """`torch.func` allows no hooks: there autograd keeps what it likes."""
     model = compiled(base, {"dropout": 0.0})
@@ -271,6 +283,7 @@ def test_transforms_of_functions(base: Any, inputs: dict[str, Any]) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.full
 def test_autocast(base: Any) -> None:
     base = copy.deepcopy(base).float()
     ours, plain = compiled(base), compiled(base, **PLAIN)
@@ -283,12 +296,14 @@ def test_autocast(base: Any) -> None:
     assert equal(gradients(ours, inputs, run), gradients(plain, inputs, run))
 
 
+@pytest.mark.full
 def test_a_budget_that_cannot_be_met_says_what_is_kept(base: Any, inputs: dict[str, Any]) -> None:
     model = compiled(base, memory={"budget": 1e-6})
     with pytest.warns(graftc.GraftWarning, match=r"GC153: \d+% of what autograd keeps is kept"):
         gradients(model, inputs)
 
 
+@pytest.mark.full
 def test_what_is_small_first_may_be_large_later(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that saves nothing worth it does not decide for others."""
     monkeypatch.setattr(plan, "WORTH", 2**16)

@@ -48,6 +48,7 @@ def labels(family: str, ids: torch.Tensor) -> torch.Tensor:
     return torch.tensor([0, 1]) if family == "bert" else ids
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_the_first_call_under_autocast(family: str, method: str) -> None:
     source = tiny(family).requires_grad_(False)
@@ -70,6 +71,7 @@ def test_the_first_call_under_autocast(family: str, method: str) -> None:
     assert torch.equal(compiled.eval()(**given).logits, before)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_is_kept_under_autocast_serves_float32(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -85,6 +87,7 @@ def test_what_is_kept_under_autocast_serves_float32(
     assert torch.equal(again(**given).logits, source(**given).logits)
 
 
+@pytest.mark.full
 def test_a_model_that_is_trained_in_bfloat16_by_a_trainer(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
@@ -138,6 +141,7 @@ def test_casts_to_the_same_type_hold_under_autocast(cast: str) -> None:
     assert found.dtype == expected.dtype == torch.float32 and torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_experts_are_chosen_as_by_the_source() -> None:
     """What a router computes in float32 it computes so under autocast."""
     model = tiny("mixtral").eval()

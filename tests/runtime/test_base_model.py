@@ -30,6 +30,7 @@ def last(compiled: Any, **inputs: Any) -> torch.Tensor:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", PREFIXES)
 def test_it_is_the_last_hidden_state(family: str) -> None:
     compiled = compiled_of(family)
@@ -45,6 +46,7 @@ def test_it_is_the_last_hidden_state(family: str) -> None:
         assert torch.allclose(compiled.base_model(input_ids=IDS, attention_mask=mask).last_hidden_state, own, atol=1e-6)
 
 
+@pytest.mark.full
 def test_the_head_is_left_out() -> None:
     """Also where it is adapted: nothing of it runs, and it gets no gradient."""
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "head"]}}]}
@@ -58,6 +60,7 @@ def test_the_head_is_left_out() -> None:
     assert not any(str(node.target).startswith("lm_head") for node in program.graph.find_nodes(op="get_attr"))
 
 
+@pytest.mark.full
 def test_a_loss_of_ones_own_trains_as_the_models() -> None:
     """Head and loss by hand, as trainers do that cut the vocabulary into pieces, give the same gradients."""
     compiled = compiled_of("llama").train()
@@ -72,6 +75,7 @@ def test_a_loss_of_ones_own_trains_as_the_models() -> None:
     assert all(torch.allclose(found[n], g, rtol=1e-4, atol=1e-7) for n, g in expected.items())
 
 
+@pytest.mark.full
 def test_merged_models_and_copies_have_one_of_their_own() -> None:
     compiled = compiled_of("llama")
     expected = last(compiled, input_ids=IDS)
@@ -99,12 +103,14 @@ def test_a_model_without_a_head_is_its_own() -> None:
     assert compiled.base_model is compiled
 
 
+@pytest.mark.slow
 def test_wrong_inputs_are_told_as_by_the_model() -> None:
     with pytest.raises(GraftError) as error:
         compiled_of("llama").base_model(inputs=IDS)
     assert error.value.code == "GC031"
 
 
+@pytest.mark.slow
 def test_rows_choose_from_a_bank() -> None:
     target = {"role": ["attn.q", "attn.v"]}
     adapt = [{"method": "lora", "rank": 2, "name": name, "target": target} for name in ("a", "b")]

@@ -59,12 +59,14 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_loss, "CHUNK_BYTES", {"cpu": 1})
 
 
+@pytest.mark.full
 def test_losses_and_gradients_are_those_of_whole_logits() -> None:
     """On every family, in float64 and with adapted heads: tests/gates/test_chunked_loss.py."""
     model = tiny("llama")
     assert_equal(step(made(model, "chunked")), step(made(model, "whole")), 1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["dora", "ia3"])
 def test_other_heads_stay_whole_and_say_why(method: str) -> None:
     spec = {"adapt": [LORA, {"name": "head", "method": method, "target": {"modules": "lm_head"}}]}
@@ -76,6 +78,7 @@ def test_other_heads_stay_whole_and_say_why(method: str) -> None:
         made(tiny("llama"), "auto", **spec)
 
 
+@pytest.mark.full
 def test_a_head_over_few_classes_stays_whole() -> None:
     call = {"input_ids": IDS, "labels": LABELS[:, -1] % 3}
     with pytest.warns(GraftWarning, match=r"GC151.*3 logits are no more than the 48 values"):
@@ -83,6 +86,7 @@ def test_a_head_over_few_classes_stays_whole() -> None:
     assert compiled(**call).logits.shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_a_batch_without_labels_has_torchs_loss() -> None:
     call = {"input_ids": IDS, "labels": torch.full_like(IDS, -100)}
     compiled = made(tiny("llama"), "chunked")
@@ -97,6 +101,7 @@ class TestOutputs:
     def compiled(self) -> Compiled:
         return made(tiny("llama"), "chunked")
 
+    @pytest.mark.slow
     def test_logits_are_refused(self, compiled: Compiled) -> None:
         outputs = compiled(**CALL)
         for ask in (lambda: outputs.logits, lambda: outputs["logits"]):
@@ -104,6 +109,7 @@ class TestOutputs:
                 ask()
         assert not hasattr(outputs, "logits") and "logits" not in outputs
 
+    @pytest.mark.full
     def test_the_rest_is_as_it_was(self, compiled: Compiled) -> None:
         outputs = compiled(**CALL, output_hidden_states=True)
         assert isinstance(outputs, type(compiled.eval()(**CALL)))
@@ -114,16 +120,19 @@ class TestOutputs:
         (loss,) = compiled(**CALL, return_dict=False)
         assert torch.equal(loss, outputs.loss)
 
+    @pytest.mark.slow
     def test_a_model_with_views_is_copied(self, compiled: Compiled) -> None:
         with compiled.disabled("lora"):
             assert "logits" not in compiled(**CALL)
         assert_equal(step(copy.deepcopy(compiled)), step(compiled), 1e-6)
 
+    @pytest.mark.slow
     def test_copies_are_of_the_plain_class(self, compiled: Compiled) -> None:
         with torch.no_grad():
             copied = copy.deepcopy(compiled(**CALL))
         assert copied.logits is None and copied.loss is not None
 
+    @pytest.mark.full
     def test_logits_are_there_in_eval_mode_without_labels_and_without_adaptations(self, compiled: Compiled) -> None:
         assert compiled(input_ids=IDS).logits.shape == (2, 7, VOCABULARY)
         with compiled.disabled():
@@ -132,6 +141,7 @@ class TestOutputs:
         compiled.train()
 
 
+@pytest.mark.full
 def test_the_portable_program_and_artifacts_keep_the_logits(tmp_path: Path) -> None:
     compiled = made(tiny("llama"), "chunked")
     assert "logits" in compiled.compilation.program("train").outputs.names
@@ -142,12 +152,14 @@ def test_the_portable_program_and_artifacts_keep_the_logits(tmp_path: Path) -> N
     assert_equal(step(loaded), expected, 1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("vocabulary", "chunked"), [(VOCABULARY, False), (20 * VOCABULARY, True)])
 def test_auto_decides_by_size(vocabulary: int, chunked: bool) -> None:
     compiled = made(tiny("llama", vocab_size=vocabulary, intermediate_size=400), "auto")
     assert ("logits" not in compiled(**CALL)) is chunked
 
 
+@pytest.mark.full
 def test_auto_counts_what_checkpoints_keep() -> None:
     """Layers that keep their inputs alone leave more of the memory to the logits."""
     for checkpoint, chunked in ((None, False), ("layers", True)):
@@ -155,6 +167,7 @@ def test_auto_counts_what_checkpoints_keep() -> None:
         assert ("logits" not in compiled(**CALL)) is chunked
 
 
+@pytest.mark.full
 def test_objectives_that_compare_outputs_keep_them() -> None:
     spec = {"adapt": [{"method": "adamix_lora", "target": {"role": "attn.q"}}]}
     with pytest.warns(GraftWarning, match="GC151.*compares the outputs of several passes"):
@@ -162,6 +175,7 @@ def test_objectives_that_compare_outputs_keep_them() -> None:
     assert "logits" in compiled(**CALL)
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_tokens_need_labels_and_sum_up_to_the_loss() -> None:
     compiled = made(tiny("llama"), "whole")
     found = compiled.token_log_probs(**CALL)

@@ -52,6 +52,7 @@ def relative(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[
     return {site: float((found[site] - wanted[site]).norm() / wanted[site].norm()) for site in wanted}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -0.4)])
 def test_side_by_side_is_exact(family: str, weights: tuple[float, float]) -> None:
@@ -70,6 +71,7 @@ def test_side_by_side_is_exact(family: str, weights: tuple[float, float]) -> Non
     assert all(torch.equal(t, before[n]) for n, t in compiled.adapter_state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_nearest_of_a_rank() -> None:
     """At full rank exact; below, the error is what the singular values left out say."""
     compiled = two()
@@ -85,6 +87,7 @@ def test_the_nearest_of_a_rank() -> None:
     assert found == pytest.approx(dict(less.errors), rel=1e-4)
 
 
+@pytest.mark.full
 def test_adding_factors_is_something_else() -> None:
     compiled = two()
     combined = compiled.combine(["one", "two"], (0.5, 0.5), kind="linear")
@@ -98,6 +101,7 @@ def test_adding_factors_is_something_else() -> None:
     assert found == pytest.approx(dict.fromkeys(updates(same, "one"), 1.0), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_elected_signs() -> None:
     """TIES at density 1: where both agree in sign their mean, elsewhere the heavier one alone."""
     compiled = two()
@@ -113,6 +117,7 @@ def test_elected_signs() -> None:
         assert int((found.abs() > 1e-6).sum()) <= 2 * (0.1 * found.numel() + 1)
 
 
+@pytest.mark.full
 def test_random_drops() -> None:
     """DARE keeps the expectation, depends on its seed only, and is the sum at density 1."""
     compiled = two()
@@ -128,6 +133,7 @@ def test_random_drops() -> None:
     assert float((found[0][site] - wanted[site]).norm() / wanted[site].norm()) > 0.5
 
 
+@pytest.mark.full
 def test_what_else_is_there_stays() -> None:
     """Another adaptation, the trained head and its values are in the combined model as they were."""
     spec = {
@@ -147,6 +153,7 @@ def test_what_else_is_there_stays() -> None:
 PEFT: dict[Kind, str] = {"concatenation": "cat", "linear": "linear", "svd": "svd"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", PEFT)
 @pytest.mark.parametrize("weights", [(0.6, 0.4), (1.0, 2.0)])
 def test_as_peft_does(kind: Kind, weights: tuple[float, float]) -> None:
@@ -171,6 +178,7 @@ def test_as_peft_does(kind: Kind, weights: tuple[float, float]) -> None:
     assert largest_difference(outputs_of(combined.eval(), inputs), outputs_of(judge.eval(), inputs)) < 1e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("names", "arguments", "code", "words"),
     [
@@ -194,6 +202,7 @@ def test_what_cannot_be_combined(names: list[str], arguments: dict[str, Any], co
     assert caught.value.code == code
 
 
+@pytest.mark.full
 def test_the_source_of_a_combination_still_trains() -> None:
     compiled = two()
     inputs = inputs_for(compiled, (2, 5))

@@ -36,6 +36,7 @@ def perturb(module: nn.Module) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
+@pytest.mark.full
 def test_loss_from_labels_is_the_models_own() -> None:
     model = families.bert().eval()
     adapted = compiled(model).eval()
@@ -48,6 +49,7 @@ def test_loss_from_labels_is_the_models_own() -> None:
     assert type(found) is type(expected)
 
 
+@pytest.mark.full
 def test_causal_loss_from_labels_is_the_models_own() -> None:
     model = families.llama().eval()
     adapted = compiled(model).eval()
@@ -57,6 +59,7 @@ def test_causal_loss_from_labels_is_the_models_own() -> None:
         assert torch.equal(adapted(**inputs, labels=inputs["input_ids"]).loss, expected)
 
 
+@pytest.mark.full
 def test_float_labels_are_another_loss_than_integer_ones() -> None:
     model = families.bert().eval()
     adapted = compiled(model).eval()
@@ -67,6 +70,7 @@ def test_float_labels_are_another_loss_than_integer_ones() -> None:
             assert torch.equal(adapted(**text(), labels=labels).loss, fresh(**text(), labels=labels).loss)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("batch, length", [(1, 1), (1, 5), (4, 1), (2, 9)])
 def test_every_size_runs(batch: int, length: int) -> None:
     model = families.gpt2().eval()
@@ -76,6 +80,7 @@ def test_every_size_runs(batch: int, length: int) -> None:
         assert torch.equal(adapted(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.full
 def test_an_absent_input_is_another_signature_over_the_same_tensors() -> None:
     model = families.bert().eval()
     adapted = compiled(model).eval()
@@ -89,6 +94,7 @@ def test_an_absent_input_is_another_signature_over_the_same_tensors() -> None:
     assert {name: tensor.data_ptr() for name, tensor in adapted.full_state_dict().items()} == before
 
 
+@pytest.mark.slow
 def test_positional_inputs_and_tuples() -> None:
     model = families.bert().eval()
     adapted = compiled(model).eval()
@@ -98,6 +104,7 @@ def test_positional_inputs_and_tuples() -> None:
         assert torch.equal(found[0], model(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_unknown_input_is_a_coded_error() -> None:
     adapted = compiled(families.bert())
     with pytest.raises(
@@ -106,6 +113,7 @@ def test_unknown_input_is_a_coded_error() -> None:
         adapted(input_ids=text()["input_ids"], atention_mask=text()["attention_mask"])
 
 
+@pytest.mark.full
 def test_the_source_model_is_never_changed() -> None:
     model = families.bert()
     model.train()
@@ -125,6 +133,7 @@ def test_the_source_model_is_never_changed() -> None:
     assert "forward" not in vars(model)
 
 
+@pytest.mark.slow
 def test_blocks_own_their_layers_tensors() -> None:
     adapted = compiled(families.bert())
     assert list(adapted.blocks) == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
@@ -135,6 +144,7 @@ def test_blocks_own_their_layers_tensors() -> None:
         assert any(".graftc.lora." in name for name in names)
 
 
+@pytest.mark.slow
 def test_identical_layers_share_one_code_object() -> None:
     adapted = compiled(families.llama()).eval()
     first, second = adapted.blocks.values()
@@ -142,6 +152,7 @@ def test_identical_layers_share_one_code_object() -> None:
     assert first._graftc.functions[key] is second._graftc.functions[key]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("make", [families.bert, families.llama, families.vit])
 def test_checkpointing_gives_the_same_gradients(make: Any) -> None:
     model = make()
@@ -159,6 +170,7 @@ def test_checkpointing_gives_the_same_gradients(make: Any) -> None:
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
+@pytest.mark.full
 def test_checkpointing_keeps_less_for_backward() -> None:
     model = families.bert()
     kept = []
@@ -176,6 +188,7 @@ def test_checkpointing_keeps_less_for_backward() -> None:
     assert kept[1] < 0.5 * kept[0]
 
 
+@pytest.mark.full
 def test_disabled_gives_the_bases_outputs() -> None:
     model = families.gpt2().eval()
     adapted = compiled(model).eval()
@@ -186,6 +199,7 @@ def test_disabled_gives_the_bases_outputs() -> None:
         assert not torch.equal(adapted(**text()).logits, model(**text()).logits)
 
 
+@pytest.mark.slow
 def test_another_dtype_is_refused_before_anything_moves() -> None:
     adapted = compiled(families.bert())
     with pytest.raises(graftc.GraftError, match="GC033"):
@@ -193,6 +207,7 @@ def test_another_dtype_is_refused_before_anything_moves() -> None:
     assert {p.dtype for p in adapted.parameters()} == {torch.float32}
 
 
+@pytest.mark.full
 def test_moving_to_another_device_retargets_the_graphs() -> None:
     adapted = compiled(families.bert()).eval()
     adapted.to("meta")
@@ -200,17 +215,20 @@ def test_moving_to_another_device_retargets_the_graphs() -> None:
     assert adapted(**inputs).logits.device.type == "meta"
 
 
+@pytest.mark.full
 def test_no_literal_device_stays_in_a_graph() -> None:
     adapted = compiled(families.llama())
     for mode in ("train", "eval"):
         assert "cpu" not in adapted.print_graph(mode)
 
 
+@pytest.mark.slow
 def test_forward_has_the_models_signature() -> None:
     model = families.bert()
     assert inspect.signature(compiled(model).forward) == inspect.signature(model.forward)
 
 
+@pytest.mark.slow
 def test_tied_weights_are_saved_once_and_loaded_again() -> None:
     adapted = compiled(families.gpt2())
     state = adapted.full_state_dict()
@@ -219,6 +237,7 @@ def test_tied_weights_are_saved_once_and_loaded_again() -> None:
     adapted.load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_adapter_tensors_that_do_not_fit_are_refused_whole() -> None:
     adapted = compiled(families.bert())
     saved = {name: tensor.clone() for name, tensor in adapted.adapter_state_dict().items()}
@@ -229,6 +248,7 @@ def test_adapter_tensors_that_do_not_fit_are_refused_whole() -> None:
     assert all(torch.equal(tensor, saved[name]) for name, tensor in adapted.adapter_state_dict().items())
 
 
+@pytest.mark.full
 def test_initial_values_do_not_depend_on_order_or_global_state() -> None:
     first = compiled(families.bert()).adapter_state_dict()
     torch.manual_seed(99)
@@ -271,12 +291,14 @@ def test_inputs_of_an_unknown_model_have_to_be_shown() -> None:
         graftc.compile({"adapt": [{"method": "lora", "target": {"modules": "last"}}]}, Plain())
 
 
+@pytest.mark.full
 def test_a_merged_model_does_not_train() -> None:
     merged = compiled(families.bert()).merge(allow_unchanged=True)
     with pytest.raises(graftc.GraftError, match="GC054"):
         merged.train()
 
 
+@pytest.mark.full
 def test_transformers_loads_what_was_merged(tmp_path: Any) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -45,6 +45,7 @@ def stacked() -> Any:
     return compiled_of("llama", {"method": "dora", "rank": 3, "target": TARGET}, {"method": "ia3"})
 
 
+@pytest.mark.full
 def test_full_rank_is_the_fold(stacked: Any) -> None:
     """Of adaptations on top of each other: each becomes a LoRA of its own, in its place."""
     before = stacked.adapter_state_dict()
@@ -58,6 +59,7 @@ def test_full_rank_is_the_fold(stacked: Any) -> None:
     assert all(torch.equal(t, before[n]) for n, t in stacked.adapter_state_dict().items())
 
 
+@pytest.mark.slow
 def test_one_of_several(stacked: Any) -> None:
     """The one on top stays as it is, and so does what the model computes."""
     made = convert(stacked, ["dora"])
@@ -65,6 +67,7 @@ def test_one_of_several(stacked: Any) -> None:
     assert apart(folded(stacked), folded(made.compiled)) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_error_of_a_rank(stacked: Any) -> None:
     """What the singular values left out say, at every site; the probes through the compiled LoRA agree."""
     made = convert(stacked, ["dora"], rank=4)
@@ -78,6 +81,7 @@ def test_the_error_of_a_rank(stacked: Any) -> None:
     assert made.compiled.spec.adapt[0].rank == 4 and not made.compiled.spec.adapt[0].overrides
 
 
+@pytest.mark.full
 def test_the_smallest_rank_within_a_bound(stacked: Any) -> None:
     """Each site has its own: within the bound, and outside of it with one rank less."""
     made = convert(stacked, ["dora"], error=0.15)
@@ -92,6 +96,7 @@ def test_the_smallest_rank_within_a_bound(stacked: Any) -> None:
     assert caught.value.code == "GC067" and len(caught.value.details) > 2
 
 
+@pytest.mark.full
 def test_experts_and_stand_ins() -> None:
     """One pair of factors for each expert; copies that train become updates."""
     compiled = compiled_of(
@@ -105,6 +110,7 @@ def test_experts_and_stand_ins() -> None:
     assert [a.name for a in made.compiled.spec.adapt] == ["full", "loha"], "copies are below what stands at sites"
 
 
+@pytest.mark.slow
 def test_rows_of_a_fused_weight() -> None:
     """Sites that are rows of one weight keep their rows."""
     compiled = compiled_of("gpt2", {"method": "lokr", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}})
@@ -113,6 +119,7 @@ def test_rows_of_a_fused_weight() -> None:
     assert made.compiled.merge().certificate.passed
 
 
+@pytest.mark.full
 def test_a_trained_head_goes_into_the_base(tmp_path: Any) -> None:
     """The LoRA stays outside; the folder holds the base with the head, and loads from there."""
     compiled = compiled_of("bert", {"method": "lora", "rank": 3, "target": TARGET}, train=["classifier"])
@@ -125,6 +132,7 @@ def test_a_trained_head_goes_into_the_base(tmp_path: Any) -> None:
     assert {n.split(".graftc.")[1] for n in loaded.adapter_state_dict()} == {"lora.A", "lora.B"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("adapt", "options", "code", "words"),
     [
@@ -148,6 +156,7 @@ def test_what_is_refused(adapt: dict[str, Any], options: dict[str, Any], code: s
     assert all(torch.equal(t, before[n]) for n, t in compiled.adapter_state_dict().items())
 
 
+@pytest.mark.slow
 def test_members_of_a_composition_are_refused() -> None:
     entries = [{"name": n, "method": "lora", "rank": 2, "target": TARGET} for n in ("one", "two")]
     compiled = compiled_of("bert", *entries, compose={"average": ["one", "two"]})
@@ -156,6 +165,7 @@ def test_members_of_a_composition_are_refused() -> None:
     assert caught.value.code == "GC066"
 
 
+@pytest.mark.full
 def test_a_wrong_factor_is_caught(stacked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The probes go through the LoRA as it was compiled: factors of another site, or of another sign, are found."""
     right = module.values_of

@@ -35,6 +35,8 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for found in named for name, tensor in found}
 
 
+@pytest.mark.slow
+@pytest.mark.sample("gpt2")
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_a_copy_computes_the_same_and_shares_no_tensor(family: str) -> None:
     """In both modes; ties stay ties, what is frozen stays frozen, and changing one leaves the other."""
@@ -64,6 +66,7 @@ def test_a_copy_computes_the_same_and_shares_no_tensor(family: str) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.full
 def test_a_copy_is_a_whole_model() -> None:
     """New signatures, the base alone, merging, loading of adapters, copying again; as a part of a module, too."""
     compiled = adapted("gpt2", LORA, DORA)
@@ -88,6 +91,7 @@ def test_a_copy_is_a_whole_model() -> None:
     assert same_bits(outputs_of(copy.deepcopy(copied), inputs), outputs_of(compiled, inputs))
 
 
+@pytest.mark.slow
 def test_steering_is_copied() -> None:
     """Each has its own gates and counter; the copy knows the schedule, and misses its steering on its own."""
     compiled = adapted("bert", {**SORA, "final_threshold": 0.1})
@@ -107,6 +111,7 @@ def test_steering_is_copied() -> None:
         fresh.warn_of_unsteered()
 
 
+@pytest.mark.slow
 def test_an_average_of_weights() -> None:
     """torch's exponential moving average over three steps, against its formula."""
     compiled = adapted("bert", LORA).train()

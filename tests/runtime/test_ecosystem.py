@@ -66,6 +66,7 @@ def test_keywords_of_the_loss_are_taken_as_the_source_takes_them(make: Any, expe
     assert graftc.compile(spec, make(), (torch.ones(2, 4),)).accepts_loss_kwargs is expected
 
 
+@pytest.mark.slow
 def test_what_a_source_says_of_itself_is_copied(model: Any, compiled: Any) -> None:
     assert compiled.accepts_loss_kwargs
     assert compiled.loss_type == model.loss_type and compiled.base_model_prefix == model.base_model_prefix
@@ -76,6 +77,7 @@ def test_what_a_source_says_of_itself_is_copied(model: Any, compiled: Any) -> No
     assert "GPT2LMHeadModel" in type(compiled).__name__, "the Trainer looks for words in the name of a class"
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_transformers_and_peft(
     model: Any, compiled: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +145,7 @@ def test_what_is_no_plain_model_is_no_base(compiled: Any, make: Any, entry: Any)
     assert code_of(lambda: entry(SPEC, make(compiled))) == "GC073"
 
 
+@pytest.mark.slow
 def test_a_base_with_layers_of_peft_is_refused_when_it_is_compiled(model: Any) -> None:
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
@@ -179,6 +182,7 @@ def test_disabling_takes_names_of_adaptations(compiled: Any, names: Any, code: s
     assert code_of(lambda: compiled.disabled(*names).__enter__()) == code
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("count", [3, 11, torch.tensor(5), torch.tensor(5.0), torch.tensor([5]), 2.5])
 def test_the_number_of_items_is_no_constant_of_a_graph(model: Any, compiled: Any, count: Any) -> None:
     """The mean over so many labels, as the source computes it; another number needs no other graph."""
@@ -193,6 +197,7 @@ def test_the_number_of_items_is_no_constant_of_a_graph(model: Any, compiled: Any
     assert len(compiled.compilation.signatures) == before
 
 
+@pytest.mark.full
 def test_the_mean_over_items_is_that_of_all_adaptations_that_run_side_by_side(model: Any) -> None:
     member = {"method": "lora", "rank": 2, "target": {"role": "attn.q"}}
     spec = {"adapt": [{"name": "one", **member}, {"name": "two", **member}], "compose": {"parallel": ["one", "two"]}}
@@ -216,6 +221,7 @@ def test_terms_beside_the_loss_are_weighted_by_labels(shift: int, rank: int) -> 
     assert share({"labels": labels}, shift) == share({"num_items_in_batch": count}, shift) == 1
 
 
+@pytest.mark.slow
 def test_trainers_find_the_labels_of_questions() -> None:
     from transformers import BertConfig, BertForQuestionAnswering
     from transformers.utils.generic import find_labels

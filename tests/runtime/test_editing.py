@@ -57,6 +57,7 @@ def gradients(compiled: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_is_left_out(kind: str) -> None:
     """Outputs and gradients are to the bit those of a model without it; afterwards all is as it was."""
@@ -77,6 +78,7 @@ def test_one_is_left_out(kind: str) -> None:
     assert same_bits(outputs_of(compiled, inputs), every)
 
 
+@pytest.mark.full
 def test_leaving_out_costs_nothing_in_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compiled after the first time, for inputs of both kinds, and nothing is captured even then."""
     compiled = graftc.compile({"adapt": [LOW, OTHER]}, tiny("bert"), cache=False)
@@ -97,6 +99,7 @@ def test_leaving_out_costs_nothing_in_a_loop(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(adapting, "find_structure", never)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_left_out_for_good(tmp_path: Path) -> None:
     """Until it is enabled. What is saved has it, and it does not train: its tensors get no gradient."""
     compiled = adapted(LOW, OTHER)
@@ -127,6 +130,7 @@ def entry_of(method: str) -> tuple[dict[str, Any], str]:
     return entry, {"cross_attention": "t5", "pasta": "bert"}.get(method, "gpt2")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", method_specs())
 def test_every_method_comes_and_goes(method: str) -> None:
     """Added, it is what compiling both gives, initial values included, or refused with the same code; left out,
@@ -183,6 +187,7 @@ def steps(compiled: Any, optimizer: Any, numbers: range) -> None:
 ADALORA = {"name": "budget", "method": "adalora", "target": ROLES, "rank": 4, "target_rank": 2, "final_steps": 2}
 
 
+@pytest.mark.full
 def test_the_others_train_on() -> None:
     """Adding, renaming and removing between steps changes nothing of what an optimiser knows, nor of a controller: the
     tensors end with the same bits as where nothing was done."""
@@ -211,6 +216,7 @@ def test_the_others_train_on() -> None:
     assert sum(int(live.sum()) for live in ranks.values()) == 2 * len(ranks)
 
 
+@pytest.mark.slow
 def test_what_is_added_trains() -> None:
     """It starts as the identity, takes part from the next call on, and comes as groups for the optimiser."""
     compiled = adapted(LOW)
@@ -233,6 +239,7 @@ def test_what_is_added_trains() -> None:
     assert same_bits(outputs_of(compiled, inputs), outputs_of(again, inputs))
 
 
+@pytest.mark.full
 def test_names_and_signatures_after_a_change(tmp_path: Path) -> None:
     """Another signature, saving, loading, merging and copying go on with what there is then."""
     compiled = adapted(LOW, OTHER, train=["classifier"])
@@ -260,6 +267,7 @@ def test_names_and_signatures_after_a_change(tmp_path: Path) -> None:
     assert compiled.state_dict().keys() == {n for n in loaded.state_dict() if ".low." not in f".{n}."}
 
 
+@pytest.mark.full
 def test_chosen_ones_are_merged() -> None:
     """The result is that of a model which never had the others."""
     compiled = adapted(LOW, OTHER, {"name": "front", "method": "prefix", "length": 3}, train=["classifier"])
@@ -275,6 +283,7 @@ def test_chosen_ones_are_merged() -> None:
         assert caught.value.code == code
 
 
+@pytest.mark.full
 def test_a_composition_is_left_out_as_one() -> None:
     bank = [{**LOW, "name": name} for name in ("one", "two")]
     compiled = adapted(*bank, OTHER, compose={"bank": ["one", "two"], "name": "tasks"})
@@ -300,6 +309,7 @@ def state(compiled: Any) -> dict[str, Any]:
     return {"tensors": named, "modules": [n for n, _ in compiled.named_modules()], "spec": compiled.spec.model_dump()}
 
 
+@pytest.mark.full
 def test_what_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong names and places, and an interrupt where code is made for the new graphs."""
     compiled = adapted(LOW, OTHER)
@@ -344,6 +354,7 @@ def test_what_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same_bits(outputs_of(compiled, inputs), outputs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("called", [False, True], ids=["at once", "after a call"])
 @pytest.mark.parametrize("out", ["low", "other"])
 def test_changes_inside_of_disabled(out: str, called: bool) -> None:
@@ -382,6 +393,7 @@ def test_changes_inside_of_disabled(out: str, called: bool) -> None:
         assert same_bits(outputs_of(compiled, inputs), outputs_of(loaded, inputs)), change
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("entry", ["x", None, 3, [LOW]])
 def test_what_is_no_adaptation_is_not_added(entry: Any) -> None:
     with pytest.raises(GraftError, match="GC002"):

@@ -27,6 +27,8 @@ def tilt(module: Any, inputs: Any, output: Tensor) -> Tensor:
     return output * torch.linspace(0.5, 2, output.shape[-1])
 
 
+@pytest.mark.slow
+@pytest.mark.sample("llama")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_a_hook_changes_embeddings_as_in_the_source(family: str) -> None:
     compiled = compiled_of(family)
@@ -48,6 +50,7 @@ def test_a_hook_changes_embeddings_as_in_the_source(family: str) -> None:
         assert torch.equal(compiled(input_ids=IDS).logits, before)
 
 
+@pytest.mark.slow
 def test_it_sees_adaptations_of_the_table() -> None:
     compiled = compiled_of("llama", "embed")
     seen: list[Tensor] = []
@@ -60,6 +63,7 @@ def test_it_sees_adaptations_of_the_table() -> None:
     assert len(seen) == 1 and not torch.allclose(seen[0], plain) and a.shape != b.shape
 
 
+@pytest.mark.slow
 def test_the_module_itself_computes_nothing() -> None:
     with pytest.raises(GraftError, match="GC043"):
         compiled_of("llama").get_input_embeddings()(IDS)

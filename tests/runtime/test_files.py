@@ -100,6 +100,8 @@ def points() -> Iterator[Any]:
                 yield pytest.param(fault, scenario, exchange, id=f"{fault}-{scenario}-{name}", marks=marks)
 
 
+@pytest.mark.slow
+@pytest.mark.sample("enospc-folder-exchange", "enospc-pair over one-exchange")
 @pytest.mark.parametrize(("fault", "scenario", "exchange"), list(points()))
 def test_every_point(
     scenario: str, fault: Fault, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -113,6 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestExportedModel:
     """A folder that transformers reads."""
 
+    @pytest.mark.slow
     def test_transformers_runs_it(self, folder: Path) -> None:
         """Prompt and a later token, with the cache that came out of the prompt."""
         from transformers.exporters import ExportedModel

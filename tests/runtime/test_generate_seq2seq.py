@@ -24,6 +24,7 @@ class TestEncoderAndDecoder:
     def pair(self, tmp_path: Path) -> Any:
         return load(toy.write_seq2seq(tmp_path / "t"), threads=1)
 
+    @pytest.mark.slow
     def test_greedy_with_padding_is_what_whole_rows_give(self, pair: Any) -> None:
         expected = toy.seq2seq_greedy(PROMPTS, MASK, self.START, TOKENS)
         assert torch.equal(generated(pair, PROMPTS, MASK), expected)

@@ -57,6 +57,7 @@ def both(first: Any, second: Any, rows: int = 1, *, padded: bool = False, **opti
     return found[0]
 
 
+@pytest.mark.full
 def test_one_graph_serves_the_prompt_and_every_step(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = graftc.compile({"adapt": [LORA]}, source).eval()
     compiled.generate(**prompt(source, 2, padded=True), max_new_tokens=1)
@@ -73,6 +74,7 @@ def no_capture(*_: Any) -> Any:
     raise AssertionError("a call was taken for a new one")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("way", ["compile", "forward"])
 def test_steps_of_a_model_under_torch_compile_are_not_compiled_again(compiled: Any, way: str) -> None:
     """A prompt, a first step and a second one, whose past is of another length: that is all that is compiled."""
@@ -95,6 +97,7 @@ def test_steps_of_a_model_under_torch_compile_are_not_compiled_again(compiled: A
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_copy_generates_with_its_own_tensors(compiled: Any, merged: Any) -> None:
     given = prompt(compiled, 2)
     expected = compiled.generate(**given, **SOME)
@@ -106,6 +109,7 @@ def test_a_copy_generates_with_its_own_tensors(compiled: Any, merged: Any) -> No
     assert torch.equal(copy.deepcopy(merged).generate(**given, **SOME), expected)
 
 
+@pytest.mark.full
 def test_what_is_saved_has_the_graphs_that_generate(source: Any, tmp_path: Path) -> None:
     source.save_pretrained(tmp_path / "base")
     compiled = graftc.compile({"adapt": [LORA]}, type(source).from_pretrained(tmp_path / "base")).eval()
@@ -137,6 +141,7 @@ def test_options(compiled: Any, plain: Any, options: dict[str, Any]) -> None:
     both(compiled, plain, **options)
 
 
+@pytest.mark.full
 def test_assistants(compiled: Any, merged: Any, plain: Any, source: Any) -> None:
     """A plain model, a compiled one and a merged one assist each other; what they draft decides nothing."""
     expected = both(compiled, plain)
@@ -164,6 +169,7 @@ def test_streamers(compiled: Any, plain: Any) -> None:
     assert streamer.ended and torch.equal(torch.cat(streamer.seen), found[0]) and len(streamer.seen) == 1 + 16
 
 
+@pytest.mark.slow
 def test_embeddings(compiled: Any, source: Any) -> None:
     given = prompt(source, 3, padded=True)
     embeds = source.get_input_embeddings()(given["input_ids"])
@@ -184,6 +190,7 @@ def test_a_cache_goes_on_in_the_next_turn(compiled: Any, plain: Any, beams: int)
     assert torch.equal(*found)
 
 
+@pytest.mark.full
 def test_the_base_generates_where_adaptations_are_off(compiled: Any, source: Any) -> None:
     whole = compiled.generate(**prompt(source, 3, padded=True), **SOME)
     with compiled.disabled():
@@ -193,6 +200,7 @@ def test_the_base_generates_where_adaptations_are_off(compiled: Any, source: Any
     assert not torch.equal(whole, base)
 
 
+@pytest.mark.full
 def test_gradients_go_through_a_cache(compiled: Any, source: Any) -> None:
     """Those of a text in two parts are those of the whole text; in train mode, too."""
     compiled.train()
@@ -225,6 +233,7 @@ def alone(bank: Any) -> list[Any]:
     return [bank.fix(name).merge().to_transformers() for name in "ab"]
 
 
+@pytest.mark.slow
 def test_threads(compiled: Any, plain: Any) -> None:
     """A model that several threads generate with gives each what it gives alone."""
     ways: list[dict[str, Any]] = [{"rows": 3, "padded": True}, {"rows": 2, "seed": 8}, {"rows": 1, "seed": 9}]
@@ -237,6 +246,7 @@ def test_threads(compiled: Any, plain: Any) -> None:
 class TestBanks:
     """Rows choose among two adaptations, each of which generates what it does alone."""
 
+    @pytest.mark.full
     @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
     @pytest.mark.parametrize("chosen", [[0, 1, 1, 0], ["a", "b", "b", "a"], torch.tensor([0, 1, 1, 0])])
     def test_rows(self, bank: Any, alone: list[Any], chosen: Any, options: dict[str, Any]) -> None:
@@ -247,11 +257,13 @@ class TestBanks:
         expected = torch.where(rows[:, None] == 0, *each)
         assert torch.equal(bank.generate(**given, **SOME, **options, adapter_ids=chosen), expected)
 
+    @pytest.mark.full
     @pytest.mark.parametrize("chosen", [{"adapter_ids": "b"}, {"adapter_weights": torch.tensor([0.0, 1.0])}])
     def test_one_for_all(self, bank: Any, alone: list[Any], chosen: dict[str, Any]) -> None:
         given = {**prompt(bank, 2), "num_beams": 2, **SOME}
         assert torch.equal(bank.generate(**given, **chosen), alone[1].generate(**given))
 
+    @pytest.mark.full
     def test_an_encoder_has_the_same_rows(self) -> None:
         spec = {"adapt": [{**LORA, "name": "a"}, {**LORA, "name": "b"}], "compose": {"bank": ["a", "b"]}}
         bank = graftc.compile(spec, language_model("t5")).eval()
@@ -261,6 +273,7 @@ class TestBanks:
         assert not torch.equal(*each)
         assert torch.equal(bank.generate(**given, adapter_ids=["a", "b"]), torch.stack([each[0][0], each[1][1]]))
 
+    @pytest.mark.slow
     def test_wrong_choices(self, bank: Any) -> None:
         with fails("GC038", r"int64\[3\]"):
             bank.generate(**prompt(bank, 2), adapter_ids=[0, 1, 1], num_beams=2)
@@ -268,6 +281,7 @@ class TestBanks:
             bank.generate(**prompt(bank, 2), adapter_ids=["a", "c"])
 
 
+@pytest.mark.slow
 def test_the_loops_own_methods_are_there(compiled: Any) -> None:
     """Those of the source's class, for transformers; a model that does not generate has none."""
     assert compiled._supports_logits_to_keep() and "input_ids" in inspect.signature(compiled.forward).parameters

@@ -34,6 +34,7 @@ def said(model: Any, **given: Any) -> Tensor:
     return made
 
 
+@pytest.mark.full
 def test_an_encoder_whose_table_is_longer_drops_nothing() -> None:
     """Resizing registers one table under several names, which the tracer reaches modules by."""
     model = tiny("t5", dropout_rate=0.5)
@@ -43,6 +44,7 @@ def test_an_encoder_whose_table_is_longer_drops_nothing() -> None:
     assert not [name for name, module in compiled.named_modules() if module.training]
 
 
+@pytest.mark.full
 def test_an_encoder_and_a_decoder_step_by_step() -> None:
     compiled = adapted("t5", LORA)
     tokens = IDS[:, :3]
@@ -60,12 +62,14 @@ def test_an_encoder_and_a_decoder_step_by_step() -> None:
         torch.testing.assert_close(each, whole, atol=3e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_what_another_encoder_gave_is_refused() -> None:
     compiled = adapted("t5", LORA)
     with pytest.raises(GraftError, match=r"GC031(.|\n)*get_encoder"):
         compiled(encoder_outputs=(torch.zeros(2, 7, 48),), decoder_input_ids=IDS, use_cache=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 class TestFirstContents:
     """Adaptations that a cache begins with."""
@@ -94,6 +98,7 @@ class TestFirstContents:
         assert torch.equal(said(compiled), expected)
 
 
+@pytest.mark.slow
 def test_parallel_adaptations_do_not_generate() -> None:
     entries = [{**LORA, "name": name} for name in ("a", "b")]
     compiled = adapted("llama", *entries, compose={"parallel": ["a", "b"]})

@@ -55,6 +55,7 @@ def prefixed(base: Any) -> Any:
 class TestInFront:
     """What stands in front of a text is the first of a cache: tokens are those of the whole text at every step."""
 
+    @pytest.mark.full
     def test_a_prefix_is_the_source_models_cache(self, base: Any, prefixed: Any) -> None:
         given = prompt(base, 5, padded=True)
         mask = torch.cat([torch.ones(5, LENGTH, dtype=torch.int64), given["attention_mask"]], 1)
@@ -72,6 +73,7 @@ class TestInFront:
         assert not torch.equal(found, base.generate(**given, **options))
         assert torch.equal(found, prefixed.generate(**given, **options, use_cache=False))
 
+    @pytest.mark.full
     def test_peft_step_by_step(self, base: Any) -> None:
         """peft's `generate` loses the prefix with this transformers; its forward of whole texts has it."""
         layers, heads, width = parity.sizes(base.config)
@@ -89,6 +91,7 @@ class TestInFront:
         assert torch.equal(found, ids)
         assert not torch.equal(found, base.generate(**given, max_new_tokens=32, eos_token_id=None))
 
+    @pytest.mark.full
     @pytest.mark.parametrize(
         "options",
         [{"rows": 3, "padded": True, "num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"rows": 2}],
@@ -104,12 +107,14 @@ class TestInFront:
         found = prefixed.generate(**given, **SOME, **ways[0])
         assert torch.equal(found, prefixed.generate(**given, **SOME, **ways[1], use_cache=False))
 
+    @pytest.mark.slow
     def test_embeddings(self, base: Any, prefixed: Any) -> None:
         given = prompt(base, 3, padded=True)
         embeds = base.get_input_embeddings()(given["input_ids"])
         found = prefixed.generate(inputs_embeds=embeds, attention_mask=given["attention_mask"], **SOME)
         assert torch.equal(found, prefixed.generate(**given, **SOME)[:, 9:])
 
+    @pytest.mark.full
     def test_virtual_tokens(self, base: Any) -> None:
         prompted = in_front(base, "prompt")
         given = prompt(base, 3, padded=True)
@@ -117,6 +122,7 @@ class TestInFront:
         assert torch.equal(found, prompted.generate(**given, **SOME, use_cache=False))
         assert not torch.equal(found, base.generate(**given, **SOME))
 
+    @pytest.mark.full
     def test_threads(self, base: Any, prefixed: Any) -> None:
         """The first calls of a model, at once: what one thread leaves out, others keep."""
         fresh = graftc.compile(prefixed.spec, base).eval()
@@ -131,6 +137,7 @@ class TestInFront:
         for found, own in zip(at_once(*(lambda job=job: job(fresh) for job in jobs)), expected, strict=True):
             torch.testing.assert_close(found, own)
 
+    @pytest.mark.slow
     def test_copies(self, base: Any, prefixed: Any) -> None:
         given = prompt(base, 2)
         expected = prefixed.generate(**given, **SOME)

@@ -21,6 +21,7 @@ def compiled() -> Any:
     return graftc.compile({"adapt": [LORA]}, language_model("llama")).eval()
 
 
+@pytest.mark.slow
 def test_encoders() -> None:
     with fails("GC142", ""):
         graftc.compile({"adapt": [LORA]}, tiny("bert")).generate(torch.ones(1, 3, dtype=torch.int64))
@@ -47,6 +48,7 @@ def test_kinds(compiled: Any, kind: str) -> None:
         compiled.generate(**prompt(compiled), cache_implementation=kind)
 
 
+@pytest.mark.slow
 def test_a_cache_that_has_dropped_tokens() -> None:
     source = language_model("gemma3")
     compiled = graftc.compile({"adapt": [LORA]}, source).eval()
@@ -56,6 +58,7 @@ def test_a_cache_that_has_dropped_tokens() -> None:
         compiled.generate(ids, attention_mask=ids, cache=dropped)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bart"])
 def test_positions_beyond_the_table(family: str) -> None:
     source: Any = language_model(family)
@@ -75,6 +78,7 @@ def test_positions_beyond_the_table(family: str) -> None:
     assert torch.equal(found, source.generate(**given, max_new_tokens=most, min_new_tokens=most))
 
 
+@pytest.mark.full
 def test_padding_takes_no_positions() -> None:
     """A row of more tokens than there are positions, some of which are padding, has room."""
     for family in ("gpt2", "opt"):
@@ -89,12 +93,14 @@ def test_padding_takes_no_positions() -> None:
             compiled(input_ids=ids, attention_mask=torch.ones_like(mask), position_ids=positions)
 
 
+@pytest.mark.slow
 def test_positions_that_a_call_gives() -> None:
     compiled = graftc.compile({"adapt": [LORA]}, language_model("gpt2")).eval()
     with fails("GC143", "token 101 of a row"):
         compiled(input_ids=torch.ones(1, 2, dtype=torch.int64), position_ids=torch.tensor([[3, 100]]))
 
 
+@pytest.mark.slow
 def test_rows_of_several_adaptations() -> None:
     both = [{**LORA, "name": name} for name in "ab"]
     compiled = graftc.compile({"adapt": both, "compose": {"parallel": ["a", "b"]}}, language_model("llama")).eval()

@@ -20,6 +20,7 @@ from graftc.testing import inputs_for, largest_difference, outputs_of, perturb, 
 from tests.packed_bases import KINDS, adapted, full_precision, on_dense, spec_of
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "method", "kind"),
     [("gpt2", "lora", "nf4"), ("gpt2", "spiel", "int4"), ("mixtral", "lora", "int8"), ("bert", "dora", "int4")],
@@ -30,6 +31,7 @@ def test_full_precision(family: str, method: str, kind: str) -> None:
     full_precision(family, method, kind)
 
 
+@pytest.mark.full
 def test_a_plain_model(tmp_path: Path) -> None:
     """A folder that transformers loads, without a word of quantisation."""
     compiled = adapted("llama", "lora", "nf4")
@@ -43,6 +45,7 @@ def test_a_plain_model(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(ids).logits, compiled(ids).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.full
 def test_a_decision_is_needed() -> None:
     """Neither is done by itself; what is no choice is an error."""
     compiled = adapted("bert", "lora", "nf4")
@@ -58,6 +61,7 @@ def test_a_decision_is_needed() -> None:
     assert plain.merge(base="full").certificate.passed
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_requantised(kind: str) -> None:
     """What changed is the nearest that the packing has to the exact fold; all else keeps its codes to the bit. The
@@ -92,6 +96,7 @@ def _steps(compiled: Any) -> Any:
     return fold_plan(compiled.compilation).lazy.steps
 
 
+@pytest.mark.slow
 def test_small_updates_are_lost() -> None:
     """An update that is smaller than the steps of the codes does not survive, and the merge says so."""
     compiled = graftc.compile(
@@ -111,6 +116,7 @@ def test_small_updates_are_lost() -> None:
         compiled.merge(base="requantized")
 
 
+@pytest.mark.slow
 def test_a_budget() -> None:
     """The outputs of what was packed again keep to what is asked for."""
     compiled = adapted("llama", "lora", "int4")
@@ -118,6 +124,7 @@ def test_a_budget() -> None:
         compiled.merge(base="requantized", budget=1e-3)
 
 
+@pytest.mark.slow
 def test_requantised_has_no_plain_form(tmp_path: Path) -> None:
     """No folder and no class of transformers holds packed weights; the parts are in its state dict."""
     merged = adapted("llama", "lora", "int8").merge(base="requantized")
@@ -128,6 +135,7 @@ def test_requantised_has_no_plain_form(tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.q_proj.weight_codes" in merged.folded_state_dict()
 
 
+@pytest.mark.full
 def test_the_compiled_model_stays() -> None:
     """Merging writes to no tensor of the base."""
     compiled = adapted("bert", "dora", "int4")
@@ -138,6 +146,7 @@ def test_the_compiled_model_stays() -> None:
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("base", ["full", "requantized"])
 def test_partial(base: Any) -> None:
     """What does not fold is compiled on the new base, plain or packed."""
@@ -158,6 +167,7 @@ def test_partial(base: Any) -> None:
     assert difference < (1e-4 if base == "full" else 0.1)
 
 
+@pytest.mark.slow
 def test_streamed_tensors() -> None:
     """Merged tensors one by one are the values, by the names of a plain model."""
     compiled = adapted("gpt2", "lora", "nf4")
@@ -167,6 +177,7 @@ def test_streamed_tensors() -> None:
     assert all(torch.equal(tensor, merged[name]) for name, tensor in made.items())
 
 
+@pytest.mark.full
 def test_half_precision() -> None:
     """A base in 16 bits merges in its own type, and in float32 without a loss of the update."""
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}], "base": {"quantize": "nf4"}}
@@ -182,6 +193,7 @@ def test_half_precision() -> None:
         compiled.merge(base="requantized", dtype=torch.float32)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "packing",
     [Affine("int8"), Affine("int8", group=32), Affine("int4", group=32, transposed=True), Blockwise("nf4", group=64)],
@@ -207,6 +219,7 @@ def test_what_is_the_same_keeps_its_codes(packing: Any) -> None:
     assert torch.equal(mine[2], new[2])
 
 
+@pytest.mark.full
 def test_saving_certifies(tmp_path: Path) -> None:
     """An artifact of a quantised base holds the certificate of the fold to full precision, and no base."""
     compiled = adapted("bert", "lora", "int4")
@@ -216,6 +229,7 @@ def test_saving_certifies(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in path.glob("*.safetensors")) < 20_000
 
 
+@pytest.mark.slow
 def test_a_packed_tensor_has_its_values_strides() -> None:
     """What is made of views is decided by strides: those of transposed codes are no contiguous ones."""
     store = adapted("gpt2", "lora", "nf4")._graftc._store
@@ -224,6 +238,7 @@ def test_a_packed_tensor_has_its_values_strides() -> None:
         assert torch.equal(store.get(name).reshape(-1), store.full(name).reshape(-1))
 
 
+@pytest.mark.full
 def test_a_conversion_reads_the_values() -> None:
     """DoRA as a LoRA on the packed base is what it is on a plain base of the same values."""
     compiled = adapted("gpt2", "dora", "int8")
@@ -233,6 +248,7 @@ def test_a_conversion_reads_the_values() -> None:
     assert largest_difference(outputs_of(made, inputs), outputs_of(expected, inputs)) < 1e-5
 
 
+@pytest.mark.full
 def test_files_alone_are_not_enough(tmp_path: Path) -> None:
     """A merge that reads files would add the update to values that the model did not have."""
     tiny("llama").save_pretrained(tmp_path / "base")

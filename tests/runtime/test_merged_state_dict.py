@@ -41,6 +41,7 @@ def small(dtype: torch.dtype = torch.float32) -> Any:
     return compiled
 
 
+@pytest.mark.slow
 def test_it_is_what_a_merge_gives(gpt2: Any) -> None:
     """By the names of the source's state dict, tied ones included, equal to the bit."""
     made, merged = dict(gpt2.merged_state_dict()), gpt2.merge().folded_state_dict()
@@ -52,6 +53,7 @@ def test_it_is_what_a_merge_gives(gpt2: Any) -> None:
     gpt2.compilation.source.__class__(gpt2.config).to(torch.bfloat16).load_state_dict(made)
 
 
+@pytest.mark.full
 def test_a_thousand_merges() -> None:
     """The base keeps its bits and every merge gives the same; what was trained in between shows."""
     model = nn.Sequential(nn.Linear(3, 2, bias=False)).bfloat16().eval()
@@ -73,6 +75,7 @@ def test_a_thousand_merges() -> None:
         assert torch.equal(tensor, first) is same
 
 
+@pytest.mark.slow
 def test_one_group_at_a_time(gpt2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folded tensor is made when it is asked for, and gone when the next one is."""
     folded: list[str] = []
@@ -139,6 +142,7 @@ def test_an_overflow_is_refused_by_name() -> None:
     assert caught.value.code == "GC051"
 
 
+@pytest.mark.slow
 def test_what_does_not_fold_is_refused_by_name() -> None:
     spec = {"adapt": [{"method": "prefix", "length": 3}]}
     with pytest.raises(GraftError, match="prefix") as caught:

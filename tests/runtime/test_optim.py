@@ -43,6 +43,7 @@ def gradients(parameters: dict[str, Any], number: int, scale: float = 1.0) -> No
         p.grad = (scale * size * torch.randn(p.shape, generator=generator)).to(p.dtype)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fields", [{}, {"weight_decay": 0.3, "betas": (0.8, 0.95), "eps": 1e-6, "lr": 3e-2}])
 def test_without_replacements_it_is_torch_s_adamw(fields: dict[str, Any]) -> None:
     """Deltas, whose entries have ages, and other tensors: 60 steps, to a few units in the last place."""
@@ -64,6 +65,7 @@ def test_without_replacements_it_is_torch_s_adamw(fields: dict[str, Any]) -> Non
     assert len(ages) == 4 and all(age.dtype == torch.float32 and set(age.tolist()) == {60.0} for age in ages)
 
 
+@pytest.mark.slow
 def test_ages_correct_each_entry_for_itself() -> None:
     """The first step of an entry that is new is one of sign, however old the others are."""
     compiled = adapted()
@@ -90,6 +92,7 @@ def shared() -> Any:
     return adapted()
 
 
+@pytest.mark.slow
 @given(steps=st.integers(1, 20), size=st.floats(1e-6, 1e3))
 @settings(max_examples=20, deadline=None)
 def test_seeded_moments_are_those_of_a_constant_gradient(steps: int, size: float) -> None:
@@ -115,6 +118,7 @@ def test_seeded_moments_are_those_of_a_constant_gradient(steps: int, size: float
     torch.testing.assert_close(delta.detach()[[1, 4]], other.detach(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.full
 def test_state_is_wide_and_survives_a_state_dict() -> None:
     """On a base in bfloat16 the norm's copy is in 16 bits and no state is; loading gives it back to the bit."""
     for kind in (graftc.optim.AgedAdamW, graftc.optim.SM3):
@@ -172,6 +176,7 @@ def test_sm3_on_tensors(shape: tuple[int, ...]) -> None:
     assert set(optimiser.state[p]) == {f"axis_{i}" for i in range(max(1, len(shape)))}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sm3_on_deltas(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries of a stored tensor, in any order: bounds hold all squares that an entry has had, accumulators only grow,
@@ -213,6 +218,7 @@ def test_sm3_on_deltas(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(other, delta)
 
 
+@pytest.mark.slow
 def test_indices_are_looked_up_when_they_are_needed() -> None:
     """Accumulators of the rows and columns where entries are now, after they have moved and after a load."""
     compiled = adapted(variant="MA")
@@ -231,6 +237,7 @@ def test_indices_are_looked_up_when_they_are_needed() -> None:
     assert bool((accumulators[0][:used] >= 1e4).all()) and bool((accumulators[0][used:] <= 1).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["AgedAdamW", "SM3"])
 def test_parameters_and_groups_are_taken_as_well(kind: str) -> None:
     """Groups with settings of their own, with the model beside them; without it, nobody is told of new entries."""
@@ -256,6 +263,7 @@ def test_parameters_and_groups_are_taken_as_well(kind: str) -> None:
     assert controller.optimiser is latest
 
 
+@pytest.mark.slow
 def test_fixed_entries_have_no_ages() -> None:
     """Of a mask nothing is ever replaced: one count for the tensor, and SM3 still knows rows and columns."""
     spec = {"adapt": [{"method": "mask", "selection": "random", "density": 0.05, "target": {"role": "ffn.down"}}]}
@@ -299,6 +307,7 @@ def test_settings_out_of_bounds() -> None:
             graftc.optim.SM3([p], **wrong)
 
 
+@pytest.mark.full
 def test_the_facade_loads_it_when_it_is_used() -> None:
     """`import graftc` alone brings no torch; the module is listed."""
     code = (

@@ -46,6 +46,7 @@ def encoder() -> nn.Module:
     return nn.Sequential(randomise(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)), nn.Linear(16, 3))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("enabled", [True, False])
 def test_attention_of_torch_nn(enabled: bool) -> None:
     model = seeded(Attending)
@@ -65,6 +66,7 @@ def test_attention_of_torch_nn(enabled: bool) -> None:
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+@pytest.mark.full
 def test_a_transformer_encoder_folds_and_its_eval_graph_is_derived() -> None:
     model = seeded(encoder)
     adapted = graftc.compile(lora(["**.linear1", "**.linear2"]), model, [torch.randn(2, 6, 16)]).eval()
@@ -93,6 +95,7 @@ class ByPosition(nn.Module):
         return {"sum": self.linear(left) * scale + right}
 
 
+@pytest.mark.slow
 def test_inputs_by_position_and_a_number() -> None:
     model = seeded(ByPosition)
     left, right = torch.randn(3, 4), torch.randn(3, 4)
@@ -116,6 +119,7 @@ class Unnamed(nn.Module):
         return mapped if shift is None else mapped + shift
 
 
+@pytest.mark.slow
 def test_a_forward_whose_first_parameter_is_not_self() -> None:
     model = seeded(Unnamed)
     states, shift = torch.randn(3, 4), torch.randn(3, 4)
@@ -142,6 +146,7 @@ class Chunked(nn.Module):
         return self.linear(states)
 
 
+@pytest.mark.full
 def test_a_graph_never_serves_a_size_that_its_model_treats_otherwise() -> None:
     model = seeded(Chunked)
     adapted = graftc.compile(lora("linear"), model, {"states": torch.randn(2, 6, 4)}).eval()
@@ -158,6 +163,7 @@ def test_a_graph_never_serves_a_size_that_its_model_treats_otherwise() -> None:
             torch.testing.assert_close(adapted(states), expected(states), atol=2e-5, rtol=0)
 
 
+@pytest.mark.full
 def test_a_bound_length_is_captured_anew_and_noted() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -198,6 +204,7 @@ def wrong():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", ["positional", "alone", "named"])
 def test_the_command_line_takes_a_model_with_its_inputs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, maker: str

@@ -44,11 +44,13 @@ def leaks(compiled: Any, **inputs: Any) -> bool:
     return not torch.equal(one[5:], two[5:])
 
 
+@pytest.mark.full
 def test_no_token_attends_across_texts(compiled: Any) -> None:
     assert compiled.config._attn_implementation == "sdpa"
     assert not leaks(compiled)
 
 
+@pytest.mark.full
 def test_packed_texts_give_what_each_gives_alone(compiled: Any) -> None:
     """Their logits, their loss and their gradients."""
     packed = torch.split(logits(compiled, ROW), LENGTHS)
@@ -73,6 +75,7 @@ def test_packed_texts_give_what_each_gives_alone(compiled: Any) -> None:
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(mine, theirs, strict=True))
 
 
+@pytest.mark.full
 def test_with_a_mask_they_attend_across_texts_and_a_warning_says_so(compiled: Any) -> None:
     """As in the source model."""
     source = compiled.compilation.model.eval()
@@ -96,6 +99,7 @@ def test_positions_of_padding_are_not_taken_for_packed_texts() -> None:
             warn_of_packed({"attention_mask": mask, "position_ids": positions}, ["prompt"], list)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 def test_every_text_sees_a_prefix_and_a_warning_says_where_only_the_first_one_does(method: str) -> None:
     made: Any = graftc.compile({"adapt": [{"method": method, "length": 3}]}, tiny("llama"))
@@ -111,6 +115,7 @@ def test_every_text_sees_a_prefix_and_a_warning_says_where_only_the_first_one_do
     assert (same, told) == (([True] * 3, []) if method == "prefix" else ([True, False, False], ["GC121"]))
 
 
+@pytest.mark.full
 def test_numbers_for_flash_attention_have_no_graphs_of_their_own(compiled: Any) -> None:
     sizes = torch.tensor([0, 5, 8, 14], dtype=torch.int32)
     plain = logits(compiled, ROW)
@@ -121,6 +126,7 @@ def test_numbers_for_flash_attention_have_no_graphs_of_their_own(compiled: Any) 
     assert len(given) == 1
 
 
+@pytest.mark.slow
 def test_gates_are_of_the_row_and_a_warning_says_so() -> None:
     made = graftc.compile({"adapt": [{"method": "unipelt"}]}, tiny("llama"))
     perturb(made, 0.1)
@@ -128,6 +134,7 @@ def test_gates_are_of_the_row_and_a_warning_says_so() -> None:
         assert leaks(made.eval())
 
 
+@pytest.mark.full
 def test_a_mask_of_pairs_keeps_texts_apart_without_a_warning() -> None:
     made = graftc.compile(
         {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]},

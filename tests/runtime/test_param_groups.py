@@ -43,6 +43,7 @@ def peft_name(name: str) -> str:
     return Names({**PARTS, **(TABLE if "embeddings" in name else {})}).of(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_lora_plus_is_that_of_peft(method: str) -> None:
     """The same groups of the same tensors at the same rates, with a table, biases and a head. Magnitudes of DoRA, which
@@ -90,6 +91,7 @@ METHODS: dict[str, tuple[Mapping[str, Any], set[str]]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", METHODS)
 def test_what_decays(method: str) -> None:
     """Matrices, prompts and entries of matrices; no bias, norm, scale or gate. Whatever trains is in one group."""
@@ -113,6 +115,7 @@ SPECS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", SPECS)
 def test_compositions_and_what_else_a_spec_has(case: str) -> None:
     """Whatever trains is in one group; gates are vectors, wherever they are from."""
@@ -124,6 +127,7 @@ def test_compositions_and_what_else_a_spec_has(case: str) -> None:
     assert still == vectors
 
 
+@pytest.mark.full
 def test_layers() -> None:
     """As BEiT has it: the last layer at ``d``, the first at ``d^L``, the tables before it at ``d^(L+1)``, the rest as
     it is."""
@@ -136,6 +140,7 @@ def test_layers() -> None:
     assert set(found.values()) == {0.125, 0.25, 0.5, 0.0625, 1.0}
 
 
+@pytest.mark.full
 def test_an_encoder_and_a_decoder() -> None:
     """Each counts its own layers; what a decoder has before its layers is behind the encoder's first one."""
     spec = {"adapt": [{**LORA, "target": {"role": ["attn.q", "decoder.cross.attn.q", "embed"]}}]}
@@ -173,6 +178,7 @@ def test_layers_without_residual_branches() -> None:
     assert by_module == {"read": 0.125, "layers.0": 0.25, "layers.1": 0.5, "head": 1.0}
 
 
+@pytest.mark.slow
 def test_overrides_and_frozen_tensors() -> None:
     """An adaptation's own numbers replace the common ones; options of the optimiser pass through."""
     other = {"name": "other", "method": "ia3"}
@@ -188,6 +194,7 @@ def test_overrides_and_frozen_tensors() -> None:
     assert all(".graftc.other." in name for name in rates_of(compiled))
 
 
+@pytest.mark.full
 def test_they_train_in_the_trainer(tmp_path: Any) -> None:
     """With the Trainer's own schedule, which multiplies each group's rate."""
     from transformers import Trainer, TrainingArguments
@@ -205,6 +212,8 @@ def test_they_train_in_the_trainer(tmp_path: Any) -> None:
     assert all(not torch.equal(start[name], tensor) for name, tensor in compiled.adapter_state_dict().items())
 
 
+@pytest.mark.slow
+@pytest.mark.sample("options0-GC073", "options2-GC073", "options3-GC073", "options5-GC091", "options7-GC073")
 @pytest.mark.parametrize(
     ("options", "code"),
     [

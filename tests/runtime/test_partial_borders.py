@@ -22,6 +22,7 @@ def compiled_for(*entries: dict[str, Any], **fields: Any) -> Any:
     return compiled
 
 
+@pytest.mark.full
 def test_what_is_untied_stays_untied() -> None:
     """LoRA on the untied head folds; what does not is compiled on a base that has both tensors."""
     lora = {"method": "lora", "target": {"modules": "lm_head"}, "rank": 2}
@@ -32,6 +33,7 @@ def test_what_is_untied_stays_untied() -> None:
     assert largest_difference(outputs_of(partial.compiled, inputs), outputs_of(compiled, inputs)) <= 2e-5
 
 
+@pytest.mark.slow
 def test_where_nothing_folds() -> None:
     """That is no failed certificate, and says what stays and why."""
     with pytest.raises(GraftError, match="pfeiffer") as error:

@@ -67,6 +67,7 @@ def wanted(compiled: Any, names: list[str], run: Any) -> list[tuple[str, Tensor]
     return sorted(found, key=lambda item: item[0])
 
 
+@pytest.mark.slow
 def test_shared_weights() -> None:
     """A weight with several uses gives one gradient in each pass, the sum, and none when it is released."""
     torch.manual_seed(0)
@@ -79,6 +80,7 @@ def test_shared_weights() -> None:
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 @pytest.mark.parametrize("variant", ["AG", "MA"])
 def test_spiel(family: str, variant: str) -> None:
@@ -106,6 +108,8 @@ def test_spiel(family: str, variant: str) -> None:
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
+@pytest.mark.sample("mask")
 @pytest.mark.parametrize("method", ["mask", "child_tuning"])
 def test_entries_by_examples(method: str) -> None:
     """Entries are chosen by gradients of the weights' values."""
@@ -120,6 +124,7 @@ def test_entries_by_examples(method: str) -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
 
 
+@pytest.mark.full
 def test_copies() -> None:
     """A copy has parts of its own, and nobody listens to them."""
     (compiled, _) = pair(families.gpt2().eval(), [{"method": "spiel", "density": 0.02, "target": TARGET}])

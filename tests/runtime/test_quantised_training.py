@@ -65,6 +65,7 @@ def kept(compiled: Any, run: Callable[..., Any]) -> list[Tensor]:
     return saved
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", list(METHODS))
 @pytest.mark.parametrize("off", OFF, ids=",".join)
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral", "t5"])
@@ -82,6 +83,7 @@ def test_no_value_is_kept(family: str, off: list[str], name: str) -> None:
     assert found.without > plain.without + 4 * min(weight_sizes(compiled))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_torch_compile(backend: str) -> None:
     """Compiled by torch, the step keeps codes as well, and gives the same gradients."""
@@ -100,6 +102,7 @@ def test_torch_compile(backend: str) -> None:
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_checkpointed_layers() -> None:
     """With whole layers computed again the gradients are the same."""
     model = families.llama().eval()
@@ -108,6 +111,7 @@ def test_checkpointed_layers() -> None:
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.slow
 def test_no_gradient_for_codes() -> None:
     """Parts are frozen parameters of whole numbers; what is trained is the adaptation's."""
     compiled = compiled_of(families.gpt2().eval(), base={"quantize": "nf4", "double": True})

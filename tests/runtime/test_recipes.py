@@ -46,6 +46,7 @@ def base_of(compiled: Compiled) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in compiled.compilation.source.named_parameters()}
 
 
+@pytest.mark.slow
 def test_lottery_ticket() -> None:
     """What changes most in a dense training is chosen; all goes back; the chosen entries alone differ in the end."""
     model = tiny("bert")
@@ -85,6 +86,7 @@ def test_lottery_ticket() -> None:
     assert kept == 700
 
 
+@pytest.mark.full
 def test_iterations_add_their_shares() -> None:
     """Each starts from what the one before has trained, and keeps its entries."""
     model = tiny("gpt2")
@@ -122,6 +124,7 @@ def test_iterations_add_their_shares() -> None:
     assert not same_bits(outputs_of(tuned, inputs), outputs_of(model, inputs))
 
 
+@pytest.mark.full
 def test_rows_of_a_fused_weight() -> None:
     """Queries of GPT-2, whose rows are columns of what is stored."""
     model = tiny("gpt2")
@@ -135,6 +138,7 @@ def test_rows_of_a_fused_weight() -> None:
     assert sum(int((folded[n] != t).sum()) for n, t in base_of(tuned).items()) <= 90
 
 
+@pytest.mark.full
 def test_a_run_in_a_folder_is_the_same(tmp_path: Path) -> None:
     """With and without one, from the file and in memory; a finished one gives its result without training."""
     model = tiny("bert")
@@ -184,6 +188,7 @@ def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
         graftc.tune(SPEC, tiny("bert"), train, folder=tmp_path)
 
 
+@pytest.mark.full
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     """Whoever begins in the folder of a run that has not ended is told so; the run itself goes on."""
     model, seen = tiny("bert"), []
@@ -207,6 +212,7 @@ def test_arguments_of_another_kind(tmp_path: Path, change: dict[str, Any]) -> No
     assert error.value.code == "GC073"
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """A selection and two trainings, killed at random moments, end as a run that was not."""
@@ -236,6 +242,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.full
 def test_task_and_language() -> None:
     """Two fine-tunes of one base add up, in either order, and fold; a head of the second is left out."""
     model = tiny("bert")

@@ -26,6 +26,7 @@ def compiled_of(family: str = "llama", **spec: Any) -> Any:
     return made
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_it_computes_what_the_base_does_whatever_mode_the_model_is_in(family: str) -> None:
     compiled = compiled_of(family)
@@ -44,6 +45,7 @@ def test_it_computes_what_the_base_does_whatever_mode_the_model_is_in(family: st
     assert reference.config is compiled.config and reference.dtype == compiled.dtype
 
 
+@pytest.mark.slow
 def test_it_has_no_tensor_and_cannot_be_copied_apart() -> None:
     compiled = compiled_of()
     sizes = {tuple(p.shape) for p in compiled.compilation.source.parameters()}
@@ -65,6 +67,7 @@ def test_it_has_no_tensor_and_cannot_be_copied_apart() -> None:
         assert torch.equal(reference(input_ids=IDS).logits, expected)
 
 
+@pytest.mark.slow
 def test_references_of_two_bases_are_told_apart_by_their_state() -> None:
     torch.manual_seed(1)
     one, two = compiled_of().reference(), compiled_of("gpt2").reference()
@@ -72,6 +75,7 @@ def test_references_of_two_bases_are_told_apart_by_their_state() -> None:
     assert not torch.equal(one.state_dict()["_extra_state"], two.state_dict()["_extra_state"])
 
 
+@pytest.mark.full
 def test_a_trained_head_is_the_one_that_losses_see() -> None:
     compiled = compiled_of(train=["lm_head"])
     head = compiled.get_output_embeddings()
@@ -86,6 +90,7 @@ def test_a_trained_head_is_the_one_that_losses_see() -> None:
         head(hidden)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_hidden_states_are_those_of_the_text_alone(method: str) -> None:
     """Virtual tokens are not among them, so that labels fit."""
@@ -97,6 +102,7 @@ def test_hidden_states_are_those_of_the_text_alone(method: str) -> None:
         assert torch.allclose(logits, compiled(input_ids=IDS).logits, atol=1e-5)
 
 
+@pytest.mark.full
 def test_rows_of_a_head_that_train_are_in_its_place() -> None:
     compiled = graftc.compile({"adapt": [LORA], "tokens": {"add": ["<x>"]}}, gpt2())
     perturb(compiled, 0.1)
@@ -107,6 +113,7 @@ def test_rows_of_a_head_that_train_are_in_its_place() -> None:
     assert not torch.equal(head.weight, compiled.compilation.model.lm_head.weight)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["lora", "dora", "bottleneck"])
 def test_an_adapted_head_is_refused_when_its_weight_is_read(method: str) -> None:
     compiled = graftc.compile({"adapt": [{"method": method, "target": {"role": ["attn.q", "head"]}}]}, tiny("llama"))
@@ -114,6 +121,7 @@ def test_an_adapted_head_is_refused_when_its_weight_is_read(method: str) -> None
         compiled.get_output_embeddings().weight  # noqa: B018
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_dropouts_that_are_set_to_zero_drop_nothing(family: str) -> None:
     """Those of the base and of adaptations, one by one; code of `torch.compile` too."""
@@ -132,6 +140,7 @@ def test_dropouts_that_are_set_to_zero_drop_nothing(family: str) -> None:
         assert not torch.equal(compiled(input_ids=IDS).logits, compiled(input_ids=IDS).logits)
 
 
+@pytest.mark.full
 def test_a_copy_runs_itself_after_a_trainer_has_changed_forward() -> None:
     import types
 
@@ -145,6 +154,7 @@ def test_a_copy_runs_itself_after_a_trainer_has_changed_forward() -> None:
         assert not torch.allclose(copied(input_ids=IDS).logits, compiled(input_ids=IDS).logits)
 
 
+@pytest.mark.slow
 def test_dropouts_in_wrapped_layers_that_are_set_to_zero_drop_nothing() -> None:
     """Accelerate wraps layers whose activations are recomputed."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -160,6 +170,7 @@ def test_dropouts_in_wrapped_layers_that_are_set_to_zero_drop_nothing() -> None:
         assert torch.equal(compiled(input_ids=IDS).logits, compiled(input_ids=IDS).logits)
 
 
+@pytest.mark.slow
 def test_dropouts_of_zero_leave_masks_of_gradients_alone() -> None:
     """A module whose only dropout drops nothing still trains: the gradients of its own tensors are masked."""
     compiled = graftc.compile({"adapt": [{"method": "child_tuning", "reserve_p": 0.5}]}, tiny("vit")).train()

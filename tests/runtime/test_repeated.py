@@ -76,6 +76,7 @@ def no_warning() -> Iterator[None]:
 LABELS = torch.arange(5) % 3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["alike", "attached"])
 def test_value_and_gradient_are_those_of_the_formula(kind: str) -> None:
     """Loss of the first pass plus the term, and the gradient of that, with the target detached or not."""
@@ -96,6 +97,7 @@ def test_value_and_gradient_are_those_of_the_formula(kind: str) -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.full
 def test_detaching_changes_the_gradient_only() -> None:
     compiled = adapted(SETTINGS["alike"])
     other = like(compiled, SETTINGS["attached"])
@@ -110,6 +112,7 @@ def test_detaching_changes_the_gradient_only() -> None:
     assert any((found[0][name] - found[1][name]).abs().max() > 1e-5 for name in found[0])
 
 
+@pytest.mark.full
 def test_positions_of_a_causal_model() -> None:
     """Those that predict a label other than -100 count: exactly where the loss has a gradient."""
     compiled = adapted(SETTINGS["alike"], "gpt2")
@@ -130,6 +133,7 @@ def test_positions_of_a_causal_model() -> None:
     assert compiled(**inputs, labels=labels).loss.isnan()  # as the model's own, of which there is nothing
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "mixtral", "t5"])
 def test_where_labels_stand(family: str) -> None:
     """Causal models predict the next one, an encoder and decoder the one that stands there."""
@@ -141,6 +145,7 @@ def test_where_labels_stand(family: str) -> None:
     assert shift == (family != "t5")
 
 
+@pytest.mark.full
 def test_one_logit_has_nothing_to_differ_in() -> None:
     """Regression: the term is zero, and the loss is that of the first pass."""
     model = tiny("bert", num_labels=1, **STILL["bert"])
@@ -152,6 +157,7 @@ def test_one_logit_has_nothing_to_differ_in() -> None:
     assert torch.equal(compiled(**inputs, labels=torch.randn(5)).loss, plain)
 
 
+@pytest.mark.slow
 def test_a_single_expert_agrees_with_itself() -> None:
     """Zero without dropout, and the two passes apart with it."""
     inputs = None
@@ -162,6 +168,7 @@ def test_a_single_expert_agrees_with_itself() -> None:
         assert (float(compiled.extra_loss().detach()) == 0) is zero
 
 
+@pytest.mark.full
 def test_without_a_weight_there_is_one_pass() -> None:
     """Nothing is drawn twice, and eval mode and the base alone have one pass anyway."""
     inputs = inputs_for(adapted(SETTINGS["none"]))
@@ -190,6 +197,7 @@ def counted_runs(compiled: Any) -> list[str]:
     return calls
 
 
+@pytest.mark.full
 def test_a_loss_of_ones_own() -> None:
     """Without labels the term waits for `extra_loss`, which has it once, as the mean over the calls."""
     compiled = adapted(SETTINGS["alike"])
@@ -213,6 +221,7 @@ def test_a_loss_of_ones_own() -> None:
         compiled.after_step()
 
 
+@pytest.mark.slow
 def test_a_term_that_is_missed() -> None:
     """GC025 at the backward pass that lacks it, once; nothing is kept."""
     compiled = adapted(SETTINGS["alike"])
@@ -230,6 +239,7 @@ def test_a_term_that_is_missed() -> None:
     assert not copy.deepcopy(compiled)._waiting
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("labelled", [True, False])
 def test_accumulation_counts_each_micro_batch_once(labelled: bool) -> None:
     """Two halves, each with half of its loss, have the gradient that the formula has."""
@@ -255,6 +265,7 @@ def test_accumulation_counts_each_micro_batch_once(labelled: bool) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_adaptations_have_a_term_each() -> None:
     """Of the same two passes, each with its weight; a term of tensors is beside them."""
     sora = {"method": "sora", "target": {"role": "attn.q"}, "l1": 0.1}
@@ -272,6 +283,7 @@ def test_two_adaptations_have_a_term_each() -> None:
     torch.testing.assert_close(extra.detach(), 0.75 * divergence(*passes, True).mean() + alone)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_compiled_training_step(labelled: bool) -> None:
     """`torch.compile(fullgraph=True)` takes both passes and the term; the term without labels waits as well."""

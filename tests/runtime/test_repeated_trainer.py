@@ -64,6 +64,7 @@ def noted_states(run: Any) -> list[Tensor]:
     return states
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("callback", [True, False])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_trainer_has_the_term(callback: bool, steps: int, tmp_path: Path) -> None:
@@ -87,6 +88,7 @@ def test_the_trainer_has_the_term(callback: bool, steps: int, tmp_path: Path) ->
     assert same_bits(list(compiled.adapter_state_dict().values()), list(other.adapter_state_dict().values()))
 
 
+@pytest.mark.slow
 def test_a_trainer_that_computes_the_loss_itself(tmp_path: Path) -> None:
     """Label smoothing takes the labels away from the model: the term is missed, and that is said."""
     compiled = adapted(SETTINGS["alike"])
@@ -95,6 +97,7 @@ def test_a_trainer_that_computes_the_loss_itself(tmp_path: Path) -> None:
         run.train()
 
 
+@pytest.mark.full
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     """Routes and dropout masks come from torch's generator, which the Trainer keeps: to the bit."""
     settings = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2, "optim": "adamw_torch"}

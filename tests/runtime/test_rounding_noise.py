@@ -33,6 +33,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DEFAULT_BUDGET", {**certificate.DEFAULT_BUDGET, torch.bfloat16: 1e-6})
 
 
+@pytest.mark.slow
 def test_a_difference_that_any_rounding_makes_is_allowed(compiled: Any, narrow: None) -> None:
     made = compiled.merge()
     (note,) = made.certificate.notes
@@ -42,6 +43,7 @@ def test_a_difference_that_any_rounding_makes_is_allowed(compiled: Any, narrow: 
     assert all(torch.equal(own[name], other[name]) for name in own), "weights are not what they were"
 
 
+@pytest.mark.slow
 def test_a_larger_difference_is_refused(compiled: Any, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "rounding_noise", lambda *given, enough: 1e-9)
     with pytest.raises(GraftError) as caught:

@@ -79,6 +79,7 @@ def fisher(model: nn.Module, examples: list[dict[str, Tensor]], single: bool = T
     return scores
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_fisher_information_of_single_examples(family: str) -> None:
     """Exactly as many entries as the budget says, and those of a plain loop; a loss of another scale changes none."""
@@ -100,6 +101,7 @@ def test_fisher_information_of_single_examples(family: str) -> None:
     assert any(not torch.allclose(mean[n], s, rtol=0.1) for n, s in scores.items())
 
 
+@pytest.mark.slow
 def test_movement() -> None:
     """The entries that descent moves away from zero."""
     model = tiny("bert")
@@ -120,6 +122,7 @@ def test_movement() -> None:
         assert set(wanted) >= entries(chosen).get(name, set())
 
 
+@pytest.mark.full
 def test_selecting_leaves_everything_as_it_was() -> None:
     """Modes, what wants gradients, gradients, and values."""
     model = tiny("bert")
@@ -136,6 +139,7 @@ def test_selecting_leaves_everything_as_it_was() -> None:
     assert same_bits(outputs_of(chosen.eval(), inputs), outputs_of(model, inputs))
 
 
+@pytest.mark.full
 def test_training_before_examples_have_chosen_warns(tmp_path: Path) -> None:
     """Also at saving; what has chosen does not."""
     model = tiny("bert")
@@ -152,6 +156,7 @@ def test_training_before_examples_have_chosen_warns(tmp_path: Path) -> None:
     assert same_bits(outputs_of(loaded, inputs_for(chosen)), outputs_of(chosen, inputs_for(chosen)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("run", "code"),
     [

@@ -121,6 +121,7 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", CALLS)
 def test_every_signature_gives_the_source_models_outputs(family: str) -> None:
     model = frozen(families.tiny(family))
@@ -161,6 +162,7 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", list(HEADS))
 def test_labels_give_the_models_own_loss_to_the_bit(name: str) -> None:
     make, labels = HEADS[name]
@@ -199,6 +201,7 @@ def switching(family: str) -> tuple[nn.Module, Any, dict[str, dict[str, Any]]]:
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_no_signature_forgets_an_adaptation(family: str) -> None:
     model, adapted, calls = switching(family)
@@ -217,6 +220,7 @@ def test_no_signature_forgets_an_adaptation(family: str) -> None:
             torch.testing.assert_close(outputs[name], outputs["usual"], atol=1e-6, rtol=0, msg=name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_gradients_reach_the_same_tensors_in_every_signature(family: str) -> None:
     _, adapted, calls = switching(family)
@@ -238,6 +242,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.full
 def test_switching_never_copies_a_tensor() -> None:
     import gc
 
@@ -266,6 +271,7 @@ def test_switching_never_copies_a_tensor() -> None:
     assert resident() - before < size / 2
 
 
+@pytest.mark.full
 def test_an_adapted_place_that_a_signature_does_not_read_is_an_error() -> None:
     spec = {"adapt": [{"name": "words", "method": "lora", "target": {"role": "embed"}, "rank": 2}, LORA]}
     adapted = graftc.compile(spec, families.tiny("llama")).eval()
@@ -278,6 +284,7 @@ def test_an_adapted_place_that_a_signature_does_not_read_is_an_error() -> None:
         adapted(**text())
 
 
+@pytest.mark.slow
 def test_packed_sequences_are_those_run_apart() -> None:
     model = frozen(families.tiny("llama"))
     adapted = graftc.compile({"adapt": [LORA]}, model).eval()
@@ -294,6 +301,7 @@ def test_packed_sequences_are_those_run_apart() -> None:
     assert float((joined - packed).abs().max()) > 1e-3
 
 
+@pytest.mark.full
 def test_a_graph_is_made_once_per_signature() -> None:
     adapted = graftc.compile({"adapt": [LORA]}, families.tiny("bert")).eval()
     families_of = adapted.compilation.signatures
@@ -314,6 +322,7 @@ def test_a_graph_is_made_once_per_signature() -> None:
     assert [key for key in families_of if "output_hidden_states=True" in key.inputs]
 
 
+@pytest.mark.full
 def test_a_flag_belongs_to_the_capture_cache(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
     model = families.tiny("llama").eval()
@@ -327,6 +336,7 @@ def test_a_flag_belongs_to_the_capture_cache(tmp_path: Path, monkeypatch: Any) -
             assert_same(outputs, expected)
 
 
+@pytest.mark.slow
 def test_flags_may_be_there_from_the_start() -> None:
     model = frozen(families.tiny("llama"))
     adapted = graftc.compile({"adapt": [LORA]}, model, {**text(), "output_hidden_states": True}).eval()
@@ -337,6 +347,7 @@ def test_flags_may_be_there_from_the_start() -> None:
     assert adapted.merge(allow_unchanged=True).certificate.passed
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -358,6 +369,7 @@ def test_what_has_no_graph_is_a_coded_error_that_names_it(changes: dict[str, Any
         adapted(**text())
 
 
+@pytest.mark.full
 def test_capturing_leaves_no_trace_on_the_source_model() -> None:
     model = families.tiny("llama")
     before = [(dict(vars(m)), dict(m._forward_hooks), dict(m._buffers)) for m in model.modules()]
@@ -372,6 +384,7 @@ def test_capturing_leaves_no_trace_on_the_source_model() -> None:
     assert vars(model.config) == config
 
 
+@pytest.mark.full
 def test_a_longer_sequence_than_the_model_takes_is_a_coded_error() -> None:
     adapted = graftc.compile({"adapt": [LORA]}, families.tiny("bert", max_position_embeddings=16)).eval()
     with torch.no_grad():
@@ -382,6 +395,7 @@ def test_a_longer_sequence_than_the_model_takes_is_a_coded_error() -> None:
             adapted(**text(2, 17))
 
 
+@pytest.mark.full
 def test_a_flag_under_torch_compile() -> None:
     import torch._dynamo as dynamo
 
@@ -426,6 +440,7 @@ class Sizes(nn.Module):
 BRANCHES = ["rows over 3", "rows over 5", "6 rows", "tokens over 3", "another layer", "every fourth", "many"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_other_sizes_get_the_graph_of_their_own_range(branch: str, tmp_path: Path) -> None:
     """Not the code of the first one: in eval and train mode, in copies, merged, and read from an artifact."""

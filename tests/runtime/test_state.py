@@ -57,6 +57,7 @@ def code_of(run: Callable[[], object]) -> str:
     return caught.value.code
 
 
+@pytest.mark.slow
 def test_a_state_dict_holds_what_trains_and_no_value_of_the_base(model: Any, trained: Any) -> None:
     state = trained.state_dict()
     adapters = trained.adapter_state_dict()
@@ -66,6 +67,7 @@ def test_a_state_dict_holds_what_trains_and_no_value_of_the_base(model: Any, tra
     assert sum(rest.values()) == 0 and len(rest) == 1, "one empty tensor in the place of the base's"
 
 
+@pytest.mark.slow
 def test_the_full_state_dict_has_everything_and_ties_once(model: Any, trained: Any) -> None:
     full = trained.full_state_dict()
     own = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
@@ -118,6 +120,7 @@ def test_another_base_is_refused_and_nothing_is_written(
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_what_was_trained_on_another_base_is_refused(model: Any, trained: Any) -> None:
     base = copy.deepcopy(model)
     with torch.no_grad():
@@ -147,6 +150,7 @@ def test_the_functions_of_torch_distributed(trained: Any, other: Any) -> None:
     assert same(other, trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit"])
 def test_no_loader_takes_it_for_a_plain_model(family: str, tmp_path: Path) -> None:
     """Not even with the config beside it; nor does torch, strict or not."""
@@ -179,6 +183,7 @@ def checkpoint(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_a_checkpoint_is_enough_to_make_the_model_again(model: Any, trained: Any, checkpoint: Path) -> None:
     for path in (checkpoint, str(checkpoint / "model.safetensors")):
         loaded: Any = graftc.load(path, model)
@@ -188,6 +193,7 @@ def test_a_checkpoint_is_enough_to_make_the_model_again(model: Any, trained: Any
             assert torch.equal(loaded.eval()(input_ids=ids).logits, trained.eval()(input_ids=ids).logits)
 
 
+@pytest.mark.full
 def test_the_base_is_found_where_it_was(tmp_path: Path) -> None:
     base: Any = tiny("gpt2")
     base.save_pretrained(tmp_path / "base")
@@ -208,6 +214,7 @@ def test_a_checkpoint_of_another_base_or_without_one(model: Any, checkpoint: Pat
     assert code_of(lambda: graftc.load(tmp_path / "plain", model)) == "GC080"
 
 
+@pytest.mark.full
 def test_a_damaged_checkpoint_is_refused_by_code(model: Any, trained: Any, tmp_path: Path) -> None:
     state = trained.state_dict()
     text = bytes(state[RECORD].numpy())
@@ -241,6 +248,7 @@ def test_a_damaged_checkpoint_is_refused_by_code(model: Any, trained: Any, tmp_p
     assert code_of(lambda: graftc.load(tmp_path, model)) == "GC082"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("assign", [False, True])
 def test_tensors_of_another_type_are_cast(assign: bool) -> None:
     """With ``assign`` as well: graphs take the types that they were made for."""

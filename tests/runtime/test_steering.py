@@ -57,6 +57,7 @@ def no_warning() -> Iterator[None]:
         yield
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["sora", *(m for m in METHODS if m != "sora")])
 def test_an_artifact_in_the_middle_of_training_changes_nothing(method: str, tmp_path: Path) -> None:
     """Saved, loaded and trained on: parameters and state end equal to the bit with an uninterrupted run."""
@@ -80,6 +81,7 @@ def test_an_artifact_in_the_middle_of_training_changes_nothing(method: str, tmp_
             assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.full
 def test_two_adaptations_are_steered_side_by_side() -> None:
     """Each with its own counter; their objectives add up."""
     both = adapted({**ADALORA, "target": {"role": "attn.q"}}, {**SORA, "target": {"role": "ffn.down"}})
@@ -94,6 +96,7 @@ def test_two_adaptations_are_steered_side_by_side() -> None:
     assert state["graftc.adalora.step"].tolist() == state["graftc.sora.step"].tolist() == [3]
 
 
+@pytest.mark.slow
 def test_without_steering_there_is_nothing_to_do() -> None:
     """LoRA: every call is there and changes nothing."""
     compiled = adapted({"method": "lora", "target": TARGET})
@@ -104,6 +107,7 @@ def test_without_steering_there_is_nothing_to_do() -> None:
         compiled.warn_of_unsteered()
 
 
+@pytest.mark.slow
 def test_state_moves_with_the_model() -> None:
     """Counters, importance and the deployed rank are where the parameters are; controllers find them there."""
     compiled = adapted(ADALORA, {**SORA, "target": {"role": "ffn.up"}}, {**DYLORA, "target": {"role": "attn.v"}})
@@ -116,6 +120,7 @@ def test_state_moves_with_the_model() -> None:
         assert all(t.device.type == "meta" for place in controller.places for t in place.tensors.values())
 
 
+@pytest.mark.full
 def test_state_is_kept_beside_parameters() -> None:
     """A state dict has it, and `load_state_dict` brings it back."""
     compiled = adapted(ADALORA)
@@ -128,6 +133,7 @@ def test_state_is_kept_beside_parameters() -> None:
     assert controller.steps == 3
 
 
+@pytest.mark.full
 def test_steps_left_counts_from_now() -> None:
     """The total that a schedule sees is what was and what is to come."""
     compiled = adapted(ADALORA)
@@ -138,6 +144,7 @@ def test_steps_left_counts_from_now() -> None:
     assert controller.total == 8
 
 
+@pytest.mark.full
 def test_an_objective_that_is_left_out() -> None:
     """GC025 with the first step that lacks it, once."""
     compiled = adapted(ADALORA)
@@ -149,6 +156,7 @@ def test_an_objective_that_is_left_out() -> None:
     assert "extra_loss" in (caught[0].message.hint or "")
 
 
+@pytest.mark.full
 def test_an_objective_that_is_left_out_later() -> None:
     """It was there in the first steps, and then no more."""
     compiled = adapted(ADALORA)
@@ -160,6 +168,7 @@ def test_an_objective_that_is_left_out_later() -> None:
         train(compiled, optimiser, range(2, 3), extra=False)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("ending", ["merge", "save", "warn_of_unsteered"])
 def test_a_controller_that_never_stepped(ending: str, tmp_path: Path) -> None:
     """GC025 when the result is used, though gradients have been zeroed by then."""
@@ -169,6 +178,7 @@ def test_a_controller_that_never_stepped(ending: str, tmp_path: Path) -> None:
         getattr(compiled, ending)(*([tmp_path / "artifact"] if ending == "save" else []))
 
 
+@pytest.mark.full
 def test_an_objective_that_was_never_used() -> None:
     """Also where nobody calls `after_step`."""
     compiled = adapted({**SORA, "threshold": 0})
@@ -177,6 +187,7 @@ def test_an_objective_that_was_never_used() -> None:
         compiled.merge()
 
 
+@pytest.mark.full
 def test_no_warning_where_nothing_is_missed(tmp_path: Path) -> None:
     """Untrained, with values put in, or steered as it should be; and for an artifact of such a training."""
     with no_warning():
@@ -191,6 +202,7 @@ def test_no_warning_where_nothing_is_missed(tmp_path: Path) -> None:
         graftc.load(tmp_path / "artifact", tiny("bert")).merge()
 
 
+@pytest.mark.slow
 def test_names_that_are_none() -> None:
     """GC091 from what asks for an adaptation."""
     compiled = adapted(SORA)

@@ -90,6 +90,7 @@ def plain_loop(compiled: Any, like: Any, epochs: int = 2, clip: float = 1.0) -> 
             optimiser.zero_grad()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["adalora", "sora"])
 @pytest.mark.parametrize("clip", [1.0, 0.05])
 def test_a_plain_loop_and_the_callback_give_the_same(method: str, clip: float, tmp_path: Path) -> None:
@@ -103,6 +104,7 @@ def test_a_plain_loop_and_the_callback_give_the_same(method: str, clip: float, t
     assert expected[f"graftc.{method}.step"].tolist() == [8]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["adalora", "sora"])
 def test_accumulation_counts_once(method: str, tmp_path: Path) -> None:
     """Two half batches make one step: as many controller steps, the objective's gradient once, the same values."""
@@ -135,6 +137,7 @@ def count_objectives(compiled: Any) -> list[int]:
     return calls
 
 
+@pytest.mark.full
 def test_the_gradient_of_an_objective_is_counted_once(tmp_path: Path) -> None:
     """With a loss that is zero, what the optimiser sees after two micro-batches is that of the objective."""
     from transformers import Trainer, TrainerCallback
@@ -158,6 +161,7 @@ def test_the_gradient_of_an_objective_is_counted_once(tmp_path: Path) -> None:
         assert gradient.any() and torch.equal(seen[0][name], gradient)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(method: str, tmp_path: Path) -> None:
     """From a checkpoint between and one within the epochs, dropout and draws included: to the bit."""
@@ -175,6 +179,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(method: str, tmp_pat
             assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
 def test_a_second_training_goes_on_from_the_first(tmp_path: Path) -> None:
     """The schedule of a model that has been trained before has both trainings."""
     compiled = adapted(ADALORA)
@@ -184,6 +189,7 @@ def test_a_second_training_goes_on_from_the_first(tmp_path: Path) -> None:
     assert (controller.steps, controller.total) == (12, 12)
 
 
+@pytest.mark.full
 def test_a_training_without_the_callback_is_noticed(tmp_path: Path) -> None:
     """GC025 when it is merged."""
     compiled = adapted(SORA)
@@ -197,6 +203,7 @@ def test_a_training_without_the_callback_is_noticed(tmp_path: Path) -> None:
         steered.merge()
 
 
+@pytest.mark.slow
 def test_a_step_that_the_scaler_skips_is_no_step() -> None:
     """Controllers leave it out, and the schedule ends with the training all the same; objectives are scaled."""
     compiled = adapted(ADALORA)

@@ -79,6 +79,7 @@ def net() -> nn.Module:
     return Net().requires_grad_(False).eval()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("same", [False, True])
 def test_eight_threads_with_new_signatures(net: nn.Module, same: bool) -> None:
     given = [calls()[5]] * 8 if same else calls()
@@ -91,6 +92,7 @@ def test_eight_threads_with_new_signatures(net: nn.Module, same: bool) -> None:
     assert len(compiled._compilation.signatures) == (2 if same else 8)
 
 
+@pytest.mark.slow
 def test_both_modes_and_the_base_in_threads(net: nn.Module) -> None:
     """Code of another mode is lowered at its first use, beside threads that run."""
     made = [graftc.compile(NET, net, {"x": torch.zeros(2, 6)}, cache=False).train(mode) for mode in (True, False)]
@@ -100,6 +102,7 @@ def test_both_modes_and_the_base_in_threads(net: nn.Module) -> None:
         assert torch.equal(result, net(**call))
 
 
+@pytest.mark.slow
 def test_two_compiles_of_one_model_at_once(net: nn.Module) -> None:
     x = torch.randn(3, 6)
     for _ in range(3):
@@ -108,6 +111,7 @@ def test_two_compiles_of_one_model_at_once(net: nn.Module) -> None:
             assert torch.equal(compiled.eval()(x), net(x))
 
 
+@pytest.mark.full
 def test_a_compile_beside_models_that_run(net: nn.Module) -> None:
     """Neither another compiled model nor plain modules see that somebody is capturing."""
     given = calls()[1]
@@ -136,6 +140,7 @@ def test_a_compile_beside_models_that_run(net: nn.Module) -> None:
     assert at_once(compile_some, run)[1] > 0
 
 
+@pytest.mark.full
 def test_a_new_signature_while_another_thread_captures(net: nn.Module) -> None:
     """That torch.export runs somewhere in the process does not make this call one that is compiled."""
     first = graftc.compile(NET, net, {"x": torch.zeros(2, 6)}, cache=False).eval()

@@ -56,6 +56,7 @@ def trainer(folder: Path, epochs: int, **changes: Any) -> Any:
     return Trainer(model=adapted, args=arguments, train_dataset=data, eval_dataset=data[:16])
 
 
+@pytest.mark.slow
 def test_it_trains_keeps_the_best_model_and_never_writes_the_base(tmp_path: Path) -> None:
     base = source().state_dict()
     run = trainer(tmp_path, 4, load_best_model_at_end=True)
@@ -67,6 +68,7 @@ def test_it_trains_keeps_the_best_model_and_never_writes_the_base(tmp_path: Path
     assert run.model.merge().certificate.passed
 
 
+@pytest.mark.full
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole", 3)
     whole.train()
@@ -77,6 +79,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
     assert all(torch.equal(t, expected[n]) for n, t in resumed.model.adapter_state_dict().items())
 
 
+@pytest.mark.full
 def test_an_interrupted_run_in_16_bits_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     """Accumulation, recomputed layers and the best model; no checkpoint holds the base. `tests/gates` has 60 steps of a
     real model."""
@@ -87,6 +90,7 @@ def test_an_interrupted_run_in_16_bits_ends_where_an_uninterrupted_one_does(tmp_
         assert check_checkpoint(folder, outcome.whole.model, source()) < 100_000
 
 
+@pytest.mark.slow
 def test_what_a_trainer_saves_is_taken_for_no_plain_model(tmp_path: Path) -> None:
     from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -112,6 +116,7 @@ def padded(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
+@pytest.mark.full
 def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
     """2 x 4 and 8 x 1 give the same tensors, here and in peft, where a causal model has padding."""
     case = Case(

@@ -73,6 +73,7 @@ SAME: dict[str, dict[str, Any]] = {
 """Changes that make no difference to the losses."""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("habit", SAME)
 def test_losses_stay_as_they_are(habit: str, plain: list[float], tmp_path: Path) -> None:
     assert losses(trainer(tmp_path, **SAME[habit])) == pytest.approx(plain, rel=1e-5)
@@ -86,6 +87,7 @@ OTHER: dict[str, dict[str, Any]] = {
 """Changes that make one, as they do to the source model that is trained in the same way."""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("habit", OTHER)
 def test_the_first_loss_is_that_of_the_source_model(habit: str, plain: list[float], tmp_path: Path) -> None:
     """Adaptations change nothing before the first step."""
@@ -95,6 +97,7 @@ def test_the_first_loss_is_that_of_the_source_model(habit: str, plain: list[floa
     assert found[0] == pytest.approx(expected[0], rel=1e-5) and found[0] != pytest.approx(plain[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_texts_are_drawn_by_length(tmp_path: Path) -> None:
     rows = [{**row, **{n: row[n][: 3 + k % 5] for n in ("input_ids", "attention_mask")}} for k, row in enumerate(DATA)]
 
@@ -109,6 +112,7 @@ def test_texts_are_drawn_by_length(tmp_path: Path) -> None:
     assert len(run.model.compilation.signatures) <= 2, "lengths are no constants of a graph"
 
 
+@pytest.mark.full
 def test_batches_that_are_too_large_are_halved(tmp_path: Path) -> None:
     from transformers import Trainer
 
@@ -124,6 +128,7 @@ def test_batches_that_are_too_large_are_halved(tmp_path: Path) -> None:
     assert run._train_batch_size <= 2
 
 
+@pytest.mark.slow
 def test_it_stops_early_and_keeps_few_checkpoints(tmp_path: Path) -> None:
     from transformers import EarlyStoppingCallback
 
@@ -146,6 +151,7 @@ def test_it_stops_early_and_keeps_few_checkpoints(tmp_path: Path) -> None:
     assert run.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_it_predicts(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     losses(run)
@@ -156,6 +162,7 @@ def test_it_predicts(tmp_path: Path) -> None:
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
 
 
+@pytest.mark.full
 def test_a_folder_is_what_is_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no hub here: what would be uploaded is looked at."""
     uploaded: list[Path] = []
@@ -177,6 +184,7 @@ def test_a_folder_is_what_is_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(t, expected[n]) for n, t in loaded.adapter_state_dict().items())
 
 
+@pytest.mark.full
 def test_what_is_frozen_by_hand_stays_and_states_go_both_ways(tmp_path: Path) -> None:
     model = compiled_of()
     frozen = [n for n, p in model.named_parameters() if p.requires_grad and n.endswith(".A")]
@@ -191,6 +199,7 @@ def test_what_is_frozen_by_hand_stays_and_states_go_both_ways(tmp_path: Path) ->
     assert all(torch.equal(t, after[n]) for n, t in copied.adapter_state_dict().items())
 
 
+@pytest.mark.slow
 def test_groups_of_an_optimiser_of_ones_own_train(tmp_path: Path) -> None:
     model = compiled_of()
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -217,6 +226,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("habit", REFUSED)
 def test_what_does_not_work_says_so(habit: str, tmp_path: Path) -> None:
     pattern, run = REFUSED[habit]
@@ -225,6 +235,7 @@ def test_what_does_not_work_says_so(habit: str, tmp_path: Path) -> None:
     assert error.value.hint
 
 
+@pytest.mark.full
 def test_deepspeed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not installed here: what it does to a model, and what Accelerate says of it."""
     from accelerate.state import AcceleratorState

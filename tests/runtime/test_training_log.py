@@ -68,6 +68,7 @@ def silent_read(path: Path, **options: Any) -> list[Any]:
         return graftc.read_log(path, **options)
 
 
+@pytest.mark.full
 def test_ranks_of_sites_are_those_of_the_model_at_every_logged_step(tmp_path: Path) -> None:
     """Ranks fall from all of them to the target, and the last line is `rank_pattern` at the end."""
     compiled = adapted(ADALORA)
@@ -87,6 +88,7 @@ def test_ranks_of_sites_are_those_of_the_model_at_every_logged_step(tmp_path: Pa
     assert curves["training", "loss"]["steps"] == [1, 2, 4, 6, 8]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("entry", [SORA, DYLORA, PRUNING], ids=lambda entry: str(entry["method"]))
 def test_figures_are_those_of_the_tensors(entry: Any, tmp_path: Path) -> None:
     compiled = adapted(entry)
@@ -104,6 +106,7 @@ def test_figures_are_those_of_the_tensors(entry: Any, tmp_path: Path) -> None:
         assert any(own["rank"] < 4 for own in sites.values())
 
 
+@pytest.mark.full
 def test_turnover_is_the_share_of_entries_that_have_been_replaced(tmp_path: Path) -> None:
     compiled = spiel_models.adapted("AG")
     log = graftc.TrainingLog(compiled, tmp_path / "log.jsonl", every=1)
@@ -127,6 +130,7 @@ def test_turnover_is_the_share_of_entries_that_have_been_replaced(tmp_path: Path
     assert any(moved.values())
 
 
+@pytest.mark.full
 def test_gates_are_their_mean_values_in_the_pass(tmp_path: Path) -> None:
     """A gate with a bias far from zero is open or closed, whatever it reads; looking changes no output."""
     compiled = adapted(UNIPELT)
@@ -149,6 +153,7 @@ def test_gates_are_their_mean_values_in_the_pass(tmp_path: Path) -> None:
     assert all(v < 1e-6 or v > 1 - 1e-6 for v in values)
 
 
+@pytest.mark.full
 def test_compiled_layers_are_not_looked_into(tmp_path: Path) -> None:
     """A log compiles nothing anew: code is guarded by what looks at it."""
     compiled = adapted(UNIPELT)
@@ -166,6 +171,7 @@ def test_compiled_layers_are_not_looked_into(tmp_path: Path) -> None:
     assert all(line["figures"] == {} for line in lines_of(log.path))
 
 
+@pytest.mark.full
 def test_gates_of_a_composition(tmp_path: Path) -> None:
     parts = [{"method": "lora", "name": name, "target": TARGET, "rank": 2} for name in ("one", "two")]
     compiled = graftc.compile({"adapt": parts, "compose": [{"gate": ["one", "two"]}]}, tiny("bert"))
@@ -176,6 +182,7 @@ def test_gates_of_a_composition(tmp_path: Path) -> None:
     assert all(0 < f["gate"] < 1 for sites in line["figures"].values() for f in sites.values())
 
 
+@pytest.mark.full
 def test_routes_are_numbers_of_experts(tmp_path: Path) -> None:
     compiled = adapted({"method": "adamix_lora", "target": TARGET, "rank": 2, "experts": 3, "share": "none"})
     log = graftc.TrainingLog(compiled, tmp_path / "log.jsonl", every=1)
@@ -185,6 +192,7 @@ def test_routes_are_numbers_of_experts(tmp_path: Path) -> None:
     assert {v for c in curves for v in c["values"]} == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_steps_between_lines_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No figure is worked out, no value is read, and forward passes are not looked at."""
     compiled = adapted(ADALORA)
@@ -199,6 +207,7 @@ def test_steps_between_lines_cost_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         log.step()
 
 
+@pytest.mark.slow
 def test_a_log_is_continued_after_a_line_that_was_cut_off(tmp_path: Path) -> None:
     compiled, path = adapted(SORA), tmp_path / "deep" / "log.jsonl"
     train(compiled, graftc.TrainingLog(compiled, path, every=2), 4)
@@ -291,6 +300,7 @@ def test_what_is_no_log_is_an_error(content: bytes | None, tmp_path: Path) -> No
         graftc.read_log(tmp_path)
 
 
+@pytest.mark.slow
 def test_arguments_and_places_are_checked(tmp_path: Path) -> None:
     compiled = adapted(DYLORA)
     compiled.save(tmp_path / "artifact", certify=False)
@@ -317,6 +327,7 @@ def test_arguments_and_places_are_checked(tmp_path: Path) -> None:
     assert [c["name"] for c in silent_read(log.path) if c["group"] == "training"] == ["other"]
 
 
+@pytest.mark.full
 def test_the_trainer_logs_and_its_own_state_is_read(tmp_path: Path) -> None:
     """What the Trainer logs is in both, ranks in the log alone; training is the same with and without a log."""
     from transformers import IntervalStrategy

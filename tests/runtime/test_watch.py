@@ -60,6 +60,7 @@ def example(method: str) -> Any:
         return graftc.compile({"adapt": [entry]}, tiny(family)).train()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", method_specs())
 def test_no_method_alarms(method: str) -> None:
     """All that trains is looked at, and nothing is found at any step."""
@@ -73,6 +74,7 @@ def test_no_method_alarms(method: str) -> None:
     assert check.done and not check.findings
 
 
+@pytest.mark.slow
 def test_a_tensor_is_in_no_optimiser() -> None:
     compiled = adapted(train=["transformer.ln_f"])
     optimizer = torch.optim.SGD([p for n, p in compiled.named_parameters() if p.requires_grad and "ln_f" not in n])
@@ -94,6 +96,7 @@ def test_a_tensor_is_in_no_optimiser() -> None:
     assert check.done and not check.findings
 
 
+@pytest.mark.slow
 def test_the_loss_depends_on_nothing() -> None:
     """As where layers were recomputed whose inputs wanted no gradient: training went on, and nothing was learnt."""
     compiled = adapted({**LORA, "target": {"role": "attn.q", "layers": 0}}, {**LORA, "name": "high", "method": "dora"})
@@ -109,6 +112,7 @@ def test_the_loss_depends_on_nothing() -> None:
     assert sorted({name.split(".graftc.")[1].split(".")[0] for name in check.findings}) == ["low"]
 
 
+@pytest.mark.slow
 def test_zeros_are_told_after_the_last_step() -> None:
     """A gradient of zeros may be that of the start; in every step it is none."""
     compiled = adapted()
@@ -121,6 +125,7 @@ def test_zeros_are_told_after_the_last_step() -> None:
     assert check.done and len(check.findings) == 8
 
 
+@pytest.mark.slow
 def test_a_rate_of_zero() -> None:
     """At once where nothing schedules it; a schedule may warm up, but not for ever."""
     compiled = adapted()
@@ -140,6 +145,7 @@ def test_a_rate_of_zero() -> None:
         assert check.done and bool(check.findings) == alarms
 
 
+@pytest.mark.slow
 def test_zeros_that_follow_from_a_rate_of_zero_are_no_finding_of_their_own() -> None:
     """LoRA's A has zeros as long as B stands still."""
     compiled = adapted()
@@ -150,6 +156,7 @@ def test_zeros_that_follow_from_a_rate_of_zero_are_no_finding_of_their_own() -> 
     assert len(caught) == 1 and {name.rpartition(".")[2] for name in check.findings} == {"B"}
 
 
+@pytest.mark.full
 def test_steps_that_are_rounded_away() -> None:
     """In bfloat16 a step of 1e-5 moves few entries of A; in float32 it moves all of them."""
     for dtype in (torch.bfloat16, torch.float32):
@@ -169,6 +176,7 @@ def test_steps_that_are_rounded_away() -> None:
         assert ("bfloat16 is too narrow" in str(caught[0].message)) if caught else dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_what_is_frozen_later_and_what_is_held() -> None:
     """A tensor frozen by hand, and one that something else puts back after each step."""
     compiled = adapted()
@@ -186,6 +194,7 @@ def test_what_is_frozen_later_and_what_is_held() -> None:
     assert all(name.endswith(".A") and "zeros only" in text for name, text in found.items())
 
 
+@pytest.mark.slow
 def test_slots_that_no_call_chooses() -> None:
     """Of a bank only what is chosen has a gradient; where nothing of it is, all are named."""
     two = [{**LORA, "name": name, "target": {"role": "attn.q"}} for name in ("one", "two")]
@@ -198,6 +207,7 @@ def test_slots_that_no_call_chooses() -> None:
     assert check.done and not check.findings
 
 
+@pytest.mark.full
 def test_in_the_trainer(tmp_path: Any) -> None:
     """`compiled.callback()` does it, with accelerate's wrapper around the optimiser."""
     from transformers import Trainer, TrainingArguments
@@ -219,6 +229,7 @@ def test_in_the_trainer(tmp_path: Any) -> None:
         assert not optimizer._optimizer_step_pre_hooks
 
 
+@pytest.mark.slow
 def test_wrong_arguments() -> None:
     compiled = adapted()
     optimizer = torch.optim.SGD(compiled.parameters(), lr=1e-3)
@@ -227,6 +238,7 @@ def test_wrong_arguments() -> None:
             graftc.optim.watch(compiled, *arguments, **options)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("by_name", [False, True])
 def test_closures(by_name: bool) -> None:
     """Gradients are there when the closure has been called: all that moves is seen to, and nothing alarms."""
@@ -252,6 +264,7 @@ def test_closures(by_name: bool) -> None:
         stuck.step(lambda: closure(stuck))
 
 
+@pytest.mark.full
 def test_an_adaptation_that_is_removed_meanwhile() -> None:
     compiled = adapted(LORA, {**LORA, "name": "other"})
     optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))

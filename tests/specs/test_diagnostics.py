@@ -113,6 +113,7 @@ def test_nearest_gives_candidates_only(word: str, candidates: list[str]) -> None
     assert len(found) <= 3 and set(found) <= set(candidates)
 
 
+@pytest.mark.slow
 def test_every_error_has_a_hint() -> None:
     """The one that its author gives, or the remedy of its code; none is given as empty."""
     import ast

@@ -21,6 +21,7 @@ def test_the_import_is_quick() -> None:
     assert best < 0.3
 
 
+@pytest.mark.slow
 def test_nothing_in_specs_imports_torch() -> None:
     code = (
         "import pkgutil, importlib, sys, graftc.specs as s\n"
@@ -33,6 +34,7 @@ def test_nothing_in_specs_imports_torch() -> None:
     assert run(code) == "[]"
 
 
+@pytest.mark.slow
 def test_names_load_when_first_used() -> None:
     assert run("import sys, graftc.specs; print('pydantic' in sys.modules)") == "False"
     assert run("from graftc.specs import LoRA, LoRAOverride; print(LoRA.__name__, LoRAOverride.__name__)") == (

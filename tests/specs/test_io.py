@@ -305,6 +305,7 @@ specs = st.builds(
 )
 
 
+@pytest.mark.full
 @given(specs)
 def test_every_spec_survives_yaml_and_json(spec: Spec) -> None:
     assert parse_spec(dump_spec(spec)) == spec

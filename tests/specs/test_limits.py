@@ -276,6 +276,16 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.sample(
+    "([a-z.]+)+$X",
+    "(a|a)*[XYZ]",
+    "(?:(.)|(.)|(.)|(.))*[XYZ]",
+    "(\\\\w+\\\\.?)+[XYZ]",
+    "(a*)*\\\\1[XYZ]",
+    "(?=(.*)*[XYZ])(.*)*",
+    "pattern8",
+)
 @pytest.mark.parametrize(
     "pattern",
     ["([a-z.]+)+$X", "(a|a)*[XYZ]", "(.*)*[XYZ]", "(?:(.)|(.)|(.)|(.))*[XYZ]", r"(\w+\.?)+[XYZ]", r"(a*)*\1[XYZ]",
@@ -291,6 +301,7 @@ def test_a_regular_expression_ends(pattern: str) -> None:
     assert time.process_time() - started < 3
 
 
+@pytest.mark.slow
 def test_all_targets_of_a_spec_have_their_time_together() -> None:
     matcher = RegexMatcher(0.1)
     slow = "(?:(.)|(.)|(.)|(.))*[XYZ]"

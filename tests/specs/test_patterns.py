@@ -45,6 +45,7 @@ def brace_trees(depth: int = 2) -> st.SearchStrategy[tuple[str, list[str]]]:
     return st.lists(st.one_of(leaf, groups), min_size=1, max_size=3).map(join)
 
 
+@pytest.mark.slow
 @given(brace_trees())
 def test_braces_expand_to_their_alternatives_in_order_without_repeats(tree: tuple[str, list[str]]) -> None:
     text, branches = tree

@@ -90,6 +90,7 @@ def test_files_mappings_and_specs(tmp_path: Path) -> None:
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=8)
 
 
+@pytest.mark.slow
 @given(
     words=st.dictionaries(WORDS, st.lists(WORDS, min_size=1, max_size=3, unique=True), min_size=2, max_size=4),
     seeds=st.integers(1, 5),
@@ -259,6 +260,7 @@ def test_places_and_corrections() -> None:
     assert str(spec.place("patterns[1].text")) == "pet.yaml:4:11 (patterns[1].text)"
 
 
+@pytest.mark.slow
 def test_the_schema_says_what_documents_are() -> None:
     schema = PetSpec.model_json_schema()
     pattern = schema["properties"]["patterns"]["items"]

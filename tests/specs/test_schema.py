@@ -43,6 +43,7 @@ def findings(data: Any) -> list[str]:
     return [f"{error.json_path}: {error.message[:200]}" for error in VALIDATOR.iter_errors(data)]
 
 
+@pytest.mark.slow
 def test_it_is_a_schema() -> None:
     Draft202012Validator.check_schema(SCHEMA)
 
@@ -87,6 +88,7 @@ def _read(text: str) -> Iterator[dict[str, Any]]:
         yield data
 
 
+@pytest.mark.full
 def test_every_spec_of_the_repository_that_parses_is_valid() -> None:
     taken = [(name, data) for name, data in mappings() if parses(data) is None]
     assert len(taken) > 60 and any(name.startswith("README") for name, _ in taken)
@@ -367,6 +369,7 @@ _BEYOND = re.compile(
 _SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("examples", [100, pytest.param(500, marks=pytest.mark.full)])
 def test_what_parses_is_valid_and_the_other_way_round(examples: int) -> None:
     seen = {True: 0, False: 0}

@@ -87,6 +87,7 @@ def one_or_more(item: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.one_of(st.none(), item, st.lists(item, min_size=1, max_size=3))
 
 
+@pytest.mark.slow
 @given(one_or_more(roles), one_or_more(globs), one_or_more(layers), one_or_more(globs))
 def test_a_target_survives_its_own_dump(role: Any, modules: Any, layer: Any, exclude: Any) -> None:
     target = Target(role=role, modules=modules, layers=layer, exclude=exclude)

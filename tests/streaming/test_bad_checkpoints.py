@@ -152,6 +152,7 @@ def test_pickles_are_not_read(place: Path) -> None:
     assert "pickles" in refused(place).hint
 
 
+@pytest.mark.slow
 def test_everything_that_does_not_fit_is_listed(place: Path) -> None:
     def spoil(made: dict[str, torch.Tensor]) -> None:
         names = sorted(made)
@@ -176,6 +177,7 @@ def test_the_adapter_of_another_base(place: Path) -> None:
     assert len(error.details) == 5
 
 
+@pytest.mark.slow
 def test_numbers_in_the_base_that_are_none(place: Path) -> None:
     shard = next(
         file for file in sorted((place / "base").glob("*.safetensors")) if b"layers.0.self_attn.q" in file.read_bytes()
@@ -340,6 +342,7 @@ def _one_entry(fold: WeightFold) -> WeightFold:
     return WeightFold(apply)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("wrong", [_twice, _rolled, _scaled, _left, _one_entry])
 def test_a_wrong_fold_leaves_nothing_behind(place: Path, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = LoRAMethod.fold
@@ -350,6 +353,7 @@ def test_a_wrong_fold_leaves_nothing_behind(place: Path, wrong: Any, monkeypatch
     assert "self_attn" in error.message or "mlp" in error.message
 
 
+@pytest.mark.slow
 def test_a_tensor_that_nothing_folds_into_and_that_changed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from graftc.runtime.streaming import merging
 
@@ -369,6 +373,7 @@ def test_a_tensor_that_nothing_folds_into_and_that_changed(place: Path, monkeypa
     assert "input_layernorm" in error.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut off", "gone", "another", "written to"])
 def test_a_base_that_changes_meanwhile(place: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the first file is made, a later one is spoilt."""

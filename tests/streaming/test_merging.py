@@ -39,6 +39,7 @@ def merged_both_ways(folder: Path, family: str, dtype: torch.dtype, spec: Any) -
     return folder / "memory", folder / "files", made
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "dtype", "spec"),
     [
@@ -94,6 +95,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_a_folder_of_peft_gives_the_bits_of_importing_it(tmp_path: Path) -> None:
     """On a base in 16 bits too: both fold from the float32 factors of the file."""
     base = sharded_base(tmp_path / "base")
@@ -105,6 +107,7 @@ def test_a_folder_of_peft_gives_the_bits_of_importing_it(tmp_path: Path) -> None
     assert sum(not torch.equal(memory[name], tensor) for name, tensor in tensors(base).items()) == 6
 
 
+@pytest.mark.slow
 def test_where_peft_differs_the_exact_value_is_nearer(tmp_path: Path) -> None:
     import peft
 
@@ -128,6 +131,7 @@ def test_where_peft_differs_the_exact_value_is_nearer(tmp_path: Path) -> None:
     assert nearer > 0, "nothing tells the two apart"
 
 
+@pytest.mark.slow
 def test_peft_types_merge_as_peft_merges_them(tmp_path: Path) -> None:
     import peft
 
@@ -144,6 +148,7 @@ def test_peft_types_merge_as_peft_merges_them(tmp_path: Path) -> None:
         assert torch.allclose(found, theirs[name], rtol=1e-5, atol=1e-6), name
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "bias", "targets"),
     [
@@ -173,6 +178,7 @@ def test_trained_biases_of_adapted_modules(family: str, bias: Any, targets: list
     assert not verify_checkpoint(tmp_path / "ours", tmp_path / "adapter", base).passed
 
 
+@pytest.mark.slow
 def test_float32_keeps_the_update(llama: Path, tmp_path: Path) -> None:
     made = graftc.merge_checkpoint(llama / "adapter", None, tmp_path / "wide", dtype=torch.float32)
     assert made.dtype == "float32"
@@ -191,6 +197,7 @@ def test_float32_keeps_the_update(llama: Path, tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in found.values())
 
 
+@pytest.mark.slow
 def test_files_are_as_they_were_but_for_folded_rows(llama: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     sharded_base(base)
@@ -213,6 +220,7 @@ def test_files_are_as_they_were_but_for_folded_rows(llama: Path, tmp_path: Path)
             assert opened.metadata() == {"format": "pt"}
 
 
+@pytest.mark.full
 def test_measuring_writes_nothing_and_finds_the_same(llama: Path, tmp_path: Path) -> None:
     before = tree_bytes(llama)
     measured = graftc.merge_checkpoint(llama / "adapter")
@@ -222,6 +230,7 @@ def test_measuring_writes_nothing_and_finds_the_same(llama: Path, tmp_path: Path
     assert measured.untouched == written.untouched
 
 
+@pytest.mark.full
 def test_verifying_finds_what_is_wrong(llama: Path, tmp_path: Path) -> None:
     out, base, adapter = tmp_path / "out", llama / "base", llama / "adapter"
     graftc.merge_checkpoint(adapter, None, out)
@@ -245,6 +254,7 @@ def tensors_of(file: Path) -> set[str]:
         return set(opened.keys())
 
 
+@pytest.mark.full
 def test_nothing_that_changes_is_an_error_unless_allowed(llama: Path, tmp_path: Path) -> None:
     from tests.streaming.support import edit_adapter
 
@@ -262,6 +272,7 @@ def test_nothing_that_changes_is_an_error_unless_allowed(llama: Path, tmp_path: 
         graftc.merge_checkpoint(adapter, None, tmp_path / "tiny")
 
 
+@pytest.mark.slow
 def test_an_update_that_is_mostly_lost_warns(tmp_path: Path) -> None:
     from tests.streaming.support import edit_adapter
 

@@ -46,6 +46,7 @@ def worker(place: Path) -> Iterator[Worker]:
     made.process.wait()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_killed_at_random(place: Path, worker: Worker) -> None:
     out = place / "out" / "merged"
@@ -123,6 +124,7 @@ def test_done_files_are_not_done_again_unless_they_changed(place: Path, tmp_path
     assert tree_bytes(out) == tree_bytes(tmp_path / "whole")
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.parametrize(
     ("whose", "changed"),

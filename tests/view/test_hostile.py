@@ -54,6 +54,7 @@ def view() -> Any:
     return graftc.compile(spec, Named(), {"x": torch.randn(3, 4)}).view(certify=True)
 
 
+@pytest.mark.full
 def test_no_name_becomes_an_element(view: Any, tmp_path: Path, opened: Callable[..., Any]) -> None:
     file = view.save(tmp_path / "page.html")
     page = opened(file)
@@ -72,6 +73,7 @@ def test_no_name_becomes_an_element(view: Any, tmp_path: Path, opened: Callable[
     assert "\u202e" not in text and "\x1b" not in text
 
 
+@pytest.mark.full
 def test_no_text_of_a_file_becomes_an_element(tmp_path: Path, opened: Callable[..., Any]) -> None:
     """Reasons, evidence, certificates, logs, differences and titles come from files that anybody may have written."""
     bad = "".join(NAMES[:6])
@@ -108,6 +110,7 @@ def test_no_text_of_a_file_becomes_an_element(tmp_path: Path, opened: Callable[.
     assert "\x1b" not in shown.locator("body").inner_text() and "\u202e" not in shown.locator("body").inner_text()
 
 
+@pytest.mark.full
 def test_pictures_hold_names_as_text(view: Any) -> None:
     for shown in ("after", "before", "diff"):
         text = view.svg(shown=shown)
@@ -118,6 +121,8 @@ def test_pictures_hold_names_as_text(view: Any) -> None:
     assert view.png().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+@pytest.mark.sample("\\u202egnp", "\\x1b[31m")
 @pytest.mark.parametrize("name", ["\u202egnp", "a\nb", "\x1b[31m", "long" * 2500])
 def test_what_cannot_be_stored_is_said_before_anything_is_written(name: str, tmp_path: Path) -> None:
     model = nn.Sequential()
@@ -129,6 +134,7 @@ def test_what_cannot_be_stored_is_said_before_anything_is_written(name: str, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_notebook_gets_one_frame(view: Any) -> None:
     from html.parser import HTMLParser
 

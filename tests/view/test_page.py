@@ -60,6 +60,7 @@ def marks(page: Any) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.full
 def test_it_opens_from_disk_and_asks_for_nothing(file: Path, opened: Callable[..., Any]) -> None:
     page = opened(file)
     assert page.title() == "BertForSequenceClassification, adapted"
@@ -68,6 +69,7 @@ def test_it_opens_from_disk_and_asks_for_nothing(file: Path, opened: Callable[..
     assert file.stat().st_size < 400_000
 
 
+@pytest.mark.slow
 def test_every_figure_is_the_one_of_the_data_and_of_the_command(
     file: Path, artifact: Path, opened: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +95,7 @@ def test_every_figure_is_the_one_of_the_data_and_of_the_command(
         assert ours == {**ours, **{key: value for key, value in theirs.items() if key != "tensors"}}
 
 
+@pytest.mark.full
 def test_groups_open_and_close(file: Path, opened: Callable[..., Any]) -> None:
     page = opened(file)
     page.evaluate("graftcPage.open('bert.encoder.layer.0')")
@@ -105,6 +108,7 @@ def test_groups_open_and_close(file: Path, opened: Callable[..., Any]) -> None:
     page.wait_for_function(f"() => graftcPage.scene().boxes.length === {opened_now}")
 
 
+@pytest.mark.full
 def test_levels_of_detail(file: Path, opened: Callable[..., Any]) -> None:
     page = opened(file)
     shown = {}
@@ -169,6 +173,7 @@ def test_search_finds_and_selects(file: Path, opened: Callable[..., Any]) -> Non
     page.wait_for_function("() => /nothing/i.test(document.querySelector('#found').textContent)")
 
 
+@pytest.mark.slow
 def test_the_timeline_shows_every_step(
     file: Path, artifact: Path, opened: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +257,7 @@ def test_three_questions_are_answered(file: Path, opened: Callable[..., Any]) ->
     says(page, kept["virtual"])
 
 
+@pytest.mark.full
 def test_two_artifacts_side_by_side(artifact: Path, opened: Callable[..., Any]) -> None:
     other = {"adapt": [{**SPEC["adapt"][0], "rank": 4}]}
     second = graftc.compile(other, tiny("bert")).save(artifact.parent / "second", force=True)
@@ -266,6 +272,7 @@ def test_two_artifacts_side_by_side(artifact: Path, opened: Callable[..., Any]) 
     assert "rank: 4" in text and "virtual" in text
 
 
+@pytest.mark.slow
 def test_roles_of_a_model(tmp_path: Path, opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     target, folder = tmp_path / "roles.html", tmp_path / "model"
     tiny("llama").save_pretrained(folder)
@@ -276,6 +283,7 @@ def test_roles_of_a_model(tmp_path: Path, opened: Callable[..., Any], monkeypatc
     assert not re.search(r"(?i)inserted by", legend)
 
 
+@pytest.mark.slow
 def test_sizes_shares_and_what_is_read_no_more(tmp_path: Path, opened: Callable[..., Any]) -> None:
     """Ranks by layer, shares that add up, and the attention that a prefix has replaced."""
     spec = {
@@ -307,6 +315,7 @@ def test_sizes_shares_and_what_is_read_no_more(tmp_path: Path, opened: Callable[
     says(page, "removed")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "text", "shown"),
     [

@@ -28,6 +28,7 @@ def texts(svg: str) -> list[str]:
     return ["".join(e.itertext()) for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("}text")]
 
 
+@pytest.mark.slow
 def test_a_picture_shows_what_was_inserted(compiled: Any) -> None:
     view = compiled.view()
     before, after, both = (" ".join(texts(view.svg(shown=shown))) for shown in ("before", "after", "diff"))
@@ -38,6 +39,7 @@ def test_a_picture_shows_what_was_inserted(compiled: Any) -> None:
     assert "scaled_dot_product" in inner.replace("…", "") or "attention" in inner
 
 
+@pytest.mark.full
 def test_a_png_is_the_picture(compiled: Any) -> None:
     png = compiled.view().png()
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
@@ -47,12 +49,14 @@ def test_a_png_is_the_picture(compiled: Any) -> None:
     assert pictures.png(without) != png  # the words are written
 
 
+@pytest.mark.slow
 def test_no_fonts_are_said(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "_has_fonts", lambda: False)
     with pytest.raises(GraftError, match="GC061: PNG files need a font"):
         compiled.view().png()
 
 
+@pytest.mark.full
 def test_files_are_whole_or_not_there(compiled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     view = compiled.view()
     for name in ("a.html", "a.svg", "a.png"):
@@ -68,6 +72,7 @@ def test_files_are_whole_or_not_there(compiled: Any, tmp_path: Path, monkeypatch
     assert not (tmp_path / "b.svg").exists()
 
 
+@pytest.mark.full
 def test_the_command_writes_them(compiled: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = compiled.save(tmp_path / "artifact", certify=False)
     files = {kind: tmp_path / f"x.{kind}" for kind in ("html", "svg", "png", "dot", "graphml")}
