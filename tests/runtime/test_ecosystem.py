@@ -102,6 +102,20 @@ def test_embeddings_and_tags(compiled: Any) -> None:
     compiled.enable_input_require_grads()
 
 
+@pytest.mark.parametrize("family", ["gpt2", "t5", "bert", "mixtral"])
+def test_sizes_ties_and_the_decoder_are_those_of_the_source(family: str) -> None:
+    source = tiny(family)
+    made = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}, source)
+    added = sum(tensor.numel() * tensor.element_size() for tensor in made.adapter_state_dict().values())
+    for buffers in (True, False):
+        assert made.get_memory_footprint(buffers) == source.get_memory_footprint(buffers) + added
+    before = {name: tensor.data_ptr() for name, tensor in made.full_state_dict().items()}
+    made.tie_weights()
+    assert {name: tensor.data_ptr() for name, tensor in made.full_state_dict().items()} == before
+    path = next(path for path, module in source.named_modules() if module is source.get_decoder())
+    assert made.get_decoder() is made.get_submodule(path)
+
+
 @pytest.mark.parametrize("name", sorted(ELSEWHERE))
 def test_a_method_that_is_done_otherwise_says_how(compiled: Any, name: str) -> None:
     assert not hasattr(compiled, name)

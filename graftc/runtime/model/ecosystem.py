@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -24,7 +25,6 @@ COPIED = ("accepts_loss_kwargs", "base_model_prefix", "loss_type", "model_tags",
 _SAVE = "compiled.save(path) writes what was trained, compiled.merge().save(path) a plain transformers folder"
 
 ELSEWHERE = {
-    "save_pretrained": _SAVE,
     "push_to_hub": _SAVE,
     "from_pretrained": "graftc.load(path) reads what compiled.save wrote",
     "merge_and_unload": "compiled.merge() folds into the weights and certifies the result",
@@ -101,6 +101,23 @@ class Ecosystem(Runner):
             raise NotHereError("GC072", f"a compiled {kind} has no {name}", hint=ELSEWHERE[name])
         return super().__getattr__(name)  # type: ignore[misc]
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write this model into a folder of another library's, as sentence-transformers asks for in its checkpoints:
+        ``config.json`` and, in the folder ``graftc``, the artifact, without the base's weights and without a
+        certificate. After ``import graftc.auto``, transformers' ``Auto`` classes load it.
+
+        Args:
+            save_directory: made where it is missing; other files in it stay.
+            options: those of transformers that have a meaning here: ``is_main_process=False`` writes nothing.
+
+        Raises:
+            GraftError: GC032 for a model without a config of transformers, GC064 where it cannot be written, GC072 for
+                options that ask for another form, as ``state_dict`` or ``push_to_hub``.
+        """
+        from graftc.runtime.interop.auto_classes import save_pretrained
+
+        save_pretrained(self, save_directory, options)
+
     def get_input_embeddings(self) -> nn.Module | None:
         """Where the table of token embeddings is; it holds tensors and computes nothing. None where there is none."""
         return self._at("get_input_embeddings")
@@ -116,6 +133,23 @@ class Ecosystem(Runner):
             if self._base_only
             else head_at(self._store, path, self._compilation.tensor_edits)
         )
+
+    def get_decoder(self) -> nn.Module | None:
+        """Where the tensors of the decoder, or of the model below its head, are; it computes nothing by itself. None
+        where the source model has none."""
+        return self._at("get_decoder")
+
+    def tie_weights(self, *args: Any, **options: Any) -> None:
+        """Nothing to do: tensors that the source model ties are one here."""
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of all parameters, those of the base and of adapters, tied ones once.
+
+        Args:
+            return_buffers: count buffers too.
+        """
+        counted = [*self.module.parameters(), *(self.module.buffers() if return_buffers else ())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in counted)
 
     def _at(self, getter: str) -> nn.Module | None:
         path = self._path(getter)

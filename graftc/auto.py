@@ -1,0 +1,10 @@
+"""Import it to let transformers' ``Auto`` classes load what ``compiled.save_pretrained`` wrote.
+
+In the process that compiled the model this is not needed.
+"""
+
+from __future__ import annotations
+
+from graftc.runtime.interop import auto_classes
+
+__all__ = ["auto_classes"]
